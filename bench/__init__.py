@@ -1,0 +1,1 @@
+"""The harness: a config in, a record out, records into a report."""

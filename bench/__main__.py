@@ -1,0 +1,84 @@
+"""`python -m bench`: run one cell, or with -m a sweep of them. The only file that runs Hydra.
+
+Exit status: 0 when every cell is ok or has a stated reason (unsupported, out of memory); 1 when a
+cell failed, with a list at the end; 2 for a mistake in the command, in one line, with nothing written.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import sys
+from pathlib import Path
+
+import hydra
+from hydra.core.config_store import ConfigStore
+from omegaconf import DictConfig, OmegaConf
+
+import variants
+from bench.progress import describe
+from bench.records import FINAL, Record, path_of
+
+HERE = Path(__file__).parent
+# a wheel carries the configs inside the package, a checkout beside it
+CONFIGS = HERE / "configs" if (HERE / "configs").is_dir() else HERE.parent / "configs"
+
+
+def _register_plugin_variants() -> None:
+    """Give each plug-in variant its entry in the `variant` group: the yaml beside its module, if any."""
+    for name, point in variants.plugins().items():
+        spec = importlib.util.find_spec(point.module)
+        beside = Path(spec.origin).with_suffix(".yaml") if spec and spec.origin else None
+        knobs = OmegaConf.load(beside) if beside and beside.is_file() else OmegaConf.create()
+        ConfigStore.instance().store(group="variant", name=name, node={"name": name, **dict(knobs)})
+
+
+@hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name="config")
+def _task(cfg: DictConfig) -> None:
+    from bench import complaints, config, sweep
+
+    try:
+        sweep.run([config.parse(cfg)])
+    except complaints.KINDS as error:  # here, because Hydra prints a line of its own when a task raises
+        sys.exit(_refuse(error))
+
+
+def _refuse(error: Exception) -> int:
+    from bench import complaints
+
+    print(f"error: {complaints.explain(error, sys.argv[1:], CONFIGS)}", file=sys.stderr)
+    return 2
+
+
+def main() -> int:
+    """Run what the command line says; returns the exit status."""
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # exceptions come to us instead of being printed
+    from bench import complaints, sweep
+
+    try:
+        _register_plugin_variants()
+        _task()
+    except complaints.KINDS as error:
+        return _refuse(error)
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on with the cells that are not finished", file=sys.stderr)
+        return 130
+    return _summary(sweep.finished)
+
+
+def _summary(finished: list[tuple[Path, Record]]) -> int:
+    """Print one cell's row, or a sweep's failures; the exit status."""
+    failed = [record for _, record in finished if record.status not in FINAL]
+    if len(finished) == 1:
+        folder, record = finished[0]
+        print(describe(record))
+        print(path_of(folder, record.cell_id))
+    elif failed:
+        print(f"{len(failed)} of {len(finished)} cells failed:", file=sys.stderr)
+        for record in failed:
+            print(f"  {describe(record)}", file=sys.stderr)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

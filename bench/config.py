@@ -1,0 +1,311 @@
+"""From a composed Hydra config to a checked cell, or one clear line that says no.
+
+A `Cell` is everything that decides a record's figures, plus where the record goes. Nothing here
+runs Hydra or touches the disk.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import hashlib
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+import variants
+
+if TYPE_CHECKING:
+    from variants.base import Attention, Dims, VariantConfig
+
+OBJECTIVES = ("auto", "clm", "mlm")
+DEVICES = ("auto", "cpu", "cuda")
+DTYPES = ("float32", "bfloat16")
+ACTIVATIONS = ("keep", "checkpoint")
+
+
+class ConfigError(ValueError):
+    """A value that cannot be; the message is one line: the value, what is allowed, the nearest match."""
+
+
+def choose(knob: str, value: str, allowed: Iterable[str]) -> str:
+    """The value, if it is allowed. Raises ConfigError with the nearest match otherwise."""
+    options = list(allowed)
+    if value in options:
+        return value
+    near = difflib.get_close_matches(value, options, n=1, cutoff=0.5)
+    hint = f"; did you mean {near[0]}?" if near else ""
+    raise ConfigError(f"{knob}={value}: unknown; allowed are {', '.join(options)}{hint}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSpec:
+    """The transformer around the attention."""
+
+    size: str = "tiny"
+    """Name of the group's entry, for people."""
+    d_model: int = 64
+    heads: int = 2
+    ff_mult: int = 4
+    """Width of the feed-forward layer as a multiple of d_model."""
+    dropout: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeasureSpec:
+    """Which figures are taken, and with what budget."""
+
+    preset: str = "standard"
+    """Name of the group's entry, for people."""
+    execute: bool = True
+    """False predicts FLOPs and peak memory under fake tensors and runs nothing."""
+    time_seconds: float = 1.0
+    """Wall-clock budget of the step samples, and again of the forward samples."""
+    min_samples: int = 3
+    """Fewest samples of each, whatever they take."""
+    train_tokens: int = 0
+    """Tokens of training before quality is evaluated; 0 takes no quality figures."""
+    eval_tokens: int = 0
+    """Most held-out tokens to score."""
+    learning_rate: float = 3e-3
+    limit_seconds: float = 600.0
+    """Wall-clock limit of the cell; past it the cell is stopped and its status is timeout."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataSpec:
+    """The corpus."""
+
+    name: str = "plays"
+    path: str | None = None
+    """A file, folder or glob, for data=files."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Named:
+    name: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Root:
+    """The types of the composed config; the values come from configs/."""
+
+    seq_len: int = 1
+    depth: int = 1
+    batch_size: int = 1
+    replicate: int = 0
+    objective: str = "auto"
+    device: str = "auto"
+    dtype: str = "float32"
+    results_dir: str = "results"
+    name: str = "adhoc"
+    force: bool = False
+    variant: dict[str, Any] = field(default_factory=dict)
+    model: ModelSpec = field(default_factory=ModelSpec)
+    activations: _Named = field(default_factory=_Named)
+    data: DataSpec = field(default_factory=DataSpec)
+    measure: MeasureSpec = field(default_factory=MeasureSpec)
+    cluster: _Named = field(default_factory=_Named)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CellSpec:
+    """What decides a cell's figures. Hashed into its id, field by field."""
+
+    variant: str
+    variant_params: dict[str, Any]
+    seq_len: int
+    depth: int
+    batch_size: int
+    replicate: int
+    objective: str
+    device: str
+    dtype: str
+    activations: str
+    model: ModelSpec
+    data: DataSpec
+    measure: MeasureSpec
+
+    @property
+    def causal(self) -> bool:
+        """Whether no output may read a later token."""
+        return self.objective == "clm"
+
+    @property
+    def label(self) -> str:
+        """The cell in a few words, for people."""
+        return f"{self.variant} T={self.seq_len} depth={self.depth} {self.activations} #{self.replicate}"
+
+    def attention(self) -> tuple[type[Attention], VariantConfig, Dims]:
+        """The variant's class, its config and the sizes of its layers (imports torch)."""
+        from variants.base import Dims
+
+        variant = variants.load(self.variant)
+        values = {k: tuple(v) if isinstance(v, list) else v for k, v in self.variant_params.items()}
+        dims = Dims(
+            batch_size=self.batch_size,
+            seq_len=self.seq_len,
+            d_model=self.model.d_model,
+            heads=self.model.heads,
+        )
+        return variant, variant.Config(**values), dims
+
+    def cell_id(self, data_sha256: str, code_sha256: str) -> str:
+        """Hash of everything that decides the figures."""
+        return digest([dataclasses.asdict(self), data_sha256, code_sha256])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cell:
+    """A cell and where its record goes."""
+
+    spec: CellSpec
+    folder: Path
+    name: str
+    force: bool
+
+
+def digest(value: Any) -> str:
+    """16 hex digits of the sha256 of a JSON value."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def parse(cfg: DictConfig) -> Cell:
+    """A checked cell from a composed config. Raises ConfigError."""
+    try:
+        merged = OmegaConf.merge(_schema(_Root), OmegaConf.masked_copy(cfg, _keys(cfg)))
+        root = OmegaConf.to_object(merged)
+    except OmegaConfBaseException as error:
+        raise _translated(error, cfg) from None
+    assert isinstance(root, _Root)
+    _check_bounds(root)
+    choose("objective", root.objective, OBJECTIVES)
+    choose("device", root.device, DEVICES)
+    choose("dtype", root.dtype, DTYPES)
+    choose("activations", root.activations.name, ACTIVATIONS)
+    name, params = _variant(dict(root.variant))
+    objective = root.objective
+    if objective == "auto":
+        objective = "clm" if variants.load(name).caps.causal else "mlm"
+    spec = CellSpec(
+        variant=name,
+        variant_params=params,
+        seq_len=root.seq_len,
+        depth=root.depth,
+        batch_size=root.batch_size,
+        replicate=root.replicate,
+        objective=objective,
+        device=root.device if root.device != "auto" else _device(),
+        dtype=root.dtype,
+        activations=root.activations.name,
+        model=root.model,
+        data=root.data,
+        measure=root.measure,
+    )
+    return Cell(spec=spec, folder=Path(root.results_dir) / root.name, name=root.name, force=root.force)
+
+
+def _schema(dataclass_type: type[Any]) -> DictConfig:
+    """The types of a frozen dataclass, open to be filled in."""
+    schema: DictConfig = OmegaConf.structured(dataclass_type)
+    for node in [schema, *(schema._get_node(key) for key in schema)]:
+        if isinstance(node, DictConfig):
+            OmegaConf.set_readonly(node, None)
+    return schema
+
+
+def _keys(cfg: DictConfig) -> list[str]:
+    known = {f.name for f in dataclasses.fields(_Root)}
+    unknown = [str(key) for key in cfg if key not in known and key not in {"hydra", "experiment"}]
+    if unknown:
+        choose("knob", unknown[0], sorted(known))
+    return [str(key) for key in cfg if key in known]
+
+
+def _translated(error: OmegaConfBaseException, cfg: DictConfig) -> ConfigError:
+    key = error.full_key or str(error.key or "")
+    value = OmegaConf.select(cfg, key, default=None) if key else None
+    expected = getattr(error.ref_type, "__name__", None) or "another type"
+    why = str(error.msg or error).splitlines()[0]
+    if "not in" in why or "No such" in why or "unknown key" in why.lower():
+        return ConfigError(f"{key}: {why}")
+    return ConfigError(f"{key}={value!r}: expected {_noun(expected, why)}")
+
+
+def _noun(expected: str, why: str) -> str:
+    for word, noun in (("Integer", "a whole number"), ("Float", "a number"), ("bool", "true or false")):
+        if word in why:
+            return noun
+    return {"int": "a whole number", "float": "a number", "bool": "true or false"}.get(expected, why)
+
+
+def _check_bounds(root: _Root) -> None:
+    model, measure = root.model, root.measure
+    at_least = {
+        "seq_len": (root.seq_len, 1),
+        "depth": (root.depth, 1),
+        "batch_size": (root.batch_size, 1),
+        "replicate": (root.replicate, 0),
+        "model.d_model": (model.d_model, 2),
+        "model.heads": (model.heads, 1),
+        "model.ff_mult": (model.ff_mult, 1),
+        "measure.min_samples": (measure.min_samples, 1),
+        "measure.time_seconds": (measure.time_seconds, 0),
+        "measure.train_tokens": (measure.train_tokens, 0),
+        "measure.eval_tokens": (measure.eval_tokens, 1 if measure.train_tokens else 0),
+    }
+    for knob, (value, least) in at_least.items():
+        if value < least:
+            raise ConfigError(f"{knob}={value}: allowed is {least} or more")
+    if not 0 <= model.dropout < 1:
+        raise ConfigError(f"model.dropout={model.dropout}: allowed is 0 up to below 1")
+    for knob, above in (("learning_rate", measure.learning_rate), ("limit_seconds", measure.limit_seconds)):
+        if above <= 0:
+            raise ConfigError(f"measure.{knob}={above}: allowed is more than 0")
+    if model.d_model % model.heads:
+        divisors = [h for h in range(1, model.d_model + 1) if model.d_model % h == 0]
+        near = min(divisors, key=lambda h: (abs(h - model.heads), h))
+        raise ConfigError(
+            f"model.heads={model.heads}: must divide model.d_model={model.d_model}; "
+            f"the nearest that does is {near}"
+        )
+    if (model.d_model // model.heads) % 2:
+        raise ConfigError(
+            f"model.heads={model.heads}: gives heads of {model.d_model // model.heads} channels; "
+            "rotary positions need an even number"
+        )
+    if not root.name or Path(root.name).is_absolute() or ".." in Path(root.name).parts:
+        raise ConfigError(f"name={root.name!r}: allowed is a folder name under results_dir")
+
+
+def _variant(given: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    """The variant's name and its complete knobs, defaults filled in."""
+    name = str(given.pop("name", ""))
+    try:
+        config_class = variants.load(name).Config
+    except variants.UnknownVariant as error:
+        raise ConfigError(str(error)) from None
+    defaults = {f.name: f.default for f in dataclasses.fields(config_class)}
+    for knob, value in given.items():
+        choose(f"{name} knob", knob, defaults)
+        if isinstance(defaults[knob], tuple) and not isinstance(value, list):
+            given[knob] = [value]
+    try:
+        typed = OmegaConf.to_object(OmegaConf.merge(_schema(config_class), given))
+    except OmegaConfBaseException as error:
+        translated = _translated(error, OmegaConf.create(given))
+        raise ConfigError(f"variant.{translated}") from None
+    except ValueError as error:  # the config's own checks
+        raise ConfigError(f"variant.{error}") from None
+    return name, {k: list(v) if isinstance(v, tuple) else v for k, v in vars(typed).items()}
+
+
+def _device() -> str:
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"

@@ -1,0 +1,175 @@
+"""Gates that a variant's configuration passes before any figure of it is taken.
+
+1. Causality, by perturbation: what comes after a cut is changed, and no output before it may move.
+   Gradients would not do: what leaks in published code is the *selection* of keys, which has none.
+2. Reference: the fast path equals the readable one, in outputs and in every gradient.
+
+The third, that the dispatched FLOPs are those of the formula, is checked in every cell, because it
+depends on the cell's sizes: see `cost_ratio`.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from bench.config import CellSpec, digest
+from bench.records import write_atomically
+from variants.base import Attention, Dims, VariantConfig
+
+GATE_TOKENS = 1000
+"""Longest sequence of the gates: past the default windows, and no multiple of a block."""
+HEAD_DIM = 16
+LEAK_TOLERANCE = 1e-5
+"""Largest move of an output of order 1 that float32 rounding explains."""
+REFERENCE_TOLERANCE = 1e-4
+"""Largest error, relative to the tensor's largest entry, of float32 against float64; sums over
+1,000 tokens lose about √1000 ulps, 4e-6, and gradients pass through several."""
+COST_TOLERANCE = 0.01
+COST_LIMIT = 2.2
+"""Most that block-gathered patterns may dispatch, as a multiple of the allowed pairs."""
+
+
+class GateFailed(Exception):
+    """A variant did not pass; the message names the gate and its figure."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Figures:
+    """What the gates measured; leak_max_abs is None where the model is not causal."""
+
+    leak_max_abs: float | None
+    reference_max_abs: float
+
+
+def check(spec: CellSpec, folder: Path, code_sha256: str) -> Figures:
+    """The figures of this variant's configuration, taken once per experiment, code and device.
+
+    Raises GateFailed.
+    """
+    variant, config, _ = spec.attention()
+    tokens = min(spec.seq_len, GATE_TOKENS)
+    dims = Dims(batch_size=2, seq_len=tokens, d_model=HEAD_DIM * spec.model.heads, heads=spec.model.heads)
+    if variant.unsupported(config, dims, causal=spec.causal):  # a variant may need the cell's own length
+        dims = Dims(batch_size=2, seq_len=spec.seq_len, d_model=dims.d_model, heads=dims.heads)
+    layers = min(2, spec.depth)
+    decides = [spec.variant, spec.variant_params, spec.causal, asdict(dims), layers, spec.device, code_sha256]
+    key = digest(decides)
+    path = folder / "gates" / f"{key}.json"
+    try:
+        return Figures(**json.loads(path.read_text()))
+    except (FileNotFoundError, TypeError, ValueError):
+        pass
+    device = torch.device(spec.device)
+    with torch.random.fork_rng():
+        figures = Figures(
+            leak_max_abs=leak(variant, config, dims, layers, device) if spec.causal else None,
+            reference_max_abs=max(
+                reference_error(variant, config, dims, layer, device, causal=spec.causal)
+                for layer in range(layers)
+            ),
+        )
+    write_atomically(path, json.dumps(asdict(figures)))
+    return figures
+
+
+def _layer(variant: type[Attention], config: VariantConfig, dims: Dims, layer: int) -> Attention:
+    """A layer with weights of order 1/√fan-in, so that outputs and their errors are of order 1."""
+    torch.manual_seed(layer)
+    made = variant(config, dims, layer)
+    for parameter in made.parameters():
+        if parameter.dim() == 2:
+            torch.nn.init.normal_(parameter, std=parameter.shape[1] ** -0.5)
+    return made.eval()
+
+
+def leak(
+    variant: type[Attention], config: VariantConfig, dims: Dims, layers: int, device: torch.device
+) -> float:
+    """Largest move of an output before a cut when inputs from the cut on change.
+
+    Raises GateFailed above rounding.
+    """
+    stack = [_layer(variant, config, dims, layer).to(device) for layer in range(layers)]
+
+    def network(x: Tensor) -> Tensor:
+        for layer in stack:
+            x = x + layer(x, causal=True).y
+        return x
+
+    @torch.no_grad()
+    def run(x: Tensor) -> Tensor:
+        torch.manual_seed(0)  # hashing and random features draw the same in every run
+        return variant.plan(config).apply(network, x, causal=True)
+
+    torch.manual_seed(0)
+    tokens = dims.seq_len
+    x = torch.randn(dims.batch_size, tokens, dims.d_model, device=device)
+    before = run(x)
+    unaligned = {1, tokens // 3, tokens // 2, tokens // 2 + 1, tokens - 2, tokens - 1}
+    worst = 0.0
+    for cut in sorted(c for c in unaligned | {2**k for k in range(4, 10)} if 0 < c < tokens):
+        after = slice(cut, None), slice(cut, cut + 1), slice(tokens - 1, None)
+        for where, size in zip(after, (10.0, 1.0, 1e-2), strict=True):
+            changed = x.clone()
+            changed[:, where] += size * torch.randn_like(changed[:, where])
+            worst = max(worst, (run(changed) - before)[:, :cut].abs().max().item())
+    if not worst <= LEAK_TOLERANCE:
+        raise GateFailed(f"causality gate: changing later tokens moved an earlier output by {worst:.2e}")
+    return worst
+
+
+def reference_error(
+    variant: type[Attention],
+    config: VariantConfig,
+    dims: Dims,
+    layer: int,
+    device: torch.device,
+    *,
+    causal: bool,
+) -> float:
+    """Largest error of the fast path in float32 against `reference` in float64, relative to each
+    tensor's largest entry (or 1): outputs, gradients of the input and of every parameter.
+
+    Raises GateFailed above rounding.
+    """
+    fast = _layer(variant, config, dims, layer).to(device)
+    slow = copy.deepcopy(fast).cpu().double()
+    x = torch.randn(dims.batch_size, dims.seq_len, dims.d_model, device=device, requires_grad=True)
+    x64 = x.detach().cpu().double().requires_grad_()
+    torch.manual_seed(1)
+    y = variant.plan(config).apply(lambda window: fast(window, causal=causal).y, x, causal=causal)
+    torch.manual_seed(1)
+    y64 = slow.reference(x64, causal=causal)
+    direction = torch.randn_like(y64)
+    got = torch.autograd.grad(y, [x, *fast.parameters()], direction.to(y), materialize_grads=True)
+    want = torch.autograd.grad(y64, [x64, *slow.parameters()], direction, materialize_grads=True)
+    worst = max(_relative(a, b) for a, b in zip((y, *got), (y64, *want), strict=True))
+    if not worst <= REFERENCE_TOLERANCE:
+        raise GateFailed(f"reference gate: layer {layer} differs from its reference by {worst:.2e}")
+    return worst
+
+
+def _relative(got: Tensor, want: Tensor) -> float:
+    scale = max(1.0, want.abs().max().item())
+    return (got.detach().cpu().double() - want).abs().max().item() / scale
+
+
+def cost_ratio(dispatched: int, projections: int, attention: int, padding: str | None) -> float:
+    """Forward FLOPs dispatched for attention as a multiple of the formula's.
+
+    Raises GateFailed where they differ by over 1 % and the variant does not say why, or by too much.
+    """
+    ratio = (dispatched - projections) / attention
+    if abs(ratio - 1) > COST_TOLERANCE and padding is None:
+        raise GateFailed(f"cost gate: attention dispatched {ratio:.3f} × its formula's FLOPs, unexplained")
+    if not 1 - COST_TOLERANCE <= ratio <= COST_LIMIT:
+        raise GateFailed(
+            f"cost gate: attention dispatched {ratio:.3f} × its formula's FLOPs, over {COST_LIMIT}"
+        )
+    return ratio

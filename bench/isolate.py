@@ -1,0 +1,127 @@
+"""One cell, one child process: a wall-clock limit, a typed status, and figures that outlive a crash.
+
+The parent blocks on a pipe and on the child's end, so that it takes no core from the child.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import sys
+import time
+import traceback
+from multiprocessing.connection import Connection, wait
+from typing import Any
+
+from bench.config import Cell
+
+_KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(2**32), "MALLOC_TRIM_THRESHOLD_": str(2**40)}
+"""glibc settings under which freed memory stays with the process: a step then reuses pages, as it does
+after the first few seconds of any long training, instead of paying for fresh ones each time."""
+_PRELOAD = ["torch", "torch._subclasses.fake_tensor", "torch.utils.flop_counter", "bench.cell"]
+
+
+def context(device: str) -> Any:
+    """How children start: from a server that has torch loaded, or afresh where a device is used.
+
+    CUDA does not survive a fork, so nothing may initialise it in the server.
+    """
+    if device != "cpu":
+        return multiprocessing.get_context("spawn")
+    os.environ.update({k: v for k, v in _KEEP_MEMORY.items() if k not in os.environ})
+    forkserver = multiprocessing.get_context("forkserver")
+    forkserver.set_forkserver_preload(_PRELOAD)
+    return forkserver
+
+
+def allocator() -> str:
+    """The memory allocator's settings in this process, for the record."""
+    return ", ".join(f"{key}={os.environ.get(key, 'default')}" for key in _KEEP_MEMORY)
+
+
+def run(cell: Cell) -> dict[str, Any]:
+    """Run the cell in a child; returns the figures it told, with `status`, `reason` and `seconds_total`.
+
+    A child that dies or is stopped for its time keeps what it had told until then.
+    """
+    begun = time.monotonic()
+    limit = cell.spec.measure.limit_seconds
+    ours, theirs = multiprocessing.Pipe(duplex=False)
+    child = context(cell.spec.device).Process(target=_child, args=(cell, theirs), daemon=True)
+    child.start()
+    theirs.close()
+    figures: dict[str, Any] = {}
+    try:
+        ended = _listen(ours, child, begun + limit, figures)
+    finally:
+        if child.is_alive():
+            child.kill()
+        child.join()
+        ours.close()
+    if not ended:
+        figures |= {"status": "timeout", "reason": f"still running after measure.limit_seconds={limit:g}"}
+    elif "status" not in figures:
+        figures |= {"status": "error", "reason": _last_words(child.exitcode)}
+    figures["seconds_total"] = time.monotonic() - begun
+    return figures
+
+
+def _listen(ours: Connection, child: Any, deadline: float, figures: dict[str, Any]) -> bool:
+    """Gather figures until the child ends (True) or the deadline passes (False)."""
+    while True:
+        ready = wait([ours, child.sentinel], timeout=max(0.0, deadline - time.monotonic()))
+        if not ready:
+            return False
+        if ours in ready:
+            try:
+                figures |= ours.recv()
+            except EOFError:
+                child.join(timeout=max(0.0, deadline - time.monotonic()))
+                return child.exitcode is not None
+        elif child.sentinel in ready and not ours.poll():
+            return True
+
+
+def _last_words(exitcode: int | None) -> str:
+    if exitcode is not None and exitcode < 0:
+        return f"the cell's process was killed by {signal.Signals(-exitcode).name}"
+    return f"the cell's process ended with exit status {exitcode} and no result"
+
+
+def _child(cell: Cell, theirs: Connection) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle; it stops us
+    theirs.send({"allocator": allocator()})
+    theirs.send(_outcome(cell, theirs))
+    theirs.close()
+
+
+def _outcome(cell: Cell, theirs: Connection) -> dict[str, Any]:
+    from bench.cell import CellRun, Unsupported
+    from bench.gates import GateFailed
+    from bench.train import Diverged
+
+    try:
+        CellRun(cell, theirs.send).run()
+    except Unsupported as reason:
+        return {"status": "unsupported", "reason": str(reason)}
+    except GateFailed as failure:
+        return {"status": "error", "reason": str(failure)}
+    except Diverged as failure:
+        return {"status": "diverged", "reason": str(failure)}
+    except Exception as failure:
+        status = "oom" if out_of_memory(failure) else "error"
+        if status == "error":
+            traceback.print_exc(file=sys.stderr)
+        first_line = (str(failure).strip().splitlines() or [""])[0]
+        return {"status": status, "reason": f"{type(failure).__name__}: {first_line}"}
+    return {"status": "ok", "reason": None}
+
+
+def out_of_memory(failure: Exception) -> bool:
+    """Whether an exception says that memory ran out; on the CPU torch raises a plain RuntimeError."""
+    import torch
+
+    if isinstance(failure, MemoryError | torch.OutOfMemoryError):
+        return True
+    return isinstance(failure, RuntimeError) and "can't allocate memory" in str(failure)

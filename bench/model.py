@@ -1,0 +1,122 @@
+"""A small pre-norm transformer language model with one slot for attention.
+
+Shapes: B batch, T tokens, C channels (d_model), V vocabulary.
+
+Everything but the attention layer is the same for every variant: pre-norm blocks (Xiong 2020,
+arXiv:2002.04745), GELU feed-forward, GPT-2's initialisation (normal, 0.02; the projections that
+write to the residual stream divided by √(2·depth)).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from bench import residual
+from variants.base import Attention, Dims, Flops, VariantConfig
+
+
+class FeedForward(nn.Module):
+    """C → mult·C → C with a GELU between."""
+
+    def __init__(self, d_model: int, mult: int) -> None:
+        super().__init__()
+        self.up = nn.Linear(d_model, mult * d_model, bias=False)
+        self.out = nn.Linear(mult * d_model, d_model, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, T, C) → (B, T, C)."""
+        y: Tensor = self.out(nn.functional.gelu(self.up(x)))
+        return y
+
+
+class Block(nn.Module):
+    """x + attention(norm(x)), then x + feed-forward(norm(x))."""
+
+    def __init__(self, attention: Attention, d_model: int, ff_mult: int, dropout: float) -> None:
+        super().__init__()
+        self.attention_norm = nn.LayerNorm(d_model)
+        self.attention = attention
+        self.feed_forward_norm = nn.LayerNorm(d_model)
+        self.feed_forward = FeedForward(d_model, ff_mult)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor, *, causal: bool) -> tuple[Tensor, Tensor | None]:
+        """(B, T, C) → (B, T, C) and the attention layer's auxiliary loss."""
+        out = self.attention(self.attention_norm(x), causal=causal)
+        x = x + self.dropout(out.y)
+        x = x + self.dropout(self.feed_forward(self.feed_forward_norm(x)))
+        return x, out.aux_loss
+
+
+class Output(NamedTuple):
+    """Logits (B, T, V) and the sum of the layers' auxiliary losses, or None."""
+
+    logits: Tensor
+    aux_loss: Tensor | None
+
+
+class LanguageModel(nn.Module):
+    """Token ids (B, T) → logits (B, T, V), with the variant's plan applied around the blocks."""
+
+    def __init__(
+        self,
+        variant: type[Attention],
+        config: VariantConfig,
+        dims: Dims,
+        *,
+        depth: int,
+        ff_mult: int,
+        dropout: float,
+        vocabulary: int,
+        activations: str,
+    ) -> None:
+        super().__init__()
+        self.plan = variant.plan(config)
+        self.strategy = residual.STRATEGIES[activations]
+        self.ff_mult, self.vocabulary = ff_mult, vocabulary
+        self.embedding = nn.Embedding(vocabulary, dims.d_model)
+        self.blocks = nn.ModuleList(
+            Block(variant(config, dims, layer), dims.d_model, ff_mult, dropout) for layer in range(depth)
+        )
+        self.norm = nn.LayerNorm(dims.d_model)
+        self.head = nn.Linear(dims.d_model, vocabulary, bias=False)
+        self.apply(self._initialise)
+        for name, parameter in self.named_parameters():
+            if name.endswith("out.weight"):  # what writes to the residual stream
+                nn.init.normal_(parameter, std=0.02 / (2 * depth) ** 0.5)
+
+    @staticmethod
+    def _initialise(module: nn.Module) -> None:
+        if isinstance(module, nn.Linear | nn.Embedding):
+            nn.init.normal_(module.weight, std=0.02)
+
+    @property
+    def layers(self) -> list[Attention]:
+        """The attention layers, lowest first."""
+        return [block.attention for block in self.blocks]  # type: ignore[misc]
+
+    def forward(self, tokens: Tensor, *, causal: bool) -> Output:
+        """(B, T) → Output. A causal model's logits at t depend on tokens up to t alone."""
+        losses: list[Tensor] = []
+
+        def network(window: Tensor) -> Tensor:
+            x, found = self.strategy(self.blocks, self.embedding(window), causal=causal)
+            losses.extend(found)
+            return x
+
+        hidden = self.plan.apply(network, tokens, causal=causal)
+        logits = self.head(self.norm(hidden))
+        return Output(logits, torch.stack(losses).sum() if losses else None)
+
+    def flops(self, dims: Dims, *, causal: bool) -> Flops:
+        """Algorithmic forward FLOPs on (B, T) tokens: each window of the plan through every block."""
+        total = Flops(2 * dims.batch_size * dims.seq_len * dims.d_model * self.vocabulary, 0)
+        for length, count in self.plan.lengths(dims.seq_len):
+            window = Dims(batch_size=dims.batch_size, seq_len=length, d_model=dims.d_model, heads=dims.heads)
+            feed_forward = Flops(4 * dims.batch_size * length * self.ff_mult * dims.d_model**2, 0)
+            for layer in self.layers:
+                total = total + (layer.flops(window, causal=causal) + feed_forward) * count
+        return total

@@ -1,0 +1,231 @@
+"""Records: one flat JSON file a cell, written atomically, read back as a DataFrame.
+
+The keys are public interface (results/README.md explains each). A figure that was not
+taken is null, never 0. This module imports neither torch nor pandas until a table is
+asked for, so that the report and the command line start fast.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+SCHEMA_VERSION = 1
+
+Status = Literal["ok", "unsupported", "oom", "predicted_oom", "timeout", "error", "diverged"]
+STATUSES: tuple[str, ...] = get_args(Status)
+FINAL: frozenset[str] = frozenset({"ok", "unsupported", "oom", "predicted_oom"})
+"""Statuses that a second run of the same sweep does not measure again."""
+
+RECORDS_DIR = "records"
+
+
+@dataclass(kw_only=True)
+class Record:
+    """What one cell says. Units stand in the names; None means not taken."""
+
+    # identity
+    schema_version: int = SCHEMA_VERSION
+    cell_id: str
+    name: str
+    variant: str
+    variant_params: dict[str, Any]
+    impl: str | None = None
+    seq_len: int
+    depth: int
+    d_model: int
+    heads: int
+    batch_size: int
+    activations: str
+    objective: str
+    data: str
+    data_sha256: str
+    dtype: str
+    device: str
+    device_name: str | None = None
+    replicate: int
+    measure: str | None = None
+
+    # outcome
+    status: Status
+    reason: str | None = None
+    seconds_total: float | None = None
+    seconds_work: float | None = None
+
+    # gates
+    leak_max_abs: float | None = None
+    reference_max_abs: float | None = None
+    cost_ratio: float | None = None
+    cost_ratio_reason: str | None = None
+
+    # FLOPs of a step: one forward and backward over batch_size × seq_len tokens
+    params: int | None = None
+    flops_algorithmic_step: int | None = None
+    flops_executed_step: int | None = None
+    flops_attention_step: int | None = None
+    flops_source: str | None = None
+
+    # memory
+    peak_bytes: int | None = None
+    peak_bytes_source: str | None = None
+    peak_bytes_predicted: int | None = None
+    param_bytes: int | None = None
+    grad_bytes: int | None = None
+    optimizer_bytes: int | None = None
+    activation_bytes: int | None = None
+    rss_peak_bytes: int | None = None
+    cuda_reserved_bytes: int | None = None
+    nvml_process_bytes: int | None = None
+    state_bytes: int | None = None
+
+    # time
+    step_seconds_median: float | None = None
+    step_seconds_samples: list[float] | None = None
+    forward_seconds_median: float | None = None
+    forward_seconds_samples: list[float] | None = None
+    tokens_per_second: float | None = None
+    forward_tokens_per_second: float | None = None
+    mfu: float | None = None
+
+    # quality
+    nll: float | None = None
+    perplexity: float | None = None
+    bits_per_byte: float | None = None
+    word_perplexity: float | None = None
+    unigram_perplexity: float | None = None
+    nll_by_position: list[float] | None = None
+    accuracy: float | None = None
+    tokens_trained: int | None = None
+    tokens_evaluated: int | None = None
+    train_seconds: float | None = None
+    state_policy: str | None = None
+
+    # provenance
+    code_sha256: str | None = None
+    git_commit: str | None = None
+    git_dirty: bool | None = None
+    torch_version: str | None = None
+    python_version: str | None = None
+    cpu_model: str | None = None
+    threads: int | None = None
+    allocator: str | None = None
+    gpu_driver: str | None = None
+    started_at: str | None = None
+    load_average: float | None = None
+
+    def to_json(self) -> str:
+        """Strict JSON: a line a key, in the order above; non-finite numbers are null."""
+        values = _finite(dataclasses.asdict(self))
+        lines = (f"  {json.dumps(k)}: {json.dumps(v, allow_nan=False)}" for k, v in values.items())
+        return "{\n" + ",\n".join(lines) + "\n}\n"
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {k: _finite(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(v) for v in value]
+    return value
+
+
+KEYS: tuple[str, ...] = tuple(f.name for f in dataclasses.fields(Record))
+
+
+class RecordError(ValueError):
+    """A file that is not a record this version can read; the message names it."""
+
+
+def parse(text: str, source: str = "record") -> Record:
+    """A record from its JSON.
+
+    Raises RecordError, with `source` in its message, for a truncated or foreign file, another
+    schema version, or keys that are missing or unknown.
+    """
+    try:
+        data = json.loads(text)
+    except ValueError as error:
+        raise RecordError(f"{source}: not JSON ({error})") from None
+    if not isinstance(data, dict) or "schema_version" not in data:
+        raise RecordError(f"{source}: not a record (no schema_version)")
+    if data["schema_version"] != SCHEMA_VERSION:
+        raise RecordError(
+            f"{source}: schema_version {data['schema_version']!r}, this version reads {SCHEMA_VERSION}"
+        )
+    unknown = sorted(set(data) - set(KEYS))
+    if unknown:
+        raise RecordError(f"{source}: unknown keys {', '.join(unknown)}")
+    try:
+        record = Record(**data)
+    except TypeError as error:
+        raise RecordError(f"{source}: {error}") from None
+    if record.status not in STATUSES:
+        raise RecordError(f"{source}: status {record.status!r} is none of {', '.join(STATUSES)}")
+    return record
+
+
+def path_of(folder: Path, cell_id: str) -> Path:
+    """Where a cell's record lives in the experiment's folder."""
+    return folder / RECORDS_DIR / f"{cell_id}.json"
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write so that a reader, or a power cut, sees the old file or the new one, never a part."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=".tmp")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        Path(temporary).chmod(0o644)  # mkstemp's 0600 would hide results from the rest of a team
+        Path(temporary).replace(path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def write(folder: Path, record: Record) -> Path:
+    """Write one record into the experiment's folder and return its path."""
+    path = path_of(folder, record.cell_id)
+    write_atomically(path, record.to_json())
+    return path
+
+
+def read(folder: Path, cell_id: str) -> Record | None:
+    """The cell's record, or None where there is none that can be read."""
+    path = path_of(folder, cell_id)
+    try:
+        return parse(path.read_text(encoding="utf-8"), str(path))
+    except (FileNotFoundError, RecordError, UnicodeDecodeError):
+        return None
+
+
+def read_all(folder: Path) -> tuple[list[Record], list[str]]:
+    """Every readable record of an experiment, oldest first, and a line for each file that is not one."""
+    records, problems = [], []
+    for path in sorted((folder / RECORDS_DIR).glob("*.json")):
+        try:
+            records.append(parse(path.read_text(encoding="utf-8"), str(path)))
+        except (RecordError, UnicodeDecodeError) as error:
+            problems.append(str(error))
+    records.sort(key=lambda r: (r.started_at or "", r.cell_id))
+    return records, problems
+
+
+def load(folder: str | Path) -> pd.DataFrame:
+    """The experiment's readable records as a DataFrame: one row a cell, one column a key."""
+    import pandas as pd
+
+    records, _ = read_all(Path(folder))
+    return pd.DataFrame([dataclasses.asdict(r) for r in records], columns=list(KEYS))

@@ -1,0 +1,44 @@
+"""`python -m bench.report results/<name>`: rebuild the report of one experiment.
+
+Exit status: 0 when the report is written, 2 when there is nothing to report on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from bench.report import ReportError, build
+
+
+def shown(path: Path) -> str:
+    """The path relative to the current directory where it lies below it, else as it is."""
+    absolute = path.resolve()
+    here = Path.cwd().resolve()
+    return str(absolute.relative_to(here)) if absolute.is_relative_to(here) else str(path)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Parse the command line, build the report, say where it is; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.report",
+        description="Rebuild the tables and plots of an experiment from its records.",
+    )
+    parser.add_argument("folder", type=Path, help="the experiment's folder, such as results/scaling")
+    parser.add_argument("--no-plots", action="store_true", help="write the tables only, which is faster")
+    options = parser.parse_args(arguments)
+    try:
+        report = build(options.folder, plots=not options.no_plots)
+    except (ReportError, OSError) as error:
+        print(f"bench.report: {error}", file=sys.stderr)
+        return 2
+    images = len(list((report / "plots").glob("*.png")))
+    print(f"report: {shown(report / 'summary.md')}")
+    print(f"also:   summary.csv, cells.parquet and {images} plots (png, svg) in {shown(report)}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

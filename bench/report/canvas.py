@@ -1,0 +1,114 @@
+"""What every figure shares: panels, log₂ axes with readable ticks, legend, footer, files."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+from matplotlib.artist import Artist
+from matplotlib.axes import Axes
+from matplotlib.axis import Axis
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullFormatter, NullLocator
+
+from bench.report import units
+
+COLUMNS = 3
+MOST_TICKS = 9
+LEGEND = 2.3
+"""Room that a figure keeps beside its panels, in inches."""
+
+
+def look() -> AbstractContextManager[None]:
+    """The settings every figure is drawn and saved under; the salt makes SVG identifiers repeatable."""
+    return matplotlib.rc_context(
+        {
+            "font.family": "DejaVu Sans",
+            "font.size": 9,
+            "axes.titlesize": 9,
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+            "axes.grid": True,
+            "axes.axisbelow": True,
+            "grid.color": "#e4e4e4",
+            "grid.linewidth": 0.7,
+            "lines.linewidth": 1.6,
+            "lines.markersize": 5.5,
+            "legend.frameon": False,
+            "svg.hashsalt": "bench.report",
+        }
+    )
+
+
+def panels(
+    count: int, *, width: float = 3.5, height: float = 3.1, sharey: bool = True, columns: int = COLUMNS
+) -> tuple[Figure, list[Axes]]:
+    """A figure with that many panels side by side, in rows; sizes of a panel in inches."""
+    wide = min(count, columns)
+    rows = -(-count // wide)
+    figure = Figure(figsize=(width * wide + LEGEND, height * rows + 1.1), layout="constrained")
+    FigureCanvasAgg(figure)
+    grid = figure.subplots(rows, wide, squeeze=False, sharey=sharey)
+    axes = [axis for row in grid for axis in row]
+    for axis in axes[count:]:
+        axis.set_visible(False)
+    return figure, axes[:count]
+
+
+def lengths_axis(axis: Axis, values: Iterable[float]) -> None:
+    """Ticks at the lengths themselves, thinned from the longest down where there are too many."""
+    found = sorted(set(values), reverse=True)
+    step = -(-len(found) // MOST_TICKS)
+    _set_ticks(axis, found[::step][::-1], units.length)
+
+
+def human_axis(axis: Axis, low: float, high: float, show: Callable[[float], str], *, binary: bool) -> None:
+    """Round numbers in their unit between low and high: powers of two for bytes, else 1, 2, 5."""
+    candidates = ([2.0], [4.0], [16.0], [64.0]) if binary else ([1.0, 2.0, 5.0], [1.0, 3.0], [1.0])
+    ticks: list[float] = []
+    for subs in candidates:
+        locator = (
+            LogLocator(base=subs[0], numticks=1000) if binary else LogLocator(10, subs=subs, numticks=1000)
+        )
+        ticks = [float(t) for t in locator.tick_values(low, high) if low <= t <= high]
+        if len(ticks) <= MOST_TICKS:
+            break
+    if len(ticks) < 2:  # a range so narrow that no round number falls into it
+        ticks = [float(t) for t in np.geomspace(low, high, 4)[1:-1]]
+    _set_ticks(axis, ticks, show)
+
+
+def _set_ticks(axis: Axis, ticks: Sequence[float], show: Callable[[float], str]) -> None:
+    axis.set_major_locator(FixedLocator(list(ticks)))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: show(value)))
+    axis.set_minor_locator(NullLocator())
+    axis.set_minor_formatter(NullFormatter())
+
+
+def dress(figure: Figure, title: str, setting: str, footer: str, handles: Sequence[Artist]) -> None:
+    """Title and setting above, legend to the right of the data, footer below."""
+    # Characters that fit beside the legend, at about 14 an inch.
+    wide = int((figure.get_figwidth() - LEGEND) * 14)
+    words = "\n".join([title, *textwrap.wrap(setting, wide)])
+    figure.suptitle(words, fontsize=10, x=0.01, ha="left")
+    figure.legend(handles=list(handles), loc="outside right upper", fontsize=8)
+    figure.supxlabel(
+        "\n".join(textwrap.wrap(footer, int(figure.get_figwidth() * 16))),
+        x=0.01,
+        ha="left",
+        fontsize=7,
+        color="#555555",
+    )
+
+
+def save(figure: Figure, folder: Path, stem: str) -> None:
+    """Write stem.png and stem.svg; equal data gives equal SVG files, whatever the date."""
+    folder.mkdir(parents=True, exist_ok=True)
+    figure.savefig(folder / f"{stem}.png", dpi=130)
+    figure.set_layout_engine("none")  # laid out by now; doing it again takes as long as drawing
+    figure.savefig(folder / f"{stem}.svg", metadata={"Date": None})

@@ -1,0 +1,156 @@
+"""Records into one frame to compute on: checked, labelled, and without superseded measurements."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import types
+import typing
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from bench import records
+from bench.records import Record
+
+UNKNOWN = "unknown"
+_HINTS = typing.get_type_hints(Record)
+_FIGURES = [k for k, hint in _HINTS.items() if {int, float} & set(typing.get_args(hint)) and k != "threads"]
+_IDENTITY = ["variant", "params_json", "impl", "seq_len", "depth", "d_model", "heads", "batch_size"]
+_IDENTITY += ["activations", "objective", "corpus", "measure", "dtype", "device", "machine", "threads"]
+_IDENTITY += ["replicate"]
+
+
+@dataclass(frozen=True)
+class Collected:
+    """An experiment's records, ready to be aggregated.
+
+    `frame` has one row a current record: the record's keys and `params_json`, `label`,
+    `corpus` and `machine`. `records` are all that could be read. `superseded` counts records
+    that a newer version of the code measured again, `twins` those that share every key of a
+    cell and its replicate with another one.
+    """
+
+    frame: pd.DataFrame
+    records: list[Record]
+    problems: list[str]
+    superseded: int
+    twins: int
+
+
+def collect(folder: Path) -> Collected:
+    """Read an experiment's folder; files that are not records become lines in `problems`."""
+    found, problems = records.read_all(folder)
+    good: list[Record] = []
+    for record in found:
+        wrong = [k for k, hint in _HINTS.items() if not _fits(getattr(record, k), hint)]
+        if wrong:
+            path = records.path_of(folder, str(record.cell_id))
+            problems.append(f"{path}: wrong type in {', '.join(wrong)}")
+        else:
+            good.append(record)
+    if not good:
+        return Collected(pd.DataFrame(), [], problems, 0, 0)
+    frame = _labelled(_table(good))
+    current = _current(frame)
+    twins = int(current.duplicated(_IDENTITY).sum())
+    return Collected(current, good, problems, len(frame) - len(current), twins)
+
+
+def _fits(value: object, hint: Any) -> bool:
+    """Whether a value read from JSON has the type the record declares; int serves as float."""
+    if typing.get_origin(hint) is types.UnionType:
+        return any(_fits(value, part) for part in typing.get_args(hint))
+    if typing.get_origin(hint) is typing.Literal:
+        return value in typing.get_args(hint)
+    if typing.get_origin(hint) is list:
+        # A non-finite element was written as null.
+        return isinstance(value, list) and all(v is None or _fits(v, float) for v in value)
+    if typing.get_origin(hint) is dict:
+        return isinstance(value, dict)
+    if isinstance(value, bool):
+        return hint is bool
+    return isinstance(value, (int, float) if hint is float else hint)
+
+
+def _table(found: Sequence[Record]) -> pd.DataFrame:
+    """One row a record; figures as floats with NaN for null, because FLOPs can pass 64 bits."""
+    frame = pd.DataFrame([dataclasses.asdict(r) for r in found], columns=list(records.KEYS))
+    frame[_FIGURES] = frame[_FIGURES].astype(float).replace([math.inf, -math.inf], math.nan)
+    frame["params_json"] = [json.dumps(r.variant_params, sort_keys=True, default=str) for r in found]
+    return frame
+
+
+def _labelled(frame: pd.DataFrame) -> pd.DataFrame:
+    """Add what the groups need, filling what a cell that failed early could not say."""
+    frame = frame.copy()
+    frame["machine"] = _filled(frame, "device_name", ["device"], frame["cpu_model"])
+    frame["threads"] = [
+        UNKNOWN if value == UNKNOWN else str(int(float(value)))
+        for value in _filled(frame, "threads", ["device"])
+    ]
+    frame["measure"] = _filled(frame, "measure", [])
+    frame["impl"] = _filled(frame, "impl", ["variant", "params_json"])
+    hashes = frame.groupby("data")["data_sha256"].transform("nunique")
+    frame["corpus"] = frame["data"].where(hashes <= 1, frame["data"] + "@" + frame["data_sha256"].str[:8])
+    frame["label"] = labels(frame)
+    return frame
+
+
+def _filled(frame: pd.DataFrame, key: str, within: list[str], other: Any = None) -> list[str]:
+    """The key as text; a null takes the only value its peers have, else `other`, else 'unknown'."""
+    values = frame[key].astype(object)
+    peers = [frame[k] for k in within] or [pd.Series(0, index=frame.index)]
+    grouped = values.groupby(peers)
+    only = grouped.transform("first").where(grouped.transform("nunique") == 1)
+    values = values.where(values.notna(), only)
+    if other is not None:
+        values = values.where(values.notna(), other.astype(object))
+    return [UNKNOWN if pd.isna(value) else str(value) for value in values]
+
+
+def labels(frame: pd.DataFrame) -> list[str]:
+    """Each row's variant, with those of its parameters that differ among the variant's rows.
+
+    'longformer' alone, 'longformer (window=64)' where other rows have another window. The
+    implementation counts as a parameter. Rows of one variant share a label only if they share
+    all parameters.
+    """
+    knobs = [
+        {**json.loads(params), **({} if impl == UNKNOWN else {"impl": impl})}
+        for params, impl in zip(frame["params_json"], frame["impl"], strict=True)
+    ]
+    absent = "\0"
+    differing: dict[str, list[str]] = {}
+    for variant in frame["variant"].unique():
+        own = [k for k, v in zip(knobs, frame["variant"], strict=True) if v == variant]
+        names = sorted({name for k in own for name in k})
+        values = {name: {json.dumps(k[name]) if name in k else absent for k in own} for name in names}
+        differing[variant] = [name for name in names if len(values[name]) > 1]
+    result = []
+    for variant, knob in zip(frame["variant"], knobs, strict=True):
+        shown = ", ".join(f"{n}={spoken(knob[n])}" for n in differing[variant] if n in knob)
+        result.append(f"{variant} ({shown})" if shown else str(variant))
+    return result
+
+
+def spoken(value: object) -> str:
+    """A parameter's value without the quotes JSON would put round a word."""
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def _current(frame: pd.DataFrame) -> pd.DataFrame:
+    """Without records whose very cell was measured again by newer code.
+
+    An old record stays in the folder when the code changes, because the code is part of a
+    cell's name. Counting both would pass one replicate off as two.
+    """
+    keep = pd.Series(True, index=frame.index)
+    known = frame[frame["code_sha256"].notna()].sort_values(["started_at", "cell_id"], kind="stable")
+    for _, same in known.groupby(_IDENTITY, sort=False):
+        keep[same.index] = same["code_sha256"] == same["code_sha256"].iloc[-1]
+    return frame[keep]

@@ -1,0 +1,64 @@
+"""What may be compared: the keys of a cell that must agree, how they are said, and file names.
+
+A *setting* is everything that two cells must share to stand in one table or figure. Within it
+depth makes the panels, and label (a variant and the parameters that tell it apart) and
+sequence length make the rows.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import pandas as pd
+
+SETTING = (
+    "objective",
+    "corpus",
+    "measure",
+    "d_model",
+    "heads",
+    "batch_size",
+    "dtype",
+    "device",
+    "machine",
+    "threads",
+    "activations",
+)
+GROUP = (*SETTING, "depth")
+CELL = (*GROUP, "variant", "label", "seq_len")
+
+_PHRASES = {
+    "corpus": "data {}",
+    "measure": "measure {}",
+    "d_model": "width {}",
+    "heads": "{} heads",
+    "batch_size": "batch {}",
+    "threads": "{} threads",
+    "activations": "activations {}",
+    "depth": "depth {}",
+    "seq_len": "length {}",
+}
+
+
+def varying(frame: pd.DataFrame, keys: Sequence[str]) -> list[str]:
+    """The keys that have more than one value in the frame, in the order given."""
+    return [key for key in keys if frame[key].nunique(dropna=False) > 1]
+
+
+def describe(values: Mapping[str, Any], keys: Sequence[str]) -> str:
+    """The keys' values in words: 'clm, width 64, 4 heads, batch 4'."""
+    return ", ".join(_PHRASES.get(key, "{}").format(values[key]) for key in keys)
+
+
+def split(frame: pd.DataFrame, keys: Sequence[str]) -> Iterator[tuple[dict[str, Any], pd.DataFrame]]:
+    """The frame's parts by the keys' values, in order, each with those values by name."""
+    for values, part in frame.groupby(list(keys), sort=True, dropna=False):
+        yield dict(zip(keys, values, strict=True)), part
+
+
+def suffix(values: Mapping[str, Any], keys: Sequence[str]) -> str:
+    """The part of a file name that tells settings apart: '-clm-d_model=64' without odd characters."""
+    words = [str(values[key]) if key == "objective" else f"{key}_{values[key]}" for key in keys]
+    return "".join("-" + re.sub(r"[^A-Za-z0-9._]+", "_", word).strip("_") for word in words)

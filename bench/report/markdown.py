@@ -1,0 +1,62 @@
+"""Markdown that survives its contents: escaped cells, aligned columns, relative images."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from bench.report.units import MISSING
+
+REASON_LIMIT = 400
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column of a table: its title, its cells as text, and whether it may be left out when empty."""
+
+    title: str
+    cells: list[str]
+    right: bool = True
+    optional: bool = True
+
+
+def escape(text: object) -> str:
+    """Text on one line in which nothing is markup: pipes, stars, tags, code and underscores."""
+    line = " ".join(str(text).split())
+    line = re.sub(r"([\\|*`<\[\]])", r"\\\1", line)
+    # Underscores are markup only at the edge of a word; within one they stay readable.
+    return re.sub(r"(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])", r"\\_", line)
+
+
+def shortened(text: str) -> str:
+    """At most REASON_LIMIT characters; the whole text is in cells.parquet."""
+    line = " ".join(text.split())
+    return line if len(line) <= REASON_LIMIT else line[:REASON_LIMIT].rstrip() + " …"
+
+
+def table(columns: Sequence[Column]) -> str:
+    """A pipe table; optional columns that hold nothing but dashes are left out.
+
+    Titles and cells must be escaped already. Ends with a newline.
+    """
+    shown = [c for c in columns if not c.optional or any(cell != MISSING for cell in c.cells)]
+    widths = [max(3, len(c.title), *(len(cell) for cell in c.cells)) for c in shown]
+    lines = [_row([c.title for c in shown], widths, shown)]
+    rules = ["-" * (w - 1) + ":" if c.right else "-" * w for c, w in zip(shown, widths, strict=True)]
+    lines.append("| " + " | ".join(rules) + " |")
+    lines += [_row(cells, widths, shown) for cells in zip(*(c.cells for c in shown), strict=True)]
+    return "\n".join(lines) + "\n"
+
+
+def _row(cells: Sequence[str], widths: Sequence[int], columns: Sequence[Column]) -> str:
+    padded = [
+        cell.rjust(width) if column.right else cell.ljust(width)
+        for cell, width, column in zip(cells, widths, columns, strict=True)
+    ]
+    return "| " + " | ".join(padded) + " |"
+
+
+def image(title: str, path: str) -> str:
+    """A picture by its relative path, with a link to the scalable one beside it."""
+    return f"[![{escape(title)}]({path}.png)]({path}.svg)\n"

@@ -1,0 +1,165 @@
+"""Records aggregated over replicates: medians with their range, and ratios to dense.
+
+Times, memory and quality come from finished cells (status ok) alone; FLOPs, parameters, gates
+and predictions are properties of a configuration and come from every record that has them.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pandas as pd
+
+from bench.records import STATUSES
+from bench.report.groups import CELL, GROUP
+
+LEAK_LIMIT = 1e-3
+"""An output before the cut that moves by more than this has seen the future: far above rounding."""
+DRIFT_LIMIT = 0.10
+"""Parameters further than this share from dense's are flagged: the comparison is not like for like."""
+BASELINE = "dense"
+
+# Figure of a record → name in the table; these get a median and a range.
+_SPREAD = {
+    "step_seconds_median": "step_seconds",
+    "forward_seconds_median": "forward_seconds",
+    "tokens_per_second": "tokens_per_second",
+    "forward_tokens_per_second": "forward_tokens_per_second",
+    "peak_bytes": "peak_bytes",
+}
+_MEASURED = ("mfu", "rss_peak_bytes", "activation_bytes", "nvml_process_bytes", "seconds_total")
+_COMPUTED = (
+    "params",
+    "flops_algorithmic_step",
+    "flops_executed_step",
+    "flops_attention_step",
+    "peak_bytes_predicted",
+    "state_bytes",
+    "cost_ratio",
+)
+_QUALITY = ("nll", "perplexity", "bits_per_byte", "word_perplexity", "accuracy")
+_QUALITY_CELL = [*CELL, "tokens_trained", "state_policy"]
+
+
+def status_counts(statuses: pd.Series[str]) -> str:
+    """'ok' where all agree, else how many of each: 'ok 2, timeout 1'."""
+    counts = statuses.value_counts()
+    if len(counts) == 1:
+        return str(counts.index[0])
+    return ", ".join(f"{status} {counts[status]}" for status in STATUSES if status in counts)
+
+
+def distinct(values: pd.Series[str]) -> str | None:
+    """The different texts of a column, in order of appearance; None where there is none."""
+    return "; ".join(str(v) for v in values.dropna().unique()) or None
+
+
+def cost_cells(frame: pd.DataFrame) -> pd.DataFrame:
+    """One row a cell (every key but the replicate): what it costs and whether it finished.
+
+    Columns: the keys of `groups.CELL`; `records`, `finished`, `replicates` (with a finished
+    record), `status`, `reason`; `X_median`, `X_min`, `X_max` for times, rates and peak memory;
+    medians of the other figures under their own names; the gates' worst figures and `leaks`;
+    `*_ratio`, each figure over the same figure of `baseline` in the same group and length.
+    """
+    frame = _finished_only(frame, [*_SPREAD, *_MEASURED])
+    grouped = frame.groupby(list(CELL), sort=False, dropna=False)
+    columns: dict[str, pd.Series[Any]] = {
+        "records": grouped.size(),
+        "finished": grouped["ok"].sum(),
+        "replicates": frame["replicate"].where(frame["ok"]).groupby([frame[k] for k in CELL]).nunique(),
+        "status": grouped["status"].agg(status_counts),
+        "reason": grouped["reason"].agg(distinct),
+    }
+    for source, name in _SPREAD.items():
+        for statistic in ("median", "min", "max"):
+            columns[f"{name}_{statistic}"] = grouped[source].agg(statistic)
+    columns["peak_bytes_source"] = grouped["peak_bytes_source"].agg(distinct)
+    columns |= {name: grouped[name].median() for name in (*_MEASURED, *_COMPUTED)}
+    for gate in ("leak_max_abs", "reference_max_abs"):
+        columns[gate] = grouped[gate].max()
+    columns["flops_source"] = grouped["flops_source"].agg(distinct)
+    cells = pd.DataFrame(columns).reset_index()
+    cells["leaks"] = cells["leak_max_abs"] > LEAK_LIMIT
+    return _compared(_ordered(cells))
+
+
+def quality_cells(frame: pd.DataFrame) -> pd.DataFrame:
+    """One row a cell, training budget and state policy that has any figure of quality.
+
+    Columns: the keys, `tokens_trained`, `state_policy`, `quality_replicates`, mean and standard
+    deviation (n − 1; NaN for one replicate) of nll, perplexity, bits per byte, word perplexity
+    and accuracy, `unigram_perplexity`, `leaks`, and `rank`: the place by perplexity among
+    leak-free cells of the same group, length and budget (NaN where it leaks or has none).
+    """
+    ok = frame[(frame["status"] == "ok") & frame[list(_QUALITY)].notna().any(axis=1)]
+    grouped = ok.groupby(_QUALITY_CELL, sort=False, dropna=False)
+    columns: dict[str, pd.Series[Any]] = {"quality_replicates": grouped.size()}
+    for name in _QUALITY:
+        columns[f"{name}_mean"] = grouped[name].mean()
+        columns[f"{name}_std"] = grouped[name].std()
+    for name in ("unigram_perplexity", "tokens_evaluated", "train_seconds"):
+        columns[name] = grouped[name].median()
+    columns["leaks"] = grouped["leak_max_abs"].max() > LEAK_LIMIT
+    cells = pd.DataFrame(columns).reset_index()
+    ranked = cells[~cells["leaks"]].groupby([*GROUP, "seq_len", "tokens_trained"], dropna=False)
+    cells["rank"] = ranked["perplexity_mean"].rank(method="min")
+    # Cells that leak come last: what they reach is no feat.
+    return cells.sort_values(
+        ["leaks", *GROUP, "seq_len", "tokens_trained", "perplexity_mean", "label"], ignore_index=True
+    )
+
+
+def summary(cost: pd.DataFrame, quality: pd.DataFrame) -> pd.DataFrame:
+    """Cost and quality side by side; a cell with several training budgets has a row for each."""
+    table = cost.merge(quality.drop(columns="leaks"), on=list(CELL), how="left")
+    return table.drop(columns="like_baseline")
+
+
+def _finished_only(frame: pd.DataFrame, figures: list[str]) -> pd.DataFrame:
+    """A copy with a column `ok`, and those figures only where the cell finished."""
+    frame = frame.assign(ok=frame["status"] == "ok")
+    frame[figures] = frame[figures].where(frame["ok"])
+    return frame
+
+
+def _ordered(cells: pd.DataFrame) -> pd.DataFrame:
+    """By setting and depth; within them dense first, then by name and length."""
+    cells = cells.assign(later=cells["variant"] != BASELINE)
+    return cells.sort_values([*GROUP, "later", "label", "seq_len"], ignore_index=True).drop(columns="later")
+
+
+def _compared(cells: pd.DataFrame) -> pd.DataFrame:
+    """Add `baseline`, the ratios to it, and `like_baseline` where step times overlap.
+
+    The baseline of a group is its dense cell; where dense ran in several forms, the first by
+    label whose implementation is sdpa, else the first by label.
+    """
+    dense = cells[cells["variant"] == BASELINE]
+    # False sorts before True; a label names impl only where implementations differ.
+    dense = dense.assign(other=~dense["label"].str.contains("impl=sdpa", regex=False))
+    dense = dense.sort_values(["other", "label"], kind="stable")
+    chosen = dense.groupby(list(GROUP), sort=False)["label"].first().rename("baseline")
+    cells = cells.join(chosen, on=list(GROUP))
+    dense = dense.join(chosen, on=list(GROUP))
+    dense = dense[dense["label"] == dense["baseline"]].set_index([*GROUP, "seq_len"])
+    against = dense.reindex(pd.MultiIndex.from_frame(cells[[*GROUP, "seq_len"]])).reset_index(drop=True)
+    names = {
+        "step_seconds_median": "step_seconds_ratio",
+        "tokens_per_second_median": "tokens_per_second_ratio",
+        "peak_bytes_median": "peak_bytes_ratio",
+        "flops_executed_step": "flops_executed_ratio",
+    }
+    for column, name in names.items():
+        cells[name] = cells[column] / against[column]
+    overlap = (cells["step_seconds_min"] <= against["step_seconds_max"]) & (
+        against["step_seconds_min"] <= cells["step_seconds_max"]
+    )
+    several = (cells["replicates"] > 1) & (against["replicates"] > 1)
+    cells["like_baseline"] = overlap & several & (cells["label"] != cells["baseline"])
+    # Dense's parameters do not depend on the length, so a length where dense has no record
+    # can still be compared.
+    usual = dense.groupby(list(GROUP))["params"].median().rename("usual")
+    reference = against["params"].fillna(cells.join(usual, on=list(GROUP))["usual"])
+    cells["params_ratio"] = cells["params"] / reference
+    return cells

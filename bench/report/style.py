@@ -1,0 +1,82 @@
+"""How a variant looks: one colour and marker each, the same in every figure and experiment.
+
+The colours are told apart with the common colour-vision deficiencies as far as colours alone
+can do it; where a dozen variants meet, the marker decides.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+from matplotlib.colors import to_hex, to_rgb
+
+Fill = Literal["full", "left", "bottom", "right", "top"]
+
+# Fixed by name, so that a variant keeps its looks whatever stands beside it.
+KNOWN: dict[str, tuple[str, str]] = {
+    "dense": ("#000000", "o"),
+    "chunked": ("#E69F00", "s"),
+    "overlapping": ("#0072B2", "D"),
+    "longformer": ("#009E73", "^"),
+    "sparse_strided": ("#CC79A7", "v"),
+    "sparse_fixed": ("#882255", "<"),
+    "transformer_xl": ("#56B4E9", ">"),
+    "compressive": ("#332288", "p"),
+    "reformer": ("#D55E00", "P"),
+    "routing": ("#999933", "X"),
+    "linformer": ("#888888", "h"),
+    "performer": ("#7F4F24", "*"),
+}
+OTHERS: tuple[tuple[str, str], ...] = (
+    ("#AA4499", "8"),
+    ("#117733", "d"),
+    ("#CC6677", "H"),
+    ("#4477AA", "s"),
+    ("#DDCC77", "^"),
+    ("#66CCEE", "v"),
+    ("#BB2244", "D"),
+)
+FILLS: tuple[Fill, ...] = ("full", "left", "bottom", "right", "top")
+
+
+@dataclass(frozen=True)
+class Style:
+    """A colour as #rrggbb, a matplotlib marker and how it is filled."""
+
+    colour: str
+    marker: str
+    fill: Fill
+
+
+def looks(variant: str, variants: Iterable[str]) -> tuple[str, str]:
+    """Colour and marker of a variant; one not known by name takes its place among the unknown ones.
+
+    That place is by sorted name, so it depends on which unknown variants an experiment has,
+    and on nothing else.
+    """
+    if variant in KNOWN:
+        return KNOWN[variant]
+    unknown = sorted(set(variants) - set(KNOWN))
+    return OTHERS[unknown.index(variant) % len(OTHERS)]
+
+
+def lighter(colour: str, share: float) -> str:
+    """The colour, that share of the way to white."""
+    red, green, blue = (c + (1 - c) * share for c in to_rgb(colour))
+    return to_hex((red, green, blue))
+
+
+def styles(cells: Iterable[tuple[str, str]]) -> dict[str, Style]:
+    """Label → style for (variant, label) pairs; a variant's labels go lighter in sorted order."""
+    pairs = set(cells)
+    variants = {variant for variant, _ in pairs}
+    result = {}
+    for variant in sorted(variants):
+        colour, marker = looks(variant, variants)
+        own = sorted(label for name, label in pairs if name == variant)
+        for place, label in enumerate(own):
+            share = 0.6 * place / len(own)
+            result[label] = Style(lighter(colour, share), marker, FILLS[place % len(FILLS)])
+    return result

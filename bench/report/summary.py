@@ -1,0 +1,152 @@
+"""summary.md: the head, the tables with their plots, and the marks explained beneath them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import pandas as pd
+
+from bench.records import STATUSES
+from bench.report import markdown, tables
+from bench.report.collect import UNKNOWN, Collected
+from bench.report.markdown import escape
+from bench.report.statistics import DRIFT_LIMIT, LEAK_LIMIT
+
+Plots = Mapping[str, Sequence[tuple[str, str]]]
+"""Section ('cost' or 'quality') → its plots, each a title and a path without suffix."""
+
+NOTES = {
+    tables.LEAK: f"the gate measured a leak of more than {LEAK_LIMIT:g}: with a causal objective it sees the "
+    "future, so its perplexity is not ranked and stands after the leak-free ones",
+    tables.ALIKE: "the range of step times over replicates overlaps that of dense: not told apart",
+    tables.PREDICTED: "predicted, not measured",
+    tables.DRIFT: f"parameters differ from dense by more than {DRIFT_LIMIT:.0%}: not like for like",
+}
+
+
+def dates(frame: pd.DataFrame) -> str:
+    """The day or days on which the cells started, from the first to the last."""
+    days = sorted(frame["started_at"].dropna().astype(str).str[:10].unique())
+    if not days:
+        return UNKNOWN
+    return days[0] if len(days) == 1 else f"{days[0]} to {days[-1]}"
+
+
+def machines(frame: pd.DataFrame) -> str:
+    """Each machine in a phrase: the device's name, the CPU and the threads."""
+    found = frame.assign(cpu_model=frame["cpu_model"].fillna(UNKNOWN))
+    phrases = []
+    each = zip(found["machine"], found["cpu_model"], found["threads"], strict=True)
+    for machine, cpu, threads in sorted(set(each)):
+        same = found[found["machine"] == machine]
+        if cpu == UNKNOWN and (same["cpu_model"] != UNKNOWN).any():
+            continue  # a cell that failed early on a machine that others name
+        words = [machine, *([f"CPU {cpu}"] if cpu not in (UNKNOWN, machine) else []), f"{threads} threads"]
+        phrases.append(", ".join(words))
+    return "; ".join(phrases)
+
+
+def text(collected: Collected, cost: pd.DataFrame, quality: pd.DataFrame, plots: Plots) -> str:
+    """The whole of summary.md."""
+    frame = _with_leaks(collected.frame, cost)
+    parts = [
+        _head(collected),
+        _cost(cost, plots.get("cost", ())),
+        _quality(quality, plots.get("quality", ())),
+        _section("Parameters", tables.parameters(cost), [tables.DRIFT]),
+        _section(
+            "Gates",
+            tables.gates(frame),
+            [tables.LEAK],
+            "What was checked before anything was timed, the worst over an experiment's records. *leak*: how "
+            "far outputs before a cut move when the tokens after it change. *reference error*: how far the "
+            "fast path is from the readable one. *counted / formula*: FLOPs that attention dispatched "
+            "in a forward pass over those of the variant's formula.",
+        ),
+        _section("Did not finish", tables.failures(collected.frame), []),
+    ]
+    return "\n".join(part for part in parts if part)
+
+
+def _with_leaks(frame: pd.DataFrame, cost: pd.DataFrame) -> pd.DataFrame:
+    return frame.assign(leaks=frame["leak_max_abs"] > LEAK_LIMIT)
+
+
+def _section(title: str, body: str, marks: Sequence[str], lead: str = "") -> str:
+    """A section with the marks that its body uses explained beneath; nothing for an empty body."""
+    if not body:
+        return ""
+    used = [f"- {mark} {NOTES[mark]}." for mark in marks if mark in body]
+    return (
+        "\n".join(part for part in (f"## {title}\n", lead and lead + "\n", body, *used) if part).rstrip()
+        + "\n"
+    )
+
+
+def _head(collected: Collected) -> str:
+    frame = collected.frame
+    counts = frame["status"].value_counts()
+    statuses = ", ".join(f"{counts[s]} {s}" for s in STATUSES if s in counts)
+    replicates = frame["replicate"].nunique()
+    facts = {
+        "machine": machines(frame),
+        "dates": dates(frame),
+        "torch": ", ".join(sorted(frame["torch_version"].dropna().unique())) or UNKNOWN,
+        "records": f"{len(frame)}, of {replicates} replicate{'s' if replicates > 1 else ''}",
+        "statuses": statuses,
+    }
+    names = ", ".join(sorted(frame["name"].unique()))
+    lines = [f"# {escape(names)}\n", *(f"- {key}: {escape(value)}" for key, value in facts.items())]
+    lines += [f"- **{warning}**" for warning in _warnings(collected)]
+    lines += [f"  - {escape(problem)}" for problem in collected.problems]
+    return "\n".join(lines) + "\n"
+
+
+def _warnings(collected: Collected) -> list[str]:
+    """What a reader must know before trusting a comparison; unread files come last."""
+    frame, found = collected.frame, []
+    mixed = frame.groupby("variant")["code_sha256"].nunique()
+    names = [escape(name) for name in mixed.index[mixed > 1]]
+    if names:
+        found.append(f"measured by several versions of the code: {', '.join(names)}")
+    if collected.superseded:
+        found.append(f"{collected.superseded} older records left out: newer code measured the same cells")
+    if collected.twins:
+        found.append(
+            f"{collected.twins} records share every key and the replicate with another: they differ in a "
+            "setting that a record does not name, and are aggregated together"
+        )
+    if collected.problems:
+        found.append(f"{len(collected.problems)} files that are not records were left out:")
+    return found
+
+
+def _cost(cells: pd.DataFrame, plots: Sequence[tuple[str, str]]) -> str:
+    lead = (
+        "A step is one forward and backward over batch × length tokens. Figures are medians over replicates, "
+        "each replicate a process of its own; min–max is their range. *algorithmic* FLOPs count the pairs a "
+        "pattern allows, *executed* what was dispatched, recomputation and padding included, *attention* the "
+        "algorithmic part that is not a projection, feed-forward or output layer."
+    )
+    parts = []
+    for heading, keys, group in tables.headed(cells):
+        parts.append(f"### {escape(heading)}\n\n{escape(keys)}\n\n{tables.cost(group)}")
+        baseline = group["baseline"].dropna().unique()
+        if len(baseline) and baseline[0] != "dense":
+            parts.append(f"dense here is {escape(baseline[0])}.\n")
+    body = "\n".join([*(markdown.image(*plot) for plot in plots), *parts])
+    return _section("Cost", body, [tables.LEAK, tables.ALIKE, tables.PREDICTED], lead)
+
+
+def _quality(cells: pd.DataFrame, plots: Sequence[tuple[str, str]]) -> str:
+    lead = (
+        "Perplexity is the mean ± standard deviation over replicates. Ranks hold within one length, model "
+        "and training budget. *unigram* is the perplexity of a model that knows only how often each token "
+        "occurs: what does not beat it has learnt nothing from context."
+    )
+    parts = [
+        f"### {escape(heading)}\n\n{tables.quality(group)}"
+        for _, heading, group in tables.headed(cells, ("objective", "corpus"))
+    ]
+    body = "\n".join([*(markdown.image(*plot) for plot in plots), *parts]) if parts else ""
+    return _section("Quality", body, [tables.LEAK], lead)

@@ -1,0 +1,254 @@
+"""The tables of summary.md, each from the aggregated cells, and the files summary.csv and cells.parquet."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pandas as pd
+
+from bench import records
+from bench.records import Record
+from bench.report import markdown, units
+from bench.report.collect import UNKNOWN, spoken
+from bench.report.groups import GROUP, SETTING, describe, split, varying
+from bench.report.markdown import Column, escape
+from bench.report.statistics import DRIFT_LIMIT, distinct
+
+LEAK, DRIFT, ALIKE, PREDICTED = "†", "‡", "≈", "ᵖ"
+_WHOLE = (
+    "params",
+    "flops_",
+    "peak_bytes",
+    "rss_",
+    "activation_bytes",
+    "nvml_",
+    "state_bytes",
+    "tokens_",
+    "rank",
+)
+
+
+def csv(table: pd.DataFrame) -> str:
+    """The table as CSV, in base units; counts that are whole are printed without a fraction."""
+    table = table.copy()
+    for name in table.columns[table.columns.str.startswith(_WHOLE)]:
+        values = table[name]
+        if values.dtype.kind == "f" and bool(
+            (values.dropna() % 1 == 0).all() and (values.dropna() < 2**53).all()
+        ):
+            table[name] = values.astype("Int64")
+    buffer = io.StringIO()
+    table.to_csv(buffer, index=False, lineterminator="\n")
+    return buffer.getvalue()
+
+
+def parquet(found: Sequence[Record]) -> bytes:
+    """Every readable record, one row each, one column a key; variant_params as JSON text.
+
+    Types do not depend on which cells are null: counts are Int64, figures and FLOPs (which can
+    pass 64 bits) double, texts string.
+    """
+    frame = pd.DataFrame([dataclasses.asdict(r) for r in found], columns=list(records.KEYS))
+    frame["variant_params"] = [json.dumps(r.variant_params, sort_keys=True, default=str) for r in found]
+    kinds = {"int": "Int64", "float": "float64", "bool": "boolean", "str": "string", "Status": "string"}
+    for field in dataclasses.fields(Record):
+        kind = kinds.get(str(field.type).removesuffix(" | None"))
+        if field.name.startswith("flops_") and kind == "Int64":
+            kind = "float64"
+        if kind:
+            frame[field.name] = frame[field.name].astype(kind)  # type: ignore[call-overload]
+    buffer = io.BytesIO()
+    frame.to_parquet(buffer, index=False)
+    return buffer.getvalue()
+
+
+def _label(row: pd.Series[Any]) -> str:
+    return escape(row["label"]) + (LEAK if row["leaks"] else "")
+
+
+def _each(
+    frame: pd.DataFrame, title: str, column: str, show: Callable[[Any], str], **options: bool
+) -> Column:
+    return Column(title, [show(value) for value in frame[column]], **options)
+
+
+def cost(cells: pd.DataFrame) -> str:
+    """What each variant costs at each length, within one group."""
+    rows = [row for _, row in cells.iterrows()]
+    alike = [ALIKE if row["like_baseline"] else "" for row in rows]
+    spread = [
+        units.between(row["step_seconds_min"], row["step_seconds_max"], "seconds")
+        if row["replicates"] > 1
+        else units.MISSING
+        for row in rows
+    ]
+    ratios = [units.ratio(row["step_seconds_ratio"]) + mark for row, mark in zip(rows, alike, strict=True)]
+    return markdown.table(
+        [
+            Column("variant", [_label(row) for row in rows], right=False, optional=False),
+            _each(cells, "length", "seq_len", str, optional=False),
+            _each(cells, "step time", "step_seconds_median", units.seconds),
+            Column("min–max", spread),
+            Column("time / dense", ratios),
+            _each(cells, "throughput", "tokens_per_second_median", units.rate),
+            Column("peak memory", [_peak(row) for row in rows]),
+            _each(cells, "memory / dense", "peak_bytes_ratio", units.ratio),
+            _each(cells, "algorithmic FLOPs", "flops_algorithmic_step", units.flops),
+            _each(cells, "executed FLOPs", "flops_executed_step", units.flops),
+            _each(cells, "attention FLOPs", "flops_attention_step", units.flops),
+            _each(cells, "replicates", "replicates", str, optional=False),
+            _each(cells, "status", "status", escape, right=False, optional=False),
+        ]
+    )
+
+
+def _peak(row: pd.Series[Any]) -> str:
+    """Measured peak memory, else the prediction with its mark."""
+    measured = not pd.isna(row["peak_bytes_median"])
+    value = row["peak_bytes_median"] if measured else row["peak_bytes_predicted"]
+    predicted = not measured or "predicted" in str(row["peak_bytes_source"])
+    return units.size(value) + (PREDICTED if predicted and not pd.isna(value) else "")
+
+
+def _plus_minus(mean: Any, std: Any) -> str:
+    """Mean ± deviation; the mean alone where one replicate gives no deviation."""
+    if pd.isna(mean) or pd.isna(std):
+        return units.score(mean)
+    places = len(units.score(mean).partition(".")[2])
+    return f"{units.score(mean)} ± {std:,.{places}f}"
+
+
+def quality(cells: pd.DataFrame) -> str:
+    """How well each variant models; leak-free cells first, best first within what compares."""
+    rows = [row for _, row in cells.iterrows()]
+    ranks = [LEAK if row["leaks"] else units.whole(row["rank"]) for row in rows]
+    columns = [
+        Column("rank", ranks, optional=False),
+        Column("variant", [_label(row) for row in rows], right=False, optional=False),
+    ]
+    columns += [
+        _each(cells, key, key, escape, right=False)
+        for key in varying(cells, SETTING)
+        if key not in ("objective", "corpus", "d_model", "heads")
+    ]
+    return markdown.table(
+        [
+            *columns,
+            _each(cells, "length", "seq_len", str, optional=False),
+            _each(cells, "width", "d_model", str, optional=False),
+            _each(cells, "heads", "heads", str, optional=False),
+            _each(cells, "depth", "depth", str, optional=False),
+            _each(cells, "tokens trained", "tokens_trained", units.count),
+            Column("perplexity", [_plus_minus(r["perplexity_mean"], r["perplexity_std"]) for r in rows]),
+            _each(cells, "bits per byte", "bits_per_byte_mean", units.score),
+            _each(cells, "word perplexity", "word_perplexity_mean", units.score),
+            _each(cells, "accuracy", "accuracy_mean", units.score),
+            _each(cells, "unigram", "unigram_perplexity", units.score),
+            _each(cells, "state", "state_policy", lambda v: units.MISSING if pd.isna(v) else v, right=False),
+            _each(cells, "replicates", "quality_replicates", str, optional=False),
+        ]
+    )
+
+
+def parameters(cells: pd.DataFrame) -> str:
+    """Parameter counts, one row a variant and model; lengths share a row where they share a count."""
+    known = cells[cells["params"].notna()]
+    keys = ["objective", "corpus", "d_model", "heads", "depth"]
+    found = known.groupby([*keys, "variant", "label", "params"], sort=False)
+    table = pd.DataFrame(
+        {"params_ratio": found["params_ratio"].median(), "lengths": found["seq_len"].agg(_lengths)}
+    ).reset_index()
+    if table.empty:
+        return ""
+    drift = [DRIFT if abs(value - 1) > DRIFT_LIMIT else "" for value in table["params_ratio"]]
+    ratios = [units.ratio(v) + mark for v, mark in zip(table["params_ratio"], drift, strict=True)]
+    names = {"d_model": "width"}
+    return markdown.table(
+        [
+            _each(table, "variant", "label", escape, right=False, optional=False),
+            *(_each(table, names.get(k, k), k, escape) for k in keys if k in varying(table, keys)),
+            Column("parameters", [f"{int(value):,}" for value in table["params"]]),
+            Column("/ dense", ratios),
+            _each(table, "lengths", "lengths", str, right=False),
+        ]
+    )
+
+
+def _lengths(values: pd.Series[Any]) -> str:
+    return ", ".join(str(v) for v in sorted(values.unique()))
+
+
+def gates(frame: pd.DataFrame) -> str:
+    """One row a variant configuration: what its gates found, worst over its records."""
+    where = ["objective", "dtype", "device"]
+    found = frame.groupby([*where, "variant", "label", "params_json", "impl"], sort=True)
+    table = pd.DataFrame(
+        {
+            "leak": found["leak_max_abs"].max(),
+            "reference": found["reference_max_abs"].max(),
+            "low": found["cost_ratio"].min(),
+            "high": found["cost_ratio"].max(),
+            "why": found["cost_ratio_reason"].agg(distinct),
+            "leaks": found["leaks"].any(),
+        }
+    ).reset_index()
+    rows = [row for _, row in table.iterrows()]
+    cost_ratios = [
+        units.ratio(r["low"])
+        if units.ratio(r["low"]) == units.ratio(r["high"])
+        else f"{units.digits(r['low'])}–{units.ratio(r['high'])}"
+        for r in rows
+    ]
+    return markdown.table(
+        [
+            Column("variant", [_label(row) for row in rows], right=False, optional=False),
+            *(_each(table, key, key, escape, right=False) for key in varying(table, where)),
+            Column("parameters", [_knobs(row) for row in rows], right=False),
+            _each(table, "leak (max abs)", "leak", units.scientific, optional=False),
+            _each(table, "reference error (max abs)", "reference", units.scientific, optional=False),
+            Column("counted / formula", cost_ratios, optional=False),
+            _each(table, "because", "why", _or_dash, right=False),
+        ]
+    )
+
+
+def _knobs(row: pd.Series[Any]) -> str:
+    knobs = json.loads(row["params_json"]) | ({} if row["impl"] == UNKNOWN else {"impl": row["impl"]})
+    return escape(", ".join(f"{name}={spoken(value)}" for name, value in knobs.items())) or units.MISSING
+
+
+def _or_dash(value: object) -> str:
+    text = "" if value is None or value != value else str(value)
+    return escape(markdown.shortened(text)) or units.MISSING
+
+
+def failures(frame: pd.DataFrame) -> str:
+    """Every record that is not ok, with its reason; replicates that say the same share a row."""
+    failed = frame[frame["status"] != "ok"]
+    if failed.empty:
+        return ""
+    failed = failed.assign(reason=failed["reason"].fillna("no reason recorded"))
+    keys = [*GROUP, "label", "seq_len", "status", "reason"]
+    found = failed.groupby(keys, sort=True)["replicate"].agg(lambda v: ", ".join(str(r) for r in sorted(v)))
+    table = found.reset_index()
+    return markdown.table(
+        [
+            _each(table, "variant", "label", escape, right=False, optional=False),
+            _each(table, "length", "seq_len", str, optional=False),
+            _each(table, "depth", "depth", str, optional=False),
+            *(_each(table, key, key, escape, right=False) for key in varying(frame, SETTING)),
+            _each(table, "replicates", "replicate", str, optional=False),
+            _each(table, "status", "status", escape, right=False, optional=False),
+            _each(table, "reason", "reason", _or_dash, right=False, optional=False),
+        ]
+    )
+
+
+def headed(cells: pd.DataFrame, keys: Sequence[str] = GROUP) -> list[tuple[str, str, pd.DataFrame]]:
+    """The cells by group: a heading of what tells the groups apart, all keys in words, the part."""
+    named = [k for k in keys if k in ("objective", "depth") or k in varying(cells, keys)]
+    return [(describe(values, named), describe(values, keys), part) for values, part in split(cells, keys)]

@@ -1,0 +1,173 @@
+"""What a user installs: the wheel is whole and works away from a checkout; `make` sets up or says why not."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import sysconfig
+import tomllib
+import venv
+import zipfile
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+ROOT = Path(__file__).resolve().parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+
+
+def run(*command: str | Path, cwd: Path, check: bool = True) -> subprocess.CompletedProcess[str]:
+    """Run a command as a fresh shell would: nothing of the calling make, Python or venv leaks into it."""
+    leaks = ("PYTHON", "MAKE", "MFLAGS", "VIRTUAL_ENV", "CONSTRAINTS", "VENV")
+    env = {key: value for key, value in os.environ.items() if not key.startswith(leaks)}
+    done = subprocess.run(
+        [str(part) for part in command], cwd=cwd, env=env, capture_output=True, text=True, check=False
+    )
+    if check and done.returncode != 0:
+        pytest.fail(f"{done.args} ended with {done.returncode}\n{done.stdout}\n{done.stderr}")
+    return done
+
+
+def tree(folder: str, pattern: str) -> set[str]:
+    """Paths of the project's files below a folder of the checkout, caches left out."""
+    files = (ROOT / folder).rglob(pattern)
+    return {path.relative_to(ROOT).as_posix() for path in files if "__pycache__" not in path.parts}
+
+
+def contents(archive: Path) -> set[str]:
+    with zipfile.ZipFile(archive) as opened:
+        return set(opened.namelist())
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("wheel")
+    run(sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", out, ROOT, cwd=out)
+    (built,) = out.glob("*.whl")
+    return built
+
+
+def bin_python(environment: Path) -> Path:
+    return environment / "bin" / "python"
+
+
+def assert_works_away_from_checkout(environment: Path, elsewhere: Path) -> None:
+    """The installed project answers from its own copy, lists its variants and runs a cell."""
+    python = bin_python(environment)
+    asked = "import bench, variants; print(bench.__file__, variants.__file__, sep='\\n')"
+    for origin in run(python, "-c", asked, cwd=elsewhere).stdout.split():
+        assert Path(origin).is_relative_to(environment), f"imported from {origin}, not from the wheel"
+
+    assert "dense" in run(python, "-m", "variants", "--names", cwd=elsewhere).stdout.split()
+
+    results = elsewhere / "results"
+    cell = ["variant=dense", "seq_len=64", "depth=1", "data=stdlib", "measure=quick"]
+    run(python, "-m", "bench", *cell, f"results_dir={results}", cwd=elsewhere)
+    (record,) = (results / "adhoc" / "records").glob("*.json")
+    outcome = json.loads(record.read_text())
+    assert outcome["status"] == "ok", outcome["reason"]
+    assert (outcome["variant"], outcome["seq_len"], outcome["depth"]) == ("dense", 64, 1)
+
+
+def test_wheel_has_all_code_and_configs_and_nothing_else(wheel: Path) -> None:
+    names = contents(wheel)
+    code = tree("bench", "*.py") | tree("variants", "*.py") | tree("bench/report", "*.mplstyle")
+    code = {path.removeprefix("bench/plugins/") for path in code}  # Hydra's namespace is its own top level
+    configs = {f"bench/{path}" for path in tree("configs", "*.yaml")}
+    assert configs, "the checkout has no configs"
+    assert code | configs <= names
+    dist_info = f"longctx_bench-{PROJECT['version']}.dist-info"
+    assert {name.split("/")[0] for name in names} == {"bench", "variants", "hydra_plugins", dist_info}
+    assert f"{dist_info}/licenses/LICENSE" in names
+
+
+def test_editable_install_leaves_configs_in_the_checkout(tmp_path: Path) -> None:
+    """A copy in site-packages would go stale: an edited yaml must take effect at once."""
+    run(sys.executable, "-m", "hatchling", "build", "-t", "wheel:editable", "-d", tmp_path, cwd=ROOT)
+    (built,) = tmp_path.glob("*.whl")
+    assert {name.split("/")[0] for name in contents(built)} == {
+        "_longctx_bench.pth",
+        f"longctx_bench-{PROJECT['version']}.dist-info",
+    }
+
+
+def test_wheel_works_away_from_checkout(wheel: Path, tmp_path: Path) -> None:
+    """The project from the wheel, its dependencies from this environment."""
+    environment, elsewhere = tmp_path / "venv", tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    venv.create(environment, symlinks=True)
+    run(
+        *(sys.executable, "-m", "pip", "-q", "--python", bin_python(environment)),
+        *("install", "--no-deps", "--no-index", wheel),
+        cwd=elsewhere,
+    )
+    # A folder named in a .pth comes last, and the .pth files inside it are not read: a checkout that is
+    # installed as editable in this environment stays out.
+    (site_packages,) = environment.glob("lib/python*/site-packages")
+    borrowed = {sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}
+    (site_packages / "borrowed.pth").write_text("\n".join(sorted(borrowed)) + "\n")
+    assert_works_away_from_checkout(environment, elsewhere)
+
+
+@pytest.mark.slow
+def test_wheel_installs_and_works_in_a_clean_environment(wheel: Path, tmp_path: Path) -> None:
+    """Nothing is borrowed: the declared dependencies are enough, and the pins agree with one another."""
+    environment, elsewhere = tmp_path / "venv", tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    venv.create(environment, symlinks=True, with_pip=True)
+    python = bin_python(environment)
+    constraints = ROOT / "constraints" / "cpu.txt"
+    run(python, "-m", "pip", "install", "-q", "-c", constraints, wheel, cwd=elsewhere)
+    run(python, "-m", "pip", "check", cwd=elsewhere)
+    assert_works_away_from_checkout(environment, elsewhere)
+
+
+def pins(name: str) -> dict[str, str]:
+    lines = (ROOT / "constraints" / name).read_text().splitlines()
+    entries = [line.split("==") for line in lines if line and not line.startswith("#")]
+    return {str(canonicalize_name(package)): version for package, version in entries}
+
+
+@pytest.mark.parametrize(("name", "extras"), [("cpu.txt", ["dev"]), ("gpu.txt", ["dev", "gpu"])])
+def test_every_declared_dependency_is_pinned_within_its_range(name: str, extras: list[str]) -> None:
+    pinned = pins(name)
+    declared = PROJECT["dependencies"] + [r for e in extras for r in PROJECT["optional-dependencies"][e]]
+    for requirement in map(Requirement, declared):
+        version = pinned.get(canonicalize_name(requirement.name))
+        assert version, f"{requirement} has no pin in constraints/{name}"
+        assert requirement.specifier.contains(version), f"{requirement} is pinned to {version}"
+
+
+def test_pins_suit_any_build_of_a_release() -> None:
+    """A local version tag (`+cpu`) would tie the pins to one place to install from."""
+    local = {f"{p}=={v}" for name in ("cpu.txt", "gpu.txt") for p, v in pins(name).items() if "+" in v}
+    assert not local
+
+
+def test_make_help_describes_every_target() -> None:
+    makefile = (ROOT / "Makefile").read_text()
+    helped = set(re.findall(r"^  make ([a-z-]+) +\S", run("make", "help", cwd=ROOT).stdout, re.MULTILINE))
+    assert helped == set(re.findall(r"^([a-z-]+):.* ## ", makefile, re.MULTILINE))
+    assert helped >= {"help", "install", "bench", "smoke", "report", "clean", "lint", "format"}
+    assert helped >= {"test", "test-slow", "test-cuda"}
+
+
+@pytest.mark.parametrize("interpreter", ["3.10.13", "missing"])
+def test_make_says_in_one_line_that_python_does_not_suit(tmp_path: Path, interpreter: str) -> None:
+    """A stand-in answers as an old interpreter does: not with success, and with its version when asked."""
+    python = tmp_path / "python"
+    if interpreter != "missing":
+        python.write_text(f'#!/bin/sh\ncase "$2" in *platform*) echo {interpreter};; *) exit 1;; esac\n')
+        python.chmod(0o755)
+    environment = tmp_path / "venv"
+    done = run("make", "install", f"PYTHON={python}", f"VENV={environment}", cwd=ROOT, check=False)
+    assert done.returncode != 0
+    (error,) = [line for line in done.stderr.splitlines() if not line.startswith("make")]
+    assert "3.11" in error
+    assert interpreter in error
+    assert not environment.exists()

@@ -1,0 +1,85 @@
+"""Numbers, names and looks in the report: what a reader sees."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from bench.report import markdown, units
+from bench.report.style import KNOWN, OTHERS, looks, styles
+
+
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [(512, "512"), (1000, "1000"), (1024, "1k"), (1536, "1.5k"), (4096, "4k"), (1 << 20, "1M")],
+)
+def test_lengths_are_binary(value: int, said: str) -> None:
+    assert units.length(value) == said
+
+
+@pytest.mark.parametrize(
+    ("said", "expected"),
+    [
+        (units.seconds(0.0123), "12.3 ms"),
+        (units.seconds(0.99996), "1.00 s"),
+        (units.seconds(4.2e-5), "42.0 µs"),
+        (units.size(1536 * 1024), "1.50 MiB"),
+        (units.size(3 * 2**30), "3.00 GiB"),
+        (units.flops(1.234e12), "1.23 TFLOP"),
+        (units.rate(12_345.0), "12.3 k tokens/s"),
+        (units.rate(512.0), "512 tokens/s"),
+        (units.ratio(0.25), "0.250×"),
+        (units.between(0.0123, 0.0145, "seconds"), "12.3–14.5 ms"),
+        (units.between(0.9, 1.1, "seconds"), "900 ms – 1.10 s"),
+    ],
+)
+def test_units_are_human(said: str, expected: str) -> None:
+    assert said == expected
+
+
+@pytest.mark.parametrize(
+    "show", [units.seconds, units.size, units.flops, units.rate, units.ratio, units.length]
+)
+def test_a_figure_not_taken_is_a_dash(show: object) -> None:
+    assert callable(show)
+    assert show(None) == show(math.nan) == "–"
+
+
+@given(st.floats(min_value=1e-3, max_value=1e9))
+def test_three_digits_are_within_half_a_percent(value: float) -> None:
+    said = units.digits(value).replace(",", "")
+    assert float(said) == pytest.approx(value, rel=5.001e-3)
+    assert "e" not in said
+
+
+@given(st.text())
+def test_an_escaped_cell_stays_one_cell(text: str) -> None:
+    cell = markdown.escape(text)
+    assert len(cell.splitlines()) <= 1
+    unescaped = cell.replace("\\\\", "")
+    assert "|" not in unescaped.replace("\\|", "")
+
+
+def test_escape_keeps_names_readable() -> None:
+    assert markdown.escape("seq_len of __init__ is a|b") == "seq_len of \\_\\_init\\_\\_ is a\\|b"
+
+
+def test_a_known_variant_looks_the_same_in_any_company() -> None:
+    alone = styles([("longformer", "longformer")])["longformer"]
+    among = styles([(name, name) for name in (*KNOWN, "mine")])["longformer"]
+    assert alone == among
+    assert len(set(KNOWN.values())) == len(KNOWN)
+    assert not set(OTHERS) & set(KNOWN.values())
+
+
+def test_unknown_variants_take_their_place_by_name() -> None:
+    assert looks("b", ["dense", "c", "b", "a"]) == looks("b", ["a", "b"]) == OTHERS[1]
+
+
+def test_labels_of_a_variant_share_its_marker_and_differ_in_colour() -> None:
+    found = styles([("longformer", "longformer (window=64)"), ("longformer", "longformer (window=128)")])
+    assert len({s.marker for s in found.values()}) == 1
+    assert len({s.colour for s in found.values()}) == 2

@@ -1,0 +1,89 @@
+"""Attention variants: one module each behind the interface of `variants.base`.
+
+`names()` lists them and `load(name)` imports one. A module of this package that is not shared
+code is a variant; other packages add theirs with an entry point in the group
+`longctx_bench.variants` whose value is the class (`my_package.my_variant:MyAttention`).
+Importing this package imports no variant and no torch.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import importlib.metadata
+import importlib.util
+import inspect
+import pkgutil
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from variants.base import Attention
+
+ENTRY_POINTS = "longctx_bench.variants"
+_SHARED = {"base", "layers", "patterns"}
+
+
+class UnknownVariant(ValueError):
+    """No variant has this name; the message says which there are and which is nearest."""
+
+
+def plugins() -> dict[str, importlib.metadata.EntryPoint]:
+    """The entry points of other packages by variant name.
+
+    Raises ValueError where a plug-in takes a name that is taken.
+    """
+    found: dict[str, importlib.metadata.EntryPoint] = {}
+    for point in importlib.metadata.entry_points(group=ENTRY_POINTS):
+        taken = point.name in _builtin() or found.get(point.name, point).value != point.value
+        if taken:
+            raise ValueError(f"plug-in {point.value} takes the name {point.name!r}, which is taken")
+        found[point.name] = point
+    return found
+
+
+def _builtin() -> list[str]:
+    modules = (module.name for module in pkgutil.iter_modules(__path__))
+    return [name for name in modules if not name.startswith("_") and name not in _SHARED]
+
+
+def names() -> list[str]:
+    """Every variant's name, sorted; imports none of them."""
+    return sorted([*_builtin(), *plugins()])
+
+
+def load(name: str) -> type[Attention]:
+    """The variant's class.
+
+    Raises UnknownVariant for a name that is none, TypeError for a module that does not define
+    exactly one variant or an entry point that is not one.
+    """
+    from variants.base import Attention
+
+    if name in _builtin():
+        module = importlib.import_module(f"{__name__}.{name}")
+        found = [
+            thing
+            for thing in vars(module).values()
+            if inspect.isclass(thing) and issubclass(thing, Attention) and thing.__module__ == module.__name__
+        ]
+        if len(found) != 1:
+            raise TypeError(f"variants/{name}.py defines {len(found)} variants; it must define one")
+        return found[0]
+    if point := plugins().get(name):
+        loaded = point.load()
+        if not (inspect.isclass(loaded) and issubclass(loaded, Attention)):
+            raise TypeError(f"plug-in {point.value} is not a subclass of variants.base.Attention")
+        return loaded
+    near = difflib.get_close_matches(name, names(), n=1)
+    hint = f"; did you mean {near[0]}?" if near else ""
+    raise UnknownVariant(f"variant={name}: unknown; there are {', '.join(names())}{hint}")
+
+
+def source_files(name: str) -> list[Path]:
+    """The Python files whose text decides a variant's figures: its own and the shared ones it builds on."""
+    here = Path(__file__).parent
+    shared = [here / f"{module}.py" for module in sorted(_SHARED)]
+    bases = [inspect.getsourcefile(base) for base in load(name).__mro__[:-1]]
+    own = [Path(file) for file in bases if file and "torch" not in Path(file).parts]
+    return sorted({*shared, *own})

@@ -1,0 +1,251 @@
+"""The interface of an attention variant: hidden states in, hidden states out.
+
+Shapes: B batch, T tokens, C channels (d_model), H heads, D = C / H.
+
+A variant is one module in this package (or a plug-in: see `variants.load`) that defines one
+subclass of `Attention`. It imports only this file, `patterns`, `layers` and torch, and knows
+nothing of the harness that measures it.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dims:
+    """The sizes of one attention layer's work.
+
+    `seq_len` is what a layer is fed at a time (after the plan cut the sequence), except when a
+    variant is built, where it is the longest sequence it will see.
+    """
+
+    batch_size: int
+    seq_len: int
+    d_model: int
+    heads: int
+    element_bytes: int = 4
+
+    @property
+    def head_dim(self) -> int:
+        """Channels of one head."""
+        return self.d_model // self.heads
+
+
+@dataclass(frozen=True, kw_only=True)
+class Caps:
+    """What a variant can do, stated so that nobody has to try."""
+
+    causal: bool
+    """Has a form in which no output reads a later token."""
+    bidirectional: bool
+    """Has a form in which every token may read both sides."""
+    stateful: bool = False
+    """Carries state from one segment of a sequence to the next."""
+    exact: bool = False
+    """Equals dense softmax attention up to rounding, on its pattern."""
+    stochastic: bool = False
+    """Draws random numbers in its forward pass (hashing rotations, random features)."""
+    fixed_length: bool = False
+    """Has parameters whose shape depends on the longest sequence."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Complexity:
+    """The exponents of T in time and memory that the paper claims, and where it does."""
+
+    time: float
+    memory: float
+    formula: str
+    source: str
+
+
+class Flops(NamedTuple):
+    """Forward FLOPs, 2 per multiply-accumulate, split so that attention can be told apart."""
+
+    projections: int
+    """Everything linear in the number of tokens that any layer has: projections, feed-forward, output."""
+    attention: int
+    """Scores, weighted sums and whatever else the variant computes, allowed pairs only."""
+
+    @property
+    def total(self) -> int:
+        """Both parts."""
+        return self.projections + self.attention
+
+    def __add__(self, other: object) -> Flops:
+        if not isinstance(other, Flops):
+            return NotImplemented
+        return Flops(self.projections + other.projections, self.attention + other.attention)
+
+    def __mul__(self, times: object) -> Flops:
+        if not isinstance(times, int):
+            return NotImplemented
+        return Flops(self.projections * times, self.attention * times)
+
+
+class Out(NamedTuple):
+    """What a layer returns, always: outputs (B, T, C), detached state or None, auxiliary loss or None."""
+
+    y: Tensor
+    state: Any = None
+    aux_loss: Tensor | None = None
+
+
+class Plan(ABC):
+    """How the model feeds a sequence to the network: applied once, outside the layers."""
+
+    @abstractmethod
+    def lengths(self, seq_len: int) -> list[tuple[int, int]]:
+        """(window length, number of such windows) of which a sequence of `seq_len` tokens is made."""
+
+    @abstractmethod
+    def apply(self, network: Callable[[Tensor], Tensor], x: Tensor, *, causal: bool) -> Tensor:
+        """Run `network`, a map (N, L, …) → (N, L, …) that keeps N and L, over x (B, T, …)."""
+
+
+@dataclass(frozen=True)
+class Whole(Plan):
+    """The network sees the whole sequence at once."""
+
+    def lengths(self, seq_len: int) -> list[tuple[int, int]]:
+        """One window."""
+        return [(seq_len, 1)]
+
+    def apply(self, network: Callable[[Tensor], Tensor], x: Tensor, *, causal: bool) -> Tensor:
+        """One call."""
+        return network(x)
+
+
+@dataclass(frozen=True)
+class Chunks(Plan):
+    """The whole network runs on independent windows of `length` tokens that start every `stride` tokens.
+
+    Each token's output is taken from exactly one window. Where windows overlap, a causal model keeps
+    the end of each window, where the most history is, and a bidirectional one the middle; the first
+    window also keeps its beginning and the last its end. No window is padded: what is left over at
+    the end of a sequence runs as one shorter window.
+    """
+
+    length: int
+    stride: int
+
+    def _full(self, seq_len: int) -> int:
+        return 0 if seq_len < self.length else (seq_len - self.length) // self.stride + 1
+
+    def _rest(self, seq_len: int) -> int:
+        """Length of the shorter last window; 0 where full windows reach the end."""
+        full = self._full(seq_len)
+        covered = (full - 1) * self.stride + self.length if full else 0
+        return seq_len - full * self.stride if covered < seq_len else 0
+
+    def lengths(self, seq_len: int) -> list[tuple[int, int]]:
+        """The full windows and the shorter last one, where there are any."""
+        windows = [(self.length, self._full(seq_len)), (self._rest(seq_len), 1)]
+        return [(length, count) for length, count in windows if length and count]
+
+    def kept(self, *, causal: bool) -> tuple[int, int]:
+        """The part [lo, hi) of an inner window whose outputs are kept; hi − lo is the stride."""
+        hi = self.length if causal else (self.length + self.stride) // 2
+        return hi - self.stride, hi
+
+    def apply(self, network: Callable[[Tensor], Tensor], x: Tensor, *, causal: bool) -> Tensor:
+        """Full windows as one batch, then the rest, stitched back to (B, T, …)."""
+        batch, seq_len = x.shape[:2]
+        full, rest = self._full(seq_len), self._rest(seq_len)
+        lo, hi = self.kept(causal=causal)
+        pieces = []
+        if full:
+            end = (full - 1) * self.stride + self.length
+            windows = x[:, :end].unfold(1, self.length, self.stride).movedim(-1, 2)  # (B, n, L, …)
+            y = network(windows.flatten(0, 1)).unflatten(0, (batch, full))
+            pieces += [y[:, 0, :lo], y[:, :, lo:hi].flatten(1, 2)]
+            if not rest:
+                pieces.append(y[:, -1, hi:])
+        if rest:
+            y = network(x[:, full * self.stride :])
+            pieces.append(y[:, lo:] if full else y)
+        pieces = [piece for piece in pieces if piece.shape[1]]
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class VariantConfig:
+    """Base of every variant's `Config`: its knobs and nothing else, checked when it is made.
+
+    Raises ValueError naming the knob, its value and what is allowed.
+    """
+
+    def require(self, knob: str, ok: bool, allowed: str) -> None:
+        """Refuse a knob's value in one line."""
+        if not ok:
+            raise ValueError(f"{knob}={getattr(self, knob)!r}: allowed is {allowed}")
+
+    def as_dict(self) -> dict[str, Any]:
+        """Knob → value, in plain types that JSON can hold."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
+
+
+class Attention(nn.Module, ABC):
+    """One attention layer with its projections: (B, T, C) → (B, T, C)."""
+
+    Config: ClassVar[type[VariantConfig]]
+    caps: ClassVar[Caps]
+    paper: ClassVar[str]
+    """Authors, year, title's short form and arXiv number."""
+    complexity: ClassVar[Complexity]
+    padding: str | None = None
+    """Why a forward pass dispatches more FLOPs than `flops()` counts, or None where it does not."""
+
+    def __init__(self, config: VariantConfig, dims: Dims, layer: int = 0) -> None:
+        """A layer for sequences up to dims.seq_len; `layer` is its index from the bottom."""
+        super().__init__()
+        self.config = config
+        self.dims = dims
+        self.layer = layer
+
+    @classmethod
+    def plan(cls, config: VariantConfig) -> Plan:
+        """How the model feeds sequences to a network of these layers."""
+        return Whole()
+
+    @classmethod
+    def unsupported(cls, config: VariantConfig, dims: Dims, *, causal: bool) -> str | None:
+        """Why a cell of these dims cannot run, or None. It becomes the row's reason."""
+        if causal and not cls.caps.causal:
+            return "has no causal form"
+        if not causal and not cls.caps.bidirectional:
+            return "has no bidirectional form"
+        return None
+
+    @property
+    def impl(self) -> str | None:
+        """Which implementation of the mathematics runs, for variants that have more than one."""
+        return getattr(self.config, "impl", None)
+
+    @abstractmethod
+    def forward(self, x: Tensor, *, causal: bool, state: Any = None) -> Out:
+        """(B, T, C) → Out. `state` is what the layer returned for the previous segment, or None."""
+
+    @abstractmethod
+    def reference(self, x: Tensor, *, causal: bool) -> Tensor:
+        """The same mathematics for reading, plan included: (B, T, C) → (B, T, C), O(T²) if need be."""
+
+    @abstractmethod
+    def flops(self, dims: Dims, *, causal: bool) -> Flops:
+        """Algorithmic forward FLOPs on one window of dims, counting only pairs the pattern allows."""
+
+    @abstractmethod
+    def state_bytes(self, dims: Dims) -> int:
+        """Bytes to carry after dims.seq_len tokens in order to process the next one."""
+
+    @abstractmethod
+    def pattern(self, seq_len: int, *, causal: bool) -> Tensor | None:
+        """(T, T) bool: which keys (columns) a query (row) may read, plan included; None: content decides."""

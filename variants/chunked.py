@@ -1,0 +1,52 @@
+"""Chunked attention: the whole network runs on independent chunks; positions restart in each.
+
+An engineering baseline, and what most pipelines do with a document that is too long.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from variants import patterns
+from variants.base import Caps, Chunks, Complexity, Dims, VariantConfig
+from variants.dense import Dense, DenseConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChunkedConfig(DenseConfig):
+    """Knobs of chunked attention."""
+
+    chunk: int = 256
+    """Tokens of a chunk; no token reads outside its own."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.require("chunk", self.chunk >= 1, "1 or more tokens")
+
+
+class Chunked(Dense):
+    """Dense attention within ⌈T/c⌉ chunks of c tokens; the last may be shorter, none is padded."""
+
+    Config = ChunkedConfig
+    config: ChunkedConfig
+    caps = Caps(causal=True, bidirectional=True)
+    paper = "engineering baseline"
+    complexity = Complexity(time=1, memory=1, formula="T·c", source="arithmetic")
+
+    @classmethod
+    def plan(cls, config: VariantConfig) -> Chunks:
+        """Chunks side by side."""
+        assert isinstance(config, ChunkedConfig)
+        return Chunks(config.chunk, config.chunk)
+
+    def state_bytes(self, dims: Dims) -> int:
+        """The keys and values of the chunk in hand."""
+        tokens = min(dims.seq_len, self.config.chunk)
+        return 2 * dims.batch_size * tokens * dims.d_model * dims.element_bytes
+
+    def pattern(self, seq_len: int, *, causal: bool) -> Tensor:
+        """The chunk, up to the query where causal."""
+        chunk = patterns.same(lambda i: i // self.config.chunk)
+        return patterns.matrix(patterns.both(chunk, patterns.causal) if causal else chunk, seq_len)

@@ -1,0 +1,121 @@
+"""What variants share: projections with rotary positions, the oracle, and local attention.
+
+Shapes: B batch, T tokens, C channels, H heads, D = C / H; (B, H, T, D) for queries, keys, values.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+ROTARY_BASE = 10_000.0
+
+
+def rotary(x: Tensor) -> Tensor:
+    """Rotary positions 0 … T−1 (Su 2021, arXiv:2104.09864) on x (B, T, …, D), D even.
+
+    Channel i is paired with channel i + D/2, the pairing of most current code; the paper pairs
+    neighbours, which is the same map after a permutation of channels. Angles are float32 or wider:
+    in bfloat16, positions past 256 would coincide.
+    """
+    seq_len, head_dim = x.shape[1], x.shape[-1]
+    half = head_dim // 2
+    wide = torch.promote_types(x.dtype, torch.float32)
+    channel = torch.arange(half, device=x.device, dtype=wide)
+    position = torch.arange(seq_len, device=x.device, dtype=wide)
+    angle = position[:, None] * torch.exp(channel * (-math.log(ROTARY_BASE) / half))  # (T, D/2)
+    angle = angle.view(seq_len, *[1] * (x.dim() - 3), half)
+    cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
+    a, b = x.split(half, dim=-1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
+
+
+class Projections(nn.Module):
+    """The four projections of multi-head attention, without biases."""
+
+    def __init__(self, d_model: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(d_model, 3 * d_model, bias=False)
+        self.out = nn.Linear(d_model, d_model, bias=False)
+
+    def split(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(B, T, C) → queries and keys with rotary positions, values: each (B, H, T, D)."""
+        channels = x.shape[-1]
+        # split, not slices: its backward is one concatenation instead of three zero-filled copies
+        qk, v = self.qkv(x).split([2 * channels, channels], dim=-1)
+        qk = rotary(qk.unflatten(-1, (2, self.heads, -1)))  # (B, T, 2, H, D)
+        q, k = qk.unbind(2)
+        return q.transpose(1, 2), k.transpose(1, 2), v.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+
+    def merge(self, y: Tensor) -> Tensor:
+        """(B, H, T, D) → (B, T, C) through the output projection."""
+        merged: Tensor = self.out(y.transpose(1, 2).flatten(2))
+        return merged
+
+    @staticmethod
+    def flops(batch_size: int, seq_len: int, d_model: int) -> int:
+        """Forward FLOPs of the four projections."""
+        return 8 * batch_size * seq_len * d_model * d_model
+
+
+def masked_attention(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor) -> Tensor:
+    """The oracle: softmax(QKᵀ/√D)V over the pairs in `allowed` (…, T, T) bool. O(T²) on purpose."""
+    scores = q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])
+    scores = scores.masked_fill(~allowed.to(q.device), float("-inf"))
+    return scores.softmax(dim=-1) @ v
+
+
+def local_attention(q: Tensor, k: Tensor, v: Tensor, *, window: int, causal: bool) -> Tensor:
+    """Softmax attention to the keys less than `window` positions away, (B, H, T, D) → (B, H, T, D).
+
+    Queries are cut into blocks of `window`. All blocks whose keys lie inside the sequence go to one
+    `scaled_dot_product_attention` call over overlapping *views* of keys and values, so nothing is
+    gathered or padded; the blocks at the ends are calls of their own. Each query is given at most
+    2·window − 1 keys (3·window − 2 without `causal`) of which it may read about half (two thirds).
+    """
+    seq_len = q.shape[2]
+    if window >= seq_len:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=causal)
+    block, reach = window, window - 1
+    ahead = 0 if causal else reach
+    # inner blocks: block·i − reach ≥ 0 and block·(i + 1) + ahead ≤ T
+    first = -(-reach // block)
+    count = max(0, (seq_len - ahead) // block - first)
+    start, stop = first * block, (first + count) * block
+
+    pieces = [_edge(q, k, v, 0, min(start, seq_len), window, causal)]
+    if count:
+        keys = block + reach + ahead
+        lo, hi = start - reach, stop + ahead
+        q_blocks = q[:, :, start:stop].flatten(0, 1).unflatten(1, (count, block))  # (BH, n, b, D)
+        k_blocks = k[:, :, lo:hi].flatten(0, 1).unfold(1, keys, block).transpose(-1, -2)  # (BH, n, keys, D)
+        v_blocks = v[:, :, lo:hi].flatten(0, 1).unfold(1, keys, block).transpose(-1, -2)
+        allowed = _near(block, keys, reach, window, causal, q.device)
+        y = F.scaled_dot_product_attention(q_blocks, k_blocks, v_blocks, attn_mask=allowed)
+        pieces.append(y.flatten(1, 2).unflatten(0, q.shape[:2]))
+    # the end: block by block, so that a query is never given more keys than an inner one
+    ends = range(stop, seq_len, block)
+    pieces += [_edge(q, k, v, begin, min(begin + block, seq_len), window, causal) for begin in ends]
+    pieces = [piece for piece in pieces if piece.shape[2]]
+    return torch.cat(pieces, dim=2)
+
+
+def _near(queries: int, keys: int, offset: int, window: int, causal: bool, device: torch.device) -> Tensor:
+    """(queries, keys) bool: query a, at position `offset` + a among the keys, may read key b."""
+    distance = torch.arange(queries, device=device)[:, None] + offset - torch.arange(keys, device=device)
+    allowed = distance < window
+    return allowed & (distance >= 0) if causal else allowed & (distance > -window)
+
+
+def _edge(q: Tensor, k: Tensor, v: Tensor, begin: int, end: int, window: int, causal: bool) -> Tensor:
+    """Attention of queries [begin, end) to the keys near them that exist."""
+    lo, hi = max(0, begin - window + 1), end if causal else min(q.shape[2], end + window - 1)
+    q, k, v = q[:, :, begin:end], k[:, :, lo:hi], v[:, :, lo:hi]
+    if causal and lo == begin:  # at most `window` queries from the start: the window forbids nothing
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+    allowed = _near(end - begin, hi - lo, begin - lo, window, causal, q.device)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=allowed)
