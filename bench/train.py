@@ -65,6 +65,8 @@ def training_step(
     loss.backward()
     torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP_NORM)
     optimizer.step()
+    for layer in model.layers:
+        layer.after_step()
     return nll.detach()
 
 

@@ -225,6 +225,20 @@ class Attention(nn.Module, ABC):
             return "has no bidirectional form"
         return None
 
+    @classmethod
+    def leak(cls, config: VariantConfig) -> str | None:
+        """How this configuration's causal form is known to see the future, or None where it does not.
+
+        A leak that is stated here is measured, recorded and marked; any other fails the causality gate.
+        """
+        return None
+
+    def after_step(self) -> None:
+        """Called once after each optimiser step, for what is learnt outside it: moving averages, redraws.
+
+        A forward pass may run twice in a step (recomputation), so it must not do this itself.
+        """
+
     @property
     def impl(self) -> str | None:
         """Which implementation of the mathematics runs, for variants that have more than one."""
