@@ -36,8 +36,6 @@ class CellRun:
         self.seconds_work = 0.0
         self.variant, self.config, self.dims = self.spec.attention()
         self.device = torch.device(self.spec.device)
-        self.dtype = getattr(torch, self.spec.dtype)
-        self.padding: str | None = None
 
     @contextmanager
     def _work(self) -> Iterator[None]:
@@ -104,9 +102,7 @@ class CellRun:
         )
 
     def _subject(self, batch: Callable[[], text.Batch], device: torch.device) -> step_measure.Subject:
-        return step_measure.Subject.make(
-            self._build, batch, causal=self.spec.causal, dtype=self.dtype, device=device
-        )
+        return step_measure.Subject.make(self._build, batch, causal=self.spec.causal, device=device)
 
     def _predicted(self) -> step_measure.StepFigures:
         def blank() -> text.Batch:
@@ -209,7 +205,6 @@ class CellRun:
             tokens=measure.train_tokens,
             learning_rate=measure.learning_rate,
             causal=spec.causal,
-            dtype=self.dtype,
         )
         seconds = time.perf_counter() - begun
         quality = evaluate(
@@ -225,7 +220,6 @@ class CellRun:
             words_per_byte=corpus.words_per_byte(),
             unigram_nats=corpus.unigram_nats(),
             device=self.device,
-            dtype=self.dtype,
         )
         self.tell(
             {
@@ -238,7 +232,7 @@ class CellRun:
                 "tokens_trained": trained,
                 "tokens_evaluated": quality.tokens,
                 "train_seconds": seconds,
-                "state_policy": "none",
+                "state_policy": "carried" if self.variant.caps.stateful else "none",
             }
         )
 
@@ -254,4 +248,5 @@ def build_model(spec: CellSpec, variant: type[Attention], config: VariantConfig,
         dropout=spec.model.dropout,
         vocabulary=text.VOCABULARY,
         activations=spec.activations,
+        dtype=getattr(torch, spec.dtype),
     )

@@ -13,7 +13,6 @@ import torch.nn.functional as F
 
 from bench.model import LanguageModel
 from bench.tasks.text import IGNORED, Batch
-from bench.train import autocast
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +42,6 @@ def evaluate(
     words_per_byte: float,
     unigram_nats: npt.NDArray[np.float64],
     device: torch.device,
-    dtype: torch.dtype,
 ) -> Quality:
     """Sum the nll of every scored target in float64 and divide once.
 
@@ -56,16 +54,15 @@ def evaluate(
     sums = counts = np.zeros(0)
     unigram = 0.0
     for batch in batches:
-        with autocast(device, dtype):
-            logits = model(batch.inputs.to(device), causal=objective == "clm").logits
-        targets = batch.targets.to(device)
-        nll = F.cross_entropy(
-            logits.float().flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="none"
-        ).view_as(targets)
         scored = batch.targets != IGNORED
         if not sums.size:
-            sums, counts = np.zeros(nll.shape[1]), np.zeros(nll.shape[1])
-        sums += nll.double().sum(dim=0).cpu().numpy()
+            sums, counts = np.zeros(scored.shape[1]), np.zeros(scored.shape[1])
+        for segment, out in model.stream(batch.inputs.to(device), causal=objective == "clm"):
+            targets = batch.targets[:, segment].to(device)
+            nll = F.cross_entropy(
+                out.logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="none"
+            )
+            sums[segment] += nll.view_as(targets).double().sum(dim=0).cpu().numpy()
         counts += scored.sum(dim=0).numpy()
         unigram += float(unigram_nats[batch.targets[scored].numpy()].sum())
     tokens = int(counts.sum())

@@ -14,6 +14,7 @@ import copy
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -97,15 +98,18 @@ def leak(
     """
     stack = [_layer(variant, config, dims, layer).to(device) for layer in range(layers)]
 
-    def network(x: Tensor) -> Tensor:
-        for layer in stack:
-            x = x + layer(x, causal=True).y
-        return x
+    def network(x: Tensor, states: list[Any] | None) -> tuple[Tensor, list[Any]]:
+        after = []
+        for layer, state in zip(stack, states or [None] * layers, strict=True):
+            out = layer(x, causal=True, state=state)
+            x = x + out.y
+            after.append(out.state)
+        return x, after
 
     @torch.no_grad()
     def run(x: Tensor) -> Tensor:
         torch.manual_seed(0)  # hashing and random features draw the same in every run
-        return variant.plan(config).apply(network, x, causal=True)
+        return variant.plan(config).stream(network, x, causal=True)
 
     torch.manual_seed(0)
     tokens = dims.seq_len
@@ -143,7 +147,9 @@ def reference_error(
     x = torch.randn(dims.batch_size, dims.seq_len, dims.d_model, device=device, requires_grad=True)
     x64 = x.detach().cpu().double().requires_grad_()
     torch.manual_seed(1)
-    y = variant.plan(config).apply(lambda window: fast(window, causal=causal).y, x, causal=causal)
+    y = variant.plan(config).stream(
+        lambda window, state: fast(window, causal=causal, state=state)[:2], x, causal=causal
+    )
     torch.manual_seed(1)
     y64 = slow.reference(x64, causal=causal)
     direction = torch.randn_like(y64)

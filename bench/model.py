@@ -9,12 +9,14 @@ write to the residual stream divided by √(2·depth)).
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from bench import residual
+from bench.residual import BlockOut
 from variants.base import Attention, Dims, Flops, VariantConfig
 
 
@@ -43,19 +45,20 @@ class Block(nn.Module):
         self.feed_forward = FeedForward(d_model, ff_mult)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x: Tensor, *, causal: bool) -> tuple[Tensor, Tensor | None]:
-        """(B, T, C) → (B, T, C) and the attention layer's auxiliary loss."""
-        out = self.attention(self.attention_norm(x), causal=causal)
+    def forward(self, x: Tensor, state: Any, *, causal: bool) -> BlockOut:
+        """(B, T, C) → BlockOut."""
+        out = self.attention(self.attention_norm(x), causal=causal, state=state)
         x = x + self.dropout(out.y)
         x = x + self.dropout(self.feed_forward(self.feed_forward_norm(x)))
-        return x, out.aux_loss
+        return BlockOut(x, out.state, out.aux_loss)
 
 
 class Output(NamedTuple):
-    """Logits (B, T, V) and the sum of the layers' auxiliary losses, or None."""
+    """Logits (B, T, V), each layer's state, and the layers' auxiliary losses where they have any."""
 
     logits: Tensor
-    aux_loss: Tensor | None
+    states: list[Any]
+    aux_losses: list[Tensor]
 
 
 class LanguageModel(nn.Module):
@@ -72,11 +75,13 @@ class LanguageModel(nn.Module):
         dropout: float,
         vocabulary: int,
         activations: str,
+        dtype: torch.dtype = torch.float32,
     ) -> None:
+        """Parameters and sums are float32; `dtype` is that of matrix products, by autocast."""
         super().__init__()
         self.plan = variant.plan(config)
         self.strategy = residual.STRATEGIES[activations]
-        self.ff_mult, self.vocabulary = ff_mult, vocabulary
+        self.ff_mult, self.vocabulary, self.dtype = ff_mult, vocabulary, dtype
         self.embedding = nn.Embedding(vocabulary, dims.d_model)
         self.blocks = nn.ModuleList(
             Block(variant(config, dims, layer), dims.d_model, ff_mult, dropout) for layer in range(depth)
@@ -98,18 +103,33 @@ class LanguageModel(nn.Module):
         """The attention layers, lowest first."""
         return [block.attention for block in self.blocks]  # type: ignore[misc]
 
-    def forward(self, tokens: Tensor, *, causal: bool) -> Output:
-        """(B, T) → Output. A causal model's logits at t depend on tokens up to t alone."""
-        losses: list[Tensor] = []
+    def forward(self, tokens: Tensor, *, causal: bool, states: list[Any] | None = None) -> Output:
+        """One segment of the plan, (B, T) → Output; `states` is what the segment before returned.
+
+        A causal model's logits at t depend on tokens up to t alone. Logits are float32.
+        """
+        outs: list[BlockOut] = []
 
         def network(window: Tensor) -> Tensor:
-            x, found = self.strategy(self.blocks, self.embedding(window), causal=causal)
-            losses.extend(found)
+            nonlocal states
+            before = states or [None] * len(self.blocks)
+            x, found = self.strategy(self.blocks, self.embedding(window), before, causal=causal)
+            outs.extend(found)
+            states = [out.state for out in found]
             return x
 
-        hidden = self.plan.apply(network, tokens, causal=causal)
-        logits = self.head(self.norm(hidden))
-        return Output(logits, torch.stack(losses).sum() if losses else None)
+        with torch.autocast(tokens.device.type, self.dtype, enabled=self.dtype != torch.float32):
+            logits = self.head(self.norm(self.plan.apply(network, tokens, causal=causal)))
+        losses = [out.aux_loss for out in outs if out.aux_loss is not None]
+        return Output(logits.float(), states or [], losses)
+
+    def stream(self, tokens: Tensor, *, causal: bool) -> Iterator[tuple[slice, Output]]:
+        """A whole sequence (B, T), segment by segment: (where in T, Output) of each, state carried along."""
+        states: list[Any] | None = None
+        for segment in self.plan.segments(tokens.shape[1]):
+            out = self(tokens[:, segment], causal=causal, states=states)
+            states = out.states
+            yield segment, out
 
     def flops(self, dims: Dims, *, causal: bool) -> Flops:
         """Algorithmic forward FLOPs on (B, T) tokens: each window of the plan through every block."""

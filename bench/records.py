@@ -207,7 +207,7 @@ def read(folder: Path, cell_id: str) -> Record | None:
     path = path_of(folder, cell_id)
     try:
         return parse(path.read_text(encoding="utf-8"), str(path))
-    except (FileNotFoundError, RecordError, UnicodeDecodeError):
+    except (OSError, RecordError, UnicodeDecodeError):
         return None
 
 
@@ -217,8 +217,10 @@ def read_all(folder: Path) -> tuple[list[Record], list[str]]:
     for path in sorted((folder / RECORDS_DIR).glob("*.json")):
         try:
             records.append(parse(path.read_text(encoding="utf-8"), str(path)))
-        except (RecordError, UnicodeDecodeError) as error:
+        except RecordError as error:
             problems.append(str(error))
+        except (OSError, UnicodeDecodeError) as error:
+            problems.append(f"{path}: {error}")
     records.sort(key=lambda r: (r.started_at or "", r.cell_id))
     return records, problems
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -14,11 +13,6 @@ from bench.tasks.text import IGNORED, Batch
 
 WARM_UP_SHARE = 0.1
 CLIP_NORM = 1.0
-
-
-def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager[object]:
-    """Matrix products in `dtype`, parameters and sums in float32; float32 throughout needs nothing."""
-    return nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)
 
 
 def optimizer_for(model: LanguageModel, learning_rate: float) -> torch.optim.Optimizer:
@@ -37,37 +31,35 @@ def schedule(step: int, steps: int) -> float:
     return 0.1 + 0.45 * (1 + math.cos(math.pi * done))
 
 
-def loss_of(model: LanguageModel, batch: Batch, *, causal: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean negative log-likelihood in nats of the scored targets, and the same plus auxiliary losses."""
-    out = model(batch.inputs, causal=causal)
-    nll = F.cross_entropy(out.logits.float().flatten(0, 1), batch.targets.flatten(), ignore_index=IGNORED)
-    return nll, nll if out.aux_loss is None else nll + out.aux_loss
-
-
 def training_step(
     model: LanguageModel,
     optimizer: torch.optim.Optimizer,
     batch: Batch,
     *,
     causal: bool,
-    dtype: torch.dtype = torch.float32,
     after_forward: Callable[[], None] | None = None,
 ) -> torch.Tensor:
     """Forward, backward, clip, update; returns the mean nll in nats, still on the device.
 
+    A plan of segments goes forward and backward through each in turn, and the gradients add up.
+    Auxiliary losses are further roots of the backward pass; they are not part of the nll.
     `after_forward` is called between the passes, when all that backward needs is stored.
     """
     optimizer.zero_grad(set_to_none=True)
-    with autocast(batch.inputs.device, dtype):
-        nll, loss = loss_of(model, batch, causal=causal)
-    if after_forward:
-        after_forward()
-    loss.backward()
+    device = batch.inputs.device
+    total, scored = torch.zeros((), device=device), (batch.targets != IGNORED).sum()
+    for segment, out in model.stream(batch.inputs, causal=causal):
+        targets = batch.targets[:, segment].flatten()
+        nll = F.cross_entropy(out.logits.flatten(0, 1), targets, ignore_index=IGNORED, reduction="sum")
+        if after_forward:
+            after_forward()
+        torch.autograd.backward([nll / scored, *out.aux_losses])
+        total += nll.detach() / scored
     torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP_NORM)
     optimizer.step()
     for layer in model.layers:
         layer.after_step()
-    return nll.detach()
+    return total
 
 
 class Diverged(ArithmeticError):
@@ -81,7 +73,6 @@ def train(
     tokens: int,
     learning_rate: float,
     causal: bool,
-    dtype: torch.dtype,
 ) -> int:
     """Train on ⌈tokens / (B·T)⌉ batches; `batches(step)` gives each. Returns the tokens seen.
 
@@ -94,7 +85,7 @@ def train(
     for step in range(steps):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate * schedule(step, steps)
-        nll = training_step(model, optimizer, batches(step), causal=causal, dtype=dtype)
+        nll = training_step(model, optimizer, batches(step), causal=causal)
         if not math.isfinite(nll.item()):
             raise Diverged(f"the loss became {nll.item()} at training step {step + 1} of {steps}")
     return steps * size

@@ -103,11 +103,32 @@ class Plan(ABC):
 
     @abstractmethod
     def lengths(self, seq_len: int) -> list[tuple[int, int]]:
-        """(window length, number of such windows) of which a sequence of `seq_len` tokens is made."""
+        """(length, number) of the independent windows that a sequence of `seq_len` tokens is made of.
+
+        Segments are not independent: they make one window, of whose length a layer's `flops` is asked.
+        """
+
+    def segments(self, seq_len: int) -> list[slice]:
+        """The parts of a sequence that are fed one after the other, state carried from each to the next."""
+        return [slice(0, seq_len)]
 
     @abstractmethod
     def apply(self, network: Callable[[Tensor], Tensor], x: Tensor, *, causal: bool) -> Tensor:
-        """Run `network`, a map (N, L, …) → (N, L, …) that keeps N and L, over x (B, T, …)."""
+        """Run `network`, a map (N, L, …) → (N, L, …) that keeps N and L, over one segment x (B, T, …)."""
+
+    def stream(
+        self, network: Callable[[Tensor, Any], tuple[Tensor, Any]], x: Tensor, *, causal: bool
+    ) -> Tensor:
+        """Run `network`, a map (x, state) → (y, state), over a whole sequence x (B, T, …)."""
+        state: Any = None
+
+        def advance(window: Tensor) -> Tensor:
+            nonlocal state
+            y, state = network(window, state)
+            return y
+
+        segments = [x[:, segment] for segment in self.segments(x.shape[1])]
+        return torch.cat([self.apply(advance, segment, causal=causal) for segment in segments], dim=1)
 
 
 @dataclass(frozen=True)
@@ -121,6 +142,20 @@ class Whole(Plan):
     def apply(self, network: Callable[[Tensor], Tensor], x: Tensor, *, causal: bool) -> Tensor:
         """One call."""
         return network(x)
+
+
+@dataclass(frozen=True)
+class Segments(Whole):
+    """The network sees segments of `length` tokens in order; what it remembers is carried between them.
+
+    Each segment is trained on by itself: state is detached, so backward never leaves a segment.
+    """
+
+    length: int
+
+    def segments(self, seq_len: int) -> list[slice]:
+        """Full segments, then what is left."""
+        return [slice(i, min(i + self.length, seq_len)) for i in range(0, seq_len, self.length)]
 
 
 @dataclass(frozen=True)
@@ -254,7 +289,7 @@ class Attention(nn.Module, ABC):
 
     @abstractmethod
     def flops(self, dims: Dims, *, causal: bool) -> Flops:
-        """Algorithmic forward FLOPs on one window of dims, counting only pairs the pattern allows."""
+        """Algorithmic forward FLOPs on one window of the plan, counting only pairs the pattern allows."""
 
     @abstractmethod
     def state_bytes(self, dims: Dims) -> int:

@@ -31,7 +31,7 @@ class StepFigures:
     grad_bytes: int
     optimizer_bytes: int
     activation_bytes: int
-    """What the forward pass leaves for the backward pass."""
+    """What the forward pass leaves for the backward pass; of the segment that leaves most."""
     rss_peak_bytes: int | None
     reserved_bytes: int | None
 
@@ -44,7 +44,6 @@ class Subject:
     optimizer: torch.optim.Optimizer
     batch: Batch
     causal: bool
-    dtype: torch.dtype
 
     @classmethod
     def make(
@@ -53,14 +52,13 @@ class Subject:
         batch: Callable[[], Batch],
         *,
         causal: bool,
-        dtype: torch.dtype,
         device: torch.device,
     ) -> Subject:
         """Build the model and its optimiser on the device."""
         with device:
             model = build().train()
         given = Batch(*(tensor.to(device) for tensor in batch()))
-        return cls(model=model, optimizer=optimizer_for(model, 1e-4), batch=given, causal=causal, dtype=dtype)
+        return cls(model=model, optimizer=optimizer_for(model, 1e-4), batch=given, causal=causal)
 
     def step(self, after_forward: Callable[[], None] | None = None) -> torch.Tensor:
         """One training step."""
@@ -69,14 +67,14 @@ class Subject:
             self.optimizer,
             self.batch,
             causal=self.causal,
-            dtype=self.dtype,
             after_forward=after_forward,
         )
 
     @torch.no_grad()
     def forward(self) -> None:
         """One forward pass, nothing stored."""
-        self.model(self.batch.inputs, causal=self.causal)
+        for _ in self.model.stream(self.batch.inputs, causal=self.causal):
+            pass
 
     def bytes(self) -> dict[str, int]:
         """Parameters, gradients and optimiser state."""
@@ -90,16 +88,11 @@ class Subject:
 
 def _count(subject: Subject) -> tuple[int, int]:
     """(forward, whole step) FLOPs dispatched."""
-    forward = 0
-
-    with CountFlops() as counter:
-
-        def note() -> None:
-            nonlocal forward
-            forward = counter.total
-
-        subject.step(after_forward=note)
-    return forward, counter.total
+    with CountFlops() as forward:
+        subject.forward()
+    with CountFlops() as step:
+        subject.step()
+    return forward.total, step.total
 
 
 def on_host(make: Callable[[], Subject]) -> tuple[Subject, StepFigures]:
@@ -115,7 +108,7 @@ def on_host(make: Callable[[], Subject]) -> tuple[Subject, StepFigures]:
 
         def note() -> None:
             nonlocal stored
-            stored = storage.live - before
+            stored = max(stored, storage.live - before - subject.bytes()["grad_bytes"])
 
         subject.step(after_forward=note)
     return subject, StepFigures(
@@ -145,7 +138,8 @@ def on_device(make: Callable[[], Subject], device: torch.device) -> tuple[Subjec
     def note() -> None:
         nonlocal stored
         synchronize(device)
-        stored = module.memory_allocated(device) - before
+        live = module.memory_allocated(device) - before
+        stored = max(stored, live - subject.bytes()["grad_bytes"])
 
     subject.step(after_forward=note)
     synchronize(device)
