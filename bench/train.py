@@ -48,12 +48,16 @@ def training_step(
     optimizer.zero_grad(set_to_none=True)
     device = batch.inputs.device
     total, scored = torch.zeros((), device=device), (batch.targets != IGNORED).sum()
-    for segment, out in model.stream(batch.inputs, causal=causal):
+    states = None
+    for segment in model.plan.segments(batch.inputs.shape[1]):
+        out = model(batch.inputs[:, segment], causal=causal, states=states)
+        states, losses = out.states, out.aux_losses
         targets = batch.targets[:, segment].flatten()
         nll = F.cross_entropy(out.logits.flatten(0, 1), targets, ignore_index=IGNORED, reduction="sum")
+        del out  # backward reads the log-probabilities; the logits would only take room beside them
         if after_forward:
             after_forward()
-        torch.autograd.backward([nll / scored, *out.aux_losses])
+        torch.autograd.backward([nll / scored, *losses])
         total += nll.detach() / scored
     torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP_NORM)
     optimizer.step()

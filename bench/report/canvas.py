@@ -14,7 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullFormatter, NullLocator
+from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
 
 from bench.report import units
 
@@ -78,8 +78,10 @@ def human_axis(axis: Axis, low: float, high: float, show: Callable[[float], str]
         ticks = [float(t) for t in locator.tick_values(low, high) if low <= t <= high]
         if len(ticks) <= MOST_TICKS:
             break
-    if len(ticks) < 2:  # a range so narrow that no round number falls into it
-        ticks = [float(t) for t in np.geomspace(low, high, 4)[1:-1]]
+    if len(ticks) < 2:  # so narrow that no power falls into it: round numbers of the unit
+        unit = 1024.0 ** (np.log2(high) // 10) if binary else 1.0
+        round_numbers = MaxNLocator(4, steps=[1, 2, 2.5, 5, 10]).tick_values(low / unit, high / unit)
+        ticks = [t * unit for t in map(float, round_numbers) if low <= t * unit <= high]
     _set_ticks(axis, ticks, show)
 
 

@@ -16,7 +16,6 @@ import pandas as pd
 SETTING = (
     "objective",
     "corpus",
-    "measure",
     "d_model",
     "heads",
     "batch_size",
@@ -31,7 +30,6 @@ CELL = (*GROUP, "variant", "label", "seq_len")
 
 _PHRASES = {
     "corpus": "data {}",
-    "measure": "measure {}",
     "d_model": "width {}",
     "heads": "{} heads",
     "batch_size": "batch {}",

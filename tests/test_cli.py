@@ -1,0 +1,242 @@
+"""`python -m bench` as a user meets it: real processes, their output, exit status and files."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from bench.records import KEYS
+
+QUICK = ["data=stdlib", "measure=quick", "measure.time_seconds=0", "seq_len=32", "depth=1"]
+
+
+def bench(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    """Run the command line in a folder of its own."""
+    command = [sys.executable, "-m", "bench", *arguments]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=240)
+
+
+def records(folder: Path) -> list[dict[str, object]]:
+    return [json.loads(path.read_text()) for path in sorted(folder.glob("records/*.json"))]
+
+
+def files(folder: Path) -> list[Path]:
+    return [path for path in folder.rglob("*") if path.is_file()]
+
+
+def test_one_cell_writes_one_record_with_the_contract_s_keys(tmp_path: Path) -> None:
+    done = bench("variant=dense", "seq_len=512", "depth=2", "data=stdlib", "measure=quick", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    (record,) = records(tmp_path / "results/adhoc")
+    assert tuple(record) == KEYS
+    assert record["status"] == "ok"
+    row, path = done.stdout.splitlines()
+    assert re.match(r"ok +dense T=512 depth=2", row)
+    assert json.loads((tmp_path / path).read_text()) == record
+    # closed form, forward and backward: linear layers 3 ×, fused attention 2 products and 5
+    t, c, vocabulary = 512, 64, 257
+    linear = 3 * (2 * (8 * t * c * c + 16 * t * c * c) + 2 * t * c * vocabulary)
+    attention = 2 * (2 + 5) * 2 * c * t * (t + 1) // 2
+    assert record["flops_executed_step"] == pytest.approx(linear + attention, rel=0.01)
+    assert record["flops_attention_step"] == 3 * 4 * c * (t * (t + 1) // 2) * 2
+
+
+def test_sweep_over_all_variants_writes_a_record_a_cell(tmp_path: Path) -> None:
+    import variants
+
+    sweep = ["-m", "variant=glob(*)", "seq_len=32,48", *QUICK[:3], "depth=1"]
+    done = bench(*sweep, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    found = {(r["variant"], r["seq_len"], r["status"]) for r in records(tmp_path / "results/adhoc")}
+    assert {(v, t) for v, t, _ in found} == {(v, t) for v in variants.names() for t in (32, 48)}
+    assert {status for *_, status in found} <= {"ok", "unsupported"}
+    assert f"[{len(found)}/{len(found)}]" in done.stderr
+    assert "ETA" in done.stderr
+    assert not list(tmp_path.glob("[!r]*")), "nothing but results/ is written"
+
+    again = bench(*sweep, cwd=tmp_path)
+    assert again.returncode == 0
+    assert f"{len(found)} of {len(found)} cells were finished before" in again.stderr
+
+
+def test_quality_is_the_same_twice_and_beats_byte_frequencies(tmp_path: Path) -> None:
+    cell = [*QUICK[:1], "seq_len=128", "depth=1", "measure.train_tokens=60_000", "measure.eval_tokens=8192"]
+    nlls = []
+    for name in ("a", "b"):
+        done = bench(*cell, "measure.time_seconds=0", f"name={name}", cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        (record,) = records(tmp_path / "results" / name)
+        assert record["perplexity"] < record["unigram_perplexity"] < 256
+        nlls.append((record["nll"], tuple(record["nll_by_position"])))
+    assert nlls[0] == nlls[1]
+
+
+def test_plan_predicts_a_million_tokens_and_runs_nothing(tmp_path: Path) -> None:
+    done = bench("measure=plan", "seq_len=1048576", "variant=longformer", "data=stdlib", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    (record,) = records(tmp_path / "results/adhoc")
+    assert record["status"] == "ok"
+    assert record["peak_bytes_source"] == "predicted"
+    assert record["peak_bytes"] > 2**30
+    assert record["step_seconds_median"] is None
+
+
+BAD = [
+    ("variant=longfromer", "variant=longfromer", "longformer"),
+    ("variant.impll=naive", "variant.impll", "variant.impl"),
+    ("sqe_len=4", "sqe_len", "seq_len"),
+    ("+sqe_len=4", "sqe_len", "seq_len"),
+    ("model.head=2", "model.head", "model.heads"),
+    ("seq_len=many", "seq_len='many'", "a whole number"),
+    ("measure.time_seconds=long", "measure.time_seconds='long'", "a number"),
+    ("force=maybe", "force='maybe'", "true or false"),
+    ("seq_len=0", "seq_len=0", "1 or more"),
+    ("depth=-1", "depth=-1", "1 or more"),
+    ("model.heads=3", "model.heads=3", "2"),
+    ("model.heads=64", "model.heads=64", "even"),
+    ("objective=clmm", "objective=clmm", "clm"),
+    ("dtype=float16", "dtype=float16", "bfloat16"),
+    ("device=gpu", "device=gpu", "cuda"),
+    ("activations=chekpoint", "activations=chekpoint", "checkpoint"),
+    ("variant.impl=fast", "variant.impl='fast'", "sdpa or naive"),
+    ("data=books", "data=books", "plays"),
+    ("data.name=plaise", "data=plaise", "plays"),
+    ("measure=fast", "measure=fast", "quick"),
+    ("experiment=smok", "experiment=smok", "smoke"),
+    ("name=../elsewhere", "name='../elsewhere'", "folder name"),
+    ("seq_len=1,2", "seq_len=1,2", "-m"),
+    ("seq_len=[", "seq_len=[", "cannot be read"),
+]
+
+
+@pytest.mark.parametrize(("argument", "names", "allows"), BAD, ids=[bad[0] for bad in BAD])
+def test_a_mistake_is_one_line_and_writes_nothing(
+    argument: str, names: str, allows: str, tmp_path: Path
+) -> None:
+    done = bench(argument, *[q for q in QUICK if q.split("=")[0] != argument.split("=")[0]], cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("error: ")
+    assert names in line
+    assert allows in line
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_mistake_in_the_last_cell_of_a_sweep_stops_the_first(tmp_path: Path) -> None:
+    done = bench("-m", "seq_len=32,64,none", *QUICK[:3], "depth=1", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "seq_len='none'" in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_glob_that_matches_nothing_says_so(tmp_path: Path) -> None:
+    done = bench("-m", "variant=glob(q*)", *QUICK, cwd=tmp_path)
+    assert done.returncode == 2
+    assert "match nothing" in done.stderr
+
+
+def test_missing_and_empty_files_are_refused(tmp_path: Path) -> None:
+    quick = [argument for argument in QUICK if not argument.startswith("data")]
+    empty = tmp_path / "empty.txt"
+    empty.touch()
+    for arguments, says in (
+        (["data=files"], "data.path is missing"),
+        (["data=files", "data.path=nowhere/*.txt"], "data.path=nowhere/*.txt: no such"),
+        (["data=files", f"data.path={empty}"], "empty"),
+    ):
+        done = bench(*arguments, *quick, cwd=tmp_path)
+        assert done.returncode == 2
+        (line,) = done.stderr.splitlines()
+        assert says in line
+    assert files(tmp_path) == [empty]
+
+
+def test_results_that_cannot_be_written_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "taken").write_text("a file, not a folder")
+    done = bench("results_dir=taken", *QUICK, cwd=tmp_path)
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert "results_dir" in line
+    assert "taken/adhoc" in line
+
+
+def test_a_corpus_shorter_than_the_length_is_a_row_with_the_reason(tmp_path: Path) -> None:
+    (tmp_path / "short.txt").write_bytes(bytes(range(256)) * 4)
+    arguments = [a for a in QUICK if not a.startswith(("data", "seq_len"))]
+    done = bench("data=files", "data.path=short.txt", "seq_len=4096", *arguments, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    (record,) = records(tmp_path / "results/adhoc")
+    assert record["status"] == "unsupported"
+    assert "bytes to train on; seq_len=4,096 needs more" in str(record["reason"])
+    assert record["peak_bytes"] is None
+
+
+def test_a_device_that_is_not_here_is_a_row_with_the_reason(tmp_path: Path) -> None:
+    import torch
+
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a CUDA device")
+    done = bench("device=cuda", *QUICK, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    (record,) = records(tmp_path / "results/adhoc")
+    assert (record["status"], record["device"]) == ("unsupported", "cuda")
+    assert "device=cuda" in str(record["reason"])
+
+
+def test_help_names_groups_and_knobs_and_does_not_load_torch(tmp_path: Path) -> None:
+    script = (
+        "import runpy, sys; sys.argv[1:] = ['--help']\n"
+        "try: runpy.run_module('bench', run_name='__main__')\n"
+        "except SystemExit: pass\n"
+        "assert 'torch' not in sys.modules"
+    )
+    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for word in ("variant: ", "longformer", "seq_len", "experiment: ", "smoke", "python -m bench.report"):
+        assert word in done.stdout
+    assert not list(tmp_path.iterdir())
+
+
+def test_progress_on_a_terminal_names_the_cell_and_what_is_left(tmp_path: Path) -> None:
+    ours, theirs = pty.openpty()
+    command = [sys.executable, "-m", "bench", "-m", "replicate=0,1", *QUICK]
+    env = os.environ | {"TERM": "xterm-256color", "COLUMNS": "160"}
+    child = subprocess.Popen(command, cwd=tmp_path, stderr=theirs, stdout=subprocess.DEVNULL, env=env)
+    os.close(theirs)
+    seen = b""
+    while True:
+        try:
+            part = os.read(ours, 4096)
+        except OSError:  # Linux ends a pseudo-terminal so
+            break
+        if not part:
+            break
+        seen += part
+    assert child.wait(timeout=60) == 0
+    shown = seen.decode()
+    assert "dense T=32 depth=1 keep #1" in shown
+    assert "0/2" in shown
+    assert "2/2" in shown
+    assert "ETA" in shown
+
+
+def test_overhead_of_a_cell_is_small_beside_its_work(tmp_path: Path) -> None:
+    """No absolute times: what is not asked-for work is less than starting a fresh interpreter with torch."""
+    import statistics
+    import time
+
+    done = bench("-m", "replicate=range(6)", *QUICK, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    cells = sorted(records(tmp_path / "results/adhoc"), key=lambda r: str(r["started_at"]))
+    overhead = [float(r["seconds_total"]) - float(r["seconds_work"]) for r in cells[1:]]  # type: ignore[arg-type]
+    begun = time.monotonic()
+    subprocess.run([sys.executable, "-c", "import torch"], check=True)
+    assert statistics.median(overhead) < time.monotonic() - begun
