@@ -143,9 +143,9 @@ def reference_error(
     Raises GateFailed above rounding.
     """
     fast = _layer(variant, config, dims, layer).to(device)
-    slow = copy.deepcopy(fast).cpu().double()
+    slow = copy.deepcopy(fast).double()  # on the same device, whose random numbers are the same
     x = torch.randn(dims.batch_size, dims.seq_len, dims.d_model, device=device, requires_grad=True)
-    x64 = x.detach().cpu().double().requires_grad_()
+    x64 = x.detach().double().requires_grad_()
     torch.manual_seed(1)
     y = variant.plan(config).stream(
         lambda window, state: fast(window, causal=causal, state=state)[:2], x, causal=causal
@@ -163,7 +163,7 @@ def reference_error(
 
 def _relative(got: Tensor, want: Tensor) -> float:
     scale = max(1.0, want.abs().max().item())
-    return (got.detach().cpu().double() - want).abs().max().item() / scale
+    return (got.detach().double() - want).abs().max().item() / scale
 
 
 def cost_ratio(dispatched: int, projections: int, attention: int, padding: str | None) -> float:
