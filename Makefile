@@ -19,7 +19,7 @@ endif
 # What the commands below are about:
 EXPERIMENT ?=# the preset that `make bench` runs; left empty, the one that suits this device
 NAME ?=# the experiment under results/ that `make report` rebuilds
-ARGS ?=# more arguments, for the sweep (bench, smoke) or for pytest (test, test-slow, test-cuda)
+ARGS ?=# more arguments, for the sweep (bench, smoke, bench-layers) or for pytest (test, test-slow, test-cuda)
 
 # The stamp's name says which pins are installed, and its content where: other pins, a checkout moved or copied
 # together with its .venv, and a .venv whose interpreter is gone all count as stale.
@@ -30,7 +30,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install corpus bench smoke report test test-slow test-cuda lint format clean distclean named FORCE
+.PHONY: help install corpus bench bench-layers smoke report test test-slow test-cuda lint format clean distclean named FORCE
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -80,6 +80,9 @@ status=0; \
 	$(PY) -m bench.report results/$(1) || { report=$$?; test $$status -ne 0 || status=$$report; }; \
 	exit $$status
 endef
+
+bench-layers: $(STAMP) ## compare single layers with dense attention in time and memory, into results/layers
+	@$(PY) -m bench.layers $(ARGS)
 
 report: named $(STAMP) ## rebuild the report of results/NAME, e.g. NAME=cpu
 	@$(PY) -m bench.report results/$(strip $(NAME))

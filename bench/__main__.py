@@ -16,12 +16,9 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 
 import variants
+from bench import CONFIGS
 from bench.progress import describe
 from bench.records import FINAL, Record, path_of
-
-HERE = Path(__file__).parent
-# a wheel carries the configs inside the package, a checkout beside it
-CONFIGS = HERE / "configs" if (HERE / "configs").is_dir() else HERE.parent / "configs"
 
 
 def _register_plugin_variants() -> None:

@@ -19,7 +19,7 @@ from typing import Any
 import variants
 
 HERE = Path(__file__).parent
-_NOT_FIGURES = {"__main__.py", "sweep.py", "progress.py", "environment.py"}
+_NOT_FIGURES = {"__main__.py", "complaints.py", "environment.py", "layers.py", "progress.py", "sweep.py"}
 """Files of this package that cannot change a figure: what runs cells, not what a cell does."""
 
 

@@ -8,6 +8,7 @@ Importing this package imports no variant and no torch.
 
 from __future__ import annotations
 
+import ast
 import difflib
 import importlib
 import importlib.metadata
@@ -81,9 +82,25 @@ def load(name: str) -> type[Attention]:
 
 
 def source_files(name: str) -> list[Path]:
-    """The Python files whose text decides a variant's figures: its own and the shared ones it builds on."""
-    here = Path(__file__).parent
-    shared = [here / f"{module}.py" for module in sorted(_SHARED)]
-    bases = [inspect.getsourcefile(base) for base in load(name).__mro__[:-1]]
-    own = [Path(file) for file in bases if file and "torch" not in Path(file).parts]
-    return sorted({*shared, *own})
+    """The Python files whose text decides a variant's figures: its own and those of this package that
+    it imports, directly or not."""
+    found: dict[Path, None] = {}
+    todo = [Path(inspect.getfile(load(name)))]
+    while todo:
+        file = todo.pop()
+        if file not in found:
+            found[file] = None
+            todo += _imported(file)
+    return sorted(found)
+
+
+def _imported(file: Path) -> list[Path]:
+    """The modules of this package that a file imports."""
+    modules = set()
+    for node in ast.walk(ast.parse(file.read_bytes())):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == __name__:
+            modules |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+        elif isinstance(node, ast.Import):
+            modules |= {alias.name for alias in node.names if alias.name.startswith(f"{__name__}.")}
+    candidates = [Path(__file__).parent / f"{module.rpartition('.')[2]}.py" for module in modules]
+    return [path for path in candidates if path.is_file()]

@@ -6,6 +6,7 @@ Shapes: B batch, T tokens, C channels, H heads, D = C / H; (B, H, T, D) for quer
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -29,8 +30,34 @@ def rotary(x: Tensor) -> Tensor:
     angle = position[:, None] * torch.exp(channel * (-math.log(ROTARY_BASE) / half))  # (T, D/2)
     angle = angle.view(seq_len, *[1] * (x.dim() - 3), half)
     cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
-    a, b = x.split(half, dim=-1)
-    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
+    rotated: Tensor = _Rotation.apply(x, cos, sin)  # type: ignore[no-untyped-call]
+    return rotated
+
+
+class _Rotation(torch.autograd.Function):
+    """Rotate channel pairs by angles; backward rotates back, so nothing of x is kept.
+
+    Written into one new tensor without temporaries: fresh memory is what this operation costs.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        return _rotated(x, cos, sin)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        cos, sin = ctx.saved_tensors
+        return _rotated(grads[0], cos, -sin), None, None
+
+
+def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    a, b = x.split(cos.shape[-1], dim=-1)
+    y_a, y_b = y.split(cos.shape[-1], dim=-1)
+    torch.mul(a, cos, out=y_a).addcmul_(b, sin, value=-1)
+    torch.mul(b, cos, out=y_b).addcmul_(a, sin)
+    return y
 
 
 class Projections(nn.Module):
@@ -45,11 +72,12 @@ class Projections(nn.Module):
     def split(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(B, T, C) → queries and keys with rotary positions, values: each (B, H, T, D)."""
         channels = x.shape[-1]
-        # split, not slices: its backward is one concatenation instead of three zero-filled copies
-        qk, v = self.qkv(x).split([2 * channels, channels], dim=-1)
-        qk = rotary(qk.unflatten(-1, (2, self.heads, -1)))  # (B, T, 2, H, D)
+        # two products, because v as a view of one would keep the unrotated q and k alive beside it
+        w_qk, w_v = self.qkv.weight.split([2 * channels, channels])
+        qk = rotary(F.linear(x, w_qk).unflatten(-1, (2, self.heads, -1)))  # (B, T, 2, H, D)
+        v = F.linear(x, w_v).unflatten(-1, (self.heads, -1))
         q, k = qk.unbind(2)
-        return q.transpose(1, 2), k.transpose(1, 2), v.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
 
     def merge(self, y: Tensor) -> Tensor:
         """(B, H, T, D) → (B, T, C) through the output projection."""
