@@ -15,14 +15,21 @@ from omegaconf.errors import OmegaConfBaseException
 
 from bench.config import ConfigError
 from bench.corpora import CorpusError
+from variants import PluginClash
 
-KINDS: tuple[type[Exception], ...] = (ConfigError, CorpusError, HydraException, OmegaConfBaseException)
+KINDS: tuple[type[Exception], ...] = (
+    ConfigError,
+    CorpusError,
+    PluginClash,
+    HydraException,
+    OmegaConfBaseException,
+)
 """Exceptions that are the user's mistake, not ours."""
 
 
 def explain(error: Exception, arguments: list[str], configs: Path) -> str:
     """One line for any of `KINDS`; `arguments` is the command line and `configs` the config folder."""
-    if isinstance(error, ConfigError | CorpusError):
+    if isinstance(error, ConfigError | CorpusError | PluginClash):
         return str(error)
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
         return _unknown_option(error)

@@ -29,16 +29,20 @@ class UnknownVariant(ValueError):
     """No variant has this name; the message says which there are and which is nearest."""
 
 
+class PluginClash(ValueError):
+    """A plug-in takes a name that is taken; the message names both."""
+
+
 def plugins() -> dict[str, importlib.metadata.EntryPoint]:
     """The entry points of other packages by variant name.
 
-    Raises ValueError where a plug-in takes a name that is taken.
+    Raises PluginClash where a plug-in takes a name that is taken.
     """
     found: dict[str, importlib.metadata.EntryPoint] = {}
     for point in importlib.metadata.entry_points(group=ENTRY_POINTS):
         taken = point.name in _builtin() or found.get(point.name, point).value != point.value
         if taken:
-            raise ValueError(f"plug-in {point.value} takes the name {point.name!r}, which is taken")
+            raise PluginClash(f"plug-in {point.value} takes the name {point.name!r}, which is taken")
         found[point.name] = point
     return found
 

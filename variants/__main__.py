@@ -6,17 +6,23 @@ import argparse
 import dataclasses
 import sys
 
-from variants import load, names
+from variants import PluginClash, load, names
 
 
 def main() -> int:
     """Print the table, or with --names the names alone, which needs no torch."""
     parser = argparse.ArgumentParser(prog="python -m variants", description=__doc__)
     parser.add_argument("--names", action="store_true", help="names only, one a line")
-    if parser.parse_args().names:
-        print("\n".join(names()))
+    names_only = parser.parse_args().names
+    try:
+        found = names()
+    except PluginClash as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    if names_only:
+        print("\n".join(found))
         return 0
-    for name in names():
+    for name in found:
         variant = load(name)
         caps = [field.name for field in dataclasses.fields(variant.caps) if getattr(variant.caps, field.name)]
         claim = variant.complexity

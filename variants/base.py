@@ -49,7 +49,7 @@ class Caps:
     stateful: bool = False
     """Carries state from one segment of a sequence to the next."""
     exact: bool = False
-    """Equals dense softmax attention up to rounding, on its pattern."""
+    """Equals dense softmax attention over every pair that the objective allows, up to rounding."""
     stochastic: bool = False
     """Draws random numbers in its forward pass (hashing rotations, random features)."""
     fixed_length: bool = False

@@ -55,8 +55,8 @@ def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     a, b = x.split(cos.shape[-1], dim=-1)
     y_a, y_b = y.split(cos.shape[-1], dim=-1)
-    torch.mul(a, cos, out=y_a).addcmul_(b, sin, value=-1)
-    torch.mul(b, cos, out=y_b).addcmul_(a, sin)
+    y_a.copy_(a).mul_(cos).addcmul_(b, sin, value=-1)
+    y_b.copy_(b).mul_(cos).addcmul_(a, sin)
     return y
 
 

@@ -99,7 +99,7 @@ class Longformer(Attention):
 
     def state_bytes(self, dims: Dims) -> int:
         """The keys and values that a later query can still read, head by head."""
-        tokens = sum(min(dims.seq_len, (self.window - 1) * d + 1) for d in self.dilations)
+        tokens = sum(min(dims.seq_len, (self.window - 1) * d) for d in self.dilations)
         return 2 * dims.batch_size * tokens * dims.head_dim * dims.element_bytes
 
     def pattern(self, seq_len: int, *, causal: bool) -> Tensor:

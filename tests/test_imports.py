@@ -1,0 +1,257 @@
+"""Imports run one way, are lazy and have no effects: read from the sources, and proved in fresh processes.
+
+`__main__ → sweep → isolate → cell → everything else → variants → torch`, and a report that needs no torch.
+"""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from functools import cache
+from graphlib import TopologicalSorter
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+UPPER_LAYERS = [
+    {"bench.__main__", "bench.complaints", "bench.plugins.hydra_plugins.longctx_bench"},
+    {"bench.sweep"},
+    {"bench.isolate"},
+    {"bench.cell"},
+]
+"""Highest first; commands, which nobody imports, are in the highest too. Every other module of bench is
+below them all, and variants below that."""
+HYDRA = {"bench.__main__", "bench.complaints"}
+"""Who may import Hydra, beside its plug-ins."""
+SHARED = {"base", "layers", "patterns"}
+KERNELS = {"xformers"}
+"""Optional packages that hold an `impl` of a variant; imported inside a function only."""
+
+
+class Arrow(NamedTuple):
+    """One import."""
+
+    target: str
+    """A module of the project by its full name, or the name of another top-level package."""
+    lazy: bool
+    """Inside a function."""
+
+
+@cache
+def modules() -> dict[str, Path]:
+    """Every module of the project by its dotted path in the checkout."""
+    found = {}
+    for package in ("bench", "variants"):
+        for path in (ROOT / package).rglob("*.py"):
+            parts = path.relative_to(ROOT).with_suffix("").parts
+            found[".".join(parts).removesuffix(".__init__")] = path
+    return found
+
+
+def for_types_only(node: ast.AST) -> bool:
+    return isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
+
+
+def imports(node: ast.AST, lazy: bool = False) -> Iterator[tuple[ast.Import | ast.ImportFrom, bool]]:
+    """Every import statement below a node, except those for type checkers."""
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.Import | ast.ImportFrom):
+            yield child, lazy
+        elif not for_types_only(child):
+            yield from imports(child, lazy or isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef))
+
+
+def targets(statement: ast.Import | ast.ImportFrom) -> Iterator[str]:
+    """Modules that an import statement names: `from bench import config` names bench.config."""
+    if isinstance(statement, ast.Import):
+        yield from (alias.name for alias in statement.names)
+        return
+    assert not statement.level, "imports are absolute"
+    for alias in statement.names:
+        whole = f"{statement.module}.{alias.name}"
+        yield whole if whole in modules() else str(statement.module)
+
+
+@cache
+def arrows(module: str) -> frozenset[Arrow]:
+    """What a module imports; a package that it lies in does not count, Python imports that by itself."""
+    found = set()
+    for statement, lazy in imports(ast.parse(modules()[module].read_text())):
+        for target in targets(statement):
+            top = target.partition(".")[0]
+            if not module.startswith(f"{target}."):
+                found.add(Arrow(target if top in {"bench", "variants"} else top, lazy))
+    return frozenset(found)
+
+
+def ours(module: str, package: str = "") -> set[str]:
+    """What it imports from the project, or from one package of it."""
+    found = {
+        arrow.target for arrow in arrows(module) if arrow.target.partition(".")[0] in {"bench", "variants"}
+    }
+    return {target for target in found if target.partition(".")[0] == package or not package}
+
+
+def outside(module: str) -> set[str]:
+    """Third-party packages that it imports."""
+    return {a.target for a in arrows(module) if a.target not in sys.stdlib_module_names} - ours(module)
+
+
+@cache
+def imported() -> frozenset[str]:
+    """Modules that another one imports."""
+    return frozenset(target for module in modules() for target in ours(module))
+
+
+def layer(module: str) -> int:
+    """0 is the highest."""
+    if module not in imported():
+        return 0
+    if module.startswith("variants"):
+        return len(UPPER_LAYERS) + 1
+    return next((n for n, names in enumerate(UPPER_LAYERS) if module in names), len(UPPER_LAYERS))
+
+
+every_module = pytest.mark.parametrize("module", sorted(modules()))
+of_report = [module for module in sorted(modules()) if module.startswith("bench.report")]
+of_variants = [module for module in sorted(modules()) if module.startswith("variants.")]
+
+
+# --- read from the sources ------------------------------------------------------------------------
+
+
+def test_the_sources_are_read_at_all() -> None:
+    """The tests below would pass on nothing."""
+    assert "variants.base" in ours("bench.model")
+    assert "torch" in outside("bench.model")
+    assert Arrow("bench.cell", lazy=True) in arrows("bench.isolate")
+    assert "bench.records" in ours("bench.gates")
+    assert "pandas" in outside("bench.records")
+    assert {name for names in UPPER_LAYERS for name in names} <= {*modules()}
+
+
+@every_module
+def test_imports_name_what_exists(module: str) -> None:
+    assert ours(module) <= {*modules()}
+
+
+@every_module
+def test_imports_run_one_way(module: str) -> None:
+    upwards = {target for target in ours(module) if layer(target) < layer(module)}
+    assert not upwards
+
+
+def test_imports_have_no_cycle() -> None:
+    """Not even by an import inside a function."""
+    graph = TopologicalSorter({module: ours(module) for module in modules()})
+    graph.prepare()  # raises CycleError, which names the modules
+
+
+@pytest.mark.parametrize("module", of_variants)
+def test_variants_know_nothing_of_the_harness(module: str) -> None:
+    """A variant builds on shared code, on other variants and on torch."""
+    allowed = {"variants"} if module == "variants.__main__" else set()
+    names = {target.partition(".")[2] for target in ours(module) - allowed - {"variants"}}
+    assert not ours(module, "bench")
+    assert "variants" not in ours(module) - allowed
+    if module.rpartition(".")[2] in SHARED:
+        assert names <= SHARED, "shared code imports no variant"
+    optional = {a.target for a in arrows(module) if a.lazy} & KERNELS
+    assert outside(module) - optional <= {"torch"}
+
+
+def test_the_registry_needs_nothing() -> None:
+    assert ours("variants") <= {"variants.base"}
+    assert outside("variants") == set()
+    assert all(arrow.lazy for arrow in arrows("variants") if arrow.target == "variants.base")
+
+
+@pytest.mark.parametrize("module", of_report)
+def test_report_reads_records_and_nothing_else(module: str) -> None:
+    others = {t for t in ours(module) if t != "bench.report" and not t.startswith("bench.report.")}
+    assert others <= {"bench.records"}
+    assert "torch" not in outside(module)
+
+
+def test_records_need_no_torch_and_no_harness() -> None:
+    assert ours("bench.records") == set()
+    assert "torch" not in outside("bench.records")
+
+
+@every_module
+def test_hydra_stays_at_the_top(module: str) -> None:
+    if module not in HYDRA and not module.startswith("bench.plugins."):
+        assert "hydra" not in outside(module)
+
+
+# --- proved in fresh processes --------------------------------------------------------------------
+
+
+def fresh(code: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-W", "error", "-c", code]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False)
+
+
+def assert_imports_quietly(names: list[str], forbidden: set[str], cwd: Path) -> None:
+    """Importing prints nothing, writes nothing, and loads none of the forbidden packages."""
+    code = f"""
+import importlib, sys
+for name in {names!r}:
+    importlib.import_module(name)
+loaded = {forbidden!r} & {{*sys.modules}}
+assert not loaded, loaded
+"""
+    done = fresh(code, cwd)
+    assert done.returncode == 0, done.stderr
+    assert (done.stdout, done.stderr) == ("", "")
+    assert not [*cwd.iterdir()]
+
+
+@pytest.mark.parametrize("package", ["bench", "variants"])
+def test_importing_a_package_has_no_effects(package: str, tmp_path: Path) -> None:
+    heavy = {"torch", "numpy", "hydra", "omegaconf", "pandas", "matplotlib"}
+    assert_imports_quietly([package], heavy, tmp_path)
+
+
+def test_importing_any_module_has_no_effects(tmp_path: Path) -> None:
+    quiet = [m for m in modules() if not m.startswith("bench.plugins") and not m.endswith("__main__")]
+    assert_imports_quietly(sorted(quiet), set(), tmp_path)
+
+
+def test_the_parent_of_the_cells_needs_no_torch(tmp_path: Path) -> None:
+    """Whoever starts cells, or only checks a command, does not wait for torch."""
+    names = [
+        "bench.__main__",
+        "bench.sweep",
+        "bench.isolate",
+        "bench.config",
+        "bench.complaints",
+        "bench.records",
+    ]
+    assert_imports_quietly(names, {"torch", "pandas", "matplotlib"}, tmp_path)
+
+
+def test_report_needs_no_torch_and_no_hydra(tmp_path: Path) -> None:
+    assert_imports_quietly(of_report, {"torch", "hydra"}, tmp_path)
+
+
+@pytest.mark.parametrize("module", ["bench", "variants", "bench.report"])
+def test_help_does_not_wait_for_torch(module: str, tmp_path: Path) -> None:
+    code = f"""
+import runpy, sys
+sys.argv = [{module!r}, "--help"]
+try:
+    runpy.run_module({module!r}, run_name="__main__")
+except SystemExit as end:
+    assert not end.code, end.code
+assert "torch" not in sys.modules
+"""
+    done = fresh(code, tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout.splitlines()) > 3
+    assert not [*tmp_path.iterdir()]

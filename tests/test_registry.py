@@ -1,0 +1,332 @@
+"""Variants are found by being there: a module in `variants/`, or an entry point of another package."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from importlib.metadata import entry_points
+from pathlib import Path
+
+import pytest
+
+import variants
+
+MODULE = '''
+"""A variant of somebody else's: every token reads itself and the token `lag` before it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from variants.base import Attention, Caps, Complexity, Dims, Flops, Out, VariantConfig
+from variants.layers import Projections, masked_attention
+
+
+@dataclass(frozen=True, kw_only=True)
+class LaggedConfig(VariantConfig):
+    """Knobs."""
+
+    lag: int = 1
+    """Tokens back."""
+
+
+class Lagged(Attention):
+    """Masked on purpose: it is a test."""
+
+    Config = LaggedConfig
+    caps = Caps(causal=True, bidirectional=False)
+    paper = "Nobody 2024, Lagged"
+    complexity = Complexity(time=2, memory=2, formula="T^2", source="the loop")
+    padding = "masks a full matrix"
+
+    def __init__(self, config: LaggedConfig, dims: Dims, layer: int = 0) -> None:
+        super().__init__(config, dims, layer)
+        self.projections = Projections(dims.d_model, dims.heads)
+
+    def forward(self, x: Tensor, *, causal: bool, state: Any = None) -> Out:
+        return Out(self.reference(x, causal=causal))
+
+    def reference(self, x: Tensor, *, causal: bool) -> Tensor:
+        q, k, v = self.projections.split(x)
+        allowed = self.pattern(x.shape[1], causal=causal)
+        return self.projections.merge(masked_attention(q, k, v, allowed))
+
+    def flops(self, dims: Dims, *, causal: bool) -> Flops:
+        attention = 4 * dims.batch_size * dims.d_model * dims.seq_len**2
+        return Flops(Projections.flops(dims.batch_size, dims.seq_len, dims.d_model), attention)
+
+    def state_bytes(self, dims: Dims) -> int:
+        return 2 * dims.batch_size * self.config.lag * dims.d_model * dims.element_bytes
+
+    def pattern(self, seq_len: int, *, causal: bool) -> Tensor:
+        index = torch.arange(seq_len)
+        back = index[:, None] - index
+        return (back == 0) | (back == self.config.lag)
+'''
+YAML = "lag: 3 # tokens back\n"
+PYPROJECT = """
+[build-system]
+requires = ["hatchling"]
+build-backend = "hatchling.build"
+
+[project]
+name = "lagged-attention"
+version = "0.0.1"
+
+[project.entry-points."longctx_bench.variants"]
+lagged = "lagged_attention.lagged:Lagged"
+
+[tool.hatch.build.targets.wheel]
+packages = ["lagged_attention"]
+"""
+
+
+def python(*arguments: str | Path, path: Path | None = None, cwd: Path) -> subprocess.CompletedProcess[str]:
+    """A fresh interpreter with `path` before everything else it imports from."""
+    kept = os.environ.get("PYTHONPATH", "")
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [str(path or ""), kept]))}
+    env["TMPDIR"] = str(cwd)  # a lock of its own: a measurement that runs meanwhile need not be waited for
+    command = [sys.executable, *map(str, arguments)]
+    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, check=False)
+
+
+def distribution(folder: Path, points: dict[str, str]) -> Path:
+    """What an installed package leaves behind: its modules, and metadata that names its entry points."""
+    package, info = folder / "lagged_attention", folder / "lagged_attention-0.0.1.dist-info"
+    package.mkdir(parents=True)
+    info.mkdir()
+    (package / "__init__.py").touch()
+    (package / "lagged.py").write_text(MODULE)
+    (package / "lagged.yaml").write_text(YAML)
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: lagged-attention\nVersion: 0.0.1\n")
+    lines = [f"{name} = {value}" for name, value in points.items()]
+    (info / "entry_points.txt").write_text("\n".join([f"[{variants.ENTRY_POINTS}]", *lines]) + "\n")
+    return folder
+
+
+@pytest.fixture
+def plugged(tmp_path: Path) -> Path:
+    return distribution(tmp_path / "site", {"lagged": "lagged_attention.lagged:Lagged"})
+
+
+# --- what is built in -----------------------------------------------------------------------------
+
+
+def test_names_are_sorted_modules_without_the_shared_ones() -> None:
+    folder = Path(variants.__file__).parent
+    modules = {path.stem for path in folder.glob("*.py") if not path.stem.startswith("_")}
+    own = {*variants.names()} - {point.name for point in entry_points(group=variants.ENTRY_POINTS)}
+    assert own == modules - {"base", "layers", "patterns"}
+    assert variants.names() == sorted(set(variants.names()))
+
+
+@pytest.mark.parametrize("name", variants.names())
+def test_every_name_loads_a_variant_of_its_module(name: str) -> None:
+    from variants.base import Attention
+
+    loaded = variants.load(name)
+    assert issubclass(loaded, Attention)
+    if name not in variants.plugins():
+        assert loaded.__module__ == f"variants.{name}"
+
+
+@pytest.mark.parametrize("asked", ["variants.names()", "import variants.__main__", "variants.plugins()"])
+def test_listing_imports_no_variant_and_no_torch(asked: str, plugged: Path, tmp_path: Path) -> None:
+    code = f"""
+import sys, variants
+{asked}
+heavy = {{"torch", "numpy", "hydra", "lagged_attention"}} & {{*sys.modules}}
+loaded = {{f"variants.{{name}}" for name in variants.names()}} & {{*sys.modules}}
+assert not heavy and not loaded, (heavy, loaded)
+"""
+    done = python("-c", code, path=plugged, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+
+
+def test_command_lists_names_without_torch(plugged: Path, tmp_path: Path) -> None:
+    code = """
+import runpy, sys
+sys.argv = ["variants", "--names"]
+try:
+    runpy.run_module("variants", run_name="__main__")
+except SystemExit as end:
+    assert not end.code
+assert "torch" not in sys.modules
+"""
+    done = python("-c", code, path=plugged, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == sorted({*variants.names(), "lagged"})
+
+
+def test_command_describes_every_variant(plugged: Path, tmp_path: Path) -> None:
+    done = python("-m", "variants", path=plugged, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    parts: dict[str, list[str]] = {}
+    for line in done.stdout.splitlines():
+        if not line.startswith(" "):
+            parts[line] = []
+        else:
+            parts[[*parts][-1]].append(line)
+    assert [*parts] == sorted({*variants.names(), "lagged"})
+    assert "variant.lag=1" in "\n".join(parts.pop("lagged"))
+    for name, lines in parts.items():
+        variant, text = variants.load(name), "\n".join(lines)
+        assert variant.paper in text
+        assert variant.complexity.formula in text
+        assert ("bidirectional" in text) == variant.caps.bidirectional
+        knobs = {line.split()[1].partition("=")[0] for line in lines if line.split()[0] == "knob"}
+        assert knobs == {f"variant.{field.name}" for field in dataclasses.fields(variant.Config)}
+
+
+@pytest.mark.parametrize(("wrong", "near"), [("longfromer", "longformer"), ("Dense", "dense")])
+def test_unknown_name_is_refused_with_the_nearest(wrong: str, near: str) -> None:
+    with pytest.raises(variants.UnknownVariant) as refused:
+        variants.load(wrong)
+    message = str(refused.value)
+    assert "\n" not in message
+    assert message.startswith(f"variant={wrong}: unknown")
+    assert message.endswith(f"did you mean {near}?")
+    assert all(name in message for name in variants.names())
+
+
+@pytest.mark.parametrize("wrong", ["", "xyzzy", "base", "layers", "patterns", "__main__", "../dense"])
+def test_what_is_no_variant_is_refused(wrong: str) -> None:
+    with pytest.raises(variants.UnknownVariant):
+        variants.load(wrong)
+
+
+# --- one more file --------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def dropped_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder that `variants` also looks into; what is imported from it is forgotten afterwards."""
+    monkeypatch.setattr(variants, "__path__", [*variants.__path__, str(tmp_path)])
+    for module in ("variants.lagged", "variants.empty", "variants._shared"):
+        monkeypatch.delitem(sys.modules, module, raising=False)
+    return tmp_path
+
+
+def test_one_file_is_enough(dropped_in: Path) -> None:
+    before = variants.names()
+    (dropped_in / "lagged.py").write_text(MODULE)
+    assert variants.names() == sorted([*before, "lagged"])
+    assert variants.load("lagged").__name__ == "Lagged"
+
+
+def test_a_file_with_an_underscore_is_shared_code(dropped_in: Path) -> None:
+    before = variants.names()
+    (dropped_in / "_shared.py").write_text(MODULE)
+    assert variants.names() == before
+
+
+@pytest.mark.parametrize(
+    ("text", "count"),
+    [("", 0), ("from variants.dense import Dense", 0), (MODULE + "\n\nclass More(Lagged): ...\n", 2)],
+)
+def test_a_module_must_define_one_variant(dropped_in: Path, text: str, count: int) -> None:
+    (dropped_in / "empty.py").write_text(text)
+    with pytest.raises(TypeError, match=rf"empty\.py defines {count} variants"):
+        variants.load("empty")
+
+
+@pytest.mark.parametrize("name", variants.names())
+def test_source_files_hold_the_variant_and_what_it_builds_on(name: str) -> None:
+    files = variants.source_files(name)
+    assert all(path.is_file() for path in files)
+    bases = [
+        base.__module__ for base in variants.load(name).__mro__ if base.__module__.startswith("variants.")
+    ]
+    assert {f"{module.rpartition('.')[2]}.py" for module in bases} <= {path.name for path in files}
+    assert {"base.py", "layers.py", "patterns.py"} <= {path.name for path in files}
+
+
+# --- plug-ins -------------------------------------------------------------------------------------
+
+
+def installed(folder: Path) -> Path:
+    """The same package, really installed: from source by pip, without a network."""
+    source, target = folder / "source", folder / "target"
+    (source / "lagged_attention").mkdir(parents=True)
+    (source / "pyproject.toml").write_text(PYPROJECT)
+    for name, text in (("__init__.py", ""), ("lagged.py", MODULE), ("lagged.yaml", YAML)):
+        (source / "lagged_attention" / name).write_text(text)
+    offline = ["--no-index", "--no-build-isolation", "--no-deps", "--disable-pip-version-check", "-q"]
+    done = python("-m", "pip", "install", *offline, "--target", target, source, cwd=folder)
+    assert done.returncode == 0, done.stderr
+    return target
+
+
+def test_an_installed_plugin_runs_like_a_variant_of_ours(tmp_path: Path) -> None:
+    site = installed(tmp_path)
+    listed = python("-m", "variants", "--names", path=site, cwd=tmp_path)
+    assert "lagged" in listed.stdout.split(), listed.stderr
+
+    cell = ["variant=lagged", "variant.lag=2", "seq_len=64", "depth=1", "data=stdlib", "measure=quick"]
+    done = python("-m", "bench", *cell, "results_dir=out", path=site, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    (path,) = (tmp_path / "out" / "adhoc" / "records").glob("*.json")
+    record = json.loads(path.read_text())
+    assert (record["status"], record["reason"]) == ("ok", None)
+    assert (record["variant"], record["variant_params"]) == ("lagged", {"lag": 2})
+    assert record["objective"] == "clm"
+    assert record["leak_max_abs"] < 1e-5
+    assert record["reference_max_abs"] < 1e-4
+
+
+def test_a_plugin_takes_its_defaults_from_the_yaml_beside_it(plugged: Path, tmp_path: Path) -> None:
+    done = python("-m", "bench", "variant=lagged", "--cfg", "job", path=plugged, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "variant:\n  name: lagged\n  lag: 3\n" in done.stdout
+
+
+def test_a_plugins_knobs_are_checked(plugged: Path, tmp_path: Path) -> None:
+    done = python("-m", "bench", "variant=lagged", "variant.lagg=2", path=plugged, cwd=tmp_path)
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert "lagg" in line
+    assert "did you mean" in line
+
+
+@pytest.mark.parametrize("command", [["variants", "--names"], ["variants"], ["bench", "seq_len=64"]])
+def test_a_plugin_cannot_take_the_name_of_a_builtin(command: list[str], tmp_path: Path) -> None:
+    site = distribution(tmp_path / "site", {"dense": "lagged_attention.lagged:Lagged"})
+    done = python("-m", *command, path=site, cwd=tmp_path)
+    assert done.returncode != 0
+    last = done.stderr.strip().splitlines()[-1]
+    assert "plug-in lagged_attention.lagged:Lagged takes the name 'dense', which is taken" in last
+    assert not (tmp_path / "results").exists()
+
+
+@pytest.mark.parametrize("command", [["variants", "--names"], ["bench", "seq_len=64"]])
+def test_a_clash_of_names_is_one_line(command: list[str], tmp_path: Path) -> None:
+    site = distribution(tmp_path / "site", {"dense": "lagged_attention.lagged:Lagged"})
+    done = python("-m", *command, path=site, cwd=tmp_path)
+    assert done.returncode == 2
+    assert len(done.stderr.splitlines()) == 1, done.stderr
+
+
+def test_two_plugins_cannot_share_a_name(tmp_path: Path) -> None:
+    first = distribution(tmp_path / "one", {"lagged": "lagged_attention.lagged:Lagged"})
+    second = tmp_path / "two" / "other-1.0.dist-info"
+    second.mkdir(parents=True)
+    (second / "METADATA").write_text("Metadata-Version: 2.1\nName: other\nVersion: 1.0\n")
+    (second / "entry_points.txt").write_text(f"[{variants.ENTRY_POINTS}]\nlagged = other.module:Other\n")
+    code = f"import sys; sys.path.insert(0, {str(second.parent)!r}); import variants; variants.names()"
+    done = python("-c", code, path=first, cwd=tmp_path)
+    assert "takes the name 'lagged', which is taken" in done.stderr.splitlines()[-1]
+
+
+def test_a_plugin_must_be_a_variant(tmp_path: Path) -> None:
+    site = distribution(tmp_path / "site", {"lagged": "lagged_attention.lagged:LaggedConfig"})
+    done = python("-c", "import variants; variants.load('lagged')", path=site, cwd=tmp_path)
+    assert done.returncode != 0
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith("TypeError: plug-in lagged_attention.lagged:LaggedConfig is not a subclass")

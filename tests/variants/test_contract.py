@@ -1,0 +1,441 @@
+"""What every variant promises. Nothing here names one: a new file in `variants/` is covered as it stands.
+
+A variant's own test file may hold `SMALL`, a literal list of knob dictionaries: small configurations that
+show at a few dozen tokens what the defaults show at hundreds. They go through the same tests.
+"""
+
+from __future__ import annotations
+
+import ast
+import copy
+import dataclasses
+import inspect
+import textwrap
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from omegaconf import OmegaConf
+from oracles import EXACT, assert_same, difference, dims_for, feed, make_layer, numbers, refer
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_leaves
+
+import variants
+from bench import gates
+from bench.measure.flops import CountFlops
+from variants.base import Attention, Complexity, Dims, Flops, Out, VariantConfig
+
+ROOT = Path(__file__).resolve().parents[2]
+NAMES = variants.names()
+DEFAULT_LENGTH = 600
+"""Past every default window, and no multiple of a block."""
+SMALL_LENGTH = 70
+
+property_test = settings(deadline=None, max_examples=8)
+
+
+@cache
+def small_knobs(name: str) -> list[dict[str, Any]]:
+    """`SMALL` of the variant's own test file; none where there is no such file or list."""
+    path = Path(__file__).with_name(f"test_{name}.py")
+    if not path.exists():
+        return []
+    for node in ast.parse(path.read_text()).body:
+        if isinstance(node, ast.Assign) and [ast.unparse(target) for target in node.targets] == ["SMALL"]:
+            return ast.literal_eval(node.value)
+    return []
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One configuration of a variant in one direction."""
+
+    name: str
+    small: int | None
+    """Index into `SMALL`; None is the default configuration."""
+    causal: bool
+
+    @property
+    def variant(self) -> type[Attention]:
+        return variants.load(self.name)
+
+    @property
+    def config(self) -> VariantConfig:
+        return self.variant.Config(**({} if self.small is None else small_knobs(self.name)[self.small]))
+
+    @property
+    def length(self) -> int:
+        """Long enough for the configuration to differ from dense."""
+        return DEFAULT_LENGTH if self.small is None else SMALL_LENGTH
+
+    def runs(self, dims: Dims) -> bool:
+        return self.variant.unsupported(self.config, dims, causal=self.causal) is None
+
+    def layer(self, dims: Dims, **kwargs: int) -> Attention:
+        """A layer, or a skip with the variant's own reason."""
+        if reason := self.variant.unsupported(self.config, dims, causal=self.causal):
+            pytest.skip(reason)
+        return make_layer(self.variant, self.config, dims, **kwargs)
+
+
+def cases(*, small: bool, directions: tuple[bool, ...] = (True, False)) -> Any:
+    """Every direction that a variant claims, of its defaults and, if asked, of its small configurations."""
+    found = []
+    for name in NAMES:
+        caps = variants.load(name).caps
+        for index in [None, *range(len(small_knobs(name)) if small else 0)]:
+            for causal in (d for d in directions if (caps.causal if d else caps.bidirectional)):
+                size = "" if index is None else f"-small{index}"
+                label = f"{name}{size}-{'clm' if causal else 'mlm'}"
+                found.append(pytest.param(Case(name, index, causal), id=label))
+    return pytest.mark.parametrize("case", found)
+
+
+every_variant = pytest.mark.parametrize("name", NAMES)
+
+
+# --- what a variant says about itself -------------------------------------------------------------
+
+
+@every_variant
+def test_config_is_frozen_and_keyword_only(name: str) -> None:
+    config_class = variants.load(name).Config
+    assert issubclass(config_class, VariantConfig)
+    fields = dataclasses.fields(config_class)
+    assert all(field.kw_only for field in fields)
+    assert all(field.default is not dataclasses.MISSING for field in fields), "every knob has a default"
+    config = config_class()
+    assert hash(config) == hash(config_class())
+    for field in fields:
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            setattr(config, field.name, field.default)
+        with pytest.raises(TypeError):
+            config_class(field.default)
+
+
+def documented(config_class: type) -> set[str]:
+    """Fields of a class body that are followed by a string."""
+    (body,) = ast.parse(textwrap.dedent(inspect.getsource(config_class))).body
+    assert isinstance(body, ast.ClassDef)
+    found = set()
+    for field, after in zip(body.body, body.body[1:], strict=False):
+        said = isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant) and after.value.value
+        if isinstance(field, ast.AnnAssign) and isinstance(said, str) and said.strip():
+            found.add(ast.unparse(field.target))
+    return found
+
+
+@every_variant
+def test_every_knob_has_a_docstring(name: str) -> None:
+    config_class = variants.load(name).Config
+    own = [c for c in config_class.__mro__ if issubclass(c, VariantConfig) and c is not VariantConfig]
+    said = {knob for c in own for knob in documented(c)}
+    assert {field.name for field in dataclasses.fields(config_class)} <= said
+
+
+@every_variant
+def test_what_a_variant_is_has_been_filled_in(name: str) -> None:
+    variant = variants.load(name)
+    assert variant.caps.causal or variant.caps.bidirectional
+    assert variant.paper.strip()
+    claim = variant.complexity
+    assert isinstance(claim, Complexity)
+    assert 0 < claim.time <= 2
+    assert 0 < claim.memory <= 2
+    assert claim.formula.strip()
+    assert claim.source.strip()
+    for documented_thing in (variant, variant.Config, inspect.getmodule(variant)):
+        assert (documented_thing.__doc__ or "").strip(), f"{documented_thing} has no docstring"
+
+
+@pytest.mark.parametrize("name", sorted({*NAMES} - {*variants.plugins()}))
+def test_yaml_offers_exactly_the_knobs_with_their_defaults(name: str) -> None:
+    path = ROOT / "configs" / "variant" / f"{name}.yaml"
+    given_knobs = OmegaConf.to_container(OmegaConf.load(path))
+    assert given_knobs == {"name": name, **variants.load(name).Config().as_dict()}
+
+
+def test_every_yaml_has_its_variant() -> None:
+    assert {path.stem for path in (ROOT / "configs" / "variant").glob("*.yaml")} <= {*NAMES}
+
+
+@every_variant
+def test_unsupported_agrees_with_caps(name: str) -> None:
+    variant = variants.load(name)
+    for causal, can in ((True, variant.caps.causal), (False, variant.caps.bidirectional)):
+        reason = variant.unsupported(variant.Config(), dims_for(1024), causal=causal)
+        assert (reason is None) == can
+        assert reason is None or reason.strip()
+
+
+# --- what a forward pass returns ------------------------------------------------------------------
+
+
+@cases(small=True)
+@pytest.mark.parametrize("tokens", [1, 2, 5, 97, 256, 601])
+def test_forward_keeps_shape_and_dtype(case: Case, tokens: int) -> None:
+    for batch, dtype in ((1, torch.float32), (3, torch.float64)):
+        dims = dims_for(tokens, batch)
+        layer = case.layer(dims).to(dtype)
+        x = numbers(batch, tokens, dims.d_model).detach().to(dtype)
+        out = layer(x, causal=case.causal)
+        assert isinstance(out, Out)
+        for y in (out.y, feed(layer, x, causal=case.causal)):
+            assert (y.shape, y.dtype) == (x.shape, x.dtype)
+            assert y.isfinite().all()
+        if not case.variant.caps.stateful:
+            assert out.state is None
+        assert not any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in tree_leaves(out.state))
+        assert out.aux_loss is None or out.aux_loss.dim() == 0
+
+
+@cases(small=True)
+def test_layer_keeps_nothing_between_sequences(case: Case) -> None:
+    """What another sequence went through before does not show, in training and in evaluation."""
+    dims = dims_for(case.length, 2)
+    first, second = (numbers(2, case.length, dims.d_model, seed=seed).detach() for seed in (1, 2))
+    layer = case.layer(dims)
+    for mode in (layer.train(), layer.eval()):
+        before = feed(mode, first, causal=case.causal)
+        other = feed(mode, second, causal=case.causal)
+        assert difference(feed(mode, first, causal=case.causal), before) <= EXACT
+        assert difference(other, before) > EXACT, "the output does not depend on the input"
+
+
+@cases(small=True)
+def test_sequences_of_a_batch_are_independent(case: Case) -> None:
+    dims = dims_for(case.length, 3)
+    layer = case.layer(dims).eval()
+    x = numbers(3, case.length, dims.d_model).detach()
+    alone = torch.cat([feed(layer, row[None], causal=case.causal) for row in x])
+    assert difference(feed(layer, x, causal=case.causal), alone) <= EXACT
+
+
+@cases(small=True)
+def test_a_strided_input_is_read_as_its_values(case: Case) -> None:
+    dims = dims_for(case.length, 2)
+    layer = case.layer(dims)
+    x = numbers(case.length, dims.d_model, 2).detach().permute(2, 0, 1)
+    assert not x.is_contiguous()
+    packed = feed(layer, x.contiguous(), causal=case.causal)
+    assert difference(feed(layer, x, causal=case.causal), packed) <= EXACT
+
+
+# --- the mathematics ------------------------------------------------------------------------------
+
+
+@cases(small=True)
+@property_test
+@given(tokens=st.integers(1, 300), batch=st.sampled_from([1, 3]), index=st.integers(0, 2))
+@example(tokens=1, batch=3, index=0)
+@example(tokens=2, batch=1, index=1)
+@example(tokens=256, batch=1, index=0)
+@example(tokens=257, batch=1, index=1)
+@example(tokens=600, batch=2, index=0)
+def test_fast_path_equals_reference(case: Case, tokens: int, batch: int, index: int) -> None:
+    dims = dims_for(tokens, batch)
+    if not case.runs(dims):
+        return
+    layer = case.layer(dims, index=index)
+    x = numbers(batch, tokens, dims.d_model)
+    assert_same(
+        lambda: feed(layer, x, causal=case.causal),
+        lambda: refer(layer, x, causal=case.causal),
+        [x, *layer.parameters()],
+    )
+
+
+@cases(small=True)
+def test_fast_path_equals_reference_after_a_step(case: Case) -> None:
+    """What is learnt outside the optimiser is learnt for both."""
+    dims = dims_for(case.length, 2)
+    layer = case.layer(dims).train()
+    x = numbers(2, case.length, dims.d_model)
+    feed(layer, x, causal=case.causal).square().sum().backward()
+    layer.after_step()
+    assert_same(
+        lambda: feed(layer, x, causal=case.causal),
+        lambda: refer(layer, x, causal=case.causal),
+        [x, *layer.parameters()],
+    )
+
+
+@cases(small=True, directions=(True,))
+def test_no_output_sees_a_later_token(case: Case) -> None:
+    """The gate passes; where the variant states a leak, it is really there."""
+    dims = dims_for(DEFAULT_LENGTH, 2)
+    if reason := case.variant.unsupported(case.config, dims, causal=True):
+        pytest.skip(reason)
+    with torch.random.fork_rng():
+        worst = gates.leak(case.variant, case.config, dims, 2, torch.device("cpu"))
+    assert (worst > gates.LEAK_TOLERANCE) == bool(case.variant.leak(case.config))
+
+
+def sampled_positions(case: Case) -> list[int]:
+    """All of a small case; of a default one, both ends, the powers of two and what is beside them."""
+    tokens = case.length
+    if case.small is not None:
+        return list(range(tokens))
+    near = {p + d for p in [0, 64, 128, 192, 256, 320, 384, 448, 512, 576, tokens] for d in (-2, -1, 0, 1)}
+    return sorted(p for p in near if 0 <= p < tokens)
+
+
+@cases(small=True)
+def test_pattern_is_what_is_read(case: Case) -> None:
+    """A key moves the queries that may read it and no others; gradients never leave the pattern."""
+    tokens, some = case.length, sampled_positions(case)
+    layer = case.layer(dims_for(tokens, len(some) + 1)).eval()
+    pattern = layer.pattern(tokens, causal=case.causal)
+    if pattern is None:
+        pytest.skip("content decides")
+    assert (pattern.shape, pattern.dtype) == ((tokens, tokens), torch.bool)
+    assert not (case.causal and pattern.triu(1).any())
+    rows = torch.arange(len(some))
+
+    x = numbers(1, tokens, layer.dims.d_model).detach().repeat(len(some) + 1, 1, 1)
+    x[rows + 1, some] += 1.0
+    with torch.no_grad():
+        y = feed(layer, x, causal=case.causal)
+    moved = (y[1:] - y[:1]).abs().amax(-1) > EXACT  # (keys, T)
+    assert torch.equal(moved.T, pattern[:, some])
+
+    x = x[1:].clone().requires_grad_()
+    y = feed(layer, x, causal=case.causal)
+    (gradient,) = torch.autograd.grad(y[rows, some].sum(), x)
+    reached = gradient.abs().amax(-1) > EXACT  # (queries, T)
+    assert not (reached & ~pattern[some]).any()
+    if not case.variant.caps.stateful:  # state is detached: a later segment reads what gets no gradient
+        assert torch.equal(reached, pattern[some])
+
+
+# --- what it costs --------------------------------------------------------------------------------
+
+
+def counted(layer: Attention, dims: Dims, causal: bool) -> tuple[int, Flops]:
+    """(FLOPs dispatched in a forward pass, those of the formula)."""
+    x = torch.zeros(dims.batch_size, dims.seq_len, dims.d_model, dtype=next(layer.parameters()).dtype)
+    with CountFlops() as counter, torch.no_grad():
+        feed(layer, x, causal=causal)
+    total = Flops(0, 0)
+    for length, count in layer.plan(layer.config).lengths(dims.seq_len):
+        window = dataclasses.replace(dims, seq_len=length)
+        total = total + layer.flops(window, causal=causal) * count
+    return counter.total, total
+
+
+def assert_cost_is_honest(dispatched: int, formula: Flops, padding: str | None) -> None:
+    ratio = (dispatched - formula.projections) / formula.attention
+    assert formula.projections > 0
+    assert 0.99 <= ratio <= (1.01 if padding is None else 2.2), padding
+
+
+@cases(small=True)
+@pytest.mark.parametrize("tokens", [300, 1111])
+def test_dispatched_flops_are_those_of_the_formula(case: Case, tokens: int) -> None:
+    dims = Dims(batch_size=2, seq_len=tokens, d_model=64, heads=2)
+    layer = case.layer(dims).eval()
+    assert_cost_is_honest(*counted(layer, dims, case.causal), layer.padding)
+
+
+@cases(small=False)
+def test_flops_scale_with_the_batch(case: Case) -> None:
+    one, five = (
+        counted(case.layer(dims), dims, case.causal)[1] for dims in (dims_for(500), dims_for(500, 5))
+    )
+    assert five == one * 5
+
+
+@cases(small=False)
+def test_runs_under_fake_tensors_at_any_length(case: Case) -> None:
+    """How a cell is planned without its hardware: nothing is computed; costs stay honest."""
+    dims = Dims(batch_size=1, seq_len=65_536, d_model=64, heads=2)
+    if not case.runs(dims):
+        pytest.skip("unsupported")
+    with FakeTensorMode():
+        layer = case.variant(case.config, dims)
+        x = torch.randn(1, dims.seq_len, dims.d_model, requires_grad=True)
+        y = feed(layer, x, causal=case.causal)
+        y.sum().backward()
+        assert y.shape == x.shape
+        assert x.grad is not None
+        assert_cost_is_honest(*counted(layer, dims, case.causal), layer.padding)
+
+
+@cases(small=True)
+def test_state_grows_with_the_sequence(case: Case) -> None:
+    lengths = [1, 2, 3, 10, 100, 255, 256, 257, 1000, 100_000]
+    sizes = [case.variant(case.config, dims_for(512)).state_bytes(dims_for(t)) for t in lengths]
+    assert min(sizes) > 0
+    assert sizes == sorted(sizes)
+    assert all(isinstance(size, int) for size in sizes)
+
+
+# --- how it lives in a model ----------------------------------------------------------------------
+
+
+@cases(small=True)
+@pytest.mark.parametrize("training", [True, False])
+def test_a_copy_and_a_restored_layer_are_the_layer(case: Case, training: bool) -> None:
+    """Whatever decides the outputs is in the state dict."""
+    dims = dims_for(case.length, 2)
+    layer = case.layer(dims).train(training)
+    x = numbers(2, case.length, dims.d_model)
+    if training:
+        feed(layer, x, causal=case.causal).sum().backward()
+        layer.after_step()
+    x = x.detach()
+    want = feed(layer, x, causal=case.causal)
+    other = make_layer(case.variant, case.config, dims, seed=9).train(training)
+    assert difference(feed(other, x, causal=case.causal), want) > EXACT
+    other.load_state_dict(layer.state_dict())
+    for same in (copy.deepcopy(layer), other):
+        assert difference(feed(same, x, causal=case.causal), want) <= EXACT
+
+
+@cases(small=True)
+def test_every_parameter_is_used(case: Case) -> None:
+    """Every parameter gets a gradient from the outputs or from the auxiliary loss."""
+    dims = dims_for(case.length)
+    layer = case.layer(dims)
+    outs = []
+    hook = layer.register_forward_hook(lambda _module, _args, out: outs.append(out))
+    feed(layer, numbers(1, case.length, dims.d_model), causal=case.causal)
+    hook.remove()
+    losses = [out.y.square().sum() for out in outs]
+    losses += [out.aux_loss for out in outs if out.aux_loss is not None]
+    found = torch.autograd.grad(losses, list(layer.parameters()), materialize_grads=True)
+    unused = [name for (name, _), grad in zip(layer.named_parameters(), found, strict=True) if not grad.any()]
+    assert not unused
+
+
+@cases(small=False)
+def test_runs_in_bfloat16_by_autocast(case: Case) -> None:
+    dims = dims_for(case.length, 2)
+    layer = case.layer(dims).float()
+    x = numbers(2, case.length, dims.d_model).detach().float().requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        y = feed(layer, x, causal=case.causal)
+    assert y.isfinite().all()
+    y.float().square().sum().backward()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in (x, *layer.parameters()))
+
+
+# torch's tracer makes an instance of every custom autograd.Function, against torch's own advice
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+@cases(small=False)
+def test_compiles_to_one_graph(case: Case) -> None:
+    """Nothing in a forward pass depends on data: the tracer finds no break."""
+    dims = dims_for(case.length, 2)
+    layer = case.layer(dims)
+    x = numbers(2, case.length, dims.d_model).detach()
+    torch.compiler.reset()
+    compiled = torch.compile(lambda x: layer(x, causal=case.causal).y, backend="eager", fullgraph=True)
+    torch.manual_seed(2)
+    want = layer(x, causal=case.causal).y
+    torch.manual_seed(2)
+    assert difference(compiled(x), want) <= EXACT
