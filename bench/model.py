@@ -86,6 +86,7 @@ class LanguageModel(nn.Module):
         self.blocks = nn.ModuleList(
             Block(variant(config, dims, layer), dims.d_model, ff_mult, dropout) for layer in range(depth)
         )
+        variant.tie(self.layers)
         self.norm = nn.LayerNorm(dims.d_model)
         self.head = nn.Linear(dims.d_model, vocabulary, bias=False)
         self.apply(self._initialise)

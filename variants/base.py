@@ -10,7 +10,7 @@ nothing of the harness that measures it.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, NamedTuple
 
@@ -267,6 +267,10 @@ class Attention(nn.Module, ABC):
         A leak that is stated here is measured, recorded and marked; any other fails the causality gate.
         """
         return None
+
+    @classmethod
+    def tie(cls, layers: Sequence[Attention]) -> None:
+        """Called once with all layers of a new model, lowest first, to let them share parameters."""
 
     def after_step(self) -> None:
         """Called once after each optimiser step, for what is learnt outside it: moving averages, redraws.
