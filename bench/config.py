@@ -260,12 +260,12 @@ def _check_bounds(root: _Root) -> None:
         "measure.eval_tokens": (measure.eval_tokens, 1 if measure.train_tokens else 0),
     }
     for knob, (value, least) in at_least.items():
-        if value < least:
+        if not value >= least:  # so that NaN is refused too
             raise ConfigError(f"{knob}={value}: allowed is {least} or more")
     if not 0 <= model.dropout < 1:
         raise ConfigError(f"model.dropout={model.dropout}: allowed is 0 up to below 1")
     for knob, above in (("learning_rate", measure.learning_rate), ("limit_seconds", measure.limit_seconds)):
-        if above <= 0:
+        if not above > 0:
             raise ConfigError(f"measure.{knob}={above}: allowed is more than 0")
     if model.d_model % model.heads:
         divisors = [h for h in range(1, model.d_model + 1) if model.d_model % h == 0]

@@ -155,10 +155,13 @@ def _files(path: str | None) -> Corpus:
         found = sorted(Path(f) for f in glob.glob(str(there), recursive=True) if Path(f).is_file())  # noqa: PTH207 (absolute globs)
     if not found:
         raise CorpusError(f"data.path={path}: no such file, folder or glob")
-    try:
-        return _split("files", {str(f): f.read_bytes() for f in found})
-    except OSError as error:
-        raise CorpusError(f"data.path={path}: {error.filename}: {error.strerror}") from None
+    documents = {}
+    for file in found:
+        try:
+            documents[str(file)] = file.read_bytes()
+        except OSError as error:
+            raise CorpusError(f"data.path={path}: {file}: {error.strerror}") from None
+    return _split("files", documents)
 
 
 def _split(name: str, documents: dict[str, bytes]) -> Corpus:

@@ -154,7 +154,7 @@ def parse(text: str, source: str = "record") -> Record:
     """
     try:
         data = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise RecordError(f"{source}: not JSON ({error})") from None
     if not isinstance(data, dict) or "schema_version" not in data:
         raise RecordError(f"{source}: not a record (no schema_version)")
@@ -221,7 +221,7 @@ def read_all(folder: Path) -> tuple[list[Record], list[str]]:
             problems.append(str(error))
         except (OSError, UnicodeDecodeError) as error:
             problems.append(f"{path}: {error}")
-    records.sort(key=lambda r: (r.started_at or "", r.cell_id))
+    records.sort(key=lambda r: (str(r.started_at or ""), r.cell_id))
     return records, problems
 
 

@@ -22,7 +22,8 @@ STATUS = Path("/proc/self/status")
 
 
 class LiveStorage(TorchDispatchMode):
-    """Context manager that follows the bytes of every storage made inside it, until it is freed.
+    """Context manager that follows the bytes of every storage that an operation inside it returns, until
+    the storage is freed. A storage that is resized in place keeps the size it was first seen with.
 
     `live` is the current sum and `peak` its maximum since `reset_peak`. Leave the context before the
     tensors die and the count stays right: storages report their own end.

@@ -1,0 +1,156 @@
+"""Every mistake is refused in one line with the value, what is allowed, and the nearest match."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+
+import variants
+from bench import complaints
+from bench.config import ACTIVATIONS, DTYPES, Cell, ConfigError, choose, parse
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+
+
+def cell_of(*overrides: str) -> Cell:
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        composed = compose("config", overrides=["device=cpu", *overrides])
+    return parse(composed)
+
+
+def refusal(*overrides: str) -> str:
+    """What the user is told."""
+    with pytest.raises(complaints.KINDS) as caught:
+        cell_of(*overrides)
+    message = complaints.explain(caught.value, list(overrides), CONFIGS)
+    assert message
+    assert "\n" not in message
+    return message
+
+
+REFUSED: dict[str, tuple[str, ...]] = {
+    # unknown names
+    "variant=longfromer": ("variant=longfromer", "dense", "did you mean longformer?"),
+    "+variant.impll=sdpa": ("impll", "impl", "did you mean impl?"),
+    "activations=chekpoint": ("activations=chekpoint", "keep", "did you mean checkpoint?"),
+    "model=tinny": ("model=tinny", "small", "did you mean tiny?"),
+    "measure=quik": ("measure=quik", "standard", "did you mean quick?"),
+    "data=play": ("data=play", "stdlib", "did you mean plays?"),
+    "objective=clmm": ("objective=clmm", "auto", "mlm", "did you mean clm?"),
+    "dtype=float16": ("dtype=float16", *DTYPES),
+    "device=gpu": ("device=gpu", "auto", "cpu", "cuda"),
+    "variant.impl=spda": ("variant.impl='spda'", "sdpa or naive"),
+    # misspelt knobs
+    "seqlen=5": ("seqlen", "unknown knob", "did you mean seq_len?"),
+    "model.head=2": ("model.head", "did you mean model.heads?"),
+    "+depht=3": ("depht", "depth", "did you mean depth?"),
+    # wrong types
+    "seq_len=abc": ("seq_len='abc'", "a whole number"),
+    "seq_len=1.5": ("seq_len=1.5", "a whole number"),
+    "depth=null": ("depth",),
+    "force=perhaps": ("force='perhaps'", "true or false"),
+    "model.dropout=much": ("model.dropout='much'", "a number"),
+    "measure.time_seconds=long": ("measure.time_seconds='long'", "a number"),
+    # out of bounds
+    "seq_len=0": ("seq_len=0", "1 or more"),
+    "seq_len=-5": ("seq_len=-5", "1 or more"),
+    "depth=0": ("depth=0", "1 or more"),
+    "batch_size=0": ("batch_size=0", "1 or more"),
+    "replicate=-1": ("replicate=-1", "0 or more"),
+    "model.heads=0": ("model.heads=0", "1 or more"),
+    "model.heads=3": ("model.heads=3", "must divide model.d_model=64", "nearest that does is 2"),
+    "model.heads=64": ("model.heads=64", "even"),
+    "model.ff_mult=0": ("model.ff_mult=0", "1 or more"),
+    "model.dropout=1": ("model.dropout=1.0", "0 up to below 1"),
+    "model.dropout=-0.1": ("model.dropout=-0.1", "0 up to below 1"),
+    "measure.min_samples=0": ("measure.min_samples=0", "1 or more"),
+    "measure.time_seconds=-1": ("measure.time_seconds=-1", "0 or more"),
+    "measure.train_tokens=-1": ("measure.train_tokens=-1", "0 or more"),
+    "measure.eval_tokens=0": ("measure.eval_tokens=0", "1 or more"),
+    "measure.learning_rate=0": ("measure.learning_rate=0", "more than 0"),
+    "measure.limit_seconds=0": ("measure.limit_seconds=0", "more than 0"),
+    "model.dropout=nan": ("model.dropout=nan",),
+    "measure.learning_rate=nan": ("measure.learning_rate=nan",),
+    "measure.limit_seconds=nan": ("measure.limit_seconds=nan",),
+    "measure.time_seconds=nan": ("measure.time_seconds=nan",),
+    "name=../elsewhere": ("name='../elsewhere'", "a folder name under results_dir"),
+    "name=/tmp/elsewhere": ("name='/tmp/elsewhere'", "a folder name under results_dir"),
+    "name=''": ("name=''", "a folder name under results_dir"),
+}
+
+
+@pytest.mark.parametrize("override", REFUSED)
+def test_a_mistake_is_refused_in_one_line(override: str) -> None:
+    message = refusal(override)
+    for part in REFUSED[override]:
+        assert part in message
+
+
+@pytest.mark.parametrize(
+    ("overrides", "parts"),
+    [
+        (("variant=chunked", "variant.chunk=0"), ("variant.chunk=0", "1 or more")),
+        (("variant=chunked", "variant.chunk=many"), ("variant.chunk='many'", "a whole number")),
+        (("variant=overlapping", "variant.chunk=6"), ("variant.chunk=6", "multiple of 4")),
+        (("variant=longformer", "variant.window=[0]"), ("variant.window=[0]", "integers ≥ 1")),
+        (("variant=longformer", "variant.window=[]"), ("variant.window=[]", "one or more")),
+        (("variant=longformer", "variant.chunk=5"), ("variant.chunk", "variant.window")),
+        (("variant=longformer", "+variant.windows=5"), ("windows", "did you mean window?")),
+    ],
+)
+def test_a_variants_own_knobs_are_checked(overrides: tuple[str, ...], parts: tuple[str, ...]) -> None:
+    message = refusal(*overrides)
+    for part in parts:
+        assert part in message
+
+
+@pytest.mark.parametrize("name", variants.names())
+def test_every_variants_yaml_holds_its_defaults(name: str) -> None:
+    """So that `python -m bench --help variant=x` shows what a Python user gets."""
+    cell = cell_of(f"variant={name}")
+    variant, config, dims = cell.spec.attention()
+    assert config == variant.Config()
+    assert cell.spec.variant_params == variant.Config().as_dict()
+    assert (dims.seq_len, dims.d_model) == (cell.spec.seq_len, cell.spec.model.d_model)
+
+
+def test_a_single_number_is_a_list_of_one() -> None:
+    spec = cell_of("variant=longformer", "variant.window=64").spec
+    assert spec.variant_params["window"] == [64]
+    assert spec.attention()[1].as_dict()["window"] == [64]
+
+
+def test_auto_is_decided_before_the_cell_is_hashed() -> None:
+    auto, said = cell_of().spec, cell_of("objective=clm").spec
+    assert auto.objective == "clm"
+    assert auto.cell_id("data", "code") == said.cell_id("data", "code")
+
+
+def test_every_figures_knob_changes_the_cells_id_and_no_other_does() -> None:
+    def cell_id(*overrides: str) -> str:
+        return cell_of(*overrides).spec.cell_id("data", "code")
+
+    same = ["results_dir=elsewhere", "name=other", "force=true"]
+    assert {cell_id(override) for override in same} == {cell_id()}
+    different = [
+        *("variant=chunked", "seq_len=5", "depth=3", "batch_size=2", "replicate=1", "objective=mlm"),
+        *("dtype=bfloat16", "activations=checkpoint", "model=small", "model.dropout=0.1", "data=stdlib"),
+        *("measure=quick", "measure.train_tokens=1", "variant.impl=naive"),
+    ]
+    assert len({cell_id(override) for override in different} | {cell_id()}) == len(different) + 1
+    assert cell_of().spec.cell_id("data", "other") != cell_id() != cell_of().spec.cell_id("other", "code")
+
+
+def test_a_cell_goes_to_the_experiments_folder() -> None:
+    cell = cell_of("results_dir=there", "name=a/b", "force=true")
+    assert (cell.folder, cell.name, cell.force) == (Path("there/a/b"), "a/b", True)
+    assert cell.spec.causal
+    assert not cell_of("objective=mlm").spec.causal
+
+
+def test_choose_gives_back_what_is_allowed() -> None:
+    assert [choose("activations", value, ACTIVATIONS) for value in ACTIVATIONS] == list(ACTIVATIONS)
+    with pytest.raises(ConfigError, match=r"^knob=zzz: unknown; allowed are aaa, bbb$"):
+        choose("knob", "zzz", ["aaa", "bbb"])

@@ -1,0 +1,226 @@
+"""The counter sees every product of a training step, and counts each as arithmetic on paper does."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+
+import variants
+from bench.measure.flops import CountFlops, attention_formulas
+from bench.measure.step import Subject
+from bench.model import LanguageModel
+from bench.tasks import text
+from variants.base import Dims
+
+FF_MULT = 4
+CPU = torch.device("cpu")
+FUSED = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """Work this small is done before a second thread wakes; on busy cores waiting for it takes longer."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def dims(seq_len: int, batch_size: int = 2, d_model: int = 32, heads: int = 2) -> Dims:
+    return Dims(batch_size=batch_size, seq_len=seq_len, d_model=d_model, heads=heads)
+
+
+def model_of(
+    name: str, sizes: Dims, *, depth: int = 2, activations: str = "keep", **knobs: Any
+) -> LanguageModel:
+    variant = variants.load(name)
+    return LanguageModel(
+        variant,
+        variant.Config(**knobs),
+        sizes,
+        depth=depth,
+        ff_mult=FF_MULT,
+        dropout=0.0,
+        vocabulary=text.VOCABULARY,
+        activations=activations,
+    )
+
+
+def subject_of(model: LanguageModel, sizes: Dims, *, causal: bool) -> Subject:
+    tokens = torch.randint(0, 256, (sizes.batch_size, sizes.seq_len))
+    return Subject.make(
+        lambda: model,
+        lambda: text.Batch(tokens, tokens.clone()),
+        causal=causal,
+        device=CPU,
+    )
+
+
+def dispatched(model: LanguageModel, sizes: Dims, *, causal: bool) -> int:
+    subject = subject_of(model, sizes, causal=causal)
+    with CountFlops() as counter:
+        subject.step()
+    return counter.total
+
+
+def sizes_for(name: str, *, causal: bool) -> Dims:
+    """Past every default window and chunk, and a multiple of none of them."""
+    sizes, variant = dims(601, batch_size=1), variants.load(name)
+    if reason := variant.unsupported(variant.Config(), sizes, causal=causal):
+        pytest.skip(f"{name}: {reason}")
+    return sizes
+
+
+def step_on_paper(sizes: Dims, depth: int, *, causal: bool) -> int:
+    """A dense training step, product by product. Linear layers: the output, and the gradients of the
+    input and of the weight. Attention: QKᵀ and PV; then QKᵀ again, and the gradients of V, P, Q and K."""
+    b, t, c = sizes.batch_size, sizes.seq_len, sizes.d_model
+    linear = sum(2 * b * t * rows * columns for rows, columns in [(c, 3 * c), (c, c), (c, 4 * c), (4 * c, c)])
+    head = 2 * b * t * c * text.VOCABULARY
+    pairs = sum(range(1, t + 1)) if causal else t * t
+    product = sizes.heads * 2 * b * pairs * (c // sizes.heads)
+    return 3 * (depth * linear + head) + depth * (2 + 5) * product
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize(("seq_len", "depth"), [(129, 1), (257, 2)])
+def test_executed_step_of_dense_attention_is_the_sum_of_its_products(
+    seq_len: int, depth: int, causal: bool
+) -> None:
+    sizes = dims(seq_len)
+    counted = dispatched(model_of("dense", sizes, depth=depth), sizes, causal=causal)
+    assert counted == step_on_paper(sizes, depth, causal=causal)
+
+
+def test_torchs_own_counter_sees_no_attention_on_the_cpu() -> None:
+    """Why `CountFlops` exists. Where this fails, torch has learnt it, and our formulas may go."""
+    q = torch.randn(1, 2, 64, 16)
+    with FlopCounterMode(display=False) as theirs, CountFlops() as ours:
+        F.scaled_dot_product_attention(q, q, q)
+    assert theirs.get_total_flops() == 0
+    assert ours.total == 2 * 2 * 2 * 64 * 64 * 16
+
+
+class Ops(TorchDispatchMode):
+    """Every operation dispatched inside it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: set[Any] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.seen.add(getattr(func, "overloadpacket", func))
+        return func(*args, **(kwargs or {}))
+
+
+# products, but neither cummax nor lgamma nor convert_element_type
+PRODUCT = re.compile(r"attention|(?<!cu)(?<!ga)mm|conv(?!ert)")
+
+
+@pytest.mark.parametrize("name", variants.names())
+def test_every_product_of_a_step_has_a_formula(name: str) -> None:
+    causal = variants.load(name).caps.causal
+    sizes = sizes_for(name, causal=causal)
+    subject = subject_of(model_of(name, sizes), sizes, causal=causal)
+    with Ops() as ops:
+        subject.step()
+    products = {op for op in ops.seen if PRODUCT.search(str(op))}
+    assert products, "a step without a product is no step"
+    uncounted = products - set(CountFlops().flop_registry)
+    assert not uncounted, f"{name} dispatches {uncounted}, which count 0"
+
+
+def test_every_fused_attention_kernel_of_this_torch_has_a_formula() -> None:
+    """The math kernel is a composite of counted products; `overrideable` and `mps` are other devices'."""
+    prefix = "aten::_scaled_dot_product_"
+    names = {name.split(".")[0] for name in torch._C._dispatch_get_all_op_names() if name.startswith(prefix)}
+    elsewhere = re.compile(r"_math|_mps|overrideable")
+    fused = {name.removeprefix("aten::") for name in names if not elsewhere.search(name)}
+    assert fused >= {f"{FUSED.__name__}{end}" for end in ("", "_backward")}
+    assert fused == {packet.__name__ for packet in attention_formulas()}
+    assert set(attention_formulas()) <= set(CountFlops().flop_registry)
+
+
+@settings(deadline=None)
+@given(st.integers(1, 40), st.integers(1, 40), st.booleans())
+def test_a_kernel_counts_the_pairs_it_computes(queries: int, keys: int, causal: bool) -> None:
+    """Pairs counted one by one; a causal kernel lets query i read keys 0 … i."""
+    q, k = torch.randn(2, 3, queries, 8), torch.randn(2, 3, keys, 8)
+    with CountFlops() as counter:
+        F.scaled_dot_product_attention(q, k, k, is_causal=causal)
+    pairs = sum(j <= i or not causal for i in range(queries) for j in range(keys))
+    assert counter.total == 2 * 2 * (2 * 3) * pairs * 8
+
+
+def test_a_mask_given_as_a_tensor_saves_nothing() -> None:
+    q = torch.randn(1, 2, 64, 16)
+    with CountFlops() as counter:
+        F.scaled_dot_product_attention(q, q, q, attn_mask=torch.ones(64, 64, dtype=torch.bool).tril())
+    assert counter.total == 2 * 2 * 2 * 64 * 64 * 16
+
+
+def test_recompute_is_executed_and_not_algorithmic() -> None:
+    """Checkpointing runs every block's forward pass again, its last product at most left out."""
+    sizes, depth = dims(257), 3
+    kept, recomputed = (
+        model_of("dense", sizes, depth=depth, activations=how) for how in ("keep", "checkpoint")
+    )
+    assert kept.flops(sizes, causal=True) == recomputed.flops(sizes, causal=True)
+    extra = dispatched(recomputed, sizes, causal=True) - dispatched(kept, sizes, causal=True)
+    b, t, c = sizes.batch_size, sizes.seq_len, sizes.d_model
+    last = 2 * b * t * FF_MULT * c * c
+    block = 8 * b * t * c * c + 2 * last + 4 * b * c * t * (t + 1) // 2
+    assert depth * (block - last) <= extra <= depth * block
+
+
+def windows_of(model: LanguageModel, sizes: Dims, *, causal: bool) -> list[int]:
+    """Lengths of the windows that the network is really given."""
+    lengths: list[int] = []
+
+    def network(x: torch.Tensor) -> torch.Tensor:
+        lengths.extend([x.shape[1]] * x.shape[0])
+        return x
+
+    model.plan.apply(network, torch.zeros(1, sizes.seq_len, 1), causal=causal)
+    return lengths
+
+
+PLAIN = {"dense": {}, "chunked": {}, "overlapping": {}, "longformer": {"window": (8, 100)}}
+"""Variants that are softmax over a pattern and nothing else, some knobs away from their defaults."""
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("name", variants.names())
+def test_algorithmic_attention_is_the_pairs_of_the_pattern(name: str, causal: bool) -> None:
+    """Two products of 2·C for every pair of every window; a variant may compute more, never less."""
+    sizes = sizes_for(name, causal=causal)
+    model = model_of(name, sizes, **PLAIN.get(name, {}))
+    pairs = 0
+    for length in windows_of(model, sizes, causal=causal):
+        patterns = [layer.pattern(length, causal=causal) for layer in model.layers]
+        if any(pattern is None for pattern in patterns):
+            pytest.skip(f"{name}: content decides its pattern")
+        pairs += sum(int(pattern.sum()) for pattern in patterns if pattern is not None)
+    on_paper = 4 * sizes.d_model * pairs
+    counted = model.flops(sizes, causal=causal).attention
+    assert counted == on_paper if name in PLAIN else counted >= on_paper
+
+
+@pytest.mark.parametrize("name", PLAIN)
+def test_algorithmic_linear_part_is_the_products_of_every_window(name: str) -> None:
+    sizes = dims(601, batch_size=3)
+    model = model_of(name, sizes, depth=2)
+    c = sizes.d_model
+    tokens = sizes.batch_size * sum(windows_of(model, sizes, causal=True))
+    linear = 2 * 2 * tokens * (3 * c * c + c * c + 2 * FF_MULT * c * c)
+    head = 2 * sizes.batch_size * sizes.seq_len * c * text.VOCABULARY
+    assert model.flops(sizes, causal=True).projections == linear + head

@@ -1,0 +1,289 @@
+"""Variants that are wrong in one way each: the gate meant for it stops them, and a right one passes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import variants
+from bench import gates
+from bench.config import CellSpec, DataSpec, MeasureSpec, ModelSpec
+from bench.gates import COST_LIMIT, GateFailed, cost_ratio, leak, reference_error
+from bench.measure.flops import CountFlops
+from variants import patterns
+from variants.base import Dims, Out
+from variants.dense import Dense
+from variants.layers import masked_attention
+
+CPU = torch.device("cpu")
+DIMS = Dims(batch_size=2, seq_len=70, d_model=32, heads=2)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """Work this small is done before a second thread wakes; on busy cores waiting for it takes longer."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+class MaskOff(Dense):
+    """Reads one token ahead: j ≤ i + 1."""
+
+    def forward(self, x: Tensor, *, causal: bool, state: Any = None) -> Out:
+        q, k, v = self.projections.split(x)
+        allowed = patterns.matrix(lambda i, j: j <= i + 1, x.shape[1])
+        return Out(self.projections.merge(masked_attention(q, k, v, allowed)))
+
+
+class SelectsAhead(Dense):
+    """Keeps keys whose norm is over half of the sequence's largest: only the selection sees the future."""
+
+    def forward(self, x: Tensor, *, causal: bool, state: Any = None) -> Out:
+        q, k, v = self.projections.split(x)
+        norms = k.norm(dim=-1)  # (B, H, T)
+        chosen = norms > 0.7 * norms.amax(dim=-1, keepdim=True)
+        itself = torch.eye(x.shape[1], dtype=torch.bool)
+        allowed = patterns.matrix(patterns.causal, x.shape[1]) & chosen[:, :, None, :] | itself
+        return Out(self.projections.merge(masked_attention(q, k, v, allowed)))
+
+
+class StatedLeak(MaskOff):
+    """The same leak, stated."""
+
+    @classmethod
+    def leak(cls, config: Any) -> str | None:
+        return "reads one token ahead"
+
+
+class WrongValue(Dense):
+    """Scores a thousandth too large: causal, and almost right."""
+
+    def forward(self, x: Tensor, *, causal: bool, state: Any = None) -> Out:
+        q, k, v = self.projections.split(x)
+        return Out(self.projections.merge(F.scaled_dot_product_attention(q * 1.001, k, v, is_causal=causal)))
+
+
+class Scaled(torch.autograd.Function):
+    """The identity, with a gradient that is one thousandth too large."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return gradient * 1.001
+
+
+class WrongGradient(Dense):
+    """Right outputs, wrong gradient."""
+
+    def forward(self, x: Tensor, *, causal: bool, state: Any = None) -> Out:
+        q, k, v = self.projections.split(x)
+        return Out(
+            self.projections.merge(F.scaled_dot_product_attention(q, k, Scaled.apply(v), is_causal=causal))
+        )
+
+
+class Poisoned(torch.autograd.Function):
+    """The identity, with a gradient that is no number."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return gradient * float("nan")
+
+
+class NoGradient(Dense):
+    """Right outputs; the gradients behind the values are NaN."""
+
+    def forward(self, x: Tensor, *, causal: bool, state: Any = None) -> Out:
+        q, k, v = self.projections.split(x)
+        y = F.scaled_dot_product_attention(q, k, Poisoned.apply(v), is_causal=causal)
+        return Out(self.projections.merge(y))
+
+
+class NotANumber(Dense):
+    """NaN compares with nothing, so a gate that asks `error > tolerance` lets it pass."""
+
+    def forward(self, x: Tensor, *, causal: bool, state: Any = None) -> Out:
+        return Out(super().forward(x, causal=causal).y * float("nan"))
+
+
+class Silent(Dense):
+    """Computes all T × T scores and says nothing of it."""
+
+    def forward(self, x: Tensor, *, causal: bool, state: Any = None) -> Out:
+        q, k, v = self.projections.split(x)
+        return Out(self.projections.merge(masked_attention(q, k, v, self._allowed(x.shape[1], causal))))
+
+
+class Stated(Silent):
+    """The same, stated."""
+
+    padding = "computes every score"
+
+
+def run_leak(variant: type[Dense]) -> float:
+    return leak(variant, variant.Config(), DIMS, 2, CPU)
+
+
+def run_reference(variant: type[Dense], *, causal: bool = True) -> float:
+    return reference_error(variant, variant.Config(), DIMS, 0, CPU, causal=causal)
+
+
+def future_gradient(variant: type[Dense]) -> float:
+    """What a check by gradients sees: how far outputs before a cut depend on inputs after it."""
+    torch.manual_seed(0)
+    layer = variant(variant.Config(), DIMS)
+    x = torch.randn(2, DIMS.seq_len, DIMS.d_model, requires_grad=True)
+    layer(x, causal=True).y[:, :35].sum().backward()
+    assert x.grad is not None
+    assert x.grad[:, :35].abs().max() > 0
+    return x.grad[:, 35:].abs().max().item()
+
+
+def test_a_right_variant_passes_every_gate() -> None:
+    assert run_leak(Dense) <= gates.LEAK_TOLERANCE
+    assert run_reference(Dense) <= gates.REFERENCE_TOLERANCE
+    assert run_reference(Dense, causal=False) <= gates.REFERENCE_TOLERANCE
+
+
+@pytest.mark.parametrize("variant", [MaskOff, SelectsAhead])
+def test_a_leak_is_caught(variant: type[Dense]) -> None:
+    with pytest.raises(GateFailed, match=r"^causality gate: .* \d\.\d+e"):
+        run_leak(variant)
+
+
+def test_a_check_by_gradients_would_let_a_leaking_selection_pass() -> None:
+    """Why the gate perturbs: a comparison has no gradient."""
+    assert future_gradient(MaskOff) > 0
+    assert future_gradient(SelectsAhead) == 0
+
+
+def test_a_leak_that_is_stated_is_measured() -> None:
+    assert run_leak(StatedLeak) > gates.LEAK_TOLERANCE
+
+
+@pytest.mark.parametrize("variant", [WrongValue, WrongGradient, NotANumber, NoGradient])
+def test_a_fast_path_that_is_not_the_reference_is_caught(variant: type[Dense]) -> None:
+    with pytest.raises(GateFailed, match=r"^reference gate: layer 0 "):
+        run_reference(variant)
+
+
+def test_a_wrong_gradient_has_right_outputs() -> None:
+    """So a gate that compares outputs would have let it pass."""
+    torch.manual_seed(0)
+    layer = WrongGradient(WrongGradient.Config(), DIMS)
+    x = torch.randn(2, DIMS.seq_len, DIMS.d_model)
+    torch.testing.assert_close(layer(x, causal=True).y, layer.reference(x, causal=True))
+
+
+def test_a_forward_pass_that_is_no_number_does_not_pass_as_causal() -> None:
+    with pytest.raises(GateFailed, match="causality gate"):
+        run_leak(NotANumber)
+
+
+def ratio_of(variant: type[Dense]) -> float:
+    layer = variant(variant.Config(), DIMS)
+    with CountFlops() as counter, torch.no_grad():
+        layer(torch.randn(2, DIMS.seq_len, DIMS.d_model), causal=True)
+    return cost_ratio(counter.total, *layer.flops(DIMS, causal=True), layer.padding)
+
+
+def test_more_flops_than_the_formulas_need_a_reason() -> None:
+    assert ratio_of(Dense) == 1
+    with pytest.raises(GateFailed, match=r"^cost gate: .*unexplained"):
+        ratio_of(Silent)
+    t = DIMS.seq_len
+    assert ratio_of(Stated) == pytest.approx(t * t / (t * (t + 1) / 2))
+
+
+def test_no_reason_excuses_any_cost() -> None:
+    """Nor fewer FLOPs than the formula's: then the formula is wrong."""
+    assert cost_ratio(100 + int(COST_LIMIT * 1000), 100, 1000, "blocks") == pytest.approx(COST_LIMIT)
+    for dispatched in (100 + int(COST_LIMIT * 1000) + 10, 100 + 980, 100):
+        with pytest.raises(GateFailed, match="cost gate"):
+            cost_ratio(dispatched, 100, 1000, "blocks")
+    for dispatched in (100 + 985, 100 + 1015):
+        with pytest.raises(GateFailed, match="unexplained"):
+            cost_ratio(dispatched, 100, 1000, None)
+
+
+# --- the figures kept on disk -----------------------------------------------------------------
+
+
+def spec_of(variant: str = "dense", **changed: Any) -> CellSpec:
+    settings: dict[str, Any] = {
+        "variant_params": variants.load(variant).Config().as_dict(),
+        "seq_len": 40,
+        "depth": 1,
+        "batch_size": 1,
+        "replicate": 0,
+        "objective": "clm",
+        "device": "cpu",
+        "dtype": "float32",
+        "activations": "keep",
+        "model": ModelSpec(),
+        "data": DataSpec(),
+        "measure": MeasureSpec(),
+    }
+    return CellSpec(variant=variant, **{**settings, **changed})
+
+
+def kept(folder: Path) -> list[Path]:
+    return sorted((folder / "gates").iterdir())
+
+
+def test_figures_are_taken_once(tmp_path: Path) -> None:
+    """What the file says is what a second call returns: nothing is run for it."""
+    figures = gates.check(spec_of(), tmp_path, "code")
+    assert figures.leak_max_abs is not None
+    (path,) = kept(tmp_path)
+    assert json.loads(path.read_text()) == vars(figures)
+    path.write_text(json.dumps({"leak_max_abs": 0.5, "reference_max_abs": 0.25}))
+    again = gates.check(spec_of(replicate=3, batch_size=4, activations="checkpoint"), tmp_path, "code")
+    assert (again.leak_max_abs, again.reference_max_abs) == (0.5, 0.25)
+
+
+def test_other_code_or_another_configuration_is_checked_anew(tmp_path: Path) -> None:
+    cases = [
+        (spec_of(), "code"),
+        (spec_of(), "other code"),
+        (spec_of(seq_len=41), "code"),
+        (spec_of(objective="mlm"), "code"),
+        (spec_of("chunked", variant_params={"impl": "sdpa", "chunk": 16}), "code"),
+        (spec_of("chunked", variant_params={"impl": "sdpa", "chunk": 24}), "code"),
+    ]
+    figures = [gates.check(spec, tmp_path, code) for spec, code in cases]
+    assert len(kept(tmp_path)) == len(cases)
+    assert [found.leak_max_abs is None for found in figures] == [False, False, False, True, False, False]
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"leak_max_abs": 0}', '{"other": 1}'])
+def test_a_damaged_file_is_taken_again(tmp_path: Path, content: str) -> None:
+    figures = gates.check(spec_of(), tmp_path, "code")
+    (path,) = kept(tmp_path)
+    path.write_text(content)
+    assert gates.check(spec_of(), tmp_path, "code") == figures
+    assert json.loads(path.read_text()) == vars(figures)
+
+
+def test_the_callers_random_state_is_left_alone(tmp_path: Path) -> None:
+    torch.manual_seed(5)
+    want = torch.rand(3)
+    torch.manual_seed(5)
+    gates.check(spec_of(), tmp_path, "code")
+    assert torch.equal(torch.rand(3), want)

@@ -1,0 +1,181 @@
+"""Batches: every variant sees the same bytes, targets are where they should be, documents stay apart."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from bench.corpora import Corpus, Document
+from bench.tasks.text import (
+    IGNORED,
+    MASK,
+    MASKED_SHARE,
+    VOCABULARY,
+    Batch,
+    held_out_batches,
+    too_short,
+    train_batch,
+)
+
+
+def document(content: bytes) -> Document:
+    return np.frombuffer(content, dtype=np.uint8)
+
+
+def noise(seed: int, length: int) -> Document:
+    return np.random.default_rng(seed).integers(0, 256, length, dtype=np.uint8)
+
+
+CORPUS = Corpus(
+    name="noise",
+    train=(noise(1, 3000), noise(2, 2000)),
+    validation=(noise(3, 500),),
+    test=(noise(4, 700), noise(5, 90)),
+    sha256="",
+)
+
+
+def batch_of(**changed: Any) -> Batch:
+    given_: dict[str, Any] = {"seq_len": 50, "batch_size": 3, "objective": "clm", "replicate": 0, "step": 0}
+    return train_batch(CORPUS, **{**given_, **changed})
+
+
+def same(a: Batch, b: Batch) -> bool:
+    return all(map(torch.equal, a, b))
+
+
+@pytest.mark.parametrize("objective", ["clm", "mlm"])
+@settings(deadline=None)
+@given(replicate=st.integers(0, 1000), step=st.integers(0, 10_000))
+def test_a_batch_is_a_function_of_replicate_and_step(objective: str, replicate: int, step: int) -> None:
+    first = batch_of(objective=objective, replicate=replicate, step=step)
+    batch_of(objective=objective, replicate=replicate, step=step + 1)  # another batch leaves no trace
+    assert same(first, batch_of(objective=objective, replicate=replicate, step=step))
+    assert not same(first, batch_of(objective=objective, replicate=replicate, step=step + 1))
+    assert not same(first, batch_of(objective=objective, replicate=replicate + 1, step=step))
+
+
+def test_replicate_and_step_are_not_interchangeable() -> None:
+    assert not same(batch_of(replicate=1, step=2), batch_of(replicate=2, step=1))
+
+
+@settings(deadline=None)
+@given(st.integers(1, 200), st.integers(1, 4), st.integers(0, 50))
+def test_causal_targets_are_the_inputs_shifted(seq_len: int, batch_size: int, step: int) -> None:
+    inputs, targets = batch_of(seq_len=seq_len, batch_size=batch_size, step=step)
+    assert inputs.shape == targets.shape == (batch_size, seq_len)
+    assert inputs.dtype == targets.dtype == torch.int64
+    assert torch.equal(inputs[:, 1:], targets[:, :-1])
+    stream = CORPUS.train_stream.tobytes()
+    for row, target in zip(inputs, targets, strict=True):
+        assert bytes([*row.tolist(), int(target[-1])]) in stream
+
+
+@settings(deadline=None)
+@given(st.integers(1, 200), st.integers(0, 50))
+def test_masked_targets_stand_where_the_input_is_masked_and_nowhere_else(seq_len: int, step: int) -> None:
+    plain = batch_of(seq_len=seq_len, step=step)
+    inputs, targets = batch_of(seq_len=seq_len, step=step, objective="mlm")
+    masked = inputs == MASK
+    assert torch.equal(masked, targets != IGNORED)
+    assert torch.equal(torch.where(masked, targets, inputs), plain.inputs), (
+        "other bytes than the causal batch's"
+    )
+    assert masked.any(dim=1).all(), "a window without a target teaches nothing"
+    assert int(inputs.max()) < VOCABULARY
+
+
+def test_about_the_stated_share_is_masked() -> None:
+    """Five standard deviations of a binomial around 15 %."""
+    assert MASKED_SHARE == 0.15
+    inputs, _ = batch_of(seq_len=1000, batch_size=200, objective="mlm")
+    masked = inputs == MASK
+    assert masked.double().mean().item() == pytest.approx(0.15, abs=5 * (0.15 * 0.85 / inputs.numel()) ** 0.5)
+    by_position = masked.double().mean(dim=0)
+    assert by_position.max() < 0.15 + 6 * (0.15 * 0.85 / 200) ** 0.5, "no position is favoured"
+
+
+def test_training_windows_reach_the_whole_stream() -> None:
+    stream = CORPUS.train_stream
+    length = len(stream) - 1  # one window fits
+    inputs, targets = batch_of(seq_len=length, batch_size=2)
+    assert bytes(inputs[0].tolist()) == stream[:-1].tobytes()
+    assert bytes(targets[1].tolist()) == stream[1:].tobytes()
+
+
+def held_out(documents: tuple[Document, ...], **changed: Any) -> list[Batch]:
+    given_: dict[str, Any] = {"seq_len": 8, "batch_size": 3, "objective": "clm", "max_tokens": 10**9}
+    return list(held_out_batches(documents, **{**given_, **changed}))
+
+
+@settings(deadline=None)
+@given(
+    st.lists(st.integers(1, 60), min_size=1, max_size=5).filter(lambda lengths: max(lengths) > 8),
+    st.integers(1, 4),
+    st.integers(1, 400),
+)
+def test_held_out_windows_tile_documents_and_never_cross_them(
+    lengths: list[int], batch_size: int, max_tokens: int
+) -> None:
+    """Byte values name the document: document k holds bytes 40k … 40k + 39, counted up."""
+    documents = tuple(
+        document(bytes(40 * k + i % 40 for i in range(length))) for k, length in enumerate(lengths)
+    )
+    batches = held_out(documents, batch_size=batch_size, max_tokens=max_tokens)
+    windows = [
+        bytes([*row.tolist(), int(target[-1])])
+        for batch in batches
+        for row, target in zip(*batch, strict=True)
+    ]
+    possible = [
+        (start, k, text.tobytes()[start : start + 9])
+        for k, text in enumerate(documents)
+        for start in range(0, len(text) - 8, 8)
+    ]
+    rounds = [window for _, _, window in sorted(possible)]  # first windows of all documents, then second, …
+    assert windows == rounds[: max(1, max_tokens // 8)]
+    assert len(windows) * 8 <= max(8, max_tokens)
+    assert all(len({byte // 40 for byte in window}) == 1 for window in windows)
+    assert all(len(batch.inputs) == batch_size for batch in batches[:-1])
+
+
+@pytest.mark.parametrize("objective", ["clm", "mlm"])
+def test_held_out_batches_are_the_same_for_everyone(objective: str) -> None:
+    """Whatever was drawn before, and whatever the state of the global generators."""
+    first = held_out(CORPUS.test, objective=objective)
+    torch.manual_seed(7)
+    batch_of(replicate=5)
+    second = held_out(CORPUS.test, objective=objective)
+    assert len(first) == len(second)
+    assert all(map(same, first, second))
+
+
+def test_masked_held_out_windows_hold_the_causal_ones_bytes() -> None:
+    for plain, (inputs, targets) in zip(
+        held_out(CORPUS.test), held_out(CORPUS.test, objective="mlm"), strict=True
+    ):
+        assert torch.equal(torch.where(inputs == MASK, targets, inputs), plain.inputs)
+
+
+@settings(deadline=None)
+@given(st.integers(1, 6000))
+def test_too_short_says_so_exactly_where_no_window_fits(seq_len: int) -> None:
+    train_fits = len(CORPUS.train_stream) >= seq_len + 1
+    test_fits = max(map(len, CORPUS.test)) >= seq_len + 1
+    reason = too_short(CORPUS, seq_len, quality=False)
+    assert (reason is None) == train_fits
+    reason = too_short(CORPUS, seq_len, quality=True)
+    assert (reason is None) == (train_fits and test_fits)
+    if reason is None:
+        assert batch_of(seq_len=seq_len, batch_size=1).inputs.shape == (1, seq_len)
+        assert held_out(CORPUS.test, seq_len=seq_len)
+    else:
+        have = len(CORPUS.train_stream) if not train_fits else max(map(len, CORPUS.test))
+        assert "\n" not in reason
+        for part in ("noise", f"{have:,}", f"seq_len={seq_len:,}"):
+            assert part in reason
