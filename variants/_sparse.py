@@ -58,7 +58,14 @@ class Cut:
         batch, heads, token, *rest = x.stride()
         return x.as_strided(
             (*x.shape[:2], self.groups, self.rows, self.run, *x.shape[3:]),
-            (batch, heads + self.head_step * token, self.group_step * token, self.row_step * token, token, *rest),
+            (
+                batch,
+                heads + self.head_step * token,
+                self.group_step * token,
+                self.row_step * token,
+                token,
+                *rest,
+            ),
             x.storage_offset() + self.start * token,
         )
 
@@ -98,17 +105,21 @@ class Part:
         if self.mask is None:
             return None
         bias = torch.zeros(self.mask.shape, dtype=like.dtype, device=like.device)
-        return bias.masked_fill_(~self.mask, -math.inf).view((1,) * (4 - bias.dim()) + bias.shape)
+        bias.masked_fill_(~self.mask, -math.inf)
+        whole: Tensor = bias.expand((1,) * (4 - bias.dim()) + bias.shape)
+        return whole
 
 
 def piece_size(seq_len: int) -> int:
-    """Queries worked on at a time: few enough for the cache, and at most 16 pieces a sequence."""
-    return max(4096, -(-seq_len // 16))
+    """Queries worked on at a time: few enough for the cache, and at most 32 pieces a sequence."""
+    return max(4096, -(-seq_len // 32))
 
 
 def _fused(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, causal: bool) -> tuple[Tensor, Tensor]:
     """torch's CPU kernel: outputs (N, H, queries, D) and logsumexp (N, H, queries)."""
-    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, attn_mask=bias)
+    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        q, k, v, 0.0, causal, attn_mask=bias
+    )
     if bias is not None:  # the kernel says 0 where there is no key
         lse = lse.masked_fill((bias == -math.inf).all(-1), EMPTY)
     return out, lse
@@ -118,14 +129,18 @@ def _fused_backward(
     dy: Tensor, q: Tensor, k: Tensor, v: Tensor, y: Tensor, lse: Tensor, bias: Tensor | None, causal: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Its gradients, where y and lse may come from a softmax over more keys than these."""
-    grads: tuple[Tensor, Tensor, Tensor] = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-        dy, q, k, v, y, lse, 0.0, causal, attn_mask=bias
+    grads: tuple[Tensor, Tensor, Tensor] = (
+        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            dy, q, k, v, y, lse, 0.0, causal, attn_mask=bias
+        )
     )
     return grads
 
 
 def _scores(q: Tensor, k: Tensor, bias: Tensor | None, causal: bool) -> Tensor:
-    scores = (q @ k.transpose(-1, -2)).to(torch.promote_types(q.dtype, torch.float32)) / math.sqrt(q.shape[-1])
+    scores = (q @ k.transpose(-1, -2)).to(torch.promote_types(q.dtype, torch.float32)) / math.sqrt(
+        q.shape[-1]
+    )
     if causal:
         later = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1)
         scores = scores.masked_fill_(later, -math.inf)
@@ -189,7 +204,7 @@ class _UnionAttention(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, y, lse = ctx.saved_tensors
         _, attend_backward = KERNELS[ctx.impl]
@@ -219,7 +234,7 @@ class _UnionAttention(torch.autograd.Function):
 
 def union_attention(q: Tensor, k: Tensor, v: Tensor, parts: list[Part], impl: str) -> Tensor:
     """Softmax attention over the union of the parts' keys, (B, H, T, D) → (B, H, T, D); 0 without any."""
-    y: Tensor = _UnionAttention.apply(q, k, v, parts, impl)
+    y: Tensor = _UnionAttention.apply(q, k, v, parts, impl)  # type: ignore[no-untyped-call]
     return y
 
 
@@ -316,7 +331,9 @@ class SparseAttention(Attention):
     def forward(self, x: Tensor, *, causal: bool, state: Any = None) -> Out:
         """(B, T, C) → Out; carries no state."""
         if self.impl == "fused" and x.device.type != "cpu":
-            raise ValueError(f"impl=fused: the kernel is the CPU's; on {x.device.type} allowed is auto or plain")
+            raise ValueError(
+                f"impl=fused: the kernel is the CPU's; on {x.device.type} allowed is auto or plain"
+            )
         q, k, v = self.projections.split(x)
         parts = [
             part
@@ -328,7 +345,9 @@ class SparseAttention(Attention):
     def allowed(self, seq_len: int, *, causal: bool) -> Tensor:
         """(H, T, T) bool: which keys a query may read, head by head."""
         rules = [
-            self.rule(seq_len, role, h, causal=causal) for role in self.roles for h in range(role.first, role.last)
+            self.rule(seq_len, role, h, causal=causal)
+            for role in self.roles
+            for h in range(role.first, role.last)
         ]
         if causal:
             rules = [patterns.both(rule, patterns.causal) for rule in rules]

@@ -58,10 +58,14 @@ class SparseStrided(SparseAttention):
             if whole > 0:
                 queries = Cut(start=first * stride, groups=whole, group_step=stride, run=stride)
                 keys = Cut(start=(first + offset) * stride, groups=whole, group_step=stride, run=stride)
-                found.append(Part(heads=heads, queries=queries, keys=keys, mask=mask, causal=causal and not offset))
+                found.append(
+                    Part(heads=heads, queries=queries, keys=keys, mask=mask, causal=causal and not offset)
+                )
             if rest and first <= rows - max(offset, 0) < first + count:
                 query_row = rows - max(offset, 0)
-                n_queries, n_keys = (rest if row == rows else stride for row in (query_row, query_row + offset))
+                n_queries, n_keys = (
+                    rest if row == rows else stride for row in (query_row, query_row + offset)
+                )
                 found.append(
                     Part(
                         heads=heads,
@@ -105,8 +109,8 @@ class SparseStrided(SparseAttention):
         """Window plus columns minus the distances 0 and l, which both have."""
         near = patterns.window_pairs(seq_len, self.stride + 1, is_causal=causal)
         rows, rest = divmod(seq_len, self.stride)
-        column = (lambda n: n * (n + 1) // 2) if causal else (lambda n: n * n)
-        far: int = rest * column(rows + 1) + (self.stride - rest) * column(rows)
+        longer, shorter = ((n * (n + 1) // 2 if causal else n * n) for n in (rows + 1, rows))
+        far = rest * longer + (self.stride - rest) * shorter
         both = seq_len + (1 if causal else 2) * max(0, seq_len - self.stride)
         return {"near": near, "far": far, "merged": near + far - both}[role.factor]
 
