@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from variants import patterns
-from variants._sparse import Cut, Part, Role, SparseAttention, SparseConfig, piece_size
+from variants._sparse import Role, SparseAttention, SparseConfig
+from variants._union import Cut, Part, piece_size
 
 SUBBLOCKS = ("distinct", "shared")
 STRIPS = 32

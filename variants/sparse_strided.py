@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from variants import patterns
-from variants._sparse import Cut, Part, Role, SparseAttention, SparseConfig
+from variants._sparse import Role, SparseAttention, SparseConfig
+from variants._union import Cut, Part
 
 
 @dataclass(frozen=True, kw_only=True)

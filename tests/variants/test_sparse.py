@@ -18,7 +18,8 @@ from bench import gates
 from bench.measure.flops import CountFlops
 from bench.measure.memory import LiveStorage
 from variants import load
-from variants._sparse import Cut, Part, SparseAttention, union_attention
+from variants._sparse import SparseAttention
+from variants._union import Cut, Part, union_attention
 from variants.base import Dims
 from variants.layers import masked_attention
 
