@@ -19,7 +19,7 @@ UNIT_EPSILON = 1e-6
 """Added in quadrature to the length of a vector before dividing by it, so that 0 has a gradient."""
 ONE_ROTATION = 64
 """Most buckets that one rotation gives; more are the product of two rotations (see `factors`)."""
-MOST_PIECES = 64
+MOST_PIECES = 32
 """Pieces of a round at most: tiles outgrow the cache rather than a pass its thousands of calls."""
 TILE = 2**19
 """(query, key) pairs of a piece where the round is small enough: a tile of them stays in the cache."""
@@ -85,7 +85,7 @@ def hash_rows(x: Tensor, given: list[Tensor], rounds: int) -> Tensor:
     projections tie and the bucket depends on the kernel. In pieces over the tokens, because the
     projections are T × R × buckets numbers.
     """
-    batch, seq_len, heads, head_dim = x.shape
+    batch, seq_len, heads, _ = x.shape
     buckets = torch.zeros(rounds, heads, batch * seq_len, dtype=torch.int64, device=x.device)
     if given:
         by_head = x.flatten(0, 1).transpose(0, 1)  # (H, BT, D)
@@ -177,7 +177,7 @@ class Window:
         return (0.0, float(self.reach)) if self.band else (0.5, 0.5)
 
     def forbidden(self, like: Tensor) -> Tensor:
-        """(block, keys): 0 where a query may read a key of its bucket by their places alone, else FORBIDDEN."""
+        """(block, keys): 0 where a query may read a key of its bucket by place alone, else FORBIDDEN."""
         query = torch.arange(self.block, device=like.device)[:, None] + self.back
         distance = query - torch.arange(self.keys, device=like.device)
         allowed = distance > 0 if self.causal else distance != 0

@@ -97,7 +97,7 @@ class _Piece:
     def queries(self, x: Tensor) -> Tensor:
         """The places of queries, by block: (L, …) → (n, b, …), a view."""
         back, block = self.window.back, self.window.block
-        return x[back : back + self.count * block].unflatten(0, (self.count, block))
+        return x[back : back + self.count * block].view(self.count, block, *x.shape[1:])
 
     def blocks(self, x: Tensor, lo: int = 0, hi: int | None = None) -> Tensor:
         """Keys lo to hi of every block: (L, …) → (n, hi − lo, …), a view, overlapping where over b keys."""
@@ -110,7 +110,9 @@ class _Piece:
         block, keys = self.window.block, self.window.keys
         for lo in range(0, keys, block):
             hi = min(lo + block, keys)
-            self.blocks(into, lo, hi).baddbmm_(weights[:, :, lo:hi].transpose(1, 2), x)
+            strip = self.blocks(into, lo, hi)
+            # `out=`, because torch's FLOP counter knows no in-place form
+            torch.baddbmm(strip, weights[:, :, lo:hi].transpose(1, 2), x, out=strip)
 
 
 class LshAttention(torch.autograd.Function):
@@ -197,7 +199,7 @@ def _attend(tiles: _Tiles) -> tuple[Tensor, Tensor, Tensor]:
                 kept = (before - now).clamp_min_(SMALLEST).exp_()
                 here.addcmul_(total.index_select(0, row), kept)
                 summed = y.index_select(0, row).mul_(kept[:, None]).view(count, -1, head_dim)
-                summed.baddbmm_(weights, values)
+                torch.baddbmm(summed, weights, values, out=summed)
             top.index_copy_(0, row, now)
             total.index_copy_(0, row, here)
             y.index_copy_(0, row, summed.flatten(0, 1))

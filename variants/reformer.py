@@ -5,6 +5,7 @@ Shapes: B batch, T tokens, C channels, H heads, D = C / H, R rounds of hashing, 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,7 +57,7 @@ class ReformerConfig(VariantConfig):
         wanted = -(-2 * seq_len // self.chunk)
         if wanted <= ONE_ROTATION:
             return wanted + wanted % 2
-        small = 2 * max(1, round(wanted**0.5 / 2))
+        small = 2 * max(1, round(math.sqrt(wanted) / 2))
         return small * 2 * -(-wanted // (2 * small))
 
     def rounds(self, seq_len: int) -> int:
@@ -101,7 +102,7 @@ class Reformer(Attention):
         """The paper's chunks, where causal."""
         assert isinstance(config, ReformerConfig)
         if config.neighbourhood == "chunk":
-            return "later tokens move the boundaries of the sorted chunks, and so decide which earlier keys are read"
+            return "later tokens move the boundaries of the sorted chunks, and so choose earlier keys"
         return None
 
     def forward(self, x: Tensor, *, causal: bool, state: Any = None) -> Out:
@@ -110,12 +111,12 @@ class Reformer(Attention):
         qk = self._split(self.qk(x))
         window = self._window(seq_len, causal)
         given = sort_rows(self._buckets(x, qk), window, heads, self.config.buckets(seq_len))
-        y = LshAttention.apply(qk, self._heads(self.value(x)), *given, window)
+        y: Tensor = LshAttention.apply(qk, self._heads(self.value(x)), *given, window)  # type: ignore[no-untyped-call]
         return Out(self.out(y.flatten(2)))
 
     def _heads(self, x: Tensor) -> Tensor:
         """(B, T, C) → (B, T, H, D)."""
-        return x.unflatten(-1, (self.dims.heads, -1))
+        return x.view(*x.shape[:-1], self.dims.heads, -1)
 
     def _split(self, projected: Tensor) -> Tensor:
         return rotary(self._heads(projected))
@@ -145,7 +146,8 @@ class Reformer(Attention):
         alone = ~allowed.any(dim=-1, keepdim=True)
         allowed = allowed | (alone & torch.eye(x.shape[1], dtype=torch.bool, device=x.device))
         q, k, v = (t.transpose(1, 2) for t in (qk, unit(qk)[0], value))
-        return self.out(masked_attention(q, k, v, allowed).transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
+        y: Tensor = self.out(masked_attention(q, k, v, allowed).transpose(1, 2).flatten(2))
+        return y
 
     def _readable(self, buckets: Tensor, causal: bool) -> Tensor:
         """(…, T) buckets → (…, T, T) bool: which keys a query reads, other than itself."""
