@@ -135,7 +135,11 @@ class Window:
             return made(reach, reach if reach < seq_len else 0, 0)
         shares = (2,) if seq_len >= 4 * reach else (2, 4, 8)
         local = [made(-(-reach // share), reach, 0 if causal else reach) for share in shares]
-        return min([made(seq_len, 0, 0), *local], key=lambda window: window.computed)
+        best = made(seq_len, 0, 0)
+        for window in local:
+            if window.computed < best.computed:
+                best = window
+        return best
 
     @property
     def keys(self) -> int:

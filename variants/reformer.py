@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from variants import patterns
 from variants._lsh import ONE_ROTATION, Window, factors, hash_rows, rotations, sort_rows, unit
 from variants._lsh_attention import LshAttention
 from variants.base import Attention, Caps, Complexity, Dims, Flops, Out, VariantConfig
@@ -163,7 +164,7 @@ class Reformer(Attention):
             place = ((key < query).sum(-1) + earlier_same) // chunk
             back = place[..., :, None] - place[..., None, :]
             near = (back == 0) | (back == 1)
-        return same & near & ((j < i) if causal else (j != i))
+        return same & near & (patterns.causal(i, j) if causal else patterns.anything(i, j)) & (i != j)
 
     def flops(self, dims: Dims, *, causal: bool) -> Flops:
         """4·D for each pair that the windows admit, were their tokens all of one bucket, and the hashing.
