@@ -1,0 +1,195 @@
+"""Reformer's hashed attention (Kitaev 2020, arXiv:2001.04451, §2).
+
+Shapes: B batch, T tokens, C channels, H heads, D = C / H, R rounds of hashing, N = H·B sequences.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from variants import patterns
+from variants._lsh import ONE_ROTATION, Window, factors, hash_rows, rotations, sort_rows, unit
+from variants._lsh_attention import LshAttention
+from variants.base import Attention, Caps, Complexity, Dims, Flops, Out, VariantConfig
+from variants.layers import masked_attention, rotary
+
+NEIGHBOURHOODS = ("band", "chunk")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReformerConfig(VariantConfig):
+    """Knobs of hashed attention."""
+
+    n_hashes: int = 4
+    """Rounds of hashing: a token reads what any round gives it."""
+    chunk: int = 64
+    """Tokens. band: how many predecessors of its bucket a token reads in a round (and as many
+    successors, where not causal). chunk: the length of a chunk of the sorted order."""
+    n_buckets: int | None = None
+    """Buckets of a round: 1, or even, or over 64 a multiple of 4 (the product of two rotations).
+    None: 1 up to `chunk` tokens, then the paper's half a chunk to a bucket, 2·T/chunk, rounded up to
+    such a number."""
+    neighbourhood: str = "band"
+    """band: the nearest tokens of the same bucket, by position. chunk: the paper's, the tokens of the
+    same bucket in the token's own chunk of the sorted order and in the one before."""
+
+    def __post_init__(self) -> None:
+        self.require("n_hashes", self.n_hashes >= 1, "an integer ≥ 1")
+        self.require("chunk", self.chunk >= 1, "an integer ≥ 1")
+        allowed = f"null, 1, an even number, over {ONE_ROTATION} a multiple of 4"
+        n = self.n_buckets
+        self.require(
+            "n_buckets", n is None or n == 1 or (n > 0 and n % (2 if n <= ONE_ROTATION else 4) == 0), allowed
+        )
+        self.require("neighbourhood", self.neighbourhood in NEIGHBOURHOODS, " or ".join(NEIGHBOURHOODS))
+
+    def buckets(self, seq_len: int) -> int:
+        """Buckets of a round over `seq_len` tokens."""
+        if self.n_buckets is not None:
+            return self.n_buckets
+        if seq_len <= self.chunk:
+            return 1
+        wanted = -(-2 * seq_len // self.chunk)
+        if wanted <= ONE_ROTATION:
+            return wanted + wanted % 2
+        small = 2 * max(1, round(math.sqrt(wanted) / 2))
+        return small * 2 * -(-wanted // (2 * small))
+
+    def rounds(self, seq_len: int) -> int:
+        """Rounds that differ: one bucket leaves nothing to hash, so every round would be the first."""
+        return self.n_hashes if self.buckets(seq_len) > 1 else 1
+
+
+class Reformer(Attention):
+    """Softmax attention among tokens that random rotations hash to the same bucket.
+
+    Queries and keys are one projection; keys have unit length; a token reads itself only where no round
+    gives it another token; rounds are combined by logsumexp with each pair counted once (§2).
+
+    What is hashed are the vectors whose products are the scores, so rotary positions included: hashing
+    finds the largest scores, which is its point. Rotations are drawn for each head and round in every
+    forward pass, from the global generator, in float32, and hashing is float32 throughout. Sorting is by
+    (bucket, position), stable.
+
+    Deviations: positions are rotary, as for every variant here (the paper adds learned axial ones to the
+    embeddings). The `band` neighbourhood is not the paper's: with chunks of the sorted order, later
+    tokens move the boundaries and so decide what an earlier token reads. A token's last `chunk`
+    predecessors in its bucket depend on the past alone. Reversible layers (§3) and a feed-forward in
+    chunks belong to the network around the layer. With one projection less, the layer has three
+    quarters of dense attention's parameters.
+    """
+
+    Config = ReformerConfig
+    config: ReformerConfig
+    caps = Caps(causal=True, bidirectional=True, stochastic=True)
+    paper = "Kitaev et al. 2020, Reformer, arXiv:2001.04451"
+    complexity = Complexity(time=1, memory=1, formula="T·log T", source="Kitaev 2020, Table 1")
+    padding = "a block of queries is given every key that any of them may read, and masks the rest"
+
+    def __init__(self, config: ReformerConfig, dims: Dims, layer: int = 0) -> None:
+        super().__init__(config, dims, layer)
+        self.qk = nn.Linear(dims.d_model, dims.d_model, bias=False)
+        self.value = nn.Linear(dims.d_model, dims.d_model, bias=False)
+        self.out = nn.Linear(dims.d_model, dims.d_model, bias=False)
+
+    @classmethod
+    def leak(cls, config: VariantConfig) -> str | None:
+        """The paper's chunks, where causal."""
+        assert isinstance(config, ReformerConfig)
+        if config.neighbourhood == "chunk":
+            return "later tokens move the boundaries of the sorted chunks, and so choose earlier keys"
+        return None
+
+    def forward(self, x: Tensor, *, causal: bool, state: Any = None) -> Out:
+        """(B, T, C) → Out; carries no state."""
+        heads, seq_len = self.dims.heads, x.shape[1]
+        qk = self._split(self.qk(x))
+        window = self._window(seq_len, causal)
+        given = sort_rows(self._buckets(x, qk), window, heads, self.config.buckets(seq_len))
+        y: Tensor = LshAttention.apply(qk, self._heads(self.value(x)), *given, window)  # type: ignore[no-untyped-call]
+        return Out(self.out(y.flatten(2)))
+
+    def _heads(self, x: Tensor) -> Tensor:
+        """(B, T, C) → (B, T, H, D)."""
+        return x.view(*x.shape[:-1], self.dims.heads, -1)
+
+    def _split(self, projected: Tensor) -> Tensor:
+        return rotary(self._heads(projected))
+
+    def _window(self, seq_len: int, causal: bool) -> Window:
+        band = self.config.neighbourhood == "band"
+        return Window.choose(seq_len, self.config.chunk, band=band, causal=causal)
+
+    @torch.no_grad()
+    def _buckets(self, x: Tensor, qk: Tensor) -> Tensor:
+        """(R, N, T) bucket of each token.
+
+        A float64 layer hashes what its float32 twin would: were the projections rounded differently,
+        tokens on the border of two buckets would change sides, and the two could not be compared.
+        """
+        if qk.dtype == torch.float64:
+            qk = self._split(F.linear(x.float(), self.qk.weight.float()))
+        heads, head_dim = qk.shape[2:]
+        rounds, n_buckets = self.config.rounds(x.shape[1]), self.config.buckets(x.shape[1])
+        return hash_rows(qk, rotations(heads, head_dim, rounds, factors(n_buckets), x.device), rounds)
+
+    def reference(self, x: Tensor, *, causal: bool) -> Tensor:
+        """The oracle on the union of what the rounds read; a token with nothing to read reads itself."""
+        qk, value = self._split(self.qk(x)), self._heads(self.value(x))
+        buckets = self._buckets(x, qk).unflatten(1, (self.dims.heads, -1)).transpose(1, 2)  # (R, B, H, T)
+        allowed = self._readable(buckets, causal).any(dim=0)  # (B, H, T, T)
+        alone = ~allowed.any(dim=-1, keepdim=True)
+        allowed = allowed | (alone & torch.eye(x.shape[1], dtype=torch.bool, device=x.device))
+        q, k, v = (t.transpose(1, 2) for t in (qk, unit(qk)[0], value))
+        y: Tensor = self.out(masked_attention(q, k, v, allowed).transpose(1, 2).flatten(2))
+        return y
+
+    def _readable(self, buckets: Tensor, causal: bool) -> Tensor:
+        """(…, T) buckets → (…, T, T) bool: which keys a query reads, other than itself."""
+        seq_len, chunk = buckets.shape[-1], self.config.chunk
+        i = torch.arange(seq_len, device=buckets.device)[:, None]
+        j = i.T
+        query, key = buckets[..., :, None], buckets[..., None, :]
+        same = query == key
+        earlier_same = (same & (j < i)).sum(-1)  # how many of its bucket come before a token
+        if self.config.neighbourhood == "band":
+            near = (earlier_same[..., :, None] - earlier_same[..., None, :]).abs() <= chunk
+        else:
+            place = ((key < query).sum(-1) + earlier_same) // chunk
+            back = place[..., :, None] - place[..., None, :]
+            near = (back == 0) | (back == 1)
+        return same & near & (patterns.causal(i, j) if causal else patterns.anything(i, j)) & (i != j)
+
+    def flops(self, dims: Dims, *, causal: bool) -> Flops:
+        """4·D for each pair that the windows admit, were their tokens all of one bucket, and the hashing.
+
+        Content decides how many of them are, so the count is an upper bound. A pair counts in each round
+        that admits it. Hashing is a product with D × f/2 numbers for each factor f of the buckets.
+        """
+        t, c = dims.seq_len, dims.d_model
+        rounds = self.config.rounds(t)
+        pairs = rounds * self._window(t, causal).admitted
+        columns = rounds * sum(size // 2 for size in factors(self.config.buckets(t)))
+        attention = dims.batch_size * c * (4 * pairs + 2 * t * columns)
+        return Flops(6 * dims.batch_size * t * c * c, attention)
+
+    def state_bytes(self, dims: Dims) -> int:
+        """The shared query-key and the value of each token that a later one can still read, and its buckets.
+
+        At most `chunk` tokens of each bucket and round, which with the default buckets can be all.
+        """
+        t = dims.seq_len
+        n_buckets, rounds = self.config.buckets(t), self.config.rounds(t)
+        tokens = min(t, rounds * n_buckets * self.config.chunk)
+        index = 0 if n_buckets == 1 else 4 * rounds * dims.heads  # an int32 for each
+        return dims.batch_size * tokens * (2 * dims.d_model * dims.element_bytes + index)
+
+    def pattern(self, seq_len: int, *, causal: bool) -> Tensor | None:
+        """None: content decides."""
+        return None
