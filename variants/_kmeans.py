@@ -17,14 +17,22 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from variants.layers import ROTARY_BASE, rotary
+
 PIECE = 2**21
 """Scores held at a time: 8 MiB, so that a piece is made, used and overwritten in cache."""
+MOST_PIECES = 64
+"""Beyond them pieces grow instead, by 1/64 of what would be held at once."""
+BLOCKS = 2
+"""Blocks a window is cut into: more of them compute fewer forbidden pairs, in smaller products."""
+EPSILON = 1e-5
+"""Of the layer normalisation, as torch has it."""
 
 
-def unit(x_THD: Tensor) -> Tensor:
+def unit(x: Tensor) -> Tensor:
     """Layer normalisation without scale or bias: on the sphere of radius √D. float32 or wider."""
-    wide = torch.promote_types(x_THD.dtype, torch.float32)
-    return F.layer_norm(x_THD.to(wide), x_THD.shape[-1:])
+    wide = torch.promote_types(x.dtype, torch.float32)
+    return F.layer_norm(x.to(wide), x.shape[-1:], eps=EPSILON)
 
 
 @torch.no_grad()
@@ -38,7 +46,7 @@ def nearest(x: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
     clusters = centroids.shape[1]
     sums = torch.zeros(heads, clusters, head_dim, device=x.device)
     head = torch.arange(heads, device=x.device)[:, None]
-    length = max(1, PIECE // (batch * heads * clusters))
+    length = max(1, PIECE // (batch * heads * clusters), -(-seq_len // MOST_PIECES))
     found = []
     with torch.autocast(x.device.type, enabled=False):  # half precision would change memberships
         for piece in x.split(length, dim=1):
@@ -65,7 +73,8 @@ def members(x: Tensor, centroids: Tensor, count: int) -> tuple[Tensor, Tensor]:
     seen = 0
     with torch.autocast(x.device.type, enabled=False):
         content = unit(x.float()).transpose(1, 2)  # (B, H, T, D)
-        for piece in centroids.float().split(max(1, PIECE // (batch * heads * seq_len)), dim=1):
+        some = max(1, PIECE // (batch * heads * seq_len), -(-centroids.shape[1] // MOST_PIECES))
+        for piece in centroids.float().split(some, dim=1):
             scores = piece @ content.transpose(2, 3)  # (B, H, k, T)
             least = scores.topk(count, dim=-1).values[..., -1:]
             above, equal = scores > least, scores == least
@@ -85,12 +94,22 @@ def members(x: Tensor, centroids: Tensor, count: int) -> tuple[Tensor, Tensor]:
     return torch.cat(found, dim=2), sums
 
 
-def rotate(x: Tensor, position: Tensor, rates: Tensor) -> Tensor:
-    """Rotary positions, as `layers.rotary`, for rows (…, D) at the positions (…) given."""
-    angle = position[..., None].to(rates.dtype) * rates
-    cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
-    a, b = x.chunk(2, dim=-1)
-    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
+def angles(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Cosines and sines (T, 1, D/2) of rotary positions, as `layers.rotary` has them, for x (B, T, H, D)."""
+    half = x.shape[-1] // 2
+    wide = torch.promote_types(x.dtype, torch.float32)
+    rates = torch.exp(torch.arange(half, device=x.device, dtype=wide) * (-math.log(ROTARY_BASE) / half))
+    angle = torch.arange(x.shape[1], device=x.device, dtype=wide)[:, None, None] * rates
+    return angle.cos(), angle.sin()
+
+
+def turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotates the pairs of channels (i, i + D/2), in four passes and one buffer. No autograd."""
+    y = torch.empty_like(x, memory_format=torch.contiguous_format)
+    (a, b), (c, d) = x.chunk(2, dim=-1), y.chunk(2, dim=-1)
+    torch.mul(a, cos, out=c).addcmul_(b, sin, value=-1)
+    torch.mul(b, cos, out=d).addcmul_(a, sin)
+    return y
 
 
 class Blocks(NamedTuple):
@@ -160,10 +179,6 @@ def lay_out(cluster: Tensor, clusters: int, window: int, *, is_causal: bool) -> 
     )
 
 
-BLOCKS = 2
-"""Blocks a window is cut into: more compute fewer forbidden pairs, in smaller products."""
-
-
 def _mask(layout: Layout, begin: int, end: int, dtype: torch.dtype) -> Tensor:
     """(n, size, keys): 0 where the query at a place in [begin, end) may read, else −∞."""
     size, back, _, window, is_causal = layout.blocks
@@ -183,20 +198,15 @@ def _mask(layout: Layout, begin: int, end: int, dtype: torch.dtype) -> Tensor:
 def _slices(layout: Layout) -> list[tuple[int, int]]:
     """Places of the queries to work on at a time, whole blocks."""
     places, blocks = layout.first.shape[0], layout.blocks
-    step = max(1, PIECE // (blocks.size * blocks.keys)) * blocks.size
+    step = max(PIECE // blocks.keys, -(-places // MOST_PIECES))
+    step = max(1, step // blocks.size) * blocks.size
     return [(begin, min(begin + step, places)) for begin in range(0, places, step)]
 
 
-def _gather(x: Tensor, v: Tensor, row: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Rows of x and v (B, T, H, D), which need not be contiguous, and their positions."""
-    seq_len, heads = x.shape[1:3]
-    token, head = row // heads, row % heads
-    return x.flatten(0, 1)[token, head], v.flatten(0, 1)[token, head], token % seq_len
-
-
-def _prepare(x: Tensor, position: Tensor, rates: Tensor, dtype: torch.dtype) -> Tensor:
-    """Queries, which are the keys too: normalised, then with positions."""
-    return rotate(unit(x), position, rates).to(dtype)
+def _gather(x: Tensor, row: Tensor) -> Tensor:
+    """Rows of x (B, T, H, D), which need not be contiguous."""
+    heads = x.shape[2]
+    return x.flatten(0, 1)[row // heads, row % heads]
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
@@ -214,23 +224,21 @@ def _windows(rows: Tensor, blocks: Blocks) -> Tensor:
     return rows.unfold(0, blocks.keys, blocks.size).transpose(1, 2)
 
 
-def _fold(grad: Tensor, blocks: Blocks) -> Tensor:
-    """The transpose of `_windows`: adds up what each row got from every block that was given it."""
-    parts = grad.unflatten(1, (-1, blocks.size))  # (n, keys/size, size, D)
-    count, several = parts.shape[:2]
-    out = grad.new_zeros(count + several - 1, *parts.shape[2:])
-    for part in range(several):
-        out[part : part + count] += parts[:, part]
-    return out.flatten(0, 1)
+def _add_windows(rows: Tensor, windows: Tensor, blocks: Blocks) -> None:
+    """The transpose of `_windows`: adds to each row what it got in every block that was given it."""
+    parts = windows.unflatten(1, (-1, blocks.size))  # (n, keys/size, size, D)
+    by_block = rows.unflatten(0, (-1, blocks.size))
+    for part in range(parts.shape[1]):
+        by_block[part : part + parts.shape[0]] += parts[:, part]
 
 
-def windowed_plainly(x: Tensor, v: Tensor, layout: Layout, rates: Tensor) -> Tensor:
+def windowed_plainly(x: Tensor, v: Tensor, layout: Layout) -> Tensor:
     """What `Windowed` computes, in one piece and with autograd's own backward pass."""
-    x_rows, v_rows, position = _gather(x, v, layout.order)
-    rows = _prepare(x_rows, position, rates, v.dtype)
+    rows = _gather(rotary(unit(x)).to(v.dtype), layout.order)
     mask = _mask(layout, 0, layout.first.shape[0], v.dtype)
     blocks = layout.blocks
-    y = _attend(_queries(rows, blocks), _windows(rows, blocks), _windows(v_rows, blocks), mask)
+    values = _windows(_gather(v, layout.order), blocks)
+    y = _attend(_queries(rows, blocks), _windows(rows, blocks), values, mask)
     return y.flatten(0, 1)[layout.place].view(v.shape)
 
 
@@ -238,55 +246,58 @@ class Windowed(torch.autograd.Function):
     """Softmax attention of every row to the rows of its cluster in its window.
 
     (B, T, H, D) shared queries and keys before normalisation, and values → (B, T, H, D). Stores its
-    inputs and nothing else; backward gathers, normalises and scores again, slice by slice.
+    inputs and nothing else; backward normalises, gathers and scores again, slice by slice.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, v: Tensor, rates: Tensor, layout: Layout) -> Tensor:
+    def forward(ctx: Any, x: Tensor, v: Tensor, layout: Layout) -> Tensor:
         """Slice by slice into one buffer in sorted order, then back into the order of rows."""
         blocks = layout.blocks
-        ctx.save_for_backward(x, v, rates, *layout[:4])
+        ctx.save_for_backward(x, v, *layout[:4])
         ctx.blocks = blocks
+        qk = turn(unit(x), *angles(x)).to(v.dtype)
         y = v.new_empty(layout.first.shape[0], v.shape[-1])
         for begin, end in _slices(layout):
             given = layout.order[begin : end + blocks.back + blocks.ahead]
-            x_rows, v_rows, position = _gather(x, v, given)
-            rows, mask = _prepare(x_rows, position, rates, v.dtype), _mask(layout, begin, end, v.dtype)
-            part = _attend(_queries(rows, blocks), _windows(rows, blocks), _windows(v_rows, blocks), mask)
-            y[begin:end] = part.flatten(0, 1)
+            rows, values = _gather(qk, given), _windows(_gather(v, given), blocks)
+            mask = _mask(layout, begin, end, v.dtype)
+            y[begin:end] = _attend(_queries(rows, blocks), _windows(rows, blocks), values, mask).flatten(0, 1)
         return y.index_select(0, layout.place).view(v.shape)
 
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator]
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        """The gradients of each slice, added up in sorted order."""
-        x, v, rates, *tensors = ctx.saved_tensors
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, None]:
+        """The gradients of each slice added up in sorted order, then back through the normalisation."""
+        x, v, *tensors = ctx.saved_tensors
         blocks = ctx.blocks
         layout = Layout(*tensors, blocks)
         total = layout.place.shape[0]
-        dx = x.new_zeros(layout.order.shape[0], x.shape[-1])
-        dv = v.new_zeros(layout.order.shape[0], v.shape[-1])
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        content, *moments = torch.ops.aten.native_layer_norm(wide, x.shape[-1:], None, None, EPSILON)
+        cos, sin = angles(x)
+        qk = turn(content, cos, sin).to(v.dtype)
+        del content
+        dqk, dv = (v.new_zeros(layout.order.shape[0], v.shape[-1]) for _ in range(2))
         for begin, end in _slices(layout):
             stop = end + blocks.back + blocks.ahead
-            x_rows, v_rows, position = _gather(x, v, layout.order[begin:stop])
-            own = layout.order[begin + blocks.back : end + blocks.back]
-            dy_rows = dy.flatten(0, 1)[own // x.shape[2], own % x.shape[2]]
+            given = layout.order[begin:stop]
+            rows, values = _gather(qk, given), _gather(v, given)
+            dy_rows = _gather(dy, layout.order[begin + blocks.back : end + blocks.back])
             dy_rows[max(0, total - begin) :] = 0  # nobody sees what the padding puts out
+            views = _queries(rows, blocks), _windows(rows, blocks), _windows(values, blocks)
             with torch.enable_grad():
-                prepared = _prepare(x_rows.requires_grad_(), position, rates, v.dtype)
-                rows = prepared.detach()
-                q, k, values = _queries(rows, blocks), _windows(rows, blocks), _windows(v_rows, blocks)
-                inputs = [t.requires_grad_() for t in (q, k, values)]
+                inputs = [view.detach().requires_grad_() for view in views]
                 y = _attend(*inputs, _mask(layout, begin, end, v.dtype))
             dq, dk, dvalues = torch.autograd.grad(y, inputs, dy_rows.view_as(y))
-            drows = _fold(dk, blocks)
-            _queries(drows, blocks).add_(dq)
-            dx[begin:stop] += torch.autograd.grad(prepared, x_rows, drows)[0]
-            dv[begin:stop] += _fold(dvalues, blocks)
-        front = blocks.back
-        return (
-            dx[front:].index_select(0, layout.place).view(x.shape),
-            dv[front:].index_select(0, layout.place).view(v.shape),
-            None,
-            None,
-        )
+            _queries(dqk[begin:stop], blocks).add_(dq)
+            _add_windows(dqk[begin:stop], dk, blocks)
+            _add_windows(dv[begin:stop], dvalues, blocks)
+        del qk
+        back = blocks.back
+        drows = dqk[back:].index_select(0, layout.place).view(x.shape).to(wide.dtype)
+        del dqk
+        dcontent = turn(drows, cos, -sin)  # a rotation's transpose is its inverse
+        dx = torch.ops.aten.native_layer_norm_backward(
+            dcontent, wide, x.shape[-1:], *moments, None, None, [True, False, False]
+        )[0]
+        return dx.to(x.dtype), dv[back:].index_select(0, layout.place).view(v.shape), None

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from variants import _kmeans, patterns
 from variants.base import Attention, Caps, Complexity, Dims, Flops, Out, VariantConfig
-from variants.layers import ROTARY_BASE, Projections, local_attention, masked_attention, rotary
+from variants.layers import Projections, local_attention, masked_attention, rotary
 
 SELECTIONS = ("auto", "nearest", "topk")
 
@@ -136,12 +136,6 @@ class Routing(Attention):
         y: Tensor = self.projections.out(torch.cat([local, routed], dim=2).flatten(2))
         return Out(y)
 
-    def _rates(self, like: Tensor) -> Tensor:
-        """(D/2,) angles a position, as `layers.rotary` has them."""
-        half = self.dims.head_dim // 2
-        wide = torch.promote_types(like.dtype, torch.float32)
-        return torch.exp(torch.arange(half, device=like.device, dtype=wide) * (-math.log(ROTARY_BASE) / half))
-
     def _note(self, *sums: Tensor) -> None:
         """Keep this batch's sums for `after_step`: overwritten, since a pass may be computed again."""
         if self.training:
@@ -151,7 +145,7 @@ class Routing(Attention):
         cluster, sums = _kmeans.nearest(x, self.centroids)
         self._note(sums)
         layout = _kmeans.lay_out(cluster, self.clusters, self.cluster_window, is_causal=causal)
-        y: Tensor = _kmeans.Windowed.apply(x, v, self._rates(x), layout)
+        y: Tensor = _kmeans.Windowed.apply(x, v, layout)
         return y
 
     def _by_topk(self, x: Tensor, keys: Tensor | None, v: Tensor, causal: bool) -> Tensor:
