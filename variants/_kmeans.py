@@ -211,7 +211,8 @@ def _gather(x: Tensor, row: Tensor) -> Tensor:
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     """(n, size, D), (n, keys, D), (n, keys, D), (n, size, keys) → (n, size, D)."""
-    return F.scaled_dot_product_attention(q[None], k[None], v[None], attn_mask=mask[None])[0]
+    y: Tensor = F.scaled_dot_product_attention(q[None], k[None], v[None], attn_mask=mask[None])
+    return y[0]
 
 
 def _queries(rows: Tensor, blocks: Blocks) -> Tensor:
@@ -265,12 +266,12 @@ class Windowed(torch.autograd.Function):
         return y.index_select(0, layout.place).view(v.shape)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, None]:
         """The gradients of each slice added up in sorted order, then back through the normalisation."""
-        x, v, *tensors = ctx.saved_tensors
+        x, v, order, place, first, last = ctx.saved_tensors
         blocks = ctx.blocks
-        layout = Layout(*tensors, blocks)
+        layout = Layout(order, place, first, last, blocks)
         total = layout.place.shape[0]
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         content, *moments = torch.ops.aten.native_layer_norm(wide, x.shape[-1:], None, None, EPSILON)
@@ -286,12 +287,12 @@ class Windowed(torch.autograd.Function):
             dy_rows[max(0, total - begin) :] = 0  # nobody sees what the padding puts out
             views = _queries(rows, blocks), _windows(rows, blocks), _windows(values, blocks)
             with torch.enable_grad():
-                inputs = [view.detach().requires_grad_() for view in views]
-                y = _attend(*inputs, _mask(layout, begin, end, v.dtype))
-            dq, dk, dvalues = torch.autograd.grad(y, inputs, dy_rows.view_as(y))
+                q, k, w = (view.detach().requires_grad_() for view in views)
+                y = _attend(q, k, w, _mask(layout, begin, end, v.dtype))
+            dq, dk, dw = torch.autograd.grad(y, (q, k, w), dy_rows.view_as(y))
             _queries(dqk[begin:stop], blocks).add_(dq)
             _add_windows(dqk[begin:stop], dk, blocks)
-            _add_windows(dv[begin:stop], dvalues, blocks)
+            _add_windows(dv[begin:stop], dw, blocks)
         del qk
         back = blocks.back
         drows = dqk[back:].index_select(0, layout.place).view(x.shape).to(wide.dtype)

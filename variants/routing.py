@@ -145,7 +145,7 @@ class Routing(Attention):
         cluster, sums = _kmeans.nearest(x, self.centroids)
         self._note(sums)
         layout = _kmeans.lay_out(cluster, self.clusters, self.cluster_window, is_causal=causal)
-        y: Tensor = _kmeans.Windowed.apply(x, v, layout)
+        y: Tensor = _kmeans.Windowed.apply(x, v, layout)  # type: ignore[no-untyped-call]
         return y
 
     def _by_topk(self, x: Tensor, keys: Tensor | None, v: Tensor, causal: bool) -> Tensor:
@@ -214,7 +214,9 @@ class Routing(Attention):
             )  # (B, H, w, K)
             for c in range(self.clusters):
                 asks, answers = (
-                    torch.zeros(v.shape[:3], dtype=torch.bool, device=x.device).scatter(2, order[..., c], True)
+                    torch.zeros(v.shape[:3], dtype=torch.bool, device=x.device).scatter(
+                        2, order[..., c], True
+                    )
                     for order in (order_q, order_k)
                 )
                 # who does not ask reads itself, so that its softmax is defined, and is then left out
@@ -244,7 +246,9 @@ class Routing(Attention):
         routing = (1 if shared else 2) * t * self.clusters
         return Flops(
             int(2 * dims.batch_size * t * projected),
-            dims.batch_size * dims.head_dim * (4 * self.local * local + self.routed * (4 * pairs + 2 * routing)),
+            dims.batch_size
+            * dims.head_dim
+            * (4 * self.local * local + self.routed * (4 * pairs + 2 * routing)),
         )
 
     def state_bytes(self, dims: Dims) -> int:
@@ -255,6 +259,6 @@ class Routing(Attention):
         tokens = self.local * min(dims.seq_len, self.config.window) + self.routed * routed
         return 2 * dims.batch_size * tokens * dims.head_dim * dims.element_bytes
 
-    def pattern(self, seq_len: int, *, causal: bool) -> None:
+    def pattern(self, seq_len: int, *, causal: bool) -> Tensor | None:
         """Content decides."""
         return None
