@@ -169,7 +169,7 @@ def lay_out(cluster: Tensor, clusters: int, window: int, *, is_causal: bool) -> 
     size.scatter_add_(-1, cluster, torch.ones_like(cluster))
     end = size.flatten().cumsum(0).view_as(size)
     first, last = (end - size).gather(-1, by_cluster).flatten(), (end - 1).gather(-1, by_cluster).flatten()
-    alone = torch.arange(total, padded, device=device)  # padding reads itself, and nothing reads it
+    alone = torch.arange(total, padded, device=device)  # padding reads itself alone, and is read by nothing
     return Layout(
         order=F.pad(row, (back, padded - total + ahead)),
         place=place,
@@ -217,7 +217,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
 
 def _queries(rows: Tensor, blocks: Blocks) -> Tensor:
     """(back + s + ahead, D) → the queries of each block (s/size, size, D), a view."""
-    return rows[blocks.back : rows.shape[0] - blocks.ahead].unflatten(0, (-1, blocks.size))
+    return rows[blocks.back : rows.shape[0] - blocks.ahead].view(-1, blocks.size, rows.shape[-1])
 
 
 def _windows(rows: Tensor, blocks: Blocks) -> Tensor:
@@ -268,11 +268,13 @@ class Windowed(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, None]:
-        """The gradients of each slice added up in sorted order, then back through the normalisation."""
+        """The gradients of each slice added up in sorted order, then back through the normalisation.
+
+        What the padding gets stays in the padding, which `place` does not name.
+        """
         x, v, order, place, first, last = ctx.saved_tensors
         blocks = ctx.blocks
         layout = Layout(order, place, first, last, blocks)
-        total = layout.place.shape[0]
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         content, *moments = torch.ops.aten.native_layer_norm(wide, x.shape[-1:], None, None, EPSILON)
         cos, sin = angles(x)
@@ -284,7 +286,6 @@ class Windowed(torch.autograd.Function):
             given = layout.order[begin:stop]
             rows, values = _gather(qk, given), _gather(v, given)
             dy_rows = _gather(dy, layout.order[begin + blocks.back : end + blocks.back])
-            dy_rows[max(0, total - begin) :] = 0  # nobody sees what the padding puts out
             views = _queries(rows, blocks), _windows(rows, blocks), _windows(values, blocks)
             with torch.enable_grad():
                 q, k, w = (view.detach().requires_grad_() for view in views)

@@ -238,9 +238,11 @@ def test_a_step_moves_each_centroid_towards_its_members_once() -> None:
     layer.after_step()
     assert torch.equal(layer.centroids, start)  # nothing is learnt in eval mode
     layer.train()
-    for _ in range(2):
-        layer(x, causal=True)  # the second pass overwrites what the first noted
+    layer(x, causal=True)
     sums = layer.sums.clone()
+    for again in (torch.randn_like(x), x):
+        layer(again, causal=True)
+    assert torch.equal(layer.sums, sums)  # the last pass overwrites what others noted
     layer.after_step()
     empty = sums.abs().sum(dim=-1) == 0
     assert 0 < empty.sum() < empty.numel()
