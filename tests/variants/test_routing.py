@@ -1,0 +1,333 @@
+"""Routing attention: its limits, its two selections, and centroids that move once a step."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from bench import gates
+from bench.measure.flops import CountFlops
+from bench.measure.memory import LiveStorage
+from bench.model import LanguageModel
+from bench.tasks.text import Batch
+from bench.train import optimizer_for, training_step
+from variants import _kmeans
+from variants.base import Dims
+from variants.layers import masked_attention, rotary
+from variants.routing import Routing, RoutingConfig
+
+CPU = torch.device("cpu")
+
+
+def make(tokens: int, *, heads: int = 4, head_dim: int = 8, seed: int = 0, **knobs: object) -> Routing:
+    torch.manual_seed(seed)
+    config = RoutingConfig(**knobs)  # type: ignore[arg-type]
+    layer = Routing(config, Dims(batch_size=1, seq_len=tokens, d_model=heads * head_dim, heads=heads))
+    for parameter in layer.parameters():
+        torch.nn.init.normal_(parameter, std=parameter.shape[1] ** -0.5)
+    return layer.double().eval()
+
+
+def same_with_gradients(layer: Routing, got: Tensor, want: Tensor, x: Tensor) -> None:
+    direction = torch.randn_like(want)
+    inputs = [x, *layer.parameters()]
+    a = torch.autograd.grad(got, inputs, direction, materialize_grads=True)
+    b = torch.autograd.grad(want, inputs, direction, materialize_grads=True)
+    for one, other in zip((got, *a), (want, *b), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("selection", "causal"), [("nearest", True), ("nearest", False), ("topk", True), ("topk", False)]
+)
+def test_one_cluster_of_all_tokens_is_dense_over_normalised_queries_and_keys(
+    selection: str, causal: bool
+) -> None:
+    tokens, heads, dim = 37, 4, 8
+    layer = make(tokens, n_clusters=1, window=tokens, selection=selection)
+    x = torch.randn(3, tokens, heads * dim, dtype=torch.float64, requires_grad=True)
+    half = heads * dim // 2
+    q, k, v, q_r, v_r, k_r = F.linear(x, layer.projections.qkv.weight).split(half, dim=-1)
+    if causal or selection == "nearest":
+        k_r = q_r
+
+    def split(t: Tensor) -> Tensor:
+        return t.unflatten(-1, (heads // 2, dim))
+
+    def norm(t: Tensor) -> Tensor:
+        return F.layer_norm(split(t), (dim,))
+
+    rows = [
+        (rotary(split(q)), rotary(split(k)), split(v)),
+        (rotary(norm(q_r)), rotary(norm(k_r)), split(v_r)),
+    ]
+    allowed = torch.ones(tokens, tokens).tril().bool() if causal else torch.ones(tokens, tokens).bool()
+    heads_out = [masked_attention(*(t.transpose(1, 2) for t in row), allowed) for row in rows]
+    same_with_gradients(
+        layer, layer(x, causal=causal).y, layer.projections.merge(torch.cat(heads_out, dim=1)), x
+    )
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("selection", ["nearest", "topk"])
+@pytest.mark.parametrize(
+    ("batch", "tokens", "knobs"),
+    [
+        (1, 1, {}),
+        (3, 2, {"n_clusters": 5}),
+        (3, 61, {}),
+        (1, 64, {"n_clusters": 3, "cluster_window": 40}),
+        (2, 97, {"n_clusters": 7, "cluster_window": 3}),
+        (1, 50, {"n_clusters": 4, "cluster_window": 1}),
+        (2, 50, {"n_clusters": 2, "cluster_window": 49}),
+    ],
+)
+def test_equals_its_reference(
+    batch: int, tokens: int, knobs: dict[str, int], selection: str, causal: bool
+) -> None:
+    layer = make(tokens, window=16, selection=selection, **knobs)
+    x = torch.randn(batch, tokens, 32, dtype=torch.float64, requires_grad=True)
+    same_with_gradients(layer, layer(x, causal=causal).y, layer.reference(x, causal=causal), x)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_slices_and_recomputation_change_nothing(causal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    x, v = (torch.randn(2, 45, 3, 4, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    layout = _kmeans.lay_out(torch.randint(4, (2, 3, 45)), 4, 7, is_causal=causal)
+    monkeypatch.setattr(_kmeans, "PIECE", 1)
+    monkeypatch.setattr(_kmeans, "MOST_PIECES", 9)
+    assert len(_kmeans._slices(layout)) > 3
+    got = _kmeans.Windowed.apply(x, v, layout)
+    want = _kmeans.windowed_plainly(x, v, layout)
+    direction = torch.randn_like(got)
+    for one, other in zip(
+        (got, *torch.autograd.grad(got, (x, v), direction)),
+        (want, *torch.autograd.grad(want, (x, v), direction)),
+        strict=True,
+    ):
+        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_gradients_are_those_of_finite_differences(causal: bool) -> None:
+    torch.manual_seed(0)
+    x, v = (torch.randn(1, 9, 2, 4, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    layout = _kmeans.lay_out(torch.randint(2, (1, 2, 9)), 2, 3, is_causal=causal)
+    assert torch.autograd.gradcheck(lambda a, b: _kmeans.Windowed.apply(a, b, layout), (x, v))
+
+
+@pytest.mark.parametrize("selection", ["auto", "nearest"])
+@pytest.mark.parametrize("knobs", [{}, {"n_clusters": 5, "cluster_window": 9}])
+def test_nearest_does_not_see_the_future(selection: str, knobs: dict[str, int]) -> None:
+    config = RoutingConfig(selection=selection, **knobs)  # type: ignore[arg-type]
+    assert Routing.leak(config) is None
+    dims = Dims(batch_size=2, seq_len=300, d_model=64, heads=4)
+    assert gates.leak(Routing, config, dims, 2, CPU) <= gates.LEAK_TOLERANCE
+
+
+def test_topk_states_the_leak_that_the_gate_finds() -> None:
+    config = RoutingConfig(selection="topk")
+    assert "selection=topk" in (Routing.leak(config) or "")
+    dims = Dims(batch_size=2, seq_len=300, d_model=64, heads=4)
+    assert gates.leak(Routing, config, dims, 2, CPU) > 0.1
+
+
+def test_topk_attention_itself_is_causal() -> None:
+    # memberships held fixed: with one centroid that takes all, nothing is left to leak
+    config = RoutingConfig(selection="topk", n_clusters=1)
+    dims = Dims(batch_size=1, seq_len=100, d_model=64, heads=4)
+    assert gates.leak(Routing, config, dims, 2, CPU) <= gates.LEAK_TOLERANCE
+
+
+def test_auto_is_nearest_where_causal_and_topk_where_not() -> None:
+    x = torch.randn(2, 60, 32, dtype=torch.float64)
+    auto, nearest, topk = (make(60, selection=s) for s in ("auto", "nearest", "topk"))
+    assert torch.equal(auto(x, causal=True).y, nearest(x, causal=True).y)
+    assert torch.equal(auto(x, causal=False).y, topk(x, causal=False).y)
+    assert not torch.allclose(nearest(x, causal=False).y, topk(x, causal=False).y)
+
+
+def test_equal_tokens_are_taken_earliest_first_and_join_the_lowest_cluster() -> None:
+    token = torch.randn(1, 1, 1, 8)
+    x = token.expand(1, 20, 1, 8)
+    centroids = F.normalize(torch.randn(1, 1, 8), dim=-1).expand(1, 4, 8)
+    taken, sums = _kmeans.members(x, centroids, 5)
+    assert torch.equal(taken, torch.arange(5).expand(1, 1, 4, 5))
+    cluster, also = _kmeans.nearest(x, centroids)
+    assert cluster.max() == 0
+    torch.testing.assert_close(sums, also)
+    assert also[:, 1:].count_nonzero() == 0
+
+
+def test_members_are_the_largest_dot_products_in_order_of_position(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_kmeans, "PIECE", 1)  # one centroid, or one token, at a time
+    torch.manual_seed(0)
+    x, centroids = torch.randn(2, 40, 3, 8), F.normalize(torch.randn(3, 6, 8), dim=-1)
+    scores = torch.einsum("bthd,hkd->bhkt", F.layer_norm(x, (8,)), centroids)
+    taken, sums = _kmeans.members(x, centroids, 7)
+    assert torch.equal(taken, scores.topk(7).indices.sort().values)
+    cluster, also = _kmeans.nearest(x, centroids)
+    assert torch.equal(cluster, scores.argmax(dim=2))
+    torch.testing.assert_close(sums, also)
+    one_hot = F.one_hot(cluster, 6).float()
+    torch.testing.assert_close(sums, torch.einsum("bhtk,bthd->hkd", one_hot, F.layer_norm(x, (8,))))
+
+
+def test_a_token_in_no_cluster_gets_zeros_from_routed_heads() -> None:
+    layer = make(40, n_clusters=4, selection="topk")
+    layer.centroids.copy_(layer.centroids[:, :1].expand_as(layer.centroids).clone())  # all take the same
+    q, v = (torch.randn(1, 40, 2, 8, dtype=torch.float64) for _ in range(2))
+    y = layer._by_topk(q, None, v, True)
+    assert (y.abs().sum(dim=-1) == 0).sum(dim=1).tolist() == [[30, 30]]
+
+
+def test_memberships_do_not_depend_on_autocast() -> None:
+    layer = make(64).float()
+    x = torch.randn(1, 64, 2, 8)
+    plain = _kmeans.nearest(x, layer.centroids)[0]
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(_kmeans.nearest(x, layer.centroids)[0], plain)
+        for causal in (True, False):
+            inputs = torch.randn(1, 64, 32, requires_grad=True)
+            layer(inputs, causal=causal).y.float().sum().backward()
+            assert inputs.grad is not None
+            assert inputs.grad.isfinite().all()
+
+
+def trained(activations: str, *, steps: int, causal: bool = True) -> LanguageModel:
+    torch.manual_seed(0)
+    model = LanguageModel(
+        Routing,
+        RoutingConfig(decay=0.5, window=8),
+        Dims(batch_size=2, seq_len=32, d_model=32, heads=4),
+        depth=2,
+        ff_mult=2,
+        dropout=0.0,
+        vocabulary=11,
+        activations=activations,
+    ).train()
+    optimizer = optimizer_for(model, 1e-2)
+    tokens = torch.randint(11, (2, 33))
+    for _ in range(steps):
+        training_step(model, optimizer, Batch(tokens[:, :-1], tokens[:, 1:]), causal=causal)
+    return model
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_recomputation_does_not_move_centroids_twice(causal: bool) -> None:
+    kept, again = (trained(how, steps=3, causal=causal) for how in ("keep", "checkpoint"))
+    fresh = trained("keep", steps=0)
+    for a, b, start in zip(kept.layers, again.layers, fresh.layers, strict=True):
+        torch.testing.assert_close(a.centroids, b.centroids, rtol=0, atol=1e-6)
+        assert (a.centroids - start.centroids).abs().max() > 0.1  # type: ignore[operator]
+    for p, r in zip(kept.parameters(), again.parameters(), strict=True):
+        torch.testing.assert_close(p, r, rtol=0, atol=1e-6)
+
+
+def test_a_step_moves_each_centroid_towards_its_members_once() -> None:
+    layer = make(40, n_clusters=60, decay=0.9).float()  # more clusters than tokens: some have no member
+    x = torch.randn(1, 40, 32)
+    start = layer.centroids.clone()
+    layer(x, causal=True)
+    layer.after_step()
+    assert torch.equal(layer.centroids, start)  # nothing is learnt in eval mode
+    layer.train()
+    layer(x, causal=True)
+    sums = layer.sums.clone()
+    for again in (torch.randn_like(x), x):
+        layer(again, causal=True)
+    assert torch.equal(layer.sums, sums)  # the last pass overwrites what others noted
+    layer.after_step()
+    empty = sums.abs().sum(dim=-1) == 0
+    assert 0 < empty.sum() < empty.numel()
+    assert torch.equal(layer.centroids[empty], start[empty])
+    expected = F.normalize(0.9 * start + 0.1 * F.normalize(sums, dim=-1), dim=-1)
+    torch.testing.assert_close(layer.centroids[~empty], expected[~empty])
+    moved = layer.centroids.clone()
+    layer.after_step()
+    assert torch.equal(layer.centroids, moved)
+
+
+def test_centroids_are_saved_and_what_a_pass_notes_is_not() -> None:
+    layer = make(40)
+    assert "centroids" in layer.state_dict()
+    assert "sums" not in layer.state_dict()
+    copied = copy.deepcopy(layer)
+    assert torch.equal(copied.centroids, layer.centroids)
+    assert all(not b.requires_grad for b in layer.buffers())
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize(("selection", "exact"), [("topk", True), ("nearest", False)])
+@pytest.mark.parametrize("tokens", [100, 1024, 4000])
+def test_dispatched_flops(selection: str, exact: bool, causal: bool, tokens: int) -> None:
+    dims = Dims(batch_size=2, seq_len=tokens, d_model=64, heads=4)
+    # local heads at window ≥ T are exact, so what is left is the routed half
+    config = RoutingConfig(selection=selection, window=tokens if exact else 128)
+    layer = Routing(config, dims)
+    with FakeTensorMode(allow_non_fake_inputs=True), CountFlops() as counter:
+        layer(torch.empty(2, tokens, 64), causal=causal)
+    flops = layer.flops(dims, causal=causal)
+    ratio = gates.cost_ratio(counter.total, flops.projections, flops.attention, layer.padding)
+    if exact:
+        assert ratio == pytest.approx(1, abs=0.01)
+
+
+def test_flops_count_the_pairs_of_one_full_cluster() -> None:
+    layer = make(50, n_clusters=1, cluster_window=9, window=5)
+    dims = Dims(batch_size=1, seq_len=50, d_model=32, heads=4)
+    index = torch.arange(50)
+    apart = index[:, None] - index
+    pairs = 2 * int(((apart >= 0) & (apart < 9)).sum() + ((apart >= 0) & (apart < 5)).sum())
+    assert layer.flops(dims, causal=True).attention == 8 * (4 * pairs + 2 * 2 * 50)
+    assert layer.flops(dims, causal=True).projections == 2 * 50 * 32 * 32 * 7 // 2
+
+
+@pytest.mark.parametrize(("selection", "causal"), [("nearest", True), ("topk", False)])
+def test_memory_grows_no_faster_than_claimed(selection: str, causal: bool) -> None:
+    peaks = []
+    for tokens in (2**14, 2**17):
+        dims = Dims(batch_size=1, seq_len=tokens, d_model=256, heads=4)
+        with FakeTensorMode(), LiveStorage() as storage:
+            layer = Routing(RoutingConfig(selection=selection), dims)
+            x = torch.randn(1, tokens, 256, requires_grad=True)
+            layer(x, causal=causal).y.sum().backward()
+        peaks.append(storage.peak)
+    assert peaks[1] < 8**1.05 * peaks[0]
+    if causal:
+        assert peaks[1] < 13 * 2**30 / 8  # 13 GiB at 2²⁰
+
+
+@pytest.mark.parametrize(
+    ("knob", "value"),
+    [
+        ("n_clusters", 0),
+        ("window", 0),
+        ("cluster_window", 0),
+        ("decay", 1.0),
+        ("decay", -0.1),
+        ("selection", "first"),
+    ],
+)
+def test_a_bad_knob_is_refused_by_name(knob: str, value: object) -> None:
+    with pytest.raises(ValueError, match=rf"{knob}={value!r}: allowed is"):
+        RoutingConfig(**{knob: value})  # type: ignore[arg-type]
+
+
+def test_an_odd_number_of_heads_is_unsupported() -> None:
+    dims = Dims(batch_size=1, seq_len=8, d_model=24, heads=3)
+    assert "heads=3" in (Routing.unsupported(RoutingConfig(), dims, causal=True) or "")
+
+
+def test_sizes_follow_the_longest_sequence() -> None:
+    layer = make(1000)
+    assert (layer.clusters, layer.cluster_window) == (32, 32)
+    assert layer.config.as_dict()["n_clusters"] is None
+    dims = Dims(batch_size=1, seq_len=1000, d_model=32, heads=4)
+    assert layer.state_bytes(dims) == 2 * 4 * 8 * (2 * 128 + 2 * 1000)
