@@ -59,7 +59,7 @@ class Kernel(NamedTuple):
         return features, level
 
     def queries_backward(self, x: Tensor, features: Tensor, grad: Tensor) -> Tensor:
-        """The gradient of x; overwrites `grad`. The levels cancel in the output, so they count as constants."""
+        """The gradient of x; overwrites `grad`. Its level cancels, so it counts as a constant."""
         return self._through(features, grad) @ self.directions
 
     def keys_backward(self, x: Tensor, features: Tensor, grad: Tensor) -> Tensor:
@@ -80,7 +80,8 @@ def _cut(x: Tensor, lo: int, hi: int, chunk: int) -> Tensor:
     rest = -(hi - lo) % chunk
     if rest:
         part = torch.nn.functional.pad(part, (0, 0, 0, rest))
-    return part.unflatten(1, (-1, chunk))
+    chunks: Tensor = part.unflatten(1, (-1, chunk))
+    return chunks
 
 
 def _paste(target: Tensor, lo: int, hi: int, part: Tensor) -> None:
@@ -90,12 +91,16 @@ def _paste(target: Tensor, lo: int, hi: int, part: Tensor) -> None:
 
 def _with_one(v: Tensor) -> Tensor:
     """(…, D) → (…, E): a one beside each value, for the normaliser."""
-    return torch.nn.functional.pad(v, (0, 1), value=1.0)
+    with_one = v.new_empty(*v.shape[:-1], v.shape[-1] + 1)
+    with_one[..., :-1] = v
+    with_one[..., -1] = 1
+    return with_one
 
 
 def _bmm(a: Tensor, b: Tensor) -> Tensor:
     """Products over the last two dimensions of (N, n, …)."""
-    return torch.bmm(a.flatten(0, 1), b.flatten(0, 1)).unflatten(0, a.shape[:2])
+    product: Tensor = torch.bmm(a.flatten(0, 1), b.flatten(0, 1)).unflatten(0, a.shape[:2])
+    return product
 
 
 def _add_bmm(total: Tensor, a: Tensor, b: Tensor) -> Tensor:
@@ -127,8 +132,10 @@ class _Step(NamedTuple):
     query_weight: Tensor  # (N, n, c, 1): e^(R before the chunk − R_t)
     decay: Tensor  # (N, n, c, c): e^(level_s − R_t) for s ≤ t, else 0
     scores: Tensor  # (N, n, c, c): φ(q_t)·φ(k_s), not yet weighted
-    passing: Tensor  # (N, n + 1, n + 1): from each sum to the running sums after it
-    sums: Tensor  # (N, n + 1, E, m): running sum before each chunk, and after the last
+    passing: Tensor  # (N, n, n): from a chunk's own sum to the running sums before later chunks
+    ageing: Tensor  # (N, n + 1, n + 1): e^(R at border j − R at border i) for j ≤ i
+    sums: Tensor  # (N, n, E, m): running sum before each chunk
+    carried: Tensor  # (N, E, m): running sum after the last chunk
     level: Tensor  # (N, 1): R after the last chunk
 
     @classmethod
@@ -143,20 +150,21 @@ class _Step(NamedTuple):
         key_weight = (levels - edges[:, 1:, None]).exp_()[..., None]
         query_weight = (edges[:, :-1, None] - highest).exp_()[..., None]
         decay = (levels[:, :, None, :] - highest[..., None]).exp_().tril_()
-        passing = (edges[:, None, :] - edges[..., None]).exp_().tril_()
-        sums = carried.new_empty(rows, chunks + 1, *carried.shape[1:])
-        sums[:, 0] = carried
-        sums[:, 1:] = _bmm((values * key_weight).mT, k_features)
-        sums = torch.bmm(passing, sums.flatten(2)).view_as(sums)
+        ageing = (edges[:, None, :] - edges[..., None]).exp_().tril_()
+        passing = ageing[:, :-1, 1:]  # strictly lower: a chunk's own sum does not precede it
+        own = _bmm((values * key_weight).mT, k_features)
+        sums = (ageing[:, :-1, :1] * carried.flatten(1)[:, None]).view_as(own)
+        torch.baddbmm(sums.flatten(2), passing, own.flatten(2), out=sums.flatten(2))
+        carried = torch.addcmul(own[:, -1], sums[:, -1], ageing[:, -1, -2, None, None])
         scores = _bmm(q_features, k_features.mT)
         return cls(
             q_features, k_features, values, key_weight, query_weight,
-            decay, scores, passing, sums, edges[:, -1:],
+            decay, scores, passing, ageing, sums, carried, edges[:, -1:],
         )  # fmt: skip
 
     def output(self) -> Tensor:
         """Numerator and normaliser (N, n, c, E); overwrites the scores."""
-        total = _bmm(self.q_features, self.sums[:, :-1].mT).mul_(self.query_weight)
+        total = _bmm(self.q_features, self.sums.mT).mul_(self.query_weight)
         return _add_bmm(total, self.scores.mul_(self.decay), self.values)
 
     def gradients(self, g: Tensor, carried: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -164,25 +172,25 @@ class _Step(NamedTuple):
 
         From those of the output (N, n, c, E) and of the sum after. Overwrites the scores.
         """
-        g_sums = torch.empty_like(self.sums)
         g_earlier = g * self.query_weight
-        g_sums[:, :-1] = _bmm(g_earlier.mT, self.q_features)
-        g_sums[:, -1] = carried
-        g_sums = torch.bmm(self.passing.mT, g_sums.flatten(2)).view_as(g_sums)
+        g_sums = _bmm(g_earlier.mT, self.q_features)  # of the running sums, from their own chunk's queries
+        g_own = (self.ageing[:, -1, 1:, None] * carried.flatten(1)[:, None]).view_as(g_sums)
+        torch.baddbmm(g_own.flatten(2), self.passing.mT, g_sums.flatten(2), out=g_own.flatten(2))
+        g_carried = torch.addcmul(g_sums[:, 0], g_own[:, 0], self.ageing[:, 1, 0, None, None])
         g_scores = _bmm(g, self.values.mT).mul_(self.decay)
-        g_queries = _add_bmm(_bmm(g_earlier, self.sums[:, :-1]), g_scores, self.k_features)
-        g_keys = _bmm(self.values * self.key_weight, g_sums[:, 1:])
+        g_queries = _add_bmm(_bmm(g_earlier, self.sums), g_scores, self.k_features)
+        g_keys = _bmm(self.values * self.key_weight, g_own)
         g_keys = _add_bmm(g_keys, g_scores.mT, self.q_features)
-        g_values = _bmm(self.k_features, g_sums[:, 1:].mT).mul_(self.key_weight)
+        g_values = _bmm(self.k_features, g_own.mT).mul_(self.key_weight)
         g_values = _add_bmm(g_values, self.scores.mul_(self.decay).mT, g)
-        return g_queries, g_keys, g_values, g_sums[:, 0]
+        return g_queries, g_keys, g_values, g_carried
 
 
-class CausalFavor(torch.autograd.Function):
-    """(B, H, T, D) queries, keys, values and directions (m, D) → (B, H, T, D), each query from s ≤ t."""
+class _CausalFavor(torch.autograd.Function):
+    """A segment at a time forwards, carrying the running sum; the same backwards, carrying its gradient."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, directions: Tensor, softmax: bool, chunk: int
     ) -> Tensor:
         kernel = Kernel(directions, softmax)
@@ -195,9 +203,9 @@ class CausalFavor(torch.autograd.Function):
         starts = []
         for lo, hi in _segments(seq_len, chunk):
             starts += [carried, level]
-            cuts = (_cut(x, lo, hi, chunk) for x in (q, k, v))
-            step = _Step.make(*cuts, kernel, carried, level)
-            carried, level = step.sums[:, -1].clone(), step.level
+            q_part, k_part, v_part = (_cut(x, lo, hi, chunk) for x in (q, k, v))
+            step = _Step.make(q_part, k_part, v_part, kernel, carried, level)
+            carried, level = step.carried, step.level
             total, normaliser = step.output().split([head_dim, 1], dim=-1)
             normaliser = normaliser.clamp_min(TINY).reciprocal_()
             _paste(y, lo, hi, total * normaliser)
@@ -207,8 +215,8 @@ class CausalFavor(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, directions, y, inverse, *starts = ctx.saved_tensors
         kernel, chunk = Kernel(directions, ctx.softmax), ctx.chunk
         g_q, g_k, g_v = (torch.empty_like(x) for x in (q, k, v))
@@ -226,13 +234,11 @@ class CausalFavor(torch.autograd.Function):
         return g_q, g_k, g_v, None, None, None
 
 
-class FullFavor(torch.autograd.Function):
-    """The same with each query from every key: one sum over the keys, then one product a query."""
+class _FullFavor(torch.autograd.Function):
+    """One sum over all keys, then one product a query; segments only bound the features that exist."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, directions: Tensor, softmax: bool
-    ) -> Tensor:
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, directions: Tensor, softmax: bool) -> Tensor:
         kernel = Kernel(directions, softmax)
         batch, heads, seq_len, head_dim = q.shape
         y = q.new_empty(batch, seq_len, heads, head_dim).transpose(1, 2)
@@ -256,8 +262,8 @@ class FullFavor(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, directions, y, inverse, sums, level = ctx.saved_tensors
         kernel = Kernel(directions, ctx.softmax)
         g_q, g_k, g_v = (torch.empty_like(x) for x in (q, k, v))
@@ -277,3 +283,18 @@ class FullFavor(torch.autograd.Function):
             _paste(g_k, lo, hi, kernel.keys_backward(part, features, _bmm(values, g_sums)))
             _paste(g_v, lo, hi, _bmm(features, g_sums.mT).mul_(weight)[..., :-1])
         return g_q, g_k, g_v, None, None
+
+
+def causal_favor(q: Tensor, k: Tensor, v: Tensor, directions: Tensor, softmax: bool, chunk: int) -> Tensor:
+    """(B, H, T, D) queries, keys and values → (B, H, T, D), each query from the keys up to its own.
+
+    `directions` (m, D) are scaled as in `Kernel` and get no gradient; `chunk` is in tokens.
+    """
+    y: Tensor = _CausalFavor.apply(q, k, v, directions, softmax, chunk)  # type: ignore[no-untyped-call]
+    return y
+
+
+def full_favor(q: Tensor, k: Tensor, v: Tensor, directions: Tensor, softmax: bool) -> Tensor:
+    """The same with each query from every key."""
+    y: Tensor = _FullFavor.apply(q, k, v, directions, softmax)  # type: ignore[no-untyped-call]
+    return y

@@ -104,7 +104,8 @@ class Linformer(Attention):
             return columns @ x
         # one matrix for all heads: a single product over all channels, on a view of the projections
         merged = columns @ x.transpose(1, 2).flatten(2)  # (B, k, C)
-        return merged.unflatten(-1, (x.shape[1], -1)).transpose(1, 2)
+        mixed: Tensor = merged.unflatten(-1, (x.shape[1], -1)).transpose(1, 2)
+        return mixed
 
     def forward(self, x: Tensor, *, causal: bool, state: Any = None) -> Out:
         """(B, T, C) → Out; carries no state. Raises ValueError where causal or where T > L."""

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from variants import patterns
-from variants._favor import RELU_FLOOR, CausalFavor, FullFavor
+from variants._favor import RELU_FLOOR, causal_favor, full_favor
 from variants.base import Attention, Caps, Complexity, Dims, Flops, Out, VariantConfig
 from variants.layers import Projections
 
@@ -81,7 +81,8 @@ class Performer(Attention):
         basis, triangle = torch.linalg.qr(torch.randn(groups, head_dim, head_dim, dtype=torch.float32))
         # QR fixes signs its own way; with R's diagonal made positive the bases are uniform
         basis = basis * triangle.diagonal(dim1=-2, dim2=-1).sign().unsqueeze(-2)
-        return basis.mT.flatten(0, 1)[:m] * directions.norm(dim=-1, keepdim=True)
+        orthogonal: Tensor = basis.mT.flatten(0, 1)[:m] * directions.norm(dim=-1, keepdim=True)
+        return orthogonal
 
     def after_step(self) -> None:
         """New directions after every `redraw` steps.
@@ -104,7 +105,8 @@ class Performer(Attention):
     def _scaled(self, x: Tensor) -> Tensor:
         """The directions over D^¼, float32 or wider."""
         wide = torch.promote_types(x.dtype, torch.float32)
-        return self.directions.to(wide) * self.dims.head_dim**-0.25
+        scaled: Tensor = self.directions.to(wide) * self.dims.head_dim**-0.25
+        return scaled
 
     def forward(self, x: Tensor, *, causal: bool, state: Any = None) -> Out:
         """(B, T, C) → Out; carries no state."""
@@ -113,9 +115,9 @@ class Performer(Attention):
         directions, softmax = self._scaled(q), self.config.features == "softmax"
         with torch.autocast(x.device.type, enabled=False):  # exponents and sums need float32
             if causal:
-                y = CausalFavor.apply(q, k, v, directions, softmax, self.config.chunk)
+                y = causal_favor(q, k, v, directions, softmax, self.config.chunk)
             else:
-                y = FullFavor.apply(q, k, v, directions, softmax)
+                y = full_favor(q, k, v, directions, softmax)
         return Out(self.projections.merge(y))
 
     def reference(self, x: Tensor, *, causal: bool) -> Tensor:
