@@ -1,0 +1,298 @@
+"""Performer against the quadratic form of its features, softmax, its formulas and its limits."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.checkpoint import checkpoint
+
+import variants
+from bench import gates
+from bench.measure.flops import CountFlops
+from bench.measure.memory import LiveStorage
+from variants import _favor
+from variants.base import Dims
+from variants.performer import FEATURES, Performer, PerformerConfig
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Tensors this small are slower on two threads, and much slower on busy ones."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def dims_of(seq_len: int, batch_size: int = 1) -> Dims:
+    return Dims(batch_size=batch_size, seq_len=seq_len, d_model=16, heads=2)
+
+
+def make(seq_len: int = 64, **knobs: object) -> Performer:
+    torch.manual_seed(0)
+    return Performer(PerformerConfig(**{"n_features": 12, "chunk": 8, **knobs}), dims_of(seq_len))  # type: ignore[arg-type]
+
+
+def results(
+    layer: Performer, run: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor
+) -> list[torch.Tensor]:
+    """Outputs, gradient of the input, gradients of the parameters."""
+    x = x.clone().requires_grad_()
+    torch.manual_seed(7)
+    y = run(x)
+    return [y, *torch.autograd.grad(y, [x, *layer.parameters()], torch.randn_like(y))]
+
+
+def assert_equals_reference(layer: Performer, x: torch.Tensor, causal: bool) -> None:
+    fast = results(layer, lambda x: layer(x, causal=causal).y, x)
+    torch.testing.assert_close(fast, results(layer, lambda x: layer.reference(x, causal=causal), x))
+
+
+def test_it_is_registered() -> None:
+    assert variants.load("performer") is Performer
+
+
+@pytest.mark.parametrize("features", FEATURES)
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize(("seq_len", "batch"), [(1, 1), (1, 3), (5, 1), (8, 3), (67, 3)])
+@pytest.mark.parametrize("segment", [16, 4096])
+def test_it_equals_the_quadratic_form_in_outputs_and_gradients(
+    features: str, causal: bool, seq_len: int, batch: int, segment: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_favor, "SEGMENT", segment)
+    x = torch.randn(batch, seq_len, 16, dtype=torch.float64)
+    assert_equals_reference(make(seq_len, features=features).double(), x, causal)
+
+
+@settings(max_examples=15, deadline=None)
+@given(seq_len=st.integers(1, 50), chunk=st.integers(1, 60), m=st.integers(1, 20), causal=st.booleans())
+def test_no_length_chunk_or_number_of_features_is_special(
+    seq_len: int, chunk: int, m: int, causal: bool
+) -> None:
+    x = torch.randn(2, seq_len, 16, dtype=torch.float64)
+    assert_equals_reference(make(seq_len, chunk=chunk, n_features=m).double(), x, causal)
+
+
+@pytest.mark.parametrize("features", FEATURES)
+@pytest.mark.parametrize("causal", [True, False])
+def test_the_gates_pass(features: str, causal: bool) -> None:
+    config = PerformerConfig(features=features, n_features=64, chunk=32)
+    gates.reference_error(Performer, config, dims_of(301, 2), 0, CPU, causal=causal)
+    if causal:
+        assert gates.leak(Performer, config, dims_of(301, 2), 2, CPU) == 0
+
+
+@pytest.mark.parametrize("softmax", [True, False])
+@pytest.mark.parametrize("causal", [True, False])
+def test_gradients_are_those_of_finite_differences(
+    softmax: bool, causal: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_favor, "SEGMENT", 4)
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(1, 2, 5, 3, dtype=torch.float64, requires_grad=True) for _ in range(3))
+    directions = torch.randn(4, 3, dtype=torch.float64)
+
+    def run(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        if causal:
+            return _favor.causal_favor(q, k, v, directions, softmax, 2)
+        return _favor.full_favor(q, k, v, directions, softmax)
+
+    assert torch.autograd.gradcheck(run, (q, k, v))
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("size", [10.0, 25.0])
+def test_long_keys_lose_no_precision(causal: bool, size: float) -> None:
+    """Features below float32's range by themselves; only their ratios matter."""
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(1, 2, 50, 16) for _ in range(3))
+    k = size * k * torch.rand(50, 1)  # e^(−|k|²/2√D) spans hundreds of powers of e
+    k[..., 0, :] = size  # and the first query has no other key to read
+    inputs = [t.requires_grad_() for t in (q, k, v)]
+    wide = [t.detach().double().requires_grad_() for t in inputs]
+    directions = torch.randn(32, 16) * 16**-0.25
+
+    def fast(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        if causal:
+            return _favor.causal_favor(q, k, v, directions, True, 8)
+        return _favor.full_favor(q, k, v, directions, True)
+
+    def slow(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        h_q, h_k = (t @ directions.double().mT for t in (q, k))
+        h_k = h_k - k.square().sum(-1, keepdim=True) / 8  # 2·√16
+        pairs = (h_q[..., :, None, :] + h_k[..., None, :, :]).logsumexp(-1)
+        if causal:
+            pairs = pairs.masked_fill(~torch.ones(50, 50).tril().bool(), float("-inf"))
+        return pairs.softmax(-1) @ v
+
+    got, want = fast(*inputs), slow(*wide)
+    torch.testing.assert_close(got.double(), want, rtol=1e-3, atol=1e-3)
+    grads = torch.autograd.grad(got.sum(), inputs)
+    assert all(g.isfinite().all() for g in grads)
+
+
+def test_a_later_key_changes_no_bit_of_an_earlier_output() -> None:
+    """Within a chunk, across chunks, and however much higher its features are."""
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(1, 2, 40, 16) for _ in range(3))
+    k[..., :21, :] *= 12  # levels far below the next key's
+    directions = torch.randn(32, 16) * 16**-0.25
+    before = _favor.causal_favor(q, k, v, directions, True, 8)
+    for later in (0.0, 1.0, 100.0):
+        k[..., 21:, :] = later
+        after = _favor.causal_favor(q, k, v, directions, True, 8)
+        assert torch.equal(after[..., :21, :], before[..., :21, :])
+        assert after.isfinite().all()
+
+
+def estimate_error(m: int, orthogonal: bool, draws: int) -> float:
+    """Root mean square error of the attention output against softmax over draws of the directions."""
+    torch.manual_seed(0)
+    q, k, v = (0.35 * torch.randn(1, 1, 64, 16) for _ in range(3))
+    exact = torch.nn.functional.scaled_dot_product_attention(q, k, v)
+    errors = []
+    for seed in range(draws):
+        torch.manual_seed(seed)
+        config = PerformerConfig(n_features=m, orthogonal=orthogonal)
+        layer = Performer(config, Dims(batch_size=1, seq_len=64, d_model=16, heads=1))
+        y = _favor.full_favor(q, k, v, layer.directions * 16**-0.25, True)
+        errors.append((y - exact).square().mean())
+    return torch.stack(errors).mean().sqrt().item()
+
+
+@pytest.mark.parametrize("orthogonal", [True, False])
+def test_the_error_to_softmax_falls_with_the_root_of_the_features(orthogonal: bool) -> None:
+    sizes = torch.tensor([32.0, 128, 512, 2048])
+    errors = torch.tensor([estimate_error(int(m), orthogonal, draws=60) for m in sizes])
+    x, y = sizes.log(), errors.log()
+    slope = ((x - x.mean()) * (y - y.mean())).sum() / (x - x.mean()).square().sum()
+    assert slope.item() == pytest.approx(-0.5, abs=0.1)
+
+
+@pytest.mark.parametrize("m", [16, 64])
+def test_orthogonal_directions_beat_independent_ones_on_average(m: int) -> None:
+    assert estimate_error(m, True, draws=100) < 0.97 * estimate_error(m, False, draws=100)
+
+
+def test_orthogonal_directions_are_so_in_groups_and_as_long_as_gaussian_ones() -> None:
+    directions = make(n_features=8 * 500 + 3).directions
+    assert directions.shape == (4003, 8)
+    assert directions.dtype == torch.float32
+    groups = directions[:4000].view(500, 8, 8)
+    products = groups @ groups.mT
+    off_diagonal = products - torch.diag_embed(products.diagonal(dim1=-2, dim2=-1))
+    assert off_diagonal.abs().max() < 1e-4
+    assert directions.square().sum(-1).mean().item() == pytest.approx(8, rel=0.05)
+    assert directions.mean(0).abs().max() < 0.1  # no preferred sign
+
+
+def test_directions_are_drawn_anew_after_every_redraw_steps_and_never_in_a_forward_pass() -> None:
+    layer, fixed = make(redraw=2), make(redraw=0)
+    first = layer.directions.clone()
+    layer(torch.randn(1, 20, 16), causal=True)
+    layer.after_step()
+    assert torch.equal(layer.directions, first)
+    layer.after_step()
+    second = layer.directions.clone()
+    assert not torch.equal(second, first)
+    layer.after_step()
+    assert torch.equal(layer.directions, second)
+    for _ in range(5):
+        fixed.after_step()
+    assert torch.equal(fixed.directions, first)
+
+
+def test_a_checkpoint_restores_directions_and_count() -> None:
+    layer, other = make(redraw=3), make(redraw=3)
+    for _ in range(4):
+        layer.after_step()
+    other.load_state_dict(layer.state_dict())
+    assert other.steps == 4
+    assert torch.equal(other.directions, layer.directions)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize(("seq_len", "batch", "chunk"), [(256, 1, 32), (301, 3, 32), (20, 2, 128)])
+def test_dispatched_flops_are_those_of_the_formula_or_explained(
+    causal: bool, seq_len: int, batch: int, chunk: int
+) -> None:
+    layer = make(seq_len, chunk=chunk, n_features=32)
+    with CountFlops() as counter:
+        layer(torch.randn(batch, seq_len, 16), causal=causal)
+    flops = layer.flops(dims_of(seq_len, batch), causal=causal)
+    ratio = gates.cost_ratio(counter.total, flops.projections, flops.attention, layer.padding)
+    if not causal:
+        assert ratio == pytest.approx(1)
+
+
+def test_the_padding_at_the_default_size_is_less_than_two_fifths() -> None:
+    dims = Dims(batch_size=1, seq_len=2**14, d_model=256, heads=4)
+    with FakeTensorMode():
+        layer = Performer(PerformerConfig(), dims)
+        with CountFlops() as counter:
+            layer(torch.randn(1, 2**14, 256), causal=True)
+    flops = layer.flops(dims, causal=True)
+    assert 1 < gates.cost_ratio(counter.total, flops.projections, flops.attention, layer.padding) < 1.4
+
+
+def test_its_state_does_not_grow_with_the_sequence() -> None:
+    layer = make(n_features=12)
+    assert layer.state_bytes(dims_of(1000)) == layer.state_bytes(dims_of(10)) == 2 * 12 * 9 * 4
+
+
+def test_its_pattern_is_every_pair_allowed() -> None:
+    assert make().pattern(9, causal=False).all()
+    assert torch.equal(make().pattern(9, causal=True), torch.ones(9, 9).tril().bool())
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_features_of_a_long_sequence_are_never_all_held(causal: bool) -> None:
+    seq_len, m = 2**17, 256
+    with FakeTensorMode(), LiveStorage() as storage:
+        layer = make(seq_len, n_features=m, chunk=128, redraw=1)
+        x = torch.randn(1, seq_len, 16, requires_grad=True)
+        layer(x, causal=causal).y.sum().backward()
+        layer.after_step()
+    assert (
+        storage.peak < 4 * 2 * seq_len * m
+    )  # one head's queries' and keys' features, or two heads' queries'
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_recomputation_gives_the_same_gradients(causal: bool) -> None:
+    layer = make()
+    x = torch.randn(2, 61, 16)
+    stored = results(layer, lambda x: layer(x, causal=causal).y, x)
+    again = results(
+        layer, lambda x: checkpoint(lambda x: layer(x, causal=causal).y, x, use_reentrant=False), x
+    )
+    torch.testing.assert_close(again, stored, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_sums_stay_float32_under_autocast(causal: bool) -> None:
+    """What is left of bfloat16 is the projections' rounding, however many keys are summed."""
+    layer = make(n_features=32)
+    wide = copy.deepcopy(layer).double()
+    x = torch.randn(1, 1500, 16)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = layer(x, causal=causal).y
+    y.float().sum().backward()
+    want = wide.reference(x.double(), causal=causal)
+    assert (y - want).abs().max() < 0.02 * want.abs().max()
+
+
+@pytest.mark.parametrize(
+    ("knob", "value"), [("features", "elu"), ("n_features", 0), ("redraw", -1), ("chunk", 0)]
+)
+def test_impossible_knobs_are_refused_by_name(knob: str, value: object) -> None:
+    with pytest.raises(ValueError, match=rf"{knob}={value!r}: allowed is"):
+        PerformerConfig(**{knob: value})  # type: ignore[arg-type]

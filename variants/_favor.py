@@ -1,0 +1,347 @@
+"""Linear attention over positive features, in memory that does not grow with T · m (for performer.py).
+
+Shapes: B batch, H heads, N = B·H, T tokens, D channels of a head, m features,
+n chunks in a segment, c tokens in a chunk.
+
+With features φ the output of query t is Σ_s φ(q_t)·φ(k_s) v_s / Σ_s φ(q_t)·φ(k_s), over all s or, causal,
+over s ≤ t. The features of a whole sequence, T · m, would outweigh everything else a layer holds, so both
+functions below walk over segments of the sequence, hold the features of one, save only their inputs, their
+output and the small running sums (m, D) for the backward pass, and compute the features there again.
+
+Exponentials are kept in range without a look at the future. A key's features are divided by their
+largest and carry its logarithm `level` beside them; whatever is summed over keys is stored relative to the
+highest level *so far*: the running maximum R_t in a weight, R at a chunk's end in a running sum. Each
+exponent is then ≤ 0, the factor e^{−R_t} cancels between numerator and normaliser, and no R_t depends on a
+later key. All sums are float32 or wider, whatever the inputs' dtype.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+SEGMENT = 4096
+"""Tokens whose features exist at a time, rounded to whole chunks."""
+LOWEST = -1e30
+"""The level of an empty sum: finite, so that the difference of two is 0 and not NaN."""
+TINY = 1e-30
+"""Least normaliser: a query all of whose weights underflow reads 0 and not NaN."""
+RELU_FLOOR = 1e-3
+"""Added to relu features, so that no normaliser is 0 (the paper's ε)."""
+
+
+class Kernel(NamedTuple):
+    """A feature map: softmax's positive features or relu's, and its directions (m, D).
+
+    The directions come divided by D^¼, which is how queries and keys get softmax's 1/√D between them.
+    """
+
+    directions: Tensor
+    softmax: bool
+
+    def queries(self, x: Tensor) -> Tensor:
+        """(…, D) → (…, m), up to a factor per query, which cancels."""
+        return self._features(x)[0]
+
+    def keys(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """(…, D) → features (…, m) and levels (…): φ(x) = e^level · features."""
+        features, level = self._features(x)
+        if self.softmax:
+            level = level - x.square().sum(-1) / (2 * math.sqrt(x.shape[-1]))
+        return features, level
+
+    def _features(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Features (…, m), for softmax without |x|² and divided by their largest, and its logarithm (…)."""
+        h = x @ self.directions.mT
+        if not self.softmax:
+            return h.relu_().add_(RELU_FLOOR), x.new_zeros(x.shape[:-1])
+        highest = h.amax(-1, keepdim=True)
+        return h.sub_(highest).exp_(), highest.squeeze(-1)
+
+    def queries_backward(self, x: Tensor, features: Tensor, grad: Tensor) -> Tensor:
+        """The gradient of x; overwrites `grad`. Its level cancels, so it counts as a constant."""
+        return self._through(features, grad) @ self.directions
+
+    def keys_backward(self, x: Tensor, features: Tensor, grad: Tensor) -> Tensor:
+        """The gradient of x; overwrites `grad`."""
+        h = self._through(features, grad)
+        if not self.softmax:
+            return h @ self.directions
+        return (h @ self.directions).addcmul_(h.sum(-1, keepdim=True), x, value=-(x.shape[-1] ** -0.5))
+
+    def _through(self, features: Tensor, grad: Tensor) -> Tensor:
+        """Gradient of the features → gradient of the exponents."""
+        return grad.mul_(features if self.softmax else features > RELU_FLOOR)
+
+
+def _cut(x: Tensor, lo: int, hi: int, chunk: int) -> Tensor:
+    """Tokens [lo, hi) of (B, H, T, D) as whole chunks (N, n, c, D), wide; zeros follow the last token.
+
+    It may be a view of x: not to be written to.
+    """
+    part = x[:, :, lo:hi].to(torch.promote_types(x.dtype, torch.float32)).flatten(0, 1)
+    rest = -(hi - lo) % chunk
+    if rest:
+        part = torch.nn.functional.pad(part, (0, 0, 0, rest))
+    chunks: Tensor = part.unflatten(1, (-1, chunk))
+    return chunks
+
+
+def _paste(target: Tensor, lo: int, hi: int, part: Tensor) -> None:
+    """Write (N, n, c, D) back to tokens [lo, hi) of (B, H, T, D)."""
+    target[:, :, lo:hi] = part.flatten(1, 2)[:, : hi - lo].unflatten(0, target.shape[:2])
+
+
+def _bmm(a: Tensor, b: Tensor) -> Tensor:
+    """Products over the last two dimensions of (N, n, …)."""
+    product: Tensor = torch.bmm(a.flatten(0, 1), b.flatten(0, 1)).unflatten(0, a.shape[:2])
+    return product
+
+
+def _add_bmm(total: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """The same, added to `total` in place."""
+    flat = total.flatten(0, 1)
+    torch.baddbmm(flat, a.flatten(0, 1), b.flatten(0, 1), out=flat)
+    return total
+
+
+def _segments(seq_len: int, chunk: int) -> list[tuple[int, int]]:
+    """The bounds of the segments, whole chunks but for the last."""
+    length = max(1, SEGMENT // chunk) * chunk
+    return [(lo, min(lo + length, seq_len)) for lo in range(0, seq_len, length)]
+
+
+class _Sums(NamedTuple):
+    """Sums over keys of φ(k) with their values and alone, or the gradients of such sums.
+
+    The two are kept apart: products over D + 1 channels take up to twice as long as over 64.
+    """
+
+    values: Tensor  # (N, n, D, m)
+    norms: Tensor  # (N, n, 1, m)
+
+    @classmethod
+    def empty(cls, directions: Tensor, *rows: int) -> _Sums:
+        """Over no keys: (*rows, D, m) and (*rows, 1, m)."""
+        m, head_dim = directions.shape
+        return cls(directions.new_zeros(*rows, head_dim, m), directions.new_zeros(*rows, 1, m))
+
+    @classmethod
+    def over(cls, values: Tensor, norms: Tensor, features: Tensor) -> _Sums:
+        """Over the tokens of each chunk: (N, n, c, D), (N, n, c, 1) and (N, n, c, m)."""
+        return cls(_bmm(values.mT, features), _bmm(norms.mT, features))
+
+    def read(self, values: Tensor, norms: Tensor) -> Tensor:
+        """(N, n, c, D) and (N, n, c, 1) times the sums: (N, n, c, m)."""
+        return _bmm(values, self.values).addcmul_(norms, self.norms)
+
+    def running(self, carried: _Sums, ageing: Tensor, *, backward: bool = False) -> tuple[_Sums, _Sums]:
+        """From each chunk's own sum and the one carried in: those before each chunk, and the one after all.
+
+        `ageing` (N, n + 1, n + 1) is the factor from border j to border i ≥ j of the chunks. `backward`:
+        from the gradients of what this returned to those of what it was given, by the mirrored recurrence.
+        """
+        values, last_values = _running(self.values, carried.values, ageing, backward)
+        norms, last_norms = _running(self.norms, carried.norms, ageing, backward)
+        return _Sums(values, norms), _Sums(last_values, last_norms)
+
+
+def _running(each: Tensor, carried: Tensor, ageing: Tensor, backward: bool) -> tuple[Tensor, Tensor]:
+    passing = ageing[:, :-1, 1:]  # strictly lower: a chunk's own sum does not precede it
+    start, last, factor = ageing[:, :-1, :1], -1, ageing[:, -1, -2]
+    if backward:
+        passing = passing.mT
+        start, last, factor = ageing[:, -1, 1:, None], 0, ageing[:, 1, 0]
+    total = start * carried.flatten(1)[:, None]
+    torch.baddbmm(total, passing, each.flatten(2), out=total)
+    total = total.view_as(each)
+    return total, torch.addcmul(each[:, last], total[:, last], factor[:, None, None])
+
+
+def _divide(values: Tensor, norms: Tensor) -> tuple[Tensor, Tensor]:
+    """Outputs (N, n, c, D), and one over the normalisers (N, n, c, 1); overwrites both."""
+    inverse = norms.clamp_min_(TINY).reciprocal_()
+    return values.mul_(inverse), inverse
+
+
+def _divide_backward(grad: Tensor, y: Tensor, inverse: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of values and normalisers, from that of the outputs."""
+    g = grad * inverse
+    return g, (y * g).sum(-1, keepdim=True).neg_()
+
+
+class _Step(NamedTuple):
+    """What one segment of the causal sum is made of; computed in the forward and again in the backward."""
+
+    q_features: Tensor  # (N, n, c, m)
+    k_features: Tensor  # (N, n, c, m)
+    values: Tensor  # (N, n, c, D)
+    key_weight: Tensor  # (N, n, c, 1): e^(level − R at the chunk's end)
+    query_weight: Tensor  # (N, n, c, 1): e^(R before the chunk − R_t)
+    decay: Tensor  # (N, n, c, c): e^(level_s − R_t) for s ≤ t, else 0
+    weights: Tensor  # (N, n, c, c): φ(q_t)·φ(k_s) times the decay
+    ageing: Tensor  # (N, n + 1, n + 1): e^(R at border j − R at border i) for j ≤ i
+    sums: _Sums  # before each chunk
+    carried: _Sums  # after the last chunk
+    level: Tensor  # (N, 1): R after the last chunk
+
+    @classmethod
+    def make(cls, q: Tensor, k: Tensor, v: Tensor, kernel: Kernel, carried: _Sums, level: Tensor) -> _Step:
+        """From chunks (N, n, c, D), the sums before them and their level (N, 1)."""
+        rows, chunks, chunk = q.shape[:3]
+        q_features = kernel.queries(q)
+        k_features, levels = kernel.keys(k)
+        highest = torch.maximum(levels.flatten(1).cummax(-1).values, level).view(rows, chunks, chunk)
+        edges = torch.cat([level, highest[..., -1]], dim=1)  # (N, n + 1): R at the chunks' borders
+        key_weight = (levels - edges[:, 1:, None]).exp_()[..., None]
+        query_weight = (edges[:, :-1, None] - highest).exp_()[..., None]
+        decay = (levels[:, :, None, :] - highest[..., None]).exp_().tril_()
+        ageing = (edges[:, None, :] - edges[..., None]).exp_().tril_()
+        sums, carried = _Sums.over(v * key_weight, key_weight, k_features).running(carried, ageing)
+        weights = _bmm(q_features, k_features.mT).mul_(decay)
+        return cls(
+            q_features, k_features, v, key_weight, query_weight,
+            decay, weights, ageing, sums, carried, edges[:, -1:],
+        )  # fmt: skip
+
+    def output(self) -> tuple[Tensor, Tensor]:
+        """Weighted sums of the values (N, n, c, D), and their normalisers (N, n, c, 1)."""
+        values = _bmm(self.q_features, self.sums.values.mT).mul_(self.query_weight)
+        norms = _bmm(self.q_features, self.sums.norms.mT).mul_(self.query_weight)
+        return _add_bmm(values, self.weights, self.values), norms.add_(self.weights.sum(-1, keepdim=True))
+
+    def gradients(self, g: Tensor, g_norm: Tensor, carried: _Sums) -> tuple[Tensor, Tensor, Tensor, _Sums]:
+        """Of query features, key features, values (N, n, c, …) and the sums before the segment.
+
+        From those of both outputs and of the sums after the segment.
+        """
+        g_earlier, g_norm_earlier = g * self.query_weight, g_norm * self.query_weight
+        g_sums = _Sums.over(g_earlier, g_norm_earlier, self.q_features)
+        g_own, g_carried = g_sums.running(carried, self.ageing, backward=True)
+        g_scores = _bmm(g, self.values.mT).add_(g_norm).mul_(self.decay)
+        g_queries = self.sums.read(g_earlier, g_norm_earlier)
+        g_queries = _add_bmm(g_queries, g_scores, self.k_features)
+        g_keys = g_own.read(self.values * self.key_weight, self.key_weight)
+        g_keys = _add_bmm(g_keys, g_scores.mT, self.q_features)
+        g_values = _bmm(self.k_features, g_own.values.mT).mul_(self.key_weight)
+        g_values = _add_bmm(g_values, self.weights.mT, g)
+        return g_queries, g_keys, g_values, g_carried
+
+
+class _CausalFavor(torch.autograd.Function):
+    """A segment at a time forwards, carrying the running sum; the same backwards, carrying its gradient."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, directions: Tensor, softmax: bool, chunk: int
+    ) -> Tensor:
+        kernel = Kernel(directions, softmax)
+        batch, heads, seq_len, head_dim = q.shape
+        chunk = min(chunk, seq_len)
+        y = q.new_empty(batch, seq_len, heads, head_dim).transpose(1, 2)  # as the output projection reads it
+        inverse = directions.new_empty(batch, heads, seq_len, 1)
+        carried = _Sums.empty(directions, batch * heads)
+        level = directions.new_full((batch * heads, 1), LOWEST if softmax else 0.0)
+        starts = []
+        for lo, hi in _segments(seq_len, chunk):
+            starts += [*carried, level]
+            q_part, k_part, v_part = (_cut(x, lo, hi, chunk) for x in (q, k, v))
+            step = _Step.make(q_part, k_part, v_part, kernel, carried, level)
+            carried, level = step.carried, step.level
+            y_part, inverse_part = _divide(*step.output())
+            _paste(y, lo, hi, y_part)
+            _paste(inverse, lo, hi, inverse_part)
+        ctx.save_for_backward(q, k, v, directions, y, inverse, *starts)
+        ctx.softmax, ctx.chunk = softmax, chunk
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, directions, y, inverse, *starts = ctx.saved_tensors
+        kernel, chunk = Kernel(directions, ctx.softmax), ctx.chunk
+        g_q, g_k, g_v = (torch.empty_like(x) for x in (q, k, v))
+        g_carried = _Sums.empty(directions, q.shape[0] * q.shape[1])
+        for lo, hi in reversed(_segments(q.shape[2], chunk)):
+            *carried, level = starts[-3:]
+            del starts[-3:]
+            q_part, k_part, v_part = (_cut(x, lo, hi, chunk) for x in (q, k, v))
+            step = _Step.make(q_part, k_part, v_part, kernel, _Sums(*carried), level)
+            g, g_norm = _divide_backward(*(_cut(x, lo, hi, chunk) for x in (grad, y, inverse)))
+            g_queries, g_keys, g_values, g_carried = step.gradients(g, g_norm, g_carried)
+            _paste(g_q, lo, hi, kernel.queries_backward(q_part, step.q_features, g_queries))
+            _paste(g_k, lo, hi, kernel.keys_backward(k_part, step.k_features, g_keys))
+            _paste(g_v, lo, hi, g_values)
+        return g_q, g_k, g_v, None, None, None
+
+
+class _FullFavor(torch.autograd.Function):
+    """One sum over all keys, then one product a query; segments only bound the features that exist."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, directions: Tensor, softmax: bool) -> Tensor:
+        kernel = Kernel(directions, softmax)
+        batch, heads, seq_len, head_dim = q.shape
+        y = q.new_empty(batch, seq_len, heads, head_dim).transpose(1, 2)
+        inverse = directions.new_empty(batch, heads, seq_len, 1)
+        sums = _Sums.empty(directions, batch * heads, 1)
+        level = directions.new_full((batch * heads, 1, 1), LOWEST if softmax else 0.0)
+        segments = _segments(seq_len, 1)
+        for lo, hi in segments:
+            features, levels = kernel.keys(_cut(k, lo, hi, hi - lo))
+            before, level = level, torch.maximum(level, levels.amax(-1, keepdim=True))
+            weight, ageing = (levels - level).exp_()[..., None], (before - level).exp_()[..., None]
+            own = _Sums.over(_cut(v, lo, hi, hi - lo) * weight, weight, features)
+            sums = _Sums(*(new.addcmul_(old, ageing) for new, old in zip(own, sums, strict=True)))
+        for lo, hi in segments:
+            features = kernel.queries(_cut(q, lo, hi, hi - lo))
+            y_part, inverse_part = _divide(*(_bmm(features, s.mT) for s in sums))
+            _paste(y, lo, hi, y_part)
+            _paste(inverse, lo, hi, inverse_part)
+        ctx.save_for_backward(q, k, v, directions, y, inverse, *sums, level)
+        ctx.softmax = softmax
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, directions, y, inverse, values, norms, level = ctx.saved_tensors
+        sums = _Sums(values, norms)
+        kernel = Kernel(directions, ctx.softmax)
+        g_q, g_k, g_v = (torch.empty_like(x) for x in (q, k, v))
+        g_sums = _Sums.empty(directions, q.shape[0] * q.shape[1], 1)
+        segments = _segments(q.shape[2], 1)
+        for lo, hi in segments:
+            part = _cut(q, lo, hi, hi - lo)
+            features = kernel.queries(part)
+            g, g_norm = _divide_backward(*(_cut(x, lo, hi, hi - lo) for x in (grad, y, inverse)))
+            own = _Sums.over(g, g_norm, features)
+            g_sums = _Sums(*(a + b for a, b in zip(own, g_sums, strict=True)))
+            _paste(g_q, lo, hi, kernel.queries_backward(part, features, sums.read(g, g_norm)))
+        for lo, hi in segments:
+            part = _cut(k, lo, hi, hi - lo)
+            features, levels = kernel.keys(part)
+            weight = (levels - level).exp_()[..., None]
+            g_features = g_sums.read(_cut(v, lo, hi, hi - lo) * weight, weight)
+            _paste(g_k, lo, hi, kernel.keys_backward(part, features, g_features))
+            _paste(g_v, lo, hi, _bmm(features, g_sums.values.mT).mul_(weight))
+        return g_q, g_k, g_v, None, None
+
+
+def causal_favor(q: Tensor, k: Tensor, v: Tensor, directions: Tensor, softmax: bool, chunk: int) -> Tensor:
+    """(B, H, T, D) queries, keys and values → (B, H, T, D), each query from the keys up to its own.
+
+    `directions` (m, D) are scaled as in `Kernel` and get no gradient; `chunk` is in tokens.
+    """
+    y: Tensor = _CausalFavor.apply(q, k, v, directions, softmax, chunk)  # type: ignore[no-untyped-call]
+    return y
+
+
+def full_favor(q: Tensor, k: Tensor, v: Tensor, directions: Tensor, softmax: bool) -> Tensor:
+    """The same with each query from every key."""
+    y: Tensor = _FullFavor.apply(q, k, v, directions, softmax)  # type: ignore[no-untyped-call]
+    return y
