@@ -1,4 +1,4 @@
-"""What the variants with a memory of earlier segments share: relative positions and the attention over memory.
+"""What variants with a memory of earlier segments share: relative positions, attention over memory.
 
 Shapes: B batch, S tokens of a segment, M positions of memory before them, J = M + S keys, C channels,
 H heads, D = C / H; heads come first, (H, B, S, D), because all sequences of a batch share a head's positions.
@@ -14,7 +14,6 @@ from abc import abstractmethod
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
@@ -28,7 +27,7 @@ within a segment, half of which the future forbids, only the blocks on the diago
 
 
 def sinusoids(farthest: int, channels: int, like: Tensor) -> Tensor:
-    """(farthest + 1, C) sinusoids of the distances farthest, …, 1, 0 (Vaswani 2017, §3.5), in the dtype of `like`.
+    """(farthest + 1, C) sinusoids (Vaswani 2017, §3.5) of distances farthest, …, 1, 0, dtype as `like`.
 
     Angles are float64: in float32, sines at a distance of a few thousand are wrong in the fourth digit.
     """
@@ -44,7 +43,9 @@ def plain_attention(q: Tensor, kv: Tensor, r: Tensor, u: Tensor, v: Tensor) -> t
     index = torch.arange(keys, device=q.device)
     distance = (index[keys - queries :, None] - index).expand(*q.shape[:2], queries, keys)
     content = (q + u[:, None, None]) @ kv[0].transpose(-1, -2)
-    by_distance = (q + v[:, None, None]) @ r.flip(1)[:, None].transpose(-1, -2)  # (H, B, S, J + 1), nearest first
+    by_distance = (q + v[:, None, None]) @ r.flip(1)[:, None].transpose(
+        -1, -2
+    )  # (H, B, S, J + 1), nearest first
     scores = content + by_distance.gather(-1, distance.clamp(min=0))
     scores = (scores / math.sqrt(q.shape[-1])).masked_fill(distance < 0, float("-inf"))
     weights = scores.softmax(dim=-1)
@@ -60,6 +61,11 @@ def _shifted(by_distance: Tensor, batches: int, queries: int) -> Tensor:
     """
     flat = by_distance.view(batches, -1)
     return flat[:, queries:].view(batches, queries, -1)
+
+
+def accumulate(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total += a @ b; not `baddbmm_`, because torch's FLOP counter knows no products in place."""
+    torch.baddbmm(total, a, b, out=total)
 
 
 class _Blocks:
@@ -87,15 +93,14 @@ class _Blocks:
         content = ((q + self.u) * self.scale).reshape(self.batches, end - begin, self.head_dim)
         return content, ((q + self.v) * self.scale).reshape(self.heads, -1, self.head_dim)
 
-    def weights(self, content: Tensor, position: Tensor, reach: int) -> Tensor:
-        """(H·B, b, reach)."""
+    def scores(self, content: Tensor, position: Tensor, reach: int) -> Tensor:
+        """(H·B, b, reach), −∞ for keys after the query."""
         queries = content.shape[1]
         by_distance = torch.bmm(position, self.r[:, -reach - 1 :].transpose(1, 2))
         scores = _shifted(by_distance, self.batches, queries)
-        scores.baddbmm_(content, self.k[:, :reach].transpose(1, 2))
+        accumulate(scores, content, self.k[:, :reach].transpose(1, 2))
         scores[:, :, reach - queries :].masked_fill_(self.future[:queries, :queries], float("-inf"))
-        # the dtype is named because autocast would widen it, in forward and not in backward
-        return scores.softmax(dim=-1, dtype=scores.dtype)
+        return scores
 
 
 class _RelativeAttention(torch.autograd.Function):
@@ -108,15 +113,20 @@ class _RelativeAttention(torch.autograd.Function):
         blocks = _Blocks(q, kv, r, u, v)
         y = torch.empty_like(q)
         wide = torch.promote_types(q.dtype, torch.float32)
+        lse = q.new_empty(blocks.batches, blocks.queries, 1, dtype=wide)
         usage = q.new_zeros(blocks.batch, blocks.keys, dtype=wide) if count else None
         for begin, end, reach in blocks.spans():
-            weights = blocks.weights(*blocks.biased(begin, end), reach)
-            found = torch.bmm(weights, blocks.values[:, :reach])
+            scores = blocks.scores(*blocks.biased(begin, end), reach)
+            highest = scores.amax(dim=-1, keepdim=True)
+            weights = scores.sub_(highest).exp_()
+            total = weights.sum(dim=-1, keepdim=True, dtype=wide)
+            found = torch.bmm(weights, blocks.values[:, :reach]).div_(total)
             y[:, :, begin:end] = found.view(blocks.heads, blocks.batch, -1, blocks.head_dim)
             if usage is not None:
-                received = weights.sum(dim=1, dtype=wide).view(blocks.heads, blocks.batch, reach)
-                usage[:, :reach] += received.mean(dim=0)
-        ctx.save_for_backward(q, kv, r, u, v, y)
+                received = weights.div_(total).sum(dim=1, dtype=wide)
+                usage[:, :reach] += received.view(blocks.heads, blocks.batch, reach).mean(dim=0)
+            lse[:, begin:end] = total.log_().add_(highest)
+        ctx.save_for_backward(q, kv, r, u, v, y, lse)
         if usage is not None:
             ctx.mark_non_differentiable(usage)
         return y, usage
@@ -124,7 +134,7 @@ class _RelativeAttention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor, _: Any) -> tuple[Tensor | None, ...]:
-        q, kv, r, u, v, y = ctx.saved_tensors
+        q, kv, r, u, v, y, lse = ctx.saved_tensors
         blocks = _Blocks(q, kv, r, u, v)
         dq, dr = torch.empty_like(q), torch.zeros_like(r)
         dkv = kv.new_zeros(kv.shape)
@@ -132,18 +142,20 @@ class _RelativeAttention(torch.autograd.Function):
         du, dv = torch.zeros_like(u), torch.zeros_like(v)
         for begin, end, reach in blocks.spans():
             content, position = blocks.biased(begin, end)
-            weights = blocks.weights(content, position, reach)
+            weights = blocks.scores(content, position, reach).sub_(lse[:, begin:end]).exp_()
             dy_block = dy[:, :, begin:end].reshape(content.shape)
-            dvalues[:, :reach].baddbmm_(weights.transpose(1, 2), dy_block)
+            accumulate(dvalues[:, :reach], weights.transpose(1, 2), dy_block)
             # the gradient of the scores is made where `_shifted` makes it that of the scores by distance
             by_distance = q.new_empty(blocks.heads, position.shape[1], reach + 1)
-            by_distance.view(blocks.batches, -1)[:, : end - begin] = 0  # distances that no query of the row has
+            by_distance.view(blocks.batches, -1)[:, : end - begin] = (
+                0  # distances that no query of the row has
+            )
             scores = _shifted(by_distance, blocks.batches, end - begin)
             torch.bmm(dy_block, blocks.values[:, :reach].transpose(1, 2), out=scores)
             scores.sub_((dy_block * y[:, :, begin:end].reshape(content.shape)).sum(dim=-1, keepdim=True))
             scores.mul_(weights)
-            dk[:, :reach].baddbmm_(scores.transpose(1, 2), content)
-            dr[:, -reach - 1 :].baddbmm_(by_distance.transpose(1, 2), position)
+            accumulate(dk[:, :reach], scores.transpose(1, 2), content)
+            accumulate(dr[:, -reach - 1 :], by_distance.transpose(1, 2), position)
             shape = blocks.heads, blocks.batch, end - begin, blocks.head_dim
             d_content = torch.bmm(scores, blocks.k[:, :reach]).view(shape)
             d_position = torch.bmm(by_distance, r[:, -reach - 1 :]).view(shape)
@@ -162,7 +174,7 @@ class Attended(NamedTuple):
     kv: Tensor
     """Keys and values of memory and segment (2, H, B, J, D)."""
     usage: Tensor | None
-    """(B, J) attention that each position received from the segment's queries, mean over heads; if counted."""
+    """(B, J) attention that each position received from the segment, mean over heads; if counted."""
 
 
 class Recurrent(Attention):
@@ -208,7 +220,8 @@ class Recurrent(Attention):
     def attend(self, x: Tensor, memory: Tensor, *, count: bool = False) -> Attended:
         """x (B, S, C) reads all of memory (B, M, C) and itself up to the query; `count` asks for `usage`."""
         q, kv, r = self.project(x, memory)
-        y, usage = _RelativeAttention.apply(q, kv, r, self.u.to(q.dtype), self.v.to(q.dtype), count)
+        u, v = self.u.to(q.dtype), self.v.to(q.dtype)  # under autocast, projections are narrower
+        y, usage = _RelativeAttention.apply(q, kv, r, u, v, count)  # type: ignore[no-untyped-call]
         return Attended(self.out(y.permute(1, 2, 0, 3).flatten(2)), q, kv, usage)
 
     def plainly_attend(self, x: Tensor, memory: Tensor) -> Attended:

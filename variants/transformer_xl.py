@@ -1,4 +1,4 @@
-"""Transformer-XL: segments that attend to the hidden states of the segments before (Dai 2019, arXiv:1901.02860).
+"""Transformer-XL: segments that read the hidden states of earlier ones (Dai 2019, arXiv:1901.02860).
 
 Shapes: B batch, T tokens, S tokens of a segment, M positions of memory, C channels.
 """
@@ -6,7 +6,6 @@ Shapes: B batch, T tokens, S tokens of a segment, M positions of memory, C chann
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
