@@ -104,7 +104,14 @@ class _Blocks:
 
 
 class _RelativeAttention(torch.autograd.Function):
-    """Saves what it is given and what it returns; the weights are computed again in backward."""
+    """Saves what it is given, what it returns and the logarithms of the softmax's sums; the weights are
+    computed again in backward.
+
+    On a CPU, three quarters of a layer's time are matrix products near the machine's peak. Position
+    scores, the memory's keys and values, and W_r R, all made anew for each segment, are why it takes
+    about 0.3 of the time of dense attention at T = 16,384 with S = M = 512. Keeping the weights would
+    save two of the eleven products a block, for H·S·J numbers a layer.
+    """
 
     @staticmethod
     def forward(

@@ -293,7 +293,8 @@ class Compressive(Recurrent):
         """Content attention of h (B, S, C) to a memory, with the weights given: (B, H, S, D)."""
         q, (k, v) = h @ w_q.T, (memory @ w_kv.T).chunk(2, dim=-1)
         q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in (q, k, v))
-        return (q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5).softmax(dim=-1) @ v
+        attended: Tensor = (q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5).softmax(dim=-1) @ v
+        return attended
 
     def stretches(self, seq_len: int) -> Iterator[Stretch]:
         """The sizes at each segment of a sequence."""
