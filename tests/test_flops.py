@@ -194,25 +194,27 @@ def windows_of(model: LanguageModel, sizes: Dims, *, causal: bool) -> list[int]:
     return lengths
 
 
-PLAIN = {"dense": {}, "chunked": {}, "overlapping": {}, "longformer": {"window": (8, 100)}}
+PLAIN = {
+    "dense": {},
+    "chunked": {},
+    "overlapping": {},
+    "longformer": {"window": (8, 100)},
+    "sparse_strided": {"stride": 10},
+}
 """Variants that are softmax over a pattern and nothing else, some knobs away from their defaults."""
 
 
 @pytest.mark.parametrize("causal", [True, False])
-@pytest.mark.parametrize("name", variants.names())
+@pytest.mark.parametrize("name", PLAIN)
 def test_algorithmic_attention_is_the_pairs_of_the_pattern(name: str, causal: bool) -> None:
-    """Two products of 2·C for every pair of every window; a variant may compute more, never less."""
+    """Two products of 2·C for every pair of every window."""
     sizes = sizes_for(name, causal=causal)
-    model = model_of(name, sizes, **PLAIN.get(name, {}))
+    model = model_of(name, sizes, **PLAIN[name])
     pairs = 0
     for length in windows_of(model, sizes, causal=causal):
         patterns = [layer.pattern(length, causal=causal) for layer in model.layers]
-        if any(pattern is None for pattern in patterns):
-            pytest.skip(f"{name}: content decides its pattern")
         pairs += sum(int(pattern.sum()) for pattern in patterns if pattern is not None)
-    on_paper = 4 * sizes.d_model * pairs
-    counted = model.flops(sizes, causal=causal).attention
-    assert counted == on_paper if name in PLAIN else counted >= on_paper
+    assert model.flops(sizes, causal=causal).attention == 4 * sizes.d_model * pairs
 
 
 @pytest.mark.parametrize("name", PLAIN)

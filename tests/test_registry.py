@@ -245,7 +245,7 @@ def test_source_files_hold_the_variant_and_what_it_builds_on(name: str) -> None:
         base.__module__ for base in variants.load(name).__mro__ if base.__module__.startswith("variants.")
     ]
     assert {f"{module.rpartition('.')[2]}.py" for module in bases} <= {path.name for path in files}
-    assert {"base.py", "layers.py", "patterns.py"} <= {path.name for path in files}
+    assert {"base.py", "layers.py"} <= {path.name for path in files}
 
 
 # --- plug-ins -------------------------------------------------------------------------------------
