@@ -225,7 +225,8 @@ class _UnionAttention(torch.autograd.Function):
         return *(grad.to(q.dtype) for grad in grads), None, None
 
 
-@torch.compiler.disable  # the compiler takes no writes through `as_strided`; the projections are compiled
+# the compiler takes no writes through `as_strided`: it compiles what stands around this
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def union_attention(q: Tensor, k: Tensor, v: Tensor, parts: list[Part], impl: str) -> Tensor:
     """Softmax attention over the union of the parts' keys, (B, H, T, D) → (B, H, T, D); 0 without any."""
     y: Tensor = _UnionAttention.apply(q, k, v, parts, impl)  # type: ignore[no-untyped-call]
@@ -263,4 +264,5 @@ class UnionAttention(Attention):
         """
         if self.impl == "fused" and q.device.type != "cpu":
             raise ValueError(f"impl=fused: the kernel is the CPU's; on {q.device.type} use auto or plain")
-        return union_attention(q, k, v, parts, self.impl)
+        y: Tensor = union_attention(q, k, v, parts, self.impl)
+        return y
