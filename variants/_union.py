@@ -225,7 +225,7 @@ class _UnionAttention(torch.autograd.Function):
         return *(grad.to(q.dtype) for grad in grads), None, None
 
 
-# the compiler takes no writes through `as_strided`; the projections are compiled
+# the compiler takes no writes through `as_strided`: it compiles what stands around this
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def union_attention(q: Tensor, k: Tensor, v: Tensor, parts: list[Part], impl: str) -> Tensor:
     """Softmax attention over the union of the parts' keys, (B, H, T, D) → (B, H, T, D); 0 without any."""

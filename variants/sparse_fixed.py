@@ -25,7 +25,8 @@ class SparseFixedConfig(SparseConfig):
 
     c: int = 8
     """Summary positions in each block of `stride` tokens; the paper takes 8, 16 or 32, and 32 for text
-    (§4.3, §7.2). Cost grows with it."""
+    (§4.3, §7.2). Cost grows with it: at 16,384 tokens and l = 128 a quarter of dense attention's pairs
+    are left with 32, a fourteenth with 8."""
     subblocks: str = "distinct"
     """distinct: each head has c positions of its own, which the paper prefers: the last head the end of
     a block, the one before it the c tokens before, … and again from the end where a block is used up.
@@ -67,7 +68,9 @@ class SparseFixed(SparseAttention):
 
     Config = SparseFixedConfig
     config: SparseFixedConfig
-    padding = "a strip of queries is given all summaries of its own blocks; causally it may read half"
+    padding = (
+        "a strip of queries is given all summaries of its blocks, or a block all of its keys, some masked"
+    )
 
     def _runs(self, role: Role) -> list[_Run]:
         """The role's heads, by where their summaries are."""
