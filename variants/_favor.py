@@ -24,8 +24,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-SEGMENT = 4096
-"""Tokens whose features exist at a time, rounded to whole chunks."""
+SEGMENT = 1024
+"""Tokens whose features exist at a time, rounded to whole chunks: few, so that they stay in cache."""
+SEGMENTS = 256
+"""Most segments; longer sequences have longer ones, which bounds the dispatched operations."""
 LOWEST = -1e30
 """The level of an empty sum: finite, so that the difference of two is 0 and not NaN."""
 TINY = 1e-30
@@ -111,7 +113,7 @@ def _add_bmm(total: Tensor, a: Tensor, b: Tensor) -> Tensor:
 
 def _segments(seq_len: int, chunk: int) -> list[tuple[int, int]]:
     """The bounds of the segments, whole chunks but for the last."""
-    length = max(1, SEGMENT // chunk) * chunk
+    length = -(-max(SEGMENT, -(-seq_len // SEGMENTS)) // chunk) * chunk
     return [(lo, min(lo + length, seq_len)) for lo in range(0, seq_len, length)]
 
 
@@ -151,15 +153,19 @@ class _Sums(NamedTuple):
 
 
 def _running(each: Tensor, carried: Tensor, ageing: Tensor, backward: bool) -> tuple[Tensor, Tensor]:
+    """One part of `_Sums.running`: one product over all chunks; overwrites `each`."""
     passing = ageing[:, :-1, 1:]  # strictly lower: a chunk's own sum does not precede it
-    start, last, factor = ageing[:, :-1, :1], -1, ageing[:, -1, -2]
+    (enters, entering), (leaves, leaving) = (0, ageing[:, 1, 0]), (-1, ageing[:, -1, -2])
     if backward:
         passing = passing.mT
-        start, last, factor = ageing[:, -1, 1:, None], 0, ageing[:, 1, 0]
-    total = start * carried.flatten(1)[:, None]
-    torch.baddbmm(total, passing, each.flatten(2), out=total)
-    total = total.view_as(each)
-    return total, torch.addcmul(each[:, last], total[:, last], factor[:, None, None])
+        (enters, entering), (leaves, leaving) = (leaves, leaving), (enters, entering)
+    # what is carried in passes on as if the chunk it meets first had added it
+    each[:, enters].addcmul_(carried, entering[:, None, None])
+    total = torch.bmm(passing, each.flatten(2)).view_as(each)
+    total[:, enters] = carried
+    if each.shape[1] == 1:
+        return total, each[:, 0]
+    return total, torch.addcmul(each[:, leaves], total[:, leaves], leaving[:, None, None])
 
 
 def _divide(values: Tensor, norms: Tensor) -> tuple[Tensor, Tensor]:
