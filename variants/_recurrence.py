@@ -154,9 +154,8 @@ class _RelativeAttention(torch.autograd.Function):
             accumulate(dvalues[:, :reach], weights.transpose(1, 2), dy_block)
             # the gradient of the scores is made where `_shifted` makes it that of the scores by distance
             by_distance = q.new_empty(blocks.heads, position.shape[1], reach + 1)
-            by_distance.view(blocks.batches, -1)[:, : end - begin] = (
-                0  # distances that no query of the row has
-            )
+            # these are distances that no query has
+            by_distance.view(blocks.batches, -1)[:, : end - begin].zero_()
             scores = _shifted(by_distance, blocks.batches, end - begin)
             torch.bmm(dy_block, blocks.values[:, :reach].transpose(1, 2), out=scores)
             scores.sub_((dy_block * y[:, :, begin:end].reshape(content.shape)).sum(dim=-1, keepdim=True))
