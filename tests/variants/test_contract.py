@@ -428,6 +428,8 @@ def test_runs_in_bfloat16_by_autocast(case: Case) -> None:
 
 # torch's tracer makes an instance of every custom autograd.Function, against torch's own advice
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+# and looks at the gradient of every tensor that enters a graph after a break
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
 @cases(small=False)
 def test_compiles(case: Case) -> None:
     """The tracer may split a forward pass at a custom backward; what it makes computes the same."""
