@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -22,15 +21,6 @@ T = 21
 NATS = -np.log(np.random.default_rng(0).dirichlet(np.ones(256)))
 WORDS_PER_BYTE = 0.17
 DOCUMENTS = tuple(np.random.default_rng(k).integers(0, 256, 100 + 30 * k, dtype=np.uint8) for k in range(3))
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Work this small is done before a second thread wakes; on busy cores waiting for it takes longer."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

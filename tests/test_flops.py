@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -24,15 +23,6 @@ from variants.base import Dims
 FF_MULT = 4
 CPU = torch.device("cpu")
 FUSED = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Work this small is done before a second thread wakes; on busy cores waiting for it takes longer."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def dims(seq_len: int, batch_size: int = 2, d_model: int = 32, heads: int = 2) -> Dims:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -17,15 +16,6 @@ from variants.base import Chunks, Dims
 T, C, HEADS = 301, 32, 2
 """Past every default window and chunk, and a multiple of none of them."""
 NAMES = variants.names()
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Work this small is done before a second thread wakes; on busy cores waiting for it takes longer."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def model_of(name: str, *, causal: bool = True, seed: int = 0, **changed: Any) -> LanguageModel:

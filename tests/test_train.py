@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
 
@@ -19,15 +19,6 @@ from bench.train import CLIP_NORM, Diverged, optimizer_for, schedule, train, tra
 from variants.base import Dims
 
 SIZES = Dims(batch_size=1, seq_len=48, d_model=32, heads=2)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Work this small is done before a second thread wakes; on busy cores waiting for it takes longer."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def model_of(seed: int = 0, **changed: Any) -> LanguageModel:
