@@ -19,7 +19,13 @@ from bench.config import Cell
 _KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(2**32), "MALLOC_TRIM_THRESHOLD_": str(2**40)}
 """glibc settings under which freed memory stays with the process: a step then reuses pages, as it does
 after the first few seconds of any long training, instead of paying for fresh ones each time."""
-_PRELOAD = ["torch", "torch._dynamo", "torch._subclasses.fake_tensor", "torch.utils.flop_counter", "bench.cell"]
+_PRELOAD = [
+    "torch",
+    "torch._dynamo",
+    "torch._subclasses.fake_tensor",
+    "torch.utils.flop_counter",
+    "bench.cell",
+]
 
 
 def context(device: str) -> Any:
