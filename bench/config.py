@@ -146,14 +146,13 @@ class CellSpec:
         from variants.base import Dims
 
         variant = variants.load(self.variant)
-        values = {k: tuple(v) if isinstance(v, list) else v for k, v in self.variant_params.items()}
         dims = Dims(
             batch_size=self.batch_size,
             seq_len=self.seq_len,
             d_model=self.model.d_model,
             heads=self.model.heads,
         )
-        return variant, variant.Config(**values), dims
+        return variant, variant.Config.of(self.variant_params), dims
 
     def cell_id(self, data_sha256: str, code_sha256: str) -> str:
         """Hash of everything that decides the figures."""
@@ -302,7 +301,8 @@ def _variant(given: dict[str, Any]) -> tuple[str, dict[str, Any]]:
         raise ConfigError(f"variant.{translated}") from None
     except ValueError as error:  # the config's own checks
         raise ConfigError(f"variant.{error}") from None
-    return name, {k: list(v) if isinstance(v, tuple) else v for k, v in vars(typed).items()}
+    assert isinstance(typed, config_class)
+    return name, typed.as_dict()
 
 
 def _device() -> str:

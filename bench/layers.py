@@ -174,8 +174,7 @@ def table(sizes: Sizes, names: list[str], found: Found) -> str:
 
 
 def _config(sizes: Sizes, name: str) -> Any:
-    knobs = {k: tuple(v) if isinstance(v, list) else v for k, v in sizes.knobs.get(name, {}).items()}
-    return variants.load(name).Config(**knobs)
+    return variants.load(name).Config.of(sizes.knobs.get(name, {}))
 
 
 def _share(pairs: list[tuple[Figures | str, Figures | str]]) -> str:

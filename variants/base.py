@@ -10,9 +10,9 @@ nothing of the harness that measures it.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
@@ -221,6 +221,11 @@ class VariantConfig:
         """Refuse a knob's value in one line."""
         if not ok:
             raise ValueError(f"{knob}={getattr(self, knob)!r}: allowed is {allowed}")
+
+    @classmethod
+    def of(cls, values: Mapping[str, Any]) -> Self:
+        """The config with these values, in plain types: what `as_dict` gave, or some of it."""
+        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
 
     def as_dict(self) -> dict[str, Any]:
         """Knob → value, in plain types that JSON can hold."""
