@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 OBJECTIVES = ("auto", "clm", "mlm")
 DEVICES = ("auto", "cpu", "cuda")
 DTYPES = ("float32", "bfloat16")
-ACTIVATIONS = ("keep", "checkpoint")
+ACTIVATIONS = ("keep", "checkpoint", "sqrt", "selective", "reversible", "offload")
 
 
 class ConfigError(ValueError):
@@ -53,6 +53,8 @@ class ModelSpec:
     heads: int = 2
     ff_mult: int = 4
     """Width of the feed-forward layer as a multiple of d_model."""
+    ff_chunks: int = 1
+    """Pieces of the sequence that go through the feed-forward layer one at a time."""
     dropout: float = 0.0
 
 
@@ -253,6 +255,7 @@ def _check_bounds(root: _Root) -> None:
         "model.d_model": (model.d_model, 2),
         "model.heads": (model.heads, 1),
         "model.ff_mult": (model.ff_mult, 1),
+        "model.ff_chunks": (model.ff_chunks, 1),
         "measure.min_samples": (measure.min_samples, 1),
         "measure.time_seconds": (measure.time_seconds, 0),
         "measure.train_tokens": (measure.train_tokens, 0),

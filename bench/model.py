@@ -14,10 +14,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint as recompute
 
 from bench import residual
 from bench.residual import BlockOut
-from variants.base import Attention, Dims, Flops, VariantConfig
+from variants.base import Attention, Dims, Flops, Out, VariantConfig
 
 
 class FeedForward(nn.Module):
@@ -37,20 +38,37 @@ class FeedForward(nn.Module):
 class Block(nn.Module):
     """x + attention(norm(x)), then x + feed-forward(norm(x))."""
 
-    def __init__(self, attention: Attention, d_model: int, ff_mult: int, dropout: float) -> None:
+    def __init__(
+        self, attention: Attention, d_model: int, *, ff_mult: int, ff_chunks: int, dropout: float
+    ) -> None:
         super().__init__()
         self.attention_norm = nn.LayerNorm(d_model)
         self.attention = attention
         self.feed_forward_norm = nn.LayerNorm(d_model)
         self.feed_forward = FeedForward(d_model, ff_mult)
         self.dropout = nn.Dropout(dropout)
+        self.ff_chunks = ff_chunks
+
+    def attend(self, x: Tensor, state: Any, *, causal: bool) -> Out:
+        """The attention branch: (B, T, C) → Out."""
+        out: Out = self.attention(self.attention_norm(x), causal=causal, state=state)
+        return out._replace(y=self.dropout(out.y))
+
+    def feed(self, x: Tensor) -> Tensor:
+        """The feed-forward branch: (B, T, C) → (B, T, C), every token by itself."""
+        y: Tensor = self.dropout(self.feed_forward(self.feed_forward_norm(x)))
+        return y
 
     def forward(self, x: Tensor, state: Any, *, causal: bool) -> BlockOut:
         """(B, T, C) → BlockOut."""
-        out = self.attention(self.attention_norm(x), causal=causal, state=state)
-        x = x + self.dropout(out.y)
-        x = x + self.dropout(self.feed_forward(self.feed_forward_norm(x)))
-        return BlockOut(x, out.state, out.aux_loss)
+        out = self.attend(x, state, causal=causal)
+        x = x + out.y
+        if self.ff_chunks == 1:
+            fed = self.feed(x)
+        else:  # computed again in the backward pass, or every chunk's ff_mult·C channels would be stored
+            chunks = x.chunk(self.ff_chunks, dim=1)
+            fed = torch.cat([recompute(self.feed, chunk, use_reentrant=False) for chunk in chunks], dim=1)
+        return BlockOut(x + fed, out.state, out.aux_loss)
 
 
 class Output(NamedTuple):
@@ -75,16 +93,24 @@ class LanguageModel(nn.Module):
         dropout: float,
         vocabulary: int,
         activations: str,
+        ff_chunks: int = 1,
         dtype: torch.dtype = torch.float32,
     ) -> None:
         """Parameters and sums are float32; `dtype` is that of matrix products, by autocast."""
         super().__init__()
         self.plan = variant.plan(config)
-        self.strategy = residual.STRATEGIES[activations]
+        self.run_blocks = residual.STRATEGIES[activations].run
         self.ff_mult, self.vocabulary, self.dtype = ff_mult, vocabulary, dtype
         self.embedding = nn.Embedding(vocabulary, dims.d_model)
         self.blocks = nn.ModuleList(
-            Block(variant(config, dims, layer), dims.d_model, ff_mult, dropout) for layer in range(depth)
+            Block(
+                variant(config, dims, layer),
+                dims.d_model,
+                ff_mult=ff_mult,
+                ff_chunks=ff_chunks,
+                dropout=dropout,
+            )
+            for layer in range(depth)
         )
         variant.tie(self.layers)
         self.norm = nn.LayerNorm(dims.d_model)
@@ -114,7 +140,7 @@ class LanguageModel(nn.Module):
         def network(window: Tensor) -> Tensor:
             nonlocal states
             before = states or [None] * len(self.blocks)
-            x, found = self.strategy(self.blocks, self.embedding(window), before, causal=causal)
+            x, found = self.run_blocks(self.blocks, self.embedding(window), before, causal=causal)
             outs.extend(found)
             states = [out.state for out in found]
             return x
