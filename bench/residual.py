@@ -272,9 +272,7 @@ class _ReversibleBlock(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(
-        ctx: Any, d_first: Tensor, d_second: Tensor, d_aux: Tensor | None
-    ) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, d_first: Tensor, d_second: Tensor, d_aux: Tensor) -> tuple[Tensor | None, ...]:
         block, border = ctx.block, ctx.border
         attend_replay, feed_replay = ctx.replays
         first, second = border.at(ctx.level)
@@ -287,7 +285,8 @@ class _ReversibleBlock(torch.autograd.Function):
                 d_x, *found = torch.autograd.grad(outputs, [x, *parameters], grads, allow_unused=True)
             for i, grad in enumerate(found):
                 if grad is not None:
-                    totals[i] = grad if totals[i] is None else totals[i] + grad
+                    before = totals[i]
+                    totals[i] = grad if before is None else before + grad
             return d_x
 
         d_pieces = []
@@ -320,7 +319,7 @@ def _pieces(block: Block, x: Tensor) -> tuple[Tensor, ...]:
 def two_streams(
     blocks: Sequence[Block], x: Tensor, states: Sequence[Any], *, causal: bool
 ) -> tuple[Tensor, list[BlockOut]]:
-    """The network that `reversible` computes, with every activation stored: what it is to be compared with."""
+    """The network that `reversible` computes, with every activation stored, to compare it with."""
     first = second = x
     outs = []
     for block, state in zip(blocks, states, strict=True):

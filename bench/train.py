@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -31,38 +32,45 @@ def schedule(step: int, steps: int) -> float:
     return 0.1 + 0.45 * (1 + math.cos(math.pi * done))
 
 
+Phase = Literal["forward", "backward", "optimizer"]
+
+
 def training_step(
     model: LanguageModel,
     optimizer: torch.optim.Optimizer,
     batch: Batch,
     *,
     causal: bool,
-    after_forward: Callable[[], None] | None = None,
+    segments: Sequence[slice] | None = None,
+    after: Callable[[Phase], None] | None = None,
 ) -> torch.Tensor:
     """Forward, backward, clip, update; returns the mean nll in nats, still on the device.
 
-    A plan of segments goes forward and backward through each in turn, and the gradients add up.
-    Auxiliary losses are further roots of the backward pass; they are not part of the nll.
-    `after_forward` is called between the passes, when all that backward needs is stored.
+    A plan of segments goes forward and backward through each in turn, and the gradients add up;
+    `segments` are those to go through, by default all. Auxiliary losses are further roots of the
+    backward pass; they are not part of the nll. `after` is called at the end of each phase: after a
+    forward pass, all that backward needs is stored.
     """
+    done = after or (lambda _: None)
     optimizer.zero_grad(set_to_none=True)
     device = batch.inputs.device
     total, scored = torch.zeros((), device=device), (batch.targets != IGNORED).sum()
     states = None
-    for segment in model.plan.segments(batch.inputs.shape[1]):
+    for segment in segments or model.plan.segments(batch.inputs.shape[1]):
         out = model(batch.inputs[:, segment], causal=causal, states=states)
         states, losses = out.states, out.aux_losses
         targets = batch.targets[:, segment].flatten()
         nll = F.cross_entropy(out.logits.flatten(0, 1), targets, ignore_index=IGNORED, reduction="sum")
         del out  # backward reads the log-probabilities; the logits would only take room beside them
-        if after_forward:
-            after_forward()
+        done("forward")
         torch.autograd.backward([nll / scored, *losses])
         total += nll.detach() / scored
+        done("backward")
     torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP_NORM)
     optimizer.step()
     for layer in model.layers:
         layer.after_step()
+    done("optimizer")
     return total
 
 

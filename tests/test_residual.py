@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from functools import cache
 from typing import Any
 
@@ -12,12 +11,9 @@ from torch import Tensor
 
 import variants
 from bench import residual
-from bench.config import ACTIVATIONS
-from bench.measure.flops import CountFlops
-from bench.measure.memory import LiveStorage
 from bench.model import LanguageModel
 from bench.tasks.text import Batch
-from bench.train import optimizer_for, training_step
+from bench.train import training_step
 from variants.base import Dims
 
 ON_HOST = [name for name, strategy in residual.STRATEGIES.items() if not strategy.needs_device]
@@ -27,7 +23,9 @@ TOLERANCE = 1e-5
 every_variant = pytest.mark.parametrize("name", variants.names())
 
 
-def model_of(name: str, activations: str, *, seq_len: int = 600, depth: int = 3, **kwargs: Any) -> LanguageModel:
+def model_of(
+    name: str, activations: str, *, seq_len: int = 600, depth: int = 3, **kwargs: Any
+) -> LanguageModel:
     """A small model; the same seed gives the same weights whatever the strategy."""
     variant = variants.load(name)
     dims = Dims(batch_size=1, seq_len=seq_len, d_model=32, heads=2)

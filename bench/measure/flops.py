@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 _KERNELS = (
@@ -57,13 +58,18 @@ def attention_formulas() -> dict[Any, Callable[..., int]]:
     return formulas
 
 
-class CountFlops(FlopCounterMode):
+class CountFlops(TorchDispatchMode):
     """Context manager; `.total` holds the FLOPs dispatched inside it."""
 
     def __init__(self) -> None:
-        super().__init__(display=False, custom_mapping=attention_formulas())
+        super().__init__()
+        self.total = 0
+        self.formulas = FlopCounterMode(display=False, custom_mapping=attention_formulas()).flop_registry
 
-    @property
-    def total(self) -> int:
-        """FLOPs so far."""
-        return int(self.get_total_flops())
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        formula = self.formulas.get(func._overloadpacket)
+        if formula is not None:
+            self.total += formula(*args, **kwargs, out_val=out)
+        return out

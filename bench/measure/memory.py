@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 import weakref
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,36 +22,84 @@ CLEAR_REFS = Path("/proc/self/clear_refs")
 STATUS = Path("/proc/self/status")
 
 
+LABELS = ("parameters", "gradients", "optimizer", "activations", "workspace")
+"""What a live byte is for; workspace is what has no other label."""
+
+
+@dataclass
+class _Entry:
+    """A live storage."""
+
+    size: int
+    number: int
+    """Storages are numbered as they are first seen."""
+    label: str = "workspace"
+
+
 class LiveStorage(TorchDispatchMode):
     """Context manager that follows the bytes of every storage that an operation inside it returns, until
     the storage is freed. A storage that is resized in place keeps the size it was first seen with.
 
-    `live` is the current sum and `peak` its maximum since `reset_peak`. Leave the context before the
-    tensors die and the count stays right: storages report their own end.
+    `live` is the current sum and `peak` its maximum since `reset_peak`; `at_peak` splits the peak by
+    label. Leave the context before the tensors die and the count stays right: storages report their own
+    end.
     """
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.live = 0
         self.peak = 0
-        self._known: weakref.WeakSet[torch.UntypedStorage] = weakref.WeakSet()
+        self.seen = 0
+        """Storages so far, freed ones included."""
+        self._known: weakref.WeakKeyDictionary[torch.UntypedStorage, _Entry] = weakref.WeakKeyDictionary()
+        self.labelled = dict.fromkeys(LABELS, 0)
+        """The current sum, by label."""
+        self.reset_peak()
 
     def reset_peak(self) -> None:
         """Forget the maximum so far."""
-        self.peak = self.live
+        self._take_peak()
+
+    def _take_peak(self) -> None:
+        self.peak, self._seen_at_peak = self.live, self.seen
+        self.at_peak = dict(self.labelled)
+
+    def label(self, tensors: Any, label: str) -> None:
+        """Say what the storages of any nest of tensors are for; the peak's split is put right too."""
+        for tensor in tree_iter(tensors):
+            if isinstance(tensor, torch.Tensor) and (entry := self._known.get(tensor.untyped_storage())):
+                self._move(entry, label)
+
+    def label_since(self, number: int, label: str) -> None:
+        """The same for every storage without a label that was first seen after `number` others."""
+        for entry in list(self._known.values()):
+            if entry.number > number and entry.label == "workspace":
+                self._move(entry, label)
+
+    def _move(self, entry: _Entry, label: str) -> None:
+        before, entry.label = entry.label, label
+        sums = [self.labelled]
+        if entry.number <= self._seen_at_peak:  # it is live now, so it was then
+            sums.append(self.at_peak)
+        for sizes in sums:
+            sizes[before] -= entry.size
+            sizes[label] += entry.size
 
     def _follow(self, tensor: torch.Tensor) -> None:
         storage = tensor.untyped_storage()
         if storage in self._known:
             return
-        self._known.add(storage)
-        size = storage.nbytes()
-        self.live += size
-        self.peak = max(self.peak, self.live)
-        weakref.finalize(storage, self._freed, size).atexit = False
+        self.seen += 1
+        entry = self._known[storage] = _Entry(storage.nbytes(), self.seen)
+        self.live += entry.size
+        self.labelled[entry.label] += entry.size
+        if self.live > self.peak:
+            self._take_peak()
+        weakref.finalize(storage, self._freed, entry).atexit = False
 
-    def _freed(self, size: int) -> None:
-        self.live -= size
+    def _freed(self, entry: _Entry) -> None:
+        self.live -= entry.size
+        self.labelled[entry.label] -= entry.size
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))

@@ -6,8 +6,9 @@ first ends. The same code runs on real tensors and, for a prediction, on fake on
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import gc
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -17,7 +18,7 @@ from bench.measure.memory import LiveStorage, reset_rss_peak, resident_bytes, te
 from bench.measure.timing import synchronize
 from bench.model import LanguageModel
 from bench.tasks.text import Batch
-from bench.train import optimizer_for, training_step
+from bench.train import Phase, optimizer_for, training_step
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,14 +27,26 @@ class StepFigures:
 
     flops_forward: int
     flops_step: int
-    peak_bytes: int
     param_bytes: int
     grad_bytes: int
     optimizer_bytes: int
     activation_bytes: int
     """What the forward pass leaves for the backward pass; of the segment that leaves most."""
-    rss_peak_bytes: int | None
-    reserved_bytes: int | None
+    phase_peak_bytes: dict[Phase, int]
+    at_peak: dict[str, int]
+    """The peak split by what its bytes are for: memory.LABELS."""
+    rss_peak_bytes: int | None = None
+    reserved_bytes: int | None = None
+
+    @property
+    def peak_bytes(self) -> int:
+        """The most that was live at any time."""
+        return max(self.phase_peak_bytes.values())
+
+    @property
+    def peak_phase(self) -> Phase:
+        """When that was."""
+        return max(self.phase_peak_bytes, key=self.phase_peak_bytes.__getitem__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,14 +73,12 @@ class Subject:
         given = Batch(*(tensor.to(device) for tensor in batch()))
         return cls(model=model, optimizer=optimizer_for(model, 1e-4), batch=given, causal=causal)
 
-    def step(self, after_forward: Callable[[], None] | None = None) -> torch.Tensor:
+    def step(
+        self, *, segments: Sequence[slice] | None = None, after: Callable[[Phase], None] | None = None
+    ) -> torch.Tensor:
         """One training step."""
         return training_step(
-            self.model,
-            self.optimizer,
-            self.batch,
-            causal=self.causal,
-            after_forward=after_forward,
+            self.model, self.optimizer, self.batch, causal=self.causal, segments=segments, after=after
         )
 
     @torch.no_grad()
@@ -75,6 +86,26 @@ class Subject:
         """One forward pass, nothing stored."""
         for _ in self.model.stream(self.batch.inputs, causal=self.causal):
             pass
+
+    def segments(self) -> list[slice]:
+        """The parts of the sequence that a step goes through."""
+        return self.model.plan.segments(self.batch.inputs.shape[1])
+
+    def brief(self) -> tuple[list[slice], int]:
+        """The first segments, up to two that begin with all the state there will ever be, and the last;
+        and how many like the last but one are left out."""
+        batch_size, seq_len = self.batch.inputs.shape
+        segments = self.segments()
+
+        def state_bytes(tokens: int) -> int:
+            layers = self.model.layers
+            dims = replace(layers[0].dims, batch_size=batch_size, seq_len=tokens)
+            return sum(layer.state_bytes(dims) for layer in layers)
+
+        most = state_bytes(seq_len)
+        full = next(i for i, segment in enumerate(segments, 1) if state_bytes(segment.stop) == most)
+        first, last = segments[: full + 2], segments[full + 2 :][-1:]
+        return [*first, *last], len(segments) - len(first) - len(last)
 
     def bytes(self) -> dict[str, int]:
         """Parameters, gradients and optimiser state."""
@@ -86,76 +117,127 @@ class Subject:
         }
 
 
-def _count(subject: Subject) -> tuple[int, int]:
-    """(forward, whole step) FLOPs dispatched."""
-    with CountFlops() as forward:
-        subject.forward()
-    with CountFlops() as step:
-        subject.step()
-    return forward.total, step.total
+class _Phases:
+    """FLOPs and peaks of the phases of a step, and the split of the highest peak."""
+
+    def __init__(self, storage: LiveStorage, counter: CountFlops) -> None:
+        self.storage, self.counter = storage, counter
+        self.counted, self.seen = counter.total, storage.seen
+        self.flops: dict[Phase, list[int]] = {"forward": [], "backward": [], "optimizer": []}
+        """Of each segment in turn."""
+        self.stored = 0
+        self.peaks: dict[Phase, int] = {"forward": 0, "backward": 0, "optimizer": 0}
+        self.at_peak: dict[str, int] = {}
+        storage.reset_peak()
+
+    def after(self, phase: Phase) -> None:
+        storage = self.storage
+        if phase == "forward":
+            storage.label_since(self.seen, "activations")
+            self.stored = max(self.stored, storage.labelled["activations"])
+        if storage.peak > max(self.peaks.values()):
+            self.at_peak = storage.at_peak
+        self.peaks[phase] = max(self.peaks[phase], storage.peak)
+        self.flops[phase].append(self.counter.total - self.counted)
+        self.counted, self.seen = self.counter.total, storage.seen
+        storage.reset_peak()
+
+
+def _measured(
+    subject: Subject,
+    segments: Sequence[slice],
+    storage: LiveStorage,
+    *,
+    left_out: int = 0,
+    after: Callable[[Phase], None] = lambda _: None,
+) -> StepFigures:
+    """What a step over these segments takes, and `left_out` more like the last but one."""
+    subject.optimizer.zero_grad(set_to_none=True)
+    gc.collect()  # what the step before left in cycles
+    storage.label(list(subject.model.parameters()), "parameters")
+    storage.label([list(state.values()) for state in subject.optimizer.state.values()], "optimizer")
+    hooks = [
+        parameter.register_post_accumulate_grad_hook(lambda p: storage.label(p.grad, "gradients"))
+        for parameter in subject.model.parameters()
+    ]
+    with CountFlops() as counter:
+        phases = _Phases(storage, counter)
+
+        def both(phase: Phase) -> None:
+            phases.after(phase)
+            after(phase)
+
+        subject.step(segments=segments, after=both)
+    for hook in hooks:
+        hook.remove()
+    flops = {phase: sum(counts) for phase, counts in phases.flops.items()}
+    if left_out:
+        flops = {phase: n + left_out * sum(phases.flops[phase][-2:-1]) for phase, n in flops.items()}
+    return StepFigures(
+        flops_forward=flops["forward"],
+        flops_step=sum(flops.values()),
+        phase_peak_bytes=phases.peaks,
+        at_peak=phases.at_peak,
+        activation_bytes=phases.stored,
+        **subject.bytes(),
+    )
 
 
 def on_host(make: Callable[[], Subject]) -> tuple[Subject, StepFigures]:
-    """Figures by live storage, for the CPU and for fake tensors; the subject is left ready for timing."""
-    stored = 0
+    """Figures by live storage; the subject is left ready for timing."""
     with LiveStorage() as storage:
         subject = make()
-        forward, whole = _count(subject)
-        subject.optimizer.zero_grad(set_to_none=True)
-        before = storage.live
-        storage.reset_peak()
+        subject.step()
         rss_known = reset_rss_peak()
-
-        def note() -> None:
-            nonlocal stored
-            stored = max(stored, storage.live - before - subject.bytes()["grad_bytes"])
-
-        subject.step(after_forward=note)
-    return subject, StepFigures(
-        flops_forward=forward,
-        flops_step=whole,
-        peak_bytes=storage.peak,
-        activation_bytes=stored,
-        rss_peak_bytes=resident_bytes("VmHWM") if rss_known else None,
-        reserved_bytes=None,
-        **subject.bytes(),
-    )
-
-
-def on_device(make: Callable[[], Subject], device: torch.device) -> tuple[Subject, StepFigures]:
-    """Figures by the device's caching allocator."""
-    module = torch.get_device_module(device)
-    subject = make()
-    forward, whole = _count(subject)
-    subject.step()  # libraries allocate their workspaces on first use
-    synchronize(device)
-    subject.optimizer.zero_grad(set_to_none=True)
-    module.empty_cache()
-    module.reset_peak_memory_stats(device)
-    before = module.memory_allocated(device)
-    stored = 0
-
-    def note() -> None:
-        nonlocal stored
-        synchronize(device)
-        live = module.memory_allocated(device) - before
-        stored = max(stored, live - subject.bytes()["grad_bytes"])
-
-    subject.step(after_forward=note)
-    synchronize(device)
-    return subject, StepFigures(
-        flops_forward=forward,
-        flops_step=whole,
-        peak_bytes=module.max_memory_allocated(device),
-        activation_bytes=stored,
-        rss_peak_bytes=None,
-        reserved_bytes=module.max_memory_reserved(device),
-        **subject.bytes(),
-    )
+        figures = _measured(subject, subject.segments(), storage)
+    return subject, replace(figures, rss_peak_bytes=resident_bytes("VmHWM") if rss_known else None)
 
 
 def predicted(make: Callable[[], Subject]) -> StepFigures:
-    """Figures of a step that is never run: shapes without storage, on the CPU's code paths."""
-    with FakeTensorMode():
-        _, figures = on_host(make)
-    return figures
+    """Figures of a step that is never run: shapes without storage, on the CPU's code paths.
+
+    Of many segments, only those that differ are gone through: see `Subject.brief`.
+    """
+    with FakeTensorMode(), LiveStorage() as storage:
+        subject = make()
+        for parameter in subject.model.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        subject.optimizer.step()  # makes the optimiser's state, as a first step would
+        segments, left_out = subject.brief()
+        return _measured(subject, segments, storage, left_out=left_out)
+
+
+def on_device(make: Callable[[], Subject], device: torch.device) -> tuple[Subject, StepFigures]:
+    """Figures by the device's caching allocator; its peak is split by live storage, and what it holds
+    beyond that, blocks rounded up and libraries' own, is workspace too."""
+    module = torch.get_device_module(device)
+    peaks: dict[Phase, int] = {"forward": 0, "backward": 0, "optimizer": 0}
+    stored = reserved = 0
+
+    def after(phase: Phase) -> None:
+        nonlocal stored, reserved
+        synchronize(device)
+        if phase == "forward":
+            live = module.memory_allocated(device) - before
+            stored = max(stored, live - subject.bytes()["grad_bytes"])
+        peaks[phase] = max(peaks[phase], module.max_memory_allocated(device))
+        reserved = max(reserved, module.max_memory_reserved(device))
+        module.reset_peak_memory_stats(device)
+
+    with LiveStorage() as storage:
+        subject = make()
+        subject.step()  # libraries allocate their workspaces on first use
+        subject.optimizer.zero_grad(set_to_none=True)
+        synchronize(device)
+        module.empty_cache()
+        module.reset_peak_memory_stats(device)
+        before = module.memory_allocated(device)
+        figures = _measured(subject, subject.segments(), storage, after=after)
+    beyond = max(peaks.values()) - figures.peak_bytes
+    return subject, replace(
+        figures,
+        phase_peak_bytes=peaks,
+        at_peak=figures.at_peak | {"workspace": figures.at_peak["workspace"] + beyond},
+        activation_bytes=stored,
+        reserved_bytes=reserved,
+    )
