@@ -44,6 +44,7 @@ class Record:
     depth: int
     d_model: int
     heads: int
+    ff_chunks: int = 1
     batch_size: int
     activations: str
     objective: str
@@ -64,6 +65,7 @@ class Record:
     # gates
     leak_max_abs: float | None = None
     reference_max_abs: float | None = None
+    recompute_max_abs: float | None = None
     cost_ratio: float | None = None
     cost_ratio_reason: str | None = None
 
@@ -78,14 +80,27 @@ class Record:
     peak_bytes: int | None = None
     peak_bytes_source: str | None = None
     peak_bytes_predicted: int | None = None
+    peak_phase: str | None = None
+    forward_peak_bytes: int | None = None
+    backward_peak_bytes: int | None = None
+    optimizer_peak_bytes: int | None = None
+    peak_grad_bytes: int | None = None
+    peak_activation_bytes: int | None = None
+    peak_workspace_bytes: int | None = None
     param_bytes: int | None = None
     grad_bytes: int | None = None
     optimizer_bytes: int | None = None
     activation_bytes: int | None = None
+    rebuild_error_by_level: list[float] | None = None
     rss_peak_bytes: int | None = None
     cuda_reserved_bytes: int | None = None
     nvml_process_bytes: int | None = None
     state_bytes: int | None = None
+
+    # what fits into a budget, by prediction
+    budget_bytes: int | None = None
+    longest_seq_len: int | None = None
+    largest_batch_size: int | None = None
 
     # time
     step_seconds_median: float | None = None
