@@ -24,6 +24,9 @@ Tell = Callable[[dict[str, Any]], None]
 """Takes figures by the record's key; what has been told survives the process."""
 
 
+CPU = torch.device("cpu")
+
+
 class Unsupported(Exception):
     """The cell cannot run; the message is the row's reason."""
 
@@ -81,6 +84,19 @@ class CellRun:
             raise Unsupported(f"device={self.spec.device}: this machine, or this torch, has none")
         if reason := self.variant.unsupported(self.config, self.dims, causal=self.spec.causal):
             raise Unsupported(reason)
+        if not self.spec.measure.execute:
+            if reason := self._missing(CPU):
+                raise Unsupported(f"a plan runs on fake tensors of the CPU: {reason}")
+        elif reason := self._missing(self.device):
+            raise Unsupported(reason)
+
+    def _missing(self, device: torch.device) -> str | None:
+        """What the variant lacks on a device, for the cell's dtype or for the gates', which is float32."""
+        reasons = (
+            self.variant.missing(self.config, self.dims, device=device, dtype=dtype)
+            for dtype in (getattr(torch, self.spec.dtype), torch.float32)
+        )
+        return next((reason for reason in reasons if reason), None)
 
     def _gates(self) -> None:
         code = environment.code_sha256(self.spec.variant)
@@ -109,7 +125,7 @@ class CellRun:
             tokens = torch.zeros(self.spec.batch_size, self.spec.seq_len, dtype=torch.int64)
             return text.Batch(tokens, tokens.clone())
 
-        return step_measure.predicted(lambda: self._subject(blank, torch.device("cpu")))
+        return step_measure.predicted(lambda: self._subject(blank, CPU))
 
     def _predict(self) -> None:
         figures = self._predicted()
@@ -123,7 +139,7 @@ class CellRun:
         def make() -> step_measure.Subject:
             return self._subject(lambda: self._batch(corpus, 0), self.device)
 
-        predicted = self._predicted()
+        predicted = None if self._missing(CPU) else self._predicted().peak_bytes
         if self.device.type == "cpu":
             subject, figures = step_measure.on_host(make)
             source = "live_storage"
@@ -132,17 +148,20 @@ class CellRun:
             source = f"{self.device.type}_allocated"
         self._tell_flops(subject.model, figures, source="dispatched")
         self._tell_bytes(figures, source=source)
-        self.tell({"peak_bytes_predicted": predicted.peak_bytes})
+        self.tell({"peak_bytes_predicted": predicted})
         return subject
 
     def _tell_flops(self, model: LanguageModel, figures: step_measure.StepFigures, source: str) -> None:
         forward = model.flops(self.dims, causal=self.spec.causal)
-        padding = model.layers[0].padding
-        ratio = gates.cost_ratio(figures.flops_forward, forward.projections, forward.attention, padding)
+        layer = model.layers[0]
+        padding = layer.padding
+        ratio = gates.cost_ratio(
+            figures.flops_forward, forward.projections, forward.attention, padding, bounded=layer.bounded
+        )
         unequal = abs(ratio - 1) > gates.COST_TOLERANCE
         self.tell(
             {
-                "impl": model.layers[0].impl,
+                "impl": layer.impl,
                 "params": sum(p.numel() for p in model.parameters()),
                 "flops_algorithmic_step": 3 * forward.total,
                 "flops_attention_step": 3 * forward.attention,

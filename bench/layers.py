@@ -69,7 +69,10 @@ def measure(sizes: Sizes, name: str, seq_len: int, *, fake: bool) -> Figures | s
     config = _config(sizes, name)
     causal = variant.caps.causal
     dims = Dims(batch_size=1, seq_len=seq_len, d_model=sizes.d_model, heads=sizes.heads)
+    cpu = torch.device("cpu")
     if reason := variant.unsupported(config, dims, causal=causal):
+        return reason
+    if reason := variant.missing(config, dims, device=cpu, dtype=torch.float32):
         return reason
     length = variant.plan(config).segments(seq_len)[:FEW_SEGMENTS][-1].stop if fake else seq_len
 
@@ -85,9 +88,7 @@ def measure(sizes: Sizes, name: str, seq_len: int, *, fake: bool) -> Figures | s
         with FakeTensorMode():
             return Figures(None, once()[2])
     layer, x, peak_bytes = once()
-    samples = timing.sample(
-        lambda: step(layer, x, causal=causal), torch.device("cpu"), seconds=SAMPLE_SECONDS, at_least=3
-    )
+    samples = timing.sample(lambda: step(layer, x, causal=causal), cpu, seconds=SAMPLE_SECONDS, at_least=3)
     return Figures(timing.median(samples), peak_bytes)
 
 

@@ -191,6 +191,28 @@ def test_a_device_that_is_not_here_is_a_row_with_the_reason(tmp_path: Path) -> N
     assert "device=cuda" in str(record["reason"])
 
 
+@pytest.mark.parametrize(
+    ("variant", "knob", "measure"),
+    [
+        ("dense", "impl=xformers", "quick"),
+        ("dense", "impl=flex", "plan"),
+        ("sparse_fixed", "impl=flex", "quick"),
+    ],
+)
+def test_a_kernel_that_is_not_here_is_a_row_with_the_reason(
+    variant: str, knob: str, measure: str, tmp_path: Path
+) -> None:
+    """Also in a plan, which runs on fake tensors of the CPU."""
+    arguments = ["device=cpu", "data=stdlib", f"measure={measure}", "seq_len=32", "depth=1"]
+    done = bench(f"variant={variant}", f"variant.{knob}", *arguments, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    (record,) = records(tmp_path / "results/adhoc")
+    assert record["status"] == "unsupported"
+    assert f"{knob} needs a CUDA device" in str(record["reason"])
+    assert ("a plan" in str(record["reason"])) == (measure == "plan")
+    assert record["peak_bytes_predicted"] is None
+
+
 def test_help_names_groups_and_knobs_and_does_not_load_torch(tmp_path: Path) -> None:
     script = (
         "import runpy, sys; sys.argv[1:] = ['--help']\n"

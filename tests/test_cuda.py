@@ -6,10 +6,15 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 import variants
+from bench import gates
+from bench.measure.flops import CountFlops
+from variants.base import Dims
 
 pytestmark = pytest.mark.cuda
 
@@ -33,3 +38,89 @@ def test_a_cell_runs_gated_and_its_predicted_peak_is_near_the_allocator_s(
     assert record["reference_max_abs"] is not None
     # the prediction takes the CPU's kernels and knows no library workspaces
     assert record["peak_bytes"] == pytest.approx(record["peak_bytes_predicted"], rel=0.25, abs=64 * 2**20)
+
+
+KERNELS: list[tuple[str, dict[str, Any]]] = [
+    ("dense", {"impl": "flex"}),
+    ("dense", {"impl": "xformers"}),
+    ("chunked", {"impl": "flex", "chunk": 200}),
+    ("overlapping", {"impl": "flex", "chunk": 200}),
+    ("sparse_strided", {"impl": "flex", "stride": 30}),
+    ("sparse_strided", {"impl": "flex", "stride": 30, "head_mode": "split"}),
+    ("sparse_fixed", {"impl": "flex", "stride": 30, "c": 4}),
+    ("sparse_fixed", {"impl": "flex", "stride": 30, "c": 4, "head_mode": "interleaved"}),
+]
+every_kernel = pytest.mark.parametrize(("name", "knobs"), KERNELS)
+
+
+def dims_or_skip(name: str, knobs: dict[str, Any], tokens: int, head_dim: int = 64) -> Dims:
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    dims = Dims(batch_size=2, seq_len=tokens, d_model=4 * head_dim, heads=4)
+    variant = variants.load(name)
+    device = torch.device("cuda")
+    if reason := variant.missing(variant.Config(**knobs), dims, device=device, dtype=torch.float32):
+        pytest.skip(reason)
+    return dims
+
+
+@every_kernel
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("tokens", [1, 100, 128, 777])
+def test_a_kernel_equals_the_reference_in_outputs_and_gradients(
+    name: str, knobs: dict[str, Any], causal: bool, tokens: int
+) -> None:
+    dims, variant = dims_or_skip(name, knobs, tokens), variants.load(name)
+    for layer in range(2):
+        worst = gates.reference_error(
+            variant, variant.Config(**knobs), dims, layer, torch.device("cuda"), causal=causal
+        )
+        assert worst <= gates.REFERENCE_TOLERANCE
+
+
+@every_kernel
+def test_a_kernel_is_counted_forward_and_backward(name: str, knobs: dict[str, Any]) -> None:
+    """Compiled or foreign, from its first call on: nothing else is dispatched that would be counted too."""
+    tokens = 100
+    dims, variant = dims_or_skip(name, knobs, tokens), variants.load(name)
+    layer = variant(variant.Config(**knobs), dims).cuda()
+    x = torch.randn(2, tokens, dims.d_model, device="cuda", requires_grad=True)
+    projections, attention = layer.flops(dims, causal=False)
+    with CountFlops() as forward:
+        y = layer(x, causal=False).y
+    with CountFlops() as backward:
+        y.sum().backward()
+    flex = knobs["impl"] == "flex"
+    attention = 2 * 4 * dims.head_dim * 2 * 2 * 128 * 128 if flex else attention  # one tile of each head
+    assert forward.total == projections + attention
+    assert backward.total == 2 * projections + attention * (7 if flex else 5) // 2
+
+
+@every_kernel
+def test_a_kernel_stores_no_square_matrix(name: str, knobs: dict[str, Any]) -> None:
+    """Nor under the counter, where a compiled kernel would fall back to T × T scores."""
+    tokens = 16_384
+    dims, variant = dims_or_skip(name, knobs, tokens), variants.load(name)
+    layer = variant(variant.Config(**knobs), dims).cuda()
+    x = torch.randn(2, tokens, dims.d_model, device="cuda", requires_grad=True)
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    with CountFlops():
+        layer.plan(layer.config).apply(lambda w: layer(w, causal=True).y, x, causal=True).sum().backward()
+    scores = 4 * 2 * dims.heads * tokens**2
+    assert torch.cuda.max_memory_allocated() - before < scores / 8
+
+
+@pytest.mark.parametrize(("name", "knobs"), KERNELS[:5])
+def test_a_cell_runs_with_the_kernel_and_names_it(name: str, knobs: dict[str, Any], tmp_path: Path) -> None:
+    dims_or_skip(name, knobs, 1024)
+    cell = [f"variant={name}", *(f"variant.{knob}={value}" for knob, value in knobs.items())]
+    cell += ["device=cuda", "seq_len=1024", "model=small", "data=stdlib", "measure=quick"]
+    command = [sys.executable, "-m", "bench", *cell]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    (path,) = (tmp_path / "results/adhoc/records").glob("*.json")
+    record = json.loads(path.read_text())
+    assert (record["status"], record["impl"]) == ("ok", knobs["impl"]), record["reason"]
+    assert record["peak_bytes_predicted"] is None  # a prediction runs on the CPU
+    assert (record["cost_ratio_reason"] is None) == (knobs["impl"] == "xformers")

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import variants
-from bench.measure.flops import CountFlops, attention_formulas
+from bench.measure.flops import CountFlops, attention_formulas, formulas
 from bench.measure.step import Subject
 from bench.model import LanguageModel
 from bench.tasks import text
@@ -125,7 +125,7 @@ def test_every_product_of_a_step_has_a_formula(name: str) -> None:
         subject.step()
     products = {op for op in ops.seen if PRODUCT.search(str(op))}
     assert products, "a step without a product is no step"
-    uncounted = products - set(CountFlops().flop_registry)
+    uncounted = products - set(formulas())
     assert not uncounted, f"{name} dispatches {uncounted}, which count 0"
 
 
@@ -137,7 +137,7 @@ def test_every_fused_attention_kernel_of_this_torch_has_a_formula() -> None:
     fused = {name.removeprefix("aten::") for name in names if not elsewhere.search(name)}
     assert fused >= {f"{FUSED.__name__}{end}" for end in ("", "_backward")}
     assert fused == {packet.__name__ for packet in attention_formulas()}
-    assert set(attention_formulas()) <= set(CountFlops().flop_registry)
+    assert set(attention_formulas()) <= set(formulas())
 
 
 @settings(deadline=None)
@@ -156,6 +156,38 @@ def test_a_mask_given_as_a_tensor_saves_nothing() -> None:
     with CountFlops() as counter:
         F.scaled_dot_product_attention(q, q, q, attn_mask=torch.ones(64, 64, dtype=torch.bool).tril())
     assert counter.total == 2 * 2 * 2 * 64 * 64 * 16
+
+
+def test_compiled_code_is_counted_as_it_is_uncompiled() -> None:
+    """It runs compiled from the first call on, and compiling, the backward pass lazily, counts nothing."""
+    from functorch.compile import make_boxed_func
+    from torch._dynamo.backends.common import aot_autograd
+
+    graphs = []
+
+    def compiler(graph: Any, inputs: Any) -> Any:
+        graphs.append(graph)
+        return make_boxed_func(graph.forward)
+
+    def work(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+        return (x @ w).relu() @ w
+
+    x, w = torch.randn(4, 8, requires_grad=True), torch.randn(8, 8, requires_grad=True)
+    torch._dynamo.reset()
+    compiled: Any = torch.compile(work, backend=aot_autograd(fw_compiler=compiler), fullgraph=True)
+    totals = []
+    for function in (work, compiled, compiled):
+        with CountFlops() as counter:
+            function(x, w).sum().backward()
+        totals.append(counter.total)
+    assert totals == [2 * 3 * 2 * 4 * 8 * 8] * 3
+    assert len(graphs) == 2  # forward, backward
+
+
+def test_an_operation_that_hides_others_is_refused() -> None:
+    x, chosen = torch.randn(4, 4), torch.tensor(True)
+    with pytest.raises(NotImplementedError, match="cannot count cond"), CountFlops(), torch.no_grad():
+        torch.ops.higher_order.cond(chosen, lambda a: (a @ a,), lambda a: (a,), (x,))
 
 
 def test_recompute_is_executed_and_not_algorithmic() -> None:

@@ -212,6 +212,14 @@ def test_no_reason_excuses_any_cost() -> None:
             cost_ratio(dispatched, 100, 1000, None)
 
 
+def test_a_general_kernel_may_cost_what_it_says() -> None:
+    """An `impl` that computes whole tiles is measured, not refused; unexplained or too little still is."""
+    assert cost_ratio(100 + 9000, 100, 1000, "tiles", bounded=False) == 9
+    for dispatched, padding in ((100 + 9000, None), (100 + 900, "tiles")):
+        with pytest.raises(GateFailed, match="cost gate"):
+            cost_ratio(dispatched, 100, 1000, padding, bounded=False)
+
+
 # --- the figures kept on disk -----------------------------------------------------------------
 
 

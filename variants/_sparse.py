@@ -8,12 +8,12 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from variants import patterns
+from variants import _kernels, patterns
 from variants._union import Part, UnionAttention, UnionConfig
 from variants.base import Caps, Complexity, Dims, Flops, Out, VariantConfig
 from variants.layers import Projections, masked_attention
@@ -25,6 +25,12 @@ HEAD_MODES = ("merged", "split", "interleaved")
 class SparseConfig(UnionConfig):
     """Knobs of both patterns."""
 
+    IMPLS: ClassVar[tuple[str, ...]] = (*UnionConfig.IMPLS, "flex")
+
+    impl: str = "auto"
+    """fused: torch's CPU attention kernel, part by part. plain: matrix products, on any device. auto:
+    fused on the CPU, plain elsewhere. flex: FlexAttention, compiled, on CUDA; hardly a tile of 128 × 128 is
+    empty in these patterns, so it computes nearly all pairs of dense attention."""
     stride: int | None = None
     """Stride l in tokens; null: the power of two nearest to √T of the longest sequence that the layer
     is built for (not of the one it is fed: a prefix must be read as it is within the whole)."""
@@ -52,6 +58,26 @@ class Role:
     last: int
 
 
+@dataclass(frozen=True, kw_only=True)
+class Reads:
+    """What the heads of a layer read, as one rule (head, query index, key index) → bool."""
+
+    variant: type[SparseAttention]
+    config: SparseConfig
+    stride: int
+    roles: tuple[Role, ...]
+    seq_len: int
+    causal: bool
+
+    def __call__(self, head: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        """Broadcast over all three."""
+        first, *rest = self.roles
+        allowed = self.variant.rule(self, first, head)(i, j)
+        for role in rest:
+            allowed = torch.where(head < role.first, allowed, self.variant.rule(self, role, head)(i, j))
+        return allowed & patterns.causal(i, j) if self.causal else allowed
+
+
 class SparseAttention(UnionAttention):
     """Base of both patterns: which heads read which factor, and the bookkeeping.
 
@@ -76,6 +102,8 @@ class SparseAttention(UnionAttention):
             self.roles = (Role(factor="far" if layer % 2 else "near", first=0, last=heads),)
         else:
             self.roles = (Role(factor="merged", first=0, last=heads),)
+        if config.impl == "flex":
+            self.padding, self.bounded = _kernels.FLEX_PADDING, False
 
     @classmethod
     def unsupported(cls, config: VariantConfig, dims: Dims, *, causal: bool) -> str | None:
@@ -85,13 +113,24 @@ class SparseAttention(UnionAttention):
             return f"heads={dims.heads}: head_mode=split needs at least 2"
         return super().unsupported(config, dims, causal=causal)
 
+    @classmethod
+    def missing(
+        cls, config: VariantConfig, dims: Dims, *, device: torch.device, dtype: torch.dtype
+    ) -> str | None:
+        """FlexAttention where it has no backward pass, the fused kernel away from the CPU."""
+        assert isinstance(config, SparseConfig)
+        if config.impl == "flex":
+            return _kernels.missing_flex(device, dims.head_dim)
+        return super().missing(config, dims, device=device, dtype=dtype)
+
     @abstractmethod
     def parts(self, seq_len: int, role: Role, *, causal: bool, device: torch.device) -> list[Part]:
         """The pairs that a role's heads read, each in exactly one part."""
 
+    @staticmethod
     @abstractmethod
-    def rule(self, seq_len: int, role: Role, head: int, *, causal: bool) -> patterns.Rule:
-        """What a head reads, as a pure rule; causality is added to it."""
+    def rule(layer: Reads, role: Role, head: Tensor) -> patterns.Rule:
+        """What heads of a role read, as a pure rule; causality is added to it."""
 
     @abstractmethod
     def pairs(self, seq_len: int, role: Role, head: int, *, causal: bool) -> int:
@@ -104,6 +143,9 @@ class SparseAttention(UnionAttention):
     def forward(self, x: Tensor, *, causal: bool, state: Any = None) -> Out:
         """(B, T, C) → Out; carries no state."""
         q, k, v = self.projections.split(x)
+        if self.config.impl == "flex":
+            y = _kernels.flex(q, k, v, self.reads(x.shape[1], causal=causal))
+            return Out(self.projections.merge(y))
         parts = [
             part
             for role in self.roles
@@ -111,16 +153,23 @@ class SparseAttention(UnionAttention):
         ]
         return Out(self.projections.merge(self.attend(q, k, v, parts)))
 
+    def reads(self, seq_len: int, *, causal: bool) -> Reads:
+        """The rule of all heads."""
+        return Reads(
+            variant=type(self),
+            config=self.config,
+            stride=self.stride,
+            roles=self.roles,
+            seq_len=seq_len,
+            causal=causal,
+        )
+
     def allowed(self, seq_len: int, *, causal: bool) -> Tensor:
         """(H, T, T) bool: which keys a query may read, head by head."""
-        rules = [
-            self.rule(seq_len, role, h, causal=causal)
-            for role in self.roles
-            for h in range(role.first, role.last)
-        ]
-        if causal:
-            rules = [patterns.both(rule, patterns.causal) for rule in rules]
-        return torch.stack([patterns.matrix(rule, seq_len) for rule in rules])
+        index = torch.arange(seq_len)
+        head = torch.arange(self.dims.heads)[:, None, None]
+        allowed = self.reads(seq_len, causal=causal)(head, index[:, None], index)
+        return allowed.expand(self.dims.heads, seq_len, seq_len)
 
     def reference(self, x: Tensor, *, causal: bool) -> Tensor:
         """The oracle on each head's own pattern; a query with no key gets 0."""

@@ -10,15 +10,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from variants.base import Attention, VariantConfig
-
-IMPLS = ("auto", "fused", "plain")
+from variants.base import Attention, Dims, VariantConfig
 
 EMPTY = -1e30
 """Logsumexp over no keys: finite, so that the difference of two of them is not NaN."""
@@ -237,12 +235,14 @@ def union_attention(q: Tensor, k: Tensor, v: Tensor, parts: list[Part], impl: st
 class UnionConfig(VariantConfig):
     """Knobs of every variant that is computed in parts."""
 
+    IMPLS: ClassVar[tuple[str, ...]] = ("auto", "fused", "plain")
+
     impl: str = "auto"
     """fused: torch's CPU attention kernel, part by part. plain: matrix products, on any device. auto:
     fused on the CPU, plain elsewhere."""
 
     def __post_init__(self) -> None:
-        self.require("impl", self.impl in IMPLS, " or ".join(IMPLS))
+        self.require("impl", self.impl in self.IMPLS, " or ".join(self.IMPLS))
 
 
 class UnionAttention(Attention):
@@ -257,12 +257,22 @@ class UnionAttention(Attention):
             return "fused" if next(self.parameters()).device.type == "cpu" else "plain"
         return self.config.impl
 
+    @classmethod
+    def missing(
+        cls, config: VariantConfig, dims: Dims, *, device: torch.device, dtype: torch.dtype
+    ) -> str | None:
+        """The fused kernel anywhere but on the CPU."""
+        assert isinstance(config, UnionConfig)
+        if config.impl == "fused" and device.type != "cpu":
+            return f"impl=fused: the kernel is the CPU's; on {device.type} use auto or plain"
+        return None
+
     def attend(self, q: Tensor, k: Tensor, v: Tensor, parts: list[Part]) -> Tensor:
         """Softmax over the union of the parts' keys, (B, H, T, D) → (B, H, T, D).
 
         Raises ValueError for impl=fused away from the CPU.
         """
-        if self.impl == "fused" and q.device.type != "cpu":
-            raise ValueError(f"impl=fused: the kernel is the CPU's; on {q.device.type} use auto or plain")
+        if reason := UnionAttention.missing(self.config, self.dims, device=q.device, dtype=q.dtype):
+            raise ValueError(reason)
         y: Tensor = union_attention(q, k, v, parts, self.impl)
         return y

@@ -243,6 +243,9 @@ class Attention(nn.Module, ABC):
     complexity: ClassVar[Complexity]
     padding: str | None = None
     """Why a forward pass dispatches more FLOPs than `flops()` counts, or None where it does not."""
+    bounded: bool = True
+    """Whether the harness's limit on that excess holds. Not where `impl` asks for a general kernel: what its
+    tiles cost on this pattern is the finding then, not a defect."""
 
     def __init__(self, config: VariantConfig, dims: Dims, layer: int = 0) -> None:
         """A layer for sequences up to dims.seq_len; `layer` is its index from the bottom."""
@@ -263,6 +266,18 @@ class Attention(nn.Module, ABC):
             return "has no causal form"
         if not causal and not cls.caps.bidirectional:
             return "has no bidirectional form"
+        return None
+
+    @classmethod
+    def missing(
+        cls, config: VariantConfig, dims: Dims, *, device: torch.device, dtype: torch.dtype
+    ) -> str | None:
+        """What this configuration needs and a machine lacks, or None. It becomes the row's reason too.
+
+        `unsupported` speaks of what cannot be on any machine; this, of the kernel that `impl` names: whether
+        it is installed and runs on this device, with numbers of this type. Whoever plans with fake tensors
+        asks for the CPU, where those are.
+        """
         return None
 
     @classmethod

@@ -8,14 +8,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from variants import patterns
+from variants import _kernels, patterns
 from variants.base import Attention, Caps, Complexity, Dims, Flops, Out, VariantConfig
 from variants.layers import Projections, masked_attention
 
-IMPLS = ("sdpa", "naive")
+IMPLS = ("sdpa", "naive", "flex", "xformers")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,7 +24,8 @@ class DenseConfig(VariantConfig):
     """Knobs of dense attention."""
 
     impl: str = "sdpa"
-    """sdpa: the fused kernel, which stores no T × T matrix. naive: scores, softmax and sum in turn."""
+    """sdpa: torch's fused kernel, which stores no T × T matrix. naive: scores, softmax and sum in turn.
+    flex: FlexAttention, compiled. xformers: its memory_efficient_attention. The last two need CUDA."""
 
     def __post_init__(self) -> None:
         self.require("impl", self.impl in IMPLS, " or ".join(IMPLS))
@@ -46,18 +48,42 @@ class Dense(Attention):
         self.projections = Projections(dims.d_model, dims.heads)
         if config.impl == "naive":
             self.padding = "naive computes every score and masks the forbidden half"
+        elif config.impl == "flex":
+            self.padding, self.bounded = _kernels.FLEX_PADDING, False
+
+    @classmethod
+    def missing(
+        cls, config: VariantConfig, dims: Dims, *, device: torch.device, dtype: torch.dtype
+    ) -> str | None:
+        """The kernels that torch does not have everywhere."""
+        assert isinstance(config, DenseConfig)
+        if config.impl == "flex":
+            return _kernels.missing_flex(device, dims.head_dim)
+        if config.impl == "xformers":
+            return _kernels.missing_xformers(device, dims.head_dim, dtype)
+        return None
 
     def forward(self, x: Tensor, *, causal: bool, state: Any = None) -> Out:
         """(B, T, C) → Out; carries no state."""
         q, k, v = self.projections.split(x)
+        return Out(self.projections.merge(self._attend(q, k, v, causal)))
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
+        """(B, H, T, D) → (B, H, T, D) by the kernel that `impl` names."""
         if self.config.impl == "naive":
-            y = masked_attention(q, k, v, self._allowed(x.shape[1], causal))
-        else:
-            y = F.scaled_dot_product_attention(q, k, v, is_causal=causal)
-        return Out(self.projections.merge(y))
+            return masked_attention(q, k, v, self._allowed(q.shape[2], causal))
+        if self.config.impl == "flex":
+            return _kernels.flex(q, k, v, _kernels.Alike(self._rule(causal)))
+        if self.config.impl == "xformers":
+            return _kernels.xformers(q, k, v, causal=causal)
+        return F.scaled_dot_product_attention(q, k, v, is_causal=causal)
+
+    @staticmethod
+    def _rule(causal: bool) -> patterns.Rule:
+        return patterns.causal if causal else patterns.anything
 
     def _allowed(self, seq_len: int, causal: bool) -> Tensor:
-        return patterns.matrix(patterns.causal if causal else patterns.anything, seq_len)
+        return patterns.matrix(self._rule(causal), seq_len)
 
     def reference(self, x: Tensor, *, causal: bool) -> Tensor:
         """The oracle on the variant's pattern, plan included."""

@@ -6,14 +6,16 @@ Shapes: B batch, T tokens, C channels, H heads, D = C / H; l the stride, c summa
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from variants import patterns
-from variants._sparse import Role, SparseAttention, SparseConfig
+from variants._sparse import Reads, Role, SparseAttention, SparseConfig
 from variants._union import Cut, Part, piece_size
 
+Index = TypeVar("Index", int, Tensor)
 SUBBLOCKS = ("distinct", "shared")
 STRIPS = 32
 """Strips of queries that share a rectangle of earlier summaries: on average 1/32 more pairs than allowed."""
@@ -57,6 +59,14 @@ class _Run:
         return self.first, self.last
 
 
+def _offset(config: SparseFixedConfig, role: Role, head: Index, stride: int) -> Index:
+    """Where the summary positions of a head, or of several, begin in a block."""
+    if config.subblocks == "shared":
+        return head * 0 + (stride - config.c)
+    from_last = (role.last - 1 - head) % (stride // config.c)
+    return stride - config.c * (1 + from_last)
+
+
 class SparseFixed(SparseAttention):
     """A token's own block of l tokens (near), and c summary positions of every block (far).
 
@@ -86,8 +96,7 @@ class SparseFixed(SparseAttention):
 
     def _offset(self, role: Role, head: int) -> int:
         """Where a head's summary positions begin in a block."""
-        run = next(r for r in self._runs(role) if r.first <= head < r.last)
-        return run.offset + (head - run.first) * run.step
+        return _offset(self.config, role, head, self.stride)
 
     def _summaries(self, run: _Run, first: int, count: int) -> Cut:
         """The summary positions of `count` blocks from `first`, as one set of keys."""
@@ -206,14 +215,17 @@ class SparseFixed(SparseAttention):
                 parts.append(Part(heads=(role.first, role.last), queries=queries, keys=keys))
         return parts
 
-    def rule(self, seq_len: int, role: Role, head: int, *, causal: bool) -> patterns.Rule:
+    @staticmethod
+    def rule(layer: Reads, role: Role, head: Tensor) -> patterns.Rule:
         """The same block, a summary position, or either."""
-        stride, c, offset = self.stride, self.config.c, self._offset(role, head)
+        assert isinstance(layer.config, SparseFixedConfig)
+        stride, seq_len, c = layer.stride, layer.seq_len, layer.config.c
+        offset = _offset(layer.config, role, head, stride)
         cut_off = seq_len - seq_len % stride  # where the last block begins if it is short
 
         def summary(i: Tensor, j: Tensor) -> Tensor:
             regular = (j % stride >= offset) & (j % stride < offset + c)
-            if causal:
+            if layer.causal:
                 return regular & (i >= 0)
             return ((regular & (j < cut_off)) | ((j >= cut_off) & (j >= seq_len - c))) & (i >= 0)
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from variants import patterns
-from variants._sparse import Role, SparseAttention, SparseConfig
+from variants._sparse import Reads, Role, SparseAttention, SparseConfig
 from variants._union import Cut, Part
 
 
@@ -101,9 +101,10 @@ class SparseStrided(SparseAttention):
                 parts.append(Part(heads=heads, queries=queries, keys=keys, causal=causal))
         return parts
 
-    def rule(self, seq_len: int, role: Role, head: int, *, causal: bool) -> patterns.Rule:
+    @staticmethod
+    def rule(layer: Reads, role: Role, head: Tensor) -> patterns.Rule:
         """|i − j| ≤ l, i ≡ j (mod l), or either."""
-        near, far = patterns.window(self.stride + 1), patterns.same(lambda i: i % self.stride)
+        near, far = patterns.window(layer.stride + 1), patterns.same(lambda i: i % layer.stride)
         return {"near": near, "far": far, "merged": patterns.either(near, far)}[role.factor]
 
     def pairs(self, seq_len: int, role: Role, head: int, *, causal: bool) -> int:

@@ -4,16 +4,24 @@ torch's own counter with the attention kernels put right: it knows no formula fo
 so dense attention would count 0 there, and it counts a causal call as the full T × T although the
 kernels skip what `is_causal` forbids. A mask given as a tensor is counted in full, because nothing
 is skipped there. Softmax, norms, sorting, gathers and other elementwise work count 0.
+
+What FlexAttention and xformers compute is told by `variants._kernels`, tile by tile: a compiled
+kernel is not dispatched.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from contextlib import ExitStack
+from functools import cache
+from typing import Any, Self
 
 import torch
+from torch._ops import HigherOrderOperator
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
+
+from variants._kernels import listen
 
 _KERNELS = (
     "_scaled_dot_product_flash_attention_for_cpu",
@@ -21,6 +29,8 @@ _KERNELS = (
     "_scaled_dot_product_efficient_attention",
     "_scaled_dot_product_cudnn_attention",
 )
+_FLEX = ("flex_attention", "flex_attention_backward")
+_UNDER_XFORMERS = (torch.ops.aten._efficient_attention_forward, torch.ops.aten._efficient_attention_backward)
 FORWARD_PRODUCTS = 2
 """Products of size queries × keys × head_dim: the scores and the weighted sum."""
 BACKWARD_PRODUCTS = 5
@@ -58,18 +68,73 @@ def attention_formulas() -> dict[Any, Callable[..., int]]:
     return formulas
 
 
-class CountFlops(TorchDispatchMode):
-    """Context manager; `.total` holds the FLOPs dispatched inside it."""
+def formulas() -> dict[Any, Callable[..., int]]:
+    """Operation → its formula: torch's, and ours."""
+    return FlopCounterMode(display=False, custom_mapping=attention_formulas()).flop_registry
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.total = 0
-        self.formulas = FlopCounterMode(display=False, custom_mapping=attention_formulas()).flop_registry
+
+def _tells_by_itself(func: Any) -> bool:
+    """Whether an operation is a kernel behind `variants._kernels`, which says what it computes."""
+    if isinstance(func, HigherOrderOperator):
+        return func.name() in _FLEX
+    return func.namespace.startswith("xformers") or func._overloadpacket in _UNDER_XFORMERS
+
+
+@cache
+def _is_composite(func: Any) -> bool:
+    """Whether an operation is made of others; they are dispatched only where it is taken apart."""
+    return bool(func.has_kernel_for_dispatch_key(torch._C.DispatchKey.CompositeImplicitAutograd))
+
+
+class _Dispatched(TorchDispatchMode):
+    """Gives `count` the FLOPs of each operation dispatched.
+
+    A mode of our own around torch's formulas, because torch's own has compiled code run uncompiled while
+    it counts, and ever after.
+    """
+
+    supports_higher_order_operators = True
+
+    def __init__(self, count: Callable[[int], None]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.count, self.formulas = count, formulas()
+
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        """Compiled code runs compiled: what it dispatches is counted, what compiling dispatches is not."""
+        return True
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run an operation and count it."""
         kwargs = kwargs or {}
-        out = func(*args, **kwargs)
+        if _tells_by_itself(func):
+            return func(*args, **kwargs)
+        if isinstance(func, HigherOrderOperator):
+            raise NotImplementedError(f"cannot count {func.name()}: what it runs is not dispatched")
         formula = self.formulas.get(func._overloadpacket)
+        if formula is None and _is_composite(func):  # it may be made of operations that have one
+            with self:
+                return func.decompose(*args, **kwargs)
+        out = func(*args, **kwargs)
         if formula is not None:
-            self.total += formula(*args, **kwargs, out_val=out)
+            self.count(formula(*args, **kwargs, out_val=out))
         return out
+
+
+class CountFlops:
+    """Context manager; `.total` holds the FLOPs dispatched, or told of, inside it."""
+
+    def __init__(self) -> None:
+        self.total = 0
+        self._inside = ExitStack()
+
+    def _count(self, flops: int) -> None:
+        self.total += flops
+
+    def __enter__(self) -> Self:
+        self._inside.enter_context(listen(self._count))
+        self._inside.enter_context(_Dispatched(self._count))
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._inside.close()

@@ -73,12 +73,18 @@ class Case:
         """Long enough for the configuration to differ from dense."""
         return DEFAULT_LENGTH if self.small is None else SMALL_LENGTH
 
+    def refuses(self, dims: Dims) -> str | None:
+        """Why it cannot run, or cannot here."""
+        if reason := self.variant.unsupported(self.config, dims, causal=self.causal):
+            return reason
+        return self.variant.missing(self.config, dims, device=torch.device("cpu"), dtype=torch.float32)
+
     def runs(self, dims: Dims) -> bool:
-        return self.variant.unsupported(self.config, dims, causal=self.causal) is None
+        return self.refuses(dims) is None
 
     def layer(self, dims: Dims, **kwargs: int) -> Attention:
         """A layer, or a skip with the variant's own reason."""
-        if reason := self.variant.unsupported(self.config, dims, causal=self.causal):
+        if reason := self.refuses(dims):
             pytest.skip(reason)
         return make_layer(self.variant, self.config, dims, **kwargs)
 
@@ -269,7 +275,7 @@ def test_fast_path_equals_reference_after_a_step(case: Case) -> None:
 def test_no_output_sees_a_later_token(case: Case) -> None:
     """The gate passes; where the variant states a leak, it is really there."""
     dims = dims_for(DEFAULT_LENGTH, 2)
-    if reason := case.variant.unsupported(case.config, dims, causal=True):
+    if reason := case.refuses(dims):
         pytest.skip(reason)
     with torch.random.fork_rng():
         worst = gates.leak(case.variant, case.config, dims, 2, torch.device("cpu"))

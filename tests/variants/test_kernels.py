@@ -1,0 +1,340 @@
+"""FlexAttention and xformers as an `impl`: the pattern they are given, the reason where they cannot run.
+
+On a CPU, FlexAttention has a forward pass that computes all T × T scores, which is enough to check
+masks; xformers is stood in for by a small module. What needs the real kernels is in tests/test_cuda.py.
+"""
+
+from __future__ import annotations
+
+import importlib
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from oracles import EXACT, assert_same, difference, dims_for, feed, make_layer, numbers, refer
+from torch import Tensor
+
+import variants
+from bench.measure.flops import CountFlops
+from variants import _kernels, patterns
+from variants._sparse import SparseAttention
+from variants.base import Attention, Dims
+from variants.dense import Dense, DenseConfig
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+FLEX: list[tuple[str, dict[str, Any]]] = [
+    ("dense", {}),
+    ("chunked", {"chunk": 130}),
+    ("overlapping", {"chunk": 132}),
+    ("sparse_strided", {"stride": 10}),
+    ("sparse_strided", {"stride": 9, "head_mode": "split"}),
+    ("sparse_strided", {"stride": 9, "head_mode": "interleaved"}),
+    ("sparse_fixed", {"stride": 12, "c": 2}),
+    ("sparse_fixed", {"stride": 9, "c": 4, "head_mode": "split"}),
+    ("sparse_fixed", {"stride": 140, "c": 3, "head_mode": "interleaved", "subblocks": "shared"}),
+]
+every_flex = pytest.mark.parametrize(
+    ("name", "knobs"), FLEX, ids=lambda v: v if isinstance(v, str) else "-".join(map(str, v.values()))
+)
+both_directions = pytest.mark.parametrize("causal", [True, False])
+
+
+@pytest.fixture(autouse=True)
+def _nothing_kept() -> Iterator[None]:
+    """Compiled graphs and masks of one test are not another's."""
+    yield
+    _kernels._mask.cache_clear()
+    if "torch._dynamo" in sys.modules:
+        torch._dynamo.reset()
+
+
+def flex_layer(name: str, knobs: dict[str, Any], dims: Dims, *, index: int = 0) -> Attention:
+    variant = variants.load(name)
+    return make_layer(variant, variant.Config(impl="flex", **knobs), dims, index=index)
+
+
+# --- FlexAttention: the mathematics ---------------------------------------------------------------
+
+
+CASES = [(*case, 301) for case in FLEX] + [(*case, n) for case in (FLEX[0], FLEX[4], FLEX[8]) for n in (1, 7)]
+
+
+@pytest.mark.parametrize(("name", "knobs", "tokens"), CASES)
+@both_directions
+def test_flex_equals_the_reference(name: str, knobs: dict[str, Any], causal: bool, tokens: int) -> None:
+    for index in range(2 if knobs.get("head_mode") == "interleaved" else 1):
+        layer = flex_layer(name, knobs, dims_for(tokens, 2), index=index)
+        x = numbers(2, tokens, layer.dims.d_model).detach()
+        with torch.no_grad():
+            got, want = feed(layer, x, causal=causal), refer(layer, x, causal=causal)
+        assert difference(got, want) <= EXACT
+
+
+@both_directions
+def test_flex_reads_as_the_fast_path_does(causal: bool) -> None:
+    """Heads that differ: the same as the parts that are the variant's own, which share no rule."""
+    layer = flex_layer("sparse_fixed", {"stride": 12, "c": 3, "head_mode": "split"}, dims_for(150))
+    parts = make_layer(type(layer), type(layer).Config(stride=12, c=3, head_mode="split"), layer.dims)
+    x = numbers(1, 150, layer.dims.d_model).detach()
+    with torch.no_grad():
+        assert difference(feed(layer, x, causal=causal), feed(parts, x, causal=causal)) <= EXACT
+
+
+def test_too_many_graphs_are_an_error_and_not_a_slow_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_kernels, "GRAPHS", 2)
+    x = torch.zeros(1, 1, 5, 16)
+    rule = _kernels.Alike(torch.ge)
+    for tokens in (1, 2):
+        _kernels.flex(*[x[:, :, :tokens]] * 3, rule)
+    with pytest.raises(torch._dynamo.exc.FailOnRecompileLimitHit):
+        _kernels.flex(*[x[:, :, :3]] * 3, rule)
+
+
+def test_gradients_on_a_cpu_are_refused_by_name() -> None:
+    layer = flex_layer("dense", {}, dims_for(9))
+    with pytest.raises(NotImplementedError, match="impl=flex needs a CUDA device"):
+        layer(numbers(1, 9, 16), causal=True)
+
+
+# --- FlexAttention: what it computes --------------------------------------------------------------
+
+
+def tiles(allowed: Tensor) -> tuple[Tensor, Tensor]:
+    """(H, T, T) bool → (H, n, n) bool: tiles with a pair in them, and those with nothing else."""
+    block, tokens = _kernels.BLOCK, allowed.shape[-1]
+    grid = range(0, tokens, block)
+    cells = [[allowed[:, i : i + block, j : j + block] for j in grid] for i in grid]
+    some = [torch.stack([cell.any((1, 2)) for cell in row], -1) for row in cells]
+    full = [torch.stack([cell.sum((1, 2)) == block * block for cell in row], -1) for row in cells]
+    return torch.stack(some, 1), torch.stack(full, 1)
+
+
+def read(layer: Attention, tokens: int, causal: bool) -> Tensor:
+    """(H or 1, T, T) bool."""
+    if isinstance(layer, SparseAttention):
+        return layer.allowed(tokens, causal=causal)
+    pattern = layer.pattern(tokens, causal=causal)
+    assert pattern is not None
+    return pattern[None]
+
+
+def rule_of(layer: Attention, tokens: int, causal: bool) -> _kernels.HeadRule:
+    if isinstance(layer, SparseAttention):
+        return layer.reads(tokens, causal=causal)
+    return _kernels.Alike(patterns.causal if causal else patterns.anything)
+
+
+@every_flex
+@both_directions
+@pytest.mark.parametrize("tokens", [1, 128, 520])
+def test_a_mask_holds_the_patterns_tiles(name: str, knobs: dict[str, Any], causal: bool, tokens: int) -> None:
+    """Empty tiles are left out, and full ones are not cut."""
+    if name in ("chunked", "overlapping"):
+        knobs = {"chunk": 600}  # a layer is given one chunk at a time
+    layer = flex_layer(name, knobs, dims_for(tokens))
+    allowed, rule = read(layer, tokens, causal), rule_of(layer, tokens, causal)
+    some, full = tiles(allowed)
+    block_mask, pairs = _kernels._mask(rule, len(allowed), tokens, CPU)
+    assert torch.equal(block_mask.to_dense()[0].bool(), some)
+    assert torch.equal(block_mask.full_kv_num_blocks[0], full.sum(-1))
+    assert pairs == 128 * 128 * int(some.sum())
+
+
+@both_directions
+@pytest.mark.parametrize("name", ["dense", "sparse_fixed"])
+def test_flops_of_flex_are_those_of_its_tiles(name: str, causal: bool) -> None:
+    """Whole, in each head, and on top of the projections."""
+    layer = flex_layer(name, {}, dims_for(300, 3))
+    with torch.no_grad(), CountFlops() as counter:
+        layer(numbers(3, 300, 16), causal=causal)
+    some, _ = tiles(read(layer, 300, causal).expand(2, -1, -1))
+    attention = counter.total - layer.flops(layer.dims, causal=causal).projections
+    assert attention == 3 * 2 * 2 * layer.dims.head_dim * 128 * 128 * int(some.sum())
+    assert layer.padding is not None
+    assert not layer.bounded
+
+
+def test_masks_are_found_again_and_not_without_end() -> None:
+    rule = _kernels.Alike(torch.ge)
+    first = _kernels._mask(rule, 1, 40, CPU)
+    assert _kernels._mask(_kernels.Alike(torch.ge), 1, 40, CPU) is first
+    dims = dims_for(40)
+    one, two = (flex_layer("sparse_strided", {"stride": 5}, dims, index=index) for index in range(2))
+    assert rule_of(one, 40, True) == rule_of(two, 40, True)
+    assert rule_of(one, 40, True) != rule_of(one, 40, False)
+    for tokens in range(1, 2 * _kernels.MASKS):
+        _kernels._mask(rule, 1, tokens, CPU)
+    assert _kernels._mask.cache_info().currsize == _kernels.MASKS
+
+
+def test_each_pass_is_told_when_it_happens() -> None:
+    heard: list[int] = []
+    x = torch.ones(2, requires_grad=True)
+    with _kernels.listen(heard.append):
+        y = _kernels._told(x * 2, 10, backward_products=7)
+        assert heard == [20]
+    y.sum().backward(retain_graph=True)
+    assert heard == [20]
+    with _kernels.listen(heard.append):
+        y.sum().backward()
+        assert heard == [20, 70]
+        with torch.no_grad():
+            _kernels._told(x * 2, 10, backward_products=7)
+    assert heard == [20, 70, 20]
+    with CountFlops() as counter:
+        _kernels._told(x * 2, 10, backward_products=7).sum().backward()
+    assert counter.total == 90
+
+
+# --- xformers -------------------------------------------------------------------------------------
+
+STAND_IN = '''
+"""Stands in for xformers: the same mathematics, and what it was given."""
+import torch
+
+calls = []
+
+
+class LowerTriangularMask:
+    pass
+
+
+def memory_efficient_attention(query, key, value, attn_bias=None, p=0.0, scale=None, *, op=None):
+    calls.append({"shape": tuple(query.shape), "bias": attn_bias, "p": p, "scale": scale})
+    if query.shape[-1] % 2:
+        raise NotImplementedError("No operator found:\\n  `one` is not supported because:\\n    odd heads")
+    scores = torch.einsum("bihd,bjhd->bhij", query, key) * scale
+    if isinstance(attn_bias, LowerTriangularMask):
+        later = torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1)
+        scores = scores.masked_fill(later, -torch.inf)
+    else:
+        assert attn_bias is None
+    return torch.einsum("bhij,bjhd->bihd", scores.softmax(-1), value)
+'''
+
+
+@pytest.fixture
+def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """`xformers.ops`, from a package on the path."""
+    (tmp_path / "xformers").mkdir()
+    (tmp_path / "xformers/__init__.py").write_text("")
+    (tmp_path / "xformers/ops.py").write_text(STAND_IN)
+    for name in [name for name in sys.modules if name.partition(".")[0] == "xformers"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.syspath_prepend(tmp_path)
+    module = importlib.import_module("xformers.ops")
+    for name in ("xformers", "xformers.ops"):  # forgotten again after the test
+        monkeypatch.setitem(sys.modules, name, sys.modules[name])
+    return module
+
+
+@both_directions
+@pytest.mark.parametrize(("tokens", "heads"), [(1, 2), (13, 1), (20, 4)])
+def test_xformers_is_given_what_it_takes(stand_in: ModuleType, causal: bool, tokens: int, heads: int) -> None:
+    dims = Dims(batch_size=3, seq_len=tokens, d_model=24, heads=heads)
+    layer = make_layer(Dense, DenseConfig(impl="xformers"), dims)
+    x = numbers(3, tokens, 24)
+    assert_same(
+        lambda: feed(layer, x, causal=causal),
+        lambda: refer(layer, x, causal=causal),
+        [x, *layer.parameters()],
+    )
+    (call,) = stand_in.calls
+    assert call["shape"] == (3, tokens, heads, 24 // heads)  # (B, T, H, D)
+    assert call["scale"] == pytest.approx((24 / heads) ** -0.5)
+    assert call["p"] == 0
+    assert isinstance(call["bias"], stand_in.LowerTriangularMask) == causal
+    assert (call["bias"] is None) != causal
+
+
+@pytest.mark.usefixtures("stand_in")
+@both_directions
+def test_xformers_counts_the_pairs(causal: bool) -> None:
+    heard: list[int] = []
+    dims = dims_for(21, 2)
+    layer = make_layer(Dense, DenseConfig(impl="xformers"), dims)
+    attention = layer.flops(dims, causal=causal).attention
+    with _kernels.listen(heard.append):
+        feed(layer, numbers(2, 21, 16), causal=causal).sum().backward()
+    assert heard == [attention, attention * 5 // 2]
+    assert layer.padding is None
+
+
+@pytest.mark.usefixtures("stand_in")
+def test_xformers_is_asked_whether_it_has_a_kernel() -> None:
+    assert _kernels._refused_by_xformers(CPU, 16, torch.float32) is None
+    reason = _kernels._refused_by_xformers(CPU, 15, torch.bfloat16)
+    assert reason is not None
+    assert "heads of 15 channels in bfloat16" in reason
+    assert "`one` is not supported because:; odd heads" in reason
+    assert "\n" not in reason
+
+
+# --- where they cannot run ------------------------------------------------------------------------
+
+EVERYWHERE = ["dense", "chunked", "overlapping"]
+
+
+def reason_of(name: str, impl: str, device: torch.device, *, head_dim: int = 64) -> str | None:
+    variant = variants.load(name)
+    dims = Dims(batch_size=1, seq_len=64, d_model=2 * head_dim, heads=2)
+    return variant.missing(variant.Config(impl=impl), dims, device=device, dtype=torch.float32)
+
+
+@pytest.mark.parametrize("name", [*EVERYWHERE, "sparse_strided", "sparse_fixed"])
+def test_flex_is_missing_where_it_cannot_train(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = "impl=flex needs a CUDA device: FlexAttention has no backward pass on cpu"
+    assert reason_of(name, "flex", CPU) == expected
+    monkeypatch.setitem(sys.modules, "triton", None)  # as if it were not installed
+    assert "needs Triton" in str(reason_of(name, "flex", CUDA))
+    triton = ModuleType("triton")
+    triton.__spec__ = importlib.machinery.ModuleSpec("triton", None)
+    monkeypatch.setitem(sys.modules, "triton", triton)
+    assert reason_of(name, "flex", CUDA) is None
+    assert "16 channels or more, not 8" in str(reason_of(name, "flex", CUDA, head_dim=8))
+
+
+@pytest.mark.parametrize("name", EVERYWHERE)
+def test_xformers_is_missing_where_it_is_not_installed(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "impl=xformers needs a CUDA device" in str(reason_of(name, "xformers", CPU))
+    monkeypatch.setitem(sys.modules, "xformers", None)
+    assert "the package xformers, which is not installed" in str(reason_of(name, "xformers", CUDA))
+
+
+@pytest.mark.parametrize("name", ["sparse_strided", "sparse_fixed"])
+def test_the_cpus_kernel_is_missing_elsewhere(name: str) -> None:
+    assert reason_of(name, "fused", CPU) is None
+    assert "the kernel is the CPU's; on cuda" in str(reason_of(name, "fused", CUDA))
+
+
+@pytest.mark.parametrize("name", variants.names())
+def test_defaults_run_on_a_cpu(name: str) -> None:
+    variant = variants.load(name)
+    assert variant.missing(variant.Config(), dims_for(64), device=CPU, dtype=torch.float32) is None
+
+
+def test_variants_load_no_kernel_library(tmp_path: Path) -> None:
+    """Nor does building one; a library that breaks when it is imported breaks who asks for it alone."""
+    (tmp_path / "xformers.py").write_text("raise RuntimeError('imported')\n")
+    code = f"""
+import sys; sys.path[:0] = [{str(tmp_path)!r}, {str(Path(variants.__file__).parents[1])!r}]
+import torch, variants
+before = {{*sys.modules}}
+for name in variants.names():
+    variants.load(name)
+from variants.base import Dims
+from variants.dense import Dense, DenseConfig
+dims = Dims(batch_size=1, seq_len=4, d_model=32, heads=2)
+Dense(DenseConfig(impl="xformers"), dims)
+Dense(DenseConfig(), dims)(torch.zeros(1, 4, 32), causal=True)
+loaded = {{*sys.modules}} - before
+found = loaded & {{"xformers", "torch.nn.attention.flex_attention"}}
+assert not found, found
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
