@@ -16,10 +16,12 @@ else
 EXTRAS := [dev]
 endif
 
+PINS := $(CONSTRAINTS)
+
 # What the commands below are about:
 EXPERIMENT ?=# the preset that `make bench` runs; left empty, the one that suits this device
 NAME ?=# the experiment under results/ that `make report` rebuilds
-ARGS ?=# more arguments, for the sweep (bench, smoke, bench-layers) or for pytest (test, test-slow, test-cuda)
+ARGS ?=# more arguments, for the sweep (bench, smoke, bench-layers) or for pytest (test, test-slow, …)
 
 # The stamp's name says which pins are installed, and its content where: other pins, a checkout moved or copied
 # together with its .venv, and a .venv whose interpreter is gone all count as stale.
@@ -30,16 +32,16 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install corpus bench bench-layers smoke report test test-slow test-cuda lint format clean distclean named FORCE
+.PHONY: help install corpus bench bench-layers smoke report test test-slow test-cuda test-peers compare lint format clean distclean named FORCE
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
-$(STAMP): pyproject.toml $(CONSTRAINTS) $(BROKEN)
+$(STAMP): pyproject.toml $(PINS) $(BROKEN)
 	@$(PY) -c $(USABLE) 2>/dev/null || { $(make-venv); }
 	@rm -f $(VENV)/.installed-*
-	@echo "installing $(EXTRAS) with $(CONSTRAINTS) into $(VENV) (some minutes the first time)"
-	@$(PY) -m pip install -q -c $(CONSTRAINTS) -e '.$(EXTRAS)'
+	@echo "installing $(EXTRAS) with $(PINS) into $(VENV) (some minutes the first time)"
+	@$(PY) -m pip install -q $(addprefix -c ,$(PINS)) -e '.$(EXTRAS)'
 	@echo "$(CURDIR)" > $@
 
 USABLE := 'import sys, pip; sys.exit(sys.version_info < (3, 11))'
@@ -99,6 +101,13 @@ test-slow: corpus ## run the tests that take minutes
 test-cuda: corpus ## run the tests that need a CUDA device
 	@$(PY) -m pytest -m 'cuda and not peers' $(ARGS)
 
+# In an environment of their own: what is measured never shares one with them.
+test-peers: ## compare with other projects' implementations, in .venv-peers
+	@$(MAKE) --no-print-directory compare VENV='$(VENV)-peers' EXTRAS='[dev,peers]' PINS='$(CONSTRAINTS) constraints/peers.txt'
+
+compare: $(STAMP)
+	@$(PY) -m pytest -m peers $(ARGS)
+
 lint: $(STAMP) ## check style, formatting and types
 	@status=0; \
 	$(PY) -m ruff check . || status=1; \
@@ -115,6 +124,7 @@ clean: ## remove caches and build outputs
 	@find bench variants tests -name __pycache__ -type d -prune -exec rm -rf {} +
 	@echo "kept results/ and $(VENV)$(if $(filter clean,$(MAKECMDGOALS)), (make distclean removes $(VENV)))"
 
-distclean: clean ## clean, and remove .venv too
-	@test ! -f $(VENV)/pyvenv.cfg || rm -rf $(VENV)
-	@echo "removed $(VENV)"
+distclean: clean ## clean, and remove the environments too
+	@for venv in $(VENV) $(VENV)-peers; do \
+		test ! -f $$venv/pyvenv.cfg || { rm -rf $$venv; echo "removed $$venv"; }; \
+	done

@@ -127,25 +127,42 @@ def test_wheel_installs_and_works_in_a_clean_environment(wheel: Path, tmp_path: 
     assert_works_away_from_checkout(environment, elsewhere)
 
 
+PIN_FILES = sorted(path.name for path in (ROOT / "constraints").glob("*.txt"))
+
+
 def pins(name: str) -> dict[str, str]:
     lines = (ROOT / "constraints" / name).read_text().splitlines()
     entries = [line.split("==") for line in lines if line and not line.startswith("#")]
     return {str(canonicalize_name(package)): version for package, version in entries}
 
 
-@pytest.mark.parametrize(("name", "extras"), [("cpu.txt", ["dev"]), ("gpu.txt", ["dev", "gpu"])])
-def test_every_declared_dependency_is_pinned_within_its_range(name: str, extras: list[str]) -> None:
-    pinned = pins(name)
+@pytest.mark.parametrize(
+    ("names", "extras"),
+    [
+        (["cpu.txt"], ["dev"]),
+        (["gpu.txt"], ["dev", "gpu"]),
+        (["cpu.txt", "peers.txt"], ["dev", "peers"]),
+        (["gpu.txt", "peers.txt"], ["dev", "peers"]),
+    ],
+)
+def test_every_declared_dependency_is_pinned_within_its_range(names: list[str], extras: list[str]) -> None:
+    pinned = {package: version for name in names for package, version in pins(name).items()}
     declared = PROJECT["dependencies"] + [r for e in extras for r in PROJECT["optional-dependencies"][e]]
     for requirement in map(Requirement, declared):
         version = pinned.get(canonicalize_name(requirement.name))
-        assert version, f"{requirement} has no pin in constraints/{name}"
+        assert version, f"{requirement} has no pin in constraints/: {names}"
         assert requirement.specifier.contains(version), f"{requirement} is pinned to {version}"
+
+
+def test_pins_of_peers_go_with_those_of_the_environments() -> None:
+    """A package pinned twice could be pinned to two versions, and then nothing installs."""
+    for name in ("cpu.txt", "gpu.txt"):
+        assert not pins("peers.txt").keys() & pins(name).keys()
 
 
 def test_pins_suit_any_build_of_a_release() -> None:
     """A local version tag (`+cpu`) would tie the pins to one place to install from."""
-    local = {f"{p}=={v}" for name in ("cpu.txt", "gpu.txt") for p, v in pins(name).items() if "+" in v}
+    local = {f"{p}=={v}" for name in PIN_FILES for p, v in pins(name).items() if "+" in v}
     assert not local
 
 
@@ -154,7 +171,7 @@ def test_make_help_describes_every_target() -> None:
     helped = set(re.findall(r"^  make ([a-z-]+) +\S", run("make", "help", cwd=ROOT).stdout, re.MULTILINE))
     assert helped == set(re.findall(r"^([a-z-]+):.* ## ", makefile, re.MULTILINE))
     assert helped >= {"help", "install", "bench", "smoke", "report", "clean", "lint", "format"}
-    assert helped >= {"test", "test-slow", "test-cuda"}
+    assert helped >= {"test", "test-slow", "test-cuda", "test-peers"}
 
 
 @pytest.mark.parametrize("interpreter", ["3.10.13", "missing"])

@@ -83,6 +83,12 @@ class Reformer(Attention):
     predecessors in its bucket depend on the past alone. Reversible layers (§3) and a feed-forward in
     chunks belong to the network around the layer. With one projection less, the layer has three
     quarters of dense attention's parameters.
+
+    Other code, with which `chunk` is compared in tests/peers: reformer-pytorch computes the same, once it
+    is told to mask other buckets and to count a pair once; neither is its default. Hugging Face's
+    transformers reads all of a chunk and of the one before, whatever their buckets (before the first is
+    the last of another round), weighs a pair by the rounds that meet it, and does not divide scores by
+    √D. Both give a token's score with itself a large negative number, where this layer leaves it out.
     """
 
     Config = ReformerConfig

@@ -74,6 +74,7 @@ def assert_same(
     want: Callable[[], Tensor],
     inputs: Sequence[Tensor],
     inputs_wanted: Sequence[Tensor] | None = None,
+    tolerance: float = EXACT,
 ) -> None:
     """Two computations agree in their output and in the gradient of every input.
 
@@ -81,12 +82,12 @@ def assert_same(
     """
     y, y_want = got(), want()
     assert y_want.isfinite().all()
-    assert difference(y, y_want) <= EXACT, "outputs differ"
+    assert difference(y, y_want) <= tolerance, "outputs differ"
     direction = torch.randn(y.shape, dtype=y.dtype, generator=torch.Generator().manual_seed(3))
     gradients = torch.autograd.grad(y, inputs, direction, materialize_grads=True)
     wanted = torch.autograd.grad(y_want, inputs_wanted or inputs, direction, materialize_grads=True)
     for index, (a, b) in enumerate(zip(gradients, wanted, strict=True)):
-        assert difference(a, b) <= EXACT, f"gradients of input {index} differ"
+        assert difference(a, b) <= tolerance, f"gradients of input {index} differ"
 
 
 def assert_same_layer(got: Attention, want: Attention, x: Tensor, *, causal: bool) -> None:
