@@ -83,7 +83,8 @@ def _tells_by_itself(func: Any) -> bool:
 @cache
 def _is_composite(func: Any) -> bool:
     """Whether an operation is made of others; they are dispatched only where it is taken apart."""
-    return bool(func.has_kernel_for_dispatch_key(torch._C.DispatchKey.CompositeImplicitAutograd))
+    composite = torch._C.DispatchKey.CompositeImplicitAutograd
+    return func.namespace != "prim" and bool(func.has_kernel_for_dispatch_key(composite))
 
 
 class _Dispatched(TorchDispatchMode):
