@@ -178,6 +178,13 @@ class CellRun:
             {
                 "peak_bytes": figures.peak_bytes,
                 "peak_bytes_source": source,
+                "peak_phase": figures.peak_phase,
+                "forward_peak_bytes": figures.phase_peak_bytes["forward"],
+                "backward_peak_bytes": figures.phase_peak_bytes["backward"],
+                "optimizer_peak_bytes": figures.phase_peak_bytes["optimizer"],
+                "peak_grad_bytes": figures.at_peak["gradients"],
+                "peak_activation_bytes": figures.at_peak["activations"],
+                "peak_workspace_bytes": figures.at_peak["workspace"],
                 "param_bytes": figures.param_bytes,
                 "grad_bytes": figures.grad_bytes,
                 "optimizer_bytes": figures.optimizer_bytes,

@@ -107,6 +107,8 @@ class _Dispatched(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run an operation and count it."""
+        if func is torch.ops.prim.device.default:  # two thirds of what fake tensors dispatch
+            return getattr(args[0], "fake_device", None) or func(*args)
         kwargs = kwargs or {}
         if _tells_by_itself(func):
             return func(*args, **kwargs)
