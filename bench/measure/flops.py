@@ -105,7 +105,8 @@ class _Dispatched(TorchDispatchMode):
         if isinstance(func, HigherOrderOperator):
             raise NotImplementedError(f"cannot count {func.name()}: what it runs is not dispatched")
         formula = self.formulas.get(func._overloadpacket)
-        if formula is None:  # it may be made of operations that have one
+        # without a formula it may be made of operations that have one; asking a fake tensor's device is not
+        if formula is None and func is not torch.ops.prim.device.default:
             with self:
                 parts = func.decompose(*args, **kwargs)
             if parts is not NotImplemented:
