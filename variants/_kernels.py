@@ -41,7 +41,7 @@ hashes by value, or is a module's function, and holds neither tensors nor layers
 
 @dataclass(frozen=True)
 class Alike:
-    """A rule that is the same for all heads."""
+    """A pure rule for every head. It hashes as the rule does: a module's function will do, a closure not."""
 
     rule: Rule
 
@@ -99,10 +99,11 @@ def missing_flex(device: torch.device, head_dim: int) -> str | None:
     return None
 
 
-def flex(q: Tensor, k: Tensor, v: Tensor, rule: HeadRule) -> Tensor:
+def flex(q: Tensor, k: Tensor, v: Tensor, rule: HeadRule, *, alike: bool = False) -> Tensor:
     """Softmax attention over the pairs that a rule allows, (B, H, T, D) → (B, H, T, D); 0 without any.
 
-    Dong 2024, arXiv:2412.05496. On a CPU it computes T × T scores, so that masks can be checked there.
+    `alike`: all heads read what head 0 does. Dong 2024, arXiv:2412.05496. On a CPU it computes T × T
+    scores, so that masks can be checked there.
 
     Raises NotImplementedError where gradients are wanted and the device has none of them.
     """
@@ -111,7 +112,6 @@ def flex(q: Tensor, k: Tensor, v: Tensor, rule: HeadRule) -> Tensor:
     batch, heads, seq_len, head_dim = q.shape
     if q.device.type != "cuda" and torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v)):
         raise NotImplementedError(missing_flex(q.device, head_dim))
-    alike = isinstance(rule, Alike)
     mask = _mask(rule, 1 if alike else heads, seq_len, q.device)
     pairs = mask.pairs * (heads if alike else 1)
     with dynamo.config.patch(recompile_limit=GRAPHS):

@@ -73,7 +73,7 @@ class Dense(Attention):
         if self.config.impl == "naive":
             return masked_attention(q, k, v, self._allowed(q.shape[2], causal))
         if self.config.impl == "flex":
-            return _kernels.flex(q, k, v, _kernels.Alike(self._rule(causal)))
+            return _kernels.flex(q, k, v, _kernels.Alike(self._rule(causal)), alike=True)
         if self.config.impl == "xformers":
             return _kernels.xformers(q, k, v, causal=causal)
         return F.scaled_dot_product_attention(q, k, v, is_causal=causal)

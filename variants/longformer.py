@@ -14,16 +14,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from variants import patterns
+from variants import _kernels, patterns
 from variants._union import Cut, Part, piece_size, union_attention
 from variants.base import Attention, Caps, Complexity, Dims, Flops, Out, VariantConfig
 from variants.layers import Projections, local_attention, masked_attention, rotary
+
+IMPLS = ("blocks", "flex")
 
 
 @dataclass(frozen=True, kw_only=True)
 class LongformerConfig(VariantConfig):
     """Knobs of the sliding window."""
 
+    impl: str = "blocks"
+    """blocks: blocks of queries with the keys near them, by torch's fused kernel. flex: FlexAttention,
+    compiled, on CUDA; takes no global tokens."""
     window: tuple[int, ...] = (256,)
     """Tokens a query reads on each side, itself included: of the lowest layer, the next, …; layers
     above the last entry use it again. The paper's two-sided w is 2·window − 1 here."""
@@ -35,9 +40,27 @@ class LongformerConfig(VariantConfig):
     question's."""
 
     def __post_init__(self) -> None:
+        self.require("impl", self.impl in IMPLS, " or ".join(IMPLS))
         self.require("window", bool(self.window) and min(self.window) >= 1, "one or more integers ≥ 1")
         self.require("dilation", bool(self.dilation) and min(self.dilation) >= 1, "one or more integers ≥ 1")
         self.require("global_tokens", self.global_tokens >= 0, "an integer ≥ 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Windows:
+    """Each head's window as one rule (head, query index, key index) → bool; head h has dilation h mod n."""
+
+    window: int
+    dilations: tuple[int, ...]
+    causal: bool
+
+    def __call__(self, head: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        """Broadcast over all three."""
+        dilation: int | Tensor = self.dilations[0]
+        for n, other in enumerate(self.dilations[1:], 1):
+            dilation = torch.where(head % len(self.dilations) == n, other, dilation)
+        allowed = patterns.window(self.window, dilation)(i, j)
+        return allowed & patterns.causal(i, j) if self.causal else allowed
 
 
 class Longformer(Attention):
@@ -68,20 +91,32 @@ class Longformer(Attention):
         self.dilations = tuple(config.dilation[h % len(config.dilation)] for h in range(dims.heads))
         if config.global_tokens:
             self.global_qkv = nn.Linear(dims.d_model, 3 * dims.d_model, bias=False)
+        if config.impl == "flex":
+            self.padding, self.bounded = _kernels.FLEX_PADDING, False
 
     @classmethod
     def unsupported(cls, config: VariantConfig, dims: Dims, *, causal: bool) -> str | None:
-        """Global tokens read the future."""
+        """Global tokens read the future, and have queries of their own."""
         assert isinstance(config, LongformerConfig)
+        if config.impl == "flex" and config.global_tokens:
+            return f"global_tokens={config.global_tokens}: impl=flex has none, use impl=blocks"
         if causal and config.global_tokens:
             return f"global_tokens={config.global_tokens}: a global token reads later tokens; causal takes 0"
         return super().unsupported(config, dims, causal=causal)
 
+    @classmethod
+    def missing(
+        cls, config: VariantConfig, dims: Dims, *, device: torch.device, dtype: torch.dtype
+    ) -> str | None:
+        """FlexAttention, where it has no backward pass."""
+        assert isinstance(config, LongformerConfig)
+        return _kernels.missing_flex(device, dims.head_dim) if config.impl == "flex" else None
+
     @property
-    def impl(self) -> str | None:
+    def impl(self) -> str:
         """With global tokens, how the window and they are put together (see `UnionConfig.impl`)."""
         if not self.config.global_tokens:
-            return None
+            return self.config.impl
         return "fused" if self.projections.qkv.weight.device.type == "cpu" else "plain"
 
     def forward(self, x: Tensor, *, causal: bool, state: Any = None) -> Out:
@@ -91,6 +126,9 @@ class Longformer(Attention):
             if reason := self.unsupported(self.config, self.dims, causal=causal):
                 raise ValueError(reason)
             return Out(self._with_globals(x, q, k, v))
+        if self.config.impl == "flex":
+            alike = len(set(self.dilations)) == 1
+            return Out(self.projections.merge(_kernels.flex(q, k, v, self.rule(causal=causal), alike=alike)))
         kinds = sorted(set(self.dilations))
         if len(kinds) == 1:
             return Out(self.projections.merge(self._dilated(q, k, v, kinds[0], causal)))
@@ -99,6 +137,10 @@ class Longformer(Attention):
             heads = [h for h, d in enumerate(self.dilations) if d == dilation]
             y[:, heads] = self._dilated(q[:, heads], k[:, heads], v[:, heads], dilation, causal)
         return Out(self.projections.merge(y))
+
+    def rule(self, *, causal: bool) -> _kernels.HeadRule:
+        """The windows of all heads, without global tokens."""
+        return _Windows(window=self.window, dilations=self.config.dilation, causal=causal)
 
     def _dilated(self, q: Tensor, k: Tensor, v: Tensor, dilation: int, causal: bool) -> Tensor:
         """A window with dilation d is a plain window on each of the d interleaved subsequences."""
@@ -113,7 +155,6 @@ class Longformer(Attention):
     def _with_globals(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Global queries over everything; the rest over the window and the global keys at once."""
         n = min(self.config.global_tokens, x.shape[1])
-        assert self.impl is not None
         local = union_attention(q, k, v, list(self._parts(x.shape[1], n, x.device)), self.impl)
         y = F.scaled_dot_product_attention(*self._global_split(x, n))
         both = torch.cat([y.transpose(1, 2), local[:, :, n:].transpose(1, 2)], dim=1)  # (B, T, H, D)

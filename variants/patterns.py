@@ -25,8 +25,11 @@ def causal(i: Tensor, j: Tensor) -> Tensor:
     return j <= i
 
 
-def window(size: int, dilation: int = 1) -> Rule:
-    """Keys less than `size` steps of `dilation` away, on either side: size − 1 neighbours a side."""
+def window(size: int, dilation: int | Tensor = 1) -> Rule:
+    """Keys less than `size` steps of `dilation` away, on either side: size − 1 neighbours a side.
+
+    A tensor of dilations broadcasts against the indices.
+    """
 
     def rule(i: Tensor, j: Tensor) -> Tensor:
         distance = (i - j).abs()

@@ -25,12 +25,15 @@ from variants import _kernels, patterns
 from variants._sparse import SparseAttention
 from variants.base import Attention, Dims
 from variants.dense import Dense, DenseConfig
+from variants.longformer import Longformer, LongformerConfig
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 FLEX: list[tuple[str, dict[str, Any]]] = [
     ("dense", {}),
     ("chunked", {"chunk": 130}),
     ("overlapping", {"chunk": 132}),
+    ("longformer", {"window": (30,)}),
+    ("longformer", {"window": (20,), "dilation": (1, 4)}),
     ("sparse_strided", {"stride": 10}),
     ("sparse_strided", {"stride": 9, "head_mode": "split"}),
     ("sparse_strided", {"stride": 9, "head_mode": "interleaved"}),
@@ -61,7 +64,9 @@ def flex_layer(name: str, knobs: dict[str, Any], dims: Dims, *, index: int = 0) 
 # --- FlexAttention: the mathematics ---------------------------------------------------------------
 
 
-CASES = [(*case, 301) for case in FLEX] + [(*case, n) for case in (FLEX[0], FLEX[4], FLEX[8]) for n in (1, 7)]
+CASES = [(*case, 301) for case in FLEX] + [
+    (*case, n) for case in (FLEX[0], FLEX[4], FLEX[-1]) for n in (1, 7)
+]
 
 
 @pytest.mark.parametrize(("name", "knobs", "tokens"), CASES)
@@ -118,6 +123,8 @@ def read(layer: Attention, tokens: int, causal: bool) -> Tensor:
     """(H or 1, T, T) bool."""
     if isinstance(layer, SparseAttention):
         return layer.allowed(tokens, causal=causal)
+    if isinstance(layer, Longformer):
+        return layer._allowed(tokens, causal)
     pattern = layer.pattern(tokens, causal=causal)
     assert pattern is not None
     return pattern[None]
@@ -126,6 +133,8 @@ def read(layer: Attention, tokens: int, causal: bool) -> Tensor:
 def rule_of(layer: Attention, tokens: int, causal: bool) -> _kernels.HeadRule:
     if isinstance(layer, SparseAttention):
         return layer.reads(tokens, causal=causal)
+    if isinstance(layer, Longformer):
+        return layer.rule(causal=causal)
     return _kernels.Alike(patterns.causal if causal else patterns.anything)
 
 
@@ -167,6 +176,11 @@ def test_masks_are_found_again_and_not_without_end() -> None:
     one, two = (flex_layer("sparse_strided", {"stride": 5}, dims, index=index) for index in range(2))
     assert rule_of(one, 40, True) == rule_of(two, 40, True)
     assert rule_of(one, 40, True) != rule_of(one, 40, False)
+    x = torch.zeros(1, 2, 40, 8)
+    before = _kernels._mask.cache_info().hits
+    for index in range(2):  # each layer's own, equal rule
+        _kernels.flex(x, x, x, rule_of(flex_layer("longformer", {}, dims, index=index), 40, True))
+    assert _kernels._mask.cache_info().hits == before + 1
     for tokens in range(1, 2 * _kernels.MASKS):
         _kernels._mask(rule, 1, tokens, CPU)
     assert _kernels._mask.cache_info().currsize == _kernels.MASKS
@@ -286,7 +300,7 @@ def reason_of(name: str, impl: str, device: torch.device, *, head_dim: int = 64)
     return variant.missing(variant.Config(impl=impl), dims, device=device, dtype=torch.float32)
 
 
-@pytest.mark.parametrize("name", [*EVERYWHERE, "sparse_strided", "sparse_fixed"])
+@pytest.mark.parametrize("name", [*EVERYWHERE, "longformer", "sparse_strided", "sparse_fixed"])
 def test_flex_is_missing_where_it_cannot_train(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = "impl=flex needs a CUDA device: FlexAttention has no backward pass on cpu"
     assert reason_of(name, "flex", CPU) == expected
@@ -304,6 +318,11 @@ def test_xformers_is_missing_where_it_is_not_installed(name: str, monkeypatch: p
     assert "impl=xformers needs a CUDA device" in str(reason_of(name, "xformers", CPU))
     monkeypatch.setitem(sys.modules, "xformers", None)
     assert "the package xformers, which is not installed" in str(reason_of(name, "xformers", CUDA))
+
+
+def test_flex_has_no_global_tokens() -> None:
+    config = LongformerConfig(impl="flex", global_tokens=3)
+    assert "global_tokens=3: impl=flex" in str(Longformer.unsupported(config, dims_for(9), causal=False))
 
 
 @pytest.mark.parametrize("name", ["sparse_strided", "sparse_fixed"])
