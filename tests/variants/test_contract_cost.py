@@ -69,10 +69,8 @@ def modes(*directions: bool, defaults: bool = True) -> Any:
     found = []
     for name in NAMES:
         caps = variants.load(name).caps
-        settings = [
-            *[("", "")] * defaults,
-            *((knob, word) for knob, some in words(name).items() for word in some),
-        ]
+        settings = [("", "")] if defaults else []
+        settings += [(knob, word) for knob, some in words(name).items() for word in some]
         default = variants.load(name).Config().as_dict()
         for knob, word in settings:
             if knob and default[knob] == word:

@@ -23,6 +23,11 @@ from variants.base import Dims
 from variants.layers import masked_attention
 from variants.reformer import Reformer, ReformerConfig
 
+SMALL: list[dict[str, Any]] = [
+    {"chunk": 8, "n_hashes": 2},
+    {"chunk": 8, "n_hashes": 2, "neighbourhood": "chunk"},
+]
+
 CPU = torch.device("cpu")
 HEADS, WIDTH = 2, 16
 
@@ -222,6 +227,19 @@ def test_default_buckets_can_be_hashed_and_hold_half_a_chunk(seq_len: int, chunk
     factors(n)
     assert n == 1 if seq_len <= chunk else n >= 2 * seq_len / chunk
     assert n <= 1.5 * (2 * seq_len / chunk) + 2
+
+
+def test_each_head_and_each_round_hashes_by_itself() -> None:
+    """Heads with one and the same weights read different tokens, and so do two forward passes."""
+    layer, x = made(128, chunk=4, n_hashes=1, n_buckets=8), inputs(1, 128)
+    with torch.no_grad():
+        for weight in (layer.qk.weight, layer.value.weight):
+            weight[WIDTH // 2 :] = weight[: WIDTH // 2]
+        torch.nn.init.eye_(layer.out.weight)
+    first, second = (run(layer, x, causal=True, seed=seed)[0] for seed in (1, 2))
+    one, other = first.chunk(2, dim=-1)
+    assert not torch.allclose(one, other)
+    assert not torch.allclose(first, second)
 
 
 def test_a_vector_and_its_multiples_share_buckets() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -20,6 +21,11 @@ from variants import _kmeans
 from variants.base import Dims
 from variants.layers import masked_attention, rotary
 from variants.routing import Routing, RoutingConfig
+
+SMALL: list[dict[str, Any]] = [
+    {"n_clusters": 5, "window": 7, "cluster_window": 6, "decay": 0.5},
+    {"n_clusters": 5, "window": 7, "selection": "topk", "decay": 0.5},
+]
 
 CPU = torch.device("cpu")
 
