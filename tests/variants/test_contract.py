@@ -181,6 +181,30 @@ def test_unsupported_agrees_with_caps(name: str) -> None:
         assert reason is None or reason.strip()
 
 
+def shapes(layer: Attention) -> list[torch.Size]:
+    return [parameter.shape for parameter in layer.parameters()]
+
+
+@every_variant
+def test_caps_are_what_is_so(name: str) -> None:
+    """Fixed length: parameters grow with the longest sequence. Stochastic: another seed, other outputs.
+    Stateful: there is a state. Exact: dense attention, given its weights."""
+    variant, caps = variants.load(name), variants.load(name).caps
+    dims = dims_for(DEFAULT_LENGTH)
+    layer, shorter = (make_layer(variant, variant.Config(), d) for d in (dims, dims_for(DEFAULT_LENGTH - 1)))
+    assert caps.fixed_length == (shapes(layer) != shapes(shorter))
+    x = numbers(1, DEFAULT_LENGTH, dims.d_model).detach()
+    one, other = (feed(layer, x, causal=caps.causal, seed=seed) for seed in (2, 3))
+    assert caps.stochastic == (difference(one, other) > EXACT)
+    first = layer(x[:, :8], causal=caps.causal)
+    assert caps.stateful == (first.state is not None)
+    if caps.exact:
+        dense = variants.load("dense")
+        same = make_layer(dense, dense.Config(impl="naive"), dims)
+        same.load_state_dict(layer.state_dict())
+        assert difference(one, feed(same, x, causal=caps.causal)) <= EXACT
+
+
 # --- what a forward pass returns ------------------------------------------------------------------
 
 
@@ -252,6 +276,16 @@ def test_a_strided_input_is_read_as_its_values(case: Case) -> None:
 
 
 # --- the mathematics ------------------------------------------------------------------------------
+
+
+@cases(small=False)
+def test_order_of_the_tokens_matters(case: Case) -> None:
+    """Two of the tokens that the last one reads change places: attention without positions would not tell."""
+    layer = case.layer(dims_for(DEFAULT_LENGTH)).eval()
+    x = numbers(1, 8, layer.dims.d_model).detach()
+    swapped = x[:, [0, 1, 2, 3, 4, 6, 5, 7]]
+    y, y_swapped = (feed(layer, given_x, causal=case.causal)[:, -1] for given_x in (x, swapped))
+    assert difference(y_swapped, y) > 1e-4
 
 
 @cases(small=True)

@@ -295,6 +295,17 @@ def test_flops(seq_len: int, causal: bool, neighbourhood: str) -> None:
     assert 0.99 <= (counter.total - formula.projections) / formula.attention <= COST_LIMIT
 
 
+def test_rounds_that_would_all_be_alike_run_once() -> None:
+    """One bucket: a second round would read the same pairs again, and pay for them."""
+    dispatched = []
+    for n_hashes in (1, 4):
+        layer = made(chunk=16, n_buckets=1, n_hashes=n_hashes, dtype=torch.float32)
+        with CountFlops() as counter, torch.no_grad():
+            layer(torch.randn(1, 50, WIDTH), causal=True)
+        dispatched.append((counter.total, layer.flops(layer.dims, causal=True)))
+    assert dispatched[0] == dispatched[1]
+
+
 @pytest.mark.parametrize("neighbourhood", ["band", "chunk"])
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize(("seq_len", "chunk"), [(1, 4), (3, 4), (4, 4), (19, 4), (20, 5)])
