@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 import variants
 from bench import gates
 from bench.measure.flops import CountFlops
+from bench.model import LanguageModel
 from variants import patterns
 from variants.base import Dims
 from variants.layers import masked_attention
@@ -161,6 +162,20 @@ def test_no_longer_sequence_is_cut_to_fit(sharing: str, seq_len: int) -> None:
     for run in (layers[1].forward, layers[1].reference):
         with pytest.raises(ValueError, match=rf"{seq_len} tokens.*at most 40"):
             run(torch.randn(2, seq_len, 24), causal=False)
+
+
+def test_a_model_ties_what_layerwise_sharing_asks_for() -> None:
+    model = LanguageModel(
+        Linformer,
+        LinformerConfig(k=8, sharing="layerwise"),
+        dims_of(40),
+        depth=3,
+        ff_mult=2,
+        dropout=0.0,
+        vocabulary=11,
+        activations="keep",
+    )
+    assert sum(p.numel() for name, p in model.named_parameters() if "mixture" in name) == 8 * 40
 
 
 def test_tied_layers_sum_their_gradients_in_one_matrix() -> None:
