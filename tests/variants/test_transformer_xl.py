@@ -142,18 +142,23 @@ def test_layer_is_the_papers_equations_query_by_query(tokens: int, segment: int,
     torch.testing.assert_close(run(layer, x)[0], torch.stack(outputs))
 
 
-def test_far_positions_are_told_apart_in_float32() -> None:
+def test_far_positions_are_told_apart() -> None:
     """Scores of distances alone: at 30,000 an angle that is rounded to float32 is off by thousandths."""
-    narrow = make(1, 30_000)
+    layer, farthest = make(1, 30_000), 30_000
     with torch.no_grad():
-        narrow.q.weight.zero_()
-        narrow.u.zero_()
-        narrow.v.mul_(40)
-    memory = data(30_000).detach()
-    want = narrow(memory[:, :1], causal=True, state=memory).y
-    narrow = narrow.float()
-    got = narrow(memory[:, :1].float(), causal=True, state=memory.float()).y
-    torch.testing.assert_close(got.double(), want, rtol=1e-3, atol=1e-3)
+        layer.q.weight.zero_()
+        layer.u.zero_()
+        layer.v.mul_(40)
+    memory, x = data(farthest + 1).detach().split([farthest, 1], dim=1)
+    distance = torch.arange(farthest, -1, -1, dtype=torch.float64)[:, None]
+    angles = distance * 10_000 ** (torch.arange(4, dtype=torch.float64) / -4)
+    r = (torch.cat([angles.sin(), angles.cos()], dim=-1) @ layer.r.weight.T).unflatten(-1, (2, 4))
+    weights = (torch.einsum("jhd,hd->hj", r, layer.v) / 2).softmax(-1)
+    values = (torch.cat([memory, x], dim=1)[0] @ layer.kv.weight[8:].T).unflatten(-1, (2, 4))
+    want = layer.out(torch.einsum("hj,jhd->hd", weights, values).flatten())
+    for dtype, tolerance in ((torch.float64, 1e-9), (torch.float32, 2e-5)):
+        got = layer.to(dtype)(x.to(dtype), causal=True, state=memory.to(dtype)).y[0, 0]
+        torch.testing.assert_close(got.double(), want, rtol=tolerance, atol=tolerance)
 
 
 def test_scores_of_great_size_neither_overflow_nor_leak() -> None:
