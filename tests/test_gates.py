@@ -46,12 +46,79 @@ class SelectsAhead(Dense):
         return Out(self.projections.merge(masked_attention(q, k, v, allowed)))
 
 
+class ReadsItsBlock(Dense):
+    """Reads to the end of its block of 16 tokens: no cut at the end of a block shows it."""
+
+    def forward(self, x: Tensor, *, causal: bool, state: Any = None) -> Out:
+        q, k, v = self.projections.split(x)
+        allowed = patterns.matrix(lambda i, j: j <= i // 16 * 16 + 15, x.shape[1])
+        return Out(self.projections.merge(masked_attention(q, k, v, allowed)))
+
+
+class ReadsPastItsBlock(Dense):
+    """The last token of a block of 16 reads the next: no cut but at the end of a block shows it."""
+
+    def forward(self, x: Tensor, *, causal: bool, state: Any = None) -> Out:
+        q, k, v = self.projections.split(x)
+        allowed = patterns.matrix(lambda i, j: (j <= i) | ((j == i + 1) & (j % 16 == 0)), x.shape[1])
+        return Out(self.projections.merge(masked_attention(q, k, v, allowed)))
+
+
+class Saturates(Dense):
+    """Scaled by the largest entry of the sequence once it is over 8, as a guard against overflow is."""
+
+    def forward(self, x: Tensor, *, causal: bool, state: Any = None) -> Out:
+        out = super().forward(x, causal=causal)
+        return Out(out.y / (x.abs().amax(dim=(1, 2), keepdim=True) / 8).clamp(min=1))
+
+
+class Faint(Dense):
+    """Adds a ten-thousandth of what the last token says to every output: over rounding, under notice."""
+
+    def forward(self, x: Tensor, *, causal: bool, state: Any = None) -> Out:
+        y = super().forward(x, causal=causal).y
+        return Out(y + 1e-4 * x[:, -1:].tanh())
+
+
+class Second(Dense):
+    """Reads ahead in every layer but the lowest."""
+
+    def forward(self, x: Tensor, *, causal: bool, state: Any = None) -> Out:
+        return super().forward(x, causal=causal and not self.layer)
+
+
 class StatedLeak(MaskOff):
     """The same leak, stated."""
 
     @classmethod
     def leak(cls, config: Any) -> str | None:
         return "reads one token ahead"
+
+
+class Dropped(Dense):
+    """Drops outputs at random in training; what the gates look at is no training."""
+
+    def forward(self, x: Tensor, *, causal: bool, state: Any = None) -> Out:
+        return Out(F.dropout(super().forward(x, causal=causal).y, 0.5, self.training))
+
+
+class Noisy(Dense):
+    """Multiplies queries by a random number that it draws in every forward pass, and its reference too."""
+
+    def forward(self, x: Tensor, *, causal: bool, state: Any = None) -> Out:
+        q, k, v = self.projections.split(x)
+        drawn = torch.rand((), dtype=torch.float32).to(q)
+        return Out(self.projections.merge(F.scaled_dot_product_attention(q * drawn, k, v, is_causal=causal)))
+
+    def reference(self, x: Tensor, *, causal: bool) -> Tensor:
+        return self.forward(x, causal=causal).y
+
+
+class WrongAbove(Dense):
+    """Wrong in every layer but the lowest."""
+
+    def forward(self, x: Tensor, *, causal: bool, state: Any = None) -> Out:
+        return Out(super().forward(x, causal=causal).y * (1 + 0.001 * self.layer))
 
 
 class WrongValue(Dense):
@@ -151,7 +218,9 @@ def test_a_right_variant_passes_every_gate() -> None:
     assert run_reference(Dense, causal=False) <= gates.REFERENCE_TOLERANCE
 
 
-@pytest.mark.parametrize("variant", [MaskOff, SelectsAhead])
+@pytest.mark.parametrize(
+    "variant", [MaskOff, SelectsAhead, ReadsItsBlock, ReadsPastItsBlock, Saturates, Faint, Second]
+)
 def test_a_leak_is_caught(variant: type[Dense]) -> None:
     with pytest.raises(GateFailed, match=r"^causality gate: .* \d\.\d+e"):
         run_leak(variant)
@@ -184,6 +253,13 @@ def test_a_wrong_gradient_has_right_outputs() -> None:
 def test_a_forward_pass_that_is_no_number_does_not_pass_as_causal() -> None:
     with pytest.raises(GateFailed, match="causality gate"):
         run_leak(NotANumber)
+
+
+@pytest.mark.parametrize("variant", [Dropped, Noisy])
+def test_randomness_is_held_fixed_and_training_is_off(variant: type[Dense]) -> None:
+    """A right variant that draws numbers passes: every run of a gate draws the same."""
+    assert run_leak(variant) <= gates.LEAK_TOLERANCE
+    assert run_reference(variant) <= gates.REFERENCE_TOLERANCE
 
 
 def ratio_of(variant: type[Dense]) -> float:
@@ -243,6 +319,16 @@ def spec_of(variant: str = "dense", **changed: Any) -> CellSpec:
 
 def kept(folder: Path) -> list[Path]:
     return sorted((folder / "gates").iterdir())
+
+
+def test_every_kind_of_layer_is_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Layers may differ by their place: the second goes through both gates as the lowest does."""
+    assert gates.check(spec_of(depth=2), tmp_path, "code").leak_max_abs is not None
+    for wrong, message in ((Second, "causality gate"), (WrongAbove, "reference gate: layer 1 ")):
+        monkeypatch.setattr(variants, "load", lambda name, wrong=wrong: wrong)
+        gates.check(spec_of(depth=1), tmp_path, wrong.__name__)
+        with pytest.raises(GateFailed, match=message):
+            gates.check(spec_of(depth=2), tmp_path, wrong.__name__)
 
 
 def test_figures_are_taken_once(tmp_path: Path) -> None:

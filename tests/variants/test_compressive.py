@@ -22,6 +22,11 @@ from variants.base import Dims
 from variants.compressive import COMPRESSIONS, Compressive, CompressiveConfig, State
 from variants.transformer_xl import TransformerXL, TransformerXLConfig
 
+SMALL: list[dict[str, Any]] = [
+    {"segment": 12, "mem_len": 9, "comp_len": 3, "rate": 4},
+    {"segment": 16, "mem_len": 16, "comp_len": 2, "rate": 3, "compression": "most_used"},
+]
+
 CPU = torch.device("cpu")
 NAMES = sorted(COMPRESSIONS)
 LEARNT = ["conv", "dilated_conv"]

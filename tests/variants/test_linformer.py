@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -13,10 +14,13 @@ from torch.utils.checkpoint import checkpoint
 import variants
 from bench import gates
 from bench.measure.flops import CountFlops
+from bench.model import LanguageModel
 from variants import patterns
 from variants.base import Dims
 from variants.layers import masked_attention
 from variants.linformer import Linformer, LinformerConfig
+
+SMALL: list[dict[str, Any]] = [{"k": 8, "sharing": "none"}]
 
 SHARINGS = ["none", "headwise", "kv", "layerwise"]
 CPU = torch.device("cpu")
@@ -139,6 +143,39 @@ def test_sharing_decides_how_many_projections_a_network_learns(sharing: str, mat
     network = torch.nn.ModuleList(layers)
     learnt = sum(p.numel() for name, p in network.named_parameters() if "mixture" in name)
     assert learnt == matrices * 8 * 40
+
+
+@pytest.mark.parametrize("sharing", SHARINGS)
+def test_mixing_keeps_the_size_of_keys_and_values_at_first(sharing: str) -> None:
+    """Rows of E and F have a length near 1, whatever k: a mixture of L unit variances has variance 1."""
+    layer = make(500, k=60, sharing=sharing)
+    for mixture in (layer.key_mixture, layer.value_mixture):
+        torch.testing.assert_close(mixture.square().sum(-1).mean().item(), 1.0, rtol=0.05, atol=0)
+
+
+@pytest.mark.parametrize("seq_len", [41, 80, 1000])
+@pytest.mark.parametrize("sharing", SHARINGS)
+def test_no_longer_sequence_is_cut_to_fit(sharing: str, seq_len: int) -> None:
+    """Neither path returns a result for a part of it, tied or not."""
+    layers = [make(40, k=8, sharing=sharing, layer=i) for i in range(2)]
+    Linformer.tie(layers)
+    for run in (layers[1].forward, layers[1].reference):
+        with pytest.raises(ValueError, match=rf"{seq_len} tokens.*at most 40"):
+            run(torch.randn(2, seq_len, 24), causal=False)
+
+
+def test_a_model_ties_what_layerwise_sharing_asks_for() -> None:
+    model = LanguageModel(
+        Linformer,
+        LinformerConfig(k=8, sharing="layerwise"),
+        dims_of(40),
+        depth=3,
+        ff_mult=2,
+        dropout=0.0,
+        vocabulary=11,
+        activations="keep",
+    )
+    assert sum(p.numel() for name, p in model.named_parameters() if "mixture" in name) == 8 * 40
 
 
 def test_tied_layers_sum_their_gradients_in_one_matrix() -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -19,6 +21,8 @@ from bench.measure.memory import LiveStorage
 from variants import _favor
 from variants.base import Dims
 from variants.performer import FEATURES, Performer, PerformerConfig
+
+SMALL: list[dict[str, Any]] = [{"features": "relu", "n_features": 24, "chunk": 32, "redraw": 1}]
 
 CPU = torch.device("cpu")
 
@@ -70,6 +74,20 @@ def test_it_equals_the_quadratic_form_in_outputs_and_gradients(
     monkeypatch.setattr(_favor, "SEGMENT", segment)
     x = torch.randn(batch, seq_len, 16, dtype=torch.float64)
     assert_equals_reference(make(seq_len, features=features).double(), x, causal)
+
+
+def test_relu_features_are_the_papers() -> None:
+    """Query by query, with nothing of ours but the weights: max(ω·x, 0) + 0.001 and no other constant."""
+    layer, x = make(9, features="relu").double(), torch.randn(1, 9, 16, dtype=torch.float64)
+    q, k, v = layer.projections.split(x)
+    omega = layer.directions.double()
+    outputs = torch.zeros(1, 9, 2, 8, dtype=torch.float64)
+    for h, i in itertools.product(range(2), range(9)):
+        phi_q, phi_k = ((omega @ t / 8**0.25).clamp(min=0) + 0.001 for t in (q[0, h, i], k[0, h, : i + 1].T))
+        weights = phi_q @ phi_k
+        outputs[0, i, h] = weights @ v[0, h, : i + 1] / weights.sum()
+    want = layer.projections.merge(outputs.transpose(1, 2))
+    torch.testing.assert_close(layer(x, causal=True).y, want)
 
 
 @settings(max_examples=15, deadline=None)
@@ -177,6 +195,25 @@ def test_the_error_to_softmax_falls_with_the_root_of_the_features(orthogonal: bo
     assert slope.item() == pytest.approx(-0.5, abs=0.1)
 
 
+@pytest.mark.parametrize("causal", [True, False])
+def test_the_layer_nears_dense_attention_with_the_same_projections(causal: bool) -> None:
+    """Scale, positions and all: with 64 times the features a few times closer (on average eight)."""
+    dims = Dims(batch_size=1, seq_len=40, d_model=32, heads=2)
+    torch.manual_seed(0)
+    dense = variants.load("dense")(variants.load("dense").Config(), dims).double()
+    x = torch.randn(2, 40, 32, dtype=torch.float64)
+    want, errors = dense(x, causal=causal).y, []
+    for m in (64, 4096):
+        error = 0.0
+        for seed in range(8):
+            torch.manual_seed(seed)
+            layer = Performer(PerformerConfig(n_features=m), dims).double()
+            layer.projections.load_state_dict(dense.get_submodule("projections").state_dict())
+            error += (layer(x, causal=causal).y - want).square().mean().item() / 8
+        errors.append(error**0.5)
+    assert errors[1] < errors[0] / 3
+
+
 @pytest.mark.parametrize("m", [16, 64])
 def test_orthogonal_directions_beat_independent_ones_on_average(m: int) -> None:
     assert estimate_error(m, True, draws=100) < 0.97 * estimate_error(m, False, draws=100)
@@ -191,6 +228,8 @@ def test_orthogonal_directions_are_so_in_groups_and_as_long_as_gaussian_ones() -
     off_diagonal = products - torch.diag_embed(products.diagonal(dim1=-2, dim2=-1))
     assert off_diagonal.abs().max() < 1e-4
     assert directions.square().sum(-1).mean().item() == pytest.approx(8, rel=0.05)
+    # |ω|² of a Gaussian vector has the variance 2·D; directions of one length would be biased
+    assert directions.square().sum(-1).var().item() == pytest.approx(16, rel=0.2)
     assert directions.mean(0).abs().max() < 0.1  # no preferred sign
 
 
@@ -255,7 +294,7 @@ def test_its_pattern_is_every_pair_allowed() -> None:
 
 @pytest.mark.parametrize("causal", [True, False])
 def test_features_of_a_long_sequence_are_never_all_held(causal: bool) -> None:
-    seq_len, m = 2**17, 256
+    seq_len, m = 2**15, 256
     with FakeTensorMode(), LiveStorage() as storage:
         layer = make(seq_len, n_features=m, chunk=128, redraw=1)
         x = torch.randn(1, seq_len, 16, requires_grad=True)

@@ -23,6 +23,11 @@ from variants.base import Dims
 from variants.layers import masked_attention
 from variants.reformer import Reformer, ReformerConfig
 
+SMALL: list[dict[str, Any]] = [
+    {"chunk": 8, "n_hashes": 2},
+    {"chunk": 8, "n_hashes": 2, "neighbourhood": "chunk"},
+]
+
 CPU = torch.device("cpu")
 HEADS, WIDTH = 2, 16
 
@@ -224,6 +229,19 @@ def test_default_buckets_can_be_hashed_and_hold_half_a_chunk(seq_len: int, chunk
     assert n <= 1.5 * (2 * seq_len / chunk) + 2
 
 
+def test_each_head_and_each_round_hashes_by_itself() -> None:
+    """Heads with one and the same weights read different tokens, and so do two forward passes."""
+    layer, x = made(128, chunk=4, n_hashes=1, n_buckets=8), inputs(1, 128)
+    with torch.no_grad():
+        for weight in (layer.qk.weight, layer.value.weight):
+            weight[WIDTH // 2 :] = weight[: WIDTH // 2]
+        torch.nn.init.eye_(layer.out.weight)
+    first, second = (run(layer, x, causal=True, seed=seed)[0] for seed in (1, 2))
+    one, other = first.chunk(2, dim=-1)
+    assert not torch.allclose(one, other)
+    assert not torch.allclose(first, second)
+
+
 def test_a_vector_and_its_multiples_share_buckets() -> None:
     """Keys and queries differ in length alone, so hashing either is the same."""
     torch.manual_seed(0)
@@ -275,6 +293,17 @@ def test_flops(seq_len: int, causal: bool, neighbourhood: str) -> None:
     assert counter.total == formula.total + wasted
     assert layer.padding
     assert 0.99 <= (counter.total - formula.projections) / formula.attention <= COST_LIMIT
+
+
+def test_rounds_that_would_all_be_alike_run_once() -> None:
+    """One bucket: a second round would read the same pairs again, and pay for them."""
+    dispatched = []
+    for n_hashes in (1, 4):
+        layer = made(chunk=16, n_buckets=1, n_hashes=n_hashes, dtype=torch.float32)
+        with CountFlops() as counter, torch.no_grad():
+            layer(torch.randn(1, 50, WIDTH), causal=True)
+        dispatched.append((counter.total, layer.flops(layer.dims, causal=True)))
+    assert dispatched[0] == dispatched[1]
 
 
 @pytest.mark.parametrize("neighbourhood", ["band", "chunk"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -20,6 +21,11 @@ from variants import _kmeans
 from variants.base import Dims
 from variants.layers import masked_attention, rotary
 from variants.routing import Routing, RoutingConfig
+
+SMALL: list[dict[str, Any]] = [
+    {"n_clusters": 5, "window": 7, "cluster_window": 6, "decay": 0.5},
+    {"n_clusters": 5, "window": 7, "selection": "topk", "decay": 0.5},
+]
 
 CPU = torch.device("cpu")
 
@@ -179,12 +185,14 @@ def test_members_are_the_largest_dot_products_in_order_of_position(monkeypatch: 
     torch.testing.assert_close(sums, torch.einsum("bhtk,bthd->hkd", one_hot, F.layer_norm(x, (8,))))
 
 
-def test_a_token_in_no_cluster_gets_zeros_from_routed_heads() -> None:
-    layer = make(40, n_clusters=4, selection="topk")
+@pytest.mark.parametrize("tokens", [40, 37])
+def test_a_token_in_no_cluster_gets_zeros_from_routed_heads(tokens: int) -> None:
+    """A centroid takes T / n_clusters tokens, rounded up: 10 of 40 and of 37."""
+    layer = make(tokens, n_clusters=4, selection="topk")
     layer.centroids.copy_(layer.centroids[:, :1].expand_as(layer.centroids).clone())  # all take the same
-    q, v = (torch.randn(1, 40, 2, 8, dtype=torch.float64) for _ in range(2))
+    q, v = (torch.randn(1, tokens, 2, 8, dtype=torch.float64) for _ in range(2))
     y = layer._by_topk(q, None, v, True)
-    assert (y.abs().sum(dim=-1) == 0).sum(dim=1).tolist() == [[30, 30]]
+    assert (y.abs().sum(dim=-1) == 0).sum(dim=1).tolist() == [[tokens - 10, tokens - 10]]
 
 
 def test_memberships_do_not_depend_on_autocast() -> None:
@@ -252,6 +260,25 @@ def test_a_step_moves_each_centroid_towards_its_members_once() -> None:
     moved = layer.centroids.clone()
     layer.after_step()
     assert torch.equal(layer.centroids, moved)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("selection", ["nearest", "topk"])
+def test_queries_and_keys_both_move_the_centroids(selection: str, causal: bool) -> None:
+    """Algorithm 1 adds up the members among both; where they are shared, they count once."""
+    layer = make(40, n_clusters=5, selection=selection, decay=0.5).train()
+    x = torch.randn(2, 40, 32, dtype=torch.float64)
+    start = layer.centroids.clone()
+    layer(x, causal=causal)
+    layer.after_step()
+    q, _, k = F.linear(x, layer.projections.qkv.weight)[..., 48:].split(16, dim=-1)
+    sums = torch.zeros_like(start)
+    for rows in (q,) if causal or selection == "nearest" else (q, k):
+        tokens = F.layer_norm(rows.unflatten(-1, (2, 8)), (8,))
+        nearest = torch.einsum("bthd,hkd->bthk", tokens, start).argmax(-1)
+        sums += torch.einsum("bthk,bthd->hkd", F.one_hot(nearest, 5).double(), tokens)
+    want = F.normalize(0.5 * start + 0.5 * F.normalize(sums, dim=-1), dim=-1)
+    torch.testing.assert_close(layer.centroids, want, rtol=1e-4, atol=1e-4)  # membership sums are float32
 
 
 def test_centroids_are_saved_and_what_a_pass_notes_is_not() -> None:

@@ -10,6 +10,11 @@ import torch
 from variants.base import Dims
 from variants.sparse_fixed import SparseFixed, SparseFixedConfig
 
+SMALL: list[dict[str, Any]] = [
+    {"stride": 6, "c": 2},
+    {"stride": 7, "c": 3, "head_mode": "split", "impl": "plain"},
+]
+
 
 def make(seq_len: int, heads: int = 4, index: int = 0, **knobs: Any) -> SparseFixed:
     dims = Dims(batch_size=1, seq_len=seq_len, d_model=4 * heads, heads=heads)

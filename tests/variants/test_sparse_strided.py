@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
 from variants.base import Dims
 from variants.sparse_strided import SparseStrided, SparseStridedConfig
+
+SMALL: list[dict[str, Any]] = [{"stride": 6}, {"stride": 6, "head_mode": "split", "impl": "plain"}]
 
 
 def factors(query: int, stride: int) -> tuple[set[int], set[int]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from typing import Any
 
 import pytest
@@ -22,6 +23,8 @@ from variants import load
 from variants._recurrence import BLOCK, Recurrent, _RelativeAttention, plain_attention, slide
 from variants.base import Chunks, Dims
 from variants.transformer_xl import TransformerXL, TransformerXLConfig
+
+SMALL: list[dict[str, Any]] = [{"segment": 12, "mem_len": 17}]
 
 CPU = torch.device("cpu")
 
@@ -110,6 +113,52 @@ def test_score_has_the_four_terms() -> None:
             scores.append(query @ key + query @ position + u[h] @ key + v[h] @ position)
         want = (torch.stack(scores) / 2).softmax(dim=0)
         torch.testing.assert_close(weights[h, 0, i, : len(want)], want)
+
+
+@pytest.mark.parametrize(("tokens", "segment", "mem_len"), [(1, 4, 3), (11, 4, 3), (9, 2, 5)])
+def test_layer_is_the_papers_equations_query_by_query(tokens: int, segment: int, mem_len: int) -> None:
+    """Nothing of ours but the weights: sinusoids of the distance, four terms, one key after the other."""
+    layer, x, channels, heads = make(segment, mem_len), data(tokens), 8, 2
+
+    def head(matrix: Tensor, vector: Tensor, h: int) -> Tensor:
+        return (matrix @ vector).view(heads, -1)[h]
+
+    def sinusoid(distance: int) -> Tensor:
+        angles = [distance * 10_000 ** (-2 * i / channels) for i in range(channels // 2)]
+        return torch.tensor([f(a) for f in (math.sin, math.cos) for a in angles], dtype=torch.float64)
+
+    w_k, w_v = layer.kv.weight.chunk(2)
+    outputs = []
+    for i in range(tokens):
+        read = []
+        for h in range(heads):
+            q, scores, values = head(layer.q.weight, x[0, i], h), [], []
+            for j in range(max(0, i // segment * segment - mem_len), i + 1):
+                k, position = head(w_k, x[0, j], h), head(layer.r.weight, sinusoid(i - j), h)
+                scores.append(((q + layer.u[h]) @ k + (q + layer.v[h]) @ position) / math.sqrt(4))
+                values.append(head(w_v, x[0, j], h))
+            read.append(torch.stack(scores).softmax(0) @ torch.stack(values))
+        outputs.append(layer.out.weight @ torch.cat(read))
+    torch.testing.assert_close(run(layer, x)[0], torch.stack(outputs))
+
+
+def test_far_positions_are_told_apart() -> None:
+    """Scores of distances alone: at 30,000 an angle that is rounded to float32 is off by thousandths."""
+    layer, farthest = make(1, 30_000), 30_000
+    with torch.no_grad():
+        layer.q.weight.zero_()
+        layer.u.zero_()
+        layer.v.mul_(40)
+    memory, x = data(farthest + 1).detach().split([farthest, 1], dim=1)
+    distance = torch.arange(farthest, -1, -1, dtype=torch.float64)[:, None]
+    angles = distance * 10_000 ** (torch.arange(4, dtype=torch.float64) / -4)
+    r = (torch.cat([angles.sin(), angles.cos()], dim=-1) @ layer.r.weight.T).unflatten(-1, (2, 4))
+    weights = (torch.einsum("jhd,hd->hj", r, layer.v) / 2).softmax(-1)
+    values = (torch.cat([memory, x], dim=1)[0] @ layer.kv.weight[8:].T).unflatten(-1, (2, 4))
+    want = layer.out(torch.einsum("hj,jhd->hd", weights, values).flatten())
+    for dtype, tolerance in ((torch.float64, 1e-9), (torch.float32, 2e-5)):
+        got = layer.to(dtype)(x.to(dtype), causal=True, state=memory.to(dtype)).y[0, 0]
+        torch.testing.assert_close(got.double(), want, rtol=tolerance, atol=tolerance)
 
 
 def test_scores_of_great_size_neither_overflow_nor_leak() -> None:

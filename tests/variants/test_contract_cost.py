@@ -1,0 +1,233 @@
+"""What every variant promises of its cost and of its kernels, in every mode that its knobs name.
+
+Nothing here names a variant. A knob that takes a word lists the words when it refuses one; each of them
+is a mode and goes through these tests.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from typing import Any
+
+import pytest
+import torch
+from oracles import dims_for, feed
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import variants
+from bench import gates
+from bench.measure.memory import LiveStorage
+from bench.model import LanguageModel
+from variants.base import Attention, Dims, VariantConfig
+
+CPU = torch.device("cpu")
+NAMES = variants.names()
+LONG = 4096
+NO_WORD = "no such thing"
+
+
+def words(name: str) -> dict[str, list[str]]:
+    """Knob → the words it takes, as its refusal of another word lists them."""
+    config_class = variants.load(name).Config
+    found = {}
+    for field in dataclasses.fields(config_class):
+        if isinstance(field.default, str):
+            with pytest.raises(ValueError, match=rf"^{field.name}='{NO_WORD}': allowed is .") as refusal:
+                config_class(**{field.name: NO_WORD})
+            found[field.name] = re.split(r",? or |, ", str(refusal.value).split(": allowed is ")[1])
+    return found
+
+
+@dataclasses.dataclass(frozen=True)
+class Mode:
+    """A variant with one knob set to one word, in one direction; `knob` is "" for the defaults."""
+
+    name: str
+    knob: str
+    word: str
+    causal: bool
+
+    @property
+    def variant(self) -> type[Attention]:
+        return variants.load(self.name)
+
+    @property
+    def config(self) -> VariantConfig:
+        return self.variant.Config(**({self.knob: self.word} if self.knob else {}))
+
+    def need(self, dims: Dims) -> None:
+        """Skip, with the variant's own reason, what it cannot do."""
+        if reason := self.variant.unsupported(self.config, dims, causal=self.causal):
+            pytest.skip(reason)
+
+
+def modes(*directions: bool, defaults: bool = True) -> Any:
+    """Each mode in the first direction that the variant has; its defaults, if asked for, in all of them."""
+    found = []
+    for name in NAMES:
+        caps = variants.load(name).caps
+        settings = [("", "")] if defaults else []
+        settings += [(knob, word) for knob, some in words(name).items() for word in some]
+        default = variants.load(name).Config().as_dict()
+        for knob, word in settings:
+            if knob and default[knob] == word:
+                continue
+            able = [d for d in directions if (caps.causal if d else caps.bidirectional)]
+            for causal in able[:1] if knob else able:
+                label = f"{name}{f'-{word}' if word else ''}-{'clm' if causal else 'mlm'}"
+                found.append(pytest.param(Mode(name, knob, word, causal), id=label))
+    return pytest.mark.parametrize("mode", found)
+
+
+class Largest(LiveStorage):
+    """Beside the peak of all: the most numbers that one storage holds among those that operations return."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.numbers = 0
+
+    def _follow(self, tensor: Tensor) -> None:
+        super()._follow(tensor)
+        held = tensor.untyped_storage().nbytes() // tensor.element_size()
+        self.numbers = max(self.numbers, held)
+
+
+class Kernels(TorchDispatchMode):
+    """Names of the attention kernels that were dispatched."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        if "attention" in name:
+            self.names.add(name)
+        return func(*args, **(kwargs or {}))
+
+
+def storage(variant: type[Attention], config: VariantConfig, tokens: int, *, causal: bool) -> Largest:
+    """What a layer's forward and backward pass hold, its parameters and inputs apart."""
+    dims = Dims(batch_size=1, seq_len=tokens, d_model=32, heads=2)
+    with FakeTensorMode():
+        layer = variant(config, dims)
+        x = torch.empty(1, tokens, dims.d_model, requires_grad=True)
+        with Largest() as found:
+            y = feed(layer, x, causal=causal)
+            y.backward(torch.empty_like(y))
+    return found
+
+
+@modes(True, False)
+def test_what_is_cheaper_than_dense_holds_nothing_of_its_size(mode: Mode) -> None:
+    """Neither scores nor a mask: no tensor of a sub-quadratic layer of two heads is near T × T numbers.
+    By default, its peak grows no faster than its paper claims."""
+    mode.need(Dims(batch_size=1, seq_len=LONG, d_model=32, heads=2))
+    if mode.variant.complexity.time >= 2:
+        pytest.skip("claims no less than T²")
+    found = storage(mode.variant, mode.config, LONG, causal=mode.causal)
+    assert found.numbers < LONG**2 // 2
+    if not mode.knob:
+        claim = max(1, mode.variant.complexity.memory)  # inputs and outputs are T numbers in any case
+        before = storage(mode.variant, mode.config, LONG // 4, causal=mode.causal)
+        assert found.peak <= 1.1 * 4**claim * before.peak
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_the_largest_tensor_is_seen(causal: bool) -> None:
+    """The measure itself: dense attention by its kernel holds no scores, written out it holds all."""
+    dense = variants.load("dense")
+    fused, written_out = (
+        storage(dense, dense.Config(impl=i), LONG, causal=causal) for i in ("sdpa", "naive")
+    )
+    assert fused.numbers < LONG**2 // 2
+    assert written_out.numbers >= 2 * LONG**2
+
+
+@modes(True, False)
+def test_the_kernel_does_not_depend_on_the_length(mode: Mode) -> None:
+    """Nothing switches below a length: whichever attention kernel runs, runs for one token and for 600."""
+    kernels = {}
+    for tokens in (1, 9, 100, 600):
+        dims = dims_for(tokens)
+        if mode.variant.unsupported(mode.config, dims, causal=mode.causal):
+            continue
+        layer = mode.variant(mode.config, dims)
+        with torch.no_grad(), Kernels() as found:  # without: an auxiliary loss may have kernels of its own
+            feed(layer, torch.zeros(1, tokens, dims.d_model), causal=mode.causal)
+        kernels[tokens] = found.names
+    assert all(names == kernels[600] for names in kernels.values()), kernels
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if "impl" in words(name)])
+def test_each_implementation_is_one_and_says_which(name: str) -> None:
+    """What `impl` says has run is what ran: two implementations do not dispatch the same operations."""
+    variant, dims = variants.load(name), dims_for(64)
+    ran: dict[str | None, list[frozenset[str]]] = {}
+    for word in words(name)["impl"]:
+        config = variant.Config(impl=word)
+        if variant.unsupported(config, dims, causal=True):
+            continue
+        layer = variant(config, dims)
+        with Kernels() as found:
+            feed(layer, torch.zeros(1, 64, dims.d_model), causal=True)
+        ran.setdefault(layer.impl, []).append(frozenset(found.names))
+    assert all(len(set(kernels)) == 1 for kernels in ran.values()), ran
+    assert len({kernels[0] for kernels in ran.values()}) == len(ran), ran
+
+
+@modes(True, defaults=False)
+def test_no_mode_leaks_unless_it_says_so(mode: Mode) -> None:
+    """The causality gate through two layers; a leak that is stated is there. The defaults: test_contract."""
+    dims = dims_for(300, 1)
+    mode.need(dims)
+    with torch.random.fork_rng():
+        worst = gates.leak(mode.variant, mode.config, dims, 2, CPU)
+    assert (worst > gates.LEAK_TOLERANCE) == bool(mode.variant.leak(mode.config))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_knob_that_makes_no_sense_is_refused_by_name(name: str) -> None:
+    """−1 of anything that is counted or measured, and a word that is none."""
+    config_class = variants.load(name).Config
+    assert {*words(name)} <= {field.name for field in dataclasses.fields(config_class)}
+    for field in dataclasses.fields(config_class):
+        if isinstance(field.default, (str, bool)):
+            continue
+        bad = (-1,) if isinstance(field.default, tuple) else -1
+        with pytest.raises(ValueError, match=rf"^{field.name}={re.escape(repr(bad))}: allowed is ."):
+            config_class(**{field.name: bad})
+
+
+def trained_by_the_task(variant: type[Attention], dims: Dims) -> int:
+    """Parameters of a small model that its outputs depend on."""
+    torch.manual_seed(0)
+    model = LanguageModel(
+        variant,
+        variant.Config(),
+        dims,
+        depth=1,
+        ff_mult=4,
+        dropout=0.0,
+        vocabulary=256,
+        activations="keep",
+    )
+    tokens = torch.randint(256, (1, dims.seq_len))
+    causal = variant.caps.causal
+    logits = [out.logits.square().sum() for _, out in model.stream(tokens, causal=causal)]
+    found = torch.autograd.grad(logits, list(model.parameters()), allow_unused=True)
+    return sum(grad.numel() for grad in found if grad is not None and grad.any())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_task_trains_as_many_parameters_as_in_dense(name: str) -> None:
+    """Within a tenth. What an auxiliary loss trains comes on top, and what grows with the longest sequence
+    is for `Caps.fixed_length` to say; the report marks either."""
+    variant, dims = variants.load(name), Dims(batch_size=1, seq_len=600, d_model=64, heads=2)
+    if variant.caps.fixed_length:
+        pytest.skip("parameters grow with the longest sequence")
+    dense = trained_by_the_task(variants.load("dense"), dims)
+    assert abs(trained_by_the_task(variant, dims) - dense) <= 0.1 * dense
