@@ -5,30 +5,33 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
+from functools import partial
 from typing import Any
 
 import torch
 
-from bench import corpora, environment, gates
-from bench.config import Cell, CellSpec
+from bench import corpora, environment, gates, planning
+from bench.config import Cell
 from bench.evaluate import evaluate
 from bench.measure import step as step_measure
 from bench.measure import timing
 from bench.model import LanguageModel
+from bench.planning import CPU
+from bench.residual import STRATEGIES, reversible
 from bench.tasks import text
 from bench.train import train
-from variants.base import Attention, Dims, VariantConfig
 
 Tell = Callable[[dict[str, Any]], None]
 """Takes figures by the record's key; what has been told survives the process."""
 
 
-CPU = torch.device("cpu")
-
-
 class Unsupported(Exception):
     """The cell cannot run; the message is the row's reason."""
+
+
+class DoesNotFit(Exception):
+    """The cell is predicted to need more memory than it may take; the message says how much."""
 
 
 class CellRun:
@@ -53,15 +56,18 @@ class CellRun:
     def run(self) -> None:
         """Take every figure that was asked for.
 
-        Raises Unsupported, gates.GateFailed, train.Diverged, or whatever running out of memory raises.
+        Raises Unsupported, DoesNotFit, gates.GateFailed, train.Diverged, or whatever running out of
+        memory raises.
         """
         self.tell({"threads": torch.get_num_threads(), "device_name": self._device_name()})
         measure = self.spec.measure
         self._refuse()
-        if not measure.execute:
-            with self._work():
+        with self._work():
+            if measure.budget is not None:
+                self._fit(measure.budget)
+            if not measure.execute:
                 self._predict()
-            return
+                return
         corpus = corpora.load(self.spec.data.name, self.spec.data.path)
         if reason := text.too_short(corpus, self.spec.seq_len, quality=measure.train_tokens > 0):
             raise Unsupported(reason)
@@ -84,10 +90,13 @@ class CellRun:
             raise Unsupported(f"device={self.spec.device}: this machine, or this torch, has none")
         if reason := self.variant.unsupported(self.config, self.dims, causal=self.spec.causal):
             raise Unsupported(reason)
-        if not self.spec.measure.execute:
-            if reason := self._missing(CPU):
-                raise Unsupported(f"a plan runs on fake tensors of the CPU: {reason}")
-        elif reason := self._missing(self.device):
+        if reason := STRATEGIES[self.spec.activations].unsupported(self.device.type):
+            raise Unsupported(f"activations={self.spec.activations}: {reason}")
+        measure = self.spec.measure
+        plans = not measure.execute or measure.budget is not None
+        if plans and (reason := self._missing(CPU)):
+            raise Unsupported(f"a plan runs on fake tensors of the CPU: {reason}")
+        if measure.execute and (reason := self._missing(self.device)):
             raise Unsupported(reason)
 
     def _missing(self, device: torch.device) -> str | None:
@@ -101,11 +110,22 @@ class CellRun:
     def _gates(self) -> None:
         code = environment.code_sha256(self.spec.variant)
         figures = gates.check(self.spec, self.cell.folder, code)
-        self.tell({"leak_max_abs": figures.leak_max_abs, "reference_max_abs": figures.reference_max_abs})
+        self.tell(asdict(figures))
 
-    def _build(self) -> LanguageModel:
-        torch.manual_seed(self.spec.replicate)
-        return build_model(self.spec, self.variant, self.config, self.dims)
+    def _fit(self, budget: int) -> None:
+        """Find what fits; where the batch is to be what fits, it is that from here on."""
+        self.tell({"budget_bytes": budget})
+        batch_size = planning.largest_batch_size(self.spec, budget)
+        self.tell({"largest_batch_size": batch_size})
+        if self.spec.batch_size:
+            self.tell({"longest_seq_len": planning.longest_seq_len(self.spec, budget)})
+        elif batch_size:
+            self.spec = replace(self.spec, batch_size=batch_size)
+            self.dims = replace(self.dims, batch_size=batch_size)
+            self.tell({"batch_size": batch_size})
+        else:
+            least = planning.predict(replace(self.spec, batch_size=1)).peak_bytes
+            raise DoesNotFit(f"one sequence is predicted to need {least:,} bytes of {budget:,}")
 
     def _batch(self, corpus: corpora.Corpus, step: int) -> text.Batch:
         return text.train_batch(
@@ -117,29 +137,19 @@ class CellRun:
             step=step,
         )
 
-    def _subject(self, batch: Callable[[], text.Batch], device: torch.device) -> step_measure.Subject:
-        return step_measure.Subject.make(self._build, batch, causal=self.spec.causal, device=device)
-
-    def _predicted(self) -> step_measure.StepFigures:
-        def blank() -> text.Batch:
-            tokens = torch.zeros(self.spec.batch_size, self.spec.seq_len, dtype=torch.int64)
-            return text.Batch(tokens, tokens.clone())
-
-        return step_measure.predicted(lambda: self._subject(blank, CPU))
-
     def _predict(self) -> None:
-        figures = self._predicted()
+        figures = planning.predict(self.spec)
         with torch.device("meta"):
-            model = self._build()
+            model = planning.build_model(self.spec)
         self._tell_flops(model, figures, source="predicted")
         self._tell_bytes(figures, source="predicted")
         self.tell({"peak_bytes_predicted": figures.peak_bytes})
 
     def _step(self, corpus: corpora.Corpus) -> step_measure.Subject:
         def make() -> step_measure.Subject:
-            return self._subject(lambda: self._batch(corpus, 0), self.device)
+            return planning.subject(self.spec, lambda: self._batch(corpus, 0), self.device)
 
-        predicted = None if self._missing(CPU) else self._predicted().peak_bytes
+        predicted = None if self._missing(CPU) else planning.predict(self.spec).peak_bytes
         if self.device.type == "cpu":
             subject, figures = step_measure.on_host(make)
             source = "live_storage"
@@ -149,6 +159,11 @@ class CellRun:
         self._tell_flops(subject.model, figures, source="dispatched")
         self._tell_bytes(figures, source=source)
         self.tell({"peak_bytes_predicted": predicted})
+        if self.spec.activations == "reversible":
+            drift: dict[int, float] = {}
+            with subject.model.running(partial(reversible, drift=drift)):
+                subject.step()
+            self.tell({"rebuild_error_by_level": [drift[level] for level in sorted(drift)]})
         return subject
 
     def _tell_flops(self, model: LanguageModel, figures: step_measure.StepFigures, source: str) -> None:
@@ -219,7 +234,7 @@ class CellRun:
 
     def _quality(self, corpus: corpora.Corpus) -> None:
         measure, spec = self.spec.measure, self.spec
-        model = self._build().to(self.device)
+        model = planning.build_model(self.spec).to(self.device)
 
         def batches(step: int) -> text.Batch:
             return text.Batch(*(tensor.to(self.device) for tensor in self._batch(corpus, step)))
@@ -261,19 +276,3 @@ class CellRun:
                 "state_policy": "carried" if self.variant.caps.stateful else "none",
             }
         )
-
-
-def build_model(spec: CellSpec, variant: type[Attention], config: VariantConfig, dims: Dims) -> LanguageModel:
-    """The model of a cell; whoever calls seeds first."""
-    return LanguageModel(
-        variant,
-        config,
-        replace(dims, batch_size=1),
-        depth=spec.depth,
-        ff_mult=spec.model.ff_mult,
-        ff_chunks=spec.model.ff_chunks,
-        dropout=spec.model.dropout,
-        vocabulary=text.VOCABULARY,
-        activations=spec.activations,
-        dtype=getattr(torch, spec.dtype),
-    )

@@ -10,8 +10,9 @@ import dataclasses
 import difflib
 import hashlib
 import json
+import re
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -75,6 +76,8 @@ class MeasureSpec:
     eval_tokens: int = 0
     """Most held-out tokens to score."""
     learning_rate: float = 3e-3
+    budget: Any = None
+    """Memory that a training step may take, such as 80GiB: what fits into it is found by prediction."""
     limit_seconds: float = 600.0
     """Wall-clock limit of the cell; past it the cell is stopped and its status is timeout."""
 
@@ -99,7 +102,7 @@ class _Root:
 
     seq_len: int = 1
     depth: int = 1
-    batch_size: int = 1
+    batch_size: Any = 1
     replicate: int = 0
     objective: str = "auto"
     device: str = "auto"
@@ -124,6 +127,7 @@ class CellSpec:
     seq_len: int
     depth: int
     batch_size: int
+    """Sequences in a step; 0 is as many as fit into measure.budget."""
     replicate: int
     objective: str
     device: str
@@ -149,7 +153,7 @@ class CellSpec:
 
         variant = variants.load(self.variant)
         dims = Dims(
-            batch_size=self.batch_size,
+            batch_size=max(1, self.batch_size),
             seq_len=self.seq_len,
             d_model=self.model.d_model,
             heads=self.model.heads,
@@ -176,6 +180,26 @@ def digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
 
 
+_UNITS = {"": 1, "B": 1} | {
+    prefix + unit: base**power
+    for unit, base in (("iB", 1024), ("B", 1000))
+    for power, prefix in enumerate("KMGTP", 1)
+}
+
+
+def parse_bytes(knob: str, value: Any) -> int:
+    """A size in bytes from 80GiB, 80 GB, 8e10 or a number. Raises ConfigError with examples."""
+    match = re.fullmatch(r"\s*([0-9.]+(?:[eE][+-]?[0-9]+)?)\s*([A-Za-z]*)\s*", str(value))
+    units = {name.lower(): factor for name, factor in _UNITS.items()}
+    try:
+        size = float(match[1]) * units[match[2].lower()] if match else 0.0
+    except (KeyError, ValueError):
+        size = 0.0
+    if not 1 <= size < 2**63:
+        raise ConfigError(f"{knob}={value}: not a size in memory; write it like 80GiB, 80GB, 512MiB or 8e10")
+    return int(size)
+
+
 def parse(cfg: DictConfig) -> Cell:
     """A checked cell from a composed config. Raises ConfigError."""
     try:
@@ -189,6 +213,9 @@ def parse(cfg: DictConfig) -> Cell:
     choose("device", root.device, DEVICES)
     choose("dtype", root.dtype, DTYPES)
     choose("activations", root.activations.name, ACTIVATIONS)
+    measure = root.measure
+    if measure.budget is not None:
+        measure = replace(measure, budget=parse_bytes("measure.budget", measure.budget))
     name, params = _variant(dict(root.variant))
     objective = root.objective
     if objective == "auto":
@@ -198,7 +225,7 @@ def parse(cfg: DictConfig) -> Cell:
         variant_params=params,
         seq_len=root.seq_len,
         depth=root.depth,
-        batch_size=root.batch_size,
+        batch_size=_batch_size(root),
         replicate=root.replicate,
         objective=objective,
         device=root.device if root.device != "auto" else _device(),
@@ -206,7 +233,7 @@ def parse(cfg: DictConfig) -> Cell:
         activations=root.activations.name,
         model=root.model,
         data=root.data,
-        measure=root.measure,
+        measure=measure,
     )
     return Cell(spec=spec, folder=Path(root.results_dir) / root.name, name=root.name, force=root.force)
 
@@ -245,12 +272,25 @@ def _noun(expected: str, why: str) -> str:
     return {"int": "a whole number", "float": "a number", "bool": "true or false"}.get(expected, why)
 
 
+def _batch_size(root: _Root) -> int:
+    """Sequences, or 0 for as many as fit."""
+    value = root.batch_size
+    if value == "fit":
+        if root.measure.budget is None:
+            raise ConfigError("batch_size=fit: needs measure.budget, such as measure.budget=8GiB")
+        return 0
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ConfigError(
+            f"batch_size={value}: allowed is a whole number from 1, or fit with a measure.budget"
+        )
+    return value
+
+
 def _check_bounds(root: _Root) -> None:
     model, measure = root.model, root.measure
     at_least = {
         "seq_len": (root.seq_len, 1),
         "depth": (root.depth, 1),
-        "batch_size": (root.batch_size, 1),
         "replicate": (root.replicate, 0),
         "model.d_model": (model.d_model, 2),
         "model.heads": (model.heads, 1),

@@ -4,7 +4,9 @@
    Gradients would not do: what leaks in published code is the *selection* of keys, which has none.
 2. Reference: the fast path equals the readable one, in outputs and in every gradient.
 
-The third, that the dispatched FLOPs are those of the formula, is checked in every cell, because it
+3. Recompute: a strategy for activations gives the gradients of stored ones, randomness replayed.
+
+The last, that the dispatched FLOPs are those of the formula, is checked in every cell, because it
 depends on the cell's sizes: see `cost_ratio`.
 """
 
@@ -13,6 +15,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -20,8 +23,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bench import residual
 from bench.config import CellSpec, digest
+from bench.model import LanguageModel
 from bench.records import write_atomically
+from bench.tasks.text import VOCABULARY, Batch
+from bench.train import training_step
 from variants.base import Attention, Dims, VariantConfig
 
 GATE_TOKENS = 1000
@@ -32,6 +39,8 @@ LEAK_TOLERANCE = 1e-5
 REFERENCE_TOLERANCE = 1e-4
 """Largest error, relative to the tensor's largest entry, of float32 against float64; sums over
 1,000 tokens lose about √1000 ulps, 4e-6, and gradients pass through several."""
+RECOMPUTE_TOLERANCE = 1e-5
+"""Largest error of a gradient, relative to the largest, that float32 rounding explains."""
 COST_TOLERANCE = 0.01
 COST_LIMIT = 2.2
 """Most that block-gathered patterns may dispatch, as a multiple of the allowed pairs."""
@@ -43,10 +52,13 @@ class GateFailed(Exception):
 
 @dataclass(frozen=True, kw_only=True)
 class Figures:
-    """What the gates measured; leak_max_abs is None where the model is not causal."""
+    """What the gates measured."""
 
     leak_max_abs: float | None
+    """None where the model is not causal."""
     reference_max_abs: float
+    recompute_max_abs: float | None
+    """None where every activation is kept."""
 
 
 def check(spec: CellSpec, folder: Path, code_sha256: str) -> Figures:
@@ -61,23 +73,37 @@ def check(spec: CellSpec, folder: Path, code_sha256: str) -> Figures:
         dims = Dims(batch_size=2, seq_len=spec.seq_len, d_model=dims.d_model, heads=dims.heads)
     layers = min(2, spec.depth)
     decides = [spec.variant, spec.variant_params, spec.causal, asdict(dims), layers, spec.device, code_sha256]
-    key = digest(decides)
-    path = folder / "gates" / f"{key}.json"
-    try:
-        return Figures(**json.loads(path.read_text()))
-    except (FileNotFoundError, TypeError, ValueError):
-        pass
     device = torch.device(spec.device)
-    with torch.random.fork_rng():
-        figures = Figures(
-            leak_max_abs=leak(variant, config, dims, layers, device) if spec.causal else None,
-            reference_max_abs=max(
+
+    def attention() -> dict[str, Any]:
+        return {
+            "leak_max_abs": leak(variant, config, dims, layers, device) if spec.causal else None,
+            "reference_max_abs": max(
                 reference_error(variant, config, dims, layer, device, causal=spec.causal)
                 for layer in range(layers)
             ),
-        )
-    write_atomically(path, json.dumps(asdict(figures)))
-    return figures
+        }
+
+    def recompute() -> dict[str, Any]:
+        return {"recompute_max_abs": recompute_error(spec, dims, layers, device)}
+
+    figures = _once(folder, decides, attention) | {"recompute_max_abs": None}
+    if spec.activations != "keep":
+        figures |= _once(folder, [*decides, spec.activations, spec.model.ff_chunks], recompute)
+    return Figures(**figures)
+
+
+def _once(folder: Path, decides: list[Any], take: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """What `take` found, or what it found before for the same `decides`; leaves randomness as it was."""
+    path = folder / "gates" / f"{digest(decides)}.json"
+    try:
+        return dict(json.loads(path.read_text()))
+    except (FileNotFoundError, TypeError, ValueError):
+        pass
+    with torch.random.fork_rng():
+        found = take()
+    write_atomically(path, json.dumps(found))
+    return found
 
 
 def _layer(variant: type[Attention], config: VariantConfig, dims: Dims, layer: int) -> Attention:
@@ -160,6 +186,48 @@ def reference_error(
     worst = _largest([_relative(a, b) for a, b in zip((y, *got), (y64, *want), strict=True)])
     if not worst <= REFERENCE_TOLERANCE:
         raise GateFailed(f"reference gate: layer {layer} differs from its reference by {worst:.2e}")
+    return worst
+
+
+def recompute_error(spec: CellSpec, dims: Dims, layers: int, device: torch.device) -> float:
+    """Largest error of a parameter's gradient under the cell's strategy for activations, against storing
+    them, relative to the largest entry of any; with dropout, after one training step of each.
+
+    A reversible network is compared with its own two streams. Raises GateFailed above rounding.
+    """
+    variant, config, _ = spec.attention()
+    source = torch.Generator().manual_seed(0)
+    tokens = torch.randint(VOCABULARY, (2, dims.batch_size, dims.seq_len), generator=source).to(device)
+
+    def gradients(run_blocks: residual.Run) -> list[Tensor]:
+        torch.manual_seed(0)
+        with device:
+            model = LanguageModel(
+                variant,
+                config,
+                dims,
+                depth=layers,
+                ff_mult=spec.model.ff_mult,
+                ff_chunks=spec.model.ff_chunks,
+                dropout=0.1,
+                vocabulary=VOCABULARY,
+                activations="keep",
+            )
+        torch.manual_seed(1)
+        with model.running(run_blocks):
+            optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+            training_step(model, optimizer, Batch(*tokens), causal=spec.causal)
+        return [torch.zeros_like(p) if p.grad is None else p.grad for p in model.parameters()]
+
+    strategy = residual.STRATEGIES[spec.activations]
+    want = gradients(strategy.stored)
+    scale = max(grad.abs().max().item() for grad in want)
+    pairs = zip(gradients(strategy.run), want, strict=True)
+    worst = _largest([(a - b).abs().max().item() / scale for a, b in pairs])
+    if not worst <= RECOMPUTE_TOLERANCE:
+        raise GateFailed(
+            f"recompute gate: activations={spec.activations} moved a gradient by {worst:.2e} of the largest"
+        )
     return worst
 
 

@@ -103,7 +103,7 @@ def _child(cell: Cell, theirs: Connection) -> None:
 
 
 def _outcome(cell: Cell, theirs: Connection) -> dict[str, Any]:
-    from bench.cell import CellRun, Unsupported
+    from bench.cell import CellRun, DoesNotFit, Unsupported
     from bench.gates import GateFailed
     from bench.train import Diverged
 
@@ -111,6 +111,8 @@ def _outcome(cell: Cell, theirs: Connection) -> dict[str, Any]:
         CellRun(cell, theirs.send).run()
     except Unsupported as reason:
         return {"status": "unsupported", "reason": str(reason)}
+    except DoesNotFit as reason:
+        return {"status": "predicted_oom", "reason": str(reason)}
     except GateFailed as failure:
         return {"status": "error", "reason": str(failure)}
     except Diverged as failure:

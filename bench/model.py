@@ -10,6 +10,7 @@ write to the residual stream divided by √(2·depth)).
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -129,6 +130,15 @@ class LanguageModel(nn.Module):
     def layers(self) -> list[Attention]:
         """The attention layers, lowest first."""
         return [block.attention for block in self.blocks]  # type: ignore[misc]
+
+    @contextmanager
+    def running(self, run_blocks: residual.Run) -> Iterator[None]:
+        """Run the blocks in another way while inside."""
+        before, self.run_blocks = self.run_blocks, run_blocks
+        try:
+            yield
+        finally:
+            self.run_blocks = before
 
     def forward(self, tokens: Tensor, *, causal: bool, states: list[Any] | None = None) -> Output:
         """One segment of the plan, (B, T) → Output; `states` is what the segment before returned.

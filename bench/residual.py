@@ -63,21 +63,6 @@ Run = Callable[..., tuple[Tensor, list[BlockOut]]]
 """(blocks, x, states, causal=…) → hidden states and what each block returned."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Strategy:
-    """One way of saving activation memory."""
-
-    run: Run
-    needs_device: bool = False
-    """It moves activations away from the device, so there has to be one."""
-
-    def unsupported(self, device: str) -> str | None:
-        """Why it cannot be used on this type of device, or None."""
-        if self.needs_device and device == "cpu":
-            return "moves activations from the device to the host, and on cpu they are there already"
-        return None
-
-
 def _in_order(
     blocks: Sequence[Block], x: Tensor, states: Sequence[Any], *, causal: bool
 ) -> tuple[Tensor, list[BlockOut]]:
@@ -360,11 +345,28 @@ def reversible(
     return (first + second) / 2, outs
 
 
+@dataclass(frozen=True, kw_only=True)
+class Strategy:
+    """One way of saving activation memory."""
+
+    run: Run
+    stored: Run = keep
+    """The same network with every activation stored."""
+    needs_device: bool = False
+    """It moves activations away from the device, so there has to be one."""
+
+    def unsupported(self, device: str) -> str | None:
+        """Why it cannot be used on this type of device, or None."""
+        if self.needs_device and device == "cpu":
+            return "moves activations from the device to the host, and on cpu they are there already"
+        return None
+
+
 STRATEGIES: dict[str, Strategy] = {
     "keep": Strategy(run=keep),
     "checkpoint": Strategy(run=checkpoint),
     "sqrt": Strategy(run=sqrt),
     "selective": Strategy(run=selective),
-    "reversible": Strategy(run=reversible),
+    "reversible": Strategy(run=reversible, stored=two_streams),
     "offload": Strategy(run=offload, needs_device=True),
 }

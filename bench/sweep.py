@@ -39,6 +39,7 @@ def identity(cell: Cell) -> dict[str, Any]:
         "depth": spec.depth,
         "d_model": spec.model.d_model,
         "heads": spec.model.heads,
+        "ff_chunks": spec.model.ff_chunks,
         "batch_size": spec.batch_size,
         "activations": spec.activations,
         "objective": spec.objective,
@@ -94,6 +95,6 @@ def _measure(cell: Cell, known: dict[str, Any]) -> Record:
     with device_lock(cell.spec.device):
         figures = environment.provenance()
         figures |= isolate.run(cell)
-    record = Record(**known, **figures)
+    record = Record(**(known | figures))
     records.write(cell.folder, record)
     return record

@@ -213,20 +213,16 @@ import dataclasses, gc, sys
 import torch
 from hydra import compose, initialize_config_dir
 from bench import config
-from bench.cell import build_model
+from bench.planning import build_model
 from bench.measure.memory import reset_rss_peak, resident_bytes
 from bench.measure.step import Subject
 from bench.tasks import text
 
 def train(spec):
-    variant, knobs, dims = spec.attention()
-    def build():
-        torch.manual_seed(0)
-        return build_model(spec, variant, knobs, dims)
     def batch():
         tokens = torch.randint(0, 256, (spec.batch_size, spec.seq_len))
         return text.Batch(tokens, tokens.clone())
-    subject = Subject.make(build, batch, causal=spec.causal, device=torch.device("cpu"))
+    subject = Subject.make(lambda: build_model(spec), batch, causal=spec.causal, device=torch.device("cpu"))
     subject.step()
     subject.step()
 
