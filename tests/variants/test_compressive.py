@@ -273,6 +273,20 @@ def test_dispatched_flops(compression: str) -> None:
 
 
 @pytest.mark.parametrize("compression", NAMES)
+def test_training_dispatches_the_reconstruction_besides(compression: str) -> None:
+    size = dims(1000, batch=2, channels=64, heads=4)
+    layer = Compressive(CompressiveConfig(compression=compression), size)
+    x, found = torch.randn(2, 1000, 64), []
+    for training in (False, True):
+        with CountFlops() as counted, torch.set_grad_enabled(training):
+            run(layer, x)
+        found.append(counted.total)
+    assert found[1] - found[0] == layer.reconstruction_flops(size)
+    assert (layer.reconstruction_flops(size) > 0) == (compression in LEARNT)
+    assert ("reconstruction" in str(layer.padding)) == (compression in LEARNT)
+
+
+@pytest.mark.parametrize("compression", NAMES)
 def test_runs_on_fake_tensors(compression: str) -> None:
     with FakeTensorMode():
         layer = Compressive(CompressiveConfig(compression=compression), dims(2**20, channels=256, heads=4))
