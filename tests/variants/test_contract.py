@@ -394,7 +394,7 @@ def assert_cost_is_honest(dispatched: int, formula: Flops, padding: str | None) 
 
 
 @cases(small=True)
-@pytest.mark.parametrize("tokens", [300, 1111])
+@pytest.mark.parametrize("tokens", [100, 300, 1111])
 def test_dispatched_flops_are_those_of_the_formula(case: Case, tokens: int) -> None:
     dims = Dims(batch_size=2, seq_len=tokens, d_model=64, heads=2)
     layer = case.layer(dims).eval().float()  # as it is trained: float64 may cost a projection more
