@@ -201,6 +201,13 @@ def test_sizes_are_those_announced(compression: str, segment: int, mem_len: int,
         assert layer.state_bytes(size) == sum(t.nbytes for t in state if t is not None)
 
 
+def test_what_fell_out_is_freed() -> None:
+    """The memory is no view of what it was cut from, which would stay alive with it."""
+    layer = make(segment=8, mem_len=8, comp_len=2, rate=4)
+    for state in run(layer, data(40))[2]:
+        assert state.memory.untyped_storage().nbytes() == state.memory.nbytes
+
+
 def test_usage_is_the_mean_attention_received() -> None:
     layer, x = make("most_used", segment=4, mem_len=8), data(8, 2)
     state = run(layer, x)[2][-1]
@@ -209,6 +216,15 @@ def test_usage_is_the_mean_attention_received() -> None:
     assert state.readers.tolist() == [8, 7, 6, 5, 4, 3, 2, 1]
     # the weights of each query sum to 1
     torch.testing.assert_close(state.usage.sum(dim=1), torch.full((2,), 8.0, dtype=torch.float64))
+
+
+def test_usage_is_summed_in_float32_under_autocast() -> None:
+    """Sums over thousands of queries would stop growing in bfloat16, and the ranking with them."""
+    layer = make("most_used", segment=4, mem_len=8).float()
+    with torch.autocast("cpu", torch.bfloat16):
+        state = run(layer, data(8).float())[2][-1]
+    assert state.usage is not None
+    assert state.usage.dtype == torch.float32
 
 
 class Undetached(Compressive):

@@ -252,6 +252,19 @@ def test_directions_are_drawn_anew_after_every_redraw_steps_and_never_in_a_forwa
     assert torch.equal(fixed.directions, first)
 
 
+def test_a_redraw_is_as_random_as_the_first_draw() -> None:
+    """From the global generator: another seed, other directions; and the generator moves on."""
+    found = []
+    for seed in (1, 2):
+        layer = make(redraw=1)
+        torch.manual_seed(seed)
+        layer.after_step()
+        found.append(layer.directions.clone())
+        found.append(torch.randn(3))
+    assert not torch.equal(found[0], found[2])
+    assert not torch.equal(found[1], found[3])
+
+
 def test_redraw_counts_optimiser_steps_even_where_a_forward_pass_runs_twice() -> None:
     for activations in ("keep", "checkpoint"):
         torch.manual_seed(0)
