@@ -201,6 +201,13 @@ def test_sizes_are_those_announced(compression: str, segment: int, mem_len: int,
         assert layer.state_bytes(size) == sum(t.nbytes for t in state if t is not None)
 
 
+def test_what_fell_out_is_freed() -> None:
+    """The memory is no view of what it was cut from, which would stay alive with it."""
+    layer = make(segment=8, mem_len=8, comp_len=2, rate=4)
+    for state in run(layer, data(40))[2]:
+        assert state.memory.untyped_storage().nbytes() == state.memory.nbytes
+
+
 def test_usage_is_the_mean_attention_received() -> None:
     layer, x = make("most_used", segment=4, mem_len=8), data(8, 2)
     state = run(layer, x)[2][-1]

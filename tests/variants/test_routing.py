@@ -197,10 +197,11 @@ def test_a_token_in_no_cluster_gets_zeros_from_routed_heads(tokens: int) -> None
 
 def test_memberships_do_not_depend_on_autocast() -> None:
     layer = make(64).float()
-    x = torch.randn(1, 64, 2, 8)
-    plain = _kmeans.nearest(x, layer.centroids)[0]
+    x = torch.randn(1, 4096, 2, 8)  # enough for some to lie between two clusters
+    plain, taken = _kmeans.nearest(x, layer.centroids)[0], _kmeans.members(x, layer.centroids, 512)[0]
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(_kmeans.nearest(x, layer.centroids)[0], plain)
+        assert torch.equal(_kmeans.members(x, layer.centroids, 512)[0], taken)
         for causal in (True, False):
             inputs = torch.randn(1, 64, 32, requires_grad=True)
             layer(inputs, causal=causal).y.float().sum().backward()
