@@ -34,7 +34,7 @@ class PerformerConfig(VariantConfig):
     false draws them independently."""
     redraw: int = 0
     """Optimiser steps between draws of new directions; 0 keeps the first ones."""
-    chunk: int = 128
+    chunk: int = 64
     """Tokens whose causal weights are computed pair by pair; earlier tokens come as one sum."""
 
     def __post_init__(self) -> None:
@@ -111,7 +111,6 @@ class Performer(Attention):
     def forward(self, x: Tensor, *, causal: bool, state: Any = None) -> Out:
         """(B, T, C) → Out; carries no state."""
         q, k, v = self.projections.split(x)
-        v = v.contiguous()  # saved for backward: as a view it would keep all three projections alive
         directions, softmax = self._scaled(q), self.config.features == "softmax"
         with torch.autocast(x.device.type, enabled=False):  # exponents and sums need float32
             if causal:
