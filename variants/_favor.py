@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-SEGMENT = 2048
+SEGMENT = 1536
 """Tokens of all sequences together whose features exist at a time, rounded up to whole chunks: few, so
 that they stay in cache."""
 SEGMENTS = 128
@@ -217,22 +217,26 @@ class _Step(NamedTuple):
         values, norms = (torch.bmm(self.q_features, s.mT).mul_(self.query_weight) for s in self.sums)
         return _add_bmm(values, self.weights, self.values), norms.add_(self.weights.sum(-1, keepdim=True))
 
-    def gradients(self, g: Tensor, g_norm: Tensor, carried: _Sums) -> tuple[Tensor, Tensor, Tensor, _Sums]:
-        """Of query features, key features, values (G, c, …) and the sums before the segment.
+    def gradients(
+        self, kernel: Kernel, q: Tensor, k: Tensor, g: Tensor, g_norm: Tensor, carried: _Sums
+    ) -> tuple[Tensor, Tensor, Tensor, _Sums]:
+        """Of queries, keys, values (G, c, D) and the sums before the segment.
 
         From those of both outputs and of the sums after the segment.
         """
         g_earlier, g_norm_earlier = g * self.query_weight, g_norm * self.query_weight
-        g_sums = _Sums.over(g_earlier, g_norm_earlier, self.q_features)
-        g_own, g_carried = g_sums.running(carried, self.ageing, backward=True)
+        g_own, g_carried = _Sums.over(g_earlier, g_norm_earlier, self.q_features).running(
+            carried, self.ageing, backward=True
+        )
         g_scores = torch.bmm(g, self.values.mT).add_(g_norm).mul_(self.decay)
-        g_queries = self.sums.read(g_earlier, g_norm_earlier)
-        g_queries = _add_bmm(g_queries, g_scores, self.k_features)
-        g_keys = g_own.read(self.values * self.key_weight, self.key_weight)
-        g_keys = _add_bmm(g_keys, g_scores.mT, self.q_features)
-        g_values = torch.bmm(self.k_features, g_own.values.mT).mul_(self.key_weight)
-        g_values = _add_bmm(g_values, self.weights.mT, g)
-        return g_queries, g_keys, g_values, g_carried
+        g_features = _add_bmm(self.sums.read(g_earlier, g_norm_earlier), g_scores, self.k_features)
+        g_q = kernel.queries_backward(q, self.q_features, g_features)
+        del g_features  # as large as all of the above
+        g_features = g_own.read(self.values * self.key_weight, self.key_weight)
+        g_features = _add_bmm(g_features, g_scores.mT, self.q_features)
+        g_k = kernel.keys_backward(k, self.k_features, g_features)
+        g_v = torch.bmm(self.k_features, g_own.values.mT).mul_(self.key_weight)
+        return g_q, g_k, _add_bmm(g_v, self.weights.mT, g), g_carried
 
 
 class _CausalFavor(torch.autograd.Function):
@@ -267,19 +271,24 @@ class _CausalFavor(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, directions, y, inverse, *starts = ctx.saved_tensors
         kernel, chunk = Kernel(directions, ctx.softmax), ctx.chunk
-        g_q, g_k, g_v = (torch.empty_like(x) for x in (q, k, v))
+        grads = [torch.empty_like(x) for x in (q, k, v)]
         g_carried = _Sums.empty(directions, q.shape[0] * q.shape[1])
+
+        def segment(lo: int, hi: int, carried: _Sums, level: Tensor, g_carried: _Sums) -> _Sums:
+            """A function, so that what a segment leaves behind is freed before the next one."""
+            q_part, k_part, v_part = (_cut(x, lo, hi, chunk) for x in (q, k, v))
+            step = _Step.make(q_part, k_part, v_part, kernel, carried, level)
+            g, g_norm = _divide_backward(*(_cut(x, lo, hi, chunk) for x in (grad, y, inverse)))
+            *parts, g_carried = step.gradients(kernel, q_part, k_part, g, g_norm, g_carried)
+            for target, part in zip(grads, parts, strict=True):
+                _paste(target, lo, hi, part)
+            return g_carried
+
         for lo, hi in reversed(_segments(q.shape[0] * q.shape[1], q.shape[2], chunk)):
             *carried, level = starts[-3:]
             del starts[-3:]
-            q_part, k_part, v_part = (_cut(x, lo, hi, chunk) for x in (q, k, v))
-            step = _Step.make(q_part, k_part, v_part, kernel, _Sums(*carried), level)
-            g, g_norm = _divide_backward(*(_cut(x, lo, hi, chunk) for x in (grad, y, inverse)))
-            g_queries, g_keys, g_values, g_carried = step.gradients(g, g_norm, g_carried)
-            _paste(g_q, lo, hi, kernel.queries_backward(q_part, step.q_features, g_queries))
-            _paste(g_k, lo, hi, kernel.keys_backward(k_part, step.k_features, g_keys))
-            _paste(g_v, lo, hi, g_values)
-        return g_q, g_k, g_v, None, None, None
+            g_carried = segment(lo, hi, _Sums(*carried), level, g_carried)
+        return *grads, None, None, None
 
 
 class _FullFavor(torch.autograd.Function):
