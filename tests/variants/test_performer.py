@@ -343,6 +343,17 @@ def test_features_of_a_long_sequence_are_never_all_held(causal: bool) -> None:
     )  # one head's queries' and keys' features, or two heads' queries'
 
 
+@pytest.mark.parametrize("chunk", [1, 64, 100])
+@pytest.mark.parametrize("seq_len", [1, 63, 2**11 + 5, 2**24 + 1])
+def test_segments_cover_the_sequence_in_few_whole_chunks(seq_len: int, chunk: int) -> None:
+    """Few, because planning a length dispatches every operation on fake tensors."""
+    segments = _favor._segments(4, seq_len, chunk)
+    assert len(segments) <= _favor.SEGMENTS
+    assert [token for segment in segments for token in segment][1:-1:2] == [lo for lo, _ in segments[1:]]
+    assert (segments[0][0], segments[-1][1]) == (0, seq_len)
+    assert all((hi - lo) % chunk == 0 for lo, hi in segments[:-1])
+
+
 @pytest.mark.parametrize("causal", [True, False])
 def test_recomputation_gives_the_same_gradients(causal: bool) -> None:
     layer = make()

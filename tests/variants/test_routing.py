@@ -106,7 +106,7 @@ def test_slices_and_recomputation_change_nothing(causal: bool, monkeypatch: pyte
     torch.manual_seed(0)
     x, v = (torch.randn(2, 45, 3, 4, dtype=torch.float64, requires_grad=True) for _ in range(2))
     layout = _kmeans.lay_out(torch.randint(4, (2, 3, 45)), 4, 7, is_causal=causal)
-    monkeypatch.setattr(_kmeans, "PIECE", 1)
+    monkeypatch.setattr(_kmeans, "SLICE", 1)
     monkeypatch.setattr(_kmeans, "MOST_PIECES", 9)
     assert len(_kmeans._slices(layout)) > 3
     got = _kmeans.Windowed.apply(x, v, layout)
