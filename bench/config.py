@@ -280,9 +280,7 @@ def _batch_size(root: _Root) -> int:
             raise ConfigError("batch_size=fit: needs measure.budget, such as measure.budget=8GiB")
         return 0
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ConfigError(
-            f"batch_size={value}: allowed is a whole number from 1, or fit with a measure.budget"
-        )
+        raise ConfigError(f"batch_size={value}: allowed is 1 or more, or fit with a measure.budget")
     return value
 
 

@@ -221,7 +221,7 @@ class Compressive(Recurrent):
         return Out(found.y, after, loss)
 
     def _blank(self, x: Tensor) -> State:
-        nothing = x[:, :0].detach()
+        nothing = x.new_empty(x.shape[0], 0, x.shape[2])  # not a view, which would keep x
         counts = (nothing.new_zeros(x.shape[0], 0), nothing.new_zeros(0)) if self.counts else (None, None)
         return State(nothing, nothing, *counts)
 
@@ -251,8 +251,8 @@ class Compressive(Recurrent):
         queue = state.compressed
         if fallen and self.config.comp_len:
             compressed = self.compressor(held[:, :fallen], mean_usage)
-            queue = torch.cat([queue, compressed.detach()], dim=1)[:, -self.config.comp_len :]
-        # a copy, so that what fell out is freed
+            queue = torch.cat([queue, compressed.detach()], dim=1)[:, -self.config.comp_len :].clone()
+        # copies, so that what fell out is freed
         return State(held[:, fallen:].clone(), queue, usage, readers), fallen, compressed
 
     def _reconstruction(self, found: Attended, keys: slice, compressed: Tensor) -> Tensor:

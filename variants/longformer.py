@@ -96,10 +96,13 @@ class Longformer(Attention):
 
     @classmethod
     def unsupported(cls, config: VariantConfig, dims: Dims, *, causal: bool) -> str | None:
-        """Global tokens read the future, and have queries of their own."""
+        """Global tokens read the future, and have queries of their own; a head has one dilation."""
         assert isinstance(config, LongformerConfig)
         if config.impl == "flex" and config.global_tokens:
             return f"global_tokens={config.global_tokens}: impl=flex has none, use impl=blocks"
+        if len(config.dilation) > dims.heads:
+            entries = f"dilation={config.dilation}: {len(config.dilation)} entries"
+            return f"{entries} for {dims.heads} heads; allowed are 1 to {dims.heads}"
         if causal and config.global_tokens:
             return f"global_tokens={config.global_tokens}: a global token reads later tokens; causal takes 0"
         return super().unsupported(config, dims, causal=causal)

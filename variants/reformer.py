@@ -98,6 +98,14 @@ class Reformer(Attention):
     complexity = Complexity(time=1, memory=1, formula="T·log T", source="Kitaev 2020, Table 1")
     padding = "a block of queries is given every key that any of them may read, and masks the rest"
 
+    @classmethod
+    def unsupported(cls, config: VariantConfig, dims: Dims, *, causal: bool) -> str | None:
+        """Buckets are of tokens."""
+        assert isinstance(config, ReformerConfig)
+        if (config.n_buckets or 1) > dims.seq_len:
+            return f"n_buckets={config.n_buckets}: more than tokens; allowed is 1 to {dims.seq_len}"
+        return super().unsupported(config, dims, causal=causal)
+
     def __init__(self, config: ReformerConfig, dims: Dims, layer: int = 0) -> None:
         super().__init__(config, dims, layer)
         self.qk = nn.Linear(dims.d_model, dims.d_model, bias=False)

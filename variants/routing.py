@@ -90,7 +90,10 @@ class Routing(Attention):
 
     @classmethod
     def unsupported(cls, config: VariantConfig, dims: Dims, *, causal: bool) -> str | None:
-        """Half the heads have to be a whole number of them."""
+        """Half the heads have to be a whole number of them, and clusters are of tokens."""
+        assert isinstance(config, RoutingConfig)
+        if (config.n_clusters or 1) > dims.seq_len:
+            return f"n_clusters={config.n_clusters}: more than tokens; allowed is 1 to {dims.seq_len}"
         if dims.heads % 2:
             return f"heads={dims.heads}: half are local and half routed, so it must be even"
         return super().unsupported(config, dims, causal=causal)

@@ -32,21 +32,29 @@ class StepFigures:
     optimizer_bytes: int
     activation_bytes: int
     """What the forward pass leaves for the backward pass; of the segment that leaves most."""
-    phase_peak_bytes: dict[Phase, int]
-    at_peak: dict[str, int]
-    """The peak split by what its bytes are for: memory.LABELS."""
+    peaks: dict[Phase, dict[str, int]]
+    """The most that was live in each phase, split by what the bytes are for: memory.LABELS."""
     rss_peak_bytes: int | None = None
     reserved_bytes: int | None = None
+
+    def phase_peak_bytes(self, phase: Phase) -> int:
+        """The most that was live in a phase."""
+        return sum(self.peaks[phase].values())
+
+    @property
+    def peak_phase(self) -> Phase:
+        """When the most was live."""
+        return max(self.peaks, key=self.phase_peak_bytes)
 
     @property
     def peak_bytes(self) -> int:
         """The most that was live at any time."""
-        return max(self.phase_peak_bytes.values())
+        return self.phase_peak_bytes(self.peak_phase)
 
     @property
-    def peak_phase(self) -> Phase:
-        """When that was."""
-        return max(self.phase_peak_bytes, key=self.phase_peak_bytes.__getitem__)
+    def at_peak(self) -> dict[str, int]:
+        """What those bytes were for."""
+        return self.peaks[self.peak_phase]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,7 +126,7 @@ class Subject:
 
 
 class _Phases:
-    """FLOPs and peaks of the phases of a step, and the split of the highest peak."""
+    """FLOPs and split peaks of the phases of a step."""
 
     def __init__(self, storage: LiveStorage, counter: CountFlops) -> None:
         self.storage, self.counter = storage, counter
@@ -126,8 +134,8 @@ class _Phases:
         self.flops: dict[Phase, list[int]] = {"forward": [], "backward": [], "optimizer": []}
         """Of each segment in turn."""
         self.stored = 0
-        self.peaks: dict[Phase, int] = {"forward": 0, "backward": 0, "optimizer": 0}
-        self.at_peak: dict[str, int] = {}
+        self.peaks: dict[Phase, dict[str, int]] = {"forward": {}, "backward": {}, "optimizer": {}}
+        """Of the segment where it was highest."""
         storage.reset_peak()
 
     def after(self, phase: Phase) -> None:
@@ -135,9 +143,8 @@ class _Phases:
         if phase == "forward":
             storage.label_since(self.seen, "activations")
             self.stored = max(self.stored, storage.labelled["activations"])
-        if storage.peak > max(self.peaks.values()):
-            self.at_peak = storage.at_peak
-        self.peaks[phase] = max(self.peaks[phase], storage.peak)
+        if storage.peak > sum(self.peaks[phase].values()):
+            self.peaks[phase] = storage.at_peak
         self.flops[phase].append(self.counter.total - self.counted)
         self.counted, self.seen = self.counter.total, storage.seen
         storage.reset_peak()
@@ -176,8 +183,7 @@ def _measured(
     return StepFigures(
         flops_forward=flops["forward"],
         flops_step=sum(flops.values()),
-        phase_peak_bytes=phases.peaks,
-        at_peak=phases.at_peak,
+        peaks=phases.peaks,
         activation_bytes=phases.stored,
         **subject.bytes(),
     )
@@ -233,11 +239,13 @@ def on_device(make: Callable[[], Subject], device: torch.device) -> tuple[Subjec
         module.reset_peak_memory_stats(device)
         before = module.memory_allocated(device)
         figures = _measured(subject, subject.segments(), storage, after=after)
-    beyond = max(peaks.values()) - figures.peak_bytes
+    beyond = {phase: peak - figures.phase_peak_bytes(phase) for phase, peak in peaks.items()}
     return subject, replace(
         figures,
-        phase_peak_bytes=peaks,
-        at_peak=figures.at_peak | {"workspace": figures.at_peak["workspace"] + beyond},
+        peaks={
+            phase: split | {"workspace": split["workspace"] + beyond[phase]}
+            for phase, split in figures.peaks.items()
+        },
         activation_bytes=stored,
         reserved_bytes=reserved,
     )
