@@ -30,22 +30,23 @@ class Kinds:
 
 def kinds(frame: pd.DataFrame) -> Kinds:
     """The records by kind, their `budget_bytes` filled in where a cell stopped before it said."""
-    frame = frame.assign(budget_bytes=_budget(frame))
-    asked = frame["budget_bytes"].notna()
     # A batch that is to be found is 0 until it is.
     found = (frame["batch_size"] == frame["largest_batch_size"]) & frame["longest_seq_len"].isna()
-    payoff = asked & (found | (frame["batch_size"] == 0))
+    payoff = found | (frame["batch_size"] == 0)
+    frame = frame.assign(budget_bytes=_budget(frame, payoff))
+    fits = frame["budget_bytes"].notna() & ~payoff
     measured = frame["peak_bytes"].notna() & ~predicted(frame["peak_bytes_source"])
-    return Kinds(frame[~asked | (~payoff & measured)], frame[asked & ~payoff], frame[payoff])
+    return Kinds(frame[~payoff & (~fits | measured)], frame[fits], frame[payoff])
 
 
-def _budget(frame: pd.DataFrame) -> pd.Series[float]:
-    """The budget; of an unfinished cell that names none, the one of all finished cells of its measure."""
+def _budget(frame: pd.DataFrame, payoff: pd.Series[bool]) -> pd.Series[float]:
+    """The budget; of an unfinished cell that names none, the one that all its finished peers name."""
+    keys = [frame["name"], frame["measure"], payoff]
     ok = frame["status"] == "ok"
-    peers = frame[ok].groupby(["name", "measure"])["budget_bytes"]
-    only = peers.min().where((peers.nunique() == 1) & (peers.count() == peers.size()))
-    usual = only.reindex(pd.MultiIndex.from_frame(frame[["name", "measure"]])).to_numpy()
-    return frame["budget_bytes"].where(ok | frame["budget_bytes"].notna(), pd.Series(usual, frame.index))
+    named = frame["budget_bytes"].where(ok).groupby(keys)
+    unnamed = (ok & frame["budget_bytes"].isna()).groupby(keys).transform("any")
+    usual = named.transform("first").where((named.transform("nunique") == 1) & ~unnamed)
+    return frame["budget_bytes"].fillna(usual)
 
 
 def fits_cells(frame: pd.DataFrame) -> pd.DataFrame:
@@ -54,7 +55,7 @@ def fits_cells(frame: pd.DataFrame) -> pd.DataFrame:
     Of several replicates the least counts: what fits must fit them all.
     """
     keys = [*FIT, "depth", "variant", "label", "activations"]
-    found = frame.groupby(keys, sort=False)
+    found = frame.groupby(keys, sort=False, dropna=False)
     cells = found[["longest_seq_len", "largest_batch_size"]].min()
     cells["status"] = found["status"].agg(status_counts)
     return ordered(cells.reset_index())
@@ -75,7 +76,7 @@ def payoff_cells(frame: pd.DataFrame) -> pd.DataFrame:
     kept = frame[frame["activations"] == BASELINE].groupby(peers)["tokens_per_second"].median()
     against = kept.reindex(pd.MultiIndex.from_frame(frame[peers])).to_numpy()
     frame = frame.assign(gain=frame["tokens_per_second"] / against)
-    found = frame.groupby(keys, sort=False)
+    found = frame.groupby(keys, sort=False, dropna=False)
     columns: dict[str, pd.Series[Any]] = {
         "largest_batch_size": found["largest_batch_size"].min(),
         "tokens_per_second": found["tokens_per_second"].median(),

@@ -246,7 +246,7 @@ def _by_budget(cells: pd.DataFrame, keys: Sequence[str]) -> list[tuple[str, str,
     """As tables.headed, with the budget and the length in every heading."""
     found = []
     for heading, words, group in tables.headed(cells, keys):
-        fixed = [k for k in ("budget_bytes", "seq_len") if group[k].nunique() and cells[k].nunique() == 1]
+        fixed = [k for k in ("budget_bytes", "seq_len") if cells[k].nunique() == 1]
         first = {k: group[k].iloc[0] for k in fixed}
         found.append((", ".join(w for w in (heading, describe(first, fixed)) if w), words, group))
     return found
