@@ -20,6 +20,7 @@ PINS := $(CONSTRAINTS)
 
 # What the commands below are about:
 EXPERIMENT ?=# the preset that `make bench` runs; left empty, the one that suits this device
+GPU_MEM ?= 80GiB# the memory that `make plan` plans for
 NAME ?=# the experiment under results/ that `make report` rebuilds
 ARGS ?=# more arguments, for the sweep (bench, smoke, bench-layers) or for pytest (test, test-slow, …)
 
@@ -32,7 +33,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install corpus bench bench-layers smoke report test test-slow test-cuda test-peers compare lint format clean distclean named FORCE
+.PHONY: help install corpus bench plan bench-layers smoke report test test-slow test-cuda test-peers compare lint format clean distclean named FORCE
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -82,6 +83,9 @@ status=0; \
 	$(PY) -m bench.report results/$(1) || { report=$$?; test $$status -ne 0 || status=$$report; }; \
 	exit $$status
 endef
+
+plan: corpus ## what fits: the longest sequences and largest batches in GPU_MEM, e.g. GPU_MEM=24GiB, by prediction
+	@$(call sweep-and-report,fits,measure.budget=$(strip $(GPU_MEM)))
 
 bench-layers: $(STAMP) ## compare single layers with dense attention in time and memory, into results/layers
 	@$(PY) -m bench.layers $(ARGS)

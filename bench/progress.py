@@ -25,6 +25,8 @@ def describe(record: Record) -> str:
         f"step {record.step_seconds_median * 1e3:,.1f} ms" if record.step_seconds_median else None,
         f"peak {record.peak_bytes / 2**20:,.1f} MiB" if record.peak_bytes else None,
         f"{record.flops_executed_step / 1e9:,.2f} GFLOP" if record.flops_executed_step else None,
+        f"longest that fits T={record.longest_seq_len}" if record.longest_seq_len is not None else None,
+        f"largest batch {record.largest_batch_size}" if record.largest_batch_size is not None else None,
         f"{record.objective} perplexity {record.perplexity:.2f}" if record.perplexity else None,
     ]
     return f"{record.status:11} {what}: {', '.join(filter(None, figures))}"

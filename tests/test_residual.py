@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from functools import cache
+from collections.abc import Callable
+from functools import cache, partial
 from typing import Any
 
 import pytest
@@ -11,9 +12,11 @@ from torch import Tensor
 
 import variants
 from bench import residual
+from bench.config import ACTIVATIONS
+from bench.measure.step import StepFigures, Subject, predicted
 from bench.model import LanguageModel
 from bench.tasks.text import Batch
-from bench.train import training_step
+from bench.train import optimizer_for, training_step
 from variants.base import Dims
 
 ON_HOST = [name for name, strategy in residual.STRATEGIES.items() if not strategy.needs_device]
@@ -89,3 +92,124 @@ def test_gradients_with_a_chunked_feed_forward(name: str, activations: str) -> N
     model = model_of(name, activations, ff_chunks=3)
     got = stepped(model, 600, causal=objective(name))
     assert_same(got, wanted(name, two_streams=activations == "reversible", ff_chunks=3))
+
+
+def test_a_reversible_network_under_autocast_replays_it() -> None:
+    """Matrix products in bfloat16 in both passes: the same gradients up to its rounding."""
+    found = []
+    for run_blocks in (residual.two_streams, residual.reversible):
+        model = model_of("dense", "keep", dtype=torch.bfloat16)
+        model.run_blocks = run_blocks
+        found.append(stepped(model, 100, causal=True))
+    want, got = found
+    scale = max(grad.abs().max().item() for grad in want.values())
+    assert max((got[key] - want[key]).abs().max().item() for key in want) <= 0.01 * scale
+
+
+def test_rebuilt_activations_drift_little_and_more_further_down() -> None:
+    """Floats do not subtract exactly; level 1 is rebuilt last."""
+    model = model_of("dense", "reversible", depth=6, dropout=0.0)
+    drift: dict[int, float] = {}
+    with model.running(partial(residual.reversible, drift=drift)):
+        stepped(model, 200, causal=True)
+    assert sorted(drift) == [1, 2, 3, 4, 5, 6]
+    assert 0 < drift[6] <= drift[1] < 1e-5
+
+
+def test_drift_sees_a_branch_that_is_not_replayed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is fed back differs from what was fed forward, as with randomness that is drawn anew."""
+    monkeypatch.setattr(residual._Replay, "__call__", lambda self: torch.enable_grad())
+    model = model_of("dense", "reversible")
+    drift: dict[int, float] = {}
+    with model.running(partial(residual.reversible, drift=drift)):
+        stepped(model, 200, causal=True)
+    assert max(drift.values()) > 1e-2
+
+
+def test_a_reversible_network_runs_backward_once() -> None:
+    """Its streams are overwritten on the way down, so a second pass would give wrong gradients."""
+    model = model_of("dense", "reversible")
+    loss = model(batch_of(model, 50).inputs, causal=True).logits.square().mean()
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="runs backward once"):
+        loss.backward()
+
+
+def test_evaluation_of_a_reversible_network_is_that_of_its_streams() -> None:
+    model = model_of("longformer", "reversible").eval()
+    tokens = batch_of(model, 300).inputs
+    with torch.no_grad():
+        got = model(tokens, causal=True).logits
+        with model.running(residual.two_streams):
+            assert torch.equal(got, model(tokens, causal=True).logits)
+
+
+def test_offloading_needs_a_device() -> None:
+    assert residual.STRATEGIES["offload"].unsupported("cuda") is None
+    assert "cpu" in (residual.STRATEGIES["offload"].unsupported("cpu") or "")
+    assert [name for name in ACTIVATIONS if name not in residual.STRATEGIES] == []
+    assert len(ACTIVATIONS) == len(residual.STRATEGIES)
+
+
+# --- memory and work by depth -------------------------------------------------------------------
+
+
+def predicted_for(model: Callable[[], LanguageModel], tokens: int, *, causal: bool) -> StepFigures:
+    def make() -> Subject:
+        made = model().train()
+        return Subject(
+            model=made, optimizer=optimizer_for(made, 1e-4), batch=batch_of(made, tokens), causal=causal
+        )
+
+    return predicted(make)
+
+
+def figures_of(activations: str, depth: int, **kwargs: Any) -> StepFigures:
+    """Of a dense model without dropout."""
+    return predicted_for(
+        lambda: model_of("dense", activations, seq_len=256, depth=depth, dropout=0.0, **kwargs),
+        256,
+        causal=True,
+    )
+
+
+BOUNDARY = 2 * 256 * 32 * 4
+"""Bytes of the hidden states between two blocks."""
+
+
+def test_what_each_strategy_stores_by_depth() -> None:
+    def stored(activations: str) -> dict[int, int]:
+        return {depth: figures_of(activations, depth).activation_bytes for depth in (4, 9, 16)}
+
+    keep, checkpoint, sqrt, reversible = map(stored, ("keep", "checkpoint", "sqrt", "reversible"))
+    assert keep[16] - keep[4] > 12 * 8 * BOUNDARY
+    assert (checkpoint[16] - checkpoint[4]) / 12 == pytest.approx(BOUNDARY, rel=0.2)
+    # a boundary every ⌈√L⌉ blocks: 2, 3 and 4 of them
+    assert sqrt[9] - sqrt[4] == pytest.approx(BOUNDARY, rel=0.2)
+    assert sqrt[16] - sqrt[9] == pytest.approx(BOUNDARY, rel=0.2)
+    assert reversible[16] <= 1.15 * reversible[4]
+    selective = stored("selective")
+    assert checkpoint[16] < selective[16] < keep[16]
+
+
+@every_variant
+def test_recomputing_costs_at_most_a_forward_pass(name: str) -> None:
+    """Executed FLOPs of a step beside those with stored activations: at most 8/6, and what a variant's own
+    backward pass computes again anyway."""
+
+    def flops(activations: str) -> int:
+        return predicted_for(
+            lambda: model_of(name, activations, depth=4, dropout=0.0), 600, causal=objective(name)
+        ).flops_step
+
+    keep = flops("keep")
+    for activations in ("checkpoint", "sqrt", "selective", "reversible"):
+        assert keep <= flops(activations) <= 1.4 * keep, activations
+
+
+def test_a_chunked_feed_forward_takes_less_room() -> None:
+    """Reversible, the intermediate ff_mult·C channels exist for one piece at a time."""
+    whole, pieces = (
+        figures_of("reversible", 2, ff_mult=16, ff_chunks=chunks).peak_bytes for chunks in (1, 8)
+    )
+    assert whole - pieces > 2 * 0.8 * (16 - 2) * BOUNDARY

@@ -1,7 +1,7 @@
 """Linear attention over positive features, in memory that does not grow with T · m (for performer.py).
 
-Shapes: B batch, H heads, N = B·H, T tokens, D channels of a head, m features,
-n chunks in a segment, c tokens in a chunk.
+Shapes: B batch, H heads, N = B·H sequences, T tokens, D channels of a head, m features,
+n chunks of each sequence in a segment, G = N·n chunks, c tokens in a chunk.
 
 With features φ the output of query t is Σ_s φ(q_t)·φ(k_s) v_s / Σ_s φ(q_t)·φ(k_s), over all s or, causal,
 over s ≤ t. The features of a whole sequence, T · m, would outweigh everything else a layer holds, so both
@@ -24,9 +24,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-SEGMENT = 1024
-"""Tokens whose features exist at a time, rounded to whole chunks: few, so that they stay in cache."""
-SEGMENTS = 256
+SEGMENT = 1536
+"""Tokens of all sequences together whose features exist at a time, rounded up to whole chunks: few, so
+that they stay in cache."""
+SEGMENTS = 128
 """Most segments; longer sequences have longer ones, which bounds the dispatched operations."""
 LOWEST = -1e30
 """The level of an empty sum: finite, so that the difference of two is 0 and not NaN."""
@@ -58,7 +59,8 @@ class Kernel(NamedTuple):
 
     def _features(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Features (…, m), for softmax without |x|² and divided by their largest, and its logarithm (…)."""
-        h = x @ self.directions.mT
+        # one product of matrices: of a stack, matmul would make a batch of small ones
+        h = (x.flatten(0, -2) @ self.directions.mT).view(*x.shape[:-1], -1)
         if not self.softmax:
             return h.relu_().add_(RELU_FLOOR), x.new_zeros(x.shape[:-1])
         highest = h.amax(-1, keepdim=True)
@@ -81,39 +83,31 @@ class Kernel(NamedTuple):
 
 
 def _cut(x: Tensor, lo: int, hi: int, chunk: int) -> Tensor:
-    """Tokens [lo, hi) of (B, H, T, D) as whole chunks (N, n, c, D), wide; zeros follow the last token.
+    """Tokens [lo, hi) of (B, H, T, D) as whole chunks (G, c, D), wide; zeros follow the last token.
 
     It may be a view of x: not to be written to.
     """
-    part = x[:, :, lo:hi].to(torch.promote_types(x.dtype, torch.float32)).flatten(0, 1)
+    part = x[:, :, lo:hi].to(torch.promote_types(x.dtype, torch.float32))
     rest = -(hi - lo) % chunk
     if rest:
         part = torch.nn.functional.pad(part, (0, 0, 0, rest))
-    chunks: Tensor = part.unflatten(1, (-1, chunk))
-    return chunks
+    return part.reshape(-1, chunk, x.shape[-1])
 
 
 def _paste(target: Tensor, lo: int, hi: int, part: Tensor) -> None:
-    """Write (N, n, c, D) back to tokens [lo, hi) of (B, H, T, D)."""
-    target[:, :, lo:hi] = part.flatten(1, 2)[:, : hi - lo].unflatten(0, target.shape[:2])
-
-
-def _bmm(a: Tensor, b: Tensor) -> Tensor:
-    """Products over the last two dimensions of (N, n, …)."""
-    product: Tensor = torch.bmm(a.flatten(0, 1), b.flatten(0, 1)).unflatten(0, a.shape[:2])
-    return product
+    """Write (G, c, D) back to tokens [lo, hi) of (B, H, T, D)."""
+    target[:, :, lo:hi] = part.view(*target.shape[:2], -1, target.shape[-1])[:, :, : hi - lo]
 
 
 def _add_bmm(total: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """The same, added to `total` in place."""
-    flat = total.flatten(0, 1)
-    torch.baddbmm(flat, a.flatten(0, 1), b.flatten(0, 1), out=flat)
-    return total
+    """Adds the products of two stacks of matrices to `total` in place."""
+    # `out=`, because torch's FLOP counter knows no in-place form
+    return torch.baddbmm(total, a, b, out=total)
 
 
-def _segments(seq_len: int, chunk: int) -> list[tuple[int, int]]:
+def _segments(sequences: int, seq_len: int, chunk: int) -> list[tuple[int, int]]:
     """The bounds of the segments, whole chunks but for the last."""
-    length = -(-max(SEGMENT, -(-seq_len // SEGMENTS)) // chunk) * chunk
+    length = -(-max(SEGMENT // sequences, -(-seq_len // SEGMENTS)) // chunk) * chunk
     return [(lo, min(lo + length, seq_len)) for lo in range(0, seq_len, length)]
 
 
@@ -123,23 +117,23 @@ class _Sums(NamedTuple):
     The two are kept apart: products over D + 1 channels take up to twice as long as over 64.
     """
 
-    values: Tensor  # (N, n, D, m)
-    norms: Tensor  # (N, n, 1, m)
+    values: Tensor  # (G, D, m)
+    norms: Tensor  # (G, 1, m)
 
     @classmethod
-    def empty(cls, directions: Tensor, *rows: int) -> _Sums:
-        """Over no keys: (*rows, D, m) and (*rows, 1, m)."""
+    def empty(cls, directions: Tensor, sequences: int) -> _Sums:
+        """Over no keys, one of each sequence."""
         m, head_dim = directions.shape
-        return cls(directions.new_zeros(*rows, head_dim, m), directions.new_zeros(*rows, 1, m))
+        return cls(directions.new_zeros(sequences, head_dim, m), directions.new_zeros(sequences, 1, m))
 
     @classmethod
     def over(cls, values: Tensor, norms: Tensor, features: Tensor) -> _Sums:
-        """Over the tokens of each chunk: (N, n, c, D), (N, n, c, 1) and (N, n, c, m)."""
-        return cls(_bmm(values.mT, features), _bmm(norms.mT, features))
+        """Over the tokens of each chunk: (G, c, D), (G, c, 1) and (G, c, m)."""
+        return cls(torch.bmm(values.mT, features), torch.bmm(norms.mT, features))
 
     def read(self, values: Tensor, norms: Tensor) -> Tensor:
-        """(N, n, c, D) and (N, n, c, 1) times the sums: (N, n, c, m)."""
-        return _bmm(values, self.values).addcmul_(norms, self.norms)
+        """(G, c, D) and (G, c, 1) times the sums: (G, c, m)."""
+        return torch.bmm(values, self.values).addcmul_(norms, self.norms)
 
     def running(self, carried: _Sums, ageing: Tensor, *, backward: bool = False) -> tuple[_Sums, _Sums]:
         """From each chunk's own sum and the one carried in: those before each chunk, and the one after all.
@@ -152,8 +146,9 @@ class _Sums(NamedTuple):
         return _Sums(values, norms), _Sums(last_values, last_norms)
 
 
-def _running(each: Tensor, carried: Tensor, ageing: Tensor, backward: bool) -> tuple[Tensor, Tensor]:
-    """One part of `_Sums.running`: one product over all chunks; overwrites `each`."""
+def _running(own: Tensor, carried: Tensor, ageing: Tensor, backward: bool) -> tuple[Tensor, Tensor]:
+    """One part of `_Sums.running`: one product over all chunks; overwrites `own`."""
+    each = own.view(len(ageing), -1, *own.shape[1:])  # (N, n, …)
     passing = ageing[:, :-1, 1:]  # strictly lower: a chunk's own sum does not precede it
     (enters, entering), (leaves, leaving) = (0, ageing[:, 1, 0]), (-1, ageing[:, -1, -2])
     if backward:
@@ -161,15 +156,16 @@ def _running(each: Tensor, carried: Tensor, ageing: Tensor, backward: bool) -> t
         (enters, entering), (leaves, leaving) = (leaves, leaving), (enters, entering)
     # what is carried in passes on as if the chunk it meets first had added it
     each[:, enters].addcmul_(carried, entering[:, None, None])
+    if each.shape[1] == 1:
+        return carried, own
     total = torch.bmm(passing, each.flatten(2)).view_as(each)
     total[:, enters] = carried
-    if each.shape[1] == 1:
-        return total, each[:, 0]
-    return total, torch.addcmul(each[:, leaves], total[:, leaves], leaving[:, None, None])
+    last = torch.addcmul(each[:, leaves], total[:, leaves], leaving[:, None, None])
+    return total.view_as(own), last
 
 
 def _divide(values: Tensor, norms: Tensor) -> tuple[Tensor, Tensor]:
-    """Outputs (N, n, c, D), and one over the normalisers (N, n, c, 1); overwrites both."""
+    """Outputs (G, c, D), and one over the normalisers (G, c, 1); overwrites both."""
     inverse = norms.clamp_min_(TINY).reciprocal_()
     return values.mul_(inverse), inverse
 
@@ -183,13 +179,13 @@ def _divide_backward(grad: Tensor, y: Tensor, inverse: Tensor) -> tuple[Tensor, 
 class _Step(NamedTuple):
     """What one segment of the causal sum is made of; computed in the forward and again in the backward."""
 
-    q_features: Tensor  # (N, n, c, m)
-    k_features: Tensor  # (N, n, c, m)
-    values: Tensor  # (N, n, c, D)
-    key_weight: Tensor  # (N, n, c, 1): e^(level − R at the chunk's end)
-    query_weight: Tensor  # (N, n, c, 1): e^(R before the chunk − R_t)
-    decay: Tensor  # (N, n, c, c): e^(level_s − R_t) for s ≤ t, else 0
-    weights: Tensor  # (N, n, c, c): φ(q_t)·φ(k_s) times the decay
+    q_features: Tensor  # (G, c, m)
+    k_features: Tensor  # (G, c, m)
+    values: Tensor  # (G, c, D)
+    key_weight: Tensor  # (G, c, 1): e^(level − R at the chunk's end)
+    query_weight: Tensor  # (G, c, 1): e^(R before the chunk − R_t)
+    decay: Tensor  # (G, c, c): e^(level_s − R_t) for s ≤ t, else 0
+    weights: Tensor  # (G, c, c): φ(q_t)·φ(k_s) times the decay
     ageing: Tensor  # (N, n + 1, n + 1): e^(R at border j − R at border i) for j ≤ i
     sums: _Sums  # before each chunk
     carried: _Sums  # after the last chunk
@@ -197,45 +193,50 @@ class _Step(NamedTuple):
 
     @classmethod
     def make(cls, q: Tensor, k: Tensor, v: Tensor, kernel: Kernel, carried: _Sums, level: Tensor) -> _Step:
-        """From chunks (N, n, c, D), the sums before them and their level (N, 1)."""
-        rows, chunks, chunk = q.shape[:3]
+        """From chunks (G, c, D), the sums before them and their level (N, 1)."""
+        sequences, (chunks, chunk) = len(level), q.shape[:2]
         q_features = kernel.queries(q)
         k_features, levels = kernel.keys(k)
-        highest = torch.maximum(levels.flatten(1).cummax(-1).values, level).view(rows, chunks, chunk)
-        edges = torch.cat([level, highest[..., -1]], dim=1)  # (N, n + 1): R at the chunks' borders
-        key_weight = (levels - edges[:, 1:, None]).exp_()[..., None]
-        query_weight = (edges[:, :-1, None] - highest).exp_()[..., None]
-        decay = (levels[:, :, None, :] - highest[..., None]).exp_().tril_()
+        highest = torch.maximum(levels.view(sequences, -1).cummax(-1).values, level)
+        edges = torch.cat([level, highest[:, chunk - 1 :: chunk]], dim=1)  # (N, n + 1): R at the borders
         ageing = (edges[:, None, :] - edges[..., None]).exp_().tril_()
+        before, after = (edge.reshape(chunks, 1) for edge in (edges[:, :-1], edges[:, 1:]))
+        highest = highest.view(chunks, chunk)
+        key_weight = (levels - after).exp_()[..., None]
+        query_weight = (before - highest).exp_()[..., None]
+        decay = (levels[:, None, :] - highest[..., None]).exp_().tril_()
         sums, carried = _Sums.over(v * key_weight, key_weight, k_features).running(carried, ageing)
-        weights = _bmm(q_features, k_features.mT).mul_(decay)
+        weights = torch.bmm(q_features, k_features.mT).mul_(decay)
         return cls(
             q_features, k_features, v, key_weight, query_weight,
             decay, weights, ageing, sums, carried, edges[:, -1:],
         )  # fmt: skip
 
     def output(self) -> tuple[Tensor, Tensor]:
-        """Weighted sums of the values (N, n, c, D), and their normalisers (N, n, c, 1)."""
-        values = _bmm(self.q_features, self.sums.values.mT).mul_(self.query_weight)
-        norms = _bmm(self.q_features, self.sums.norms.mT).mul_(self.query_weight)
+        """Weighted sums of the values (G, c, D), and their normalisers (G, c, 1)."""
+        values, norms = (torch.bmm(self.q_features, s.mT).mul_(self.query_weight) for s in self.sums)
         return _add_bmm(values, self.weights, self.values), norms.add_(self.weights.sum(-1, keepdim=True))
 
-    def gradients(self, g: Tensor, g_norm: Tensor, carried: _Sums) -> tuple[Tensor, Tensor, Tensor, _Sums]:
-        """Of query features, key features, values (N, n, c, …) and the sums before the segment.
+    def gradients(
+        self, kernel: Kernel, q: Tensor, k: Tensor, g: Tensor, g_norm: Tensor, carried: _Sums
+    ) -> tuple[Tensor, Tensor, Tensor, _Sums]:
+        """Of queries, keys, values (G, c, D) and the sums before the segment.
 
         From those of both outputs and of the sums after the segment.
         """
         g_earlier, g_norm_earlier = g * self.query_weight, g_norm * self.query_weight
-        g_sums = _Sums.over(g_earlier, g_norm_earlier, self.q_features)
-        g_own, g_carried = g_sums.running(carried, self.ageing, backward=True)
-        g_scores = _bmm(g, self.values.mT).add_(g_norm).mul_(self.decay)
-        g_queries = self.sums.read(g_earlier, g_norm_earlier)
-        g_queries = _add_bmm(g_queries, g_scores, self.k_features)
-        g_keys = g_own.read(self.values * self.key_weight, self.key_weight)
-        g_keys = _add_bmm(g_keys, g_scores.mT, self.q_features)
-        g_values = _bmm(self.k_features, g_own.values.mT).mul_(self.key_weight)
-        g_values = _add_bmm(g_values, self.weights.mT, g)
-        return g_queries, g_keys, g_values, g_carried
+        g_own, g_carried = _Sums.over(g_earlier, g_norm_earlier, self.q_features).running(
+            carried, self.ageing, backward=True
+        )
+        g_scores = torch.bmm(g, self.values.mT).add_(g_norm).mul_(self.decay)
+        g_features = _add_bmm(self.sums.read(g_earlier, g_norm_earlier), g_scores, self.k_features)
+        g_q = kernel.queries_backward(q, self.q_features, g_features)
+        del g_features  # as large as all of the above
+        g_features = g_own.read(self.values * self.key_weight, self.key_weight)
+        g_features = _add_bmm(g_features, g_scores.mT, self.q_features)
+        g_k = kernel.keys_backward(k, self.k_features, g_features)
+        g_v = torch.bmm(self.k_features, g_own.values.mT).mul_(self.key_weight)
+        return g_q, g_k, _add_bmm(g_v, self.weights.mT, g), g_carried
 
 
 class _CausalFavor(torch.autograd.Function):
@@ -253,7 +254,7 @@ class _CausalFavor(torch.autograd.Function):
         carried = _Sums.empty(directions, batch * heads)
         level = directions.new_full((batch * heads, 1), LOWEST if softmax else 0.0)
         starts = []
-        for lo, hi in _segments(seq_len, chunk):
+        for lo, hi in _segments(batch * heads, seq_len, chunk):
             starts += [*carried, level]
             q_part, k_part, v_part = (_cut(x, lo, hi, chunk) for x in (q, k, v))
             step = _Step.make(q_part, k_part, v_part, kernel, carried, level)
@@ -270,19 +271,24 @@ class _CausalFavor(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, directions, y, inverse, *starts = ctx.saved_tensors
         kernel, chunk = Kernel(directions, ctx.softmax), ctx.chunk
-        g_q, g_k, g_v = (torch.empty_like(x) for x in (q, k, v))
+        grads = [torch.empty_like(x) for x in (q, k, v)]
         g_carried = _Sums.empty(directions, q.shape[0] * q.shape[1])
-        for lo, hi in reversed(_segments(q.shape[2], chunk)):
+
+        def segment(lo: int, hi: int, carried: _Sums, level: Tensor, g_carried: _Sums) -> _Sums:
+            """A function, so that what a segment leaves behind is freed before the next one."""
+            q_part, k_part, v_part = (_cut(x, lo, hi, chunk) for x in (q, k, v))
+            step = _Step.make(q_part, k_part, v_part, kernel, carried, level)
+            g, g_norm = _divide_backward(*(_cut(x, lo, hi, chunk) for x in (grad, y, inverse)))
+            *parts, g_carried = step.gradients(kernel, q_part, k_part, g, g_norm, g_carried)
+            for target, part in zip(grads, parts, strict=True):
+                _paste(target, lo, hi, part)
+            return g_carried
+
+        for lo, hi in reversed(_segments(q.shape[0] * q.shape[1], q.shape[2], chunk)):
             *carried, level = starts[-3:]
             del starts[-3:]
-            q_part, k_part, v_part = (_cut(x, lo, hi, chunk) for x in (q, k, v))
-            step = _Step.make(q_part, k_part, v_part, kernel, _Sums(*carried), level)
-            g, g_norm = _divide_backward(*(_cut(x, lo, hi, chunk) for x in (grad, y, inverse)))
-            g_queries, g_keys, g_values, g_carried = step.gradients(g, g_norm, g_carried)
-            _paste(g_q, lo, hi, kernel.queries_backward(q_part, step.q_features, g_queries))
-            _paste(g_k, lo, hi, kernel.keys_backward(k_part, step.k_features, g_keys))
-            _paste(g_v, lo, hi, g_values)
-        return g_q, g_k, g_v, None, None, None
+            g_carried = segment(lo, hi, _Sums(*carried), level, g_carried)
+        return *grads, None, None, None
 
 
 class _FullFavor(torch.autograd.Function):
@@ -294,18 +300,18 @@ class _FullFavor(torch.autograd.Function):
         batch, heads, seq_len, head_dim = q.shape
         y = q.new_empty(batch, seq_len, heads, head_dim).transpose(1, 2)
         inverse = directions.new_empty(batch, heads, seq_len, 1)
-        sums = _Sums.empty(directions, batch * heads, 1)
-        level = directions.new_full((batch * heads, 1, 1), LOWEST if softmax else 0.0)
-        segments = _segments(seq_len, 1)
+        sums = _Sums.empty(directions, batch * heads)
+        level = directions.new_full((batch * heads, 1), LOWEST if softmax else 0.0)
+        segments = _segments(batch * heads, seq_len, 1)
         for lo, hi in segments:
             features, levels = kernel.keys(_cut(k, lo, hi, hi - lo))
             before, level = level, torch.maximum(level, levels.amax(-1, keepdim=True))
-            weight, ageing = (levels - level).exp_()[..., None], (before - level).exp_()[..., None]
+            weight, ageing = ((x - level).exp_()[..., None] for x in (levels, before))
             own = _Sums.over(_cut(v, lo, hi, hi - lo) * weight, weight, features)
             sums = _Sums(*(new.addcmul_(old, ageing) for new, old in zip(own, sums, strict=True)))
         for lo, hi in segments:
             features = kernel.queries(_cut(q, lo, hi, hi - lo))
-            y_part, inverse_part = _divide(*(_bmm(features, s.mT) for s in sums))
+            y_part, inverse_part = _divide(*(torch.bmm(features, s.mT) for s in sums))
             _paste(y, lo, hi, y_part)
             _paste(inverse, lo, hi, inverse_part)
         ctx.save_for_backward(q, k, v, directions, y, inverse, *sums, level)
@@ -319,8 +325,8 @@ class _FullFavor(torch.autograd.Function):
         sums = _Sums(values, norms)
         kernel = Kernel(directions, ctx.softmax)
         g_q, g_k, g_v = (torch.empty_like(x) for x in (q, k, v))
-        g_sums = _Sums.empty(directions, q.shape[0] * q.shape[1], 1)
-        segments = _segments(q.shape[2], 1)
+        g_sums = _Sums.empty(directions, len(values))
+        segments = _segments(len(values), q.shape[2], 1)
         for lo, hi in segments:
             part = _cut(q, lo, hi, hi - lo)
             features = kernel.queries(part)
@@ -334,7 +340,7 @@ class _FullFavor(torch.autograd.Function):
             weight = (levels - level).exp_()[..., None]
             g_features = g_sums.read(_cut(v, lo, hi, hi - lo) * weight, weight)
             _paste(g_k, lo, hi, kernel.keys_backward(part, features, g_features))
-            _paste(g_v, lo, hi, _bmm(features, g_sums.values.mT).mul_(weight))
+            _paste(g_v, lo, hi, torch.bmm(features, g_sums.values.mT).mul_(weight))
         return g_q, g_k, g_v, None, None
 
 

@@ -23,6 +23,8 @@ PIECE = 2**21
 """Scores held at a time: 8 MiB, so that a piece is made, used and overwritten in cache."""
 MOST_PIECES = 64
 """Beyond them pieces grow instead, by 1/64 of what would be held at once."""
+SLICE = 2**18
+"""Scores within clusters held at a time: 1 MiB, because what they are made of and made into is larger."""
 BLOCKS = 2
 """Blocks a window is cut into: more of them compute fewer forbidden pairs, in smaller products."""
 EPSILON = 1e-5
@@ -198,7 +200,7 @@ def _mask(layout: Layout, begin: int, end: int, dtype: torch.dtype) -> Tensor:
 def _slices(layout: Layout) -> list[tuple[int, int]]:
     """Places of the queries to work on at a time, whole blocks."""
     places, blocks = layout.first.shape[0], layout.blocks
-    step = max(PIECE // blocks.keys, -(-places // MOST_PIECES))
+    step = max(SLICE // blocks.keys, -(-places // MOST_PIECES))
     step = max(1, step // blocks.size) * blocks.size
     return [(begin, min(begin + step, places)) for begin in range(0, places, step)]
 
@@ -231,6 +233,28 @@ def _add_windows(rows: Tensor, windows: Tensor, blocks: Blocks) -> None:
     by_block = rows.unflatten(0, (-1, blocks.size))
     for part in range(parts.shape[1]):
         by_block[part : part + parts.shape[0]] += parts[:, part]
+
+
+def _add_gradients(
+    layout: Layout, begin: int, end: int, qk: Tensor, v: Tensor, dy: Tensor, dqk: Tensor, dv: Tensor
+) -> None:
+    """Adds what the queries at the places [begin, end) contribute to dqk and dv, in sorted order.
+
+    A function, so that what a slice leaves behind is freed before the next one.
+    """
+    blocks = layout.blocks
+    stop = end + blocks.back + blocks.ahead
+    given = layout.order[begin:stop]
+    rows, values = _gather(qk, given), _gather(v, given)
+    dy_rows = _gather(dy, layout.order[begin + blocks.back : end + blocks.back])
+    views = _queries(rows, blocks), _windows(rows, blocks), _windows(values, blocks)
+    with torch.enable_grad():
+        q, k, w = (view.detach().requires_grad_() for view in views)
+        y = _attend(q, k, w, _mask(layout, begin, end, v.dtype))
+    dq, dk, dw = torch.autograd.grad(y, (q, k, w), dy_rows.view_as(y))
+    _queries(dqk[begin:stop], blocks).add_(dq)
+    _add_windows(dqk[begin:stop], dk, blocks)
+    _add_windows(dv[begin:stop], dw, blocks)
 
 
 def windowed_plainly(x: Tensor, v: Tensor, layout: Layout) -> Tensor:
@@ -282,18 +306,7 @@ class Windowed(torch.autograd.Function):
         del content
         dqk, dv = (v.new_zeros(layout.order.shape[0], v.shape[-1]) for _ in range(2))
         for begin, end in _slices(layout):
-            stop = end + blocks.back + blocks.ahead
-            given = layout.order[begin:stop]
-            rows, values = _gather(qk, given), _gather(v, given)
-            dy_rows = _gather(dy, layout.order[begin + blocks.back : end + blocks.back])
-            views = _queries(rows, blocks), _windows(rows, blocks), _windows(values, blocks)
-            with torch.enable_grad():
-                q, k, w = (view.detach().requires_grad_() for view in views)
-                y = _attend(q, k, w, _mask(layout, begin, end, v.dtype))
-            dq, dk, dw = torch.autograd.grad(y, (q, k, w), dy_rows.view_as(y))
-            _queries(dqk[begin:stop], blocks).add_(dq)
-            _add_windows(dqk[begin:stop], dk, blocks)
-            _add_windows(dv[begin:stop], dw, blocks)
+            _add_gradients(layout, begin, end, qk, v, dy, dqk, dv)
         del qk
         back = blocks.back
         drows = dqk[back:].index_select(0, layout.place).view(x.shape).to(wide.dtype)

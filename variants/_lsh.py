@@ -21,7 +21,7 @@ ONE_ROTATION = 64
 """Most buckets that one rotation gives; more are the product of two rotations (see `factors`)."""
 MOST_PIECES = 32
 """Pieces of a round at most: tiles outgrow the cache rather than a pass its thousands of calls."""
-TILE = 2**19
+TILE = 2**18
 """(query, key) pairs of a piece where the round is small enough: a tile of them stays in the cache."""
 HASH_TILE = 2**21
 """Numbers that a piece of hashing projects to, likewise."""

@@ -180,29 +180,33 @@ def _attend(tiles: _Tiles) -> tuple[Tensor, Tensor, Tensor]:
     y = tiles.unit.new_empty(rows + 1, head_dim)
     top = tiles.unit.new_full((rows + 1,), FLOOR)
     total = tiles.unit.new_zeros(rows + 1)
+
+    def add(piece: _Piece) -> None:
+        """A function, so that what a piece leaves behind is freed before the next one."""
+        scores = tiles.scores(piece)
+        row = piece.queries(piece.order).flatten()
+        before = top.index_select(0, row)
+        now = torch.maximum(before, scores.amax(dim=-1).flatten())
+        weights = scores.sub_(now.view(piece.count, -1, 1)).clamp_min_(SMALLEST).exp_()
+        once = tiles.once(piece)
+        if once is not None:
+            weights.mul_(once)
+        values = piece.blocks(piece.value)
+        here = weights.sum(dim=-1).flatten()
+        if piece.round == 0:  # every row's first
+            summed = torch.bmm(weights, values)
+        else:
+            kept = (before - now).clamp_min_(SMALLEST).exp_()
+            here.addcmul_(total.index_select(0, row), kept)
+            summed = y.index_select(0, row).mul_(kept[:, None]).view(piece.count, -1, head_dim)
+            torch.baddbmm(summed, weights, values, out=summed)
+        top.index_copy_(0, row, now)
+        total.index_copy_(0, row, here)
+        y.index_copy_(0, row, summed.flatten(0, 1))
+
     for r in range(len(tiles.rounds.order)):
         for first, count in tiles.window.pieces(tiles.sequences):
-            piece = tiles.piece(r, first, count)
-            scores = tiles.scores(piece)
-            row = piece.queries(piece.order).flatten()
-            before = top.index_select(0, row)
-            now = torch.maximum(before, scores.amax(dim=-1).flatten())
-            weights = scores.sub_(now.view(count, -1, 1)).clamp_min_(SMALLEST).exp_()
-            once = tiles.once(piece)
-            if once is not None:
-                weights.mul_(once)
-            values = piece.blocks(piece.value)
-            here = weights.sum(dim=-1).flatten()
-            if r == 0:  # every row's first
-                summed = torch.bmm(weights, values)
-            else:
-                kept = (before - now).clamp_min_(SMALLEST).exp_()
-                here.addcmul_(total.index_select(0, row), kept)
-                summed = y.index_select(0, row).mul_(kept[:, None]).view(count, -1, head_dim)
-                torch.baddbmm(summed, weights, values, out=summed)
-            top.index_copy_(0, row, now)
-            total.index_copy_(0, row, here)
-            y.index_copy_(0, row, summed.flatten(0, 1))
+            add(tiles.piece(r, first, count))
     y, top, total = y[:rows], top[:rows], total[:rows]
     alone = top == FLOOR
     y.mul_(total.reciprocal().masked_fill_(alone, 0)[:, None])
@@ -220,26 +224,31 @@ def _attend_backward(
     rows, head_dim = tiles.unit.shape
     grad_key, grad_value = (tiles.unit.new_zeros(rows + 1, head_dim) for _ in range(2))
     radial = tiles.unit.new_zeros(rows + 1)
+
+    def add(piece: _Piece) -> None:
+        """A function for the same reason as in `_attend`."""
+        row, count = piece.queries(piece.rows).flatten(), piece.count
+        weights = tiles.scores(piece).sub_(normaliser.index_select(0, row).view(count, -1, 1))
+        weights.clamp_min_(SMALLEST).exp_()
+        once = tiles.once(piece)
+        if once is not None:
+            weights.mul_(once)
+        grad = grad_y.index_select(0, row).view(count, -1, head_dim)
+        piece_value = torch.zeros_like(piece.value)
+        piece.add_products(piece_value, weights, grad)
+        grad_value.index_add_(0, piece.order, piece_value)
+        values = piece.blocks(piece.value).transpose(1, 2)
+        grad_scores = torch.bmm(grad, values, out=tiles.work(count))
+        grad_scores.sub_(mean.index_select(0, row).view(count, -1, 1)).mul_(weights)
+        piece_key = piece_value.zero_()
+        piece.add_products(piece_key, grad_scores, piece.query)
+        grad_query = torch.bmm(grad_scores, piece.blocks(piece.key))
+        along = torch.linalg.vecdot(grad_query, piece.queries(piece.key))
+        radial.index_add_(0, piece.queries(piece.order).flatten(), along.flatten())
+        piece.queries(piece_key).addcmul_(grad_query, piece.scale)
+        grad_key.index_add_(0, piece.order, piece_key)
+
     for r in range(len(tiles.rounds.order)):
         for first, count in tiles.window.pieces(tiles.sequences):
-            piece = tiles.piece(r, first, count)
-            row = piece.queries(piece.rows).flatten()
-            weights = tiles.scores(piece).sub_(normaliser.index_select(0, row).view(count, -1, 1))
-            weights.clamp_min_(SMALLEST).exp_()
-            once = tiles.once(piece)
-            if once is not None:
-                weights.mul_(once)
-            grad = grad_y.index_select(0, row).view(count, -1, head_dim)
-            piece_key, piece_value = torch.zeros_like(piece.key), torch.zeros_like(piece.value)
-            piece.add_products(piece_value, weights, grad)
-            values = piece.blocks(piece.value).transpose(1, 2)
-            grad_scores = torch.bmm(grad, values, out=tiles.work(count))
-            grad_scores.sub_(mean.index_select(0, row).view(count, -1, 1)).mul_(weights)
-            piece.add_products(piece_key, grad_scores, piece.query)
-            grad_query = torch.bmm(grad_scores, piece.blocks(piece.key))
-            along = torch.linalg.vecdot(grad_query, piece.queries(piece.key))
-            radial.index_add_(0, piece.queries(piece.order).flatten(), along.flatten())
-            piece.queries(piece_key).addcmul_(grad_query, piece.scale)
-            grad_key.index_add_(0, piece.order, piece_key)
-            grad_value.index_add_(0, piece.order, piece_value)
+            add(tiles.piece(r, first, count))
     return grad_key[:rows], radial[:rows], grad_value[:rows]

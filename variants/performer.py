@@ -34,7 +34,7 @@ class PerformerConfig(VariantConfig):
     false draws them independently."""
     redraw: int = 0
     """Optimiser steps between draws of new directions; 0 keeps the first ones."""
-    chunk: int = 128
+    chunk: int = 64
     """Tokens whose causal weights are computed pair by pair; earlier tokens come as one sum."""
 
     def __post_init__(self) -> None:
@@ -57,7 +57,7 @@ class Performer(Attention):
     config: PerformerConfig
     caps = Caps(causal=True, bidirectional=True)
     paper = "Choromanski et al. 2020, Rethinking Attention with Performers, arXiv:2009.14794"
-    complexity = Complexity(time=1, memory=1, formula="T·m·D", source="Choromanski 2020, §2.1 and §3")
+    complexity = Complexity(time=1, memory=1, formula="T·m·D", source="Choromanski 2020, §2.2")
     padding = (
         "causal: every pair within a chunk is computed and the forbidden half set to 0, the last chunk is "
         "filled up with zeros, and the chunks' sums become running sums in one matrix product"
@@ -111,7 +111,6 @@ class Performer(Attention):
     def forward(self, x: Tensor, *, causal: bool, state: Any = None) -> Out:
         """(B, T, C) → Out; carries no state."""
         q, k, v = self.projections.split(x)
-        v = v.contiguous()  # saved for backward: as a view it would keep all three projections alive
         directions, softmax = self._scaled(q), self.config.features == "softmax"
         with torch.autocast(x.device.type, enabled=False):  # exponents and sums need float32
             if causal:

@@ -115,9 +115,12 @@ class Routing(Attention):
         """
         head_dim = self.dims.head_dim
         local, routed = self.local * head_dim, self.routed * head_dim
-        sizes = [local, local, local, routed, routed, routed]
-        rows = sum(sizes[:5] if shared else sizes)
-        parts = F.linear(x, self.projections.qkv.weight[:rows]).split(sizes[:5] if shared else sizes, dim=-1)
+        asked = [routed] * (2 if shared else 3)
+        weight = self.projections.qkv.weight[: 3 * local + sum(asked)]
+        # three products, because a view of one would keep all of it alive through every backward pass
+        w_qk, w_v, w_routed = weight.split([2 * local, local, sum(asked)])
+        parts = *F.linear(x, w_qk).split(local, dim=-1), F.linear(x, w_v)
+        parts += F.linear(x, w_routed).split(routed, dim=-1)
         q, k, v, q_routed, v_routed, *rest = (part.unflatten(-1, (-1, head_dim)) for part in parts)
         return q, k, v, q_routed, (rest[0] if rest else q_routed), v_routed
 

@@ -201,6 +201,13 @@ def test_sizes_are_those_announced(compression: str, segment: int, mem_len: int,
         assert layer.state_bytes(size) == sum(t.nbytes for t in state if t is not None)
 
 
+def test_what_fell_out_is_freed() -> None:
+    """The memory is no view of what it was cut from, which would stay alive with it."""
+    layer = make(segment=8, mem_len=8, comp_len=2, rate=4)
+    for state in run(layer, data(40))[2]:
+        assert state.memory.untyped_storage().nbytes() == state.memory.nbytes
+
+
 def test_usage_is_the_mean_attention_received() -> None:
     layer, x = make("most_used", segment=4, mem_len=8), data(8, 2)
     state = run(layer, x)[2][-1]
@@ -270,6 +277,20 @@ def test_dispatched_flops(compression: str) -> None:
         run(layer, torch.randn(2, 1000, 64))
     formula = layer.flops(size, causal=True)
     assert gates.cost_ratio(counted.total, formula.projections, formula.attention, layer.padding) < 1.4
+
+
+@pytest.mark.parametrize("compression", NAMES)
+def test_training_dispatches_the_reconstruction_besides(compression: str) -> None:
+    size = dims(1000, batch=2, channels=64, heads=4)
+    layer = Compressive(CompressiveConfig(compression=compression), size)
+    x, found = torch.randn(2, 1000, 64), []
+    for training in (False, True):
+        with CountFlops() as counted, torch.set_grad_enabled(training):
+            run(layer, x)
+        found.append(counted.total)
+    assert found[1] - found[0] == layer.reconstruction_flops(size)
+    assert (layer.reconstruction_flops(size) > 0) == (compression in LEARNT)
+    assert ("reconstruction" in str(layer.padding)) == (compression in LEARNT)
 
 
 @pytest.mark.parametrize("compression", NAMES)

@@ -29,6 +29,7 @@ from torch.utils._pytree import tree_leaves
 import variants
 from bench import gates
 from bench.measure.flops import CountFlops
+from bench.model import LanguageModel
 from variants.base import Attention, Complexity, Dims, Flops, Out, VariantConfig
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -400,7 +401,7 @@ def assert_cost_is_honest(dispatched: int, formula: Flops, padding: str | None) 
 
 
 @cases(small=True)
-@pytest.mark.parametrize("tokens", [300, 1111])
+@pytest.mark.parametrize("tokens", [100, 300, 1111])
 def test_dispatched_flops_are_those_of_the_formula(case: Case, tokens: int) -> None:
     dims = Dims(batch_size=2, seq_len=tokens, d_model=64, heads=2)
     layer = case.layer(dims).eval().float()  # as it is trained: float64 may cost a projection more
@@ -461,6 +462,23 @@ def test_a_copy_and_a_restored_layer_are_the_layer(case: Case, training: bool) -
     other.load_state_dict(layer.state_dict())
     for same in (copy.deepcopy(layer), other):
         assert difference(feed(same, x, causal=case.causal), want) <= EXACT
+
+
+@every_variant
+def test_a_model_tells_each_layer_its_place(name: str) -> None:
+    """What differs from layer to layer differs in a model: each is what it is when built by itself there."""
+    variant, dims = variants.load(name), dims_for(300)
+    model = LanguageModel(
+        variant,
+        variant.Config(),
+        dims,
+        depth=3,
+        ff_mult=2,
+        dropout=0.0,
+        vocabulary=11,
+        activations="keep",
+    )
+    assert [layer.layer for layer in model.layers] == [0, 1, 2]
 
 
 @cases(small=True)

@@ -18,6 +18,9 @@ import variants
 from bench import gates
 from bench.measure.flops import CountFlops
 from bench.measure.memory import LiveStorage
+from bench.model import LanguageModel
+from bench.tasks.text import Batch
+from bench.train import optimizer_for, training_step
 from variants import _favor
 from variants.base import Dims
 from variants.performer import FEATURES, Performer, PerformerConfig
@@ -249,6 +252,41 @@ def test_directions_are_drawn_anew_after_every_redraw_steps_and_never_in_a_forwa
     assert torch.equal(fixed.directions, first)
 
 
+def test_a_redraw_is_as_random_as_the_first_draw() -> None:
+    """From the global generator: another seed, other directions; and the generator moves on."""
+    found = []
+    for seed in (1, 2):
+        layer = make(redraw=1)
+        torch.manual_seed(seed)
+        layer.after_step()
+        found.append(layer.directions.clone())
+        found.append(torch.randn(3))
+    assert not torch.equal(found[0], found[2])
+    assert not torch.equal(found[1], found[3])
+
+
+def test_redraw_counts_optimiser_steps_even_where_a_forward_pass_runs_twice() -> None:
+    for activations in ("keep", "checkpoint"):
+        torch.manual_seed(0)
+        model = LanguageModel(
+            Performer,
+            PerformerConfig(n_features=12, redraw=3),
+            dims_of(20, 2),
+            depth=1,
+            ff_mult=2,
+            dropout=0.0,
+            vocabulary=11,
+            activations=activations,
+        ).train()
+        optimizer, tokens = optimizer_for(model, 1e-3), torch.randint(11, (2, 21))
+        drawn = [model.layers[0].get_buffer("directions").clone()]
+        for _ in range(6):
+            training_step(model, optimizer, Batch(tokens[:, :-1], tokens[:, 1:]), causal=True)
+            drawn.append(model.layers[0].get_buffer("directions").clone())
+        moved = [not torch.equal(a, b) for a, b in itertools.pairwise(drawn)]
+        assert moved == [False, False, True] * 2
+
+
 def test_a_checkpoint_restores_directions_and_count() -> None:
     layer, other = make(redraw=3), make(redraw=3)
     for _ in range(4):
@@ -303,6 +341,17 @@ def test_features_of_a_long_sequence_are_never_all_held(causal: bool) -> None:
     assert (
         storage.peak < 4 * 2 * seq_len * m
     )  # one head's queries' and keys' features, or two heads' queries'
+
+
+@pytest.mark.parametrize("chunk", [1, 64, 100])
+@pytest.mark.parametrize("seq_len", [1, 63, 2**11 + 5, 2**24 + 1])
+def test_segments_cover_the_sequence_in_few_whole_chunks(seq_len: int, chunk: int) -> None:
+    """Few, because planning a length dispatches every operation on fake tensors."""
+    segments = _favor._segments(4, seq_len, chunk)
+    assert len(segments) <= _favor.SEGMENTS
+    assert [token for segment in segments for token in segment][1:-1:2] == [lo for lo, _ in segments[1:]]
+    assert (segments[0][0], segments[-1][1]) == (0, seq_len)
+    assert all((hi - lo) % chunk == 0 for lo, hi in segments[:-1])
 
 
 @pytest.mark.parametrize("causal", [True, False])

@@ -106,7 +106,7 @@ def test_slices_and_recomputation_change_nothing(causal: bool, monkeypatch: pyte
     torch.manual_seed(0)
     x, v = (torch.randn(2, 45, 3, 4, dtype=torch.float64, requires_grad=True) for _ in range(2))
     layout = _kmeans.lay_out(torch.randint(4, (2, 3, 45)), 4, 7, is_causal=causal)
-    monkeypatch.setattr(_kmeans, "PIECE", 1)
+    monkeypatch.setattr(_kmeans, "SLICE", 1)
     monkeypatch.setattr(_kmeans, "MOST_PIECES", 9)
     assert len(_kmeans._slices(layout)) > 3
     got = _kmeans.Windowed.apply(x, v, layout)
@@ -197,10 +197,11 @@ def test_a_token_in_no_cluster_gets_zeros_from_routed_heads(tokens: int) -> None
 
 def test_memberships_do_not_depend_on_autocast() -> None:
     layer = make(64).float()
-    x = torch.randn(1, 64, 2, 8)
-    plain = _kmeans.nearest(x, layer.centroids)[0]
+    x = torch.randn(1, 4096, 2, 8)  # enough for some to lie between two clusters
+    plain, taken = _kmeans.nearest(x, layer.centroids)[0], _kmeans.members(x, layer.centroids, 512)[0]
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(_kmeans.nearest(x, layer.centroids)[0], plain)
+        assert torch.equal(_kmeans.members(x, layer.centroids, 512)[0], taken)
         for causal in (True, False):
             inputs = torch.randn(1, 64, 32, requires_grad=True)
             layer(inputs, causal=causal).y.float().sum().backward()

@@ -195,11 +195,12 @@ def test_a_prefix_is_read_as_it_is_within_the_whole(name: str, mode: str, index:
 
 @both_patterns
 @both_directions
+@every_mode
 @pytest.mark.parametrize(("seq_len", "stride"), [(61, 7), (49, 7), (8, 7), (5, 7)])
 def test_two_layers_connect_any_two_allowed_positions(
-    name: str, causal: bool, seq_len: int, stride: int
+    name: str, causal: bool, mode: str, seq_len: int, stride: int
 ) -> None:
-    lower, upper = (make(name, seq_len, layer=i, stride=stride, head_mode="interleaved") for i in range(2))
+    lower, upper = (make(name, seq_len, layer=i, stride=stride, head_mode=mode) for i in range(2))
     # a token keeps what it has through the residual stream
     reach = [layer.pattern(seq_len, causal=causal) | torch.eye(seq_len).bool() for layer in (lower, upper)]
     connected = (reach[1].int() @ reach[0].int()) > 0

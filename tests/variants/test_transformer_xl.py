@@ -78,7 +78,7 @@ def operands(batch: int, queries: int, memory: int, head_dim: int = 4, heads: in
     shapes = [
         (heads, batch, queries, head_dim),
         (2, heads, batch, keys, head_dim),
-        (heads, keys + 1, head_dim),
+        (heads, head_dim, keys + 1),
         (heads, head_dim),
         (heads, head_dim),
     ]
@@ -108,7 +108,7 @@ def test_score_has_the_four_terms() -> None:
     for h, i in itertools.product(range(2), range(3)):
         scores = []
         for j in range(2 + i + 1):
-            key, position = kv[0, h, 0, j], r[h, 5 - (2 + i - j)]  # r holds distances 5, …, 0
+            key, position = kv[0, h, 0, j], r[h, :, 5 - (2 + i - j)]  # r holds distances 5, …, 0
             query = q[h, 0, i]
             scores.append(query @ key + query @ position + u[h] @ key + v[h] @ position)
         want = (torch.stack(scores) / 2).softmax(dim=0)

@@ -1,0 +1,170 @@
+"""Predictions for any size, and the largest size that fits into a memory budget."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hydra import compose, initialize_config_dir
+from hypothesis import given
+from hypothesis import strategies as st
+
+from bench import planning
+from bench.config import CellSpec, ConfigError, parse, parse_bytes
+from bench.measure import step
+
+CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+MIB = 2**20
+
+
+def spec_of(*overrides: str) -> CellSpec:
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        return parse(compose("config", overrides=["measure=plan", *overrides])).spec
+
+
+# --- the search ----------------------------------------------------------------------------------
+
+
+def best(peak: Any, budget: int, most: int) -> int:
+    """The largest that fits, one by one."""
+    return max((n for n in range(1, most + 1) if peak(n) <= budget), default=0)
+
+
+@given(
+    fixed=st.integers(0, 10**6),
+    slope=st.integers(1, 10**4),
+    step=st.sampled_from([1, 7, 64]),
+    power=st.sampled_from([1.0, 1.5, 2.0]),
+    floor=st.integers(0, 10**6),
+    budget=st.integers(1, 10**7),
+)
+def test_the_largest_is_found_to_within_a_hundredth(
+    fixed: int, slope: int, step: int, power: float, floor: int, budget: int
+) -> None:
+    """Affine, in steps, growing faster, or flat at first; and never one that does not fit."""
+    calls = []
+
+    def peak(n: int) -> int:
+        calls.append(n)
+        return max(floor, fixed + int(slope * (-(-n // step) * step) ** power))
+
+    got = planning.largest(peak, budget, 3000)
+    searched = len(calls)
+    want = best(peak, budget, 3000)
+    assert want / 1.01 - 1 <= got <= want
+    assert searched <= 30
+
+
+@given(fixed=st.integers(0, 10**9), slope=st.integers(1, 10**6), budget=st.integers(1, 10**11))
+def test_an_affine_peak_takes_few_predictions(fixed: int, slope: int, budget: int) -> None:
+    calls = []
+
+    def peak(n: int) -> int:
+        calls.append(n)
+        return fixed + slope * n
+
+    planning.largest(peak, budget, 2**14)
+    assert len(calls) <= 6
+    assert len(set(calls)) == len(calls)
+
+
+def test_the_ends_of_the_search() -> None:
+    assert planning.largest(lambda n: n, 0, 10) == 0
+    assert planning.largest(lambda n: 1, 1, 10) == 10
+    assert planning.largest(lambda n: 1, 1, 1) == 1
+    assert planning.largest(lambda n: n, 1, 10) == 1
+
+
+# --- what fits -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["dense", "reformer", "transformer_xl"])
+def test_what_is_said_to_fit_fits_and_one_more_does_not(name: str) -> None:
+    spec = spec_of(f"variant={name}", "depth=2", "activations=checkpoint", "seq_len=512")
+    budget = 96 * MIB
+
+    def peak(**changed: int) -> int:
+        return planning.predict(replace(spec, **changed)).peak_bytes
+
+    longest = planning.longest_seq_len(spec, budget)
+    assert longest % planning.TOKENS == 0
+    assert peak(seq_len=longest) <= budget
+    more = max(longest + planning.TOKENS, int(longest * 1.02))
+    assert longest == planning.MOST_TOKENS or peak(seq_len=more) > budget
+    batch = planning.largest_batch_size(spec, budget)
+    assert peak(batch_size=batch) <= budget < peak(batch_size=batch + 1)
+
+
+def test_nothing_fits_into_nothing() -> None:
+    spec = spec_of("variant=dense")
+    assert planning.longest_seq_len(spec, 1000) == 0
+    assert planning.largest_batch_size(spec, 1000) == 0
+
+
+# --- few segments instead of all -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("activations", ["keep", "checkpoint", "reversible"])
+@pytest.mark.parametrize("name", ["transformer_xl", "compressive"])
+@pytest.mark.parametrize("seq_len", [16 * 64, 16 * 64 + 17])
+def test_few_segments_tell_what_all_would(
+    name: str, activations: str, seq_len: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    knobs = ["variant.segment=64", "variant.mem_len=64"]
+    spec = spec_of(f"variant={name}", *knobs, f"seq_len={seq_len}", f"activations={activations}")
+    brief = planning.predict(spec)
+    monkeypatch.setattr(step.Subject, "brief", lambda subject: (subject.segments(), 0))
+    assert planning.predict(spec) == brief
+
+
+def test_a_segment_variant_is_planned_from_a_few_segments() -> None:
+    subject = planning.subject(
+        spec_of("variant=transformer_xl", "variant.segment=64", "variant.mem_len=128"),
+        lambda: planning.text.Batch(*(planning.torch.zeros(2, 6400, dtype=planning.torch.int64),) * 2),
+        planning.CPU,
+    )
+    segments, left_out = subject.brief()
+    assert len(segments) + left_out == 100
+    assert len(segments) == 5  # two fill the memory, two begin with it full, and the last
+    assert segments[-1] == slice(6336, 6400)
+
+
+# --- sizes in memory -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("said", "size"),
+    [
+        ("80GiB", 80 * 2**30),
+        ("80 GiB", 80 * 2**30),
+        ("80gib", 80 * 2**30),
+        ("80GB", 80 * 10**9),
+        ("8e10", 8 * 10**10),
+        (8e10, 8 * 10**10),
+        (512, 512),
+        ("1.5MiB", 3 * 2**19),
+        ("24564MiB", 24564 * 2**20),
+    ],
+)
+def test_a_budget_in_any_common_spelling(said: object, size: int) -> None:
+    assert parse_bytes("measure.budget", said) == size
+
+
+@pytest.mark.parametrize(
+    "said", ["", "lots", "80 GiBs", "-1GiB", "0", "1e400", "GiB", True, "1.2.3GB", "nan"]
+)
+def test_nonsense_is_refused_with_examples(said: object) -> None:
+    with pytest.raises(ConfigError, match="80GiB, 80GB, 512MiB or 8e10") as refusal:
+        parse_bytes("measure.budget", said)
+    assert f"measure.budget={said}" in str(refusal.value)
+
+
+def test_a_batch_that_fits_needs_a_budget() -> None:
+    with pytest.raises(ConfigError, match=r"needs measure\.budget"):
+        spec_of("batch_size=fit")
+    assert spec_of("batch_size=fit", "measure.budget=1GiB").batch_size == 0
+    for wrong in ("0", "-1", "1.5", "fits", "true"):
+        with pytest.raises(ConfigError, match="batch_size="):
+            spec_of(f"batch_size={wrong}")
