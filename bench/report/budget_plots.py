@@ -11,6 +11,7 @@ from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from bench.report import canvas, units
 from bench.report.budgets import LARGEST, LONGEST
@@ -31,25 +32,22 @@ class Dots:
     show: Callable[[float], str]
     end: float = math.inf
     binary: bool = True
+    linear: bool = False
     spread: tuple[str, str] | None = None
     note: Callable[[pd.Series[float]], str] | None = None
 
 
-def _figure(
-    cells: pd.DataFrame, look: Look, dots: Sequence[Dots], title: str, keys: Sequence[str], footer: str
-) -> Figure | None:
-    """A panel for each of `dots` and each value of the keys; None where nothing has any figure."""
+def _figure(cells: pd.DataFrame, look: Look, dots: Sequence[Dots], title: str, footer: str) -> Figure | None:
+    """A panel for each of `dots` and each depth; None where nothing has any figure."""
     if not cells[[d.column for d in dots]].notna().any(axis=None):
         return None
     styles = strategy_styles(cells["activations"])
     names = [str(name) for name in cells["label"].unique()]
-    parts = [(values, part, d) for values, part in split(cells, keys) for d in dots]
+    parts = [(values, part, d) for values, part in split(cells, ["depth"]) for d in dots]
     height = 0.8 + len(names) * (0.12 + ROW * 2 * len(styles))
     figure, axes = canvas.panels(len(parts), width=3.6, height=height, columns=max(2, len(dots)))
     for axis, (values, part, d) in zip(axes, parts, strict=True):
-        words = [f"depth {values['depth']}"]
-        words += [f"length {units.length(values['seq_len'])}"] if "seq_len" in values else []
-        axis.set_title(", ".join(words))
+        axis.set_title(f"depth {values['depth']}")
         _axis(axis, cells, d)
         for _, cell in part.iterrows():
             place = names.index(str(cell["label"])) + _offset(
@@ -77,16 +75,22 @@ def _offset(place: int, count: int) -> float:
 
 
 def _axis(axis: Axes, cells: pd.DataFrame, dots: Dots) -> None:
-    """A logarithmic axis over the figure in all panels, with room for notes to the right."""
+    """The scale over the figure in all panels; a logarithmic one has room for notes to the right."""
     columns = [dots.column, *(dots.spread or ())]
     values = cells[columns].where(cells[columns] > 0).to_numpy(dtype=float)
     found = values[~pd.isna(values)]
     low, high = (float(found.min()), float(found.max())) if found.size else (1.0, 2.0)
-    room = max(math.log2(high / low), 0.4)
-    low, top = low / 2 ** (0.08 * room), high * 2 ** (0.22 * room)
-    axis.set_xscale("log", base=2)
-    axis.set_xlim(low, top)
-    canvas.human_axis(axis.xaxis, low, high * 1.001, dots.show, binary=dots.binary)
+    if dots.linear:
+        room = max(high - low, 0.2)
+        axis.set_xlim(low - 0.08 * room, high + 0.08 * room)
+        axis.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
+        axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: dots.show(value)))
+    else:
+        room = max(math.log2(high / low), 0.4)
+        low, top = low / 2 ** (0.08 * room), high * 2 ** (0.22 * room)
+        axis.set_xscale("log", base=2)
+        axis.set_xlim(low, top)
+        canvas.human_axis(axis.xaxis, low, high * 1.001, dots.show, binary=dots.binary)
     axis.tick_params(axis="x", labelsize=7)
     axis.set_xlabel(dots.axis)
 
@@ -115,13 +119,13 @@ def _dot(axis: Axes, cell: pd.Series[float], dots: Dots, place: float, style: St
 def longest(cells: pd.DataFrame, look: Look) -> Figure | None:
     """The longest sequence that fits, a panel a depth; takes `budgets.fits_cells` of one setting."""
     dots = Dots("longest_seq_len", "longest sequence (tokens)", units.length, end=LONGEST)
-    return _figure(cells, look, [dots], "The longest sequence that fits", ["depth"], "predicted")
+    return _figure(cells, look, [dots], "The longest sequence that fits", "predicted")
 
 
 def largest(cells: pd.DataFrame, look: Look) -> Figure | None:
     """The largest batch that fits at the given length, a panel a depth."""
     dots = Dots("largest_batch_size", "largest batch (sequences)", units.tick, end=LARGEST)
-    return _figure(cells, look, [dots], "The largest batch that fits", ["depth"], "predicted")
+    return _figure(cells, look, [dots], "The largest batch that fits", "predicted")
 
 
 def payoff(cells: pd.DataFrame, look: Look) -> Figure | None:
@@ -134,7 +138,9 @@ def payoff(cells: pd.DataFrame, look: Look) -> Figure | None:
         spread=("tokens_per_second_min", "tokens_per_second_max"),
         note=lambda cell: f"batch {cell['largest_batch_size']:,.0f}",
     )
-    gain = Dots("gain", "throughput over that of keep", lambda value: f"{value:g}×", binary=False)
+    gain = Dots("gain", "throughput over that of keep", lambda value: f"{value:g}×", linear=True)
     footer = f"median and min–max over {replicates(cells['replicates'])}; batch: sequences in a step"
     title = "Training throughput at the largest batch that fits"
-    return _figure(cells, look, [rate, gain], title, ["depth", "seq_len"], footer)
+    nothing = cells["largest_batch_size"] == 0
+    cells = cells.assign(tokens_per_second=cells["tokens_per_second"].mask(nothing, 0.0))
+    return _figure(cells, look, [rate, gain], title, footer)
