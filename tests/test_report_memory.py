@@ -472,7 +472,8 @@ def test_a_cell_of_a_given_batch_that_was_measured_is_in_cost_and_in_what_fits(t
 
 def test_an_unfinished_cell_without_a_budget_stays_where_cells_without_one_are(tmp_path: Path) -> None:
     lost = failed("oom", "too big", variant="chunked")
-    text = text_of(tmp_path / "e", [record(), lost, *payoffs()])
+    same_measure = fits("dense", "keep", 4, measure="standard")
+    text = text_of(tmp_path / "e", [record(), lost, same_measure, *payoffs()])
     assert [r["variant"] for r in table(text, "### clm, depth 2")] == ["dense", "chunked"]
 
 
