@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bench.report import markdown, units
-from bench.report.style import KNOWN, OTHERS, looks, styles
+from bench.report.style import KNOWN, OTHERS, STRATEGIES, looks, strategy_styles, styles
 
 
 @pytest.mark.parametrize(
@@ -83,3 +83,19 @@ def test_labels_of_a_variant_share_its_marker_and_differ_in_colour() -> None:
     found = styles([("longformer", "longformer (window=64)"), ("longformer", "longformer (window=128)")])
     assert len({s.marker for s in found.values()}) == 1
     assert len({s.colour for s in found.values()}) == 2
+
+
+@pytest.mark.parametrize(
+    ("value", "said"), [(0.05, "5.00 %"), (-0.1, "-10.0 %"), (0.0, "0 %"), (math.nan, "–"), (1.5, "150 %")]
+)
+def test_percent_keeps_its_sign(value: float, said: str) -> None:
+    assert units.percent(value) == said
+
+
+def test_strategies_keep_their_order_and_looks_whatever_stands_beside_them() -> None:
+    alone = strategy_styles(["reversible", "keep"])
+    assert list(alone) == ["keep", "reversible"]
+    beside = strategy_styles(["zip", "reversible", *STRATEGIES, "archive"])
+    assert list(beside) == [*STRATEGIES, "archive", "zip"]
+    assert {name: beside[name] for name in alone} == alone
+    assert len({(look.colour, look.marker) for look in beside.values()}) == len(beside)

@@ -7,8 +7,10 @@ import os
 import tempfile
 from pathlib import Path
 
+import pandas as pd
+
 from bench.records import RECORDS_DIR, write_atomically
-from bench.report import ReportError, statistics, summary, tables
+from bench.report import ReportError, budgets, memory, statistics, summary, tables
 from bench.report.collect import collect
 
 log = logging.getLogger("bench.report")
@@ -24,19 +26,37 @@ def build_report(folder: Path, *, plots: bool = True) -> Path:
         raise ReportError(f"{folder}: no records in {folder / RECORDS_DIR}{unread}")
     for problem in collected.problems:
         log.warning("left out: %s", problem)
-    cost = statistics.cost_cells(collected.frame)
-    quality = statistics.quality_cells(collected.frame)
+    kinds = budgets.kinds(collected.frame)
+    found = summary.Found(
+        cost=statistics.cost_cells(kinds.plain),
+        quality=statistics.quality_cells(kinds.plain),
+        parts=memory.peak_parts(kinds.plain),
+        recomputation=memory.recomputation(kinds.plain),
+        predictions=memory.prediction_errors(collected.frame),
+        fits=budgets.fits_cells(kinds.fits),
+        payoff=budgets.payoff_cells(kinds.payoff),
+    )
     report = folder / "report"
     pictures: summary.Plots = {}
     _clear(report / "plots")
     if plots:
         from bench.report.plots import draw_all
 
-        pictures = draw_all(collected.frame, cost, quality, report)
-    write_atomically(report / "summary.csv", tables.csv(statistics.summary(cost, quality)))
-    write_atomically(report / "summary.md", summary.text(collected, cost, quality, pictures))
+        pictures = draw_all(collected.frame, kinds, found, report)
+    write_atomically(report / "summary.csv", tables.csv(statistics.summary(found.cost, found.quality)))
+    for name in ("recomputation", "fits", "payoff"):
+        _write_if_any(report / f"{name}.csv", getattr(found, name))
+    write_atomically(report / "summary.md", summary.text(collected, found, pictures))
     _write_bytes(report / "cells.parquet", tables.parquet(collected.records))
     return report
+
+
+def _write_if_any(path: Path, table: pd.DataFrame) -> None:
+    """The table as CSV; no file where it has no rows."""
+    if table.empty:
+        path.unlink(missing_ok=True)
+    else:
+        write_atomically(path, tables.csv(table))
 
 
 def _clear(folder: Path) -> None:

@@ -85,6 +85,13 @@ def human_axis(axis: Axis, low: float, high: float, show: Callable[[float], str]
     _set_ticks(axis, ticks, show)
 
 
+def even_ticks(high: float, most: int = 4) -> list[float]:
+    """Round numbers of bytes from 0 to `high` at even distances, in the unit that suits `high`."""
+    unit = 1024.0 ** (np.log2(max(high, 1.0)) // 10)
+    ticks = MaxNLocator(most, steps=[1, 2, 2.5, 5, 10]).tick_values(0, high / unit)
+    return [float(t) * unit for t in ticks if t * unit <= high]
+
+
 def _set_ticks(axis: Axis, ticks: Sequence[float], show: Callable[[float], str]) -> None:
     axis.set_major_locator(FixedLocator(list(ticks)))
     axis.set_major_formatter(FuncFormatter(lambda value, _: show(value)))

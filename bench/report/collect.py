@@ -20,8 +20,18 @@ from bench.records import Record
 UNKNOWN = "unknown"
 _HINTS = typing.get_type_hints(Record)
 _FIGURES = [k for k, hint in _HINTS.items() if {int, float} & set(typing.get_args(hint)) and k != "threads"]
-_IDENTITY = ["variant", "params_json", "impl", "seq_len", "depth", "d_model", "heads", "batch_size"]
-_IDENTITY += ["activations", "objective", "corpus", "measure", "dtype", "device", "machine", "threads"]
+_IDENTITY = ["variant", "params_json", "impl", "seq_len", "depth", "d_model", "heads", "ff_chunks"]
+_IDENTITY += [
+    "batch_size",
+    "activations",
+    "objective",
+    "corpus",
+    "measure",
+    "dtype",
+    "device",
+    "machine",
+    "threads",
+]
 _IDENTITY += ["replicate"]
 
 

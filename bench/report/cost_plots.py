@@ -57,7 +57,7 @@ class CostPlot:
 
     def draw(self, cells: pd.DataFrame, look: Look) -> Figure | None:
         """The figure, or None where no cell has any of its figures."""
-        cells = _prepared(cells)
+        cells = with_predictions(cells)
         columns = [curve.column for curve in self.curves]
         if not (cells[columns] > 0).any(axis=None):
             return None
@@ -67,7 +67,7 @@ class CostPlot:
             axis.set_title(f"depth {values['depth']}")
             for label, own in part.groupby("label"):
                 for curve in self.curves:
-                    _curve(axis, own, curve, look.styles[str(label)])
+                    draw_curve(axis, own, curve, look.styles[str(label)])
         lost = cells[cells["finished"] < cells["records"]]
         top = self._axes(
             axes, cells, rows=int(lost.groupby(["depth", "seq_len"]).size().max() or 0) if len(lost) else 0
@@ -105,7 +105,7 @@ class CostPlot:
 
     def _legend(self, cells: pd.DataFrame, look: Look) -> list[Artist]:
         shown = cells["label"].unique()
-        handles: list[Artist] = [_line(look.styles[label], label=str(label)) for label in shown]
+        handles: list[Artist] = [line_of(look.styles[label], label=str(label)) for label in shown]
         drawn = [c for c in self.curves if c.name and cells[c.column].notna().any()]
         handles += [
             Line2D(
@@ -133,7 +133,7 @@ def _cross(label: str, alpha: float = 1.0) -> Line2D:
     return Line2D([], [], color=GREY, marker="x", markeredgewidth=1.8, linestyle="", alpha=alpha, label=label)
 
 
-def _prepared(cells: pd.DataFrame) -> pd.DataFrame:
+def with_predictions(cells: pd.DataFrame) -> pd.DataFrame:
     """Peak memory as two columns: measured, and predicted where it was not measured."""
     source = cells["peak_bytes_source"].astype(object).fillna("").astype(str)
     predicted = cells["peak_bytes_median"].where(source.str.contains("predicted"))
@@ -142,7 +142,8 @@ def _prepared(cells: pd.DataFrame) -> pd.DataFrame:
     return cells.assign(peak_measured=measured, peak_only_predicted=only)
 
 
-def _line(style: Style, *, label: str = "", dashed: bool = False, hollow: bool = False) -> Line2D:
+def line_of(style: Style, *, label: str = "", dashed: bool = False, hollow: bool = False) -> Line2D:
+    """A line, or a handle of a legend, in a style; hollow where it shows predictions."""
     return Line2D(
         [],
         [],
@@ -156,13 +157,13 @@ def _line(style: Style, *, label: str = "", dashed: bool = False, hollow: bool =
     )
 
 
-def _curve(axis: Axes, own: pd.DataFrame, curve: Curve, style: Style) -> None:
+def draw_curve(axis: Axes, own: pd.DataFrame, curve: Curve, style: Style, *, x: str = "seq_len") -> None:
     """A line through the cells that have the figure; one alone is a marker. A band shows the range."""
-    own = own[own[curve.column] > 0].sort_values("seq_len")
+    own = own[own[curve.column] > 0].sort_values(x)
     if own.empty:
         return
-    line = _line(style, dashed=curve.dashed, hollow=curve.hollow)
-    line.set_data(own["seq_len"].to_numpy(), own[curve.column].to_numpy())
+    line = line_of(style, dashed=curve.dashed, hollow=curve.hollow)
+    line.set_data(own[x].to_numpy(), own[curve.column].to_numpy())
     if len(own) < 2:
         line.set_linestyle("")
     elif curve.dashed and not curve.hollow:
@@ -170,11 +171,11 @@ def _curve(axis: Axes, own: pd.DataFrame, curve: Curve, style: Style) -> None:
     axis.add_line(line)
     if curve.spread is None:
         return
-    x, low, high = own["seq_len"], own[curve.spread[0]], own[curve.spread[1]]
+    places, low, high = own[x], own[curve.spread[0]], own[curve.spread[1]]
     if len(own) > 1:
-        axis.fill_between(x, low, high, color=style.colour, alpha=0.2, linewidth=0)
+        axis.fill_between(places, low, high, color=style.colour, alpha=0.2, linewidth=0)
     else:
-        axis.vlines(x, low, high, color=style.colour, linewidth=1.2)
+        axis.vlines(places, low, high, color=style.colour, linewidth=1.2)
 
 
 def _failures(axis: Axes, part: pd.DataFrame, styles: dict[str, Style], top: float) -> None:

@@ -13,11 +13,14 @@ from typing import Any
 
 import pandas as pd
 
+from bench.report import units
+
 SETTING = (
     "objective",
     "corpus",
     "d_model",
     "heads",
+    "ff_chunks",
     "batch_size",
     "dtype",
     "device",
@@ -27,11 +30,18 @@ SETTING = (
 )
 GROUP = (*SETTING, "depth")
 CELL = (*GROUP, "variant", "label", "seq_len")
+COMMON = tuple(key for key in SETTING if key != "activations")
+"""What two ways of saving activations must share to be compared."""
+FIT = (*COMMON, "budget_bytes", "seq_len")
+"""What answers to what fits must share to stand in one table or figure."""
+PAYOFF = tuple(key for key in FIT if key != "batch_size")
+"""The same where the batch is itself the answer."""
 
 _PHRASES = {
     "corpus": "data {}",
     "d_model": "width {}",
     "heads": "{} heads",
+    "ff_chunks": "feed-forward in {} pieces",
     "batch_size": "batch {}",
     "threads": "{} threads",
     "activations": "activations {}",
@@ -47,7 +57,18 @@ def varying(frame: pd.DataFrame, keys: Sequence[str]) -> list[str]:
 
 def describe(values: Mapping[str, Any], keys: Sequence[str]) -> str:
     """The keys' values in words: 'clm, width 64, 4 heads, batch 4'."""
-    return ", ".join(_PHRASES.get(key, "{}").format(values[key]) for key in keys)
+    return ", ".join(_phrase(key, values[key]) for key in keys if not _usual(key, values[key]))
+
+
+def _usual(key: str, value: Any) -> bool:
+    """Whether the key at this value goes without saying."""
+    return key == "ff_chunks" and value == 1
+
+
+def _phrase(key: str, value: Any) -> str:
+    if key == "budget_bytes":
+        return f"budget {units.size(value, short=True)}"
+    return _PHRASES.get(key, "{}").format(value)
 
 
 def split(frame: pd.DataFrame, keys: Sequence[str]) -> Iterator[tuple[dict[str, Any], pd.DataFrame]]:

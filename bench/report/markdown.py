@@ -57,6 +57,11 @@ def _row(cells: Sequence[str], widths: Sequence[int], columns: Sequence[Column])
     return "| " + " | ".join(padded) + " |"
 
 
+def folded(title: str, body: str) -> str:
+    """A part that a reader opens; renderers that cannot fold show it open."""
+    return f"<details><summary>{escape(title)}</summary>\n\n{body}\n</details>\n"
+
+
 def image(title: str, path: str) -> str:
     """A picture by its relative path, with a link to the scalable one beside it."""
     return f"[![{escape(title)}]({path}.png)]({path}.svg)\n"

@@ -2,53 +2,106 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 from matplotlib.figure import Figure
 
-from bench.report import canvas, cost_plots, quality_plots
-from bench.report.groups import SETTING, describe, split, suffix, varying
+from bench.report import budget_plots, canvas, cost_plots, memory_plots, quality_plots
+from bench.report.budgets import Kinds
+from bench.report.cost_plots import Look
+from bench.report.groups import COMMON, FIT, PAYOFF, SETTING, describe, split, suffix, varying
+from bench.report.memory import BASELINE
 from bench.report.style import styles
-from bench.report.summary import dates, machines
+from bench.report.summary import Found, dates, machines
 
-Draw = Callable[[pd.DataFrame, cost_plots.Look], Figure | None]
+Draw = Callable[[pd.DataFrame, Look], Figure | None]
+
+
+@dataclass(frozen=True)
+class Plot:
+    """One kind of figure: the section it stands in, its data, and the keys that a figure's cells share."""
+
+    section: str
+    stem: str
+    title: str
+    data: pd.DataFrame
+    draw: Draw
+    keys: Sequence[str]
+    records: pd.DataFrame
+
+
+def _plots(kinds: Kinds, found: Found) -> Iterator[Plot]:
+    def plain(
+        section: str, stem: str, title: str, data: pd.DataFrame, draw: Draw, keys: Sequence[str]
+    ) -> Plot:
+        return Plot(section, stem, title, data, draw, keys, kinds.plain)
+
+    for kind in cost_plots.PLOTS:
+        yield plain("cost", kind.stem, kind.title, found.cost, kind.draw, SETTING)
+    yield plain(
+        "memory", "peak_parts", "What the peak is made of", found.parts, memory_plots.waterfall, COMMON
+    )
+    for stem, title, draw in (
+        ("activations_by_depth", "Saved activations against depth", memory_plots.activations_by_depth),
+        ("peak_by_depth", "Peak memory against depth", memory_plots.peak_by_depth),
+    ):
+        yield plain("memory", stem, title, found.cost, draw, COMMON)
+    # The longest sequence does not depend on the length given, nor the largest batch on the batch given.
+    given_batch = [key for key in FIT if key != "seq_len"]
+    title = "The longest sequence that fits"
+    yield Plot("fits", "longest_sequence", title, found.fits, budget_plots.longest, given_batch, kinds.fits)
+    title = "The largest batch that fits"
+    yield Plot("fits", "largest_batch", title, found.fits, budget_plots.largest, PAYOFF, kinds.fits)
+    title = "Throughput at the largest batch that fits"
+    yield Plot("payoff", "batch_payoff", title, found.payoff, budget_plots.payoff, PAYOFF, kinds.payoff)
+    yield plain("quality", "perplexity", "Perplexity", found.quality, quality_plots.perplexity, SETTING)
+    yield plain(
+        "quality", "nll_by_position", "Loss by position", kinds.plain, quality_plots.by_position, SETTING
+    )
 
 
 def draw_all(
-    frame: pd.DataFrame, cost: pd.DataFrame, quality: pd.DataFrame, report: Path
+    frame: pd.DataFrame, kinds: Kinds, found: Found, report: Path
 ) -> dict[str, list[tuple[str, str]]]:
     """Write every plot that has data into `report`/plots, as PNG and SVG.
 
-    Returns, for the sections 'cost' and 'quality', each plot's title and its path relative to
-    the report, without suffix.
+    Returns, by section, each plot's title and its path relative to the report, without suffix.
+    Where an experiment saves activations in several ways, cost against length is drawn only for
+    settings of several lengths, and stands in the section 'others' unless activations are kept.
     """
-    jobs: list[tuple[str, str, str, pd.DataFrame, Draw]] = [
-        ("cost", plot.stem, plot.title, cost, plot.draw) for plot in cost_plots.PLOTS
-    ]
-    jobs.append(("quality", "perplexity", "Perplexity", quality, quality_plots.perplexity))
-    jobs.append(("quality", "nll_by_position", "Loss by position", frame, quality_plots.by_position))
-    look = styles(zip(frame["variant"], frame["label"], strict=True))
-    found: dict[str, list[tuple[str, str]]] = {"cost": [], "quality": []}
+    looks = styles(zip(frame["variant"], frame["label"], strict=True))
+    several = found.cost["activations"].nunique() > 1
+    drawn: dict[str, list[tuple[str, str]]] = {}
     taken: set[str] = set()
     with canvas.look():
-        for section, stem, title, data, draw in jobs:
-            apart = varying(frame, SETTING)
-            for values, part in split(data, SETTING):
-                footer = f"{machines(_same(frame, values))} · {dates(_same(frame, values))}"
-                setting = describe(values, [k for k in SETTING if k not in ("machine", "threads")])
-                figure = draw(part, cost_plots.Look(look, setting, footer))
+        for plot in _plots(kinds, found):
+            if plot.data.empty:
+                continue
+            apart = varying(plot.records, plot.keys)
+            for values, part in split(plot.data, plot.keys):
+                section = plot.section
+                if section == "cost" and several:
+                    if part["seq_len"].nunique() < 2:
+                        continue
+                    section = "cost" if values["activations"] == BASELINE else "others"
+                same = _same(plot.records, values)
+                setting = describe(values, [k for k in plot.keys if k not in ("machine", "threads")])
+                figure = plot.draw(part, Look(looks, setting, f"{machines(same)} · {dates(same)}"))
                 if figure is None:
                     continue
-                name = _free(stem + suffix(values, apart), taken)
+                name = _free(plot.stem + suffix(values, apart), taken)
                 canvas.save(figure, report / "plots", name)
                 words = describe(values, apart)
-                found[section].append((f"{title} ({words})" if words else title, f"plots/{name}"))
-    return found
+                title = f"{plot.title} ({words})" if words else plot.title
+                drawn.setdefault(section, []).append((title, f"plots/{name}"))
+    return drawn
 
 
-def _same(frame: pd.DataFrame, values: dict[str, object]) -> pd.DataFrame:
+def _same(frame: pd.DataFrame, values: dict[str, Any]) -> pd.DataFrame:
     """The records of one setting."""
     return frame[(frame[list(values)] == pd.Series(values)).all(axis=1)]
 

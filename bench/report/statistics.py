@@ -27,7 +27,18 @@ _SPREAD = {
     "forward_tokens_per_second": "forward_tokens_per_second",
     "peak_bytes": "peak_bytes",
 }
-_MEASURED = ("mfu", "rss_peak_bytes", "activation_bytes", "nvml_process_bytes", "seconds_total")
+_MEASURED = (
+    "mfu",
+    "rss_peak_bytes",
+    "param_bytes",
+    "optimizer_bytes",
+    "peak_grad_bytes",
+    "peak_activation_bytes",
+    "peak_workspace_bytes",
+    "activation_bytes",
+    "nvml_process_bytes",
+    "seconds_total",
+)
 _COMPUTED = (
     "params",
     "flops_algorithmic_step",
@@ -74,9 +85,9 @@ def cost_cells(frame: pd.DataFrame) -> pd.DataFrame:
     for source, name in _SPREAD.items():
         for statistic in ("median", "min", "max"):
             columns[f"{name}_{statistic}"] = grouped[source].agg(statistic)
-    columns["peak_bytes_source"] = grouped["peak_bytes_source"].agg(distinct)
+    columns |= {name: grouped[name].agg(distinct) for name in ("peak_bytes_source", "peak_phase")}
     columns |= {name: grouped[name].median() for name in (*_MEASURED, *_COMPUTED)}
-    for gate in ("leak_max_abs", "reference_max_abs"):
+    for gate in ("leak_max_abs", "reference_max_abs", "recompute_max_abs"):
         columns[gate] = grouped[gate].max()
     columns["flops_source"] = grouped["flops_source"].agg(distinct)
     cells = pd.DataFrame(columns).reset_index()

@@ -38,6 +38,15 @@ OTHERS: tuple[tuple[str, str], ...] = (
     ("#66CCEE", "v"),
     ("#BB2244", "D"),
 )
+# Ways of saving activations, in the order in which tables and figures have them.
+STRATEGIES: dict[str, tuple[str, str]] = {
+    "keep": ("#000000", "o"),
+    "checkpoint": ("#0072B2", "s"),
+    "sqrt": ("#56B4E9", "D"),
+    "selective": ("#009E73", "^"),
+    "reversible": ("#D55E00", "v"),
+    "offload": ("#CC79A7", "P"),
+}
 FILLS: tuple[Fill, ...] = ("full", "left", "bottom", "right", "top")
 
 
@@ -60,6 +69,23 @@ def looks(variant: str, variants: Iterable[str]) -> tuple[str, str]:
         return KNOWN[variant]
     unknown = sorted(set(variants) - set(KNOWN))
     return OTHERS[unknown.index(variant) % len(OTHERS)]
+
+
+def strategy_rank(strategy: str) -> int:
+    """Its place among the ways of saving activations; one not known by name comes after them."""
+    known = list(STRATEGIES)
+    return known.index(strategy) if strategy in known else len(known)
+
+
+def strategy_styles(strategies: Iterable[str]) -> dict[str, Style]:
+    """Strategy → style, in order; unknown ones take theirs by sorted name."""
+    found = sorted(set(strategies), key=lambda name: (strategy_rank(name), name))
+    unknown = [name for name in found if name not in STRATEGIES]
+    result = {}
+    for name in found:
+        colour, marker = STRATEGIES.get(name) or OTHERS[unknown.index(name) % len(OTHERS)]
+        result[name] = Style(colour, marker, "full")
+    return result
 
 
 def lighter(colour: str, share: float) -> str:

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import pandas as pd
 
 from bench.records import STATUSES
-from bench.report import markdown, tables
+from bench.report import budget_tables, markdown, memory, memory_tables, tables
 from bench.report.collect import UNKNOWN, Collected
+from bench.report.groups import COMMON, FIT, PAYOFF, describe
 from bench.report.markdown import escape
 from bench.report.statistics import DRIFT_LIMIT, LEAK_LIMIT
 
 Plots = Mapping[str, Sequence[tuple[str, str]]]
-"""Section ('cost' or 'quality') → its plots, each a title and a path without suffix."""
+"""Section (such as 'cost') → its plots, each a title and a path without suffix."""
 
 NOTES = {
     tables.LEAK: f"the gate measured a leak of more than {LEAK_LIMIT:g}: with a causal objective it sees the "
@@ -22,6 +24,19 @@ NOTES = {
     tables.PREDICTED: "predicted, not measured",
     tables.DRIFT: f"parameters differ from dense by more than {DRIFT_LIMIT:.0%}: not like for like",
 }
+
+
+@dataclass(frozen=True)
+class Found:
+    """The aggregated frames of a report, each as the module of its name makes it; any may be empty."""
+
+    cost: pd.DataFrame
+    quality: pd.DataFrame
+    parts: pd.DataFrame
+    recomputation: pd.DataFrame
+    predictions: pd.DataFrame
+    fits: pd.DataFrame
+    payoff: pd.DataFrame
 
 
 def dates(frame: pd.DataFrame) -> str:
@@ -46,14 +61,17 @@ def machines(frame: pd.DataFrame) -> str:
     return "; ".join(phrases)
 
 
-def text(collected: Collected, cost: pd.DataFrame, quality: pd.DataFrame, plots: Plots) -> str:
+def text(collected: Collected, found: Found, plots: Plots) -> str:
     """The whole of summary.md."""
-    frame = _with_leaks(collected.frame, cost)
+    frame = collected.frame.assign(leaks=collected.frame["leak_max_abs"] > LEAK_LIMIT)
     parts = [
         _head(collected),
-        _cost(cost, plots.get("cost", ())),
-        _quality(quality, plots.get("quality", ())),
-        _section("Parameters", tables.parameters(cost), [tables.DRIFT]),
+        _cost(found.cost, plots.get("cost", ()), plots.get("others", ())),
+        _memory(found, plots.get("memory", ())),
+        _fits(found.fits, plots.get("fits", ())),
+        _payoff(found.payoff, plots.get("payoff", ())),
+        _quality(found.quality, plots.get("quality", ())),
+        _section("Parameters", tables.parameters(found.cost), [tables.DRIFT]),
         _section(
             "Gates",
             tables.gates(frame),
@@ -66,10 +84,6 @@ def text(collected: Collected, cost: pd.DataFrame, quality: pd.DataFrame, plots:
         _section("Did not finish", tables.failures(collected.frame), []),
     ]
     return "\n".join(part for part in parts if part)
-
-
-def _with_leaks(frame: pd.DataFrame, cost: pd.DataFrame) -> pd.DataFrame:
-    return frame.assign(leaks=frame["leak_max_abs"] > LEAK_LIMIT)
 
 
 def _section(title: str, body: str, marks: Sequence[str], lead: str = "") -> str:
@@ -121,21 +135,121 @@ def _warnings(collected: Collected) -> list[str]:
     return found
 
 
-def _cost(cells: pd.DataFrame, plots: Sequence[tuple[str, str]]) -> str:
+def _cost(cells: pd.DataFrame, plots: Sequence[tuple[str, str]], others: Sequence[tuple[str, str]]) -> str:
     lead = (
         "A step is one forward and backward over batch × length tokens. Figures are medians over replicates, "
         "each replicate a process of its own; min–max is their range. *algorithmic* FLOPs count the pairs a "
         "pattern allows, *executed* what was dispatched, recomputation and padding included, *attention* the "
         "algorithmic part that is not a projection, feed-forward or output layer."
     )
-    parts = []
+    several = cells["activations"].nunique() > 1
+    parts, folded = [], []
     for heading, keys, group in tables.headed(cells):
-        parts.append(f"### {escape(heading)}\n\n{escape(keys)}\n\n{tables.cost(group)}")
+        part = f"{escape(keys)}\n\n{tables.cost(group)}"
         baseline = group["baseline"].dropna().unique()
         if len(baseline) and baseline[0] != "dense":
-            parts.append(f"dense here is {escape(baseline[0])}.\n")
-    body = "\n".join([*(markdown.image(*plot) for plot in plots), *parts])
+            part += f"\ndense here is {escape(baseline[0])}.\n"
+        if several and group["activations"].iloc[0] != memory.BASELINE:
+            folded.append(markdown.folded(heading, part))
+        else:
+            parts.append(f"### {escape(heading)}\n\n{part}")
+    pictures = [markdown.image(*plot) for plot in plots]
+    if others:
+        links = ", ".join(f"[{escape(title)}]({path}.png)" for title, path in others)
+        pictures.append(f"The same with activations saved otherwise: {links}.\n")
+    body = "\n".join([*pictures, *parts, *folded])
     return _section("Cost", body, [tables.LEAK, tables.ALIKE, tables.PREDICTED], lead)
+
+
+def _memory(found: Found, plots: Sequence[tuple[str, str]]) -> str:
+    lead = (
+        "The peak is the most that is live at any time of a step; *saved activations* is what the forward "
+        "pass leaves for the backward pass."
+    )
+    body = "\n".join(
+        part
+        for part in (
+            *(markdown.image(*plot) for plot in plots),
+            _recomputation(found.recomputation),
+            _predictions(found.predictions),
+        )
+        if part
+    )
+    return _section("Memory", body, [tables.PREDICTED], lead)
+
+
+def _recomputation(cells: pd.DataFrame) -> str:
+    if cells.empty:
+        return ""
+    lead = (
+        "What each way of saving activations costs beside `keep`, at the longest length and the greatest "
+        "depth that the ways share; recomputation.csv has every cell. A ratio is the median over replicates, "
+        "each against `keep` in the same replicate. *rebuild error*: the largest error of a block's input "
+        "as a reversible network's backward pass rebuilt it, relative to the input's largest entry, worst of "
+        "all blocks. *gradient error*: the largest difference of a gradient from what stored activations "
+        "give, relative to the largest entry of any."
+    )
+    parts = []
+    for _, keys, group in tables.headed(cells, COMMON):
+        at = memory.shared(group)
+        where = f"{keys}, length {at['seq_len'].iloc[0]}, depth {at['depth'].iloc[0]}"
+        parts.append(f"{escape(where)}\n\n{memory_tables.recomputation(at)}")
+    return "\n".join([f"### Cost of recomputation\n\n{lead}\n", *parts])
+
+
+def _predictions(errors: pd.DataFrame) -> str:
+    body = memory_tables.predictions(errors)
+    if not body:
+        return ""
+    lead = (
+        "Peaks predicted without running, against the measured ones: the error is predicted over measured, "
+        "less 1. Median and 95th percentile are without its sign. A cell is one replicate."
+    )
+    far = memory_tables.far_off(errors)
+    named = (
+        f"Further off than {memory.FAR:.0%}:\n\n{far}"
+        if far
+        else f"No cell is off by more than {memory.FAR:.0%}.\n"
+    )
+    return f"### Prediction against measurement\n\n{lead}\n\n{body}\n{named}"
+
+
+def _fits(cells: pd.DataFrame, plots: Sequence[tuple[str, str]]) -> str:
+    if cells.empty:
+        return ""
+    lead = (
+        "The longest sequence at the given batch, and the largest batch at the given length, whose training "
+        "step fits into the budget: found by prediction, to within 1 %, nothing is run. ≥ marks where the "
+        "search ends."
+    )
+    parts = [markdown.image(*plot) for plot in plots]
+    for heading, keys, group in _by_budget(cells, FIT):
+        parts.append(f"### {escape(heading)}\n\n{escape(keys)}\n\n{budget_tables.fits(group)}")
+    return _section("What fits", "\n".join(parts), [], lead)
+
+
+def _payoff(cells: pd.DataFrame, plots: Sequence[tuple[str, str]]) -> str:
+    if cells.empty:
+        return ""
+    lead = (
+        "Does saved memory buy speed? Throughput at the largest batch that is predicted to fit into the "
+        "budget. Figures are medians over replicates, *min–max* their range, */ keep* the median of the "
+        "ratio within a replicate."
+    )
+    parts = [markdown.image(*plot) for plot in plots]
+    for heading, keys, group in _by_budget(cells, (*PAYOFF, "depth")):
+        parts.append(f"### {escape(heading)}\n\n{escape(keys)}\n\n{budget_tables.payoff(group)}")
+    return _section("Batch payoff", "\n".join(parts), [tables.PREDICTED], lead)
+
+
+def _by_budget(cells: pd.DataFrame, keys: Sequence[str]) -> list[tuple[str, str, pd.DataFrame]]:
+    """As tables.headed, with the budget and the length in every heading."""
+    found = []
+    for heading, words, group in tables.headed(cells, keys):
+        fixed = [k for k in ("budget_bytes", "seq_len") if cells[k].nunique() == 1]
+        first = {k: group[k].iloc[0] for k in fixed}
+        found.append((", ".join(w for w in (heading, describe(first, fixed)) if w), words, group))
+    return found
 
 
 def _quality(cells: pd.DataFrame, plots: Sequence[tuple[str, str]]) -> str:

@@ -25,6 +25,14 @@ _WHOLE = (
     "peak_bytes",
     "rss_",
     "activation_bytes",
+    "param_bytes",
+    "optimizer_bytes",
+    "peak_grad",
+    "peak_activation",
+    "peak_workspace",
+    "longest_",
+    "largest_",
+    "budget_",
     "nvml_",
     "state_bytes",
     "tokens_",
@@ -70,9 +78,8 @@ def _label(row: pd.Series[Any]) -> str:
     return escape(row["label"]) + (LEAK if row["leaks"] else "")
 
 
-def _each(
-    frame: pd.DataFrame, title: str, column: str, show: Callable[[Any], str], **options: bool
-) -> Column:
+def each(frame: pd.DataFrame, title: str, column: str, show: Callable[[Any], str], **options: bool) -> Column:
+    """A column of a table from a column of the frame, each value shown by `show`."""
     return Column(title, [show(value) for value in frame[column]], **options)
 
 
@@ -90,18 +97,18 @@ def cost(cells: pd.DataFrame) -> str:
     return markdown.table(
         [
             Column("variant", [_label(row) for row in rows], right=False, optional=False),
-            _each(cells, "length", "seq_len", str, optional=False),
-            _each(cells, "step time", "step_seconds_median", units.seconds),
+            each(cells, "length", "seq_len", str, optional=False),
+            each(cells, "step time", "step_seconds_median", units.seconds),
             Column("min–max", spread),
             Column("time / dense", ratios),
-            _each(cells, "throughput", "tokens_per_second_median", units.rate),
+            each(cells, "throughput", "tokens_per_second_median", units.rate),
             Column("peak memory", [_peak(row) for row in rows]),
-            _each(cells, "memory / dense", "peak_bytes_ratio", units.ratio),
-            _each(cells, "algorithmic FLOPs", "flops_algorithmic_step", units.flops),
-            _each(cells, "executed FLOPs", "flops_executed_step", units.flops),
-            _each(cells, "attention FLOPs", "flops_attention_step", units.flops),
-            _each(cells, "replicates", "replicates", str, optional=False),
-            _each(cells, "status", "status", escape, right=False, optional=False),
+            each(cells, "memory / dense", "peak_bytes_ratio", units.ratio),
+            each(cells, "algorithmic FLOPs", "flops_algorithmic_step", units.flops),
+            each(cells, "executed FLOPs", "flops_executed_step", units.flops),
+            each(cells, "attention FLOPs", "flops_attention_step", units.flops),
+            each(cells, "replicates", "replicates", str, optional=False),
+            each(cells, "status", "status", escape, right=False, optional=False),
         ]
     )
 
@@ -131,25 +138,25 @@ def quality(cells: pd.DataFrame) -> str:
         Column("variant", [_label(row) for row in rows], right=False, optional=False),
     ]
     columns += [
-        _each(cells, key, key, escape, right=False)
+        each(cells, key, key, escape, right=False)
         for key in varying(cells, SETTING)
         if key not in ("objective", "corpus", "d_model", "heads")
     ]
     return markdown.table(
         [
             *columns,
-            _each(cells, "length", "seq_len", str, optional=False),
-            _each(cells, "width", "d_model", str, optional=False),
-            _each(cells, "heads", "heads", str, optional=False),
-            _each(cells, "depth", "depth", str, optional=False),
-            _each(cells, "tokens trained", "tokens_trained", units.count),
+            each(cells, "length", "seq_len", str, optional=False),
+            each(cells, "width", "d_model", str, optional=False),
+            each(cells, "heads", "heads", str, optional=False),
+            each(cells, "depth", "depth", str, optional=False),
+            each(cells, "tokens trained", "tokens_trained", units.count),
             Column("perplexity", [_plus_minus(r["perplexity_mean"], r["perplexity_std"]) for r in rows]),
-            _each(cells, "bits per byte", "bits_per_byte_mean", units.score),
-            _each(cells, "word perplexity", "word_perplexity_mean", units.score),
-            _each(cells, "accuracy", "accuracy_mean", units.score),
-            _each(cells, "unigram", "unigram_perplexity", units.score),
-            _each(cells, "state", "state_policy", lambda v: units.MISSING if pd.isna(v) else v, right=False),
-            _each(cells, "replicates", "quality_replicates", str, optional=False),
+            each(cells, "bits per byte", "bits_per_byte_mean", units.score),
+            each(cells, "word perplexity", "word_perplexity_mean", units.score),
+            each(cells, "accuracy", "accuracy_mean", units.score),
+            each(cells, "unigram", "unigram_perplexity", units.score),
+            each(cells, "state", "state_policy", lambda v: units.MISSING if pd.isna(v) else v, right=False),
+            each(cells, "replicates", "quality_replicates", str, optional=False),
         ]
     )
 
@@ -169,11 +176,11 @@ def parameters(cells: pd.DataFrame) -> str:
     names = {"d_model": "width"}
     return markdown.table(
         [
-            _each(table, "variant", "label", escape, right=False, optional=False),
-            *(_each(table, names.get(k, k), k, escape) for k in keys if k in varying(table, keys)),
+            each(table, "variant", "label", escape, right=False, optional=False),
+            *(each(table, names.get(k, k), k, escape) for k in keys if k in varying(table, keys)),
             Column("parameters", [f"{int(value):,}" for value in table["params"]]),
             Column("/ dense", ratios),
-            _each(table, "lengths", "lengths", str, right=False),
+            each(table, "lengths", "lengths", str, right=False),
         ]
     )
 
@@ -206,12 +213,12 @@ def gates(frame: pd.DataFrame) -> str:
     return markdown.table(
         [
             Column("variant", [_label(row) for row in rows], right=False, optional=False),
-            *(_each(table, key, key, escape, right=False) for key in varying(table, where)),
+            *(each(table, key, key, escape, right=False) for key in varying(table, where)),
             Column("parameters", [_knobs(row) for row in rows], right=False),
-            _each(table, "leak (max abs)", "leak", units.scientific, optional=False),
-            _each(table, "reference error (max abs)", "reference", units.scientific, optional=False),
+            each(table, "leak (max abs)", "leak", units.scientific, optional=False),
+            each(table, "reference error (max abs)", "reference", units.scientific, optional=False),
             Column("counted / formula", cost_ratios, optional=False),
-            _each(table, "because", "why", _or_dash, right=False),
+            each(table, "because", "why", or_dash, right=False),
         ]
     )
 
@@ -221,7 +228,7 @@ def _knobs(row: pd.Series[Any]) -> str:
     return escape(", ".join(f"{name}={spoken(value)}" for name, value in knobs.items())) or units.MISSING
 
 
-def _or_dash(value: object) -> str:
+def or_dash(value: object) -> str:
     text = "" if value is None or value != value else str(value)
     return escape(markdown.shortened(text)) or units.MISSING
 
@@ -237,13 +244,13 @@ def failures(frame: pd.DataFrame) -> str:
     table = found.reset_index()
     return markdown.table(
         [
-            _each(table, "variant", "label", escape, right=False, optional=False),
-            _each(table, "length", "seq_len", str, optional=False),
-            _each(table, "depth", "depth", str, optional=False),
-            *(_each(table, key, key, escape, right=False) for key in varying(frame, SETTING)),
-            _each(table, "replicates", "replicate", str, optional=False),
-            _each(table, "status", "status", escape, right=False, optional=False),
-            _each(table, "reason", "reason", _or_dash, right=False, optional=False),
+            each(table, "variant", "label", escape, right=False, optional=False),
+            each(table, "length", "seq_len", str, optional=False),
+            each(table, "depth", "depth", str, optional=False),
+            *(each(table, key, key, escape, right=False) for key in varying(frame, SETTING)),
+            each(table, "replicates", "replicate", str, optional=False),
+            each(table, "status", "status", escape, right=False, optional=False),
+            each(table, "reason", "reason", or_dash, right=False, optional=False),
         ]
     )
 

@@ -88,6 +88,11 @@ def ratio(value: float | None) -> str:
     return MISSING if missing(value) else f"{digits(value)}×"
 
 
+def percent(value: float | None) -> str:
+    """A share in percent, such as 1.25 %; a difference keeps its sign."""
+    return MISSING if value is None or math.isnan(value) else f"{digits(value * 100)} %"
+
+
 def scientific(value: float | None) -> str:
     """A figure that spans magnitudes, such as an error: 1.2e-07."""
     return MISSING if value is None or math.isnan(value) else f"{value:.1e}" if value else "0"

@@ -1,0 +1,83 @@
+"""Tables of what fits into a memory budget, and of what training at the largest batch yields."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pandas as pd
+
+from bench.report import markdown, units
+from bench.report.budgets import LARGEST, LONGEST
+from bench.report.markdown import Column, escape
+from bench.report.tables import PREDICTED, each
+
+NOTHING = "nothing fits"
+
+
+def fits(cells: pd.DataFrame) -> str:
+    """A row a variant and strategy; for each depth the longest sequence and the largest batch.
+
+    The cells are those of one budget and one given length and batch.
+    """
+    names = cells[["label", "activations"]].drop_duplicates()
+    rows = list(zip(names["label"], names["activations"], strict=True))
+    columns = [
+        Column("variant", [escape(label) for label, _ in rows], right=False, optional=False),
+        Column("activations", [escape(strategy) for _, strategy in rows], right=False, optional=False),
+    ]
+    for depth in sorted(cells["depth"].unique()):
+        at = {(c["label"], c["activations"]): c for _, c in cells[cells["depth"] == depth].iterrows()}
+        found = [at.get(row) for row in rows]
+        columns.append(Column(f"depth {depth}: longest", [_longest(cell) for cell in found]))
+        columns.append(Column(f"depth {depth}: batch", [_largest(cell) for cell in found]))
+    return markdown.table(columns)
+
+
+def _longest(cell: pd.Series[Any] | None) -> str:
+    return units.MISSING if cell is None else _found(cell, "longest_seq_len", LONGEST)
+
+
+def _largest(cell: pd.Series[Any] | None) -> str:
+    return units.MISSING if cell is None else _found(cell, "largest_batch_size", LARGEST)
+
+
+def _found(cell: pd.Series[Any], figure: str, end: int) -> str:
+    """What was found; 'nothing fits' for 0, '≥' where the search ended, else why it was not found."""
+    value = cell[figure]
+    if pd.isna(value):
+        return escape(cell["status"])
+    if value == 0:
+        return NOTHING
+    number = units.length(value) if figure == "longest_seq_len" else f"{value:,.0f}"
+    return f"≥ {number}" if value >= end else number
+
+
+def payoff(cells: pd.DataFrame) -> str:
+    """What each variant's strategies make of one budget at one depth and length."""
+    rows = [row for _, row in cells.iterrows()]
+    spread = [
+        f"{units.rate(row['tokens_per_second_min'], short=True)} – {units.rate(row['tokens_per_second_max'])}"
+        if row["replicates"] > 1
+        else units.MISSING
+        for row in rows
+    ]
+    return markdown.table(
+        [
+            each(cells, "variant", "label", escape, right=False, optional=False),
+            each(cells, "activations", "activations", escape, right=False, optional=False),
+            Column("largest batch", [_found(row, "largest_batch_size", LARGEST) for row in rows]),
+            each(cells, "throughput", "tokens_per_second", units.rate),
+            Column("min–max", spread),
+            each(cells, "/ keep", "gain", units.ratio),
+            Column("peak memory", [_peak(row) for row in rows]),
+            each(cells, "replicates", "replicates", str, optional=False),
+            each(cells, "status", "status", escape, right=False, optional=False),
+        ]
+    )
+
+
+def _peak(row: pd.Series[Any]) -> str:
+    mark = (
+        PREDICTED if "predicted" in str(row["peak_bytes_source"]) and not pd.isna(row["peak_bytes"]) else ""
+    )
+    return units.size(row["peak_bytes"]) + mark

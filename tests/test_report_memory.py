@@ -1,0 +1,514 @@
+"""Strategies beside each other, predictions beside measurements, and what fits: what the report says."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import random
+import statistics
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.image import imread
+from matplotlib.lines import Line2D
+from matplotlib.patches import Rectangle
+from test_report import failed, number, record, table, write
+
+from bench import planning
+from bench.records import Record
+from bench.report import budget_plots, budgets, build, canvas, memory, memory_plots
+from bench.report.collect import collect
+from bench.report.cost_plots import Look
+from bench.report.statistics import cost_cells
+from bench.report.style import styles
+
+STRATEGIES = ("keep", "checkpoint", "sqrt", "selective", "reversible")
+SAVED = {"keep": 1.0, "checkpoint": 0.1, "sqrt": 0.07, "selective": 0.6, "reversible": 0.04}
+PARTS = ("param_bytes", "optimizer_bytes", "peak_grad_bytes", "peak_activation_bytes", "peak_workspace_bytes")
+BUDGET = 2**30
+
+
+def strategy(variant: str, activations: str, depth: int, replicate: int = 0, **other: Any) -> Record:
+    """A finished cell whose parts add up to its peak."""
+    noise = random.Random(f"{variant}{activations}{depth}{replicate}{other}")
+    params = 4_000 * depth
+    kept = int(50_000 * depth * SAVED.get(activations, 0.5))
+    grads, work = params // 2, 9_000 + noise.randrange(1_000)
+    peak = params * 3 + grads + kept + work
+    values: dict[str, Any] = {
+        "cell_id": f"{variant}-{activations}-{depth}-{replicate}-{noise.getrandbits(48):x}",
+        "activations": activations,
+        "step_seconds_median": 0.1 * depth * (1 + noise.random()),
+        "flops_executed_step": depth * (3_000_000 if activations == "keep" else 4_000_000),
+        "peak_bytes": peak,
+        "peak_bytes_predicted": int(peak * (1 + 0.08 * (noise.random() - 0.4))),
+        "peak_phase": "optimizer" if depth == 2 else "backward",
+        "param_bytes": params,
+        "optimizer_bytes": 2 * params,
+        "peak_grad_bytes": grads,
+        "peak_activation_bytes": kept,
+        "peak_workspace_bytes": work,
+        "activation_bytes": kept + 4 * depth,
+        "recompute_max_abs": None if activations == "keep" else 1e-7 * (1 + replicate),
+        "rebuild_error_by_level": [1e-7 * (1 + replicate), 3e-7 * depth, 2e-7]
+        if activations == "reversible"
+        else None,
+        "nll_by_position": None,
+        "perplexity": None,
+    }
+    return record(variant, depth=depth, replicate=replicate, **{**values, **other})
+
+
+def strategies() -> list[Record]:
+    found = [
+        strategy(variant, activations, depth, replicate)
+        for variant, activations, depth, replicate in itertools.product(
+            ("dense", "longformer"), STRATEGIES, (2, 4, 8), (0, 1, 2)
+        )
+    ]
+    # keep is missing from one replicate, and a strategy from the greatest depth of one variant.
+    lost = {("dense", "keep", 8, 2), *(("longformer", "selective", 8, r) for r in (0, 1, 2))}
+    kept = [r for r in found if (r.variant, r.activations, r.depth, r.replicate) not in lost]
+    return [*kept, failed("oom", "too big", variant="dense", depth=8, replicate=2, activations="keep")]
+
+
+def fits(variant: str, activations: str, depth: int, **other: Any) -> Record:
+    """What fits, as a cell of measure=fits says it: nothing was run."""
+    values: dict[str, Any] = {
+        "cell_id": f"fits-{variant}-{activations}-{depth}-{other}",
+        "measure": "fits",
+        "peak_bytes_source": "predicted",
+        "flops_source": "predicted",
+        "budget_bytes": BUDGET,
+        "longest_seq_len": 3072 * (2 if activations == "keep" else 7) // depth * 2,
+        "largest_batch_size": 12 // depth,
+        "step_seconds_median": None,
+        "tokens_per_second": None,
+        "leak_max_abs": None,
+    }
+    return strategy(variant, activations, depth, **{**values, **other})
+
+
+def payoff(variant: str, activations: str, replicate: int, batch: int, **other: Any) -> Record:
+    """Measured at the largest batch that fits."""
+    values: dict[str, Any] = {
+        "budget_bytes": BUDGET,
+        "batch_size": batch,
+        "largest_batch_size": batch,
+        "tokens_per_second": 1000.0 * batch**0.5 * (1 + 0.1 * replicate * (activations != "keep")),
+    }
+    return strategy(variant, activations, 4, replicate, **{**values, **other})
+
+
+def payoffs() -> list[Record]:
+    batches = {"keep": 4, "checkpoint": 16, "reversible": 25}
+    found = [
+        payoff(variant, activations, replicate, batch)
+        for variant in ("dense", "longformer")
+        for activations, batch in batches.items()
+        for replicate in (0, 1, 2)
+        if (variant, activations) != ("longformer", "keep")
+    ]
+    nothing = failed(
+        "predicted_oom", "one sequence is predicted to need 9 bytes", variant="longformer", depth=4
+    )
+    nothing.batch_size, nothing.largest_batch_size, nothing.budget_bytes = 0, 0, BUDGET
+    # One that stopped before it said its budget.
+    early = failed("unsupported", "not causal", variant="chunked", depth=4, activations="keep")
+    early.batch_size = 0
+    nothing.cell_id, early.cell_id = "nothing", "early"
+    return [*found, nothing, early]
+
+
+def text_of(folder: Path, found: Sequence[Record], *, plots: bool = False) -> str:
+    return (build(write(folder, found), plots=plots) / "summary.md").read_text()
+
+
+def look(frame: pd.DataFrame) -> Look:
+    return Look(styles(zip(frame["variant"], frame["label"], strict=True)), "setting", "footer")
+
+
+def frame_of(folder: Path, found: Sequence[Record]) -> pd.DataFrame:
+    return collect(write(folder, found)).frame
+
+
+def median_ratio(
+    found: Sequence[Record], figure: Callable[[Record], float], variant: str, strategy: str, depth: int
+) -> float:
+    """The median over replicates of a figure over that of keep in the same replicate, one by one."""
+    at = {
+        (r.activations, r.replicate): figure(r)
+        for r in found
+        if r.status == "ok" and (r.variant, r.depth) == (variant, depth)
+    }
+    pairs = [(value, at.get(("keep", rep))) for (own, rep), value in at.items() if own == strategy]
+    return statistics.median(value / kept for value, kept in pairs if kept)
+
+
+def test_recomputation_is_paired_with_keep_within_a_replicate(tmp_path: Path) -> None:
+    found = strategies()
+    text = text_of(tmp_path / "e", found)
+    rows = table(text, "### Cost of recomputation")
+    expected = {(v, s) for v in ("dense", "longformer") for s in STRATEGIES} - {("longformer", "selective")}
+    assert [(r["variant"], r["activations"]) for r in rows] == [
+        (v, s) for v in ("dense", "longformer") for s in STRATEGIES if (v, s) in expected
+    ]
+    assert "length 512, depth 8" in text.split("### Cost of recomputation")[1]
+    cells = pd.read_csv(tmp_path / "e" / "report" / "recomputation.csv")
+    assert len(cells) == 2 * 5 * 3 - 1
+    figures: dict[str, Callable[[Record], float]] = {
+        "flops_executed_ratio": lambda r: float(r.flops_executed_step or 0),
+        "step_seconds_ratio": lambda r: float(r.step_seconds_median or 0),
+        "peak_bytes_ratio": lambda r: float(r.peak_bytes or 0),
+        "activation_bytes_ratio": lambda r: float(r.activation_bytes or 0),
+    }
+    for _, cell in cells.iterrows():
+        for column, figure in figures.items():
+            ratio = median_ratio(found, figure, cell["variant"], cell["activations"], cell["depth"])
+            assert cell[column] == pytest.approx(ratio, rel=1e-12)
+    # The median of ratios is not the ratio of medians in these records, so pairing shows.
+    dense = cells[(cells.variant == "dense") & (cells.depth == 8)].set_index("activations")
+    unpaired = dense.loc["sqrt", "step_seconds_median"] / dense.loc["keep", "step_seconds_median"]
+    assert dense.loc["sqrt", "step_seconds_ratio"] != pytest.approx(unpaired, rel=1e-3)
+
+
+def test_the_worst_errors_of_a_strategy_are_shown(tmp_path: Path) -> None:
+    found = strategies()
+    cells = table(text_of(tmp_path / "e", found), "### Cost of recomputation")
+    rows = {(r["variant"], r["activations"]): r for r in cells}
+    assert rows["dense", "reversible"]["rebuild error"] == "2.4e-06"
+    assert rows["dense", "checkpoint"]["rebuild error"] == "–"
+    assert rows["dense", "checkpoint"]["gradient error"] == "3.0e-07"
+    assert rows["dense", "keep"]["gradient error"] == "–"
+
+
+def test_a_rebuild_error_that_is_not_finite_is_the_worst(tmp_path: Path) -> None:
+    found = [strategy("dense", "keep", 2)]
+    found.append(strategy("dense", "reversible", 2, rebuild_error_by_level=[1e-7, math.inf]))
+    rows = table(text_of(tmp_path / "e", found), "### Cost of recomputation")
+    assert rows[1]["rebuild error"] == "inf"
+
+
+def test_one_strategy_has_no_cost_of_recomputation(tmp_path: Path) -> None:
+    found = [strategy("dense", "keep", depth) for depth in (2, 4)]
+    folder = tmp_path / "e"
+    assert "Cost of recomputation" not in text_of(folder, found)
+    assert not (folder / "report" / "recomputation.csv").exists()
+
+
+def bars(axis: Axes) -> dict[float, list[tuple[float, float]]]:
+    """Each bar of a panel by its place: its pieces from left to right, each with its left end."""
+    found: dict[float, list[tuple[float, float]]] = {}
+    for patch in axis.patches:
+        assert isinstance(patch, Rectangle)
+        middle = round(patch.get_y() + patch.get_height() / 2, 6)
+        found.setdefault(middle, []).append((patch.get_x(), patch.get_width()))
+    return found
+
+
+def test_the_waterfall_adds_up_to_the_peak(tmp_path: Path) -> None:
+    found = strategies()
+    frame = frame_of(tmp_path / "e", found)
+    with canvas.look():
+        figure = memory_plots.waterfall(memory.peak_parts(frame), look(frame))
+    assert figure is not None
+    assert [axis.get_title() for axis in figure.axes] == ["dense", "longformer"]
+    for axis in figure.axes:
+        drawn = bars(axis)
+        names = [label.get_text() for label in figure.axes[0].get_yticklabels()]
+        words = {t.get_position()[1]: t.get_text() for t in axis.texts}
+        own = [r for r in found if r.status == "ok" and r.variant == axis.get_title() and r.depth == 8]
+        assert {names[int(place)] for place in drawn} == {r.activations for r in own}
+        for place, pieces in drawn.items():
+            same = [r for r in own if r.activations == names[int(place)]]
+            expected = [statistics.mean(getattr(r, part) for r in same) for part in PARTS]
+            assert [width for _, width in pieces] == pytest.approx(expected)
+            assert [left for left, _ in pieces] == pytest.approx([0, *itertools.accumulate(expected)][:-1])
+            peak = statistics.mean(r.peak_bytes or 0 for r in same)
+            assert sum(expected) == pytest.approx(peak)
+            size, phase = words[place].split(", ")
+            assert number(size) == pytest.approx(peak, rel=6e-3)
+            assert phase == "backward"
+
+
+def test_one_strategy_has_a_bar_a_variant(tmp_path: Path) -> None:
+    frame = frame_of(tmp_path / "e", [strategy(v, "keep", d) for v in ("dense", "chunked") for d in (2, 4)])
+    figure = memory_plots.waterfall(memory.peak_parts(frame), look(frame))
+    assert figure is not None
+    (axis,) = figure.axes
+    assert [label.get_text() for label in axis.get_yticklabels()] == ["dense", "chunked"]
+    assert len(bars(axis)) == 2
+
+
+def test_a_planned_peak_says_that_it_is_predicted(tmp_path: Path) -> None:
+    frame = frame_of(tmp_path / "e", [strategy("dense", "keep", 2, peak_bytes_source="predicted")])
+    figure = memory_plots.waterfall(memory.peak_parts(frame), look(frame))
+    assert figure is not None
+    assert "ᵖ" in figure.axes[0].texts[0].get_text()
+
+
+def test_records_without_the_parts_have_no_waterfall(tmp_path: Path) -> None:
+    frame = frame_of(tmp_path / "e", [record()])
+    assert memory_plots.waterfall(memory.peak_parts(frame), look(frame)) is None
+
+
+@pytest.mark.parametrize(
+    ("draw", "figure_of"),
+    [
+        (memory_plots.activations_by_depth, "activation_bytes"),
+        (memory_plots.peak_by_depth, "peak_bytes"),
+    ],
+)
+def test_lines_over_depth_are_the_medians(
+    tmp_path: Path, draw: Callable[[pd.DataFrame, Look], Figure | None], figure_of: str
+) -> None:
+    found = [r for r in strategies() if r.status == "ok"]
+    frame = frame_of(tmp_path / "e", found)
+    figure = draw(cost_cells(frame), look(frame))
+    assert figure is not None
+    for axis in figure.axes:
+        own = [r for r in found if r.variant == axis.get_title()]
+        expected = []
+        for activations in sorted({r.activations for r in own}):
+            same = [r for r in own if r.activations == activations]
+            at = {d: [getattr(r, figure_of) for r in same if r.depth == d] for d in (2, 4, 8)}
+            expected.append([(d, statistics.median(values)) for d, values in at.items() if values])
+        drawn = [
+            [(float(x), float(y)) for x, y in np.asarray(line.get_xydata())] for line in axis.get_lines()
+        ]
+        assert sorted(drawn) == sorted(expected)
+
+
+def test_two_depths_make_no_line_over_depth(tmp_path: Path) -> None:
+    frame = frame_of(tmp_path / "e", [strategy("dense", s, d) for s in STRATEGIES for d in (2, 4)])
+    assert memory_plots.peak_by_depth(cost_cells(frame), look(frame)) is None
+
+
+def test_predictions_over_depth_are_hollow(tmp_path: Path) -> None:
+    found = [strategy("dense", "keep", d) for d in (2, 4, 8)]
+    lost = failed("predicted_oom", "8 GiB", variant="dense", depth=16)
+    lost.peak_bytes_predicted = 5_000_000
+    frame = frame_of(tmp_path / "e", [*found, lost])
+    figure = memory_plots.peak_by_depth(cost_cells(frame), look(frame))
+    assert figure is not None
+    lines = figure.axes[0].get_lines()
+    by_colour = {str(line.get_markerfacecolor()): np.asarray(line.get_xydata()).tolist() for line in lines}
+    assert by_colour["white"] == [[16, 5_000_000]]
+
+
+def test_prediction_errors_over_all_measured_cells(tmp_path: Path) -> None:
+    found = [*strategies(), *payoffs(), strategy("dense", "keep", 32, peak_bytes_source="predicted")]
+    text = text_of(tmp_path / "e", found)
+    measured = [
+        r for r in found if r.status == "ok" and r.peak_bytes and r.peak_bytes_source == "live_storage"
+    ]
+    rows = table(text, "### Prediction against measurement")
+
+    def errors(variant: str, activations: str) -> list[float]:
+        return [
+            (r.peak_bytes_predicted or 0) / (r.peak_bytes or 1) - 1
+            for r in measured
+            if variant in ("all", r.variant) and activations in ("all", r.activations)
+        ]
+
+    def percent(cell: str) -> float:
+        return float(cell.removesuffix(" %")) / 100
+
+    assert [(r["variant"], r["activations"]) for r in rows] == [
+        ("all", "all"),
+        *((v, s) for v in ("dense", "longformer") for s in STRATEGIES),
+    ]
+    for row in rows:
+        own = errors(row["variant"], row["activations"])
+        sizes = sorted(abs(e) for e in own)
+        place = 0.95 * (len(sizes) - 1)
+        low, high = sizes[math.floor(place)], sizes[math.ceil(place)]
+        assert int(row["cells"]) == len(own)
+        assert percent(row["median error"]) == pytest.approx(statistics.median(sizes), rel=6e-3)
+        p95 = low + (high - low) * (place % 1)
+        assert percent(row["95th percentile"]) == pytest.approx(p95, rel=6e-3)
+        assert percent(row["largest"]) == pytest.approx(max(own, key=abs), rel=6e-3)
+
+
+def test_cells_that_were_predicted_badly_are_named(tmp_path: Path) -> None:
+    found = [
+        strategy("dense", "keep", 2, peak_bytes=1000, peak_bytes_predicted=1049),
+        strategy("dense", "sqrt", 2, peak_bytes=1000, peak_bytes_predicted=900),
+        strategy("longformer", "sqrt", 4, peak_bytes=1000, peak_bytes_predicted=1060),
+    ]
+    named = table(text_of(tmp_path / "e", found), "Further off than 5%:")
+    assert [(r["variant"], r["activations"], r["depth"], r["error"]) for r in named] == [
+        ("dense", "sqrt", "2", "-10.0 %"),
+        ("longformer", "sqrt", "4", "6.00 %"),
+    ]
+    fine = text_of(tmp_path / "fine", found[:1])
+    assert "No cell is off by more than 5%." in fine
+
+
+def test_what_fits_by_variant_strategy_and_depth(tmp_path: Path) -> None:
+    found = [fits(v, s, d) for v in ("dense", "longformer") for s in ("keep", "sqrt") for d in (4, 12)]
+    found += [fits("performer", "keep", 4, longest_seq_len=2**24, largest_batch_size=2**16)]
+    found += [fits("performer", "keep", 12, longest_seq_len=0, largest_batch_size=0)]
+    early = failed("unsupported", "not causal", variant="chunked", depth=4)
+    early.measure = "fits"
+    text = text_of(tmp_path / "e", [*found, early])
+    rows = {(r["variant"], r["activations"]): r for r in table(text, "### clm, budget 1 GiB, length 512")}
+    assert rows["dense", "keep"]["depth 4: longest"] == "3k"
+    assert rows["dense", "sqrt"]["depth 4: longest"] == "10.5k"
+    assert rows["longformer", "sqrt"]["depth 12: longest"] == "3.5k"
+    assert rows["longformer", "sqrt"]["depth 4: batch"] == "3"
+    assert rows["performer", "keep"]["depth 4: longest"] == "≥ 16M"
+    assert rows["performer", "keep"]["depth 4: batch"] == "≥ 65,536"
+    assert rows["performer", "keep"]["depth 12: longest"] == "nothing fits"
+    assert rows["performer", "keep"]["depth 12: batch"] == "nothing fits"
+    assert rows["chunked", "keep"]["depth 4: longest"] == "unsupported"
+    assert rows["chunked", "keep"]["depth 12: longest"] == "–"
+    assert list(rows) == [
+        ("dense", "keep"),
+        ("dense", "sqrt"),
+        ("chunked", "keep"),
+        ("longformer", "keep"),
+        ("longformer", "sqrt"),
+        ("performer", "keep"),
+    ]
+
+
+def test_the_search_ends_where_the_planner_ends_it() -> None:
+    assert (budgets.LONGEST, budgets.LARGEST) == (planning.MOST_TOKENS, planning.MOST_SEQUENCES)
+
+
+def dots(axis: Axes) -> list[Line2D]:
+    return [line for line in axis.get_lines() if len(np.asarray(line.get_xdata())) == 1]
+
+
+def test_dots_of_what_fits(tmp_path: Path) -> None:
+    found = [fits(v, s, d) for v in ("dense", "longformer") for s in ("keep", "sqrt") for d in (4, 12)]
+    found += [fits("performer", "keep", 4, longest_seq_len=2**24)]
+    found += [fits("performer", "keep", 12, longest_seq_len=0)]
+    frame = frame_of(tmp_path / "e", found)
+    figure = budget_plots.longest(budgets.fits_cells(budgets.kinds(frame).fits), look(frame))
+    assert figure is not None
+    for axis, depth in zip(figure.axes, (4, 12), strict=True):
+        assert axis.get_title() == f"depth {depth}"
+        assert axis.get_xscale() == "log"
+        names = [label.get_text() for label in figure.axes[0].get_yticklabels()]
+        lines = [line for line in dots(axis) if line.get_marker() != "x"]
+        drawn = {
+            (names[round(float(np.asarray(line.get_ydata())[0]))], float(np.asarray(line.get_xdata())[0]))
+            for line in lines
+        }
+        expected = {(r.variant, r.longest_seq_len) for r in found if r.depth == depth and r.longest_seq_len}
+        assert drawn == expected
+    assert [text.get_text() for text in figure.axes[0].texts] == ["≥ 16M"]
+    assert [line.get_marker() for line in dots(figure.axes[1])].count("x") == 1
+
+
+def test_batch_payoff_is_paired_with_keep_within_a_replicate(tmp_path: Path) -> None:
+    found = payoffs()
+    text = text_of(tmp_path / "e", found)
+    rows = {
+        (r["variant"], r["activations"]): r for r in table(text, "### clm, depth 4, budget 1 GiB, length 512")
+    }
+    assert rows["dense", "keep"]["largest batch"] == "4"
+    assert rows["dense", "reversible"]["largest batch"] == "25"
+    at = {
+        (r.activations, r.replicate): r.tokens_per_second
+        for r in found
+        if r.variant == "dense" and r.status == "ok"
+    }
+    for name in ("keep", "checkpoint", "reversible"):
+        pairs = [(at[name, rep] or 0, at["keep", rep] or 1) for rep in (0, 1, 2)]
+        row = rows["dense", name]
+        assert number(row["/ keep"]) == pytest.approx(statistics.median(a / b for a, b in pairs), rel=6e-3)
+        assert number(row["throughput"]) == pytest.approx(statistics.median(a for a, _ in pairs), rel=6e-3)
+    assert rows["longformer", "checkpoint"]["/ keep"] == "–"
+    assert rows["longformer", "keep"]["largest batch"] == "nothing fits"
+    assert rows["longformer", "keep"]["status"] == "predicted_oom"
+    assert rows["chunked", "keep"]["status"] == "unsupported"
+
+
+def test_dots_of_the_payoff(tmp_path: Path) -> None:
+    frame = frame_of(tmp_path / "e", payoffs())
+    cells = budgets.payoff_cells(budgets.kinds(frame).payoff)
+    figure = budget_plots.payoff(cells, look(frame))
+    assert figure is not None
+    rate, gain = figure.axes
+    notes = {text.get_text() for text in rate.texts}
+    assert notes == {"batch 4", "batch 16", "batch 25"}
+    values = sorted(float(np.asarray(line.get_xdata())[0]) for line in dots(gain))
+    assert values == pytest.approx([1.0, 2.0 * 1.1, 2.5 * 1.1])
+
+
+def test_budgets_leave_the_other_sections_as_they_were(tmp_path: Path) -> None:
+    plain = [record(v, depth=d, seq_len=n) for v in ("dense", "chunked") for d in (2, 4) for n in (512, 1024)]
+    asked = [fits("dense", "keep", 4), *payoffs()]
+    alone = build(write(tmp_path / "alone", plain))
+    mixed = build(write(tmp_path / "mixed", [*plain, *asked]))
+    assert (alone / "summary.csv").read_text() == (mixed / "summary.csv").read_text()
+    for path in (alone / "plots").glob("*.svg"):
+        assert path.read_bytes() == (mixed / "plots" / path.name).read_bytes(), path.name
+    assert len(list((mixed / "plots").glob("*.svg"))) == len(list((alone / "plots").glob("*.svg"))) + 3
+
+    def section(report: Path, title: str) -> str:
+        return (report / "summary.md").read_text().split(f"## {title}\n")[1].split("\n## ")[0]
+
+    for title in ("Cost", "Quality", "Parameters"):
+        assert section(alone, title) == section(mixed, title)
+
+
+def test_a_cell_of_a_given_batch_that_was_measured_is_in_cost_and_in_what_fits(tmp_path: Path) -> None:
+    both = fits("dense", "keep", 4, peak_bytes_source="live_storage", step_seconds_median=0.25)
+    folder = tmp_path / "e"
+    text = text_of(folder, [both])
+    assert pd.read_csv(folder / "report" / "summary.csv").step_seconds_median.tolist() == [0.25]
+    assert table(text, "### clm, budget 1 GiB, length 512")[0]["depth 4: longest"] == "3k"
+
+
+def test_an_unfinished_cell_without_a_budget_stays_where_cells_without_one_are(tmp_path: Path) -> None:
+    lost = failed("oom", "too big", variant="chunked")
+    same_measure = fits("dense", "keep", 4, measure="standard")
+    text = text_of(tmp_path / "e", [record(), lost, same_measure, *payoffs()])
+    assert [r["variant"] for r in table(text, "### clm, depth 2")] == ["dense", "chunked"]
+
+
+def test_every_memory_picture_is_drawn_and_linked(tmp_path: Path) -> None:
+    folder = tmp_path / "e"
+    found = [*strategies(), *payoffs(), *(fits("dense", s, d) for s in STRATEGIES for d in (4, 12))]
+    text = text_of(folder, found, plots=True)
+    plots = folder / "report" / "plots"
+    stems = {"peak_parts", "activations_by_depth", "peak_by_depth", "longest_sequence"}
+    stems |= {"longest_sequence", "largest_batch", "batch_payoff"}
+    assert {path.stem for path in plots.glob("*.png")} == stems
+    for stem in stems:
+        assert imread(plots / f"{stem}.png").std() > 0.01
+        assert f"](plots/{stem}.png)](plots/{stem}.svg)" in text
+
+
+def test_a_sweep_over_strategies_is_not_a_flood(tmp_path: Path) -> None:
+    """Cost against length: none where there is one length; else keep's pictures, links to the others."""
+    folder = tmp_path / "e"
+    found = [
+        strategy("dense", s, 2, seq_len=n, cell_id=f"{s}{n}") for s in ("keep", "sqrt") for n in (512, 1024)
+    ]
+    text = text_of(folder, found, plots=True)
+    assert "](plots/step_time-activations_keep.png)](plots/step_time-activations_keep.svg)" in text
+    assert "[![Time of a training step against sequence length (activations sqrt)]" not in text
+    assert "](plots/step_time-activations_sqrt.png)" in text
+    assert text.count("<details>") == 1
+    rows = table(text, "<details><summary>clm, activations sqrt, depth 2</summary>")
+    assert [r["length"] for r in rows] == ["512", "1024"]
+    assert table(text, "### clm, activations keep, depth 2")
+
+
+def test_ff_chunks_are_never_mixed(tmp_path: Path) -> None:
+    found = [record(cell_id=f"c{c}", ff_chunks=c, step_seconds_median=float(c)) for c in (1, 8)]
+    text = text_of(tmp_path / "e", found)
+    summary = pd.read_csv(tmp_path / "e" / "report" / "summary.csv")
+    assert summary.set_index("ff_chunks").step_seconds_median.to_dict() == {1: 1.0, 8: 8.0}
+    assert "feed-forward in 8 pieces" in text
