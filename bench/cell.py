@@ -42,6 +42,7 @@ class CellRun:
         self.seconds_work = 0.0
         self.variant, self.config, self.dims = self.spec.attention()
         self.device = torch.device(self.spec.device)
+        self.plan = planning.Plan(self.spec)
 
     @contextmanager
     def _work(self) -> Iterator[None]:
@@ -115,16 +116,16 @@ class CellRun:
     def _fit(self, budget: int) -> None:
         """Find what fits; where the batch is to be what fits, it is that from here on."""
         self.tell({"budget_bytes": budget})
-        batch_size = planning.largest_batch_size(self.spec, budget)
+        batch_size = self.plan.largest_batch_size(budget)
         self.tell({"largest_batch_size": batch_size})
         if self.spec.batch_size:
-            self.tell({"longest_seq_len": planning.longest_seq_len(self.spec, budget)})
+            self.tell({"longest_seq_len": self.plan.longest_seq_len(budget)})
         elif batch_size:
             self.spec = replace(self.spec, batch_size=batch_size)
             self.dims = replace(self.dims, batch_size=batch_size)
             self.tell({"batch_size": batch_size})
         else:
-            least = planning.predict(replace(self.spec, batch_size=1)).peak_bytes
+            least = self.plan.peak_bytes(batch_size=1)
             raise DoesNotFit(f"one sequence is predicted to need {least:,} bytes of {budget:,}")
 
     def _batch(self, corpus: corpora.Corpus, step: int) -> text.Batch:
@@ -138,7 +139,7 @@ class CellRun:
         )
 
     def _predict(self) -> None:
-        figures = planning.predict(self.spec)
+        figures = self.plan.predict(batch_size=self.spec.batch_size)
         with torch.device("meta"):
             model = planning.build_model(self.spec)
         self._tell_flops(model, figures, source="predicted")
@@ -149,7 +150,9 @@ class CellRun:
         def make() -> step_measure.Subject:
             return planning.subject(self.spec, lambda: self._batch(corpus, 0), self.device)
 
-        predicted = None if self._missing(CPU) else planning.predict(self.spec).peak_bytes
+        predicted = (
+            None if self._missing(CPU) else self.plan.predict(batch_size=self.spec.batch_size).peak_bytes
+        )
         if self.device.type == "cpu":
             subject, figures = step_measure.on_host(make)
             source = "live_storage"

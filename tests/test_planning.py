@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,8 @@ from hypothesis import strategies as st
 from bench import planning
 from bench.config import CellSpec, ConfigError, parse, parse_bytes
 from bench.measure import step
+from bench.planning import Plan
+from bench.report import budgets
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 MIB = 2**20
@@ -80,27 +81,51 @@ def test_the_ends_of_the_search() -> None:
 # --- what fits -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["dense", "reformer", "transformer_xl"])
+@pytest.mark.parametrize("name", ["dense", "longformer", "transformer_xl"])
 def test_what_is_said_to_fit_fits_and_one_more_does_not(name: str) -> None:
-    spec = spec_of(f"variant={name}", "depth=2", "activations=checkpoint", "seq_len=512")
+    plan = Plan(spec_of(f"variant={name}", "depth=2", "activations=checkpoint", "seq_len=512"))
     budget = 96 * MIB
 
     def peak(**changed: int) -> int:
-        return planning.predict(replace(spec, **changed)).peak_bytes
+        return plan.predict(**changed).peak_bytes
 
-    longest = planning.longest_seq_len(spec, budget)
+    longest = plan.longest_seq_len(budget)
     assert longest % planning.TOKENS == 0
     assert peak(seq_len=longest) <= budget
     more = max(longest + planning.TOKENS, int(longest * 1.02))
     assert longest == planning.MOST_TOKENS or peak(seq_len=more) > budget
-    batch = planning.largest_batch_size(spec, budget)
+    batch = plan.largest_batch_size(budget)
     assert peak(batch_size=batch) <= budget < peak(batch_size=batch + 1)
 
 
 def test_nothing_fits_into_nothing() -> None:
-    spec = spec_of("variant=dense")
-    assert planning.longest_seq_len(spec, 1000) == 0
-    assert planning.largest_batch_size(spec, 1000) == 0
+    plan = Plan(spec_of("variant=dense"))
+    assert plan.longest_seq_len(1000) == 0
+    assert plan.largest_batch_size(1000) == 0
+
+
+# --- longer than is gone through --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("activations", ["keep", "reversible"])
+@pytest.mark.parametrize("name", ["dense", "chunked", "longformer", "linformer", "routing", "transformer_xl"])
+def test_a_long_step_is_extrapolated_to_what_it_would_take(
+    name: str, activations: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nearly: work spaces of a fixed size bend the line at the small sizes of a test."""
+    spec = spec_of(f"variant={name}", "seq_len=8192", "depth=2", "model=small", f"activations={activations}")
+    want = Plan(spec).predict()
+    monkeypatch.setattr(planning, "LONGEST_RUN", 4096)
+    got = Plan(spec).predict()
+    assert got.peak_phase == want.peak_phase
+    assert got.peak_bytes == pytest.approx(want.peak_bytes, rel=0.15)
+    assert got.activation_bytes == pytest.approx(want.activation_bytes, rel=0.01)
+    assert got.param_bytes == want.param_bytes
+    assert got.flops_step == pytest.approx(want.flops_step, rel=0.03)
+
+
+def test_the_report_knows_where_searches_end() -> None:
+    assert (budgets.LONGEST, budgets.LARGEST) == (planning.MOST_TOKENS, planning.MOST_SEQUENCES)
 
 
 # --- few segments instead of all -------------------------------------------------------------------
@@ -114,9 +139,9 @@ def test_few_segments_tell_what_all_would(
 ) -> None:
     knobs = ["variant.segment=64", "variant.mem_len=64"]
     spec = spec_of(f"variant={name}", *knobs, f"seq_len={seq_len}", f"activations={activations}")
-    brief = planning.predict(spec)
+    brief = Plan(spec).predict()
     monkeypatch.setattr(step.Subject, "brief", lambda subject: (subject.segments(), 0))
-    assert planning.predict(spec) == brief
+    assert Plan(spec).predict() == brief
 
 
 def test_a_segment_variant_is_planned_from_a_few_segments() -> None:

@@ -353,7 +353,7 @@ def test_cells_that_were_predicted_badly_are_named(tmp_path: Path) -> None:
 
 def test_what_fits_by_variant_strategy_and_depth(tmp_path: Path) -> None:
     found = [fits(v, s, d) for v in ("dense", "longformer") for s in ("keep", "sqrt") for d in (4, 12)]
-    found += [fits("performer", "keep", 4, longest_seq_len=2**24, largest_batch_size=2**16)]
+    found += [fits("performer", "keep", 4, longest_seq_len=2**22, largest_batch_size=2**16)]
     found += [fits("performer", "keep", 12, longest_seq_len=0, largest_batch_size=0)]
     early = failed("unsupported", "not causal", variant="chunked", depth=4)
     early.measure = "fits"
@@ -363,7 +363,7 @@ def test_what_fits_by_variant_strategy_and_depth(tmp_path: Path) -> None:
     assert rows["dense", "sqrt"]["depth 4: longest"] == "10.5k"
     assert rows["longformer", "sqrt"]["depth 12: longest"] == "3.5k"
     assert rows["longformer", "sqrt"]["depth 4: batch"] == "3"
-    assert rows["performer", "keep"]["depth 4: longest"] == "≥ 16M"
+    assert rows["performer", "keep"]["depth 4: longest"] == "≥ 4M"
     assert rows["performer", "keep"]["depth 4: batch"] == "≥ 65,536"
     assert rows["performer", "keep"]["depth 12: longest"] == "nothing fits"
     assert rows["performer", "keep"]["depth 12: batch"] == "nothing fits"
@@ -389,7 +389,7 @@ def dots(axis: Axes) -> list[Line2D]:
 
 def test_dots_of_what_fits(tmp_path: Path) -> None:
     found = [fits(v, s, d) for v in ("dense", "longformer") for s in ("keep", "sqrt") for d in (4, 12)]
-    found += [fits("performer", "keep", 4, longest_seq_len=2**24)]
+    found += [fits("performer", "keep", 4, longest_seq_len=2**22)]
     found += [fits("performer", "keep", 12, longest_seq_len=0)]
     frame = frame_of(tmp_path / "e", found)
     figure = budget_plots.longest(budgets.fits_cells(budgets.kinds(frame).fits), look(frame))
@@ -405,7 +405,7 @@ def test_dots_of_what_fits(tmp_path: Path) -> None:
         }
         expected = {(r.variant, r.longest_seq_len) for r in found if r.depth == depth and r.longest_seq_len}
         assert drawn == expected
-    assert [text.get_text() for text in figure.axes[0].texts] == ["≥ 16M"]
+    assert [text.get_text() for text in figure.axes[0].texts] == ["≥ 4M"]
     assert [line.get_marker() for line in dots(figure.axes[1])].count("x") == 1
 
 

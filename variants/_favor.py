@@ -27,7 +27,7 @@ from torch.autograd.function import once_differentiable
 SEGMENT = 1536
 """Tokens of all sequences together whose features exist at a time, rounded up to whole chunks: few, so
 that they stay in cache."""
-SEGMENTS = 128
+SEGMENTS = 32
 """Most segments; longer sequences have longer ones, which bounds the dispatched operations."""
 LOWEST = -1e30
 """The level of an empty sum: finite, so that the difference of two is 0 and not NaN."""

@@ -21,8 +21,8 @@ from variants.layers import ROTARY_BASE, rotary
 
 PIECE = 2**21
 """Scores held at a time: 8 MiB, so that a piece is made, used and overwritten in cache."""
-MOST_PIECES = 64
-"""Beyond them pieces grow instead, by 1/64 of what would be held at once."""
+MOST_PIECES = 16
+"""Beyond them pieces grow instead, by 1/16 of what would be held at once."""
 SLICE = 2**18
 """Scores within clusters held at a time: 1 MiB, because what they are made of and made into is larger."""
 BLOCKS = 2

@@ -19,7 +19,7 @@ UNIT_EPSILON = 1e-6
 """Added in quadrature to the length of a vector before dividing by it, so that 0 has a gradient."""
 ONE_ROTATION = 64
 """Most buckets that one rotation gives; more are the product of two rotations (see `factors`)."""
-MOST_PIECES = 32
+MOST_PIECES = 16
 """Pieces of a round at most: tiles outgrow the cache rather than a pass its thousands of calls."""
 TILE = 2**18
 """(query, key) pairs of a piece where the round is small enough: a tile of them stays in the cache."""

@@ -11,7 +11,7 @@ from bench.report.groups import FIT, PAYOFF
 from bench.report.memory import BASELINE, ordered, predicted
 from bench.report.statistics import distinct, status_counts
 
-LONGEST, LARGEST = 2**24, 2**16
+LONGEST, LARGEST = 2**22, 2**16
 """Tokens and sequences at which the search for what fits ends: what it finds there is a lower bound."""
 
 
