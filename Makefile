@@ -109,8 +109,12 @@ test-cuda: corpus ## run the tests that need a CUDA device
 test-peers: ## compare with other projects' implementations, in .venv-peers
 	@$(MAKE) --no-print-directory compare VENV='$(VENV)-peers' EXTRAS='[dev,peers]' PINS='$(CONSTRAINTS) constraints/peers.txt'
 
+# xformers without what it depends on: its wheel asks for one torch of its own, and only its masks are used.
 compare: $(STAMP)
+	@$(PY) -m pip install -q --no-deps xformers==$(XFORMERS)
 	@$(PY) -m pytest -m peers $(ARGS)
+
+XFORMERS := $(shell sed -n 's/^xformers==//p' constraints/gpu.txt)
 
 lint: $(STAMP) ## check style, formatting and types
 	@status=0; \

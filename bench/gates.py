@@ -87,22 +87,28 @@ def check(spec: CellSpec, folder: Path, code_sha256: str) -> Figures:
     def recompute() -> dict[str, Any]:
         return {"recompute_max_abs": recompute_error(spec, dims, layers, device)}
 
-    figures = _once(folder, decides, attention) | {"recompute_max_abs": None}
-    if spec.activations != "keep":
-        figures |= _once(folder, [*decides, spec.activations, spec.model.ff_chunks], recompute)
+    figures = _once(folder, decides, attention, {"leak_max_abs", "reference_max_abs"})
+    strategy = [spec.activations, spec.model.ff_chunks]
+    if spec.activations == "keep":
+        figures |= {"recompute_max_abs": None}
+    else:
+        figures |= _once(folder, [*decides, *strategy], recompute, {"recompute_max_abs"})
     return Figures(**figures)
 
 
-def _once(folder: Path, decides: list[Any], take: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+def _once(
+    folder: Path, decides: list[Any], take: Callable[[], dict[str, Any]], keys: set[str]
+) -> dict[str, Any]:
     """What `take` found, or what it found before for the same `decides`; leaves randomness as it was."""
     path = folder / "gates" / f"{digest(decides)}.json"
     try:
-        return dict(json.loads(path.read_text()))
-    except (FileNotFoundError, TypeError, ValueError):
-        pass
-    with torch.random.fork_rng():
-        found = take()
-    write_atomically(path, json.dumps(found))
+        found = json.loads(path.read_text())
+    except (FileNotFoundError, ValueError):
+        found = None
+    if not isinstance(found, dict) or found.keys() != keys:
+        with torch.random.fork_rng():
+            found = take()
+        write_atomically(path, json.dumps(found))
     return found
 
 

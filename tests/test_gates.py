@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import variants
-from bench import gates
+from bench import gates, residual
 from bench.config import CellSpec, DataSpec, MeasureSpec, ModelSpec
 from bench.gates import COST_LIMIT, GateFailed, cost_ratio, leak, reference_error
 from bench.measure.flops import CountFlops
@@ -336,7 +336,7 @@ def test_figures_are_taken_once(tmp_path: Path) -> None:
     figures = gates.check(spec_of(), tmp_path, "code")
     assert figures.leak_max_abs is not None
     (path,) = kept(tmp_path)
-    assert json.loads(path.read_text()) == vars(figures)
+    assert json.loads(path.read_text()) == taken(figures)
     path.write_text(json.dumps({"leak_max_abs": 0.5, "reference_max_abs": 0.25}))
     again = gates.check(spec_of(replicate=3, batch_size=4, activations="checkpoint"), tmp_path, "code")
     assert (again.leak_max_abs, again.reference_max_abs) == (0.5, 0.25)
@@ -356,13 +356,35 @@ def test_other_code_or_another_configuration_is_checked_anew(tmp_path: Path) -> 
     assert [found.leak_max_abs is None for found in figures] == [False, False, False, True, False, False]
 
 
+def taken(figures: gates.Figures) -> dict[str, Any]:
+    """What is kept of the attention's gates; those of a strategy have a file of their own."""
+    return {key: value for key, value in vars(figures).items() if key != "recompute_max_abs"}
+
+
+def test_a_strategy_is_checked_and_its_figure_kept(tmp_path: Path) -> None:
+    assert gates.check(spec_of(), tmp_path, "code").recompute_max_abs is None
+    figures = gates.check(spec_of(activations="reversible"), tmp_path, "code")
+    assert figures.recompute_max_abs is not None
+    assert figures.recompute_max_abs <= gates.RECOMPUTE_TOLERANCE
+    assert len(kept(tmp_path)) == 2
+    assert gates.check(spec_of(activations="reversible"), tmp_path, "code") == figures
+
+
+def test_a_strategy_that_does_not_replay_randomness_is_caught(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(residual._Replay, "__call__", lambda self: torch.enable_grad())
+    with pytest.raises(gates.GateFailed, match="recompute gate: activations=reversible"):
+        gates.check(spec_of(activations="reversible"), tmp_path, "code")
+
+
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"leak_max_abs": 0}', '{"other": 1}'])
 def test_a_damaged_file_is_taken_again(tmp_path: Path, content: str) -> None:
     figures = gates.check(spec_of(), tmp_path, "code")
     (path,) = kept(tmp_path)
     path.write_text(content)
     assert gates.check(spec_of(), tmp_path, "code") == figures
-    assert json.loads(path.read_text()) == vars(figures)
+    assert json.loads(path.read_text()) == taken(figures)
 
 
 def test_the_callers_random_state_is_left_alone(tmp_path: Path) -> None:

@@ -41,6 +41,13 @@ def words(name: str) -> dict[str, list[str]]:
     return found
 
 
+def refusal(variant: type[Attention], config: VariantConfig, dims: Dims, *, causal: bool) -> str | None:
+    """Why a configuration cannot run, or cannot on a CPU."""
+    return variant.unsupported(config, dims, causal=causal) or variant.missing(
+        config, dims, device=CPU, dtype=torch.float32
+    )
+
+
 @dataclasses.dataclass(frozen=True)
 class Mode:
     """A variant with one knob set to one word, in one direction; `knob` is "" for the defaults."""
@@ -58,9 +65,13 @@ class Mode:
     def config(self) -> VariantConfig:
         return self.variant.Config(**({self.knob: self.word} if self.knob else {}))
 
+    def refuses(self, dims: Dims) -> str | None:
+        """Why it cannot run, or cannot here."""
+        return refusal(self.variant, self.config, dims, causal=self.causal)
+
     def need(self, dims: Dims) -> None:
         """Skip, with the variant's own reason, what it cannot do."""
-        if reason := self.variant.unsupported(self.config, dims, causal=self.causal):
+        if reason := self.refuses(dims):
             pytest.skip(reason)
 
 
@@ -153,7 +164,7 @@ def test_the_kernel_does_not_depend_on_the_length(mode: Mode) -> None:
     kernels = {}
     for tokens in (1, 9, 100, 600):
         dims = dims_for(tokens)
-        if mode.variant.unsupported(mode.config, dims, causal=mode.causal):
+        if mode.refuses(dims):
             continue
         layer = mode.variant(mode.config, dims)
         with torch.no_grad(), Kernels() as found:  # without: an auxiliary loss may have kernels of its own
@@ -169,7 +180,7 @@ def test_each_implementation_is_one_and_says_which(name: str) -> None:
     ran: dict[str | None, list[frozenset[str]]] = {}
     for word in words(name)["impl"]:
         config = variant.Config(impl=word)
-        if variant.unsupported(config, dims, causal=True):
+        if refusal(variant, config, dims, causal=True):
             continue
         layer = variant(config, dims)
         with Kernels() as found:
