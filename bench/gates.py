@@ -102,13 +102,14 @@ def _once(
     """What `take` found, or what it found before for the same `decides`; leaves randomness as it was."""
     path = folder / "gates" / f"{digest(decides)}.json"
     try:
-        found = json.loads(path.read_text())
+        before = json.loads(path.read_text())
     except (FileNotFoundError, ValueError):
-        found = None
-    if not isinstance(found, dict) or found.keys() != keys:
-        with torch.random.fork_rng():
-            found = take()
-        write_atomically(path, json.dumps(found))
+        before = None
+    if isinstance(before, dict) and before.keys() == keys:
+        return before
+    with torch.random.fork_rng():
+        found = take()
+    write_atomically(path, json.dumps(found))
     return found
 
 
