@@ -165,6 +165,7 @@ def table(sizes: Sizes, names: list[str], found: Found) -> str:
         columns[f"peak at {units.length(longest)}"].append(units.size(after))
         grown = f"{math.log(after / before) / math.log(longest / shorter):.2f}" if before and after else ""
         columns["memory grows as T^"].append(grown)
+        columns["fixed + a token"].append(_affine(before, after, shorter, longest))
         columns["claimed"].append(f"{variant.complexity.memory:g}")
         part = "*" if len(variant.plan(config).segments(predicted)) > FEW_SEGMENTS else ""
         columns[f"predicted peak at {units.length(predicted)}"].append(units.size(ahead) + part)
@@ -172,6 +173,14 @@ def table(sizes: Sizes, names: list[str], found: Found) -> str:
     return markdown.table(
         [markdown.Column(title, cells, right=title not in text) for title, cells in columns.items()]
     )
+
+
+def _affine(before: int | None, after: int | None, shorter: int, longest: int) -> str:
+    """The peak as a work space of a fixed size and what each token adds, from two lengths."""
+    if not before or not after:
+        return ""
+    token = (after - before) / (longest - shorter)
+    return f"{units.size(max(0.0, after - token * longest))} + {units.size(token)}"
 
 
 def _config(sizes: Sizes, name: str) -> Any:
@@ -211,7 +220,8 @@ def main() -> int:
 Forward and backward, projections included; batch 1, width {sizes.d_model}, {sizes.heads} heads, float32,
 {environment.cpu_model()}; {arguments.rounds} rounds, a process a figure. Times: median (range) of the
 ratio to dense sdpa in the same round. A star marks a prediction over {FEW_SEGMENTS} segments: a layer
-keeps nothing of a segment that it is through with.
+keeps nothing of a segment that it is through with. Where memory grows more slowly than claimed, part of
+it is a work space of a fixed size, or scores that the claim counts are not stored.
 
 {table(sizes, names, found)}"""
     write_atomically(arguments.out / "layers.md", text)
