@@ -113,8 +113,8 @@ class Plan:
         """What a training step of the cell takes, from fake tensors on the CPU's kernels.
 
         Past `LONGEST_RUN` tokens, bytes follow the line through the figures at that length and at half of
-        it, each part of each phase's peak by itself, and FLOPs keep the proportion to the variant's formula
-        that they have there: a variant that works in pieces would otherwise be gone through for minutes.
+        it, each part of each phase's peak by itself, and FLOPs follow the formula, projections and attention
+        each in proportion: a variant that works in pieces would otherwise be gone through for minutes.
         """
         spec = self._changed(seq_len, batch_size)
         if spec.seq_len <= LONGEST_RUN:

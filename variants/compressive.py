@@ -179,8 +179,8 @@ class Compressive(Recurrent):
 
     Cost beside `transformer_xl`, segment = mem_len = 512 and comp_len = 128 at T = 16,384: a third more
     FLOPs, for the eighth more keys, the convolution and the loss, most of which is the attention to
-    what fell out; without positions, it cannot be taken from the layer's own. Measured on one thread of
-    a busy machine: 0.37 of the time of dense attention (`transformer_xl` 0.28).
+    what fell out; without positions, it cannot be taken from the layer's own. Measured on two cores,
+    median of three rounds: 0.39 of the time of dense attention (`transformer_xl` 0.28).
 
     Deviations from the paper: those of `transformer_xl`; the loss is a mean, not a sum, over tokens and
     channels, so that it does not grow with the batch; most_used ranks by the mean attention over all
