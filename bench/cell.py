@@ -125,7 +125,7 @@ class CellRun:
             self.dims = replace(self.dims, batch_size=batch_size)
             self.tell({"batch_size": batch_size})
         else:
-            least = self.plan.peak_bytes(batch_size=1)
+            least = self.plan.predict(batch_size=1).peak_bytes
             raise DoesNotFit(f"one sequence is predicted to need {least:,} bytes of {budget:,}")
 
     def _batch(self, corpus: corpora.Corpus, step: int) -> text.Batch:

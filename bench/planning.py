@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
-import numpy as np
 import torch
 
 from bench.config import CellSpec
@@ -17,13 +16,10 @@ from bench.measure import step
 from bench.measure.step import StepFigures, Subject
 from bench.model import LanguageModel
 from bench.tasks import text
-from variants.base import Flops
 
 CPU = torch.device("cpu")
 TOKENS = 1024
 """Lengths are searched in multiples of this."""
-LONGEST_RUN = 2**14
-"""Tokens up to which a step is gone through, as fake tensors; beyond, figures are extrapolated."""
 MOST_TOKENS, MOST_SEQUENCES = 2**22, 2**16
 """Where the searches end."""
 CLOSE = 0.01
@@ -99,9 +95,6 @@ def subject(spec: CellSpec, batch: Callable[[], text.Batch], device: torch.devic
     return Subject.make(lambda: build_model(spec), batch, causal=spec.causal, device=device)
 
 
-_SIZES = ("param_bytes", "grad_bytes", "optimizer_bytes", "activation_bytes")
-
-
 class Plan:
     """Predictions around one cell, each length and batch of which is gone through once."""
 
@@ -110,66 +103,15 @@ class Plan:
         self._known: dict[tuple[int, int], StepFigures] = {}
 
     def predict(self, *, seq_len: int | None = None, batch_size: int | None = None) -> StepFigures:
-        """What a training step of the cell takes, from fake tensors on the CPU's kernels.
-
-        Past `LONGEST_RUN` tokens, bytes follow the line through the figures at that length and at half of
-        it, each part of each phase's peak by itself, and FLOPs follow the formula, projections and attention
-        each in proportion: a variant that works in pieces would otherwise be gone through for minutes.
-        """
-        spec = self._changed(seq_len, batch_size)
-        if spec.seq_len <= LONGEST_RUN:
-            return self._run(spec)
-        forward, whole = self._flops(spec)
-        return replace(self._line(spec), flops_forward=forward, flops_step=whole)
-
-    def peak_bytes(self, *, seq_len: int | None = None, batch_size: int | None = None) -> int:
-        """The peak alone, for searches."""
-        spec = self._changed(seq_len, batch_size)
-        return (self._run(spec) if spec.seq_len <= LONGEST_RUN else self._line(spec)).peak_bytes
-
-    def _changed(self, seq_len: int | None, batch_size: int | None) -> CellSpec:
-        return replace(
-            self.spec, seq_len=seq_len or self.spec.seq_len, batch_size=batch_size or self.spec.batch_size
-        )
-
-    def _flops(self, spec: CellSpec) -> tuple[int, int]:
-        """(forward, step): projections and attention as they are executed, multiples of their formulas."""
-        specs = [replace(spec, seq_len=n) for n in (LONGEST_RUN // 2, LONGEST_RUN, spec.seq_len)]
-        *known, wanted = np.array([_formula(s) for s in specs], dtype=np.float64)
-        scale = known[-1].max()
-
-        def executed(key: str) -> int:
-            counted = [getattr(self._run(s), key) for s in specs[:2]]
-            multiples, *_ = np.linalg.lstsq(np.array(known) / scale, np.array(counted) / scale, rcond=1e-6)
-            return round(float(wanted @ multiples))
-
-        return executed("flops_forward"), executed("flops_step")
-
-    def _line(self, spec: CellSpec) -> StepFigures:
-        """Bytes at the cell's length, FLOPs still at `LONGEST_RUN`."""
-        near, far = (self._run(replace(spec, seq_len=n)) for n in (LONGEST_RUN // 2, LONGEST_RUN))
-        further = (spec.seq_len - LONGEST_RUN) / (LONGEST_RUN // 2)
-
-        def line(a: int, b: int) -> int:
-            return round(b + further * (b - a))
-
-        return replace(
-            far,
-            peaks={
-                phase: {label: line(near.peaks[phase][label], size) for label, size in split.items()}
-                for phase, split in far.peaks.items()
-            },
-            **{key: line(getattr(near, key), getattr(far, key)) for key in _SIZES},
-        )
-
-    def _run(self, spec: CellSpec) -> StepFigures:
-        key = spec.seq_len, spec.batch_size
-
-        def blank() -> text.Batch:
-            tokens = torch.zeros(spec.batch_size, spec.seq_len, dtype=torch.int64)
-            return text.Batch(tokens, tokens.clone())
-
+        """What a training step of the cell takes, from fake tensors on the CPU's kernels."""
+        key = seq_len or self.spec.seq_len, batch_size or self.spec.batch_size
         if key not in self._known:
+            spec = replace(self.spec, seq_len=key[0], batch_size=key[1])
+
+            def blank() -> text.Batch:
+                tokens = torch.zeros(spec.batch_size, spec.seq_len, dtype=torch.int64)
+                return text.Batch(tokens, tokens.clone())
+
             self._known[key] = step.predicted(lambda: subject(spec, blank, CPU))
         return self._known[key]
 
@@ -177,18 +119,10 @@ class Plan:
         """The longest sequence, in whole `TOKENS` up to `MOST_TOKENS`, whose step fits; 0 for none."""
 
         def peak(n: int) -> int:
-            return self.peak_bytes(seq_len=n * TOKENS)
+            return self.predict(seq_len=n * TOKENS).peak_bytes
 
         return TOKENS * largest(peak, budget, MOST_TOKENS // TOKENS)
 
     def largest_batch_size(self, budget: int) -> int:
         """The most sequences, up to `MOST_SEQUENCES`, whose step fits; 0 for none."""
-        return largest(lambda n: self.peak_bytes(batch_size=n), budget, MOST_SEQUENCES)
-
-
-def _formula(spec: CellSpec) -> Flops:
-    """Algorithmic forward FLOPs of the cell's model: of projections and of attention."""
-    _, _, dims = spec.attention()
-    with torch.device("meta"):
-        model = build_model(spec)
-    return model.flops(dims, causal=spec.causal)
+        return largest(lambda n: self.predict(batch_size=n).peak_bytes, budget, MOST_SEQUENCES)

@@ -104,26 +104,6 @@ def test_nothing_fits_into_nothing() -> None:
     assert plan.largest_batch_size(1000) == 0
 
 
-# --- longer than is gone through --------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("activations", ["keep", "reversible"])
-@pytest.mark.parametrize("name", ["dense", "chunked", "longformer", "linformer", "routing", "transformer_xl"])
-def test_a_long_step_is_extrapolated_to_what_it_would_take(
-    name: str, activations: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Nearly: work spaces of a fixed size bend the line at the small sizes of a test."""
-    spec = spec_of(f"variant={name}", "seq_len=8192", "depth=2", "model=small", f"activations={activations}")
-    want = Plan(spec).predict()
-    monkeypatch.setattr(planning, "LONGEST_RUN", 4096)
-    got = Plan(spec).predict()
-    assert got.peak_phase == want.peak_phase
-    assert got.peak_bytes == pytest.approx(want.peak_bytes, rel=0.15)
-    assert got.activation_bytes == pytest.approx(want.activation_bytes, rel=0.01)
-    assert got.param_bytes == want.param_bytes
-    assert got.flops_step == pytest.approx(want.flops_step, rel=0.03)
-
-
 def test_the_report_knows_where_searches_end() -> None:
     assert (budgets.LONGEST, budgets.LARGEST) == (planning.MOST_TOKENS, planning.MOST_SEQUENCES)
 

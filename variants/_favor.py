@@ -24,6 +24,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from variants._repeats import repeatable
+
 SEGMENT = 1536
 """Tokens of all sequences together whose features exist at a time, rounded up to whole chunks: few, so
 that they stay in cache."""
@@ -82,21 +84,26 @@ class Kernel(NamedTuple):
         return grad.mul_(features if self.softmax else features > RELU_FLOOR)
 
 
-def _cut(x: Tensor, lo: int, hi: int, chunk: int) -> Tensor:
-    """Tokens [lo, hi) of (B, H, T, D) as whole chunks (G, c, D), wide; zeros follow the last token.
+def _cut(x: Tensor, chunk: int) -> Tensor:
+    """(B, H, T, D) as whole chunks (G, c, D), wide; zeros follow the last token.
 
     It may be a view of x: not to be written to.
     """
-    part = x[:, :, lo:hi].to(torch.promote_types(x.dtype, torch.float32))
-    rest = -(hi - lo) % chunk
+    part = x.to(torch.promote_types(x.dtype, torch.float32))
+    rest = -x.shape[2] % chunk
     if rest:
         part = torch.nn.functional.pad(part, (0, 0, 0, rest))
     return part.reshape(-1, chunk, x.shape[-1])
 
 
-def _paste(target: Tensor, lo: int, hi: int, part: Tensor) -> None:
-    """Write (G, c, D) back to tokens [lo, hi) of (B, H, T, D)."""
-    target[:, :, lo:hi] = part.view(*target.shape[:2], -1, target.shape[-1])[:, :, : hi - lo]
+def _whole(x: Tensor) -> Tensor:
+    """(B, H, T, D) as one chunk of each sequence (G, T, D), likewise."""
+    return _cut(x, x.shape[2])
+
+
+def _paste(target: Tensor, part: Tensor) -> None:
+    """Write (G, c, D) back to (B, H, T, D)."""
+    target.copy_(part.view(*target.shape[:2], -1, target.shape[-1])[:, :, : target.shape[2]])
 
 
 def _add_bmm(total: Tensor, a: Tensor, b: Tensor) -> Tensor:
@@ -105,10 +112,11 @@ def _add_bmm(total: Tensor, a: Tensor, b: Tensor) -> Tensor:
     return torch.baddbmm(total, a, b, out=total)
 
 
-def _segments(sequences: int, seq_len: int, chunk: int) -> list[tuple[int, int]]:
-    """The bounds of the segments, whole chunks but for the last."""
-    length = -(-max(SEGMENT // sequences, -(-seq_len // SEGMENTS)) // chunk) * chunk
-    return [(lo, min(lo + length, seq_len)) for lo in range(0, seq_len, length)]
+def _segments(chunk: int, *tensors: Tensor) -> list[tuple[Tensor, ...]]:
+    """Tensors (B, H, T, …) segment by segment, views: whole chunks but for the last."""
+    batch, heads, seq_len = tensors[0].shape[:3]
+    length = -(-max(SEGMENT // (batch * heads), -(-seq_len // SEGMENTS)) // chunk) * chunk
+    return list(zip(*(x.split(length, dim=2) for x in tensors), strict=True))
 
 
 class _Sums(NamedTuple):
@@ -239,6 +247,7 @@ class _Step(NamedTuple):
         return g_q, g_k, _add_bmm(g_v, self.weights.mT, g), g_carried
 
 
+@repeatable
 class _CausalFavor(torch.autograd.Function):
     """A segment at a time forwards, carrying the running sum; the same backwards, carrying its gradient."""
 
@@ -254,14 +263,9 @@ class _CausalFavor(torch.autograd.Function):
         carried = _Sums.empty(directions, batch * heads)
         level = directions.new_full((batch * heads, 1), LOWEST if softmax else 0.0)
         starts = []
-        for lo, hi in _segments(batch * heads, seq_len, chunk):
+        for segment in _segments(chunk, q, k, v, y, inverse):
             starts += [*carried, level]
-            q_part, k_part, v_part = (_cut(x, lo, hi, chunk) for x in (q, k, v))
-            step = _Step.make(q_part, k_part, v_part, kernel, carried, level)
-            carried, level = step.carried, step.level
-            y_part, inverse_part = _divide(*step.output())
-            _paste(y, lo, hi, y_part)
-            _paste(inverse, lo, hi, inverse_part)
+            carried, level = _read_causally(kernel, chunk, carried, level, *segment)
         ctx.save_for_backward(q, k, v, directions, y, inverse, *starts)
         ctx.softmax, ctx.chunk = softmax, chunk
         return y
@@ -274,23 +278,59 @@ class _CausalFavor(torch.autograd.Function):
         grads = [torch.empty_like(x) for x in (q, k, v)]
         g_carried = _Sums.empty(directions, q.shape[0] * q.shape[1])
 
-        def segment(lo: int, hi: int, carried: _Sums, level: Tensor, g_carried: _Sums) -> _Sums:
-            """A function, so that what a segment leaves behind is freed before the next one."""
-            q_part, k_part, v_part = (_cut(x, lo, hi, chunk) for x in (q, k, v))
-            step = _Step.make(q_part, k_part, v_part, kernel, carried, level)
-            g, g_norm = _divide_backward(*(_cut(x, lo, hi, chunk) for x in (grad, y, inverse)))
-            *parts, g_carried = step.gradients(kernel, q_part, k_part, g, g_norm, g_carried)
-            for target, part in zip(grads, parts, strict=True):
-                _paste(target, lo, hi, part)
-            return g_carried
-
-        for lo, hi in reversed(_segments(q.shape[0] * q.shape[1], q.shape[2], chunk)):
+        for segment in reversed(_segments(chunk, q, k, v, y, inverse, grad, *grads)):
             *carried, level = starts[-3:]
             del starts[-3:]
-            g_carried = segment(lo, hi, _Sums(*carried), level, g_carried)
+            g_carried = _read_causally_backward(kernel, chunk, _Sums(*carried), level, g_carried, *segment)
         return *grads, None, None, None
 
 
+@repeatable
+def _read_causally(
+    kernel: Kernel,
+    chunk: int,
+    carried: _Sums,
+    level: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    y: Tensor,
+    inverse: Tensor,
+) -> tuple[_Sums, Tensor]:
+    """Write a segment's outputs to y, and one over its normalisers; the sums after it and their level."""
+    q, k, v = (_cut(x, chunk) for x in (q, k, v))
+    step = _Step.make(q, k, v, kernel, carried, level)
+    for target, part in zip((y, inverse), _divide(*step.output()), strict=True):
+        _paste(target, part)
+    return step.carried, step.level
+
+
+@repeatable
+def _read_causally_backward(
+    kernel: Kernel,
+    chunk: int,
+    carried: _Sums,
+    level: Tensor,
+    g_carried: _Sums,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    y: Tensor,
+    inverse: Tensor,
+    grad: Tensor,
+    *grads: Tensor,
+) -> _Sums:
+    """Write a segment's gradients to `grads`; the gradients of the sums before it."""
+    q, k, v = (_cut(x, chunk) for x in (q, k, v))
+    step = _Step.make(q, k, v, kernel, carried, level)
+    g, g_norm = _divide_backward(*(_cut(x, chunk) for x in (grad, y, inverse)))
+    *parts, g_carried = step.gradients(kernel, q, k, g, g_norm, g_carried)
+    for target, part in zip(grads, parts, strict=True):
+        _paste(target, part)
+    return g_carried
+
+
+@repeatable
 class _FullFavor(torch.autograd.Function):
     """One sum over all keys, then one product a query; segments only bound the features that exist."""
 
@@ -302,18 +342,18 @@ class _FullFavor(torch.autograd.Function):
         inverse = directions.new_empty(batch, heads, seq_len, 1)
         sums = _Sums.empty(directions, batch * heads)
         level = directions.new_full((batch * heads, 1), LOWEST if softmax else 0.0)
-        segments = _segments(batch * heads, seq_len, 1)
-        for lo, hi in segments:
-            features, levels = kernel.keys(_cut(k, lo, hi, hi - lo))
+        for k_part, v_part in _segments(1, k, v):
+            features, levels = kernel.keys(_whole(k_part))
             before, level = level, torch.maximum(level, levels.amax(-1, keepdim=True))
             weight, ageing = ((x - level).exp_()[..., None] for x in (levels, before))
-            own = _Sums.over(_cut(v, lo, hi, hi - lo) * weight, weight, features)
+            own = _Sums.over(_whole(v_part) * weight, weight, features)
             sums = _Sums(*(new.addcmul_(old, ageing) for new, old in zip(own, sums, strict=True)))
-        for lo, hi in segments:
-            features = kernel.queries(_cut(q, lo, hi, hi - lo))
-            y_part, inverse_part = _divide(*(torch.bmm(features, s.mT) for s in sums))
-            _paste(y, lo, hi, y_part)
-            _paste(inverse, lo, hi, inverse_part)
+        for q_part, *targets in _segments(1, q, y, inverse):
+            features = kernel.queries(_whole(q_part))
+            for target, part in zip(
+                targets, _divide(*(torch.bmm(features, s.mT) for s in sums)), strict=True
+            ):
+                _paste(target, part)
         ctx.save_for_backward(q, k, v, directions, y, inverse, *sums, level)
         ctx.softmax = softmax
         return y
@@ -326,21 +366,20 @@ class _FullFavor(torch.autograd.Function):
         kernel = Kernel(directions, ctx.softmax)
         g_q, g_k, g_v = (torch.empty_like(x) for x in (q, k, v))
         g_sums = _Sums.empty(directions, len(values))
-        segments = _segments(len(values), q.shape[2], 1)
-        for lo, hi in segments:
-            part = _cut(q, lo, hi, hi - lo)
+        for q_part, y_part, inverse_part, grad_part, g_part in _segments(1, q, y, inverse, grad, g_q):
+            part = _whole(q_part)
             features = kernel.queries(part)
-            g, g_norm = _divide_backward(*(_cut(x, lo, hi, hi - lo) for x in (grad, y, inverse)))
+            g, g_norm = _divide_backward(*(_whole(x) for x in (grad_part, y_part, inverse_part)))
             own = _Sums.over(g, g_norm, features)
             g_sums = _Sums(*(a + b for a, b in zip(own, g_sums, strict=True)))
-            _paste(g_q, lo, hi, kernel.queries_backward(part, features, sums.read(g, g_norm)))
-        for lo, hi in segments:
-            part = _cut(k, lo, hi, hi - lo)
+            _paste(g_part, kernel.queries_backward(part, features, sums.read(g, g_norm)))
+        for k_part, v_part, g_k_part, g_v_part in _segments(1, k, v, g_k, g_v):
+            part = _whole(k_part)
             features, levels = kernel.keys(part)
             weight = (levels - level).exp_()[..., None]
-            g_features = g_sums.read(_cut(v, lo, hi, hi - lo) * weight, weight)
-            _paste(g_k, lo, hi, kernel.keys_backward(part, features, g_features))
-            _paste(g_v, lo, hi, torch.bmm(features, g_sums.values.mT).mul_(weight))
+            g_features = g_sums.read(_whole(v_part) * weight, weight)
+            _paste(g_k_part, kernel.keys_backward(part, features, g_features))
+            _paste(g_v_part, torch.bmm(features, g_sums.values.mT).mul_(weight))
         return g_q, g_k, g_v, None, None
 
 

@@ -66,16 +66,17 @@ def listen(listener: Callable[[int], None]) -> Iterator[None]:
         _listeners.remove(listener)
 
 
-def _tell(flops: int) -> None:
+def tell(flops: int) -> None:
+    """FLOPs that no dispatched operation shows."""
     for listener in _listeners:
         listener(flops)
 
 
 def _told(y: Tensor, product_flops: int, *, backward_products: int) -> Tensor:
     """Tell of the forward pass that gave y, two products, now, and of its backward pass when it comes."""
-    _tell(2 * product_flops)
+    tell(2 * product_flops)
     if y.requires_grad:
-        y.register_hook(lambda _: _tell(backward_products * product_flops))
+        y.register_hook(lambda _: tell(backward_products * product_flops))
     return y
 
 

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from variants._repeats import repeatable
 from variants.layers import ROTARY_BASE, rotary
 
 PIECE = 2**21
@@ -38,6 +39,7 @@ def unit(x: Tensor) -> Tensor:
 
 
 @torch.no_grad()
+@repeatable
 def nearest(x: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
     """The cluster of each token, and each cluster's sum of members.
 
@@ -61,6 +63,7 @@ def nearest(x: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
+@repeatable
 def members(x: Tensor, centroids: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """The `count` tokens with the largest dot product with each centroid, in order of position, and
     what `nearest` gives as sums.
@@ -147,6 +150,7 @@ class Layout(NamedTuple):
 
 
 @torch.no_grad()
+@repeatable
 def lay_out(cluster: Tensor, clusters: int, window: int, *, is_causal: bool) -> Layout:
     """The order in which a window is what a token may read: its clusters' `window` last members."""
     batch, heads, seq_len = cluster.shape
@@ -267,6 +271,7 @@ def windowed_plainly(x: Tensor, v: Tensor, layout: Layout) -> Tensor:
     return y.flatten(0, 1)[layout.place].view(v.shape)
 
 
+@repeatable
 class Windowed(torch.autograd.Function):
     """Softmax attention of every row to the rows of its cluster in its window.
 

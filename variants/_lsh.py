@@ -15,6 +15,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from variants._repeats import repeatable
+
 UNIT_EPSILON = 1e-6
 """Added in quadrature to the length of a vector before dividing by it, so that 0 has a gradient."""
 ONE_ROTATION = 64
@@ -78,6 +80,7 @@ def rotations(
 
 
 @torch.no_grad()
+@repeatable
 def hash_rows(x: Tensor, given: list[Tensor], rounds: int) -> Tensor:
     """(B, T, H, D) → bucket of every token in every round, (R, N, T) int64 with N = (H, B).
 
@@ -210,6 +213,7 @@ class Rounds(NamedTuple):
 
 
 @torch.no_grad()
+@repeatable
 def sort_rows(buckets: Tensor, window: Window, heads: int, n_buckets: int) -> Rounds:
     """Sort every sequence by (bucket, position), in every round; buckets (R, N, T)."""
     rounds, sequences, seq_len = buckets.shape

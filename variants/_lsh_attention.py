@@ -11,14 +11,16 @@ row and the sorted orders are kept: no gathered copy, and nothing that grows wit
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from variants._lsh import FLOOR, FORBIDDEN, SMALLEST, Rounds, Window, unit
+from variants._repeats import repeatable
 
 
 @dataclass
@@ -44,11 +46,13 @@ class _Tiles:
         code = self.rounds.code
         self._codes = [code.new_empty(shape) for _ in range(min(2, len(code) - 1))]
 
-    def piece(self, r: int, first: int, count: int) -> _Piece:
-        """What piece (first query, blocks) of round r reads."""
+    def places(self) -> Iterator[_Places]:
+        """The pieces of all rounds, in order."""
         window = self.window
-        places = slice(first, first + (count - 1) * window.block + window.keys)
-        return _Piece(self, r, count, self.rounds.order[r, places], self.rounds.bucket[r, places])
+        for r in range(len(self.rounds.order)):
+            for first, count in window.pieces(self.sequences):
+                here = slice(first, first + (count - 1) * window.block + window.keys)
+                yield _Places(r, count, self.rounds.order[r, here], self.rounds.bucket[r, here])
 
     def work(self, count: int) -> Tensor:
         """An uninitialised (count, b, K)."""
@@ -79,16 +83,27 @@ class _Tiles:
         return nearest.gt_(most)
 
 
+class _Places(NamedTuple):
+    """Where a piece is."""
+
+    round: int
+    blocks: int
+    order: Tensor
+    """(L,) rows, one past the last at padding."""
+    bucket: Tensor
+    """(L,)."""
+
+
 class _Piece:
     """n blocks of queries in one round's sorted order, with the keys under them."""
 
-    def __init__(self, tiles: _Tiles, r: int, count: int, order: Tensor, bucket: Tensor) -> None:
-        self.window, self.round, self.count = tiles.window, r, count
-        self.order = order
-        """(L,) rows, one past the last at padding: for writing."""
-        self.rows = order.clamp_max(tiles.unit.shape[0] - 1)
+    def __init__(self, tiles: _Tiles, places: _Places) -> None:
+        self.window, self.round, self.count = tiles.window, places.round, places.blocks
+        self.order = places.order
+        """For writing."""
+        self.rows = places.order.clamp_max(tiles.unit.shape[0] - 1)
         """(L,) rows that exist: for reading."""
-        self.bucket = bucket.to(tiles.unit.dtype)
+        self.bucket = places.bucket.to(tiles.unit.dtype)
         self.key = tiles.unit.index_select(0, self.rows)
         self.value = tiles.value.index_select(0, self.rows).to(tiles.unit.dtype)
         self.scale = self.queries(tiles.scale.index_select(0, self.rows))[:, :, None]
@@ -115,6 +130,7 @@ class _Piece:
             torch.baddbmm(strip, weights[:, :, lo:hi].transpose(1, 2), x, out=strip)
 
 
+@repeatable
 class LshAttention(torch.autograd.Function):
     """Softmax attention of shared queries and keys over the union of what the rounds read.
 
@@ -180,38 +196,39 @@ def _attend(tiles: _Tiles) -> tuple[Tensor, Tensor, Tensor]:
     y = tiles.unit.new_empty(rows + 1, head_dim)
     top = tiles.unit.new_full((rows + 1,), FLOOR)
     total = tiles.unit.new_zeros(rows + 1)
-
-    def add(piece: _Piece) -> None:
-        """A function, so that what a piece leaves behind is freed before the next one."""
-        scores = tiles.scores(piece)
-        row = piece.queries(piece.order).flatten()
-        before = top.index_select(0, row)
-        now = torch.maximum(before, scores.amax(dim=-1).flatten())
-        weights = scores.sub_(now.view(piece.count, -1, 1)).clamp_min_(SMALLEST).exp_()
-        once = tiles.once(piece)
-        if once is not None:
-            weights.mul_(once)
-        values = piece.blocks(piece.value)
-        here = weights.sum(dim=-1).flatten()
-        if piece.round == 0:  # every row's first
-            summed = torch.bmm(weights, values)
-        else:
-            kept = (before - now).clamp_min_(SMALLEST).exp_()
-            here.addcmul_(total.index_select(0, row), kept)
-            summed = y.index_select(0, row).mul_(kept[:, None]).view(piece.count, -1, head_dim)
-            torch.baddbmm(summed, weights, values, out=summed)
-        top.index_copy_(0, row, now)
-        total.index_copy_(0, row, here)
-        y.index_copy_(0, row, summed.flatten(0, 1))
-
-    for r in range(len(tiles.rounds.order)):
-        for first, count in tiles.window.pieces(tiles.sequences):
-            add(tiles.piece(r, first, count))
+    for places in tiles.places():
+        _add_piece(tiles, places, y, top, total)
     y, top, total = y[:rows], top[:rows], total[:rows]
     alone = top == FLOOR
     y.mul_(total.reciprocal().masked_fill_(alone, 0)[:, None])
     y.addcmul_(tiles.value.to(y.dtype), alone[:, None].to(y.dtype))
     return y, torch.where(alone, 0, top + total.log()), alone
+
+
+@repeatable
+def _add_piece(tiles: _Tiles, places: _Places, y: Tensor, top: Tensor, total: Tensor) -> None:
+    """Bring the running outputs, maxima and normalisers of a piece's rows up to date."""
+    piece = _Piece(tiles, places)
+    scores = tiles.scores(piece)
+    row = piece.queries(piece.order).flatten()
+    before = top.index_select(0, row)
+    now = torch.maximum(before, scores.amax(dim=-1).flatten())
+    weights = scores.sub_(now.view(piece.count, -1, 1)).clamp_min_(SMALLEST).exp_()
+    once = tiles.once(piece)
+    if once is not None:
+        weights.mul_(once)
+    values = piece.blocks(piece.value)
+    here = weights.sum(dim=-1).flatten()
+    if piece.round == 0:  # every row's first
+        summed = torch.bmm(weights, values)
+    else:
+        kept = (before - now).clamp_min_(SMALLEST).exp_()
+        here.addcmul_(total.index_select(0, row), kept)
+        summed = y.index_select(0, row).mul_(kept[:, None]).view(piece.count, -1, y.shape[-1])
+        torch.baddbmm(summed, weights, values, out=summed)
+    top.index_copy_(0, row, now)
+    total.index_copy_(0, row, here)
+    y.index_copy_(0, row, summed.flatten(0, 1))
 
 
 def _attend_backward(
@@ -224,31 +241,41 @@ def _attend_backward(
     rows, head_dim = tiles.unit.shape
     grad_key, grad_value = (tiles.unit.new_zeros(rows + 1, head_dim) for _ in range(2))
     radial = tiles.unit.new_zeros(rows + 1)
-
-    def add(piece: _Piece) -> None:
-        """A function for the same reason as in `_attend`."""
-        row, count = piece.queries(piece.rows).flatten(), piece.count
-        weights = tiles.scores(piece).sub_(normaliser.index_select(0, row).view(count, -1, 1))
-        weights.clamp_min_(SMALLEST).exp_()
-        once = tiles.once(piece)
-        if once is not None:
-            weights.mul_(once)
-        grad = grad_y.index_select(0, row).view(count, -1, head_dim)
-        piece_value = torch.zeros_like(piece.value)
-        piece.add_products(piece_value, weights, grad)
-        grad_value.index_add_(0, piece.order, piece_value)
-        values = piece.blocks(piece.value).transpose(1, 2)
-        grad_scores = torch.bmm(grad, values, out=tiles.work(count))
-        grad_scores.sub_(mean.index_select(0, row).view(count, -1, 1)).mul_(weights)
-        piece_key = piece_value.zero_()
-        piece.add_products(piece_key, grad_scores, piece.query)
-        grad_query = torch.bmm(grad_scores, piece.blocks(piece.key))
-        along = torch.linalg.vecdot(grad_query, piece.queries(piece.key))
-        radial.index_add_(0, piece.queries(piece.order).flatten(), along.flatten())
-        piece.queries(piece_key).addcmul_(grad_query, piece.scale)
-        grad_key.index_add_(0, piece.order, piece_key)
-
-    for r in range(len(tiles.rounds.order)):
-        for first, count in tiles.window.pieces(tiles.sequences):
-            add(tiles.piece(r, first, count))
+    for places in tiles.places():
+        _add_piece_backward(tiles, places, grad_y, mean, normaliser, grad_key, radial, grad_value)
     return grad_key[:rows], radial[:rows], grad_value[:rows]
+
+
+@repeatable
+def _add_piece_backward(
+    tiles: _Tiles,
+    places: _Places,
+    grad_y: Tensor,
+    mean: Tensor,
+    normaliser: Tensor,
+    grad_key: Tensor,
+    radial: Tensor,
+    grad_value: Tensor,
+) -> None:
+    """Add what a piece contributes to the three gradients."""
+    piece = _Piece(tiles, places)
+    row, count = piece.queries(piece.rows).flatten(), piece.count
+    weights = tiles.scores(piece).sub_(normaliser.index_select(0, row).view(count, -1, 1))
+    weights.clamp_min_(SMALLEST).exp_()
+    once = tiles.once(piece)
+    if once is not None:
+        weights.mul_(once)
+    grad = grad_y.index_select(0, row).view(count, -1, grad_y.shape[-1])
+    piece_value = torch.zeros_like(piece.value)
+    piece.add_products(piece_value, weights, grad)
+    grad_value.index_add_(0, piece.order, piece_value)
+    values = piece.blocks(piece.value).transpose(1, 2)
+    grad_scores = torch.bmm(grad, values, out=tiles.work(count))
+    grad_scores.sub_(mean.index_select(0, row).view(count, -1, 1)).mul_(weights)
+    piece_key = piece_value.zero_()
+    piece.add_products(piece_key, grad_scores, piece.query)
+    grad_query = torch.bmm(grad_scores, piece.blocks(piece.key))
+    along = torch.linalg.vecdot(grad_query, piece.queries(piece.key))
+    radial.index_add_(0, piece.queries(piece.order).flatten(), along.flatten())
+    piece.queries(piece_key).addcmul_(grad_query, piece.scale)
+    grad_key.index_add_(0, piece.order, piece_key)

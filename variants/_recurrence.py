@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from variants._repeats import repeatable
 from variants.base import Attention, Caps, Dims, Flops, Segments, VariantConfig
 from variants.layers import Projections
 
@@ -94,6 +95,7 @@ class _Terms:
         return [(begin, end, past + end) for begin, end in ends]
 
 
+@repeatable
 class _RelativeAttention(torch.autograd.Function):
     """Keeps the exponentials of the scores for backward: up to H·S·J numbers a sequence of the batch, of
     one segment at a time; 8 MiB in float32 with 4 heads and S = M = 512.

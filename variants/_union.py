@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from variants._repeats import repeatable
 from variants.base import Attention, Dims, VariantConfig
 
 EMPTY = -1e30
@@ -162,6 +163,7 @@ def _rows_like(x: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.zeros(batch, seq_len, heads, channels, dtype=dtype, device=x.device).transpose(1, 2)
 
 
+@repeatable
 class _UnionAttention(torch.autograd.Function):
     """One softmax over the keys of all parts, put together from each part's own by its logsumexp.
 

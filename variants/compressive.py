@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -131,6 +132,11 @@ class CompressiveConfig(VariantConfig):
         self.require("rate", self.rate >= 1, "1 or more memories")
         self.require("compression", self.compression in COMPRESSIONS, ", ".join(COMPRESSIONS))
 
+    def falls(self, memory: int, tokens: int) -> int:
+        """Positions that leave a memory of this size when a segment enters it."""
+        over = max(0, memory + tokens - self.mem_len)
+        return over - over % self.rate if self.comp_len else over
+
 
 class State(NamedTuple):
     """What is carried from segment to segment, detached."""
@@ -155,6 +161,23 @@ class Stretch(NamedTuple):
     """The earliest token that the segment can read, compressed or not."""
     fallen: int
     """Positions compressed after the segment."""
+
+
+@lru_cache(maxsize=16)
+def _stretches(config: CompressiveConfig, reach: int, seq_len: int) -> tuple[Stretch, ...]:
+    """Kept, because every layer of a model asks for it several times: 0.1 s at a million tokens."""
+    found, memory = [], 0
+    queue: list[int] = []  # the earliest token that each compressed memory depends on
+    for segment in Segments(config.segment).segments(seq_len):
+        oldest = segment.start - memory
+        fallen = config.falls(memory, segment.stop - segment.start)
+        found.append(Stretch(segment, memory, len(queue), min(queue, default=oldest), fallen))
+        if config.comp_len:
+            groups = range(oldest, oldest + fallen, config.rate)
+            queue += [max(oldest, group - reach) for group in groups]
+            queue = queue[-config.comp_len :]
+        memory += segment.stop - segment.start - fallen
+    return tuple(found)
 
 
 class Compressive(Recurrent):
@@ -225,11 +248,6 @@ class Compressive(Recurrent):
         counts = (nothing.new_zeros(x.shape[0], 0), nothing.new_zeros(0)) if self.counts else (None, None)
         return State(nothing, nothing, *counts)
 
-    def _falls(self, memory: int, tokens: int) -> int:
-        """Positions that leave a memory of this size when a segment enters it."""
-        over = max(0, memory + tokens - self.config.mem_len)
-        return over - over % self.config.rate if self.config.comp_len else over
-
     def _advance(self, x: Tensor, state: State, received: Tensor | None) -> tuple[State, int, Tensor | None]:
         """The state after segment x, how many positions fell out, and their compression if there is one.
 
@@ -237,7 +255,7 @@ class Compressive(Recurrent):
         """
         tokens = x.shape[1]
         held = slide(state.memory, x, 0)
-        fallen = self._falls(state.memory.shape[1], tokens)
+        fallen = self.config.falls(state.memory.shape[1], tokens)
         usage = readers = mean_usage = None
         if received is not None and state.usage is not None and state.readers is not None:
             usage = F.pad(state.usage, (0, tokens)) + received[:, -held.shape[1] :]
@@ -306,19 +324,9 @@ class Compressive(Recurrent):
         attended: Tensor = (q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5).softmax(dim=-1) @ v
         return attended
 
-    def stretches(self, seq_len: int) -> Iterator[Stretch]:
+    def stretches(self, seq_len: int) -> tuple[Stretch, ...]:
         """The sizes at each segment of a sequence."""
-        memory = 0
-        queue: list[int] = []  # the earliest token that each compressed memory depends on
-        for segment in self.plan(self.config).segments(seq_len):
-            oldest = segment.start - memory
-            fallen = self._falls(memory, segment.stop - segment.start)
-            yield Stretch(segment, memory, len(queue), min(queue, default=oldest), fallen)
-            if self.config.comp_len:
-                groups = range(oldest, oldest + fallen, self.config.rate)
-                queue += [max(oldest, group - self.compressor.reach) for group in groups]
-                queue = queue[-self.config.comp_len :]
-            memory += segment.stop - segment.start - fallen
+        return _stretches(self.config, self.compressor.reach, seq_len)
 
     def flops(self, dims: Dims, *, causal: bool) -> Flops:
         """The segments of a sequence, each with the memories that exist by then, and the compression."""

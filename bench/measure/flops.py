@@ -87,7 +87,7 @@ def _is_composite(func: Any) -> bool:
     return func.namespace != "prim" and bool(func.has_kernel_for_dispatch_key(composite))
 
 
-class _Dispatched(TorchDispatchMode):
+class DispatchedFlops(TorchDispatchMode):
     """Gives `count` the FLOPs of each operation dispatched.
 
     A mode of our own around torch's formulas, because torch's own has compiled code run uncompiled while
@@ -136,7 +136,7 @@ class CountFlops:
 
     def __enter__(self) -> Self:
         self._inside.enter_context(listen(self._count))
-        self._inside.enter_context(_Dispatched(self._count))
+        self._inside.enter_context(DispatchedFlops(self._count))
         return self
 
     def __exit__(self, *error: object) -> None:

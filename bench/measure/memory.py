@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import re
 import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,6 +38,30 @@ class _Entry:
     label: str = "workspace"
 
 
+class Notes:
+    """What happens to storages that come while notes are taken."""
+
+    def __init__(self) -> None:
+        self.kept: dict[int, int] = {}
+        """Number → size of those that are still there."""
+        self.peak = 0
+        """The most bytes of them that were there at once."""
+        self.highest = 0
+        """The number of the latest of them by then."""
+        self._live = 0
+
+    def made(self, number: int, size: int) -> None:
+        """A storage is first seen."""
+        self.kept[number] = size
+        self._live += size
+        if self._live > self.peak:
+            self.peak, self.highest = self._live, number
+
+    def freed(self, number: int) -> None:
+        """A storage is freed; others than those that came belong to whoever held them before."""
+        self._live -= self.kept.pop(number, 0)
+
+
 class LiveStorage(TorchDispatchMode):
     """Context manager that follows the bytes of every storage that an operation inside it returns, until
     the storage is freed. A storage that is resized in place keeps the size it was first seen with.
@@ -54,6 +80,9 @@ class LiveStorage(TorchDispatchMode):
         self._known: weakref.WeakKeyDictionary[torch.UntypedStorage, _Entry] = weakref.WeakKeyDictionary()
         self.labelled = dict.fromkeys(LABELS, 0)
         """The current sum, by label."""
+        self._notes: list[Notes] = []
+        self._expected: _Entry | None = None
+        """What the next storage seen is already counted as."""
         self.reset_peak()
 
     def reset_peak(self) -> None:
@@ -85,21 +114,60 @@ class LiveStorage(TorchDispatchMode):
             sizes[before] -= entry.size
             sizes[label] += entry.size
 
+    def number(self, tensor: torch.Tensor) -> int:
+        """Of a tensor's storage."""
+        return self._known[tensor.untyped_storage()].number
+
+    @contextmanager
+    def noting(self) -> Iterator[Notes]:
+        """Notes of what happens inside, complete at its end."""
+        notes = Notes()
+        self._notes.append(notes)
+        try:
+            yield notes
+        finally:
+            self._notes.remove(notes)
+
+    def replay(self, notes: Notes) -> Callable[[int], torch.Tensor]:
+        """Let the same happen again without a tensor. Storages that came and are still there get one from
+        the function returned, given their number: bytes, uninitialised, and the same when asked twice."""
+        entries = {number: self._made(size) for number, size in notes.kept.items() if number <= notes.highest}
+        self._freed(self._made(notes.peak - sum(entry.size for entry in entries.values())))
+        entries |= {number: self._made(size) for number, size in notes.kept.items() if number > notes.highest}
+        tensors: dict[int, torch.Tensor] = {}
+
+        def tensor(number: int) -> torch.Tensor:
+            if number not in tensors:
+                self._expected = entries[number]
+                tensors[number] = torch.empty(entries[number].size, dtype=torch.uint8)
+            return tensors[number]
+
+        return tensor
+
     def _follow(self, tensor: torch.Tensor) -> None:
         storage = tensor.untyped_storage()
         if storage in self._known:
             return
+        expected, self._expected = self._expected, None
+        entry = self._known[storage] = expected or self._made(storage.nbytes())
+        weakref.finalize(storage, self._freed, entry).atexit = False
+
+    def _made(self, size: int) -> _Entry:
         self.seen += 1
-        entry = self._known[storage] = _Entry(storage.nbytes(), self.seen)
-        self.live += entry.size
-        self.labelled[entry.label] += entry.size
+        entry = _Entry(size, self.seen)
+        self.live += size
+        self.labelled[entry.label] += size
         if self.live > self.peak:
             self._take_peak()
-        weakref.finalize(storage, self._freed, entry).atexit = False
+        for notes in self._notes:
+            notes.made(entry.number, size)
+        return entry
 
     def _freed(self, entry: _Entry) -> None:
         self.live -= entry.size
         self.labelled[entry.label] -= entry.size
+        for notes in self._notes:
+            notes.freed(entry.number)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.prim.device.default:  # two thirds of what fake tensors dispatch

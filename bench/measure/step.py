@@ -15,10 +15,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from bench.measure.flops import CountFlops
 from bench.measure.memory import LiveStorage, reset_rss_peak, resident_bytes, tensor_bytes
+from bench.measure.repeats import Repeats
 from bench.measure.timing import synchronize
 from bench.model import LanguageModel
 from bench.tasks.text import Batch
 from bench.train import Phase, optimizer_for, training_step
+from variants._repeats import following
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -204,7 +206,7 @@ def predicted(make: Callable[[], Subject]) -> StepFigures:
 
     Of many segments, only those that differ are gone through: see `Subject.brief`.
     """
-    with FakeTensorMode(), LiveStorage() as storage:
+    with FakeTensorMode(), LiveStorage() as storage, following(Repeats(storage)):
         subject = make()
         for parameter in subject.model.parameters():
             parameter.grad = torch.zeros_like(parameter)

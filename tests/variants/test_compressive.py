@@ -223,7 +223,7 @@ class Undetached(Compressive):
 
     def _advance(self, x: Tensor, state: State, received: Tensor | None) -> tuple[State, int, Tensor | None]:
         held = torch.cat([state.memory, x], dim=1)
-        fallen = self._falls(state.memory.shape[1], x.shape[1])
+        fallen = self.config.falls(state.memory.shape[1], x.shape[1])
         queue = state.compressed
         if fallen:
             queue = torch.cat([queue, self.compressor(held[:, :fallen], None)], dim=1)

@@ -347,11 +347,12 @@ def test_features_of_a_long_sequence_are_never_all_held(causal: bool) -> None:
 @pytest.mark.parametrize("seq_len", [1, 63, 2**11 + 5, 2**24 + 1])
 def test_segments_cover_the_sequence_in_few_whole_chunks(seq_len: int, chunk: int) -> None:
     """Few, because planning a length dispatches every operation on fake tensors."""
-    segments = _favor._segments(4, seq_len, chunk)
+    token = torch.arange(seq_len)
+    segments = _favor._segments(chunk, token.expand(1, 4, -1), -token.expand(1, 4, -1))
     assert len(segments) <= _favor.SEGMENTS
-    assert [token for segment in segments for token in segment][1:-1:2] == [lo for lo, _ in segments[1:]]
-    assert (segments[0][0], segments[-1][1]) == (0, seq_len)
-    assert all((hi - lo) % chunk == 0 for lo, hi in segments[:-1])
+    torch.testing.assert_close(torch.cat([x[0, 0] for x, _ in segments]), token)
+    assert all(torch.equal(x, -negated) for x, negated in segments)
+    assert all(x.shape[2] % chunk == 0 for x, _ in segments[:-1])
 
 
 @pytest.mark.parametrize("causal", [True, False])

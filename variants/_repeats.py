@@ -1,0 +1,93 @@
+"""Work that takes the same whenever its arguments have the same shapes: a planner follows it once.
+
+A model of many layers, planned on fake tensors, goes through the same thousands of operations in each of
+them. What is marked `repeatable` is handed to the follower while there is one, which may answer for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import wraps
+from types import SimpleNamespace
+from typing import Any, TypeVar
+
+Follower = Callable[[Callable[..., Any], tuple[Any, ...]], Any]
+"""(work, its arguments) → what work(*arguments) returns, or the like of it."""
+Work = TypeVar("Work", bound=Callable[..., Any])
+
+_followers: list[Follower] = []
+
+
+@contextmanager
+def following(follower: Follower) -> Iterator[None]:
+    """While inside, `follower` is given all repeatable work instead of its being done."""
+    _followers.append(follower)
+    try:
+        yield
+    finally:
+        _followers.remove(follower)
+
+
+def repeatable(work: Work) -> Work:
+    """Decorates a function of tensors, or both passes of a torch.autograd.Function.
+
+    What it takes must follow from the shapes of the tensors it is given and from its other arguments. It may
+    write to those tensors, and must keep none elsewhere.
+    """
+    found: Work = _both_passes(work) if isinstance(work, type) else _one(work)
+    return found
+
+
+def _one(work: Any) -> Any:
+    @wraps(work)
+    def alone(args: tuple[Any, ...], options: dict[str, Any]) -> Any:
+        return work(*args, **options)
+
+    @wraps(work)
+    def followed(*args: Any, **options: Any) -> Any:
+        return _followers[-1](alone, (args, options)) if _followers else work(*args, **options)
+
+    return followed
+
+
+class _Context(SimpleNamespace):
+    """What a Function is given in place of torch's own context."""
+
+    saved_tensors: tuple[Any, ...] = ()
+
+    def save_for_backward(self, *tensors: Any) -> None:
+        """Keep them here."""
+        self.saved_tensors = tensors
+
+
+def _both_passes(function: Any) -> Any:
+    forward, backward = function.forward, function.backward
+
+    @wraps(forward)
+    def forward_alone(*args: Any) -> tuple[Any, dict[str, Any]]:
+        context = _Context()
+        return forward(context, *args), vars(context)
+
+    @wraps(backward)
+    def backward_alone(kept: dict[str, Any], *grads: Any) -> Any:
+        return backward(_Context(**kept), *grads)
+
+    @wraps(forward)
+    def followed_forward(ctx: Any, *args: Any) -> Any:
+        if not _followers:
+            return forward(ctx, *args)
+        y, kept = _followers[-1](forward_alone, args)
+        ctx.save_for_backward(*kept.pop("saved_tensors"))
+        ctx.kept = kept
+        return y
+
+    @wraps(backward)
+    def followed_backward(ctx: Any, *grads: Any) -> Any:
+        if not _followers:
+            return backward(ctx, *grads)
+        kept = {"saved_tensors": ctx.saved_tensors, **ctx.kept}
+        return _followers[-1](backward_alone, (kept, *grads))
+
+    function.forward, function.backward = staticmethod(followed_forward), staticmethod(followed_backward)
+    return function
