@@ -27,7 +27,11 @@ class ChunkedConfig(DenseConfig):
 
 
 class Chunked(Dense):
-    """Dense attention within ⌈T/c⌉ chunks of c tokens; the last may be shorter, none is padded."""
+    """Dense attention within ⌈T/c⌉ chunks of c tokens; the last may be shorter, none is padded.
+
+    transformers' local layer of Reformer, with neighbours before a chunk, has the first chunk read the last;
+    here a chunk reads itself alone, and `overlapping` what stands before it.
+    """
 
     Config = ChunkedConfig
     config: ChunkedConfig

@@ -207,7 +207,9 @@ class Compressive(Recurrent):
 
     Deviations from the paper: those of `transformer_xl`; the loss is a mean, not a sum, over tokens and
     channels, so that it does not grow with the batch; most_used ranks by the mean attention over all
-    queries that could read a position, those of its own segment included.
+    queries that could read a position, those of its own segment included. The package
+    compressive-transformer-pytorch reconstructs the attention to the whole memory, not only, as Algorithm 2
+    does, to what falls out.
     """
 
     Config = CompressiveConfig

@@ -50,7 +50,8 @@ class Performer(Attention):
     Deviations from the paper: rotary positions, applied before the features; no constant is added to
     the softmax features, so the estimate stays unbiased; the stabiliser of the keys is a running
     maximum in place of one over the whole sequence, which would let later keys into earlier roundings.
-    A layer's heads share their directions, as in the authors' code.
+    A layer's heads share their directions, as in the authors' code. The package performer-pytorch adds 1e-4
+    to the softmax features and takes the keys' maximum over the whole sequence where causal too.
     """
 
     Config = PerformerConfig

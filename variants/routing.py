@@ -64,6 +64,8 @@ class Routing(Attention):
     Deviations from the paper: rotary positions; centroids have unit length and move towards the mean
     direction of their members, where Algorithm 1 adds the sum of members unnormalised; a cluster
     without members stays. `nearest` is ours.
+    The package routing-transformer clusters normalised tokens but attends with queries that are not, lets a
+    causal token read a learnt key, or nothing, instead of itself, and does not renormalise its centroids.
 
     The key projection of a routed head is a parameter in every case and unused where keys are shared.
     """
