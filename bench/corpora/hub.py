@@ -20,6 +20,8 @@ from bench.corpora.base import SPLITS, Corpus, CorpusError, Document, Source, Te
 
 ANSWER_SECONDS = 5.0
 """How long the hub may take for its first answer; after that, `datasets` decides what is tried again."""
+ROWS = 64
+"""Read at a time: one by one takes six times as long for lines of text, many at once are many books."""
 OFFLINE = "without the network take data=plays (fetched once), data=stdlib or data=files"
 
 
@@ -104,7 +106,7 @@ class HubSource(Source):
         if not self._cache.exists():
             raise CorpusError(f"{data}: not fetched yet; {remedy} once; {OFFLINE}")
         try:
-            with np.load(self._cache) as kept:
+            with self._cache.open("rb") as file, np.load(file) as kept:
                 train, validation, test = (_cut(kept[split], kept[f"{split}_lengths"]) for split in SPLITS)
                 taken = Taken(train, validation, test, bool(kept["whole"]))
                 expected = str(kept["sha256"])
@@ -139,13 +141,18 @@ class HubSource(Source):
     def _stream(self, at_most: int | None, folder: str | None) -> Taken:
         """The documents from the hub, or from a folder with the data set's files."""
         where = f"data.path={folder}" if folder else f"data={self.name}"
-        source = self._folder(folder) if folder else (self.repository, self.config, self.revision)
+        asked: dict[str, Any] = {"path": self.repository, "name": self.config, "revision": self.revision}
+        parquet = True
+        if folder:
+            files = self._folder(folder)
+            asked, parquet = {"path": str(files)}, any(files.rglob("*.parquet"))
         try:
             with _quiet():
                 import datasets
 
-                place, config, revision = source
-                tables = datasets.load_dataset(place, config, revision=revision, streaming=True)
+                if parquet:  # whose row groups, decoded otherwise at once, are a thousand books
+                    asked["batch_size"] = ROWS
+                tables = datasets.load_dataset(**asked, streaming=True)
                 if missing := [split for split in SPLITS if split not in tables]:
                     raise CorpusError(
                         f"{where}: the {missing[0]} split is missing; there are {', '.join(tables)}"
@@ -159,15 +166,15 @@ class HubSource(Source):
             raise CorpusError(f"{where}: cannot be read as {self.repository} ({_line(error)})") from error
         return Taken(train, validation, test, whole)
 
-    def _folder(self, given: str) -> tuple[str, None, None]:
-        """What `datasets` loads for a folder: the files in it, or in it the configuration's as on the hub."""
+    def _folder(self, given: str) -> Path:
+        """The folder with the files: the one given or, as on the hub, the configuration's in it."""
         folder = Path(given).expanduser().resolve()
         if not folder.is_dir():
             raise CorpusError(
                 f"data.path={given}: no such folder; give one with the files of {self.repository}"
             )
         inside = folder / (self.config or "")
-        return str(inside if inside.is_dir() else folder), None, None
+        return inside if inside.is_dir() else folder
 
 
 def up_to(at_most: int | None, documents: Iterable[Text]) -> tuple[list[Text], bool]:
@@ -184,11 +191,13 @@ def up_to(at_most: int | None, documents: Iterable[Text]) -> tuple[list[Text], b
 
 
 def _rows(table: Any, where: str) -> Iterator[bytes]:
-    for row in table:
-        if "text" not in row:
-            raise CorpusError(f"{where}: has no column text; there are {', '.join(row)}")
-        text = row["text"]
-        yield text if isinstance(text, bytes) else str(text).encode()
+    for batch in table.iter(ROWS):
+        if "text" not in batch:
+            raise CorpusError(f"{where}: has no column text; there are {', '.join(batch)}")
+        for text in batch["text"]:
+            if not isinstance(text, str | bytes):
+                raise CorpusError(f"{where}: its column text holds {text!r}; expected text")
+            yield text.encode() if isinstance(text, str) else text
 
 
 def _cut(text: Document, lengths: Any) -> list[Document]:
