@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.server
 import json
 import os
@@ -287,7 +288,9 @@ class Answer(http.server.BaseHTTPRequestHandler):
     do_HEAD = do_GET
 
     def answer(self, body: bytes, status: int = 200) -> None:
-        headers = {"X-Error-Code": "EntryNotFound"} if status == 404 else {}
+        headers = {"X-Repo-Commit": self.server.source.revision, "ETag": '"as it is"'}
+        if status == 404:
+            headers["X-Error-Code"] = "EntryNotFound"
         part = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range") or "")
         if part and status == 200:
             first, last = int(part[1]), min(int(part[2]), len(body) - 1)
@@ -302,16 +305,22 @@ class Answer(http.server.BaseHTTPRequestHandler):
             self.wfile.write(body)
 
 
+@contextlib.contextmanager
+def serving(name: str, folder: Path) -> Iterator[Hub]:
+    server = Hub(HUB_SETS[name], folder)
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
 @pytest.fixture
 def hub(tmp_path: Path) -> Iterator[Hub]:
     """PG-19 in miniature, its training documents in two files."""
     folder = write(tmp_path / "served" / "data", {**BOOKS, "train": ["a page of a naïve book . "] * 200})
     (folder / TRAIN).rename(folder / "train-00000-of-00002.parquet")
     pq.write_table(pa.table({"text": ["one more book " * 99]}), folder / "train-00001-of-00002.parquet")
-    server = Hub(HUB_SETS["pg19"], tmp_path / "served")
-    yield server
-    server.shutdown()
-    server.server_close()
+    with serving("pg19", tmp_path / "served") as server:
+        yield server
 
 
 def run(*command: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -367,6 +376,32 @@ def test_what_was_fetched_is_read_without_the_network(hub: Hub, cache: Path) -> 
     more = fetch("pg19", HF_ENDPOINT=hub.address)
     assert more.returncode == 0, more.stderr
     assert load("pg19").sha256 == load("pg19", None, 10**9).sha256 == load("pg19", hub.folder / "data").sha256
+
+
+CARD = """---
+configs:
+- config_name: wikitext-103-raw-v1
+  data_files:
+  - {split: test, path: wikitext-103-raw-v1/test-*}
+  - {split: train, path: wikitext-103-raw-v1/train-*}
+  - {split: validation, path: wikitext-103-raw-v1/validation-*}
+- config_name: wikitext-2-raw-v1
+  data_files:
+  - {split: train, path: wikitext-2-raw-v1/train-*}
+---
+"""
+
+
+def test_the_hubs_card_says_which_files_are_the_configurations(tmp_path: Path, cache: Path) -> None:
+    folder = tmp_path / "served"
+    write(folder / "wikitext-103-raw-v1", WIKI)
+    write(folder / "wikitext-2-raw-v1", {"train": ["another"]})
+    (folder / "README.md").write_text(CARD)
+    with serving("wikitext103", folder) as hub:
+        done = fetch("wikitext103", HF_ENDPOINT=hub.address)
+    assert done.returncode == 0, done.stderr
+    assert load("wikitext103").sha256 == load("wikitext103", folder).sha256
+    assert texts(load("wikitext103"), "train") == [article.encode() for article in ARTICLES]
 
 
 def kept(folder: Path, at_most: int | None = None, **changes: Any) -> Path:
