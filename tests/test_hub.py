@@ -423,6 +423,11 @@ def test_a_transfer_that_fails_leaves_the_cache_as_it_was(hub: Hub, cache: Path)
     assert {file.name: file.read_bytes() for file in cache.iterdir()} == before
 
 
+def test_a_cache_that_cannot_be_written_is_one_line(hub: Hub, cache: Path) -> None:
+    cache.write_text("a file, not a folder")
+    assert f"cannot write to the cache, {cache}: " in the_line(fetch("pg19", HF_ENDPOINT=hub.address))
+
+
 def flipped(content: bytes) -> bytes:
     middle = len(content) // 2
     return content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from bench.corpora import SOURCES, CorpusError, load, source
+from bench.corpora import SOURCES, CorpusError, cache_dir, load, source
 from bench.corpora.base import SPLITS, Document, Wanted
 
 
@@ -28,6 +28,9 @@ def main() -> int:
             _show(arguments.name, arguments.path, arguments.max_bytes)
     except CorpusError as error:
         print(error, file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"cannot write to the cache, {cache_dir()}: {error.strerror}", file=sys.stderr)
         return 2
     return 0
 
