@@ -69,7 +69,8 @@ class CellRun:
             if not measure.execute:
                 self._predict()
                 return
-        corpus = corpora.load(self.spec.data.name, self.spec.data.path)
+        data = self.spec.data
+        corpus = corpora.load(data.name, data.path, data.max_bytes)
         if reason := text.too_short(corpus, self.spec.seq_len, quality=measure.train_tokens > 0):
             raise Unsupported(reason)
         with self._work():

@@ -88,7 +88,9 @@ class DataSpec:
 
     name: str = "plays"
     path: str | None = None
-    """A file, folder or glob, for data=files."""
+    """A file, folder or glob, for data=files; for others where their files lie, if not in the cache."""
+    max_bytes: int | None = None
+    """Most bytes of training documents to take, where a corpus is too large for whole."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -26,7 +26,8 @@ _NOT_FIGURES = {"__main__.py", "complaints.py", "environment.py", "layers.py", "
 @cache
 def code_sha256(variant: str) -> str:
     """Hash of the code that can change a figure of this variant: the harness and the variant's files."""
-    harness = [*HERE.glob("*.py"), *HERE.glob("tasks/*.py"), *HERE.glob("measure/*.py")]
+    packages = ("corpora", "tasks", "measure")
+    harness = [*HERE.glob("*.py"), *(file for package in packages for file in HERE.glob(f"{package}/*.py"))]
     files = sorted(f for f in harness if f.name not in _NOT_FIGURES) + variants.source_files(variant)
     digest = hashlib.sha256()
     for file in files:

