@@ -15,7 +15,7 @@ from bench.config import CellSpec
 from bench.measure import step
 from bench.measure.step import StepFigures, Subject
 from bench.model import LanguageModel
-from bench.tasks import text
+from bench.tasks.base import Batch
 
 CPU = torch.device("cpu")
 TOKENS = 1024
@@ -75,6 +75,7 @@ def _crossing(known: dict[int, int], budget: int, fitting: int, failing: int, ma
 def build_model(spec: CellSpec) -> LanguageModel:
     """The model of a cell, with its replicate's weights."""
     variant, config, dims = spec.attention()
+    _, task_config, _ = spec.task()
     torch.manual_seed(spec.replicate)
     return LanguageModel(
         variant,
@@ -84,13 +85,13 @@ def build_model(spec: CellSpec) -> LanguageModel:
         ff_mult=spec.model.ff_mult,
         ff_chunks=spec.model.ff_chunks,
         dropout=spec.model.dropout,
-        vocabulary=text.VOCABULARY,
+        vocabulary=task_config.vocabulary,
         activations=spec.activations,
         dtype=getattr(torch, spec.dtype),
     )
 
 
-def subject(spec: CellSpec, batch: Callable[[], text.Batch], device: torch.device) -> Subject:
+def subject(spec: CellSpec, batch: Callable[[], Batch], device: torch.device) -> Subject:
     """A cell's model in training, with the batch of its steps."""
     return Subject.make(lambda: build_model(spec), batch, causal=spec.causal, device=device)
 
@@ -108,9 +109,9 @@ class Plan:
         if key not in self._known:
             spec = replace(self.spec, seq_len=key[0], batch_size=key[1])
 
-            def blank() -> text.Batch:
+            def blank() -> Batch:
                 tokens = torch.zeros(spec.batch_size, spec.seq_len, dtype=torch.int64)
-                return text.Batch(tokens, tokens.clone())
+                return Batch(tokens, tokens.clone())
 
             self._known[key] = step.predicted(lambda: subject(spec, blank, CPU))
         return self._known[key]
