@@ -211,8 +211,8 @@ class Chunks(Plan):
 
 
 @dataclass(frozen=True, kw_only=True)
-class VariantConfig:
-    """Base of every variant's `Config`: its knobs and nothing else, checked when it is made.
+class Knobs:
+    """Values that a user may set, checked when they are made.
 
     Raises ValueError naming the knob, its value and what is allowed.
     """
@@ -231,6 +231,11 @@ class VariantConfig:
         """Knob → value, in plain types that JSON can hold."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
+
+
+@dataclass(frozen=True, kw_only=True)
+class VariantConfig(Knobs):
+    """Base of every variant's `Config`: its knobs and nothing else."""
 
 
 class Attention(nn.Module, ABC):
