@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,7 +12,7 @@ from typing import Any
 
 import torch
 
-from bench import corpora, environment, gates, planning
+from bench import corpora, environment, gates, history, planning, windows
 from bench.config import Cell
 from bench.evaluate import evaluate
 from bench.measure import step as step_measure
@@ -20,7 +21,8 @@ from bench.model import LanguageModel
 from bench.planning import CPU
 from bench.residual import STRATEGIES, reversible
 from bench.tasks import text
-from bench.train import train
+from bench.tasks.base import Batch
+from bench.train import Diverged, train
 
 Tell = Callable[[dict[str, Any]], None]
 """Takes figures by the record's key; what has been told survives the process."""
@@ -128,7 +130,7 @@ class CellRun:
             least = self.plan.peak_bytes(batch_size=1)
             raise DoesNotFit(f"one sequence is predicted to need {least:,} bytes of {budget:,}")
 
-    def _batch(self, corpus: corpora.Corpus, step: int) -> text.Batch:
+    def _batch(self, corpus: corpora.Corpus, step: int) -> Batch:
         return text.train_batch(
             corpus,
             seq_len=self.spec.seq_len,
@@ -239,8 +241,8 @@ class CellRun:
         measure, spec = self.spec.measure, self.spec
         model = planning.build_model(self.spec).to(self.device)
 
-        def batches(step: int) -> text.Batch:
-            return text.Batch(*(tensor.to(self.device) for tensor in self._batch(corpus, step)))
+        def batches(step: int) -> Batch:
+            return self._batch(corpus, step).to(self.device)
 
         begun = time.perf_counter()
         trained = train(
@@ -251,15 +253,15 @@ class CellRun:
             causal=spec.causal,
         )
         seconds = time.perf_counter() - begun
+        passages = text.held_out(
+            corpus.test, seq_len=spec.seq_len, objective=spec.objective, max_tokens=measure.eval_tokens
+        )
+        stride = measure.eval_stride if spec.causal and measure.eval_stride else spec.seq_len
+        stateful = self.variant.caps.stateful
         quality = evaluate(
             model,
-            text.held_out_batches(
-                corpus.test,
-                seq_len=spec.seq_len,
-                batch_size=spec.batch_size,
-                objective=spec.objective,
-                max_tokens=measure.eval_tokens,
-            ),
+            windows.windowed(passages, spec.seq_len, stride, spec.batch_size),
+            documents=windows.entire(passages, spec.batch_size) if stateful else None,
             objective=spec.objective,
             words_per_byte=corpus.words_per_byte(),
             unigram_nats=corpus.unigram_nats(),
@@ -268,6 +270,7 @@ class CellRun:
         self.tell(
             {
                 "nll": quality.nll,
+                "nll_reset": quality.nll_reset,
                 "perplexity": quality.perplexity,
                 "bits_per_byte": quality.bits_per_byte,
                 "word_perplexity": quality.word_perplexity,
@@ -275,7 +278,32 @@ class CellRun:
                 "nll_by_position": quality.nll_by_position,
                 "tokens_trained": trained,
                 "tokens_evaluated": quality.tokens,
+                "eval_stride": stride if spec.causal else None,
+                "eval_min_context": windows.least_context(spec.seq_len, stride) if spec.causal else None,
                 "train_seconds": seconds,
-                "state_policy": "carried" if self.variant.caps.stateful else "none",
+                "state_policy": "carried" if stateful else "none",
             }
         )
+        if not math.isfinite(quality.nll):
+            raise Diverged(f"the loss on held-out text is {quality.nll} after {trained:,} tokens of training")
+        if spec.causal and measure.history_targets:
+            self._look_back(model, corpus)
+
+    def _look_back(self, model: LanguageModel, corpus: corpora.Corpus) -> None:
+        found = history.look_back(
+            model,
+            corpus.test,
+            seq_len=self.spec.seq_len,
+            count=self.spec.measure.history_targets,
+            batch_size=self.spec.batch_size,
+            device=self.device,
+        )
+        if found:
+            self.tell(
+                {
+                    "nll_by_history": found.nll_by_history,
+                    "effective_context": found.effective,
+                    "effective_context_low": found.low,
+                    "effective_context_high": found.high,
+                }
+            )
