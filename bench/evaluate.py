@@ -149,7 +149,7 @@ def evaluate(
     carried = None if documents is None else tally(model, documents, causal=causal, device=device)
     assert carried is None or np.array_equal(carried.symbols, reset.symbols)  # the same targets
     nats = (carried or reset).nll
-    unigram = reset.symbols[: len(unigram_nats)] @ unigram_nats / reset.tokens
+    unigram = float(reset.symbols[: len(unigram_nats)] @ unigram_nats) / reset.tokens
     return Quality(
         nll=nats,
         nll_reset=reset.nll if carried else None,

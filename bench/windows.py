@@ -28,7 +28,7 @@ Ints = npt.NDArray[np.int64]
 
 
 class Passage(NamedTuple):
-    """What is scored of a document, and read for it: inputs (N,) and targets (N,): target i is predicted once input i has been read."""
+    """The scored part of a document: inputs (N,) and targets (N,). Target i is predicted after input i."""
 
     inputs: Ints
     targets: Ints
@@ -69,9 +69,9 @@ def cut(lengths: Sequence[int], seq_len: int, stride: int) -> list[Window]:
     """Windows of T tokens over documents of these lengths, each S tokens further than the one before.
 
     A document's first window scores all its targets and each later one those that are new: its last S. The
-    last ends where the document does; it is T tokens long, like all
-    others, and scores fewer. Only a document of fewer than T tokens is a shorter window, which every
-    variant can read: parameters that are made for T positions are used for the first of them.
+    last ends where the document does; it is T tokens long, like all others, and scores fewer. Only a
+    document of fewer than T tokens is a shorter window, which every variant can read: of parameters that
+    are made for T positions, the first are used.
     """
     found = []
     for document, length in enumerate(lengths):
@@ -94,10 +94,8 @@ def windowed(passages: Sequence[Passage], seq_len: int, stride: int, batch_size:
     def length(window: Window) -> int:
         return window.length
 
-    windows = sorted(
-        cut([len(passage.targets) for passage in passages], seq_len, stride), key=length, reverse=True
-    )
-    for _, alike in groupby(windows, key=length):
+    windows = cut([len(passage.targets) for passage in passages], seq_len, stride)
+    for _, alike in groupby(sorted(windows, key=length, reverse=True), key=length):
         same = list(alike)
         for i in range(0, len(same), batch_size):
             yield _batch(passages, same[i : i + batch_size])
@@ -109,9 +107,8 @@ def entire(passages: Sequence[Passage], batch_size: int) -> Iterator[Batch]:
     Those of similar length share a batch. Where one ends before the longest of its batch, zeros follow,
     and nothing after its end is scored.
     """
-    whole = [
-        Window(k, 0, len(passage.targets), 0) for k, passage in enumerate(passages) if len(passage.targets)
-    ]
+    lengths = [len(passage.targets) for passage in passages]
+    whole = [Window(k, 0, length, 0) for k, length in enumerate(lengths) if length]
     whole.sort(key=lambda window: window.length, reverse=True)
     for i in range(0, len(whole), batch_size):
         yield _batch(passages, whole[i : i + batch_size])
