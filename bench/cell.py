@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 
-from bench import corpora, environment, gates, history, planning, windows
+from bench import environment, gates, history, planning
+from bench.accuracy import measure_accuracy
 from bench.config import Cell
 from bench.evaluate import evaluate
 from bench.measure import step as step_measure
@@ -20,9 +21,10 @@ from bench.measure import timing
 from bench.model import LanguageModel
 from bench.planning import CPU
 from bench.residual import STRATEGIES, reversible
-from bench.tasks import text
-from bench.tasks.base import Batch
+from bench.tasks.base import Batch, Task
+from bench.tasks.text import Text
 from bench.train import Diverged, train
+from bench.windows import least_context
 
 Tell = Callable[[dict[str, Any]], None]
 """Takes figures by the record's key; what has been told survives the process."""
@@ -71,16 +73,17 @@ class CellRun:
             if not measure.execute:
                 self._predict()
                 return
-        corpus = corpora.load(self.spec.data.name, self.spec.data.path)
-        if reason := text.too_short(corpus, self.spec.seq_len, quality=measure.train_tokens > 0):
+        make_task, task_config, setting = self.spec.task()
+        task = make_task(task_config, setting)
+        if reason := task.unsupported():
             raise Unsupported(reason)
         with self._work():
             self._gates()
-            subject = self._step(corpus)
+            subject = self._step(task)
             self._time(subject)
             del subject
             if measure.train_tokens:
-                self._quality(corpus)
+                self._quality(task)
 
     def _device_name(self) -> str | None:
         if self.device.type == "cpu" or not torch.accelerator.is_available():
@@ -130,16 +133,6 @@ class CellRun:
             least = self.plan.peak_bytes(batch_size=1)
             raise DoesNotFit(f"one sequence is predicted to need {least:,} bytes of {budget:,}")
 
-    def _batch(self, corpus: corpora.Corpus, step: int) -> Batch:
-        return text.train_batch(
-            corpus,
-            seq_len=self.spec.seq_len,
-            batch_size=self.spec.batch_size,
-            objective=self.spec.objective,
-            replicate=self.spec.replicate,
-            step=step,
-        )
-
     def _predict(self) -> None:
         figures = self.plan.predict(batch_size=self.spec.batch_size)
         with torch.device("meta"):
@@ -148,9 +141,9 @@ class CellRun:
         self._tell_bytes(figures, source="predicted")
         self.tell({"peak_bytes_predicted": figures.peak_bytes})
 
-    def _step(self, corpus: corpora.Corpus) -> step_measure.Subject:
+    def _step(self, task: Task) -> step_measure.Subject:
         def make() -> step_measure.Subject:
-            return planning.subject(self.spec, lambda: self._batch(corpus, 0), self.device)
+            return planning.subject(self.spec, lambda: task.train_batch(0, 0.0), self.device)
 
         predicted = (
             None if self._missing(CPU) else self.plan.predict(batch_size=self.spec.batch_size).peak_bytes
@@ -237,12 +230,13 @@ class CellRun:
             }
         )
 
-    def _quality(self, corpus: corpora.Corpus) -> None:
+    def _quality(self, task: Task) -> None:
         measure, spec = self.spec.measure, self.spec
         model = planning.build_model(self.spec).to(self.device)
+        tokens_step = spec.batch_size * spec.seq_len
 
         def batches(step: int) -> Batch:
-            return self._batch(corpus, step).to(self.device)
+            return task.train_batch(step, min(step * tokens_step / measure.train_tokens, 1)).to(self.device)
 
         begun = time.perf_counter()
         trained = train(
@@ -252,19 +246,23 @@ class CellRun:
             learning_rate=measure.learning_rate,
             causal=spec.causal,
         )
-        seconds = time.perf_counter() - begun
-        passages = text.held_out(
-            corpus.test, seq_len=spec.seq_len, objective=spec.objective, max_tokens=measure.eval_tokens
-        )
-        stride = measure.eval_stride if spec.causal and measure.eval_stride else spec.seq_len
-        stateful = self.variant.caps.stateful
+        self.tell({"tokens_trained": trained, "train_seconds": time.perf_counter() - begun})
+        if isinstance(task, Text):
+            self._model_text(model, task)
+        else:
+            self._answer(model, task)
+        self.tell({"state_policy": "carried" if self.variant.caps.stateful else "none"})
+
+    def _model_text(self, model: LanguageModel, task: Text) -> None:
+        measure, causal, seq_len = self.spec.measure, self.spec.causal, self.spec.seq_len
+        stride = (causal and measure.eval_stride) or seq_len
         quality = evaluate(
             model,
-            windows.windowed(passages, spec.seq_len, stride, spec.batch_size),
-            documents=windows.entire(passages, spec.batch_size) if stateful else None,
-            objective=spec.objective,
-            words_per_byte=corpus.words_per_byte(),
-            unigram_nats=corpus.unigram_nats(),
+            task.test_batches(stride),
+            documents=task.test_documents() if self.variant.caps.stateful else None,
+            objective=task.objective,
+            words_per_byte=task.corpus.words_per_byte(),
+            unigram_nats=task.corpus.unigram_nats(),
             device=self.device,
         )
         self.tell(
@@ -276,23 +274,20 @@ class CellRun:
                 "word_perplexity": quality.word_perplexity,
                 "unigram_perplexity": quality.unigram_perplexity,
                 "nll_by_position": quality.nll_by_position,
-                "tokens_trained": trained,
                 "tokens_evaluated": quality.tokens,
-                "eval_stride": stride if spec.causal else None,
-                "eval_min_context": windows.least_context(spec.seq_len, stride) if spec.causal else None,
-                "train_seconds": seconds,
-                "state_policy": "carried" if stateful else "none",
+                "eval_stride": stride if causal else None,
+                "eval_min_context": least_context(seq_len, stride) if causal else None,
             }
         )
         if not math.isfinite(quality.nll):
-            raise Diverged(f"the loss on held-out text is {quality.nll} after {trained:,} tokens of training")
-        if spec.causal and measure.history_targets:
-            self._look_back(model, corpus)
+            raise Diverged(f"the loss on held-out text is {quality.nll} at the end of training")
+        if causal and measure.history_targets:
+            self._look_back(model, task)
 
-    def _look_back(self, model: LanguageModel, corpus: corpora.Corpus) -> None:
+    def _look_back(self, model: LanguageModel, task: Text) -> None:
         found = history.look_back(
             model,
-            corpus.test,
+            task.corpus.test,
             seq_len=self.spec.seq_len,
             count=self.spec.measure.history_targets,
             batch_size=self.spec.batch_size,
@@ -307,3 +302,22 @@ class CellRun:
                     "effective_context_high": found.high,
                 }
             )
+
+    def _answer(self, model: LanguageModel, task: Task) -> None:
+        found = measure_accuracy(
+            model,
+            task.test_batches(),
+            causal=self.spec.causal,
+            distance_edges=task.distance_edges,
+            device=self.device,
+        )
+        self.tell(
+            {
+                "nll": found.nll,
+                "accuracy": found.accuracy,
+                "guess_accuracy": task.guess_accuracy,
+                "accuracy_by_distance": found.by_distance,
+                "distance_edges": list(task.distance_edges) or None,
+                "tokens_evaluated": found.tokens,
+            }
+        )

@@ -16,7 +16,6 @@ from bench.config import CellSpec
 from bench.measure import step
 from bench.measure.step import StepFigures, Subject
 from bench.model import LanguageModel
-from bench.tasks import text
 from bench.tasks.base import Batch
 from variants.base import Flops
 
@@ -80,6 +79,7 @@ def _crossing(known: dict[int, int], budget: int, fitting: int, failing: int, ma
 def build_model(spec: CellSpec) -> LanguageModel:
     """The model of a cell, with its replicate's weights."""
     variant, config, dims = spec.attention()
+    _, task_config, _ = spec.task()
     torch.manual_seed(spec.replicate)
     return LanguageModel(
         variant,
@@ -89,7 +89,7 @@ def build_model(spec: CellSpec) -> LanguageModel:
         ff_mult=spec.model.ff_mult,
         ff_chunks=spec.model.ff_chunks,
         dropout=spec.model.dropout,
-        vocabulary=text.VOCABULARY,
+        vocabulary=task_config.vocabulary,
         activations=spec.activations,
         dtype=getattr(torch, spec.dtype),
     )

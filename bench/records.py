@@ -49,6 +49,7 @@ class Record:
     activations: str
     objective: str
     data: str
+    data_params: dict[str, Any] | None = None
     data_sha256: str
     dtype: str
     device: str
@@ -124,6 +125,9 @@ class Record:
     effective_context_low: int | None = None
     effective_context_high: int | None = None
     accuracy: float | None = None
+    guess_accuracy: float | None = None
+    accuracy_by_distance: list[float] | None = None
+    distance_edges: list[int] | None = None
     tokens_trained: int | None = None
     tokens_evaluated: int | None = None
     eval_stride: int | None = None
