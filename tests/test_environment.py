@@ -56,7 +56,18 @@ def changed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[bool]]:
 DECIDES = [
     *(
         f"bench/{name}.py"
-        for name in ("cell", "config", "corpora", "evaluate", "gates", "model", "residual", "train")
+        for name in (
+            "cell",
+            "config",
+            "corpora",
+            "evaluate",
+            "gates",
+            "history",
+            "model",
+            "residual",
+            "train",
+            "windows",
+        )
     ),
     *(f"bench/measure/{name}.py" for name in ("flops", "memory", "step", "timing")),
     "bench/tasks/text.py",

@@ -10,39 +10,16 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from oracles import byte_model
 
-import variants
 from bench.history import RESAMPLES, TOLERANCE, LookBack, look_back, nll_after, summary, targets_of
 from bench.model import LanguageModel
-from bench.tasks.text import VOCABULARY
-from variants.base import Dims
 
 CPU = torch.device("cpu")
 T = 32
 DOCUMENTS = tuple(
     np.random.default_rng(length).integers(0, 256, length, dtype=np.uint8) for length in (90, 20, 33, 70)
 )
-
-
-def language_model(name: str, **knobs: Any) -> LanguageModel:
-    """With opinions about what is far back."""
-    torch.manual_seed(0)
-    variant, dims = variants.load(name), Dims(batch_size=1, seq_len=T, d_model=32, heads=2)
-    made = LanguageModel(
-        variant,
-        variant.Config.of(knobs),
-        dims,
-        depth=2,
-        ff_mult=2,
-        dropout=0.5,
-        vocabulary=VOCABULARY,
-        activations="keep",
-    )
-    with torch.no_grad():
-        for key, parameter in made.named_parameters():
-            if key.endswith(("out.weight", "head.weight")):
-                parameter.mul_(20)
-    return made
 
 
 def found_for(model: LanguageModel, count: int = 16, batch_size: int = 1) -> LookBack:
@@ -73,7 +50,7 @@ def test_targets_are_spread_evenly_over_all_positions_with_a_full_history(
 )
 def test_a_historys_loss_is_that_of_the_last_position_after_it(name: str, knobs: dict[str, Any]) -> None:
     """State is fresh at the window's start, dropout is off, and nothing before the window is read."""
-    model = language_model(name, **knobs)
+    model = byte_model(name, T, **knobs)
     found = found_for(model).nll_by_history
     assert len(found) == 6
     for k, nll in enumerate(found):
@@ -91,14 +68,14 @@ def test_a_historys_loss_is_that_of_the_last_position_after_it(name: str, knobs:
 
 
 def test_batches_change_nothing() -> None:
-    model = language_model("dense")
+    model = byte_model("dense", T)
     one, three = found_for(model, 15), found_for(model, 15, batch_size=3)
     assert one.nll_by_history == pytest.approx(three.nll_by_history, rel=1e-6)
 
 
 def test_a_chunk_is_all_that_chunked_reads() -> None:
     """Histories of whole chunks end where a chunk ends: beyond one chunk they change nothing at all."""
-    model = language_model("chunked", chunk=8)
+    model = byte_model("chunked", T, chunk=8)
     targets = targets_of([len(document) for document in DOCUMENTS], T, 16)
     losses = {
         n: nll_after(model, DOCUMENTS, targets, n, batch_size=T // n, device=CPU) for n in (4, 8, 16, 32)
@@ -111,7 +88,7 @@ def test_a_chunk_is_all_that_chunked_reads() -> None:
 
 def test_a_window_of_one_layer_is_all_that_it_reads() -> None:
     """Two layers of four tokens reach seven back."""
-    model = language_model("longformer", window=[4])
+    model = byte_model("longformer", T, window=[4])
     losses = found_for(model).nll_by_history
     assert losses[3:] == pytest.approx([losses[-1]] * 3, abs=1e-6)
     assert abs(losses[2] - losses[3]) > 1e-3
@@ -178,5 +155,5 @@ def test_the_same_targets_give_the_same_interval() -> None:
 @pytest.mark.parametrize("count", [1, 16])
 def test_without_two_targets_there_are_no_figures(count: int) -> None:
     documents = DOCUMENTS[1:3] if count > 1 else DOCUMENTS  # one target has T tokens before it
-    model = language_model("dense")
+    model = byte_model("dense", T)
     assert look_back(model, documents, seq_len=T, count=count, batch_size=1, device=CPU) is None
