@@ -25,8 +25,8 @@ def same(a: Batch, b: Batch) -> bool:
     return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
 
 
-def check(batch: Batch, n_pairs: int, n_symbols: int) -> None:
-    """Read each sequence as a person would: pairs first, then each key once; all else is blank."""
+def check(batch: Batch, n_pairs: int, n_symbols: int, times: int = 1) -> None:
+    """Read each sequence as a person would: pairs first, then each key so many times; all else is blank."""
     inputs, targets, distances = batch
     assert distances is not None
     half, blank = n_symbols // 2, n_symbols
@@ -35,7 +35,7 @@ def check(batch: Batch, n_pairs: int, n_symbols: int) -> None:
         assert len(pairs) == len({*pairs.values()}) == n_pairs, "keys and values differ"
         assert all(0 <= key < half <= value < n_symbols for key, value in pairs.items())
         scored = [t for t, target in enumerate(wanted) if target != IGNORED]
-        assert sorted(row[t] for t in scored) == sorted(pairs), "every key asks once"
+        assert sorted(row[t] for t in scored) == sorted([*pairs] * times), "every key asks"
         assert all(wanted[t] == pairs[row[t]] for t in scored)
         assert all(row[t - back[t]] == wanted[t] for t in scored), "the value lies so far back"
         others = {*range(2 * n_pairs, len(row))} - {*scored}
@@ -132,13 +132,22 @@ def test_a_query_may_ask_for_any_pair_wherever_it_stands() -> None:
         assert (counts - 1000).abs().max() < 5 * (4000 * 0.25 * 0.75) ** 0.5
 
 
+def test_every_symbol_is_as_likely_in_every_pair() -> None:
+    """To five standard deviations of a binomial."""
+    rows = 20_000
+    inputs = task_of(n_pairs=3, n_symbols=8, seq_len=12, batch_size=rows).train_batch(0, 0.0).inputs
+    for place, low in ((0, 0), (2, 0), (4, 0), (1, 4), (3, 4), (5, 4)):
+        counts = torch.bincount(inputs[:, place] - low, minlength=4)
+        assert (counts - rows / 4).abs().max() < 5 * (rows * 0.25 * 0.75) ** 0.5
+
+
 def test_a_curriculum_grows_to_all_pairs_and_test_batches_hold_them_all() -> None:
     task = task_of(n_pairs=16, seq_len=64, curriculum=0.5)
     grown = [task.pairs(done) for done in np.linspace(0, 0.5, 400, endpoint=False)]
     assert grown == sorted(grown)
     assert {*grown} == {*range(FEWEST, 16)}
     assert [task.pairs(done) for done in (0.5, 0.7, 0.999)] == [16, 16, 16]
-    check(task.train_batch(0, 0.0), FEWEST, 64)
+    check(task.train_batch(0, 0.0), FEWEST, 64, times=16 // FEWEST)
     check(task.train_batch(0, 0.6), 16, 64)
     for batch in task.test_batches():
         check(batch, 16, 64)
