@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,7 +12,7 @@ from typing import Any
 
 import torch
 
-from bench import environment, gates, planning
+from bench import environment, gates, history, planning
 from bench.accuracy import measure_accuracy
 from bench.config import Cell
 from bench.evaluate import evaluate
@@ -22,7 +23,8 @@ from bench.planning import CPU
 from bench.residual import STRATEGIES, reversible
 from bench.tasks.base import Batch, Task
 from bench.tasks.text import Text
-from bench.train import train
+from bench.train import Diverged, train
+from bench.windows import least_context
 
 Tell = Callable[[dict[str, Any]], None]
 """Takes figures by the record's key; what has been told survives the process."""
@@ -252,9 +254,12 @@ class CellRun:
         self.tell({"state_policy": "carried" if self.variant.caps.stateful else "none"})
 
     def _model_text(self, model: LanguageModel, task: Text) -> None:
+        measure, causal, seq_len = self.spec.measure, self.spec.causal, self.spec.seq_len
+        stride = (causal and measure.eval_stride) or seq_len
         quality = evaluate(
             model,
-            task.test_batches(),
+            task.test_batches(stride),
+            documents=task.test_documents() if self.variant.caps.stateful else None,
             objective=task.objective,
             words_per_byte=task.corpus.words_per_byte(),
             unigram_nats=task.corpus.unigram_nats(),
@@ -263,14 +268,40 @@ class CellRun:
         self.tell(
             {
                 "nll": quality.nll,
+                "nll_reset": quality.nll_reset,
                 "perplexity": quality.perplexity,
                 "bits_per_byte": quality.bits_per_byte,
                 "word_perplexity": quality.word_perplexity,
                 "unigram_perplexity": quality.unigram_perplexity,
                 "nll_by_position": quality.nll_by_position,
                 "tokens_evaluated": quality.tokens,
+                "eval_stride": stride if causal else None,
+                "eval_min_context": least_context(seq_len, stride) if causal else None,
             }
         )
+        if not math.isfinite(quality.nll):
+            raise Diverged(f"the loss on held-out text is {quality.nll} at the end of training")
+        if causal and measure.history_targets:
+            self._look_back(model, task)
+
+    def _look_back(self, model: LanguageModel, task: Text) -> None:
+        found = history.look_back(
+            model,
+            task.corpus.test,
+            seq_len=self.spec.seq_len,
+            count=self.spec.measure.history_targets,
+            batch_size=self.spec.batch_size,
+            device=self.device,
+        )
+        if found:
+            self.tell(
+                {
+                    "nll_by_history": found.nll_by_history,
+                    "effective_context": found.effective,
+                    "effective_context_low": found.low,
+                    "effective_context_high": found.high,
+                }
+            )
 
     def _answer(self, model: LanguageModel, task: Task) -> None:
         found = measure_accuracy(

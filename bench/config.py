@@ -76,6 +76,11 @@ class MeasureSpec:
     """Tokens of training before quality is evaluated; 0 takes no quality figures."""
     eval_tokens: int = 0
     """Most held-out tokens to score."""
+    eval_stride: int | None = None
+    """Tokens by which each window of a held-out document starts after the one before it; null is seq_len, so
+    that they lie side by side. Masked models read both sides and take no other."""
+    history_targets: int = 0
+    """Held-out tokens that causal models predict after histories of 1, 2, 4, … seq_len tokens; 0 for none."""
     learning_rate: float = 3e-3
     budget: Any = None
     """Memory that a training step may take, such as 80GiB: what fits into it is found by prediction."""
@@ -313,12 +318,18 @@ def _check_bounds(root: _Root) -> None:
         "measure.time_seconds": (measure.time_seconds, 0),
         "measure.train_tokens": (measure.train_tokens, 0),
         "measure.eval_tokens": (measure.eval_tokens, 1 if measure.train_tokens else 0),
+        "measure.history_targets": (measure.history_targets, 0),
     }
     for knob, (value, least) in at_least.items():
         if not value >= least:  # so that NaN is refused too
             raise ConfigError(f"{knob}={value}: allowed is {least} or more")
     if not 0 <= model.dropout < 1:
         raise ConfigError(f"model.dropout={model.dropout}: allowed is 0 up to below 1")
+    if measure.eval_stride is not None and not 1 <= measure.eval_stride <= root.seq_len:
+        allowed = f"1 to seq_len={root.seq_len}, or null for windows side by side"
+        raise ConfigError(f"measure.eval_stride={measure.eval_stride}: allowed is {allowed}")
+    if measure.history_targets == 1:
+        raise ConfigError("measure.history_targets=1: one has no spread; allowed is 0 for none, or 2 or more")
     for knob, above in (("learning_rate", measure.learning_rate), ("limit_seconds", measure.limit_seconds)):
         if not above > 0:
             raise ConfigError(f"measure.{knob}={above}: allowed is more than 0")

@@ -114,17 +114,24 @@ class Record:
 
     # quality
     nll: float | None = None
+    nll_reset: float | None = None
     perplexity: float | None = None
     bits_per_byte: float | None = None
     word_perplexity: float | None = None
     unigram_perplexity: float | None = None
     nll_by_position: list[float] | None = None
+    nll_by_history: list[float] | None = None
+    effective_context: int | None = None
+    effective_context_low: int | None = None
+    effective_context_high: int | None = None
     accuracy: float | None = None
     guess_accuracy: float | None = None
     accuracy_by_distance: list[float] | None = None
     distance_edges: list[int] | None = None
     tokens_trained: int | None = None
     tokens_evaluated: int | None = None
+    eval_stride: int | None = None
+    eval_min_context: int | None = None
     train_seconds: float | None = None
     state_policy: str | None = None
 

@@ -54,7 +54,20 @@ def changed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[bool]]:
 
 
 DECIDES = [
-    *(f"bench/{name}.py" for name in ("cell", "config", "evaluate", "gates", "model", "residual", "train")),
+    *(
+        f"bench/{name}.py"
+        for name in (
+            "cell",
+            "config",
+            "evaluate",
+            "gates",
+            "history",
+            "model",
+            "residual",
+            "train",
+            "windows",
+        )
+    ),
     *(f"bench/corpora/{name}.py" for name in ("__init__", "base", "hub", "plays")),
     *(f"bench/measure/{name}.py" for name in ("flops", "memory", "step", "timing")),
     "bench/tasks/text.py",

@@ -3,125 +3,247 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Iterable
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from oracles import byte_model
+from torch import Tensor
 
 import variants
-from bench.evaluate import Quality, evaluate, position_buckets
+from bench.corpora import Document
+from bench.evaluate import Quality, evaluate, position_buckets, tally
+from bench.measure.memory import LiveStorage
 from bench.model import LanguageModel
 from bench.tasks.base import IGNORED, Batch
-from bench.tasks.text import VOCABULARY, held_out_batches
-from variants.base import Dims
+from bench.tasks.text import MASK, VOCABULARY, held_out
+from bench.windows import Passage, entire, windowed
 
+CPU = torch.device("cpu")
 T = 21
+TOKENS = 200
 NATS = -np.log(np.random.default_rng(0).dirichlet(np.ones(256)))
 WORDS_PER_BYTE = 0.17
-DOCUMENTS = tuple(np.random.default_rng(k).integers(0, 256, 100 + 30 * k, dtype=np.uint8) for k in range(3))
+DOCUMENTS = tuple(
+    np.random.default_rng(length).integers(0, 256, length, dtype=np.uint8)
+    for length in (100, 160, 15, 2, 131)
+)
+"""Two are shorter than a window."""
 
 
 @pytest.fixture(scope="module")
 def model() -> LanguageModel:
-    torch.manual_seed(0)
-    variant, dims = variants.load("dense"), Dims(batch_size=1, seq_len=T, d_model=32, heads=2)
-    made = LanguageModel(
-        variant,
-        variant.Config(),
-        dims,
-        depth=1,
-        ff_mult=2,
-        dropout=0.5,
-        vocabulary=VOCABULARY,
-        activations="keep",
-    )
-    with torch.no_grad():
-        made.head.weight.mul_(20)  # opinions, so that positions and batches differ
-    return made
+    return byte_model("dense", T)
 
 
-def batches(objective: str) -> list[Batch]:
-    return list(held_out_batches(DOCUMENTS, seq_len=T, batch_size=4, objective=objective, max_tokens=13 * T))
+@pytest.fixture(scope="module")
+def memory_model() -> LanguageModel:
+    """Segments that end neither where windows nor where documents do."""
+    return byte_model("transformer_xl", T, segment=8, mem_len=13)
 
 
-def quality_of(model: LanguageModel, given_: list[Batch], objective: str) -> Quality:
+def passages(objective: str = "clm") -> list[Passage]:
+    return held_out(DOCUMENTS, seq_len=T, objective=objective, max_tokens=TOKENS)
+
+
+def batches(objective: str, stride: int = T) -> list[Batch]:
+    return list(windowed(passages(objective), T, stride, 4))
+
+
+def quality_of(
+    model: LanguageModel, given_: Iterable[Batch], objective: str = "clm", documents: Any = None
+) -> Quality:
     return evaluate(
         model.train(),
         given_,
+        documents=documents,
         objective=objective,
         words_per_byte=WORDS_PER_BYTE,
         unigram_nats=NATS,
-        device=torch.device("cpu"),
+        device=CPU,
     )
 
 
-def by_hand(model: LanguageModel, given_: list[Batch], objective: str) -> list[tuple[int, int, float]]:
-    """(position, target, −ln p) of every scored target, from the logits, in float64."""
-    scored = []
-    for inputs, targets, _ in given_:
-        with torch.no_grad():
-            logits = model.eval()(inputs, causal=objective == "clm").logits.double()
-        nll = logits.logsumexp(-1, keepdim=True) - logits
-        scored += [
-            (position, int(target), nll[row, position, target].item())
-            for row in range(len(targets))
-            for position, target in enumerate(targets[row].tolist())
-            if target != IGNORED
-        ]
-    return scored
+class Score(NamedTuple):
+    """One target, scored by hand."""
+
+    position: int
+    """Of its input in its window."""
+    target: int
+    nll: float
 
 
-@pytest.mark.parametrize("objective", ["clm", "mlm"])
-def test_every_figure_follows_from_the_logits(model: LanguageModel, objective: str) -> None:
-    """Dropout is off, although the model came in training mode; the last batch is smaller."""
-    given_ = batches(objective)
-    assert len({len(batch.inputs) for batch in given_}) == 2
-    quality = quality_of(model, given_, objective)
-    scored = by_hand(model, given_, objective)
-    nats = math.fsum(nll for _, _, nll in scored) / len(scored)
+def score(logits: Tensor, position: int, target: int) -> Score:
+    """By the logits (V,) after its input, in float64."""
+    wide = logits.double()
+    return Score(position, target, float(wide.logsumexp(0) - wide[target]))
 
-    assert quality.tokens == len(scored)
-    assert quality.tokens == (
-        13 * T if objective == "clm" else sum(int((b.targets >= 0).sum()) for b in given_)
-    )
+
+@torch.no_grad()
+def by_hand(model: LanguageModel, stride: int, documents: list[tuple[Document, int]]) -> list[Score]:
+    """Every target of the documents' first bytes, one after the other, each by a window of its own.
+
+    The window is the first that holds the target's input, of those that start at 0, S, 2S, … and, where
+    such a one would end past the last input, of that which ends there.
+    """
+    found = []
+    for document, count in documents:
+        tokens = torch.from_numpy(document.astype(np.int64))
+        for at in range(count):
+            later = 0 if at < T else -(-(at + 1 - T) // stride)  # windows passed
+            start = max(0, min(later * stride, count - T))
+            window = tokens[None, start : min(start + T, count)]
+            # bypasses the model's way through a sequence: segments are cut here
+            states, length = None, getattr(model.layers[0].config, "segment", T)
+            for begin in range(0, at - start + 1, length):
+                out = model.eval()(window[:, begin : begin + length], causal=True, states=states)
+                states = out.states
+            found.append(score(out.logits[0, at - start - begin], at - start, int(document[at + 1])))
+    return found
+
+
+@torch.no_grad()
+def by_hand_carried(model: LanguageModel, documents: list[tuple[Document, int]]) -> list[Score]:
+    """Every target, by one pass through its document."""
+    found = []
+    for document, count in documents:
+        tokens, states = torch.from_numpy(document.astype(np.int64)), None
+        for begin in range(0, count, 8):
+            out = model.eval()(tokens[None, begin : min(begin + 8, count)], causal=True, states=states)
+            states = out.states
+            found += [
+                score(logits, begin + i, int(document[begin + i + 1]))
+                for i, logits in enumerate(out.logits[0])
+            ]
+    return found
+
+
+def dealt() -> list[tuple[Document, int]]:
+    return [(document, len(passage.inputs)) for document, passage in zip(DOCUMENTS, passages(), strict=True)]
+
+
+def mean(scores: list[Score]) -> float:
+    return math.fsum(s.nll for s in scores) / len(scores)
+
+
+def check(quality: Quality, scores: list[Score]) -> None:
+    """Every figure that is not by position."""
+    nats = mean(scores)
+    assert quality.tokens == len(scores) == TOKENS
     assert quality.nll == pytest.approx(nats, rel=1e-6)
-    assert quality.perplexity == pytest.approx(math.e**nats, rel=1e-5)
-    unigram = math.fsum(NATS[target] for _, target, _ in scored) / len(scored)
+    assert quality.perplexity == pytest.approx(math.exp(nats), rel=1e-6)
+    assert quality.bits_per_byte == pytest.approx(nats * math.log2(math.e), rel=1e-6)
+    words = WORDS_PER_BYTE * len(scores)
+    assert quality.word_perplexity == pytest.approx(math.exp(nats * len(scores) / words), rel=1e-5)
+    unigram = math.fsum(NATS[s.target] for s in scores) / len(scores)
     assert quality.unigram_perplexity == pytest.approx(math.exp(unigram), rel=1e-9)
-    if objective == "clm":
-        assert quality.bits_per_byte == pytest.approx(nats * math.log2(math.e), rel=1e-6)
-        words = WORDS_PER_BYTE * len(scored)
-        assert quality.word_perplexity == pytest.approx(math.exp(nats * len(scored) / words), rel=1e-5)
-    else:  # a masked model gives no code of the text
-        assert quality.bits_per_byte is None
-        assert quality.word_perplexity is None
 
 
-@pytest.mark.parametrize("objective", ["clm", "mlm"])
-def test_positions_are_averaged_in_buckets_that_double(model: LanguageModel, objective: str) -> None:
-    given_ = batches(objective)
-    scored = by_hand(model, given_, objective)
-    found = quality_of(model, given_, objective).nll_by_position
+def check_positions(found: list[float], scores: list[Score]) -> None:
     edges = [0, 1, 3, 7, 15, T]
     assert len(found) == len(edges) - 1
-    for lo, hi, mean in zip(edges, edges[1:], found, strict=False):
-        inside = [nll for position, _, nll in scored if lo <= position < hi]
-        if inside:
-            assert mean == pytest.approx(math.fsum(inside) / len(inside), rel=1e-6)
-        else:
-            assert math.isnan(mean)
+    for lo, hi, bucket in zip(edges, edges[1:], found, strict=False):
+        inside = [s for s in scores if lo <= s.position < hi]
+        assert bucket == pytest.approx(mean(inside), rel=1e-6)
+
+
+@pytest.mark.parametrize("stride", [T, 8, 1])
+def test_every_figure_follows_from_the_logits(model: LanguageModel, stride: int) -> None:
+    """Dropout is off, although the model came in training mode."""
+    given_ = batches("clm", stride)
+    assert len({batch.inputs.shape for batch in given_}) > 2, "short documents and a short last batch"
+    quality, scores = quality_of(model, given_), by_hand(model, stride, dealt())
+    check(quality, scores)
+    check_positions(quality.nll_by_position, scores)
+    assert quality.nll_reset is None
+
+
+@pytest.mark.parametrize("stride", [T, 8])
+@pytest.mark.parametrize("batch_size", [1, 2, 5])
+def test_a_memory_model_is_judged_by_whole_documents_and_by_windows(
+    memory_model: LanguageModel, stride: int, batch_size: int
+) -> None:
+    """Carried state is the headline; a document is not touched by those beside it in a batch."""
+    documents = entire(passages(), batch_size)
+    quality = quality_of(memory_model, batches("clm", stride), documents=documents)
+    carried, reset = by_hand_carried(memory_model, dealt()), by_hand(memory_model, stride, dealt())
+    assert abs(mean(carried) - mean(reset)) > 1e-3, "this model would not tell"
+    check(quality, carried)
+    assert quality.nll_reset == pytest.approx(mean(reset), rel=1e-6)
+    check_positions(quality.nll_by_position, reset)
+
+
+def test_a_masked_models_figures_follow_from_its_logits(model: LanguageModel) -> None:
+    scores = []
+    for document, (inputs, _) in zip(DOCUMENTS, passages("mlm"), strict=True):
+        count = len(inputs)
+        for at in np.flatnonzero(inputs == MASK).tolist():
+            start = max(0, min(at // T * T, count - T))
+            window = torch.from_numpy(inputs[None, start : start + T])
+            with torch.no_grad():
+                logits = model.eval()(window, causal=False).logits[0, at - start]
+            scores.append(score(logits, at - start, int(document[at])))
+    quality = quality_of(model, batches("mlm"), "mlm")
+    assert quality.tokens == len(scores)
+    assert quality.nll == pytest.approx(mean(scores), rel=1e-6)
+    assert quality.perplexity == pytest.approx(math.exp(mean(scores)), rel=1e-6)
+    check_positions(quality.nll_by_position, scores)
+    # a masked model gives no code of the text
+    assert quality.bits_per_byte is None
+    assert quality.word_perplexity is None
+
+
+def of_all_variants() -> list[tuple[str, str]]:
+    found = []
+    for name in variants.names():
+        caps = variants.load(name).caps
+        found += [(name, "clm")] * caps.causal + [(name, "mlm")] * caps.bidirectional
+    return found
+
+
+@pytest.mark.parametrize("objective", ["clm", "mlm"])
+def test_every_variant_scores_the_same_targets(objective: str) -> None:
+    """Each byte occurs once in these documents, so that which were targets tells which positions were.
+
+    Every variant reads the short documents too, those with parameters for a fixed length included.
+    """
+    bytes_ = np.random.default_rng(0).permutation(256).astype(np.uint8)
+    own = held_out(
+        (bytes_[:120], bytes_[120:130], bytes_[130:]), seq_len=32, objective=objective, max_tokens=180
+    )
+    counts = np.zeros(VOCABULARY, dtype=np.int64)
+    for passage in own:
+        counts[passage.targets[passage.targets != IGNORED]] += 1
+    assert counts.max() == 1
+    assert counts.sum() == 180 if objective == "clm" else 15 < counts.sum() < 40
+    knobs: dict[str, dict[str, Any]] = {
+        "linformer": {"k": 16},
+        "transformer_xl": {"segment": 8, "mem_len": 8},
+    }
+    for name, stated in of_all_variants():
+        if stated != objective:
+            continue
+        model = byte_model(name, 32, **knobs.get(name, {}))
+        ways = [windowed(own, 32, stride, 2) for stride in ((32, 8) if objective == "clm" else (32,))]
+        if variants.load(name).caps.stateful:
+            ways.append(entire(own, 2))
+        for way in ways:
+            found = tally(model, way, causal=objective == "clm", device=CPU)
+            assert np.array_equal(found.symbols, counts), name
+            assert np.isfinite(found.nll), name
 
 
 def test_a_bucket_without_a_target_is_no_number(model: LanguageModel) -> None:
     (inputs, targets, _), *_ = batches("clm")
     targets = targets.clone()
     targets[:, 3:7] = IGNORED
-    quality = quality_of(model, [Batch(inputs, targets)], "clm")
+    quality = quality_of(model, [Batch(inputs, targets)])
     assert [math.isnan(nll) for nll in quality.nll_by_position] == [False, False, True, False, False]
-    assert quality.tokens == len(inputs) * (T - 4)
+    assert quality.tokens == int((targets != IGNORED).sum())
 
 
 def test_batches_weigh_by_their_targets(model: LanguageModel) -> None:
@@ -130,15 +252,74 @@ def test_batches_weigh_by_their_targets(model: LanguageModel) -> None:
     single = [
         Batch(i[None], t[None]) for batch in whole for i, t in zip(batch.inputs, batch.targets, strict=True)
     ]
-    a, b = (quality_of(model, given_, "clm") for given_ in (whole, single))
+    a, b = (quality_of(model, given_) for given_ in (whole, single))
     assert a.nll == pytest.approx(b.nll, rel=1e-6)
     assert a.nll_by_position == pytest.approx(b.nll_by_position, rel=1e-6)
     assert a.tokens == b.tokens
 
 
+def test_evaluation_draws_the_same_numbers_each_time_and_takes_none_from_others() -> None:
+    """Its figures depend on the weights alone, and what is drawn after it does not depend on it."""
+    model, given_ = byte_model("reformer", T, n_hashes=1, n_buckets=8, chunk=2), batches("clm")
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    first = quality_of(model, given_)
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.manual_seed(6)
+    assert quality_of(model, given_) == first
+    with torch.no_grad():
+        a, b = (model(given_[0].inputs, causal=True).logits for _ in range(2))
+    assert not torch.equal(a, b), "this model would not tell"
+
+
+def test_a_model_of_nans_has_figures_that_are_none() -> None:
+    """And is not taken for one that scored nothing."""
+    model = byte_model("dense", T)
+    with torch.no_grad():
+        model.head.weight[3, 3] = math.nan
+    quality = quality_of(model, batches("clm"))
+    assert math.isnan(quality.nll)
+    assert math.isnan(quality.perplexity)
+    assert math.isnan(quality.word_perplexity or 0.0)
+    assert quality.tokens == TOKENS
+
+
+def test_a_loss_too_large_for_its_exponential_is_infinite() -> None:
+    model = byte_model("dense", T)
+    with torch.no_grad():
+        model.head.weight.mul_(1e4)
+    quality = quality_of(model, batches("clm"))
+    assert quality.nll > 800
+    assert quality.perplexity == quality.word_perplexity == math.inf
+
+
+def test_by_offset_folds_positions(memory_model: LanguageModel) -> None:
+    """Position 8 is the first of the second segment."""
+    scores = by_hand_carried(memory_model, dealt())
+    found = tally(memory_model, entire(passages(), 2), causal=True, device=CPU).by_offset(8)
+    assert len(found) == 8
+    for offset, nll in enumerate(found):
+        inside = [s for s in scores if s.position % 8 == offset]
+        assert nll == pytest.approx(mean(inside), rel=1e-6)
+
+
+def test_logits_of_a_long_document_are_never_held_together() -> None:
+    """Of what a document four times as long adds, tokens stay and logits go."""
+
+    def peak(tokens: int) -> int:
+        model = byte_model("transformer_xl", 64, segment=64, mem_len=64)
+        document = np.random.default_rng(0).integers(0, 256, tokens + 1).astype(np.int64)
+        rows = list(entire([Passage(document[:-1], document[1:])], 1))
+        with LiveStorage() as live:
+            tally(model, rows, causal=True, device=CPU)
+        return live.peak
+
+    assert peak(4096) - peak(1024) < 3072 * VOCABULARY * 4 / 10
+
+
 def test_nothing_is_learnt(model: LanguageModel) -> None:
     before: dict[str, Any] = {key: value.clone() for key, value in model.state_dict().items()}
-    quality_of(model, batches("clm"), "clm")
+    quality_of(model, batches("clm"))
     assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
     assert all(p.grad is None for p in model.parameters())
 

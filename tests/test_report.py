@@ -10,6 +10,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterable
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -343,6 +344,35 @@ def test_a_leak_is_marked_and_comes_last(tmp_path: Path) -> None:
     )
     clean = (build(write(tmp_path / "clean", [record()]), plots=False) / "summary.md").read_text()
     assert "†" not in clean
+
+
+def test_strides_are_told_apart_and_said(tmp_path: Path) -> None:
+    """A perplexity over windows that overlap is no better for being lower than one over windows side by
+    side."""
+    found = []
+    for stride, replicate in product((128, 512), range(2)):
+        of = {"replicate": replicate, "measure": f"by{stride}", "eval_stride": stride}
+        back = {
+            "effective_context": 64,
+            "effective_context_low": 8 << replicate,
+            "effective_context_high": 512,
+        }
+        memory = {"nll": 1.0, "perplexity": math.e, "nll_reset": math.log(3), "state_policy": "carried"}
+        names = {"eval_min_context": 513 - stride, "cell_id": f"{stride}-{replicate}"}
+        found.append(record("dense", **of, **back, **names))
+        names["cell_id"] += "-memory"
+        found.append(record("longformer", **of, **memory, **names))
+    text = (build(write(tmp_path / "e", found), plots=False) / "summary.md").read_text()
+    rows = table(text.split("## Quality", 1)[1], "### clm, data plays")
+    assert sorted((r["variant"], r["stride"], r["context ≥"], r["rank"], r["replicates"]) for r in rows) == [
+        ("dense", "128", "385", "2", "2"),
+        ("dense", "512", "1", "2", "2"),
+        ("longformer", "128", "385", "1", "2"),
+        ("longformer", "512", "1", "1", "2"),
+    ]
+    assert {r["looks back"] for r in rows if r["variant"] == "dense"} == {"64 (8–512)"}
+    assert {r["reset"] for r in rows if r["variant"] == "longformer"} == {"3.000 ± 0.000"}
+    assert {r["reset"] for r in rows if r["variant"] == "dense"} == {"–"}
 
 
 def test_objectives_are_never_mixed(tmp_path: Path) -> None:

@@ -12,14 +12,8 @@ from hypothesis import strategies as st
 
 from bench.corpora import Corpus, Document
 from bench.tasks.base import IGNORED, Batch
-from bench.tasks.text import (
-    MASK,
-    MASKED_SHARE,
-    VOCABULARY,
-    held_out_batches,
-    too_short,
-    train_batch,
-)
+from bench.tasks.text import MASK, MASKED_SHARE, VOCABULARY, held_out, too_short, train_batch
+from bench.windows import Passage
 
 
 def document(content: bytes) -> Document:
@@ -107,58 +101,55 @@ def test_training_windows_reach_the_whole_stream() -> None:
     assert bytes(targets[1].tolist()) == stream[1:].tobytes()
 
 
-def held_out(documents: tuple[Document, ...], **changed: Any) -> list[Batch]:
-    given_: dict[str, Any] = {"seq_len": 8, "batch_size": 3, "objective": "clm", "max_tokens": 10**9}
-    return list(held_out_batches(documents, **{**given_, **changed}))
+def scored(documents: tuple[Document, ...], **changed: Any) -> list[Passage]:
+    given_: dict[str, Any] = {"seq_len": 8, "objective": "clm", "max_tokens": 10**9}
+    return held_out(documents, **{**given_, **changed})
 
 
 @settings(deadline=None)
-@given(
-    st.lists(st.integers(1, 60), min_size=1, max_size=5).filter(lambda lengths: max(lengths) > 8),
-    st.integers(1, 4),
-    st.integers(1, 400),
-)
-def test_held_out_windows_tile_documents_and_never_cross_them(
-    lengths: list[int], batch_size: int, max_tokens: int
+@given(st.lists(st.integers(1, 60), min_size=1, max_size=5), st.integers(1, 20), st.integers(1, 200))
+def test_of_held_out_documents_the_beginnings_are_scored(
+    lengths: list[int], seq_len: int, max_tokens: int
 ) -> None:
-    """Byte values name the document: document k holds bytes 40k … 40k + 39, counted up."""
-    documents = tuple(
-        document(bytes(40 * k + i % 40 for i in range(length))) for k, length in enumerate(lengths)
-    )
-    batches = held_out(documents, batch_size=batch_size, max_tokens=max_tokens)
-    windows = [
-        bytes([*row.tolist(), int(target[-1])])
-        for batch in batches
-        for row, target in zip(batch.inputs, batch.targets, strict=True)
-    ]
-    possible = [
-        (start, k, text.tobytes()[start : start + 9])
-        for k, text in enumerate(documents)
-        for start in range(0, len(text) - 8, 8)
-    ]
-    rounds = [window for _, _, window in sorted(possible)]  # first windows of all documents, then second, …
-    assert windows == rounds[: max(1, max_tokens // 8)]
-    assert len(windows) * 8 <= max(8, max_tokens)
-    assert all(len({byte // 40 for byte in window}) == 1 for window in windows)
-    assert all(len(batch.inputs) == batch_size for batch in batches[:-1])
+    documents = tuple(noise(k, length) for k, length in enumerate(lengths))
+    passages = scored(documents, seq_len=seq_len, max_tokens=max_tokens)
+    assert len(passages) == len(documents)
+    for text, (inputs, targets) in zip(documents, passages, strict=True):
+        assert inputs.tolist() == text[: len(inputs)].tolist()
+        assert targets.tolist() == text[1 : len(inputs) + 1].tolist()
+    possible = sum(length - 1 for length in lengths)
+    assert sum(len(inputs) for inputs, _ in passages) == min(max(seq_len, max_tokens), possible)
 
 
 @pytest.mark.parametrize("objective", ["clm", "mlm"])
-def test_held_out_batches_are_the_same_for_everyone(objective: str) -> None:
+def test_what_is_scored_is_the_same_for_everyone(objective: str) -> None:
     """Whatever was drawn before, and whatever the state of the global generators."""
-    first = held_out(CORPUS.test, objective=objective)
+    first = scored(CORPUS.test, objective=objective)
     torch.manual_seed(7)
     batch_of(replicate=5)
-    second = held_out(CORPUS.test, objective=objective)
-    assert len(first) == len(second)
-    assert all(map(same, first, second))
+    for a, b in zip(first, scored(CORPUS.test, objective=objective), strict=True):
+        assert all(map(np.array_equal, a, b))
 
 
-def test_masked_held_out_windows_hold_the_causal_ones_bytes() -> None:
-    for plain, (inputs, targets, _) in zip(
-        held_out(CORPUS.test), held_out(CORPUS.test, objective="mlm"), strict=True
+def test_masked_passages_hold_the_causal_ones_bytes() -> None:
+    documents = (*CORPUS.test, noise(6, 2))
+    for plain, (inputs, targets) in zip(scored(documents), scored(documents, objective="mlm"), strict=True):
+        masked = inputs == MASK
+        assert np.array_equal(np.where(masked, targets, inputs), plain.inputs)
+        assert np.array_equal(masked, targets != IGNORED)
+        assert masked.any(), "a document without a target says nothing"
+
+
+def test_a_byte_is_masked_or_not_whatever_the_window() -> None:
+    """So that masked models too have the same targets at every length, as far as documents are scored."""
+    for a, b in zip(
+        scored(CORPUS.test, objective="mlm", seq_len=8, max_tokens=200),
+        scored(CORPUS.test, objective="mlm", seq_len=64, max_tokens=500),
+        strict=True,
     ):
-        assert torch.equal(torch.where(inputs == MASK, targets, inputs), plain.inputs)
+        shared = min(len(a.inputs), len(b.inputs)) - 1  # the last may be masked for want of another
+        assert shared >= 64
+        assert np.array_equal(a.inputs[:shared], b.inputs[:shared])
 
 
 @settings(deadline=None)
@@ -172,7 +163,7 @@ def test_too_short_says_so_exactly_where_no_window_fits(seq_len: int) -> None:
     assert (reason is None) == (train_fits and test_fits)
     if reason is None:
         assert batch_of(seq_len=seq_len, batch_size=1).inputs.shape == (1, seq_len)
-        assert held_out(CORPUS.test, seq_len=seq_len)
+        assert max(len(inputs) for inputs, _ in scored(CORPUS.test, seq_len=seq_len)) >= seq_len
     else:
         have = len(CORPUS.train_stream) if not train_fits else max(map(len, CORPUS.test))
         assert "\n" not in reason

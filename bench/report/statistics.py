@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from bench.records import STATUSES
@@ -48,8 +49,11 @@ _COMPUTED = (
     "state_bytes",
     "cost_ratio",
 )
-_QUALITY = ("nll", "perplexity", "bits_per_byte", "word_perplexity", "accuracy")
-_QUALITY_CELL = [*CELL, "tokens_trained", "state_policy"]
+_QUALITY = ("nll", "perplexity", "perplexity_reset", "bits_per_byte", "word_perplexity", "accuracy")
+_EVALUATED = ["tokens_trained", "eval_stride"]
+"""What two perplexities of one length must share, beside their group, to be ranked."""
+_QUALITY_CELL = [*CELL, *_EVALUATED, "state_policy"]
+_CONTEXT = {"effective_context": "median", "effective_context_low": "min", "effective_context_high": "max"}
 
 
 def status_counts(statuses: pd.Series[str]) -> str:
@@ -96,28 +100,33 @@ def cost_cells(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def quality_cells(frame: pd.DataFrame) -> pd.DataFrame:
-    """One row a cell, training budget and state policy that has any figure of quality.
+    """One row a cell, training budget, stride of evaluation and state policy that has any figure of quality.
 
-    Columns: the keys, `tokens_trained`, `state_policy`, `quality_replicates`, mean and standard
-    deviation (n − 1; NaN for one replicate) of nll, perplexity, bits per byte, word perplexity
-    and accuracy, `unigram_perplexity`, `leaks`, and `rank`: the place by perplexity among
-    leak-free cells of the same group, length and budget (NaN where it leaks or has none).
+    Columns: the keys, `tokens_trained`, `eval_stride`, `state_policy`, `quality_replicates`, mean and
+    standard deviation (n − 1; NaN for one replicate) of nll, perplexity, the perplexity with state
+    fresh in every window, bits per byte, word perplexity and accuracy, `unigram_perplexity`,
+    `eval_min_context`, the effective context and the widest of its intervals, `leaks`, and `rank`: the
+    place by perplexity among leak-free cells of the same group, length, budget and stride (NaN where it
+    leaks or has none).
     """
+    frame = frame.assign(perplexity_reset=np.exp(frame["nll_reset"]))
     ok = frame[(frame["status"] == "ok") & frame[list(_QUALITY)].notna().any(axis=1)]
     grouped = ok.groupby(_QUALITY_CELL, sort=False, dropna=False)
     columns: dict[str, pd.Series[Any]] = {"quality_replicates": grouped.size()}
     for name in _QUALITY:
         columns[f"{name}_mean"] = grouped[name].mean()
         columns[f"{name}_std"] = grouped[name].std()
-    for name in ("unigram_perplexity", "tokens_evaluated", "train_seconds"):
+    for name in ("unigram_perplexity", "tokens_evaluated", "eval_min_context", "train_seconds"):
         columns[name] = grouped[name].median()
+    for name, statistic in _CONTEXT.items():
+        columns[name] = grouped[name].agg(statistic)
     columns["leaks"] = grouped["leak_max_abs"].max() > LEAK_LIMIT
     cells = pd.DataFrame(columns).reset_index()
-    ranked = cells[~cells["leaks"]].groupby([*GROUP, "seq_len", "tokens_trained"], dropna=False)
+    ranked = cells[~cells["leaks"]].groupby([*GROUP, "seq_len", *_EVALUATED], dropna=False)
     cells["rank"] = ranked["perplexity_mean"].rank(method="min")
     # Cells that leak come last: what they reach is no feat.
     return cells.sort_values(
-        ["leaks", *GROUP, "seq_len", "tokens_trained", "perplexity_mean", "label"], ignore_index=True
+        ["leaks", *GROUP, "seq_len", *_EVALUATED, "perplexity_mean", "label"], ignore_index=True
     )
 
 

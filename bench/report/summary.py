@@ -255,7 +255,12 @@ def _by_budget(cells: pd.DataFrame, keys: Sequence[str]) -> list[tuple[str, str,
 def _quality(cells: pd.DataFrame, plots: Sequence[tuple[str, str]]) -> str:
     lead = (
         "Perplexity is the mean ± standard deviation over replicates. Ranks hold within one length, model "
-        "and training budget. *unigram* is the perplexity of a model that knows only how often each token "
+        "and training budget, and one *stride*: by so many tokens each window of a document starts after the "
+        "one before, and past a window's length into a document every target has *context* of at least so "
+        "many tokens. A *state* that is carried is carried over whole documents; *reset* is the perplexity "
+        "of the same model with state fresh in every window. *looks back*: the shortest history from which "
+        "on the loss is within 0.01 nats of the full one, with its 95 % interval over targets, the widest "
+        "of any replicate's. *unigram* is the perplexity of a model that knows only how often each token "
         "occurs: what does not beat it has learnt nothing from context."
     )
     parts = [

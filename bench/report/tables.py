@@ -36,6 +36,8 @@ _WHOLE = (
     "nvml_",
     "state_bytes",
     "tokens_",
+    "eval_",
+    "effective_",
     "rank",
 )
 
@@ -129,6 +131,14 @@ def _plus_minus(mean: Any, std: Any) -> str:
     return f"{units.score(mean)} ± {std:,.{places}f}"
 
 
+def _context(row: pd.Series[Any]) -> str:
+    """The effective context and its interval, in tokens."""
+    if pd.isna(row["effective_context"]):
+        return units.MISSING
+    low, high = units.whole(row["effective_context_low"]), units.whole(row["effective_context_high"])
+    return f"{units.whole(row['effective_context'])} ({low}–{high})"
+
+
 def quality(cells: pd.DataFrame) -> str:
     """How well each variant models; leak-free cells first, best first within what compares."""
     rows = [row for _, row in cells.iterrows()]
@@ -151,6 +161,12 @@ def quality(cells: pd.DataFrame) -> str:
             each(cells, "depth", "depth", str, optional=False),
             each(cells, "tokens trained", "tokens_trained", units.count),
             Column("perplexity", [_plus_minus(r["perplexity_mean"], r["perplexity_std"]) for r in rows]),
+            Column(
+                "reset", [_plus_minus(r["perplexity_reset_mean"], r["perplexity_reset_std"]) for r in rows]
+            ),
+            each(cells, "stride", "eval_stride", units.whole),
+            each(cells, "context ≥", "eval_min_context", units.whole),
+            Column("looks back", [_context(row) for row in rows]),
             each(cells, "bits per byte", "bits_per_byte_mean", units.score),
             each(cells, "word perplexity", "word_perplexity_mean", units.score),
             each(cells, "accuracy", "accuracy_mean", units.score),

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
@@ -18,6 +19,7 @@ import torch
 from bench import corpora
 from bench.corpora import Corpus, Document
 from bench.tasks.base import IGNORED, Batch, Setting, Task, TaskConfig
+from bench.windows import Passage, entire, shares, windowed
 
 MASK = 256
 VOCABULARY = 257
@@ -75,15 +77,24 @@ class Text(Task):
             step=step,
         )
 
-    def test_batches(self) -> Iterator[Batch]:
-        """Windows of the test documents."""
-        return held_out_batches(
+    @cached_property
+    def passages(self) -> list[Passage]:
+        """What is scored of each test document."""
+        return held_out(
             self.corpus.test,
             seq_len=self.setting.seq_len,
-            batch_size=self.setting.batch_size,
             objective=self.objective,
             max_tokens=self.setting.test_tokens,
         )
+
+    def test_batches(self, stride: int | None = None) -> Iterator[Batch]:
+        """Windows of the test documents, each `stride` tokens after the one before; None: side by side."""
+        seq_len = self.setting.seq_len
+        return windowed(self.passages, seq_len, stride or seq_len, self.setting.batch_size)
+
+    def test_documents(self) -> Iterator[Batch]:
+        """The same targets in rows that are whole documents."""
+        return entire(self.passages, self.setting.batch_size)
 
 
 def _batch(windows: list[Document], objective: str, generator: np.random.Generator) -> Batch:
@@ -112,30 +123,24 @@ def train_batch(
     return _batch([stream[s : s + seq_len + 1] for s in starts], objective, generator)
 
 
-def held_out_batches(
-    documents: tuple[Document, ...], *, seq_len: int, batch_size: int, objective: str, max_tokens: int
-) -> Iterator[Batch]:
-    """Windows of T + 1 bytes of held-out documents, side by side from each document's first byte.
+def held_out(
+    documents: tuple[Document, ...], *, seq_len: int, objective: str, max_tokens: int
+) -> list[Passage]:
+    """What is scored of each held-out document, from its first byte on: the same for every variant and
+    replicate. `shares` says how much; the last byte is read by nobody.
 
-    No window crosses from one document to the next. Up to `max_tokens` targets are taken in rounds,
-    the first window of every document, then the second, …: the same for every variant and replicate.
-    The last batch may be smaller.
+    Both objectives read the same bytes, and a byte is masked or not whatever window it is in.
     """
-    generator = np.random.default_rng(0)  # masked positions too are the same for everyone
-    windows = _windows(documents, seq_len, max(1, max_tokens // seq_len))
-    for i in range(0, len(windows), batch_size):
-        yield _batch(windows[i : i + batch_size], objective, generator)
-
-
-def _windows(documents: tuple[Document, ...], seq_len: int, at_most: int) -> list[Document]:
-    found: list[Document] = []
-    longest = max(map(len, documents))
-    for start in range(0, longest - seq_len, seq_len):
-        for document in documents:
-            if start + seq_len < len(document):
-                found.append(document[start : start + seq_len + 1])
-                if len(found) == at_most:
-                    return found
+    found = []
+    taken = shares([len(document) - 1 for document in documents], seq_len, max_tokens)
+    for index, (document, count) in enumerate(zip(documents, taken, strict=True)):
+        tokens: Ints = document[: count + 1].astype(np.int64)
+        inputs, targets = tokens[:-1], tokens[1:]
+        if objective == "mlm" and count:
+            masked = np.random.default_rng([0, index]).random(count) < MASKED_SHARE
+            masked[-1] |= not masked.any()  # a short document must have something to score
+            inputs, targets = np.where(masked, MASK, inputs), np.where(masked, inputs, IGNORED)
+        found.append(Passage(inputs, targets))
     return found
 
 

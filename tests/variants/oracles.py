@@ -11,7 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, einsum, nn
 
+import variants
 from bench.model import LanguageModel
+from bench.tasks.text import VOCABULARY
 from variants.base import Attention, Dims, VariantConfig
 
 D_MODEL, HEADS = 16, 2
@@ -153,6 +155,28 @@ def language_model(variant: type[Attention], config: VariantConfig, seq_len: int
         for parameter in model.parameters():
             if parameter.dim() == 2:
                 nn.init.normal_(parameter, std=parameter.shape[1] ** -0.5)
+    return model
+
+
+def byte_model(name: str, seq_len: int, **knobs: Any) -> LanguageModel:
+    """A float32 model of bytes with opinions on what is near and far, and with dropout, which evaluation
+    has to switch off."""
+    torch.manual_seed(0)
+    variant = variants.load(name)
+    model = LanguageModel(
+        variant,
+        variant.Config.of(knobs),
+        Dims(batch_size=1, seq_len=seq_len, d_model=32, heads=2),
+        depth=2,
+        ff_mult=2,
+        dropout=0.5,
+        vocabulary=VOCABULARY,
+        activations="keep",
+    )
+    with torch.no_grad():
+        for key, parameter in model.named_parameters():
+            if key.endswith(("out.weight", "head.weight")):
+                parameter.mul_(20)
     return model
 
 

@@ -1,0 +1,92 @@
+"""What records say of quality, from real cells on a small corpus with documents of all lengths."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+T = 256
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a corpus of twenty files, half of them scraps."""
+    folder = tmp_path_factory.mktemp("home")
+    (folder / "texts").mkdir()
+    words = np.random.default_rng(0).choice([b"the", b"quick", b"brown", b"fox", b"jumps\n"], size=40_000)
+    for k in range(20):
+        size = 30 if k < 10 else 2000
+        (folder / "texts" / f"{k:02}.txt").write_bytes(b" ".join(words[k * 2000 : k * 2000 + size // 5]))
+    return folder
+
+
+def records(home: Path, *arguments: str) -> dict[str, dict[str, Any]]:
+    """The records of a sweep by variant."""
+    common = ["data=files", "data.path=texts", f"seq_len={T}", "depth=1", "measure.time_seconds=0"]
+    command = [sys.executable, "-m", "bench", "-m", *common, "measure.train_tokens=1000", *arguments]
+    done = subprocess.run(command, cwd=home, capture_output=True, text=True, timeout=240)
+    name = next(a.partition("=")[2] for a in arguments if a.startswith("name="))
+    found = [json.loads(path.read_text()) for path in (home / "results" / name).glob("records/*.json")]
+    assert found, done.stderr
+    return {record["variant"]: record for record in found}
+
+
+@pytest.fixture(scope="module")
+def four(home: Path) -> dict[str, dict[str, Any]]:
+    return records(
+        home,
+        "variant=dense,chunked,transformer_xl,linformer",
+        "name=four",
+        "measure.eval_stride=64",
+        "measure.history_targets=8",
+    )
+
+
+def test_every_variant_is_judged_on_the_same_targets(four: dict[str, dict[str, Any]]) -> None:
+    assert {record["status"] for record in four.values()} == {"ok"}
+    causal = [four[name] for name in ("dense", "chunked", "transformer_xl")]
+    assert len({(r["tokens_evaluated"], r["unigram_perplexity"], r["data_sha256"]) for r in causal}) == 1
+    assert four["linformer"]["tokens_evaluated"] == pytest.approx(
+        0.15 * causal[0]["tokens_evaluated"], rel=0.3
+    )
+
+
+def test_a_record_says_how_documents_were_read(four: dict[str, dict[str, Any]]) -> None:
+    for name in ("dense", "chunked", "transformer_xl"):
+        assert (four[name]["eval_stride"], four[name]["eval_min_context"]) == (64, 193)
+    assert (four["linformer"]["eval_stride"], four["linformer"]["eval_min_context"]) == (None, None)
+    policies = {name: record["state_policy"] for name, record in four.items()}
+    assert policies == {"dense": "none", "chunked": "none", "linformer": "none", "transformer_xl": "carried"}
+
+
+def test_a_memory_model_has_both_figures(four: dict[str, dict[str, Any]]) -> None:
+    assert {name for name, record in four.items() if record["nll_reset"] is not None} == {"transformer_xl"}
+    memory = four["transformer_xl"]
+    assert memory["nll"] != memory["nll_reset"] == pytest.approx(memory["nll"], abs=0.2)
+    assert memory["perplexity"] == pytest.approx(math.exp(memory["nll"]))
+
+
+def test_how_far_back_is_asked_of_causal_models(four: dict[str, dict[str, Any]]) -> None:
+    keys = ("nll_by_history", "effective_context", "effective_context_low", "effective_context_high")
+    assert [four["linformer"][key] for key in keys] == [None] * 4
+    for name in ("dense", "chunked", "transformer_xl"):
+        losses, middle, low, high = (four[name][key] for key in keys)
+        assert len(losses) == 9
+        assert 1 <= low <= middle <= high <= T
+
+
+def test_weights_that_training_left_as_no_numbers_are_a_diverged_row(home: Path) -> None:
+    """The one step's own loss is finite; what it leaves is not, and no perplexity stands in the record."""
+    found = records(
+        home, "variant=dense", "name=diverged", "measure.learning_rate=1e38", "measure.train_tokens=1"
+    )
+    assert found["dense"]["status"] == "diverged"
+    assert "\n" not in found["dense"]["reason"]
+    assert found["dense"]["perplexity"] is None
