@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from bench import corpora, environment, gates, planning
+from bench.checkpoints import Kept
 from bench.config import Cell
 from bench.evaluate import evaluate
 from bench.measure import step as step_measure
@@ -20,7 +21,7 @@ from bench.model import LanguageModel
 from bench.planning import CPU
 from bench.residual import STRATEGIES, reversible
 from bench.tasks import text
-from bench.train import train
+from bench.train import Budget, Training, train
 
 Tell = Callable[[dict[str, Any]], None]
 """Takes figures by the record's key; what has been told survives the process."""
@@ -37,8 +38,8 @@ class DoesNotFit(Exception):
 class CellRun:
     """The steps of one cell. `run` does them in order."""
 
-    def __init__(self, cell: Cell, tell: Tell) -> None:
-        self.cell, self.spec, self.tell = cell, cell.spec, tell
+    def __init__(self, cell: Cell, cell_id: str, tell: Tell) -> None:
+        self.cell, self.cell_id, self.spec, self.tell = cell, cell_id, cell.spec, tell
         self.seconds_work = 0.0
         self.variant, self.config, self.dims = self.spec.attention()
         self.device = torch.device(self.spec.device)
@@ -70,14 +71,15 @@ class CellRun:
                 self._predict()
                 return
         corpus = corpora.load(self.spec.data.name, self.spec.data.path)
-        if reason := text.too_short(corpus, self.spec.seq_len, quality=measure.train_tokens > 0):
+        scored = measure.eval_split if measure.train_amount else None
+        if reason := text.too_short(corpus, self.spec.seq_len, scored=scored):
             raise Unsupported(reason)
         with self._work():
             self._gates()
             subject = self._step(corpus)
             self._time(subject)
             del subject
-            if measure.train_tokens:
+            if measure.train_amount:
                 self._quality(corpus)
 
     def _device_name(self) -> str | None:
@@ -235,26 +237,40 @@ class CellRun:
             }
         )
 
+    def _train(self, model: LanguageModel, corpus: corpora.Corpus) -> Training:
+        """Spend the budget, from the checkpoint of an earlier run of this cell where there is one."""
+        measure, spec = self.spec.measure, self.spec
+        step_tokens = spec.batch_size * spec.seq_len
+        step_flops = 3 * model.flops(self.dims, causal=spec.causal).total
+
+        def batches(step: int, done: float) -> text.Batch:
+            return text.Batch(*(tensor.to(self.device) for tensor in self._batch(corpus, step)))
+
+        return train(
+            model,
+            batches,
+            budget=Budget.of(measure, step_tokens=step_tokens, step_flops=step_flops),
+            learning_rate=measure.learning_rate,
+            causal=spec.causal,
+            step_tokens=step_tokens,
+            kept=Kept(
+                folder=self.cell.folder,
+                cell_id=self.cell_id,
+                code_sha256=environment.code_sha256(spec.variant),
+                device_name=self._device_name(),
+                every_seconds=measure.checkpoint_seconds,
+            ),
+        )
+
     def _quality(self, corpus: corpora.Corpus) -> None:
         measure, spec = self.spec.measure, self.spec
         model = planning.build_model(self.spec).to(self.device)
 
-        def batches(step: int) -> text.Batch:
-            return text.Batch(*(tensor.to(self.device) for tensor in self._batch(corpus, step)))
-
-        begun = time.perf_counter()
-        trained = train(
-            model,
-            batches,
-            tokens=measure.train_tokens,
-            learning_rate=measure.learning_rate,
-            causal=spec.causal,
-        )
-        seconds = time.perf_counter() - begun
+        training = self._train(model, corpus)
         quality = evaluate(
             model,
             text.held_out_batches(
-                corpus.test,
+                corpus.split(measure.eval_split),
                 seq_len=spec.seq_len,
                 batch_size=spec.batch_size,
                 objective=spec.objective,
@@ -273,9 +289,9 @@ class CellRun:
                 "word_perplexity": quality.word_perplexity,
                 "unigram_perplexity": quality.unigram_perplexity,
                 "nll_by_position": quality.nll_by_position,
-                "tokens_trained": trained,
+                "tokens_trained": training.tokens,
                 "tokens_evaluated": quality.tokens,
-                "train_seconds": seconds,
+                "train_seconds": training.seconds,
                 "state_policy": "carried" if self.variant.caps.stateful else "none",
             }
         )

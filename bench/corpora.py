@@ -54,6 +54,10 @@ class Corpus:
         newline = np.frombuffer(b"\n", dtype=np.uint8)
         return np.concatenate([part for doc in self.train for part in (doc, newline)])
 
+    def split(self, name: str) -> tuple[Document, ...]:
+        """The documents of train, validation or test."""
+        return {"train": self.train, "validation": self.validation, "test": self.test}[name]
+
     def words_per_byte(self) -> float:
         """Whitespace-separated words per byte of the test documents: a constant of the corpus."""
         text = [doc.tobytes() for doc in self.test]
@@ -248,7 +252,7 @@ def main() -> int:
         print(error, file=sys.stderr)
         return 2
     for split in ("train", "validation", "test"):
-        documents: tuple[Document, ...] = getattr(corpus, split)
+        documents = corpus.split(split)
         print(f"{split:10} {len(documents):6,} documents {sum(map(len, documents)):12,} bytes")
     print(f"sha256     {corpus.sha256}")
     return 0

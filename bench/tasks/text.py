@@ -88,14 +88,14 @@ def _windows(documents: tuple[Document, ...], seq_len: int, at_most: int) -> lis
     return found
 
 
-def too_short(corpus: Corpus, seq_len: int, *, quality: bool) -> str | None:
-    """Why the corpus cannot fill windows of this length, or None."""
+def too_short(corpus: Corpus, seq_len: int, *, scored: str | None) -> str | None:
+    """Why the corpus cannot fill windows of this length, or None; `scored` is the split to score, if any."""
     if len(corpus.train_stream) <= seq_len:
         have = len(corpus.train_stream)
         return f"data={corpus.name} has {have:,} bytes to train on; seq_len={seq_len:,} needs more"
-    longest = max(map(len, corpus.test))
-    if quality and longest <= seq_len:
+    if scored and (longest := max(map(len, corpus.split(scored)))) <= seq_len:
         return (
-            f"data={corpus.name} has no test document over {longest:,} bytes; seq_len={seq_len:,} needs one"
+            f"data={corpus.name} has no {scored} document over {longest:,} bytes; "
+            f"seq_len={seq_len:,} needs one"
         )
     return None
