@@ -107,7 +107,8 @@ class Kept:
         self.write_curve(curve, step_tokens)
         with records.replacing(self.path) as file:
             hashing = _Hashing(file)
-            torch.save({"origin": self._origin(), "state": state}, hashing)
+            kept = {"origin": self._origin(), "state": state}
+            torch.save(kept, hashing)  # type: ignore[arg-type]  # of a file, it calls write alone
             file.write(hashing.digest())
         now = time.monotonic()
         self._next = now + max(self.every_seconds, (now - begun) / MOST_SHARE)
@@ -159,7 +160,3 @@ class _Hashing:
         self._sha256.update(data)
         written: int = self._file.write(data)
         return written
-
-    def flush(self) -> None:
-        """As the file's."""
-        self._file.flush()

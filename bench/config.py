@@ -100,7 +100,9 @@ class MeasureSpec:
     @property
     def train_amount(self) -> float:
         """The training budget, in its own unit; 0 takes no quality figures."""
-        amounts = dict(zip(TRAIN_BUDGETS, (self.train_tokens, self.train_flops, self.train_seconds), strict=True))
+        amounts = dict(
+            zip(TRAIN_BUDGETS, (self.train_tokens, self.train_flops, self.train_seconds), strict=True)
+        )
         return amounts[self.train_budget]
 
     def decisive(self) -> dict[str, Any]:

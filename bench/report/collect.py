@@ -16,6 +16,7 @@ import pandas as pd
 
 from bench import records
 from bench.records import Record
+from bench.report.groups import TRAINING
 
 UNKNOWN = "unknown"
 _HINTS = typing.get_type_hints(Record)
@@ -32,7 +33,7 @@ _IDENTITY += [
     "machine",
     "threads",
 ]
-_IDENTITY += ["replicate"]
+_IDENTITY += [*TRAINING, "replicate"]
 
 
 @dataclass(frozen=True)
@@ -104,6 +105,9 @@ def _labelled(frame: pd.DataFrame) -> pd.DataFrame:
         for value in _filled(frame, "threads", ["device"])
     ]
     frame["measure"] = _filled(frame, "measure", [])
+    for key in TRAINING:
+        frame[key] = _only(frame[key], [frame["measure"]])
+    frame["train_amount"] = frame["train_amount"].fillna(frame["tokens_trained"])
     frame["impl"] = _filled(frame, "impl", ["variant", "params_json"])
     hashes = frame.groupby("data")["data_sha256"].transform("nunique")
     frame["corpus"] = frame["data"].where(hashes <= 1, frame["data"] + "@" + frame["data_sha256"].str[:8])
@@ -114,13 +118,17 @@ def _labelled(frame: pd.DataFrame) -> pd.DataFrame:
 def _filled(frame: pd.DataFrame, key: str, within: list[str], other: Any = None) -> list[str]:
     """The key as text; a null takes the only value its peers have, else `other`, else 'unknown'."""
     values = frame[key].astype(object)
-    peers = [frame[k] for k in within] or [pd.Series(0, index=frame.index)]
-    grouped = values.groupby(peers)
-    only = grouped.transform("first").where(grouped.transform("nunique") == 1)
-    values = values.where(values.notna(), only)
+    values = _only(values, [frame[k] for k in within] or [pd.Series(0, index=frame.index)])
     if other is not None:
         values = values.where(values.notna(), other.astype(object))
     return [UNKNOWN if pd.isna(value) else str(value) for value in values]
+
+
+def _only(values: pd.Series[Any], peers: Sequence[pd.Series[Any]]) -> pd.Series[Any]:
+    """The values; a null takes the only value that its peers, the rows of the same keys, have."""
+    grouped = values.groupby(list(peers))
+    only = grouped.transform("first").where(grouped.transform("nunique") == 1)
+    return values.where(values.notna(), only)
 
 
 def labels(frame: pd.DataFrame) -> list[str]:
@@ -161,6 +169,6 @@ def _current(frame: pd.DataFrame) -> pd.DataFrame:
     """
     keep = pd.Series(True, index=frame.index)
     known = frame[frame["code_sha256"].notna()].sort_values(["started_at", "cell_id"], kind="stable")
-    for _, same in known.groupby(_IDENTITY, sort=False):
+    for _, same in known.groupby(_IDENTITY, sort=False, dropna=False):
         keep[same.index] = same["code_sha256"] == same["code_sha256"].iloc[-1]
     return frame[keep]

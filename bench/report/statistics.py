@@ -11,7 +11,7 @@ from typing import Any
 import pandas as pd
 
 from bench.records import STATUSES
-from bench.report.groups import CELL, GROUP
+from bench.report.groups import CELL, GROUP, TRAINING
 
 LEAK_LIMIT = 1e-3
 """An output before the cut that moves by more than this has seen the future: far above rounding."""
@@ -49,7 +49,9 @@ _COMPUTED = (
     "cost_ratio",
 )
 _QUALITY = ("nll", "perplexity", "bits_per_byte", "word_perplexity", "accuracy")
-_QUALITY_CELL = [*CELL, "tokens_trained", "state_policy"]
+_QUALITY_CELL = [*CELL, *TRAINING, "state_policy"]
+_BUDGET = [*GROUP, "seq_len", *(key for key in TRAINING if key != "learning_rate")]
+"""What cells must share for their ranks to mean something; each may have found its own learning rate."""
 
 
 def status_counts(statuses: pd.Series[str]) -> str:
@@ -96,12 +98,12 @@ def cost_cells(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def quality_cells(frame: pd.DataFrame) -> pd.DataFrame:
-    """One row a cell, training budget and state policy that has any figure of quality.
+    """One row a cell, training (budget, rate, split scored) and state policy with any figure of quality.
 
-    Columns: the keys, `tokens_trained`, `state_policy`, `quality_replicates`, mean and standard
-    deviation (n − 1; NaN for one replicate) of nll, perplexity, bits per byte, word perplexity
-    and accuracy, `unigram_perplexity`, `leaks`, and `rank`: the place by perplexity among
-    leak-free cells of the same group, length and budget (NaN where it leaks or has none).
+    Columns: the keys, `quality_replicates`, median `tokens_trained`, mean and standard deviation
+    (n − 1; NaN for one replicate) of nll, perplexity, bits per byte, word perplexity and accuracy,
+    `unigram_perplexity`, `leaks`, and `rank`: the place by perplexity among leak-free cells of the same
+    group, length, budget and split (NaN where it leaks or has none).
     """
     ok = frame[(frame["status"] == "ok") & frame[list(_QUALITY)].notna().any(axis=1)]
     grouped = ok.groupby(_QUALITY_CELL, sort=False, dropna=False)
@@ -109,16 +111,14 @@ def quality_cells(frame: pd.DataFrame) -> pd.DataFrame:
     for name in _QUALITY:
         columns[f"{name}_mean"] = grouped[name].mean()
         columns[f"{name}_std"] = grouped[name].std()
-    for name in ("unigram_perplexity", "tokens_evaluated", "train_seconds"):
+    for name in ("tokens_trained", "unigram_perplexity", "tokens_evaluated", "train_seconds"):
         columns[name] = grouped[name].median()
     columns["leaks"] = grouped["leak_max_abs"].max() > LEAK_LIMIT
     cells = pd.DataFrame(columns).reset_index()
-    ranked = cells[~cells["leaks"]].groupby([*GROUP, "seq_len", "tokens_trained"], dropna=False)
+    ranked = cells[~cells["leaks"]].groupby(_BUDGET, dropna=False)
     cells["rank"] = ranked["perplexity_mean"].rank(method="min")
     # Cells that leak come last: what they reach is no feat.
-    return cells.sort_values(
-        ["leaks", *GROUP, "seq_len", "tokens_trained", "perplexity_mean", "label"], ignore_index=True
-    )
+    return cells.sort_values(["leaks", *_BUDGET, "perplexity_mean", "label"], ignore_index=True)
 
 
 def summary(cost: pd.DataFrame, quality: pd.DataFrame) -> pd.DataFrame:

@@ -14,7 +14,7 @@ from bench import records
 from bench.records import Record
 from bench.report import markdown, units
 from bench.report.collect import UNKNOWN, spoken
-from bench.report.groups import GROUP, SETTING, describe, split, varying
+from bench.report.groups import GROUP, SETTING, TRAINING, describe, split, varying
 from bench.report.markdown import Column, escape
 from bench.report.statistics import DRIFT_LIMIT, distinct
 
@@ -149,6 +149,7 @@ def quality(cells: pd.DataFrame) -> str:
             each(cells, "width", "d_model", str, optional=False),
             each(cells, "heads", "heads", str, optional=False),
             each(cells, "depth", "depth", str, optional=False),
+            *_training(cells),
             each(cells, "tokens trained", "tokens_trained", units.count),
             Column("perplexity", [_plus_minus(r["perplexity_mean"], r["perplexity_std"]) for r in rows]),
             each(cells, "bits per byte", "bits_per_byte_mean", units.score),
@@ -159,6 +160,21 @@ def quality(cells: pd.DataFrame) -> str:
             each(cells, "replicates", "quality_replicates", str, optional=False),
         ]
     )
+
+
+def _training(cells: pd.DataFrame) -> list[Column]:
+    """Columns for what differs in what was trained on and scored."""
+    apart, columns = varying(cells, TRAINING), []
+    if {"train_budget", "train_amount"} & set(apart):
+        pairs = zip(cells["train_budget"], cells["train_amount"], strict=True)
+        columns.append(Column("budget", [units.budget(kind, amount) for kind, amount in pairs]))
+    if "learning_rate" in apart:
+        columns.append(each(cells, "learning rate", "learning_rate", units.learning_rate))
+    if "eval_split" in apart:
+        columns.append(
+            each(cells, "split", "eval_split", lambda v: units.MISSING if pd.isna(v) else v, right=False)
+        )
+    return columns
 
 
 def parameters(cells: pd.DataFrame) -> str:
