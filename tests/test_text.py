@@ -167,9 +167,9 @@ def test_masked_held_out_windows_hold_the_causal_ones_bytes() -> None:
 def test_too_short_says_so_exactly_where_no_window_fits(seq_len: int) -> None:
     train_fits = len(CORPUS.train_stream) >= seq_len + 1
     test_fits = max(map(len, CORPUS.test)) >= seq_len + 1
-    reason = too_short(CORPUS, seq_len, quality=False)
+    reason = too_short(CORPUS, seq_len, scored=None)
     assert (reason is None) == train_fits
-    reason = too_short(CORPUS, seq_len, quality=True)
+    reason = too_short(CORPUS, seq_len, scored="test")
     assert (reason is None) == (train_fits and test_fits)
     if reason is None:
         assert batch_of(seq_len=seq_len, batch_size=1).inputs.shape == (1, seq_len)
