@@ -73,7 +73,7 @@ class Kept:
     code_sha256: str
     device_name: str | None
     every_seconds: float
-    """Wall clock between two checkpoints, at least; 0 writes one after each step."""
+    """Wall clock between two checkpoints, at least."""
 
     def __post_init__(self) -> None:
         self._next = time.monotonic() + self.every_seconds
@@ -106,10 +106,10 @@ class Kept:
         begun = time.monotonic()
         self.write_curve(curve, step_tokens)
         with records.replacing(self.path) as file:
-            hashing = _Hashing(file)
-            kept = {"origin": self._origin(), "state": state}
-            torch.save(kept, hashing)  # type: ignore[arg-type]  # of a file, it calls write alone
-            file.write(hashing.digest())
+            torch.save({"origin": self._origin(), "state": state}, file)
+            file.seek(0)
+            digest = hashlib.file_digest(file, "sha256").digest()
+            file.write(digest)
         now = time.monotonic()
         self._next = now + max(self.every_seconds, (now - begun) / MOST_SHARE)
 
@@ -146,17 +146,3 @@ class Kept:
                 raise _Unusable(f"its {key} is {origin.get(key)} and this run's {ours}")
         found: dict[str, Any] = state
         return found
-
-
-class _Hashing:
-    """A file to write to that hashes what passes."""
-
-    def __init__(self, file: Any) -> None:
-        self._file, self._sha256 = file, hashlib.sha256()
-        self.digest = self._sha256.digest
-
-    def write(self, data: bytes) -> int:
-        """Write, and hash."""
-        self._sha256.update(data)
-        written: int = self._file.write(data)
-        return written

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import math
+from itertools import pairwise
 
 import pytest
 from hypothesis import given, settings
@@ -40,7 +41,7 @@ def test_a_curve_is_short_and_leaves_no_step_out(steps: int) -> None:
     assert rows[-1]["step"] == steps
     assert rows[-1]["learning_rate"] == row(steps).learning_rate
     ends = [0, *(r["step"] for r in rows)]
-    covered = [after - before for before, after in zip(ends, ends[1:], strict=False)]
+    covered = [after - before for before, after in pairwise(ends)]
     assert all(n == covered[0] for n in covered[:-1])
     assert 0 < covered[-1] <= covered[0]
     total = sum(r["nll"] * n for r, n in zip(rows, covered, strict=True))
