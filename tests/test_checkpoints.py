@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -262,7 +263,14 @@ CELLS = {
     "dense": ["seq_len=256"],
 }
 """Hashing and dropout; carried state; random features that are redrawn; neither."""
-EVERYWHERE = ["data=stdlib", "depth=1", "device=cpu", "measure=standard", "measure.time_seconds=0"]
+EVERYWHERE = [
+    "data=files",
+    "data.path=corpus.txt",
+    "depth=1",
+    "device=cpu",
+    "measure=standard",
+    "measure.time_seconds=0",
+]
 EVERYWHERE += ["measure.min_samples=1", "measure.eval_tokens=2048", "measure.checkpoint_seconds=0.05"]
 STEPS = 200
 
@@ -271,16 +279,18 @@ class Sweep:
     """Cells in a process of their own; `folder` is also where it locks, and what it is found by."""
 
     def __init__(self, folder: Path, cells: list[str]) -> None:
-        self.folder, self.results, self.cells = folder, folder / "results", cells
+        self.folder, self.cells = folder, cells
         (folder / "cells.py").write_text(SCRIPT)
-        self.start()
+        (folder / "corpus.txt").write_text(" ".join(map(str, range(10_000))))
+        self.start("killed")
 
-    def start(self) -> None:
+    def start(self, *names: str) -> None:
+        """All cells in the experiment of each name."""
         overrides = []
-        for variant in self.cells:
-            own = [f"variant={variant}", *CELLS[variant], f"results_dir={self.results}"]
+        for name, variant in product(names, self.cells):
             tokens = STEPS * int(CELLS[variant][0].removeprefix("seq_len="))
-            overrides.append([*EVERYWHERE, *own, f"measure.train_tokens={tokens}"])
+            own = [f"variant={variant}", *CELLS[variant], f"measure.train_tokens={tokens}"]
+            overrides.append([*EVERYWHERE, *own, f"results_dir={self.folder}", f"name={name}"])
         env = {**os.environ, "TMPDIR": str(self.folder), "OMP_NUM_THREADS": "1"}
         command = [sys.executable, "cells.py", json.dumps(overrides)]
         self.process = subprocess.Popen(command, cwd=self.folder, env=env, stderr=subprocess.PIPE, text=True)
@@ -291,25 +301,25 @@ class Sweep:
             _, self.said = self.process.communicate()
         return self.said
 
-    @property
-    def records(self) -> dict[str, Record]:
-        found, problems = read_all(self.results / "adhoc")
+    def records(self, name: str) -> dict[str, Record]:
+        """By variant."""
+        found, problems = read_all(self.folder / name)
         assert not problems
         return {record.variant: record for record in found}
 
-    def checkpoint(self) -> Path | None:
-        """The one that was written last."""
-        found = list((self.results / "adhoc/checkpoints").glob("*.pt"))
-        return max(found, key=lambda path: path.stat().st_mtime, default=None)
+    def checkpoints(self) -> list[Path]:
+        """Those that are left, oldest first."""
+        found = (self.folder / "killed/checkpoints").glob("*.pt")
+        return sorted(found, key=lambda path: path.stat().st_mtime)
 
     def wait_for_checkpoint(self, seen: set[Path]) -> None:
         """Until a cell that is not among those seen writes one, and a random moment longer."""
         deadline = time.monotonic() + 60
-        while (path := self.checkpoint()) is None or path in seen:
+        while not (new := [path for path in self.checkpoints() if path not in seen]):
             assert self.process.poll() is None, self.finish()
             assert time.monotonic() < deadline
             time.sleep(0.01)
-        seen.add(path)
+        seen.update(new)
         time.sleep(random.uniform(0.0, 0.2))
 
     def cell_pid(self) -> int:
@@ -325,8 +335,9 @@ class Sweep:
         except OSError:  # ended meanwhile, or somebody else's
             return False
 
-    def curve(self, record: Record) -> list[dict[str, str]]:
-        text = curves.path_of(self.results / "adhoc", record.cell_id).read_text()
+    def curve(self, name: str, record: Record) -> list[dict[str, str]]:
+        """Without times."""
+        text = curves.path_of(self.folder / name, record.cell_id).read_text()
         return [{k: v for k, v in row.items() if k != "seconds"} for row in csv.DictReader(text.splitlines())]
 
 
@@ -338,49 +349,47 @@ def _stat(pid: int) -> str:
 
 
 @pytest.fixture
-def sweeps(
-    tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
-) -> Iterator[tuple[Sweep, Sweep]]:
-    """Two of the same cells, each in a folder of its own, with a short name: sockets need one."""
-    made = tuple(Sweep(tmp_path_factory.mktemp(name), request.param) for name in "ab")
-    yield made[0], made[1]
-    for sweep in made:
-        sweep.process.kill()
-        sweep.finish()
+def sweep(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Iterator[Sweep]:
+    """In a folder with a short name: sockets need one."""
+    started = Sweep(tmp_path_factory.mktemp("a"), request.param)
+    yield started
+    started.process.kill()
+    started.finish()
 
 
 @pytest.mark.parametrize(
-    "sweeps",
+    "sweep",
     [["reformer", "transformer_xl"], pytest.param(list(CELLS), marks=pytest.mark.slow)],
     indirect=True,
 )
-def test_cells_that_are_killed_go_on_to_the_same_result(sweeps: tuple[Sweep, Sweep]) -> None:
-    """One sweep runs through; of another the whole, and then cell by cell, is killed at random moments."""
-    through, killed = sweeps
-    first, *others = killed.cells
+def test_cells_that_are_killed_go_on_to_the_same_result(sweep: Sweep) -> None:
+    """First the whole sweep is killed at a random moment of a training, then the processes of the cells that
+    follow; at last they finish, and the same cells are run through beside them."""
+    first, *others = sweep.cells
     seen: set[Path] = set()
-    killed.wait_for_checkpoint(seen)
-    killed.process.kill()
-    killed.finish()
-    assert not killed.records
+    sweep.wait_for_checkpoint(seen)
+    sweep.process.kill()
+    sweep.finish()
+    assert not sweep.records("killed")
 
-    killed.start()
+    sweep.start("killed")
     for _ in others:
-        killed.wait_for_checkpoint(seen)
-        os.kill(killed.cell_pid(), signal.SIGKILL)
-    assert killed.finish().count("training goes on after step") == 1
-    statuses = {variant: record.status for variant, record in killed.records.items()}
+        sweep.wait_for_checkpoint(seen)
+        os.kill(sweep.cell_pid(), signal.SIGKILL)
+    assert sweep.finish().count("training goes on after step") == 1
+    statuses = {variant: record.status for variant, record in sweep.records("killed").items()}
     assert statuses == {first: "ok", **dict.fromkeys(others, "error")}
+    assert len(sweep.checkpoints()) == len(others), "those of finished cells are removed"
 
-    killed.start()
-    assert killed.finish().count("training goes on after step") == len(others)
-    assert not through.finish().count("training goes on")
-    for variant, want in through.records.items():
-        got = killed.records[variant]
+    sweep.start("killed", "through")
+    assert sweep.finish().count("training goes on after step") == len(others)
+    killed, through = sweep.records("killed"), sweep.records("through")
+    assert set(killed) == set(through) == set(sweep.cells)
+    for got, want in ((killed[variant], through[variant]) for variant in sweep.cells):
         assert (got.status, want.status) == ("ok", "ok")
         assert got.nll == want.nll
         assert got.nll_by_position == want.nll_by_position
         assert got.tokens_trained == want.tokens_trained
-        assert killed.curve(got) == through.curve(want)
-        assert len(through.curve(want)) == STEPS
-    assert killed.checkpoint() is None
+        assert sweep.curve("killed", got) == sweep.curve("through", want)
+        assert len(sweep.curve("through", want)) == STEPS
+    assert not sweep.checkpoints()

@@ -159,6 +159,11 @@ def test_the_rest_of_the_sweep_is_unharmed(sweeps: dict[str, Sweep], way: str) -
     assert record.peak_bytes == record.peak_bytes_predicted
 
 
+def test_a_cell_that_diverges_names_the_step(sweeps: dict[str, Sweep]) -> None:
+    found = {way: sweeps[way].records[way].diverged_step for way in ENDINGS}
+    assert found == {**dict.fromkeys(ENDINGS), "nan": 1}
+
+
 def test_a_sweep_with_a_failure_says_so(sweeps: dict[str, Sweep]) -> None:
     for way, failed in (("raise", 6), ("hang", 1)):
         sweep = sweeps[way]
