@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -179,12 +180,32 @@ def test_running_out_of_memory_is_an_answer(sweeps: dict[str, Sweep]) -> None:
 
 
 def test_no_process_is_left(sweeps: dict[str, Sweep]) -> None:
-    """Not the cell that was stopped, nor the server that cells start from: all inherit the sweep's TMPDIR."""
-    mark = f"TMPDIR={sweeps['hang'].results.parent}".encode()
-    deadline = time.monotonic() + 20  # a server ends when it sees that its parent has
-    while left := [path.parent.name for path in Path("/proc").glob("[0-9]*/environ") if holds(path, mark)]:
-        assert time.monotonic() < deadline, f"still running: {left}"
+    """Not the cell that was stopped, nor the server that cells start from."""
+    wait_until(lambda: not processes(sweeps["hang"]))
+
+
+def test_a_sweep_that_is_killed_takes_its_cell_with_it(sweeps: dict[str, Sweep]) -> None:
+    """Or it would compute for nobody, beside the same cell once the sweep is started again."""
+    again = Sweep(sweeps["hang"].results.parent, ["hang"], "measure.limit_seconds=600")
+    try:
+        wait_until(lambda: len(processes(again)) == 4)  # the sweep, its resource tracker, server and cell
+    finally:
+        again.process.kill()
+    wait_until(lambda: not processes(again))
+    again.process.communicate()
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < deadline
         time.sleep(0.1)
+
+
+def processes(sweep: Sweep) -> list[str]:
+    """Everything that runs for the sweep, or for another in its folder: all inherit its TMPDIR."""
+    mark = f"TMPDIR={sweep.results.parent}".encode()
+    return [path.parent.name for path in Path("/proc").glob("[0-9]*/environ") if holds(path, mark)]
 
 
 def holds(environ: Path, entry: bytes) -> bool:

@@ -149,7 +149,7 @@ def quality(cells: pd.DataFrame) -> str:
             each(cells, "width", "d_model", str, optional=False),
             each(cells, "heads", "heads", str, optional=False),
             each(cells, "depth", "depth", str, optional=False),
-            *_training(cells),
+            *_training(cells, varying(cells, TRAINING)),
             each(cells, "tokens trained", "tokens_trained", units.count),
             Column("perplexity", [_plus_minus(r["perplexity_mean"], r["perplexity_std"]) for r in rows]),
             each(cells, "bits per byte", "bits_per_byte_mean", units.score),
@@ -162,9 +162,9 @@ def quality(cells: pd.DataFrame) -> str:
     )
 
 
-def _training(cells: pd.DataFrame) -> list[Column]:
-    """Columns for what differs in what was trained on and scored."""
-    apart, columns = varying(cells, TRAINING), []
+def _training(cells: pd.DataFrame, apart: Sequence[str]) -> list[Column]:
+    """Columns for those keys of `TRAINING`."""
+    columns = []
     if {"train_budget", "train_amount"} & set(apart):
         pairs = zip(cells["train_budget"], cells["train_amount"], strict=True)
         columns.append(Column("budget", [units.budget(kind, amount) for kind, amount in pairs]))
@@ -255,8 +255,11 @@ def failures(frame: pd.DataFrame) -> str:
     if failed.empty:
         return ""
     failed = failed.assign(reason=failed["reason"].fillna("no reason recorded"))
-    keys = [*GROUP, "label", "seq_len", "status", "reason"]
-    found = failed.groupby(keys, sort=True)["replicate"].agg(lambda v: ", ".join(str(r) for r in sorted(v)))
+    apart = [key for key in TRAINING if frame[key].nunique() > 1]
+    keys = [*GROUP, *TRAINING, "label", "seq_len", "status", "reason"]
+    found = failed.groupby(keys, sort=True, dropna=False)["replicate"].agg(
+        lambda v: ", ".join(str(r) for r in sorted(v))
+    )
     table = found.reset_index()
     return markdown.table(
         [
@@ -264,6 +267,7 @@ def failures(frame: pd.DataFrame) -> str:
             each(table, "length", "seq_len", str, optional=False),
             each(table, "depth", "depth", str, optional=False),
             *(each(table, key, key, escape, right=False) for key in varying(frame, SETTING)),
+            *_training(table, apart),
             each(table, "replicates", "replicate", str, optional=False),
             each(table, "status", "status", escape, right=False, optional=False),
             each(table, "reason", "reason", or_dash, right=False, optional=False),
