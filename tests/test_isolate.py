@@ -31,6 +31,7 @@ class TroubleConfig(DenseConfig):
 
 
 def hang():
+    open(os.environ["TMPDIR"] + "/hangs", "w").close()
     while True:
         time.sleep(1)
 
@@ -186,9 +187,11 @@ def test_no_process_is_left(sweeps: dict[str, Sweep]) -> None:
 
 def test_a_sweep_that_is_killed_takes_its_cell_with_it(sweeps: dict[str, Sweep]) -> None:
     """Or it would compute for nobody, beside the same cell once the sweep is started again."""
-    again = Sweep(sweeps["hang"].results.parent, ["hang"], "measure.limit_seconds=600")
+    folder = sweeps["hang"].results.parent
+    (folder / "hangs").unlink(missing_ok=True)
+    again = Sweep(folder, ["hang"], "measure.limit_seconds=600")
     try:
-        wait_until(lambda: len(processes(again)) == 4)  # the sweep, its resource tracker, server and cell
+        wait_until((folder / "hangs").exists)
     finally:
         again.process.kill()
     wait_until(lambda: not processes(again))
@@ -196,7 +199,7 @@ def test_a_sweep_that_is_killed_takes_its_cell_with_it(sweeps: dict[str, Sweep])
 
 
 def wait_until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 60
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.1)
