@@ -180,6 +180,15 @@ def test_what_is_known_before_a_cell_runs_names_its_budgets() -> None:
     assert [trained[key] for key in keys] == ["tokens", 400_000, 0.003, "validation"]
 
 
+@pytest.mark.parametrize("preset", sorted(path.stem for path in (CONFIGS / "experiment").glob("*.yaml")))
+def test_a_preset_sweeps_into_a_folder_of_its_own(preset: str) -> None:
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        composed = compose("config", overrides=[f"experiment={preset}"], return_hydra_config=True)
+    assert composed.name == preset
+    assert composed.hydra.mode.name == "MULTIRUN"
+    assert composed.hydra.sweeper.get("params") or composed.hydra.sweeper.get("grids")
+
+
 def test_a_cell_goes_to_the_experiments_folder() -> None:
     cell = cell_of("results_dir=there", "name=a/b", "force=true")
     assert (cell.folder, cell.name, cell.force) == (Path("there/a/b"), "a/b", True)
