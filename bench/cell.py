@@ -14,6 +14,7 @@ import torch
 
 from bench import environment, gates, history, planning
 from bench.accuracy import measure_accuracy
+from bench.checkpoints import Kept
 from bench.config import Cell
 from bench.evaluate import evaluate
 from bench.measure import step as step_measure
@@ -23,7 +24,7 @@ from bench.planning import CPU
 from bench.residual import STRATEGIES, reversible
 from bench.tasks.base import Batch, Task
 from bench.tasks.text import Text
-from bench.train import Diverged, train
+from bench.train import Budget, Diverged, Training, train
 from bench.windows import least_context
 
 Tell = Callable[[dict[str, Any]], None]
@@ -41,8 +42,8 @@ class DoesNotFit(Exception):
 class CellRun:
     """The steps of one cell. `run` does them in order."""
 
-    def __init__(self, cell: Cell, tell: Tell) -> None:
-        self.cell, self.spec, self.tell = cell, cell.spec, tell
+    def __init__(self, cell: Cell, cell_id: str, tell: Tell) -> None:
+        self.cell, self.cell_id, self.spec, self.tell = cell, cell_id, cell.spec, tell
         self.seconds_work = 0.0
         self.variant, self.config, self.dims = self.spec.attention()
         self.device = torch.device(self.spec.device)
@@ -82,7 +83,7 @@ class CellRun:
             subject = self._step(task)
             self._time(subject)
             del subject
-            if measure.train_tokens:
+            if measure.train_amount:
                 self._quality(task)
 
     def _device_name(self) -> str | None:
@@ -230,30 +231,42 @@ class CellRun:
             }
         )
 
-    def _quality(self, task: Task) -> None:
+    def _train(self, model: LanguageModel, task: Task) -> Training:
+        """Spend the budget, from the checkpoint of an earlier run of this cell where there is one."""
         measure, spec = self.spec.measure, self.spec
-        model = planning.build_model(self.spec).to(self.device)
-        tokens_step = spec.batch_size * spec.seq_len
+        step_tokens = spec.batch_size * spec.seq_len
+        step_flops = 3 * model.flops(self.dims, causal=spec.causal).total
 
-        def batches(step: int) -> Batch:
-            return task.train_batch(step, min(step * tokens_step / measure.train_tokens, 1)).to(self.device)
+        def batches(step: int, done: float) -> Batch:
+            return task.train_batch(step, done).to(self.device)
 
-        begun = time.perf_counter()
-        trained = train(
+        return train(
             model,
             batches,
-            tokens=measure.train_tokens,
+            budget=Budget.of(measure, step_tokens=step_tokens, step_flops=step_flops),
             learning_rate=measure.learning_rate,
             causal=spec.causal,
+            step_tokens=step_tokens,
+            kept=Kept(
+                folder=self.cell.folder,
+                cell_id=self.cell_id,
+                code_sha256=environment.code_sha256(spec.variant),
+                device_name=self._device_name(),
+                every_seconds=measure.checkpoint_seconds,
+            ),
         )
-        self.tell({"tokens_trained": trained, "train_seconds": time.perf_counter() - begun})
+
+    def _quality(self, task: Task) -> None:
+        model = planning.build_model(self.spec).to(self.device)
+        training = self._train(model, task)
+        self.tell({"tokens_trained": training.tokens, "train_seconds": training.seconds})
         if isinstance(task, Text):
-            self._model_text(model, task)
+            self._model_text(model, task, training.step)
         else:
             self._answer(model, task)
         self.tell({"state_policy": "carried" if self.variant.caps.stateful else "none"})
 
-    def _model_text(self, model: LanguageModel, task: Text) -> None:
+    def _model_text(self, model: LanguageModel, task: Text, steps: int) -> None:
         measure, causal, seq_len = self.spec.measure, self.spec.causal, self.spec.seq_len
         stride = (causal and measure.eval_stride) or seq_len
         quality = evaluate(
@@ -280,14 +293,14 @@ class CellRun:
             }
         )
         if not math.isfinite(quality.nll):
-            raise Diverged(f"the loss on held-out text is {quality.nll} at the end of training")
+            raise Diverged(f"the loss on held-out text is {quality.nll}", steps, steps)
         if causal and measure.history_targets:
             self._look_back(model, task)
 
     def _look_back(self, model: LanguageModel, task: Text) -> None:
         found = history.look_back(
             model,
-            task.corpus.test,
+            task.documents,
             seq_len=self.spec.seq_len,
             count=self.spec.measure.history_targets,
             batch_size=self.spec.batch_size,

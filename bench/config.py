@@ -10,6 +10,7 @@ import dataclasses
 import difflib
 import hashlib
 import json
+import math
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
 
 DEVICES = ("auto", "cpu", "cuda")
 DTYPES = ("float32", "bfloat16")
+TRAIN_BUDGETS = ("tokens", "flops", "seconds")
+EVAL_SPLITS = ("test", "validation")
 ACTIVATIONS = ("keep", "checkpoint", "sqrt", "selective", "reversible", "offload")
 
 
@@ -72,8 +75,18 @@ class MeasureSpec:
     """Wall-clock budget of the step samples, and again of the forward samples."""
     min_samples: int = 3
     """Fewest samples of each, whatever they take."""
+    train_budget: str = "tokens"
+    """Which of the next three is what training may spend; the other two are not looked at. Of tokens and
+    FLOPs whole steps are bought, rounded up, and the same cell repeats to the bit on a CPU. Seconds buy
+    what the machine makes of them, so such a cell does not repeat."""
     train_tokens: int = 0
     """Tokens of training before quality is evaluated; 0 takes no quality figures."""
+    train_flops: float = 0
+    """The same in algorithmic FLOPs of the variant's own steps."""
+    train_seconds: float = 0
+    """The same in seconds of wall clock, checkpoints not counted."""
+    eval_split: str = "test"
+    """The documents that are scored: test or, to choose knobs by, validation."""
     eval_tokens: int = 0
     """Most held-out tokens to score."""
     eval_stride: int | None = None
@@ -82,10 +95,27 @@ class MeasureSpec:
     history_targets: int = 0
     """Held-out tokens that causal models predict after histories of 1, 2, 4, … seq_len tokens; 0 for none."""
     learning_rate: float = 3e-3
+    """The highest, after warm-up."""
+    checkpoint_seconds: float = 30.0
+    """Wall clock of training between checkpoints, at least; what a cell that is killed loses at most."""
     budget: Any = None
     """Memory that a training step may take, such as 80GiB: what fits into it is found by prediction."""
     limit_seconds: float = 600.0
     """Wall-clock limit of the cell; past it the cell is stopped and its status is timeout."""
+
+    @property
+    def train_amount(self) -> float:
+        """The training budget, in its own unit; 0 takes no quality figures."""
+        amounts = dict(
+            zip(TRAIN_BUDGETS, (self.train_tokens, self.train_flops, self.train_seconds), strict=True)
+        )
+        return amounts[self.train_budget]
+
+    def decisive(self) -> dict[str, Any]:
+        """The knobs that can change a figure: not how long it may take, nor budgets that are not spent."""
+        unspent = [f"train_{name}" for name in TRAIN_BUDGETS if name != self.train_budget]
+        skipped = {"limit_seconds", "checkpoint_seconds", *unspent}
+        return {key: value for key, value in dataclasses.asdict(self).items() if key not in skipped}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -179,13 +209,15 @@ class CellSpec:
             seq_len=self.seq_len,
             batch_size=max(1, self.batch_size),
             replicate=self.replicate,
-            test_tokens=self.measure.eval_tokens if self.measure.train_tokens else 0,
+            test_tokens=self.measure.eval_tokens if self.measure.train_amount else 0,
+            test_split=self.measure.eval_split,
         )
         return task, task.Config.of(self.data.params), setting
 
     def cell_id(self, data_sha256: str, code_sha256: str) -> str:
         """Hash of everything that decides the figures."""
-        return digest([dataclasses.asdict(self), data_sha256, code_sha256])
+        decisive = dataclasses.asdict(self) | {"measure": self.measure.decisive()}
+        return digest([decisive, data_sha256, code_sha256])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -306,6 +338,8 @@ def _batch_size(root: _Root) -> int:
 
 def _check_bounds(root: _Root) -> None:
     model, measure = root.model, root.measure
+    choose("measure.train_budget", measure.train_budget, TRAIN_BUDGETS)
+    choose("measure.eval_split", measure.eval_split, EVAL_SPLITS)
     at_least = {
         "seq_len": (root.seq_len, 1),
         "depth": (root.depth, 1),
@@ -317,12 +351,25 @@ def _check_bounds(root: _Root) -> None:
         "measure.min_samples": (measure.min_samples, 1),
         "measure.time_seconds": (measure.time_seconds, 0),
         "measure.train_tokens": (measure.train_tokens, 0),
-        "measure.eval_tokens": (measure.eval_tokens, 1 if measure.train_tokens else 0),
+        "measure.train_flops": (measure.train_flops, 0),
+        "measure.train_seconds": (measure.train_seconds, 0),
+        "measure.checkpoint_seconds": (measure.checkpoint_seconds, 0),
+        "measure.eval_tokens": (measure.eval_tokens, 1 if measure.train_amount else 0),
         "measure.history_targets": (measure.history_targets, 0),
     }
     for knob, (value, least) in at_least.items():
         if not value >= least:  # so that NaN is refused too
             raise ConfigError(f"{knob}={value}: allowed is {least} or more")
+    for knob, amount in (("train_flops", measure.train_flops), ("train_seconds", measure.train_seconds)):
+        if amount == math.inf:
+            raise ConfigError(f"measure.{knob}={amount}: training has to end; allowed is a finite number")
+    given = [name for name in TRAIN_BUDGETS if getattr(measure, f"train_{name}")]
+    if given and not measure.train_amount:
+        knob = f"measure.train_{measure.train_budget}"
+        raise ConfigError(
+            f"{knob}=0: measure.train_budget={measure.train_budget} has nothing to spend; "
+            f"give {knob}, or take measure.train_budget={given[0]}"
+        )
     if not 0 <= model.dropout < 1:
         raise ConfigError(f"model.dropout={model.dropout}: allowed is 0 up to below 1")
     if measure.eval_stride is not None and not 1 <= measure.eval_stride <= root.seq_len:

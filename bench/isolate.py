@@ -9,6 +9,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import threading
 import time
 import traceback
 from multiprocessing.connection import Connection, wait
@@ -46,7 +47,7 @@ def allocator() -> str:
     return ", ".join(f"{key}={os.environ.get(key, 'default')}" for key in _KEEP_MEMORY)
 
 
-def run(cell: Cell) -> dict[str, Any]:
+def run(cell: Cell, cell_id: str) -> dict[str, Any]:
     """Run the cell in a child; returns the figures it told, with `status`, `reason` and `seconds_total`.
 
     A child that dies or is stopped for its time keeps what it had told until then.
@@ -54,7 +55,7 @@ def run(cell: Cell) -> dict[str, Any]:
     begun = time.monotonic()
     limit = cell.spec.measure.limit_seconds
     ours, theirs = multiprocessing.Pipe(duplex=False)
-    child = context(cell.spec.device).Process(target=_child, args=(cell, theirs), daemon=True)
+    child = context(cell.spec.device).Process(target=_child, args=(cell, cell_id, theirs), daemon=True)
     child.start()
     theirs.close()
     figures: dict[str, Any] = {}
@@ -95,20 +96,30 @@ def _last_words(exitcode: int | None) -> str:
     return f"the cell's process ended with exit status {exitcode} and no result"
 
 
-def _child(cell: Cell, theirs: Connection) -> None:
+def _child(cell: Cell, cell_id: str, theirs: Connection) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle; it stops us
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     theirs.send({"allocator": allocator()})
-    theirs.send(_outcome(cell, theirs))
+    theirs.send(_outcome(cell, cell_id, theirs))
     theirs.close()
 
 
-def _outcome(cell: Cell, theirs: Connection) -> dict[str, Any]:
+def _end_with_parent() -> None:
+    """End this process when its parent has, killed or not: nobody would take its figures, and the same cell
+    may be running again. Blocks until then, and so takes nothing from what is measured."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
+
+
+def _outcome(cell: Cell, cell_id: str, theirs: Connection) -> dict[str, Any]:
     from bench.cell import CellRun, DoesNotFit, Unsupported
     from bench.gates import GateFailed
     from bench.train import Diverged
 
     try:
-        CellRun(cell, theirs.send).run()
+        CellRun(cell, cell_id, theirs.send).run()
     except Unsupported as reason:
         return {"status": "unsupported", "reason": str(reason)}
     except DoesNotFit as reason:
@@ -116,7 +127,7 @@ def _outcome(cell: Cell, theirs: Connection) -> dict[str, Any]:
     except GateFailed as failure:
         return {"status": "error", "reason": str(failure)}
     except Diverged as failure:
-        return {"status": "diverged", "reason": str(failure)}
+        return {"status": "diverged", "reason": str(failure), "diverged_step": failure.step}
     except Exception as failure:
         status = "oom" if out_of_memory(failure) else "error"
         if status == "error":

@@ -12,7 +12,10 @@ import json
 import math
 import os
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from io import BufferedRandom
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -134,6 +137,11 @@ class Record:
     eval_min_context: int | None = None
     train_seconds: float | None = None
     state_policy: str | None = None
+    train_budget: str | None = None
+    train_amount: float | None = None
+    learning_rate: float | None = None
+    diverged_step: int | None = None
+    eval_split: str | None = None
 
     # provenance
     code_sha256: str | None = None
@@ -205,13 +213,17 @@ def path_of(folder: Path, cell_id: str) -> Path:
     return folder / RECORDS_DIR / f"{cell_id}.json"
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Write so that a reader, or a power cut, sees the old file or the new one, never a part."""
+@contextmanager
+def replacing(path: Path) -> Iterator[BufferedRandom]:
+    """A file to write that takes the path's place when all of it is on the disk.
+
+    A reader, or a power cut, sees the old file or the new one, never a part.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=".tmp")
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
+        with os.fdopen(handle, "w+b") as file:
+            yield file
             file.flush()
             os.fsync(file.fileno())
         Path(temporary).chmod(0o644)  # mkstemp's 0600 would hide results from the rest of a team
@@ -219,6 +231,17 @@ def write_atomically(path: Path, text: str) -> None:
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
+
+
+def unfinished(path: Path) -> list[Path]:
+    """What processes that were killed as they wrote to the path left beside it."""
+    return list(path.parent.glob(f".{path.stem}-*.tmp"))
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Put a text in the path's place, whole."""
+    with replacing(path) as file:
+        file.write(text.encode())
 
 
 def write(folder: Path, record: Record) -> Path:

@@ -10,8 +10,8 @@ from typing import Any
 
 from filelock import FileLock
 
-from bench import environment, isolate, records
-from bench.config import Cell, ConfigError
+from bench import checkpoints, environment, isolate, records
+from bench.config import Cell, ConfigError, MeasureSpec
 from bench.progress import Progress
 from bench.records import Record
 
@@ -51,7 +51,21 @@ def identity(cell: Cell) -> dict[str, Any]:
         "device": spec.device,
         "replicate": spec.replicate,
         "measure": spec.measure.preset,
+        "budget_bytes": spec.measure.budget,
+        **_training(spec.measure),
         "code_sha256": code_sha256,
+    }
+
+
+def _training(measure: MeasureSpec) -> dict[str, Any]:
+    """What is asked of training; nothing where there is none."""
+    if not (measure.execute and measure.train_amount):
+        return {}
+    return {
+        "train_budget": measure.train_budget,
+        "train_amount": measure.train_amount,
+        "learning_rate": measure.learning_rate,
+        "eval_split": measure.eval_split,
     }
 
 
@@ -94,9 +108,15 @@ def run(cells: Sequence[Cell]) -> list[Record]:
 
 
 def _measure(cell: Cell, known: dict[str, Any]) -> Record:
+    """Run the cell and write its record; a checkpoint is left only where a run that was cut short goes on."""
+    cell_id = known["cell_id"]
     with device_lock(cell.spec.device):
+        if cell.force:
+            checkpoints.remove(cell.folder, cell_id)
         figures = environment.provenance()
-        figures |= isolate.run(cell)
-    record = Record(**(known | figures))
-    records.write(cell.folder, record)
+        figures |= isolate.run(cell, cell_id)
+        record = Record(**(known | figures))
+        records.write(cell.folder, record)
+        if record.status in records.FINAL or record.status == "diverged":  # neither would end otherwise
+            checkpoints.remove(cell.folder, cell_id)
     return record

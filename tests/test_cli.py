@@ -78,6 +78,43 @@ def test_quality_is_the_same_twice_and_beats_byte_frequencies(tmp_path: Path) ->
     assert nlls[0] == nlls[1]
 
 
+def test_a_diverging_training_keeps_its_curve_up_to_there(tmp_path: Path) -> None:
+    cell = [*QUICK[:1], "seq_len=64", "depth=1", "measure.train_tokens=60_000", "measure.eval_tokens=64"]
+    done = bench(*cell, "measure.time_seconds=0", "measure.learning_rate=1e25", cwd=tmp_path)
+    assert done.returncode == 1
+    (record,) = records(tmp_path / "results/adhoc")
+    assert record["status"] == "diverged"
+    assert f"at training step {record['diverged_step']} of 938" in str(record["reason"])
+    assert record["nll"] is None
+    (curve,) = (tmp_path / "results/adhoc/curves").iterdir()
+    last = curve.read_text().splitlines()[-1].split(",")
+    assert int(last[0]) == record["diverged_step"] - 1  # type: ignore[operator]
+
+
+def test_flops_and_seconds_are_budgets_and_validation_is_another_split(tmp_path: Path) -> None:
+    """A cheaper step buys more tokens; what is scored are other documents."""
+    cell = [*QUICK[:1], "depth=1", "measure=standard", "measure.time_seconds=0", "measure.eval_tokens=2048"]
+    flops = [*cell, "seq_len=128", "measure.train_budget=flops", "measure.train_flops=1e9"]
+    done = bench("-m", *flops, "variant=dense,chunked", "measure.eval_split=validation,test", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    found = {(r["variant"], r["eval_split"]): r for r in records(tmp_path / "results/adhoc")}
+    for variant in ("dense", "chunked"):
+        record, other = found[variant, "test"], found[variant, "validation"]
+        steps = record["tokens_trained"] / 128  # type: ignore[operator]
+        assert steps == -(-1e9 // record["flops_algorithmic_step"])  # type: ignore[operator]
+        assert (record["train_budget"], record["train_amount"]) == ("flops", 1e9)
+        assert record["nll"] != other["nll"]
+        assert record["tokens_trained"] == other["tokens_trained"]
+
+    seconds = [*cell, "seq_len=128", "measure.train_budget=seconds", "measure.train_seconds=0.5", "name=s"]
+    done = bench(*seconds, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    (record,) = records(tmp_path / "results/s")
+    assert 0.5 <= record["train_seconds"] < 10  # type: ignore[operator]
+    assert record["train_budget"] == "seconds"
+    assert record["tokens_trained"] > 0  # type: ignore[operator]
+
+
 def test_plan_predicts_a_million_tokens_and_runs_nothing(tmp_path: Path) -> None:
     done = bench("measure=plan", "seq_len=1048576", "variant=longformer", "data=stdlib", cwd=tmp_path)
     assert done.returncode == 0, done.stderr

@@ -8,7 +8,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 
 import variants
-from bench import complaints
+from bench import complaints, sweep
 from bench.config import ACTIVATIONS, DTYPES, Cell, ConfigError, choose, parse
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -68,6 +68,15 @@ REFUSED: dict[str, tuple[str, ...]] = {
     "measure.min_samples=0": ("measure.min_samples=0", "1 or more"),
     "measure.time_seconds=-1": ("measure.time_seconds=-1", "0 or more"),
     "measure.train_tokens=-1": ("measure.train_tokens=-1", "0 or more"),
+    "measure.train_flops=-1": ("measure.train_flops=-1", "0 or more"),
+    "measure.train_seconds=nan": ("measure.train_seconds=nan", "0 or more"),
+    "measure.train_seconds=inf": ("measure.train_seconds=inf", "a finite number"),
+    "measure.train_flops=many": ("measure.train_flops='many'", "a number"),
+    "measure.train_budget=token": ("measure.train_budget=token", "seconds", "did you mean tokens?"),
+    "measure.train_budget=flops": ("measure.train_flops=0", "nothing to spend", "train_budget=tokens"),
+    "measure.eval_split=validate": ("measure.eval_split=validate", "did you mean validation?"),
+    "measure.eval_split=train": ("measure.eval_split=train", "test, validation"),
+    "measure.checkpoint_seconds=-1": ("measure.checkpoint_seconds=-1", "0 or more"),
     "measure.eval_tokens=0": ("measure.eval_tokens=0", "1 or more"),
     "measure.eval_stride=0": ("measure.eval_stride=0", "1 to seq_len=1024", "null"),
     "measure.eval_stride=1025": ("measure.eval_stride=1025", "1 to seq_len=1024", "null"),
@@ -137,15 +146,52 @@ def test_every_figures_knob_changes_the_cells_id_and_no_other_does() -> None:
     def cell_id(*overrides: str) -> str:
         return cell_of(*overrides).spec.cell_id("data", "code")
 
-    same = ["results_dir=elsewhere", "name=other", "force=true"]
+    same = ["results_dir=elsewhere", "name=other", "force=true", "measure.limit_seconds=5"]
+    same += ["measure.checkpoint_seconds=5", "measure.train_seconds=5"]  # the budget is of tokens
     assert {cell_id(override) for override in same} == {cell_id()}
     different = [
         *("variant=chunked", "seq_len=5", "depth=3", "batch_size=2", "replicate=1", "objective=mlm"),
         *("dtype=bfloat16", "activations=checkpoint", "model=small", "model.dropout=0.1", "data=stdlib"),
-        *("measure=quick", "measure.train_tokens=1", "variant.impl=naive"),
+        *("measure=quick", "measure.train_tokens=1", "variant.impl=naive", "measure.learning_rate=0.1"),
+        "measure.eval_split=validation",
     ]
     assert len({cell_id(override) for override in different} | {cell_id()}) == len(different) + 1
     assert cell_of().spec.cell_id("data", "other") != cell_id() != cell_of().spec.cell_id("other", "code")
+
+
+def test_a_budget_is_of_one_kind_and_the_others_are_not_looked_at() -> None:
+    spent = {
+        "tokens": cell_of("measure.train_tokens=7").spec,
+        "flops": cell_of("measure.train_budget=flops", "measure.train_flops=1e13").spec,
+        "seconds": cell_of("measure.train_budget=seconds", "measure.train_seconds=2.5").spec,
+    }
+    assert {name: spec.measure.train_amount for name, spec in spent.items()} == {
+        "tokens": 7,
+        "flops": 1e13,
+        "seconds": 2.5,
+    }
+    assert len({spec.cell_id("data", "code") for spec in spent.values()}) == 3
+    other = cell_of("measure.train_budget=seconds", "measure.train_seconds=2.5", "measure.train_tokens=7")
+    assert other.spec.cell_id("data", "code") == spent["seconds"].cell_id("data", "code")
+
+
+def test_what_is_known_before_a_cell_runs_names_its_budgets() -> None:
+    """So that a cell that is stopped says them too."""
+    fits = sweep.identity(cell_of("measure=fits", "measure.budget=2GiB", "data=stdlib"))
+    assert (fits["budget_bytes"], fits.get("learning_rate")) == (2 * 2**30, None)
+    trained = sweep.identity(cell_of("measure=standard", "measure.eval_split=validation", "data=stdlib"))
+    assert trained["budget_bytes"] is None
+    keys = ("train_budget", "train_amount", "learning_rate", "eval_split")
+    assert [trained[key] for key in keys] == ["tokens", 400_000, 0.003, "validation"]
+
+
+@pytest.mark.parametrize("preset", sorted(path.stem for path in (CONFIGS / "experiment").glob("*.yaml")))
+def test_a_preset_sweeps_into_a_folder_of_its_own(preset: str) -> None:
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        composed = compose("config", overrides=[f"experiment={preset}"], return_hydra_config=True)
+    assert composed.name == preset
+    assert composed.hydra.mode.name == "MULTIRUN"
+    assert composed.hydra.sweeper.get("params") or composed.hydra.sweeper.get("grids")
 
 
 def test_a_cell_goes_to_the_experiments_folder() -> None:

@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -30,6 +31,7 @@ class TroubleConfig(DenseConfig):
 
 
 def hang():
+    open(os.environ["TMPDIR"] + "/hangs", "w").close()
     while True:
         time.sleep(1)
 
@@ -159,6 +161,11 @@ def test_the_rest_of_the_sweep_is_unharmed(sweeps: dict[str, Sweep], way: str) -
     assert record.peak_bytes == record.peak_bytes_predicted
 
 
+def test_a_cell_that_diverges_names_the_step(sweeps: dict[str, Sweep]) -> None:
+    found = {way: sweeps[way].records[way].diverged_step for way in ENDINGS}
+    assert found == {**dict.fromkeys(ENDINGS), "nan": 1}
+
+
 def test_a_sweep_with_a_failure_says_so(sweeps: dict[str, Sweep]) -> None:
     for way, failed in (("raise", 6), ("hang", 1)):
         sweep = sweeps[way]
@@ -174,12 +181,34 @@ def test_running_out_of_memory_is_an_answer(sweeps: dict[str, Sweep]) -> None:
 
 
 def test_no_process_is_left(sweeps: dict[str, Sweep]) -> None:
-    """Not the cell that was stopped, nor the server that cells start from: all inherit the sweep's TMPDIR."""
-    mark = f"TMPDIR={sweeps['hang'].results.parent}".encode()
-    deadline = time.monotonic() + 20  # a server ends when it sees that its parent has
-    while left := [path.parent.name for path in Path("/proc").glob("[0-9]*/environ") if holds(path, mark)]:
-        assert time.monotonic() < deadline, f"still running: {left}"
+    """Not the cell that was stopped, nor the server that cells start from."""
+    wait_until(lambda: not processes(sweeps["hang"]))
+
+
+def test_a_sweep_that_is_killed_takes_its_cell_with_it(sweeps: dict[str, Sweep]) -> None:
+    """Or it would compute for nobody, beside the same cell once the sweep is started again."""
+    folder = sweeps["hang"].results.parent
+    (folder / "hangs").unlink(missing_ok=True)
+    again = Sweep(folder, ["hang"], "measure.limit_seconds=600")
+    try:
+        wait_until((folder / "hangs").exists)
+    finally:
+        again.process.kill()
+    wait_until(lambda: not processes(again))
+    again.process.communicate()
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline
         time.sleep(0.1)
+
+
+def processes(sweep: Sweep) -> list[str]:
+    """Everything that runs for the sweep, or for another in its folder: all inherit its TMPDIR."""
+    mark = f"TMPDIR={sweep.results.parent}".encode()
+    return [path.parent.name for path in Path("/proc").glob("[0-9]*/environ") if holds(path, mark)]
 
 
 def holds(environ: Path, entry: bytes) -> bool:

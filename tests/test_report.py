@@ -445,6 +445,50 @@ def test_a_prediction_is_marked_as_one(tmp_path: Path) -> None:
     assert (report / "plots" / "peak_memory.png").exists()
 
 
+def test_learning_rates_budgets_and_splits_are_kept_apart(tmp_path: Path) -> None:
+    """Each is averaged over its own replicates; ranks are among the rates of one budget and split."""
+    asked: dict[str, Any] = {"train_budget": "tokens", "train_amount": 250_000.0, "eval_split": "validation"}
+    ways: list[dict[str, Any]] = [
+        asked | {"learning_rate": 0.001},
+        asked | {"learning_rate": 0.004},
+        asked | {"learning_rate": 0.004, "eval_split": "test"},
+        asked | {"learning_rate": 0.004, "train_budget": "seconds", "train_amount": 60.0},
+    ]
+    found = []
+    for number, way in enumerate(ways):
+        for replicate in range(2):
+            perplexity = 10.0 + number + replicate / 10
+            trained = {"tokens_trained": 250_000 + 512 * replicate * (way["train_budget"] == "seconds")}
+            names = {"cell_id": f"c{number}{replicate}", "started_at": f"2026-03-01T10:0{number}:00+00:00"}
+            found.append(record(replicate=replicate, perplexity=perplexity, **way, **trained, **names))
+    late = {"cell_id": "late", "learning_rate": 0.016, "code_sha256": "cd" * 32}
+    found.append(failed("diverged", "the loss became nan at training step 7 of 9", **asked, **late))
+    text = (build(write(tmp_path / "e", found)) / "summary.md").read_text()
+    assert "left out" not in text
+    assert "share every key" not in text
+    rows = table(text, "### clm, data plays")
+    seen = [(r["budget"], r["learning rate"], r["split"], r["perplexity"], r["rank"]) for r in rows]
+    assert set(seen) == {
+        ("250 k tokens", "0.001", "validation", "10.05 ± 0.07", "1"),
+        ("250 k tokens", "0.004", "validation", "11.05 ± 0.07", "2"),
+        ("250 k tokens", "0.004", "test", "12.05 ± 0.07", "1"),
+        ("60.0 s", "0.004", "validation", "13.05 ± 0.07", "1"),
+    }
+    assert {r["replicates"] for r in rows} == {"2"}
+    (failure,) = table(text, "## Did not finish")
+    assert (failure["learning rate"], failure["status"]) == ("0.016", "diverged")
+
+
+def test_a_record_of_before_these_keys_is_superseded_by_its_cell_measured_again(tmp_path: Path) -> None:
+    old = record(code_sha256="01" * 32, started_at="2026-02-01T10:00:00+00:00", cell_id="old")
+    new = record(train_budget="tokens", train_amount=250_000.0, learning_rate=0.003, eval_split="test")
+    text = (build(write(tmp_path / "e", [old, new]), plots=False) / "summary.md").read_text()
+    assert "1 older records left out" in text
+    alone = (build(write(tmp_path / "alone", [old]), plots=False) / "summary.md").read_text()
+    (row,) = table(alone, "### clm, data plays")
+    assert "learning rate" not in row
+
+
 def test_an_experiment_in_which_all_failed(tmp_path: Path) -> None:
     bare = {key: None for key in records.KEYS if key.startswith("flops_")}
     found = [failed("oom", "too big", **bare), failed("error", None, variant="chunked", **bare)]

@@ -152,20 +152,22 @@ def test_a_byte_is_masked_or_not_whatever_the_window() -> None:
         assert np.array_equal(a.inputs[:shared], b.inputs[:shared])
 
 
+@pytest.mark.parametrize("split", ["test", "validation"])
 @settings(deadline=None)
 @given(st.integers(1, 6000))
-def test_too_short_says_so_exactly_where_no_window_fits(seq_len: int) -> None:
+def test_too_short_says_so_exactly_where_no_window_fits(split: str, seq_len: int) -> None:
+    documents = CORPUS.split(split)
     train_fits = len(CORPUS.train_stream) >= seq_len + 1
-    test_fits = max(map(len, CORPUS.test)) >= seq_len + 1
-    reason = too_short(CORPUS, seq_len, quality=False)
+    test_fits = max(map(len, documents)) >= seq_len + 1
+    reason = too_short(CORPUS, seq_len, scored=None)
     assert (reason is None) == train_fits
-    reason = too_short(CORPUS, seq_len, quality=True)
+    reason = too_short(CORPUS, seq_len, scored=split)
     assert (reason is None) == (train_fits and test_fits)
     if reason is None:
         assert batch_of(seq_len=seq_len, batch_size=1).inputs.shape == (1, seq_len)
-        assert max(len(inputs) for inputs, _ in scored(CORPUS.test, seq_len=seq_len)) >= seq_len
+        assert max(len(inputs) for inputs, _ in scored(documents, seq_len=seq_len)) >= seq_len
     else:
-        have = len(CORPUS.train_stream) if not train_fits else max(map(len, CORPUS.test))
+        have = len(CORPUS.train_stream) if not train_fits else max(map(len, documents))
         assert "\n" not in reason
         for part in ("noise", f"{have:,}", f"seq_len={seq_len:,}"):
             assert part in reason

@@ -13,9 +13,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import variants
+from bench.config import MeasureSpec
 from bench.model import LanguageModel
 from bench.tasks import text
-from bench.train import CLIP_NORM, Diverged, optimizer_for, schedule, train, training_step
+from bench.train import (
+    CLIP_NORM,
+    FIRST_SHARE,
+    Budget,
+    Diverged,
+    Training,
+    optimizer_for,
+    schedule,
+    train,
+    training_step,
+)
 from variants.base import Dims
 
 SIZES = Dims(batch_size=1, seq_len=48, d_model=32, heads=2)
@@ -37,27 +48,32 @@ def batch(step: int, objective: str = "clm") -> text.Batch:
     return text.Batch(inputs.masked_fill(masked, text.MASK), inputs.masked_fill(~masked, text.IGNORED))
 
 
-def run(model: LanguageModel, steps: int = 5, **changed: Any) -> int:
-    batches: Callable[[int], text.Batch] = changed.pop("batches", batch)
-    given_: dict[str, Any] = {"learning_rate": 1e-3, "causal": True, **changed}
-    return train(model, batches, tokens=steps * 4 * SIZES.seq_len, **given_)
+def run(model: LanguageModel, steps: int = 5, **changed: Any) -> Training:
+    batches: Callable[[int, float], text.Batch] = changed.pop("batches", lambda step, done: batch(step))
+    given_: dict[str, Any] = {"budget": Budget(steps=steps), "learning_rate": 1e-3, "causal": True, **changed}
+    return train(model, batches, step_tokens=4 * SIZES.seq_len, **given_)
 
 
 @settings(deadline=None)
 @given(st.integers(1, 3000))
 def test_the_schedule_rises_to_one_and_falls_to_a_tenth(steps: int) -> None:
-    shares = [schedule(step, steps) for step in range(steps)]
+    shares = [schedule(step / steps, 1 / steps) for step in range(steps)]
     peak = shares.index(max(shares))
     assert max(shares) == pytest.approx(1)
     assert all(0.1 <= share <= 1 for share in shares[peak:])
     assert all(a < b for a, b in pairwise(shares[: peak + 1]))
     assert all(a >= b for a, b in pairwise(shares[peak:]))
-    assert peak == max(1, round(steps / 10)) - 1
+    assert peak <= math.ceil(steps / 10), "the warm-up takes a tenth"
+    if steps >= 10:
+        assert shares[0] == pytest.approx(10 / steps), "linear from nothing"
     if steps >= 100:
-        assert shares[0] == pytest.approx(1 / round(steps / 10)), "linear from nothing"
-        assert shares[-1] == pytest.approx(0.1, abs=1e-3)
-        middle = (peak + steps) // 2
+        assert shares[-1] == pytest.approx(0.1, abs=1e-2)
+        middle = (steps // 10 + steps) // 2
         assert shares[middle] == pytest.approx(0.55, abs=0.03), "half-way down the cosine"
+
+
+def test_a_step_that_takes_the_whole_budget_has_the_whole_rate() -> None:
+    assert schedule(0.0, 1.0) == 1.0
 
 
 @pytest.mark.parametrize("objective", ["clm", "mlm"])
@@ -97,31 +113,78 @@ def test_the_same_seed_gives_the_same_parameters_to_the_bit(changed: dict[str, A
     assert not any(torch.equal(a, b) for a, b in zip(first, other, strict=True) if a.dim() == 2)
 
 
-@pytest.mark.parametrize("tokens", [1, 4, 5, 21])
-def test_tokens_are_rounded_up_to_whole_batches(tokens: int) -> None:
-    asked: list[int] = []
-
-    def batches(step: int) -> text.Batch:
-        asked.append(step)
-        return text.Batch(*(half[:1, :4] for half in batch(step)[:2]))
-
-    seen = train(model_of(depth=1), batches, tokens=tokens, learning_rate=1e-3, causal=True)
-    assert tokens <= seen < tokens + 4
-    assert sorted(set(asked)) == list(range(seen // 4)), "each step has its own batch, in order"
+@pytest.mark.parametrize("amount", [1, 4, 5, 21])
+@pytest.mark.parametrize(
+    ("name", "knob", "each"), [("tokens", "train_tokens", 4), ("flops", "train_flops", 7)]
+)
+def test_what_is_counted_is_rounded_up_to_whole_steps(amount: int, name: str, knob: str, each: int) -> None:
+    measure = MeasureSpec(train_budget=name, **{knob: amount})  # type: ignore[arg-type]
+    steps = Budget.of(measure, step_tokens=4, step_flops=7).steps
+    assert steps is not None
+    assert (steps - 1) * each < amount <= steps * each
 
 
-def test_a_loss_that_is_no_number_names_its_step() -> None:
+def test_each_step_has_its_own_batch_in_order_and_knows_how_far_training_is() -> None:
+    asked: list[tuple[int, float]] = []
+
+    def batches(step: int, done: float) -> text.Batch:
+        asked.append((step, done))
+        return batch(step)
+
+    training = run(model_of(), steps=4, batches=batches)
+    assert asked == [(0, 0.0), (1, 0.25), (2, 0.5), (3, 0.75)]
+    assert training.tokens == 4 * 4 * SIZES.seq_len
+    assert [row.step for row in training.curve.rows] == [1, 2, 3, 4]
+    shares = [row.learning_rate / 1e-3 for row in training.curve.rows]
+    assert shares == [schedule(done, 0.25) for _, done in asked]
+
+
+def test_seconds_are_spent_and_the_schedule_follows_the_clock() -> None:
+    training = run(model_of(), budget=Budget(seconds=1.0))
+    last = training.curve.rows[-2]
+    assert training.seconds >= 1.0 > last.seconds, "it stops after the step that spends the budget"
+    assert training.tokens == training.step * 4 * SIZES.seq_len
+    rates = [row.learning_rate for row in training.curve.rows]
+    assert rates[0] == pytest.approx(1e-3 * FIRST_SHARE / 0.1)
+    assert max(rates) == pytest.approx(1e-3, rel=0.1)
+    assert rates[-1] < 2e-4
+    for before, after in pairwise(training.curve.rows):  # each rate is that of the share spent before it
+        share = before.seconds / before.step
+        assert after.learning_rate == pytest.approx(1e-3 * schedule(before.seconds, share))
+
+
+@pytest.mark.parametrize("poison", [float("nan"), float("inf")])
+def test_a_loss_that_is_no_number_names_its_step(poison: float) -> None:
     """The weights are poisoned before the third step's batch is handed out."""
     model = model_of()
 
-    def batches(step: int) -> text.Batch:
+    def batches(step: int, done: float) -> text.Batch:
         if step == 2:
             with torch.no_grad():
-                model.head.weight[0, 0] = float("nan")
+                model.head.weight[0, 0] = poison
         return batch(step)
 
-    with pytest.raises(Diverged, match=r"nan at training step 3 of 5"):
+    with pytest.raises(Diverged, match=r"(nan|inf) at training step 3 of 5") as caught:
         run(model, batches=batches)
+    assert caught.value.step == 3
+
+
+def test_weights_that_the_last_update_ruins_are_noticed() -> None:
+    """The last loss was taken before that update, and no further step sees what it did."""
+    model, updates = model_of(), 0
+    after_step = model.layers[0].after_step
+
+    def ruin() -> None:
+        nonlocal updates
+        updates += 1
+        after_step()
+        if updates == 5:
+            with torch.no_grad():
+                model.head.weight[0, 0] = float("inf")
+
+    model.layers[0].after_step = ruin  # type: ignore[method-assign]
+    with pytest.raises(Diverged, match=r"the weights .* at training step 5 of 5"):
+        run(model)
 
 
 def test_a_huge_learning_rate_diverges() -> None:
@@ -157,3 +220,32 @@ def test_unscored_targets_teach_nothing() -> None:
         nll = -model(inputs, causal=True).logits.double().log_softmax(-1)
     by_hand = nll.gather(-1, targets[..., None])[:, 1::2].mean()
     assert step.item() == pytest.approx(by_hand.item(), rel=1e-5)
+
+
+def test_an_auxiliary_loss_changes_nothing_in_the_step_of_the_task(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However large it is: what it alone trains is clipped by itself."""
+    variant = variants.load("compressive")
+    config = variant.Config.of({"segment": 16, "mem_len": 8, "comp_len": 4})
+    plain = variant._reconstruction  # type: ignore[attr-defined]
+
+    def gradients(times: float) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+        """By the task and by the auxiliary loss, which is multiplied."""
+        monkeypatch.setattr(variant, "_reconstruction", lambda *given_: times * plain(*given_))
+        torch.manual_seed(0)
+        sizes: dict[str, Any] = {"depth": 2, "ff_mult": 4, "dropout": 0.0, "vocabulary": text.VOCABULARY}
+        model = LanguageModel(variant, config, SIZES, activations="keep", **sizes).train()
+        training_step(model, optimizer_for(model, 0.0), batch(0), causal=True)
+        found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+        auxiliary = {name: found.pop(name) for name in list(found) if "compressor" in name}
+        return found, auxiliary
+
+    task, small = gradients(1.0)
+    same, large = gradients(1e6)
+    assert len(small) == 2, "a layer's each"
+    assert all(torch.equal(task[name], same[name]) for name in task)
+    assert joint_norm(small) < CLIP_NORM
+    assert joint_norm(large) == pytest.approx(CLIP_NORM, rel=1e-3)
+
+
+def joint_norm(gradients: dict[str, torch.Tensor]) -> float:
+    return float(torch.nn.utils.get_total_norm(list(gradients.values())))

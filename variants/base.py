@@ -10,7 +10,7 @@ nothing of the harness that measures it.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, NamedTuple, Self
 
@@ -296,6 +296,14 @@ class Attention(nn.Module, ABC):
     @classmethod
     def tie(cls, layers: Sequence[Attention]) -> None:
         """Called once with all layers of a new model, lowest first, to let them share parameters."""
+
+    def auxiliary_parameters(self) -> Iterator[nn.Parameter]:
+        """The parameters that no gradient reaches but that of `Out.aux_loss`, if there are any.
+
+        The norm of their gradients is limited by itself, so that how well the auxiliary loss does
+        changes nothing in the step that the task takes.
+        """
+        return iter(())
 
     def after_step(self) -> None:
         """Called once after each optimiser step, for what is learnt outside it: moving averages, redraws.

@@ -227,6 +227,10 @@ class Compressive(Recurrent):
         if self.learns:
             self.padding = f"{type(self).padding}; training also attends twice for the reconstruction loss"
 
+    def auxiliary_parameters(self) -> Iterator[nn.Parameter]:
+        """The compressor's: the task never reaches them."""
+        return self.compressor.parameters()
+
     @classmethod
     def plan(cls, config: VariantConfig) -> Segments:
         """Segments in order, the last as long as what is left."""

@@ -6,7 +6,7 @@ import argparse
 import sys
 
 from bench.corpora import SOURCES, CorpusError, cache_dir, load, source
-from bench.corpora.base import SPLITS, Document, Wanted
+from bench.corpora.base import SPLITS, Wanted
 
 
 def main() -> int:
@@ -38,7 +38,7 @@ def main() -> int:
 def _show(name: str, path: str | None, max_bytes: int | None) -> None:
     corpus = load(name, path, max_bytes)
     for split in SPLITS:
-        documents: tuple[Document, ...] = getattr(corpus, split)
+        documents = corpus.split(split)
         print(f"{split:10} {len(documents):6,} documents {sum(map(len, documents)):14,} bytes")
     print(f"test words {corpus.words_per_byte() * sum(map(len, corpus.test)):,.0f}")
     print(f"sha256     {corpus.sha256}")

@@ -38,6 +38,10 @@ class Corpus:
     published_test_words: int | None = None
     """Words of the test split as the data set's authors count them, where they say."""
 
+    def split(self, name: str) -> tuple[Document, ...]:
+        """The documents of train, validation or test."""
+        return {"train": self.train, "validation": self.validation, "test": self.test}[name]
+
     @cached_property
     def train_stream(self) -> Document:
         """The training documents end to end, a newline between them."""

@@ -87,7 +87,7 @@ class HubSource(Source):
         corpus = self._corpus(taken)
         arrays = {}
         for split in SPLITS:
-            documents: tuple[Document, ...] = getattr(corpus, split)
+            documents = corpus.split(split)
             arrays[split] = np.concatenate(documents)
             arrays[f"{split}_lengths"] = np.array([*map(len, documents)])
         self._cache.parent.mkdir(parents=True, exist_ok=True)

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import logging
-import os
-import tempfile
 from pathlib import Path
 
 import pandas as pd
 
-from bench.records import RECORDS_DIR, write_atomically
+from bench.records import RECORDS_DIR, replacing, write_atomically
 from bench.report import ReportError, budgets, memory, statistics, summary, tables
 from bench.report.collect import collect
 
@@ -47,7 +45,8 @@ def build_report(folder: Path, *, plots: bool = True) -> Path:
     for name in ("recomputation", "fits", "payoff"):
         _write_if_any(report / f"{name}.csv", getattr(found, name))
     write_atomically(report / "summary.md", summary.text(collected, found, pictures))
-    _write_bytes(report / "cells.parquet", tables.parquet(collected.records))
+    with replacing(report / "cells.parquet") as file:
+        file.write(tables.parquet(collected.records))
     return report
 
 
@@ -64,12 +63,3 @@ def _clear(folder: Path) -> None:
     for pattern in ("*.png", "*.svg"):
         for path in folder.glob(pattern):
             path.unlink()
-
-
-def _write_bytes(path: Path, content: bytes) -> None:
-    """As records.write_atomically, for bytes."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=".tmp")
-    with os.fdopen(handle, "wb") as file:
-        file.write(content)
-    Path(temporary).chmod(0o644)
-    Path(temporary).replace(path)

@@ -16,6 +16,7 @@ import pandas as pd
 
 from bench import records
 from bench.records import Record
+from bench.report.groups import TRAINING
 
 UNKNOWN = "unknown"
 _HINTS = typing.get_type_hints(Record)
@@ -32,7 +33,7 @@ _IDENTITY += [
     "machine",
     "threads",
 ]
-_IDENTITY += ["eval_stride", "replicate"]
+_IDENTITY += [*TRAINING, "replicate"]
 
 
 @dataclass(frozen=True)
@@ -104,8 +105,11 @@ def _labelled(frame: pd.DataFrame) -> pd.DataFrame:
         for value in _filled(frame, "threads", ["device"])
     ]
     frame["measure"] = _filled(frame, "measure", [])
+    for key in TRAINING:
+        frame[key] = _only(frame[key], [frame["measure"]])
     read_alike = [frame[k] for k in ("measure", "seq_len", "objective")]
     frame["eval_stride"] = _only(frame["eval_stride"], read_alike)
+    frame["train_amount"] = frame["train_amount"].fillna(frame["tokens_trained"])
     frame["impl"] = _filled(frame, "impl", ["variant", "params_json"])
     hashes = frame.groupby("data")["data_sha256"].transform("nunique")
     frame["corpus"] = frame["data"].where(hashes <= 1, frame["data"] + "@" + frame["data_sha256"].str[:8])

@@ -32,6 +32,8 @@ GROUP = (*SETTING, "depth")
 CELL = (*GROUP, "variant", "label", "seq_len")
 COMMON = tuple(key for key in SETTING if key != "activations")
 """What two ways of saving activations must share to be compared."""
+TRAINING = ("train_budget", "train_amount", "learning_rate", "eval_split", "eval_stride")
+"""What two trained models must share for their quality to be averaged."""
 FIT = (*COMMON, "budget_bytes", "seq_len")
 """What answers to what fits must share to stand in one table or figure."""
 PAYOFF = tuple(key for key in FIT if key != "batch_size")
@@ -69,6 +71,19 @@ def _phrase(key: str, value: Any) -> str:
     if key == "budget_bytes":
         return f"budget {units.size(value, short=True)}"
     return _PHRASES.get(key, "{}").format(value)
+
+
+def training(values: Mapping[str, Any], keys: Sequence[str]) -> list[str]:
+    """What was trained on and scored, for those keys of `TRAINING` that are asked for: '400 k tokens',
+    'rate 0.003', 'validation'."""
+    words = []
+    if "train_budget" in keys or "train_amount" in keys:
+        words.append(units.budget(values["train_budget"], values["train_amount"]))
+    if "learning_rate" in keys:
+        words.append(f"rate {units.learning_rate(values['learning_rate'])}")
+    if "eval_split" in keys:
+        words.append(str(values["eval_split"]))
+    return words
 
 
 def split(frame: pd.DataFrame, keys: Sequence[str]) -> Iterator[tuple[dict[str, Any], pd.DataFrame]]:

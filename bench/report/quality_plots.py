@@ -16,7 +16,7 @@ from matplotlib.lines import Line2D
 
 from bench.report import canvas, units
 from bench.report.cost_plots import GREY, Look, replicates
-from bench.report.groups import split, varying
+from bench.report.groups import TRAINING, split, training, varying
 from bench.report.statistics import LEAK_LIMIT
 from bench.report.style import Style
 
@@ -49,14 +49,13 @@ def perplexity(cells: pd.DataFrame, look: Look) -> Figure | None:
 
 
 def _rows(cells: pd.DataFrame) -> list[str]:
-    """Each cell's row name: label and length, and budget and state policy where a label has several."""
-    budgets = cells["tokens_trained"].nunique(dropna=False) > 1
+    """Each cell's row name: label and length, and training and state policy where there are several."""
+    apart = varying(cells, TRAINING)
     policies = cells.groupby("label")["state_policy"].nunique(dropna=False)
     names = []
     for _, cell in cells.iterrows():
         words = [f"{cell['label']}{'†' if cell['leaks'] else ''}", units.length(cell["seq_len"])]
-        if budgets:
-            words.append(f"{units.count(cell['tokens_trained'])} trained")
+        words += training({key: cell[key] for key in TRAINING}, apart)
         if policies[cell["label"]] > 1:
             words.append(str(cell["state_policy"]))
         names.append(" · ".join(words))
@@ -156,12 +155,14 @@ def by_position(frame: pd.DataFrame, look: Look) -> Figure | None:
     frame = frame[(frame["status"] == "ok") & np.array(taken)]
     if frame.empty:
         return None
-    keys = ["depth", "seq_len", *varying(frame, ["tokens_trained", "state_policy"])]
+    keys = ["depth", "seq_len", *varying(frame, [*TRAINING, "state_policy"])]
+    if "train_amount" in keys and "train_budget" not in keys:
+        keys.append("train_budget")  # says the amount's unit
     parts = list(split(frame, keys))
     figure, axes = canvas.panels(len(parts), width=2.7, height=2.4, columns=4)
     for number, (axis, (values, part)) in enumerate(zip(axes, parts, strict=True)):
         words = [f"depth {values['depth']}", f"length {units.length(values['seq_len'])}"]
-        words += [f"{units.count(values[k])} trained" for k in keys if k == "tokens_trained"]
+        words += training(values, keys)
         words += [f"state {values[k]}" for k in keys if k == "state_policy"]
         axis.set_title(", ".join(words), fontsize=8)
         for label, own in part.groupby("label"):

@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 
 from bench.records import STATUSES
-from bench.report.groups import CELL, GROUP
+from bench.report.groups import CELL, GROUP, TRAINING
 
 LEAK_LIMIT = 1e-3
 """An output before the cut that moves by more than this has seen the future: far above rounding."""
@@ -50,9 +50,9 @@ _COMPUTED = (
     "cost_ratio",
 )
 _QUALITY = ("nll", "perplexity", "perplexity_reset", "bits_per_byte", "word_perplexity", "accuracy")
-_EVALUATED = ["tokens_trained", "eval_stride"]
-"""What two perplexities of one length must share, beside their group, to be ranked."""
-_QUALITY_CELL = [*CELL, *_EVALUATED, "state_policy"]
+_QUALITY_CELL = [*CELL, *TRAINING, "state_policy"]
+_BUDGET = [*GROUP, "seq_len", *(key for key in TRAINING if key != "learning_rate")]
+"""What cells must share for their ranks to mean something; each may have found its own learning rate."""
 _CONTEXT = {"effective_context": "median", "effective_context_low": "min", "effective_context_high": "max"}
 
 
@@ -100,14 +100,13 @@ def cost_cells(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def quality_cells(frame: pd.DataFrame) -> pd.DataFrame:
-    """One row a cell, training budget, stride of evaluation and state policy that has any figure of quality.
+    """One row a cell, training (budget, rate, split, stride) and state policy with any figure of quality.
 
-    Columns: the keys, `tokens_trained`, `eval_stride`, `state_policy`, `quality_replicates`, mean and
-    standard deviation (n − 1; NaN for one replicate) of nll, perplexity, the perplexity with state
-    fresh in every window, bits per byte, word perplexity and accuracy, `unigram_perplexity`,
-    `eval_min_context`, the effective context and the widest of its intervals, `leaks`, and `rank`: the
-    place by perplexity among leak-free cells of the same group, length, budget and stride (NaN where it
-    leaks or has none).
+    Columns: the keys, `quality_replicates`, median `tokens_trained`, mean and standard deviation
+    (n − 1; NaN for one replicate) of nll, perplexity, the perplexity with state fresh in every window,
+    bits per byte, word perplexity and accuracy, `unigram_perplexity`, `eval_min_context`, the effective
+    context and the widest of its intervals, `leaks`, and `rank`: the place by perplexity among leak-free
+    cells of the same group, length, budget, split and stride (NaN where it leaks or has none).
     """
     frame = frame.assign(perplexity_reset=np.exp(frame["nll_reset"]))
     ok = frame[(frame["status"] == "ok") & frame[list(_QUALITY)].notna().any(axis=1)]
@@ -116,18 +115,23 @@ def quality_cells(frame: pd.DataFrame) -> pd.DataFrame:
     for name in _QUALITY:
         columns[f"{name}_mean"] = grouped[name].mean()
         columns[f"{name}_std"] = grouped[name].std()
-    for name in ("unigram_perplexity", "tokens_evaluated", "eval_min_context", "train_seconds"):
+    medians = (
+        "tokens_trained",
+        "unigram_perplexity",
+        "tokens_evaluated",
+        "eval_min_context",
+        "train_seconds",
+    )
+    for name in medians:
         columns[name] = grouped[name].median()
     for name, statistic in _CONTEXT.items():
         columns[name] = grouped[name].agg(statistic)
     columns["leaks"] = grouped["leak_max_abs"].max() > LEAK_LIMIT
     cells = pd.DataFrame(columns).reset_index()
-    ranked = cells[~cells["leaks"]].groupby([*GROUP, "seq_len", *_EVALUATED], dropna=False)
+    ranked = cells[~cells["leaks"]].groupby(_BUDGET, dropna=False)
     cells["rank"] = ranked["perplexity_mean"].rank(method="min")
     # Cells that leak come last: what they reach is no feat.
-    return cells.sort_values(
-        ["leaks", *GROUP, "seq_len", *_EVALUATED, "perplexity_mean", "label"], ignore_index=True
-    )
+    return cells.sort_values(["leaks", *_BUDGET, "perplexity_mean", "label"], ignore_index=True)
 
 
 def summary(cost: pd.DataFrame, quality: pd.DataFrame) -> pd.DataFrame:

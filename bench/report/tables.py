@@ -14,7 +14,7 @@ from bench import records
 from bench.records import Record
 from bench.report import markdown, units
 from bench.report.collect import UNKNOWN, spoken
-from bench.report.groups import GROUP, SETTING, describe, split, varying
+from bench.report.groups import GROUP, SETTING, TRAINING, describe, split, varying
 from bench.report.markdown import Column, escape
 from bench.report.statistics import DRIFT_LIMIT, distinct
 
@@ -159,6 +159,7 @@ def quality(cells: pd.DataFrame) -> str:
             each(cells, "width", "d_model", str, optional=False),
             each(cells, "heads", "heads", str, optional=False),
             each(cells, "depth", "depth", str, optional=False),
+            *_training(cells, varying(cells, TRAINING)),
             each(cells, "tokens trained", "tokens_trained", units.count),
             Column("perplexity", [_plus_minus(r["perplexity_mean"], r["perplexity_std"]) for r in rows]),
             Column(
@@ -175,6 +176,21 @@ def quality(cells: pd.DataFrame) -> str:
             each(cells, "replicates", "quality_replicates", str, optional=False),
         ]
     )
+
+
+def _training(cells: pd.DataFrame, apart: Sequence[str]) -> list[Column]:
+    """Columns for those keys of `TRAINING`."""
+    columns = []
+    if {"train_budget", "train_amount"} & set(apart):
+        pairs = zip(cells["train_budget"], cells["train_amount"], strict=True)
+        columns.append(Column("budget", [units.budget(kind, amount) for kind, amount in pairs]))
+    if "learning_rate" in apart:
+        columns.append(each(cells, "learning rate", "learning_rate", units.learning_rate))
+    if "eval_split" in apart:
+        columns.append(
+            each(cells, "split", "eval_split", lambda v: units.MISSING if pd.isna(v) else v, right=False)
+        )
+    return columns
 
 
 def parameters(cells: pd.DataFrame) -> str:
@@ -255,8 +271,11 @@ def failures(frame: pd.DataFrame) -> str:
     if failed.empty:
         return ""
     failed = failed.assign(reason=failed["reason"].fillna("no reason recorded"))
-    keys = [*GROUP, "label", "seq_len", "status", "reason"]
-    found = failed.groupby(keys, sort=True)["replicate"].agg(lambda v: ", ".join(str(r) for r in sorted(v)))
+    apart = [key for key in TRAINING if frame[key].nunique() > 1]
+    keys = [*GROUP, *TRAINING, "label", "seq_len", "status", "reason"]
+    found = failed.groupby(keys, sort=True, dropna=False)["replicate"].agg(
+        lambda v: ", ".join(str(r) for r in sorted(v))
+    )
     table = found.reset_index()
     return markdown.table(
         [
@@ -264,6 +283,7 @@ def failures(frame: pd.DataFrame) -> str:
             each(table, "length", "seq_len", str, optional=False),
             each(table, "depth", "depth", str, optional=False),
             *(each(table, key, key, escape, right=False) for key in varying(frame, SETTING)),
+            *_training(table, apart),
             each(table, "replicates", "replicate", str, optional=False),
             each(table, "status", "status", escape, right=False, optional=False),
             each(table, "reason", "reason", or_dash, right=False, optional=False),

@@ -78,6 +78,17 @@ def count(value: float | None) -> str:
     return scaled(value, _COUNT)
 
 
+def budget(kind: object, amount: float | None) -> str:
+    """What training may spend: 400 k tokens, 1.20 TFLOP, 60.0 s."""
+    show = {"flops": flops, "seconds": seconds}.get(str(kind))
+    return show(amount) if show else f"{count(amount)} tokens"
+
+
+def learning_rate(value: float | None) -> str:
+    """A learning rate with the digits that it was given with: 0.003."""
+    return MISSING if missing(value) else f"{value:g}"
+
+
 def whole(value: float | None) -> str:
     """A whole number in full, such as a rank: 1, 12."""
     return MISSING if value is None or math.isnan(value) else f"{value:.0f}"

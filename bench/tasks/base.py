@@ -68,6 +68,8 @@ class Setting:
     replicate: int
     test_tokens: int
     """Most tokens of the test batches; 0 where nothing will be tested."""
+    test_split: str = "test"
+    """The documents that test batches are made of, where there are documents: test or validation."""
 
 
 class Task(ABC):

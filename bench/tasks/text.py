@@ -64,7 +64,8 @@ class Text(Task):
 
     def unsupported(self) -> str | None:
         """A corpus that is too short."""
-        return too_short(self.corpus, self.setting.seq_len, quality=self.setting.test_tokens > 0)
+        scored = self.setting.test_split if self.setting.test_tokens else None
+        return too_short(self.corpus, self.setting.seq_len, scored=scored)
 
     def train_batch(self, step: int, done: float) -> Batch:
         """Windows of the training documents; no harder at the end than at the beginning."""
@@ -77,11 +78,16 @@ class Text(Task):
             step=step,
         )
 
+    @property
+    def documents(self) -> tuple[Document, ...]:
+        """Those that are scored."""
+        return self.corpus.split(self.setting.test_split)
+
     @cached_property
     def passages(self) -> list[Passage]:
-        """What is scored of each test document."""
+        """What is scored of each document."""
         return held_out(
-            self.corpus.test,
+            self.documents,
             seq_len=self.setting.seq_len,
             objective=self.objective,
             max_tokens=self.setting.test_tokens,
@@ -144,14 +150,14 @@ def held_out(
     return found
 
 
-def too_short(corpus: Corpus, seq_len: int, *, quality: bool) -> str | None:
-    """Why the corpus cannot fill windows of this length, or None."""
+def too_short(corpus: Corpus, seq_len: int, *, scored: str | None) -> str | None:
+    """Why the corpus cannot fill windows of this length, or None; `scored` is the split to score, if any."""
     if len(corpus.train_stream) <= seq_len:
         have = len(corpus.train_stream)
         return f"data={corpus.name} has {have:,} bytes to train on; seq_len={seq_len:,} needs more"
-    longest = max(map(len, corpus.test))
-    if quality and longest <= seq_len:
+    if scored and (longest := max(map(len, corpus.split(scored)))) <= seq_len:
         return (
-            f"data={corpus.name} has no test document over {longest:,} bytes; seq_len={seq_len:,} needs one"
+            f"data={corpus.name} has no {scored} document over {longest:,} bytes; "
+            f"seq_len={seq_len:,} needs one"
         )
     return None
