@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 
-from bench import corpora, environment, gates, planning
+from bench import environment, gates, planning
+from bench.accuracy import measure_accuracy
 from bench.config import Cell
 from bench.evaluate import evaluate
 from bench.measure import step as step_measure
@@ -19,7 +20,8 @@ from bench.measure import timing
 from bench.model import LanguageModel
 from bench.planning import CPU
 from bench.residual import STRATEGIES, reversible
-from bench.tasks import text
+from bench.tasks.base import Batch, Task
+from bench.tasks.text import Text
 from bench.train import train
 
 Tell = Callable[[dict[str, Any]], None]
@@ -69,16 +71,17 @@ class CellRun:
             if not measure.execute:
                 self._predict()
                 return
-        corpus = corpora.load(self.spec.data.name, self.spec.data.path)
-        if reason := text.too_short(corpus, self.spec.seq_len, quality=measure.train_tokens > 0):
+        make_task, task_config, setting = self.spec.task()
+        task = make_task(task_config, setting)
+        if reason := task.unsupported():
             raise Unsupported(reason)
         with self._work():
             self._gates()
-            subject = self._step(corpus)
+            subject = self._step(task)
             self._time(subject)
             del subject
             if measure.train_tokens:
-                self._quality(corpus)
+                self._quality(task)
 
     def _device_name(self) -> str | None:
         if self.device.type == "cpu" or not torch.accelerator.is_available():
@@ -128,16 +131,6 @@ class CellRun:
             least = self.plan.peak_bytes(batch_size=1)
             raise DoesNotFit(f"one sequence is predicted to need {least:,} bytes of {budget:,}")
 
-    def _batch(self, corpus: corpora.Corpus, step: int) -> text.Batch:
-        return text.train_batch(
-            corpus,
-            seq_len=self.spec.seq_len,
-            batch_size=self.spec.batch_size,
-            objective=self.spec.objective,
-            replicate=self.spec.replicate,
-            step=step,
-        )
-
     def _predict(self) -> None:
         figures = self.plan.predict(batch_size=self.spec.batch_size)
         with torch.device("meta"):
@@ -146,9 +139,9 @@ class CellRun:
         self._tell_bytes(figures, source="predicted")
         self.tell({"peak_bytes_predicted": figures.peak_bytes})
 
-    def _step(self, corpus: corpora.Corpus) -> step_measure.Subject:
+    def _step(self, task: Task) -> step_measure.Subject:
         def make() -> step_measure.Subject:
-            return planning.subject(self.spec, lambda: self._batch(corpus, 0), self.device)
+            return planning.subject(self.spec, lambda: task.train_batch(0, 0.0), self.device)
 
         predicted = (
             None if self._missing(CPU) else self.plan.predict(batch_size=self.spec.batch_size).peak_bytes
@@ -235,12 +228,13 @@ class CellRun:
             }
         )
 
-    def _quality(self, corpus: corpora.Corpus) -> None:
+    def _quality(self, task: Task) -> None:
         measure, spec = self.spec.measure, self.spec
         model = planning.build_model(self.spec).to(self.device)
+        tokens_step = spec.batch_size * spec.seq_len
 
-        def batches(step: int) -> text.Batch:
-            return text.Batch(*(tensor.to(self.device) for tensor in self._batch(corpus, step)))
+        def batches(step: int) -> Batch:
+            return task.train_batch(step, min(step * tokens_step / measure.train_tokens, 1)).to(self.device)
 
         begun = time.perf_counter()
         trained = train(
@@ -250,19 +244,20 @@ class CellRun:
             learning_rate=measure.learning_rate,
             causal=spec.causal,
         )
-        seconds = time.perf_counter() - begun
+        self.tell({"tokens_trained": trained, "train_seconds": time.perf_counter() - begun})
+        if isinstance(task, Text):
+            self._model_text(model, task)
+        else:
+            self._answer(model, task)
+        self.tell({"state_policy": "carried" if self.variant.caps.stateful else "none"})
+
+    def _model_text(self, model: LanguageModel, task: Text) -> None:
         quality = evaluate(
             model,
-            text.held_out_batches(
-                corpus.test,
-                seq_len=spec.seq_len,
-                batch_size=spec.batch_size,
-                objective=spec.objective,
-                max_tokens=measure.eval_tokens,
-            ),
-            objective=spec.objective,
-            words_per_byte=corpus.words_per_byte(),
-            unigram_nats=corpus.unigram_nats(),
+            task.test_batches(),
+            objective=task.objective,
+            words_per_byte=task.corpus.words_per_byte(),
+            unigram_nats=task.corpus.unigram_nats(),
             device=self.device,
         )
         self.tell(
@@ -273,9 +268,25 @@ class CellRun:
                 "word_perplexity": quality.word_perplexity,
                 "unigram_perplexity": quality.unigram_perplexity,
                 "nll_by_position": quality.nll_by_position,
-                "tokens_trained": trained,
                 "tokens_evaluated": quality.tokens,
-                "train_seconds": seconds,
-                "state_policy": "carried" if self.variant.caps.stateful else "none",
+            }
+        )
+
+    def _answer(self, model: LanguageModel, task: Task) -> None:
+        found = measure_accuracy(
+            model,
+            task.test_batches(),
+            causal=self.spec.causal,
+            distance_edges=task.distance_edges,
+            device=self.device,
+        )
+        self.tell(
+            {
+                "nll": found.nll,
+                "accuracy": found.accuracy,
+                "guess_accuracy": task.guess_accuracy,
+                "accuracy_by_distance": found.by_distance,
+                "distance_edges": list(task.distance_edges) or None,
+                "tokens_evaluated": found.tokens,
             }
         )

@@ -20,11 +20,12 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 import variants
+from bench import corpora, tasks
 
 if TYPE_CHECKING:
-    from variants.base import Attention, Dims, VariantConfig
+    from bench.tasks.base import Setting, Task, TaskConfig
+    from variants.base import Attention, Dims, Knobs, VariantConfig
 
-OBJECTIVES = ("auto", "clm", "mlm")
 DEVICES = ("auto", "cpu", "cuda")
 DTYPES = ("float32", "bfloat16")
 ACTIVATIONS = ("keep", "checkpoint", "sqrt", "selective", "reversible", "offload")
@@ -84,11 +85,11 @@ class MeasureSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class DataSpec:
-    """The corpus."""
+    """What is modelled: a corpus, or a task that makes its own data."""
 
     name: str = "plays"
-    path: str | None = None
-    """A file, folder or glob, for data=files."""
+    params: dict[str, Any] = field(default_factory=dict)
+    """Every knob of its task."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,7 +114,7 @@ class _Root:
     variant: dict[str, Any] = field(default_factory=dict)
     model: ModelSpec = field(default_factory=ModelSpec)
     activations: _Named = field(default_factory=_Named)
-    data: DataSpec = field(default_factory=DataSpec)
+    data: dict[str, Any] = field(default_factory=dict)
     measure: MeasureSpec = field(default_factory=MeasureSpec)
     cluster: _Named = field(default_factory=_Named)
 
@@ -139,8 +140,10 @@ class CellSpec:
 
     @property
     def causal(self) -> bool:
-        """Whether no output may read a later token."""
-        return self.objective == "clm"
+        """Whether no output may read a later token: the objective's to say, or else wherever it can be."""
+        if self.objective in ("clm", "mlm"):
+            return self.objective == "clm"
+        return variants.load(self.variant).caps.causal
 
     @property
     def label(self) -> str:
@@ -159,6 +162,21 @@ class CellSpec:
             heads=self.model.heads,
         )
         return variant, variant.Config.of(self.variant_params), dims
+
+    def task(self) -> tuple[type[Task], TaskConfig, Setting]:
+        """The task's class, its config and what the cell asks of it (imports torch)."""
+        from bench.tasks.base import Setting
+
+        task = tasks.load(self.data.name)
+        setting = Setting(
+            data=self.data.name,
+            objective=self.objective,
+            seq_len=self.seq_len,
+            batch_size=max(1, self.batch_size),
+            replicate=self.replicate,
+            test_tokens=self.measure.eval_tokens if self.measure.train_tokens else 0,
+        )
+        return task, task.Config.of(self.data.params), setting
 
     def cell_id(self, data_sha256: str, code_sha256: str) -> str:
         """Hash of everything that decides the figures."""
@@ -209,7 +227,6 @@ def parse(cfg: DictConfig) -> Cell:
         raise _translated(error, cfg) from None
     assert isinstance(root, _Root)
     _check_bounds(root)
-    choose("objective", root.objective, OBJECTIVES)
     choose("device", root.device, DEVICES)
     choose("dtype", root.dtype, DTYPES)
     choose("activations", root.activations.name, ACTIVATIONS)
@@ -217,9 +234,7 @@ def parse(cfg: DictConfig) -> Cell:
     if measure.budget is not None:
         measure = replace(measure, budget=parse_bytes("measure.budget", measure.budget))
     name, params = _variant(dict(root.variant))
-    objective = root.objective
-    if objective == "auto":
-        objective = "clm" if variants.load(name).caps.causal else "mlm"
+    data = _data(dict(root.data))
     spec = CellSpec(
         variant=name,
         variant_params=params,
@@ -227,12 +242,12 @@ def parse(cfg: DictConfig) -> Cell:
         depth=root.depth,
         batch_size=_batch_size(root),
         replicate=root.replicate,
-        objective=objective,
+        objective=_objective(root.objective, variant=name, data=data.name),
         device=root.device if root.device != "auto" else _device(),
         dtype=root.dtype,
         activations=root.activations.name,
         model=root.model,
-        data=root.data,
+        data=data,
         measure=measure,
     )
     return Cell(spec=spec, folder=Path(root.results_dir) / root.name, name=root.name, force=root.force)
@@ -330,6 +345,25 @@ def _variant(given: dict[str, Any]) -> tuple[str, dict[str, Any]]:
         config_class = variants.load(name).Config
     except variants.UnknownVariant as error:
         raise ConfigError(str(error)) from None
+    return name, _knobs("variant", name, config_class, given)
+
+
+def _data(given: dict[str, Any]) -> DataSpec:
+    """The name of a corpus or task and its complete knobs, defaults filled in."""
+    name = choose("data", str(given.pop("name", "")), [*corpora.SOURCES, *tasks.names()])
+    return DataSpec(name=name, params=_knobs("data", name, tasks.load(name).Config, given))
+
+
+def _objective(value: str, *, variant: str, data: str) -> str:
+    """One of the task's own; auto is its causal one where the variant can be causal."""
+    objectives = tasks.load(data).objectives
+    if value == "auto":
+        return objectives[0 if variants.load(variant).caps.causal else -1]
+    return choose(f"{data} objective", value, ["auto", *objectives])
+
+
+def _knobs(group: str, name: str, config_class: type[Knobs], given: dict[str, Any]) -> dict[str, Any]:
+    """The complete knobs of the group's entry `name`, checked by its config."""
     defaults = {f.name: f.default for f in dataclasses.fields(config_class)}
     for knob, value in given.items():
         choose(f"{name} knob", knob, defaults)
@@ -339,11 +373,11 @@ def _variant(given: dict[str, Any]) -> tuple[str, dict[str, Any]]:
         typed = OmegaConf.to_object(OmegaConf.merge(_schema(config_class), given))
     except OmegaConfBaseException as error:
         translated = _translated(error, OmegaConf.create(given))
-        raise ConfigError(f"variant.{translated}") from None
+        raise ConfigError(f"{group}.{translated}") from None
     except ValueError as error:  # the config's own checks
-        raise ConfigError(f"variant.{error}") from None
+        raise ConfigError(f"{group}.{error}") from None
     assert isinstance(typed, config_class)
-    return name, typed.as_dict()
+    return typed.as_dict()
 
 
 def _device() -> str:

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from bench.model import LanguageModel
-from bench.tasks.text import IGNORED, Batch
+from bench.tasks.base import IGNORED, Batch
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -27,7 +27,8 @@ from bench import residual
 from bench.config import CellSpec, digest
 from bench.model import LanguageModel
 from bench.records import write_atomically
-from bench.tasks.text import VOCABULARY, Batch
+from bench.tasks.base import Batch
+from bench.tasks.text import VOCABULARY
 from bench.train import training_step
 from variants.base import Attention, Dims, VariantConfig
 

@@ -16,7 +16,7 @@ from bench.config import CellSpec
 from bench.measure import step
 from bench.measure.step import StepFigures, Subject
 from bench.model import LanguageModel
-from bench.tasks import text
+from bench.tasks.base import Batch
 from variants.base import Flops
 
 CPU = torch.device("cpu")
@@ -79,6 +79,7 @@ def _crossing(known: dict[int, int], budget: int, fitting: int, failing: int, ma
 def build_model(spec: CellSpec) -> LanguageModel:
     """The model of a cell, with its replicate's weights."""
     variant, config, dims = spec.attention()
+    _, task_config, _ = spec.task()
     torch.manual_seed(spec.replicate)
     return LanguageModel(
         variant,
@@ -88,13 +89,13 @@ def build_model(spec: CellSpec) -> LanguageModel:
         ff_mult=spec.model.ff_mult,
         ff_chunks=spec.model.ff_chunks,
         dropout=spec.model.dropout,
-        vocabulary=text.VOCABULARY,
+        vocabulary=task_config.vocabulary,
         activations=spec.activations,
         dtype=getattr(torch, spec.dtype),
     )
 
 
-def subject(spec: CellSpec, batch: Callable[[], text.Batch], device: torch.device) -> Subject:
+def subject(spec: CellSpec, batch: Callable[[], Batch], device: torch.device) -> Subject:
     """A cell's model in training, with the batch of its steps."""
     return Subject.make(lambda: build_model(spec), batch, causal=spec.causal, device=device)
 
@@ -165,9 +166,9 @@ class Plan:
     def _run(self, spec: CellSpec) -> StepFigures:
         key = spec.seq_len, spec.batch_size
 
-        def blank() -> text.Batch:
+        def blank() -> Batch:
             tokens = torch.zeros(spec.batch_size, spec.seq_len, dtype=torch.int64)
-            return text.Batch(tokens, tokens.clone())
+            return Batch(tokens, tokens.clone())
 
         if key not in self._known:
             self._known[key] = step.predicted(lambda: subject(spec, blank, CPU))

@@ -28,6 +28,7 @@ def describe(record: Record) -> str:
         f"longest that fits T={record.longest_seq_len}" if record.longest_seq_len is not None else None,
         f"largest batch {record.largest_batch_size}" if record.largest_batch_size is not None else None,
         f"{record.objective} perplexity {record.perplexity:.2f}" if record.perplexity else None,
+        f"{record.objective} accuracy {record.accuracy:.1%}" if record.accuracy is not None else None,
     ]
     return f"{record.status:11} {what}: {', '.join(filter(None, figures))}"
 

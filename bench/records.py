@@ -49,6 +49,7 @@ class Record:
     activations: str
     objective: str
     data: str
+    data_params: dict[str, Any] | None = None
     data_sha256: str
     dtype: str
     device: str
@@ -119,6 +120,9 @@ class Record:
     unigram_perplexity: float | None = None
     nll_by_position: list[float] | None = None
     accuracy: float | None = None
+    guess_accuracy: float | None = None
+    accuracy_by_distance: list[float] | None = None
+    distance_edges: list[int] | None = None
     tokens_trained: int | None = None
     tokens_evaluated: int | None = None
     train_seconds: float | None = None

@@ -10,7 +10,7 @@ from typing import Any
 
 from filelock import FileLock
 
-from bench import corpora, environment, isolate, records
+from bench import environment, isolate, records
 from bench.config import Cell, ConfigError
 from bench.progress import Progress
 from bench.records import Record
@@ -28,7 +28,8 @@ def device_lock(device: str) -> FileLock:
 def identity(cell: Cell) -> dict[str, Any]:
     """The part of a record that is known before the cell runs. Raises corpora.CorpusError."""
     spec = cell.spec
-    data_sha256 = corpora.load(spec.data.name, spec.data.path).sha256
+    task, task_config, _ = spec.task()
+    data_sha256 = task.sha256(task_config, spec.data.name)
     code_sha256 = environment.code_sha256(spec.variant)
     return {
         "cell_id": spec.cell_id(data_sha256, code_sha256),
@@ -44,6 +45,7 @@ def identity(cell: Cell) -> dict[str, Any]:
         "activations": spec.activations,
         "objective": spec.objective,
         "data": spec.data.name,
+        "data_params": spec.data.params,
         "data_sha256": data_sha256,
         "dtype": spec.dtype,
         "device": spec.device,

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from bench.model import LanguageModel
-from bench.tasks.text import IGNORED, Batch
+from bench.tasks.base import IGNORED, Batch
 
 WARM_UP_SHARE = 0.1
 CLIP_NORM = 1.0

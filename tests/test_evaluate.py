@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 import variants
 from bench.evaluate import Quality, evaluate, position_buckets
 from bench.model import LanguageModel
-from bench.tasks.text import IGNORED, VOCABULARY, Batch, held_out_batches
+from bench.tasks.base import IGNORED, Batch
+from bench.tasks.text import VOCABULARY, held_out_batches
 from variants.base import Dims
 
 T = 21
@@ -60,7 +61,7 @@ def quality_of(model: LanguageModel, given_: list[Batch], objective: str) -> Qua
 def by_hand(model: LanguageModel, given_: list[Batch], objective: str) -> list[tuple[int, int, float]]:
     """(position, target, −ln p) of every scored target, from the logits, in float64."""
     scored = []
-    for inputs, targets in given_:
+    for inputs, targets, _ in given_:
         with torch.no_grad():
             logits = model.eval()(inputs, causal=objective == "clm").logits.double()
         nll = logits.logsumexp(-1, keepdim=True) - logits
@@ -115,7 +116,7 @@ def test_positions_are_averaged_in_buckets_that_double(model: LanguageModel, obj
 
 
 def test_a_bucket_without_a_target_is_no_number(model: LanguageModel) -> None:
-    (inputs, targets), *_ = batches("clm")
+    (inputs, targets, _), *_ = batches("clm")
     targets = targets.clone()
     targets[:, 3:7] = IGNORED
     quality = quality_of(model, [Batch(inputs, targets)], "clm")
@@ -126,7 +127,9 @@ def test_a_bucket_without_a_target_is_no_number(model: LanguageModel) -> None:
 def test_batches_weigh_by_their_targets(model: LanguageModel) -> None:
     """However the same windows are dealt to batches, the figures are the same."""
     whole = batches("clm")
-    single = [Batch(i[None], t[None]) for batch in whole for i, t in zip(*batch, strict=True)]
+    single = [
+        Batch(i[None], t[None]) for batch in whole for i, t in zip(batch.inputs, batch.targets, strict=True)
+    ]
     a, b = (quality_of(model, given_, "clm") for given_ in (whole, single))
     assert a.nll == pytest.approx(b.nll, rel=1e-6)
     assert a.nll_by_position == pytest.approx(b.nll_by_position, rel=1e-6)

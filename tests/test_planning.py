@@ -147,7 +147,7 @@ def test_few_segments_tell_what_all_would(
 def test_a_segment_variant_is_planned_from_a_few_segments() -> None:
     subject = planning.subject(
         spec_of("variant=transformer_xl", "variant.segment=64", "variant.mem_len=128"),
-        lambda: planning.text.Batch(*(planning.torch.zeros(2, 6400, dtype=planning.torch.int64),) * 2),
+        lambda: planning.Batch(*(planning.torch.zeros(2, 6400, dtype=planning.torch.int64),) * 2),
         planning.CPU,
     )
     segments, left_out = subject.brief()

@@ -17,7 +17,7 @@ from bench.measure.flops import CountFlops
 from bench.measure.memory import LiveStorage, reset_rss_peak, resident_bytes, tensor_bytes
 from bench.measure.timing import synchronize
 from bench.model import LanguageModel
-from bench.tasks.text import Batch
+from bench.tasks.base import Batch
 from bench.train import Phase, optimizer_for, training_step
 
 
@@ -78,8 +78,8 @@ class Subject:
         """Build the model and its optimiser on the device."""
         with device:
             model = build().train()
-        given = Batch(*(tensor.to(device) for tensor in batch()))
-        return cls(model=model, optimizer=optimizer_for(model, 1e-4), batch=given, causal=causal)
+        optimizer = optimizer_for(model, 1e-4)
+        return cls(model=model, optimizer=optimizer, batch=batch().to(device), causal=causal)
 
     def step(
         self, *, segments: Sequence[slice] | None = None, after: Callable[[Phase], None] | None = None

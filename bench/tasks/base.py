@@ -83,7 +83,7 @@ class Task(ABC):
 
     def __init__(self, config: TaskConfig, setting: Setting) -> None:
         """Builds nothing that a setting which `unsupported` refuses would break."""
-        self.setting = setting
+        self.config, self.setting = config, setting
         self.vocabulary = config.vocabulary
 
     @property

@@ -9,18 +9,18 @@ Shapes: B batch, T tokens. Tokens are bytes 0–255; MASK is one more symbol, re
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor
 
+from bench import corpora
 from bench.corpora import Corpus, Document
+from bench.tasks.base import IGNORED, Batch, Setting, Task, TaskConfig
 
 MASK = 256
 VOCABULARY = 257
-IGNORED = -100
 MASKED_SHARE = 0.15
 """Share of the tokens that a masked model must fill in (Devlin 2018, arXiv:1810.04805). Every one of
 them is replaced by MASK; the paper's 80/10/10 mixture is for fine-tuning, which nobody does here."""
@@ -28,11 +28,60 @@ them is replaced by MASK; the paper's 80/10/10 mixture is for fine-tuning, which
 Ints = npt.NDArray[np.int64]
 
 
-class Batch(NamedTuple):
-    """inputs (B, T) and targets (B, T), both int64; a target of −100 is not scored."""
+@dataclass(frozen=True, kw_only=True)
+class TextConfig(TaskConfig):
+    """Where the corpus is."""
 
-    inputs: Tensor
-    targets: Tensor
+    path: str | None = None
+    """A file, folder or glob, for data=files."""
+
+    @property
+    def vocabulary(self) -> int:
+        """256 bytes and MASK."""
+        return VOCABULARY
+
+
+class Text(Task):
+    """The next byte, or the masked ones, of a corpus: the one that `data=` names."""
+
+    Config = TextConfig
+    objectives = ("clm", "mlm")
+
+    def __init__(self, config: TextConfig, setting: Setting) -> None:
+        """Loads the corpus. Raises corpora.CorpusError where it cannot be had."""
+        super().__init__(config, setting)
+        self.corpus = corpora.load(setting.data, config.path)
+
+    @classmethod
+    def sha256(cls, config: TaskConfig, data: str) -> str:
+        """The corpus's own: of its documents, wherever they lie. Raises corpora.CorpusError."""
+        assert isinstance(config, TextConfig)
+        return corpora.load(data, config.path).sha256
+
+    def unsupported(self) -> str | None:
+        """A corpus that is too short."""
+        return too_short(self.corpus, self.setting.seq_len, quality=self.setting.test_tokens > 0)
+
+    def train_batch(self, step: int, done: float) -> Batch:
+        """Windows of the training documents; no harder at the end than at the beginning."""
+        return train_batch(
+            self.corpus,
+            seq_len=self.setting.seq_len,
+            batch_size=self.setting.batch_size,
+            objective=self.objective,
+            replicate=self.setting.replicate,
+            step=step,
+        )
+
+    def test_batches(self) -> Iterator[Batch]:
+        """Windows of the test documents."""
+        return held_out_batches(
+            self.corpus.test,
+            seq_len=self.setting.seq_len,
+            batch_size=self.setting.batch_size,
+            objective=self.objective,
+            max_tokens=self.setting.test_tokens,
+        )
 
 
 def _batch(windows: list[Document], objective: str, generator: np.random.Generator) -> Batch:

@@ -1,0 +1,132 @@
+"""Multi-query associative recall: pairs of a key and a value, then each key again, asking for its value.
+
+Shapes: B batch, T tokens, N pairs.
+
+    inputs    a 1 b 2 c 3 . . c . . . a . . . . . b .     letters are keys, digits values, dots filler
+    targets   _ _ _ _ _ _ _ _ 3 _ _ _ 1 _ _ _ _ _ 2 _     (_ is not scored)
+                                      |
+              |- 1 lies 11 tokens back -|
+
+After Arora 2023 (Zoology, arXiv:2312.04927, §3 and the appendix on synthetic data): keys and values come from
+the two halves of the symbols and differ within a sequence; the pairs stand first; every key asks once, at a
+place drawn by a power law; filler is one blank symbol more. An answer stands in its pair and nowhere else.
+
+Two cores do not learn many pairs from scratch, so the number of pairs may grow over a first share of
+training (`curriculum`), which the paper does not need. Test batches hold all the pairs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from bench.tasks.base import IGNORED, Batch, Setting, Task, TaskConfig
+
+Ints = npt.NDArray[np.int64]
+
+FEWEST = 2
+"""Pairs that a curriculum begins with: with one there is nothing to tell apart."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MqarConfig(TaskConfig):
+    """Knobs of the recall task."""
+
+    n_pairs: int = 4
+    """Pairs in a sequence, each asked for once."""
+    n_symbols: int = 64
+    """Symbols beside the blank; the lower half are keys, the upper half values."""
+    power_a: float = 0.01
+    """Exponent a of the power law: a query's place x, in (0, 1] after the pairs, has density a·x^(a − 1). The
+    smaller, the more queries stand close after the pairs; at 1 they stand anywhere."""
+    curriculum: float = 0.0
+    """Share of the training over which the number of pairs grows to n_pairs; 0 for all from the start."""
+
+    def __post_init__(self) -> None:
+        self.require("n_pairs", self.n_pairs >= 1, "1 or more")
+        enough = self.n_symbols >= 2 * self.n_pairs and self.n_symbols % 2 == 0
+        least = f"an even number, 2·n_pairs={2 * self.n_pairs} or more: keys and values differ in a sequence"
+        self.require("n_symbols", enough, least)
+        self.require("power_a", 0 < self.power_a <= 1, "more than 0, up to 1")
+        self.require("curriculum", 0 <= self.curriculum <= 1, "0 to 1")
+
+    @property
+    def vocabulary(self) -> int:
+        """All symbols, then the blank."""
+        return self.n_symbols + 1
+
+
+class Mqar(Task):
+    """Pairs first, then one query a pair among filler; the target at a query is its value."""
+
+    Config = MqarConfig
+    config: MqarConfig
+    objectives = ("recall",)
+
+    def __init__(self, config: MqarConfig, setting: Setting) -> None:
+        super().__init__(config, setting)
+        self.config = config
+        self.guess_accuracy = 1 / config.n_pairs
+        self.distance_edges = tuple(2**k for k in range(setting.seq_len.bit_length()))
+
+    def unsupported(self) -> str | None:
+        """Too short for its pairs and as many places for queries."""
+        seq_len, n = self.setting.seq_len, self.config.n_pairs
+        if seq_len >= 4 * n:
+            return None
+        return f"seq_len={seq_len:,}: data=mqar with n_pairs={n:,} needs {4 * n:,} tokens or more"
+
+    def train_batch(self, step: int, done: float) -> Batch:
+        """As many pairs as the curriculum has come to."""
+        return self._draw(self.train_generator(step), self.setting.batch_size, self.pairs(done))
+
+    def test_batches(self) -> Iterator[Batch]:
+        """Sequences of all pairs; the same whatever the size of a batch."""
+        count = max(1, self.setting.test_tokens // self.setting.seq_len)
+        size = self.setting.batch_size
+        for start in range(0, count, size):
+            drawn = [
+                self._draw(self.test_generator(index), 1, self.config.n_pairs)
+                for index in range(start, min(start + size, count))
+            ]
+            inputs, targets, distances = (torch.cat(parts) for parts in zip(*drawn, strict=True))
+            yield Batch(inputs, targets, distances)
+
+    def pairs(self, done: float) -> int:
+        """Pairs in a training batch when `done` of the budget is spent: FEWEST times a factor that grows
+        evenly, each number for as long as it takes to double in proportion."""
+        n, share = self.config.n_pairs, self.config.curriculum
+        if done >= share or n <= FEWEST:
+            return n
+        return min(n, int(FEWEST * (n / FEWEST) ** (done / share)))
+
+    def _draw(self, generator: np.random.Generator, batch: int, n: int) -> Batch:
+        """(B, T) sequences of n pairs."""
+        seq_len, half = self.setting.seq_len, self.config.n_symbols // 2
+        symbols = np.tile(np.arange(half), (2 * batch, 1))
+        keys, values = np.split(generator.permuted(symbols, axis=1)[:, :n], 2)  # (B, N) each
+        values = values + half
+        row, pair = np.arange(batch)[:, None], np.arange(n)
+        query = 2 * n + 2 * self._places(generator, batch, n, (seq_len - 2 * n) // 2)
+
+        inputs = np.full((batch, seq_len), self.config.n_symbols)  # blanks
+        inputs[row, 2 * pair], inputs[row, 2 * pair + 1], inputs[row, query] = keys, values, keys
+        targets, distances = np.full_like(inputs, IGNORED), np.zeros_like(inputs)
+        targets[row, query], distances[row, query] = values, query - (2 * pair + 1)
+        return Batch(*(torch.from_numpy(array) for array in (inputs, targets, distances)))
+
+    def _places(
+        self, generator: np.random.Generator, batch: int, n: int, slots: int
+    ) -> npt.NDArray[np.int64]:
+        """(B, N) different slots in [0, slots), drawn one after the other by the power law.
+
+        The n smallest of Exp(1) / weight are such a draw (Efraimidis 2006, Inf. Process. Lett. 97).
+        """
+        weight = np.arange(1, slots + 1) ** (self.config.power_a - 1.0)
+        clocks = generator.exponential(size=(batch, slots)) / weight
+        chosen = np.argpartition(clocks, n - 1, axis=1)[:, :n]
+        return generator.permuted(chosen, axis=1)
