@@ -204,7 +204,6 @@ class Listops(Task):
 
     def __init__(self, config: ListopsConfig, setting: Setting) -> None:
         super().__init__(config, setting)
-        self.config = config
         self.shortest, self.longest = config.lengths(setting.seq_len)
 
     def unsupported(self) -> str | None:

@@ -70,7 +70,6 @@ class Needle(Task):
 
     def __init__(self, config: NeedleConfig, setting: Setting) -> None:
         super().__init__(config, setting)
-        self.config = config
         self.farthest = setting.seq_len - 2  # the key stands first, its value second
         depths = np.linspace(1, max(1, self.farthest), config.n_depths).round()
         self.distance_edges = tuple(int(distance) for distance in depths)
