@@ -50,17 +50,21 @@ def whole_test(task: Needle) -> Batch:
     return Batch(*(torch.cat(parts) for parts in zip(*batches, strict=True)))  # type: ignore[arg-type]
 
 
+def first_value(config: NeedleConfig) -> int:
+    """The first symbol that is a value."""
+    return config.n_filler + config.n_keys
+
+
 def read(row: list[int], config: NeedleConfig) -> dict[int, tuple[int, int]]:
     """Key → (value, where the value lies), from the tokens alone; the query is not a pair."""
-    first_key, first_value = config.n_filler, config.n_filler + config.n_keys
     pairs = {}
     for t, token in enumerate(row[:-1]):
-        if first_key <= token < first_value:
+        if config.n_filler <= token < first_value(config):
             assert token not in pairs, "a key stands twice"
-            assert row[t + 1] >= first_value, "a key without a value"
+            assert row[t + 1] >= first_value(config), "a key without a value"
             pairs[token] = (row[t + 1], t + 1)
-        if token >= first_value:
-            assert first_key <= row[t - 1] < first_value, "a value without a key"
+        if token >= first_value(config):
+            assert config.n_filler <= row[t - 1] < first_value(config), "a value without a key"
     return pairs
 
 
@@ -139,7 +143,7 @@ def test_training_takes_every_distance_and_value_alike() -> None:
     batch = task.train_batch(0, 0.0)
     assert batch.distances is not None
     distances = np.bincount(batch.distances[:, -1].numpy(), minlength=17)[1:]
-    values = np.bincount(batch.targets[:, -1].numpy() - 32)
+    values = np.bincount(batch.targets[:, -1].numpy() - first_value(task.config))
     assert len(distances) == 16
     for counts in (distances, values):
         expected = counts.sum() / len(counts)
@@ -152,7 +156,9 @@ def test_a_test_takes_each_depth_and_value_in_turn() -> None:
     assert batch.distances is not None
     cells = list(zip(batch.distances[:, -1].tolist(), batch.targets[:, -1].tolist(), strict=True))
     assert task.distance_edges == (1, 11, 20, 30)
-    assert sorted(cells) == sorted([(d, 32 + v) for d in task.distance_edges for v in range(5)] * 2)
+    assert sorted(cells) == sorted(
+        [(d, first_value(task.config) + v) for d in task.distance_edges for v in range(5)] * 2
+    )
     assert len(batch.inputs.unique(dim=0)) == len(cells)
 
 
@@ -211,8 +217,8 @@ def accuracy_by_distance(model: LanguageModel, task: Needle) -> dict[int, float]
     for batch in task.test_batches():
         *_, (_, out) = model.stream(batch.inputs, causal=True)
         assert batch.distances is not None
-        first_value = task.config.n_filler + task.config.n_keys
-        hits = out.logits[:, -1, first_value:].argmax(dim=-1) + first_value == batch.targets[:, -1]
+        named = out.logits[:, -1, first_value(task.config) :].argmax(dim=-1) + first_value(task.config)
+        hits = named == batch.targets[:, -1]
         for distance, hit in zip(batch.distances[:, -1].tolist(), hits.tolist(), strict=True):
             right[distance].append(hit)
     return {distance: float(np.mean(hits)) for distance, hits in right.items()}

@@ -40,7 +40,7 @@ class NeedleConfig(TaskConfig):
     """Symbols that are keys; those of one sequence differ."""
     n_values: int = 8
     """Symbols that are values, each as likely as any other whatever the rest of the sequence is."""
-    n_filler: int = 16
+    n_filler: int = 4
     """Symbols of the filler, drawn independently."""
 
     def __post_init__(self) -> None:
