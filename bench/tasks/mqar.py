@@ -12,7 +12,8 @@ the two halves of the symbols and differ within a sequence; the pairs stand firs
 place drawn by a power law; filler is one blank symbol more. An answer stands in its pair and nowhere else.
 
 Two cores do not learn many pairs from scratch, so the number of pairs may grow over a first share of
-training (`curriculum`), which the paper does not need. Test batches hold all the pairs.
+training (`curriculum`), which the paper does not need; the fewer pairs then ask as often as all would, each
+several times. Test batches hold all the pairs.
 """
 
 from __future__ import annotations
@@ -105,23 +106,20 @@ class Mqar(Task):
         return min(n, int(FEWEST * (n / FEWEST) ** (done / share)))
 
     def _draw(self, generator: np.random.Generator, batch: int, n: int) -> Batch:
-        """(B, T) sequences of n pairs."""
+        """(B, T) sequences of n pairs, asked for n_pairs times: with fewer pairs, each several times."""
         seq_len, half = self.setting.seq_len, self.config.n_symbols // 2
-        symbols = np.tile(np.arange(half), (2 * batch, 1))
-        keys, values = np.split(generator.permuted(symbols, axis=1)[:, :n], 2)  # (B, N) each
-        values = values + half
-        row, pair = np.arange(batch)[:, None], np.arange(n)
-        query = 2 * n + 2 * self._places(generator, batch, n, (seq_len - 2 * n) // 2)
+        keys, values = _distinct(generator, batch, n, half), half + _distinct(generator, batch, n, half)
+        row, pair, asked = np.arange(batch)[:, None], np.arange(n), np.arange(self.config.n_pairs) % n
+        query = 2 * n + 2 * self._places(generator, batch, len(asked), (seq_len - 2 * n) // 2)
 
         inputs = np.full((batch, seq_len), self.config.n_symbols)  # blanks
-        inputs[row, 2 * pair], inputs[row, 2 * pair + 1], inputs[row, query] = keys, values, keys
+        inputs[row, 2 * pair], inputs[row, 2 * pair + 1] = keys, values
+        inputs[row, query] = keys[:, asked]
         targets, distances = np.full_like(inputs, IGNORED), np.zeros_like(inputs)
-        targets[row, query], distances[row, query] = values, query - (2 * pair + 1)
+        targets[row, query], distances[row, query] = values[:, asked], query - (2 * asked + 1)
         return Batch(*(torch.from_numpy(array) for array in (inputs, targets, distances)))
 
-    def _places(
-        self, generator: np.random.Generator, batch: int, n: int, slots: int
-    ) -> npt.NDArray[np.int64]:
+    def _places(self, generator: np.random.Generator, batch: int, n: int, slots: int) -> Ints:
         """(B, N) different slots in [0, slots), drawn one after the other by the power law.
 
         The n smallest of Exp(1) / weight are such a draw (Efraimidis 2006, Inf. Process. Lett. 97).
@@ -130,3 +128,16 @@ class Mqar(Task):
         clocks = generator.exponential(size=(batch, slots)) / weight
         chosen = np.argpartition(clocks, n - 1, axis=1)[:, :n]
         return generator.permuted(chosen, axis=1)
+
+
+def _distinct(generator: np.random.Generator, rows: int, n: int, most: int) -> Ints:
+    """(rows, n) numbers below `most` that differ within a row, every such row alike likely.
+
+    Floyd's sampling (Bentley 1987, Commun. ACM 30), which costs n² a row however many symbols there are.
+    """
+    chosen = np.empty((rows, n), dtype=np.int64)
+    for k, last in enumerate(range(most - n, most)):
+        drawn = generator.integers(0, last, rows, endpoint=True)
+        taken = (chosen[:, :k] == drawn[:, None]).any(axis=1)
+        chosen[:, k] = np.where(taken, last, drawn)
+    return generator.permuted(chosen, axis=1)

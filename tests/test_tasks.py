@@ -1,0 +1,176 @@
+"""Tasks are found by name, their knobs are checked, and they decide vocabulary, objective and data's hash."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+
+import variants
+from bench import complaints, corpora, planning, sweep, tasks
+from bench.config import CellSpec, parse
+from bench.tasks.base import IGNORED, Task
+from bench.tasks.text import MASK, VOCABULARY, Text
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+SYNTHETIC = tasks.names()
+
+
+def spec_of(*overrides: str) -> CellSpec:
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        return parse(compose("config", overrides=["device=cpu", "data=stdlib", *overrides])).spec
+
+
+def task_of(spec: CellSpec) -> Task:
+    task, config, setting = spec.task()
+    return task(config, setting)
+
+
+def refusal(*overrides: str) -> str:
+    with pytest.raises(complaints.KINDS) as caught:
+        spec_of(*overrides)
+    message = complaints.explain(caught.value, list(overrides), CONFIGS)
+    assert "\n" not in message
+    return message
+
+
+def test_a_name_is_a_task_or_a_corpus_by_where_it_is_found() -> None:
+    assert "mqar" in SYNTHETIC
+    assert not {*SYNTHETIC} & {*corpora.SOURCES, "text", "base"}
+    for name in SYNTHETIC:
+        assert tasks.load(name).__module__ == f"bench.tasks.{name}"
+    for name in corpora.SOURCES:
+        assert tasks.load(name) is Text
+
+
+def test_every_name_has_its_yaml() -> None:
+    assert {file.stem for file in (CONFIGS / "data").glob("*.yaml")} == {*SYNTHETIC, *corpora.SOURCES}
+
+
+@pytest.mark.parametrize("name", SYNTHETIC)
+def test_every_tasks_yaml_holds_its_defaults(name: str) -> None:
+    spec = spec_of(f"data={name}")
+    task, config, _ = spec.task()
+    assert config == task.Config()
+    assert spec.data.params == task.Config().as_dict()
+
+
+@pytest.mark.parametrize("name", SYNTHETIC)
+def test_a_tasks_batches_are_what_a_model_can_be_fed(name: str) -> None:
+    """Symbols of the vocabulary, something to score in every sequence, and all of it repeatable."""
+    spec = spec_of(f"data={name}", "seq_len=64", "batch_size=3", "measure.eval_tokens=256")
+    task = task_of(spec)
+    assert task.unsupported() is None
+    tested = list(task.test_batches())
+    assert sum(len(batch.inputs) for batch in tested) >= 1
+    for batch in (task.train_batch(0, 0.0), task.train_batch(9, 0.99), *tested):
+        scored = batch.targets != IGNORED
+        assert batch.inputs.shape == batch.targets.shape
+        assert batch.inputs.shape[1] == 64
+        assert batch.inputs.dtype == batch.targets.dtype == torch.int64
+        assert scored.any(dim=1).all()
+        for symbols in (batch.inputs, batch.targets[scored]):
+            assert 0 <= int(symbols.min()) <= int(symbols.max()) < task.vocabulary
+        if task.distance_edges:
+            assert batch.distances is not None
+            back = batch.distances[scored]
+            assert int(back.min()) >= task.distance_edges[0]
+            position = torch.arange(64).expand(scored.shape)[scored]
+            row = scored.nonzero()[:, 0]
+            assert torch.equal(batch.inputs[row, position - back], batch.targets[scored])
+    assert task.guess_accuracy is not None
+    assert 0 < task.guess_accuracy < 1
+
+
+@pytest.mark.parametrize("name", SYNTHETIC)
+def test_the_inputs_never_hold_the_answer_where_it_is_asked_for(name: str) -> None:
+    """Nor later: a bidirectional model is asked for nothing that it could read off beside the question."""
+    task = task_of(spec_of(f"data={name}", "seq_len=64", "batch_size=16", "objective=auto"))
+    inputs, targets, distances = task.train_batch(1, 0.9)
+    for row, position in (targets != IGNORED).nonzero().tolist():
+        assert inputs[row, position] != targets[row, position]
+        if distances is not None:
+            assert targets[row, position] not in inputs[row, position:]
+
+
+def test_masked_text_does_not_hold_the_answer_either() -> None:
+    inputs, targets, _ = task_of(spec_of("objective=mlm", "seq_len=64")).train_batch(0, 0.0)
+    assert (inputs[targets != IGNORED] == MASK).all()
+
+
+@pytest.mark.parametrize("name", ["stdlib", *SYNTHETIC])
+def test_the_models_vocabulary_is_the_tasks(name: str) -> None:
+    spec = spec_of(f"data={name}", "seq_len=64")
+    model = planning.build_model(spec)
+    assert model.vocabulary == model.head.out_features == model.embedding.num_embeddings
+    assert model.vocabulary == (VOCABULARY if name == "stdlib" else task_of(spec).vocabulary)
+
+
+def test_the_objective_is_the_tasks_and_causality_follows_from_it_or_from_the_variant() -> None:
+    for name in variants.names():
+        caps = variants.load(name).caps
+        text, recall = spec_of(f"variant={name}"), spec_of(f"variant={name}", "data=mqar")
+        assert (text.objective, text.causal) == (("clm", True) if caps.causal else ("mlm", False))
+        assert (recall.objective, recall.causal) == ("recall", caps.causal)
+    assert not spec_of("objective=mlm").causal
+    assert spec_of("objective=recall", "data=mqar").objective == "recall"
+    assert any(not variants.load(name).caps.causal for name in variants.names()), "or half is not tested"
+
+
+def test_knobs_change_the_data_hash_and_the_cell_and_stand_in_the_record(tmp_path: Path) -> None:
+    def identity(*overrides: str) -> dict[str, object]:
+        with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+            return sweep.identity(parse(compose("config", overrides=["device=cpu", *overrides])))
+
+    known = identity("data=mqar", "data.n_pairs=8")
+    assert known["data"] == "mqar"
+    assert known["data_params"] == {**tasks.load("mqar").Config().as_dict(), "n_pairs": 8}
+    same, other = identity("data=mqar", "data.n_pairs=8", "replicate=1"), identity("data=mqar")
+    assert known["data_sha256"] == same["data_sha256"] != other["data_sha256"]
+    assert len({str(i["cell_id"]) for i in (known, same, other)}) == 3
+    assert identity("data=stdlib")["data_sha256"] == corpora.load("stdlib").sha256
+
+
+@pytest.mark.parametrize(
+    ("overrides", "parts"),
+    [
+        (("data=mqarr",), ("data=mqarr", "stdlib", "did you mean mqar?")),
+        (("data=mqar", "data.n_pair=4"), ("data.n_pair", "did you mean data.n_pairs?")),
+        (("data=mqar", "+data.n_pair=4"), ("mqar knob=n_pair", "n_symbols", "did you mean n_pairs?")),
+        (("data=mqar", "data.n_pairs=0"), ("data.n_pairs=0", "1 or more")),
+        (("data=mqar", "data.n_pairs=few"), ("data.n_pairs='few'", "a whole number")),
+        (("data=mqar", "data.name=mqra"), ("data=mqra", "did you mean mqar?")),
+        (("data=mqar", "objective=clm"), ("mqar objective=clm", "recall")),
+        (("data=stdlib", "objective=recall"), ("stdlib objective=recall", "clm", "mlm")),
+        (("data=stdlib", "+data.n_pairs=4"), ("stdlib knob=n_pairs", "path")),
+    ],
+)
+def test_a_mistake_is_refused_in_one_line(overrides: tuple[str, ...], parts: tuple[str, ...]) -> None:
+    message = refusal(*overrides)
+    assert all(part in message for part in parts), message
+
+
+def test_a_module_with_two_tasks_or_none_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    import bench.tasks.mqar as module
+
+    class Second(module.Mqar):
+        pass
+
+    Second.__module__ = module.__name__
+    monkeypatch.setattr(module, "Second", Second, raising=False)
+    with pytest.raises(TypeError, match=r"bench\.tasks\.mqar defines 2 tasks"):
+        tasks.load("mqar")
+
+
+def test_text_asks_its_corpus_for_no_more_than_the_cell_needs() -> None:
+    """Where nothing is evaluated a corpus without long test documents will do."""
+    task = task_of(spec_of("seq_len=64"))
+    assert isinstance(task, Text)
+    longest = max(map(len, task.corpus.test))
+    for seq_len, test_tokens, refused in ((longest - 1, 1, False), (longest, 1, True), (longest, 0, False)):
+        setting = dataclasses.replace(task.setting, seq_len=seq_len, test_tokens=test_tokens)
+        reason = Text(task.config, setting).unsupported()  # type: ignore[arg-type]
+        assert (reason is not None) == refused
