@@ -89,3 +89,16 @@ def test_window_pairs_counts_the_matrix(seq_len: int, size: int, is_causal: bool
 @pytest.mark.parametrize("is_causal", [True, False])
 def test_window_pairs_of_nothing(is_causal: bool) -> None:
     assert patterns.window_pairs(0, 5, is_causal=is_causal) == 0
+
+
+@given(seq_len=st.integers(1, 12), layers=st.lists(rules(), min_size=1, max_size=4))
+def test_composed_follows_paths(seq_len: int, layers: list[patterns.Rule]) -> None:
+    """An output depends on what a path of reads, or of staying, leads to, from the highest layer down."""
+    drawings = [patterns.matrix(rule, seq_len) for rule in layers]
+    expected = torch.zeros(seq_len, seq_len, dtype=torch.bool)
+    for i in range(seq_len):
+        held = {i}
+        for drawing in reversed(drawings):
+            held |= {j for k in held for j in range(seq_len) if drawing[k, j]}
+        expected[i, list(held)] = True
+    assert torch.equal(patterns.composed(drawings), expected)

@@ -7,7 +7,7 @@ paths and the picture in the gallery, never the way a variant computes.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -83,3 +83,15 @@ def window_pairs(seq_len: int, size: int, *, is_causal: bool) -> int:
     reach = min(size, seq_len)
     one_sided = reach * (reach + 1) // 2 + (seq_len - reach) * reach
     return one_sided if is_causal else 2 * one_sided - seq_len
+
+
+def composed(layers: Sequence[Tensor]) -> Tensor:
+    """(T, T) bool: which inputs (columns) an output (row) of a stack can depend on.
+
+    `layers` are the patterns of its layers, lowest first. Each token also keeps what it holds, as residual
+    connections let it. A window of w tokens a side reaches L·(w − 1) tokens back through L layers.
+    """
+    found = torch.eye(layers[0].shape[-1])
+    for allowed in layers:
+        found = (found + allowed.float() @ found).clamp(max=1)
+    return found > 0
