@@ -56,10 +56,20 @@ def changed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[bool]]:
 DECIDES = [
     *(
         f"bench/{name}.py"
-        for name in ("cell", "config", "corpora", "evaluate", "gates", "model", "residual", "train")
+        for name in (
+            "accuracy",
+            "cell",
+            "config",
+            "corpora",
+            "evaluate",
+            "gates",
+            "model",
+            "residual",
+            "train",
+        )
     ),
     *(f"bench/measure/{name}.py" for name in ("flops", "memory", "step", "timing")),
-    "bench/tasks/text.py",
+    *(f"bench/tasks/{name}.py" for name in ("base", "mqar", "text")),
     *(f"variants/{name}.py" for name in ("base", "layers", "patterns")),
 ]
 
