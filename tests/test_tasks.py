@@ -212,10 +212,10 @@ def test_a_cell_too_short_for_its_pairs_is_a_row_with_the_reason(tmp_path: Path)
 def test_dense_attention_solves_what_a_window_that_does_not_reach_cannot(tmp_path: Path) -> None:
     """At the knobs of experiment=recall; chunks of 8 tokens hold a query with its own pair never, for the
     four pairs fill the first chunk."""
-    knobs = ["seq_len=32", "batch_size=32", "data.curriculum=0.8", "measure.train_tokens=1_228_800"]
+    knobs = ["seq_len=64", "batch_size=32", "data.curriculum=0.6", "measure.train_tokens=4_096_000"]
     dense = cell_of(tmp_path, *knobs)
     chunked = cell_of(tmp_path, *knobs, "variant=chunked", "variant.chunk=8")
     assert dense.accuracy is not None
     assert chunked.accuracy is not None
     assert dense.accuracy > 0.99
-    assert chunked.accuracy < 0.1
+    assert chunked.accuracy < 0.3
