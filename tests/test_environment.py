@@ -57,12 +57,16 @@ DECIDES = [
     *(
         f"bench/{name}.py"
         for name in (
+            "accuracy",
             "cell",
+            "checkpoints",
             "config",
+            "curves",
             "evaluate",
             "gates",
             "history",
             "model",
+            "reach",
             "residual",
             "train",
             "windows",
@@ -70,7 +74,7 @@ DECIDES = [
     ),
     *(f"bench/corpora/{name}.py" for name in ("__init__", "base", "hub", "plays")),
     *(f"bench/measure/{name}.py" for name in ("flops", "memory", "step", "timing")),
-    "bench/tasks/text.py",
+    *(f"bench/tasks/{name}.py" for name in ("base", "mqar", "text")),
     *(f"variants/{name}.py" for name in ("base", "layers", "patterns")),
 ]
 

@@ -25,8 +25,9 @@ def same(a: Batch, b: Batch) -> bool:
     return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
 
 
-def check(batch: Batch, n_pairs: int, n_symbols: int, times: int = 1) -> None:
-    """Read each sequence as a person would: pairs first, then each key so many times; all else is blank."""
+def check(batch: Batch, n_pairs: int, n_symbols: int, asks: int | None = None) -> None:
+    """Read each sequence as a person would: pairs first, then each key, all as often or one time more; all
+    else is blank. `asks` is how often in all, by default once each."""
     inputs, targets, distances = batch
     assert distances is not None
     half, blank = n_symbols // 2, n_symbols
@@ -35,7 +36,10 @@ def check(batch: Batch, n_pairs: int, n_symbols: int, times: int = 1) -> None:
         assert len(pairs) == len({*pairs.values()}) == n_pairs, "keys and values differ"
         assert all(0 <= key < half <= value < n_symbols for key, value in pairs.items())
         scored = [t for t, target in enumerate(wanted) if target != IGNORED]
-        assert sorted(row[t] for t in scored) == sorted([*pairs] * times), "every key asks"
+        times, more = divmod(asks or n_pairs, n_pairs)
+        assert len(scored) == times * n_pairs + more
+        assert {row[t] for t in scored} == {*pairs}
+        assert {sum(row[t] == key for t in scored) for key in pairs} <= {times, times + bool(more)}
         assert all(wanted[t] == pairs[row[t]] for t in scored)
         assert all(row[t - back[t]] == wanted[t] for t in scored), "the value lies so far back"
         others = {*range(2 * n_pairs, len(row))} - {*scored}
@@ -147,7 +151,8 @@ def test_a_curriculum_grows_to_all_pairs_and_test_batches_hold_them_all() -> Non
     assert grown == sorted(grown)
     assert {*grown} == {*range(FEWEST, 16)}
     assert [task.pairs(done) for done in (0.5, 0.7, 0.999)] == [16, 16, 16]
-    check(task.train_batch(0, 0.0), FEWEST, 64, times=16 // FEWEST)
+    check(task.train_batch(0, 0.0), FEWEST, 64, asks=(64 - 2 * FEWEST) // 2 // 2)
+    check(task.train_batch(0, 0.49), 15, 64, asks=15)
     check(task.train_batch(0, 0.6), 16, 64)
     for batch in task.test_batches():
         check(batch, 16, 64)

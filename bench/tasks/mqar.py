@@ -12,8 +12,9 @@ the two halves of the symbols and differ within a sequence; the pairs stand firs
 place drawn by a power law; filler is one blank symbol more. An answer stands in its pair and nowhere else.
 
 Two cores do not learn many pairs from scratch, so the number of pairs may grow over a first share of
-training (`curriculum`), which the paper does not need; the fewer pairs then ask as often as all would, each
-several times. Test batches hold all the pairs.
+training (`curriculum`), which the paper does not need; until it is all of them, half the places for queries
+are taken, for a few scored targets a sequence teach slowly. Test batches hold all the pairs, each asked for
+once.
 """
 
 from __future__ import annotations
@@ -106,11 +107,14 @@ class Mqar(Task):
         return min(n, int(FEWEST * (n / FEWEST) ** (done / share)))
 
     def _draw(self, generator: np.random.Generator, batch: int, n: int) -> Batch:
-        """(B, T) sequences of n pairs, asked for n_pairs times: with fewer pairs, each several times."""
+        """(B, T) sequences of n pairs; fewer than n_pairs ask at half the places there are."""
         seq_len, half = self.setting.seq_len, self.config.n_symbols // 2
+        slots = (seq_len - 2 * n) // 2
         keys, values = _distinct(generator, batch, n, half), half + _distinct(generator, batch, n, half)
-        row, pair, asked = np.arange(batch)[:, None], np.arange(n), np.arange(self.config.n_pairs) % n
-        query = 2 * n + 2 * self._places(generator, batch, len(asked), (seq_len - 2 * n) // 2)
+        row, pair = np.arange(batch)[:, None], np.arange(n)
+        asks = n if n == self.config.n_pairs else max(n, slots // 2)
+        asked = np.arange(asks) % n
+        query = 2 * n + 2 * self._places(generator, batch, asks, slots)
 
         inputs = np.full((batch, seq_len), self.config.n_symbols)  # blanks
         inputs[row, 2 * pair], inputs[row, 2 * pair + 1] = keys, values
