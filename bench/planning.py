@@ -6,6 +6,7 @@ few predictions: two say where to look, a third and a fourth confirm it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -41,15 +42,18 @@ def largest(peak: Callable[[int], int], budget: int, most: int) -> int:
     if not fits(1):
         return 0
     fitting, failing = 1, most + 1
-    guess, halving = min(2, most), False
+    guess, slow = max(math.isqrt(most), min(2, most)), 0  # far enough for a line through both
     while failing - fitting > (margin := max(1, int(CLOSE * fitting))):
         before = failing - fitting
         if fits(guess):
             fitting = guess
         else:
             failing = guess
-        halving = not halving and 2 * (failing - fitting) > before  # so that the bracket does shrink
-        guess = _middle(fitting, failing) if halving else _crossing(known, budget, fitting, failing, margin)
+        slow = slow + 1 if 2 * (failing - fitting) > before else 0
+        if slow == 3:  # of a line's guesses two in a row may leave the bracket wide, and then it shrinks
+            slow, guess = 0, _middle(fitting, failing)
+        else:
+            guess = _crossing(known, budget, fitting, failing, margin)
         guess = min(max(guess, fitting + 1), failing - 1)
     return fitting
 
