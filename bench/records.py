@@ -131,6 +131,7 @@ class Record:
     guess_accuracy: float | None = None
     accuracy_by_distance: list[float] | None = None
     distance_edges: list[int] | None = None
+    reach: int | None = None
     tokens_trained: int | None = None
     tokens_evaluated: int | None = None
     eval_stride: int | None = None
