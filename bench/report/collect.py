@@ -116,9 +116,8 @@ def _labelled(frame: pd.DataFrame) -> pd.DataFrame:
     frame["eval_stride"] = _only(frame["eval_stride"], read_alike)
     frame["train_amount"] = frame["train_amount"].fillna(frame["tokens_trained"])
     frame["impl"] = _filled(frame, "impl", ["variant", "params_json"])
-    frame["data_params"] = _only(frame["data_json"], [frame["data"], frame["data_sha256"]]).map(
-        lambda text: {} if pd.isna(text) else json.loads(text)
-    )
+    texts = _only(frame["data_json"], [frame["data"], frame["data_sha256"]]).fillna("{}")
+    frame["data_params"] = [json.loads(text) for text in texts]
     frame["knobs"] = _differing(frame["data"], frame["data_params"])
     frame["corpus"] = frame["data"].where(frame["knobs"] == "", frame["data"] + " (" + frame["knobs"] + ")")
     hashes = frame.groupby("corpus")["data_sha256"].transform("nunique")

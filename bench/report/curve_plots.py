@@ -97,8 +97,9 @@ def panel_keys(frame: pd.DataFrame, *more: str) -> list[str]:
     keys = [*varying(frame, more), "depth", "seq_len", *varying(frame, TRAINING)]
     if "train_amount" in keys and "train_budget" not in keys:
         keys.append("train_budget")  # says the amount's unit
-    policies = frame.groupby("label")["state_policy"].nunique(dropna=False)
-    return [*keys, *(["state_policy"] if (policies > 1).any() else [])]
+    if "state_policy" in frame and (frame.groupby("label")["state_policy"].nunique() > 1).any():
+        keys.append("state_policy")
+    return keys
 
 
 def panel_title(values: Mapping[str, Any]) -> str:

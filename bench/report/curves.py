@@ -29,4 +29,4 @@ def training_curves(frame: pd.DataFrame, folder: Path) -> tuple[pd.DataFrame, li
         if len(curve):
             kept.append(row)
             found.append(curve)
-    return frame.loc[kept].assign(curve=found), problems
+    return frame.loc[kept].assign(curve=pd.Series(found, index=kept, dtype=object)), problems

@@ -55,6 +55,7 @@ def _plots(kinds: Kinds, found: Found) -> Iterator[Plot]:
     yield plain(
         "memory", "peak_parts", "What the peak is made of", found.parts, memory_plots.waterfall, COMMON
     )
+    draw: Draw
     for stem, title, draw in (
         ("activations_by_depth", "Saved activations against depth", memory_plots.activations_by_depth),
         ("peak_by_depth", "Peak memory against depth", memory_plots.peak_by_depth),

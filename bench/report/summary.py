@@ -149,7 +149,8 @@ def _cost(cells: pd.DataFrame, plots: Sequence[tuple[str, str]], others: Sequenc
         "algorithmic part that is not a projection, feed-forward or output layer."
     )
     several = cells["activations"].nunique() > 1
-    parts, folded, seen = [], [], {}
+    parts, folded = [], []
+    seen: dict[str, str] = {}
     for heading, keys, group in tables.headed(cells):
         part = f"{escape(keys)}\n\n{tables.cost(group)}"
         baseline = group["baseline"].dropna().unique()
