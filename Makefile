@@ -96,8 +96,9 @@ report: named $(STAMP) ## rebuild the report of results/NAME, e.g. NAME=cpu
 named:
 	@test -n '$(strip $(NAME))' || { echo "error: say which experiment, e.g. make report NAME=cpu" >&2; exit 1; }
 
+# A worker a core, of four at most: each loads torch. A file stays with one worker, for what its tests share.
 test: corpus ## run the tests; ARGS='-k name' for some of them
-	@$(PY) -m pytest $(ARGS)
+	@$(PY) -m pytest -n auto --maxprocesses 4 --dist loadfile $(ARGS)
 
 test-slow: corpus ## run the tests that take minutes
 	@$(PY) -m pytest -m 'slow and not cuda and not peers' $(ARGS)

@@ -17,7 +17,7 @@ from bench.model import LanguageModel
 from bench.reach import reach
 from bench.tasks.base import IGNORED, Batch, Setting
 from bench.tasks.needle import Needle, NeedleConfig
-from bench.train import train
+from bench.train import Budget, train
 from variants.base import Dims
 
 T = 32
@@ -252,10 +252,11 @@ def test_a_trained_window_finds_it_within_its_reach_and_not_beyond() -> None:
     assert reach(model, T, causal=True) == 14
     train(
         model,
-        lambda step: task.train_batch(step, 0.0),
-        tokens=300 * 64 * T,
+        task.train_batch,
+        budget=Budget(steps=300),
         learning_rate=1e-2,
         causal=True,
+        step_tokens=64 * T,
     )
     found = accuracy_by_distance(model, task)
     assert min(a for d, a in found.items() if d <= 14) >= 0.75, found
