@@ -53,7 +53,7 @@ def best_rates(cells: pd.DataFrame) -> pd.DataFrame:
 
     `tried` are all rates in ascending order, `diverged` those at which a replicate diverged. `edge` is
     'lowest' or 'highest' where the best is the end of the rates tried, so that a better one may lie beyond;
-    else None. Without a best rate (all diverged) the figures are NaN.
+    else ''. Without a best rate (all diverged) the figures are NaN.
     """
     rows = []
     for _, own in cells.groupby(SEARCH, sort=False, dropna=False):
@@ -61,7 +61,7 @@ def best_rates(cells: pd.DataFrame) -> pd.DataFrame:
         tried = sorted(own["learning_rate"])
         row: dict[str, Any] = {**(best if len(best) else own.assign(**_NOTHING)).iloc[0]}
         rate = row["learning_rate"]
-        row["edge"] = "lowest" if rate == tried[0] else "highest" if rate == tried[-1] else None
+        row["edge"] = "lowest" if rate == tried[0] else "highest" if rate == tried[-1] else ""
         row["tried"], row["diverged"] = tried, sorted(own.loc[own["diverged"] > 0, "learning_rate"])
         rows.append(row)
     return pd.DataFrame(rows)

@@ -157,8 +157,8 @@ def _line(axis: Axes, own: pd.DataFrame, x: str, style: Style) -> None:
 
 def _point(axis: Axes, cell: pd.Series[float], style: Style) -> None:
     mean = float(cell["accuracy_mean"])
-    reach = [[mean - cell["accuracy_min"]], [cell["accuracy_max"] - mean]]
-    axis.errorbar([cell["state_bytes"]], [mean], yerr=reach, color=style.colour, linestyle="", capsize=2.5)
+    low, high = cell["accuracy_min"], cell["accuracy_max"]
+    axis.vlines(cell["state_bytes"], low, high, color=style.colour, linewidth=1.2)
     line = line_of(style, hollow=bool(cell["leaks"]))
     line.set_data([cell["state_bytes"]], [mean])
     axis.add_line(line)
