@@ -24,7 +24,6 @@ from bench.report.groups import TRAINING, split, training, varying
 from bench.report.statistics import LEAK_LIMIT
 from bench.report.style import Style
 
-COLUMNS = 4
 BINS = 48
 """Points of a training curve: each is the mean of the rows between it and the point before."""
 Floats = npt.NDArray[np.float64]
@@ -63,7 +62,7 @@ def _draw(frame: pd.DataFrame, look: Look, family: Family) -> Figure | None:
         return None
     keys = panel_keys(frame, "knobs")
     parts = list(split(frame, keys))
-    figure, axes = canvas.panels(len(parts), width=2.7, height=2.4, columns=COLUMNS)
+    figure, axes = canvas.small_panels(len(parts))
     for number, (axis, (values, part)) in enumerate(zip(axes, parts, strict=True)):
         axis.set_title(panel_title(values), fontsize=8)
         largest = 1.0
@@ -80,7 +79,7 @@ def _draw(frame: pd.DataFrame, look: Look, family: Family) -> Figure | None:
         family.axis(axis, largest)
         axis.tick_params(labelsize=7)
         axis.set_xlabel(family.x, fontsize=8)
-        if number % COLUMNS == 0:
+        if number % canvas.SMALL_COLUMNS == 0:
             axis.set_ylabel(family.y, fontsize=8)
     counts = frame.groupby([*keys, "label"], dropna=False)["replicate"].nunique()
     footer = f"{look.footer} · {family.said.format(replicates(counts))}"
@@ -116,14 +115,14 @@ def _plot(axis: Axes, line: Line, style: Style, *, markers: bool, leaks: bool, s
     drawn = line_of(style, hollow=leaks)
     drawn.set_data(line.x, line.y)
     drawn.set_markersize(4)
-    if not markers and len(line.x) > 1:
-        drawn.set_marker("")
+    if not markers:
+        drawn.set_markevery(len(line.x) // 6 or 1)
     if len(line.x) < 2:
         drawn.set_linestyle("")
     axis.add_line(drawn)
     axis.autoscale_view()
     if several:
-        axis.fill_between(line.x, line.low, line.high, color=style.colour, alpha=0.2, linewidth=0)
+        axis.fill_between(line.x, line.low, line.high, color=style.colour, alpha=0.15, linewidth=0)
 
 
 def _octaves(axis: Axes, largest: float) -> None:

@@ -78,7 +78,7 @@ def _phrase(key: str, value: Any) -> str:
 
 def training(values: Mapping[str, Any], keys: Sequence[str]) -> list[str]:
     """What was trained on and scored, for those keys of `TRAINING` that are asked for: '400 k tokens',
-    'rate 0.003', 'validation', 'stride 256'."""
+    'rate 0.003', 'validation', 'stride 256' (where windows of `seq_len` overlap)."""
     words = []
     if "train_budget" in keys or "train_amount" in keys:
         words.append(units.budget(values["train_budget"], values["train_amount"]))
@@ -86,7 +86,12 @@ def training(values: Mapping[str, Any], keys: Sequence[str]) -> list[str]:
         words.append(f"rate {units.learning_rate(values['learning_rate'])}")
     if "eval_split" in keys:
         words.append(str(values["eval_split"]))
-    if "eval_stride" in keys and not units.missing(values["eval_stride"]):
+    side_by_side = values.get("seq_len")
+    if (
+        "eval_stride" in keys
+        and not units.missing(values["eval_stride"])
+        and values["eval_stride"] != side_by_side
+    ):
         words.append(f"stride {units.whole(values['eval_stride'])}")
     return words
 

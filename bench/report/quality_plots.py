@@ -52,7 +52,7 @@ def _rows(cells: pd.DataFrame) -> list[str]:
     names = []
     for _, cell in cells.iterrows():
         words = [f"{cell['label']}{'†' if cell['leaks'] else ''}", units.length(cell["seq_len"])]
-        words += training({key: cell[key] for key in TRAINING}, apart)
+        words += training({str(key): value for key, value in cell.items()}, apart)
         if policies[cell["label"]] > 1:
             words.append(str(cell["state_policy"]))
         names.append(" · ".join(words))

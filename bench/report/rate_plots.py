@@ -12,7 +12,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from bench.report import canvas, units
 from bench.report.cost_plots import GREY, Look, label_handles, line_of, replicates
-from bench.report.curve_plots import COLUMNS, panel_keys, panel_title, ring
+from bench.report.curve_plots import panel_keys, panel_title, ring
 from bench.report.groups import split
 from bench.report.style import Style
 
@@ -30,11 +30,12 @@ def by_rate(cells: pd.DataFrame, look: Look) -> Figure | None:
     name = "perplexity" if cells["perplexity_mean"].notna().any() else "accuracy"
     keys = [key for key in panel_keys(cells) if key != "learning_rate"]
     parts = list(split(cells, keys))
-    figure, axes = canvas.panels(len(parts), width=3.2, height=3.0, columns=COLUMNS)
+    figure, axes = canvas.small_panels(len(parts))
     values = cells[f"{name}_mean"]
     wide = name == "perplexity" and bool(values.max() > WIDE * values.min())
     for number, (axis, (where, part)) in enumerate(zip(axes, parts, strict=True)):
         axis.set_title(panel_title(where), fontsize=8)
+        _diverged(axis, part, look.styles)
         for label, own in part.groupby("label"):
             _rates(axis, own.sort_values("learning_rate"), name, look.styles[str(label)])
         _axes(axis, cells["learning_rate"])
@@ -42,7 +43,7 @@ def by_rate(cells: pd.DataFrame, look: Look) -> Figure | None:
             axis.set_yscale("log", base=10)
             canvas.human_axis(axis.yaxis, *axis.get_ylim(), units.tick, binary=False)
         axis.set_xlabel("learning rate", fontsize=8)
-        if number % COLUMNS == 0:
+        if number % canvas.SMALL_COLUMNS == 0:
             axis.set_ylabel(name, fontsize=8)
     handles: list[Artist] = [*label_handles(cells, look), ring([], [], GREY, label="least loss")]
     if (cells["diverged"] > 0).any():
@@ -53,11 +54,23 @@ def by_rate(cells: pd.DataFrame, look: Look) -> Figure | None:
     return figure
 
 
+def _diverged(axis: Axes, part: pd.DataFrame, styles: dict[str, Style]) -> None:
+    """A × at the upper edge for each rate of a variant, one below the other."""
+    for _, same in part[part["diverged"] > 0].groupby("learning_rate"):
+        for place, label in enumerate(same["label"]):
+            axis.plot(
+                same["learning_rate"].iloc[:1],
+                [1.0 - 0.04 * place],
+                marker="x",
+                markeredgewidth=1.8,
+                linestyle="",
+                color=styles[label].colour,
+                transform=axis.get_xaxis_transform(),
+                clip_on=False,
+            )
+
+
 def _rates(axis: Axes, own: pd.DataFrame, name: str, style: Style) -> None:
-    lost = own[own["diverged"] > 0]
-    for rate in lost["learning_rate"]:
-        edge = axis.get_xaxis_transform()
-        axis.plot([rate], [1.0], marker="x", color=style.colour, transform=edge, clip_on=False, linestyle="")
     own = own[own[f"{name}_mean"].notna()]
     if own.empty:
         return

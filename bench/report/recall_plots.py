@@ -15,7 +15,7 @@ from matplotlib.ticker import PercentFormatter
 
 from bench.report import canvas, units
 from bench.report.cost_plots import GREY, Look, label_handles, line_of, replicates
-from bench.report.curve_plots import COLUMNS, panel_keys, panel_title
+from bench.report.curve_plots import panel_keys, panel_title
 from bench.report.groups import split
 from bench.report.recall import along, evenly_spaced
 from bench.report.style import Style
@@ -102,7 +102,7 @@ def by_distance(cells: pd.DataFrame, look: Look) -> Figure | None:
 
     handles: list[Artist] = []
     if inside.any():
-        handles.append(Line2D([], [], color=GREY, linestyle=":", linewidth=1.4, label="reach of its pattern"))
+        handles.append(Line2D([], [], color=GREY, linestyle=":", linewidth=1.4, label="reach of the pattern"))
     title, x = "Accuracy by distance", "tokens back to what is asked for"
     said = "mean over {}"
     return _figure(cells, look, panel_keys(cells, "knobs"), draw, title, x, said=said, handles=handles)
@@ -124,7 +124,7 @@ def _figure(
     if cells.empty:
         return None
     parts = list(split(cells, keys))
-    figure, axes = canvas.panels(len(parts), width=2.7, height=2.4, columns=COLUMNS)
+    figure, axes = canvas.small_panels(len(parts))
     for number, (axis, (values, part)) in enumerate(zip(axes, parts, strict=True)):
         axis.set_title(panel_title(values), fontsize=8)
         draw(axis, part)
@@ -132,7 +132,7 @@ def _figure(
         axis.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
         axis.tick_params(labelsize=7)
         axis.set_xlabel(x, fontsize=8)
-        if number % COLUMNS == 0:
+        if number % canvas.SMALL_COLUMNS == 0:
             axis.set_ylabel("accuracy", fontsize=8)
     shown: list[Artist] = [*label_handles(cells, look, line="" if not line else "-"), *(handles or [])]
     if cells["guess_accuracy"].notna().any():
