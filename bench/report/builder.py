@@ -59,7 +59,8 @@ def build_report(folder: Path, *, plots: bool = True) -> Path:
 
 
 def _write_if_any(path: Path, table: pd.DataFrame) -> None:
-    """The table as CSV; no file where it has no rows."""
+    """The table as CSV, less what is no single figure; no file where it has no rows."""
+    table = table.drop(columns=["data_params", "distance_edges", "accuracy_by_distance"], errors="ignore")
     if table.empty:
         path.unlink(missing_ok=True)
     else:

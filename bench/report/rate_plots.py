@@ -11,7 +11,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from bench.report import canvas, units
-from bench.report.cost_plots import GREY, Look, label_handles, line_of, replicates
+from bench.report.cost_plots import GREY, MOST_ROWS, ROW, Look, label_handles, line_of, replicates
 from bench.report.curve_plots import panel_keys, panel_title, ring
 from bench.report.groups import split
 from bench.report.style import Style
@@ -33,6 +33,8 @@ def by_rate(cells: pd.DataFrame, look: Look) -> Figure | None:
     figure, axes = canvas.small_panels(len(parts))
     values = cells[f"{name}_mean"]
     wide = name == "perplexity" and bool(values.max() > WIDE * values.min())
+    lost = cells[cells["diverged"] > 0].groupby([*keys, "learning_rate"], dropna=False).size()
+    rows = int(lost.max()) if len(lost) else 0
     for number, (axis, (where, part)) in enumerate(zip(axes, parts, strict=True)):
         axis.set_title(panel_title(where), fontsize=8)
         _diverged(axis, part, look.styles)
@@ -41,10 +43,13 @@ def by_rate(cells: pd.DataFrame, look: Look) -> Figure | None:
         _axes(axis, cells["learning_rate"])
         if wide:
             axis.set_yscale("log", base=10)
-            canvas.human_axis(axis.yaxis, *axis.get_ylim(), units.tick, binary=False)
         axis.set_xlabel("learning rate", fontsize=8)
         if number % canvas.SMALL_COLUMNS == 0:
             axis.set_ylabel(name, fontsize=8)
+    _room_above(axes[0], rows)
+    if wide:
+        for axis in axes:
+            canvas.human_axis(axis.yaxis, *axis.get_ylim(), units.tick, binary=False)
     handles: list[Artist] = [*label_handles(cells, look), ring([], [], GREY, label="least loss")]
     if (cells["diverged"] > 0).any():
         handles.append(Line2D([], [], color=GREY, marker="x", linestyle="", label="a replicate diverged"))
@@ -60,7 +65,7 @@ def _diverged(axis: Axes, part: pd.DataFrame, styles: dict[str, Style]) -> None:
         for place, label in enumerate(same["label"]):
             axis.plot(
                 same["learning_rate"].iloc[:1],
-                [1.0 - 0.04 * place],
+                [0.98 - ROW * (place % MOST_ROWS)],
                 marker="x",
                 markeredgewidth=1.8,
                 linestyle="",
@@ -68,6 +73,15 @@ def _diverged(axis: Axes, part: pd.DataFrame, styles: dict[str, Style]) -> None:
                 transform=axis.get_xaxis_transform(),
                 clip_on=False,
             )
+
+
+def _room_above(axis: Axes, rows: int) -> None:
+    """Leave that many rows of marks free above the data, in all panels, which share the scale."""
+    if rows:
+        scale = axis.yaxis.get_transform()
+        low, high = scale.transform(np.array(axis.get_ylim()))
+        top = low + (high - low) / (1 - ROW * min(rows, MOST_ROWS))
+        axis.set_ylim(top=float(scale.inverted().transform(np.array([top]))[0]))
 
 
 def _rates(axis: Axes, own: pd.DataFrame, name: str, style: Style) -> None:
