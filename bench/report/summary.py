@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import pandas as pd
@@ -274,17 +274,24 @@ def _quality(cells: pd.DataFrame, plots: Sequence[tuple[str, str]]) -> str:
         "occurs: what does not beat it has learnt nothing from context."
     )
     text = cells[cells["accuracy_mean"].isna()]  # answers are a section of their own
-    parts = [
-        f"### {escape(heading)}\n\n{tables.quality(group)}"
-        for _, heading, group in tables.headed(text, ("objective", "corpus"))
-    ]
-    body = "\n".join([*(markdown.image(*plot) for plot in plots), *parts]) if parts else ""
+    body = _by_heading(text, ("objective", "corpus"), tables.quality, plots)
     return _section("Quality", body, [tables.LEAK], lead)
 
 
-def _recall(cells: pd.DataFrame, plots: Sequence[tuple[str, str]]) -> str:
+def _by_heading(
+    cells: pd.DataFrame,
+    keys: Sequence[str],
+    show: Callable[[pd.DataFrame], str],
+    plots: Sequence[tuple[str, str]],
+) -> str:
+    """The plots, then a table for each value of the keys; nothing without cells."""
     if cells.empty:
         return ""
+    parts = [f"### {escape(heading)}\n\n{show(group)}" for _, heading, group in tables.headed(cells, keys)]
+    return "\n".join([*(markdown.image(*plot) for plot in plots), *parts])
+
+
+def _recall(cells: pd.DataFrame, plots: Sequence[tuple[str, str]]) -> str:
     lead = (
         "The share of answers that are right: the mean ± standard deviation over replicates. *guessing* is "
         "what comes of guessing among the values in the context, or of always naming the most frequent "
@@ -292,24 +299,18 @@ def _recall(cells: pd.DataFrame, plots: Sequence[tuple[str, str]]) -> str:
         "carry to the next token. *reaches*: how many tokens before the last the farthest lies that its "
         "output can depend on, by the variant's pattern; a dash where the content decides."
     )
-    parts = [markdown.image(*plot) for plot in plots]
-    for _, heading, group in tables.headed(cells, ("objective", "data", "d_model", "heads")):
-        parts.append(f"### {escape(heading)}\n\n{recall_tables.accuracies(group)}")
-    return _section("Recall", "\n".join(parts), [tables.LEAK], lead)
+    body = _by_heading(cells, ("objective", "data", "d_model", "heads"), recall_tables.accuracies, plots)
+    return _section("Recall", body, [tables.LEAK], lead)
 
 
 def _rates(cells: pd.DataFrame, plots: Sequence[tuple[str, str]]) -> str:
-    if cells.empty:
-        return ""
     lead = (
         "Each variant's best learning rate of those tried: that of the least mean loss over replicates, none "
         "of which diverged. Where it is the lowest or the highest tried, a better one may lie beyond. On the "
         "split *validation* it is chosen on text that a comparison does not score."
     )
-    parts = [markdown.image(*plot) for plot in plots]
-    for _, heading, group in tables.headed(cells, ("objective", "corpus", "d_model", "heads")):
-        parts.append(f"### {escape(heading)}\n\n{rate_tables.rates(group)}")
-    return _section("Learning rates", "\n".join(parts), [tables.LEAK], lead)
+    body = _by_heading(cells, ("objective", "corpus", "d_model", "heads"), rate_tables.rates, plots)
+    return _section("Learning rates", body, [tables.LEAK], lead)
 
 
 def _training(plots: Sequence[tuple[str, str]]) -> str:
