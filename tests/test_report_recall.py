@@ -19,8 +19,11 @@ from test_report_memory import frame_of, look, text_of
 
 from bench.records import Record
 from bench.report import build, recall_plots
+from bench.report.collect import collect
 from bench.report.groups import natural
-from bench.report.recall import recall_cells
+from bench.report.rates import rate_cells
+from bench.report.recall import axes_of, recall_cells
+from bench.report.statistics import quality_cells
 
 STATE = {"dense": 65_536, "longformer": 15_000, "performer": 131_072}
 REACH = {"dense": 63, "longformer": 30, "performer": None}
@@ -132,7 +135,7 @@ def lines(axis: Axes, style: str = "-") -> dict[str, list[tuple[float, float]]]:
 def test_lines_over_the_number_of_pairs(tmp_path: Path) -> None:
     found = recalled()
     frame = frame_of(tmp_path / "e", found)
-    figure = recall_plots.against("n_pairs")(recall_cells(frame), look(frame))
+    figure = recall_plots.against("n_pairs")(recall_cells(frame, pd.DataFrame()), look(frame))
     assert figure is not None
     (axis,) = figure.axes
     assert axis.get_xscale() == "log"
@@ -162,7 +165,7 @@ def test_lines_over_the_number_of_pairs(tmp_path: Path) -> None:
 
 def test_accuracy_against_state_has_a_panel_a_number_of_pairs(tmp_path: Path) -> None:
     frame = frame_of(tmp_path / "e", recalled())
-    figure = recall_plots.by_state(recall_cells(frame), look(frame))
+    figure = recall_plots.by_state(recall_cells(frame, pd.DataFrame()), look(frame))
     assert figure is not None
     assert [axis.get_title().split(",")[0] for axis in figure.axes] == [
         "n_pairs=4",
@@ -175,7 +178,7 @@ def test_accuracy_against_state_has_a_panel_a_number_of_pairs(tmp_path: Path) ->
         assert {float(np.asarray(p.get_xdata())[0]) for p in points} == set(STATE.values())
         (guess,) = lines(axis, "--").values()
         assert {y for _, y in guess} == {1 / n}
-    same = recall_cells(frame).assign(state_bytes=1.0)
+    same = recall_cells(frame, pd.DataFrame()).assign(state_bytes=1.0)
     assert recall_plots.by_state(same, look(frame)) is None
 
 
@@ -185,7 +188,7 @@ def test_accuracy_against_state_has_a_panel_a_number_of_pairs(tmp_path: Path) ->
 def test_accuracy_by_distance_marks_the_reach(tmp_path: Path, edges: list[int], scale: str) -> None:
     found = [answers(v, 4, r, distance_edges=edges) for v in STATE for r in (0, 1)]
     frame = frame_of(tmp_path / "e", found)
-    figure = recall_plots.by_distance(recall_cells(frame), look(frame))
+    figure = recall_plots.by_distance(recall_cells(frame, pd.DataFrame()), look(frame))
     assert figure is not None
     (axis,) = figure.axes
     assert axis.get_xscale() == scale
@@ -203,7 +206,7 @@ def test_accuracy_by_distance_marks_the_reach(tmp_path: Path, edges: list[int], 
 
 def test_no_distances_no_picture(tmp_path: Path) -> None:
     frame = frame_of(tmp_path / "e", [answers("dense", 4, distance_edges=None, accuracy_by_distance=None)])
-    assert recall_plots.by_distance(recall_cells(frame), look(frame)) is None
+    assert recall_plots.by_distance(recall_cells(frame, pd.DataFrame()), look(frame)) is None
 
 
 def test_the_pictures_of_recall_are_linked_and_cost_is_no_flood(tmp_path: Path) -> None:
@@ -239,3 +242,31 @@ def test_numbers_within_words_sort_as_numbers() -> None:
         "mqar (n_pairs=16)",
     ]
     assert sorted([None, 4.0, math.nan, 2], key=natural)[:2] == [2, 4.0]
+
+
+def test_lengths_and_budgets_that_follow_the_pairs_and_a_search_over_rates(tmp_path: Path) -> None:
+    """As at the paper's sizes: longer sequences and more training for more pairs, each at its best rate."""
+    found = []
+    for n, rate, variant in itertools.product((4, 16), (0.001, 0.002), ("dense", "longformer")):
+        best = rate == (0.002 if n == 4 else 0.001)
+        of: dict[str, Any] = {"seq_len": 16 * n, "train_budget": "tokens", "train_amount": 1000.0 * n}
+        of |= {"learning_rate": rate, "nll": 0.1 if best else 0.9, "accuracy": 0.9 if best else 0.2}
+        of |= {"state_bytes": 1024 * n, "reach": 16 * n - 1, "cell_id": f"{variant}{n}{rate}"}
+        found.append(answers(variant, n, **of))
+    folder = tmp_path / "e"
+    text = text_of(folder, found)
+    rows = table(text.split("## Recall", 1)[1], "### recall, data mqar, width 64, 4 heads")
+    assert [row["variant"] for row in rows] == ["*guessing*", "dense", "longformer"]
+    assert rows[0]["n_pairs=16, length 256"] == "6.2 %"
+    for row in rows[1:]:
+        assert (row["n_pairs=4, length 64"], row["n_pairs=16, length 256"]) == ("90.0 %", "90.0 %")
+        assert (row["learning rate"], row["state"], row["reaches"]) == ("0.001–0.002", "4.00–16.0 KiB", "all")
+    assert len(pd.read_csv(folder / "report" / "recall.csv")) == len(found)
+    frame = collect(folder).frame
+    cells = recall_cells(frame, rate_cells(frame, quality_cells(frame)))
+    cells = cells[cells["best"]]
+    assert axes_of(cells) == ["n_pairs"]
+    figure = recall_plots.against("n_pairs")(cells, look(frame))
+    assert figure is not None
+    (axis,) = figure.axes
+    assert lines(axis)[look(frame).styles["dense"].colour] == [(4, 0.9), (16, 0.9)]

@@ -26,6 +26,7 @@ def build_report(folder: Path, *, plots: bool = True) -> Path:
         log.warning("left out: %s", problem)
     kinds = budgets.kinds(collected.frame)
     quality = statistics.quality_cells(kinds.plain)
+    rate = rates.rate_cells(kinds.plain, quality)
     training, unread_curves = curves.training_curves(kinds.plain, folder)
     for problem in unread_curves:
         log.warning("left out: %s", problem)
@@ -38,8 +39,8 @@ def build_report(folder: Path, *, plots: bool = True) -> Path:
         predictions=memory.prediction_errors(collected.frame),
         fits=budgets.fits_cells(kinds.fits),
         payoff=budgets.payoff_cells(kinds.payoff),
-        rates=rates.rate_cells(kinds.plain, quality),
-        recall=recall.recall_cells(kinds.plain),
+        rates=rate,
+        recall=recall.recall_cells(kinds.plain, rate),
         curves=training,
     )
     report = folder / "report"

@@ -88,12 +88,12 @@ def _draw(frame: pd.DataFrame, look: Look, family: Family) -> Figure | None:
     return figure
 
 
-def panel_keys(frame: pd.DataFrame, *more: str) -> list[str]:
-    """What tells panels apart: depth, length, and `more` and what of the training was varied.
+def panel_keys(frame: pd.DataFrame, *more: str, trained: Sequence[str] = TRAINING) -> list[str]:
+    """What tells panels apart: depth, length, and `more` and what of the training (`trained`) was varied.
 
     How state is treated is among them only where one variant does it in several ways.
     """
-    keys = [*varying(frame, more), "depth", "seq_len", *varying(frame, TRAINING)]
+    keys = [*varying(frame, more), "depth", "seq_len", *varying(frame, trained)]
     if "train_amount" in keys and "train_budget" not in keys:
         keys.append("train_budget")  # says the amount's unit
     if "state_policy" in frame and (frame.groupby("label")["state_policy"].nunique() > 1).any():

@@ -77,16 +77,17 @@ def _plots(kinds: Kinds, found: Found) -> Iterator[Plot]:
         yield plain("quality", stem, title, kinds.plain, draw, SETTING)
     title = "Quality by learning rate"
     yield plain("rates", "learning_rates", title, found.rates, rate_plots.by_rate, SETTING)
-    tasks = {} if found.recall.empty else {data: axes_of(own) for data, own in found.recall.groupby("data")}
+    recall = found.answers
+    tasks = {} if recall.empty else {data: axes_of(own) for data, own in recall.groupby("data")}
     for name in sorted({name for axes in tasks.values() for name in axes}):
-        of = found.recall[[name in tasks[data] for data in found.recall["data"]]]
+        of = recall[[name in tasks[data] for data in recall["data"]]]
         title, draw = f"Accuracy against {name}", recall_plots.against(name)
         yield plain("recall", f"accuracy_by_{name}", title, of, draw, TASK)
     for stem, title, draw in (
         ("accuracy_by_state", "Accuracy against the state that is carried", recall_plots.by_state),
         ("accuracy_by_distance", "Accuracy by distance", recall_plots.by_distance),
     ):
-        yield plain("recall", stem, title, found.recall, draw, TASK)
+        yield plain("recall", stem, title, recall, draw, TASK)
     title = "Training loss"
     yield plain("training", "training_loss", title, found.curves, curve_plots.training_loss, TASK)
 

@@ -3,35 +3,28 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from bench.report.collect import spoken
-from bench.report.groups import CELL, TASK, TRAINING, natural
+from bench.report.groups import CELL, TRAINING, natural
+from bench.report.rates import SEARCH
 from bench.report.statistics import BASELINE, LEAK_LIMIT
 
 _KEYS = [*CELL, "data", "knobs", *TRAINING, "state_policy"]
-ROW = [
-    *(key for key in TASK if key != "data"),
-    "depth",
-    "variant",
-    "label",
-    "seq_len",
-    *TRAINING,
-    "state_policy",
-]
-"""What the accuracies of one row of a table share: all but the task's knobs."""
 
 
-def recall_cells(frame: pd.DataFrame) -> pd.DataFrame:
+def recall_cells(frame: pd.DataFrame, rates: pd.DataFrame) -> pd.DataFrame:
     """One row a cell, training and state policy with an accuracy; dense first, then by name and length.
 
     Columns: the keys, `replicates`, `accuracy_mean` and `accuracy_std` (n − 1; NaN for one replicate),
     `accuracy_min`, `accuracy_max`, medians of `guess_accuracy`, `state_bytes`, `reach` and
-    `tokens_trained`, `nll_mean`, `leaks`, `data_params`, `distance_edges` and `accuracy_by_distance` (a
-    mean over replicates a bucket, a list; None where the task has no distances).
+    `tokens_trained`, `nll_mean`, `leaks`, `data_params`, `distance_edges`, `accuracy_by_distance` (a
+    mean over replicates a bucket, a list; None where the task has no distances) and `best`: whether its
+    learning rate is the best by `rates.rate_cells`, or the only one.
     """
     ok = frame[(frame["status"] == "ok") & frame["accuracy"].notna()]
     if ok.empty:
@@ -51,6 +44,12 @@ def recall_cells(frame: pd.DataFrame) -> pd.DataFrame:
     ):
         columns[name] = found[name].agg(pick)
     cells = pd.DataFrame(columns).reset_index()
+    cells["best"] = True
+    if not rates.empty:
+        keys = [*SEARCH, "learning_rate"]
+        cells["best"] = (
+            cells.drop(columns="best").merge(rates[[*keys, "best"]], "left", keys)["best"].ne(False)
+        )
     order = [
         (
             natural(cell["data"]),
@@ -76,8 +75,19 @@ def _mean_by_bucket(values: pd.Series[Any]) -> list[float] | None:
     return [float(mean) for mean in pd.DataFrame(taken).astype(float).mean()]
 
 
+def beyond(cells: pd.DataFrame, keys: Sequence[str], by: Sequence[str]) -> list[str]:
+    """Those of the keys that differ among cells which agree in `by`: that do not just follow from it."""
+    found = cells.groupby(list(by), dropna=False)
+    return [key for key in keys if (found[key].nunique(dropna=False) > 1).any()]
+
+
+def trained_apart(cells: pd.DataFrame) -> list[str]:
+    """What of the training was varied, beside what follows from the task and the search over rates."""
+    return beyond(cells, [key for key in TRAINING if key != "learning_rate"], ["knobs", "seq_len"])
+
+
 def axes_of(cells: pd.DataFrame) -> list[str]:
-    """The numeric knobs that differ among the cells of one task, and `seq_len` if it does.
+    """The numeric knobs that differ among the cells of one task, and `seq_len` unless it follows from them.
 
     They are what accuracy is drawn against.
     """
@@ -88,7 +98,7 @@ def axes_of(cells: pd.DataFrame) -> list[str]:
         values = {values[name] for values in params if name in values}
         if len(values) > 1 and all(isinstance(v, int | float) and not isinstance(v, bool) for v in values):
             found.append(name)
-    return [*found, *(["seq_len"] if cells["seq_len"].nunique() > 1 else [])]
+    return [*found, *beyond(cells, ["seq_len"], ["knobs"])]
 
 
 def along(cells: pd.DataFrame, axis: str) -> pd.DataFrame:

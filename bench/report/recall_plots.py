@@ -17,7 +17,7 @@ from bench.report import canvas, units
 from bench.report.cost_plots import GREY, Look, label_handles, line_of, replicates
 from bench.report.curve_plots import panel_keys, panel_title
 from bench.report.groups import split
-from bench.report.recall import along, evenly_spaced
+from bench.report.recall import along, beyond, evenly_spaced, trained_apart
 from bench.report.style import Style
 
 ROOM = 0.04
@@ -32,7 +32,10 @@ def against(axis_name: str) -> Callable[[pd.DataFrame, Look], Figure | None]:
 def _against(cells: pd.DataFrame, look: Look, *, axis_name: str) -> Figure | None:
     cells = along(cells, axis_name)
     cells = cells[cells["x"].notna()]
-    keys = [key for key in panel_keys(cells, "rest") if key != axis_name]
+    # A length that grows with the knob is no panel of its own.
+    follows = cells["seq_len"].nunique() > 1 and not beyond(cells, ["seq_len"], ["x"])
+    keys = panel_keys(cells, "rest", trained=trained_apart(cells))
+    keys = [key for key in keys if not (key == "seq_len" and follows)]
 
     def draw(axis: Axes, part: pd.DataFrame) -> None:
         for label, own in part.groupby("label"):
@@ -67,7 +70,15 @@ def by_state(cells: pd.DataFrame, look: Look) -> Figure | None:
         canvas.human_axis(axis.xaxis, low, high, lambda v: units.size(v, short=True), binary=True)
 
     title = "Accuracy against the state that is carried"
-    return _figure(cells, look, panel_keys(cells, "knobs"), draw, title, "state of all layers", line="")
+    return _figure(
+        cells,
+        look,
+        panel_keys(cells, "knobs", trained=trained_apart(cells)),
+        draw,
+        title,
+        "state of all layers",
+        line="",
+    )
 
 
 def by_distance(cells: pd.DataFrame, look: Look) -> Figure | None:
@@ -105,7 +116,16 @@ def by_distance(cells: pd.DataFrame, look: Look) -> Figure | None:
         handles.append(Line2D([], [], color=GREY, linestyle=":", linewidth=1.4, label="reach of the pattern"))
     title, x = "Accuracy by distance", "tokens back to what is asked for"
     said = "mean over {}"
-    return _figure(cells, look, panel_keys(cells, "knobs"), draw, title, x, said=said, handles=handles)
+    return _figure(
+        cells,
+        look,
+        panel_keys(cells, "knobs", trained=trained_apart(cells)),
+        draw,
+        title,
+        x,
+        said=said,
+        handles=handles,
+    )
 
 
 def _figure(

@@ -41,6 +41,11 @@ class Found:
     recall: pd.DataFrame
     curves: pd.DataFrame
 
+    @property
+    def answers(self) -> pd.DataFrame:
+        """Of `recall`, what each variant comes to at its best learning rate."""
+        return self.recall if self.recall.empty else self.recall[self.recall["best"]]
+
 
 def dates(frame: pd.DataFrame) -> str:
     """The day or days on which the cells started, from the first to the last."""
@@ -74,7 +79,7 @@ def text(collected: Collected, found: Found, plots: Plots) -> str:
         _fits(found.fits, plots.get("fits", ())),
         _payoff(found.payoff, plots.get("payoff", ())),
         _quality(found.quality, plots.get("quality", ())),
-        _recall(found.recall, plots.get("recall", ())),
+        _recall(found.answers, plots.get("recall", ())),
         _rates(found.rates, plots.get("rates", ())),
         _training(plots.get("training", ())),
         _section("Parameters", tables.parameters(found.cost), [tables.DRIFT]),
@@ -297,7 +302,8 @@ def _recall(cells: pd.DataFrame, plots: Sequence[tuple[str, str]]) -> str:
         "what comes of guessing among the values in the context, or of always naming the most frequent "
         "class: what does not beat it has learnt nothing of the task. *state*: the bytes that all layers "
         "carry to the next token. *reaches*: how many tokens before the last the farthest lies that its "
-        "output can depend on, by the variant's pattern; a dash where the content decides."
+        "output can depend on, by the variant's pattern; a dash where the content decides. Where several "
+        "learning rates were tried, all figures are at a variant's best, by the least mean loss."
     )
     body = _by_heading(cells, ("objective", "data", "d_model", "heads"), recall_tables.accuracies, plots)
     return _section("Recall", body, [tables.LEAK], lead)
