@@ -17,6 +17,7 @@ from test_report import failed, record, table, write
 from test_report_memory import frame_of, look, text_of
 
 from bench import curves as kept
+from bench import records
 from bench.records import Record
 from bench.report import build, curve_plots, rate_plots
 from bench.report.collect import collect
@@ -173,7 +174,7 @@ def test_records_without_histories_have_no_picture(tmp_path: Path) -> None:
 
 
 def write_curve(folder: Path, one: Record, losses: list[float], step_tokens: int = 100) -> None:
-    path = kept.path_of(folder, one.cell_id)
+    path = records.curve_path_of(folder, one.cell_id)
     path.parent.mkdir(exist_ok=True)
     curve = kept.Curve()
     for step, nll in enumerate(losses, start=1):
@@ -214,7 +215,7 @@ def test_a_file_that_is_no_curve_is_named_and_left_out(tmp_path: Path) -> None:
     found = [record(replicate=r, cell_id=f"c{r}") for r in range(2)]
     write(folder, found)
     write_curve(folder, found[0], [3.0, 2.0])
-    kept.path_of(folder, "c1").write_text("neither\nnor\n")
+    records.curve_path_of(folder, "c1").write_text("neither\nnor\n")
     text = (build(folder) / "summary.md").read_text()
     assert "c1.csv: not a training curve" in text
     assert "](plots/training_loss.png)](plots/training_loss.svg)" in text

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from bench import curves
+from bench import records
 
 NEEDED = ("tokens", "nll")
 
@@ -18,7 +18,7 @@ def training_curves(frame: pd.DataFrame, folder: Path) -> tuple[pd.DataFrame, li
     """
     kept, found, problems = [], [], []
     for row, cell_id in frame.loc[frame["status"] == "ok", "cell_id"].items():
-        path = curves.path_of(folder, str(cell_id))
+        path = records.curve_path_of(folder, str(cell_id))
         if not path.exists():
             continue
         try:

@@ -63,8 +63,7 @@ def by_state(cells: pd.DataFrame, look: Look) -> Figure | None:
     def draw(axis: Axes, part: pd.DataFrame) -> None:
         for _, cell in part.iterrows():
             _point(axis, cell, look.styles[str(cell["label"])])
-        for guess in part["guess_accuracy"].dropna().unique():
-            axis.axhline(guess, color=GREY, linestyle="--", linewidth=1)
+        _guessing(axis, part)
         axis.set_xscale("log", base=2)
         axis.set_xlim(low, high)
         canvas.human_axis(axis.xaxis, low, high, lambda v: units.size(v, short=True), binary=True)
@@ -104,8 +103,7 @@ def by_distance(cells: pd.DataFrame, look: Look) -> Figure | None:
                 axis.add_line(line)
                 if cell["reach"] < cell["seq_len"] - 1:
                     axis.axvline(cell["reach"], color=style.colour, linestyle=":", linewidth=1.4)
-        for guess in part["guess_accuracy"].dropna().unique():
-            axis.axhline(guess, color=GREY, linestyle="--", linewidth=1)
+        _guessing(axis, part)
         axis.autoscale_view()
         if not evenly_spaced(edges):
             axis.set_xscale("log", base=2)
@@ -126,6 +124,11 @@ def by_distance(cells: pd.DataFrame, look: Look) -> Figure | None:
         said=said,
         handles=handles,
     )
+
+
+def _guessing(axis: Axes, part: pd.DataFrame) -> None:
+    for guess in part["guess_accuracy"].dropna().unique():
+        axis.axhline(guess, color=GREY, linestyle="--", linewidth=1)
 
 
 def _figure(
