@@ -21,6 +21,7 @@ from bench.measure import step as step_measure
 from bench.measure import timing
 from bench.model import LanguageModel
 from bench.planning import CPU
+from bench.reach import reach
 from bench.residual import STRATEGIES, reversible
 from bench.tasks.base import Batch, Task
 from bench.tasks.text import Text
@@ -29,6 +30,9 @@ from bench.windows import least_context
 
 Tell = Callable[[dict[str, Any]], None]
 """Takes figures by the record's key; what has been told survives the process."""
+
+LONGEST_REACH = 4096
+"""Tokens up to which it is worked out how far a model can look back: it takes T² floats, several times."""
 
 
 class Unsupported(Exception):
@@ -331,6 +335,11 @@ class CellRun:
                 "guess_accuracy": task.guess_accuracy,
                 "accuracy_by_distance": found.by_distance,
                 "distance_edges": list(task.distance_edges) or None,
+                "reach": self._reach(model),
                 "tokens_evaluated": found.tokens,
             }
         )
+
+    def _reach(self, model: LanguageModel) -> int | None:
+        seq_len = self.spec.seq_len
+        return reach(model, seq_len, causal=self.spec.causal) if seq_len <= LONGEST_REACH else None

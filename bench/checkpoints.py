@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bench import curves, records
+from bench import records
 
 if TYPE_CHECKING:
     import torch
@@ -115,7 +115,7 @@ class Kept:
 
     def write_curve(self, curve: Curve, step_tokens: int) -> None:
         """Keep the curve alone."""
-        path = curves.path_of(self.folder, self.cell_id)
+        path = records.curve_path_of(self.folder, self.cell_id)
         records.write_atomically(path, curve.csv(step_tokens))
 
     def read(self) -> dict[str, Any] | None:

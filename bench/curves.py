@@ -8,11 +8,9 @@ from __future__ import annotations
 
 import csv
 import io
-from pathlib import Path
 from typing import Any, NamedTuple
 
 MOST_ROWS = 1000
-CURVES_DIR = "curves"
 COLUMNS = ("step", "tokens", "seconds", "learning_rate", "nll")
 
 
@@ -70,8 +68,3 @@ class Curve:
         self.rows = [Row(*row) for row in state["rows"]]
         self.last = None if state["last"] is None else Row(*state["last"])
         self.stride, self.pending = state["stride"], state["pending"]
-
-
-def path_of(folder: Path, cell_id: str) -> Path:
-    """Where a cell's curve lies in the experiment's folder."""
-    return folder / CURVES_DIR / f"{cell_id}.csv"

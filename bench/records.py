@@ -30,6 +30,7 @@ FINAL: frozenset[str] = frozenset({"ok", "unsupported", "oom", "predicted_oom"})
 """Statuses that a second run of the same sweep does not measure again."""
 
 RECORDS_DIR = "records"
+CURVES_DIR = "curves"
 
 
 @dataclass(kw_only=True)
@@ -131,6 +132,7 @@ class Record:
     guess_accuracy: float | None = None
     accuracy_by_distance: list[float] | None = None
     distance_edges: list[int] | None = None
+    reach: int | None = None
     tokens_trained: int | None = None
     tokens_evaluated: int | None = None
     eval_stride: int | None = None
@@ -211,6 +213,11 @@ def parse(text: str, source: str = "record") -> Record:
 def path_of(folder: Path, cell_id: str) -> Path:
     """Where a cell's record lives in the experiment's folder."""
     return folder / RECORDS_DIR / f"{cell_id}.json"
+
+
+def curve_path_of(folder: Path, cell_id: str) -> Path:
+    """Where a cell's training curve lies in the experiment's folder."""
+    return folder / CURVES_DIR / f"{cell_id}.csv"
 
 
 @contextmanager

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 import variants
-from bench import checkpoints, curves
+from bench import checkpoints, curves, records
 from bench.checkpoints import Kept
 from bench.model import LanguageModel
 from bench.records import Record, read_all
@@ -154,7 +154,7 @@ def test_a_checkpoint_holds_what_a_clock_has_counted(tmp_path: Path) -> None:
 def test_checkpoints_are_as_rare_as_is_asked(tmp_path: Path) -> None:
     run(model_of("dense", 0), kept_in(tmp_path, every_seconds=60.0))
     assert not checkpoints.path_of(tmp_path, "c0").exists()
-    assert curves.path_of(tmp_path, "c0").exists(), "the curve is kept at the end"
+    assert records.curve_path_of(tmp_path, "c0").exists(), "the curve is kept at the end"
 
 
 def truncated(content: bytes) -> bytes:
@@ -337,7 +337,7 @@ class Sweep:
 
     def curve(self, name: str, record: Record) -> list[dict[str, str]]:
         """Without times."""
-        text = curves.path_of(self.folder / name, record.cell_id).read_text()
+        text = records.curve_path_of(self.folder / name, record.cell_id).read_text()
         return [{k: v for k, v in row.items() if k != "seconds"} for row in csv.DictReader(text.splitlines())]
 
 

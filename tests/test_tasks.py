@@ -196,6 +196,7 @@ def test_a_cell_records_how_much_it_recalls(tmp_path: Path) -> None:
     assert record.distance_edges == [1, 2, 4, 8, 16]
     assert record.accuracy_by_distance is not None
     assert len(record.accuracy_by_distance) == 5
+    assert record.reach == 19, "dense attention reads all that lies before the last token"
     assert record.tokens_evaluated == 4 * 100  # four queries in each of 100 sequences
     assert record.nll == pytest.approx(math.log(65), rel=0.2)
     assert (record.perplexity, record.bits_per_byte) == (None, None), "there is no text"

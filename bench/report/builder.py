@@ -8,7 +8,7 @@ from pathlib import Path
 import pandas as pd
 
 from bench.records import RECORDS_DIR, replacing, write_atomically
-from bench.report import ReportError, budgets, memory, statistics, summary, tables
+from bench.report import ReportError, budgets, curves, memory, rates, recall, statistics, summary, tables
 from bench.report.collect import collect
 
 log = logging.getLogger("bench.report")
@@ -25,14 +25,23 @@ def build_report(folder: Path, *, plots: bool = True) -> Path:
     for problem in collected.problems:
         log.warning("left out: %s", problem)
     kinds = budgets.kinds(collected.frame)
+    quality = statistics.quality_cells(kinds.plain)
+    rate = rates.rate_cells(kinds.plain, quality)
+    training, unread_curves = curves.training_curves(kinds.plain, folder)
+    for problem in unread_curves:
+        log.warning("left out: %s", problem)
+    collected.problems.extend(unread_curves)
     found = summary.Found(
         cost=statistics.cost_cells(kinds.plain),
-        quality=statistics.quality_cells(kinds.plain),
+        quality=quality,
         parts=memory.peak_parts(kinds.plain),
         recomputation=memory.recomputation(kinds.plain),
         predictions=memory.prediction_errors(collected.frame),
         fits=budgets.fits_cells(kinds.fits),
         payoff=budgets.payoff_cells(kinds.payoff),
+        rates=rate,
+        recall=recall.recall_cells(kinds.plain, rate),
+        curves=training,
     )
     report = folder / "report"
     pictures: summary.Plots = {}
@@ -42,7 +51,7 @@ def build_report(folder: Path, *, plots: bool = True) -> Path:
 
         pictures = draw_all(collected.frame, kinds, found, report)
     write_atomically(report / "summary.csv", tables.csv(statistics.summary(found.cost, found.quality)))
-    for name in ("recomputation", "fits", "payoff"):
+    for name in ("recomputation", "fits", "payoff", "rates", "recall"):
         _write_if_any(report / f"{name}.csv", getattr(found, name))
     write_atomically(report / "summary.md", summary.text(collected, found, pictures))
     with replacing(report / "cells.parquet") as file:
@@ -51,7 +60,8 @@ def build_report(folder: Path, *, plots: bool = True) -> Path:
 
 
 def _write_if_any(path: Path, table: pd.DataFrame) -> None:
-    """The table as CSV; no file where it has no rows."""
+    """The table as CSV, less what is no single figure; no file where it has no rows."""
+    table = table.drop(columns=["data_params", "distance_edges", "accuracy_by_distance"], errors="ignore")
     if table.empty:
         path.unlink(missing_ok=True)
     else:

@@ -19,6 +19,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocat
 from bench.report import units
 
 COLUMNS = 3
+SMALL_COLUMNS = 4
 MOST_TICKS = 9
 LEGEND = 2.3
 """Room that a figure keeps beside its panels, in inches."""
@@ -58,6 +59,12 @@ def panels(
     for axis in axes[count:]:
         axis.set_visible(False)
     return figure, axes[:count]
+
+
+def small_panels(count: int) -> tuple[Figure, list[Axes]]:
+    """As `panels`, for figures of which there may be many panels: the fewer, the larger."""
+    width, height = (4.4, 3.2) if count == 1 else (3.3, 2.8) if count <= COLUMNS else (2.7, 2.4)
+    return panels(count, width=width, height=height, columns=SMALL_COLUMNS)
 
 
 def lengths_axis(axis: Axis, values: Iterable[float]) -> None:

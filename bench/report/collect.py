@@ -7,7 +7,7 @@ import json
 import math
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,10 +40,11 @@ _IDENTITY += [*TRAINING, "replicate"]
 class Collected:
     """An experiment's records, ready to be aggregated.
 
-    `frame` has one row a current record: the record's keys and `params_json`, `label`,
-    `corpus` and `machine`. `records` are all that could be read. `superseded` counts records
-    that a newer version of the code measured again, `twins` those that share every key of a
-    cell and its replicate with another one.
+    `frame` has one row a current record: the record's keys and `params_json`, `label`, `machine`, `knobs`
+    (those of `data_params` that differ among the rows of its data, in words) and `corpus` (the data with
+    them; where only its hash differs, with that). `records` are all that could be read. `superseded`
+    counts records that a newer version of the code measured again, `twins` those that share every key of
+    a cell and its replicate with another one.
     """
 
     frame: pd.DataFrame
@@ -93,6 +94,10 @@ def _table(found: Sequence[Record]) -> pd.DataFrame:
     frame = pd.DataFrame([dataclasses.asdict(r) for r in found], columns=list(records.KEYS))
     frame[_FIGURES] = frame[_FIGURES].astype(float).replace([math.inf, -math.inf], math.nan)
     frame["params_json"] = [json.dumps(r.variant_params, sort_keys=True, default=str) for r in found]
+    frame["data_json"] = [
+        None if r.data_params is None else json.dumps(r.data_params, sort_keys=True, default=str)
+        for r in found
+    ]
     return frame
 
 
@@ -111,8 +116,12 @@ def _labelled(frame: pd.DataFrame) -> pd.DataFrame:
     frame["eval_stride"] = _only(frame["eval_stride"], read_alike)
     frame["train_amount"] = frame["train_amount"].fillna(frame["tokens_trained"])
     frame["impl"] = _filled(frame, "impl", ["variant", "params_json"])
-    hashes = frame.groupby("data")["data_sha256"].transform("nunique")
-    frame["corpus"] = frame["data"].where(hashes <= 1, frame["data"] + "@" + frame["data_sha256"].str[:8])
+    texts = _only(frame["data_json"], [frame["data"], frame["data_sha256"]]).fillna("{}")
+    frame["data_params"] = [json.loads(text) for text in texts]
+    frame["knobs"] = _differing(frame["data"], frame["data_params"])
+    frame["corpus"] = frame["data"].where(frame["knobs"] == "", frame["data"] + " (" + frame["knobs"] + ")")
+    hashes = frame.groupby("corpus")["data_sha256"].transform("nunique")
+    frame["corpus"] = frame["corpus"].where(hashes <= 1, frame["corpus"] + "@" + frame["data_sha256"].str[:8])
     frame["label"] = labels(frame)
     return frame
 
@@ -144,18 +153,27 @@ def labels(frame: pd.DataFrame) -> list[str]:
         {**json.loads(params), **({} if impl == UNKNOWN else {"impl": impl})}
         for params, impl in zip(frame["params_json"], frame["impl"], strict=True)
     ]
+    shown = _differing(frame["variant"], knobs)
+    return [
+        f"{variant} ({words})" if words else str(variant)
+        for variant, words in zip(frame["variant"], shown, strict=True)
+    ]
+
+
+def _differing(names: Iterable[str], knobs: Iterable[dict[str, Any]]) -> list[str]:
+    """For each row, those of its knobs in words that differ among the rows of its name: 'n_pairs=4'."""
+    rows = list(zip(names, knobs, strict=True))
     absent = "\0"
     differing: dict[str, list[str]] = {}
-    for variant in frame["variant"].unique():
-        own = [k for k, v in zip(knobs, frame["variant"], strict=True) if v == variant]
-        names = sorted({name for k in own for name in k})
-        values = {name: {json.dumps(k[name]) if name in k else absent for k in own} for name in names}
-        differing[variant] = [name for name in names if len(values[name]) > 1]
-    result = []
-    for variant, knob in zip(frame["variant"], knobs, strict=True):
-        shown = ", ".join(f"{n}={spoken(knob[n])}" for n in differing[variant] if n in knob)
-        result.append(f"{variant} ({shown})" if shown else str(variant))
-    return result
+    for name in {name for name, _ in rows}:
+        own = [knob for other, knob in rows if other == name]
+        keys = sorted({key for knob in own for key in knob})
+        values = {key: {json.dumps(k[key]) if key in k else absent for k in own} for key in keys}
+        differing[name] = [key for key in keys if len(values[key]) > 1]
+    return [
+        ", ".join(f"{key}={spoken(knob[key])}" for key in differing[name] if key in knob)
+        for name, knob in rows
+    ]
 
 
 def spoken(value: object) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import pandas as pd
@@ -155,6 +156,15 @@ def line_of(style: Style, *, label: str = "", dashed: bool = False, hollow: bool
         markerfacecoloralt="white",
         label=label,
     )
+
+
+def label_handles(cells: pd.DataFrame, look: Look, line: Literal["-", ""] = "-") -> list[Artist]:
+    """A handle for each label, dense first."""
+    handles = []
+    for _, label in sorted(set(zip(cells["variant"] != "dense", cells["label"], strict=True))):
+        handles.append(line_of(look.styles[label], label=label))
+        handles[-1].set_linestyle(line)
+    return [*handles]
 
 
 def draw_curve(axis: Axes, own: pd.DataFrame, curve: Curve, style: Style, *, x: str = "seq_len") -> None:

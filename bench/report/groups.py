@@ -38,9 +38,12 @@ FIT = (*COMMON, "budget_bytes", "seq_len")
 """What answers to what fits must share to stand in one table or figure."""
 PAYOFF = tuple(key for key in FIT if key != "batch_size")
 """The same where the batch is itself the answer."""
+TASK = tuple("data" if key == "corpus" else key for key in SETTING)
+"""What must agree where a task's knobs are an axis and not a setting."""
 
 _PHRASES = {
     "corpus": "data {}",
+    "data": "data {}",
     "d_model": "width {}",
     "heads": "{} heads",
     "ff_chunks": "feed-forward in {} pieces",
@@ -75,7 +78,7 @@ def _phrase(key: str, value: Any) -> str:
 
 def training(values: Mapping[str, Any], keys: Sequence[str]) -> list[str]:
     """What was trained on and scored, for those keys of `TRAINING` that are asked for: '400 k tokens',
-    'rate 0.003', 'validation'."""
+    'rate 0.003', 'validation', 'stride 256' (where windows of `seq_len` overlap)."""
     words = []
     if "train_budget" in keys or "train_amount" in keys:
         words.append(units.budget(values["train_budget"], values["train_amount"]))
@@ -83,13 +86,31 @@ def training(values: Mapping[str, Any], keys: Sequence[str]) -> list[str]:
         words.append(f"rate {units.learning_rate(values['learning_rate'])}")
     if "eval_split" in keys:
         words.append(str(values["eval_split"]))
+    side_by_side = values.get("seq_len")
+    if (
+        "eval_stride" in keys
+        and not units.missing(values["eval_stride"])
+        and values["eval_stride"] != side_by_side
+    ):
+        words.append(f"stride {units.whole(values['eval_stride'])}")
     return words
 
 
 def split(frame: pd.DataFrame, keys: Sequence[str]) -> Iterator[tuple[dict[str, Any], pd.DataFrame]]:
     """The frame's parts by the keys' values, in order, each with those values by name."""
-    for values, part in frame.groupby(list(keys), sort=True, dropna=False):
+    parts = frame.groupby(list(keys), sort=False, dropna=False)
+    for values, part in sorted(parts, key=lambda pair: [natural(value) for value in pair[0]]):
         yield dict(zip(keys, values, strict=True)), part
+
+
+def natural(value: object) -> tuple[Any, ...]:
+    """What sorts numbers within texts as numbers, 'n_pairs=4' before 'n_pairs=16', and nulls last."""
+    if value is None or value != value:
+        return (1,)
+    if not isinstance(value, str):
+        return 0, value
+    words = re.split(r"(\d+(?:\.\d+)?)", value)
+    return 0, tuple(float(word) if place % 2 else word for place, word in enumerate(words))
 
 
 def suffix(values: Mapping[str, Any], keys: Sequence[str]) -> str:

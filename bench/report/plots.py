@@ -10,11 +10,21 @@ from typing import Any
 import pandas as pd
 from matplotlib.figure import Figure
 
-from bench.report import budget_plots, canvas, cost_plots, memory_plots, quality_plots
+from bench.report import (
+    budget_plots,
+    canvas,
+    cost_plots,
+    curve_plots,
+    memory_plots,
+    quality_plots,
+    rate_plots,
+    recall_plots,
+)
 from bench.report.budgets import Kinds
 from bench.report.cost_plots import Look
-from bench.report.groups import COMMON, FIT, PAYOFF, SETTING, describe, split, suffix, varying
+from bench.report.groups import COMMON, FIT, PAYOFF, SETTING, TASK, describe, split, suffix, varying
 from bench.report.memory import BASELINE
+from bench.report.recall import axes_of
 from bench.report.style import styles
 from bench.report.summary import Found, dates, machines
 
@@ -45,6 +55,7 @@ def _plots(kinds: Kinds, found: Found) -> Iterator[Plot]:
     yield plain(
         "memory", "peak_parts", "What the peak is made of", found.parts, memory_plots.waterfall, COMMON
     )
+    draw: Draw
     for stem, title, draw in (
         ("activations_by_depth", "Saved activations against depth", memory_plots.activations_by_depth),
         ("peak_by_depth", "Peak memory against depth", memory_plots.peak_by_depth),
@@ -59,9 +70,26 @@ def _plots(kinds: Kinds, found: Found) -> Iterator[Plot]:
     title = "Throughput at the largest batch that fits"
     yield Plot("payoff", "batch_payoff", title, found.payoff, budget_plots.payoff, PAYOFF, kinds.payoff)
     yield plain("quality", "perplexity", "Perplexity", found.quality, quality_plots.perplexity, SETTING)
-    yield plain(
-        "quality", "nll_by_position", "Loss by position", kinds.plain, quality_plots.by_position, SETTING
-    )
+    for stem, title, draw in (
+        ("nll_by_position", "Loss by position", curve_plots.by_position),
+        ("nll_by_history", "Loss by how far back is read", curve_plots.by_history),
+    ):
+        yield plain("quality", stem, title, kinds.plain, draw, SETTING)
+    title = "Quality by learning rate"
+    yield plain("rates", "learning_rates", title, found.rates, rate_plots.by_rate, SETTING)
+    recall = found.answers
+    tasks = {} if recall.empty else {data: axes_of(own) for data, own in recall.groupby("data")}
+    for name in sorted({name for axes in tasks.values() for name in axes}):
+        of = recall[[name in tasks[data] for data in recall["data"]]]
+        title, draw = f"Accuracy against {name}", recall_plots.against(name)
+        yield plain("recall", f"accuracy_by_{name}", title, of, draw, TASK)
+    for stem, title, draw in (
+        ("accuracy_by_state", "Accuracy against the state that is carried", recall_plots.by_state),
+        ("accuracy_by_distance", "Accuracy by distance", recall_plots.by_distance),
+    ):
+        yield plain("recall", stem, title, recall, draw, TASK)
+    title = "Training loss"
+    yield plain("training", "training_loss", title, found.curves, curve_plots.training_loss, TASK)
 
 
 def draw_all(
@@ -71,10 +99,13 @@ def draw_all(
 
     Returns, by section, each plot's title and its path relative to the report, without suffix.
     Where an experiment saves activations in several ways, cost against length is drawn only for
-    settings of several lengths, and stands in the section 'others' unless activations are kept.
+    settings of several lengths, and stands in the section 'others' unless activations are kept. Where it
+    has several data sets or settings of a task, cost and memory at a single length and depth are not drawn
+    for each: they hardly differ, and are in the tables.
     """
     looks = styles(zip(frame["variant"], frame["label"], strict=True))
     several = found.cost["activations"].nunique() > 1
+    corpora = found.cost["corpus"].nunique() > 1
     drawn: dict[str, list[tuple[str, str]]] = {}
     taken: set[str] = set()
     with canvas.look():
@@ -84,6 +115,8 @@ def draw_all(
             apart = varying(plot.records, plot.keys)
             for values, part in split(plot.data, plot.keys):
                 section = plot.section
+                if corpora and section in ("cost", "memory") and _one_point(part):
+                    continue
                 if section == "cost" and several:
                     if part["seq_len"].nunique() < 2:
                         continue
@@ -99,6 +132,11 @@ def draw_all(
                 title = f"{plot.title} ({words})" if words else plot.title
                 drawn.setdefault(section, []).append((title, f"plots/{name}"))
     return drawn
+
+
+def _one_point(cells: pd.DataFrame) -> bool:
+    """Whether all cells have one length and one depth."""
+    return len(cells[["seq_len", "depth"]].drop_duplicates()) == 1
 
 
 def _same(frame: pd.DataFrame, values: dict[str, Any]) -> pd.DataFrame:

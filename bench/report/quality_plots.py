@@ -1,13 +1,11 @@
-"""Quality: perplexity by variant, and how loss falls along a document."""
+"""Quality: perplexity by variant as dots with error bars."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Literal
 
-import numpy as np
 import pandas as pd
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
@@ -15,9 +13,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from bench.report import canvas, units
-from bench.report.cost_plots import GREY, Look, replicates
+from bench.report.cost_plots import GREY, Look, label_handles, replicates
 from bench.report.groups import TRAINING, split, training, varying
-from bench.report.statistics import LEAK_LIMIT
 from bench.report.style import Style
 
 FAR = 1.5
@@ -55,7 +52,7 @@ def _rows(cells: pd.DataFrame) -> list[str]:
     names = []
     for _, cell in cells.iterrows():
         words = [f"{cell['label']}{'†' if cell['leaks'] else ''}", units.length(cell["seq_len"])]
-        words += training({key: cell[key] for key in TRAINING}, apart)
+        words += training({str(key): value for key, value in cell.items()}, apart)
         if policies[cell["label"]] > 1:
             words.append(str(cell["state_policy"]))
         names.append(" · ".join(words))
@@ -117,7 +114,7 @@ def _baseline(axes: Sequence[Axes], cells: pd.DataFrame) -> None:
 
 
 def _legend(cells: pd.DataFrame, look: Look, axis: Axes) -> list[Artist]:
-    handles = _labels(cells, look, line="")
+    handles = label_handles(cells, look, line="")
     if any(line.get_linestyle() == "--" for line in axis.get_lines()):
         handles.append(Line2D([], [], color=GREY, linestyle="--", linewidth=1, label="unigram"))
     if cells["leaks"].any():
@@ -125,79 +122,3 @@ def _legend(cells: pd.DataFrame, look: Look, axis: Axes) -> list[Artist]:
             Line2D([], [], color=GREY, marker="o", fillstyle="none", linestyle="", label="† sees the future")
         )
     return handles
-
-
-def _labels(cells: pd.DataFrame, look: Look, line: Literal["-", ""] = "-") -> list[Artist]:
-    """A handle for each label, dense first."""
-    pairs = sorted(set(zip(cells["variant"] != "dense", cells["label"], strict=True)))
-    return [
-        Line2D(
-            [],
-            [],
-            color=look.styles[label].colour,
-            marker=look.styles[label].marker,
-            fillstyle=look.styles[label].fill,
-            markerfacecoloralt="white",
-            linestyle=line,
-            label=label,
-        )
-        for _, label in pairs
-    ]
-
-
-def by_position(frame: pd.DataFrame, look: Look) -> Figure | None:
-    """Loss against position, a panel a depth and length; None where no finished record has it.
-
-    Bucket k covers positions 2^k − 1 to 2^(k+1) − 2 counted from 0. It is drawn at 2^k, its first
-    position counted from 1, because a logarithmic axis has no 0.
-    """
-    taken = [isinstance(value, list) and len(value) > 0 for value in frame["nll_by_position"]]
-    frame = frame[(frame["status"] == "ok") & np.array(taken)]
-    if frame.empty:
-        return None
-    keys = ["depth", "seq_len", *varying(frame, [*TRAINING, "state_policy"])]
-    if "train_amount" in keys and "train_budget" not in keys:
-        keys.append("train_budget")  # says the amount's unit
-    parts = list(split(frame, keys))
-    figure, axes = canvas.panels(len(parts), width=2.7, height=2.4, columns=4)
-    for number, (axis, (values, part)) in enumerate(zip(axes, parts, strict=True)):
-        words = [f"depth {values['depth']}", f"length {units.length(values['seq_len'])}"]
-        words += training(values, keys)
-        words += [f"state {values[k]}" for k in keys if k == "state_policy"]
-        axis.set_title(", ".join(words), fontsize=8)
-        for label, own in part.groupby("label"):
-            _positions(axis, own, look.styles[str(label)])
-        axis.set_xscale("log", base=2)
-        most = max(len(v) for v in part["nll_by_position"])
-        canvas.lengths_axis(axis.xaxis, [2.0**k for k in range(most)])
-        axis.tick_params(labelsize=7)
-        axis.set_xlabel("position (from 1, log₂ buckets)", fontsize=8)
-        if number % 4 == 0:
-            axis.set_ylabel("nats per token", fontsize=8)
-    counts = frame.groupby([*keys, "label"], dropna=False)["replicate"].nunique()
-    footer = f"{look.footer} · mean and min–max over {replicates(counts)}; a point at x covers [x, 2x)"
-    handles = _labels(frame.assign(label=frame["label"]), look)
-    canvas.dress(figure, "Loss by position in the sequence", look.setting, footer, handles)
-    return figure
-
-
-def _positions(axis: Axes, own: pd.DataFrame, style: Style) -> None:
-    buckets = pd.DataFrame(list(own["nll_by_position"])).astype(float)
-    x = np.exp2(np.arange(buckets.shape[1]))
-    mean = buckets.mean()
-    kept = mean.notna().to_numpy()
-    leaks = bool((own["leak_max_abs"] > LEAK_LIMIT).any())
-    axis.plot(
-        x[kept],
-        mean[kept],
-        color=style.colour,
-        marker=style.marker,
-        markersize=4,
-        fillstyle="none" if leaks else style.fill,
-        markerfacecoloralt="white",
-        linestyle="-" if kept.sum() > 1 else "",
-    )
-    if len(buckets) > 1:
-        axis.fill_between(
-            x[kept], buckets.min()[kept], buckets.max()[kept], color=style.colour, alpha=0.2, linewidth=0
-        )

@@ -72,7 +72,7 @@ def distinct(values: pd.Series[str]) -> str | None:
 def cost_cells(frame: pd.DataFrame) -> pd.DataFrame:
     """One row a cell (every key but the replicate): what it costs and whether it finished.
 
-    Columns: the keys of `groups.CELL`; `records`, `finished`, `replicates` (with a finished
+    Columns: the keys of `groups.CELL`; `data`, `records`, `finished`, `replicates` (with a finished
     record), `status`, `reason`; `X_median`, `X_min`, `X_max` for times, rates and peak memory;
     medians of the other figures under their own names; the gates' worst figures and `leaks`;
     `*_ratio`, each figure over the same figure of `baseline` in the same group and length.
@@ -80,6 +80,7 @@ def cost_cells(frame: pd.DataFrame) -> pd.DataFrame:
     frame = _finished_only(frame, [*_SPREAD, *_MEASURED])
     grouped = frame.groupby(list(CELL), sort=False, dropna=False)
     columns: dict[str, pd.Series[Any]] = {
+        "data": grouped["data"].first(),
         "records": grouped.size(),
         "finished": grouped["ok"].sum(),
         "replicates": frame["replicate"].where(frame["ok"]).groupby([frame[k] for k in CELL]).nunique(),
@@ -104,7 +105,8 @@ def quality_cells(frame: pd.DataFrame) -> pd.DataFrame:
 
     Columns: the keys, `quality_replicates`, median `tokens_trained`, mean and standard deviation
     (n − 1; NaN for one replicate) of nll, perplexity, the perplexity with state fresh in every window,
-    bits per byte, word perplexity and accuracy, `unigram_perplexity`, `eval_min_context`, the effective
+    bits per byte, word perplexity and accuracy, `unigram_perplexity`, `guess_accuracy`,
+    `eval_min_context`, the effective
     context and the widest of its intervals, `leaks`, and `rank`: the place by perplexity among leak-free
     cells of the same group, length, budget, split and stride (NaN where it leaks or has none).
     """
@@ -118,6 +120,7 @@ def quality_cells(frame: pd.DataFrame) -> pd.DataFrame:
     medians = (
         "tokens_trained",
         "unigram_perplexity",
+        "guess_accuracy",
         "tokens_evaluated",
         "eval_min_context",
         "train_seconds",

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import pandas as pd
 
 from bench.records import STATUSES
-from bench.report import budget_tables, markdown, memory, memory_tables, tables
+from bench.report import budget_tables, markdown, memory, memory_tables, rate_tables, recall_tables, tables
 from bench.report.collect import UNKNOWN, Collected
 from bench.report.groups import COMMON, FIT, PAYOFF, describe
 from bench.report.markdown import escape
@@ -37,6 +37,14 @@ class Found:
     predictions: pd.DataFrame
     fits: pd.DataFrame
     payoff: pd.DataFrame
+    rates: pd.DataFrame
+    recall: pd.DataFrame
+    curves: pd.DataFrame
+
+    @property
+    def answers(self) -> pd.DataFrame:
+        """Of `recall`, what each variant comes to at its best learning rate."""
+        return self.recall if self.recall.empty else self.recall[self.recall["best"]]
 
 
 def dates(frame: pd.DataFrame) -> str:
@@ -71,6 +79,9 @@ def text(collected: Collected, found: Found, plots: Plots) -> str:
         _fits(found.fits, plots.get("fits", ())),
         _payoff(found.payoff, plots.get("payoff", ())),
         _quality(found.quality, plots.get("quality", ())),
+        _recall(found.answers, plots.get("recall", ())),
+        _rates(found.rates, plots.get("rates", ())),
+        _training(plots.get("training", ())),
         _section("Parameters", tables.parameters(found.cost), [tables.DRIFT]),
         _section(
             "Gates",
@@ -131,7 +142,7 @@ def _warnings(collected: Collected) -> list[str]:
             "setting that a record does not name, and are aggregated together"
         )
     if collected.problems:
-        found.append(f"{len(collected.problems)} files that are not records were left out:")
+        found.append(f"{len(collected.problems)} files that cannot be read were left out:")
     return found
 
 
@@ -144,12 +155,16 @@ def _cost(cells: pd.DataFrame, plots: Sequence[tuple[str, str]], others: Sequenc
     )
     several = cells["activations"].nunique() > 1
     parts, folded = [], []
+    seen: dict[str, str] = {}
     for heading, keys, group in tables.headed(cells):
         part = f"{escape(keys)}\n\n{tables.cost(group)}"
         baseline = group["baseline"].dropna().unique()
         if len(baseline) and baseline[0] != "dense":
             part += f"\ndense here is {escape(baseline[0])}.\n"
-        if several and group["activations"].iloc[0] != memory.BASELINE:
+        first = group.iloc[0]
+        # Of a task with several knobs the costs hardly differ.
+        repeated = seen.setdefault(first["data"], first["corpus"]) != first["corpus"]
+        if repeated or (several and first["activations"] != memory.BASELINE):
             folded.append(markdown.folded(heading, part))
         else:
             parts.append(f"### {escape(heading)}\n\n{part}")
@@ -263,9 +278,47 @@ def _quality(cells: pd.DataFrame, plots: Sequence[tuple[str, str]]) -> str:
         "of any replicate's. *unigram* is the perplexity of a model that knows only how often each token "
         "occurs: what does not beat it has learnt nothing from context."
     )
-    parts = [
-        f"### {escape(heading)}\n\n{tables.quality(group)}"
-        for _, heading, group in tables.headed(cells, ("objective", "corpus"))
-    ]
-    body = "\n".join([*(markdown.image(*plot) for plot in plots), *parts]) if parts else ""
+    text = cells[cells["accuracy_mean"].isna()]  # answers are a section of their own
+    body = _by_heading(text, ("objective", "corpus"), tables.quality, plots)
     return _section("Quality", body, [tables.LEAK], lead)
+
+
+def _by_heading(
+    cells: pd.DataFrame,
+    keys: Sequence[str],
+    show: Callable[[pd.DataFrame], str],
+    plots: Sequence[tuple[str, str]],
+) -> str:
+    """The plots, then a table for each value of the keys; nothing without cells."""
+    if cells.empty:
+        return ""
+    parts = [f"### {escape(heading)}\n\n{show(group)}" for _, heading, group in tables.headed(cells, keys)]
+    return "\n".join([*(markdown.image(*plot) for plot in plots), *parts])
+
+
+def _recall(cells: pd.DataFrame, plots: Sequence[tuple[str, str]]) -> str:
+    lead = (
+        "The share of answers that are right: the mean ± standard deviation over replicates. *guessing* is "
+        "what comes of guessing among the values in the context, or of always naming the most frequent "
+        "class: what does not beat it has learnt nothing of the task. *state*: the bytes that all layers "
+        "carry to the next token. *reaches*: how many tokens before the last the farthest lies that its "
+        "output can depend on, by the variant's pattern; a dash where the content decides. Where several "
+        "learning rates were tried, all figures are at a variant's best, by the least mean loss."
+    )
+    body = _by_heading(cells, ("objective", "data", "d_model", "heads"), recall_tables.accuracies, plots)
+    return _section("Recall", body, [tables.LEAK], lead)
+
+
+def _rates(cells: pd.DataFrame, plots: Sequence[tuple[str, str]]) -> str:
+    lead = (
+        "Each variant's best learning rate of those tried: that of the least mean loss over replicates, none "
+        "of which diverged. Where it is the lowest or the highest tried, a better one may lie beyond. On the "
+        "split *validation* it is chosen on text that a comparison does not score."
+    )
+    body = _by_heading(cells, ("objective", "corpus", "d_model", "heads"), rate_tables.rates, plots)
+    return _section("Learning rates", body, [tables.LEAK], lead)
+
+
+def _training(plots: Sequence[tuple[str, str]]) -> str:
+    lead = "The loss on the batches that were trained on, each before its update; curves/ has every cell's."
+    return _section("Training", "\n".join(markdown.image(*plot) for plot in plots), [], lead)

@@ -39,6 +39,7 @@ _WHOLE = (
     "eval_",
     "effective_",
     "rank",
+    "reach",
 )
 
 
@@ -57,13 +58,16 @@ def csv(table: pd.DataFrame) -> str:
 
 
 def parquet(found: Sequence[Record]) -> bytes:
-    """Every readable record, one row each, one column a key; variant_params as JSON text.
+    """Every readable record, one row each, one column a key; parameters as JSON text.
 
     Types do not depend on which cells are null: counts are Int64, figures and FLOPs (which can
     pass 64 bits) double, texts string.
     """
     frame = pd.DataFrame([dataclasses.asdict(r) for r in found], columns=list(records.KEYS))
-    frame["variant_params"] = [json.dumps(r.variant_params, sort_keys=True, default=str) for r in found]
+    for name in ("variant_params", "data_params"):
+        frame[name] = [
+            None if value is None else json.dumps(value, sort_keys=True, default=str) for value in frame[name]
+        ]
     kinds = {"int": "Int64", "float": "float64", "bool": "boolean", "str": "string", "Status": "string"}
     for field in dataclasses.fields(Record):
         kind = kinds.get(str(field.type).removesuffix(" | None"))
@@ -76,7 +80,8 @@ def parquet(found: Sequence[Record]) -> bytes:
     return buffer.getvalue()
 
 
-def _label(row: pd.Series[Any]) -> str:
+def label_of(row: pd.Series[Any]) -> str:
+    """A variant's label, marked where it sees the future."""
     return escape(row["label"]) + (LEAK if row["leaks"] else "")
 
 
@@ -98,7 +103,7 @@ def cost(cells: pd.DataFrame) -> str:
     ratios = [units.ratio(row["step_seconds_ratio"]) + mark for row, mark in zip(rows, alike, strict=True)]
     return markdown.table(
         [
-            Column("variant", [_label(row) for row in rows], right=False, optional=False),
+            Column("variant", [label_of(row) for row in rows], right=False, optional=False),
             each(cells, "length", "seq_len", str, optional=False),
             each(cells, "step time", "step_seconds_median", units.seconds),
             Column("min–max", spread),
@@ -123,7 +128,7 @@ def _peak(row: pd.Series[Any]) -> str:
     return units.size(value) + (PREDICTED if predicted and not pd.isna(value) else "")
 
 
-def _plus_minus(mean: Any, std: Any) -> str:
+def plus_minus(mean: Any, std: Any) -> str:
     """Mean ± deviation; the mean alone where one replicate gives no deviation."""
     if pd.isna(mean) or pd.isna(std):
         return units.score(mean)
@@ -145,7 +150,7 @@ def quality(cells: pd.DataFrame) -> str:
     ranks = [LEAK if row["leaks"] else units.whole(row["rank"]) for row in rows]
     columns = [
         Column("rank", ranks, optional=False),
-        Column("variant", [_label(row) for row in rows], right=False, optional=False),
+        Column("variant", [label_of(row) for row in rows], right=False, optional=False),
     ]
     columns += [
         each(cells, key, key, escape, right=False)
@@ -159,18 +164,17 @@ def quality(cells: pd.DataFrame) -> str:
             each(cells, "width", "d_model", str, optional=False),
             each(cells, "heads", "heads", str, optional=False),
             each(cells, "depth", "depth", str, optional=False),
-            *_training(cells, varying(cells, TRAINING)),
+            *training_columns(cells, varying(cells, TRAINING)),
             each(cells, "tokens trained", "tokens_trained", units.count),
-            Column("perplexity", [_plus_minus(r["perplexity_mean"], r["perplexity_std"]) for r in rows]),
+            Column("perplexity", [plus_minus(r["perplexity_mean"], r["perplexity_std"]) for r in rows]),
             Column(
-                "reset", [_plus_minus(r["perplexity_reset_mean"], r["perplexity_reset_std"]) for r in rows]
+                "reset", [plus_minus(r["perplexity_reset_mean"], r["perplexity_reset_std"]) for r in rows]
             ),
             each(cells, "stride", "eval_stride", units.whole),
             each(cells, "context ≥", "eval_min_context", units.whole),
             Column("looks back", [_context(row) for row in rows]),
             each(cells, "bits per byte", "bits_per_byte_mean", units.score),
             each(cells, "word perplexity", "word_perplexity_mean", units.score),
-            each(cells, "accuracy", "accuracy_mean", units.score),
             each(cells, "unigram", "unigram_perplexity", units.score),
             each(cells, "state", "state_policy", lambda v: units.MISSING if pd.isna(v) else v, right=False),
             each(cells, "replicates", "quality_replicates", str, optional=False),
@@ -178,7 +182,7 @@ def quality(cells: pd.DataFrame) -> str:
     )
 
 
-def _training(cells: pd.DataFrame, apart: Sequence[str]) -> list[Column]:
+def training_columns(cells: pd.DataFrame, apart: Sequence[str]) -> list[Column]:
     """Columns for those keys of `TRAINING`."""
     columns = []
     if {"train_budget", "train_amount"} & set(apart):
@@ -244,7 +248,7 @@ def gates(frame: pd.DataFrame) -> str:
     ]
     return markdown.table(
         [
-            Column("variant", [_label(row) for row in rows], right=False, optional=False),
+            Column("variant", [label_of(row) for row in rows], right=False, optional=False),
             *(each(table, key, key, escape, right=False) for key in varying(table, where)),
             Column("parameters", [_knobs(row) for row in rows], right=False),
             each(table, "leak (max abs)", "leak", units.scientific, optional=False),
@@ -283,7 +287,7 @@ def failures(frame: pd.DataFrame) -> str:
             each(table, "length", "seq_len", str, optional=False),
             each(table, "depth", "depth", str, optional=False),
             *(each(table, key, key, escape, right=False) for key in varying(frame, SETTING)),
-            *_training(table, apart),
+            *training_columns(table, apart),
             each(table, "replicates", "replicate", str, optional=False),
             each(table, "status", "status", escape, right=False, optional=False),
             each(table, "reason", "reason", or_dash, right=False, optional=False),

@@ -73,13 +73,15 @@ def rate(value: float | None, *, short: bool = False) -> str:
     return number if short or number == MISSING else f"{number} tokens/s"
 
 
-def count(value: float | None) -> str:
+def count(value: float | None, *, short: bool = False) -> str:
     """A count such as parameters or tokens: 812, 12.3 k, 4.56 M."""
-    return scaled(value, _COUNT)
+    return scaled(value, _COUNT, short=short)
 
 
 def budget(kind: object, amount: float | None) -> str:
     """What training may spend: 400 k tokens, 1.20 TFLOP, 60.0 s."""
+    if missing(amount):
+        return MISSING
     show = {"flops": flops, "seconds": seconds}.get(str(kind))
     return show(amount) if show else f"{count(amount)} tokens"
 
@@ -102,6 +104,14 @@ def ratio(value: float | None) -> str:
 def percent(value: float | None) -> str:
     """A share in percent, such as 1.25 %; a difference keeps its sign."""
     return MISSING if value is None or math.isnan(value) else f"{digits(value * 100)} %"
+
+
+def share(mean: float | None, deviation: float | None = None) -> str:
+    """A share in percent with its deviation where there is one: 98.4 %, 98.4 ± 0.3 %."""
+    if mean is None or math.isnan(mean):
+        return MISSING
+    spread = "" if deviation is None or math.isnan(deviation) else f" ± {deviation * 100:.1f}"
+    return f"{mean * 100:.1f}{spread} %"
 
 
 def scientific(value: float | None) -> str:
