@@ -6,9 +6,11 @@ The parent blocks on a pipe and on the child's end, so that it takes no core fro
 from __future__ import annotations
 
 import multiprocessing
+import multiprocessing.util
 import os
 import signal
 import sys
+import tempfile
 import threading
 import time
 import traceback
@@ -20,6 +22,8 @@ from bench.config import Cell
 _KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(2**32), "MALLOC_TRIM_THRESHOLD_": str(2**40)}
 """glibc settings under which freed memory stays with the process: a step then reuses pages, as it does
 after the first few seconds of any long training, instead of paying for fresh ones each time."""
+_LONGEST_FOLDER = 70
+"""Bytes of a folder's path in which a socket of multiprocessing's, 33 bytes more, still has a legal one."""
 _PRELOAD = [
     "torch",
     "torch._dynamo",
@@ -29,6 +33,19 @@ _PRELOAD = [
 ]
 
 
+def _find_room_for_sockets() -> None:
+    """Where the temporary folder's path is too long for a socket in it, as some clusters' are, have
+    multiprocessing take /tmp for its sockets; it keeps to its first choice."""
+    given = tempfile.gettempdir()
+    if len(os.fsencode(given)) <= _LONGEST_FOLDER:
+        return
+    tempfile.tempdir = "/tmp"
+    try:
+        multiprocessing.util.get_temp_dir()
+    finally:
+        tempfile.tempdir = given
+
+
 def context(device: str) -> Any:
     """How children start: from a server that has torch loaded, or afresh where a device is used.
 
@@ -36,6 +53,7 @@ def context(device: str) -> Any:
     """
     if device != "cpu":
         return multiprocessing.get_context("spawn")
+    _find_room_for_sockets()
     os.environ.update({k: v for k, v in _KEEP_MEMORY.items() if k not in os.environ})
     forkserver = multiprocessing.get_context("forkserver")
     forkserver.set_forkserver_preload(_PRELOAD)

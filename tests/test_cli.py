@@ -17,10 +17,11 @@ from bench.records import KEYS
 QUICK = ["data=stdlib", "measure=quick", "measure.time_seconds=0", "seq_len=32", "depth=1"]
 
 
-def bench(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+def bench(*arguments: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
     """Run the command line in a folder of its own."""
     command = [sys.executable, "-m", "bench", *arguments]
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=240)
+    env = {**os.environ, **environment}
+    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=240)
 
 
 def records(folder: Path) -> list[dict[str, object]]:
@@ -29,6 +30,14 @@ def records(folder: Path) -> list[dict[str, object]]:
 
 def files(folder: Path) -> list[Path]:
     return [path for path in folder.rglob("*") if path.is_file()]
+
+
+def test_the_temporary_folder_may_be_deeper_than_sockets_can_be(tmp_path: Path) -> None:
+    deep = tmp_path / ("scratch-" * 12)
+    deep.mkdir()
+    done = bench("variant=dense", "measure=plan", "seq_len=64", cwd=tmp_path, TMPDIR=str(deep))
+    assert done.returncode == 0, done.stderr
+    assert records(tmp_path / "results/adhoc")[0]["status"] == "ok"
 
 
 def test_one_cell_writes_one_record_with_the_contract_s_keys(tmp_path: Path) -> None:
