@@ -209,6 +209,7 @@ class CellRun:
                 "activation_bytes": figures.activation_bytes,
                 "rss_peak_bytes": figures.rss_peak_bytes,
                 "cuda_reserved_bytes": figures.reserved_bytes,
+                "library_bytes": figures.library_bytes,
             }
         )
 

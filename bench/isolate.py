@@ -14,6 +14,7 @@ import tempfile
 import threading
 import time
 import traceback
+import warnings
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
@@ -46,13 +47,11 @@ def _find_room_for_sockets() -> None:
         tempfile.tempdir = given
 
 
-def context(device: str) -> Any:
-    """How children start: from a server that has torch loaded, or afresh where a device is used.
+def context() -> Any:
+    """How children start: from a server that has torch loaded and does nothing else.
 
-    CUDA does not survive a fork, so nothing may initialise it in the server.
+    CUDA does not survive a fork, so importing what the server preloads must not initialise it.
     """
-    if device != "cpu":
-        return multiprocessing.get_context("spawn")
     _find_room_for_sockets()
     os.environ.update({k: v for k, v in _KEEP_MEMORY.items() if k not in os.environ})
     forkserver = multiprocessing.get_context("forkserver")
@@ -73,7 +72,7 @@ def run(cell: Cell, cell_id: str) -> dict[str, Any]:
     begun = time.monotonic()
     limit = cell.spec.measure.limit_seconds
     ours, theirs = multiprocessing.Pipe(duplex=False)
-    child = context(cell.spec.device).Process(target=_child, args=(cell, cell_id, theirs), daemon=True)
+    child = context().Process(target=_child, args=(cell, cell_id, theirs), daemon=True)
     child.start()
     theirs.close()
     figures: dict[str, Any] = {}
@@ -116,6 +115,8 @@ def _last_words(exitcode: int | None) -> str:
 
 def _child(cell: Cell, cell_id: str, theirs: Connection) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle; it stops us
+    # autograd's thread may begin with cuBLAS, which then makes the context current itself: of no consequence
+    warnings.filterwarnings("ignore", "Attempting to run cuBLAS, but there was no current CUDA context")
     threading.Thread(target=_end_with_parent, daemon=True).start()
     theirs.send({"allocator": allocator()})
     theirs.send(_outcome(cell, cell_id, theirs))

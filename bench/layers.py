@@ -121,7 +121,7 @@ def in_child(sizes: Sizes, name: str, seq_len: int, *, fake: bool) -> Figures | 
     """`measure` in a process of its own, alone on the device."""
     ours, theirs = Pipe(duplex=False)
     with sweep.device_lock("cpu"):
-        child = isolate.context("cpu").Process(target=_child, args=(theirs, sizes, name, seq_len, fake))
+        child = isolate.context().Process(target=_child, args=(theirs, sizes, name, seq_len, fake))
         child.start()
         theirs.close()
         try:

@@ -17,6 +17,7 @@ from bench.measure import step
 from bench.measure.step import StepFigures, Subject
 from bench.model import LanguageModel
 from bench.tasks.base import Batch
+from variants._pieces import planned_for
 
 CPU = torch.device("cpu")
 TOKENS = 1024
@@ -108,7 +109,8 @@ class Plan:
         self._known: dict[tuple[int, int], StepFigures] = {}
 
     def predict(self, *, seq_len: int | None = None, batch_size: int | None = None) -> StepFigures:
-        """What a training step of the cell takes, from fake tensors on the CPU's kernels."""
+        """What a training step of the cell takes, from fake tensors on the CPU's kernels, cut as its own
+        device's work is."""
         key = seq_len or self.spec.seq_len, batch_size or self.spec.batch_size
         if key not in self._known:
             spec = replace(self.spec, seq_len=key[0], batch_size=key[1])
@@ -117,7 +119,8 @@ class Plan:
                 tokens = torch.zeros(spec.batch_size, spec.seq_len, dtype=torch.int64)
                 return Batch(tokens, tokens.clone())
 
-            self._known[key] = step.predicted(lambda: subject(spec, blank, CPU))
+            with planned_for(torch.device(spec.device).type):
+                self._known[key] = step.predicted(lambda: subject(spec, blank, CPU))
         return self._known[key]
 
     def longest_seq_len(self, budget: int) -> int:

@@ -99,6 +99,7 @@ class Record:
     rebuild_error_by_level: list[float] | None = None
     rss_peak_bytes: int | None = None
     cuda_reserved_bytes: int | None = None
+    library_bytes: int | None = None
     nvml_process_bytes: int | None = None
     state_bytes: int | None = None
 

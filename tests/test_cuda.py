@@ -16,7 +16,10 @@ from bench import gates
 from bench.measure.flops import CountFlops
 from variants.base import Dims
 
-pytestmark = pytest.mark.cuda
+pytestmark = [
+    pytest.mark.cuda,
+    pytest.mark.filterwarnings("default"),  # compiling warns of deprecations within torch and Triton
+]
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -36,8 +39,9 @@ def test_a_cell_runs_gated_and_its_predicted_peak_is_near_the_allocator_s(
     assert record["status"] == "ok", record["reason"]
     assert record["peak_bytes_source"] == "cuda_allocated"
     assert record["reference_max_abs"] is not None
-    # the prediction takes the CPU's kernels and knows no library workspaces
-    assert record["peak_bytes"] == pytest.approx(record["peak_bytes_predicted"], rel=0.25, abs=64 * 2**20)
+    # the prediction takes the CPU's kernels and knows no library's workspaces
+    peak = record["peak_bytes"] - record["library_bytes"]
+    assert record["peak_bytes_predicted"] == pytest.approx(peak, rel=0.05)
 
 
 KERNELS: list[tuple[str, dict[str, Any]]] = [

@@ -173,3 +173,14 @@ def test_a_batch_that_fits_needs_a_budget() -> None:
     for wrong in ("0", "-1", "1.5", "fits", "true"):
         with pytest.raises(ConfigError, match="batch_size="):
             spec_of(f"batch_size={wrong}")
+
+
+def test_a_plan_for_an_accelerator_cuts_work_as_it_would() -> None:
+    """Larger pieces hold more at a time; dense attention has none."""
+
+    def peak(name: str, device: str) -> int:
+        spec = spec_of(f"variant={name}", "model.heads=16", "seq_len=4096", "depth=1", f"device={device}")
+        return Plan(spec).predict().peak_bytes
+
+    assert peak("reformer", "cuda") > peak("reformer", "cpu")
+    assert peak("dense", "cuda") == peak("dense", "cpu")

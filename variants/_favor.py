@@ -24,9 +24,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from variants._pieces import Sizes
 from variants._repeats import repeatable
 
-SEGMENT = 1536
+SEGMENT = Sizes(cpu=1536, accelerator=2**15)
 """Tokens of all sequences together whose features exist at a time, rounded up to whole chunks: few, so
 that they stay in cache."""
 SEGMENTS = 32
@@ -115,7 +116,8 @@ def _add_bmm(total: Tensor, a: Tensor, b: Tensor) -> Tensor:
 def _segments(chunk: int, *tensors: Tensor) -> list[tuple[Tensor, ...]]:
     """Tensors (B, H, T, …) segment by segment, views: whole chunks but for the last."""
     batch, heads, seq_len = tensors[0].shape[:3]
-    length = -(-max(SEGMENT // (batch * heads), -(-seq_len // SEGMENTS)) // chunk) * chunk
+    tokens = SEGMENT.on(tensors[0].device)
+    length = -(-max(tokens // (batch * heads), -(-seq_len // SEGMENTS)) // chunk) * chunk
     return list(zip(*(x.split(length, dim=2) for x in tensors), strict=True))
 
 

@@ -17,14 +17,15 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from variants._pieces import Sizes
 from variants._repeats import repeatable
 from variants.layers import ROTARY_BASE, rotary
 
-PIECE = 2**21
+PIECE = Sizes(cpu=2**21, accelerator=2**24)
 """Scores held at a time: 8 MiB, so that a piece is made, used and overwritten in cache."""
 MOST_PIECES = 16
 """Beyond them pieces grow instead, by 1/16 of what would be held at once."""
-SLICE = 2**18
+SLICE = Sizes(cpu=2**18, accelerator=2**23)
 """Scores within clusters held at a time: 1 MiB, because what they are made of and made into is larger."""
 BLOCKS = 2
 """Blocks a window is cut into: more of them compute fewer forbidden pairs, in smaller products."""
@@ -50,7 +51,7 @@ def nearest(x: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
     clusters = centroids.shape[1]
     sums = torch.zeros(heads, clusters, head_dim, device=x.device)
     head = torch.arange(heads, device=x.device)[:, None]
-    length = max(1, PIECE // (batch * heads * clusters), -(-seq_len // MOST_PIECES))
+    length = max(1, PIECE.on(x.device) // (batch * heads * clusters), -(-seq_len // MOST_PIECES))
     found = []
     with torch.autocast(x.device.type, enabled=False):  # half precision would change memberships
         for piece in x.split(length, dim=1):
@@ -78,7 +79,8 @@ def members(x: Tensor, centroids: Tensor, count: int) -> tuple[Tensor, Tensor]:
     seen = 0
     with torch.autocast(x.device.type, enabled=False):
         content = unit(x.float()).transpose(1, 2)  # (B, H, T, D)
-        some = max(1, PIECE // (batch * heads * seq_len), -(-centroids.shape[1] // MOST_PIECES))
+        wanted = PIECE.on(x.device) // (batch * heads * seq_len)
+        some = max(1, wanted, -(-centroids.shape[1] // MOST_PIECES))
         for piece in centroids.float().split(some, dim=1):
             scores = piece @ content.transpose(2, 3)  # (B, H, k, T)
             least = scores.topk(count, dim=-1).values[..., -1:]
@@ -204,7 +206,7 @@ def _mask(layout: Layout, begin: int, end: int, dtype: torch.dtype) -> Tensor:
 def _slices(layout: Layout) -> list[tuple[int, int]]:
     """Places of the queries to work on at a time, whole blocks."""
     places, blocks = layout.first.shape[0], layout.blocks
-    step = max(SLICE // blocks.keys, -(-places // MOST_PIECES))
+    step = max(SLICE.on(layout.first.device) // blocks.keys, -(-places // MOST_PIECES))
     step = max(1, step // blocks.size) * blocks.size
     return [(begin, min(begin + step, places)) for begin in range(0, places, step)]
 

@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from variants._pieces import Sizes
 from variants._repeats import repeatable
 
 UNIT_EPSILON = 1e-6
@@ -23,9 +24,9 @@ ONE_ROTATION = 64
 """Most buckets that one rotation gives; more are the product of two rotations (see `factors`)."""
 MOST_PIECES = 16
 """Pieces of a round at most: tiles outgrow the cache rather than a pass its thousands of calls."""
-TILE = 2**18
+TILE = Sizes(cpu=2**18, accelerator=2**23)
 """(query, key) pairs of a piece where the round is small enough: a tile of them stays in the cache."""
-HASH_TILE = 2**21
+HASH_TILE = Sizes(cpu=2**21, accelerator=2**24)
 """Numbers that a piece of hashing projects to, likewise."""
 FORBIDDEN = 1e20
 """Taken off the score of a forbidden pair."""
@@ -94,7 +95,7 @@ def hash_rows(x: Tensor, given: list[Tensor], rounds: int) -> Tensor:
     if given:
         by_head = x.flatten(0, 1).transpose(0, 1)  # (H, BT, D)
         width = heads * sum(r.shape[-1] for r in given)
-        step = max(HASH_TILE // width, -(-batch * seq_len // MOST_PIECES), 1)
+        step = max(HASH_TILE.on(x.device) // width, -(-batch * seq_len // MOST_PIECES), 1)
         with torch.autocast(x.device.type, enabled=False):
             for start in range(0, batch * seq_len, step):
                 piece = by_head[:, start : start + step].float()
@@ -193,10 +194,10 @@ class Window:
             allowed = allowed & (distance.abs() <= self.reach)
         return torch.where(allowed, 0.0, FORBIDDEN).to(like.dtype)
 
-    def pieces(self, sequences: int) -> Iterator[tuple[int, int]]:
+    def pieces(self, sequences: int, device: torch.device) -> Iterator[tuple[int, int]]:
         """(first query, number of blocks) of each piece of a round, in sorted order."""
         blocks = sequences * self.padded // self.block
-        step = max(TILE // (self.block * self.keys), -(-blocks // MOST_PIECES), 1)
+        step = max(TILE.on(device) // (self.block * self.keys), -(-blocks // MOST_PIECES), 1)
         for first in range(0, blocks, step):
             yield first * self.block, min(step, blocks - first)
 

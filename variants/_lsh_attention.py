@@ -40,7 +40,8 @@ class _Tiles:
         window = self.window
         self.forbidden = window.forbidden(self.unit)
         self.sequences = self.unit.shape[0] // window.seq_len
-        most = max(count for _, count in window.pieces(self.sequences))
+        self.pieces = list(window.pieces(self.sequences, self.unit.device))
+        most = max(count for _, count in self.pieces)
         shape = (most, window.block, window.keys)
         self._scores, self._work = self.unit.new_empty(shape), self.unit.new_empty(shape)
         code = self.rounds.code
@@ -50,7 +51,7 @@ class _Tiles:
         """The pieces of all rounds, in order."""
         window = self.window
         for r in range(len(self.rounds.order)):
-            for first, count in window.pieces(self.sequences):
+            for first, count in self.pieces:
                 here = slice(first, first + (count - 1) * window.block + window.keys)
                 yield _Places(r, count, self.rounds.order[r, here], self.rounds.bucket[r, here])
 

@@ -19,14 +19,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from variants._pieces import Sizes
 from variants._repeats import repeatable
 from variants.base import Attention, Caps, Dims, Flops, Segments, VariantConfig
 from variants.layers import Projections
 
 SINUSOID_BASE = 10_000.0
-BLOCK = 128
-"""Queries that are scored at a time: (H, B, 128, J) weights stay in the cache, and of the S × S scores
-within a segment, half of which the future forbids, only the blocks on the diagonal are computed in vain."""
+BLOCK = Sizes(cpu=128, accelerator=512)
+"""Queries that are scored at a time. On a CPU (H, B, 128, J) weights stay in the cache, and of the S × S
+scores within a segment, half of which the future forbids, only the blocks on the diagonal are computed in
+vain; elsewhere whole segments of a usual length cost less than the launches of their blocks."""
 
 
 def sinusoids(farthest: int, channels: int, like: Tensor) -> Tensor:
@@ -76,6 +78,7 @@ class _Terms:
         self.heads, self.batch, self.queries, self.head_dim = q.shape
         self.batches, self.keys = self.heads * self.batch, kv.shape[3]
         self.scale = self.head_dim**-0.5
+        self.block = min(BLOCK.on(q.device), self.queries)
         self.k, self.values = kv.flatten(1, 2).unbind(0)
         self.content, self._position = (self._biased(q, bias) for bias in (u, v))
 
@@ -91,7 +94,8 @@ class _Terms:
     def spans(self) -> list[tuple[int, int, int]]:
         """(begin, end, reach) of each block: its queries [begin, end) read some of the keys [0, reach)."""
         past = self.keys - self.queries
-        ends = [(b, min(b + BLOCK, self.queries)) for b in range(0, self.queries, BLOCK)]
+        starts = range(0, self.queries, self.block)
+        ends = [(begin, min(begin + self.block, self.queries)) for begin in starts]
         return [(begin, end, past + end) for begin, end in ends]
 
 
@@ -121,8 +125,7 @@ class _RelativeAttention(torch.autograd.Function):
         wide = torch.promote_types(q.dtype, torch.float32)
         totals = q.new_empty(terms.batches, terms.queries, 1, dtype=wide)
         usage = q.new_zeros(terms.batch, terms.keys, dtype=wide) if count else None
-        largest = min(BLOCK, terms.queries)
-        future = q.new_full((largest, largest), float("-inf")).triu_(1)
+        future = q.new_full((terms.block, terms.block), float("-inf")).triu_(1)
         kept = []
         for begin, end, reach in terms.spans():
             size = end - begin
@@ -196,7 +199,7 @@ class Recurrent(Attention):
     """
 
     caps = Caps(causal=True, bidirectional=False, stateful=True)
-    padding = f"blocks of {BLOCK} queries on the diagonal compute the scores that the future forbids"
+    padding = "blocks of queries on the diagonal compute the scores that the future forbids"
 
     def __init__(self, config: VariantConfig, dims: Dims, layer: int = 0) -> None:
         super().__init__(config, dims, layer)

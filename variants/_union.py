@@ -16,9 +16,13 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from variants._pieces import Sizes
 from variants._repeats import repeatable
 from variants.base import Attention, Dims, VariantConfig
 
+PIECE = Sizes(cpu=2**12, accelerator=2**15)
+"""Queries of a sequence that are worked on at a time: on a CPU few enough for the cache."""
+MOST_PIECES = 16
 EMPTY = -1e30
 """Logsumexp over no keys: finite, so that the difference of two of them is not NaN."""
 
@@ -100,9 +104,9 @@ class Part:
         return bias.unsqueeze(0) if bias.dim() == 3 else bias.unsqueeze(0).unsqueeze(0)
 
 
-def piece_size(seq_len: int) -> int:
-    """Queries worked on at a time: few enough for the cache, and at most 16 pieces a sequence."""
-    return max(4096, -(-seq_len // 16))
+def piece_size(seq_len: int, device: torch.device) -> int:
+    """Queries worked on at a time: more than `PIECE` where that would make too many pieces."""
+    return max(PIECE.on(device), -(-seq_len // MOST_PIECES))
 
 
 def _fused(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, causal: bool) -> tuple[Tensor, Tensor]:
@@ -180,7 +184,7 @@ class _UnionAttention(torch.autograd.Function):
         wide = torch.promote_types(q.dtype, torch.float32)
         y = _rows_like(q, wide)
         lse = torch.full(q.shape[:3], EMPTY, dtype=wide, device=q.device)
-        size = piece_size(q.shape[2])
+        size = piece_size(q.shape[2], q.device)
         for part in parts:
             bias = part.bias(q)
             q_h, k_h, v_h, y_h, lse_h = (t[:, slice(*part.heads)] for t in (q, k, v, y, lse))
@@ -204,7 +208,7 @@ class _UnionAttention(torch.autograd.Function):
         dy = dy if dy.stride(-1) == 1 else dy.contiguous()  # the kernel takes rows without gaps
         wide = torch.promote_types(q.dtype, torch.float32)
         grads = [_rows_like(q, wide) for _ in range(3)]
-        size = piece_size(q.shape[2])
+        size = piece_size(q.shape[2], q.device)
         for part in ctx.parts:
             bias = part.bias(q)
             heads = slice(*part.heads)

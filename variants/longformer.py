@@ -172,7 +172,7 @@ class Longformer(Attention):
     def _parts(self, seq_len: int, n: int, device: torch.device) -> Iterator[Part]:
         """What queries [n, T) read: the n global keys, and their windows among the tokens [n, T)."""
         heads = (0, self.dims.heads)
-        size = piece_size(seq_len)
+        size = piece_size(seq_len, device)
         for lo in range(n, seq_len, size):
             queries = Cut(start=lo, run=min(size, seq_len - lo))
             yield Part(heads=heads, queries=queries, keys=Cut(start=0, run=n))

@@ -12,13 +12,15 @@ import torch
 from torch import Tensor
 
 from variants import patterns
+from variants._pieces import Sizes
 from variants._sparse import Reads, Role, SparseAttention, SparseConfig
 from variants._union import Cut, Part, piece_size
 
 Index = TypeVar("Index", int, Tensor)
 SUBBLOCKS = ("distinct", "shared")
-STRIPS = 32
-"""Strips of queries that share a rectangle of earlier summaries: on average 1/32 more pairs than allowed."""
+STRIPS = Sizes(cpu=32, accelerator=8)
+"""Strips of queries that share a rectangle of earlier summaries: of n, on average 1/n more pairs than
+allowed."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,7 +116,7 @@ class SparseFixed(SparseAttention):
                 return self._blocks(seq_len, role.first, role.last, causal) + earlier
             return earlier + self._own_summaries(seq_len, role, device)
         parts = self._blocks_unsummarised(seq_len, role, device) if role.factor == "merged" else []
-        return parts + self._all_summaries(seq_len, role)
+        return parts + self._all_summaries(seq_len, role, device)
 
     def _blocks(self, seq_len: int, first: int, last: int, causal: bool) -> list[Part]:
         """Every block by itself."""
@@ -132,7 +134,7 @@ class SparseFixed(SparseAttention):
         count = blocks if rest else blocks - 1  # query block n + 1 reads key blocks 0 … n, n < count
         if count < 1:
             return []
-        width = -(-count // STRIPS)  # blocks in a strip
+        width = -(-count // STRIPS.on(device))  # blocks in a strip
         full, left = divmod(count, width)
         if rest and not left:  # the last strip ends in a cut-off block
             full, left = full - 1, width
@@ -197,10 +199,10 @@ class SparseFixed(SparseAttention):
             parts.append(Part(heads=(role.first, role.last), queries=queries, keys=keys))
         return parts
 
-    def _all_summaries(self, seq_len: int, role: Role) -> list[Part]:
+    def _all_summaries(self, seq_len: int, role: Role, device: torch.device) -> list[Part]:
         """Bidirectionally, every summary for every token, a strip of queries at a time."""
         blocks, rest = divmod(seq_len, self.stride)
-        size = piece_size(seq_len)
+        size = piece_size(seq_len, device)
         parts = []
         for start in range(0, seq_len, size):
             queries = Cut(start=start, run=min(size, seq_len - start))

@@ -68,8 +68,15 @@ class LiveStorage(TorchDispatchMode):
 
     `live` is the current sum and `peak` its maximum since `reset_peak`; `at_peak` splits the peak by
     label. Leave the context before the tensors die and the count stays right: storages report their own
-    end.
+    end. What compiled code allocates is seen once an operation outside it returns it.
     """
+
+    supports_higher_order_operators = True
+
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        """Compiled code runs compiled, as it would unobserved."""
+        return True
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]

@@ -38,6 +38,9 @@ class StepFigures:
     """The most that was live in each phase, split by what the bytes are for: memory.LABELS."""
     rss_peak_bytes: int | None = None
     reserved_bytes: int | None = None
+    library_bytes: int | None = None
+    """What the allocator holds between steps beyond live tensors: workspaces that libraries keep (cuBLAS has
+    one a thread, 32 MiB each on Hopper), and blocks rounded up."""
 
     def phase_peak_bytes(self, phase: Phase) -> int:
         """The most that was live in a phase."""
@@ -240,6 +243,7 @@ def on_device(make: Callable[[], Subject], device: torch.device) -> tuple[Subjec
         module.empty_cache()
         module.reset_peak_memory_stats(device)
         before = module.memory_allocated(device)
+        library = before - storage.live
         figures = _measured(subject, subject.segments(), storage, after=after)
     beyond = {phase: peak - figures.phase_peak_bytes(phase) for phase, peak in peaks.items()}
     return subject, replace(
@@ -250,4 +254,5 @@ def on_device(make: Callable[[], Subject], device: torch.device) -> tuple[Subjec
         },
         activation_bytes=stored,
         reserved_bytes=reserved,
+        library_bytes=library,
     )

@@ -105,12 +105,16 @@ def _worst(levels: object) -> float:
 
 
 def prediction_errors(frame: pd.DataFrame) -> pd.DataFrame:
-    """The records whose peak was measured and predicted; `error` is predicted over measured, less 1."""
+    """The records whose peak was measured and predicted; `error` is predicted over measured, less 1.
+
+    Of the measured peak, what libraries keep between steps is left out: no prediction knows it.
+    """
     both = frame[
         (frame["status"] == "ok") & (frame["peak_bytes"] > 0) & frame["peak_bytes_predicted"].notna()
     ]
     both = both[~predicted(both["peak_bytes_source"])]
-    return both.assign(error=both["peak_bytes_predicted"] / both["peak_bytes"] - 1)
+    measured = both["peak_bytes"] - both["library_bytes"].fillna(0)
+    return both.assign(error=both["peak_bytes_predicted"] / measured - 1)
 
 
 def prediction_summary(errors: pd.DataFrame) -> pd.DataFrame:

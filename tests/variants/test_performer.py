@@ -22,6 +22,7 @@ from bench.model import LanguageModel
 from bench.tasks.text import Batch
 from bench.train import optimizer_for, training_step
 from variants import _favor
+from variants._pieces import Sizes
 from variants.base import Dims
 from variants.performer import FEATURES, Performer, PerformerConfig
 
@@ -74,7 +75,7 @@ def test_it_is_registered() -> None:
 def test_it_equals_the_quadratic_form_in_outputs_and_gradients(
     features: str, causal: bool, seq_len: int, batch: int, segment: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(_favor, "SEGMENT", segment)
+    monkeypatch.setattr(_favor, "SEGMENT", Sizes(segment, segment))
     x = torch.randn(batch, seq_len, 16, dtype=torch.float64)
     assert_equals_reference(make(seq_len, features=features).double(), x, causal)
 
@@ -116,7 +117,7 @@ def test_the_gates_pass(features: str, causal: bool) -> None:
 def test_gradients_are_those_of_finite_differences(
     softmax: bool, causal: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(_favor, "SEGMENT", 4)
+    monkeypatch.setattr(_favor, "SEGMENT", Sizes(4, 4))
     torch.manual_seed(0)
     q, k, v = (torch.randn(1, 2, 5, 3, dtype=torch.float64, requires_grad=True) for _ in range(3))
     directions = torch.randn(4, 3, dtype=torch.float64)

@@ -19,6 +19,7 @@ from bench.measure.memory import LiveStorage
 from variants import _lsh, patterns
 from variants._lsh import Window, factors, hash_rows, rotations, sort_rows, unit
 from variants._lsh_attention import LshAttention
+from variants._pieces import Sizes
 from variants.base import Dims
 from variants.layers import masked_attention
 from variants.reformer import Reformer, ReformerConfig
@@ -111,8 +112,8 @@ def test_equals_the_oracle_on_the_union_of_the_rounds(
 ) -> None:
     layer, x = made(**knobs), inputs(batch, seq_len)
     with pytest.MonkeyPatch.context() as patch:  # a piece of one block, of a few, of all
-        patch.setattr(_lsh, "TILE", tile)
-        patch.setattr(_lsh, "HASH_TILE", 40 * tile)
+        patch.setattr(_lsh, "TILE", Sizes(tile, tile))
+        patch.setattr(_lsh, "HASH_TILE", Sizes(40 * tile, 40 * tile))
         got = run(layer, x, causal=causal)
     assert_same(got, oracle(layer, x, causal=causal))
 

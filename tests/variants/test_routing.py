@@ -18,6 +18,7 @@ from bench.model import LanguageModel
 from bench.tasks.text import Batch
 from bench.train import optimizer_for, training_step
 from variants import _kmeans
+from variants._pieces import Sizes
 from variants.base import Dims
 from variants.layers import masked_attention, rotary
 from variants.routing import Routing, RoutingConfig
@@ -106,7 +107,7 @@ def test_slices_and_recomputation_change_nothing(causal: bool, monkeypatch: pyte
     torch.manual_seed(0)
     x, v = (torch.randn(2, 45, 3, 4, dtype=torch.float64, requires_grad=True) for _ in range(2))
     layout = _kmeans.lay_out(torch.randint(4, (2, 3, 45)), 4, 7, is_causal=causal)
-    monkeypatch.setattr(_kmeans, "SLICE", 1)
+    monkeypatch.setattr(_kmeans, "SLICE", Sizes(1, 1))
     monkeypatch.setattr(_kmeans, "MOST_PIECES", 9)
     assert len(_kmeans._slices(layout)) > 3
     got = _kmeans.Windowed.apply(x, v, layout)
@@ -172,7 +173,7 @@ def test_equal_tokens_are_taken_earliest_first_and_join_the_lowest_cluster() -> 
 
 
 def test_members_are_the_largest_dot_products_in_order_of_position(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_kmeans, "PIECE", 1)  # one centroid, or one token, at a time
+    monkeypatch.setattr(_kmeans, "PIECE", Sizes(1, 1))  # one centroid, or one token, at a time
     torch.manual_seed(0)
     x, centroids = torch.randn(2, 40, 3, 8), F.normalize(torch.randn(3, 6, 8), dim=-1)
     scores = torch.einsum("bthd,hkd->bhkt", F.layer_norm(x, (8,)), centroids)

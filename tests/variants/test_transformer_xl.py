@@ -86,7 +86,8 @@ def operands(batch: int, queries: int, memory: int, head_dim: int = 4, heads: in
 
 
 @pytest.mark.parametrize(
-    ("batch", "queries", "memory"), [(1, 1, 0), (3, 1, 5), (3, 7, 0), (2, BLOCK + 9, 40), (3, 2 * BLOCK, 3)]
+    ("batch", "queries", "memory"),
+    [(1, 1, 0), (3, 1, 5), (3, 7, 0), (2, BLOCK.cpu + 9, 40), (3, 2 * BLOCK.cpu, 3)],
 )
 def test_blocked_attention_is_the_plain_one(batch: int, queries: int, memory: int) -> None:
     given_ = operands(batch, queries, memory)

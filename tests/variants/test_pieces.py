@@ -1,0 +1,66 @@
+"""Work cut as for an accelerator, on this machine's CPU: the same results from other pieces."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import variants
+from bench import gates
+from bench.measure.flops import CountFlops
+from variants._pieces import Sizes, planned_for
+from variants.base import Dims
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+
+
+def test_a_size_is_the_device_s_or_the_one_planned_for() -> None:
+    sizes = Sizes(cpu=1, accelerator=2)
+    assert (sizes.on(CPU), sizes.on(CUDA)) == (1, 2)
+    with planned_for("cuda"):
+        assert sizes.on(CPU) == 2
+        with planned_for("cpu"):
+            assert sizes.on(CUDA) == 1
+        assert sizes.on(CPU) == 2
+    assert sizes.on(CPU) == 1
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "name" in metafunc.fixturenames:
+        pairs = [
+            (name, causal)
+            for name in variants.names()
+            for causal in (True, False)
+            if getattr(variants.load(name).caps, "causal" if causal else "bidirectional")
+        ]
+        metafunc.parametrize(("name", "causal"), pairs)
+
+
+def dims_or_skip(name: str, tokens: int, causal: bool) -> Dims:
+    dims = Dims(batch_size=2, seq_len=tokens, d_model=64, heads=2)
+    variant = variants.load(name)
+    if reason := variant.unsupported(variant.Config(), dims, causal=causal):
+        pytest.skip(reason)
+    return dims
+
+
+def test_the_fast_path_equals_the_reference(name: str, causal: bool) -> None:
+    dims, variant = dims_or_skip(name, 1111, causal), variants.load(name)
+    with planned_for("cuda"), torch.random.fork_rng():
+        worst = gates.reference_error(variant, variant.Config(), dims, 0, CPU, causal=causal)
+    assert worst <= gates.REFERENCE_TOLERANCE
+
+
+def test_the_cost_stays_within_its_bound(name: str, causal: bool) -> None:
+    dims, variant = dims_or_skip(name, 2048, causal), variants.load(name)
+    layer = variant(variant.Config(), dims).eval()
+    x = torch.randn(2, dims.seq_len, dims.d_model)
+    network = lambda window, state: layer(window, causal=causal, state=state)[:2]  # noqa: E731
+    with planned_for("cuda"), torch.no_grad(), CountFlops() as counter:
+        layer.plan(layer.config).stream(network, x, causal=causal)
+    projections = attention = 0
+    for length, count in layer.plan(layer.config).lengths(dims.seq_len):
+        formula = layer.flops(Dims(batch_size=2, seq_len=length, d_model=64, heads=2), causal=causal)
+        projections += formula.projections * count
+        attention += formula.attention * count
+    gates.cost_ratio(counter.total, projections, attention, layer.padding, bounded=layer.bounded)
