@@ -74,6 +74,12 @@ def _summary(finished: list[tuple[Path, Record]]) -> int:
         print(f"{len(failed)} of {len(finished)} cells failed:", file=sys.stderr)
         for record in failed:
             print(f"  {describe(record)}", file=sys.stderr)
+    if spoilt := sum(record.contaminated is not None for _, record in finished):
+        print(
+            f"{spoilt} of {len(finished)} cells are contaminated: their times are not to be trusted; "
+            "the same command with rerun=contaminated measures them again",
+            file=sys.stderr,
+        )
     return 1 if failed else 0
 
 

@@ -18,7 +18,7 @@ from bench.checkpoints import Kept
 from bench.config import Cell
 from bench.evaluate import evaluate
 from bench.measure import step as step_measure
-from bench.measure import timing
+from bench.measure import surroundings, timing
 from bench.model import LanguageModel
 from bench.planning import CPU
 from bench.reach import reach
@@ -216,23 +216,32 @@ class CellRun:
     def _time(self, subject: step_measure.Subject) -> None:
         measure, tokens = self.spec.measure, self.spec.batch_size * self.spec.seq_len
 
-        def sample(work: Callable[[], object]) -> list[float]:
+        def sample(work: Callable[[], object]) -> timing.Samples:
             return timing.sample(
-                work, self.device, seconds=measure.time_seconds, at_least=measure.min_samples
+                work,
+                self.device,
+                seconds=measure.time_seconds,
+                at_least=measure.min_samples,
+                precision=measure.precision,
             )
 
+        window = surroundings.Window(self.device)
         steps = sample(subject.step)
         subject.optimizer.zero_grad(set_to_none=True)
         subject.model.eval()
         forwards = sample(subject.forward)
+        seen = window.end()
         self.tell(
             {
-                "step_seconds_median": timing.median(steps),
-                "step_seconds_samples": steps,
-                "forward_seconds_median": timing.median(forwards),
-                "forward_seconds_samples": forwards,
-                "tokens_per_second": tokens / timing.median(steps),
-                "forward_tokens_per_second": tokens / timing.median(forwards),
+                "step_seconds_median": steps.median,
+                "step_seconds_samples": steps.seconds,
+                "forward_seconds_median": forwards.median,
+                "forward_seconds_samples": forwards.seconds,
+                "tokens_per_second": tokens / steps.median,
+                "forward_tokens_per_second": tokens / forwards.median,
+                "sampling_end": steps.end,
+                "sampling_half_width": steps.half_width,
+                **seen,
             }
         )
 

@@ -31,6 +31,7 @@ DEVICES = ("auto", "cpu", "cuda")
 DTYPES = ("float32", "bfloat16")
 TRAIN_BUDGETS = ("tokens", "flops", "seconds")
 EVAL_SPLITS = ("test", "validation")
+RERUNS = ("none", "contaminated")
 ACTIVATIONS = ("keep", "checkpoint", "sqrt", "selective", "reversible", "offload")
 
 
@@ -75,6 +76,9 @@ class MeasureSpec:
     """Wall-clock budget of the step samples, and again of the forward samples."""
     min_samples: int = 3
     """Fewest samples of each, whatever they take."""
+    precision: float = 0.03
+    """Sampling ends before its budget where the 95 % interval of the median is narrower than this on either
+    side, relative to the median; 0 always spends the budget."""
     train_budget: str = "tokens"
     """Which of the next three is what training may spend; the other two are not looked at. Of tokens and
     FLOPs whole steps are bought, rounded up, and the same cell repeats to the bit on a CPU. Seconds buy
@@ -115,6 +119,8 @@ class MeasureSpec:
         """The knobs that can change a figure: not how long it may take, nor budgets that are not spent."""
         unspent = [f"train_{name}" for name in TRAIN_BUDGETS if name != self.train_budget]
         skipped = {"limit_seconds", "checkpoint_seconds", *unspent}
+        if self.precision == MeasureSpec.precision:
+            skipped.add("precision")  # younger than cells that were hashed without it
         return {key: value for key, value in dataclasses.asdict(self).items() if key not in skipped}
 
 
@@ -140,12 +146,14 @@ class _Root:
     depth: int = 1
     batch_size: Any = 1
     replicate: int = 0
+    twin: int = 0
     objective: str = "auto"
     device: str = "auto"
     dtype: str = "float32"
     results_dir: str = "results"
     name: str = "adhoc"
     force: bool = False
+    rerun: str = "none"
     variant: dict[str, Any] = field(default_factory=dict)
     model: ModelSpec = field(default_factory=ModelSpec)
     activations: _Named = field(default_factory=_Named)
@@ -172,6 +180,8 @@ class CellSpec:
     model: ModelSpec
     data: DataSpec
     measure: MeasureSpec
+    twin: int = 0
+    """Above 0: the very cell again, to see by how much two measurements of the same differ."""
 
     @property
     def causal(self) -> bool:
@@ -183,7 +193,8 @@ class CellSpec:
     @property
     def label(self) -> str:
         """The cell in a few words, for people."""
-        return f"{self.variant} T={self.seq_len} depth={self.depth} {self.activations} #{self.replicate}"
+        words = f"{self.variant} T={self.seq_len} depth={self.depth} {self.activations} #{self.replicate}"
+        return f"{words} twin {self.twin}" if self.twin else words
 
     def attention(self) -> tuple[type[Attention], VariantConfig, Dims]:
         """The variant's class, its config and the sizes of its layers (imports torch)."""
@@ -217,6 +228,8 @@ class CellSpec:
     def cell_id(self, data_sha256: str, code_sha256: str) -> str:
         """Hash of everything that decides the figures."""
         decisive = dataclasses.asdict(self) | {"measure": self.measure.decisive()}
+        if not self.twin:
+            del decisive["twin"]  # younger than cells that were hashed without it
         return digest([decisive, data_sha256, code_sha256])
 
 
@@ -228,6 +241,9 @@ class Cell:
     folder: Path
     name: str
     force: bool
+    """Measure it though its record is final."""
+    rerun: str = "none"
+    """Which final records do not stand, of `RERUNS`."""
 
 
 def digest(value: Any) -> str:
@@ -267,6 +283,7 @@ def parse(cfg: DictConfig) -> Cell:
     choose("device", root.device, DEVICES)
     choose("dtype", root.dtype, DTYPES)
     choose("activations", root.activations.name, ACTIVATIONS)
+    choose("rerun", root.rerun, RERUNS)
     measure = root.measure
     if measure.budget is not None:
         measure = replace(measure, budget=parse_bytes("measure.budget", measure.budget))
@@ -279,6 +296,7 @@ def parse(cfg: DictConfig) -> Cell:
         depth=root.depth,
         batch_size=_batch_size(root),
         replicate=root.replicate,
+        twin=root.twin,
         objective=_objective(root.objective, variant=name, data=data.name),
         device=root.device if root.device != "auto" else _device(),
         dtype=root.dtype,
@@ -287,7 +305,13 @@ def parse(cfg: DictConfig) -> Cell:
         data=data,
         measure=measure,
     )
-    return Cell(spec=spec, folder=Path(root.results_dir) / root.name, name=root.name, force=root.force)
+    return Cell(
+        spec=spec,
+        folder=Path(root.results_dir) / root.name,
+        name=root.name,
+        force=root.force,
+        rerun=root.rerun,
+    )
 
 
 def _schema(dataclass_type: type[Any]) -> DictConfig:
@@ -344,12 +368,14 @@ def _check_bounds(root: _Root) -> None:
         "seq_len": (root.seq_len, 1),
         "depth": (root.depth, 1),
         "replicate": (root.replicate, 0),
+        "twin": (root.twin, 0),
         "model.d_model": (model.d_model, 2),
         "model.heads": (model.heads, 1),
         "model.ff_mult": (model.ff_mult, 1),
         "model.ff_chunks": (model.ff_chunks, 1),
         "measure.min_samples": (measure.min_samples, 1),
         "measure.time_seconds": (measure.time_seconds, 0),
+        "measure.precision": (measure.precision, 0),
         "measure.train_tokens": (measure.train_tokens, 0),
         "measure.train_flops": (measure.train_flops, 0),
         "measure.train_seconds": (measure.train_seconds, 0),

@@ -24,6 +24,7 @@ from omegaconf import OmegaConf
 
 import variants
 from bench import CONFIGS, environment, isolate, sweep
+from bench.config import MeasureSpec
 from bench.records import write_atomically
 from bench.report import markdown, units
 
@@ -88,8 +89,14 @@ def measure(sizes: Sizes, name: str, seq_len: int, *, fake: bool) -> Figures | s
         with FakeTensorMode():
             return Figures(None, once()[2])
     layer, x, peak_bytes = once()
-    samples = timing.sample(lambda: step(layer, x, causal=causal), cpu, seconds=SAMPLE_SECONDS, at_least=3)
-    return Figures(timing.median(samples), peak_bytes)
+    samples = timing.sample(
+        lambda: step(layer, x, causal=causal),
+        cpu,
+        seconds=SAMPLE_SECONDS,
+        at_least=3,
+        precision=MeasureSpec.precision,
+    )
+    return Figures(samples.median, peak_bytes)
 
 
 def step(layer: Attention, x: torch.Tensor, *, causal: bool) -> None:

@@ -17,7 +17,7 @@ def describe(record: Record) -> str:
     """A finished cell in one line: what it is, what it cost, how well it did."""
     what = (
         f"{record.variant} T={record.seq_len} depth={record.depth} d={record.d_model} "
-        f"{record.activations} #{record.replicate}"
+        f"{record.activations} #{record.replicate}" + (f" twin {record.twin}" if record.twin else "")
     )
     if record.status != "ok":
         return f"{record.status:11} {what}: {record.reason}"
@@ -29,6 +29,7 @@ def describe(record: Record) -> str:
         f"largest batch {record.largest_batch_size}" if record.largest_batch_size is not None else None,
         f"{record.objective} perplexity {record.perplexity:.2f}" if record.perplexity else None,
         f"{record.objective} accuracy {record.accuracy:.1%}" if record.accuracy is not None else None,
+        f"contaminated: {record.contaminated}" if record.contaminated else None,
     ]
     return f"{record.status:11} {what}: {', '.join(filter(None, figures))}"
 

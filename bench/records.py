@@ -59,6 +59,7 @@ class Record:
     device: str
     device_name: str | None = None
     replicate: int
+    twin: int = 0
     measure: str | None = None
 
     # outcome
@@ -115,7 +116,22 @@ class Record:
     forward_seconds_samples: list[float] | None = None
     tokens_per_second: float | None = None
     forward_tokens_per_second: float | None = None
+    sampling_end: str | None = None
+    sampling_half_width: float | None = None
     mfu: float | None = None
+
+    # what else went on meanwhile
+    contaminated: str | None = None
+    load_before: float | None = None
+    load_after: float | None = None
+    cpu_share: float | None = None
+    wait_share: float | None = None
+    foreign_cores: float | None = None
+    gpu_clock_mhz: int | None = None
+    gpu_temperature_celsius: int | None = None
+    gpu_power_watts: float | None = None
+    gpu_throttling: str | None = None
+    gpu_foreign_processes: int | None = None
 
     # quality
     nll: float | None = None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import getpass
 import tempfile
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,7 @@ def identity(cell: Cell) -> dict[str, Any]:
         "dtype": spec.dtype,
         "device": spec.device,
         "replicate": spec.replicate,
+        "twin": spec.twin,
         "measure": spec.measure.preset,
         "budget_bytes": spec.measure.budget,
         **_training(spec.measure),
@@ -79,22 +81,46 @@ def make_folder(folder: Path) -> None:
         raise ConfigError(f"results_dir: cannot write to {folder}: {error.strerror}") from None
 
 
+def rounds(cells: Sequence[Cell]) -> list[Cell]:
+    """The cells replicate by replicate, in their order within each, so that what drifts falls on all alike.
+
+    A twin comes after every variant that its sibling is compared with, and so sees as much drift as they do.
+    """
+
+    def setting(cell: Cell) -> str:
+        return repr((cell.folder, replace(cell.spec, variant="", variant_params={}, twin=0)))
+
+    last = {setting(cell): place for place, cell in enumerate(cells) if not cell.spec.twin}
+
+    def order(placed: tuple[int, Cell]) -> tuple[int, int, int]:
+        place, cell = placed
+        twin = cell.spec.twin
+        return cell.spec.replicate, last.get(setting(cell), place) if twin else place, twin
+
+    return [cell for _, cell in sorted(enumerate(cells), key=order)]
+
+
+def stands(record: Record | None, cell: Cell) -> bool:
+    """Whether a cell that has this record need not be measured."""
+    if cell.force or record is None or record.status not in records.FINAL:
+        return False
+    return not (cell.rerun == "contaminated" and record.contaminated)
+
+
 def run(cells: Sequence[Cell]) -> list[Record]:
-    """Run each cell whose record is not final, in order; returns the records of all.
+    """Run each cell whose record does not stand, in rounds; returns the records of all.
 
     Raises ConfigError or corpora.CorpusError before the first cell runs; after that a cell that
     fails becomes a record and the sweep goes on.
     """
     if not cells:
         raise ConfigError("no cells: the overrides match nothing (is a glob misspelt?)")
+    cells = rounds(cells)
     identities = [identity(cell) for cell in cells]
     for folder in {cell.folder for cell in cells}:
         make_folder(folder)
-    known = [
-        None if cell.force else records.read(cell.folder, known["cell_id"])
-        for cell, known in zip(cells, identities, strict=True)
-    ]
-    results = [record if record and record.status in records.FINAL else None for record in known]
+    known = [records.read(cell.folder, told["cell_id"]) for cell, told in zip(cells, identities, strict=True)]
+    results = [record if stands(record, cell) else None for record, cell in zip(known, cells, strict=True)]
     with Progress(len(cells)) as progress:
         progress.skipped(sum(result is not None for result in results))
         for index, cell in enumerate(cells):

@@ -19,6 +19,8 @@ def build_report(folder: Path, *, plots: bool = True) -> Path:
     if not folder.is_dir():
         raise ReportError(f"{folder}: no such folder")
     collected = collect(folder)
+    if not collected.every.empty and collected.frame.empty:
+        raise ReportError(f"{folder}: only twins; measure the same cells with twin=0 too")
     if collected.frame.empty:
         unread = f" ({len(collected.problems)} files there cannot be read)" if collected.problems else ""
         raise ReportError(f"{folder}: no records in {folder / RECORDS_DIR}{unread}")

@@ -33,7 +33,7 @@ _IDENTITY += [
     "machine",
     "threads",
 ]
-_IDENTITY += [*TRAINING, "replicate"]
+_IDENTITY += [*TRAINING, "replicate", "twin"]
 
 
 @dataclass(frozen=True)
@@ -42,16 +42,18 @@ class Collected:
 
     `frame` has one row a current record: the record's keys and `params_json`, `label`, `machine`, `knobs`
     (those of `data_params` that differ among the rows of its data, in words) and `corpus` (the data with
-    them; where only its hash differs, with that). `records` are all that could be read. `superseded`
-    counts records that a newer version of the code measured again, `twins` those that share every key of
-    a cell and its replicate with another one.
+    them; where only its hash differs, with that). It leaves out twins, cells that were measured again to
+    see by how much two measurements of the same differ; `every` has them too. `records` are all that could
+    be read. `superseded` counts records that a newer version of the code measured again, `alike` those
+    that share every key of a cell, its replicate and its twin with another one.
     """
 
     frame: pd.DataFrame
+    every: pd.DataFrame
     records: list[Record]
     problems: list[str]
     superseded: int
-    twins: int
+    alike: int
 
 
 def collect(folder: Path) -> Collected:
@@ -66,11 +68,12 @@ def collect(folder: Path) -> Collected:
         else:
             good.append(record)
     if not good:
-        return Collected(pd.DataFrame(), [], problems, 0, 0)
+        return Collected(pd.DataFrame(), pd.DataFrame(), [], problems, 0, 0)
     frame = _labelled(_table(good))
     current = _current(frame)
-    twins = int(current.duplicated(_IDENTITY).sum())
-    return Collected(current, good, problems, len(frame) - len(current), twins)
+    alike = int(current.duplicated(_IDENTITY).sum())
+    once = current[current["twin"] == 0]
+    return Collected(once, current, good, problems, len(frame) - len(current), alike)
 
 
 def _fits(value: object, hint: Any) -> bool:

@@ -136,9 +136,9 @@ def _warnings(collected: Collected) -> list[str]:
         found.append(f"measured by several versions of the code: {', '.join(names)}")
     if collected.superseded:
         found.append(f"{collected.superseded} older records left out: newer code measured the same cells")
-    if collected.twins:
+    if collected.alike:
         found.append(
-            f"{collected.twins} records share every key and the replicate with another: they differ in a "
+            f"{collected.alike} records share every key and the replicate with another: they differ in a "
             "setting that a record does not name, and are aggregated together"
         )
     if collected.problems:
