@@ -134,6 +134,40 @@ def test_plan_predicts_a_million_tokens_and_runs_nothing(tmp_path: Path) -> None
     assert record["step_seconds_median"] is None
 
 
+def test_twins_are_cells_of_their_own_and_run_after_the_others_of_their_round(tmp_path: Path) -> None:
+    done = bench("-m", "twin=0,1", "variant=dense,chunked", "replicate=0,1", *QUICK, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    found = sorted(records(tmp_path / "results/adhoc"), key=lambda r: str(r["started_at"]))
+    order = [(r["replicate"], r["twin"], r["variant"]) for r in found]
+    assert order == [(r, t, v) for r in (0, 1) for t in (0, 1) for v in ("dense", "chunked")]
+    assert done.stderr.count("#0 twin 1: ") == 2
+    same = [key for key in KEYS if key.startswith(("flops_", "peak_bytes", "data_sha", "code_"))]
+    for one, twin in zip(found[0:2] + found[4:6], found[2:4] + found[6:8], strict=True):
+        assert [one[key] for key in same] == [twin[key] for key in same]
+        assert one["cell_id"] != twin["cell_id"]
+
+
+def test_only_contaminated_cells_are_run_again_and_only_if_asked(tmp_path: Path) -> None:
+    sweep = ["-m", "replicate=0,1", *QUICK]
+    assert bench(*sweep, cwd=tmp_path).returncode == 0
+    folder = tmp_path / "results/adhoc/records"
+    for path in folder.iterdir():
+        record = json.loads(path.read_text())
+        marked = "its threads had no core 40% of the time" if record["replicate"] else None
+        path.write_text(json.dumps(record | {"contaminated": marked, "git_commit": "before"}))
+
+    left = bench(*sweep, cwd=tmp_path)
+    assert left.returncode == 0
+    assert "2 of 2 cells were finished before" in left.stderr
+    assert "1 of 2 cells are contaminated" in left.stderr
+    assert "rerun=contaminated" in left.stderr
+    again = bench(*sweep, "rerun=contaminated", cwd=tmp_path)
+    assert again.returncode == 0
+    assert "1 of 2 cells were finished before" in again.stderr
+    kept = {r["replicate"]: r["git_commit"] == "before" for r in records(folder.parent)}
+    assert kept == {0: True, 1: False}
+
+
 BAD = [
     ("variant=longfromer", "variant=longfromer", "longformer"),
     ("variant.impll=naive", "variant.impll", "variant.impl"),
@@ -142,6 +176,7 @@ BAD = [
     ("model.head=2", "model.head", "model.heads"),
     ("seq_len=many", "seq_len='many'", "a whole number"),
     ("measure.time_seconds=long", "measure.time_seconds='long'", "a number"),
+    ("rerun=contaminate", "rerun=contaminate", "did you mean contaminated?"),
     ("force=maybe", "force='maybe'", "true or false"),
     ("seq_len=0", "seq_len=0", "1 or more"),
     ("depth=-1", "depth=-1", "1 or more"),

@@ -2,14 +2,29 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra_plugins.longctx_bench import CellSweeper
 
 import variants
-from bench import complaints, sweep
-from bench.config import ACTIVATIONS, DTYPES, Cell, ConfigError, choose, parse
+from bench import complaints, planning, sweep
+from bench.config import (
+    ACTIVATIONS,
+    DTYPES,
+    Cell,
+    CellSpec,
+    ConfigError,
+    DataSpec,
+    MeasureSpec,
+    ModelSpec,
+    choose,
+    parse,
+)
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 
@@ -42,6 +57,7 @@ REFUSED: dict[str, tuple[str, ...]] = {
     "dtype=float16": ("dtype=float16", *DTYPES),
     "device=gpu": ("device=gpu", "auto", "cpu", "cuda"),
     "variant.impl=spda": ("variant.impl='spda'", "sdpa or naive"),
+    "rerun=contaminatd": ("rerun=contaminatd", "none, contaminated", "did you mean contaminated?"),
     # misspelt knobs
     "seqlen=5": ("seqlen", "unknown knob", "did you mean seq_len?"),
     "model.head=2": ("model.head", "did you mean model.heads?"),
@@ -59,6 +75,8 @@ REFUSED: dict[str, tuple[str, ...]] = {
     "depth=0": ("depth=0", "1 or more"),
     "batch_size=0": ("batch_size=0", "1 or more"),
     "replicate=-1": ("replicate=-1", "0 or more"),
+    "twin=-1": ("twin=-1", "0 or more"),
+    "twin=second": ("twin='second'", "a whole number"),
     "model.heads=0": ("model.heads=0", "1 or more"),
     "model.heads=3": ("model.heads=3", "must divide model.d_model=64", "nearest that does is 2"),
     "model.heads=64": ("model.heads=64", "even"),
@@ -67,6 +85,9 @@ REFUSED: dict[str, tuple[str, ...]] = {
     "model.dropout=-0.1": ("model.dropout=-0.1", "0 up to below 1"),
     "measure.min_samples=0": ("measure.min_samples=0", "1 or more"),
     "measure.time_seconds=-1": ("measure.time_seconds=-1", "0 or more"),
+    "measure.precision=-0.1": ("measure.precision=-0.1", "0 or more"),
+    "measure.precision=nan": ("measure.precision=nan", "0 or more"),
+    "measure.precision=fine": ("measure.precision='fine'", "a number"),
     "measure.train_tokens=-1": ("measure.train_tokens=-1", "0 or more"),
     "measure.train_flops=-1": ("measure.train_flops=-1", "0 or more"),
     "measure.train_seconds=nan": ("measure.train_seconds=nan", "0 or more"),
@@ -148,15 +169,45 @@ def test_every_figures_knob_changes_the_cells_id_and_no_other_does() -> None:
 
     same = ["results_dir=elsewhere", "name=other", "force=true", "measure.limit_seconds=5"]
     same += ["measure.checkpoint_seconds=5", "measure.train_seconds=5"]  # the budget is of tokens
+    same += ["twin=0", "rerun=contaminated", "measure.precision=0.03"]
     assert {cell_id(override) for override in same} == {cell_id()}
     different = [
         *("variant=chunked", "seq_len=5", "depth=3", "batch_size=2", "replicate=1", "objective=mlm"),
         *("dtype=bfloat16", "activations=checkpoint", "model=small", "model.dropout=0.1", "data=stdlib"),
         *("measure=quick", "measure.train_tokens=1", "variant.impl=naive", "measure.learning_rate=0.1"),
-        "measure.eval_split=validation",
+        *("measure.eval_split=validation", "measure.precision=0", "twin=1", "twin=2"),
     ]
     assert len({cell_id(override) for override in different} | {cell_id()}) == len(different) + 1
     assert cell_of().spec.cell_id("data", "other") != cell_id() != cell_of().spec.cell_id("other", "code")
+
+
+def test_knobs_that_came_later_leave_the_ids_of_older_cells_alone() -> None:
+    """A record is found again by this hash, which was taken before there were twins and a precision."""
+    spec = CellSpec(
+        variant="dense",
+        variant_params={"impl": "sdpa"},
+        seq_len=512,
+        depth=2,
+        batch_size=1,
+        replicate=0,
+        objective="clm",
+        device="cpu",
+        dtype="float32",
+        activations="keep",
+        model=ModelSpec(),
+        data=DataSpec(),
+        measure=MeasureSpec(),
+    )
+    assert spec.cell_id("data", "code") == "3af9a10e3280d86b"
+
+
+def test_a_twin_is_its_sibling_in_weights_and_data() -> None:
+    one, twin = (cell_of(f"twin={n}", "data=stdlib", "model=tiny", "replicate=3").spec for n in (0, 1))
+    assert one.label != twin.label
+    assert one.task()[1:] == twin.task()[1:]
+    weights = [planning.build_model(spec).state_dict() for spec in (one, twin)]
+    assert weights[0].keys() == weights[1].keys()
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
 
 
 def test_a_budget_is_of_one_kind_and_the_others_are_not_looked_at() -> None:
@@ -194,9 +245,47 @@ def test_a_preset_sweeps_into_a_folder_of_its_own(preset: str) -> None:
     assert composed.hydra.sweeper.get("params") or composed.hydra.sweeper.get("grids")
 
 
+def jobs_of(preset: str) -> list[dict[str, str]]:
+    """The overrides of each cell of a preset, in the sweep's order."""
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        composed = compose("config", overrides=[f"experiment={preset}"], return_hydra_config=True)
+        sweeper = CellSweeper(composed.hydra.sweeper.get("params"), composed.hydra.sweeper.get("grids"))
+        sweeper.loader = GlobalHydra.instance().config_loader()
+        jobs = [job for grid in sweeper.grids for job in sweeper._product(grid, [])]
+    return [dict(override.split("=", 1) for override in job) for job in jobs]
+
+
+@pytest.mark.parametrize("preset", ["smoke", "cpu", "gpu", "depth", "batch_payoff"])
+def test_a_preset_that_compares_times_measures_a_few_cells_twice(preset: str) -> None:
+    """Each such cell is there once more, in the same round, and others are measured in between."""
+    base = cell_of("data=stdlib")
+    cells = [
+        replace(
+            base,
+            spec=replace(
+                base.spec,
+                variant=job["variant"],
+                replicate=int(job.get("replicate", 0)),
+                twin=int(job.get("twin", 0)),
+                data=DataSpec(params={k: v for k, v in job.items() if k not in ("variant", "twin")}),
+            ),
+        )
+        for job in jobs_of(preset)
+    ]
+    order = [cell.spec for cell in sweep.rounds(cells)]
+    assert [spec.replicate for spec in order] == sorted(spec.replicate for spec in order)
+    twins = [spec for spec in order if spec.twin]
+    assert len({spec.variant for spec in twins}) > 1
+    assert len(twins) < len(order) / 8
+    for twin in twins:
+        apart = order.index(twin) - order.index(replace(twin, twin=0))
+        assert 1 < apart < len(order)
+
+
 def test_a_cell_goes_to_the_experiments_folder() -> None:
-    cell = cell_of("results_dir=there", "name=a/b", "force=true")
+    cell = cell_of("results_dir=there", "name=a/b", "force=true", "rerun=contaminated")
     assert (cell.folder, cell.name, cell.force) == (Path("there/a/b"), "a/b", True)
+    assert cell.rerun == "contaminated"
     assert cell.spec.causal
     assert not cell_of("objective=mlm").spec.causal
 

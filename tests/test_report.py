@@ -22,6 +22,7 @@ from bench import records
 from bench.records import Record
 from bench.report import ReportError, build
 from bench.report.__main__ import main
+from bench.report.collect import collect
 
 ROOT = Path(__file__).parents[1]
 WINDOW = {"chunked": 128, "overlapping": 256, "longformer": 192}
@@ -433,6 +434,24 @@ def test_newer_code_supersedes_a_measurement(tmp_path: Path) -> None:
     assert summary.step_seconds_median.tolist() == [1.0]
     assert summary.records.tolist() == [1]
     assert "1 older records left out" in (report / "summary.md").read_text()
+
+
+def test_twins_are_collected_and_kept_out_of_the_tables(tmp_path: Path) -> None:
+    """They measure the same cell again: no replicates, no doubles, and not superseded by one another."""
+    cells = [record(replicate=r) for r in range(2)]
+    twins = [record(replicate=r, twin=1, step_seconds_median=1e3, cell_id=f"twin-{r}") for r in range(2)]
+    found = collect(write(tmp_path / "both", [*cells, *twins]))
+    assert (found.superseded, found.alike) == (0, 0)
+    assert [*found.frame["twin"]] == [0, 0]
+    assert sorted(found.every["twin"]) == [0, 0, 1, 1]
+    assert [*found.every.columns] == [*found.frame.columns]
+    build(write(tmp_path / "without", cells), plots=False)
+    build(tmp_path / "both", plots=False)
+    tables = [(tmp_path / name / "report" / "summary.csv").read_text() for name in ("both", "without")]
+    assert tables[0] == tables[1]
+    assert len(pd.read_parquet(tmp_path / "both/report/cells.parquet")) == 4
+    with pytest.raises(ReportError, match="only twins"):
+        build(write(tmp_path / "alone", twins), plots=False)
 
 
 def test_a_prediction_is_marked_as_one(tmp_path: Path) -> None:

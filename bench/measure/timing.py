@@ -33,7 +33,7 @@ class Samples:
 
     seconds: list[float]
     end: Literal["precise", "budget"]
-    """Why sampling ended: the interval was narrow, or time or `MOST_SAMPLES` were spent."""
+    """Why sampling ended: the interval was narrow, or the time or `MOST_SAMPLES` runs were spent."""
 
     @property
     def median(self) -> float:
@@ -62,7 +62,7 @@ def sample(
     precision: float,
 ) -> Samples:
     """Time runs of `work` until the half-width of the median's interval is below `precision` with no trend
-    left, or `seconds` are spent or there are `MOST_SAMPLES`; `at_least` samples in any case.
+    left, or `seconds` or `MOST_SAMPLES` runs are spent; `at_least` samples in any case.
 
     Runs of the warm-up count towards `seconds`: a trend costs samples and no time.
     """
@@ -70,7 +70,7 @@ def sample(
         work()
     synchronize(device)
     taken: list[float] = []
-    begun = time.perf_counter()
+    runs, begun = 0, time.perf_counter()
 
     def precise() -> bool:
         return len(taken) >= at_least and half_width(taken) < precision
@@ -81,7 +81,8 @@ def sample(
         synchronize(device)
         end = time.perf_counter()
         taken.append(end - start)
-        spent = len(taken) >= at_least and (len(taken) >= MOST_SAMPLES or end - begun >= seconds)
+        runs += 1
+        spent = runs >= at_least and (runs >= MOST_SAMPLES or end - begun >= seconds)
         if spent or precise():
             taken = warm(taken, at_least)
             if precise():
@@ -105,21 +106,22 @@ def _falls(samples: Sequence[float]) -> bool:
 
 
 def half_width(samples: Sequence[float]) -> float:
-    """Half the width of the 95 % interval of the median, relative to the median; infinite for fewer than
-    six samples, whose extremes hold the median less often than that.
+    """Half the width of the median's `interval`, relative to the median; infinite where there is none."""
+    ends = interval(samples)
+    return (ends[1] - ends[0]) / (2 * statistics.median(samples)) if ends else math.inf
 
-    The interval's ends are order statistics, which assumes no distribution (Conover, *Practical
-    Nonparametric Statistics*, 3.2).
-    """
+
+def interval(samples: Sequence[float]) -> tuple[float, float] | None:
+    """The 95 % interval of the median; None for fewer than six samples, whose extremes do not hold it as
+    often as that. Its ends are order statistics, which takes no distribution for granted (Conover,
+    *Practical Nonparametric Statistics*, section 3.2)."""
     beyond = _beyond(len(samples))
-    if not beyond:
-        return math.inf
     ordered = sorted(samples)
-    return (ordered[-beyond] - ordered[beyond - 1]) / (2 * statistics.median(ordered))
+    return (ordered[beyond - 1], ordered[-beyond]) if beyond else None
 
 
 @cache
 def _beyond(count: int) -> int:
-    """k, such that the k-th lowest and the k-th highest of `count` samples hold the median at least as often
-    as `CONFIDENCE`; 0 for none."""
+    """k, such that the k-th lowest and the k-th highest of `count` samples have the median between them as
+    often as `CONFIDENCE` or more; 0 for none."""
     return int(binom.ppf((1 - CONFIDENCE) / 2, count, 0.5))

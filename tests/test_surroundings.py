@@ -1,0 +1,255 @@
+"""Whether other work on the machine is seen: in figures recorded with and without it, and live."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from bench.measure import nvml, surroundings
+from bench.measure.nvml import DeviceState
+from bench.measure.surroundings import Surroundings, Window
+from bench.records import KEYS
+
+CPU = torch.device("cpu")
+BUSY = "while True: pass"
+
+
+@contextmanager
+def foreign(*, core: int | None = None, count: int = 1) -> Iterator[None]:
+    """Processes that do nothing but keep cores busy, or one core."""
+    pin = "" if core is None else f"import os; os.sched_setaffinity(0, {{{core}}})\n"
+    script = f"{pin}print(flush=True)\n{BUSY}"
+    started = [subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE) for _ in range(count)]
+    try:
+        for process in started:
+            assert process.stdout is not None
+            process.stdout.readline()  # it is busy from here on
+        yield
+    finally:
+        for process in started:
+            process.kill()
+            process.communicate()
+
+
+@contextmanager
+def on_core(core: int) -> Iterator[None]:
+    """This thread alone on one core."""
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {core})
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
+
+
+def work(seconds: float) -> None:
+    """Keep a core busy until that much time has passed."""
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        pass
+
+
+def seen(
+    wait_share: float | None = 0.0, foreign_cores: float | None = 0.0, cpu_share: float = 0.95, **device: Any
+) -> Surroundings:
+    return Surroundings(
+        load_before=2.0,
+        load_after=2.0,
+        cpu_share=cpu_share,
+        wait_share=wait_share,
+        foreign_cores=foreign_cores,
+        device=DeviceState(**device),
+    )
+
+
+# --- live ----------------------------------------------------------------------------------------
+
+
+def test_a_core_shared_with_another_process_contaminates() -> None:
+    core = min(os.sched_getaffinity(0))
+    with foreign(core=core), on_core(core):
+        window = Window(CPU)
+        work(0.4)
+        found = window.end()
+    assert found["wait_share"] > 0.2
+    assert found["foreign_cores"] > 0.2
+    assert "had no core" in found["contaminated"]
+
+
+def test_the_cores_that_others_keep_busy_are_counted() -> None:
+    """More of them only where other tests run beside this one."""
+    with foreign():
+        window = Window(CPU)
+        time.sleep(0.4)
+        found = window.end()
+    assert 0.4 < found["foreign_cores"] <= len(os.sched_getaffinity(0)) + 0.1
+    assert found["cpu_share"] < 0.2
+    assert found["wait_share"] < 0.2
+
+
+def test_the_time_this_process_uses_is_its_own() -> None:
+    begun, used = surroundings.busy_seconds(), time.process_time()
+    window = Window(CPU)
+    work(0.3)
+    found = window.end()
+    ended = surroundings.busy_seconds()
+    assert begun is not None
+    assert ended is not None
+    own = time.process_time() - used
+    assert ended - begun > own - 0.05
+    assert found["cpu_share"] * torch.get_num_threads() == pytest.approx(own / 0.3, rel=0.1)
+
+
+def test_a_window_fills_the_record_s_keys() -> None:
+    found = Window(CPU).end()
+    assert set(found) <= set(KEYS)
+    assert {key for key in found if key.startswith("gpu_")} >= {"gpu_clock_mhz", "gpu_foreign_processes"}
+    assert all(found[key] is None for key in found if key.startswith("gpu_"))
+
+
+@pytest.mark.slow
+def test_a_planted_load_marks_its_cells_and_they_alone_are_run_again(tmp_path: Path) -> None:
+    """A foreign process a core while the second of two sweeps runs; then a third, that measures again."""
+
+    def sweep(replicate: int, *more: str) -> dict[int, dict[str, Any]]:
+        cells = [f"replicate=range({replicate + 1})", "data=stdlib", "measure=quick", "seq_len=512"]
+        done = subprocess.run(
+            [sys.executable, "-m", "bench", "-m", *cells, "measure.time_seconds=0.3", *more],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stderr
+        paths = (tmp_path / "results/adhoc/records").glob("*.json")
+        found = [json.loads(path.read_text()) for path in paths]
+        told = sum(record["contaminated"] is not None for record in found)
+        assert (f"{told} of {len(found)} cells are contaminated" in done.stderr) == (told > 0)
+        return {record["replicate"]: record for record in found}
+
+    sweep(0)
+    with foreign(count=len(os.sched_getaffinity(0))):
+        loaded = sweep(1)
+    assert loaded[1]["contaminated"]
+    assert loaded[1]["wait_share"] > loaded[0]["wait_share"]
+    assert loaded[1]["foreign_cores"] > loaded[0]["foreign_cores"]
+    again = sweep(1, "rerun=contaminated")
+    for replicate, record in loaded.items():
+        measured = again[replicate]["started_at"] != record["started_at"]
+        assert measured == (record["contaminated"] is not None)
+
+
+# --- the rule, on recorded figures ----------------------------------------------------------------
+
+
+# --- the driver of a device -----------------------------------------------------------------------
+
+
+class NVMLError(Exception):
+    pass
+
+
+def refuse(*_: Any) -> Any:
+    raise NVMLError("not supported")
+
+
+def driver(**answers: Any) -> SimpleNamespace:
+    """What stands in for pynvml: a driver that gives these answers and no other."""
+    names = (
+        "nvmlDeviceGetPowerUsage",
+        "nvmlDeviceGetCurrentClocksEventReasons",
+        "nvmlDeviceGetComputeRunningProcesses",
+        "nvmlDeviceGetClockInfo",
+        "nvmlDeviceGetTemperature",
+    )
+    asked = {name: (lambda *_, answer=answers[name]: answer) if name in answers else refuse for name in names}
+    bits = {f"nvmlClocksEventReason{name}": 4 << place for place, name in enumerate(nvml.REASONS)}
+    return SimpleNamespace(NVMLError=NVMLError, NVML_CLOCK_SM=1, NVML_TEMPERATURE_GPU=0, **bits, **asked)
+
+
+def process(pid: int, used: int | None = None) -> SimpleNamespace:
+    return SimpleNamespace(pid=pid, usedGpuMemory=used)
+
+
+def test_what_the_driver_does_not_say_is_none() -> None:
+    assert nvml.state(driver(), handle=None) == nvml.UNTOLD
+    alone = nvml.state(driver(nvmlDeviceGetTemperature=41), handle=None)
+    assert alone == DeviceState(gpu_temperature_celsius=41)
+
+
+def test_the_driver_s_answers_get_their_units_and_words() -> None:
+    found = nvml.state(
+        driver(
+            nvmlDeviceGetPowerUsage=412_500,
+            nvmlDeviceGetClockInfo=1980,
+            nvmlDeviceGetCurrentClocksEventReasons=4 | 16 | 1,
+            nvmlDeviceGetComputeRunningProcesses=[process(os.getpid(), 2**30), process(7)],
+        ),
+        handle=None,
+    )
+    assert (found.gpu_power_watts, found.gpu_clock_mhz, found.gpu_temperature_celsius) == (412.5, 1980, None)
+    assert found.gpu_throttling == "power cap, heat"
+    assert (found.gpu_foreign_processes, found.nvml_process_bytes) == (1, 2**30)
+
+
+@pytest.mark.parametrize(("others", "expected"), [([], None), ([501], 0), ([501, 502], 1)])
+def test_a_container_s_process_is_one_of_those_the_driver_names(
+    others: list[int], expected: int | None
+) -> None:
+    """There it has another number; which one cannot be told, nor what memory it has."""
+    listed = [process(-pid, 2**20) for pid in others]
+    found = nvml.state(driver(nvmlDeviceGetComputeRunningProcesses=listed), handle=None)
+    assert found.gpu_foreign_processes == expected
+    assert found.nvml_process_bytes is None
+
+
+def test_a_device_of_no_driver_says_nothing() -> None:
+    assert nvml.read(CPU) == nvml.UNTOLD
+
+
+def test_the_names_of_reasons_are_the_driver_s() -> None:
+    pynvml = pytest.importorskip("pynvml")
+    bits = [getattr(pynvml, f"nvmlClocksEventReason{name}") for name in nvml.REASONS]
+    assert len({*bits}) == len(bits)
+    assert sum(bits) & pynvml.nvmlClocksEventReasonGpuIdle == 0
+
+
+@pytest.mark.parametrize(
+    ("device", "reason"),
+    [
+        ({}, None),
+        ({"gpu_throttling": "none", "gpu_foreign_processes": 0}, None),
+        ({"gpu_throttling": "power cap"}, None),
+        ({"gpu_throttling": "heat"}, "heat"),
+        ({"gpu_throttling": "power cap, hardware slowdown"}, "hardware slowdown"),
+        ({"gpu_foreign_processes": 1}, "1 other process on"),
+        ({"gpu_foreign_processes": 3}, "3 other processes on"),
+    ],
+)
+def test_a_device_that_is_slowed_down_or_shared_contaminates(
+    device: dict[str, Any], reason: str | None
+) -> None:
+    told = seen(**device).contaminated(threads=1, cores=8)
+    assert told is None if reason is None else told is not None and reason in told
+
+
+def test_either_end_of_the_window_spoils_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    spoilt = DeviceState(gpu_throttling="heat", gpu_foreign_processes=2, gpu_clock_mhz=900)
+    fine = DeviceState(gpu_throttling="none", gpu_foreign_processes=0, gpu_clock_mhz=1980)
+    for states in ([spoilt, fine], [fine, spoilt]):
+        monkeypatch.setattr(nvml, "read", lambda _, states=states: states.pop(0))
+        last = states[-1].gpu_clock_mhz
+        found = Window(CPU).end()
+        assert found["gpu_clock_mhz"] == last
+        assert (found["gpu_throttling"], found["gpu_foreign_processes"]) == ("heat", 2)
+        assert found["contaminated"]
