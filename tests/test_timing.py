@@ -163,10 +163,10 @@ def test_a_sample_is_one_run() -> None:
 
 @pytest.mark.parametrize("seed", range(20))
 def test_a_warm_up_is_not_sampled(seed: int) -> None:
-    """Ten runs that get faster, then steady ones: what is left of the former is what is as fast as these."""
+    """Ten runs that get faster, then steady ones: what is left of the former is nearly as fast as these."""
     falling = [0.01 * (1 + 2 * 0.7**k) for k in range(10)]
     taken, _ = play(chain([0.1], falling, noisy(0.01, 0.02, seed)), seconds=0.4)
-    assert max(taken.seconds) < 0.0115
+    assert max(taken.seconds) < 0.0135 < falling[4]
     assert taken.median == pytest.approx(0.01, rel=0.03)
 
 
