@@ -149,8 +149,8 @@ def test_a_planted_load_marks_its_cells_and_they_alone_are_run_again(tmp_path: P
 
 # --- the rule, on recorded figures ----------------------------------------------------------------
 
-# (wait_share, foreign_cores) of windows of 0.1 to 0.4 s on two cores, of a training step at 512 tokens: beside
-# processes of the lowest weight, which cost the step 5 to 25 %, and beside one and two that kept a core busy.
+# (wait_share, foreign_cores) in windows of 0.1 to 0.4 s of training steps at 512 tokens, on two cores: beside
+# processes of the lowest weight, which cost a step 5 to 25 %, and beside one and two that kept a core busy.
 TWO_THREADS = {
     "the lowest weight": [
         *((0.0612, 0.125), (0.0441, 0.061), (0.0433, 0.143), (0.0443, 0.112)),

@@ -58,7 +58,8 @@ class Surroundings:
     def figures(self) -> dict[str, Any]:
         """By the record's keys."""
         own = asdict(self)
-        return own.pop("device") | own
+        del own["device"]
+        return own | asdict(self.device)
 
     def contaminated(self, *, threads: int, cores: int) -> str | None:
         """Why samples taken in these surroundings are not to be trusted; None where they are.
