@@ -13,6 +13,7 @@ import torch
 
 import variants
 from bench import gates
+from bench.measure import nvml
 from bench.measure.flops import CountFlops
 from variants.base import Dims
 
@@ -42,6 +43,13 @@ def test_a_cell_runs_gated_and_its_predicted_peak_is_near_the_allocator_s(
     # the prediction takes the CPU's kernels and knows no library's workspaces
     peak = record["peak_bytes"] - record["library_bytes"]
     assert record["peak_bytes_predicted"] == pytest.approx(peak, rel=0.05)
+
+
+def test_the_driver_tells_of_the_device_and_of_this_process() -> None:
+    held = torch.ones(2**20, device="cuda")
+    found = nvml.read(held.device)
+    assert found != nvml.UNTOLD
+    assert found.nvml_process_bytes is None or found.nvml_process_bytes >= held.nbytes
 
 
 KERNELS: list[tuple[str, dict[str, Any]]] = [

@@ -73,7 +73,7 @@ DECIDES = [
         )
     ),
     *(f"bench/corpora/{name}.py" for name in ("__init__", "base", "hub", "plays")),
-    *(f"bench/measure/{name}.py" for name in ("flops", "memory", "step", "timing")),
+    *(f"bench/measure/{name}.py" for name in ("flops", "memory", "nvml", "step", "surroundings", "timing")),
     *(f"bench/tasks/{name}.py" for name in ("base", "mqar", "text")),
     *(f"variants/{name}.py" for name in ("base", "layers", "patterns")),
 ]
