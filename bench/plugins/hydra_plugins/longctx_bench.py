@@ -17,7 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 
 class CellSweeper(Sweeper):
     """Hydra's grid sweep with one addition, `grids`: a list of parameter dictionaries whose products are
-    run one after the other, so that a preset can hold more than one question.
+    run one after the other in each round of replicates, so that a preset can hold more than one question.
 
     `params` is the same with one grid. An override on the command line beats both.
     """
