@@ -116,6 +116,15 @@ class Record:
     tokens_per_second: float | None = None
     forward_tokens_per_second: float | None = None
     mfu: float | None = None
+    peak_flops_per_second: float | None = None
+    peak_bytes_per_second: float | None = None
+
+    # how cost is claimed to grow
+    claimed_time_exponent: float | None = None
+    claimed_memory_exponent: float | None = None
+    claim_source: str | None = None
+    survey_exponent: float | None = None
+    claimed_depth_exponent: float | None = None
 
     # quality
     nll: float | None = None
