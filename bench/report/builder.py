@@ -8,7 +8,18 @@ from pathlib import Path
 import pandas as pd
 
 from bench.records import RECORDS_DIR, replacing, write_atomically
-from bench.report import ReportError, budgets, curves, memory, rates, recall, statistics, summary, tables
+from bench.report import (
+    ReportError,
+    budgets,
+    curves,
+    findings,
+    memory,
+    rates,
+    recall,
+    statistics,
+    summary,
+    tables,
+)
 from bench.report.collect import collect
 
 log = logging.getLogger("bench.report")
@@ -42,6 +53,7 @@ def build_report(folder: Path, *, plots: bool = True) -> Path:
         rates=rate,
         recall=recall.recall_cells(kinds.plain, rate),
         curves=training,
+        findings=findings.find(kinds.plain),
     )
     report = folder / "report"
     pictures: summary.Plots = {}
@@ -53,6 +65,8 @@ def build_report(folder: Path, *, plots: bool = True) -> Path:
     write_atomically(report / "summary.csv", tables.csv(statistics.summary(found.cost, found.quality)))
     for name in ("recomputation", "fits", "payoff", "rates", "recall"):
         _write_if_any(report / f"{name}.csv", getattr(found, name))
+    for name in ("exponents", "crossovers", "pareto"):
+        _write_if_any(report / f"{name}.csv", getattr(found.findings, name))
     write_atomically(report / "summary.md", summary.text(collected, found, pictures))
     with replacing(report / "cells.parquet") as file:
         file.write(tables.parquet(collected.records))

@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import pandas as pd
 
 from bench.records import STATUSES
-from bench.report import budget_tables, markdown, memory, memory_tables, rate_tables, recall_tables, tables
+from bench.report import (
+    budget_tables,
+    findings,
+    markdown,
+    memory,
+    memory_tables,
+    rate_tables,
+    recall_tables,
+    tables,
+)
 from bench.report.collect import UNKNOWN, Collected
+from bench.report.findings import Plots
 from bench.report.groups import COMMON, FIT, PAYOFF, describe
 from bench.report.markdown import escape
 from bench.report.statistics import DRIFT_LIMIT, LEAK_LIMIT
-
-Plots = Mapping[str, Sequence[tuple[str, str]]]
-"""Section (such as 'cost') → its plots, each a title and a path without suffix."""
 
 NOTES = {
     tables.LEAK: f"the gate measured a leak of more than {LEAK_LIMIT:g}: with a causal objective it sees the "
@@ -40,6 +47,7 @@ class Found:
     rates: pd.DataFrame
     recall: pd.DataFrame
     curves: pd.DataFrame
+    findings: findings.Findings
 
     @property
     def answers(self) -> pd.DataFrame:
@@ -75,6 +83,7 @@ def text(collected: Collected, found: Found, plots: Plots) -> str:
     parts = [
         _head(collected),
         _cost(found.cost, plots.get("cost", ()), plots.get("others", ())),
+        findings.text(found.findings, plots),
         _memory(found, plots.get("memory", ())),
         _fits(found.fits, plots.get("fits", ())),
         _payoff(found.payoff, plots.get("payoff", ())),
@@ -99,13 +108,7 @@ def text(collected: Collected, found: Found, plots: Plots) -> str:
 
 def _section(title: str, body: str, marks: Sequence[str], lead: str = "") -> str:
     """A section with the marks that its body uses explained beneath; nothing for an empty body."""
-    if not body:
-        return ""
-    used = [f"- {mark} {NOTES[mark]}." for mark in marks if mark in body]
-    return (
-        "\n".join(part for part in (f"## {title}\n", lead and lead + "\n", body, *used) if part).rstrip()
-        + "\n"
-    )
+    return markdown.section(title, body, {mark: NOTES[mark] for mark in marks}, lead)
 
 
 def _head(collected: Collected) -> str:
