@@ -25,7 +25,7 @@ from bench.records import write_atomically
 SIZES = (512, 1024, 2048, 4096, 8192)
 """Rows of square matrices, tried in turn until one product takes `LONG_SECONDS`: small ones do not fill an
 accelerator, and large ones take a CPU long to no purpose."""
-LONG_SECONDS = 0.05
+LONG_SECONDS = 0.02
 COPY_BYTES = 2**27
 """More than caches hold."""
 AT_LEAST = 5

@@ -109,6 +109,7 @@ def cost(cells: pd.DataFrame) -> str:
             Column("min–max", spread),
             Column("time / dense", ratios),
             each(cells, "throughput", "tokens_per_second_median", units.rate),
+            each(cells, "utilisation", "mfu", units.percent),
             Column("peak memory", [_peak(row) for row in rows]),
             each(cells, "memory / dense", "peak_bytes_ratio", units.ratio),
             each(cells, "algorithmic FLOPs", "flops_algorithmic_step", units.flops),
