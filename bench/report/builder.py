@@ -8,7 +8,18 @@ from pathlib import Path
 import pandas as pd
 
 from bench.records import RECORDS_DIR, replacing, write_atomically
-from bench.report import ReportError, budgets, curves, memory, rates, recall, statistics, summary, tables
+from bench.report import (
+    ReportError,
+    budgets,
+    curves,
+    memory,
+    noise,
+    rates,
+    recall,
+    statistics,
+    summary,
+    tables,
+)
 from bench.report.collect import collect
 
 log = logging.getLogger("bench.report")
@@ -25,6 +36,8 @@ def build_report(folder: Path, *, plots: bool = True) -> Path:
     for problem in collected.problems:
         log.warning("left out: %s", problem)
     kinds = budgets.kinds(collected.frame)
+    pairs = noise.pairs(getattr(collected, "every", collected.frame))
+    cost = statistics.cost_cells(kinds.plain, noise.floors(pairs))
     quality = statistics.quality_cells(kinds.plain)
     rate = rates.rate_cells(kinds.plain, quality)
     training, unread_curves = curves.training_curves(kinds.plain, folder)
@@ -32,7 +45,7 @@ def build_report(folder: Path, *, plots: bool = True) -> Path:
         log.warning("left out: %s", problem)
     collected.problems.extend(unread_curves)
     found = summary.Found(
-        cost=statistics.cost_cells(kinds.plain),
+        cost=cost,
         quality=quality,
         parts=memory.peak_parts(kinds.plain),
         recomputation=memory.recomputation(kinds.plain),
@@ -42,6 +55,7 @@ def build_report(folder: Path, *, plots: bool = True) -> Path:
         rates=rate,
         recall=recall.recall_cells(kinds.plain, rate),
         curves=training,
+        noise=noise.summary(pairs, cost),
     )
     report = folder / "report"
     pictures: summary.Plots = {}
@@ -51,7 +65,7 @@ def build_report(folder: Path, *, plots: bool = True) -> Path:
 
         pictures = draw_all(collected.frame, kinds, found, report)
     write_atomically(report / "summary.csv", tables.csv(statistics.summary(found.cost, found.quality)))
-    for name in ("recomputation", "fits", "payoff", "rates", "recall"):
+    for name in ("recomputation", "fits", "payoff", "rates", "recall", "noise"):
         _write_if_any(report / f"{name}.csv", getattr(found, name))
     write_atomically(report / "summary.md", summary.text(collected, found, pictures))
     with replacing(report / "cells.parquet") as file:
