@@ -6,6 +6,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -15,7 +16,8 @@ from test_report_memory import frame_of, look, text_of
 
 from bench.records import Record
 from bench.report import crossover_plots
-from bench.report.crossover import FIGURES, crossing, crossovers, quality_loss, ratio_cells
+from bench.report.crossover import FIGURES, compared, crossing, crossovers, quality_loss
+from bench.report.statistics import cost_cells
 
 LENGTHS = (512, 1024, 2048, 4096, 8192)
 
@@ -58,8 +60,12 @@ def crossing_at(place: float, *factors: float, slope: float = 1.0) -> list[Recor
 def found_in(folder: Path, found: list[Record]) -> dict[str, Any]:
     """The crossovers of the one variant, by figure."""
     frame = frame_of(folder, found)
-    cells = crossovers(ratio_cells(frame), quality_loss(frame))
+    cells = crossovers(cost_cells(frame), quality_loss(frame))
     return {row["figure"]: row for _, row in cells.iterrows()}
+
+
+def compared_of(frame: pd.DataFrame) -> pd.DataFrame:
+    return compared(cost_cells(frame))
 
 
 # --- one line -------------------------------------------------------------------------------------
@@ -143,7 +149,7 @@ def test_only_like_is_compared_with_like(tmp_path: Path) -> None:
         stranger = record("chunked", 1024, other.get("depth", 2), variant_params={}, cell_id="stranger")
         for key, value in other.items():
             setattr(stranger, key, value)
-        assert ratio_cells(frame_of(tmp_path / str(number), [*alone, stranger])).empty
+        assert compared_of(frame_of(tmp_path / str(number), [*alone, stranger])).empty
 
 
 def test_unfinished_cells_are_not_compared(tmp_path: Path) -> None:
@@ -223,7 +229,7 @@ def rings(axis: Axes) -> list[tuple[float, float]]:
 
 def test_the_chart_has_a_line_at_one_and_rings_the_crossing(tmp_path: Path) -> None:
     frame = frame_of(tmp_path, crossing_at(1500.0, 1.0, 1.1))
-    cells = ratio_cells(frame)
+    cells = compared_of(frame)
     figure = crossover_plots.crossover(cells, look(frame))
     assert figure is not None
     axes = [axis for axis in figure.axes if axis.get_visible()]
@@ -232,10 +238,10 @@ def test_the_chart_has_a_line_at_one_and_rings_the_crossing(tmp_path: Path) -> N
         assert any(list(line.get_ydata()) == [1.0, 1.0] for line in axis.get_lines())  # type: ignore[arg-type]
         low, high = axis.get_ylim()
         assert low < 1 < high
-    assert rings(axes[0]) == [(pytest.approx(crossing(LENGTHS, list(cells["time"]))[1]), 1.0)]
+    assert rings(axes[0]) == [(pytest.approx(crossing(LENGTHS, list(cells[FIGURES["time"]]))[1]), 1.0)]
     assert rings(axes[1]) == []
 
 
 def test_one_length_is_no_chart(tmp_path: Path) -> None:
     frame = frame_of(tmp_path, pair(512, 0.5))
-    assert crossover_plots.crossover(ratio_cells(frame), look(frame)) is None
+    assert crossover_plots.crossover(compared_of(frame), look(frame)) is None

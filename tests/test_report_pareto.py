@@ -17,6 +17,7 @@ from test_report_memory import frame_of, look, text_of
 from bench.records import Record
 from bench.report import pareto_plots, roofline, roofline_plots
 from bench.report.pareto import COSTS, pareto_cells
+from bench.report.statistics import cost_cells, quality_cells, summary
 
 VARIANTS = ("dense", "chunked", "overlapping", "longformer")
 
@@ -33,8 +34,16 @@ def model(variant: str, nll: float, seconds: float, replicate: int = 0, **other:
     return record(variant, replicate=replicate, **{**values, **other})
 
 
+def pareto_of(frame: pd.DataFrame) -> pd.DataFrame:
+    return pareto_cells(summary(cost_cells(frame), quality_cells(frame)))
+
+
+def utilisation_of(frame: pd.DataFrame) -> pd.DataFrame:
+    return roofline.utilisation_cells(cost_cells(frame), roofline.peaks(frame))
+
+
 def fronts(folder: Path, found: list[Record], cost: str = "time") -> dict[str, str]:
-    cells = pareto_cells(frame_of(folder, found))
+    cells = pareto_of(frame_of(folder, found))
     return dict(zip(cells["label"], cells[f"{cost}_front"], strict=True))
 
 
@@ -83,11 +92,11 @@ def test_better_within_the_intervals_is_not_clear(tmp_path: Path) -> None:
 
 def test_only_models_trained_on_equally_many_tokens_stand_together(tmp_path: Path) -> None:
     apart = [model("dense", 2.0, 2.0), model("chunked", 1.0, 1.0, tokens_trained=999)]
-    assert pareto_cells(frame_of(tmp_path / "tokens", apart)).empty
+    assert pareto_of(frame_of(tmp_path / "tokens", apart)).empty
     untrained = [model(name, 2.0, 2.0, tokens_trained=None) for name in VARIANTS]
-    assert pareto_cells(frame_of(tmp_path / "none", untrained)).empty
+    assert pareto_of(frame_of(tmp_path / "none", untrained)).empty
     lengths = [model("dense", 2.0, 2.0), model("chunked", 1.0, 1.0, seq_len=1024)]
-    assert pareto_cells(frame_of(tmp_path / "length", lengths)).empty
+    assert pareto_of(frame_of(tmp_path / "length", lengths)).empty
 
 
 def test_a_model_stands_at_its_best_rate(tmp_path: Path) -> None:
@@ -97,7 +106,7 @@ def test_a_model_stands_at_its_best_rate(tmp_path: Path) -> None:
         for name in ("dense", "chunked")
         for rate, nll in rates.items()
     ]
-    cells = pareto_cells(frame_of(tmp_path, found))
+    cells = pareto_of(frame_of(tmp_path, found))
     assert list(cells["learning_rate"]) == [0.003, 0.003]
     assert list(cells["quality"]) == [2.5, 1.5]
 
@@ -107,7 +116,7 @@ def test_ways_of_saving_activations_stand_beside_each_other(tmp_path: Path) -> N
         model("dense", 2.0, 1.0, peak_bytes=1000, activations="keep"),
         model("dense", 2.0, 1.5, peak_bytes=100, activations="reversible"),
     ]
-    cells = pareto_cells(frame_of(tmp_path, found)).set_index("activations")
+    cells = pareto_of(frame_of(tmp_path, found)).set_index("activations")
     assert list(cells.index) == ["keep", "reversible"]
     assert list(cells["time_front"]) == ["front", ""]
     assert list(cells["memory_front"]) == ["", "front"]
@@ -132,7 +141,7 @@ def test_the_table_names_the_fronts(tmp_path: Path) -> None:
 
 def test_the_picture_draws_the_front_through_its_models(tmp_path: Path) -> None:
     frame = frame_of(tmp_path, several())
-    figure = pareto_plots.pareto(pareto_cells(frame), look(frame))
+    figure = pareto_plots.pareto(pareto_of(frame), look(frame))
     assert figure is not None
     axes = [axis for axis in figure.axes if axis.get_visible()]
     assert len(axes) == len(COSTS)
@@ -154,7 +163,7 @@ def used(seq_len: int, share: float, replicate: int = 0, peak: float | None = 1e
 def test_all_cells_of_a_machine_are_held_against_the_highest_peak(tmp_path: Path) -> None:
     """The peak was first taken as the machine was busy."""
     found = [used(512, 0.5, peak=0.8e9), used(1024, 0.6), used(2048, 0.9, peak=None)]
-    cells = roofline.utilisation_cells(frame_of(tmp_path, found))
+    cells = utilisation_of(frame_of(tmp_path, found))
     assert dict(zip(cells["seq_len"], cells["utilisation"], strict=True)) == pytest.approx(
         {512: 0.5, 1024: 0.6, 2048: 0.9}
     )
@@ -163,15 +172,15 @@ def test_all_cells_of_a_machine_are_held_against_the_highest_peak(tmp_path: Path
 def test_records_without_a_peak_have_no_utilisation(tmp_path: Path) -> None:
     frame = frame_of(tmp_path, [used(512, 0.5, peak=None), used(1024, 0.5, peak=None)])
     assert roofline.peaks(frame).empty
-    assert roofline.utilisation_cells(frame).empty
-    assert roofline_plots.utilisation(roofline.utilisation_cells(frame), look(frame)) is None
+    assert utilisation_of(frame).empty
+    assert roofline_plots.utilisation(utilisation_of(frame), look(frame)) is None
 
 
 def test_utilisation_is_drawn_with_its_interval(tmp_path: Path) -> None:
     found = [used(n, s, r) for (n, s), r in itertools.product(((512, 0.3), (1024, 0.6)), (0, 1))]
     found += [used(2048, 0.7, 0), used(2048, 0.8, 1)]
     frame = frame_of(tmp_path, found)
-    cells = roofline.utilisation_cells(frame)
+    cells = utilisation_of(frame)
     last = cells.set_index("seq_len").loc[2048]
     assert (last["utilisation_low"], last["utilisation_high"]) == pytest.approx((0.7, 0.8))
     figure = roofline_plots.utilisation(cells, look(frame))

@@ -16,12 +16,11 @@ from hypothesis import strategies as st
 from test_report import record, table
 from test_report_memory import frame_of, text_of
 
-import variants
 from bench.config import CellSpec, parse
 from bench.planning import Plan, build_model
 from bench.records import Record
 from bench.report.scaling import FEWEST, SPAN, TOLERANCE, Fit, exponents, fit, verdict
-from bench.report.spread import interval
+from bench.report.statistics import cost_cells
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 LENGTHS = (512, 1024, 2048, 4096)
@@ -156,7 +155,7 @@ def test_exponents_stand_beside_the_claims_they_contradict(tmp_path: Path) -> No
 
 def test_growth_in_depth_is_held_against_what_the_strategy_claims(tmp_path: Path) -> None:
     frame = frame_of(tmp_path, grown(1, 2, 4))
-    found = exponents(frame)
+    found = exponents(cost_cells(frame))
     deep = found[(found["axis"] == "depth") & (found["label"] == "dense") & (found["seq_len"] == 1024)]
     by_figure = deep.set_index("figure")
     assert by_figure.loc["time", "exponent"] == pytest.approx(1, abs=1e-6)
@@ -164,20 +163,20 @@ def test_growth_in_depth_is_held_against_what_the_strategy_claims(tmp_path: Path
     assert by_figure.loc["saved", "verdict"] == ""
     assert by_figure.loc["saved", "claim"] == 0.5
     wrong = [growing("dense", 512, depth, claimed_depth_exponent=0) for depth in (1, 2, 4)]
-    one = exponents(frame_of(tmp_path / "wrong", wrong)).set_index("figure")
+    one = exponents(cost_cells(frame_of(tmp_path / "wrong", wrong))).set_index("figure")
     assert one.loc["saved", "verdict"] == "above"
 
 
 def test_two_lengths_and_depths_make_no_section(tmp_path: Path) -> None:
     found = [r for r in grown(1, 2) if r.seq_len <= 1024]
-    assert exponents(frame_of(tmp_path, found)).empty
+    assert exponents(cost_cells(frame_of(tmp_path, found))).empty
     assert "## Growth" not in text_of(tmp_path / "report", found)
 
 
 def test_records_without_claims_are_fitted_all_the_same(tmp_path: Path) -> None:
     claims = [k for k in vars(grown()[0]) if k.startswith("claim")] + ["survey_exponent"]
     old = [growing(r.variant, r.seq_len, replicate=r.replicate, **dict.fromkeys(claims)) for r in grown()]
-    found = exponents(frame_of(tmp_path, old))
+    found = exponents(cost_cells(frame_of(tmp_path, old)))
     assert len(found)
     assert set(found["verdict"]) == {""}
     assert found["claim"].isna().all()
@@ -189,34 +188,12 @@ def test_what_did_not_finish_has_flops_and_no_time(tmp_path: Path) -> None:
     for one in found:
         if one.seq_len == 4096:
             one.status = "oom"
-    fits = exponents(frame_of(tmp_path, found)).query("label == 'dense'").set_index("figure")
+    fits = exponents(cost_cells(frame_of(tmp_path, found))).query("label == 'dense'").set_index("figure")
     assert fits.loc["time", "last"] == 2048
     assert fits.loc["attention", "last"] == 4096
     text = text_of(tmp_path / "report", found)
     row = table(text, "### In the length: clm, depth 2")[0]
     assert "time, memory, saved 512–2k; attention, algorithmic, executed 512–4k" in row["lengths"]
-
-
-# --- intervals over replicates --------------------------------------------------------------------
-
-
-@given(st.lists(st.floats(-1e6, 1e6), min_size=2, max_size=5))
-def test_the_interval_of_a_median_of_few_is_their_range(values: list[float]) -> None:
-    low, high = interval(values)
-    assert (low, high) == (pytest.approx(min(values)), pytest.approx(max(values)))
-
-
-def test_one_replicate_has_no_interval() -> None:
-    assert all(math.isnan(end) for end in interval([1.0]))
-    assert all(math.isnan(end) for end in interval([1.0, math.nan]))
-
-
-def test_intervals_are_repeatable_and_narrow_with_replicates() -> None:
-    values = np.random.default_rng(1).normal(size=40)
-    assert interval(values, np.mean) == interval(values, np.mean)
-    few, many = interval(values[:8], np.mean), interval(values, np.mean)
-    assert many[1] - many[0] < few[1] - few[0]
-    assert many[0] < values.mean() < many[1]
 
 
 # --- every variant's plan ------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from bench.report import (
     curves,
     findings,
     memory,
+    noise,
     rates,
     recall,
     statistics,
@@ -36,6 +37,8 @@ def build_report(folder: Path, *, plots: bool = True) -> Path:
     for problem in collected.problems:
         log.warning("left out: %s", problem)
     kinds = budgets.kinds(collected.frame)
+    pairs = noise.pairs(getattr(collected, "every", collected.frame))
+    cost = statistics.cost_cells(kinds.plain, noise.floors(pairs))
     quality = statistics.quality_cells(kinds.plain)
     rate = rates.rate_cells(kinds.plain, quality)
     training, unread_curves = curves.training_curves(kinds.plain, folder)
@@ -43,7 +46,7 @@ def build_report(folder: Path, *, plots: bool = True) -> Path:
         log.warning("left out: %s", problem)
     collected.problems.extend(unread_curves)
     found = summary.Found(
-        cost=statistics.cost_cells(kinds.plain),
+        cost=cost,
         quality=quality,
         parts=memory.peak_parts(kinds.plain),
         recomputation=memory.recomputation(kinds.plain),
@@ -53,17 +56,18 @@ def build_report(folder: Path, *, plots: bool = True) -> Path:
         rates=rate,
         recall=recall.recall_cells(kinds.plain, rate),
         curves=training,
-        findings=findings.find(kinds.plain),
+        findings=findings.find(kinds.plain, cost, quality),
+        noise=noise.summary(pairs, cost),
     )
     report = folder / "report"
-    pictures: summary.Plots = {}
+    pictures: findings.Plots = {}
     _clear(report / "plots")
     if plots:
         from bench.report.plots import draw_all
 
         pictures = draw_all(collected.frame, kinds, found, report)
     write_atomically(report / "summary.csv", tables.csv(statistics.summary(found.cost, found.quality)))
-    for name in ("recomputation", "fits", "payoff", "rates", "recall"):
+    for name in ("recomputation", "fits", "payoff", "rates", "recall", "noise"):
         _write_if_any(report / f"{name}.csv", getattr(found, name))
     for name in ("exponents", "crossovers", "pareto"):
         _write_if_any(report / f"{name}.csv", getattr(found.findings, name))

@@ -34,6 +34,8 @@ _IDENTITY += [
     "threads",
 ]
 _IDENTITY += [*TRAINING, "replicate"]
+_ABSENT = {"twin": 0, "contaminated": None}
+"""What records mean that do not have these keys."""
 
 
 @dataclass(frozen=True)
@@ -92,6 +94,7 @@ def _fits(value: object, hint: Any) -> bool:
 def _table(found: Sequence[Record]) -> pd.DataFrame:
     """One row a record; figures as floats with NaN for null, because FLOPs can pass 64 bits."""
     frame = pd.DataFrame([dataclasses.asdict(r) for r in found], columns=list(records.KEYS))
+    frame = frame.assign(**{key: value for key, value in _ABSENT.items() if key not in frame})
     frame[_FIGURES] = frame[_FIGURES].astype(float).replace([math.inf, -math.inf], math.nan)
     frame["params_json"] = [json.dumps(r.variant_params, sort_keys=True, default=str) for r in found]
     frame["data_json"] = [

@@ -10,54 +10,24 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pandas as pd
 
-from bench.report.groups import CELL, GROUP, TRAINING, split
+from bench.report.groups import GROUP, TRAINING, split
+from bench.report.intervals import interval
 from bench.report.rates import at_best_rate
-from bench.report.spread import interval
 from bench.report.statistics import BASELINE, LEAK_LIMIT
 
-FIGURES = {"time": "step_seconds_median", "memory": "peak_bytes", "flops": "flops_executed_step"}
-"""Name of a comparison → the figure of a record that is compared."""
+FIGURES = {"time": "step_seconds_ratio", "memory": "peak_bytes_ratio", "flops": "flops_executed_ratio"}
+"""Name of a comparison → its column of the cost cells; times have an interval beside it."""
 SAME = 1e-3
 """Ratios nearer to 1 than this are 1: a window that holds the whole sequence is not cheaper by a handful of
 bytes."""
-Floats = npt.NDArray[np.float64]
 
 
-def ratio_cells(frame: pd.DataFrame) -> pd.DataFrame:
-    """One row a cell that has a finished dense one beside it: its cost over dense's.
-
-    Columns: the keys, `baseline` (the label of the dense that is compared with), and for each of `FIGURES`
-    `X` (the median over replicates of the ratio within a replicate) and its 95 % interval `X_low` to
-    `X_high` (NaN for one replicate), `X_replicates`.
-    """
-    ok = frame[frame["status"] == "ok"]
-    peers = [*GROUP, "seq_len", "replicate"]
-    dense = ok[ok["variant"] == BASELINE]
-    # as elsewhere: where dense ran in several forms, the first by label whose implementation is sdpa
-    dense = dense.assign(other=~dense["label"].str.contains("impl=sdpa", regex=False))
-    chosen = dense.sort_values(["other", "label"], kind="stable").groupby(list(GROUP))["label"].first()
-    baseline = chosen.reindex(pd.MultiIndex.from_frame(ok[list(GROUP)])).to_numpy()
-    ok = ok.assign(baseline=baseline)
-    against = ok[ok["label"] == ok["baseline"]].groupby(peers)[list(FIGURES.values())].median()
-    against = against.reindex(pd.MultiIndex.from_frame(ok[peers]))
-    for name, column in FIGURES.items():
-        ok[name] = ok[column].to_numpy() / against[column].to_numpy()
-    ok = ok[(ok["label"] != ok["baseline"]) & ok[list(FIGURES)].notna().any(axis=1)]
-    rows = []
-    for values, own in ok.groupby([*CELL, "baseline"], sort=False):
-        row = dict(zip([*CELL, "baseline"], values, strict=True))
-        for name in FIGURES:
-            ratios = own[name].dropna()
-            low, high = interval(ratios)
-            row |= {name: ratios.median(), f"{name}_low": low, f"{name}_high": high}
-            row[f"{name}_replicates"] = len(ratios)
-        rows.append(row)
-    if not rows:
-        return pd.DataFrame()
-    return pd.DataFrame(rows).sort_values([*GROUP, "label", "seq_len"], ignore_index=True)
+def compared(cells: pd.DataFrame) -> pd.DataFrame:
+    """The cost cells that have a dense one beside them, less that one."""
+    others = cells[cells["baseline"].notna() & (cells["label"] != cells["baseline"])]
+    return others[others[list(FIGURES.values())].notna().any(axis=1)]
 
 
 def crossing(lengths: Sequence[float], ratios: Sequence[float]) -> tuple[str, float]:
@@ -79,36 +49,25 @@ def crossing(lengths: Sequence[float], ratios: Sequence[float]) -> tuple[str, fl
     return ("from" if cheaper[-1] else "until"), float(np.exp(places[0] + share * (places[1] - places[0])))
 
 
-def _onset(lengths: Floats, ratios: Floats) -> float:
-    """The length from which on it is cheaper: 0 for all of them, infinite where it is not at the longest."""
-    kind, place = crossing(list(lengths), list(ratios))
-    return {"from": place, "always": 0.0}.get(kind, np.inf)
-
-
-def crossovers(ratios: pd.DataFrame, quality: pd.DataFrame) -> pd.DataFrame:
-    """One row a variant, group and comparison; takes `ratio_cells` and `quality_loss`.
+def crossovers(cells: pd.DataFrame, quality: pd.DataFrame) -> pd.DataFrame:
+    """One row a variant, group and comparison; takes `statistics.cost_cells` and `quality_loss`.
 
     Columns: the keys of `groups.GROUP`, `variant`, `label`, `figure` (of `FIGURES`), `outcome` and `length`
     as `crossing` has them, `low` and `high` (the lengths from which on the lower and the upper end of the
-    ratio's interval are below 1: 0 at all measured, infinite at none, NaN for one replicate), `first` and
+    ratio's interval are below 1: 0 at all measured, infinite at none, NaN without intervals), `first` and
     `last` length measured, `lengths` (how many), and the quality lost at the nearest length where there is
     any: `nll_lost`, `nll_lost_low`, `nll_lost_high`, `quality_seq_len`, `quality_width`, `quality_depth`.
     """
+    others = compared(cells)
     rows = []
-    if ratios.empty:
-        return pd.DataFrame()
-    for values, own in split(ratios, [*GROUP, "variant", "label"]):
-        for figure in FIGURES:
-            known = own[own[figure].notna()].sort_values("seq_len")
+    for values, own in split(others, [*GROUP, "variant", "label"]) if len(others) else ():
+        for figure, column in FIGURES.items():
+            known = own[own[column].notna()].sort_values("seq_len")
             if known.empty:
                 continue
             lengths = known["seq_len"].to_numpy(dtype=float)
-            outcome, place = crossing(list(lengths), list(known[figure]))
-            several = bool(known[f"{figure}_low"].notna().all())
-            low, high = (
-                _onset(lengths, known[f"{figure}_{end}"].to_numpy()) if several else np.nan
-                for end in ("low", "high")
-            )
+            outcome, place = crossing(list(lengths), list(known[column]))
+            low, high = (_onset(known, f"{column}_{end}") for end in ("low", "high"))
             rows.append(
                 {
                     **values,
@@ -126,6 +85,15 @@ def crossovers(ratios: pd.DataFrame, quality: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+def _onset(cells: pd.DataFrame, column: str) -> float:
+    """The length from which on one end of the ratio's interval is below 1: 0 for all of them, infinite
+    where it is not at the longest; NaN where a cell has no interval."""
+    if column not in cells or cells[column].isna().any():
+        return np.nan
+    kind, place = crossing(list(cells["seq_len"]), list(cells[column]))
+    return {"from": place, "always": 0.0}.get(kind, np.inf)
+
+
 _LOSS = ("nll_lost", "nll_lost_low", "nll_lost_high", "quality_seq_len", "quality_width", "quality_depth")
 _RUN = ("objective", "corpus", "d_model", "heads", "depth", "activations", "seq_len", "replicate")
 """What a trained model and the dense one that it is compared with share, beside their training."""
@@ -134,9 +102,9 @@ _RUN = ("objective", "corpus", "d_model", "heads", "depth", "activations", "seq_
 def quality_loss(frame: pd.DataFrame) -> pd.DataFrame:
     """One row a variant and trained model: mean loss over replicates, less dense's in the same replicate.
 
-    Columns: `objective`, `corpus`, `label`, and `_LOSS`: nats a token with the 95 % interval of the mean over
-    replicates, and the length, width and depth trained at. Where several learning rates were tried, each
-    model is at its own best. What leaks is left out: what it reaches is no feat.
+    Columns: `objective`, `corpus`, `label`, and `_LOSS`: nats a token with their interval over replicates,
+    and the length, width and depth trained at. Where several learning rates were tried, each model is at its
+    own best. What leaks is left out: what it reaches is no feat.
     """
     ok = frame[(frame["status"] == "ok") & frame["nll"].notna() & ~(frame["leak_max_abs"] > LEAK_LIMIT)]
     if ok.empty or not (ok["variant"] == BASELINE).any():
@@ -151,8 +119,15 @@ def quality_loss(frame: pd.DataFrame) -> pd.DataFrame:
     rows = []
     keys = [key for key in shared if key != "replicate"]
     for values, own in split(pairs, [*keys, "label"]):
-        low, high = interval(own["lost"], np.mean)
-        figures = (own["lost"].mean(), low, high, values["seq_len"], values["d_model"], values["depth"])
+        low, high = interval(own["lost"].to_numpy(dtype=float))
+        figures = (
+            own["lost"].mean(),
+            float(low),
+            float(high),
+            values["seq_len"],
+            values["d_model"],
+            values["depth"],
+        )
         named = {key: values[key] for key in ("objective", "corpus", "label")}
         rows.append(named | dict(zip(_LOSS, figures, strict=True)))
     return pd.DataFrame(rows, columns=["objective", "corpus", "label", *_LOSS])

@@ -16,6 +16,7 @@ from bench.report import (
     roofline,
     scaling,
     scaling_tables,
+    statistics,
     tables,
     units,
 )
@@ -33,23 +34,23 @@ class Findings:
     """The frames of these sections, each as the module of its name makes it; any may be empty."""
 
     exponents: pd.DataFrame
-    ratios: pd.DataFrame
+    compared: pd.DataFrame
     crossovers: pd.DataFrame
     pareto: pd.DataFrame
     peaks: pd.DataFrame
     utilisation: pd.DataFrame
 
 
-def find(frame: pd.DataFrame) -> Findings:
-    """All of them, from the records of ordinary cells."""
-    ratios = crossover.ratio_cells(frame)
+def find(frame: pd.DataFrame, cost: pd.DataFrame, quality: pd.DataFrame) -> Findings:
+    """All of them, from the records of ordinary cells and what `statistics` makes of these."""
+    peaks = roofline.peaks(frame)
     return Findings(
-        exponents=scaling.exponents(frame),
-        ratios=ratios,
-        crossovers=crossover.crossovers(ratios, crossover.quality_loss(frame)),
-        pareto=pareto.pareto_cells(frame),
-        peaks=roofline.peaks(frame),
-        utilisation=roofline.utilisation_cells(frame),
+        exponents=scaling.exponents(cost),
+        compared=crossover.compared(cost),
+        crossovers=crossover.crossovers(cost, crossover.quality_loss(frame)),
+        pareto=pareto.pareto_cells(statistics.summary(cost, quality)),
+        peaks=peaks,
+        utilisation=roofline.utilisation_cells(cost, peaks),
     )
 
 
@@ -118,10 +119,11 @@ def _crossover(cells: pd.DataFrame, plots: Sequence[tuple[str, str]]) -> str:
     lead = (
         "The length from which on a variant is cheaper than `dense` in the same setting, up to the longest "
         "measured: read off the line through the logarithms of the ratios at measured lengths. A ratio is "
-        "the median over replicates, each against dense in the same replicate; in brackets, between which "
-        "lengths the ratio's 95 % interval becomes cheaper. *loss over dense*: nats a token that the model "
-        "loses after the same training (95 % interval over replicates), at the trained length nearest to "
-        "the crossover in time."
+        "the median over replicates, each against dense in the same replicate; in brackets, the lengths "
+        "from which on the lower and the upper end of its interval are cheaper. *loss over dense*: nats a "
+        "token that the model loses after the same training, with the interval over replicates, at the "
+        "trained length nearest to the crossover in time. An interval is one of 95 %, of two replicates "
+        "their range."
     )
     groups = tables.headed(cells, GROUP)
     parts = _listed([(heading, keys, crossover_tables.crossovers(own)) for heading, keys, own in groups])
@@ -133,8 +135,8 @@ def _pareto(cells: pd.DataFrame, plots: Sequence[tuple[str, str]]) -> str:
         return ""
     lead = (
         "Models trained on equally many tokens, best first: mean quality and median cost over replicates "
-        "with their 95 % intervals. A model is on the front of a cost where no other is as good and as "
-        "cheap, and better in one."
+        "with their 95 % intervals, of two replicates their range. A model is on the front of a cost where "
+        "no other is as good and as cheap, and better in one."
     )
     notes = {
         pareto_tables.MAYBE: "another is better in both, but not beyond the intervals",

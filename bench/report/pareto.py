@@ -7,15 +7,15 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
+from scipy import stats
 
 from bench.report.groups import COMMON, TRAINING, split
-from bench.report.rates import at_best_rate
-from bench.report.spread import interval
-from bench.report.statistics import BASELINE, LEAK_LIMIT
+from bench.report.intervals import LEVEL
+from bench.report.statistics import BASELINE
 from bench.report.style import strategy_rank
 
-COSTS = {"time": "step_seconds_median", "memory": "peak_bytes", "flops": "flops_executed_step"}
-"""Name of a cost → the figure of a record."""
+COSTS = {"time": "step_seconds", "memory": "peak_bytes", "flops": "flops_executed_step"}
+"""Name of a cost → its column in the summary, or what its columns begin with."""
 POOL = (
     *COMMON,
     "depth",
@@ -28,53 +28,56 @@ _MODEL = [*POOL, "variant", "label", "activations"]
 FRONT, NOISE, BEATEN = "front", "noise", ""
 
 
-def pareto_cells(frame: pd.DataFrame) -> pd.DataFrame:
-    """One row a trained model of every pool of two or more; may be empty.
+def pareto_cells(summary: pd.DataFrame) -> pd.DataFrame:
+    """One row a trained model of every pool of two or more; may be empty. Takes `statistics.summary`.
 
     Columns: the keys of `POOL`, `variant`, `label`, `activations`, `learning_rate` (each model's best: that
-    of the least mean loss), `score` (nll or accuracy), `quality` (its mean over replicates) with the 95 %
+    of the least mean loss), `score` (nll or accuracy), `quality` (its mean over replicates) with its
     interval `quality_low` to `quality_high`, for each of `COSTS` the median `X` with `X_low` and `X_high`,
     `replicates`, `leaks`, and for each cost `X_front`: 'front' where no other model is better in both,
     'noise' where some are but none beyond the intervals of both, '' else. What leaks is on no front and
     keeps nobody off one.
     """
-    ok = frame[(frame["status"] == "ok") & (frame["nll"].notna() | frame["accuracy"].notna())]
-    ok = ok[ok["tokens_trained"] > 0]
-    if ok.empty:
+    trained = summary[(summary["tokens_trained"] > 0) & summary["nll_mean"].notna()]
+    if trained.empty:
         return pd.DataFrame()
-    models = split(at_best_rate(ok, _MODEL), _MODEL)
-    cells = pd.DataFrame([_row(values, own) for values, own in models])
-    cells = pd.concat([_fronts(pool) for _, pool in split(cells, POOL) if len(pool) > 1] or [cells.iloc[:0]])
-    if cells.empty:
+    least = trained.groupby(_MODEL, dropna=False)["nll_mean"].transform("min")
+    cells = _scored(trained[trained["nll_mean"] == least])
+    several = [_fronts(pool) for _, pool in split(cells, POOL) if len(pool) > 1]
+    if not several:
         return pd.DataFrame()
+    cells = pd.concat(several)
     cells["later"] = cells["variant"] != BASELINE
     cells["rank"] = [strategy_rank(name) for name in cells["activations"]]
     order = [*POOL, "later", "label", "rank"]
     return cells.sort_values(order, ignore_index=True, kind="stable").drop(columns=["later", "rank"])
 
 
+def _scored(models: pd.DataFrame) -> pd.DataFrame:
+    """The columns of a model before the fronts."""
+    answers = models["accuracy_mean"].notna()
+    counts = models["quality_replicates"]
+    columns: dict[str, Any] = {key: models[key] for key in (*_MODEL, "learning_rate", "leaks")}
+    columns["score"] = np.where(answers, "accuracy", "nll")
+    columns["replicates"] = counts
+    mean, deviation = (
+        models[f"accuracy_{name}"].where(answers, models[f"nll_{name}"]) for name in ("mean", "std")
+    )
+    # as `intervals.interval`: of two replicates their range, of more Student's interval of the mean
+    wide = np.where(counts == 2, 1.0, stats.t.ppf((1 + LEVEL) / 2, np.maximum(counts - 1, 1)))
+    reach = wide * deviation / np.sqrt(counts)
+    columns |= {"quality": mean, "quality_low": mean - reach, "quality_high": mean + reach}
+    for name, column in COSTS.items():
+        whole = f"{column}_median" if f"{column}_median" in models else column
+        columns[name] = models[whole]
+        for end in ("low", "high"):
+            columns[f"{name}_{end}"] = models.get(f"{column}_{end}", np.nan)
+    return pd.DataFrame(columns)
+
+
 def pools(cells: pd.DataFrame) -> Iterator[tuple[dict[str, Any], pd.DataFrame]]:
     """The parts of `pareto_cells` whose models stand against each other, with what they share."""
     return split(cells, POOL)
-
-
-def _row(values: dict[str, Any], own: pd.DataFrame) -> dict[str, Any]:
-    score = "accuracy" if own["accuracy"].notna().all() else "nll"
-    low, high = interval(own[score], np.mean)
-    row = {
-        **values,
-        "learning_rate": own["learning_rate"].iloc[0],
-        "score": score,
-        "quality": own[score].mean(),
-        "quality_low": low,
-        "quality_high": high,
-        "replicates": own["replicate"].nunique(),
-        "leaks": bool((own["leak_max_abs"] > LEAK_LIMIT).any()),
-    }
-    for name, column in COSTS.items():
-        low, high = interval(own[column])
-        row |= {name: own[column].median(), f"{name}_low": low, f"{name}_high": high}
-    return row
 
 
 class _Span(NamedTuple):

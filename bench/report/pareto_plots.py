@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from bench.report import canvas, units
-from bench.report.cost_plots import GREY, Look, label_handles, replicates
+from bench.report.cost_plots import GREY, Look, interval_of, label_handles, replicates
 from bench.report.groups import split
 from bench.report.memory import BASELINE
 from bench.report.pareto import COSTS, FRONT
@@ -51,7 +51,7 @@ def pareto(cells: pd.DataFrame, look: Look) -> Figure | None:
             [], [], color=GREY, marker="o", fillstyle="none", linestyle="", label="† sees the future"
         )
         handles.append(hollow)
-    footer = f"{look.footer} · 95 % intervals, {replicates(cells['replicates'])}"
+    footer = f"{look.footer} · {interval_of(cells['replicates'])}, {replicates(cells['replicates'])}"
     canvas.dress(
         figure, "Quality against cost, trained on equally many tokens", look.setting, footer, handles
     )

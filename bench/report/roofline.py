@@ -8,9 +8,6 @@ from __future__ import annotations
 
 import pandas as pd
 
-from bench.report.groups import CELL, split
-from bench.report.spread import interval
-
 MACHINE = ("device", "machine", "threads", "dtype")
 
 
@@ -22,25 +19,18 @@ def peaks(frame: pd.DataFrame) -> pd.DataFrame:
     return known.groupby(list(MACHINE))[rates].max().reset_index()
 
 
-def utilisation_cells(frame: pd.DataFrame) -> pd.DataFrame:
-    """One row a finished cell of a machine whose peak is known: the keys and, as shares of the peak,
-    `utilisation` (algorithmic FLOPs over the step's time; the median over replicates) with its 95 % interval
-    `utilisation_low` to `utilisation_high`, and `replicates`."""
-    timed = frame[(frame["status"] == "ok") & frame["step_seconds_median"].notna()]
-    timed = timed.merge(peaks(frame), on=list(MACHINE), suffixes=("_own", ""))
-    rate = timed["flops_algorithmic_step"] / timed["step_seconds_median"]
-    timed = timed.assign(utilisation=rate / timed["peak_flops_per_second"])
-    timed = timed[timed["utilisation"].notna()]
-    rows = []
-    for values, own in split(timed, CELL):
-        low, high = interval(own["utilisation"])
-        rows.append(
-            {
-                **values,
-                "utilisation": own["utilisation"].median(),
-                "utilisation_low": low,
-                "utilisation_high": high,
-                "replicates": own["replicate"].nunique(),
-            }
-        )
-    return pd.DataFrame(rows)
+def utilisation_cells(cells: pd.DataFrame, known: pd.DataFrame) -> pd.DataFrame:
+    """The cost cells that were timed on a machine whose peak is known; takes `peaks` as `known`.
+
+    New columns, shares of the peak: `utilisation` (algorithmic FLOPs over the median step) and, over the ends
+    of the step time's interval, `utilisation_low` to `utilisation_high`.
+    """
+    timed = cells.merge(known, on=list(MACHINE))
+    ends = {"": "median", "_low": "high", "_high": "low"}
+    rates = {
+        f"utilisation{end}": timed["flops_algorithmic_step"] / timed[f"step_seconds_{time}"]
+        for end, time in ends.items()
+    }
+    shares = {name: rate / timed["peak_flops_per_second"] for name, rate in rates.items()}
+    timed = timed.assign(**shares)
+    return timed[timed["utilisation"].notna()]

@@ -9,7 +9,7 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import PercentFormatter
 
 from bench.report import canvas
-from bench.report.cost_plots import GREY, Curve, Look, draw_curve, label_handles, replicates
+from bench.report.cost_plots import GREY, Curve, Look, draw_curve, interval_of, label_handles, replicates
 from bench.report.groups import split
 
 
@@ -37,7 +37,7 @@ def utilisation(cells: pd.DataFrame, look: Look) -> Figure | None:
         axis.set_ylim(0.0, min(1.0, 1.08 * top))
     handles: list[Artist] = label_handles(cells, look)
     if (cells["replicates"] > 1).any():
-        handles.append(Patch(color=GREY, alpha=0.2, linewidth=0, label="95 % interval, replicates"))
+        handles.append(Patch(color=GREY, alpha=0.2, linewidth=0, label=interval_of(cells["replicates"])))
     title = "Utilisation of the machine's matrix products"
     canvas.dress(figure, title, look.setting, f"{look.footer} · {replicates(cells['replicates'])}", handles)
     return figure

@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from bench.report.groups import CELL, GROUP, SETTING, split
+from bench.report.groups import GROUP, SETTING, split
 from bench.report.statistics import BASELINE
 
 SPAN = 8
@@ -30,26 +30,24 @@ out is worth 1 / ln T, some 0.1 at these lengths; a stride rounded to a power of
 
 @dataclass(frozen=True)
 class Figure:
-    """What is fitted: its name, the figure of a record, and the claims that it is held against."""
+    """What is fitted: its name, its column of the cost cells, and the claims that it is held against."""
 
     name: str
     column: str
     by_length: str | None = None
-    """Figure of a record that claims the exponent of the length."""
+    """The column that claims its exponent in the length."""
     by_depth: str | None = None
     surveyed: bool = False
     """Whether the survey's exponent, of attention in the length, speaks of it."""
-    measured: bool = True
-    """Taken from finished cells; others are properties of a configuration."""
 
 
 FIGURES = (
     Figure("time", "step_seconds_median", "claimed_time_exponent"),
-    Figure("memory", "peak_bytes", "claimed_memory_exponent"),
+    Figure("memory", "peak_bytes_median", "claimed_memory_exponent"),
     Figure("saved", "activation_bytes", "claimed_memory_exponent", "claimed_depth_exponent"),
-    Figure("attention", "flops_attention_step", "claimed_time_exponent", surveyed=True, measured=False),
-    Figure("algorithmic", "flops_algorithmic_step", measured=False),
-    Figure("executed", "flops_executed_step", measured=False),
+    Figure("attention", "flops_attention_step", "claimed_time_exponent", surveyed=True),
+    Figure("algorithmic", "flops_algorithmic_step"),
+    Figure("executed", "flops_executed_step"),
 )
 
 
@@ -87,27 +85,14 @@ def verdict(found: Fit, claim: float | None) -> str:
     return "below" if found.high < claim - TOLERANCE else ""
 
 
-def medians(frame: pd.DataFrame) -> pd.DataFrame:
-    """One row a cell: the keys, medians of the figures over replicates, and the claims."""
-    claims = {name for figure in FIGURES for name in (figure.by_length, figure.by_depth) if name}
-    measured = [figure.column for figure in FIGURES if figure.measured]
-    frame = frame.assign(**{name: frame[name].where(frame["status"] == "ok") for name in measured})
-    columns = [*(figure.column for figure in FIGURES), *sorted(claims), "survey_exponent"]
-    found = frame.groupby(list(CELL), sort=False, dropna=False)
-    cells = found[columns].median()
-    cells["claim_source"] = found["claim_source"].first()
-    return cells.reset_index()
-
-
-def exponents(frame: pd.DataFrame) -> pd.DataFrame:
+def exponents(cells: pd.DataFrame) -> pd.DataFrame:
     """One row a variant, setting, axis and figure that has `FEWEST` sizes or more; may be empty.
 
-    Columns: the keys of `groups.SETTING`, `axis` (seq_len or depth), the other of the two (NaN for the one
-    that is the axis), `variant`, `label`, `figure` (a name of `FIGURES`), `exponent` with its 95 % interval
-    `low` to `high`, `points`, `first` and `last` size fitted, `claim` and `claim_source`, `verdict`,
-    `survey` and `survey_verdict`.
+    Takes `statistics.cost_cells`. Columns: the keys of `groups.SETTING`, `axis` (seq_len or depth), the other
+    of the two (NaN for the one that is the axis), `variant`, `label`, `figure` (a name of `FIGURES`),
+    `exponent` with its 95 % interval `low` to `high`, `points`, `first` and `last` size fitted, `claim` and
+    `claim_source`, `verdict`, `survey` and `survey_verdict`.
     """
-    cells = medians(frame)
     rows = [
         *_along(cells, "seq_len", [*GROUP, "variant", "label"]),
         *_along(cells, "depth", [*SETTING, "seq_len", "variant", "label"]),
