@@ -6,11 +6,13 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from matplotlib.axes import Axes
+from scipy import stats
 from test_report import record, table
 from test_report_memory import frame_of, look, text_of
 
@@ -116,10 +118,17 @@ def test_ratios_are_taken_within_a_replicate(tmp_path: Path) -> None:
 
 
 def test_the_interval_is_where_the_ratios_interval_crosses(tmp_path: Path) -> None:
-    time = found_in(tmp_path, crossing_at(1500.0, 0.9, 1.0, 1.2))["time"]
+    time = found_in(tmp_path / "two", crossing_at(1500.0, 0.9, 1.2))["time"]
+    assert time["length"] == pytest.approx(1500 * (0.9 + 1.2) / 2)
+    assert (time["low"], time["high"]) == (pytest.approx(1500 * 0.9), pytest.approx(1500 * 1.2))
+    time = found_in(tmp_path / "three", crossing_at(1500.0, 0.9, 1.0, 1.2))["time"]
+    logs = np.log([0.9, 1.0, 1.2])
+    low, high = stats.t.interval(0.95, 2, logs.mean(), stats.sem(logs))
     assert time["length"] == pytest.approx(1500)
-    assert time["low"] == pytest.approx(1500 * 0.9)
-    assert time["high"] == pytest.approx(1500 * 1.2)
+    assert (time["low"], time["high"]) == (
+        pytest.approx(1500 * math.exp(low)),
+        pytest.approx(1500 * math.exp(high)),
+    )
 
 
 def test_one_replicate_has_no_interval(tmp_path: Path) -> None:
@@ -208,13 +217,13 @@ def test_what_sees_the_future_loses_nothing_worth_saying(tmp_path: Path) -> None
 
 
 def test_the_table_says_it_all(tmp_path: Path) -> None:
-    text = text_of(tmp_path, [*crossing_at(1500.0, 0.9, 1.0, 1.2), *qualities()])
+    text = text_of(tmp_path, [*crossing_at(1500.0, 0.9, 1.2), *qualities()])
     section = text.split("## Crossover", 1)[1].split("\n## ", 1)[0]
     (heading,) = [line for line in section.splitlines() if line.startswith("### ") and "depth 2" in line]
     (row,) = table(text.split("## Crossover", 1)[1], heading)
     assert row["variant"] == "chunked"
     assert row["lengths"] == "512–8k"
-    assert row["cheaper in time"] == "from 1,500 on (1,350 to 1,800)"
+    assert row["cheaper in time"] == "from 1,575 on (1,350 to 1,800)"
     assert row["in peak memory"] == "never up to 8k"
     assert row["loss over dense"] == "+0.120 (+0.110 to +0.130) at 2k, width 32, depth 1"
 

