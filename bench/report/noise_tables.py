@@ -40,7 +40,7 @@ def _called(row: pd.Series[Any]) -> str:
     if not row["pairs"]:
         return ""
     if not row["judged"]:
-        return "unknown, each has one replicate"
+        return "unknown, too few replicates or cells"
     return f"{row['called']} of {row['judged']} ({units.percent(row['called'] / row['judged'])})"
 
 

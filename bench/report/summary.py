@@ -159,8 +159,8 @@ def _cost(cells: pd.DataFrame, plots: Sequence[tuple[str, str]], others: Sequenc
     lead = (
         "A step is one forward and backward over batch × length tokens. Figures are medians over replicates, "
         "each replicate a process of its own; *time / dense* is the median of the ratios within a replicate. "
-        "*algorithmic* FLOPs count the pairs a "
-        "pattern allows, *executed* what was dispatched, recomputation and padding included, *attention* the "
+        "The 95 % interval is Student's t of the logarithms. *algorithmic* FLOPs count the pairs a pattern "
+        "allows, *executed* what was dispatched, recomputation and padding included, *attention* the "
         "algorithmic part that is not a projection, feed-forward or output layer."
     )
     several = cells["activations"].nunique() > 1
