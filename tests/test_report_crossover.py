@@ -251,6 +251,7 @@ def test_the_chart_has_a_line_at_one_and_rings_the_crossing(tmp_path: Path) -> N
     assert rings(axes[1]) == []
 
 
-def test_one_length_is_no_chart(tmp_path: Path) -> None:
+def test_one_length_is_no_crossover(tmp_path: Path) -> None:
     frame = frame_of(tmp_path, pair(512, 0.5))
+    assert crossovers(cost_cells(frame), quality_loss(frame)).empty
     assert crossover_plots.crossover(compared_of(frame), look(frame)) is None

@@ -50,7 +50,8 @@ def crossing(lengths: Sequence[float], ratios: Sequence[float]) -> tuple[str, fl
 
 
 def crossovers(cells: pd.DataFrame, quality: pd.DataFrame) -> pd.DataFrame:
-    """One row a variant, group and comparison; takes `statistics.cost_cells` and `quality_loss`.
+    """One row a variant, group and comparison of two lengths or more; takes `statistics.cost_cells` and
+    `quality_loss`.
 
     Columns: the keys of `groups.GROUP`, `variant`, `label`, `figure` (of `FIGURES`), `outcome` and `length`
     as `crossing` has them, `low` and `high` (the lengths from which on the lower and the upper end of the
@@ -63,7 +64,7 @@ def crossovers(cells: pd.DataFrame, quality: pd.DataFrame) -> pd.DataFrame:
     for values, own in split(others, [*GROUP, "variant", "label"]) if len(others) else ():
         for figure, column in FIGURES.items():
             known = own[own[column].notna()].sort_values("seq_len")
-            if known.empty:
+            if len(known) < 2:
                 continue
             lengths = known["seq_len"].to_numpy(dtype=float)
             outcome, place = crossing(list(lengths), list(known[column]))

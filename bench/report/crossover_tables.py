@@ -37,7 +37,7 @@ def _measured(row: pd.Series[Any]) -> str:
 
 
 def _outcome(row: Row, figure: str) -> str:
-    """'from 1,870 (1,610–2,240)', 'at all lengths', 'never', 'up to 900 alone'."""
+    """'from 1,870 on (1,610 to 2,240)', 'never up to 4k (perhaps from 3,800)', 'up to 900 alone'."""
     if figure not in row:
         return units.MISSING
     found = row[figure]
@@ -52,17 +52,17 @@ def _outcome(row: Row, figure: str) -> str:
 
 
 def _interval(row: pd.Series[Any]) -> str:
-    """The lengths between which it may become cheaper; nothing where the replicates leave no doubt."""
+    """What else the ratio's interval allows; nothing where there is none or it leaves no doubt."""
     low, high = row["low"], row["high"]
     if units.missing(low) or units.missing(high) or low == high:
         return ""
-    return f" ({_bound(low, row)} to {_bound(high, row)})"
-
-
-def _bound(value: float, row: pd.Series[Any]) -> str:
-    if value == 0:
-        return f"≤ {units.length(row['first'])}"
-    return f"> {units.length(row['last'])}" if np.isinf(value) else units.digits(value)
+    if row["outcome"] == "from":
+        least = f"≤ {units.length(row['first'])}" if low == 0 else units.digits(low)
+        most = f"> {units.length(row['last'])}" if np.isinf(high) else units.digits(high)
+        return f" ({least} to {most})"
+    if row["outcome"] == "always":
+        return " (perhaps never)" if np.isinf(high) else f" (perhaps only from {units.digits(high)})"
+    return " (perhaps at all lengths)" if low == 0 else f" (perhaps from {units.digits(low)})"
 
 
 def _loss(row: pd.Series[Any]) -> str:

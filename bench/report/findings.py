@@ -119,11 +119,11 @@ def _crossover(cells: pd.DataFrame, plots: Sequence[tuple[str, str]]) -> str:
     lead = (
         "The length from which on a variant is cheaper than `dense` in the same setting, up to the longest "
         "measured: read off the line through the logarithms of the ratios at measured lengths. A ratio is "
-        "the median over replicates, each against dense in the same replicate; in brackets, the lengths "
-        "from which on the lower and the upper end of its interval are cheaper. *loss over dense*: nats a "
-        "token that the model loses after the same training, with the interval over replicates, at the "
-        "trained length nearest to the crossover in time. An interval is one of 95 %, of two replicates "
-        "their range."
+        "the median over replicates, each against dense in the same replicate; in brackets, what its "
+        "interval allows: the lengths from which on its lower and its upper end are cheaper. *loss over "
+        "dense*: nats a token that the model loses after the same training, with the interval over "
+        "replicates, at the trained length nearest to the crossover in time. An interval is one of 95 %, of "
+        "two replicates their range."
     )
     groups = tables.headed(cells, GROUP)
     parts = _listed([(heading, keys, crossover_tables.crossovers(own)) for heading, keys, own in groups])
@@ -145,7 +145,8 @@ def _pareto(cells: pd.DataFrame, plots: Sequence[tuple[str, str]]) -> str:
     keys = [key for key in pareto.POOL if key not in (*TRAINING, "tokens_trained")]
     parts = []
     for values, own in pareto.pools(cells):
-        trained = training(values, [key for key in TRAINING if key != "learning_rate"])
+        asked = [key for key in TRAINING if key != "learning_rate" and not pd.isna(values[key])]
+        trained = training(values, asked)
         heading = describe(values, ["objective", "corpus", "seq_len", "depth"])
         words = ", ".join([describe(values, keys), *trained])
         parts.append((heading, words, pareto_tables.pareto(own)))

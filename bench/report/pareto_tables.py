@@ -33,7 +33,7 @@ def pareto(cells: pd.DataFrame) -> str:
             Column("peak memory", [_spread(row, "memory", units.size) for row in rows]),
             each(cells, "executed FLOPs", "flops", units.flops),
             Column("on the front of", [_fronts(row) for row in rows], right=False, optional=False),
-            each(cells, "replicates", "replicates", str, optional=False),
+            each(cells, "replicates", "replicates", units.whole, optional=False),
         ]
     )
 

@@ -70,8 +70,10 @@ def fit(sizes: Sequence[float], costs: Sequence[float]) -> Fit | None:
         return None
     near = [pair for pair in known if pair[0] * SPAN >= known[-1][0]]
     taken = np.array(near if len(near) >= FEWEST else known[-FEWEST:])
-    line = stats.linregress(np.log(taken[:, 0]), np.log(taken[:, 1]))
-    off = float(stats.t.ppf((1 + LEVEL) / 2, len(taken) - 2)) * float(line.stderr)
+    logs = np.log(taken)
+    line = stats.linregress(logs[:, 0], logs[:, 1])
+    error = float(line.stderr) if np.ptp(logs[:, 1]) else 0.0  # of what does not grow at all scipy has none
+    off = float(stats.t.ppf((1 + LEVEL) / 2, len(taken) - 2)) * error
     slope = float(line.slope)
     return Fit(slope, slope - off, slope + off, len(taken), float(taken[0, 0]), float(taken[-1, 0]))
 
