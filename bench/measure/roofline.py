@@ -100,8 +100,8 @@ class Roofline:
         """Read what an earlier cell of the experiment found, or take it."""
         self.device, self.dtype = device, getattr(torch, dtype)
         self.folder = folder / "roofline"
-        self.decides = [device.type, device_name, dtype, torch.get_num_threads(), torch.__version__]
-        self.decides += [torch.get_float32_matmul_precision(), SIZES, COPY_BYTES]
+        machine = [device.type, device_name, dtype, torch.get_num_threads(), torch.__version__]
+        self.decides = [*machine, torch.get_float32_matmul_precision(), list(SIZES), COPY_BYTES]
         found = once(self.folder, self.decides, lambda: asdict(self._take()), {*Peaks.__annotations__})
         self.peaks = Peaks(**found)
 

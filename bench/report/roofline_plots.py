@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pandas as pd
 from matplotlib.artist import Artist
 from matplotlib.figure import Figure
@@ -32,7 +33,7 @@ def utilisation(cells: pd.DataFrame, look: Look) -> Figure | None:
         axis.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=None))
         if number % canvas.COLUMNS == 0:
             axis.set_ylabel("algorithmic FLOPs, share of peak")
-    top = float(cells[["utilisation", "utilisation_high"]].max(axis=None))
+    top = float(np.nanmax(cells[["utilisation", "utilisation_high"]].to_numpy(dtype=float)))
     for axis in axes:
         axis.set_ylim(0.0, min(1.0, 1.08 * top))
     handles: list[Artist] = label_handles(cells, look)
