@@ -213,7 +213,7 @@ def test_the_command_says_where_the_report_is(demo: Path) -> None:
     said = (demo.parents[1] / "stdout").read_text().splitlines()
     assert said[0] == "report: results/demo/report/summary.md"
     assert len(said) == 2
-    assert "6 plots" in said[1]
+    assert "8 plots" in said[1]
 
 
 def test_csv_holds_the_medians_of_the_record_files(demo: Path) -> None:
@@ -309,6 +309,7 @@ def test_a_value_of_the_wrong_type_is_named_and_skipped(tmp_path: Path) -> None:
 def test_plots_decode_and_are_linked(demo: Path) -> None:
     plots = demo / "report" / "plots"
     stems = {"step_time", "throughput", "peak_memory", "flops", "perplexity", "nll_by_position"}
+    stems |= {"crossover", "pareto"}
     assert {p.stem for p in plots.glob("*.png")} == {p.stem for p in plots.glob("*.svg")} == stems
     for path in plots.glob("*.png"):
         pixels = imread(path)

@@ -141,7 +141,7 @@ def several() -> list[Record]:
 
 
 def test_the_table_names_the_fronts(tmp_path: Path) -> None:
-    text = text_of(tmp_path, several()).split("## Quality against cost", 1)[1]
+    text = text_of(tmp_path, several()).split("## Pareto fronts", 1)[1]
     rows = table(text, "### clm, data plays, length 512, depth 2")
     assert [row["variant"] for row in rows] == list(VARIANTS)
     assert rows[0]["loss"] == "2.010 (1.985 – 2.035)"

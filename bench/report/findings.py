@@ -150,7 +150,7 @@ def _pareto(cells: pd.DataFrame, plots: Sequence[tuple[str, str]]) -> str:
         heading = describe(values, ["objective", "corpus", "seq_len", "depth"])
         words = ", ".join([describe(values, keys), *trained])
         parts.append((heading, words, pareto_tables.pareto(own)))
-    return markdown.section("Quality against cost", "\n".join([*_images(plots), _listed(parts)]), notes, lead)
+    return markdown.section("Pareto fronts", "\n".join([*_images(plots), _listed(parts)]), notes, lead)
 
 
 def _images(plots: Sequence[tuple[str, str]]) -> list[str]:

@@ -91,7 +91,7 @@ def exponents(cells: pd.DataFrame) -> pd.DataFrame:
     """One row a variant, setting, axis and figure that has `FEWEST` sizes or more; may be empty.
 
     Takes `statistics.cost_cells`. Columns: the keys of `groups.SETTING`, `axis` (seq_len or depth), the other
-    of the two (NaN for the one that is the axis), `variant`, `label`, `figure` (a name of `FIGURES`),
+    of the two (null for the one that is the axis), `variant`, `label`, `figure` (a name of `FIGURES`),
     `exponent` with its 95 % interval `low` to `high`, `points`, `first` and `last` size fitted, `claim` and
     `claim_source`, `verdict`, `survey` and `survey_verdict`.
     """
@@ -101,7 +101,7 @@ def exponents(cells: pd.DataFrame) -> pd.DataFrame:
     ]
     if not rows:
         return pd.DataFrame()
-    table = pd.DataFrame(rows)
+    table = pd.DataFrame(rows).astype({"seq_len": "Int64", "depth": "Int64"})  # whole, though one is null
     table["later"] = table["variant"] != BASELINE
     order = ["axis", *SETTING, "depth", "seq_len", "later", "label"]
     return table.sort_values(order, ignore_index=True, kind="stable").drop(columns="later")
@@ -120,7 +120,7 @@ def _along(cells: pd.DataFrame, axis: str, keys: Sequence[str]) -> Iterator[dict
             survey = own["survey_exponent"].median() if by_length and figure.surveyed else np.nan
             yield {
                 "axis": axis,
-                axis: np.nan,
+                axis: None,
                 **values,
                 "figure": figure.name,
                 **vars(found),
