@@ -16,7 +16,7 @@ from bench import tasks
 from bench.model import LanguageModel
 from bench.reach import reach
 from bench.tasks.base import IGNORED, Batch, Setting
-from bench.tasks.needle import Needle, NeedleConfig
+from bench.tasks.needle import NEAREST, Needle, NeedleConfig
 from bench.train import Budget, train
 from variants.base import Dims
 
@@ -131,6 +131,7 @@ def test_what_does_not_fit_is_refused(seq_len: int, n_depths: int, n_distractors
         ({"n_distractors": 4, "n_keys": 4}, "n_keys=4: allowed is more than n_distractors=4"),
         ({"n_values": 1}, "n_values=1: allowed is 2 or more"),
         ({"n_filler": 0}, "n_filler=0: allowed is 1 or more"),
+        ({"curriculum": 1.5}, "curriculum=1.5: allowed is 0 to 1"),
     ],
 )
 def test_bad_knobs_are_refused_by_name(knobs: dict[str, int], complaint: str) -> None:
@@ -148,6 +149,22 @@ def test_training_takes_every_distance_and_value_alike() -> None:
     for counts in (distances, values):
         expected = counts.sum() / len(counts)
         assert (abs(counts - expected) < 5 * expected**0.5).all(), "more than five standard deviations off"
+
+
+def test_a_curriculum_moves_needles_back_to_the_first_token() -> None:
+    task = task_of(seq_len=66, batch_size=500, curriculum=0.5)
+    reached = [task.reached(done) for done in np.linspace(0, 0.5, 400, endpoint=False)]
+    assert reached == sorted(reached)
+    assert {*reached} == {*range(NEAREST, 64)}
+    assert {task.reached(done) for done in (0.5, 0.8, 0.999)} == {64}
+    for done in (0.0, 0.25, 0.6):
+        distances = task.train_batch(3, done).distances
+        assert distances is not None
+        assert distances[:, -1].max() == task.reached(done)
+    assert task_of(seq_len=66).reached(0.0) == 64
+    assert task_of(seq_len=10, curriculum=0.5).reached(0.0) == 8
+    plain, grown = (whole_test(task_of(seq_len=66, curriculum=share)) for share in (0.0, 0.5))
+    assert torch.equal(plain.inputs, grown.inputs)
 
 
 def test_a_test_takes_each_depth_and_value_in_turn() -> None:

@@ -26,6 +26,9 @@ from bench.tasks.base import IGNORED, Batch, Setting, Task, TaskConfig
 
 Ints = npt.NDArray[np.int64]
 
+NEAREST = 8
+"""Tokens back within which a curriculum's first needles stand."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class NeedleConfig(TaskConfig):
@@ -42,6 +45,9 @@ class NeedleConfig(TaskConfig):
     """Symbols that are values, each as likely as any other whatever the rest of the sequence is."""
     n_filler: int = 4
     """Symbols of the filler, drawn independently."""
+    curriculum: float = 0.0
+    """Share of the training over which the farthest needle moves back to the first token; 0 for anywhere from
+    the start. What passes from layer to layer is learnt sooner once one layer's part of it is."""
 
     def __post_init__(self) -> None:
         self.require("n_depths", self.n_depths >= 2, "2 or more")
@@ -50,6 +56,7 @@ class NeedleConfig(TaskConfig):
         self.require("n_keys", self.n_keys > self.n_distractors, more)
         self.require("n_values", self.n_values >= 2, "2 or more")
         self.require("n_filler", self.n_filler >= 1, "1 or more")
+        self.require("curriculum", 0 <= self.curriculum <= 1, "0 to 1")
 
     @property
     def vocabulary(self) -> int:
@@ -58,7 +65,8 @@ class NeedleConfig(TaskConfig):
 
 
 class Needle(Task):
-    """One pair asked for at the end. Training draws its distance uniformly; a test takes each in turn.
+    """One pair asked for at the end. Training draws its distance uniformly, up to where a curriculum has come
+    to; a test takes each in turn.
 
     `guess_accuracy` is what is right of guesses among the values in the context. Without distractors that
     would be the answer, so it is 1 / n_values then: what a model comes to that cannot see the needle.
@@ -88,11 +96,18 @@ class Needle(Task):
         )
 
     def train_batch(self, step: int, done: float) -> Batch:
-        """Any distance, any value."""
+        """Any distance that the curriculum has come to, any value."""
         generator, size = self.train_generator(step), self.setting.batch_size
-        distances = generator.integers(1, self.farthest + 1, size)
+        distances = generator.integers(1, self.reached(done) + 1, size)
         values = generator.integers(0, self.config.n_values, size)
         return self._batch(self._contexts(generator, distances), distances, values)
+
+    def reached(self, done: float) -> int:
+        """The farthest distance drawn when `done` of the budget is spent: it grows evenly, from `NEAREST` on."""
+        share = self.config.curriculum
+        if done >= share:
+            return self.farthest
+        return min(self.farthest, NEAREST + int((self.farthest - NEAREST) * done / share))
 
     def test_batches(self) -> Iterator[Batch]:
         """Rounds of one sequence at each of `distance_edges`, at least one round.
