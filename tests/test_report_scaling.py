@@ -159,6 +159,7 @@ def test_growth_in_depth_is_held_against_what_the_strategy_claims(tmp_path: Path
     found = exponents(cost_cells(frame))
     deep = found[(found["axis"] == "depth") & (found["label"] == "dense") & (found["seq_len"] == 1024)]
     by_figure = deep.set_index("figure")
+    assert {str(found[key].dtype) for key in ("depth", "seq_len")} == {"Int64"}, "no depth of 2.0 layers"
     assert by_figure.loc["time", "exponent"] == pytest.approx(1, abs=1e-6)
     assert by_figure.loc["saved", "exponent"] == pytest.approx(0.5, abs=1e-3)
     assert by_figure.loc["saved", "verdict"] == ""
