@@ -19,6 +19,7 @@ from bench.config import Cell
 from bench.evaluate import evaluate
 from bench.measure import step as step_measure
 from bench.measure import surroundings, timing
+from bench.measure.roofline import Roofline
 from bench.model import LanguageModel
 from bench.planning import CPU
 from bench.reach import reach
@@ -66,10 +67,10 @@ class CellRun:
     def run(self) -> None:
         """Take every figure that was asked for.
 
-        Raises Unsupported, DoesNotFit, gates.GateFailed, train.Diverged, or whatever running out of
-        memory raises.
+        Raises Unsupported, DoesNotFit, gates.GateFailed, roofline.AboveRoofline, train.Diverged, or
+        whatever running out of memory raises.
         """
-        self.tell({"threads": torch.get_num_threads(), "device_name": self._device_name()})
+        self.tell({"threads": torch.get_num_threads(), "device_name": self._device_name()} | self._claims())
         measure = self.spec.measure
         self._refuse()
         with self._work():
@@ -85,7 +86,8 @@ class CellRun:
         with self._work():
             self._gates()
             subject = self._step(task)
-            self._time(subject)
+            roofline = self._roofline()
+            self._utilisation(subject, roofline, seconds=self._time(subject))
             del subject
             if measure.train_amount:
                 self._quality(task)
@@ -94,6 +96,17 @@ class CellRun:
         if self.device.type == "cpu" or not torch.accelerator.is_available():
             return environment.cpu_model()
         return str(torch.get_device_module(self.device).get_device_name(self.device))
+
+    def _claims(self) -> dict[str, Any]:
+        """How cost is said to grow, so that a report can hold measurements against it."""
+        claim = self.variant.complexity
+        return {
+            "claimed_time_exponent": claim.time,
+            "claimed_memory_exponent": claim.memory,
+            "claim_source": f"{claim.formula} ({claim.source})",
+            "survey_exponent": claim.survey,
+            "claimed_depth_exponent": STRATEGIES[self.spec.activations].depth_exponent,
+        }
 
     def _refuse(self) -> None:
         accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
@@ -213,7 +226,23 @@ class CellRun:
             }
         )
 
-    def _time(self, subject: step_measure.Subject) -> None:
+    def _roofline(self) -> Roofline:
+        """The machine's, which the first cell of a run takes; between a cell's memory and its time, so that
+        what it allocates is in neither."""
+        found = Roofline(self.cell.folder, self.device, self._device_name(), self.spec.dtype)
+        self.tell(asdict(found.peaks))
+        return found
+
+    def _utilisation(self, subject: step_measure.Subject, roofline: Roofline, *, seconds: float) -> None:
+        """Of a step that takes so long. Tells the peaks again, which may have been raised."""
+        flops = 3 * subject.model.flops(self.dims, causal=self.spec.causal).total
+        try:
+            self.tell({"mfu": roofline.utilisation(flops, seconds)})
+        finally:
+            self.tell(asdict(roofline.peaks))
+
+    def _time(self, subject: step_measure.Subject) -> float:
+        """Times of a step and of a forward pass; returns the step's median."""
         measure, tokens = self.spec.measure, self.spec.batch_size * self.spec.seq_len
 
         def sample(work: Callable[[], object]) -> timing.Samples:
@@ -244,6 +273,7 @@ class CellRun:
                 **seen,
             }
         )
+        return steps.median
 
     def _train(self, model: LanguageModel, task: Task) -> Training:
         """Spend the budget, from the checkpoint of an earlier run of this cell where there is one."""

@@ -13,9 +13,7 @@ depends on the cell's sizes: see `cost_ratio`.
 from __future__ import annotations
 
 import copy
-import json
 import math
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -24,9 +22,9 @@ import torch
 from torch import Tensor
 
 from bench import residual
-from bench.config import CellSpec, digest
+from bench.config import CellSpec
+from bench.measure.once import once
 from bench.model import LanguageModel
-from bench.records import write_atomically
 from bench.tasks.base import Batch
 from bench.tasks.text import VOCABULARY
 from bench.train import training_step
@@ -88,30 +86,14 @@ def check(spec: CellSpec, folder: Path, code_sha256: str) -> Figures:
     def recompute() -> dict[str, Any]:
         return {"recompute_max_abs": recompute_error(spec, dims, layers, device)}
 
-    figures = _once(folder, decides, attention, {"leak_max_abs", "reference_max_abs"})
+    kept = folder / "gates"
+    figures = once(kept, decides, attention, {"leak_max_abs", "reference_max_abs"})
     strategy = [spec.activations, spec.model.ff_chunks]
     if spec.activations == "keep":
         figures |= {"recompute_max_abs": None}
     else:
-        figures |= _once(folder, [*decides, *strategy], recompute, {"recompute_max_abs"})
+        figures |= once(kept, [*decides, *strategy], recompute, {"recompute_max_abs"})
     return Figures(**figures)
-
-
-def _once(
-    folder: Path, decides: list[Any], take: Callable[[], dict[str, Any]], keys: set[str]
-) -> dict[str, Any]:
-    """What `take` found, or what it found before for the same `decides`; leaves randomness as it was."""
-    path = folder / "gates" / f"{digest(decides)}.json"
-    try:
-        before = json.loads(path.read_text())
-    except (FileNotFoundError, ValueError):
-        before = None
-    if isinstance(before, dict) and before.keys() == keys:
-        return before
-    with torch.random.fork_rng():
-        found = take()
-    write_atomically(path, json.dumps(found))
-    return found
 
 
 def _layer(variant: type[Attention], config: VariantConfig, dims: Dims, layer: int) -> Attention:

@@ -135,6 +135,7 @@ def _end_with_parent() -> None:
 def _outcome(cell: Cell, cell_id: str, theirs: Connection) -> dict[str, Any]:
     from bench.cell import CellRun, DoesNotFit, Unsupported
     from bench.gates import GateFailed
+    from bench.measure.roofline import AboveRoofline
     from bench.train import Diverged
 
     try:
@@ -143,7 +144,7 @@ def _outcome(cell: Cell, cell_id: str, theirs: Connection) -> dict[str, Any]:
         return {"status": "unsupported", "reason": str(reason)}
     except DoesNotFit as reason:
         return {"status": "predicted_oom", "reason": str(reason)}
-    except GateFailed as failure:
+    except (GateFailed, AboveRoofline) as failure:
         return {"status": "error", "reason": str(failure)}
     except Diverged as failure:
         return {"status": "diverged", "reason": str(failure), "diverged_step": failure.step}

@@ -119,6 +119,15 @@ class Record:
     sampling_end: str | None = None
     sampling_half_width: float | None = None
     mfu: float | None = None
+    peak_flops_per_second: float | None = None
+    peak_bytes_per_second: float | None = None
+
+    # how cost is claimed to grow
+    claimed_time_exponent: float | None = None
+    claimed_memory_exponent: float | None = None
+    claim_source: str | None = None
+    survey_exponent: float | None = None
+    claimed_depth_exponent: float | None = None
 
     # what else went on meanwhile
     contaminated: str | None = None

@@ -354,6 +354,11 @@ class Strategy:
     """The same network with every activation stored."""
     needs_device: bool = False
     """It moves activations away from the device, so there has to be one."""
+    depth_exponent: float | None = None
+    """The exponent of depth with which what is saved for the backward pass is said to grow on the device:
+    n of n layers, be it all or their inputs; √n where every √n-th is stored (Chen 2016, arXiv:1604.06174,
+    abstract); nothing that depends on n where inputs are rebuilt (Gomez 2017, arXiv:1707.04585, abstract).
+    None where nobody says."""
 
     def unsupported(self, device: str) -> str | None:
         """Why it cannot be used on this type of device, or None."""
@@ -363,10 +368,10 @@ class Strategy:
 
 
 STRATEGIES: dict[str, Strategy] = {
-    "keep": Strategy(run=keep),
-    "checkpoint": Strategy(run=checkpoint),
-    "sqrt": Strategy(run=sqrt),
-    "selective": Strategy(run=selective),
-    "reversible": Strategy(run=reversible, stored=two_streams),
+    "keep": Strategy(run=keep, depth_exponent=1),
+    "checkpoint": Strategy(run=checkpoint, depth_exponent=1),
+    "sqrt": Strategy(run=sqrt, depth_exponent=0.5),
+    "selective": Strategy(run=selective, depth_exponent=1),
+    "reversible": Strategy(run=reversible, stored=two_streams, depth_exponent=0),
     "offload": Strategy(run=offload, needs_device=True),
 }

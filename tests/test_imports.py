@@ -130,7 +130,7 @@ def test_the_sources_are_read_at_all() -> None:
     assert "variants.base" in ours("bench.model")
     assert "torch" in outside("bench.model")
     assert Arrow("bench.cell", lazy=True) in arrows("bench.isolate")
-    assert "bench.records" in ours("bench.gates")
+    assert "bench.records" in ours("bench.measure.once")
     assert "pandas" in outside("bench.records")
     assert {name for names in UPPER_LAYERS for name in names} <= {*modules()}
 

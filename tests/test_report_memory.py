@@ -483,7 +483,7 @@ def test_every_memory_picture_is_drawn_and_linked(tmp_path: Path) -> None:
     text = text_of(folder, found, plots=True)
     plots = folder / "report" / "plots"
     stems = {"peak_parts", "activations_by_depth", "peak_by_depth", "longest_sequence"}
-    stems |= {"longest_sequence", "largest_batch", "batch_payoff"}
+    stems |= {"longest_sequence", "largest_batch", "batch_payoff", "pareto"}
     assert {path.stem for path in plots.glob("*.png")} == stems
     for stem in stems:
         assert imread(plots / f"{stem}.png").std() > 0.01

@@ -88,7 +88,9 @@ class SparseAttention(UnionAttention):
     config: SparseConfig
     caps = Caps(causal=True, bidirectional=True)
     paper = "Child et al. 2019, Sparse Transformers, arXiv:1904.10509"
-    complexity = Complexity(time=1.5, memory=1.5, formula="T·√T", source="Child 2019, abstract and §4.2")
+    complexity = Complexity(
+        time=1.5, memory=1.5, formula="T·√T", source="Child 2019, abstract and §4.2", survey=1.5
+    )
 
     def __init__(self, config: SparseConfig, dims: Dims, layer: int = 0) -> None:
         super().__init__(config, dims, layer)

@@ -58,12 +58,15 @@ class Caps:
 
 @dataclass(frozen=True, kw_only=True)
 class Complexity:
-    """The exponents of T in time and memory that the paper claims, and where it does."""
+    """The exponents of T in time and memory that the paper claims, and where it does; log T counts 0."""
 
     time: float
     memory: float
     formula: str
     source: str
+    survey: float | None = None
+    """The exponent that the survey of Tay et al. gives (arXiv:2009.06732v3, Table 1, "Complexity", which does
+    not tell time from memory); None where it does not list the method."""
 
 
 class Flops(NamedTuple):

@@ -215,7 +215,7 @@ class Compressive(Recurrent):
     Config = CompressiveConfig
     config: CompressiveConfig
     paper = "Rae et al. 2019, Compressive Transformers, arXiv:1911.05507"
-    complexity = Complexity(time=1, memory=0, formula="T·(S+M+M_c)", source="Rae 2019, §3")
+    complexity = Complexity(time=1, memory=0, formula="T·(S+M+M_c)", source="Rae 2019, §3", survey=2)
 
     def __init__(self, config: CompressiveConfig, dims: Dims, layer: int = 0) -> None:
         super().__init__(config, dims, layer)

@@ -50,7 +50,7 @@ class Linformer(Attention):
     config: LinformerConfig
     caps = Caps(causal=False, bidirectional=True, fixed_length=True)
     paper = "Wang et al. 2020, Linformer, arXiv:2006.04768"
-    complexity = Complexity(time=1, memory=1, formula="T·k", source="Wang 2020, Table 1 and §4")
+    complexity = Complexity(time=1, memory=1, formula="T·k", source="Wang 2020, Table 1 and §4", survey=1)
 
     def __init__(self, config: LinformerConfig, dims: Dims, layer: int = 0) -> None:
         super().__init__(config, dims, layer)

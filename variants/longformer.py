@@ -81,7 +81,7 @@ class Longformer(Attention):
     config: LongformerConfig
     caps = Caps(causal=True, bidirectional=True)
     paper = "Beltagy et al. 2020, Longformer, arXiv:2004.05150"
-    complexity = Complexity(time=1, memory=1, formula="T·w", source="Beltagy 2020, §3.1")
+    complexity = Complexity(time=1, memory=1, formula="T·w", source="Beltagy 2020, §3.1", survey=1)
     padding = "a block of queries is given every key that any of them reads, and masks the rest"
 
     def __init__(self, config: LongformerConfig, dims: Dims, layer: int = 0) -> None:

@@ -58,7 +58,7 @@ class Performer(Attention):
     config: PerformerConfig
     caps = Caps(causal=True, bidirectional=True)
     paper = "Choromanski et al. 2020, Rethinking Attention with Performers, arXiv:2009.14794"
-    complexity = Complexity(time=1, memory=1, formula="T·m·D", source="Choromanski 2020, §2.2")
+    complexity = Complexity(time=1, memory=1, formula="T·m·D", source="Choromanski 2020, §2.2", survey=1)
     padding = (
         "causal: every pair within a chunk is computed and the forbidden half set to 0, the last chunk is "
         "filled up with zeros, and the chunks' sums become running sums in one matrix product"

@@ -95,7 +95,7 @@ class Reformer(Attention):
     config: ReformerConfig
     caps = Caps(causal=True, bidirectional=True, stochastic=True)
     paper = "Kitaev et al. 2020, Reformer, arXiv:2001.04451"
-    complexity = Complexity(time=1, memory=1, formula="T·log T", source="Kitaev 2020, Table 1")
+    complexity = Complexity(time=1, memory=1, formula="T·log T", source="Kitaev 2020, Table 1", survey=1)
     padding = "a block of queries is given every key that any of them may read, and masks the rest"
 
     @classmethod

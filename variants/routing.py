@@ -74,7 +74,9 @@ class Routing(Attention):
     config: RoutingConfig
     caps = Caps(causal=True, bidirectional=True)
     paper = "Roy et al. 2020, Routing Transformer, arXiv:2003.05997"
-    complexity = Complexity(time=1.5, memory=1.5, formula="T·√T", source="Roy 2020, abstract and §4.1")
+    complexity = Complexity(
+        time=1.5, memory=1.5, formula="T·√T", source="Roy 2020, abstract and §4.1", survey=1.5
+    )
     padding = "a block of queries is given every key that any of them might read, and masks the rest"
     centroids: Tensor
     sums: Tensor

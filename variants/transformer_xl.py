@@ -45,7 +45,7 @@ class TransformerXL(Recurrent):
     Config = TransformerXLConfig
     config: TransformerXLConfig
     paper = "Dai et al. 2019, Transformer-XL, arXiv:1901.02860"
-    complexity = Complexity(time=1, memory=0, formula="T·(S+M)", source="Dai 2019, §3.2")
+    complexity = Complexity(time=1, memory=0, formula="T·(S+M)", source="Dai 2019, §3.2", survey=2)
 
     @classmethod
     def plan(cls, config: VariantConfig) -> Segments:

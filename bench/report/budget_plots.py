@@ -15,7 +15,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from bench.report import canvas, units
 from bench.report.budgets import LARGEST, LONGEST
-from bench.report.cost_plots import GREY, Look, line_of, replicates
+from bench.report.cost_plots import GREY, Look, interval_of, line_of, replicates
 from bench.report.groups import split
 from bench.report.style import Style, strategy_styles
 
@@ -108,8 +108,10 @@ def _dot(axis: Axes, cell: pd.Series[float], dots: Dots, place: float, style: St
     axis.plot([value], [place], marker=style.marker, color=style.colour, linestyle="", markersize=4.5)
     right = value
     if dots.spread is not None:
-        right = float(cell[dots.spread[1]])
-        axis.hlines(place, cell[dots.spread[0]], right, color=style.colour, linewidth=1.2)
+        low, high = (float(cell[column]) for column in dots.spread)
+        if not math.isnan(high):
+            right = high
+            axis.hlines(place, low, high, color=style.colour, linewidth=1.2)
     words = f"≥ {dots.show(value)}" if value >= dots.end else dots.note(cell) if dots.note else ""
     if words:
         at = {"xytext": (5, 0), "textcoords": "offset points", "va": "center", "fontsize": 6}
@@ -135,11 +137,12 @@ def payoff(cells: pd.DataFrame, look: Look) -> Figure | None:
         "tokens per second",
         lambda value: units.rate(value, short=True),
         binary=False,
-        spread=("tokens_per_second_min", "tokens_per_second_max"),
+        spread=("tokens_per_second_low", "tokens_per_second_high"),
         note=lambda cell: f"batch {cell['largest_batch_size']:,.0f}",
     )
     gain = Dots("gain", "throughput over that of keep", lambda value: f"{value:g}×", linear=True)
-    footer = f"median and min–max over {replicates(cells['replicates'])}; batch: sequences in a step"
+    counts = cells["replicates"]
+    footer = f"median and {interval_of(counts)} over {replicates(counts)}; batch: sequences in a step"
     title = "Training throughput at the largest batch that fits"
     nothing = cells["largest_batch_size"] == 0
     cells = cells.assign(tokens_per_second=cells["tokens_per_second"].mask(nothing, 0.0))

@@ -8,6 +8,7 @@ import pandas as pd
 
 from bench.report import markdown, units
 from bench.report.budgets import LARGEST, LONGEST
+from bench.report.interval_cells import interval, timed
 from bench.report.markdown import Column, escape
 from bench.report.tables import PREDICTED, each
 
@@ -55,19 +56,13 @@ def _found(cell: pd.Series[Any], figure: str, end: int) -> str:
 def payoff(cells: pd.DataFrame) -> str:
     """What each variant's strategies make of one budget at one depth and length."""
     rows = [row for _, row in cells.iterrows()]
-    spread = [
-        f"{units.rate(row['tokens_per_second_min'], short=True)} – {units.rate(row['tokens_per_second_max'])}"
-        if row["replicates"] > 1
-        else units.MISSING
-        for row in rows
-    ]
     return markdown.table(
         [
             each(cells, "variant", "label", escape, right=False, optional=False),
             each(cells, "activations", "activations", escape, right=False, optional=False),
             Column("largest batch", [_found(row, "largest_batch_size", LARGEST) for row in rows]),
-            each(cells, "throughput", "tokens_per_second", units.rate),
-            Column("min–max", spread),
+            Column("throughput", [timed(row, "tokens_per_second", units.rate) for row in rows]),
+            Column("95 % interval", interval(rows, "tokens_per_second", "rate")),
             each(cells, "/ keep", "gain", units.ratio),
             Column("peak memory", [_peak(row) for row in rows]),
             each(cells, "replicates", "replicates", str, optional=False),

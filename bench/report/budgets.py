@@ -8,6 +8,7 @@ from typing import Any
 import pandas as pd
 
 from bench.report.groups import FIT, PAYOFF
+from bench.report.intervals import by_cell
 from bench.report.memory import BASELINE, ordered, predicted
 from bench.report.statistics import distinct, status_counts
 
@@ -64,9 +65,9 @@ def fits_cells(frame: pd.DataFrame) -> pd.DataFrame:
 def payoff_cells(frame: pd.DataFrame) -> pd.DataFrame:
     """One row a depth, variant and strategy: the batch that fits and what training at it yields.
 
-    Columns: the keys, `largest_batch_size`, `tokens_per_second` with its range as `_min` and
-    `_max`, `gain` (median over replicates of the throughput over that of `keep` in the same
-    replicate), `peak_bytes`, `peak_bytes_source`, `replicates`, `status`.
+    Columns: the keys, `largest_batch_size`, `tokens_per_second` with its interval as `_low` and
+    `_high`, `gain` (median over replicates of the throughput over that of `keep` in the same
+    replicate), `peak_bytes`, `peak_bytes_source`, `contaminated`, `replicates`, `status`.
     """
     keys = [*PAYOFF, "depth", "variant", "label", "activations"]
     ok = frame["status"] == "ok"
@@ -77,14 +78,16 @@ def payoff_cells(frame: pd.DataFrame) -> pd.DataFrame:
     against = kept.reindex(pd.MultiIndex.from_frame(frame[peers])).to_numpy()
     frame = frame.assign(gain=frame["tokens_per_second"] / against)
     found = frame.groupby(keys, sort=False, dropna=False)
+    ends = by_cell(frame.set_index(keys)["tokens_per_second"], keys)
     columns: dict[str, pd.Series[Any]] = {
         "largest_batch_size": found["largest_batch_size"].min(),
         "tokens_per_second": found["tokens_per_second"].median(),
-        "tokens_per_second_min": found["tokens_per_second"].min(),
-        "tokens_per_second_max": found["tokens_per_second"].max(),
+        "tokens_per_second_low": ends["low"],
+        "tokens_per_second_high": ends["high"],
         "gain": found["gain"].median(),
         "peak_bytes": found["peak_bytes"].median(),
         "peak_bytes_source": found["peak_bytes_source"].agg(distinct),
+        "contaminated": frame["contaminated"].where(ok).groupby([frame[k] for k in keys]).count(),
         "replicates": frame["replicate"].where(ok).groupby([frame[k] for k in keys]).nunique(),
         "status": found["status"].agg(status_counts),
     }

@@ -8,7 +8,19 @@ from pathlib import Path
 import pandas as pd
 
 from bench.records import RECORDS_DIR, replacing, write_atomically
-from bench.report import ReportError, budgets, curves, memory, rates, recall, statistics, summary, tables
+from bench.report import (
+    ReportError,
+    budgets,
+    curves,
+    findings,
+    memory,
+    noise,
+    rates,
+    recall,
+    statistics,
+    summary,
+    tables,
+)
 from bench.report.collect import collect
 
 log = logging.getLogger("bench.report")
@@ -27,6 +39,8 @@ def build_report(folder: Path, *, plots: bool = True) -> Path:
     for problem in collected.problems:
         log.warning("left out: %s", problem)
     kinds = budgets.kinds(collected.frame)
+    pairs = noise.pairs(collected.every)
+    cost = statistics.cost_cells(kinds.plain, noise.floors(pairs))
     quality = statistics.quality_cells(kinds.plain)
     rate = rates.rate_cells(kinds.plain, quality)
     training, unread_curves = curves.training_curves(kinds.plain, folder)
@@ -34,7 +48,7 @@ def build_report(folder: Path, *, plots: bool = True) -> Path:
         log.warning("left out: %s", problem)
     collected.problems.extend(unread_curves)
     found = summary.Found(
-        cost=statistics.cost_cells(kinds.plain),
+        cost=cost,
         quality=quality,
         parts=memory.peak_parts(kinds.plain),
         recomputation=memory.recomputation(kinds.plain),
@@ -44,17 +58,21 @@ def build_report(folder: Path, *, plots: bool = True) -> Path:
         rates=rate,
         recall=recall.recall_cells(kinds.plain, rate),
         curves=training,
+        findings=findings.find(kinds.plain, cost, quality),
+        noise=noise.summary(pairs, cost),
     )
     report = folder / "report"
-    pictures: summary.Plots = {}
+    pictures: findings.Plots = {}
     _clear(report / "plots")
     if plots:
         from bench.report.plots import draw_all
 
         pictures = draw_all(collected.frame, kinds, found, report)
     write_atomically(report / "summary.csv", tables.csv(statistics.summary(found.cost, found.quality)))
-    for name in ("recomputation", "fits", "payoff", "rates", "recall"):
+    for name in ("recomputation", "fits", "payoff", "rates", "recall", "noise"):
         _write_if_any(report / f"{name}.csv", getattr(found, name))
+    for name in ("exponents", "crossovers", "pareto"):
+        _write_if_any(report / f"{name}.csv", getattr(found.findings, name))
     write_atomically(report / "summary.md", summary.text(collected, found, pictures))
     with replacing(report / "cells.parquet") as file:
         file.write(tables.parquet(collected.records))

@@ -36,7 +36,7 @@ class Look:
 
 @dataclass(frozen=True)
 class Curve:
-    """One figure of a cell as a line; `spread` names the columns of its range; hollow: predicted."""
+    """One figure of a cell as a line; `spread` names the columns of its interval; hollow: predicted."""
 
     column: str
     name: str = ""
@@ -126,7 +126,7 @@ class CostPlot:
         if part.any():
             handles.append(_cross("finished in part", PARTLY))
         if any(c.spread for c in self.curves) and (cells["replicates"] > 1).any():
-            handles.append(Patch(color=GREY, alpha=0.2, linewidth=0, label="min–max, replicates"))
+            handles.append(Patch(color=GREY, alpha=0.2, linewidth=0, label=interval_of(cells["replicates"])))
         return handles
 
 
@@ -168,7 +168,7 @@ def label_handles(cells: pd.DataFrame, look: Look, line: Literal["-", ""] = "-")
 
 
 def draw_curve(axis: Axes, own: pd.DataFrame, curve: Curve, style: Style, *, x: str = "seq_len") -> None:
-    """A line through the cells that have the figure; one alone is a marker. A band shows the range."""
+    """A line through the cells that have the figure; one alone is a marker. A band shows the interval."""
     own = own[own[curve.column] > 0].sort_values(x)
     if own.empty:
         return
@@ -179,7 +179,7 @@ def draw_curve(axis: Axes, own: pd.DataFrame, curve: Curve, style: Style, *, x: 
     elif curve.dashed and not curve.hollow:
         line.set_marker("")  # the solid line beside it has the markers
     axis.add_line(line)
-    if curve.spread is None:
+    if curve.spread is None or own[list(curve.spread)].isna().all(axis=None):
         return
     places, low, high = own[x], own[curve.spread[0]], own[curve.spread[1]]
     if len(own) > 1:
@@ -230,6 +230,15 @@ def replicates(counts: pd.Series[int]) -> str:
     return f"{low}–{high} replicates" if low < high else f"{high} replicate{'s' if high > 1 else ''}"
 
 
+def interval_of(counts: pd.Series[int]) -> str:
+    """What a band or a bar over so many replicates is: of two the range, which covers less."""
+    return (
+        "range of two"
+        if counts.max() == 2
+        else "95 % interval" + (" (of two: range)" if 2 in set(counts) else "")
+    )
+
+
 def _ticks(show: Callable[..., str]) -> Callable[[float], str]:
     return lambda value: show(value, short=True)
 
@@ -239,14 +248,14 @@ PLOTS = (
         "step_time",
         "Time of a training step against sequence length",
         "time of a step",
-        (Curve("step_seconds_median", spread=("step_seconds_min", "step_seconds_max")),),
+        (Curve("step_seconds_median", spread=("step_seconds_low", "step_seconds_high")),),
         _ticks(units.seconds),
     ),
     CostPlot(
         "throughput",
         "Training throughput against sequence length",
         "tokens per second",
-        (Curve("tokens_per_second_median", spread=("tokens_per_second_min", "tokens_per_second_max")),),
+        (Curve("tokens_per_second_median", spread=("tokens_per_second_low", "tokens_per_second_high")),),
         _ticks(units.rate),
     ),
     CostPlot(
@@ -254,7 +263,7 @@ PLOTS = (
         "Peak memory of a training step against sequence length",
         "peak memory",
         (
-            Curve("peak_measured", spread=("peak_bytes_min", "peak_bytes_max")),
+            Curve("peak_measured", spread=("peak_bytes_low", "peak_bytes_high")),
             Curve("peak_only_predicted", "predicted", dashed=True, hollow=True),
         ),
         _ticks(units.size),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from bench.report.units import MISSING
@@ -55,6 +55,18 @@ def _row(cells: Sequence[str], widths: Sequence[int], columns: Sequence[Column])
         for cell, width, column in zip(cells, widths, columns, strict=True)
     ]
     return "| " + " | ".join(padded) + " |"
+
+
+def section(title: str, body: str, notes: Mapping[str, str], lead: str = "") -> str:
+    """A section with the marks that its body uses explained beneath; nothing for an empty body.
+
+    `notes` are marks and what they mean.
+    """
+    if not body:
+        return ""
+    used = [f"- {mark} {meaning}." for mark, meaning in notes.items() if mark in body]
+    parts = [f"## {title}\n", lead and lead + "\n", body, *used]
+    return "\n".join(part for part in parts if part).rstrip() + "\n"
 
 
 def folded(title: str, body: str) -> str:

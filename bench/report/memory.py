@@ -74,8 +74,9 @@ def recomputation(frame: pd.DataFrame) -> pd.DataFrame:
     """One row a finished cell: its cost, and as ratios to the same cell with every activation kept.
 
     Columns: the keys; medians of the figures and, as `*_ratio`, the median over replicates of the
-    figure over that of `keep` in the same replicate (NaN where keep has none); `rebuild_error`
-    and `recompute_max_abs`, the worst found. Empty where every cell saves activations one way.
+    figure over that of `keep` in the same replicate (NaN where keep has none); `contaminated`
+    (how many records); `rebuild_error` and `recompute_max_abs`, the worst found. Empty where every cell
+    saves activations one way.
     """
     ok = frame[frame["status"] == "ok"]
     if ok["activations"].nunique() < 2:
@@ -92,6 +93,7 @@ def recomputation(frame: pd.DataFrame) -> pd.DataFrame:
     found = ok.groupby(list(CELL), sort=False, dropna=False)
     cells = found[[*_COMPARED, *_COMPARED.values()]].median()
     cells["replicates"] = found["replicate"].nunique()
+    cells["contaminated"] = found["contaminated"].count()
     cells["predicted"] = found["predicted"].any()
     cells[["rebuild_error", "recompute_max_abs"]] = found[["rebuild_error", "recompute_max_abs"]].max()
     return ordered(cells.reset_index())

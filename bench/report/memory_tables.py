@@ -8,6 +8,7 @@ import pandas as pd
 
 from bench.report import markdown, memory, units
 from bench.report.groups import COMMON, varying
+from bench.report.interval_cells import timed
 from bench.report.markdown import Column, escape
 from bench.report.tables import PREDICTED, each
 
@@ -20,7 +21,10 @@ def recomputation(cells: pd.DataFrame) -> str:
             each(cells, "activations", "activations", escape, right=False, optional=False),
             each(cells, "executed FLOPs", "flops_executed_step", units.flops),
             each(cells, "/ keep", "flops_executed_ratio", units.ratio),
-            each(cells, "step time", "step_seconds_median", units.seconds),
+            Column(
+                "step time",
+                [timed(row, "step_seconds_median", units.seconds) for _, row in cells.iterrows()],
+            ),
             each(cells, "/ keep", "step_seconds_ratio", units.ratio),
             Column("peak memory", [_bytes(row, "peak_bytes") for _, row in cells.iterrows()]),
             each(cells, "/ keep", "peak_bytes_ratio", units.ratio),

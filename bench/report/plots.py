@@ -14,11 +14,14 @@ from bench.report import (
     budget_plots,
     canvas,
     cost_plots,
+    crossover_plots,
     curve_plots,
     memory_plots,
+    pareto_plots,
     quality_plots,
     rate_plots,
     recall_plots,
+    roofline_plots,
 )
 from bench.report.budgets import Kinds
 from bench.report.cost_plots import Look
@@ -52,10 +55,17 @@ def _plots(kinds: Kinds, found: Found) -> Iterator[Plot]:
 
     for kind in cost_plots.PLOTS:
         yield plain("cost", kind.stem, kind.title, found.cost, kind.draw, SETTING)
+    more = found.findings
+    draw: Draw
+    for section, title, data, draw, keys in (
+        ("utilisation", "Utilisation", more.utilisation, roofline_plots.utilisation, SETTING),
+        ("crossover", "Cost over dense's", more.compared, crossover_plots.crossover, SETTING),
+        ("pareto", "Quality against cost", more.pareto, pareto_plots.pareto, COMMON),
+    ):
+        yield plain(section, section, title, data, draw, keys)
     yield plain(
         "memory", "peak_parts", "What the peak is made of", found.parts, memory_plots.waterfall, COMMON
     )
-    draw: Draw
     for stem, title, draw in (
         ("activations_by_depth", "Saved activations against depth", memory_plots.activations_by_depth),
         ("peak_by_depth", "Peak memory against depth", memory_plots.peak_by_depth),
@@ -115,7 +125,7 @@ def draw_all(
             apart = varying(plot.records, plot.keys)
             for values, part in split(plot.data, plot.keys):
                 section = plot.section
-                if corpora and section in ("cost", "memory") and _one_point(part):
+                if corpora and section in ("cost", "memory", "pareto") and _one_point(part):
                     continue
                 if section == "cost" and several:
                     if part["seq_len"].nunique() < 2:

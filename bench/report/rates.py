@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import pandas as pd
@@ -46,6 +47,14 @@ def rate_cells(frame: pd.DataFrame, quality: pd.DataFrame) -> pd.DataFrame:
     cells = cells.assign(later=cells["variant"] != BASELINE)
     order = [*(key for key in SEARCH if key not in ("variant", "label")), "later", "label", "learning_rate"]
     return cells.sort_values(order, ignore_index=True).drop(columns="later")
+
+
+def at_best_rate(frame: pd.DataFrame, keys: Sequence[str]) -> pd.DataFrame:
+    """The records of each model, told apart by the keys, at its learning rate of the least mean loss."""
+    by_rate = frame.groupby([*keys, "learning_rate"], dropna=False)["nll"].transform("mean")
+    least = by_rate.groupby([frame[key] for key in keys], dropna=False).transform("min")
+    best: pd.Series[bool] = by_rate == least
+    return frame[best]
 
 
 def best_rates(cells: pd.DataFrame) -> pd.DataFrame:

@@ -1,4 +1,4 @@
-"""Records aggregated over replicates: medians with their range, and ratios to dense.
+"""Records aggregated over replicates: medians with their intervals, and ratios to dense.
 
 Times, memory and quality come from finished cells (status ok) alone; FLOPs, parameters, gates
 and predictions are properties of a configuration and come from every record that has them.
@@ -6,6 +6,8 @@ and predictions are properties of a configuration and come from every record tha
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -13,6 +15,7 @@ import pandas as pd
 
 from bench.records import STATUSES
 from bench.report.groups import CELL, GROUP, TRAINING
+from bench.report.intervals import by_cell, differs
 
 LEAK_LIMIT = 1e-3
 """An output before the cut that moves by more than this has seen the future: far above rounding."""
@@ -20,7 +23,9 @@ DRIFT_LIMIT = 0.10
 """Parameters further than this share from dense's are flagged: the comparison is not like for like."""
 BASELINE = "dense"
 
-# Figure of a record → name in the table; these get a median and a range.
+UNKNOWN_FLOORS: Mapping[str, float] = MappingProxyType({})
+
+# Figure of a record → name in the table; these get a median, an interval and a range.
 _SPREAD = {
     "step_seconds_median": "step_seconds",
     "forward_seconds_median": "forward_seconds",
@@ -28,6 +33,8 @@ _SPREAD = {
     "forward_tokens_per_second": "forward_tokens_per_second",
     "peak_bytes": "peak_bytes",
 }
+_PAIRED = {"step_seconds_median": "step_seconds", "tokens_per_second": "tokens_per_second"}
+"""Of these the ratio to dense is taken within each replicate: what slows a whole round slows both."""
 _MEASURED = (
     "mfu",
     "rss_peak_bytes",
@@ -48,6 +55,10 @@ _COMPUTED = (
     "peak_bytes_predicted",
     "state_bytes",
     "cost_ratio",
+    "claimed_time_exponent",
+    "claimed_memory_exponent",
+    "claimed_depth_exponent",
+    "survey_exponent",
 )
 _QUALITY = ("nll", "perplexity", "perplexity_reset", "bits_per_byte", "word_perplexity", "accuracy")
 _QUALITY_CELL = [*CELL, *TRAINING, "state_policy"]
@@ -69,13 +80,18 @@ def distinct(values: pd.Series[str]) -> str | None:
     return "; ".join(str(v) for v in values.dropna().unique()) or None
 
 
-def cost_cells(frame: pd.DataFrame) -> pd.DataFrame:
+def cost_cells(frame: pd.DataFrame, floors: Mapping[str, float] = UNKNOWN_FLOORS) -> pd.DataFrame:
     """One row a cell (every key but the replicate): what it costs and whether it finished.
 
-    Columns: the keys of `groups.CELL`; `data`, `records`, `finished`, `replicates` (with a finished
-    record), `status`, `reason`; `X_median`, `X_min`, `X_max` for times, rates and peak memory;
-    medians of the other figures under their own names; the gates' worst figures and `leaks`;
-    `*_ratio`, each figure over the same figure of `baseline` in the same group and length.
+    Columns: the keys of `groups.CELL`; `data`, `records`, `finished`, `contaminated` (how many of those
+    finished), `replicates` (with a finished record), `status`, `reason`; `X_median` (of the replicates'
+    medians), `X_low` and `X_high` (their interval, see `intervals`), `X_min` and `X_max` for times, rates
+    and peak memory; medians of the other figures under their own names; the gates' worst figures and
+    `leaks`; `*_ratio`, to the same figure of `baseline` in the same group and length. Of times and rates
+    that is the median over the `rounds`, which are the replicates that both have, with an interval
+    `*_ratio_low` and `*_ratio_high`; of the others, which hardly vary, the ratio of the medians. `differs`
+    says whether the interval of the step time's ratio tells the cell apart from `baseline`, as
+    `intervals.differs` does, with the noise floor in `floors` by machine.
     """
     frame = _finished_only(frame, [*_SPREAD, *_MEASURED])
     grouped = frame.groupby(list(CELL), sort=False, dropna=False)
@@ -83,21 +99,31 @@ def cost_cells(frame: pd.DataFrame) -> pd.DataFrame:
         "data": grouped["data"].first(),
         "records": grouped.size(),
         "finished": grouped["ok"].sum(),
+        "contaminated": frame["contaminated"].where(frame["ok"]).groupby([frame[k] for k in CELL]).count(),
         "replicates": frame["replicate"].where(frame["ok"]).groupby([frame[k] for k in CELL]).nunique(),
         "status": grouped["status"].agg(status_counts),
         "reason": grouped["reason"].agg(distinct),
     }
+    rounds = _rounds(frame)
     for source, name in _SPREAD.items():
-        for statistic in ("median", "min", "max"):
-            columns[f"{name}_{statistic}"] = grouped[source].agg(statistic)
+        columns[f"{name}_median"] = rounds[source].groupby(level=list(CELL), sort=False).median()
+        ends = by_cell(rounds[source], list(CELL))
+        columns |= {f"{name}_{end}": ends[end] for end in ("low", "high")}
+        columns |= {f"{name}_{end}": grouped[source].agg(end) for end in ("min", "max")}
     columns |= {name: grouped[name].agg(distinct) for name in ("peak_bytes_source", "peak_phase")}
     columns |= {name: grouped[name].median() for name in (*_MEASURED, *_COMPUTED)}
     for gate in ("leak_max_abs", "reference_max_abs", "recompute_max_abs"):
         columns[gate] = grouped[gate].max()
-    columns["flops_source"] = grouped["flops_source"].agg(distinct)
+    columns |= {name: grouped[name].agg(distinct) for name in ("flops_source", "claim_source")}
     cells = pd.DataFrame(columns).reset_index()
     cells["leaks"] = cells["leak_max_abs"] > LEAK_LIMIT
-    return _compared(_ordered(cells))
+    cells = _paired(_compared(_ordered(cells)), rounds)
+    floor = cells["machine"].map(dict(floors)).astype(float)
+    cells["noise_floor"] = np.exp(floor)
+    low, high = (np.log(cells[f"step_seconds_ratio_{end}"].to_numpy(dtype=float)) for end in ("low", "high"))
+    said = differs(low, high, replicates=cells["rounds"], floor=floor)
+    cells["differs"] = pd.Series(said).astype("boolean")
+    return cells
 
 
 def quality_cells(frame: pd.DataFrame) -> pd.DataFrame:
@@ -139,8 +165,7 @@ def quality_cells(frame: pd.DataFrame) -> pd.DataFrame:
 
 def summary(cost: pd.DataFrame, quality: pd.DataFrame) -> pd.DataFrame:
     """Cost and quality side by side; a cell with several training budgets has a row for each."""
-    table = cost.merge(quality.drop(columns="leaks"), on=list(CELL), how="left")
-    return table.drop(columns="like_baseline")
+    return cost.merge(quality.drop(columns="leaks"), on=list(CELL), how="left")
 
 
 def _finished_only(frame: pd.DataFrame, figures: list[str]) -> pd.DataFrame:
@@ -150,6 +175,11 @@ def _finished_only(frame: pd.DataFrame, figures: list[str]) -> pd.DataFrame:
     return frame
 
 
+def _rounds(frame: pd.DataFrame) -> pd.DataFrame:
+    """The figures of `_SPREAD` of each cell in each replicate; of several records in one, their median."""
+    return frame.groupby([*CELL, "replicate"], sort=False, dropna=False)[list(_SPREAD)].median()
+
+
 def _ordered(cells: pd.DataFrame) -> pd.DataFrame:
     """By setting and depth; within them dense first, then by name and length."""
     cells = cells.assign(later=cells["variant"] != BASELINE)
@@ -157,7 +187,7 @@ def _ordered(cells: pd.DataFrame) -> pd.DataFrame:
 
 
 def _compared(cells: pd.DataFrame) -> pd.DataFrame:
-    """Add `baseline`, the ratios to it, and `like_baseline` where step times overlap.
+    """Add `baseline` and the ratios of medians to it.
 
     The baseline of a group is its dense cell; where dense ran in several forms, the first by
     label whose implementation is sdpa, else the first by label.
@@ -172,21 +202,35 @@ def _compared(cells: pd.DataFrame) -> pd.DataFrame:
     dense = dense[dense["label"] == dense["baseline"]].set_index([*GROUP, "seq_len"])
     against = dense.reindex(pd.MultiIndex.from_frame(cells[[*GROUP, "seq_len"]])).reset_index(drop=True)
     names = {
-        "step_seconds_median": "step_seconds_ratio",
-        "tokens_per_second_median": "tokens_per_second_ratio",
         "peak_bytes_median": "peak_bytes_ratio",
         "flops_executed_step": "flops_executed_ratio",
     }
     for column, name in names.items():
         cells[name] = cells[column] / against[column]
-    overlap = (cells["step_seconds_min"] <= against["step_seconds_max"]) & (
-        against["step_seconds_min"] <= cells["step_seconds_max"]
-    )
-    several = (cells["replicates"] > 1) & (against["replicates"] > 1)
-    cells["like_baseline"] = overlap & several & (cells["label"] != cells["baseline"])
     # Dense's parameters do not depend on the length, so a length where dense has no record
     # can still be compared.
     usual = dense.groupby(list(GROUP))["params"].median().rename("usual")
     reference = against["params"].fillna(cells.join(usual, on=list(GROUP))["usual"])
     cells["params_ratio"] = cells["params"] / reference
     return cells
+
+
+def _paired(cells: pd.DataFrame, rounds: pd.DataFrame) -> pd.DataFrame:
+    """Add `rounds` and, for the figures of `_PAIRED`, the ratio to the baseline in the same replicate:
+    its median over the rounds and its interval, which there is none of against itself."""
+    each = rounds[list(_PAIRED)].reset_index().merge(cells[[*CELL, "baseline"]], on=list(CELL))
+    where = [*GROUP, "seq_len", "replicate"]
+    dense = each[each["label"] == each["baseline"]]
+    both = each.merge(dense[[*where, *_PAIRED]], on=where, suffixes=("", "_dense"))
+    cells = cells.set_index(list(CELL))
+    itself = cells.index.get_level_values("label") == cells["baseline"]
+    for source, name in _PAIRED.items():
+        ratios = both.set_index(list(CELL))[source] / both.set_index(list(CELL))[f"{source}_dense"]
+        found = by_cell(ratios, list(CELL))
+        cells[f"{name}_ratio"] = ratios.groupby(level=list(CELL), sort=False).median()
+        for end in ("low", "high"):
+            cells[f"{name}_ratio_{end}"] = found[end].where(~itself)
+        if name == "step_seconds":
+            cells["rounds"] = found["count"]
+    cells["rounds"] = cells["rounds"].fillna(0).astype(int)
+    return cells.reset_index()

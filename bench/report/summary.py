@@ -2,27 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import pandas as pd
 
 from bench.records import STATUSES
-from bench.report import budget_tables, markdown, memory, memory_tables, rate_tables, recall_tables, tables
+from bench.report import (
+    budget_tables,
+    findings,
+    interval_cells,
+    markdown,
+    memory,
+    memory_tables,
+    noise_tables,
+    rate_tables,
+    recall_tables,
+    tables,
+)
 from bench.report.collect import UNKNOWN, Collected
+from bench.report.findings import Plots
 from bench.report.groups import COMMON, FIT, PAYOFF, describe
 from bench.report.markdown import escape
 from bench.report.statistics import DRIFT_LIMIT, LEAK_LIMIT
 
-Plots = Mapping[str, Sequence[tuple[str, str]]]
-"""Section (such as 'cost') → its plots, each a title and a path without suffix."""
-
 NOTES = {
     tables.LEAK: f"the gate measured a leak of more than {LEAK_LIMIT:g}: with a causal objective it sees the "
     "future, so its perplexity is not ranked and stands after the leak-free ones",
-    tables.ALIKE: "the range of step times over replicates overlaps that of dense: not told apart",
     tables.PREDICTED: "predicted, not measured",
     tables.DRIFT: f"parameters differ from dense by more than {DRIFT_LIMIT:.0%}: not like for like",
+    **interval_cells.NOTES,
 }
 
 
@@ -40,6 +49,8 @@ class Found:
     rates: pd.DataFrame
     recall: pd.DataFrame
     curves: pd.DataFrame
+    findings: findings.Findings
+    noise: pd.DataFrame
 
     @property
     def answers(self) -> pd.DataFrame:
@@ -73,8 +84,9 @@ def text(collected: Collected, found: Found, plots: Plots) -> str:
     """The whole of summary.md."""
     frame = collected.frame.assign(leaks=collected.frame["leak_max_abs"] > LEAK_LIMIT)
     parts = [
-        _head(collected),
+        _head(collected, found),
         _cost(found.cost, plots.get("cost", ()), plots.get("others", ())),
+        findings.text(found.findings, plots),
         _memory(found, plots.get("memory", ())),
         _fits(found.fits, plots.get("fits", ())),
         _payoff(found.payoff, plots.get("payoff", ())),
@@ -92,6 +104,7 @@ def text(collected: Collected, found: Found, plots: Plots) -> str:
             "fast path is from the readable one. *counted / formula*: FLOPs that attention dispatched "
             "in a forward pass over those of the variant's formula.",
         ),
+        _section("Contaminated", noise_tables.contaminated(frame), []),
         _section("Did not finish", tables.failures(collected.frame), []),
     ]
     return "\n".join(part for part in parts if part)
@@ -99,16 +112,10 @@ def text(collected: Collected, found: Found, plots: Plots) -> str:
 
 def _section(title: str, body: str, marks: Sequence[str], lead: str = "") -> str:
     """A section with the marks that its body uses explained beneath; nothing for an empty body."""
-    if not body:
-        return ""
-    used = [f"- {mark} {NOTES[mark]}." for mark in marks if mark in body]
-    return (
-        "\n".join(part for part in (f"## {title}\n", lead and lead + "\n", body, *used) if part).rstrip()
-        + "\n"
-    )
+    return markdown.section(title, body, {mark: NOTES[mark] for mark in marks}, lead)
 
 
-def _head(collected: Collected) -> str:
+def _head(collected: Collected, found: Found) -> str:
     frame = collected.frame
     counts = frame["status"].value_counts()
     statuses = ", ".join(f"{counts[s]} {s}" for s in STATUSES if s in counts)
@@ -119,6 +126,7 @@ def _head(collected: Collected) -> str:
         "torch": ", ".join(sorted(frame["torch_version"].dropna().unique())) or UNKNOWN,
         "records": f"{len(frame)}, of {replicates} replicate{'s' if replicates > 1 else ''}",
         "statuses": statuses,
+        **noise_tables.facts(found.noise),
     }
     names = ", ".join(sorted(frame["name"].unique()))
     lines = [f"# {escape(names)}\n", *(f"- {key}: {escape(value)}" for key, value in facts.items())]
@@ -141,6 +149,7 @@ def _warnings(collected: Collected) -> list[str]:
             f"{collected.alike} records share every key and the replicate with another: they differ in a "
             "setting that a record does not name, and are aggregated together"
         )
+    found += noise_tables.warning(frame)
     if collected.problems:
         found.append(f"{len(collected.problems)} files that cannot be read were left out:")
     return found
@@ -149,8 +158,9 @@ def _warnings(collected: Collected) -> list[str]:
 def _cost(cells: pd.DataFrame, plots: Sequence[tuple[str, str]], others: Sequence[tuple[str, str]]) -> str:
     lead = (
         "A step is one forward and backward over batch × length tokens. Figures are medians over replicates, "
-        "each replicate a process of its own; min–max is their range. *algorithmic* FLOPs count the pairs a "
-        "pattern allows, *executed* what was dispatched, recomputation and padding included, *attention* the "
+        "each replicate a process of its own; *time / dense* is the median of the ratios within a replicate. "
+        "The 95 % interval is Student's t of the logarithms. *algorithmic* FLOPs count the pairs a pattern "
+        "allows, *executed* what was dispatched, recomputation and padding included, *attention* the "
         "algorithmic part that is not a projection, feed-forward or output layer."
     )
     several = cells["activations"].nunique() > 1
@@ -173,7 +183,8 @@ def _cost(cells: pd.DataFrame, plots: Sequence[tuple[str, str]], others: Sequenc
         links = ", ".join(f"[{escape(title)}]({path}.png)" for title, path in others)
         pictures.append(f"The same with activations saved otherwise: {links}.\n")
     body = "\n".join([*pictures, *parts, *folded])
-    return _section("Cost", body, [tables.LEAK, tables.ALIKE, tables.PREDICTED], lead)
+    marks = [tables.LEAK, *interval_cells.NOTES, tables.PREDICTED]
+    return _section("Cost", body, marks, lead)
 
 
 def _memory(found: Found, plots: Sequence[tuple[str, str]]) -> str:
@@ -190,7 +201,7 @@ def _memory(found: Found, plots: Sequence[tuple[str, str]]) -> str:
         )
         if part
     )
-    return _section("Memory", body, [tables.PREDICTED], lead)
+    return _section("Memory", body, [interval_cells.CONTAMINATED, tables.PREDICTED], lead)
 
 
 def _recomputation(cells: pd.DataFrame) -> str:
@@ -248,13 +259,13 @@ def _payoff(cells: pd.DataFrame, plots: Sequence[tuple[str, str]]) -> str:
         return ""
     lead = (
         "Does saved memory buy speed? Throughput at the largest batch that is predicted to fit into the "
-        "budget. Figures are medians over replicates, *min–max* their range, */ keep* the median of the "
-        "ratio within a replicate."
+        "budget. Figures are medians over replicates, */ keep* the median of the ratio within a replicate."
     )
     parts = [markdown.image(*plot) for plot in plots]
     for heading, keys, group in _by_budget(cells, (*PAYOFF, "depth")):
         parts.append(f"### {escape(heading)}\n\n{escape(keys)}\n\n{budget_tables.payoff(group)}")
-    return _section("Batch payoff", "\n".join(parts), [tables.PREDICTED], lead)
+    marks = [interval_cells.OF_TWO, interval_cells.CONTAMINATED, tables.PREDICTED]
+    return _section("Batch payoff", "\n".join(parts), marks, lead)
 
 
 def _by_budget(cells: pd.DataFrame, keys: Sequence[str]) -> list[tuple[str, str, pd.DataFrame]]:

@@ -15,10 +15,11 @@ from bench.records import Record
 from bench.report import markdown, units
 from bench.report.collect import UNKNOWN, spoken
 from bench.report.groups import GROUP, SETTING, TRAINING, describe, split, varying
+from bench.report.interval_cells import against, interval, marked_range, timed
 from bench.report.markdown import Column, escape
 from bench.report.statistics import DRIFT_LIMIT, distinct
 
-LEAK, DRIFT, ALIKE, PREDICTED = "†", "‡", "≈", "ᵖ"
+LEAK, DRIFT, PREDICTED = "†", "‡", "ᵖ"
 _WHOLE = (
     "params",
     "flops_",
@@ -93,22 +94,17 @@ def each(frame: pd.DataFrame, title: str, column: str, show: Callable[[Any], str
 def cost(cells: pd.DataFrame) -> str:
     """What each variant costs at each length, within one group."""
     rows = [row for _, row in cells.iterrows()]
-    alike = [ALIKE if row["like_baseline"] else "" for row in rows]
-    spread = [
-        units.between(row["step_seconds_min"], row["step_seconds_max"], "seconds")
-        if row["replicates"] > 1
-        else units.MISSING
-        for row in rows
-    ]
-    ratios = [units.ratio(row["step_seconds_ratio"]) + mark for row, mark in zip(rows, alike, strict=True)]
+    ratio_ends = [units.ratios(r["step_seconds_ratio_low"], r["step_seconds_ratio_high"]) for r in rows]
     return markdown.table(
         [
             Column("variant", [label_of(row) for row in rows], right=False, optional=False),
             each(cells, "length", "seq_len", str, optional=False),
-            each(cells, "step time", "step_seconds_median", units.seconds),
-            Column("min–max", spread),
-            Column("time / dense", ratios),
+            Column("step time", [timed(row, "step_seconds_median", units.seconds) for row in rows]),
+            Column("95 % interval", interval(rows, "step_seconds", "seconds")),
+            Column("time / dense", [units.ratio(r["step_seconds_ratio"]) + against(r) for r in rows]),
+            Column("95 % of ratio", marked_range(ratio_ends, cells["rounds"])),
             each(cells, "throughput", "tokens_per_second_median", units.rate),
+            each(cells, "utilisation", "mfu", units.percent),
             Column("peak memory", [_peak(row) for row in rows]),
             each(cells, "memory / dense", "peak_bytes_ratio", units.ratio),
             each(cells, "algorithmic FLOPs", "flops_algorithmic_step", units.flops),
@@ -240,12 +236,7 @@ def gates(frame: pd.DataFrame) -> str:
         }
     ).reset_index()
     rows = [row for _, row in table.iterrows()]
-    cost_ratios = [
-        units.ratio(r["low"])
-        if units.ratio(r["low"]) == units.ratio(r["high"])
-        else f"{units.digits(r['low'])}–{units.ratio(r['high'])}"
-        for r in rows
-    ]
+    cost_ratios = [units.ratios(row["low"], row["high"]) for row in rows]
     return markdown.table(
         [
             Column("variant", [label_of(row) for row in rows], right=False, optional=False),

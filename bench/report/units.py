@@ -101,6 +101,13 @@ def ratio(value: float | None) -> str:
     return MISSING if missing(value) else f"{digits(value)}×"
 
 
+def ratios(low: float | None, high: float | None) -> str:
+    """A range of factors, such as 0.25–0.31×; one factor where both ends read alike."""
+    if missing(low) or missing(high) or ratio(low) == ratio(high):
+        return ratio(low)
+    return f"{digits(low)}–{ratio(high)}"
+
+
 def percent(value: float | None) -> str:
     """A share in percent, such as 1.25 %; a difference keeps its sign."""
     return MISSING if value is None or math.isnan(value) else f"{digits(value * 100)} %"
@@ -131,11 +138,11 @@ def length(value: float | None) -> str:
 
 
 def between(low: float | None, high: float | None, unit: str) -> str:
-    """A range with its unit once where both ends share it; `unit` is 'seconds' or 'size'."""
-    if low is None or high is None or math.isnan(low) or math.isnan(high):
+    """A range with its unit once where both ends share it; `unit` is 'seconds', 'size' or 'rate'."""
+    if missing(low) or missing(high):
         return MISSING
-    show = {"seconds": seconds, "size": size}[unit]
+    show = {"seconds": seconds, "size": size, "rate": rate}[unit]
     first, last = show(low), show(high)
     if first == last:
         return first
-    return f"{first.split()[0]}–{last}" if first.split()[-1] == last.split()[-1] else f"{first} – {last}"
+    return f"{first.split()[0]}–{last}" if first.split()[1:] == last.split()[1:] else f"{first} – {last}"

@@ -103,7 +103,7 @@ class Needle(Task):
         return self._batch(self._contexts(generator, distances), distances, values)
 
     def reached(self, done: float) -> int:
-        """The farthest distance drawn when `done` of the budget is spent: it grows evenly, from `NEAREST` on."""
+        """The farthest distance drawn when `done` of the budget is spent: it grows evenly from `NEAREST`."""
         share = self.config.curriculum
         if done >= share:
             return self.farthest

@@ -1,0 +1,151 @@
+"""From which length on a variant is cheaper than dense attention: in time, in memory, in FLOPs.
+
+Ratios to dense are taken within a replicate, whose cells ran one after the other. Between two measured
+lengths the logarithm of a ratio is taken to be a line in the logarithm of the length.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from bench.report.groups import GROUP, TRAINING, split
+from bench.report.intervals import interval
+from bench.report.rates import at_best_rate
+from bench.report.statistics import BASELINE, LEAK_LIMIT
+
+FIGURES = {"time": "step_seconds_ratio", "memory": "peak_bytes_ratio", "flops": "flops_executed_ratio"}
+"""Name of a comparison → its column of the cost cells; times have an interval beside it."""
+SAME = 1e-3
+"""Ratios nearer to 1 than this are 1: a window that holds the whole sequence is not cheaper by a handful of
+bytes."""
+
+
+def compared(cells: pd.DataFrame) -> pd.DataFrame:
+    """The cost cells that have a dense one beside them, less that one."""
+    others = cells[cells["baseline"].notna() & (cells["label"] != cells["baseline"])]
+    return others[others[list(FIGURES.values())].notna().any(axis=1)]
+
+
+def crossing(lengths: Sequence[float], ratios: Sequence[float]) -> tuple[str, float]:
+    """How ratios to dense, at ascending lengths, stand to 1, and the length where they last passed it.
+
+    ('from', T): cheaper from T tokens on; ('until', T): up to T alone; ('always', the shortest length) and
+    ('never', the longest): on one side at all of them.
+    """
+    logs = np.log(np.asarray(ratios, dtype=float))
+    logs[np.abs(logs) < SAME] = 0.0
+    cheaper = logs < 0
+    if cheaper.all():
+        return "always", float(lengths[0])
+    if not cheaper.any():
+        return "never", float(lengths[-1])
+    last = int(np.flatnonzero(cheaper[1:] != cheaper[:-1])[-1])
+    share = logs[last] / (logs[last] - logs[last + 1])
+    places = np.log(np.asarray(lengths[last : last + 2], dtype=float))
+    return ("from" if cheaper[-1] else "until"), float(np.exp(places[0] + share * (places[1] - places[0])))
+
+
+def crossovers(cells: pd.DataFrame, quality: pd.DataFrame) -> pd.DataFrame:
+    """One row a variant, group and comparison of two lengths or more; takes `statistics.cost_cells` and
+    `quality_loss`.
+
+    Columns: the keys of `groups.GROUP`, `variant`, `label`, `figure` (of `FIGURES`), `outcome` and `length`
+    as `crossing` has them, `low` and `high` (the lengths from which on the lower and the upper end of the
+    ratio's interval are below 1: 0 at all measured, infinite at none, NaN without intervals), `first` and
+    `last` length measured, `lengths` (how many), and the quality lost at the nearest length where there is
+    any: `nll_lost`, `nll_lost_low`, `nll_lost_high`, `quality_seq_len`, `quality_width`, `quality_depth`.
+    """
+    others = compared(cells)
+    rows = []
+    for values, own in split(others, [*GROUP, "variant", "label"]) if len(others) else ():
+        for figure, column in FIGURES.items():
+            known = own[own[column].notna()].sort_values("seq_len")
+            if len(known) < 2:
+                continue
+            lengths = known["seq_len"].to_numpy(dtype=float)
+            outcome, place = crossing(list(lengths), list(known[column]))
+            low, high = (_onset(known, f"{column}_{end}") for end in ("low", "high"))
+            rows.append(
+                {
+                    **values,
+                    "figure": figure,
+                    "outcome": outcome,
+                    "length": place,
+                    "low": low,
+                    "high": high,
+                    "first": lengths[0],
+                    "last": lengths[-1],
+                    "lengths": len(lengths),
+                    **_nearest(quality, values, place),
+                }
+            )
+    return pd.DataFrame(rows)
+
+
+def _onset(cells: pd.DataFrame, column: str) -> float:
+    """The length from which on one end of the ratio's interval is below 1: 0 for all of them, infinite
+    where it is not at the longest; NaN where a cell has no interval."""
+    if column not in cells or cells[column].isna().any():
+        return np.nan
+    kind, place = crossing(list(cells["seq_len"]), list(cells[column]))
+    return {"from": place, "always": 0.0}.get(kind, np.inf)
+
+
+_LOSS = ("nll_lost", "nll_lost_low", "nll_lost_high", "quality_seq_len", "quality_width", "quality_depth")
+_RUN = ("objective", "corpus", "d_model", "heads", "depth", "activations", "seq_len", "replicate")
+"""What a trained model and the dense one that it is compared with share, beside their training."""
+
+
+def quality_loss(frame: pd.DataFrame) -> pd.DataFrame:
+    """One row a variant and trained model: mean loss over replicates, less dense's in the same replicate.
+
+    Columns: `objective`, `corpus`, `label`, and `_LOSS`: nats a token with their interval over replicates,
+    and the length, width and depth trained at. Where several learning rates were tried, each model is at its
+    own best. What leaks is left out: what it reaches is no feat.
+    """
+    ok = frame[(frame["status"] == "ok") & frame["nll"].notna() & ~(frame["leak_max_abs"] > LEAK_LIMIT)]
+    if ok.empty or not (ok["variant"] == BASELINE).any():
+        return pd.DataFrame(columns=["objective", "corpus", "label", *_LOSS])
+    shared = [*_RUN, *(key for key in TRAINING if key != "learning_rate")]
+    run = [*shared, "variant", "label"]
+    best = at_best_rate(ok, [key for key in run if key != "replicate"])
+    nll = best.groupby(run, dropna=False)["nll"].mean().reset_index()
+    dense = nll[nll["variant"] == BASELINE].groupby(shared, dropna=False)["nll"].min().rename("dense")
+    pairs = nll[nll["variant"] != BASELINE].merge(dense.reset_index(), on=shared)
+    pairs["lost"] = pairs["nll"] - pairs["dense"]
+    rows = []
+    keys = [key for key in shared if key != "replicate"]
+    for values, own in split(pairs, [*keys, "label"]):
+        low, high = interval(own["lost"].to_numpy(dtype=float))
+        figures = (
+            own["lost"].mean(),
+            float(low),
+            float(high),
+            values["seq_len"],
+            values["d_model"],
+            values["depth"],
+        )
+        named = {key: values[key] for key in ("objective", "corpus", "label")}
+        rows.append(named | dict(zip(_LOSS, figures, strict=True)))
+    return pd.DataFrame(rows, columns=["objective", "corpus", "label", *_LOSS])
+
+
+def _nearest(quality: pd.DataFrame, values: dict[str, Any], length: float) -> dict[str, Any]:
+    """What the variant loses, at the same width and depth if it was trained there, and nearest in length."""
+    same = quality[(quality[["objective", "corpus", "label"]] == _wanted(values)).all(axis=1)]
+    if same.empty:
+        return dict.fromkeys(_LOSS, np.nan)
+    ranked = same.assign(
+        width=(same["quality_width"] != values["d_model"]),
+        depth=(same["quality_depth"] != values["depth"]),
+        far=np.abs(np.log(same["quality_seq_len"].astype(float) / length)),
+    ).sort_values(["width", "depth", "far"], kind="stable")
+    return {name: ranked[name].iloc[0] for name in _LOSS}
+
+
+def _wanted(values: dict[str, Any]) -> pd.Series[Any]:
+    return pd.Series({key: values[key] for key in ("objective", "corpus", "label")})

@@ -1,0 +1,74 @@
+"""Ratios to dense attention against length, with rings where a variant becomes cheaper."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+from matplotlib.artist import Artist
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+
+from bench.report import canvas, units
+from bench.report.cost_plots import GREY, Curve, Look, draw_curve, interval_of, label_handles, replicates
+from bench.report.crossover import FIGURES, crossing
+from bench.report.curve_plots import ring
+from bench.report.groups import split
+from bench.report.style import Style
+
+TITLES = {"time": "step time", "memory": "peak memory", "flops": "executed FLOPs"}
+
+
+def crossover(cells: pd.DataFrame, look: Look) -> Figure | None:
+    """A row of panels a depth, a panel a comparison; takes `crossover.compared`. None for one length."""
+    if cells.empty or cells["seq_len"].nunique() < 2:
+        return None
+    counts = cells["rounds"]
+    parts = list(split(cells, ["depth"]))
+    figure, axes = canvas.panels(len(FIGURES) * len(parts), columns=len(FIGURES), width=3.2, height=2.9)
+    for number, axis in enumerate(axes):
+        (values, part), name = parts[number // len(FIGURES)], list(FIGURES)[number % len(FIGURES)]
+        axis.set_title(f"{TITLES[name]}, depth {values['depth']}")
+        axis.axhline(1.0, color=GREY, linewidth=1.0)
+        for label, own in part.groupby("label"):
+            _variant(axis, own.sort_values("seq_len"), name, look.styles[str(label)])
+    _scales(axes, cells)
+    handles: list[Artist] = [*label_handles(cells, look), ring([], [], GREY, label="as dear as dense")]
+    if (counts > 1).any():
+        handles.append(Patch(color=GREY, alpha=0.2, linewidth=0, label=interval_of(counts)))
+    title = "Cost over that of dense attention, against sequence length"
+    canvas.dress(figure, title, look.setting, f"{look.footer} · {replicates(counts)}", handles)
+    return figure
+
+
+def _variant(axis: Axes, own: pd.DataFrame, name: str, style: Style) -> None:
+    column = FIGURES[name]
+    own = own[own[column].notna()]
+    if own.empty:
+        return
+    ends = (f"{column}_low", f"{column}_high")
+    draw_curve(axis, own, Curve(column, spread=ends if ends[0] in own else None), style)
+    outcome, place = crossing(list(own["seq_len"]), list(own[column]))
+    if outcome in ("from", "until"):
+        axis.add_line(ring([place], [1.0], style.colour))
+
+
+def _scales(axes: list[Axes], cells: pd.DataFrame) -> None:
+    """Logarithmic both ways, the same for all panels, with 1 in sight."""
+    columns = [f"{name}{end}" for name in FIGURES.values() for end in ("", "_low", "_high")]
+    columns = [column for column in columns if column in cells]
+    logs = np.log2(cells[columns].to_numpy(dtype=float))
+    low, high = min(0.0, float(np.nanmin(logs))), max(0.0, float(np.nanmax(logs)))
+    margin = max(0.06 * (high - low), 0.1)
+    low, high = 2.0 ** (low - margin), 2.0 ** (high + margin)
+    lengths = cells["seq_len"]
+    for number, axis in enumerate(axes):
+        axis.set_xscale("log", base=2)
+        axis.set_yscale("log", base=2)
+        axis.set_xlim(lengths.min() / 1.25, lengths.max() * 1.25)
+        axis.set_ylim(low, high)
+        canvas.lengths_axis(axis.xaxis, lengths)
+        canvas.human_axis(axis.yaxis, low, high, lambda value: f"{units.tick(value)}×", binary=False)
+        axis.set_xlabel("sequence length (tokens)")
+        if number % len(FIGURES) == 0:
+            axis.set_ylabel("ratio to dense")

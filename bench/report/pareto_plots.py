@@ -1,0 +1,104 @@
+"""Quality against what it costs: a dot a trained model, a step line through those that nothing beats."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from matplotlib.artist import Artist
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+from bench.report import canvas, units
+from bench.report.cost_plots import GREY, Look, interval_of, label_handles, replicates
+from bench.report.groups import split
+from bench.report.memory import BASELINE
+from bench.report.pareto import COSTS, FRONT
+
+AXES = {
+    "time": ("time of a step", units.seconds),
+    "memory": ("peak memory", units.size),
+    "flops": ("executed FLOPs of a step", units.flops),
+}
+
+
+def pareto(cells: pd.DataFrame, look: Look) -> Figure | None:
+    """A row of panels a depth, length and training, a panel a cost; takes `pareto.pareto_cells`."""
+    if cells.empty:
+        return None
+    parts = list(split(cells, ["depth", "seq_len", "tokens_trained", "score"]))
+    costs = [name for name in COSTS if cells[name].notna().any()]
+    figure, axes = canvas.panels(
+        len(costs) * len(parts), columns=len(costs), width=3.2, height=2.9, sharey=len(parts) == 1
+    )
+    for number, axis in enumerate(axes):
+        (values, part), cost = parts[number // len(costs)], costs[number % len(costs)]
+        _models(axis, part, cost, look)
+        _scale(axis, part, cost)
+        words = f"length {units.length(values['seq_len'])}, depth {values['depth']}"
+        axis.set_title(f"{words}, {units.count(values['tokens_trained'])} tokens", fontsize=8)
+        axis.set_xlabel(AXES[cost][0])
+        if number % len(costs) == 0:
+            better = "higher" if values["score"] == "accuracy" else "lower"
+            name = "accuracy" if values["score"] == "accuracy" else "nats per token"
+            axis.set_ylabel(f"{name} ({better} is better)")
+    handles: list[Artist] = [*label_handles(cells, look, line="")]
+    handles.append(Line2D([], [], color=GREY, linewidth=1, label="front"))
+    if cells["leaks"].any():
+        hollow = Line2D(
+            [], [], color=GREY, marker="o", fillstyle="none", linestyle="", label="† sees the future"
+        )
+        handles.append(hollow)
+    footer = f"{look.footer} · {interval_of(cells['replicates'])}, {replicates(cells['replicates'])}"
+    canvas.dress(
+        figure, "Quality against cost, trained on equally many tokens", look.setting, footer, handles
+    )
+    return figure
+
+
+def _models(axis: Axes, part: pd.DataFrame, cost: str, look: Look) -> None:
+    for _, row in part[part[cost].notna()].iterrows():
+        style = look.styles[str(row["label"])]
+        axis.errorbar(
+            [row[cost]],
+            [row["quality"]],
+            xerr=_reach(row, cost),
+            yerr=_reach(row, "quality"),
+            color=style.colour,
+            marker=style.marker,
+            fillstyle="none" if row["leaks"] else style.fill,
+            markerfacecoloralt="white",
+            linestyle="",
+            elinewidth=1,
+        )
+        if row["activations"] != BASELINE:
+            place = (row[cost], row["quality"])
+            axis.annotate(
+                row["activations"], place, xytext=(4, 4), textcoords="offset points", fontsize=6, color=GREY
+            )
+    front = part[part[f"{cost}_front"] == FRONT].sort_values(cost)
+    # nothing between two models of a front is had: the next better one costs what it costs
+    axis.step(front[cost], front["quality"], where="post", color=GREY, linewidth=1, zorder=1)
+
+
+def _reach(row: pd.Series[Any], name: str) -> list[list[float]] | None:
+    """How far the interval reaches down and up from the figure."""
+    low, high = row[f"{name}_low"], row[f"{name}_high"]
+    if np.isnan(low):
+        return None
+    return [[max(0.0, row[name] - low)], [max(0.0, high - row[name])]]
+
+
+def _scale(axis: Axes, part: pd.DataFrame, cost: str) -> None:
+    """A logarithmic axis of the cost, with round numbers of its unit."""
+    logs = np.log2(part[[cost, f"{cost}_low", f"{cost}_high"]].to_numpy(dtype=float))
+    low, high = float(np.nanmin(logs)), float(np.nanmax(logs))
+    margin = max(0.1 * (high - low), 0.1)
+    low, high = 2.0 ** (low - margin), 2.0 ** (high + margin)
+    axis.set_xscale("log", base=2)
+    axis.set_xlim(low, high)
+    show = AXES[cost][1]
+    canvas.human_axis(axis.xaxis, low, high, lambda value: show(value, short=True), binary=cost == "memory")
+    axis.tick_params(labelsize=7)

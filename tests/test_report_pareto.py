@@ -1,0 +1,207 @@
+"""Quality against cost: the fronts are fronts, over what was trained alike; utilisation beside them."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_report import record, table
+from test_report_memory import frame_of, look, text_of
+
+from bench.records import Record
+from bench.report import pareto_plots, roofline, roofline_plots
+from bench.report.pareto import COSTS, pareto_cells
+from bench.report.statistics import cost_cells, quality_cells, summary
+
+VARIANTS = ("dense", "chunked", "overlapping", "longformer")
+
+
+def model(variant: str, nll: float, seconds: float, replicate: int = 0, **other: Any) -> Record:
+    values: dict[str, Any] = {
+        "cell_id": f"{variant}-{replicate}-{nll}-{seconds}-{sorted(other.items())}",
+        "variant_params": {},
+        "nll": nll,
+        "step_seconds_median": seconds,
+        "peak_bytes": 1000,
+        "flops_executed_step": 10**6,
+    }
+    return record(variant, replicate=replicate, **{**values, **other})
+
+
+def pareto_of(frame: pd.DataFrame) -> pd.DataFrame:
+    return pareto_cells(summary(cost_cells(frame), quality_cells(frame)))
+
+
+def utilisation_of(frame: pd.DataFrame) -> pd.DataFrame:
+    return roofline.utilisation_cells(cost_cells(frame), roofline.peaks(frame))
+
+
+def fronts(folder: Path, found: list[Record], cost: str = "time") -> dict[str, str]:
+    cells = pareto_of(frame_of(folder, found))
+    return dict(zip(cells["label"], cells[f"{cost}_front"], strict=True))
+
+
+@pytest.fixture(scope="module")
+def four(tmp_path_factory: pytest.TempPathFactory) -> pd.DataFrame:
+    """The summary of four models."""
+    frame = frame_of(tmp_path_factory.mktemp("four"), [model(name, 1.0, 1.0) for name in VARIANTS])
+    return (
+        summary(cost_cells(frame), quality_cells(frame)).set_index("label").loc[list(VARIANTS)].reset_index()
+    )
+
+
+@settings(deadline=None)
+@given(st.lists(st.tuples(st.integers(1, 6), st.integers(1, 6)), min_size=4, max_size=4))
+def test_nothing_beats_the_front_and_all_else_is_beaten(
+    four: pd.DataFrame, points: list[tuple[int, int]]
+) -> None:
+    places = dict(zip(VARIANTS, points, strict=True))
+    nll, seconds = ([float(point[axis]) for point in points] for axis in (0, 1))
+    cells = pareto_cells(four.assign(nll_mean=nll, step_seconds_median=seconds))
+
+    def beaten(name: str) -> bool:
+        own = places[name]
+        return any(other[0] <= own[0] and other[1] <= own[1] and other != own for other in places.values())
+
+    marks = dict(zip(cells["label"], cells["time_front"], strict=True))
+    assert marks == {name: "" if beaten(name) else "front" for name in VARIANTS}
+
+
+def test_accuracy_is_better_where_it_is_higher(tmp_path: Path) -> None:
+    task = {"objective": "recall", "data": "mqar"}
+    found = [
+        model("dense", 1.0, 2.0, accuracy=0.9, **task),
+        model("chunked", 2.0, 1.0, accuracy=0.5, **task),
+        model("longformer", 0.5, 2.5, accuracy=0.8, **task),
+    ]
+    assert fronts(tmp_path, found) == {"dense": "front", "chunked": "front", "longformer": ""}
+
+
+def test_what_sees_the_future_is_on_no_front_and_keeps_nobody_off(tmp_path: Path) -> None:
+    found = [model("dense", 2.0, 2.0), model("chunked", 1.0, 1.0, leak_max_abs=1.0)]
+    assert fronts(tmp_path, found) == {"dense": "front", "chunked": ""}
+
+
+def test_better_within_the_intervals_is_not_clear(tmp_path: Path) -> None:
+    """chunked is better in both medians; its times overlap dense's, those of longformer do not."""
+    seconds = {"dense": (1.0, 1.1, 1.2), "chunked": (0.9, 1.05, 1.3), "longformer": (3.0, 3.1, 3.2)}
+    nll = {"dense": 2.0, "chunked": 1.9, "longformer": 2.5}
+    found = [
+        model(name, nll[name] + 0.01 * replicate, time, replicate)
+        for name, times in seconds.items()
+        for replicate, time in enumerate(times)
+    ]
+    assert fronts(tmp_path, found) == {"dense": "noise", "chunked": "front", "longformer": ""}
+
+
+def test_only_models_trained_on_equally_many_tokens_stand_together(tmp_path: Path) -> None:
+    apart = [model("dense", 2.0, 2.0), model("chunked", 1.0, 1.0, tokens_trained=999)]
+    assert pareto_of(frame_of(tmp_path / "tokens", apart)).empty
+    untrained = [model(name, 2.0, 2.0, tokens_trained=None) for name in VARIANTS]
+    assert pareto_of(frame_of(tmp_path / "none", untrained)).empty
+    lengths = [model("dense", 2.0, 2.0), model("chunked", 1.0, 1.0, seq_len=1024)]
+    assert pareto_of(frame_of(tmp_path / "length", lengths)).empty
+
+
+def test_a_model_stands_at_its_best_rate(tmp_path: Path) -> None:
+    rates = {0.01: 3.0, 0.003: 1.5, 0.001: 2.0}
+    found = [
+        model(name, nll + (name == "dense"), 1.0, learning_rate=rate, measure="search")
+        for name in ("dense", "chunked")
+        for rate, nll in rates.items()
+    ]
+    cells = pareto_of(frame_of(tmp_path, found))
+    assert list(cells["learning_rate"]) == [0.003, 0.003]
+    assert list(cells["quality"]) == [2.5, 1.5]
+
+
+def test_ways_of_saving_activations_stand_beside_each_other(tmp_path: Path) -> None:
+    found = [
+        model("dense", 2.0, 1.0, peak_bytes=1000, activations="keep"),
+        model("dense", 2.0, 1.5, peak_bytes=100, activations="reversible"),
+    ]
+    cells = pareto_of(frame_of(tmp_path, found)).set_index("activations")
+    assert list(cells.index) == ["keep", "reversible"]
+    assert list(cells["time_front"]) == ["front", ""]
+    assert list(cells["memory_front"]) == ["", "front"]
+
+
+def several() -> list[Record]:
+    return [
+        model(name, 2.0 + 0.1 * place + 0.01 * replicate, 4.0 - place + 0.01 * replicate, replicate)
+        for place, name in enumerate(VARIANTS)
+        for replicate in (0, 1, 2)
+    ]
+
+
+def test_the_table_names_the_fronts(tmp_path: Path) -> None:
+    text = text_of(tmp_path, several()).split("## Pareto fronts", 1)[1]
+    rows = table(text, "### clm, data plays, length 512, depth 2")
+    assert [row["variant"] for row in rows] == list(VARIANTS)
+    assert rows[0]["loss"] == "2.010 (1.985 – 2.035)"
+    assert rows[0]["on the front of"] == "time, memory, FLOPs"
+    assert {row["on the front of"] for row in rows[1:]} == {"time"}
+
+
+def test_the_picture_draws_the_front_through_its_models(tmp_path: Path) -> None:
+    frame = frame_of(tmp_path, several())
+    figure = pareto_plots.pareto(pareto_of(frame), look(frame))
+    assert figure is not None
+    axes = [axis for axis in figure.axes if axis.get_visible()]
+    assert len(axes) == len(COSTS)
+    (front,) = [line for line in axes[0].get_lines() if line.get_drawstyle() == "steps-post"]
+    assert sorted(front.get_xdata()) == pytest.approx([1.01, 2.01, 3.01, 4.01])  # type: ignore[arg-type]
+    assert pareto_plots.pareto(pd.DataFrame(), look(frame)) is None
+
+
+# --- utilisation ----------------------------------------------------------------------------------
+
+
+def used(seq_len: int, share: float, replicate: int = 0, peak: float | None = 1e9) -> Record:
+    flops = 10**6 * seq_len
+    seconds = flops / (share * 1e9)
+    known = {"flops_algorithmic_step": flops, "peak_flops_per_second": peak, "peak_bytes_per_second": peak}
+    return model("dense", 2.0, seconds, replicate, seq_len=seq_len, mfu=None, **known)
+
+
+def test_all_cells_of_a_machine_are_held_against_the_highest_peak(tmp_path: Path) -> None:
+    """The peak was first taken as the machine was busy."""
+    found = [used(512, 0.5, peak=0.8e9), used(1024, 0.6), used(2048, 0.9, peak=None)]
+    cells = utilisation_of(frame_of(tmp_path, found))
+    assert dict(zip(cells["seq_len"], cells["utilisation"], strict=True)) == pytest.approx(
+        {512: 0.5, 1024: 0.6, 2048: 0.9}
+    )
+
+
+def test_records_without_a_peak_have_no_utilisation(tmp_path: Path) -> None:
+    frame = frame_of(tmp_path, [used(512, 0.5, peak=None), used(1024, 0.5, peak=None)])
+    assert roofline.peaks(frame).empty
+    assert utilisation_of(frame).empty
+    assert roofline_plots.utilisation(utilisation_of(frame), look(frame)) is None
+
+
+def test_utilisation_is_drawn_with_its_interval(tmp_path: Path) -> None:
+    found = [used(n, s, r) for (n, s), r in itertools.product(((512, 0.3), (1024, 0.6)), (0, 1))]
+    found += [used(2048, 0.7, 0), used(2048, 0.8, 1)]
+    frame = frame_of(tmp_path, found)
+    cells = utilisation_of(frame)
+    last = cells.set_index("seq_len").loc[2048]
+    assert (last["utilisation_low"], last["utilisation_high"]) == pytest.approx((0.7, 0.8))
+    figure = roofline_plots.utilisation(cells, look(frame))
+    assert figure is not None
+    low, high = figure.axes[0].get_ylim()
+    assert low == 0
+    assert 0.8 < high <= 1
+
+
+def test_the_report_names_the_peaks(tmp_path: Path) -> None:
+    text = text_of(tmp_path, [used(512, 0.5), used(1024, 0.5)])
+    (row,) = table(text, "## Utilisation")
+    assert row["matrix products"] == "1.00 GFLOP/s"
+    assert math.isclose(float(row["copies"].split()[0]), 1e9 / 2**20, rel_tol=1e-2)
