@@ -19,6 +19,8 @@ from bench.records import Record
 from bench.report.groups import TRAINING
 
 UNKNOWN = "unknown"
+_ABSENT = {"twin": 0, "contaminated": None}
+"""What records mean that do not have these keys."""
 _HINTS = typing.get_type_hints(Record)
 _FIGURES = [k for k, hint in _HINTS.items() if {int, float} & set(typing.get_args(hint)) and k != "threads"]
 _IDENTITY = ["variant", "params_json", "impl", "seq_len", "depth", "d_model", "heads", "ff_chunks"]
@@ -34,8 +36,6 @@ _IDENTITY += [
     "threads",
 ]
 _IDENTITY += [*TRAINING, "replicate"]
-_ABSENT = {"twin": 0, "contaminated": None}
-"""What records mean that do not have these keys."""
 
 
 @dataclass(frozen=True)

@@ -59,15 +59,26 @@ def interval(logs: Floats) -> tuple[Floats, Floats]:
     return middle - reach, middle + reach
 
 
+def floor_for(replicates: npt.ArrayLike, floor: npt.ArrayLike) -> Floats:
+    """The noise floor of so many replicates together, from that of one pair: NaN where it is not known.
+
+    Noise averages out: of n ≥ 3 it is the pair's over √n. Without that, more replicates would find less,
+    their narrow interval lying within a floor that is none of theirs. Of two, whose interval is no more
+    than their range, it is the pair's.
+    """
+    n = np.asarray(replicates, dtype=float)
+    return np.asarray(floor) / np.where(n > 2, np.sqrt(np.maximum(n, 1)), 1.0)
+
+
 def differs(low: Floats, high: Floats, *, replicates: npt.ArrayLike, floor: npt.ArrayLike) -> Floats:
     """Whether intervals of log ratios tell two cells apart: 1 for yes, 0 for no, NaN where nothing says.
 
-    They do where the interval neither holds 0, which is a ratio of 1, nor lies within ± `floor`, the
-    machine's noise (`noise.floor_of`; NaN where it is not known). Of one replicate nothing says. Nor of
-    two where the floor is not known: half of all equal cells have both ratios on one side of 1.
+    They do where the interval neither holds 0, which is a ratio of 1, nor lies within ± `floor_for` so many
+    replicates; `floor` is a pair's (`noise.floor_of`; NaN where it is not known). Of one replicate nothing
+    says. Nor of two where the floor is not known: half of all equal cells have both ratios on one side of 1.
     """
     known = ~np.isnan(floor)
-    least = np.where(known, floor, 0.0)
+    least = np.where(known, floor_for(replicates, floor), 0.0)
     apart = (low > 0) & (high > least) | (high < 0) & (low < -least)
     enough = (np.asarray(replicates) > 2) | ((np.asarray(replicates) == 2) & known)
     return np.where(enough & ~np.isnan(low), apart, np.nan)
@@ -78,11 +89,13 @@ def by_cell(values: pd.Series[float], cell: list[str]) -> pd.DataFrame:
 
     `values` are positive and have an index with the levels `cell`.
     """
-    ends = {}
-    for key, own in values[values > 0].groupby(level=cell, sort=False, dropna=False):
-        figures = own.to_numpy(dtype=float)
-        # Of ratios to the first, so that equal figures come back to the last digit.
-        low, high = np.exp(interval(np.log(figures / figures[0]))) * figures[0]
-        ends[key] = float(low), float(high), len(own)
-    index = pd.MultiIndex.from_tuples(ends, names=cell)
-    return pd.DataFrame(list(ends.values()), index=index, columns=["low", "high", "count"])
+    found = values[values > 0].groupby(level=cell, sort=False, dropna=False)
+    ends = {name: found.agg(_end, side) for side, name in enumerate(("low", "high"))}
+    return pd.DataFrame({**ends, "count": found.size()})
+
+
+def _end(values: pd.Series[float], side: int) -> float:
+    """The lower (0) or upper (1) end of the interval, not of logarithms any more."""
+    figures = values.to_numpy(dtype=float)
+    # Of ratios to the first, so that equal figures come back to the last digit.
+    return float(np.exp(interval(np.log(figures / figures[0]))[side]) * figures[0])
