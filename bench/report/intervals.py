@@ -5,23 +5,23 @@ here is of logarithms of figures: ratios then add, and a slowdown is as far from
 
 Which interval, and which rule, was chosen by what they do to ratios of equal cells whose processes
 vary by 1.5 %: normally, or with the tails of Student's t of 3 degrees of freedom, or as a difference of
-lognormals (800 repeats each; the least and the most of the three, in per cent). *covers*: how often the
+lognormals (2,000 repeats each; the least and the most of the three, in per cent). *covers*: how often the
 interval holds 1. *called*: how often `differs` says so of equal cells, with the floor known. *found*: how
 often of a cell that is slower by 10 %.
 
 | n | interval | covers | called | found |
 |---|---|---|---|---|
-| 2 | range (taken) | 48–51 | 4.0–5.6 | 99–100 |
-| 2 | Student's t | 95–96 | 0.1–1.1 | 36–58 |
-| 3 | Student's t (taken) | 94–97 | 0.1–1.5 | 93–96 |
-| 3 | bootstrap of the median, percentile | 75 | 2.2–3.0 | 99–100 |
-| 3 | bootstrap of the mean, BCa | 70–71 | 2.8–3.9 | 99–100 |
-| 5 | Student's t (taken) | 96–98 | 0.1–0.7 | 99–100 |
-| 5 | bootstrap of the median, percentile | 94–95 | 0.7–1.1 | 98–100 |
-| 5 | bootstrap of the mean, BCa | 79–85 | 0.9–4.1 | 99–100 |
-| 12 | Student's t (taken) | 95–97 | 0.0–0.1 | 100 |
-| 12 | bootstrap of the median, percentile | 92–94 | 0.0 | 100 |
-| 12 | bootstrap of the mean, BCa | 84–91 | 0.0–1.3 | 100 |
+| 2 | range (taken) | 47–50 | 4.4–5.1 | 99–100 |
+| 2 | Student's t | 95–97 | 0.1–0.9 | 37–59 |
+| 3 | Student's t (taken) | 95–97 | 0.4–3.0 | 94–96 |
+| 3 | bootstrap of the median, percentile | 74–75 | 8–15 | 99–100 |
+| 3 | bootstrap of the mean, BCa | 69–73 | 11–16 | 99–100 |
+| 5 | Student's t (taken) | 96–98 | 0.9–3.7 | 99–100 |
+| 5 | bootstrap of the median, percentile | 93–95 | 3.4–5.9 | 98–100 |
+| 5 | bootstrap of the mean, BCa | 79–85 | 12–14 | 99–100 |
+| 12 | Student's t (taken) | 95–97 | 2.8–4.6 | 100 |
+| 12 | bootstrap of the median, percentile | 93–94 | 3.6–6.6 | 100 |
+| 12 | bootstrap of the mean, BCa | 83–91 | 9–15 | 100 |
 
 So no bootstrap is taken: of replicates as few as these it covers too little, and up to five a bootstrap of
 the median is their range at most, which covers 1 − 2 ∙ 0.5ⁿ. Of two replicates Student's t interval is some
