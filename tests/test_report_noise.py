@@ -116,11 +116,14 @@ def repeats(log_ratios: Floats, replicates: int, floor: float, slowdown: float, 
 )
 @pytest.mark.parametrize("replicates", [2, 3, 5])
 def test_at_most_one_in_twenty_equal_cells_is_called_different(own: Floats, replicates: int) -> None:
-    """Each repeat draws the pairs that its floor rests on apart from those that it judges."""
+    """Each repeat draws the pairs that its floor rests on apart from those that it judges.
+
+    With two replicates it is just one in twenty: 60,000 draws tell that to 0.1 %, twice which is allowed for.
+    """
     rng, either = np.random.default_rng(11), [*own, *-own]
     floors = np.array([noise.floor_of(rng.choice(either, size=40)) for _ in range(3000)])
     low, high = interval(rng.choice(either, size=(3000, 20, replicates)))
-    assert np.mean(differs(low, high, replicates=replicates, floor=floors[:, None])) <= 0.05
+    assert np.mean(differs(low, high, replicates=replicates, floor=floors[:, None])) <= 0.052
 
 
 def test_five_replicates_on_a_quiet_machine_find_a_slowdown_of_a_tenth() -> None:

@@ -6,7 +6,6 @@ round. Whatever sets them apart is noise, and so is what sets two variants apart
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import numpy as np
@@ -47,17 +46,17 @@ def pairs(every: pd.DataFrame) -> pd.DataFrame:
 
 
 def floor_of(log_ratios: Floats) -> float:
-    """The |log ratio| that a new A/A pair exceeds in at most 5 % of cases; NaN without pairs.
+    """The |log ratio| that a new A/A pair exceeds in 5 % of cases; NaN without pairs.
 
-    Of k ≥ `ENOUGH` pairs, their 95th percentile: the least of them that this holds for whatever the
-    distribution is, a new one exceeding the jth in k + 1 − j of k + 1 cases. Of fewer Student's bound for one more draw from a normal distribution about 0,
+    Of `ENOUGH` pairs or more their 95th percentile, placed so that this holds whatever the distribution
+    is (Weibull's positions). Of fewer Student's bound for one more draw from a normal distribution about 0,
     whose deviation they estimate.
     """
     sizes = np.abs(log_ratios)
     if not sizes.size:
         return float("nan")
     if sizes.size >= ENOUGH:
-        return float(np.sort(sizes)[math.ceil(LEVEL * (sizes.size + 1) - 1e-9) - 1])
+        return float(np.quantile(sizes, LEVEL, method="weibull"))
     return float(stats.t.ppf((1 + LEVEL) / 2, sizes.size) * np.sqrt(np.mean(sizes**2)))
 
 
@@ -89,7 +88,7 @@ def smallest_found(log_ratios: Floats, replicates: int, floor: float) -> float:
     """
     if not log_ratios.size or replicates < 2:
         return float("nan")
-    either = np.concatenate([log_ratios, -log_ratios])
+    either = np.sort(np.concatenate([log_ratios, -log_ratios]))
     draws = np.random.default_rng(SEED).choice(either, size=(REPEATS, replicates))
     low, high = interval(draws)
     shift = np.maximum(-low, floor_for(replicates, floor) - high)
