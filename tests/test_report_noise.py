@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -75,10 +74,11 @@ def test_rows_together_are_as_rows_alone() -> None:
         (0.01, 0.30, 3, np.nan, 1),
         (-0.01, 0.30, 3, np.nan, 0),
         (-0.30, -0.01, 3, np.nan, 1),
-        (0.01, 0.04, 5, 0.05, 0),
-        (0.01, 0.06, 5, 0.05, 1),
-        (-0.06, -0.01, 5, 0.05, 1),
-        (-0.04, -0.01, 5, 0.05, 0),
+        (0.01, 0.04, 4, 0.10, 0),
+        (0.01, 0.06, 4, 0.10, 1),
+        (-0.06, -0.01, 4, 0.10, 1),
+        (-0.04, -0.01, 4, 0.10, 0),
+        (0.01, 0.04, 9, 0.10, 1),
         (0.01, 0.06, 2, 0.05, 1),
         (0.01, 0.06, 2, np.nan, np.nan),
         (np.nan, np.nan, 1, 0.05, np.nan),
@@ -92,10 +92,11 @@ def test_what_is_told_apart(low: float, high: float, replicates: int, floor: flo
 # --- the rule on recorded and on drawn samples --------------------------------------------------
 
 
-def recorded() -> Floats:
-    """Log ratios of the step times of neighbours in a row of processes that ran the same cell."""
-    logs = np.log(json.loads(SAMPLES.read_text())["step_seconds_median"])
-    return logs[1::2] - logs[::2]
+def recorded(kind: str) -> Floats:
+    """Log ratios of step times of processes that ran the same cell; the file says where and when."""
+    found = json.loads(SAMPLES.read_text())[kind]
+    pairs = np.log(np.reshape(found, (-1, 2)))
+    return pairs[:, 1] - pairs[:, 0]
 
 
 def drawn(count: int) -> Floats:
@@ -110,17 +111,19 @@ def repeats(log_ratios: Floats, replicates: int, floor: float, slowdown: float, 
     return float(np.mean(differs(low, high, replicates=replicates, floor=floor)))
 
 
-@pytest.mark.parametrize("samples", [recorded, lambda: drawn(40)], ids=["recorded", "quiet"])
+@pytest.mark.parametrize(
+    "own", [recorded("quiet"), recorded("busy"), drawn(40)], ids=["quiet", "busy", "drawn"]
+)
 @pytest.mark.parametrize("replicates", [2, 3, 5])
-def test_at_most_one_in_twenty_equal_cells_is_called_different(
-    samples: Callable[[], Floats], replicates: int
-) -> None:
-    """Each repeat draws the pairs that its floor rests on apart from those that it judges."""
-    own = samples()
-    draws = np.random.default_rng(11).choice([*own, *-own], size=(5000, 40 + replicates))
-    floors = np.array([noise.floor_of(row[:40]) for row in draws])
-    low, high = interval(draws[:, 40:])
-    assert np.mean(differs(low, high, replicates=replicates, floor=floors)) <= 0.05
+def test_at_most_one_in_twenty_equal_cells_is_called_different(own: Floats, replicates: int) -> None:
+    """Each repeat draws the pairs that its floor rests on apart from those that it judges.
+
+    With two replicates it is just one in twenty: 60,000 draws tell that to 0.1 %, twice which is allowed for.
+    """
+    rng, either = np.random.default_rng(11), [*own, *-own]
+    floors = np.array([noise.floor_of(rng.choice(either, size=40)) for _ in range(3000)])
+    low, high = interval(rng.choice(either, size=(3000, 20, replicates)))
+    assert np.mean(differs(low, high, replicates=replicates, floor=floors[:, None])) <= 0.052
 
 
 def test_five_replicates_on_a_quiet_machine_find_a_slowdown_of_a_tenth() -> None:
@@ -128,9 +131,19 @@ def test_five_replicates_on_a_quiet_machine_find_a_slowdown_of_a_tenth() -> None
     assert repeats(own, 5, noise.floor_of(own), 1.10) >= 0.95
 
 
+def test_what_was_recorded_asks_for_ten_replicates_to_find_a_tenth() -> None:
+    """The quiet pairs' rounds are ten minutes apart, and their processes vary by 4 %: with five replicates a
+    slowdown of a tenth is found in about 85 % of repeats only."""
+    own = recorded("quiet")
+    found = {n: repeats(own, n, noise.floor_of(own), 1.10) for n in (3, 5, 10)}
+    assert found[3] < found[5] < 0.95 < found[10]
+
+
+@pytest.mark.parametrize("kind", ["quiet", "busy"])
 @pytest.mark.parametrize("replicates", [2, 3, 5])
-def test_the_least_slowdown_found_is_found_as_often_as_it_says(replicates: int) -> None:
-    own = recorded()
+def test_the_least_slowdown_found_is_found_as_often_as_it_says(replicates: int, kind: str) -> None:
+    """Which of the recorded ones is above a tenth: their rounds are apart, or other work ran."""
+    own = recorded(kind)
     floor = noise.floor_of(own)
     least = noise.smallest_found(own, replicates, floor)
     assert repeats(own, replicates, floor, least * 1.002) == pytest.approx(noise.FOUND, abs=0.02)

@@ -11,7 +11,8 @@ from bench.report import units
 
 ALIKE, UNTOLD, OF_TWO, CONTAMINATED = "≈", "?", "ʳ", "§"
 NOTES = {
-    ALIKE: "not distinguishable from dense: the interval of the ratio holds 1 or lies within the noise floor",
+    ALIKE: "not distinguishable from dense: the interval of the ratio holds 1 or lies within the noise floor "
+    "(of n replicates, three or more: the floor over √n)",
     UNTOLD: "nothing says whether it differs from dense: it has one replicate, or two and no noise floor",
     OF_TWO: "the range of two replicates, which covers less than a 95 % interval",
     CONTAMINATED: "timed while something else ran, in one replicate at least (see *Contaminated*), yet part "

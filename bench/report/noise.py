@@ -13,7 +13,7 @@ import pandas as pd
 from scipy import stats
 
 from bench.report.groups import CELL, TRAINING
-from bench.report.intervals import LEVEL, Floats, differs, interval
+from bench.report.intervals import LEVEL, Floats, differs, floor_for, interval
 
 FIGURE = "step_seconds_median"
 SAME = [*CELL, *TRAINING, "measure", "code_sha256"]
@@ -88,10 +88,10 @@ def smallest_found(log_ratios: Floats, replicates: int, floor: float) -> float:
     """
     if not log_ratios.size or replicates < 2:
         return float("nan")
-    either = np.concatenate([log_ratios, -log_ratios])
+    either = np.sort(np.concatenate([log_ratios, -log_ratios]))
     draws = np.random.default_rng(SEED).choice(either, size=(REPEATS, replicates))
     low, high = interval(draws)
-    shift = np.maximum(-low, floor - high)
+    shift = np.maximum(-low, floor_for(replicates, floor) - high)
     return float(np.exp(np.quantile(shift, FOUND)))
 
 
