@@ -126,23 +126,19 @@ def test_at_most_one_in_twenty_equal_cells_is_called_different(own: Floats, repl
     assert np.mean(differs(low, high, replicates=replicates, floor=floors[:, None])) <= 0.052
 
 
-def test_five_replicates_on_a_quiet_machine_find_a_slowdown_of_a_tenth() -> None:
-    own = drawn(40)
+@pytest.mark.parametrize("own", [recorded("quiet"), drawn(40)], ids=["recorded", "drawn"])
+def test_five_replicates_on_a_quiet_machine_find_a_slowdown_of_a_tenth(own: Floats) -> None:
     assert repeats(own, 5, noise.floor_of(own), 1.10) >= 0.95
 
 
-def test_what_was_recorded_asks_for_ten_replicates_to_find_a_tenth() -> None:
-    """The quiet pairs' rounds are ten minutes apart, and their processes vary by 4 %: with five replicates a
-    slowdown of a tenth is found in about 85 % of repeats only."""
-    own = recorded("quiet")
-    found = {n: repeats(own, n, noise.floor_of(own), 1.10) for n in (3, 5, 10)}
-    assert found[3] < found[5] < 0.95 < found[10]
+def test_on_a_busy_machine_they_do_not() -> None:
+    own = recorded("busy")
+    assert repeats(own, 5, noise.floor_of(own), 1.10) < 0.5
 
 
 @pytest.mark.parametrize("kind", ["quiet", "busy"])
 @pytest.mark.parametrize("replicates", [2, 3, 5])
 def test_the_least_slowdown_found_is_found_as_often_as_it_says(replicates: int, kind: str) -> None:
-    """Which of the recorded ones is above a tenth: their rounds are apart, or other work ran."""
     own = recorded(kind)
     floor = noise.floor_of(own)
     least = noise.smallest_found(own, replicates, floor)
