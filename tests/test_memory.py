@@ -20,6 +20,8 @@ from bench.measure.step import StepFigures, Subject, on_host, predicted
 from bench.model import LanguageModel
 from bench.records import parse
 from bench.tasks import text
+from variants import patterns
+from variants._kernels import Alike, flex
 from variants.base import Dims
 
 CPU = torch.device("cpu")
@@ -91,6 +93,17 @@ def test_live_is_the_sum_of_the_storages_that_somebody_holds(actions: list[tuple
             peak = max(peak, alive)
             assert storage.live == alive
     assert storage.peak == peak
+
+
+def test_compiled_kernels_stay_compiled_and_what_they_return_is_seen() -> None:
+    """FlexAttention would run uncompiled under a mode that does not let it be, and refuses."""
+    q = torch.randn(1, 2, 256, 16)
+    rule = Alike(patterns.causal)
+    expected = flex(q, q, q, rule)  # keeps the block mask
+    with LiveStorage() as storage:
+        y = flex(q, q, q, rule).clone()
+    assert storage.live == tensor_bytes(y)
+    assert torch.equal(y, expected)
 
 
 def test_gradients_and_what_autograd_stores_are_followed() -> None:

@@ -302,6 +302,12 @@ def test_predictions_over_depth_are_hollow(tmp_path: Path) -> None:
     assert by_colour["white"] == [[16, 5_000_000]]
 
 
+def test_what_libraries_keep_is_no_error_of_a_prediction(tmp_path: Path) -> None:
+    sizes = {"peak_bytes": 1_100_000, "peak_bytes_predicted": 950_000, "peak_bytes_source": "cuda_allocated"}
+    frame = frame_of(tmp_path / "e", [strategy("dense", "keep", 4, library_bytes=100_000, **sizes)])
+    assert memory.prediction_errors(frame)["error"].tolist() == pytest.approx([-0.05])
+
+
 def test_prediction_errors_over_all_measured_cells(tmp_path: Path) -> None:
     found = [*strategies(), *payoffs(), strategy("dense", "keep", 32, peak_bytes_source="predicted")]
     text = text_of(tmp_path / "e", found)
