@@ -32,6 +32,8 @@ SEGMENT = Sizes(cpu=1536, accelerator=2**15)
 that they stay in cache."""
 SEGMENTS = 32
 """Most segments; longer sequences have longer ones, which bounds the dispatched operations."""
+AT_ONCE = 128
+"""Chunks whose running sums are one product: it grows as their square."""
 LOWEST = -1e30
 """The level of an empty sum: finite, so that the difference of two is 0 and not NaN."""
 TINY = 1e-30
@@ -157,8 +159,23 @@ class _Sums(NamedTuple):
 
 
 def _running(own: Tensor, carried: Tensor, ageing: Tensor, backward: bool) -> tuple[Tensor, Tensor]:
-    """One part of `_Sums.running`: one product over all chunks; overwrites `own`."""
+    """One part of `_Sums.running`, `AT_ONCE` chunks after the others; overwrites `own`."""
     each = own.view(len(ageing), -1, *own.shape[1:])  # (N, n, …)
+    if each.shape[1] <= AT_ONCE:
+        total, carried = _running_at_once(each, carried, ageing, backward)
+        return total.view_as(own), carried
+    total = torch.empty_like(each)
+    starts = range(0, each.shape[1], AT_ONCE)
+    for start in reversed(starts) if backward else starts:
+        stop = min(start + AT_ONCE, each.shape[1])
+        borders = ageing[:, start : stop + 1, start : stop + 1]
+        total[:, start:stop], carried = _running_at_once(each[:, start:stop], carried, borders, backward)
+    return total.view_as(own), carried
+
+
+@repeatable
+def _running_at_once(each: Tensor, carried: Tensor, ageing: Tensor, backward: bool) -> tuple[Tensor, Tensor]:
+    """One product over all chunks of each (N, n, …), which it overwrites."""
     passing = ageing[:, :-1, 1:]  # strictly lower: a chunk's own sum does not precede it
     (enters, entering), (leaves, leaving) = (0, ageing[:, 1, 0]), (-1, ageing[:, -1, -2])
     if backward:
@@ -167,11 +184,11 @@ def _running(own: Tensor, carried: Tensor, ageing: Tensor, backward: bool) -> tu
     # what is carried in passes on as if the chunk it meets first had added it
     each[:, enters].addcmul_(carried, entering[:, None, None])
     if each.shape[1] == 1:
-        return carried, own
-    total = torch.bmm(passing, each.flatten(2)).view_as(each)
+        return carried.unsqueeze(1), each[:, 0]
+    total = torch.bmm(passing, each.flatten(2)).view(each.shape)
     total[:, enters] = carried
     last = torch.addcmul(each[:, leaves], total[:, leaves], leaving[:, None, None])
-    return total.view_as(own), last
+    return total, last
 
 
 def _divide(values: Tensor, norms: Tensor) -> tuple[Tensor, Tensor]:

@@ -80,6 +80,27 @@ def test_it_equals_the_quadratic_form_in_outputs_and_gradients(
     assert_equals_reference(make(seq_len, features=features).double(), x, causal)
 
 
+@pytest.mark.parametrize("features", FEATURES)
+@pytest.mark.parametrize("at_once", [1, 3])
+def test_running_sums_in_parts_are_those_in_one(
+    features: str, at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_favor, "AT_ONCE", at_once)
+    x = torch.randn(2, 67, 16, dtype=torch.float64)  # nine chunks of eight tokens in one segment
+    assert_equals_reference(make(67, features=features).double(), x, causal=True)
+
+
+def test_the_running_sums_cost_no_more_a_token_in_a_long_segment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_favor, "SEGMENT", Sizes(2**20, 2**20))
+    dispatched = []
+    for seq_len in (2**14, 2**17):
+        with FakeTensorMode(), CountFlops() as counter:
+            layer = make(seq_len)
+            layer(torch.randn(1, seq_len, 16, requires_grad=True), causal=True).y.sum().backward()
+        dispatched.append(counter.total / seq_len)
+    assert dispatched[1] == pytest.approx(dispatched[0], rel=0.01)
+
+
 def test_relu_features_are_the_papers() -> None:
     """Query by query, with nothing of ours but the weights: max(ω·x, 0) + 0.001 and no other constant."""
     layer, x = make(9, features="relu").double(), torch.randn(1, 9, 16, dtype=torch.float64)
