@@ -8,9 +8,9 @@ import pandas as pd
 
 from bench.report import markdown, units
 from bench.report.budgets import LARGEST, LONGEST
+from bench.report.columns import Column, each
 from bench.report.interval_cells import interval, timed
-from bench.report.markdown import Column, escape
-from bench.report.tables import PREDICTED, each
+from bench.report.tables import PREDICTED
 
 NOTHING = "nothing fits"
 
@@ -23,8 +23,8 @@ def fits(cells: pd.DataFrame) -> str:
     names = cells[["label", "activations"]].drop_duplicates()
     rows = list(zip(names["label"], names["activations"], strict=True))
     columns = [
-        Column("variant", [escape(label) for label, _ in rows], right=False, optional=False),
-        Column("activations", [escape(strategy) for _, strategy in rows], right=False, optional=False),
+        Column("variant", [label for label, _ in rows], right=False, optional=False),
+        Column("activations", [strategy for _, strategy in rows], right=False, optional=False),
     ]
     for depth in sorted(cells["depth"].unique()):
         at = {(c["label"], c["activations"]): c for _, c in cells[cells["depth"] == depth].iterrows()}
@@ -46,7 +46,7 @@ def _found(cell: pd.Series[Any], figure: str, end: int) -> str:
     """What was found; 'nothing fits' for 0, '≥' where the search ended, else why it was not found."""
     value = cell[figure]
     if pd.isna(value):
-        return escape(cell["status"])
+        return str(cell["status"])
     if value == 0:
         return NOTHING
     number = units.length(value) if figure == "longest_seq_len" else f"{value:,.0f}"
@@ -58,15 +58,15 @@ def payoff(cells: pd.DataFrame) -> str:
     rows = [row for _, row in cells.iterrows()]
     return markdown.table(
         [
-            each(cells, "variant", "label", escape, right=False, optional=False),
-            each(cells, "activations", "activations", escape, right=False, optional=False),
+            each(cells, "variant", "label", str, right=False, optional=False),
+            each(cells, "activations", "activations", str, right=False, optional=False),
             Column("largest batch", [_found(row, "largest_batch_size", LARGEST) for row in rows]),
             Column("throughput", [timed(row, "tokens_per_second", units.rate) for row in rows]),
             Column("95 % interval", interval(rows, "tokens_per_second", "rate")),
             each(cells, "/ keep", "gain", units.ratio),
             Column("peak memory", [_peak(row) for row in rows]),
             each(cells, "replicates", "replicates", str, optional=False),
-            each(cells, "status", "status", escape, right=False, optional=False),
+            each(cells, "status", "status", str, right=False, optional=False),
         ]
     )
 

@@ -19,6 +19,7 @@ from bench.report import (
     recall,
     statistics,
     summary,
+    summary_tex,
     tables,
 )
 from bench.report.collect import collect
@@ -74,6 +75,7 @@ def build_report(folder: Path, *, plots: bool = True) -> Path:
     for name in ("exponents", "crossovers", "pareto"):
         _write_if_any(report / f"{name}.csv", getattr(found.findings, name))
     write_atomically(report / "summary.md", summary.text(collected, found, pictures))
+    write_atomically(report / "summary.tex", summary_tex.text(collected, found))
     with replacing(report / "cells.parquet") as file:
         file.write(tables.parquet(collected.records))
     return report

@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 
 from bench.report import markdown, units
-from bench.report.markdown import Column, escape
+from bench.report.columns import Column
 
 Row = dict[str, "pd.Series[Any]"]
 
@@ -21,7 +21,7 @@ def crossovers(cells: pd.DataFrame) -> str:
     timed = [row.get("time", one) for row, one in zip(rows, anyone, strict=True)]
     return markdown.table(
         [
-            Column("variant", [escape(label) for label, _ in parts], right=False, optional=False),
+            Column("variant", [str(label) for label, _ in parts], right=False, optional=False),
             Column("lengths", [_measured(one) for one in anyone], optional=False),
             Column("cheaper in time", [_outcome(row, "time") for row in rows], right=False),
             Column("in peak memory", [_outcome(row, "memory") for row in rows], right=False),

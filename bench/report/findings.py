@@ -20,6 +20,7 @@ from bench.report import (
     tables,
     units,
 )
+from bench.report.columns import each
 from bench.report.groups import GROUP, SETTING, TRAINING, describe, training
 from bench.report.markdown import escape
 
@@ -75,11 +76,11 @@ def _utilisation(peaks: pd.DataFrame, plots: Sequence[tuple[str, str]]) -> str:
         return ""
     table = markdown.table(
         [
-            tables.each(peaks, "machine", "machine", escape, right=False, optional=False),
-            tables.each(peaks, "threads", "threads", str),
-            tables.each(peaks, "numbers", "dtype", escape, right=False),
-            tables.each(peaks, "matrix products", "peak_flops_per_second", lambda v: f"{units.flops(v)}/s"),
-            tables.each(peaks, "copies", "peak_bytes_per_second", lambda v: f"{units.size(v)}/s"),
+            each(peaks, "machine", "machine", str, right=False, optional=False),
+            each(peaks, "threads", "threads", str),
+            each(peaks, "numbers", "dtype", str, right=False),
+            each(peaks, "matrix products", "peak_flops_per_second", lambda v: f"{units.flops(v)}/s"),
+            each(peaks, "copies", "peak_bytes_per_second", lambda v: f"{units.size(v)}/s"),
         ]
     )
     return markdown.section("Utilisation", "\n".join([table, *_images(plots)]), {}, lead)

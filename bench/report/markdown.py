@@ -4,21 +4,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
-from bench.report.units import MISSING
+from bench.report.columns import Column, shown
 
 REASON_LIMIT = 400
-
-
-@dataclass(frozen=True)
-class Column:
-    """A column of a table: its title, its cells as text, and whether it may be left out when empty."""
-
-    title: str
-    cells: list[str]
-    right: bool = True
-    optional: bool = True
 
 
 def escape(text: object) -> str:
@@ -38,15 +27,14 @@ def shortened(text: str) -> str:
 def table(columns: Sequence[Column]) -> str:
     """A pipe table; optional columns that hold nothing but dashes are left out.
 
-    Titles and cells must be escaped already. Ends with a newline.
+    Whatever titles and cells hold is escaped. Ends with a newline.
     """
-    shown = [c for c in columns if not c.optional or any(cell != MISSING for cell in c.cells)]
-    widths = [max(3, len(c.title), *(len(cell) for cell in c.cells)) for c in shown]
-    lines = [_row([c.title for c in shown], widths, shown)]
-    rules = ["-" * (w - 1) + ":" if c.right else "-" * w for c, w in zip(shown, widths, strict=True)]
-    lines.append("| " + " | ".join(rules) + " |")
-    lines += [_row(cells, widths, shown) for cells in zip(*(c.cells for c in shown), strict=True)]
-    return "\n".join(lines) + "\n"
+    kept = shown(columns)
+    texts = [[escape(text) for text in (c.title, *c.cells)] for c in kept]
+    widths = [max(3, *(len(text) for text in column)) for column in texts]
+    rules = ["-" * (w - 1) + ":" if c.right else "-" * w for c, w in zip(kept, widths, strict=True)]
+    title, *lines = [_row(texts_of_row, widths, kept) for texts_of_row in zip(*texts, strict=True)]
+    return "\n".join([title, "| " + " | ".join(rules) + " |", *lines]) + "\n"
 
 
 def _row(cells: Sequence[str], widths: Sequence[int], columns: Sequence[Column]) -> str:

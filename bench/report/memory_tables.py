@@ -7,18 +7,18 @@ from typing import Any
 import pandas as pd
 
 from bench.report import markdown, memory, units
+from bench.report.columns import Column, each
 from bench.report.groups import COMMON, varying
 from bench.report.interval_cells import timed
-from bench.report.markdown import Column, escape
-from bench.report.tables import PREDICTED, each
+from bench.report.tables import PREDICTED
 
 
 def recomputation(cells: pd.DataFrame) -> str:
     """Each variant's strategies beside `keep`: the cells of one setting, depth and length."""
     return markdown.table(
         [
-            each(cells, "variant", "label", escape, right=False, optional=False),
-            each(cells, "activations", "activations", escape, right=False, optional=False),
+            each(cells, "variant", "label", str, right=False, optional=False),
+            each(cells, "activations", "activations", str, right=False, optional=False),
             each(cells, "executed FLOPs", "flops_executed_step", units.flops),
             each(cells, "/ keep", "flops_executed_ratio", units.ratio),
             Column(
@@ -47,12 +47,12 @@ def predictions(errors: pd.DataFrame) -> str:
     if errors.empty:
         return ""
     found = memory.prediction_summary(errors)
-    devices = [escape(v) or "all" for v in found["device"]]
+    devices = [v or "all" for v in found["device"]]
     return markdown.table(
         [
             *([Column("device", devices, right=False)] if errors["device"].nunique() > 1 else []),
-            each(found, "variant", "label", lambda v: escape(v) or "all", right=False, optional=False),
-            each(found, "activations", "activations", lambda v: escape(v) or "all", right=False),
+            each(found, "variant", "label", lambda v: v or "all", right=False, optional=False),
+            each(found, "activations", "activations", lambda v: v or "all", right=False),
             each(found, "cells", "cells", str),
             each(found, "median error", "median", units.percent),
             each(found, "95th percentile", "p95", units.percent),
@@ -70,11 +70,11 @@ def far_off(errors: pd.DataFrame) -> str:
     apart = [k for k in varying(errors, [*COMMON, "replicate"]) if k != "variant"]
     return markdown.table(
         [
-            each(far, "variant", "label", escape, right=False, optional=False),
-            each(far, "activations", "activations", escape, right=False, optional=False),
+            each(far, "variant", "label", str, right=False, optional=False),
+            each(far, "activations", "activations", str, right=False, optional=False),
             each(far, "length", "seq_len", str),
             each(far, "depth", "depth", str),
-            *(each(far, key, key, escape, right=False) for key in apart),
+            *(each(far, key, key, str, right=False) for key in apart),
             each(far, "measured", "peak_bytes", units.size),
             each(far, "predicted", "peak_bytes_predicted", units.size),
             each(far, "error", "error", units.percent),

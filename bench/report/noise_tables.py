@@ -7,10 +7,10 @@ from typing import Any
 import pandas as pd
 
 from bench.report import markdown, noise, units
+from bench.report.columns import each
 from bench.report.groups import GROUP, varying
 from bench.report.interval_cells import CONTAMINATED
-from bench.report.markdown import escape
-from bench.report.tables import each, or_dash
+from bench.report.tables import or_dash
 
 
 def facts(found: pd.DataFrame) -> dict[str, str]:
@@ -64,10 +64,10 @@ def contaminated(frame: pd.DataFrame) -> str:
     apart = [key for key in varying(frame, GROUP) if key != "depth"]
     return markdown.table(
         [
-            each(found, "variant", "label", escape, right=False, optional=False),
+            each(found, "variant", "label", str, right=False, optional=False),
             each(found, "length", "seq_len", str, optional=False),
             each(found, "depth", "depth", str, optional=False),
-            *(each(found, key, key, escape, right=False) for key in apart),
+            *(each(found, key, key, str, right=False) for key in apart),
             each(found, "replicate", "replicate", str, optional=False),
             each(found, "because", "contaminated", or_dash, right=False, optional=False),
         ]

@@ -8,10 +8,10 @@ from typing import Any
 import pandas as pd
 
 from bench.report import markdown, units
+from bench.report.columns import Column, each
 from bench.report.groups import varying
-from bench.report.markdown import Column, escape
 from bench.report.pareto import COSTS, FRONT, NOISE
-from bench.report.tables import each, label_of
+from bench.report.tables import label_of
 
 MAYBE = "≈"
 NAMES = {"time": "time", "memory": "memory", "flops": "FLOPs"}
@@ -23,7 +23,7 @@ def pareto(cells: pd.DataFrame) -> str:
     cells = cells.sort_values("quality", ascending=not accuracy, kind="stable")
     rows = [row for _, row in cells.iterrows()]
     quality = units.share if accuracy else units.score
-    saved = [each(cells, "activations", "activations", escape, right=False)]
+    saved = [each(cells, "activations", "activations", str, right=False)]
     return markdown.table(
         [
             Column("variant", [label_of(row) for row in rows], right=False, optional=False),

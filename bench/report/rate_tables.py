@@ -7,10 +7,10 @@ from typing import Any
 import pandas as pd
 
 from bench.report import markdown, units
+from bench.report.columns import Column, each
 from bench.report.groups import SETTING, TRAINING, varying
-from bench.report.markdown import Column, escape
 from bench.report.rates import best_rates
-from bench.report.tables import each, label_of, plus_minus, training_columns
+from bench.report.tables import label_of, plus_minus, training_columns
 
 
 def rates(cells: pd.DataFrame) -> str:
@@ -22,7 +22,7 @@ def rates(cells: pd.DataFrame) -> str:
     return markdown.table(
         [
             Column("variant", [label_of(row) for row in rows], right=False, optional=False),
-            *(each(table, key, key, escape, right=False) for key in apart),
+            *(each(table, key, key, str, right=False) for key in apart),
             each(table, "length", "seq_len", str, optional=False),
             each(table, "depth", "depth", str, optional=False),
             *training_columns(table, other),
@@ -42,7 +42,7 @@ def _edge(row: pd.Series[Any]) -> str:
     """Whether a better rate may lie beyond those tried."""
     if pd.isna(row["learning_rate"]):
         return units.MISSING
-    return f"**{row['edge']} tried**" if row["edge"] else "no"
+    return f"{row['edge']} tried" if row["edge"] else "no"
 
 
 def _listed(rates: list[float]) -> str:

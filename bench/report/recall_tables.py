@@ -8,12 +8,12 @@ from typing import Any
 import pandas as pd
 
 from bench.report import markdown, units
+from bench.report.columns import Column, each
 from bench.report.groups import SETTING, natural, varying
-from bench.report.markdown import Column, escape
 from bench.report.recall import beyond, trained_apart
-from bench.report.tables import each, label_of, training_columns
+from bench.report.tables import label_of, training_columns
 
-GUESSING = "*guessing*"
+GUESSING = "guessing"
 
 
 def accuracies(cells: pd.DataFrame) -> str:
@@ -51,7 +51,7 @@ def accuracies(cells: pd.DataFrame) -> str:
             each(table, "learning rate", "rates", str),
             each(table, "tokens trained", "tokens", str),
             *(
-                Column(escape(title) or "accuracy", list(of), optional=False)
+                Column(title or "accuracy", list(of), optional=False)
                 for title, of in zip(titles, zip(*values, strict=True), strict=True)
             ),
             each(table, "state", "state", str),
@@ -89,4 +89,4 @@ def _guessing(same: pd.DataFrame) -> pd.Series[Any]:
 
 
 def _or_dash(value: object) -> str:
-    return units.MISSING if value is None or value != value else escape(value)
+    return units.MISSING if value is None or value != value else str(value)

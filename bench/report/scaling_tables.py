@@ -8,7 +8,7 @@ from typing import Any
 import pandas as pd
 
 from bench.report import markdown, units
-from bench.report.markdown import Column, escape
+from bench.report.columns import Column
 
 ABOVE, BELOW, UNLIKE = "▲", "▽", "≠"
 _MARKS = {"above": ABOVE, "below": BELOW, "": ""}
@@ -58,7 +58,7 @@ def _rows(fits: pd.DataFrame) -> tuple[list[str], list[Row]]:
     """Each variant's label and its fits by figure, in the order of the frame."""
     parts = list(fits.groupby("label", sort=False))
     rows = [{str(fit["figure"]): fit for _, fit in own.iterrows()} for _, own in parts]
-    return [escape(label) for label, _ in parts], rows
+    return [str(label) for label, _ in parts], rows
 
 
 def _range(row: Row, show: Callable[[float], str]) -> str:
@@ -95,4 +95,4 @@ def _survey(row: Row) -> str:
 
 def _source(row: Row) -> str:
     found = next(iter(row.values()))["claim_source"]
-    return escape(found) if isinstance(found, str) else units.MISSING
+    return found if isinstance(found, str) else units.MISSING

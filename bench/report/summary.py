@@ -167,7 +167,7 @@ def _cost(cells: pd.DataFrame, plots: Sequence[tuple[str, str]], others: Sequenc
     parts, folded = [], []
     seen: dict[str, str] = {}
     for heading, keys, group in tables.headed(cells):
-        part = f"{escape(keys)}\n\n{tables.cost(group)}"
+        part = f"{escape(keys)}\n\n{markdown.table(tables.cost(group))}"
         baseline = group["baseline"].dropna().unique()
         if len(baseline) and baseline[0] != "dense":
             part += f"\ndense here is {escape(baseline[0])}.\n"
@@ -290,7 +290,9 @@ def _quality(cells: pd.DataFrame, plots: Sequence[tuple[str, str]]) -> str:
         "occurs: what does not beat it has learnt nothing from context."
     )
     text = cells[cells["accuracy_mean"].isna()]  # answers are a section of their own
-    body = _by_heading(text, ("objective", "corpus"), tables.quality, plots)
+    body = _by_heading(
+        text, ("objective", "corpus"), lambda group: markdown.table(tables.quality(group)), plots
+    )
     return _section("Quality", body, [tables.LEAK], lead)
 
 

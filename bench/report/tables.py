@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import pandas as pd
@@ -14,9 +14,9 @@ from bench import records
 from bench.records import Record
 from bench.report import markdown, units
 from bench.report.collect import UNKNOWN, spoken
+from bench.report.columns import Column, each
 from bench.report.groups import GROUP, SETTING, TRAINING, describe, split, varying
 from bench.report.interval_cells import against, interval, marked_range, timed
-from bench.report.markdown import Column, escape
 from bench.report.statistics import DRIFT_LIMIT, distinct
 
 LEAK, DRIFT, PREDICTED = "†", "‡", "ᵖ"
@@ -83,37 +83,30 @@ def parquet(found: Sequence[Record]) -> bytes:
 
 def label_of(row: pd.Series[Any]) -> str:
     """A variant's label, marked where it sees the future."""
-    return escape(row["label"]) + (LEAK if row["leaks"] else "")
+    return str(row["label"]) + (LEAK if row["leaks"] else "")
 
 
-def each(frame: pd.DataFrame, title: str, column: str, show: Callable[[Any], str], **options: bool) -> Column:
-    """A column of a table from a column of the frame, each value shown by `show`."""
-    return Column(title, [show(value) for value in frame[column]], **options)
-
-
-def cost(cells: pd.DataFrame) -> str:
+def cost(cells: pd.DataFrame) -> list[Column]:
     """What each variant costs at each length, within one group."""
     rows = [row for _, row in cells.iterrows()]
     ratio_ends = [units.ratios(r["step_seconds_ratio_low"], r["step_seconds_ratio_high"]) for r in rows]
-    return markdown.table(
-        [
-            Column("variant", [label_of(row) for row in rows], right=False, optional=False),
-            each(cells, "length", "seq_len", str, optional=False),
-            Column("step time", [timed(row, "step_seconds_median", units.seconds) for row in rows]),
-            Column("95 % interval", interval(rows, "step_seconds", "seconds")),
-            Column("time / dense", [units.ratio(r["step_seconds_ratio"]) + against(r) for r in rows]),
-            Column("95 % of ratio", marked_range(ratio_ends, cells["rounds"])),
-            each(cells, "throughput", "tokens_per_second_median", units.rate),
-            each(cells, "utilisation", "mfu", units.percent),
-            Column("peak memory", [_peak(row) for row in rows]),
-            each(cells, "memory / dense", "peak_bytes_ratio", units.ratio),
-            each(cells, "algorithmic FLOPs", "flops_algorithmic_step", units.flops),
-            each(cells, "executed FLOPs", "flops_executed_step", units.flops),
-            each(cells, "attention FLOPs", "flops_attention_step", units.flops),
-            each(cells, "replicates", "replicates", str, optional=False),
-            each(cells, "status", "status", escape, right=False, optional=False),
-        ]
-    )
+    return [
+        Column("variant", [label_of(row) for row in rows], right=False, optional=False),
+        each(cells, "length", "seq_len", str, optional=False),
+        Column("step time", [timed(row, "step_seconds_median", units.seconds) for row in rows]),
+        Column("95 % interval", interval(rows, "step_seconds", "seconds")),
+        Column("time / dense", [units.ratio(r["step_seconds_ratio"]) + against(r) for r in rows]),
+        Column("95 % of ratio", marked_range(ratio_ends, cells["rounds"])),
+        each(cells, "throughput", "tokens_per_second_median", units.rate),
+        each(cells, "utilisation", "mfu", units.percent),
+        Column("peak memory", [_peak(row) for row in rows]),
+        each(cells, "memory / dense", "peak_bytes_ratio", units.ratio),
+        each(cells, "algorithmic FLOPs", "flops_algorithmic_step", units.flops),
+        each(cells, "executed FLOPs", "flops_executed_step", units.flops),
+        each(cells, "attention FLOPs", "flops_attention_step", units.flops),
+        each(cells, "replicates", "replicates", str, optional=False),
+        each(cells, "status", "status", str, right=False, optional=False),
+    ]
 
 
 def _peak(row: pd.Series[Any]) -> str:
@@ -140,7 +133,7 @@ def _context(row: pd.Series[Any]) -> str:
     return f"{units.whole(row['effective_context'])} ({low}–{high})"
 
 
-def quality(cells: pd.DataFrame) -> str:
+def quality(cells: pd.DataFrame) -> list[Column]:
     """How well each variant models; leak-free cells first, best first within what compares."""
     rows = [row for _, row in cells.iterrows()]
     ranks = [LEAK if row["leaks"] else units.whole(row["rank"]) for row in rows]
@@ -149,33 +142,29 @@ def quality(cells: pd.DataFrame) -> str:
         Column("variant", [label_of(row) for row in rows], right=False, optional=False),
     ]
     columns += [
-        each(cells, key, key, escape, right=False)
+        each(cells, key, key, str, right=False)
         for key in varying(cells, SETTING)
         if key not in ("objective", "corpus", "d_model", "heads")
     ]
-    return markdown.table(
-        [
-            *columns,
-            each(cells, "length", "seq_len", str, optional=False),
-            each(cells, "width", "d_model", str, optional=False),
-            each(cells, "heads", "heads", str, optional=False),
-            each(cells, "depth", "depth", str, optional=False),
-            *training_columns(cells, varying(cells, TRAINING)),
-            each(cells, "tokens trained", "tokens_trained", units.count),
-            Column("perplexity", [plus_minus(r["perplexity_mean"], r["perplexity_std"]) for r in rows]),
-            Column(
-                "reset", [plus_minus(r["perplexity_reset_mean"], r["perplexity_reset_std"]) for r in rows]
-            ),
-            each(cells, "stride", "eval_stride", units.whole),
-            each(cells, "context ≥", "eval_min_context", units.whole),
-            Column("looks back", [_context(row) for row in rows]),
-            each(cells, "bits per byte", "bits_per_byte_mean", units.score),
-            each(cells, "word perplexity", "word_perplexity_mean", units.score),
-            each(cells, "unigram", "unigram_perplexity", units.score),
-            each(cells, "state", "state_policy", lambda v: units.MISSING if pd.isna(v) else v, right=False),
-            each(cells, "replicates", "quality_replicates", str, optional=False),
-        ]
-    )
+    return [
+        *columns,
+        each(cells, "length", "seq_len", str, optional=False),
+        each(cells, "width", "d_model", str, optional=False),
+        each(cells, "heads", "heads", str, optional=False),
+        each(cells, "depth", "depth", str, optional=False),
+        *training_columns(cells, varying(cells, TRAINING)),
+        each(cells, "tokens trained", "tokens_trained", units.count),
+        Column("perplexity", [plus_minus(r["perplexity_mean"], r["perplexity_std"]) for r in rows]),
+        Column("reset", [plus_minus(r["perplexity_reset_mean"], r["perplexity_reset_std"]) for r in rows]),
+        each(cells, "stride", "eval_stride", units.whole),
+        each(cells, "context ≥", "eval_min_context", units.whole),
+        Column("looks back", [_context(row) for row in rows]),
+        each(cells, "bits per byte", "bits_per_byte_mean", units.score),
+        each(cells, "word perplexity", "word_perplexity_mean", units.score),
+        each(cells, "unigram", "unigram_perplexity", units.score),
+        each(cells, "state", "state_policy", lambda v: units.MISSING if pd.isna(v) else v, right=False),
+        each(cells, "replicates", "quality_replicates", str, optional=False),
+    ]
 
 
 def training_columns(cells: pd.DataFrame, apart: Sequence[str]) -> list[Column]:
@@ -208,8 +197,8 @@ def parameters(cells: pd.DataFrame) -> str:
     names = {"d_model": "width"}
     return markdown.table(
         [
-            each(table, "variant", "label", escape, right=False, optional=False),
-            *(each(table, names.get(k, k), k, escape) for k in keys if k in varying(table, keys)),
+            each(table, "variant", "label", str, right=False, optional=False),
+            *(each(table, names.get(k, k), k, str) for k in keys if k in varying(table, keys)),
             Column("parameters", [f"{int(value):,}" for value in table["params"]]),
             Column("/ dense", ratios),
             each(table, "lengths", "lengths", str, right=False),
@@ -240,7 +229,7 @@ def gates(frame: pd.DataFrame) -> str:
     return markdown.table(
         [
             Column("variant", [label_of(row) for row in rows], right=False, optional=False),
-            *(each(table, key, key, escape, right=False) for key in varying(table, where)),
+            *(each(table, key, key, str, right=False) for key in varying(table, where)),
             Column("parameters", [_knobs(row) for row in rows], right=False),
             each(table, "leak (max abs)", "leak", units.scientific, optional=False),
             each(table, "reference error (max abs)", "reference", units.scientific, optional=False),
@@ -252,12 +241,12 @@ def gates(frame: pd.DataFrame) -> str:
 
 def _knobs(row: pd.Series[Any]) -> str:
     knobs = json.loads(row["params_json"]) | ({} if row["impl"] == UNKNOWN else {"impl": row["impl"]})
-    return escape(", ".join(f"{name}={spoken(value)}" for name, value in knobs.items())) or units.MISSING
+    return ", ".join(f"{name}={spoken(value)}" for name, value in knobs.items()) or units.MISSING
 
 
 def or_dash(value: object) -> str:
     text = "" if value is None or value != value else str(value)
-    return escape(markdown.shortened(text)) or units.MISSING
+    return markdown.shortened(text) or units.MISSING
 
 
 def failures(frame: pd.DataFrame) -> str:
@@ -274,13 +263,13 @@ def failures(frame: pd.DataFrame) -> str:
     table = found.reset_index()
     return markdown.table(
         [
-            each(table, "variant", "label", escape, right=False, optional=False),
+            each(table, "variant", "label", str, right=False, optional=False),
             each(table, "length", "seq_len", str, optional=False),
             each(table, "depth", "depth", str, optional=False),
-            *(each(table, key, key, escape, right=False) for key in varying(frame, SETTING)),
+            *(each(table, key, key, str, right=False) for key in varying(frame, SETTING)),
             *training_columns(table, apart),
             each(table, "replicates", "replicate", str, optional=False),
-            each(table, "status", "status", escape, right=False, optional=False),
+            each(table, "status", "status", str, right=False, optional=False),
             each(table, "reason", "reason", or_dash, right=False, optional=False),
         ]
     )

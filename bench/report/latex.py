@@ -1,0 +1,88 @@
+"""LaTeX that survives its contents: escaped cells, booktabs tables for \\input into a paper."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+
+from bench.report.columns import Column, shown
+
+# What LaTeX reads as markup, then the marks and signs of our tables that its default fonts lack.
+_SPECIAL = {
+    "\\": r"\textbackslash{}",
+    "{": r"\{",
+    "}": r"\}",
+    "$": r"\$",
+    "&": r"\&",
+    "#": r"\#",
+    "%": r"\%",
+    "_": r"\_",
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    "<": r"\textless{}",
+    ">": r"\textgreater{}",
+    "|": r"\textbar{}",
+    '"': r"\char34{}",
+    "`": r"\textasciigrave{}",
+    "–": "--",
+    "−": "$-$",
+    "×": r"$\times$",
+    "±": r"$\pm$",
+    "≈": r"$\approx$",
+    "≥": r"$\geq$",
+    "≤": r"$\leq$",
+    "√": r"$\surd$",
+    "²": r"$^2$",
+    "·": r"$\cdot$",
+    "µ": r"\textmu{}",
+    "†": r"\textdagger{}",
+    "‡": r"\textdaggerdbl{}",
+    "§": r"\S{}",
+    "ʳ": r"\textsuperscript{r}",
+    "ᵖ": r"\textsuperscript{p}",
+    "…": r"\ldots{}",
+}
+_PRINTABLE = re.compile(r"[ -~\u00a1-\u017f]")
+
+
+def escape(text: object) -> str:
+    """Text on one line in which nothing is markup; a character that pdfLaTeX has no glyph for is its code."""
+    line = " ".join(str(text).split())
+    return "".join(_character(c) for c in line)
+
+
+def _character(c: str) -> str:
+    return _SPECIAL.get(c) or (c if _PRINTABLE.match(c) else f"[U+{ord(c):04X}]")
+
+
+def table(columns: Sequence[Column], *, caption: str, label: str, notes: Mapping[str, str]) -> str:
+    """A floating table as wide as the text; marks that its cells use are explained beneath.
+
+    Whatever cells, titles, caption and notes hold is escaped. Needs the packages booktabs and graphicx.
+    """
+    kept = shown(columns)
+    rows = [[escape(text) for text in row] for row in zip(*(c.cells for c in kept), strict=True)]
+    used = {mark: meaning for mark, meaning in notes.items() if any(mark in t for c in kept for t in c.cells)}
+    beneath = [rf"{escape(mark)} {escape(meaning)}.\par" for mark, meaning in used.items()]
+    lines = [
+        r"\begin{table}[p]",
+        r"\centering",
+        rf"\caption{{{escape(caption)}}}",
+        rf"\label{{{label}}}",
+        r"\resizebox{\textwidth}{!}{%",
+        rf"\begin{{tabular}}{{@{{}}{''.join('r' if c.right else 'l' for c in kept)}@{{}}}}",
+        r"\toprule",
+        _row([escape(c.title) for c in kept]),
+        r"\midrule",
+        *(_row(row) for row in rows),
+        r"\bottomrule",
+        r"\end{tabular}}",
+        *([r"\par\smallskip\raggedright\footnotesize", *beneath] if beneath else []),
+        r"\end{table}",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _row(cells: Sequence[str]) -> str:
+    # A cell that begins with a bracket would be read as the argument of the \\ before it.
+    return " & ".join(f"{{}}{cell}" if cell.startswith("[") else cell for cell in cells) + r" \\"

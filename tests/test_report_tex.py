@@ -1,0 +1,84 @@
+"""summary.tex says what summary.md says, and nothing that a record holds is read as LaTeX."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+from test_report import record, sweep, write
+
+from bench.report import build, latex
+from bench.report.columns import Column
+
+PLAIN = {
+    r"\%": "%",
+    r"\_": "_",
+    r"$\times$": "×",
+    "--": "–",
+    r"$\approx$": "≈",
+    r"$\pm$": "±",
+    r"$\geq$": "≥",
+}
+PLAIN |= {r"\textsuperscript{r}": "ʳ", r"\textsuperscript{p}": "ᵖ", r"\textdagger{}": "†", r"\S{}": "§"}
+HOSTILE = r"\input{/etc/passwd} $x^2$ 50% of_all {a} & #1 ~ ^ <b> | `c` " + '"q" [d] \u202e \U0001f600\nnext'
+
+
+def rows(text: str) -> list[list[str]]:
+    """The cells of every row of every table, as plain text."""
+    for mark, plain in PLAIN.items():
+        text = text.replace(mark, plain)
+    return [line.removesuffix(r" \\").split(" & ") for line in text.splitlines() if line.endswith(r" \\")]
+
+
+def test_the_same_figures_as_in_markdown(tmp_path: Path) -> None:
+    report = build(write(tmp_path / "e", sweep()), plots=False)
+    markdown = (report / "summary.md").read_text()
+    found = rows((report / "summary.tex").read_text())
+    assert len(found) > 30
+    for row in found:
+        pattern = r"\| *" + r" *\| *".join(re.escape(cell) for cell in row) + r" *\|"
+        assert re.search(pattern, markdown), row
+
+
+def test_marks_are_explained_where_they_are_used(tmp_path: Path) -> None:
+    predicted = [record(seq_len=n, peak_bytes=None, peak_bytes_source="predicted") for n in (512, 1024)]
+    leaking = [record("chunked", n, leak_max_abs=0.5) for n in (512, 1024)]
+    text = (build(write(tmp_path / "e", [*predicted, *leaking]), plots=False) / "summary.tex").read_text()
+    assert r"\textsuperscript{p} predicted, not measured.\par" in text
+    assert text.count(r"\textdagger{} sees the future") == 2  # of cost, and of quality
+    assert r"\S{} timed" not in text
+
+
+def test_nothing_is_markup() -> None:
+    text = latex.escape(HOSTILE)
+    assert "\n" not in text
+    assert "[U+202E]" in text
+    assert "[U+1F600]" in text
+    commands = set(re.findall(r"\\([A-Za-z]+)", text))
+    assert commands == {
+        "textbackslash",
+        "textasciitilde",
+        "textasciicircum",
+        "textless",
+        "textgreater",
+        "textbar",
+        "textasciigrave",
+        "char",
+    }
+    assert not re.search(r"(?<!\\)[$&#%_]", text)
+
+
+@pytest.mark.skipif(not shutil.which("pdflatex"), reason="pdflatex is not installed")
+def test_latex_takes_it(tmp_path: Path) -> None:
+    hostile = Column(HOSTILE, [HOSTILE, "[1]", *latex._SPECIAL], right=False)
+    (tmp_path / "t.tex").write_text(
+        "\\documentclass{article}\\usepackage{booktabs,graphicx}\\begin{document}\n"
+        + latex.table([hostile], caption=HOSTILE, label="tab:h", notes={"†": HOSTILE})
+        + "\\end{document}\n"
+    )
+    command = ["pdflatex", "-interaction=nonstopmode", "-halt-on-error", "t.tex"]
+    ran = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=120)
+    assert ran.returncode == 0, ran.stdout[-2000:]
