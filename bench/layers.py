@@ -27,6 +27,7 @@ from bench import CONFIGS, environment, isolate, sweep
 from bench.config import MeasureSpec
 from bench.records import write_atomically
 from bench.report import markdown, units
+from bench.report.columns import Column
 
 if TYPE_CHECKING:
     import torch
@@ -177,9 +178,7 @@ def table(sizes: Sizes, names: list[str], found: Found) -> str:
         part = "*" if len(variant.plan(config).segments(predicted)) > FEW_SEGMENTS else ""
         columns[f"predicted peak at {units.length(predicted)}"].append(units.size(ahead) + part)
     text = ("variant", "knobs")
-    return markdown.table(
-        [markdown.Column(title, cells, right=title not in text) for title, cells in columns.items()]
-    )
+    return markdown.table([Column(title, cells, right=title not in text) for title, cells in columns.items()])
 
 
 def _affine(before: int | None, after: int | None, shorter: int, longest: int) -> str:

@@ -24,7 +24,7 @@ from bench import planning
 from bench.records import Record
 from bench.report import budget_plots, budgets, build, canvas, memory, memory_plots
 from bench.report.collect import collect
-from bench.report.cost_plots import Look
+from bench.report.lines import Look
 from bench.report.statistics import cost_cells
 from bench.report.style import styles
 

@@ -204,16 +204,40 @@ def test_accuracy_by_distance_marks_the_reach(tmp_path: Path, edges: list[int], 
     assert lines(axis, ":") == {look(frame).styles["longformer"].colour: [(30, 0), (30, 1)]}
 
 
+def test_the_map_has_the_same_accuracies_and_ends_where_the_reach_does(tmp_path: Path) -> None:
+    frame = frame_of(tmp_path / "e", [answers(v, 4) for v in STATE])
+    cells = recall_cells(frame, pd.DataFrame())
+    figure = recall_plots.distance_map(cells, look(frame))
+    assert figure is not None
+    axis, _ = figure.axes
+    (image,) = axis.get_images()
+    expected = np.array([cell for cell in cells["accuracy_by_distance"]], dtype=float)
+    np.testing.assert_array_equal(np.ma.filled(image.get_array(), np.nan), expected)
+    assert [label.get_text() for label in axis.get_yticklabels()] == list(cells["label"])
+    said = {(t.get_position()[1], t.get_position()[0]): t.get_text() for t in axis.texts}
+    assert said == {
+        (row, column): f"{100 * share:.0f}"
+        for row, shares in enumerate(expected)
+        for column, share in enumerate(shares)
+        if np.isfinite(share)
+    }
+    row = list(cells["label"]).index("longformer")
+    (bar,) = axis.get_lines()  # it reaches 30 tokens: more than 16, the fifth column, less than 32
+    assert [tuple(map(float, point)) for point in bar.get_xydata()] == [(4.5, row - 0.5), (4.5, row + 0.5)]
+
+
 def test_no_distances_no_picture(tmp_path: Path) -> None:
     frame = frame_of(tmp_path / "e", [answers("dense", 4, distance_edges=None, accuracy_by_distance=None)])
-    assert recall_plots.by_distance(recall_cells(frame, pd.DataFrame()), look(frame)) is None
+    cells = recall_cells(frame, pd.DataFrame())
+    assert recall_plots.by_distance(cells, look(frame)) is None
+    assert recall_plots.distance_map(cells, look(frame)) is None
 
 
 def test_the_pictures_of_recall_are_linked_and_cost_is_no_flood(tmp_path: Path) -> None:
     folder = tmp_path / "e"
     text = text_of(folder, recalled(), plots=True)
     plots = folder / "report" / "plots"
-    stems = {"accuracy_by_n_pairs", "accuracy_by_state", "accuracy_by_distance"}
+    stems = {"accuracy_by_n_pairs", "accuracy_by_state", "accuracy_by_distance", "accuracy_map"}
     assert {path.stem for path in plots.glob("*.png")} == stems
     for stem in stems:
         assert imread(plots / f"{stem}.png").std() > 0.01

@@ -15,8 +15,8 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from bench.report import canvas, units
 from bench.report.budgets import LARGEST, LONGEST
-from bench.report.cost_plots import GREY, Look, interval_of, line_of, replicates
 from bench.report.groups import split
+from bench.report.lines import GREY, Look, interval_of, line_of, replicates
 from bench.report.style import Style, strategy_styles
 
 ROW = 0.075

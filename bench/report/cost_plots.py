@@ -1,10 +1,9 @@
-"""Cost against sequence length: step time, throughput, peak memory, FLOPs; one panel a depth."""
+"""Cost against sequence length, a panel a depth, and against depth, a panel a length."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pandas as pd
@@ -16,9 +15,9 @@ from matplotlib.patches import Patch
 
 from bench.report import canvas, units
 from bench.report.groups import split
+from bench.report.lines import GREY, Curve, Look, draw_curve, interval_of, line_of, replicates
 from bench.report.style import Style
 
-GREY = "#555555"
 ROW, MOST_ROWS = 0.05, 8
 """Of the strip for cells that did not finish: a row's share of the panel, and how many rows there are."""
 PARTLY = 0.4
@@ -26,55 +25,61 @@ PARTLY = 0.4
 
 
 @dataclass(frozen=True)
-class Look:
-    """What the figures of one setting share: label → style, the setting in words, the footer."""
+class Along:
+    """What a cost is drawn against, and what then makes the panels: columns of the cells, and their words."""
 
-    styles: dict[str, Style]
-    setting: str
-    footer: str
+    x: str
+    name: str
+    label: str
+    panel: str
+    heading: Callable[[int], str]
 
 
-@dataclass(frozen=True)
-class Curve:
-    """One figure of a cell as a line; `spread` names the columns of its interval; hollow: predicted."""
-
-    column: str
-    name: str = ""
-    spread: tuple[str, str] | None = None
-    dashed: bool = False
-    hollow: bool = False
+LENGTH = Along("seq_len", "sequence length", "sequence length (tokens)", "depth", "depth {}".format)
+DEPTH = Along("depth", "depth", "depth (blocks)", "seq_len", lambda n: f"{units.length(n)} tokens")
 
 
 @dataclass(frozen=True)
 class CostPlot:
     """One kind of figure. `show` makes a tick label of a value; `binary` asks for powers of two."""
 
-    stem: str
-    title: str
+    name: str
+    what: str
     axis: str
     curves: tuple[Curve, ...]
     show: Callable[[float], str]
     binary: bool = False
+    along: Along = LENGTH
+
+    @property
+    def stem(self) -> str:
+        """The start of its file's name."""
+        return self.name if self.along is LENGTH else f"{self.name}_by_depth"
+
+    @property
+    def title(self) -> str:
+        """What is drawn, against what."""
+        return f"{self.what} against {self.along.name}"
 
     def draw(self, cells: pd.DataFrame, look: Look) -> Figure | None:
-        """The figure, or None where no cell has any of its figures."""
-        cells = with_predictions(cells)
+        """The figure, or None where no cell has any of its figures, or all have one depth to draw against."""
+        cells, along = with_predictions(cells), self.along
         columns = [curve.column for curve in self.curves]
-        if not (cells[columns] > 0).any(axis=None):
+        if not (cells[columns] > 0).any(axis=None) or (along is DEPTH and cells["depth"].nunique() < 2):
             return None
-        parts = list(split(cells, ["depth"]))
+        parts = list(split(cells, [along.panel]))
         figure, axes = canvas.panels(len(parts))
         for axis, (values, part) in zip(axes, parts, strict=True):
-            axis.set_title(f"depth {values['depth']}")
+            axis.set_title(along.heading(values[along.panel]))
             for label, own in part.groupby("label"):
                 for curve in self.curves:
-                    draw_curve(axis, own, curve, look.styles[str(label)])
+                    draw_curve(axis, own, curve, look.styles[str(label)], x=along.x)
         lost = cells[cells["finished"] < cells["records"]]
         top = self._axes(
             axes, cells, rows=int(lost.groupby(["depth", "seq_len"]).size().max() or 0) if len(lost) else 0
         )
         for axis, (_, part) in zip(axes, parts, strict=True):
-            _failures(axis, part, look.styles, top)
+            _failures(axis, part, look.styles, top, along.x)
         canvas.dress(figure, self.title, look.setting, _footer(cells, look), self._legend(cells, look))
         return figure
 
@@ -95,11 +100,11 @@ class CostPlot:
             axis.set_xscale("log", base=2)
             axis.set_yscale("log", base=2)
             axis.set_ylim(2.0**low, 2.0**high)
-            lengths = cells["seq_len"]
-            axis.set_xlim(lengths.min() / 1.25, lengths.max() * 1.25)
-            canvas.lengths_axis(axis.xaxis, lengths)
+            places = cells[self.along.x]
+            axis.set_xlim(places.min() / 1.25, places.max() * 1.25)
+            canvas.lengths_axis(axis.xaxis, places)
             canvas.human_axis(axis.yaxis, 2.0**low, 2.0**top, self.show, binary=self.binary)
-            axis.set_xlabel("sequence length (tokens)")
+            axis.set_xlabel(self.along.label)
             if number % canvas.COLUMNS == 0:
                 axis.set_ylabel(self.axis)
         return float(2.0**top)
@@ -143,58 +148,13 @@ def with_predictions(cells: pd.DataFrame) -> pd.DataFrame:
     return cells.assign(peak_measured=measured, peak_only_predicted=only)
 
 
-def line_of(style: Style, *, label: str = "", dashed: bool = False, hollow: bool = False) -> Line2D:
-    """A line, or a handle of a legend, in a style; hollow where it shows predictions."""
-    return Line2D(
-        [],
-        [],
-        color=style.colour,
-        linestyle="--" if dashed else "-",
-        marker=style.marker,
-        fillstyle=style.fill,
-        markerfacecolor="white" if hollow else style.colour,
-        markerfacecoloralt="white",
-        label=label,
-    )
-
-
-def label_handles(cells: pd.DataFrame, look: Look, line: Literal["-", ""] = "-") -> list[Artist]:
-    """A handle for each label, dense first."""
-    handles = []
-    for _, label in sorted(set(zip(cells["variant"] != "dense", cells["label"], strict=True))):
-        handles.append(line_of(look.styles[label], label=label))
-        handles[-1].set_linestyle(line)
-    return [*handles]
-
-
-def draw_curve(axis: Axes, own: pd.DataFrame, curve: Curve, style: Style, *, x: str = "seq_len") -> None:
-    """A line through the cells that have the figure; one alone is a marker. A band shows the interval."""
-    own = own[own[curve.column] > 0].sort_values(x)
-    if own.empty:
-        return
-    line = line_of(style, dashed=curve.dashed, hollow=curve.hollow)
-    line.set_data(own[x].to_numpy(), own[curve.column].to_numpy())
-    if len(own) < 2:
-        line.set_linestyle("")
-    elif curve.dashed and not curve.hollow:
-        line.set_marker("")  # the solid line beside it has the markers
-    axis.add_line(line)
-    if curve.spread is None or own[list(curve.spread)].isna().all(axis=None):
-        return
-    places, low, high = own[x], own[curve.spread[0]], own[curve.spread[1]]
-    if len(own) > 1:
-        axis.fill_between(places, low, high, color=style.colour, alpha=0.2, linewidth=0)
-    else:
-        axis.vlines(places, low, high, color=style.colour, linewidth=1.2)
-
-
-def _failures(axis: Axes, part: pd.DataFrame, styles: dict[str, Style], top: float) -> None:
+def _failures(axis: Axes, part: pd.DataFrame, styles: dict[str, Style], top: float, along: str) -> None:
     """A × in the strip above the data for each cell that did not finish, one below the other."""
     lost = part[part["finished"] < part["records"]]
     if axis.get_ylim()[1] <= top * 1.001:
         return
     axis.axhline(top, color="#bbbbbb", linewidth=0.8, linestyle=":")
-    for x, y, label, whole in _places(lost):
+    for x, y, label, whole in _places(lost, along):
         axis.plot(
             [x],
             [y],
@@ -208,9 +168,9 @@ def _failures(axis: Axes, part: pd.DataFrame, styles: dict[str, Style], top: flo
         )
 
 
-def _places(lost: pd.DataFrame) -> Iterator[tuple[float, float, str, bool]]:
-    """Length, height (share of the panel) and label of each ×, and whether no replicate finished."""
-    for length, same in lost.groupby("seq_len"):
+def _places(lost: pd.DataFrame, along: str) -> Iterator[tuple[float, float, str, bool]]:
+    """Place, height (share of the panel) and label of each ×, and whether no replicate finished."""
+    for length, same in lost.groupby(along):
         for place, (_, cell) in enumerate(same.sort_values("label").iterrows()):
             height = 0.975 - ROW * (place % MOST_ROWS)
             yield float(str(length)), height, str(cell["label"]), int(cell["finished"]) == 0
@@ -221,46 +181,28 @@ def _footer(cells: pd.DataFrame, look: Look) -> str:
     return f"{look.footer} · {replicates(cells['replicates'])}"
 
 
-def replicates(counts: pd.Series[int]) -> str:
-    """'3 replicates', or '1–3 replicates' where cells have different numbers that finished."""
-    done = counts[counts > 0]
-    if done.empty:
-        return "no replicate finished"
-    low, high = int(done.min()), int(done.max())
-    return f"{low}–{high} replicates" if low < high else f"{high} replicate{'s' if high > 1 else ''}"
-
-
-def interval_of(counts: pd.Series[int]) -> str:
-    """What a band or a bar over so many replicates is: of two the range, which covers less."""
-    return (
-        "range of two"
-        if counts.max() == 2
-        else "95 % interval" + (" (of two: range)" if 2 in set(counts) else "")
-    )
-
-
 def _ticks(show: Callable[..., str]) -> Callable[[float], str]:
     return lambda value: show(value, short=True)
 
 
-PLOTS = (
+BY_LENGTH = (
     CostPlot(
         "step_time",
-        "Time of a training step against sequence length",
+        "Time of a training step",
         "time of a step",
         (Curve("step_seconds_median", spread=("step_seconds_low", "step_seconds_high")),),
         _ticks(units.seconds),
     ),
     CostPlot(
         "throughput",
-        "Training throughput against sequence length",
+        "Training throughput",
         "tokens per second",
         (Curve("tokens_per_second_median", spread=("tokens_per_second_low", "tokens_per_second_high")),),
         _ticks(units.rate),
     ),
     CostPlot(
         "peak_memory",
-        "Peak memory of a training step against sequence length",
+        "Peak memory of a training step",
         "peak memory",
         (
             Curve("peak_measured", spread=("peak_bytes_low", "peak_bytes_high")),
@@ -271,7 +213,7 @@ PLOTS = (
     ),
     CostPlot(
         "flops",
-        "FLOPs of a training step against sequence length",
+        "FLOPs of a training step",
         "FLOPs of a step",
         (
             Curve("flops_executed_step", "executed"),
@@ -280,3 +222,4 @@ PLOTS = (
         _ticks(units.flops),
     ),
 )
+BY_DEPTH = tuple(replace(plot, along=DEPTH) for plot in BY_LENGTH)

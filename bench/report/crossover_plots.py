@@ -10,10 +10,10 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
 from bench.report import canvas, units
-from bench.report.cost_plots import GREY, Curve, Look, draw_curve, interval_of, label_handles, replicates
 from bench.report.crossover import FIGURES, crossing
 from bench.report.curve_plots import ring
 from bench.report.groups import split
+from bench.report.lines import GREY, Curve, Look, draw_curve, interval_of, label_handles, replicates
 from bench.report.style import Style
 
 TITLES = {"time": "step time", "memory": "peak memory", "flops": "executed FLOPs"}

@@ -19,8 +19,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from bench.report import canvas, units
-from bench.report.cost_plots import GREY, Look, label_handles, line_of, replicates
 from bench.report.groups import TRAINING, split, training, varying
+from bench.report.lines import GREY, Look, label_handles, line_of, replicates
 from bench.report.statistics import LEAK_LIMIT
 from bench.report.style import Style
 

@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
 from bench.report import canvas, units
-from bench.report.cost_plots import Curve, Look, draw_curve, line_of, replicates
+from bench.report.lines import Curve, Look, draw_curve, line_of, replicates
 from bench.report.memory import PARTS, predicted, shared
 from bench.report.style import Style, strategy_rank, strategy_styles
 from bench.report.tables import PREDICTED

@@ -12,8 +12,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from bench.report import canvas, units
-from bench.report.cost_plots import GREY, Look, interval_of, label_handles, replicates
 from bench.report.groups import split
+from bench.report.lines import GREY, Look, interval_of, label_handles, replicates
 from bench.report.memory import BASELINE
 from bench.report.pareto import COSTS, FRONT
 

@@ -24,8 +24,8 @@ from bench.report import (
     roofline_plots,
 )
 from bench.report.budgets import Kinds
-from bench.report.cost_plots import Look
 from bench.report.groups import COMMON, FIT, PAYOFF, SETTING, TASK, describe, split, suffix, varying
+from bench.report.lines import Look
 from bench.report.memory import BASELINE
 from bench.report.recall import axes_of
 from bench.report.style import styles
@@ -53,8 +53,10 @@ def _plots(kinds: Kinds, found: Found) -> Iterator[Plot]:
     ) -> Plot:
         return Plot(section, stem, title, data, draw, keys, kinds.plain)
 
-    for kind in cost_plots.PLOTS:
+    for kind in cost_plots.BY_LENGTH:
         yield plain("cost", kind.stem, kind.title, found.cost, kind.draw, SETTING)
+    for kind in cost_plots.BY_DEPTH:
+        yield plain("depths", kind.stem, kind.title, found.cost, kind.draw, SETTING)
     more = found.findings
     draw: Draw
     for section, title, data, draw, keys in (
@@ -80,6 +82,8 @@ def _plots(kinds: Kinds, found: Found) -> Iterator[Plot]:
     title = "Throughput at the largest batch that fits"
     yield Plot("payoff", "batch_payoff", title, found.payoff, budget_plots.payoff, PAYOFF, kinds.payoff)
     yield plain("quality", "perplexity", "Perplexity", found.quality, quality_plots.perplexity, SETTING)
+    title = "How far back it looks"
+    yield plain("quality", "effective_context", title, found.quality, quality_plots.context, SETTING)
     for stem, title, draw in (
         ("nll_by_position", "Loss by position", curve_plots.by_position),
         ("nll_by_history", "Loss by how far back is read", curve_plots.by_history),
@@ -96,6 +100,7 @@ def _plots(kinds: Kinds, found: Found) -> Iterator[Plot]:
     for stem, title, draw in (
         ("accuracy_by_state", "Accuracy against the state that is carried", recall_plots.by_state),
         ("accuracy_by_distance", "Accuracy by distance", recall_plots.by_distance),
+        ("accuracy_map", "Accuracy by distance, as a map", recall_plots.distance_map),
     ):
         yield plain("recall", stem, title, recall, draw, TASK)
     title = "Training loss"
@@ -125,6 +130,8 @@ def draw_all(
             apart = varying(plot.records, plot.keys)
             for values, part in split(plot.data, plot.keys):
                 section = plot.section
+                if section == "depths" and several and values["activations"] != BASELINE:
+                    continue
                 if corpora and section in ("cost", "memory", "pareto") and _one_point(part):
                     continue
                 if section == "cost" and several:

@@ -1,11 +1,11 @@
-"""Quality: perplexity by variant as dots with error bars."""
+"""Quality by variant as dots with error bars: perplexity, and how far back a model looks."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from itertools import pairwise
 
+import numpy as np
 import pandas as pd
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
@@ -13,8 +13,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from bench.report import canvas, units
-from bench.report.cost_plots import GREY, Look, label_handles, replicates
 from bench.report.groups import TRAINING, split, training, varying
+from bench.report.lines import GREY, Look, label_handles, replicates
 from bench.report.style import Style
 
 FAR = 1.5
@@ -26,23 +26,49 @@ def perplexity(cells: pd.DataFrame, look: Look) -> Figure | None:
     cells = cells[cells["perplexity_mean"].notna()]
     if cells.empty:
         return None
-    cells = cells.assign(row=_rows(cells))
-    order = _order(cells)
-    parts = list(split(cells, ["depth"]))
-    height = 0.6 + 0.2 * len(order)
-    figure, axes = canvas.panels(len(parts), width=3.2, height=height, columns=4)
-    for axis, (values, part) in zip(axes, parts, strict=True):
-        axis.set_title(f"depth {values['depth']}")
-        _dots(axis, part, order, look.styles)
+    deviation = cells["perplexity_std"].fillna(0.0)
+    mean = cells["perplexity_mean"]
+    cells = cells.assign(value=mean, low=mean - deviation, high=mean + deviation)
+    figure, axes = _dotted(cells, look, "perplexity per token (lower is better)")
+    for axis in axes:
         axis.locator_params(axis="x", nbins=6)
-        axis.set_xlabel("perplexity per token (lower is better)")
     _baseline(axes, cells)
-    base = axes[0]
-    base.set_yticks(range(len(order)), [row[-1] for row in order], fontsize=8)
-    base.set_ylim(len(order) - 0.4, -0.6)
     footer = f"{look.footer} · mean ± standard deviation, {replicates(cells['quality_replicates'])}"
     canvas.dress(figure, "Perplexity on held-out text", look.setting, footer, _legend(cells, look, axes[0]))
     return figure
+
+
+def context(cells: pd.DataFrame, look: Look) -> Figure | None:
+    """The effective context as dots, its interval over targets as bars; None where it was not taken."""
+    cells = cells[cells["effective_context"].notna()]
+    if cells.empty:
+        return None
+    names = {"effective_context": "value", "effective_context_low": "low", "effective_context_high": "high"}
+    cells = cells.rename(columns=names)
+    figure, axes = _dotted(cells, look, "tokens of history that are used")
+    lengths = [*cells["low"], *cells["high"]]
+    for axis in axes:
+        axis.set_xscale("log", base=2)
+        axis.set_xlim(min(lengths) / 1.25, max(lengths) * 1.25)
+        canvas.lengths_axis(axis.xaxis, 2.0 ** np.arange(0, np.log2(max(lengths)) + 1))
+    footer = f"{look.footer} · median and widest 95 % interval over {replicates(cells['quality_replicates'])}"
+    canvas.dress(figure, "How far back it looks", look.setting, footer, _legend(cells, look, axes[0]))
+    return figure
+
+
+def _dotted(cells: pd.DataFrame, look: Look, x: str) -> tuple[Figure, list[Axes]]:
+    """A panel a depth, a row a variant and length: a dot at `value`, a bar from `low` to `high`."""
+    cells = cells.assign(row=_rows(cells))
+    order = _order(cells)
+    parts = list(split(cells, ["depth"]))
+    figure, axes = canvas.panels(len(parts), width=3.2, height=0.6 + 0.2 * len(order), columns=4)
+    for axis, (values, part) in zip(axes, parts, strict=True):
+        axis.set_title(f"depth {values['depth']}")
+        _dots(axis, part, order, look.styles)
+        axis.set_xlabel(x)
+    axes[0].set_yticks(range(len(order)), [row[-1] for row in order], fontsize=8)
+    axes[0].set_ylim(len(order) - 0.4, -0.6)
+    return figure, axes
 
 
 def _rows(cells: pd.DataFrame) -> list[str]:
@@ -75,11 +101,10 @@ def _dots(
     places = {row[-1]: place for place, row in enumerate(order)}
     for _, cell in part.iterrows():
         style = styles[str(cell["label"])]
-        deviation = 0.0 if math.isnan(cell["perplexity_std"]) else float(cell["perplexity_std"])
         axis.errorbar(
-            [cell["perplexity_mean"]],
+            [cell["value"]],
             [places[cell["row"]]],
-            xerr=[deviation],
+            xerr=[[cell["value"] - cell["low"]], [cell["high"] - cell["value"]]],
             color=style.colour,
             marker=style.marker,
             fillstyle="none" if cell["leaks"] else style.fill,

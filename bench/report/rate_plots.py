@@ -11,9 +11,10 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from bench.report import canvas, units
-from bench.report.cost_plots import GREY, MOST_ROWS, ROW, Look, label_handles, line_of, replicates
+from bench.report.cost_plots import MOST_ROWS, ROW
 from bench.report.curve_plots import panel_keys, panel_title, ring
 from bench.report.groups import split
+from bench.report.lines import GREY, Look, label_handles, line_of, replicates
 from bench.report.style import Style
 
 WIDE = 3.0

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pandas as pd
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
@@ -14,9 +16,9 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import PercentFormatter
 
 from bench.report import canvas, units
-from bench.report.cost_plots import GREY, Look, label_handles, line_of, replicates
 from bench.report.curve_plots import panel_keys, panel_title
 from bench.report.groups import split
+from bench.report.lines import GREY, Look, label_handles, line_of, replicates
 from bench.report.recall import along, beyond, evenly_spaced, trained_apart
 from bench.report.style import Style
 
@@ -82,10 +84,7 @@ def by_state(cells: pd.DataFrame, look: Look) -> Figure | None:
 
 def by_distance(cells: pd.DataFrame, look: Look) -> Figure | None:
     """A line a variant over how far back the answer lies, its reach marked; None without distances."""
-    taken = [
-        isinstance(value, list) and bool(np.isfinite(value).any()) for value in cells["accuracy_by_distance"]
-    ]
-    cells = cells[np.array(taken, dtype=bool)]
+    cells = cells[_has_distances(cells)]
     if cells.empty:
         return None
     inside = cells["reach"] < cells["seq_len"] - 1
@@ -95,7 +94,7 @@ def by_distance(cells: pd.DataFrame, look: Look) -> Figure | None:
         for label, own in part.groupby("label"):
             for _, cell in own.iterrows():
                 style = look.styles[str(label)]
-                values = np.array(cell["accuracy_by_distance"], dtype=float)
+                values = _shares(cell)
                 x = np.array(cell["distance_edges"], dtype=float)
                 line = line_of(style, hollow=bool(cell["leaks"]))
                 line.set_data(x[np.isfinite(values)], values[np.isfinite(values)])
@@ -124,6 +123,54 @@ def by_distance(cells: pd.DataFrame, look: Look) -> Figure | None:
         said=said,
         handles=handles,
     )
+
+
+def distance_map(cells: pd.DataFrame, look: Look) -> Figure | None:
+    """A row a variant, a column a distance, the colour its accuracy; a bar where the pattern's reach ends."""
+    cells = cells[_has_distances(cells)]
+    if cells.empty:
+        return None
+    keys = panel_keys(cells, "knobs", trained=trained_apart(cells))
+    parts = list(split(cells, keys))
+    most = max(len(part) for _, part in parts)
+    figure, axes = canvas.panels(len(parts), width=5.0, height=0.9 + 0.28 * most, columns=2, sharey=False)
+    for axis, (values, part) in zip(axes, parts, strict=True):
+        axis.set_title(panel_title(values), fontsize=8)
+        edges = [int(edge) for edge in part["distance_edges"].iloc[0]]
+        shares = np.array([_shares(cell) for _, cell in part.iterrows()])
+        drawn = axis.imshow(shares, cmap="cividis", vmin=0.0, vmax=1.0, aspect="auto")
+        for row, (_, cell) in enumerate(part.iterrows()):
+            for column, share in enumerate(shares[row]):
+                if np.isfinite(share):
+                    ink = "black" if share > 0.6 else "white"
+                    axis.text(
+                        column, row, f"{100 * share:.0f}", ha="center", va="center", fontsize=6, color=ink
+                    )
+            if cell["reach"] < cell["seq_len"] - 1:
+                ends = float(np.searchsorted(edges, cell["reach"], side="right")) - 0.5
+                axis.plot([ends, ends], [row - 0.5, row + 0.5], color="#D55E00", linewidth=2.5)
+        axis.set_xticks(range(len(edges)), [str(edge) for edge in edges], fontsize=7)
+        axis.set_yticks(range(len(part)), [str(label) for label in part["label"]], fontsize=7)
+        axis.set_xlabel("tokens back to what is asked for", fontsize=8)
+        axis.grid(visible=False)
+    bar = figure.colorbar(drawn, ax=axes, format=PercentFormatter(1.0, decimals=0), shrink=0.8)
+    bar.set_label("accuracy", fontsize=8)
+    handles: list[Artist] = []
+    if (cells["reach"] < cells["seq_len"] - 1).any():
+        handles.append(Line2D([], [], color="#D55E00", linewidth=2.5, label="reach of the pattern"))
+    footer = f"{look.footer} · per cent, mean over {replicates(cells['replicates'])}"
+    canvas.dress(figure, "Accuracy by distance", look.setting, footer, handles)
+    return figure
+
+
+def _shares(cell: pd.Series[Any]) -> npt.NDArray[np.float64]:
+    return np.array(cell["accuracy_by_distance"], dtype=float)
+
+
+def _has_distances(cells: pd.DataFrame) -> npt.NDArray[np.bool_]:
+    """Which cells have an accuracy at some distance."""
+    each = cells["accuracy_by_distance"]
+    return np.array([isinstance(v, list) and bool(np.isfinite(v).any()) for v in each], dtype=bool)
 
 
 def _guessing(axis: Axes, part: pd.DataFrame) -> None:

@@ -10,8 +10,8 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import PercentFormatter
 
 from bench.report import canvas
-from bench.report.cost_plots import GREY, Curve, Look, draw_curve, interval_of, label_handles, replicates
 from bench.report.groups import split
+from bench.report.lines import GREY, Curve, Look, draw_curve, interval_of, label_handles, replicates
 
 
 def utilisation(cells: pd.DataFrame, look: Look) -> Figure | None:

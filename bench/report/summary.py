@@ -85,7 +85,7 @@ def text(collected: Collected, found: Found, plots: Plots) -> str:
     frame = collected.frame.assign(leaks=collected.frame["leak_max_abs"] > LEAK_LIMIT)
     parts = [
         _head(collected, found),
-        _cost(found.cost, plots.get("cost", ()), plots.get("others", ())),
+        _cost(found.cost, plots),
         findings.text(found.findings, plots),
         _memory(found, plots.get("memory", ())),
         _fits(found.fits, plots.get("fits", ())),
@@ -155,7 +155,7 @@ def _warnings(collected: Collected) -> list[str]:
     return found
 
 
-def _cost(cells: pd.DataFrame, plots: Sequence[tuple[str, str]], others: Sequence[tuple[str, str]]) -> str:
+def _cost(cells: pd.DataFrame, plots: Plots) -> str:
     lead = (
         "A step is one forward and backward over batch × length tokens. Figures are medians over replicates, "
         "each replicate a process of its own; *time / dense* is the median of the ratios within a replicate. "
@@ -178,10 +178,11 @@ def _cost(cells: pd.DataFrame, plots: Sequence[tuple[str, str]], others: Sequenc
             folded.append(markdown.folded(heading, part))
         else:
             parts.append(f"### {escape(heading)}\n\n{part}")
-    pictures = [markdown.image(*plot) for plot in plots]
-    if others:
-        links = ", ".join(f"[{escape(title)}]({path}.png)" for title, path in others)
-        pictures.append(f"The same with activations saved otherwise: {links}.\n")
+    pictures = [markdown.image(*plot) for plot in plots.get("cost", ())]
+    linked = {"depths": "Against depth", "others": "The same with activations saved otherwise"}
+    for section, words in linked.items():
+        if links := ", ".join(f"[{escape(title)}]({path}.png)" for title, path in plots.get(section, ())):
+            pictures.append(f"{words}: {links}.\n")
     body = "\n".join([*pictures, *parts, *folded])
     marks = [tables.LEAK, *interval_cells.NOTES, tables.PREDICTED]
     return _section("Cost", body, marks, lead)
