@@ -211,7 +211,7 @@ def test_the_map_has_the_same_accuracies_and_ends_where_the_reach_does(tmp_path:
     assert figure is not None
     axis, _ = figure.axes
     (image,) = axis.get_images()
-    expected = np.array([cell for cell in cells["accuracy_by_distance"]], dtype=float)
+    expected = np.array(list(cells["accuracy_by_distance"]), dtype=float)
     np.testing.assert_array_equal(np.ma.filled(image.get_array(), np.nan), expected)
     assert [label.get_text() for label in axis.get_yticklabels()] == list(cells["label"])
     said = {(t.get_position()[1], t.get_position()[0]): t.get_text() for t in axis.texts}
