@@ -490,7 +490,9 @@ def test_every_memory_picture_is_drawn_and_linked(tmp_path: Path) -> None:
     plots = folder / "report" / "plots"
     stems = {"peak_parts", "activations_by_depth", "peak_by_depth", "longest_sequence"}
     stems |= {"longest_sequence", "largest_batch", "batch_payoff", "pareto"}
-    linked = {f"{cost}_by_depth-activations_keep" for cost in ("step_time", "throughput", "peak_memory", "flops")}
+    linked = {
+        f"{cost}_by_depth-activations_keep" for cost in ("step_time", "throughput", "peak_memory", "flops")
+    }
     assert {path.stem for path in plots.glob("*.png")} == stems | linked
     assert all(f"](plots/{stem}.png)" in text for stem in linked)
     for stem in stems:

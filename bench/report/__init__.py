@@ -22,3 +22,14 @@ def build(folder: Path, *, plots: bool = True) -> Path:
     from bench.report.builder import build_report
 
     return build_report(Path(folder), plots=plots)
+
+
+def compare(first: Path, second: Path, *, plots: bool = True) -> Path:
+    """Set two experiments side by side, such as one of two machines or of two commits.
+
+    Writes compare.md, compare.csv and plots into `second`/report/against-<name of the first> and returns
+    that folder. Raises ReportError where either has no records, or records of several machines.
+    """
+    from bench.report.builder import build_comparison
+
+    return build_comparison(Path(first), Path(second), plots=plots)

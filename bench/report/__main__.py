@@ -1,4 +1,4 @@
-"""`python -m bench.report results/<name>`: rebuild the report of one experiment.
+"""`python -m bench.report results/<name>`: rebuild the report of one experiment; of two, compare them.
 
 Exit status: 0 when the report is written, 2 when there is nothing to report on.
 """
@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from bench.report import ReportError, build
+from bench.report import ReportError, build, compare
 
 
 def shown(path: Path) -> str:
@@ -24,12 +24,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Parse the command line, build the report, say where it is; returns the exit status."""
     parser = argparse.ArgumentParser(
         prog="python -m bench.report",
-        description="Rebuild the tables and plots of an experiment from its records.",
+        description="Rebuild the tables and plots of an experiment from its records, "
+        "or set two experiments side by side.",
     )
     parser.add_argument("folder", type=Path, help="the experiment's folder, such as results/scaling")
+    parser.add_argument(
+        "second", type=Path, nargs="?", help="another one: ratios of its figures to the first's are written"
+    )
     parser.add_argument("--no-plots", action="store_true", help="write the tables only, which is faster")
     options = parser.parse_args(arguments)
     try:
+        if options.second:
+            side_by_side = compare(options.folder, options.second, plots=not options.no_plots)
+            print(f"comparison: {shown(side_by_side / 'compare.md')}")
+            return 0
         report = build(options.folder, plots=not options.no_plots)
     except (ReportError, OSError) as error:
         print(f"bench.report: {error}", file=sys.stderr)

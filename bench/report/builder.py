@@ -11,6 +11,8 @@ from bench.records import RECORDS_DIR, replacing, write_atomically
 from bench.report import (
     ReportError,
     budgets,
+    comparison,
+    comparison_tables,
     curves,
     findings,
     memory,
@@ -79,6 +81,22 @@ def build_report(folder: Path, *, plots: bool = True) -> Path:
     with replacing(report / "cells.parquet") as file:
         file.write(tables.parquet(collected.records))
     return report
+
+
+def build_comparison(first: Path, second: Path, *, plots: bool = True) -> Path:
+    """See `bench.report.compare`."""
+    runs = comparison.load(first), comparison.load(second)
+    found = comparison.compare(*runs)
+    folder = second / "report" / f"against-{runs[0].name}"
+    pictures: findings.Plots = {}
+    _clear(folder / "plots")
+    if plots and len(found.cells):
+        from bench.report.comparison_plots import draw
+
+        pictures = draw(found, folder)
+    write_atomically(folder / "compare.csv", tables.csv(found.cells))
+    write_atomically(folder / "compare.md", comparison_tables.text(found, pictures))
+    return folder
 
 
 def _write_if_any(path: Path, table: pd.DataFrame) -> None:

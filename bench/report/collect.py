@@ -69,7 +69,7 @@ def collect(folder: Path) -> Collected:
             good.append(record)
     if not good:
         return Collected(pd.DataFrame(), pd.DataFrame(), [], problems, 0, 0)
-    frame = _labelled(_table(good))
+    frame = labelled(_table(good))
     current = _current(frame)
     alike = int(current.duplicated(_IDENTITY).sum())
     once = current[current["twin"] == 0]
@@ -104,8 +104,8 @@ def _table(found: Sequence[Record]) -> pd.DataFrame:
     return frame
 
 
-def _labelled(frame: pd.DataFrame) -> pd.DataFrame:
-    """Add what the groups need, filling what a cell that failed early could not say."""
+def labelled(frame: pd.DataFrame) -> pd.DataFrame:
+    """Add what the groups need, filling what a cell that failed early, or an older record, could not say."""
     frame = frame.copy()
     frame["machine"] = _filled(frame, "device_name", ["device"], frame["cpu_model"])
     frame["threads"] = [

@@ -1,4 +1,4 @@
-"""Ratios to dense attention against length, with rings where a variant becomes cheaper."""
+"""Ratios of cost against length: to dense attention, with rings where a variant becomes cheaper."""
 
 from __future__ import annotations
 
@@ -20,7 +20,16 @@ TITLES = {"time": "step time", "memory": "peak memory", "flops": "executed FLOPs
 
 
 def crossover(cells: pd.DataFrame, look: Look) -> Figure | None:
-    """A row of panels a depth, a panel a comparison; takes `crossover.compared`. None for one length."""
+    """Takes `crossover.compared`; see `ratios`."""
+    title = "Cost over that of dense attention, against sequence length"
+    return ratios(cells, look, title, "ratio to dense", rings="as dear as dense")
+
+
+def ratios(cells: pd.DataFrame, look: Look, title: str, y: str, rings: str = "") -> Figure | None:
+    """A row of panels a depth, a panel a figure of `crossover.FIGURES`; None for one length.
+
+    With `rings`, what they mean, there is one wherever a line passes 1 for the last time.
+    """
     if cells.empty or cells["seq_len"].nunique() < 2:
         return None
     counts = cells["rounds"]
@@ -31,17 +40,18 @@ def crossover(cells: pd.DataFrame, look: Look) -> Figure | None:
         axis.set_title(f"{TITLES[name]}, depth {values['depth']}")
         axis.axhline(1.0, color=GREY, linewidth=1.0)
         for label, own in part.groupby("label"):
-            _variant(axis, own.sort_values("seq_len"), name, look.styles[str(label)])
-    _scales(axes, cells)
-    handles: list[Artist] = [*label_handles(cells, look), ring([], [], GREY, label="as dear as dense")]
+            _line(axis, own.sort_values("seq_len"), name, look.styles[str(label)], rings=bool(rings))
+    _scales(axes, cells, y)
+    handles: list[Artist] = [*label_handles(cells, look)]
+    if rings:
+        handles.append(ring([], [], GREY, label=rings))
     if (counts > 1).any():
         handles.append(Patch(color=GREY, alpha=0.2, linewidth=0, label=interval_of(counts)))
-    title = "Cost over that of dense attention, against sequence length"
     canvas.dress(figure, title, look.setting, f"{look.footer} · {replicates(counts)}", handles)
     return figure
 
 
-def _variant(axis: Axes, own: pd.DataFrame, name: str, style: Style) -> None:
+def _line(axis: Axes, own: pd.DataFrame, name: str, style: Style, *, rings: bool) -> None:
     column = FIGURES[name]
     own = own[own[column].notna()]
     if own.empty:
@@ -49,11 +59,11 @@ def _variant(axis: Axes, own: pd.DataFrame, name: str, style: Style) -> None:
     ends = (f"{column}_low", f"{column}_high")
     draw_curve(axis, own, Curve(column, spread=ends if ends[0] in own else None), style)
     outcome, place = crossing(list(own["seq_len"]), list(own[column]))
-    if outcome in ("from", "until"):
+    if rings and outcome in ("from", "until"):
         axis.add_line(ring([place], [1.0], style.colour))
 
 
-def _scales(axes: list[Axes], cells: pd.DataFrame) -> None:
+def _scales(axes: list[Axes], cells: pd.DataFrame, y: str) -> None:
     """Logarithmic both ways, the same for all panels, with 1 in sight."""
     columns = [f"{name}{end}" for name in FIGURES.values() for end in ("", "_low", "_high")]
     columns = [column for column in columns if column in cells]
@@ -71,4 +81,4 @@ def _scales(axes: list[Axes], cells: pd.DataFrame) -> None:
         canvas.human_axis(axis.yaxis, low, high, lambda value: f"{units.tick(value)}×", binary=False)
         axis.set_xlabel("sequence length (tokens)")
         if number % len(FIGURES) == 0:
-            axis.set_ylabel("ratio to dense")
+            axis.set_ylabel(y)
