@@ -12,7 +12,8 @@ from typing import Any
 from filelock import FileLock
 
 from bench import checkpoints, environment, isolate, records
-from bench.config import Cell, ConfigError, MeasureSpec
+from bench.checks import ConfigError
+from bench.config import Cell, MeasureSpec
 from bench.progress import Progress
 from bench.records import Record
 
