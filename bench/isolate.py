@@ -16,7 +16,7 @@ import time
 import traceback
 import warnings
 from multiprocessing.connection import Connection, wait
-from typing import Any
+from typing import Any, Literal
 
 from bench.config import Cell
 
@@ -64,10 +64,11 @@ def allocator() -> str:
     return ", ".join(f"{key}={os.environ.get(key, 'default')}" for key in _KEEP_MEMORY)
 
 
-def run(cell: Cell, cell_id: str) -> dict[str, Any]:
+def run(cell: Cell, cell_id: str, stop: int | None = None) -> dict[str, Any]:
     """Run the cell in a child; returns the figures it told, with `status`, `reason` and `seconds_total`.
 
-    A child that dies or is stopped for its time keeps what it had told until then.
+    A child that dies or is stopped keeps what it had told until then. It is stopped when its time is over, or
+    when there is something to read from the file descriptor `stop`.
     """
     begun = time.monotonic()
     limit = cell.spec.measure.limit_seconds
@@ -77,34 +78,43 @@ def run(cell: Cell, cell_id: str) -> dict[str, Any]:
     theirs.close()
     figures: dict[str, Any] = {}
     try:
-        ended = _listen(ours, child, begun + limit, figures)
+        end = _listen(ours, child, begun + limit, stop, figures)
     finally:
         if child.is_alive():
             child.kill()
         child.join()
         ours.close()
-    if not ended:
+    if end == "late":
         figures |= {"status": "timeout", "reason": f"still running after measure.limit_seconds={limit:g}"}
+    elif end == "stopped":
+        figures |= {"status": "error", "reason": "stopped by a signal to the sweep"}
     elif "status" not in figures:
         figures |= {"status": "error", "reason": _last_words(child.exitcode)}
     figures["seconds_total"] = time.monotonic() - begun
     return figures
 
 
-def _listen(ours: Connection, child: Any, deadline: float, figures: dict[str, Any]) -> bool:
-    """Gather figures until the child ends (True) or the deadline passes (False)."""
+def _listen(
+    ours: Connection, child: Any, deadline: float, stop: int | None, figures: dict[str, Any]
+) -> Literal["ended", "late", "stopped"]:
+    """Gather figures until the child ends, the deadline passes, or `stop` says so."""
+    stops = [] if stop is None else [stop]
     while True:
-        ready = wait([ours, child.sentinel], timeout=max(0.0, deadline - time.monotonic()))
+        ready = wait([ours, child.sentinel, *stops], timeout=max(0.0, deadline - time.monotonic()))
         if not ready:
-            return False
+            return "late"
         if ours in ready:
             try:
                 figures |= ours.recv()
             except EOFError:
                 child.join(timeout=max(0.0, deadline - time.monotonic()))
-                return child.exitcode is not None
+                return "late" if child.exitcode is None else "ended"
         elif child.sentinel in ready and not ours.poll():
-            return True
+            return "ended"
+        elif "status" not in figures:
+            return "stopped"
+        else:  # all is told but the end
+            stops = []
 
 
 def _last_words(exitcode: int | None) -> str:

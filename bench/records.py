@@ -182,6 +182,7 @@ class Record:
     allocator: str | None = None
     gpu_driver: str | None = None
     started_at: str | None = None
+    ended_at: str | None = None
     load_average: float | None = None
 
     def to_json(self) -> str:

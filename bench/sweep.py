@@ -2,29 +2,25 @@
 
 from __future__ import annotations
 
-import getpass
 import tempfile
 from collections.abc import Sequence
-from dataclasses import replace
+from contextlib import ExitStack, closing
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
-
-from filelock import FileLock
 
 from bench import checkpoints, environment, isolate, records
 from bench.checks import ConfigError
 from bench.config import Cell, MeasureSpec
+from bench.interrupts import Interrupts
+from bench.locks import Claims, on_device
 from bench.progress import Progress
 from bench.records import Record
 
 finished: list[tuple[Path, Record]] = []
 """(experiment's folder, record) of every cell this process was asked for: Hydra does not hand what a
 task returns to whoever started it."""
-
-
-def device_lock(device: str) -> FileLock:
-    """A lock that every run on this machine takes while it measures on the device."""
-    return FileLock(Path(tempfile.gettempdir()) / f"longctx-bench-{getpass.getuser()}-{device}.lock")
 
 
 def identity(cell: Cell) -> dict[str, Any]:
@@ -108,42 +104,92 @@ def stands(record: Record | None, cell: Cell) -> bool:
     return not (cell.rerun == "contaminated" and record.contaminated)
 
 
+@dataclass
+class Job:
+    """A cell of the sweep, and what came of it."""
+
+    cell: Cell
+    known: dict[str, Any]
+    """The part of its record that is known before it runs."""
+    before: Record | None
+    """The record that was there as the sweep began."""
+    result: Record | None = None
+
+    @classmethod
+    def of(cls, cell: Cell, known: dict[str, Any]) -> Job:
+        """With the record that is there now."""
+        before = records.read(cell.folder, known["cell_id"])
+        return cls(cell, known, before, before if stands(before, cell) else None)
+
+    @property
+    def cell_id(self) -> str:
+        """The cell's."""
+        return str(self.known["cell_id"])
+
+    def meanwhile(self) -> Record | None:
+        """The record that another sweep has written since this one began."""
+        now = records.read(self.cell.folder, self.cell_id)
+        return now if now != self.before else None
+
+
 def run(cells: Sequence[Cell]) -> list[Record]:
     """Run each cell whose record does not stand, in rounds; returns the records of all.
 
-    Raises ConfigError or corpora.CorpusError before the first cell runs; after that a cell that
-    fails becomes a record and the sweep goes on.
+    Raises ConfigError or corpora.CorpusError before the first cell runs; after that a cell that fails becomes
+    a record and the sweep goes on. A signal ends it with interrupts.Stopped.
     """
     if not cells:
         raise ConfigError("no cells: the overrides match nothing (is a glob misspelt?)")
     cells = rounds(cells)
     identities = [identity(cell) for cell in cells]
-    for folder in {cell.folder for cell in cells}:
+    folders = {cell.folder for cell in cells}
+    for folder in folders:
         make_folder(folder)
-    known = [records.read(cell.folder, told["cell_id"]) for cell, told in zip(cells, identities, strict=True)]
-    results = [record if stands(record, cell) else None for record, cell in zip(known, cells, strict=True)]
-    with Progress(len(cells)) as progress:
-        progress.skipped(sum(result is not None for result in results))
-        for index, cell in enumerate(cells):
-            if results[index] is None:
-                progress.starting(cell.spec.label)
-                results[index] = _measure(cell, identities[index])
-                progress.finished(results[index])  # type: ignore[arg-type]  # just made
-    done = [result for result in results if result]
-    finished.extend(zip((cell.folder for cell in cells), done, strict=True))
+    jobs = [Job.of(cell, known) for cell, known in zip(cells, identities, strict=True)]
+    with ExitStack() as stack:
+        progress = stack.enter_context(Progress(len(jobs)))
+        interrupts = stack.enter_context(Interrupts())
+        claims = {folder: stack.enter_context(closing(Claims(folder))) for folder in folders}
+        progress.skipped(sum(job.result is not None for job in jobs))
+        for wait in (False, True):  # what another sweep has in hand comes last, when that may be done with it
+            for job in [job for job in jobs if job.result is None]:
+                if wait:
+                    progress.waiting("another sweep measures what is left")
+                with claims[job.cell.folder].of(job.cell_id, wait=wait) as ours:
+                    if ours:
+                        _settle(job, progress, interrupts)
+    done = [job.result for job in jobs if job.result]
+    finished.extend((job.cell.folder, job.result) for job in jobs if job.result)
     return done
 
 
-def _measure(cell: Cell, known: dict[str, Any]) -> Record:
-    """Run the cell and write its record; a checkpoint is left only where a run that was cut short goes on."""
-    cell_id = known["cell_id"]
-    with device_lock(cell.spec.device):
-        if cell.force:
-            checkpoints.remove(cell.folder, cell_id)
-        figures = environment.provenance()
-        figures |= isolate.run(cell, cell_id)
-        record = Record(**(known | figures))
+def _settle(job: Job, progress: Progress, interrupts: Interrupts) -> None:
+    """Find the job's result, which is no other sweep's to find at the same time."""
+    if record := job.meanwhile():
+        job.result = record
+        progress.elsewhere(record)
+        return
+    device = job.cell.spec.device
+    busy = partial(progress.waiting, f"another run measures on {device}")
+    with on_device(device, busy), interrupts.held():
+        progress.starting(job.cell.spec.label)
+        job.result = _measure(job, interrupts.asked)
+        progress.finished(job.result)
+
+
+def _measure(job: Job, stop: int) -> Record:
+    """Run the cell and write its record; a checkpoint is left only where a run that was cut short goes on.
+
+    An attempt that failed, or that a signal stopped, does not take the place of figures that are there.
+    """
+    cell, cell_id = job.cell, job.cell_id
+    if cell.force:
+        checkpoints.remove(cell.folder, cell_id)
+    figures = environment.provenance() | isolate.run(cell, cell_id, stop)
+    record = Record(**(job.known | figures), ended_at=environment.now())
+    final = record.status in records.FINAL
+    if final or job.before is None or job.before.status != "ok":
         records.write(cell.folder, record)
-        if record.status in records.FINAL or record.status == "diverged":  # neither would end otherwise
-            checkpoints.remove(cell.folder, cell_id)
+    if final or record.status == "diverged":  # neither would end otherwise
+        checkpoints.remove(cell.folder, cell_id)
     return record
