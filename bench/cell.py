@@ -17,8 +17,8 @@ from bench.accuracy import measure_accuracy
 from bench.checkpoints import Kept
 from bench.config import Cell
 from bench.evaluate import evaluate
+from bench.measure import nvml, surroundings, timing
 from bench.measure import step as step_measure
-from bench.measure import surroundings, timing
 from bench.measure.roofline import Roofline
 from bench.model import LanguageModel
 from bench.planning import CPU
@@ -256,6 +256,7 @@ class CellRun:
 
         window = surroundings.Window(self.device)
         steps = sample(subject.step)
+        joules = window.joules()
         subject.optimizer.zero_grad(set_to_none=True)
         subject.model.eval()
         forwards = sample(subject.forward)
@@ -268,6 +269,7 @@ class CellRun:
                 "forward_seconds_samples": forwards.seconds,
                 "tokens_per_second": tokens / steps.median,
                 "forward_tokens_per_second": tokens / forwards.median,
+                nvml.ENERGY: None if joules is None else joules / (steps.runs * tokens),
                 "sampling_end": steps.end,
                 "sampling_half_width": steps.half_width,
                 **seen,

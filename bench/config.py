@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -91,6 +92,9 @@ class MeasureSpec:
     """Wall clock of training between checkpoints, at least; what a cell that is killed loses at most."""
     budget: Any = None
     """Memory that a training step may take, such as 80GiB: what fits into it is found by prediction."""
+    limit_bytes: Any = None
+    """Memory that the cell may take on its device, such as 8GiB; what asks for more is out of memory. null is
+    what the device has free."""
     limit_seconds: float = 600.0
     """Wall-clock limit of the cell; past it the cell is stopped and its status is timeout."""
 
@@ -105,7 +109,7 @@ class MeasureSpec:
     def decisive(self) -> dict[str, Any]:
         """The knobs that can change a figure: not how long it may take, nor budgets that are not spent."""
         unspent = [f"train_{name}" for name in TRAIN_BUDGETS if name != self.train_budget]
-        skipped = {"limit_seconds", "checkpoint_seconds", *unspent}
+        skipped = {"limit_bytes", "limit_seconds", "checkpoint_seconds", *unspent}
         if self.precision == MeasureSpec.precision:
             skipped.add("precision")  # younger than cells that were hashed without it
         return {key: value for key, value in dataclasses.asdict(self).items() if key not in skipped}
@@ -254,6 +258,8 @@ def parse(cfg: DictConfig) -> Cell:
     measure = root.measure
     if measure.budget is not None:
         measure = replace(measure, budget=parse_bytes("measure.budget", measure.budget))
+    if measure.limit_bytes is not None:
+        measure = replace(measure, limit_bytes=parse_bytes("measure.limit_bytes", measure.limit_bytes))
     name, params = _variant(dict(root.variant))
     data = _data(dict(root.data))
     spec = CellSpec(
@@ -322,6 +328,8 @@ def _variant(given: dict[str, Any]) -> tuple[str, dict[str, Any]]:
         config_class = variants.load(name).Config
     except variants.UnknownVariant as error:
         raise ConfigError(str(error)) from None
+    except variants.BrokenVariant:  # the cell's to say: others of the sweep can run
+        return name, given
     return name, _knobs("variant", name, config_class, given)
 
 
@@ -332,10 +340,12 @@ def _data(given: dict[str, Any]) -> DataSpec:
 
 
 def _objective(value: str, *, variant: str, data: str) -> str:
-    """One of the task's own; auto is its causal one where the variant can be causal."""
+    """One of the task's own; auto is its causal one where the variant can be causal, or cannot be asked."""
     objectives = tasks.load(data).objectives
     if value == "auto":
-        return objectives[0 if variants.load(variant).caps.causal else -1]
+        with suppress(variants.BrokenVariant):
+            return objectives[0 if variants.load(variant).caps.causal else -1]
+        return objectives[0]
     return choose(f"{data} objective", value, ["auto", *objectives])
 
 

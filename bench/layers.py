@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from omegaconf import OmegaConf
 
 import variants
-from bench import CONFIGS, environment, isolate
+from bench import CONFIGS, children, environment
 from bench.config import MeasureSpec
 from bench.locks import device_lock
 from bench.records import write_atomically
@@ -129,7 +129,7 @@ def in_child(sizes: Sizes, name: str, seq_len: int, *, fake: bool) -> Figures | 
     """`measure` in a process of its own, alone on the device."""
     ours, theirs = Pipe(duplex=False)
     with device_lock("cpu"):
-        child = isolate.context().Process(target=_child, args=(theirs, sizes, name, seq_len, fake))
+        child = children.context().Process(target=_child, args=(theirs, sizes, name, seq_len, fake))
         child.start()
         theirs.close()
         try:

@@ -102,6 +102,9 @@ class Record:
     cuda_reserved_bytes: int | None = None
     library_bytes: int | None = None
     nvml_process_bytes: int | None = None
+    nvml_device_bytes: int | None = None
+    device_leftover_bytes: int | None = None
+    memory_limit_bytes: int | None = None
     state_bytes: int | None = None
 
     # what fits into a budget, by prediction
@@ -118,6 +121,7 @@ class Record:
     forward_tokens_per_second: float | None = None
     sampling_end: str | None = None
     sampling_half_width: float | None = None
+    energy_joules_per_token: float | None = None
     mfu: float | None = None
     peak_flops_per_second: float | None = None
     peak_bytes_per_second: float | None = None
@@ -141,6 +145,7 @@ class Record:
     gpu_power_watts: float | None = None
     gpu_throttling: str | None = None
     gpu_foreign_processes: int | None = None
+    gpu_reason: str | None = None
 
     # quality
     nll: float | None = None
