@@ -16,7 +16,7 @@ DEVICES = ("auto", "cpu", "cuda")
 DTYPES = ("float32", "bfloat16")
 TRAIN_BUDGETS = ("tokens", "flops", "seconds")
 EVAL_SPLITS = ("test", "validation")
-RERUNS = ("none", "contaminated")
+RERUNS = ("none", "contaminated", "oom")
 ACTIVATIONS = ("keep", "checkpoint", "sqrt", "selective", "reversible", "offload")
 
 
@@ -103,6 +103,8 @@ def check_bounds(root: Root) -> None:
             f"{knob}=0: measure.train_budget={measure.train_budget} has nothing to spend; "
             f"give {knob}, or take measure.train_budget={given[0]}"
         )
+    if not 0 <= root.audit_oom <= 1:
+        raise ConfigError(f"audit_oom={root.audit_oom}: allowed is 0 to 1, a share")
     if not 0 <= model.dropout < 1:
         raise ConfigError(f"model.dropout={model.dropout}: allowed is 0 up to below 1")
     if measure.eval_stride is not None and not 1 <= measure.eval_stride <= root.seq_len:

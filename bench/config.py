@@ -145,6 +145,8 @@ class Root:
     name: str = "adhoc"
     force: bool = False
     rerun: str = "none"
+    audit_oom: float = 0.05
+    skip_after_oom: bool = True
     variant: dict[str, Any] = field(default_factory=dict)
     model: ModelSpec = field(default_factory=ModelSpec)
     activations: _Named = field(default_factory=_Named)
@@ -235,6 +237,10 @@ class Cell:
     """Measure it though its record is final."""
     rerun: str = "none"
     """Which final records do not stand, of `RERUNS`."""
+    audit_oom: float = 0.0
+    """Share of the cells that are predicted to exceed their memory which run all the same."""
+    skip_after_oom: bool = True
+    """Leave it where a shorter cell, alike in all else, ran out of memory."""
 
 
 def digest(value: Any) -> str:
@@ -284,6 +290,8 @@ def parse(cfg: DictConfig) -> Cell:
         name=root.name,
         force=root.force,
         rerun=root.rerun,
+        audit_oom=root.audit_oom,
+        skip_after_oom=root.skip_after_oom,
     )
 
 

@@ -25,6 +25,7 @@ _NOT_FIGURES = {
     "environment.py",
     "interrupts.py",
     "layers.py",
+    "lines.py",
     "locks.py",
     "progress.py",
     "sweep.py",

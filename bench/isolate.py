@@ -150,7 +150,7 @@ def _outcome(cell: Cell, cell_id: str, memory: int, theirs: Connection) -> dict[
 
     try:
         limits.hold(cell.spec, memory)
-        CellRun(cell, cell_id, theirs.send).run()
+        CellRun(cell, cell_id, theirs.send, memory).run()
     except Unsupported as reason:
         return {"status": "unsupported", "reason": str(reason)}
     except DoesNotFit as reason:

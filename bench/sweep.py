@@ -14,6 +14,7 @@ from bench import checkpoints, environment, isolate, records
 from bench.checks import ConfigError
 from bench.config import Cell, MeasureSpec
 from bench.interrupts import Interrupts
+from bench.lines import Lines
 from bench.locks import Claims, on_device
 from bench.progress import Progress
 from bench.records import Record
@@ -101,6 +102,8 @@ def stands(record: Record | None, cell: Cell) -> bool:
     """Whether a cell that has this record need not be measured."""
     if cell.force or record is None or record.status not in records.FINAL:
         return False
+    if cell.rerun == "oom":
+        return record.status not in ("oom", "predicted_oom")
     return not (cell.rerun == "contaminated" and record.contaminated)
 
 
@@ -146,6 +149,7 @@ def run(cells: Sequence[Cell]) -> list[Record]:
     for folder in folders:
         make_folder(folder)
     jobs = [Job.of(cell, known) for cell, known in zip(cells, identities, strict=True)]
+    lines = Lines((job.cell, job.result) for job in jobs if job.result)
     with ExitStack() as stack:
         progress = stack.enter_context(Progress(len(jobs)))
         interrupts = stack.enter_context(Interrupts())
@@ -157,39 +161,41 @@ def run(cells: Sequence[Cell]) -> list[Record]:
                     progress.waiting("another sweep measures what is left")
                 with claims[job.cell.folder].of(job.cell_id, wait=wait) as ours:
                     if ours:
-                        _settle(job, progress, interrupts)
+                        job.result = _settle(job, lines, progress, interrupts)
+                        lines.note(job.cell, job.result)
     done = [job.result for job in jobs if job.result]
     finished.extend((job.cell.folder, job.result) for job in jobs if job.result)
     return done
 
 
-def _settle(job: Job, progress: Progress, interrupts: Interrupts) -> None:
-    """Find the job's result, which is no other sweep's to find at the same time."""
+def _settle(job: Job, lines: Lines, progress: Progress, interrupts: Interrupts) -> Record:
+    """What comes of a cell that nobody else has in hand."""
     if record := job.meanwhile():
-        job.result = record
         progress.elsewhere(record)
-        return
-    device = job.cell.spec.device
-    busy = partial(progress.waiting, f"another run measures on {device}")
-    with on_device(device, busy), interrupts.held():
-        progress.starting(job.cell.spec.label)
-        job.result = _measure(job, interrupts.asked)
-        progress.finished(job.result)
+        return record
+    cell = job.cell
+    if reason := lines.past(cell):
+        record = _keep(job, environment.provenance() | {"status": "predicted_oom", "reason": reason})
+        progress.finished(record)
+        return record
+    device = cell.spec.device
+    with on_device(device, partial(progress.waiting, f"another run measures on {device}")), interrupts.held():
+        progress.starting(cell.spec.label)
+        if cell.force:
+            checkpoints.remove(cell.folder, job.cell_id)
+        begun = environment.provenance()
+        record = _keep(job, begun | isolate.run(cell, job.cell_id, interrupts.asked))
+        progress.finished(record)
+    return record
 
 
-def _measure(job: Job, stop: int) -> Record:
-    """Run the cell and write its record; a checkpoint is left only where a run that was cut short goes on.
-
-    An attempt that failed, or that a signal stopped, does not take the place of figures that are there.
-    """
-    cell, cell_id = job.cell, job.cell_id
-    if cell.force:
-        checkpoints.remove(cell.folder, cell_id)
-    figures = environment.provenance() | isolate.run(cell, cell_id, stop)
+def _keep(job: Job, figures: dict[str, Any]) -> Record:
+    """Write the cell's record, unless an attempt that failed, or that a signal stopped, would take the place
+    of figures; a checkpoint is left only where a run that was cut short goes on."""
     record = Record(**(job.known | figures), ended_at=environment.now())
-    final = record.status in records.FINAL
+    folder, final = job.cell.folder, record.status in records.FINAL
     if final or job.before is None or job.before.status != "ok":
-        records.write(cell.folder, record)
+        records.write(folder, record)
     if final or record.status == "diverged":  # neither would end otherwise
-        checkpoints.remove(cell.folder, cell_id)
+        checkpoints.remove(folder, job.cell_id)
     return record
