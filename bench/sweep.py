@@ -16,6 +16,8 @@ from bench.config import Cell, ConfigError, MeasureSpec
 from bench.progress import Progress
 from bench.records import Record
 
+ROOM = 2**16
+"""Bytes that a record takes, and more."""
 finished: list[tuple[Path, Record]] = []
 """(experiment's folder, record) of every cell this process was asked for: Hydra does not hand what a
 task returns to whoever started it."""
@@ -72,11 +74,12 @@ def _training(measure: MeasureSpec) -> dict[str, Any]:
 
 
 def make_folder(folder: Path) -> None:
-    """Make the experiment's folder. Raises ConfigError where it cannot be made or written to."""
+    """Make the experiment's folder. Raises ConfigError where it cannot be made or takes no record more."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(bytes(ROOM))
+            file.flush()
     except OSError as error:
         raise ConfigError(f"results_dir: cannot write to {folder}: {error.strerror}") from None
 
@@ -134,15 +137,26 @@ def run(cells: Sequence[Cell]) -> list[Record]:
 
 
 def _measure(cell: Cell, known: dict[str, Any]) -> Record:
-    """Run the cell and write its record; a checkpoint is left only where a run that was cut short goes on."""
+    """Run the cell and write its record; a checkpoint is left only where a run that was cut short goes on.
+
+    Where the record cannot be written the cell has failed, and it is not run where that is known before.
+    """
     cell_id = known["cell_id"]
     with device_lock(cell.spec.device):
+        figures = environment.provenance()
+        try:
+            make_folder(cell.folder)
+        except ConfigError as error:
+            return Record(**(known | figures), status="error", reason=f"not run: {error}")
         if cell.force:
             checkpoints.remove(cell.folder, cell_id)
-        figures = environment.provenance()
         figures |= isolate.run(cell, cell_id)
         record = Record(**(known | figures))
-        records.write(cell.folder, record)
+        try:
+            records.write(cell.folder, record)
+        except OSError as error:
+            path = records.path_of(cell.folder, cell_id)
+            return replace(record, status="error", reason=f"cannot write {path}: {error.strerror}")
         if record.status in records.FINAL or record.status == "diverged":  # neither would end otherwise
             checkpoints.remove(cell.folder, cell_id)
     return record
