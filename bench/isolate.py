@@ -15,7 +15,7 @@ import time
 import traceback
 import warnings
 from multiprocessing.connection import Connection, wait
-from typing import Any
+from typing import Any, Literal
 
 from bench import cgroups, children, last_words, limits
 from bench.config import Cell
@@ -26,14 +26,14 @@ NO_MEMORY = ("can't allocate memory", "Cannot allocate memory", "std::bad_alloc"
 system's, C++'s, and CUDA's libraries."""
 
 
-def run(cell: Cell, cell_id: str) -> dict[str, Any]:
+def run(cell: Cell, cell_id: str, stop: int | None = None) -> dict[str, Any]:
     """Run the cell in a child; returns the figures it told, with `status`, `reason` and `seconds_total`.
 
-    A child that dies or is stopped for its time keeps what it had told until then. What it said last on
-    stderr is left in the experiment's folder, unless it is ok.
+    A child that dies or is stopped keeps what it had told until then. It is stopped when its time is over, or
+    when there is something to read from the file descriptor `stop`. What it said last on stderr is left in
+    the experiment's folder, unless it is ok.
     """
-    uuid = limits.device_uuid(cell.spec.device) if cell.spec.device != "cpu" else None
-    leftover = limits.leftover_bytes(uuid) if uuid else None
+    leftover = limits.settle(cell.spec.device)
     memory = limits.memory_bytes(cell.spec)
     kills = cgroups.oom_kills()
     figures: dict[str, Any] = {
@@ -51,8 +51,8 @@ def run(cell: Cell, cell_id: str) -> dict[str, Any]:
     theirs.close()
     words.theirs.close()
     try:
-        ended = _listen(ours, words, child, begun + limit, figures)
-        if not ended:
+        end = _listen(ours, words, child, begun + limit, stop, figures)
+        if end == "late":
             words.ask_where(child.pid)
     finally:
         if child.is_alive():
@@ -60,8 +60,10 @@ def run(cell: Cell, cell_id: str) -> dict[str, Any]:
         child.join()
         words.take()
         ours.close()
-    if not ended:
+    if end == "late":
         figures |= {"status": "timeout"} | _why(f"still running after measure.limit_seconds={limit:g}", words)
+    elif end == "stopped":
+        figures |= {"status": "error", "reason": "stopped by a signal to the sweep before it ended"}
     elif "status" not in figures:
         figures |= _unsaid(child.exitcode, words, kills)
     told = figures.pop("traceback", "")
@@ -73,14 +75,17 @@ def run(cell: Cell, cell_id: str) -> dict[str, Any]:
     return figures
 
 
-def _listen(ours: Connection, words: LastWords, child: Any, deadline: float, figures: dict[str, Any]) -> bool:
-    """Gather figures until the child ends (True) or the deadline passes (False)."""
+def _listen(
+    ours: Connection, words: LastWords, child: Any, deadline: float, stop: int | None, figures: dict[str, Any]
+) -> Literal["ended", "late", "stopped"]:
+    """Gather figures until the child ends, the deadline passes, or `stop` says so."""
     telling = True
     while True:
-        pipes = [*([ours] if telling else []), *([words.ours] if words.more else [])]
-        ready = wait([*pipes, child.sentinel], timeout=max(0.0, deadline - time.monotonic()))
+        pipes: list[Any] = [*([ours] if telling else []), *([words.ours] if words.more else [])]
+        stops = [stop] if stop is not None and "status" not in figures else []
+        ready = wait([*pipes, *stops, child.sentinel], timeout=max(0.0, deadline - time.monotonic()))
         if not ready:
-            return False
+            return "late"
         words.take()
         if ours in ready:
             try:
@@ -89,7 +94,9 @@ def _listen(ours: Connection, words: LastWords, child: Any, deadline: float, fig
                 telling = False
         elif child.sentinel in ready:
             child.join()
-            return True
+            return "ended"
+        elif stop in ready:
+            return "stopped"
 
 
 def _why(what: str, words: LastWords) -> dict[str, str]:
@@ -142,7 +149,7 @@ def _outcome(cell: Cell, cell_id: str, memory: int, theirs: Connection) -> dict[
 
     try:
         limits.hold(cell.spec, memory)
-        CellRun(cell, cell_id, theirs.send).run()
+        CellRun(cell, cell_id, theirs.send, memory).run()
     except Unsupported as reason:
         return {"status": "unsupported", "reason": str(reason)}
     except DoesNotFit as reason:

@@ -86,6 +86,7 @@ class Record:
     peak_bytes: int | None = None
     peak_bytes_source: str | None = None
     peak_bytes_predicted: int | None = None
+    audited: bool | None = None
     peak_phase: str | None = None
     forward_peak_bytes: int | None = None
     backward_peak_bytes: int | None = None
@@ -187,6 +188,7 @@ class Record:
     allocator: str | None = None
     gpu_driver: str | None = None
     started_at: str | None = None
+    ended_at: str | None = None
     load_average: float | None = None
 
     def to_json(self) -> str:
