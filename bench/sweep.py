@@ -199,8 +199,8 @@ def _settle(job: Job, lines: Lines, progress: Progress, interrupts: Interrupts) 
 
 def _keep(job: Job, figures: dict[str, Any]) -> Record:
     """Write the cell's record, unless an attempt that failed, or that a signal stopped, would take the place
-    of figures; a checkpoint is left only where a run that was cut short goes on. A cell whose record cannot be
-    written has failed."""
+    of figures; a checkpoint is left only where a run that was cut short goes on. A cell whose record cannot
+    be written has failed."""
     record = Record(**(job.known | figures), ended_at=environment.now())
     folder, final = job.cell.folder, record.status in records.FINAL
     if final or job.before is None or job.before.status != "ok":
