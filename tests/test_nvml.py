@@ -184,9 +184,11 @@ limits.device_uuid = lambda name: "GPU-of-this-machine"
 say(used=GIB, energy=7000, reasons=0)
 
 def spec(limit=None):
-    return CellSpec(variant="dense", variant_params={}, seq_len=8, depth=1, batch_size=1, replicate=0,
-        objective="clm", device="cuda", dtype="float32", activations="keep", model=ModelSpec(), data=DataSpec(),
-        measure=MeasureSpec(limit_bytes=limit))
+    return CellSpec(
+        variant="dense", variant_params={}, seq_len=8, depth=1, batch_size=1, replicate=0, objective="clm",
+        device="cuda", dtype="float32", activations="keep", model=ModelSpec(), data=DataSpec(),
+        measure=MeasureSpec(limit_bytes=limit),
+    )
 
 print(json.dumps({"free": limits.memory_bytes(spec()), "asked": limits.memory_bytes(spec(5))}))
 window = surroundings.Window(device)

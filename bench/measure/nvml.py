@@ -110,6 +110,10 @@ def state(uuid: str) -> DeviceState:
 
 def _state(nvml: Any, handle: Any) -> DeviceState:
     untold: dict[str, str] = {}
+    unavailable = {nvml.NVML_VALUE_NOT_AVAILABLE_uint.value, nvml.NVML_VALUE_NOT_AVAILABLE_ulonglong.value}
+
+    def used(device: Any) -> int:
+        return int(nvml.nvmlDeviceGetMemoryInfo(device).used)
 
     def ask(key: str, question: Callable[..., int], *more: Any) -> int | None:
         try:
