@@ -1,13 +1,16 @@
 """`python -m bench`: run one cell, or with -m a sweep of them. The only file that runs Hydra.
 
 Exit status: 0 when every cell is ok or has a stated reason (unsupported, out of memory); 1 when a
-cell failed, with a list at the end; 2 for a mistake in the command, in one line, with nothing written.
+cell failed, with a list at the end; 2 for a mistake in the command, in one line, with nothing written;
+130 or 143 where Ctrl-C or SIGTERM stopped it, and then it says how to go on.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import os
+import shlex
+import signal
 import sys
 from pathlib import Path
 
@@ -57,10 +60,16 @@ def main() -> int:
         _task()
     except complaints.KINDS as error:
         return _refuse(error)
-    except KeyboardInterrupt:
-        print("stopped; the same command goes on with the cells that are not finished", file=sys.stderr)
-        return 130
+    except KeyboardInterrupt as stop:
+        return _stopped(getattr(stop, "signal", signal.SIGINT))
     return _summary(sweep.finished)
+
+
+def _stopped(by: signal.Signals) -> int:
+    """Say how to go on; the exit status that a shell gives to what a signal ended."""
+    print(f"stopped by {by.name}; what is finished is kept. To go on with the rest:", file=sys.stderr)
+    print(f"  {shlex.join(sys.orig_argv)}", file=sys.stderr)
+    return 128 + by
 
 
 def _summary(finished: list[tuple[Path, Record]]) -> int:

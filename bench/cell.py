@@ -17,8 +17,9 @@ from bench.accuracy import measure_accuracy
 from bench.checkpoints import Kept
 from bench.config import Cell
 from bench.evaluate import evaluate
+from bench.limits import UNLIMITED
+from bench.measure import nvml, surroundings, timing
 from bench.measure import step as step_measure
-from bench.measure import surroundings, timing
 from bench.measure.roofline import Roofline
 from bench.model import LanguageModel
 from bench.planning import CPU
@@ -44,11 +45,18 @@ class DoesNotFit(Exception):
     """The cell is predicted to need more memory than it may take; the message says how much."""
 
 
+def drawn(cell_id: str, share: float) -> bool:
+    """Whether a cell is among a share of all, at random but always the same ones."""
+    return int(cell_id, 16) / (1 << 4 * len(cell_id)) < share
+
+
 class CellRun:
     """The steps of one cell. `run` does them in order."""
 
-    def __init__(self, cell: Cell, cell_id: str, tell: Tell) -> None:
+    def __init__(self, cell: Cell, cell_id: str, tell: Tell, memory: int = UNLIMITED) -> None:
+        """`memory`: bytes that a step may take on the cell's device."""
         self.cell, self.cell_id, self.spec, self.tell = cell, cell_id, cell.spec, tell
+        self.memory = memory
         self.seconds_work = 0.0
         self.variant, self.config, self.dims = self.spec.attention()
         self.device = torch.device(self.spec.device)
@@ -84,6 +92,7 @@ class CellRun:
         if reason := task.unsupported():
             raise Unsupported(reason)
         with self._work():
+            self._afford()
             self._gates()
             subject = self._step(task)
             roofline = self._roofline()
@@ -151,6 +160,21 @@ class CellRun:
             least = self.plan.predict(batch_size=1).peak_bytes
             raise DoesNotFit(f"one sequence is predicted to need {least:,} bytes of {budget:,}")
 
+    def _afford(self) -> None:
+        """Refuse a step whose predicted peak is more than the cell may take; a share of such cells goes on,
+        so that it is known how often that is wrong."""
+        if self._missing(CPU):
+            return  # nothing to predict with
+        peak = self.plan.predict(batch_size=self.spec.batch_size).peak_bytes
+        self.tell({"peak_bytes_predicted": peak})
+        if peak > self.memory:
+            audited = drawn(self.cell_id, self.cell.audit_oom)
+            self.tell({"audited": audited})
+            if not audited:
+                raise DoesNotFit(
+                    f"a step is predicted to take {peak:,} bytes, of {self.memory:,} that it may"
+                )
+
     def _predict(self) -> None:
         figures = self.plan.predict(batch_size=self.spec.batch_size)
         with torch.device("meta"):
@@ -163,9 +187,6 @@ class CellRun:
         def make() -> step_measure.Subject:
             return planning.subject(self.spec, lambda: task.train_batch(0, 0.0), self.device)
 
-        predicted = (
-            None if self._missing(CPU) else self.plan.predict(batch_size=self.spec.batch_size).peak_bytes
-        )
         if self.device.type == "cpu":
             subject, figures = step_measure.on_host(make)
             source = "live_storage"
@@ -174,7 +195,6 @@ class CellRun:
             source = f"{self.device.type}_allocated"
         self._tell_flops(subject.model, figures, source="dispatched")
         self._tell_bytes(figures, source=source)
-        self.tell({"peak_bytes_predicted": predicted})
         if self.spec.activations == "reversible":
             drift: dict[int, float] = {}
             with subject.model.running(partial(reversible, drift=drift)):
@@ -256,6 +276,7 @@ class CellRun:
 
         window = surroundings.Window(self.device)
         steps = sample(subject.step)
+        joules = window.joules()
         subject.optimizer.zero_grad(set_to_none=True)
         subject.model.eval()
         forwards = sample(subject.forward)
@@ -268,6 +289,7 @@ class CellRun:
                 "forward_seconds_samples": forwards.seconds,
                 "tokens_per_second": tokens / steps.median,
                 "forward_tokens_per_second": tokens / forwards.median,
+                nvml.ENERGY: None if joules is None else joules / (steps.runs * tokens),
                 "sampling_end": steps.end,
                 "sampling_half_width": steps.half_width,
                 **seen,

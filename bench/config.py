@@ -7,13 +7,11 @@ runs Hydra or touches the disk.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import hashlib
 import json
-import math
-import re
-from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,31 +20,22 @@ from omegaconf.errors import OmegaConfBaseException
 
 import variants
 from bench import corpora, tasks
+from bench.checks import (
+    ACTIVATIONS,
+    DEVICES,
+    DTYPES,
+    RERUNS,
+    TRAIN_BUDGETS,
+    ConfigError,
+    batch_size,
+    check_bounds,
+    choose,
+    parse_bytes,
+)
 
 if TYPE_CHECKING:
     from bench.tasks.base import Setting, Task, TaskConfig
     from variants.base import Attention, Dims, Knobs, VariantConfig
-
-DEVICES = ("auto", "cpu", "cuda")
-DTYPES = ("float32", "bfloat16")
-TRAIN_BUDGETS = ("tokens", "flops", "seconds")
-EVAL_SPLITS = ("test", "validation")
-RERUNS = ("none", "contaminated")
-ACTIVATIONS = ("keep", "checkpoint", "sqrt", "selective", "reversible", "offload")
-
-
-class ConfigError(ValueError):
-    """A value that cannot be; the message is one line: the value, what is allowed, the nearest match."""
-
-
-def choose(knob: str, value: str, allowed: Iterable[str]) -> str:
-    """The value, if it is allowed. Raises ConfigError with the nearest match otherwise."""
-    options = list(allowed)
-    if value in options:
-        return value
-    near = difflib.get_close_matches(value, options, n=1, cutoff=0.5)
-    hint = f"; did you mean {near[0]}?" if near else ""
-    raise ConfigError(f"{knob}={value}: unknown; allowed are {', '.join(options)}{hint}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,6 +93,9 @@ class MeasureSpec:
     """Wall clock of training between checkpoints, at least; what a cell that is killed loses at most."""
     budget: Any = None
     """Memory that a training step may take, such as 80GiB: what fits into it is found by prediction."""
+    limit_bytes: Any = None
+    """Memory that the cell may take on its device, such as 8GiB; what asks for more is out of memory. null is
+    what the device has free."""
     limit_seconds: float = 600.0
     """Wall-clock limit of the cell; past it the cell is stopped and its status is timeout."""
 
@@ -118,7 +110,7 @@ class MeasureSpec:
     def decisive(self) -> dict[str, Any]:
         """The knobs that can change a figure: not how long it may take, nor budgets that are not spent."""
         unspent = [f"train_{name}" for name in TRAIN_BUDGETS if name != self.train_budget]
-        skipped = {"limit_seconds", "checkpoint_seconds", *unspent}
+        skipped = {"limit_bytes", "limit_seconds", "checkpoint_seconds", *unspent}
         if self.precision == MeasureSpec.precision:
             skipped.add("precision")  # younger than cells that were hashed without it
         return {key: value for key, value in dataclasses.asdict(self).items() if key not in skipped}
@@ -139,7 +131,7 @@ class _Named:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Root:
+class Root:
     """The types of the composed config; the values come from configs/."""
 
     seq_len: int = 1
@@ -154,6 +146,8 @@ class _Root:
     name: str = "adhoc"
     force: bool = False
     rerun: str = "none"
+    audit_oom: float = 0.05
+    skip_after_oom: bool = True
     variant: dict[str, Any] = field(default_factory=dict)
     model: ModelSpec = field(default_factory=ModelSpec)
     activations: _Named = field(default_factory=_Named)
@@ -244,6 +238,10 @@ class Cell:
     """Measure it though its record is final."""
     rerun: str = "none"
     """Which final records do not stand, of `RERUNS`."""
+    audit_oom: float = 0.0
+    """Share of the cells that are predicted to exceed their memory which run all the same."""
+    skip_after_oom: bool = True
+    """Leave it where a shorter cell, alike in all else, ran out of memory."""
 
 
 def digest(value: Any) -> str:
@@ -251,35 +249,15 @@ def digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
 
 
-_UNITS = {"": 1, "B": 1} | {
-    prefix + unit: base**power
-    for unit, base in (("iB", 1024), ("B", 1000))
-    for power, prefix in enumerate("KMGTP", 1)
-}
-
-
-def parse_bytes(knob: str, value: Any) -> int:
-    """A size in bytes from 80GiB, 80 GB, 8e10 or a number. Raises ConfigError with examples."""
-    match = re.fullmatch(r"\s*([0-9.]+(?:[eE][+-]?[0-9]+)?)\s*([A-Za-z]*)\s*", str(value))
-    units = {name.lower(): factor for name, factor in _UNITS.items()}
-    try:
-        size = float(match[1]) * units[match[2].lower()] if match else 0.0
-    except (KeyError, ValueError):
-        size = 0.0
-    if not 1 <= size < 2**63:
-        raise ConfigError(f"{knob}={value}: not a size in memory; write it like 80GiB, 80GB, 512MiB or 8e10")
-    return int(size)
-
-
 def parse(cfg: DictConfig) -> Cell:
     """A checked cell from a composed config. Raises ConfigError."""
     try:
-        merged = OmegaConf.merge(_schema(_Root), OmegaConf.masked_copy(cfg, _keys(cfg)))
+        merged = OmegaConf.merge(_schema(Root), OmegaConf.masked_copy(cfg, _keys(cfg)))
         root = OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:
         raise _translated(error, cfg) from None
-    assert isinstance(root, _Root)
-    _check_bounds(root)
+    assert isinstance(root, Root)
+    check_bounds(root)
     choose("device", root.device, DEVICES)
     choose("dtype", root.dtype, DTYPES)
     choose("activations", root.activations.name, ACTIVATIONS)
@@ -287,6 +265,8 @@ def parse(cfg: DictConfig) -> Cell:
     measure = root.measure
     if measure.budget is not None:
         measure = replace(measure, budget=parse_bytes("measure.budget", measure.budget))
+    if measure.limit_bytes is not None:
+        measure = replace(measure, limit_bytes=parse_bytes("measure.limit_bytes", measure.limit_bytes))
     name, params = _variant(dict(root.variant))
     data = _data(dict(root.data))
     spec = CellSpec(
@@ -294,7 +274,7 @@ def parse(cfg: DictConfig) -> Cell:
         variant_params=params,
         seq_len=root.seq_len,
         depth=root.depth,
-        batch_size=_batch_size(root),
+        batch_size=batch_size(root),
         replicate=root.replicate,
         twin=root.twin,
         objective=_objective(root.objective, variant=name, data=data.name),
@@ -311,11 +291,14 @@ def parse(cfg: DictConfig) -> Cell:
         name=root.name,
         force=root.force,
         rerun=root.rerun,
+        audit_oom=root.audit_oom,
+        skip_after_oom=root.skip_after_oom,
     )
 
 
+@cache
 def _schema(dataclass_type: type[Any]) -> DictConfig:
-    """The types of a frozen dataclass, open to be filled in."""
+    """The types of a frozen dataclass, open to be filled in; a merge works on a copy of it."""
     schema: DictConfig = OmegaConf.structured(dataclass_type)
     for node in [schema, *(schema._get_node(key) for key in schema)]:
         if isinstance(node, DictConfig):
@@ -324,7 +307,7 @@ def _schema(dataclass_type: type[Any]) -> DictConfig:
 
 
 def _keys(cfg: DictConfig) -> list[str]:
-    known = {f.name for f in dataclasses.fields(_Root)}
+    known = {f.name for f in dataclasses.fields(Root)}
     unknown = [str(key) for key in cfg if key not in known and key not in {"hydra", "experiment"}]
     if unknown:
         choose("knob", unknown[0], sorted(known))
@@ -348,80 +331,6 @@ def _noun(expected: str, why: str) -> str:
     return {"int": "a whole number", "float": "a number", "bool": "true or false"}.get(expected, why)
 
 
-def _batch_size(root: _Root) -> int:
-    """Sequences, or 0 for as many as fit."""
-    value = root.batch_size
-    if value == "fit":
-        if root.measure.budget is None:
-            raise ConfigError("batch_size=fit: needs measure.budget, such as measure.budget=8GiB")
-        return 0
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ConfigError(f"batch_size={value}: allowed is 1 or more, or fit with a measure.budget")
-    return value
-
-
-def _check_bounds(root: _Root) -> None:
-    model, measure = root.model, root.measure
-    choose("measure.train_budget", measure.train_budget, TRAIN_BUDGETS)
-    choose("measure.eval_split", measure.eval_split, EVAL_SPLITS)
-    at_least = {
-        "seq_len": (root.seq_len, 1),
-        "depth": (root.depth, 1),
-        "replicate": (root.replicate, 0),
-        "twin": (root.twin, 0),
-        "model.d_model": (model.d_model, 2),
-        "model.heads": (model.heads, 1),
-        "model.ff_mult": (model.ff_mult, 1),
-        "model.ff_chunks": (model.ff_chunks, 1),
-        "measure.min_samples": (measure.min_samples, 1),
-        "measure.time_seconds": (measure.time_seconds, 0),
-        "measure.precision": (measure.precision, 0),
-        "measure.train_tokens": (measure.train_tokens, 0),
-        "measure.train_flops": (measure.train_flops, 0),
-        "measure.train_seconds": (measure.train_seconds, 0),
-        "measure.checkpoint_seconds": (measure.checkpoint_seconds, 0),
-        "measure.eval_tokens": (measure.eval_tokens, 1 if measure.train_amount else 0),
-        "measure.history_targets": (measure.history_targets, 0),
-    }
-    for knob, (value, least) in at_least.items():
-        if not value >= least:  # so that NaN is refused too
-            raise ConfigError(f"{knob}={value}: allowed is {least} or more")
-    for knob, amount in (("train_flops", measure.train_flops), ("train_seconds", measure.train_seconds)):
-        if amount == math.inf:
-            raise ConfigError(f"measure.{knob}={amount}: training has to end; allowed is a finite number")
-    given = [name for name in TRAIN_BUDGETS if getattr(measure, f"train_{name}")]
-    if given and not measure.train_amount:
-        knob = f"measure.train_{measure.train_budget}"
-        raise ConfigError(
-            f"{knob}=0: measure.train_budget={measure.train_budget} has nothing to spend; "
-            f"give {knob}, or take measure.train_budget={given[0]}"
-        )
-    if not 0 <= model.dropout < 1:
-        raise ConfigError(f"model.dropout={model.dropout}: allowed is 0 up to below 1")
-    if measure.eval_stride is not None and not 1 <= measure.eval_stride <= root.seq_len:
-        allowed = f"1 to seq_len={root.seq_len}, or null for windows side by side"
-        raise ConfigError(f"measure.eval_stride={measure.eval_stride}: allowed is {allowed}")
-    if measure.history_targets == 1:
-        raise ConfigError("measure.history_targets=1: one has no spread; allowed is 0 for none, or 2 or more")
-    for knob, above in (("learning_rate", measure.learning_rate), ("limit_seconds", measure.limit_seconds)):
-        if not above > 0:
-            raise ConfigError(f"measure.{knob}={above}: allowed is more than 0")
-    if model.d_model % model.heads:
-        divisors = [h for h in range(1, model.d_model + 1) if model.d_model % h == 0]
-        near = min(divisors, key=lambda h: (abs(h - model.heads), h))
-        raise ConfigError(
-            f"model.heads={model.heads}: must divide model.d_model={model.d_model}; "
-            f"the nearest that does is {near}"
-        )
-    if (model.d_model // model.heads) % 2:
-        raise ConfigError(
-            f"model.heads={model.heads}: gives heads of {model.d_model // model.heads} channels; "
-            "rotary positions need an even number"
-        )
-    if not root.name or Path(root.name).is_absolute() or ".." in Path(root.name).parts:
-        raise ConfigError(f"name={root.name!r}: allowed is a folder name under results_dir")
-
-
 def _variant(given: dict[str, Any]) -> tuple[str, dict[str, Any]]:
     """The variant's name and its complete knobs, defaults filled in."""
     name = str(given.pop("name", ""))
@@ -429,6 +338,8 @@ def _variant(given: dict[str, Any]) -> tuple[str, dict[str, Any]]:
         config_class = variants.load(name).Config
     except variants.UnknownVariant as error:
         raise ConfigError(str(error)) from None
+    except variants.BrokenVariant:  # the cell's to say: others of the sweep can run
+        return name, given
     return name, _knobs("variant", name, config_class, given)
 
 
@@ -439,10 +350,12 @@ def _data(given: dict[str, Any]) -> DataSpec:
 
 
 def _objective(value: str, *, variant: str, data: str) -> str:
-    """One of the task's own; auto is its causal one where the variant can be causal."""
+    """One of the task's own; auto is its causal one where the variant can be causal, or cannot be asked."""
     objectives = tasks.load(data).objectives
     if value == "auto":
-        return objectives[0 if variants.load(variant).caps.causal else -1]
+        with suppress(variants.BrokenVariant):
+            return objectives[0 if variants.load(variant).caps.causal else -1]
+        return objectives[0]
     return choose(f"{data} objective", value, ["auto", *objectives])
 
 
@@ -454,7 +367,8 @@ def _knobs(group: str, name: str, config_class: type[Knobs], given: dict[str, An
         if isinstance(defaults[knob], tuple) and not isinstance(value, list):
             given[knob] = [value]
     try:
-        typed = OmegaConf.to_object(OmegaConf.merge(_schema(config_class), given))
+        schema = _schema(config_class)  # type: ignore[arg-type]  # takes its instances' hash for its own
+        typed = OmegaConf.to_object(OmegaConf.merge(schema, given))
     except OmegaConfBaseException as error:
         translated = _translated(error, OmegaConf.create(given))
         raise ConfigError(f"{group}.{translated}") from None

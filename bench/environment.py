@@ -19,7 +19,17 @@ from typing import Any
 import variants
 
 HERE = Path(__file__).parent
-_NOT_FIGURES = {"__main__.py", "complaints.py", "environment.py", "layers.py", "progress.py", "sweep.py"}
+_NOT_FIGURES = {
+    "__main__.py",
+    "complaints.py",
+    "environment.py",
+    "interrupts.py",
+    "layers.py",
+    "lines.py",
+    "locks.py",
+    "progress.py",
+    "sweep.py",
+}
 """Files of this package that cannot change a figure: what runs cells, not what a cell does."""
 
 
@@ -67,6 +77,11 @@ def cpu_model() -> str | None:
     return names[0] if names else platform.machine() or None
 
 
+def now() -> str:
+    """The time, for a record."""
+    return datetime.now(UTC).isoformat(timespec="milliseconds")
+
+
 def provenance() -> dict[str, Any]:
     """The part of a record that says where it came from; what only the cell's process knows is not in it."""
     commit, dirty = _git_state()
@@ -76,7 +91,7 @@ def provenance() -> dict[str, Any]:
         "torch_version": version("torch"),
         "python_version": platform.python_version(),
         "cpu_model": cpu_model(),
-        "started_at": datetime.now(UTC).isoformat(timespec="milliseconds"),
+        "started_at": now(),
         "load_average": os.getloadavg()[0],
     }
 

@@ -1,125 +1,133 @@
-"""One cell, one child process: a wall-clock limit, a typed status, and figures that outlive a crash.
+"""One cell, one child process: limits of time and memory, a typed status, and figures that outlive a crash.
 
-The parent blocks on a pipe and on the child's end, so that it takes no core from the child.
+The parent blocks on pipes and on the child's end, so that it takes no core from the child.
 """
 
 from __future__ import annotations
 
+import errno
 import multiprocessing
-import multiprocessing.util
 import os
 import signal
 import sys
-import tempfile
 import threading
 import time
 import traceback
 import warnings
 from multiprocessing.connection import Connection, wait
-from typing import Any
+from typing import Any, Literal
 
+from bench import cgroups, children, last_words, limits
 from bench.config import Cell
+from bench.last_words import LastWords
 
-_KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(2**32), "MALLOC_TRIM_THRESHOLD_": str(2**40)}
-"""glibc settings under which freed memory stays with the process: a step then reuses pages, as it does
-after the first few seconds of any long training, instead of paying for fresh ones each time."""
-_LONGEST_FOLDER = 70
-"""Bytes of a folder's path in which a socket of multiprocessing's, 33 bytes more, still has a legal one."""
-_PRELOAD = [
-    "torch",
-    "torch._dynamo",
-    "torch._subclasses.fake_tensor",
-    "torch.utils.flop_counter",
-    "bench.cell",
-]
+NO_MEMORY = ("can't allocate memory", "Cannot allocate memory", "std::bad_alloc", "STATUS_ALLOC_FAILED")
+"""Of a plain RuntimeError, or of a library that aborts the process: torch's allocator on the CPU, the
+system's, C++'s, and CUDA's libraries."""
 
 
-def _find_room_for_sockets() -> None:
-    """Where the temporary folder's path is too long for a socket in it, as some clusters' are, have
-    multiprocessing take /tmp for its sockets; it keeps to its first choice."""
-    given = tempfile.gettempdir()
-    if len(os.fsencode(given)) <= _LONGEST_FOLDER:
-        return
-    tempfile.tempdir = "/tmp"
-    try:
-        multiprocessing.util.get_temp_dir()
-    finally:
-        tempfile.tempdir = given
-
-
-def context() -> Any:
-    """How children start: from a server that has torch loaded and does nothing else.
-
-    CUDA does not survive a fork, so importing what the server preloads must not initialise it.
-    """
-    _find_room_for_sockets()
-    os.environ.update({k: v for k, v in _KEEP_MEMORY.items() if k not in os.environ})
-    forkserver = multiprocessing.get_context("forkserver")
-    forkserver.set_forkserver_preload(_PRELOAD)
-    return forkserver
-
-
-def allocator() -> str:
-    """The memory allocator's settings in this process, for the record."""
-    return ", ".join(f"{key}={os.environ.get(key, 'default')}" for key in _KEEP_MEMORY)
-
-
-def run(cell: Cell, cell_id: str) -> dict[str, Any]:
+def run(cell: Cell, cell_id: str, stop: int | None = None) -> dict[str, Any]:
     """Run the cell in a child; returns the figures it told, with `status`, `reason` and `seconds_total`.
 
-    A child that dies or is stopped for its time keeps what it had told until then.
+    A child that dies or is stopped keeps what it had told until then. It is stopped when its time is over, or
+    when there is something to read from the file descriptor `stop`. What it said last on stderr is left in
+    the experiment's folder, unless it is ok.
     """
+    leftover = limits.settle(cell.spec.device)
+    memory = limits.memory_bytes(cell.spec)
+    kills = cgroups.oom_kills()
+    figures: dict[str, Any] = {
+        "device_leftover_bytes": leftover,
+        "memory_limit_bytes": None if memory == limits.UNLIMITED else memory,
+    }
     begun = time.monotonic()
     limit = cell.spec.measure.limit_seconds
+    words = LastWords()
     ours, theirs = multiprocessing.Pipe(duplex=False)
-    child = context().Process(target=_child, args=(cell, cell_id, theirs), daemon=True)
+    child = children.context().Process(
+        target=_child, args=(cell, cell_id, memory, theirs, words.theirs), daemon=True
+    )
     child.start()
     theirs.close()
-    figures: dict[str, Any] = {}
+    words.theirs.close()
     try:
-        ended = _listen(ours, child, begun + limit, figures)
+        end = _listen(ours, words, child, begun + limit, stop, figures)
+        if end == "late":
+            words.ask_where(child.pid)
     finally:
         if child.is_alive():
             child.kill()
         child.join()
+        words.take()
         ours.close()
-    if not ended:
-        figures |= {"status": "timeout", "reason": f"still running after measure.limit_seconds={limit:g}"}
+    if end == "late":
+        figures |= {"status": "timeout"} | _why(f"still running after measure.limit_seconds={limit:g}", words)
+    elif end == "stopped":
+        figures |= {"status": "error", "reason": "stopped by a signal to the sweep before it ended"}
     elif "status" not in figures:
-        figures |= {"status": "error", "reason": _last_words(child.exitcode)}
+        figures |= _unsaid(child.exitcode, words, kills)
+    told = figures.pop("traceback", "")
+    if figures["status"] == "error":
+        sys.stderr.write(told)
+    last_words.keep(cell.folder, cell_id, "" if figures["status"] == "ok" else words.text + told)
+    words.ours.close()
     figures["seconds_total"] = time.monotonic() - begun
     return figures
 
 
-def _listen(ours: Connection, child: Any, deadline: float, figures: dict[str, Any]) -> bool:
-    """Gather figures until the child ends (True) or the deadline passes (False)."""
+def _listen(
+    ours: Connection, words: LastWords, child: Any, deadline: float, stop: int | None, figures: dict[str, Any]
+) -> Literal["ended", "late", "stopped"]:
+    """Gather figures until the child ends, the deadline passes, or `stop` says so."""
+    telling = True
     while True:
-        ready = wait([ours, child.sentinel], timeout=max(0.0, deadline - time.monotonic()))
+        pipes: list[Any] = [*([ours] if telling else []), *([words.ours] if words.more else [])]
+        stops = [stop] if stop is not None and "status" not in figures else []
+        ready = wait([*pipes, *stops, child.sentinel], timeout=max(0.0, deadline - time.monotonic()))
         if not ready:
-            return False
+            return "late"
+        words.take()
         if ours in ready:
             try:
                 figures |= ours.recv()
-            except EOFError:
-                child.join(timeout=max(0.0, deadline - time.monotonic()))
-                return child.exitcode is not None
-        elif child.sentinel in ready and not ours.poll():
-            return True
+            except (EOFError, OSError):  # it ended, perhaps in the middle of a figure
+                telling = False
+        elif child.sentinel in ready:
+            child.join()
+            return "ended"
+        elif stop in ready:
+            return "stopped"
 
 
-def _last_words(exitcode: int | None) -> str:
-    if exitcode is not None and exitcode < 0:
-        return f"the cell's process was killed by {signal.Signals(-exitcode).name}"
-    return f"the cell's process ended with exit status {exitcode} and no result"
+def _why(what: str, words: LastWords) -> dict[str, str]:
+    line = words.line()
+    return {"reason": f"{what}: {line}" if line else what}
 
 
-def _child(cell: Cell, cell_id: str, theirs: Connection) -> None:
+def _unsaid(exitcode: int | None, words: LastWords, kills_before: int | None) -> dict[str, Any]:
+    """How a child ended that did not say it: out of memory where there is evidence of that."""
+    if exitcode is None or exitcode >= 0:
+        return {"status": "error"} | _why(
+            f"the cell's process ended with exit status {exitcode} and no result", words
+        )
+    name = signal.Signals(-exitcode).name
+    what = f"the cell's process was killed by {name}"
+    kills = cgroups.oom_kills()
+    if name == "SIGKILL" and kills is not None and kills_before is not None and kills > kills_before:
+        return {"status": "oom", "reason": f"{what}, and the kernel counts a kill for want of memory"}
+    if name == "SIGABRT" and (said := next((sign for sign in NO_MEMORY if sign in words.text), None)):
+        return {"status": "oom", "reason": f"{what} after {said}"}
+    return {"status": "error"} | _why(what, words)
+
+
+def _child(cell: Cell, cell_id: str, memory: int, theirs: Connection, stderr: Connection) -> None:
+    last_words.speak_into(stderr)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle; it stops us
     # autograd's thread may begin with cuBLAS, which then makes the context current itself: of no consequence
     warnings.filterwarnings("ignore", "Attempting to run cuBLAS, but there was no current CUDA context")
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    theirs.send({"allocator": allocator()})
-    theirs.send(_outcome(cell, cell_id, theirs))
+    theirs.send({"allocator": children.allocator()})
+    theirs.send(_outcome(cell, cell_id, memory, theirs))
     theirs.close()
 
 
@@ -132,14 +140,16 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def _outcome(cell: Cell, cell_id: str, theirs: Connection) -> dict[str, Any]:
+def _outcome(cell: Cell, cell_id: str, memory: int, theirs: Connection) -> dict[str, Any]:
+    """How the cell ended, by the record's keys, and the `traceback` of what was not foreseen."""
     from bench.cell import CellRun, DoesNotFit, Unsupported
     from bench.gates import GateFailed
     from bench.measure.roofline import AboveRoofline
     from bench.train import Diverged
 
     try:
-        CellRun(cell, cell_id, theirs.send).run()
+        limits.hold(cell.spec, memory)
+        CellRun(cell, cell_id, theirs.send, memory).run()
     except Unsupported as reason:
         return {"status": "unsupported", "reason": str(reason)}
     except DoesNotFit as reason:
@@ -149,11 +159,12 @@ def _outcome(cell: Cell, cell_id: str, theirs: Connection) -> dict[str, Any]:
     except Diverged as failure:
         return {"status": "diverged", "reason": str(failure), "diverged_step": failure.step}
     except Exception as failure:
-        status = "oom" if out_of_memory(failure) else "error"
-        if status == "error":
-            traceback.print_exc(file=sys.stderr)
         first_line = (str(failure).strip().splitlines() or [""])[0]
-        return {"status": status, "reason": f"{type(failure).__name__}: {first_line}"}
+        return {
+            "status": "oom" if out_of_memory(failure) else "error",
+            "reason": f"{type(failure).__name__}: {first_line}",
+            "traceback": traceback.format_exc(),
+        }
     return {"status": "ok", "reason": None}
 
 
@@ -161,6 +172,8 @@ def out_of_memory(failure: Exception) -> bool:
     """Whether an exception says that memory ran out; on the CPU torch raises a plain RuntimeError."""
     import torch
 
+    if isinstance(failure, OSError):
+        return failure.errno == errno.ENOMEM
     if isinstance(failure, MemoryError | torch.OutOfMemoryError):
         return True
-    return isinstance(failure, RuntimeError) and "can't allocate memory" in str(failure)
+    return isinstance(failure, RuntimeError) and any(sign in str(failure) for sign in NO_MEMORY)

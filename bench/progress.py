@@ -48,6 +48,7 @@ class Progress:
         self.total, self.done, self.measured = total, 0, 0
         self.begun = time.monotonic()
         self.bar: RichProgress | None = None
+        self.waited = False
 
     def __enter__(self) -> Progress:
         if sys.stderr.isatty():
@@ -90,6 +91,19 @@ class Progress:
         if count:
             self.done += count
             self._say(f"{count} of {self.total} cells were finished before and are not run again")
+
+    def waiting(self, what: str) -> None:
+        """Another sweep has what the next cell needs; plain lines say so once."""
+        if self.bar:
+            self.bar.update(self.bar.task_ids[0], description=f"waiting: {what}", refresh=True)
+        elif not self.waited:
+            print(f"waiting: {what}", file=sys.stderr, flush=True)
+        self.waited = True
+
+    def elsewhere(self, record: Record) -> None:
+        """Another sweep measured a cell meanwhile."""
+        self.done += 1
+        self._say(f"[{self.done}/{self.total}] by another sweep: {describe(record)}")
 
     def finished(self, record: Record) -> None:
         """A cell ended."""

@@ -2,28 +2,28 @@
 
 from __future__ import annotations
 
-import getpass
 import tempfile
 from collections.abc import Sequence
-from dataclasses import replace
+from contextlib import ExitStack, closing
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock
-
 from bench import checkpoints, environment, isolate, records
-from bench.config import Cell, ConfigError, MeasureSpec
+from bench.checks import ConfigError
+from bench.config import Cell, MeasureSpec
+from bench.interrupts import Interrupts
+from bench.lines import Lines
+from bench.locks import Claims, on_device
 from bench.progress import Progress
 from bench.records import Record
 
+ROOM = 2**16
+"""Bytes that a record takes, and more."""
 finished: list[tuple[Path, Record]] = []
 """(experiment's folder, record) of every cell this process was asked for: Hydra does not hand what a
 task returns to whoever started it."""
-
-
-def device_lock(device: str) -> FileLock:
-    """A lock that every run on this machine takes while it measures on the device."""
-    return FileLock(Path(tempfile.gettempdir()) / f"longctx-bench-{getpass.getuser()}-{device}.lock")
 
 
 def identity(cell: Cell) -> dict[str, Any]:
@@ -72,11 +72,12 @@ def _training(measure: MeasureSpec) -> dict[str, Any]:
 
 
 def make_folder(folder: Path) -> None:
-    """Make the experiment's folder. Raises ConfigError where it cannot be made or written to."""
+    """Make the experiment's folder. Raises ConfigError where it cannot be made or takes no record more."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(bytes(ROOM))
+            file.flush()
     except OSError as error:
         raise ConfigError(f"results_dir: cannot write to {folder}: {error.strerror}") from None
 
@@ -104,45 +105,110 @@ def stands(record: Record | None, cell: Cell) -> bool:
     """Whether a cell that has this record need not be measured."""
     if cell.force or record is None or record.status not in records.FINAL:
         return False
+    if cell.rerun == "oom":
+        return record.status not in ("oom", "predicted_oom")
     return not (cell.rerun == "contaminated" and record.contaminated)
+
+
+@dataclass
+class Job:
+    """A cell of the sweep, and what came of it."""
+
+    cell: Cell
+    known: dict[str, Any]
+    """The part of its record that is known before it runs."""
+    before: Record | None
+    """The record that was there as the sweep began."""
+    result: Record | None = None
+
+    @classmethod
+    def of(cls, cell: Cell, known: dict[str, Any]) -> Job:
+        """With the record that is there now."""
+        before = records.read(cell.folder, known["cell_id"])
+        return cls(cell, known, before, before if stands(before, cell) else None)
+
+    @property
+    def cell_id(self) -> str:
+        """The cell's."""
+        return str(self.known["cell_id"])
+
+    def meanwhile(self) -> Record | None:
+        """The record that another sweep has written since this one began."""
+        now = records.read(self.cell.folder, self.cell_id)
+        return now if now != self.before else None
 
 
 def run(cells: Sequence[Cell]) -> list[Record]:
     """Run each cell whose record does not stand, in rounds; returns the records of all.
 
-    Raises ConfigError or corpora.CorpusError before the first cell runs; after that a cell that
-    fails becomes a record and the sweep goes on.
+    Raises ConfigError or corpora.CorpusError before the first cell runs; after that a cell that fails becomes
+    a record and the sweep goes on. A signal ends it with interrupts.Stopped.
     """
     if not cells:
         raise ConfigError("no cells: the overrides match nothing (is a glob misspelt?)")
     cells = rounds(cells)
     identities = [identity(cell) for cell in cells]
-    for folder in {cell.folder for cell in cells}:
+    folders = {cell.folder for cell in cells}
+    for folder in folders:
         make_folder(folder)
-    known = [records.read(cell.folder, told["cell_id"]) for cell, told in zip(cells, identities, strict=True)]
-    results = [record if stands(record, cell) else None for record, cell in zip(known, cells, strict=True)]
-    with Progress(len(cells)) as progress:
-        progress.skipped(sum(result is not None for result in results))
-        for index, cell in enumerate(cells):
-            if results[index] is None:
-                progress.starting(cell.spec.label)
-                results[index] = _measure(cell, identities[index])
-                progress.finished(results[index])  # type: ignore[arg-type]  # just made
-    done = [result for result in results if result]
-    finished.extend(zip((cell.folder for cell in cells), done, strict=True))
+    jobs = [Job.of(cell, known) for cell, known in zip(cells, identities, strict=True)]
+    lines = Lines((job.cell, job.result) for job in jobs if job.result)
+    with ExitStack() as stack:
+        progress = stack.enter_context(Progress(len(jobs)))
+        interrupts = stack.enter_context(Interrupts())
+        claims = {folder: stack.enter_context(closing(Claims(folder))) for folder in folders}
+        progress.skipped(sum(job.result is not None for job in jobs))
+        for wait in (False, True):  # what another sweep has in hand comes last, when that may be done with it
+            for job in [job for job in jobs if job.result is None]:
+                if wait:
+                    progress.waiting("another sweep measures what is left")
+                with claims[job.cell.folder].of(job.cell_id, wait=wait) as ours:
+                    if ours:
+                        job.result = _settle(job, lines, progress, interrupts)
+                        lines.note(job.cell, job.result)
+    done = [job.result for job in jobs if job.result]
+    finished.extend((job.cell.folder, job.result) for job in jobs if job.result)
     return done
 
 
-def _measure(cell: Cell, known: dict[str, Any]) -> Record:
-    """Run the cell and write its record; a checkpoint is left only where a run that was cut short goes on."""
-    cell_id = known["cell_id"]
-    with device_lock(cell.spec.device):
-        if cell.force:
-            checkpoints.remove(cell.folder, cell_id)
-        figures = environment.provenance()
-        figures |= isolate.run(cell, cell_id)
-        record = Record(**(known | figures))
-        records.write(cell.folder, record)
-        if record.status in records.FINAL or record.status == "diverged":  # neither would end otherwise
-            checkpoints.remove(cell.folder, cell_id)
+def _settle(job: Job, lines: Lines, progress: Progress, interrupts: Interrupts) -> Record:
+    """What comes of a cell that nobody else has in hand."""
+    if record := job.meanwhile():
+        progress.elsewhere(record)
+        return record
+    cell = job.cell
+    if reason := lines.past(cell):
+        record = _keep(job, environment.provenance() | {"status": "predicted_oom", "reason": reason})
+        progress.finished(record)
+        return record
+    device = cell.spec.device
+    with on_device(device, partial(progress.waiting, f"another run measures on {device}")), interrupts.held():
+        progress.starting(cell.spec.label)
+        begun = environment.provenance()
+        try:
+            make_folder(cell.folder)
+        except ConfigError as error:
+            record = Record(**(job.known | begun), status="error", reason=f"not run: {error}")
+        else:
+            if cell.force:
+                checkpoints.remove(cell.folder, job.cell_id)
+            record = _keep(job, begun | isolate.run(cell, job.cell_id, interrupts.asked))
+        progress.finished(record)
+    return record
+
+
+def _keep(job: Job, figures: dict[str, Any]) -> Record:
+    """Write the cell's record, unless an attempt that failed, or that a signal stopped, would take the place
+    of figures; a checkpoint is left only where a run that was cut short goes on. A cell whose record cannot
+    be written has failed."""
+    record = Record(**(job.known | figures), ended_at=environment.now())
+    folder, final = job.cell.folder, record.status in records.FINAL
+    if final or job.before is None or job.before.status != "ok":
+        try:
+            records.write(folder, record)
+        except OSError as error:
+            path = records.path_of(folder, job.cell_id)
+            return replace(record, status="error", reason=f"cannot write {path}: {error.strerror}")
+    if final or record.status == "diverged":  # neither would end otherwise
+        checkpoints.remove(folder, job.cell_id)
     return record

@@ -15,8 +15,10 @@ import importlib.metadata
 import importlib.util
 import inspect
 import pkgutil
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from variants.base import Attention
@@ -27,6 +29,10 @@ _SHARED = {"base", "layers", "patterns"}
 
 class UnknownVariant(ValueError):
     """No variant has this name; the message says which there are and which is nearest."""
+
+
+class BrokenVariant(ImportError):
+    """A variant's module raises as it is imported; the message names it and what it raised."""
 
 
 class PluginClash(ValueError):
@@ -60,13 +66,15 @@ def names() -> list[str]:
 def load(name: str) -> type[Attention]:
     """The variant's class.
 
-    Raises UnknownVariant for a name that is none, TypeError for a module that does not define
-    exactly one variant or an entry point that is not one.
+    Raises UnknownVariant for a name that is none, BrokenVariant for one that cannot be imported, TypeError
+    for a module that does not define exactly one variant or an entry point that is not one.
     """
     from variants.base import Attention
 
     if name in _builtin():
-        module = importlib.import_module(f"{__name__}.{name}")
+        module = _imported_or_broken(
+            f"variants/{name}.py", partial(importlib.import_module, f"variants.{name}")
+        )
         found = [
             thing
             for thing in vars(module).values()
@@ -76,7 +84,7 @@ def load(name: str) -> type[Attention]:
             raise TypeError(f"variants/{name}.py defines {len(found)} variants; it must define one")
         return found[0]
     if point := plugins().get(name):
-        loaded = point.load()
+        loaded = _imported_or_broken(f"plug-in {point.value}", point.load)
         if not (inspect.isclass(loaded) and issubclass(loaded, Attention)):
             raise TypeError(f"plug-in {point.value} is not a subclass of variants.base.Attention")
         return loaded
@@ -85,11 +93,18 @@ def load(name: str) -> type[Attention]:
     raise UnknownVariant(f"variant={name}: unknown; there are {', '.join(names())}{hint}")
 
 
+def _imported_or_broken(what: str, imported: Callable[[], Any]) -> Any:
+    try:
+        return imported()
+    except (Exception, SystemExit) as error:  # a module may do anything
+        raise BrokenVariant(f"{what} cannot be imported: {type(error).__name__}: {error}") from error
+
+
 def source_files(name: str) -> list[Path]:
     """The Python files whose text decides a variant's figures: its own and those of this package that
     it imports, directly or not."""
     found: dict[Path, None] = {}
-    todo = [Path(inspect.getfile(load(name)))]
+    todo = [_source_file(name)]
     while todo:
         file = todo.pop()
         if file not in found:
@@ -98,10 +113,26 @@ def source_files(name: str) -> list[Path]:
     return sorted(found)
 
 
+def _source_file(name: str) -> Path:
+    """The file that defines the variant, or that ought to where it cannot be imported."""
+    try:
+        return Path(inspect.getfile(load(name)))
+    except BrokenVariant:
+        module = f"{__name__}.{name}" if name in _builtin() else plugins()[name].module
+        spec = importlib.util.find_spec(module)
+        if spec is None or spec.origin is None:
+            raise
+        return Path(spec.origin)
+
+
 def _imported(file: Path) -> list[Path]:
     """The modules of this package that a file imports."""
     modules = set()
-    for node in ast.walk(ast.parse(file.read_bytes())):
+    try:
+        tree = ast.parse(file.read_bytes())
+    except SyntaxError:  # of a variant that cannot be imported, for one
+        return []
+    for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == __name__:
             modules |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
         elif isinstance(node, ast.Import):

@@ -59,7 +59,7 @@ class Surroundings:
         """By the record's keys."""
         own = asdict(self)
         del own["device"]
-        return own | asdict(self.device)
+        return own | self.device.figures()
 
     def contaminated(self, *, threads: int, cores: int) -> str | None:
         """Why samples taken in these surroundings are not to be trusted; None where they are.
@@ -86,6 +86,11 @@ class Window:
         self.state = nvml.read(device)
         self.load = os.getloadavg()[0]
         self.begun = _Counters()
+
+    def joules(self) -> float | None:
+        """Energy that the device has drawn since; None where the driver has no count."""
+        begun, now = self.state.joules, nvml.read(self.device).joules
+        return None if begun is None or now is None else now - begun
 
     def end(self) -> dict[str, Any]:
         """What went on since, and `contaminated`, by the record's keys."""

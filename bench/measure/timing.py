@@ -34,6 +34,8 @@ class Samples:
     seconds: list[float]
     end: Literal["precise", "budget"]
     """Why sampling ended: the interval was narrow, or the time or `MOST_SAMPLES` runs were spent."""
+    runs: int
+    """How often the work was done in all, the warm-up and samples that were dropped included."""
 
     @property
     def median(self) -> float:
@@ -86,9 +88,9 @@ def sample(
         if spent or precise():
             taken = warm(taken, at_least)
             if precise():
-                return Samples(seconds=taken, end="precise")
+                return Samples(seconds=taken, end="precise", runs=WARM_UP + runs)
             if spent:
-                return Samples(seconds=taken, end="budget")
+                return Samples(seconds=taken, end="budget", runs=WARM_UP + runs)
 
 
 def warm(samples: Sequence[float], at_least: int) -> list[float]:

@@ -9,6 +9,7 @@ import pandas as pd
 
 from bench.records import STATUSES
 from bench.report import (
+    audits,
     budget_tables,
     findings,
     interval_cells,
@@ -127,6 +128,7 @@ def _head(collected: Collected, found: Found) -> str:
         "records": f"{len(frame)}, of {replicates} replicate{'s' if replicates > 1 else ''}",
         "statuses": statuses,
         **noise_tables.facts(found.noise),
+        **audits.facts(collected.every),
     }
     names = ", ".join(sorted(frame["name"].unique()))
     lines = [f"# {escape(names)}\n", *(f"- {key}: {escape(value)}" for key, value in facts.items())]

@@ -1,0 +1,76 @@
+"""The control groups that this process is in: what memory they leave it, and how many processes they lost.
+
+Linux only, versions 1 and 2 (cgroup-v2.rst and cgroup-v1/memory.rst of the kernel's documentation);
+elsewhere there are none.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+PROC = Path("/proc")
+
+
+def groups(proc: Path = PROC) -> list[Path]:
+    """Folders of the groups that limit this process's memory, innermost first."""
+    try:
+        mounts = (proc / "self/mountinfo").read_text().splitlines()
+        memberships = (proc / "self/cgroup").read_text().splitlines()
+    except OSError:
+        return []
+    found = []
+    for membership in memberships:
+        _, controllers, path = membership.split(":", 2)
+        if controllers and "memory" not in controllers.split(","):
+            continue
+        for root, point in _mounts(mounts, "cgroup" if controllers else "cgroup2"):
+            inside = os.path.relpath(path, root)  # a container's mount may begin at its own group
+            own = point if inside.startswith("..") else Path(os.path.normpath(point / inside))
+            found += [folder for folder in (own, *own.parents) if folder.is_relative_to(point)]
+    return found
+
+
+def _mounts(mounts: list[str], kind: str) -> Iterator[tuple[str, Path]]:
+    """(where it begins in the hierarchy, where it is mounted) of each hierarchy that may hold memory."""
+    for line in mounts:
+        before, _, after = line.partition(" - ")
+        fields, (filesystem, _, options) = before.split(" "), after.split(" ", 2)
+        if filesystem == kind and (kind == "cgroup2" or "memory" in options.split(",")):
+            yield fields[3], Path(fields[4])
+
+
+def free_bytes(proc: Path = PROC) -> int | None:
+    """What the tightest group leaves: its limit less what is in use there, but for cached files that would
+    give way. None where no group has a limit."""
+    left = []
+    for folder in groups(proc):
+        limit = _number(folder, "memory.max") or _number(folder, "memory.limit_in_bytes")
+        used = _number(folder, "memory.current") or _number(folder, "memory.usage_in_bytes")
+        cached = _number(folder, "memory.stat", "total_inactive_file")
+        if cached is None:
+            cached = _number(folder, "memory.stat", "inactive_file")
+        if limit is not None and used is not None:
+            left.append(max(0, limit - used + (cached or 0)))
+    return min(left, default=None)
+
+
+def oom_kills(proc: Path = PROC) -> int | None:
+    """How many processes the kernel has killed for want of memory in this process's group; where the group
+    does not count them, on this machine. None where neither is told."""
+    for folder in groups(proc):
+        for name in ("memory.events", "memory.oom_control"):
+            if (count := _number(folder, name, "oom_kill")) is not None:
+                return count
+    return _number(proc, "vmstat", "oom_kill")
+
+
+def _number(folder: Path, name: str, key: str = "") -> int | None:
+    """The number in a file, or after a key at the beginning of a line of it."""
+    try:
+        found = re.search(rf"^{key}\s*(\d+)$", (folder / name).read_text(), re.MULTILINE)
+    except OSError:
+        return None
+    return int(found[1]) if found else None

@@ -1,0 +1,83 @@
+"""Who measures what: one cell at a time on a device, and each cell by one sweep at a time."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import getpass
+import os
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+CLAIMS_FILE = ".claims"
+POLL_SECONDS = 0.25
+"""Whoever waits for a device looks so rarely that the cell which is measured there does not feel it."""
+_CANNOT_LOCK = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}
+
+
+def device_lock(device: str) -> FileLock:
+    """A lock that every run on this machine takes while it measures on the device."""
+    name = f"longctx-bench-{getpass.getuser()}-{device}.lock"
+    return FileLock(Path(tempfile.gettempdir()) / name, poll_interval=POLL_SECONDS)
+
+
+@contextmanager
+def on_device(device: str, waiting: Callable[[], None]) -> Iterator[None]:
+    """Have the device while inside; `waiting` is called where another run has it."""
+    lock = device_lock(device)
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        waiting()
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+class Claims:
+    """The cells of an experiment that this process has in hand, so that no other sweep measures them too.
+
+    A cell is one byte of one empty file in the experiment's folder, locked as POSIX has it: between the
+    machines that share a folder by NFS too, and let go by the system when the process ends, however it ends.
+    One process may have one of these for a folder at a time: closing it gives up all that the process claims.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._handle = os.open(folder / CLAIMS_FILE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        self._warned = False
+
+    def close(self) -> None:
+        """Give up every claim."""
+        os.close(self._handle)
+
+    @contextmanager
+    def of(self, cell_id: str, *, wait: bool) -> Iterator[bool]:
+        """Claim a cell while inside; False where another process has it and is not to be waited for."""
+        if not self._lock(cell_id, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB)):
+            yield False
+            return
+        try:
+            yield True
+        finally:
+            self._lock(cell_id, fcntl.LOCK_UN)
+
+    def _lock(self, cell_id: str, operation: int) -> bool:
+        byte = int(cell_id, 16) >> 2  # an offset is of 63 bits and a sign, an id of 64
+        try:
+            fcntl.lockf(self._handle, operation, 1, byte)
+        except OSError as error:
+            if error.errno in (errno.EACCES, errno.EAGAIN):
+                return False
+            if error.errno not in _CANNOT_LOCK:
+                raise
+            if not self._warned:
+                print(f"no locks here ({error.strerror}): run one sweep at a time", file=sys.stderr)
+            self._warned = True
+        return True
