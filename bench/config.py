@@ -19,7 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 import variants
-from bench import corpora, tasks
+from bench import corpora, tasks, trackers
 from bench.checks import (
     ACTIVATIONS,
     DEVICES,
@@ -32,6 +32,7 @@ from bench.checks import (
     choose,
     parse_bytes,
 )
+from bench.trackers import TrackerSpec
 
 if TYPE_CHECKING:
     from bench.tasks.base import Setting, Task, TaskConfig
@@ -154,6 +155,7 @@ class Root:
     data: dict[str, Any] = field(default_factory=dict)
     measure: MeasureSpec = field(default_factory=MeasureSpec)
     cluster: _Named = field(default_factory=_Named)
+    tracker: TrackerSpec = field(default_factory=TrackerSpec)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -242,6 +244,8 @@ class Cell:
     """Share of the cells that are predicted to exceed their memory which run all the same."""
     skip_after_oom: bool = True
     """Leave it where a shorter cell, alike in all else, ran out of memory."""
+    tracker: TrackerSpec = field(default_factory=TrackerSpec)
+    """Who is told of its record."""
 
 
 def digest(value: Any) -> str:
@@ -293,7 +297,18 @@ def parse(cfg: DictConfig) -> Cell:
         rerun=root.rerun,
         audit_oom=root.audit_oom,
         skip_after_oom=root.skip_after_oom,
+        tracker=_tracker(root.tracker),
     )
+
+
+def _tracker(spec: TrackerSpec) -> TrackerSpec:
+    """The tracker, if it is one and what it needs is installed."""
+    choose("tracker", spec.name, trackers.names())
+    if needs := trackers.missing(spec.name):
+        raise ConfigError(
+            f"tracker={spec.name}: needs the package {needs}; pip install 'longctx-bench[trackers]'"
+        )
+    return spec
 
 
 @cache

@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from bench import checkpoints, environment, isolate, records
+from bench import checkpoints, environment, isolate, records, trackers
 from bench.checks import ConfigError
 from bench.config import Cell, MeasureSpec
 from bench.interrupts import Interrupts
@@ -209,6 +209,7 @@ def _keep(job: Job, figures: dict[str, Any]) -> Record:
         except OSError as error:
             path = records.path_of(folder, job.cell_id)
             return replace(record, status="error", reason=f"cannot write {path}: {error.strerror}")
+        trackers.log(job.cell.tracker, folder, record)
     if final or record.status == "diverged":  # neither would end otherwise
         checkpoints.remove(folder, job.cell_id)
     return record
