@@ -289,10 +289,22 @@ def test_a_strided_input_is_read_as_its_values(case: Case) -> None:
 def test_order_of_the_tokens_matters(case: Case) -> None:
     """Two of the tokens that the last one reads change places: attention without positions would not tell."""
     layer = case.layer(dims_for(DEFAULT_LENGTH)).eval()
-    x = numbers(1, 8, layer.dims.d_model).detach()
-    swapped = x[:, [0, 1, 2, 3, 4, 6, 5, 7]]
+    first, second, length = two_read_by_the_last(layer, causal=case.causal)
+    x = numbers(1, length, layer.dims.d_model).detach()
+    swapped = x.clone()
+    swapped[:, [first, second]] = x[:, [second, first]]
     y, y_swapped = (feed(layer, given_x, causal=case.causal)[:, -1] for given_x in (x, swapped))
     assert difference(y_swapped, y) > 1e-4
+
+
+def two_read_by_the_last(layer: Attention, *, causal: bool) -> tuple[int, int, int]:
+    """Two tokens before the last that it reads, and a length at which it does."""
+    for length in (8, 64):
+        pattern = layer.pattern(length, causal=causal)
+        read = range(length - 1) if pattern is None else torch.nonzero(pattern[-1, :-1]).flatten().tolist()
+        if len(read) > 1:
+            return read[-2], read[-1], length
+    raise AssertionError("the last of 64 tokens reads fewer than two others")
 
 
 @cases(small=True)

@@ -1,0 +1,90 @@
+"""docs/adding-a-variant.md, followed line by line in a copy of the project."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from bench import records
+
+ROOT = Path(__file__).parents[1]
+PAGE = (ROOT / "docs" / "adding-a-variant.md").read_text()
+
+
+def run(line: str, cwd: Path) -> str:
+    """A command of the page, in the copy; its output."""
+    words = line.replace("python", sys.executable, 1)
+    environment = {**os.environ, "PYTHONPATH": f"{cwd}{os.pathsep}{cwd / 'bench' / 'plugins'}"}
+    done = subprocess.run(
+        ["bash", "-c", words],
+        cwd=cwd,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=500,
+        check=False,
+    )
+    assert done.returncode == 0, f"{line}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the project with the page's two files in it."""
+    copy = tmp_path_factory.mktemp("project")
+    ignored = shutil.ignore_patterns("__pycache__")
+    for part in ("bench", "variants", "configs", "tests"):
+        shutil.copytree(ROOT / part, copy / part, ignore=ignored)
+    shutil.copy(ROOT / "pyproject.toml", copy)
+    named = re.findall(r"^`([a-z_/]+\.(?:py|yaml))`:\n\n```(?:python|yaml)\n(.*?)^```$", PAGE, re.M | re.S)
+    assert [path for path, _ in named] == ["variants/interleaved.py", "configs/variant/interleaved.yaml"]
+    for path, text in named:
+        (copy / path).write_text(text)
+    return copy
+
+
+def commands() -> list[str]:
+    blocks = re.findall(r"^```sh\n(.*?)^```$", PAGE, re.M | re.S)
+    return [line for block in blocks for line in block.splitlines()]
+
+
+def test_the_page_works_as_it_is_written(project: Path) -> None:
+    said = {line: run(line, project) for line in commands()}
+    (listed,) = [out for line, out in said.items() if line == "python -m variants"]
+    assert "variant.stride=16" in listed
+    (tests,) = [out for line, out in said.items() if "pytest" in line]
+    passed = re.search(r"(\d+) passed", tests)
+    assert passed
+    assert int(passed[1]) > 50, tests[-500:]
+    assert "failed" not in tests
+    mine = records.load(project / "results" / "mine")
+    assert sorted(zip(mine.variant, mine.seq_len, strict=True)) == [
+        ("dense", 512),
+        ("dense", 1024),
+        ("interleaved", 512),
+        ("interleaved", 1024),
+    ]
+    assert (mine.status == "ok").all()
+    own = mine[mine.variant == "interleaved"]
+    assert (own.cost_ratio - 1).abs().max() < 0.01
+    assert own.leak_max_abs.max() < 1e-5
+    text = (project / "results" / "mine" / "report" / "summary.md").read_text()
+    assert re.search(r"^\| interleaved ", text, re.M)
+
+
+def test_the_example_is_in_style(project: Path) -> None:
+    for tool in (["ruff", "check", "--config", str(ROOT / "pyproject.toml")], ["ruff", "format", "--check"]):
+        done = subprocess.run(
+            [sys.executable, "-m", *tool, "variants/interleaved.py"],
+            cwd=project,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
