@@ -1,0 +1,121 @@
+"""Every command of the README and of docs/ is one that works.
+
+Commands of a page that says so in `RUN` are run as they stand, in the page's order. Elsewhere a sweep is
+composed and checked up to the point where its first cell would run, because it would take minutes; a
+download is tried without a network, where it must say what to do instead; and of make it is asked what it
+would do.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from test_report import record, write
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+FOLLOWED = {"adding-a-variant.md", "cluster.md"}
+"""Pages that a test of their own follows."""
+RUN = {"records.md"}
+ELSEWHERE = ("pip install .", ".venv/bin/pre-commit install")
+"""The wheel is installed and run by the slow test of packaging; hooks are nobody's to install in a test."""
+COMPOSED = """
+import sys
+from bench import sweep
+sweep.run = lambda cells: print(len(cells), "cells") or []
+from bench.__main__ import main
+sys.exit(main())
+"""
+
+
+def commands(page: Path) -> list[str]:
+    """The lines of its shell blocks, less comments; a backslash goes on in the next line."""
+    blocks = re.findall(r"^```sh\n(.*?)^```$", page.read_text(), re.M | re.S)
+    joined = "\n".join(blocks).replace("\\\n", " ")
+    lines = [re.sub(r"(^|\s+)#.*$", "", line).strip() for line in joined.splitlines()]
+    return [line for line in lines if line]
+
+
+def call(words: list[str], cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    paths = os.pathsep.join(str(path) for path in (ROOT, ROOT / "bench" / "plugins"))
+    return subprocess.run(
+        words,
+        cwd=cwd,
+        env={**os.environ, "PYTHONPATH": paths, **environment},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+
+
+def checked(line: str, cwd: Path) -> None:
+    """Whether a command would work, without doing what takes minutes."""
+    words = shlex.split(line)
+    if words[0] == "make":
+        done = call(["make", "-n", *words[1:]], ROOT)
+        assert done.returncode == 0, f"{line}\n{done.stderr}"
+        return
+    assert words[:2] == ["python", "-m"], f"{line}: no way to check it; add one here"
+    module, arguments = words[2], words[3:]
+    if module == "bench":
+        if files := [a.partition("=")[2] for a in arguments if a.startswith("data.path=")]:
+            (cwd / files[0]).parent.mkdir(exist_ok=True)
+            (cwd / files[0].replace("*", "one")).write_text("A text of some length. " * 2000)
+        done = call([sys.executable, "-c", COMPOSED, *arguments], cwd)
+        assert done.returncode == 0, f"{line}\n{done.stderr}"
+        assert arguments == ["--help"] or re.search(r"^[1-9]\d* cells$", done.stdout, re.M), done.stdout
+    elif module == "bench.corpora" and arguments[0] in ("fetch", "show") and "plays" not in arguments:
+        offline = {"HF_HUB_OFFLINE": "1", "LONGCTX_BENCH_CACHE": str(cwd / "cache")}
+        done = call([sys.executable, "-m", module, *arguments], cwd, **offline)
+        assert done.returncode == 2, f"{line}\n{done.stdout}{done.stderr}"
+        assert done.stderr.count("\n") == 1, done.stderr
+        assert "usage" not in done.stderr
+    else:
+        if module == "bench.report":
+            for folder in (cwd / a for a in arguments if not a.startswith("-")):
+                write(folder, [record(), record("chunked")])
+        done = call([sys.executable, "-m", module, *arguments], cwd)
+        assert done.returncode == 0, f"{line}\n{done.stderr}"
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if p.name not in FOLLOWED], ids=lambda page: page.name)
+def test_commands(page: Path, tmp_path: Path) -> None:
+    for line in commands(page):
+        if line.startswith(ELSEWHERE):
+            continue
+        if page.name in RUN:
+            words = [sys.executable if word == "python" else word for word in shlex.split(line)]
+            done = call(words, tmp_path)
+            assert done.returncode == 0, f"{line}\n{done.stderr}"
+        else:
+            checked(line, tmp_path)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)#]+?)(?:#[^)]*)?\)", page.read_text()):
+        if "://" not in target:
+            assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+def test_commands_within_sentences_are_targets_and_presets() -> None:
+    """`make x` names a target, `experiment=x` a preset, `--flags` aside."""
+    text = "\n".join(page.read_text() for page in PAGES)
+    targets = set(re.findall(r"^([a-z-]+):.*## ", (ROOT / "Makefile").read_text(), re.M))
+    assert set(re.findall(r"`make ([a-z-]+)", text)) <= targets
+    presets = {path.stem for path in (ROOT / "configs" / "experiment").glob("*.yaml")}
+    assert set(re.findall(r"experiment=([a-z_]+)", text)) <= presets
+
+
+@pytest.mark.skipif(not shutil.which("make"), reason="make is not installed")
+def test_help_lists_every_target() -> None:
+    said = call(["make", "help"], ROOT).stdout
+    assert "make bench" in said
