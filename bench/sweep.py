@@ -151,6 +151,7 @@ def run(cells: Sequence[Cell]) -> list[Record]:
     folders = {cell.folder for cell in cells}
     for folder in folders:
         make_folder(folder)
+        records.tidy(folder)
     jobs = [Job.of(cell, known) for cell, known in zip(cells, identities, strict=True)]
     lines = Lines((job.cell, job.result) for job in jobs if job.result)
     with ExitStack() as stack:
@@ -166,6 +167,8 @@ def run(cells: Sequence[Cell]) -> list[Record]:
                     if ours:
                         job.result = _settle(job, lines, progress, interrupts)
                         lines.note(job.cell, job.result)
+    for folder in folders:
+        records.tidy(folder)  # a cell may have outlived its sweep as this one began
     done = [job.result for job in jobs if job.result]
     finished.extend((job.cell.folder, job.result) for job in jobs if job.result)
     return done
