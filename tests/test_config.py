@@ -261,9 +261,9 @@ def jobs_of(preset: str) -> list[dict[str, str]]:
     return [dict(override.split("=", 1) for override in job) for job in jobs]
 
 
-@pytest.mark.parametrize("preset", ["smoke", "listops", "fits"])
+@pytest.mark.parametrize("preset", ["smoke", "listops"])
 def test_a_sweep_s_cells_are_those_that_hydra_composes_one_by_one(preset: str) -> None:
-    jobs = [[f"{key}={value}" for key, value in job.items()] for job in jobs_of(preset)[::7]]
+    jobs = [[f"{key}={value}" for key, value in job.items()] for job in jobs_of(preset)[::9]]
     jobs += [["variant=dense", "model=small", value] for value in ("variant.impl=naive", "model.dropout=0.5")]
     jobs.append(["variant=chunked", "results_dir=x${seq_len}"])
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):

@@ -34,7 +34,7 @@ class Sweep:
 
     def __init__(self, folder: Path, *overrides: str, stderr: int = subprocess.DEVNULL) -> None:
         self.folder = folder
-        (folder / "corpus.txt").write_text("the quick brown fox jumps over the lazy dog\n" * 40)
+        (folder / "corpus.txt").write_text("the quick brown fox jumps over the lazy dog\n" * 400)
         self.env = apart(folder)
         self.process = subprocess.Popen(
             [sys.executable, "-m", "bench", "-m", *CELL, *overrides],
@@ -184,7 +184,7 @@ def test_ctrl_c_on_a_terminal_keeps_what_is_known(tmp_path: Path) -> None:
     """In training, whose checkpoint the next run goes on from; nothing half-measured is final."""
     train = ["measure.train_tokens=100_000_000", "measure.eval_tokens=64", "measure.checkpoint_seconds=0"]
     quick = ["measure.time_seconds=0", "measure.history_targets=0", *train]
-    (tmp_path / "corpus.txt").write_text("the quick brown fox jumps over the lazy dog\n" * 40)
+    (tmp_path / "corpus.txt").write_text("the quick brown fox jumps over the lazy dog\n" * 400)
     command = [sys.executable, "-m", "bench", *CELL, *quick]
     pid, terminal = pty.fork()
     if not pid:
