@@ -75,7 +75,7 @@ def build_report(folder: Path, *, plots: bool = True) -> Path:
         _write_if_any(report / f"{name}.csv", getattr(found.findings, name))
     write_atomically(report / "summary.md", summary.text(collected, found, pictures))
     with replacing(report / "cells.parquet") as file:
-        file.write(tables.parquet(collected.records))
+        file.write(tables.parquet(collected.records, collected.stale))
     return report
 
 
