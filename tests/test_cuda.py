@@ -61,7 +61,8 @@ from bench.config import CellSpec, DataSpec, MeasureSpec, ModelSpec
 
 spec = CellSpec(
     variant="dense", variant_params={}, seq_len=8, depth=1, batch_size=1, replicate=0, objective="clm",
-    device="cuda", dtype="float32", activations="keep", model=ModelSpec(), data=DataSpec(), measure=MeasureSpec(),
+    device="cuda", dtype="float32", activations="keep", model=ModelSpec(), data=DataSpec(),
+    measure=MeasureSpec(),
 )
 assert 2**30 < limits.memory_bytes(spec) <= torch.cuda.get_device_properties(0).total_memory
 limits.hold(spec, 2**30)
