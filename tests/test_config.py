@@ -110,6 +110,8 @@ REFUSED: dict[str, tuple[str, ...]] = {
     "measure.history_targets=-1": ("measure.history_targets=-1", "0 or more"),
     "measure.history_targets=1": ("measure.history_targets=1", "0 for none, or 2 or more"),
     "measure.learning_rate=0": ("measure.learning_rate=0", "more than 0"),
+    "measure.limit_bytes=lots": ("measure.limit_bytes=lots", "80GiB"),
+    "measure.limit_bytes=0": ("measure.limit_bytes=0", "80GiB"),
     "measure.limit_seconds=0": ("measure.limit_seconds=0", "more than 0"),
     "model.dropout=nan": ("model.dropout=nan",),
     "measure.learning_rate=nan": ("measure.learning_rate=nan",),
@@ -172,7 +174,13 @@ def test_every_figures_knob_changes_the_cells_id_and_no_other_does() -> None:
     def cell_id(*overrides: str) -> str:
         return cell_of(*overrides).spec.cell_id("data", "code")
 
-    same = ["results_dir=elsewhere", "name=other", "force=true", "measure.limit_seconds=5"]
+    same = [
+        "results_dir=elsewhere",
+        "name=other",
+        "force=true",
+        "measure.limit_seconds=5",
+        "measure.limit_bytes=5GiB",
+    ]
     same += ["measure.checkpoint_seconds=5", "measure.train_seconds=5"]  # the budget is of tokens
     same += ["twin=0", "rerun=contaminated", "measure.precision=0.03", "measure.limit_bytes=5GiB"]
     same += ["rerun=oom", "audit_oom=1", "skip_after_oom=false"]
