@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from bench.config import ConfigError
+from bench.checks import ConfigError
 
 _FLAGS = ("--experimental-rerun", "--config-dir", "--config-path", "-cd", "-cp")
 _ALLOWED = (

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections.abc import Sequence
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -134,6 +135,8 @@ class Job:
 
     def meanwhile(self) -> Record | None:
         """The record that another sweep has written since this one began."""
+        with suppress(OSError), os.scandir(self.cell.folder / records.RECORDS_DIR):
+            pass  # NFS then asks what is in the folder now, instead of trusting that the record was not there
         now = records.read(self.cell.folder, self.cell_id)
         return now if now != self.before else None
 

@@ -131,6 +131,9 @@ def killed_and_resumed(folder: Path, *, cells: int, kills: int, seed: int) -> No
     assert 0 < len(final) < cells, "it was killed with some cells done and some to do"
 
     torn, emptied = sorted(final)[:2]
+    stale = final[torn].replace(torn, "a" * 16)
+    stale = stale.replace(records.parse(stale).code_sha256 or "", "b" * 16)
+    (folder / f"results/adhoc/records/{'a' * 16}.json").write_text(stale)
     for cell, content in ((torn, final.pop(torn)[:200]), (emptied, ""), ("f" * 16, "{")):
         (folder / f"results/adhoc/records/{cell}.json").write_text(content)
     final.pop(emptied)
@@ -138,7 +141,10 @@ def killed_and_resumed(folder: Path, *, cells: int, kills: int, seed: int) -> No
     wait_until(lambda: any(each.cells() for each in both))
     said = [each.end() for each in both]
     assert [each.process.returncode for each in both] == [0, 0], said
-    (folder / "results/adhoc/records" / f"{'f' * 16}.json").unlink()  # foreign: named, skipped and left alone
+    assert (folder / f"results/adhoc/records/{'f' * 16}.json").read_text() == "{", "foreign, and left alone"
+    (folder / f"results/adhoc/records/{'f' * 16}.json").unlink()
+    assert texts(folder).pop("a" * 16) == stale, "of other code, and left alone"
+    (folder / f"results/adhoc/records/{'a' * 16}.json").unlink()
     found = known(folder)
     assert len(found) == cells
     assert {record.replicate for record in found} == set(range(cells))
