@@ -53,9 +53,10 @@ def _refuse(error: Exception) -> int:
 def main() -> int:
     """Run what the command line says; returns the exit status."""
     os.environ["HYDRA_FULL_ERROR"] = "1"  # exceptions come to us instead of being printed
-    from bench import complaints, sweep
+    from bench import commandline, complaints, sweep
 
     try:
+        commandline.check(sys.argv[1:])
         _register_plugin_variants()
         _task()
     except complaints.KINDS as error:

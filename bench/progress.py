@@ -8,9 +8,13 @@ from types import TracebackType
 from typing import TYPE_CHECKING
 
 from bench.records import Record
+from bench.records.printable import printable
 
 if TYPE_CHECKING:
     from rich.progress import Progress as RichProgress
+
+MOST = 2000
+"""Characters of a cell's line; a reason may be the whole of a program's last words."""
 
 
 def describe(record: Record) -> str:
@@ -20,7 +24,7 @@ def describe(record: Record) -> str:
         f"{record.activations} #{record.replicate}" + (f" twin {record.twin}" if record.twin else "")
     )
     if record.status != "ok":
-        return f"{record.status:11} {what}: {record.reason}"
+        return f"{record.status:11} {printable(f'{what}: {record.reason}', MOST)}"
     figures = [
         f"step {record.step_seconds_median * 1e3:,.1f} ms" if record.step_seconds_median else None,
         f"peak {record.peak_bytes / 2**20:,.1f} MiB" if record.peak_bytes else None,
@@ -31,7 +35,7 @@ def describe(record: Record) -> str:
         f"{record.objective} accuracy {record.accuracy:.1%}" if record.accuracy is not None else None,
         f"contaminated: {record.contaminated}" if record.contaminated else None,
     ]
-    return f"{record.status:11} {what}: {', '.join(filter(None, figures))}"
+    return f"{record.status:11} {printable(f'{what}: ' + ', '.join(filter(None, figures)), MOST)}"
 
 
 def duration(seconds: float) -> str:

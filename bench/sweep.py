@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections.abc import Sequence
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -134,6 +135,8 @@ class Job:
 
     def meanwhile(self) -> Record | None:
         """The record that another sweep has written since this one began."""
+        with suppress(OSError), os.scandir(self.cell.folder / records.RECORDS_DIR):
+            pass  # NFS then asks what is in the folder now, instead of trusting that the record was not there
         now = records.read(self.cell.folder, self.cell_id)
         return now if now != self.before else None
 
@@ -151,6 +154,7 @@ def run(cells: Sequence[Cell]) -> list[Record]:
     folders = {cell.folder for cell in cells}
     for folder in folders:
         make_folder(folder)
+        records.tidy(folder)
     jobs = [Job.of(cell, known) for cell, known in zip(cells, identities, strict=True)]
     lines = Lines((job.cell, job.result) for job in jobs if job.result)
     with ExitStack() as stack:
@@ -166,6 +170,8 @@ def run(cells: Sequence[Cell]) -> list[Record]:
                     if ours:
                         job.result = _settle(job, lines, progress, interrupts)
                         lines.note(job.cell, job.result)
+    for folder in folders:
+        records.tidy(folder)  # a cell may have outlived its sweep as this one began
     done = [job.result for job in jobs if job.result]
     finished.extend((job.cell.folder, job.result) for job in jobs if job.result)
     return done

@@ -43,6 +43,8 @@ def test_a_cell_runs_gated_and_its_predicted_peak_is_near_the_allocator_s(
     # the prediction takes the CPU's kernels and knows no library's workspaces
     peak = record["peak_bytes"] - record["library_bytes"]
     assert record["peak_bytes_predicted"] == pytest.approx(peak, rel=0.05)
+    assert record["energy_joules_per_token"] or "energy_joules_per_token: " in record["gpu_reason"]
+    assert record["device_leftover_bytes"] is not None
 
 
 def test_the_driver_tells_of_the_device_and_of_this_process() -> None:
@@ -50,6 +52,31 @@ def test_the_driver_tells_of_the_device_and_of_this_process() -> None:
     found = nvml.read(held.device)
     assert found != nvml.UNTOLD
     assert found.nvml_process_bytes is None or found.nvml_process_bytes >= held.nbytes
+
+
+HELD = """
+import torch
+from bench import limits
+from bench.config import CellSpec, DataSpec, MeasureSpec, ModelSpec
+
+spec = CellSpec(
+    variant="dense", variant_params={}, seq_len=8, depth=1, batch_size=1, replicate=0, objective="clm",
+    device="cuda", dtype="float32", activations="keep", model=ModelSpec(), data=DataSpec(),
+    measure=MeasureSpec(),
+)
+assert 2**30 < limits.memory_bytes(spec) <= torch.cuda.get_device_properties(0).total_memory
+limits.hold(spec, 2**30)
+kept = torch.empty(2**29, dtype=torch.uint8, device="cuda")
+try:
+    torch.empty(2**30, dtype=torch.uint8, device="cuda")
+except torch.OutOfMemoryError:
+    print("refused")
+"""
+
+
+def test_a_process_is_held_to_its_share_of_the_device() -> None:
+    done = subprocess.run([sys.executable, "-c", HELD], capture_output=True, text=True, timeout=300)
+    assert done.stdout == "refused\n", done.stderr
 
 
 KERNELS: list[tuple[str, dict[str, Any]]] = [

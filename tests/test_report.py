@@ -322,7 +322,7 @@ def test_plots_decode_and_are_linked(demo: Path) -> None:
 
 def test_parquet_has_every_record_and_key(demo: Path) -> None:
     cells = pd.read_parquet(demo / "report" / "cells.parquet")
-    assert list(cells.columns) == list(records.KEYS)
+    assert list(cells.columns) == [*records.KEYS, "stale"]
     expected = raw(demo).set_index("cell_id")
     assert set(cells.cell_id) == set(expected.index)
     assert (cells.set_index("cell_id").seq_len == expected.seq_len.reindex(cells.cell_id)).all()
@@ -447,7 +447,7 @@ def test_twins_are_collected_and_kept_out_of_the_tables(tmp_path: Path) -> None:
     cells = [record(replicate=r) for r in range(2)]
     twins = [record(replicate=r, twin=1, step_seconds_median=1e3, cell_id=f"twin-{r}") for r in range(2)]
     found = collect(write(tmp_path / "both", [*cells, *twins]))
-    assert (found.superseded, found.alike) == (0, 0)
+    assert (found.stale, found.alike) == ({}, 0)
     assert [*found.frame["twin"]] == [0, 0]
     assert sorted(found.every["twin"]) == [0, 0, 1, 1]
     assert [*found.every.columns] == [*found.frame.columns]

@@ -121,10 +121,7 @@ def _state(nvml: Any, handle: Any) -> DeviceState:
         except nvml.NVMLError as error:
             untold[key] = str(error)
             return None
-        if answer in (
-            nvml.NVML_VALUE_NOT_AVAILABLE_uint.value,
-            nvml.NVML_VALUE_NOT_AVAILABLE_ulonglong.value,
-        ):
+        if answer in unavailable:
             untold[key] = NOT_AVAILABLE
             return None
         return answer
@@ -137,9 +134,7 @@ def _state(nvml: Any, handle: Any) -> DeviceState:
         "gpu_temperature_celsius": ask(
             "gpu_temperature_celsius", nvml.nvmlDeviceGetTemperature, nvml.NVML_TEMPERATURE_GPU
         ),
-        "nvml_device_bytes": ask(
-            "nvml_device_bytes", lambda device: nvml.nvmlDeviceGetMemoryInfo(device).used
-        ),
+        "nvml_device_bytes": ask("nvml_device_bytes", used),
     }
     foreign, ours = _processes(nvml, handle, untold)
     return DeviceState(

@@ -13,13 +13,14 @@ from bench.records.files import (
     curve_path_of,
     path_of,
     replacing,
+    tidy,
     unfinished,
     write_atomically,
 )
 from bench.records.migrations import SCHEMA_VERSION
 from bench.records.reading import RecordError, parse
 from bench.records.record import FINAL, KEYS, STATUSES, Record, Status
-from bench.records.store import frame_of, load, read, read_all, write
+from bench.records.store import columns_of, frame_of, load, read, read_all, write
 
 __all__ = [
     "CURVES_DIR",
@@ -31,6 +32,7 @@ __all__ = [
     "Record",
     "RecordError",
     "Status",
+    "columns_of",
     "curve_path_of",
     "frame_of",
     "load",
@@ -39,6 +41,7 @@ __all__ = [
     "read",
     "read_all",
     "replacing",
+    "tidy",
     "unfinished",
     "write",
     "write_atomically",

@@ -14,7 +14,7 @@ import secrets
 import socket
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from io import BufferedRandom
 from pathlib import Path
 
@@ -89,6 +89,14 @@ def abandoned(path: Path) -> bool:
         return time.time() - path.stat().st_mtime > ABANDONED_SECONDS
     except FileNotFoundError:  # its writer is done
         return False
+
+
+def tidy(folder: Path) -> None:
+    """Remove what writers that died left of files in an experiment's folder; what one still writes stays."""
+    for path in folder.glob(f"*/.*{TEMPORARY}"):
+        if abandoned(path):
+            with suppress(OSError):  # gone meanwhile, or somebody else's
+                path.unlink()
 
 
 def _host() -> str:

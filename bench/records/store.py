@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from bench.records.files import ASIDE, RECORDS_DIR, parts_of, path_of, write_atomically
 from bench.records.printable import printable
@@ -107,7 +107,12 @@ def frame_of(records: list[Record]) -> pd.DataFrame:
     """One row a record, one column a key."""
     import pandas as pd
 
-    return pd.DataFrame({key: [getattr(record, key) for record in records] for key in KEYS})
+    return pd.DataFrame(columns_of(records))
+
+
+def columns_of(records: list[Record]) -> dict[str, list[Any]]:
+    """Each key's values, record by record."""
+    return {key: [getattr(record, key) for record in records] for key in KEYS}
 
 
 def find(folder: Path) -> Iterator[Found]:

@@ -79,7 +79,7 @@ def build_report(folder: Path, *, plots: bool = True) -> Path:
     write_atomically(report / "summary.md", summary.text(collected, found, pictures))
     write_atomically(report / "summary.tex", summary_tex.text(collected, found))
     with replacing(report / "cells.parquet") as file:
-        file.write(tables.parquet(collected.records))
+        file.write(tables.parquet(collected.records, collected.stale))
     return report
 
 

@@ -31,6 +31,7 @@ def look() -> AbstractContextManager[None]:
         {
             "font.family": "DejaVu Sans",
             "font.size": 9,
+            "text.parse_math": False,  # a name with $ in it is a name
             "axes.titlesize": 9,
             "axes.spines.top": False,
             "axes.spines.right": False,

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
+import hashlib
 import json
-import math
-import types
 import typing
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,24 +15,33 @@ import pandas as pd
 
 from bench import records
 from bench.records import Record
+from bench.records.printable import printable
 from bench.report.groups import TRAINING
 
 UNKNOWN = "unknown"
 _HINTS = typing.get_type_hints(Record)
 _FIGURES = [k for k, hint in _HINTS.items() if {int, float} & set(typing.get_args(hint)) and k != "threads"]
-_IDENTITY = ["variant", "params_json", "impl", "seq_len", "depth", "d_model", "heads", "ff_chunks"]
-_IDENTITY += [
+_SENTENCES = {"reason", "cost_ratio_reason", "claim_source", "contaminated", "cell_id"}
+"""Texts that may be long, which a table shortens, and the one that names files."""
+_TEXTS = [k for k, hint in _HINTS.items() if hint in (str, str | None) and k not in _SENTENCES]
+MOST, MOST_KNOBS = 80, 200
+"""Characters of any other text, such as a name, and of a row's knobs that are shown; a longer one ends with a
+hash of all of it."""
+_CONFIGURATION = ["variant", "params_json", "impl", "seq_len", "depth", "d_model", "heads", "ff_chunks"]
+_CONFIGURATION += [
     "batch_size",
     "activations",
     "objective",
-    "corpus",
+    "data",
+    "data_json",
     "measure",
     "dtype",
     "device",
-    "machine",
-    "threads",
 ]
-_IDENTITY += [*TRAINING, "replicate", "twin"]
+_CONFIGURATION += ["machine", "threads", "budget_bytes", *TRAINING]
+"""What makes two records ones of the same configuration, but for code, the data's content and the seed."""
+_IDENTITY = [key for key in _CONFIGURATION if key not in ("data", "data_json", "budget_bytes")]
+_IDENTITY += ["corpus", "replicate", "twin"]
 
 
 @dataclass(frozen=True)
@@ -44,68 +52,64 @@ class Collected:
     (those of `data_params` that differ among the rows of its data, in words) and `corpus` (the data with
     them; where only its hash differs, with that). It leaves out twins, cells that were measured again to
     see by how much two measurements of the same differ; `every` has them too. `records` are all that could
-    be read. `superseded` counts records that a newer version of the code measured again, `alike` those
-    that share every key of a cell, its replicate and its twin with another one.
+    be read. `stale` says by cell why a record is in neither frame; `alike` counts records that share every
+    key of a cell, its replicate and its twin with another one.
     """
 
     frame: pd.DataFrame
     every: pd.DataFrame
     records: list[Record]
     problems: list[str]
-    superseded: int
+    stale: dict[str, str]
     alike: int
 
 
 def collect(folder: Path) -> Collected:
     """Read an experiment's folder; files that are not records become lines in `problems`."""
     found, problems = records.read_all(folder)
-    good: list[Record] = []
-    for record in found:
-        wrong = [k for k, hint in _HINTS.items() if not _fits(getattr(record, k), hint)]
-        if wrong:
-            path = records.path_of(folder, str(record.cell_id))
-            problems.append(f"{path}: wrong type in {', '.join(wrong)}")
-        else:
-            good.append(record)
-    if not good:
-        return Collected(pd.DataFrame(), pd.DataFrame(), [], problems, 0, 0)
-    frame = labelled(_table(good))
-    current = _current(frame)
+    if not found:
+        return Collected(pd.DataFrame(), pd.DataFrame(), [], problems, {}, 0)
+    frame = _filled_in(_table(found))
+    why = _stale(frame)
+    current = _labelled(frame[why.isna()])
     alike = int(current.duplicated(_IDENTITY).sum())
     once = current[current["twin"] == 0]
-    return Collected(once, current, good, problems, len(frame) - len(current), alike)
+    stale = dict(zip(frame["cell_id"][why.notna()], why.dropna(), strict=True))
+    return Collected(once, current, found, problems, stale, alike)
 
 
-def _fits(value: object, hint: Any) -> bool:
-    """Whether a value read from JSON has the type the record declares; int serves as float."""
-    if typing.get_origin(hint) is types.UnionType:
-        return any(_fits(value, part) for part in typing.get_args(hint))
-    if typing.get_origin(hint) is typing.Literal:
-        return value in typing.get_args(hint)
-    if typing.get_origin(hint) is list:
-        # A non-finite element was written as null.
-        return isinstance(value, list) and all(v is None or _fits(v, float) for v in value)
-    if typing.get_origin(hint) is dict:
-        return isinstance(value, dict)
-    if isinstance(value, bool):
-        return hint is bool
-    return isinstance(value, (int, float) if hint is float else hint)
-
-
-def _table(found: Sequence[Record]) -> pd.DataFrame:
+def _table(found: list[Record]) -> pd.DataFrame:
     """One row a record; figures as floats with NaN for null, because FLOPs can pass 64 bits."""
-    frame = pd.DataFrame([dataclasses.asdict(r) for r in found], columns=list(records.KEYS))
-    frame[_FIGURES] = frame[_FIGURES].astype(float).replace([math.inf, -math.inf], math.nan)
-    frame["params_json"] = [json.dumps(r.variant_params, sort_keys=True, default=str) for r in found]
-    frame["data_json"] = [
-        None if r.data_params is None else json.dumps(r.data_params, sort_keys=True, default=str)
-        for r in found
-    ]
-    return frame
+    columns = records.columns_of(found)
+    for key in _TEXTS:
+        names = {text: None if text is None else _shown(text) for text in set(columns[key])}
+        columns[key] = [names[text] for text in columns[key]]
+    columns["params_json"] = _as_json(columns["variant_params"])
+    columns["data_json"] = _as_json(columns["data_params"])
+    return pd.DataFrame(columns).astype(dict.fromkeys(_FIGURES, float))
 
 
-def labelled(frame: pd.DataFrame) -> pd.DataFrame:
-    """Add what the groups need, filling what a cell that failed early, or an older record, could not say."""
+def _shown(text: str, most: int = MOST) -> str:
+    """A name as tables and plots have it: on one line, all of it ink, and not too long."""
+    if len(text) <= most and text.isprintable():
+        return text
+    line = printable(text, most)
+    if len(line) <= most and len(text) <= most:
+        return line
+    return f"{line[: most - 10]}…{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+
+
+def _as_json(values: Iterable[dict[str, Any] | None]) -> list[str | None]:
+    return [None if value is None else json.dumps(value, sort_keys=True) for value in values]
+
+
+def relabelled(frame: pd.DataFrame) -> pd.DataFrame:
+    """The rows of several frames together, filled in and labelled by what tells apart all of them."""
+    return _labelled(_filled_in(frame))
+
+
+def _filled_in(frame: pd.DataFrame) -> pd.DataFrame:
+    """Add what tells cells apart, filling what one that failed early could not say from its peers."""
     frame = frame.copy()
     frame["machine"] = _filled(frame, "device_name", ["device"], frame["cpu_model"])
     frame["threads"] = [
@@ -119,8 +123,34 @@ def labelled(frame: pd.DataFrame) -> pd.DataFrame:
     frame["eval_stride"] = _only(frame["eval_stride"], read_alike)
     frame["train_amount"] = frame["train_amount"].fillna(frame["tokens_trained"])
     frame["impl"] = _filled(frame, "impl", ["variant", "params_json"])
-    texts = _only(frame["data_json"], [frame["data"], frame["data_sha256"]]).fillna("{}")
-    frame["data_params"] = [json.loads(text) for text in texts]
+    frame["data_json"] = _only(frame["data_json"], [frame["data"], frame["data_sha256"]]).fillna("{}")
+    return frame
+
+
+def _stale(frame: pd.DataFrame) -> pd.Series[Any]:
+    """Why a record does not count, null where it does: its configuration was measured later with other code
+    or other data, in whatever replicate.
+
+    An old record stays in the folder when the code changes, because the code is part of a cell's name.
+    Counting both would pass one replicate off as two, and average two programs.
+    """
+    why = pd.Series(None, index=frame.index, dtype=object)
+    known = frame[frame["code_sha256"].notna()].sort_values(["started_at", "cell_id"], kind="stable")
+    same = known.groupby(_CONFIGURATION, sort=False, dropna=False)
+    for key, words in (("data_sha256", "data"), ("code_sha256", "code")):
+        last = same[key].transform("last")
+        other = known.index[known[key] != last]
+        why[other] = [
+            f"measured with {words} {mine}; the newest of its configuration with {its}"
+            for mine, its in zip(known[key][other], last[other], strict=True)
+        ]
+    return why
+
+
+def _labelled(frame: pd.DataFrame) -> pd.DataFrame:
+    """Add what cells are called by."""
+    frame = frame.copy()
+    frame["data_params"] = [json.loads(text) for text in frame["data_json"]]
     frame["knobs"] = _differing(frame["data"], frame["data_params"])
     frame["corpus"] = frame["data"].where(frame["knobs"] == "", frame["data"] + " (" + frame["knobs"] + ")")
     hashes = frame.groupby("corpus")["data_sha256"].transform("nunique")
@@ -166,32 +196,24 @@ def labels(frame: pd.DataFrame) -> list[str]:
 def _differing(names: Iterable[str], knobs: Iterable[dict[str, Any]]) -> list[str]:
     """For each row, those of its knobs in words that differ among the rows of its name: 'n_pairs=4'."""
     rows = list(zip(names, knobs, strict=True))
-    absent = "\0"
-    differing: dict[str, list[str]] = {}
-    for name in {name for name, _ in rows}:
-        own = [knob for other, knob in rows if other == name]
-        keys = sorted({key for knob in own for key in knob})
-        values = {key: {json.dumps(k[key]) if key in k else absent for k in own} for key in keys}
-        differing[name] = [key for key in keys if len(values[key]) > 1]
-    return [
-        ", ".join(f"{key}={spoken(knob[key])}" for key in differing[name] if key in knob)
-        for name, knob in rows
-    ]
+    values: dict[str, dict[str, set[str | None]]] = {}
+    counts = Counter(name for name, _ in rows)
+    seen: Counter[tuple[str, str]] = Counter()
+    for name, own in rows:
+        for key, value in own.items():
+            values.setdefault(name, {}).setdefault(key, set()).add(json.dumps(value, sort_keys=True))
+            seen[name, key] += 1
+    for (name, key), times in seen.items():
+        if times < counts[name]:  # absent from some
+            values[name][key].add(None)
+    apart = {name: sorted(key for key, of in keys.items() if len(of) > 1) for name, keys in values.items()}
+    words = (
+        ", ".join(f"{_shown(key)}={_shown(spoken(own[key]))}" for key in apart.get(name, ()) if key in own)
+        for name, own in rows
+    )
+    return [_shown(one, MOST_KNOBS) for one in words]
 
 
 def spoken(value: object) -> str:
     """A parameter's value without the quotes JSON would put round a word."""
     return value if isinstance(value, str) else json.dumps(value)
-
-
-def _current(frame: pd.DataFrame) -> pd.DataFrame:
-    """Without records whose very cell was measured again by newer code.
-
-    An old record stays in the folder when the code changes, because the code is part of a
-    cell's name. Counting both would pass one replicate off as two.
-    """
-    keep = pd.Series(True, index=frame.index)
-    known = frame[frame["code_sha256"].notna()].sort_values(["started_at", "cell_id"], kind="stable")
-    for _, same in known.groupby(_IDENTITY, sort=False, dropna=False):
-        keep[same.index] = same["code_sha256"] == same["code_sha256"].iloc[-1]
-    return frame[keep]

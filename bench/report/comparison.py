@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 
 from bench.report import ReportError, noise
-from bench.report.collect import Collected, collect, labelled
+from bench.report.collect import Collected, collect, relabelled
 from bench.report.groups import GROUP, TRAINING
 from bench.report.intervals import by_cell, differs, interval
 
@@ -75,7 +75,7 @@ def compare(first: Run, second: Run) -> Comparison:
         ignore_index=True,
     )
     # Labelled anew, so that equal cells have equal names, whatever else either run holds.
-    both = labelled(both.assign(impl=None, data_sha256="", hash=both["data_sha256"]))
+    both = relabelled(both.assign(impl=None, data_sha256="", hash=both["data_sha256"]))
     figures = [*FIGURES, "nll"]
     measured = [figure for figure in figures if figure != "flops_executed_step"]
     both[measured] = both[measured].where(both["status"] == "ok")

@@ -5,25 +5,11 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 
+from bench.records.printable import printable
 from bench.report.columns import Column, shown
+from bench.report.escape import latex
 
-# What LaTeX reads as markup, then the marks and signs of our tables that its default fonts lack.
-_SPECIAL = {
-    "\\": r"\textbackslash{}",
-    "{": r"\{",
-    "}": r"\}",
-    "$": r"\$",
-    "&": r"\&",
-    "#": r"\#",
-    "%": r"\%",
-    "_": r"\_",
-    "~": r"\textasciitilde{}",
-    "^": r"\textasciicircum{}",
-    "<": r"\textless{}",
-    ">": r"\textgreater{}",
-    "|": r"\textbar{}",
-    '"': r"\char34{}",
-    "`": r"\textasciigrave{}",
+_SIGNS = {
     "–": "--",
     "−": "$-$",
     "×": r"$\times$",
@@ -42,17 +28,17 @@ _SPECIAL = {
     "ᵖ": r"\textsuperscript{p}",
     "…": r"\ldots{}",
 }
-_PRINTABLE = re.compile(r"[ -~\u00a1-\u017f]")
+"""Signs and marks of our tables that LaTeX's default fonts lack, or have elsewhere."""
+_GLYPHS = re.compile(r"[ -~\u00a1-\u017f]")
 
 
 def escape(text: object) -> str:
     """Text on one line in which nothing is markup; a character that pdfLaTeX has no glyph for is its code."""
-    line = " ".join(str(text).split())
-    return "".join(_character(c) for c in line)
+    return "".join(_character(c) for c in printable(text))
 
 
 def _character(c: str) -> str:
-    return _SPECIAL.get(c) or (c if _PRINTABLE.match(c) else f"[U+{ord(c):04X}]")
+    return _SIGNS.get(c) or (latex(c) if _GLYPHS.match(c) else f"{{[}}U+{ord(c):04X}{{]}}")
 
 
 def table(columns: Sequence[Column], *, caption: str, label: str, notes: Mapping[str, str]) -> str:
@@ -84,5 +70,4 @@ def table(columns: Sequence[Column], *, caption: str, label: str, notes: Mapping
 
 
 def _row(cells: Sequence[str]) -> str:
-    # A cell that begins with a bracket would be read as the argument of the \\ before it.
-    return " & ".join(f"{{}}{cell}" if cell.startswith("[") else cell for cell in cells) + r" \\"
+    return " & ".join(cells) + r" \\"

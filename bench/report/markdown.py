@@ -5,23 +5,22 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 
+from bench.records.printable import printable
 from bench.report.columns import Column, shown
 
 REASON_LIMIT = 400
 
 
 def escape(text: object) -> str:
-    """Text on one line in which nothing is markup: pipes, stars, tags, code and underscores."""
-    line = " ".join(str(text).split())
-    line = re.sub(r"([\\|*`<\[\]])", r"\\\1", line)
+    """Text on one line in which nothing is markup: no pipes, stars, tags, code, formulas or underscores."""
+    line = re.sub(r"([\\|*`<\[\]&~$]|^[#>])", r"\\\1", printable(text))
     # Underscores are markup only at the edge of a word; within one they stay readable.
     return re.sub(r"(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])", r"\\_", line)
 
 
 def shortened(text: str) -> str:
     """At most REASON_LIMIT characters; the whole text is in cells.parquet."""
-    line = " ".join(text.split())
-    return line if len(line) <= REASON_LIMIT else line[:REASON_LIMIT].rstrip() + " …"
+    return printable(text, REASON_LIMIT)
 
 
 def table(columns: Sequence[Column]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -144,8 +145,8 @@ def _warnings(collected: Collected) -> list[str]:
     names = [escape(name) for name in mixed.index[mixed > 1]]
     if names:
         found.append(f"measured by several versions of the code: {', '.join(names)}")
-    if collected.superseded:
-        found.append(f"{collected.superseded} older records left out: newer code measured the same cells")
+    if collected.stale:
+        found.append(_stale(collected))
     if collected.alike:
         found.append(
             f"{collected.alike} records share every key and the replicate with another: they differ in a "
@@ -155,6 +156,16 @@ def _warnings(collected: Collected) -> list[str]:
     if collected.problems:
         found.append(f"{len(collected.problems)} files that cannot be read were left out:")
     return found
+
+
+def _stale(collected: Collected) -> str:
+    """How many records were left out, and why."""
+    counts = Counter(" ".join(why.split()[:3]) for why in collected.stale.values())
+    reasons = ", ".join(f"{count} {reason}" for reason, count in counts.items())
+    return (
+        f"{len(collected.stale)} older records left out ({reasons} of before): their configurations were "
+        "measured again since; python -m bench.records check lists them"
+    )
 
 
 def _cost(cells: pd.DataFrame, plots: Plots) -> str:

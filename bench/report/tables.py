@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pandas as pd
@@ -58,17 +58,19 @@ def csv(table: pd.DataFrame) -> str:
     return buffer.getvalue()
 
 
-def parquet(found: Sequence[Record]) -> bytes:
-    """Every readable record, one row each, one column a key; parameters as JSON text.
+def parquet(found: list[Record], stale: Mapping[str, str]) -> bytes:
+    """Every readable record, one row each, one column a key, parameters as JSON text; and `stale`, which says
+    of a record that the tables leave out why.
 
     Types do not depend on which cells are null: counts are Int64, figures and FLOPs (which can
     pass 64 bits) double, texts string.
     """
-    frame = pd.DataFrame([dataclasses.asdict(r) for r in found], columns=list(records.KEYS))
+    frame = records.frame_of(found)
     for name in ("variant_params", "data_params"):
         frame[name] = [
             None if value is None else json.dumps(value, sort_keys=True, default=str) for value in frame[name]
         ]
+    frame["stale"] = pd.Series([stale.get(record.cell_id) for record in found], dtype="string")
     kinds = {"int": "Int64", "float": "float64", "bool": "boolean", "str": "string", "Status": "string"}
     for field in dataclasses.fields(Record):
         kind = kinds.get(str(field.type).removesuffix(" | None"))

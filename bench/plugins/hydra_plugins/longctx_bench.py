@@ -57,7 +57,9 @@ class Composer:
 
     def _whole(self, job: Sequence[str]) -> DictConfig:
         config = self.loader.load_sweep_config(self.composed, list(job))
-        return OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
+        whole: DictConfig = OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
+        OmegaConf.set_struct(whole, True)  # as Hydra does: a knob that does not exist is refused
+        return whole
 
 
 class CellSweeper(Sweeper):

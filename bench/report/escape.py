@@ -1,0 +1,46 @@
+"""Text from records in which nothing is markup, for each language that a report is written in.
+
+Records are data from elsewhere: a name or a reason may hold a tag, a command of TeX or one of a terminal.
+Markdown's `escape` is in `markdown`, the terminal's is `bench.records.printable`.
+"""
+
+from __future__ import annotations
+
+import html as standard
+
+from bench.records.printable import printable
+
+_LATEX = {
+    "\\": r"\textbackslash{}",
+    "{": r"\{",
+    "}": r"\}",
+    "$": r"\$",
+    "&": r"\&",
+    "#": r"\#",
+    "%": r"\%",
+    "_": r"\_",
+    "^": r"\textasciicircum{}",
+    "~": r"\textasciitilde{}",
+    "<": r"\textless{}",
+    ">": r"\textgreater{}",
+    "|": r"\textbar{}",
+    '"': r"\char34{}",
+    "`": r"\textasciigrave{}",
+    "'": r"\textquotesingle{}",
+    "-": r"{-}",
+    "[": r"{[}",
+    "]": r"{]}",
+}
+"""The last three change with what stands beside them: -- becomes a dash, and a [ that follows the end of a row
+an option."""
+
+
+def html(text: object) -> str:
+    """On one line, for the content of an element and for an attribute's value in quotes of either kind."""
+    return standard.escape(printable(text), quote=True)
+
+
+def latex(text: object) -> str:
+    """On one line, for running text and cells of tables; needs the package textcomp, as LaTeX has it since
+    2020, and an input that is UTF-8. (A quote by its number: by name, fonts of the old encoding lack it.)"""
+    return "".join(_LATEX.get(character, character) for character in printable(text))
