@@ -12,17 +12,20 @@ import math
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from omegaconf import DictConfig, OmegaConf
 
 from bench import config, records, sweep
 from bench.config import Cell, ClusterSpec
+from bench.progress import describe
 from bench.records import Record
 from bench.sweep import Job
+
+T = TypeVar("T")
 
 CELLS = "cells"
 """The key of a job's config under which its cells lie, each a list of overrides."""
@@ -39,25 +42,13 @@ it failed of. Raises where a job died."""
 
 
 @dataclass
-class Composer:
-    """Composes the cells of a sweep, here and wherever it was pickled to."""
+class CellsOfJob:
+    """What a launcher calls, in whichever process and on whichever machine; pickled on the way there."""
 
     loader: Any
     """Hydra's ConfigLoader."""
     composed: DictConfig
     """The config of the sweep."""
-
-    def __call__(self, overrides: list[str]) -> DictConfig:
-        """The config of a cell."""
-        cfg: DictConfig = self.loader.load_sweep_config(self.composed, overrides)
-        return cfg
-
-
-@dataclass
-class CellsOfJob:
-    """What a launcher calls, in whichever process and on whichever machine; pickled on the way there."""
-
-    compose: Composer
     folder: Path
     """Where the sweep was started: relative paths in its overrides start there, on every machine."""
 
@@ -67,7 +58,7 @@ class CellsOfJob:
         lines = OmegaConf.to_container(cfg[CELLS], resolve=False)
         assert isinstance(lines, list)
         with contextlib.chdir(self.folder):
-            cells = [config.parse(self.compose(line)) for line in lines]
+            cells = [config.parse(self.loader.load_sweep_config(self.composed, line)) for line in lines]
             return [record.to_json() for record in sweep.run(cells)]
 
 
@@ -81,26 +72,22 @@ def run(
     """
     jobs = sweep.plan(cells)
     line_of = {id(cell): line for cell, line in zip(cells, overrides, strict=True)}
-    for device in dict.fromkeys(cell.spec.device for cell in cells):
-        left = [job for job in jobs if job.result is None and job.cell.spec.device == device]
-        groups = list(_pieces(left, cluster.cells_per_job))
+    left = [job for job in jobs if job.result is None]
+    for device in dict.fromkeys(job.cell.spec.device for job in left):
+        groups = _pieces([job for job in left if job.cell.spec.device == device], cluster.cells_per_job)
         for batch in _pieces(groups, MOST_JOBS):
-            knobs = needs(cluster, [[job.cell for job in group] for group in batch])
-            count = sum(map(len, batch))
-            done = len(jobs) - sum(job.result is None for job in jobs)
-            print(
-                f"{count} of {len(jobs)} cells go to {len(batch)} jobs; {done} are finished", file=sys.stderr
-            )
+            handed = [job for group in batch for job in group]
+            _say(f"{len(handed)} of {len(jobs)} cells go to {len(batch)} jobs")
             # what auto stands for is decided here: a job's machine may have other devices
             lines = [[[*line_of[id(job.cell)], f"device={device}"] for job in group] for group in batch]
+            knobs = needs(cluster, [[job.cell for job in group] for group in batch])
             try:
                 for returned in launch(knobs, [[f"+{CELLS}={quote(line)}"] for line in lines]):
-                    _take(returned, {job.cell_id: job for group in batch for job in group})
-            except Exception as error:  # whatever a launcher makes of a dead job
-                print(f"the launcher gave up, jobs may still be running: {_first_line(error)}", file=sys.stderr)
-            for group in batch:
-                for job in group:
-                    job.result = job.result or job.meanwhile()
+                    _take(returned, {job.cell_id: job for job in handed})
+            except Exception as error:  # whatever a launcher makes of a job that died
+                _say(f"the launcher gave up, and other jobs may still be running: {_first_line(error)}")
+            for job in handed:
+                job.result = job.result or job.meanwhile()
     return sweep.report(jobs)
 
 
@@ -119,27 +106,34 @@ def needs(cluster: ClusterSpec, groups: Sequence[Sequence[Cell]]) -> ClusterSpec
 def quote(lines: Sequence[Sequence[str]]) -> str:
     """Lists of overrides as a value in Hydra's grammar."""
 
-    def quoted(text: str) -> str:  # a backslash is one, except before a quote
-        return "'" + re.sub(r"(\\*)('|$)", lambda found: found[1] * 2 + ("\\'" if found[2] else ""), text) + "'"
+    def quoted(text: str) -> str:  # a backslash stands for itself, except before a quote
+        escaped = re.sub(r"(\\*)('|$)", lambda found: found[1] * 2 + found[2].replace("'", "\\'"), text)
+        return f"'{escaped}'"
 
     return "[" + ",".join("[" + ",".join(map(quoted, line)) + "]" for line in lines) + "]"
 
 
-def _pieces(whole: Sequence[Any], size: int) -> Iterator[list[Any]]:
-    return (list(whole[start : start + size]) for start in range(0, len(whole), size))
+def _pieces(whole: Sequence[T], size: int) -> list[Sequence[T]]:
+    return [whole[start : start + size] for start in range(0, len(whole), size)]
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
 
 
 def _take(returned: list[str] | Exception, jobs: dict[str, Job]) -> None:
     """Give each cell the record that its job returned, and write what is not here yet."""
     if isinstance(returned, Exception):
-        print(f"a job failed: {_first_line(returned)}", file=sys.stderr)
+        _say(f"a job failed: {_first_line(returned)}")
         return
     for text in returned:
         record = records.parse(text, "a job's record")
-        job = jobs[record.cell_id]
-        job.result = record
-        if records.read(job.cell.folder, job.cell_id) != record:
-            sweep.keep(job, record)
+        job = jobs.get(record.cell_id)
+        if job is None:
+            _say(f"a job has other code or other data than this machine: {describe(record)}")
+            continue
+        here = records.read(job.cell.folder, job.cell_id) == record
+        job.result = record if here else sweep.keep(job, record)
 
 
 def _first_line(error: Exception) -> str:

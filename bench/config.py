@@ -11,6 +11,7 @@ import hashlib
 import json
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -326,8 +327,9 @@ def parse_cluster(cfg: DictConfig) -> ClusterSpec:
     return spec
 
 
+@cache
 def _schema(dataclass_type: type[Any]) -> DictConfig:
-    """The types of a frozen dataclass, open to be filled in."""
+    """The types of a frozen dataclass, open to be filled in; a merge works on a copy of it."""
     schema: DictConfig = OmegaConf.structured(dataclass_type)
     for node in [schema, *(schema._get_node(key) for key in schema)]:
         if isinstance(node, DictConfig):
@@ -396,7 +398,8 @@ def _knobs(group: str, name: str, config_class: type[Knobs], given: dict[str, An
         if isinstance(defaults[knob], tuple) and not isinstance(value, list):
             given[knob] = [value]
     try:
-        typed = OmegaConf.to_object(OmegaConf.merge(_schema(config_class), given))
+        schema = _schema(config_class)  # type: ignore[arg-type]  # takes its instances' hash for its own
+        typed = OmegaConf.to_object(OmegaConf.merge(schema, given))
     except OmegaConfBaseException as error:
         translated = _translated(error, OmegaConf.create(given))
         raise ConfigError(f"{group}.{translated}") from None

@@ -33,8 +33,7 @@ def run(cell: Cell, cell_id: str, stop: int | None = None) -> dict[str, Any]:
     when there is something to read from the file descriptor `stop`. What it said last on stderr is left in
     the experiment's folder, unless it is ok.
     """
-    uuid = limits.device_uuid(cell.spec.device) if cell.spec.device != "cpu" else None
-    leftover = limits.leftover_bytes(uuid) if uuid else None
+    leftover = limits.settle(cell.spec.device)
     memory = limits.memory_bytes(cell.spec)
     kills = cgroups.oom_kills()
     figures: dict[str, Any] = {

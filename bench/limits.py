@@ -91,6 +91,13 @@ def _free_on(device: str) -> int:
     return UNLIMITED if memory is None else memory.free_bytes
 
 
+def settle(device: str) -> int | None:
+    """Wait until a device's memory has returned from the cell before, and say what has not: `leftover_bytes`.
+    Of the CPU there is nothing to say: a process's memory is back when it has ended."""
+    uuid = device_uuid(device) if device != "cpu" else None
+    return leftover_bytes(uuid) if uuid else None
+
+
 _least_used: dict[str, int] = {}
 """Device → the least of its memory that was in use before any cell of this process."""
 

@@ -19,6 +19,8 @@ from bench.locks import Claims, on_device
 from bench.progress import Progress
 from bench.records import Record
 
+ROOM = 2**16
+"""Bytes that a record takes, and more."""
 finished: list[tuple[Path, Record]] = []
 """(experiment's folder, record) of every cell this process was asked for: Hydra does not hand what a
 task returns to whoever started it."""
@@ -72,11 +74,12 @@ def _training(measure: MeasureSpec) -> dict[str, Any]:
 
 
 def make_folder(folder: Path) -> None:
-    """Make the experiment's folder. Raises ConfigError where it cannot be made or written to."""
+    """Make the experiment's folder. Raises ConfigError where it cannot be made or takes no record more."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(bytes(ROOM))
+            file.flush()
     except OSError as error:
         raise ConfigError(f"results_dir: cannot write to {folder}: {error.strerror}") from None
 
@@ -196,26 +199,34 @@ def _settle(job: Job, lines: Lines, progress: Progress, interrupts: Interrupts) 
     device = cell.spec.device
     with on_device(device, partial(progress.waiting, f"another run measures on {device}")), interrupts.held():
         progress.starting(cell.spec.label)
-        if cell.force:
-            checkpoints.remove(cell.folder, job.cell_id)
         begun = environment.provenance()
-        record = _keep(job, begun | isolate.run(cell, job.cell_id, interrupts.asked))
+        try:
+            make_folder(cell.folder)
+        except ConfigError as error:
+            record = Record(**(job.known | begun), status="error", reason=f"not run: {error}")
+        else:
+            if cell.force:
+                checkpoints.remove(cell.folder, job.cell_id)
+            record = _keep(job, begun | isolate.run(cell, job.cell_id, interrupts.asked))
         progress.finished(record)
     return record
 
 
 def _keep(job: Job, figures: dict[str, Any]) -> Record:
-    """Its record, made and written."""
-    record = Record(**(job.known | figures), ended_at=environment.now())
-    keep(job, record)
-    return record
+    return keep(job, Record(**(job.known | figures), ended_at=environment.now()))
 
 
-def keep(job: Job, record: Record) -> None:
+def keep(job: Job, record: Record) -> Record:
     """Write the cell's record, unless an attempt that failed, or that a signal stopped, would take the place
-    of figures; a checkpoint is left only where a run that was cut short goes on."""
+    of figures; a checkpoint is left only where a run that was cut short goes on. A cell whose record cannot
+    be written has failed."""
     folder, final = job.cell.folder, record.status in records.FINAL
     if final or job.before is None or job.before.status != "ok":
-        records.write(folder, record)
+        try:
+            records.write(folder, record)
+        except OSError as error:
+            path = records.path_of(folder, job.cell_id)
+            return replace(record, status="error", reason=f"cannot write {path}: {error.strerror}")
     if final or record.status == "diverged":  # neither would end otherwise
         checkpoints.remove(folder, job.cell_id)
+    return record

@@ -20,6 +20,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 UPPER_LAYERS = [
     {"bench.__main__", "bench.complaints", "bench.plugins.hydra_plugins.longctx_bench"},
+    {"bench.cluster"},
     {"bench.sweep"},
     {"bench.isolate"},
     {"bench.cell"},
@@ -131,7 +132,7 @@ def test_the_sources_are_read_at_all() -> None:
     assert "torch" in outside("bench.model")
     assert Arrow("bench.cell", lazy=True) in arrows("bench.isolate")
     assert "bench.records" in ours("bench.measure.once")
-    assert "pandas" in outside("bench.records")
+    assert "pandas" in outside("bench.records.store")
     assert {name for names in UPPER_LAYERS for name in names} <= {*modules()}
 
 

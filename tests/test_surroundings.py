@@ -10,7 +10,6 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -197,64 +196,6 @@ def test_where_the_system_says_nothing_nothing_is_concluded() -> None:
 
 
 # --- the driver of a device -----------------------------------------------------------------------
-
-
-class NVMLError(Exception):
-    pass
-
-
-def refuse(*_: Any) -> Any:
-    raise NVMLError("not supported")
-
-
-def driver(**answers: Any) -> SimpleNamespace:
-    """What stands in for pynvml: a driver that gives these answers and no other."""
-    names = (
-        "nvmlDeviceGetPowerUsage",
-        "nvmlDeviceGetCurrentClocksEventReasons",
-        "nvmlDeviceGetComputeRunningProcesses",
-        "nvmlDeviceGetClockInfo",
-        "nvmlDeviceGetTemperature",
-    )
-    asked = {name: (lambda *_, answer=answers[name]: answer) if name in answers else refuse for name in names}
-    bits = {f"nvmlClocksEventReason{name}": 4 << place for place, name in enumerate(nvml.REASONS)}
-    return SimpleNamespace(NVMLError=NVMLError, NVML_CLOCK_SM=1, NVML_TEMPERATURE_GPU=0, **bits, **asked)
-
-
-def process(pid: int, used: int | None = None) -> SimpleNamespace:
-    return SimpleNamespace(pid=pid, usedGpuMemory=used)
-
-
-def test_what_the_driver_does_not_say_is_none() -> None:
-    assert nvml.state(driver(), handle=None) == nvml.UNTOLD
-    alone = nvml.state(driver(nvmlDeviceGetTemperature=41), handle=None)
-    assert alone == DeviceState(gpu_temperature_celsius=41)
-
-
-def test_the_driver_s_answers_get_their_units_and_words() -> None:
-    found = nvml.state(
-        driver(
-            nvmlDeviceGetPowerUsage=412_500,
-            nvmlDeviceGetClockInfo=1980,
-            nvmlDeviceGetCurrentClocksEventReasons=4 | 16 | 1,
-            nvmlDeviceGetComputeRunningProcesses=[process(os.getpid(), 2**30), process(7)],
-        ),
-        handle=None,
-    )
-    assert (found.gpu_power_watts, found.gpu_clock_mhz, found.gpu_temperature_celsius) == (412.5, 1980, None)
-    assert found.gpu_throttling == "power cap, heat"
-    assert (found.gpu_foreign_processes, found.nvml_process_bytes) == (1, 2**30)
-
-
-@pytest.mark.parametrize(("listed", "expected"), [([], None), ([1], 0), ([1, 2], 1)])
-def test_a_container_s_process_is_one_of_those_the_driver_names(
-    listed: list[int], expected: int | None
-) -> None:
-    """There it has another number; which one cannot be told, nor what memory it has."""
-    answer = [process(os.getpid() + n, 2**20) for n in listed]
-    found = nvml.state(driver(nvmlDeviceGetComputeRunningProcesses=answer), handle=None)
-    assert found.gpu_foreign_processes == expected
-    assert found.nvml_process_bytes is None
 
 
 def test_a_device_of_no_driver_says_nothing() -> None:

@@ -26,7 +26,8 @@ REASONS = {
 other reasons are a device without work and clocks that someone has set."""
 ENERGY = "energy_joules_per_token"
 """The record's key that the counter of energy is read for."""
-NOT_LISTED = "the driver lists no process of this number, as in a container, where it has another"
+NOT_AVAILABLE = "not available"
+NOT_LISTED = "no process of this number is listed; in a container the driver has another for it"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,34 +109,66 @@ def state(uuid: str) -> DeviceState:
 
 
 def _state(nvml: Any, handle: Any) -> DeviceState:
-    found: dict[str, Any] = {}
     untold: dict[str, str] = {}
+    unavailable = {nvml.NVML_VALUE_NOT_AVAILABLE_uint.value, nvml.NVML_VALUE_NOT_AVAILABLE_ulonglong.value}
 
-    def ask(key: str, question: Callable[[], Any], reason_for: str = "") -> None:
+    def used(device: Any) -> int:
+        return int(nvml.nvmlDeviceGetMemoryInfo(device).used)
+
+    def ask(key: str, question: Callable[..., int], *more: Any) -> int | None:
         try:
-            found[key] = question()
+            answer = question(handle, *more)
         except nvml.NVMLError as error:
-            untold[reason_for or key] = str(error)
+            untold[key] = str(error)
+            return None
+        if answer in (
+            nvml.NVML_VALUE_NOT_AVAILABLE_uint.value,
+            nvml.NVML_VALUE_NOT_AVAILABLE_ulonglong.value,
+        ):
+            untold[key] = NOT_AVAILABLE
+            return None
+        return answer
 
-    ask("gpu_clock_mhz", lambda: nvml.nvmlDeviceGetClockInfo(handle, nvml.NVML_CLOCK_SM))
-    ask("gpu_temperature_celsius", lambda: nvml.nvmlDeviceGetTemperature(handle, nvml.NVML_TEMPERATURE_GPU))
-    ask("gpu_power_watts", lambda: nvml.nvmlDeviceGetPowerUsage(handle) / 1000)
-    ask("gpu_throttling", lambda: _in_words(nvml, nvml.nvmlDeviceGetCurrentClocksEventReasons(handle)))
-    ask("nvml_device_bytes", lambda: nvml.nvmlDeviceGetMemoryInfo(handle).used)
-    ask("joules", lambda: nvml.nvmlDeviceGetTotalEnergyConsumption(handle) / 1000, ENERGY)
+    reasons = ask("gpu_throttling", nvml.nvmlDeviceGetCurrentClocksEventReasons)
+    milliwatts = ask("gpu_power_watts", nvml.nvmlDeviceGetPowerUsage)
+    millijoules = ask(ENERGY, nvml.nvmlDeviceGetTotalEnergyConsumption)
+    told = {
+        "gpu_clock_mhz": ask("gpu_clock_mhz", nvml.nvmlDeviceGetClockInfo, nvml.NVML_CLOCK_SM),
+        "gpu_temperature_celsius": ask(
+            "gpu_temperature_celsius", nvml.nvmlDeviceGetTemperature, nvml.NVML_TEMPERATURE_GPU
+        ),
+        "nvml_device_bytes": ask(
+            "nvml_device_bytes", lambda device: nvml.nvmlDeviceGetMemoryInfo(device).used
+        ),
+    }
+    foreign, ours = _processes(nvml, handle, untold)
+    return DeviceState(
+        **told,
+        gpu_power_watts=None if milliwatts is None else milliwatts / 1000,
+        gpu_throttling=None if reasons is None else _in_words(nvml, reasons),
+        gpu_foreign_processes=foreign,
+        nvml_process_bytes=ours,
+        joules=None if millijoules is None else millijoules / 1000,
+        gpu_reason="; ".join(f"{key}: {why}" for key, why in untold.items()) or None,
+    )
+
+
+def _processes(nvml: Any, handle: Any, untold: dict[str, str]) -> tuple[int | None, int | None]:
+    """How many others have a context on the device, and the memory of this process there."""
     try:
-        processes = nvml.nvmlDeviceGetComputeRunningProcesses(handle)
+        listed = nvml.nvmlDeviceGetComputeRunningProcesses(handle)
     except nvml.NVMLError as error:
         untold |= dict.fromkeys(("gpu_foreign_processes", "nvml_process_bytes"), str(error))
-    else:
-        ours = [process for process in processes if process.pid == os.getpid()]
-        # One of them is this process, whatever number the driver has for it: in a container it is another.
-        found["gpu_foreign_processes"] = len(processes) - 1 if processes else None
-        found["nvml_process_bytes"] = ours[0].usedGpuMemory if ours else None
-        untold["gpu_foreign_processes"] = "the driver lists no process"
-        untold["nvml_process_bytes"] = "Not Available" if ours else NOT_LISTED
-    reasons = [f"{key}: {why}" for key, why in untold.items() if found.get(key) is None]
-    return DeviceState(**found, gpu_reason="; ".join(reasons) or None)
+        return None, None
+    if not listed:
+        untold |= dict.fromkeys(("gpu_foreign_processes", "nvml_process_bytes"), "no process is listed")
+        return None, None
+    # One of them is this process, whatever number the driver has for it: in a container it is another.
+    ours = [process for process in listed if process.pid == os.getpid()]
+    held = ours[0].usedGpuMemory if ours else None
+    if held is None:
+        untold["nvml_process_bytes"] = NOT_AVAILABLE if ours else NOT_LISTED
+    return len(listed) - 1, held
 
 
 def _in_words(nvml: Any, reasons: int) -> str:

@@ -8,16 +8,61 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
+from hydra.core.config_loader import ConfigLoader
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override, OverrideType
 from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
+from omegaconf.errors import OmegaConfBaseException
 
 IN_THIS_PROCESS = "hydra._internal.core_plugins.basic_launcher.BasicLauncher"
 """Hydra's own launcher; the cells go to any other one as jobs."""
+
+
+class Composer:
+    """A cell's config, without Hydra's own part, from its overrides.
+
+    Hydra composes once for all cells that choose the same entries of the groups; what else a cell overrides
+    is put into a copy. Composing each anew would take minutes for a thousand cells.
+    """
+
+    def __init__(self, loader: ConfigLoader, composed: DictConfig) -> None:
+        self.loader, self.composed = loader, composed
+        self.parser = OverridesParser.create(config_loader=loader)
+        self.groups = {*loader.list_groups("")}
+        self._known: dict[tuple[str, ...], DictConfig] = {}
+
+    def __call__(self, job: Sequence[str]) -> DictConfig:
+        """Raises what Hydra raises for overrides that cannot be."""
+        choices: list[str] = []
+        values: list[Override] = []
+        for override, text in zip(self.parser.parse_overrides(list(job)), job, strict=True):
+            plain = override.type == OverrideType.CHANGE and override.package is None
+            if plain and "/" not in override.key_or_group and override.key_or_group not in self.groups:
+                values.append(override)
+            else:
+                choices.append(text)
+        copy = deepcopy(self._composed(tuple(choices)))
+        try:
+            for override in values:
+                OmegaConf.update(copy, override.key_or_group, override.value(), merge=True)
+        except OmegaConfBaseException:
+            return self._whole(job)  # raises what a mistake is explained by
+        return copy
+
+    def _composed(self, choices: tuple[str, ...]) -> DictConfig:
+        if choices not in self._known:
+            self._known[choices] = self._whole(choices)
+        return self._known[choices]
+
+    def _whole(self, job: Sequence[str]) -> DictConfig:
+        config = self.loader.load_sweep_config(self.composed, list(job))
+        return OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
 
 
 class CellSweeper(Sweeper):
@@ -38,14 +83,15 @@ class CellSweeper(Sweeper):
         """Compose and check the cells of every grid, then run them; returns their records."""
         from bench import cluster, config, sweep
 
-        compose = cluster.Composer(self.context.config_loader, self.composed)
+        compose = Composer(self.context.config_loader, self.composed)
         overrides = [line for grid in self.grids for line in self._product(grid, arguments)]
         cells = [config.parse(compose(line)) for line in overrides]
         if self.composed.hydra.launcher._target_ == IN_THIS_PROCESS:
             return sweep.run(cells)
 
         def launch(knobs: config.ClusterSpec, jobs: list[list[str]]) -> list[list[str] | Exception]:
-            return self._launch(cluster.CellsOfJob(compose, Path.cwd()), knobs, jobs)
+            task = cluster.CellsOfJob(self.context.config_loader, self.composed, Path.cwd())
+            return self._launch(task, knobs, jobs)
 
         return cluster.run(cells, overrides, config.parse_cluster(self.composed), launch)
 

@@ -1,8 +1,7 @@
-"""Records: one flat JSON file a cell, written atomically, read back as a DataFrame.
+"""The record: what one cell says, as one flat set of keys.
 
 The keys are public interface (results/README.md explains each). A figure that was not
-taken is null, never 0. This module imports neither torch nor pandas until a table is
-asked for, so that the report and the command line start fast.
+taken is null, never 0.
 """
 
 from __future__ import annotations
@@ -10,27 +9,15 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import os
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from io import BufferedRandom
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import Any, Literal, get_args
 
-if TYPE_CHECKING:
-    import pandas as pd
-
-SCHEMA_VERSION = 1
+from bench.records.migrations import SCHEMA_VERSION
 
 Status = Literal["ok", "unsupported", "oom", "predicted_oom", "timeout", "error", "diverged"]
 STATUSES: tuple[str, ...] = get_args(Status)
 FINAL: frozenset[str] = frozenset({"ok", "unsupported", "oom", "predicted_oom"})
 """Statuses that a second run of the same sweep does not measure again."""
-
-RECORDS_DIR = "records"
-CURVES_DIR = "curves"
 
 
 @dataclass(kw_only=True)
@@ -193,9 +180,19 @@ class Record:
 
     def to_json(self) -> str:
         """Strict JSON: a line a key, in the order above; non-finite numbers are null."""
-        values = _finite(dataclasses.asdict(self))
+        values = _finite(vars(self))
         lines = (f"  {json.dumps(k)}: {json.dumps(v, allow_nan=False)}" for k, v in values.items())
         return "{\n" + ",\n".join(lines) + "\n}\n"
+
+    def to_line(self) -> str:
+        """The same record on one line that ends with a newline; what is null is left out."""
+        values = {key: value for key, value in _finite(vars(self)).items() if value is not None}
+        return json.dumps(values, allow_nan=False, separators=(",", ":")) + "\n"
+
+    @property
+    def age(self) -> tuple[str, str]:
+        """What sorts the records of one cell, the newest last; equal for equal records alone."""
+        return self.started_at or "", self.to_line()
 
 
 def _finite(value: Any) -> Any:
@@ -210,113 +207,7 @@ def _finite(value: Any) -> Any:
 
 KEYS: tuple[str, ...] = tuple(f.name for f in dataclasses.fields(Record))
 
-
-class RecordError(ValueError):
-    """A file that is not a record this version can read; the message names it."""
-
-
-def parse(text: str, source: str = "record") -> Record:
-    """A record from its JSON.
-
-    Raises RecordError, with `source` in its message, for a truncated or foreign file, another
-    schema version, or keys that are missing or unknown.
-    """
-    try:
-        data = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise RecordError(f"{source}: not JSON ({error})") from None
-    if not isinstance(data, dict) or "schema_version" not in data:
-        raise RecordError(f"{source}: not a record (no schema_version)")
-    if data["schema_version"] != SCHEMA_VERSION:
-        raise RecordError(
-            f"{source}: schema_version {data['schema_version']!r}, this version reads {SCHEMA_VERSION}"
-        )
-    unknown = sorted(set(data) - set(KEYS))
-    if unknown:
-        raise RecordError(f"{source}: unknown keys {', '.join(unknown)}")
-    try:
-        record = Record(**data)
-    except TypeError as error:
-        raise RecordError(f"{source}: {error}") from None
-    if record.status not in STATUSES:
-        raise RecordError(f"{source}: status {record.status!r} is none of {', '.join(STATUSES)}")
-    return record
-
-
-def path_of(folder: Path, cell_id: str) -> Path:
-    """Where a cell's record lives in the experiment's folder."""
-    return folder / RECORDS_DIR / f"{cell_id}.json"
-
-
-def curve_path_of(folder: Path, cell_id: str) -> Path:
-    """Where a cell's training curve lies in the experiment's folder."""
-    return folder / CURVES_DIR / f"{cell_id}.csv"
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[BufferedRandom]:
-    """A file to write that takes the path's place when all of it is on the disk.
-
-    A reader, or a power cut, sees the old file or the new one, never a part.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=".tmp")
-    try:
-        with os.fdopen(handle, "w+b") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        Path(temporary).chmod(0o644)  # mkstemp's 0600 would hide results from the rest of a team
-        Path(temporary).replace(path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-
-
-def unfinished(path: Path) -> list[Path]:
-    """What processes that were killed as they wrote to the path left beside it."""
-    return list(path.parent.glob(f".{path.stem}-*.tmp"))
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Put a text in the path's place, whole."""
-    with replacing(path) as file:
-        file.write(text.encode())
-
-
-def write(folder: Path, record: Record) -> Path:
-    """Write one record into the experiment's folder and return its path."""
-    path = path_of(folder, record.cell_id)
-    write_atomically(path, record.to_json())
-    return path
-
-
-def read(folder: Path, cell_id: str) -> Record | None:
-    """The cell's record, or None where there is none that can be read."""
-    path = path_of(folder, cell_id)
-    try:
-        return parse(path.read_text(encoding="utf-8"), str(path))
-    except (OSError, RecordError, UnicodeDecodeError):
-        return None
-
-
-def read_all(folder: Path) -> tuple[list[Record], list[str]]:
-    """Every readable record of an experiment, oldest first, and a line for each file that is not one."""
-    records, problems = [], []
-    for path in sorted((folder / RECORDS_DIR).glob("*.json")):
-        try:
-            records.append(parse(path.read_text(encoding="utf-8"), str(path)))
-        except RecordError as error:
-            problems.append(str(error))
-        except (OSError, UnicodeDecodeError) as error:
-            problems.append(f"{path}: {error}")
-    records.sort(key=lambda r: (str(r.started_at or ""), r.cell_id))
-    return records, problems
-
-
-def load(folder: str | Path) -> pd.DataFrame:
-    """The experiment's readable records as a DataFrame: one row a cell, one column a key."""
-    import pandas as pd
-
-    records, _ = read_all(Path(folder))
-    return pd.DataFrame([dataclasses.asdict(r) for r in records], columns=list(KEYS))
+REQUIRED: frozenset[str] = frozenset(
+    f.name for f in dataclasses.fields(Record) if f.default is not None
+)
+"""Keys that a file of the present version must have; the others are null where it does not name them."""

@@ -1,0 +1,64 @@
+"""`python -m bench.records check|compact results/<name>`: look after an experiment's records.
+
+Exit status: 0 where no record is lost, 1 where a file is left that cannot be read, 2 where there is no such
+folder or it cannot be written to.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+from bench.records.printable import printable
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Do what the command line says; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m bench.records", description="Look after records.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, help_text in (
+        ("check", "list what is wrong: unreadable, older, stale, duplicate or misnamed records, leftovers"),
+        ("compact", "gather single files into few, and remove what processes that died left"),
+    ):
+        command = commands.add_parser(name, help=help_text, description=help_text)
+        command.add_argument("folder", type=Path, help="the experiment's folder, such as results/scaling")
+    options = parser.parse_args(arguments)
+    if not options.folder.is_dir():
+        print(f"bench.records: {printable(options.folder)}: no such folder", file=sys.stderr)
+        return 2
+    try:
+        return _check(options.folder) if options.command == "check" else _compact(options.folder)
+    except OSError as error:
+        print(f"bench.records: {printable(error)}", file=sys.stderr)
+        return 2
+
+
+def _check(folder: Path) -> int:
+    from bench.records.check import check
+
+    problems = check(folder)
+    for problem in problems:
+        print(f"{problem.kind:10} {problem.text}")
+    counts = Counter(problem.kind for problem in problems)
+    print(", ".join(f"{count} {kind}" for kind, count in counts.items()) or "nothing is wrong")
+    return int(any(problem.loses for problem in problems))
+
+
+def _compact(folder: Path) -> int:
+    from bench.records.compact import compact
+
+    done = compact(folder)
+    for problem in done.problems:
+        print(f"left as it is: {problem}")
+    print(
+        f"{done.gathered} single files gathered, in {len(done.parts)} parts now; "
+        f"{done.temporaries} temporaries of dead writers removed"
+    )
+    return int(bool(done.problems))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,143 @@
+"""From the text of a file to a record, or one line that says why it is none.
+
+A record is data from elsewhere: another program, another machine, a disk that ran full. What is taken in is
+what the rest of the code may rely on: the keys there are and no others, each of its type, numbers that are
+finite, text that can be written out again, and an id that is no more than a file's name.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import types
+import typing
+from typing import Any
+
+from bench.records.migrations import migrate
+from bench.records.printable import printable
+from bench.records.record import KEYS, REQUIRED, STATUSES, Record
+
+SUFFIX = ".json"
+MOST_BYTES = 64 * 2**20
+"""What no record comes near; a larger file is not read."""
+MOST_DEEP = 16
+"""How far knobs may be nested."""
+_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+_KNOWN = frozenset(KEYS)
+_NUMBERS = frozenset({int, float})
+_SIZES = ("seq_len", "depth", "d_model", "heads", "ff_chunks")
+_COUNTS = ("batch_size", "replicate", "twin")
+
+
+class RecordError(ValueError):
+    """A file that is not a record this version can read; the message names it, in one line."""
+
+
+def _types(hint: Any) -> frozenset[type]:
+    """The types that a value read from JSON may have; int serves as float."""
+    if typing.get_origin(hint) is types.UnionType:
+        return frozenset().union(*map(_types, typing.get_args(hint)))
+    if typing.get_origin(hint) is typing.Literal:
+        return frozenset({str})
+    return _NUMBERS if hint is float else frozenset({typing.get_origin(hint) or hint})
+
+
+_HINTS = typing.get_type_hints(Record)
+_TYPES = {key: _types(hint) for key, hint in _HINTS.items()}
+_LISTS = [key for key, allowed in _TYPES.items() if list in allowed]
+_KNOBS = [key for key, allowed in _TYPES.items() if dict in allowed]
+_FIGURES = [key for key, allowed in _TYPES.items() if allowed & _NUMBERS]
+
+
+def parse(text: str, source: str = "record") -> Record:
+    """A record from its JSON, of the present version or an older one.
+
+    Raises RecordError, with `source` in its message, for whatever else the text is.
+    """
+    try:
+        return _record(_object(text))
+    except (ValueError, RecursionError) as error:
+        raise RecordError(f"{printable(source)}: {printable(error, 300)}") from None
+
+
+def _object(text: str) -> dict[str, Any]:
+    try:
+        data = json.loads(text, object_pairs_hook=_once, parse_constant=_constant)
+    except json.JSONDecodeError as error:
+        cut = "" if text.rstrip().endswith("}") else ", it is empty or cut short"
+        raise ValueError(f"not JSON{cut} ({error})") from None
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"not JSON as records are written ({error})") from None
+    if not isinstance(data, dict) or "schema_version" not in data:
+        raise ValueError("not a record (no schema_version)")
+    if "\\u" in text:
+        try:
+            json.dumps(data, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            raise ValueError("text with half a character (a lone surrogate)") from None
+    return data
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"{max(names, key=names.count)!r:.100} is there twice")
+    return found
+
+
+def _constant(name: str) -> None:
+    raise ValueError(f"{name} is no number")
+
+
+def _record(data: dict[str, Any]) -> Record:
+    data = migrate(data)
+    if unknown := sorted(data.keys() - _KNOWN):
+        raise ValueError(f"unknown keys {', '.join(unknown[:10])}; a later program may have written it")
+    if missing := sorted(REQUIRED - data.keys()):
+        raise ValueError(f"without {', '.join(missing)}")
+    if wrong := [key for key, value in data.items() if type(value) not in _TYPES[key]]:
+        raise ValueError(f"wrong type in {', '.join(wrong)}")
+    if data["status"] not in STATUSES:
+        raise ValueError(f"status {data['status']!r:.100} is none of {', '.join(STATUSES)}")
+    if not _ID.fullmatch(data["cell_id"]):
+        raise ValueError(f"cell_id {data['cell_id']!r:.200} is no name of a file")
+    _check_numbers(data)
+    for key in _KNOBS:
+        _check_knobs(data.get(key), key, MOST_DEEP)
+    return Record(**data)
+
+
+def _check_numbers(data: dict[str, Any]) -> None:
+    for key in _SIZES:
+        if not 1 <= data[key] < 2**63:
+            raise ValueError(f"{key}={data[key]!r:.50}: allowed is 1 to below 2⁶³")
+    for key in _COUNTS:
+        if not 0 <= data[key] < 2**63:
+            raise ValueError(f"{key}={data[key]!r:.50}: allowed is 0 to below 2⁶³")
+    for key in _FIGURES:
+        if (value := data.get(key)) is not None and not _finite(value):
+            raise ValueError(f"{key}: a number beyond all measure")
+    for key in _LISTS:
+        for value in data.get(key) or ():
+            # A non-finite element was written as null.
+            if value is not None and (type(value) not in _NUMBERS or not _finite(value)):
+                raise ValueError(f"wrong type in {key}, a list of numbers")
+
+
+def _finite(value: float) -> bool:
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # a whole number larger than any float
+        return False
+
+
+def _check_knobs(value: Any, key: str, levels: int) -> None:
+    if isinstance(value, dict | list):
+        if not levels:
+            raise ValueError(f"{key}: nested more than {MOST_DEEP} deep")
+        for inner in value.values() if isinstance(value, dict) else value:
+            _check_knobs(inner, key, levels - 1)
+    elif type(value) in _NUMBERS and not _finite(value):
+        raise ValueError(f"{key}: a number beyond all measure")
