@@ -73,6 +73,8 @@ def run(
     jobs = sweep.plan(cells)
     line_of = {id(cell): line for cell, line in zip(cells, overrides, strict=True)}
     left = [job for job in jobs if job.result is None]
+    if before := len(jobs) - len(left):
+        _say(f"{before} of {len(jobs)} cells were finished before and are not run again")
     for device in dict.fromkeys(job.cell.spec.device for job in left):
         groups = _pieces([job for job in left if job.cell.spec.device == device], cluster.cells_per_job)
         for batch in _pieces(groups, MOST_JOBS):
