@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,6 +11,14 @@ from hydra.core.utils import JobReturn, JobStatus, run_job, setup_globals
 from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict
+
+AS_WITHOUT = {
+    "RAY_worker_niceness": "0",  # by default 15: whatever else runs would come before what is measured
+    "RAY_worker_oom_score_adjustment": "0",  # by default as high as a cell's own, which is the one to go
+    "RAY_memory_monitor_refresh_ms": "0",  # it ends workers at 95 % of the memory, which a cell may well take
+}
+"""Settings of a Ray that is started here, under which a cell fares as it does without; the environment's
+own count before these."""
 
 
 class RayLauncher(Launcher):
@@ -30,6 +39,7 @@ class RayLauncher(Launcher):
         import ray
         from ray.exceptions import RayError
 
+        os.environ.update({name: value for name, value in AS_WITHOUT.items() if name not in os.environ})
         with ray.init(**self.init):
             common = ray.put((*self.common, Singleton.get_state()))
             task = ray.remote(**self.remote)(_work)
