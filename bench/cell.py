@@ -47,7 +47,7 @@ class DoesNotFit(Exception):
 
 def drawn(cell_id: str, share: float) -> bool:
     """Whether a cell is among a share of all, at random but always the same ones."""
-    return int(cell_id, 16) / (1 << 4 * len(cell_id)) < share
+    return int(cell_id, 16) < share * (1 << 4 * len(cell_id))
 
 
 class CellRun:

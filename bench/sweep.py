@@ -151,6 +151,7 @@ def plan(cells: Sequence[Cell]) -> list[Job]:
     identities = [identity(cell) for cell in cells]
     for folder in {cell.folder for cell in cells}:
         make_folder(folder)
+        records.tidy(folder)
     return [Job.of(cell, known) for cell, known in zip(cells, identities, strict=True)]
 
 
@@ -176,6 +177,8 @@ def run(cells: Sequence[Cell]) -> list[Record]:
                     if ours:
                         job.result = _settle(job, lines, progress, interrupts)
                         lines.note(job.cell, job.result)
+    for folder in folders:
+        records.tidy(folder)  # a cell may have outlived its sweep as this one began
     return report(jobs)
 
 

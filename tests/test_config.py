@@ -9,7 +9,7 @@ import pytest
 import torch
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
-from hydra_plugins.longctx_bench import CellSweeper
+from hydra_plugins.longctx_bench import CellSweeper, Composer
 
 import variants
 from bench import complaints, planning, sweep
@@ -57,7 +57,7 @@ REFUSED: dict[str, tuple[str, ...]] = {
     "dtype=float16": ("dtype=float16", *DTYPES),
     "device=gpu": ("device=gpu", "auto", "cpu", "cuda"),
     "variant.impl=spda": ("variant.impl='spda'", "sdpa or naive"),
-    "rerun=contaminatd": ("rerun=contaminatd", "none, contaminated", "did you mean contaminated?"),
+    "rerun=contaminatd": ("rerun=contaminatd", "none, contaminated, oom", "did you mean contaminated?"),
     # misspelt knobs
     "seqlen=5": ("seqlen", "unknown knob", "did you mean seq_len?"),
     "model.head=2": ("model.head", "did you mean model.heads?"),
@@ -73,6 +73,11 @@ REFUSED: dict[str, tuple[str, ...]] = {
     "seq_len=0": ("seq_len=0", "1 or more"),
     "seq_len=-5": ("seq_len=-5", "1 or more"),
     "depth=0": ("depth=0", "1 or more"),
+    "audit_oom=1.5": ("audit_oom=1.5", "0 to 1"),
+    "audit_oom=-0.1": ("audit_oom=-0.1", "0 to 1"),
+    "audit_oom=nan": ("audit_oom=nan", "0 to 1"),
+    "audit_oom=some": ("audit_oom='some'", "a number"),
+    "skip_after_oom=perhaps": ("skip_after_oom='perhaps'", "true or false"),
     "batch_size=0": ("batch_size=0", "1 or more"),
     "replicate=-1": ("replicate=-1", "0 or more"),
     "twin=-1": ("twin=-1", "0 or more"),
@@ -169,7 +174,8 @@ def test_every_figures_knob_changes_the_cells_id_and_no_other_does() -> None:
 
     same = ["results_dir=elsewhere", "name=other", "force=true", "measure.limit_seconds=5"]
     same += ["measure.checkpoint_seconds=5", "measure.train_seconds=5"]  # the budget is of tokens
-    same += ["twin=0", "rerun=contaminated", "measure.precision=0.03"]
+    same += ["twin=0", "rerun=contaminated", "measure.precision=0.03", "measure.limit_bytes=5GiB"]
+    same += ["rerun=oom", "audit_oom=1", "skip_after_oom=false"]
     assert {cell_id(override) for override in same} == {cell_id()}
     different = [
         *("variant=chunked", "seq_len=5", "depth=3", "batch_size=2", "replicate=1", "objective=mlm"),
@@ -253,6 +259,27 @@ def jobs_of(preset: str) -> list[dict[str, str]]:
         sweeper.loader = GlobalHydra.instance().config_loader()
         jobs = [job for grid in sweeper.grids for job in sweeper._product(grid, [])]
     return [dict(override.split("=", 1) for override in job) for job in jobs]
+
+
+@pytest.mark.parametrize("preset", ["smoke", "listops", "fits"])
+def test_a_sweep_s_cells_are_those_that_hydra_composes_one_by_one(preset: str) -> None:
+    jobs = [[f"{key}={value}" for key, value in job.items()] for job in jobs_of(preset)[::7]]
+    jobs += [["variant=dense", "model=small", value] for value in ("variant.impl=naive", "model.dropout=0.5")]
+    jobs.append(["variant=chunked", "results_dir=x${seq_len}"])
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        chosen = [f"experiment={preset}", "device=cpu"]
+        composed = compose("config", overrides=chosen, return_hydra_config=True)
+        loader = GlobalHydra.instance().config_loader()
+        make = Composer(loader, composed)
+        for job in jobs:
+            assert parse(make(job)) == parse(loader.load_sweep_config(composed, job))
+        assert len(make._known) < len(jobs)
+        for mistake in ("sqe_len=5", "variant.impll=x", "variant=densee", "seq_len@x=5"):
+            with pytest.raises(complaints.KINDS) as one:
+                make([mistake])
+            with pytest.raises(complaints.KINDS) as other:
+                loader.load_sweep_config(composed, [mistake])
+            assert str(one.value) == str(other.value)
 
 
 @pytest.mark.parametrize("preset", ["smoke", "cpu", "gpu", "depth", "batch_payoff"])

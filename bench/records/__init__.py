@@ -13,6 +13,7 @@ from bench.records.files import (
     curve_path_of,
     path_of,
     replacing,
+    tidy,
     unfinished,
     write_atomically,
 )
@@ -39,6 +40,7 @@ __all__ = [
     "read",
     "read_all",
     "replacing",
+    "tidy",
     "unfinished",
     "write",
     "write_atomically",

@@ -91,6 +91,13 @@ def abandoned(path: Path) -> bool:
         return False
 
 
+def tidy(folder: Path) -> None:
+    """Remove what writers that died left of files in an experiment's folder; what one still writes stays."""
+    for path in folder.glob(f"*/.*{TEMPORARY}"):
+        if abandoned(path):
+            path.unlink(missing_ok=True)
+
+
 def _host() -> str:
     return re.sub(r"\W", "_", socket.gethostname(), flags=re.ASCII)[:40] or "unknown"
 
