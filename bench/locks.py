@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from bench import limits
+from bench.config import digest
 
 LOCKS = "LONGCTX_BENCH_LOCKS"
 """Environment variable: runs for which it differs do not wait for each other's devices. Tests set it."""
@@ -30,7 +31,7 @@ def on_device(device: str, waiting: Callable[[], None] = lambda: None) -> Iterat
     process: runs on two of a machine's do not wait for each other.
     """
     uuid = limits.device_uuid(device) if device != "cpu" else None
-    name = "-".join(["longctx-bench", os.environ.get(LOCKS, ""), uuid or device])
+    name = f"longctx-bench-{digest([os.environ.get(LOCKS), uuid or device])}"  # names are short
     held = _take(name)
     if held is None:
         waiting()

@@ -80,8 +80,9 @@ class Sweep:
         knobs += [f"data.path={folder / 'corpus.txt'}", "model.d_model=16", f"results_dir={self.results}"]
         knobs += ["measure=standard", "measure.time_seconds=0", "measure.min_samples=2"]
         knobs += ["measure.train_tokens=100", "measure.eval_tokens=50", *overrides]
-        # TMPDIR holds the lock of the device: nobody's sweep is waited for, and no two of these run at once
-        env = {**os.environ, "PYTHONPATH": str(folder), "TMPDIR": str(folder), "OMP_NUM_THREADS": "1"}
+        # nobody's sweep is waited for, and no two of these run at once
+        own = {"TMPDIR": str(folder), "LONGCTX_BENCH_LOCKS": str(folder)}
+        env = {**os.environ, **own, "PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1"}
         command = [sys.executable, "-m", "bench", "-m", *knobs]
         self.process = subprocess.Popen(
             command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
