@@ -28,7 +28,8 @@ class RayLauncher(Launcher):
     """
 
     def __init__(self, init: DictConfig, remote: DictConfig) -> None:
-        self.init, self.remote = (OmegaConf.to_container(knobs, resolve=True) for knobs in (init, remote))
+        self.init: Any = OmegaConf.to_container(init, resolve=True)
+        self.remote: Any = OmegaConf.to_container(remote, resolve=True)
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         """Keep what `launch` needs."""
