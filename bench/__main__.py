@@ -99,7 +99,7 @@ def _summary(finished: list[tuple[Path, Record]]) -> int:
 def _lost(unrecorded: list[Cell]) -> int:
     """Print the cells that have no record; the exit status."""
     if unrecorded:
-        print(f"{len(unrecorded)} cells have no record; the same command runs them:", file=sys.stderr)
+        print(f"no record of {len(unrecorded)} of the cells; the same command runs them:", file=sys.stderr)
         for cell in unrecorded:
             print(f"  {cell.spec.label}", file=sys.stderr)
     return 1 if unrecorded else 0

@@ -79,7 +79,7 @@ def run(
         groups = _pieces([job for job in left if job.cell.spec.device == device], cluster.cells_per_job)
         for batch in _pieces(groups, MOST_JOBS):
             handed = [job for group in batch for job in group]
-            _say(f"{len(handed)} of {len(jobs)} cells go to {len(batch)} jobs")
+            _say(f"jobs: {len(batch)}, for {len(handed)} of {len(jobs)} cells")
             # what auto stands for is decided here: a job's machine may have other devices
             lines = [[[*line_of[id(job.cell)], f"device={device}"] for job in group] for group in batch]
             knobs = needs(cluster, [[job.cell for job in group] for group in batch])
