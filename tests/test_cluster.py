@@ -86,10 +86,10 @@ def here(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 def test_processes_of_submitit_leave_the_records_of_a_run_without(
     here: dict[str, Any], tmp_path: Path
 ) -> None:
-    launched = [*SWEEP, "hydra/launcher=submitit_local", "cluster.cells_per_job=2"]
+    launched = [*SWEEP, "hydra/launcher=submitit_local"]
     done = bench(*launched, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert "jobs: 2, for 4 of 4 cells" in done.stderr
+    assert "jobs: 1, for 4 of 4 cells" in done.stderr
     assert told(tmp_path) == here
     again = bench(*[a for a in launched if not a.startswith("rerun")], cwd=tmp_path)
     assert again.returncode == 0, again.stderr
@@ -98,6 +98,7 @@ def test_processes_of_submitit_leave_the_records_of_a_run_without(
 
 
 @needs_submitit
+@pytest.mark.slow
 def test_an_array_of_slurm_leaves_the_records_of_a_run_without(here: dict[str, Any], tmp_path: Path) -> None:
     commands = tmp_path / "bin"
     slurm_stand_in.install(commands)
@@ -116,6 +117,7 @@ def test_an_array_of_slurm_leaves_the_records_of_a_run_without(here: dict[str, A
     assert (tmp_path / "results/adhoc/jobs").is_dir()
 
 
+@pytest.mark.slow
 def test_an_array_without_a_launcher_shares_the_work(here: dict[str, Any], tmp_path: Path) -> None:
     """The script of the guide as it stands there, on two tasks."""
     (script,) = re.findall(r"```sh\n(#!/bin/bash\n.*?)```", GUIDE, re.DOTALL)
@@ -134,6 +136,7 @@ def test_an_array_without_a_launcher_shares_the_work(here: dict[str, Any], tmp_p
 
 
 @needs_ray
+@pytest.mark.slow
 def test_tasks_of_ray_leave_the_records_of_a_run_without(here: dict[str, Any], tmp_path: Path) -> None:
     done = bench(*SWEEP, "cluster=ray", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
@@ -158,6 +161,7 @@ def test_a_task_of_ray_that_dies_takes_no_other_with_it(tmp_path: Path) -> None:
 
 
 @needs_submitit
+@pytest.mark.slow
 def test_a_job_that_dies_leaves_its_cells_to_the_next_run(here: dict[str, Any], tmp_path: Path) -> None:
     launched = ["hydra/launcher=submitit_local", "cluster.cells_per_job=1", "hydra.launcher.timeout_min=60"]
     endless = ["-m", *QUICK[:1], "seq_len=64", "depth=1", "measure.train_tokens=10_000_000_000"]
