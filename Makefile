@@ -11,9 +11,9 @@ ifeq ($(origin CONSTRAINTS),undefined)
 CONSTRAINTS := $(shell if nvidia-smi >/dev/null 2>&1; then echo constraints/gpu.txt; else echo constraints/cpu.txt; fi)
 endif
 ifeq ($(notdir $(CONSTRAINTS)),gpu.txt)
-EXTRAS := [dev,gpu]
+EXTRAS := [dev,cluster,gpu]
 else
-EXTRAS := [dev]
+EXTRAS := [dev,cluster]
 endif
 
 PINS := $(CONSTRAINTS)

@@ -13,6 +13,7 @@ import shlex
 import signal
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import hydra
 from hydra.core.config_store import ConfigStore
@@ -22,6 +23,9 @@ import variants
 from bench import CONFIGS
 from bench.progress import describe
 from bench.records import FINAL, Record, path_of
+
+if TYPE_CHECKING:
+    from bench.config import Cell
 
 
 def _register_plugin_variants() -> None:
@@ -63,7 +67,7 @@ def main() -> int:
         return _refuse(error)
     except KeyboardInterrupt as stop:
         return _stopped(getattr(stop, "signal", signal.SIGINT))
-    return _summary(sweep.finished)
+    return max(_summary(sweep.finished), _lost(sweep.unrecorded))
 
 
 def _stopped(by: signal.Signals) -> int:
@@ -91,6 +95,15 @@ def _summary(finished: list[tuple[Path, Record]]) -> int:
             file=sys.stderr,
         )
     return 1 if failed else 0
+
+
+def _lost(unrecorded: list[Cell]) -> int:
+    """Print the cells that have no record; the exit status."""
+    if unrecorded:
+        print(f"no record of {len(unrecorded)} of the cells; the same command runs them:", file=sys.stderr)
+        for cell in unrecorded:
+            print(f"  {cell.spec.label}", file=sys.stderr)
+    return 1 if unrecorded else 0
 
 
 if __name__ == "__main__":

@@ -76,6 +76,7 @@ def check_bounds(root: Root) -> None:
         "depth": (root.depth, 1),
         "replicate": (root.replicate, 0),
         "twin": (root.twin, 0),
+        "cluster.cells_per_job": (root.cluster.cells_per_job, 1),
         "model.d_model": (model.d_model, 2),
         "model.heads": (model.heads, 1),
         "model.ff_mult": (model.ff_mult, 1),

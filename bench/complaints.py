@@ -51,7 +51,8 @@ def _near(value: str, allowed: list[str]) -> str:
 def _unknown_option(error: MissingConfigException) -> str:
     group, _, value = str(error.missing_cfg_file).rpartition("/")
     allowed = sorted(str(option) for option in error.options or [])
-    return f"{group}={value}: unknown; allowed are {', '.join(allowed)}{_near(value, allowed)}"
+    extra = "; those for clusters come with the extra `cluster`" if group == "hydra/launcher" else ""
+    return f"{group}={value}: unknown; allowed are {', '.join(allowed)}{_near(value, allowed)}{extra}"
 
 
 def _unknown_knob(knob: str, arguments: list[str], configs: Path) -> str:

@@ -132,6 +132,30 @@ class _Named:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ClusterSpec:
+    """Where cells run, and what a job of them is given there. Decides no figure; None leaves it open."""
+
+    name: str = "local"
+    """Name of the group's entry, for people."""
+    cells_per_job: int = 1
+    """Cells that a job measures, one after the other; the larger, the less its start costs."""
+    parallel: int | None = None
+    """Jobs that run at the same time, at most."""
+    partition: str | None = None
+    """SLURM's."""
+    address: str | None = None
+    """Of a running Ray cluster."""
+    gpus: int | None = None
+    """Accelerators of a job: one, for one cell after the other."""
+    cpus: int | None = None
+    """Cores of a job."""
+    memory_gib: int | None = None
+    """Memory of a job on its host."""
+    minutes: int | None = None
+    """Time limit of a job."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Root:
     """The types of the composed config; the values come from configs/."""
 
@@ -154,7 +178,7 @@ class Root:
     activations: _Named = field(default_factory=_Named)
     data: dict[str, Any] = field(default_factory=dict)
     measure: MeasureSpec = field(default_factory=MeasureSpec)
-    cluster: _Named = field(default_factory=_Named)
+    cluster: ClusterSpec = field(default_factory=ClusterSpec)
     tracker: TrackerSpec = field(default_factory=TrackerSpec)
 
 
@@ -308,6 +332,13 @@ def _tracker(spec: TrackerSpec) -> TrackerSpec:
         raise ConfigError(
             f"tracker={spec.name}: needs the package {needs}; pip install 'longctx-bench[trackers]'"
         )
+    return spec
+
+
+def parse_cluster(cfg: DictConfig) -> ClusterSpec:
+    """Where the cells of a composed config run; it has been through `parse`."""
+    spec = OmegaConf.to_object(OmegaConf.merge(_schema(ClusterSpec), cfg.cluster))
+    assert isinstance(spec, ClusterSpec)
     return spec
 
 

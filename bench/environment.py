@@ -21,6 +21,7 @@ import variants
 HERE = Path(__file__).parent
 _NOT_FIGURES = {
     "__main__.py",
+    "cluster.py",
     "commandline.py",
     "complaints.py",
     "environment.py",

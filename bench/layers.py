@@ -25,7 +25,7 @@ from omegaconf import OmegaConf
 import variants
 from bench import CONFIGS, children, environment
 from bench.config import MeasureSpec
-from bench.locks import device_lock
+from bench.locks import on_device
 from bench.records import write_atomically
 from bench.report import markdown, units
 from bench.report.columns import Column
@@ -129,7 +129,7 @@ def _child(theirs: Connection, sizes: Sizes, name: str, seq_len: int, fake: bool
 def in_child(sizes: Sizes, name: str, seq_len: int, *, fake: bool) -> Figures | str:
     """`measure` in a process of its own, alone on the device."""
     ours, theirs = Pipe(duplex=False)
-    with device_lock("cpu"):
+    with on_device("cpu"):
         child = children.context().Process(target=_child, args=(theirs, sizes, name, seq_len, fake))
         child.start()
         theirs.close()

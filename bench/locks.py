@@ -4,41 +4,59 @@ from __future__ import annotations
 
 import errno
 import fcntl
-import getpass
 import os
+import socket
 import sys
-import tempfile
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from filelock import FileLock, Timeout
+from bench import limits
+from bench.config import digest
 
+LOCKS = "LONGCTX_BENCH_LOCKS"
+"""Environment variable: runs for which it differs do not wait for each other's devices. Tests set it."""
 CLAIMS_FILE = ".claims"
 POLL_SECONDS = 0.25
 """Whoever waits for a device looks so rarely that the cell which is measured there does not feel it."""
 _CANNOT_LOCK = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}
 
 
-def device_lock(device: str) -> FileLock:
-    """A lock that every run on this machine takes while it measures on the device."""
-    name = f"longctx-bench-{getpass.getuser()}-{device}.lock"
-    return FileLock(Path(tempfile.gettempdir()) / name, poll_interval=POLL_SECONDS)
-
-
 @contextmanager
-def on_device(device: str, waiting: Callable[[], None]) -> Iterator[None]:
-    """Have the device while inside; `waiting` is called where another run has it."""
-    lock = device_lock(device)
-    try:
-        lock.acquire(blocking=False)
-    except Timeout:
+def on_device(device: str, waiting: Callable[[], None] = lambda: None) -> Iterator[None]:
+    """Have the device of this machine while inside; `waiting` is called where another run has it.
+
+    An accelerator is known by what its driver calls it, whatever number CUDA_VISIBLE_DEVICES gives it in this
+    process: runs on two of a machine's do not wait for each other.
+    """
+    uuid = limits.device_uuid(device) if device != "cpu" else None
+    name = f"longctx-bench-{digest([os.environ.get(LOCKS), uuid or device])}"  # names are short
+    held = _take(name)
+    if held is None:
         waiting()
-        lock.acquire()
-    try:
+        while (held := _take(name)) is None:
+            time.sleep(POLL_SECONDS)
+    with held:
         yield
-    finally:
-        lock.release()
+
+
+def _take(name: str) -> socket.socket | None:
+    """Take a name of this machine's until the socket is closed or the process ends; None where it is taken.
+
+    It is no file: schedulers give each job a temporary folder of its own, or even a /tmp, and two jobs on one
+    machine would not meet there. Linux keeps one set of such names for a network namespace (unix(7), abstract
+    sockets): users and jobs share it, and containers do if they run on the host's network.
+    """
+    held = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+    try:
+        held.bind(f"\0{name}")
+    except OSError as error:
+        held.close()
+        if error.errno != errno.EADDRINUSE:
+            raise
+        return None
+    return held
 
 
 class Claims:

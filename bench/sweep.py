@@ -25,6 +25,8 @@ ROOM = 2**16
 finished: list[tuple[Path, Record]] = []
 """(experiment's folder, record) of every cell this process was asked for: Hydra does not hand what a
 task returns to whoever started it."""
+unrecorded: list[Cell] = []
+"""Cells that this process was asked for and that have no record: those who ran them, elsewhere, died."""
 
 
 def identity(cell: Cell) -> dict[str, Any]:
@@ -141,25 +143,33 @@ class Job:
         return now if now != self.before else None
 
 
+def plan(cells: Sequence[Cell]) -> list[Job]:
+    """The cells in rounds, each with the record that it has; makes the folders of their experiments.
+
+    Raises ConfigError or corpora.CorpusError.
+    """
+    if not cells:
+        raise ConfigError("no cells: the overrides match nothing (is a glob misspelt?)")
+    cells = rounds(cells)
+    identities = [identity(cell) for cell in cells]
+    for folder in {cell.folder for cell in cells}:
+        make_folder(folder)
+        records.tidy(folder)
+    return [Job.of(cell, known) for cell, known in zip(cells, identities, strict=True)]
+
+
 def run(cells: Sequence[Cell]) -> list[Record]:
     """Run each cell whose record does not stand, in rounds; returns the records of all.
 
     Raises ConfigError or corpora.CorpusError before the first cell runs; after that a cell that fails becomes
     a record and the sweep goes on. A signal ends it with interrupts.Stopped.
     """
-    if not cells:
-        raise ConfigError("no cells: the overrides match nothing (is a glob misspelt?)")
-    cells = rounds(cells)
-    identities = [identity(cell) for cell in cells]
-    folders = {cell.folder for cell in cells}
-    for folder in folders:
-        make_folder(folder)
-        records.tidy(folder)
-    jobs = [Job.of(cell, known) for cell, known in zip(cells, identities, strict=True)]
+    jobs = plan(cells)
     lines = Lines((job.cell, job.result) for job in jobs if job.result)
     with ExitStack() as stack:
         progress = stack.enter_context(Progress(len(jobs)))
         interrupts = stack.enter_context(Interrupts())
+        folders = {job.cell.folder for job in jobs}
         claims = {folder: stack.enter_context(closing(Claims(folder))) for folder in folders}
         progress.skipped(sum(job.result is not None for job in jobs))
         for wait in (False, True):  # what another sweep has in hand comes last, when that may be done with it
@@ -172,9 +182,14 @@ def run(cells: Sequence[Cell]) -> list[Record]:
                         lines.note(job.cell, job.result)
     for folder in folders:
         records.tidy(folder)  # a cell may have outlived its sweep as this one began
-    done = [job.result for job in jobs if job.result]
+    return report(jobs)
+
+
+def report(jobs: Sequence[Job]) -> list[Record]:
+    """Tell what came of the jobs to whoever started this process; returns their records."""
     finished.extend((job.cell.folder, job.result) for job in jobs if job.result)
-    return done
+    unrecorded.extend(job.cell for job in jobs if not job.result)
+    return [job.result for job in jobs if job.result]
 
 
 def _settle(job: Job, lines: Lines, progress: Progress, interrupts: Interrupts) -> Record:
@@ -204,10 +219,13 @@ def _settle(job: Job, lines: Lines, progress: Progress, interrupts: Interrupts) 
 
 
 def _keep(job: Job, figures: dict[str, Any]) -> Record:
+    return keep(job, Record(**(job.known | figures), ended_at=environment.now()))
+
+
+def keep(job: Job, record: Record) -> Record:
     """Write the cell's record, unless an attempt that failed, or that a signal stopped, would take the place
     of figures; a checkpoint is left only where a run that was cut short goes on. A cell whose record cannot
     be written has failed."""
-    record = Record(**(job.known | figures), ended_at=environment.now())
     folder, final = job.cell.folder, record.status in records.FINAL
     if final or job.before is None or job.before.status != "ok":
         try:

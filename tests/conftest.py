@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator
 
 import pytest
+
+os.environ.setdefault("LONGCTX_BENCH_LOCKS", f"tests-{os.getpid()}")  # no other sweep is waited for
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

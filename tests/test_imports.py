@@ -20,6 +20,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 UPPER_LAYERS = [
     {"bench.__main__", "bench.complaints", "bench.plugins.hydra_plugins.longctx_bench"},
+    {"bench.cluster"},
     {"bench.sweep"},
     {"bench.isolate"},
     {"bench.cell"},

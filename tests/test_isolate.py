@@ -176,7 +176,8 @@ class Sweep:
         knobs += ["measure.min_samples=2", "measure.train_tokens=100", "measure.eval_tokens=50", *overrides]
         # TMPDIR holds the lock of the device: nobody's sweep is waited for, and no two of these run at once
         path = f"{folder}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
-        env = {**os.environ, "PYTHONPATH": path, "TMPDIR": str(folder), "OMP_NUM_THREADS": "1"}
+        own = {"TMPDIR": str(folder), "LONGCTX_BENCH_LOCKS": str(folder)}
+        env = {**os.environ, **own, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
         command = [sys.executable, "-m", "bench", *knobs]
         if group:
             command = ["sh", "-c", 'echo $$ > "$0/cgroup.procs" && exec "$@"', str(group), *command]

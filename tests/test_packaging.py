@@ -139,8 +139,8 @@ def pins(name: str) -> dict[str, str]:
 @pytest.mark.parametrize(
     ("names", "extras"),
     [
-        (["cpu.txt"], ["dev"]),
-        (["gpu.txt"], ["dev", "gpu"]),
+        (["cpu.txt"], ["dev", "cluster"]),
+        (["gpu.txt"], ["dev", "cluster", "gpu"]),
         (["cpu.txt", "peers.txt"], ["dev", "peers"]),
         (["gpu.txt", "peers.txt"], ["dev", "peers"]),
     ],

@@ -92,7 +92,7 @@ def python(*arguments: str | Path, path: Path | None = None, cwd: Path) -> subpr
     """A fresh interpreter with `path` before everything else it imports from."""
     kept = os.environ.get("PYTHONPATH", "")
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [str(path or ""), kept]))}
-    env["TMPDIR"] = str(cwd)  # a lock of its own: a measurement that runs meanwhile need not be waited for
+    env["LONGCTX_BENCH_LOCKS"] = str(cwd)  # nobody else's measurement is waited for
     command = [sys.executable, *map(str, arguments)]
     return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, check=False)
 

@@ -26,13 +26,19 @@ def once(
     A file that holds other keys, or cannot be read, is taken again.
     """
     path = path_of(folder, decides)
-    try:
-        before = json.loads(path.read_text())
-    except (FileNotFoundError, ValueError):
-        before = None
-    if isinstance(before, dict) and before.keys() == keys:
+    if before := _kept(path, keys):
         return before
     with torch.random.fork_rng():
         found = take()
+    if meanwhile := _kept(path, keys):  # by a cell on another device: all are to have the same
+        return meanwhile
     write_atomically(path, json.dumps(found))
     return found
+
+
+def _kept(path: Path, keys: set[str]) -> dict[str, Any] | None:
+    try:
+        kept = json.loads(path.read_text())
+    except (FileNotFoundError, ValueError):
+        return None
+    return kept if isinstance(kept, dict) and kept.keys() == keys else None

@@ -6,8 +6,10 @@ instantiates them only from there; so the class lives here and imports what it n
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from copy import deepcopy
+from pathlib import Path
 from typing import Any
 
 from hydra.core.config_loader import ConfigLoader
@@ -15,8 +17,11 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override, OverrideType
 from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 from omegaconf.errors import OmegaConfBaseException
+
+IN_THIS_PROCESS = "hydra._internal.core_plugins.basic_launcher.BasicLauncher"
+"""Hydra's own launcher; the cells go to any other one as jobs."""
 
 
 class Composer:
@@ -63,10 +68,10 @@ class Composer:
 
 
 class CellSweeper(Sweeper):
-    """Hydra's grid sweep with one addition, `grids`: a list of parameter dictionaries whose products are
-    run one after the other in each round of replicates, so that a preset can hold more than one question.
-
-    `params` is the same with one grid. An override on the command line beats both.
+    """Hydra's grid sweep with two additions. `grids` is a list of parameter dictionaries whose products are
+    run one after the other in each round of replicates, so that a preset can hold more than one question;
+    `params` is the same with one grid, and an override on the command line beats both. And cells that are
+    finished are not handed to the launcher, where one is chosen.
     """
 
     def __init__(self, params: DictConfig | None = None, grids: Sequence[DictConfig] | None = None) -> None:
@@ -74,21 +79,46 @@ class CellSweeper(Sweeper):
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         """Keep what `sweep` needs."""
-        self.loader, self.composed = hydra_context.config_loader, config
+        self.context, self.composed = hydra_context, config
 
     def sweep(self, arguments: list[str]) -> Any:
         """Compose and check the cells of every grid, then run them; returns their records."""
-        from bench import config, sweep
+        from bench import cluster, config, sweep
 
-        compose = Composer(self.loader, self.composed)
-        jobs = [job for grid in self.grids for job in self._product(grid, arguments)]
-        return sweep.run([config.parse(compose(job)) for job in jobs])
+        compose = Composer(self.context.config_loader, self.composed)
+        overrides = [line for grid in self.grids for line in self._product(grid, arguments)]
+        cells = [config.parse(compose(line)) for line in overrides]
+        if self.composed.hydra.launcher._target_ == IN_THIS_PROCESS:
+            return sweep.run(cells)
+
+        def launch(knobs: config.ClusterSpec, jobs: list[list[str]]) -> list[list[str] | Exception]:
+            task = cluster.CellsOfJob(self.context.config_loader, self.composed, Path.cwd())
+            return self._launch(task, knobs, jobs)
+
+        return cluster.run(cells, overrides, config.parse_cluster(self.composed), launch)
+
+    def _launch(self, task: TaskFunction, knobs: Any, jobs: list[list[str]]) -> list[list[str] | Exception]:
+        """Have the chosen launcher, to which the knobs are known, call the task for each job."""
+        from hydra.core.plugins import Plugins
+        from hydra.core.utils import JobStatus
+
+        chosen = self.composed.copy()
+        with read_write(chosen), open_dict(chosen):
+            chosen.cluster = dataclasses.asdict(knobs)
+        launcher = Plugins.instance().instantiate_launcher(self.context, task, chosen)
+        ended = launcher.launch(jobs, initial_job_idx=0)
+        return [job._return_value if job.status is JobStatus.COMPLETED else _failure(job) for job in ended]
 
     def _product(self, grid: DictConfig, arguments: list[str]) -> list[list[str]]:
         """The overrides of each cell of a grid."""
         from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 
         lines = [f"{key!s}={value}" for key, value in grid.items()] + arguments
-        parser = OverridesParser.create(config_loader=self.loader)
+        parser = OverridesParser.create(config_loader=self.context.config_loader)
         (jobs,) = BasicSweeper.split_arguments(parser.parse_overrides(lines), max_batch_size=None)
         return jobs
+
+
+def _failure(job: Any) -> Exception:
+    """What a job failed of; Hydra's JobReturn keeps the exception as what it returned."""
+    return job._return_value if isinstance(job._return_value, Exception) else RuntimeError(str(job.status))

@@ -1,0 +1,76 @@
+"""A Hydra launcher over Ray's core: a job is a task of Ray's, and one that dies takes no other with it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+from hydra.core.singleton import Singleton
+from hydra.core.utils import JobReturn, JobStatus, run_job, setup_globals
+from hydra.plugins.launcher import Launcher
+from hydra.types import HydraContext, TaskFunction
+from omegaconf import DictConfig, OmegaConf, open_dict
+
+AS_WITHOUT = {
+    "RAY_worker_niceness": "0",  # by default 15: whatever else runs would come before what is measured
+    "RAY_worker_oom_score_adjustment": "0",  # by default as high as a cell's own, which is the one to go
+    "RAY_memory_monitor_refresh_ms": "0",  # it ends workers at 95 % of the memory, which a cell may well take
+}
+"""Settings of a Ray that is started here, under which a cell fares as it does without; the environment's
+own count before these."""
+
+
+class RayLauncher(Launcher):
+    """Runs jobs on the machines of a Ray cluster, or on one that is started here for as long as they run.
+
+    `init` is what ray.init takes, `remote` what ray.remote does: what each job occupies.
+    """
+
+    def __init__(self, init: DictConfig, remote: DictConfig) -> None:
+        self.init: Any = OmegaConf.to_container(init, resolve=True)
+        self.remote: Any = OmegaConf.to_container(remote, resolve=True)
+
+    def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
+        """Keep what `launch` needs."""
+        self.common = (hydra_context, task_function, config)
+
+    def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
+        """Run the jobs; returns when the last one has ended, in their order."""
+        import ray
+        from ray.exceptions import RayError
+
+        os.environ.update({name: value for name, value in AS_WITHOUT.items() if name not in os.environ})
+        with ray.init(**self.init):
+            common = ray.put((*self.common, Singleton.get_state()))
+            task = ray.remote(**self.remote)(_work)
+            running = {
+                task.remote(common, list(overrides), initial_job_idx + index): index
+                for index, overrides in enumerate(job_overrides)
+            }
+            ended: dict[int, JobReturn] = {}
+            waiting = list(running)
+            while waiting:
+                (done,), waiting = ray.wait(waiting, num_returns=1)
+                try:
+                    ended[running[done]] = ray.get(done)
+                except RayError as error:  # its process or its machine died
+                    ended[running[done]] = JobReturn(status=JobStatus.FAILED, _return_value=error)
+        return [ended[index] for index in range(len(job_overrides))]
+
+
+def _work(common: Any, overrides: list[str], number: int) -> JobReturn:
+    """One job, in a process of Ray's."""
+    context, task, config, singletons = common
+    setup_globals()
+    Singleton.set_state(singletons)
+    job = context.config_loader.load_sweep_config(config, overrides)
+    with open_dict(job):
+        job.hydra.job.id = job.hydra.job.num = number
+    return run_job(
+        hydra_context=context,
+        task_function=task,
+        config=job,
+        job_dir_key="hydra.sweep.dir",
+        job_subdir_key="hydra.sweep.subdir",
+    )
