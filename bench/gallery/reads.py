@@ -1,9 +1,12 @@
 """Which tokens a token reads, through one layer and through several, from gradients of the real module.
 
-A query position reads a key position where any gradient of its output with respect to that input is
-not zero. Not "small": zero. What a variant never gathers, masks or multiplies by zero has a gradient of exactly
-0.0, and in float64, with weights of order 1/√fan-in, what it does read is some twelve orders of magnitude above
-the smallest number, so that no threshold is needed and none is set.
+A query position reads a key position where a gradient of its output with respect to that input is more
+than float64's epsilon of the largest that this output has. Most variants give exactly 0.0 where they do not
+read, since they never gather the key or a mask's exponential is 0; reformer's masked weights are e⁻⁶⁰, lost
+in any sum. With weights of order 1/√fan-in, what is read lies ten orders of magnitude above the threshold.
+
+What chooses the keys has no gradient: that a later token changes an earlier one's choice is for the causality
+gate to see (`bench.gates`), by perturbation.
 
 Shapes: T tokens, C channels.
 """
@@ -23,7 +26,11 @@ import variants
 from bench import CONFIGS
 from bench.model import LanguageModel
 from bench.reach import dependence
+from bench.report.style import variant_rank
 from variants.base import Attention, Dims, VariantConfig
+
+EPSILON = torch.finfo(torch.float64).eps
+"""Gradients that are a smaller share of a query's largest are no reading."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,13 +60,18 @@ class Panel:
     layers: int
     share: Tensor
     """(T, T) share of the inputs in which the query reads the key, through so many layers."""
+    example: Tensor
+    """(T, T) bool: what the first input reads."""
     rule: Tensor | None
     """(T, T) bool: what the variant's rule says; None where content decides."""
 
 
 @dataclass(frozen=True)
 class Direction:
-    """A variant with one objective: its panels for 1, 2, … layers, or why there are none."""
+    """A variant with one objective: its panels, or why there are none.
+
+    They are for 1, 2, … layers where a rule decides, for 1 and for all of them where content does.
+    """
 
     causal: bool
     panels: tuple[Panel, ...] = ()
@@ -105,14 +117,12 @@ def picture(sizes: Sizes, name: str, knobs: Mapping[str, Any]) -> Picture:
 
 def pictures(sizes: Sizes, names: Sequence[str] | None = None) -> Iterator[Picture]:
     """The gallery: every variant, or those named."""
-    for name in names or variants.names():
+    for name in names or sorted(variants.names(), key=lambda name: (variant_rank(name), name)):
         for knobs in sizes.knobs.get(name, [{}]):
             yield picture(sizes, name, knobs)
 
 
-def _direction(
-    sizes: Sizes, variant: type[Attention], config: VariantConfig, *, causal: bool
-) -> Direction:
+def _direction(sizes: Sizes, variant: type[Attention], config: VariantConfig, *, causal: bool) -> Direction:
     dims = Dims(batch_size=1, seq_len=sizes.seq_len, d_model=sizes.d_model, heads=sizes.heads)
     reason = variant.unsupported(config, dims, causal=causal) or variant.missing(
         config, dims, device=torch.device("cpu"), dtype=torch.float64
@@ -126,9 +136,11 @@ def _direction(
             rule = model.layers[0].pattern(sizes.seq_len, causal=causal)
         else:
             rule = dependence(model, sizes.seq_len, causal=causal)
+        if rule is None and 1 < depth < sizes.layers:
+            continue  # a picture shows the steps of a rule alone
         inputs = sizes.inputs if rule is None else 1
         found = [read(model, sizes.seq_len, causal=causal, seed=seed) for seed in range(inputs)]
-        panels.append(Panel(depth, torch.stack(found).double().mean(dim=0), rule))
+        panels.append(Panel(depth, torch.stack(found).double().mean(dim=0), found[0], rule))
     return Direction(causal, tuple(panels))
 
 
@@ -170,4 +182,5 @@ def read(model: LanguageModel, seq_len: int, *, causal: bool, seed: int) -> Tens
         y = model.plan.stream(layer if len(model.blocks) == 1 else blocks, x, causal=causal)
         (y[query, query] @ torch.randn(channels, dtype=torch.float64)).sum().backward()
     assert x.grad is not None
-    return (x.grad != 0).any(dim=-1)
+    size = x.grad.abs().amax(dim=-1)
+    return size > EPSILON * size.amax(dim=-1, keepdim=True)
