@@ -99,11 +99,11 @@ report: named $(STAMP) ## rebuild the report of results/NAME, e.g. NAME=cpu
 named:
 	@test -n '$(strip $(NAME))' || { echo "error: say which experiment, e.g. make report NAME=cpu" >&2; exit 1; }
 
-# They read what is committed, or with NAME that experiment; kernels are reached through files, not ports.
+# They read the reference run that is committed, or with NAME that experiment.
 notebooks: $(STAMP) ## run the notebooks, on results/NAME or the reference run; with outputs they lie in outputs/notebooks
 	@mkdir -p outputs/notebooks
 	@$(if $(strip $(NAME)),RESULTS='$(CURDIR)/results/$(strip $(NAME))') $(PY) $(VENV)/bin/jupyter-execute \
-		--KernelManager.transport=ipc --output='../outputs/notebooks/{notebook_name}' $(wildcard notebooks/*.ipynb)
+		--output='../outputs/notebooks/{notebook_name}' $(wildcard notebooks/*.ipynb)
 	@echo "notebooks with outputs: outputs/notebooks"
 
 # A worker a core, of four at most: each loads torch. A file stays with one worker, for what its tests share.

@@ -145,8 +145,6 @@ def ran(name: str, *more: str) -> NotebookNode:
         kernel_name="python3",
         resources={"metadata": {"path": str(ROOT / "notebooks")}},
     )
-    client.km = client.create_kernel_manager()
-    client.km.transport = "ipc"
     client.execute()
     said = [output.text for output in outputs(notebook, "stream") if output.name == "stderr"]
     assert not said, "a notebook warns of nothing"
@@ -193,7 +191,7 @@ def test_patterns_explains_every_variant_with_its_formula_and_its_paper() -> Non
     assert set(sections) == set(variants.names()) - set(variants.plugins())
     for name, text in sections.items():
         assert "$" in text, name
-        assert len(text.split()) > 40, name
+        assert len(text.split()) > 30, name
         paper = variants.load(name).paper
         for number in re.findall(r"\d{4}\.\d{5}", paper):
             assert f"(https://arxiv.org/abs/{number})" in text, name
