@@ -21,8 +21,8 @@ PINS := $(CONSTRAINTS)
 # What the commands below are about:
 EXPERIMENT ?=# the preset that `make bench` runs; left empty, the one that suits this device
 GPU_MEM ?= 80GiB# the memory that `make plan` plans for
-NAME ?=# the experiment under results/ that `make report` rebuilds
-ARGS ?=# more arguments, for the sweep (bench, smoke, bench-layers) or for pytest (test, test-slow, …)
+NAME ?=# the experiment under results/ that `make report` rebuilds and `make notebooks` reads
+ARGS ?=# more arguments, for the sweep (bench, smoke, bench-layers), for gallery or for pytest (test, test-slow, …)
 
 # The stamp's name says which pins are installed, and its content where: other pins, a checkout moved or copied
 # together with its .venv, and a .venv whose interpreter is gone all count as stale.
@@ -33,7 +33,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install corpus bench plan bench-layers smoke report test test-slow test-cuda test-peers compare lint format clean distclean named FORCE
+.PHONY: help install corpus bench plan bench-layers gallery smoke report notebooks test test-slow test-cuda test-peers compare lint format clean distclean named FORCE
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -90,11 +90,21 @@ plan: corpus ## what fits: the longest sequences and largest batches in GPU_MEM,
 bench-layers: $(STAMP) ## compare single layers with dense attention in time and memory, into results/layers
 	@$(PY) -m bench.layers $(ARGS)
 
+gallery: $(STAMP) ## draw which tokens a token reads, for every variant, into results/gallery
+	@$(PY) -m bench.gallery $(ARGS)
+
 report: named $(STAMP) ## rebuild the report of results/NAME, e.g. NAME=cpu
 	@$(PY) -m bench.report results/$(strip $(NAME))
 
 named:
 	@test -n '$(strip $(NAME))' || { echo "error: say which experiment, e.g. make report NAME=cpu" >&2; exit 1; }
+
+# They read the reference run that is committed, or with NAME that experiment.
+notebooks: $(STAMP) ## run the notebooks, on results/NAME or the reference run; with outputs they lie in outputs/notebooks
+	@mkdir -p outputs/notebooks
+	@$(if $(strip $(NAME)),RESULTS='$(CURDIR)/results/$(strip $(NAME))') $(PY) $(VENV)/bin/jupyter-execute \
+		--output='../outputs/notebooks/{notebook_name}' $(wildcard notebooks/*.ipynb)
+	@echo "notebooks with outputs: outputs/notebooks"
 
 # A worker a core, of four at most: each loads torch. A file stays with one worker, for what its tests share.
 test: corpus ## run the tests; ARGS='-k name' for some of them

@@ -1,22 +1,32 @@
-"""The notebooks run on a report, and what they make of the records is what the report says."""
+"""The notebooks run, say what they show, and what they make of the records is what the report says."""
 
 from __future__ import annotations
 
+import ast
+import itertools
 import json
 import random
+import re
 from pathlib import Path
 from typing import Any
 
+import jupytext
+import nbformat
 import numpy as np
 import pandas as pd
 import pytest
+from jupytext.config import load_jupytext_config
+from nbclient import NotebookClient
+from nbformat import NotebookNode
 from test_report import failed, record, write
 
+import variants
 from bench import records
 from bench.records import Record
 from bench.report import build
 
 ROOT = Path(__file__).parents[1]
+PAIRING = load_jupytext_config(str(ROOT / "notebooks" / "statistics.ipynb"))
 TEXTS = {"peak_phase", "claim_source"}
 """Of summary.csv, what is no figure, though a column that is empty reads like one."""
 
@@ -92,8 +102,121 @@ def test_the_notebook_finds_the_noise_of_the_report(run: tuple[Path, dict[str, A
         assert mine[name].to_numpy() == pytest.approx(expected.to_numpy(), rel=1e-9)
 
 
-def test_notebooks_are_kept_without_their_outputs() -> None:
-    for path in (ROOT / "notebooks").glob("*.ipynb"):
-        for cell in json.loads(path.read_text())["cells"]:
-            assert not cell.get("outputs"), path.name
-            assert cell.get("execution_count") is None, path.name
+# --- every notebook ---------------------------------------------------------------------------------
+
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+every_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+TORCH_FREE = "import sys; print('torch' in sys.modules)"
+
+
+def cells(notebook: NotebookNode) -> list[tuple[str, str]]:
+    return [(cell.cell_type, cell.source) for cell in notebook.cells]
+
+
+@every_notebook
+def test_notebooks_are_kept_without_their_outputs(path: Path) -> None:
+    for cell in json.loads(path.read_text())["cells"]:
+        assert not cell.get("outputs"), path.name
+        assert cell.get("execution_count") is None, path.name
+
+
+@every_notebook
+def test_a_notebook_and_its_text_are_one(path: Path) -> None:
+    """After an edit of one, `jupytext --sync` is due."""
+    text = path.with_suffix(".nb.py")
+    assert cells(jupytext.read(text)) == cells(nbformat.read(path, as_version=4))
+    assert text.read_text() == jupytext.writes(
+        nbformat.read(path, as_version=4), config=PAIRING, fmt=".nb.py:percent"
+    )
+
+
+def test_every_text_has_its_notebook() -> None:
+    texts = {path.name.removesuffix(".nb.py") for path in (ROOT / "notebooks").glob("*.py")}
+    assert texts == {path.stem for path in NOTEBOOKS} >= {"compare", "memory", "patterns", "statistics"}
+
+
+def ran(name: str, *more: str) -> NotebookNode:
+    """A notebook after it ran in a kernel of its own, as by `make notebooks`, with more cells at its end."""
+    notebook = nbformat.read(ROOT / "notebooks" / f"{name}.ipynb", as_version=4)
+    notebook.cells += [nbformat.v4.new_code_cell(source) for source in more]
+    client = NotebookClient(
+        notebook,
+        timeout=600,
+        kernel_name="python3",
+        resources={"metadata": {"path": str(ROOT / "notebooks")}},
+    )
+    client.execute()
+    said = [output.text for output in outputs(notebook, "stream") if output.name == "stderr"]
+    assert not said, "a notebook warns of nothing"
+    return notebook
+
+
+def outputs(notebook: NotebookNode, *kinds: str) -> list[NotebookNode]:
+    found = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
+    return [output for output in found if output.output_type in kinds]
+
+
+def pictures(notebook: NotebookNode) -> int:
+    return sum("image/png" in output.data for output in outputs(notebook, "display_data", "execute_result"))
+
+
+def test_compare_shows_the_reference_run_without_torch() -> None:
+    notebook = ran("compare", TORCH_FREE)
+    assert pictures(notebook) == 4
+    printed = [output.text for output in outputs(notebook, "stream")]
+    assert printed[0].startswith("228 records")
+    assert printed[-1] == "False\n"
+    (style, *_) = [
+        o.data["text/html"] for o in outputs(notebook, "execute_result") if "1.00×" in o.data["text/html"]
+    ]
+    assert {"longformer", "transformer_xl"} <= set(re.findall(r"[a-z_]+", style))
+
+
+def test_compare_takes_what_a_sweep_leaves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Cells that failed, records of older code, twins, nothing but one depth."""
+    monkeypatch.setenv("RESULTS", str(write(tmp_path / "demo", experiment())))
+    notebook = ran("compare")
+    assert pictures(notebook) >= 2
+    assert any("too big" in o.data["text/plain"] for o in outputs(notebook, "execute_result"))
+
+
+def test_patterns_explains_every_variant_with_its_formula_and_its_paper() -> None:
+    """Read, not run: each section names its variant, has mathematics in it and links what it cites."""
+    notebook = nbformat.read(ROOT / "notebooks" / "patterns.ipynb", as_version=4)
+    sections = {}
+    for cell, following in itertools.pairwise(notebook.cells):
+        if heading := re.match(r"## `(\w+)`: ", cell.source):
+            sections[heading[1]] = cell.source
+            assert following.source == f'show("{heading[1]}")'
+    assert set(sections) == set(variants.names()) - set(variants.plugins())
+    for name, text in sections.items():
+        assert "$" in text, name
+        assert len(text.split()) > 30, name
+        paper = variants.load(name).paper
+        for number in re.findall(r"\d{4}\.\d{5}", paper):
+            assert f"(https://arxiv.org/abs/{number})" in text, name
+        assert "arXiv" in paper or paper in text, name
+
+
+@pytest.mark.slow
+def test_patterns_shows_every_picture() -> None:
+    notebook = ran("patterns", "len(gallery)")
+    *_, count = outputs(notebook, "execute_result")
+    assert pictures(notebook) == int(count.data["text/plain"]) + 1, "and the sheet"
+
+
+@pytest.mark.slow
+def test_memory_tells_what_fits() -> None:
+    notebook = ran("memory", "print(fits, deep['peak_bytes'].to_dict())")
+    assert pictures(notebook) == 2
+    fits, peaks = (
+        ast.literal_eval(f"{{{part}}}")
+        for part in re.findall(r"{(.*?)}", outputs(notebook, "stream")[-1].text)
+    )
+    assert fits["keep"] < fits["checkpoint"] < fits["reversible"]
+    assert peaks["reversible"] < peaks["checkpoint"] < peaks["sqrt"] < peaks["selective"] < peaks["keep"]
+
+
+@pytest.mark.slow
+def test_statistics_runs_on_the_reference_run() -> None:
+    assert not outputs(ran("statistics"), "error")

@@ -71,6 +71,12 @@ def looks(variant: str, variants: Iterable[str]) -> tuple[str, str]:
     return OTHERS[unknown.index(variant) % len(OTHERS)]
 
 
+def variant_rank(variant: str) -> int:
+    """Its place among the variants, kindred ones side by side; one not known by name comes after them."""
+    known = list(KNOWN)
+    return known.index(variant) if variant in known else len(known)
+
+
 def strategy_rank(strategy: str) -> int:
     """Its place among the ways of saving activations; one not known by name comes after them."""
     known = list(STRATEGIES)

@@ -1,0 +1,207 @@
+# %% [markdown]
+# # Comparing variants
+#
+# A sweep leaves one record a *cell*: one variant at one length, depth and so on, run once, in a process of its own. Two lines turn them into a data frame; the rest of this notebook is what one asks of it. It reads the reference run that comes with the repository (`make bench` on two CPU cores). To read yours instead, set `RESULTS` to its folder before you start Jupyter, such as `RESULTS=$PWD/results/gpu`.
+
+# %%
+import os
+
+from bench.records import load
+
+records = load(os.environ.get("RESULTS", "../results/reference-cpu"))
+
+# %% [markdown]
+# Every key is explained in `results/README.md`. Units stand in the names: `_bytes`, `_seconds`; a figure that was not taken is missing, never 0. First, what is in it, and did it all finish?
+
+# %%
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+
+from bench.report import units
+from bench.report.canvas import human_axis, lengths_axis, look
+from bench.report.style import looks, variant_rank
+
+records = records[records["twin"] == 0]
+axes = ["variant", "seq_len", "depth", "d_model", "objective", "activations", "replicate"]
+print(f"{len(records)} records from {', '.join(records['device_name'].dropna().unique())}")
+pd.DataFrame(
+    {axis: [records[axis].nunique(), records[axis].unique().tolist()] for axis in axes}, ["number", "values"]
+).T
+
+# %%
+records.groupby("status")["reason"].agg(["size", "first"])
+
+# %% [markdown]
+# ## What does a step cost beside dense attention?
+#
+# A *step* is one forward and one backward pass. Times of different processes differ by more than samples of one, so take the ratio to dense **within a replicate**, where both ran in the same round, and then the median over replicates.
+
+# %%
+SETTING = ["objective", "d_model", "activations", "batch_size", "device_name"]
+finished = records[records["status"] == "ok"]
+timed = finished[finished["step_seconds_median"].notna()]
+rounds = [*SETTING, "depth", "seq_len", "replicate"]
+dense = timed[timed["variant"] == "dense"].groupby(rounds)["step_seconds_median"].median()
+ratio = timed["step_seconds_median"] / dense.reindex(pd.MultiIndex.from_frame(timed[rounds])).to_numpy()
+costs = timed.assign(ratio=ratio)
+
+several = costs.groupby(SETTING)["seq_len"].transform("nunique") > 1
+lengths = costs[several] if several.any() else costs
+table = lengths.pivot_table("ratio", ["objective", "depth", "variant"], "seq_len", aggfunc="median")
+table.style.format("{:.2f}×", na_rep="–").background_gradient(
+    cmap="PuOr_r", gmap=np.log2(table), axis=None, vmin=-2, vmax=2
+)
+
+# %% [markdown]
+# Below 1× a variant is cheaper than dense (purple), above it dearer (orange). Look for the length at which a row changes colour: what is linear in the length on paper is not cheap at 512 tokens. A variant whose objective no dense model of the experiment has, such as Linformer (bidirectional only) in the reference run, has no ratio and no row.
+#
+# ## Time and memory against length
+#
+# Both axes are logarithmic, so a power of the length is a line and its exponent the slope; dense attention bends up towards 2. A dot is a median over replicates, the line through it connects one variant, and colours and markers are those of every plot of this project.
+
+
+# %%
+def source(cells):
+    """Machine, days and replicates, which every plot should say."""
+    days = sorted(set(cells["started_at"].str[:10]))
+    dates = days[0] if len(days) == 1 else f"{days[0]} to {days[-1]}"
+    return f"{cells['device_name'].iloc[0]} · {dates} · {cells['replicate'].nunique()} replicates"
+
+
+def against_length(cells, column, title, show, *, binary=False):
+    """One panel a depth; a line a variant, a band from the least to the most of the replicates."""
+    depths = sorted(cells["depth"].unique())
+    figure, panels = plt.subplots(
+        1, len(depths), figsize=(4.2 * len(depths) + 1.6, 3.6), sharey=True, squeeze=False
+    )
+    for panel, depth in zip(panels[0], depths, strict=True):
+        here = cells[cells["depth"] == depth]
+        for name in sorted(here["variant"].unique(), key=variant_rank):
+            colour, marker = looks(name, cells["variant"])
+            line = here[here["variant"] == name].groupby("seq_len")[column].agg(["median", "min", "max"])
+            panel.plot(line.index, line["median"], color=colour, marker=marker, label=name)
+            panel.fill_between(line.index, line["min"], line["max"], color=colour, alpha=0.15, linewidth=0)
+        panel.set(xscale="log", yscale="log", title=f"depth {depth}", xlabel="sequence length")
+        lengths_axis(panel.xaxis, here["seq_len"])
+        human_axis(panel.yaxis, *panel.get_ylim(), show, binary=binary)
+    panels[0][0].set_ylabel(title)
+    figure.suptitle(
+        f"{title}, {cells['objective'].iloc[0]}, width {cells['d_model'].iloc[0]} · {source(cells)}",
+        fontsize=9,
+    )
+    panels[0][-1].legend(loc="center left", bbox_to_anchor=(1, 0.5))
+    figure.tight_layout()
+    plt.show()
+
+
+# of the settings, the one that was run at most lengths
+setting = lengths.groupby(SETTING).size().idxmax()
+one = lengths.set_index(SETTING).loc[[setting]].reset_index()
+with look():
+    against_length(one, "step_seconds_median", "time of a step", units.seconds)
+    against_length(one, "peak_bytes", "peak memory", units.size, binary=True)
+
+# %% [markdown]
+# The memory is that of a whole training step: parameters, gradients, optimiser and activations. The kernel of dense attention stores no length × length matrix, so on this plot dense is a line too, and a variant that saves *time* need not save memory. What makes up the peak, and what to do about it, is in [memory.ipynb](memory.ipynb).
+#
+# ## How fast does a cost grow?
+#
+# The slope between the two longest lengths, beside what the paper says of attention alone. Projections and feed-forward are linear in the length and in every step, so at lengths like these a slope lies between 1 and the claim.
+
+# %%
+medians = one.groupby(["variant", "depth", "seq_len"])[
+    ["step_seconds_median", "peak_bytes", "claimed_time_exponent"]
+].median()
+two = medians.groupby(["variant", "depth"]).tail(2).reset_index()
+ends = two.groupby(["variant", "depth"]).agg(["first", "last"])
+growth = pd.DataFrame(
+    {
+        what: np.log(ends[what, "last"] / ends[what, "first"])
+        / np.log(ends["seq_len", "last"] / ends["seq_len", "first"])
+        for what in ("step_seconds_median", "peak_bytes")
+    }
+).rename(columns={"step_seconds_median": "time grows as T^", "peak_bytes": "memory grows as T^"})
+growth["claimed of attention"] = ends["claimed_time_exponent", "last"]
+growth.sort_values("time grows as T^").style.format("{:.2f}", na_rep="–")
+
+# %% [markdown]
+# ## Quality against cost
+#
+# All models saw the same number of tokens. Lower is better on both axes, so what matters is the lower left: a variant is on the *front* (ringed) if no other is both quicker and better. Models with bidirectional attention fill in masked tokens, which is another task: they are not on the same plot. A variant that is known to see the future is left out.
+
+# %%
+trained = finished[finished["nll"].notna() & ~(finished["leak_max_abs"] > 1e-3)]
+SAME = ["objective", "data", "d_model", "depth", "seq_len", "train_budget", "train_amount"]
+if len(trained):
+    pool = trained.groupby(SAME, dropna=False)["variant"].nunique().idxmax()
+    models = trained.set_index(SAME).loc[[pool]].reset_index()
+    points = models.groupby("variant")[["nll", "step_seconds_median"]].agg(["mean", "std", "size"])
+    with look():
+        figure, panel = plt.subplots(figsize=(7.2, 4.4))
+        for name in sorted(points.index, key=variant_rank):
+            colour, marker = looks(name, points.index)
+            time, loss = points.loc[name, ("step_seconds_median", "mean")], points.loc[name, "nll"]
+            panel.errorbar(
+                time, loss["mean"], loss["std"], color=colour, marker=marker, linestyle="", label=name
+            )
+            better = (points["nll", "mean"] < loss["mean"]) & (points["step_seconds_median", "mean"] < time)
+            if not better.any():
+                panel.plot(time, loss["mean"], "o", markersize=14, fillstyle="none", color="#555555")
+        panel.set(
+            xscale="log", xlabel="time of a step", ylabel="held-out loss, nats per token (lower is better)"
+        )
+        human_axis(panel.xaxis, *panel.get_xlim(), units.seconds, binary=False)
+        panel.set_title(
+            f"{pool[0]}, {pool[1]}, width {pool[2]}, depth {pool[3]}, {pool[4]} tokens a sequence; "
+            f"mean ± deviation\n{source(models)}",
+            fontsize=8,
+        )
+        panel.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+        figure.tight_layout()
+        plt.show()
+else:
+    print("nothing was trained in this experiment")
+
+# %% [markdown]
+# How to read it: bars that overlap are not told apart by this many replicates, and a small model after a short training says how variants *learn at the start*, not where they end. `report/summary.md` has intervals and ranks; [statistics.ipynb](statistics.ipynb) makes them from the records step by step.
+#
+# ## Does a long context help?
+#
+# Loss by position in the window: if a model uses what it has read, later tokens are predicted better. Element *k* covers the positions from 2ᵏ − 1 to 2ᵏ⁺¹ − 2, counted from 0, of a window; the last dot may stand for a single position, the window's end, and then says little.
+
+# %%
+if len(trained):
+    by_position = models.dropna(subset=["nll_by_position"])
+    with look():
+        figure, panel = plt.subplots(figsize=(7.2, 4.0))
+        for name in sorted(by_position["variant"].unique(), key=variant_rank):
+            colour, marker = looks(name, by_position["variant"])
+            rows = by_position.loc[by_position["variant"] == name, "nll_by_position"]
+            curve = np.mean([np.array(list(row), dtype=float) for row in rows], axis=0)
+            panel.plot(2 ** np.arange(len(curve)), curve, color=colour, marker=marker, label=name)
+        panel.set(xscale="log", xlabel="tokens before the target", ylabel="nats per token")
+        lengths_axis(panel.xaxis, 2 ** np.arange(len(curve)))
+        panel.set_title(f"loss by position, mean · {source(by_position)}", fontsize=8)
+        panel.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+        figure.tight_layout()
+        plt.show()
+
+# %% [markdown]
+# ## Your own question
+#
+# It is a data frame: group it. For instance, which variant carries how much from one token to the next, and how many floating-point operations it spends on attention alone:
+
+# %%
+longest = one[one["seq_len"] == one["seq_len"].max()]
+own = longest.groupby("variant")[
+    ["state_bytes", "flops_attention_step", "flops_executed_step", "params"]
+].median()
+pd.DataFrame(
+    {
+        "carried": own["state_bytes"].map(units.size),
+        "attention FLOPs": own["flops_attention_step"].map(units.flops),
+        "executed FLOPs of a step": own["flops_executed_step"].map(units.flops),
+        "parameters": own["params"].map(units.count),
+    }
+).loc[sorted(own.index, key=variant_rank)]

@@ -1,0 +1,240 @@
+# %% [markdown]
+# # The statistics of the tables, rebuilt from the records
+#
+# `report/cells.parquet` has every record, one row each. Each cell below makes some of the figures of `report/summary.csv` and `report/noise.csv` from it, in the way that the report describes; the last one compares. `RESULTS` names another experiment's folder; its report must have been built by this version of the code, and a task must have been given one setting.
+
+# %%
+import os
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from scipy import stats
+
+from bench.report.collect import labels
+
+FOLDER = Path(os.environ.get("RESULTS", "../results/reference-cpu"))
+records = pd.read_parquet(FOLDER / "report" / "cells.parquet")
+
+# %% [markdown]
+# ## Which records count
+#
+# A cell that failed early may not know its device's name, its threads or its implementation: it has those of its peers. A variant is told apart from itself by the parameters in its label. Of a cell that newer code measured again, the newest counts; cells with a memory budget stand in other tables.
+
+# %%
+PEERS = {"device_name": ["device"], "threads": ["device"], "impl": ["variant", "variant_params"]}
+for key, same in PEERS.items():
+    records[key] = records[key].fillna(records.groupby(same)[key].transform("first"))
+records["impl"] = records["impl"].fillna("unknown")
+records["label"] = labels(records.rename(columns={"variant_params": "params_json"}))
+
+GROUP = ["objective", "data", "d_model", "heads", "ff_chunks", "batch_size", "dtype", "device"]
+GROUP += ["device_name", "threads", "activations", "depth"]
+CELL = [*GROUP, "variant", "label", "seq_len"]
+TRAINING = ["train_budget", "train_amount", "learning_rate", "eval_split", "eval_stride"]
+one = records.sort_values(["started_at", "cell_id"]).groupby(
+    [*CELL, *TRAINING, "measure", "replicate", "twin"], dropna=False
+)
+newest = one["code_sha256"].transform("last")
+records = records[(records["code_sha256"] == newest) & records["budget_bytes"].isna()]
+cells = records[records["twin"] == 0]
+ok = cells[cells["status"] == "ok"]
+
+
+# %% [markdown]
+# ## Median and interval over replicates
+#
+# Of logarithms: the range of two, Student's t of more.
+
+# %%
+def interval(values):
+    logs = np.log(values.dropna().to_numpy(dtype=float))
+    if len(logs) < 2:
+        return np.nan, np.nan
+    if len(logs) == 2:
+        return np.exp(logs.min()), np.exp(logs.max())
+    reach = stats.t.ppf(0.975, len(logs) - 1) * stats.sem(logs)
+    return np.exp(logs.mean() - reach), np.exp(logs.mean() + reach)
+
+
+def low(values):
+    return interval(values)[0]
+
+
+def high(values):
+    return interval(values)[1]
+
+
+# %%
+FIGURES = {
+    "step_seconds_median": "step_seconds",
+    "forward_seconds_median": "forward_seconds",
+    "tokens_per_second": "tokens_per_second",
+    "forward_tokens_per_second": "forward_tokens_per_second",
+    "peak_bytes": "peak_bytes",
+}
+rounds = ok.groupby([*CELL, "replicate"])[list(FIGURES)].median()
+cost = pd.concat(
+    {
+        name: rounds[source].groupby(level=CELL).agg(["median", low, high, "min", "max"])
+        for source, name in FIGURES.items()
+    },
+    axis=1,
+)
+cost.columns = ["_".join(column) for column in cost.columns]
+cost
+
+# %% [markdown]
+# ## Figures without an interval
+#
+# What was measured beside them, from finished cells; what follows from the configuration, from all; the gates' worst.
+
+# %%
+MEASURED = ["mfu", "rss_peak_bytes", "param_bytes", "optimizer_bytes", "peak_grad_bytes"]
+MEASURED += ["peak_activation_bytes", "peak_workspace_bytes", "activation_bytes", "nvml_process_bytes"]
+COMPUTED = ["params", "flops_algorithmic_step", "flops_executed_step", "flops_attention_step"]
+COMPUTED += ["peak_bytes_predicted", "state_bytes", "cost_ratio"]
+COMPUTED += ["claimed_time_exponent", "claimed_memory_exponent", "claimed_depth_exponent"]
+COMPUTED += ["survey_exponent"]
+GATES = ["leak_max_abs", "reference_max_abs", "recompute_max_abs"]
+others = cells.groupby(CELL)[COMPUTED].median().join(ok.groupby(CELL)[[*MEASURED, "seconds_total"]].median())
+others = others.join(cells.groupby(CELL)[GATES].max())
+others["leaks"] = others["leak_max_abs"] > 1e-3
+finished = cells.assign(done=cells["status"] == "ok").groupby(CELL)
+others["records"], others["finished"] = finished.size(), finished["done"].sum()
+others["replicates"] = ok.groupby(CELL)["replicate"].nunique()
+others["contaminated"] = ok.groupby(CELL)["contaminated"].count()
+counts = ["replicates", "contaminated"]
+others[counts] = others[counts].fillna(0)
+others
+
+# %% [markdown]
+# ## Ratios to dense
+#
+# Of times and rates within a replicate; of the others, of the medians. The dense that is compared with is `impl=sdpa`.
+
+# %%
+WHERE = [*GROUP, "seq_len", "replicate"]
+flat = rounds.reset_index()
+sdpa = set(cells.loc[(cells["variant"] == "dense") & (cells["impl"] == "sdpa"), "label"])
+dense = flat[flat["label"].isin(sdpa)]
+pairs = flat.merge(dense[[*WHERE, *FIGURES]], on=WHERE, suffixes=("", "_dense"))
+ratios = pd.DataFrame(index=others.index)
+for source in ("step_seconds_median", "tokens_per_second"):
+    ratio = pairs.set_index(CELL)[source] / pairs.set_index(CELL)[f"{source}_dense"]
+    name = f"{FIGURES[source]}_ratio"
+    ratios[[name, f"{name}_low", f"{name}_high"]] = ratio.groupby(level=CELL).agg(["median", low, high])
+itself = ratios.index.get_level_values("label").isin(sdpa)
+ratios.loc[itself, ratios.columns.str.contains("_low|_high")] = np.nan
+ratios["rounds"] = pairs.groupby(CELL)["step_seconds_median"].count().reindex(ratios.index, fill_value=0)
+
+of = others[["flops_executed_step", "params"]].join(cost["peak_bytes_median"]).reset_index()
+same = of[of["label"].isin(sdpa)].drop(columns=["variant", "label"])
+both = of.merge(same, on=[*GROUP, "seq_len"], how="left", suffixes=("", "_dense")).set_index(CELL)
+ratios["peak_bytes_ratio"] = both["peak_bytes_median"] / both["peak_bytes_median_dense"]
+ratios["flops_executed_ratio"] = both["flops_executed_step"] / both["flops_executed_step_dense"]
+ratios["params_ratio"] = both["params"] / both["params_dense"]
+ratios
+
+# %% [markdown]
+# ## The noise floor
+#
+# Twin 1 over twin 0 of the same cell and replicate. With 19 pairs or more the floor is their 95th percentile, with fewer Student's bound for one more pair.
+
+# %%
+timed = records[(records["status"] == "ok") & records["step_seconds_median"].notna()]
+twins = timed.pivot_table(
+    "step_seconds_median", [*CELL, "measure", "replicate"], "twin", aggfunc="median"
+).reindex(columns=[0, 1])
+aa = np.log(twins[1] / twins[0]).dropna()
+
+
+def floor_of(logs):
+    sizes = np.abs(logs.to_numpy(dtype=float))
+    if len(sizes) >= 19:
+        return np.quantile(sizes, 0.95, method="weibull")
+    return stats.t.ppf(0.975, len(sizes)) * np.sqrt(np.mean(sizes**2)) if len(sizes) else np.nan
+
+
+floors = aa.groupby("device_name").apply(floor_of)
+noise = pd.DataFrame({"floor": np.exp(floors), "pairs": aa.groupby("device_name").size()})
+noise["median"] = np.exp(aa.abs().groupby("device_name").median())
+noise
+
+# %% [markdown]
+# ## What is told apart from dense
+#
+# The interval of the ratio must leave out 1 and reach beyond the noise floor, which is of one pair, and of n ≥ 3 replicates over √n. One replicate says nothing, nor do two where the floor is not known.
+
+# %%
+pair = floors.reindex(ratios.index.get_level_values("device_name")).to_numpy(dtype=float)
+floor = pair / np.where(ratios["rounds"] > 2, np.sqrt(np.maximum(ratios["rounds"], 1)), 1)
+ends = np.log(ratios[["step_seconds_ratio_low", "step_seconds_ratio_high"]])
+slower = (ends.iloc[:, 0] > 0) & (ends.iloc[:, 1] > np.nan_to_num(floor))
+faster = (ends.iloc[:, 1] < 0) & (ends.iloc[:, 0] < -np.nan_to_num(floor))
+judged = ends.notna().all(axis=1) & ((ratios["rounds"] > 2) | ~np.isnan(floor))
+ratios["differs"] = (slower | faster).where(judged).astype("boolean")
+ratios["noise_floor"] = np.exp(pair)
+ratios["differs"].value_counts(dropna=False)
+
+
+# %% [markdown]
+# ## The least slowdown that is found
+#
+# A repeat draws its replicates from the A/A pairs, either twin first. The shift after which it is called different follows from its interval; 95 % of repeats need less than the percentile.
+
+# %%
+def smallest_found(logs, replicates):  # of three or more
+    either = np.sort(np.concatenate([logs, -logs]))
+    draws = np.random.default_rng(0).choice(either, size=(4000, replicates))
+    ends = np.array([np.log(interval(pd.Series(np.exp(draw)))) for draw in draws])
+    floor = floor_of(pd.Series(logs)) / np.sqrt(replicates)
+    return np.exp(np.quantile(np.maximum(-ends[:, 0], floor - ends[:, 1]), 0.95))
+
+
+noise["found_suggested"] = [smallest_found(aa.xs(name, level="device_name"), 5) for name in noise.index]
+noise
+
+# %% [markdown]
+# ## Quality
+#
+# Mean and standard deviation over replicates, of each training apart. Ranks are among cells without a leak that spent one budget and were scored alike; their learning rates may differ.
+
+# %%
+SCORES = ["nll", "perplexity", "perplexity_reset", "bits_per_byte", "word_perplexity", "accuracy"]
+trained = ok.assign(perplexity_reset=np.exp(ok["nll_reset"]))
+trained["train_amount"] = trained["train_amount"].fillna(trained["tokens_trained"])
+trained = trained[trained[SCORES].notna().any(axis=1)]
+by = trained.groupby([*CELL, *TRAINING, "state_policy"], dropna=False)
+quality = by[SCORES].agg(["mean", "std"])
+quality.columns = ["_".join(column) for column in quality.columns]
+MIDDLE = ["tokens_trained", "unigram_perplexity", "guess_accuracy", "tokens_evaluated", "train_seconds"]
+quality = quality.join(by[[*MIDDLE, "eval_min_context"]].median()).join(by["leak_max_abs"].max())
+CONTEXT = {"effective_context": "median", "effective_context_low": "min", "effective_context_high": "max"}
+quality = quality.join(by.agg(CONTEXT)).join(by.size().rename("quality_replicates"))
+quality = quality.reset_index()
+BUDGET = [*GROUP, "seq_len", *(key for key in TRAINING if key != "learning_rate")]
+sound = quality[quality["leak_max_abs"] <= 1e-3]
+quality["rank"] = sound.groupby(BUDGET, dropna=False)["perplexity_mean"].rank(method="min")
+quality.sort_values("rank")
+
+# %% [markdown]
+# ## Beside the report's own
+#
+# The largest difference of any row, relative to the report's figure.
+
+# %%
+KEYS = [key if key != "device_name" else "machine" for key in CELL]
+mine = others.join(cost).join(ratios).reset_index().rename(columns={"device_name": "machine"})
+trained = quality.rename(columns={"device_name": "machine"}).drop(columns="leak_max_abs")
+mine = mine.merge(trained, on=KEYS, how="left")
+theirs = pd.read_csv(FOLDER / "report" / "summary.csv")
+MATCH = [*KEYS, *(key for key in ("learning_rate", "train_budget", "eval_split") if key in theirs)]
+for frame in (mine, theirs):
+    frame[MATCH] = frame[MATCH].astype(object).fillna("")
+mine, theirs = (frame.set_index(MATCH).sort_index() for frame in (mine, theirs))
+assert mine.index.equals(theirs.index)
+shared = [name for name in mine if name in theirs and pd.api.types.is_numeric_dtype(theirs[name])]
+both = [frame[shared].astype(float) for frame in (mine, theirs)]
+difference = ((both[0] - both[1]).abs() / both[1].abs().where(both[1] != 0, 1)).max()
+difference.sort_values(ascending=False).head(10)
