@@ -137,7 +137,9 @@ def test_two_writers_of_one_cell_leave_one_whole_record(tmp_path: Path) -> None:
 def test_a_writer_that_is_killed_leaves_the_old_record_and_a_file_that_says_whose_it_was(
     tmp_path: Path,
 ) -> None:
-    code = WRITER.replace("records.write(", "import os; os.fsync = lambda _: os.kill(os.getpid(), 9); records.write(")
+    code = WRITER.replace(
+        "records.write(", "import os; os.fsync = lambda _: os.kill(os.getpid(), 9); records.write("
+    )
     records.write(tmp_path, record_of())
     writer = python(code, tmp_path, 1, ROOT / "tests", "a")
     writer.communicate()
@@ -182,7 +184,9 @@ def thirty(tmp_path: Path) -> Path:
 
 
 def numbered(number: int, started: str = "2026-01-01") -> Record:
-    return record_of(cell_id=f"c{number:02}", replicate=number, started_at=started, flops_executed_step=10**25)
+    return record_of(
+        cell_id=f"c{number:02}", replicate=number, started_at=started, flops_executed_step=10**25
+    )
 
 
 def test_compacting_keeps_every_record_in_one_file(thirty: Path) -> None:
@@ -354,7 +358,9 @@ def test_a_still_newer_file_is_not_replaced_by_what_was_put_aside(
     compact(thirty)
     assert by_cell(thirty)["c03"] == newest
     assert len(by_cell(thirty)) == 30
-    assert len(list((thirty / "records").glob(f".*{ASIDE}"))) == 1, "it is there, and a record, until it is dead"
+    assert len(list((thirty / "records").glob(f".*{ASIDE}"))) == 1, (
+        "it is there, and a record, until it is dead"
+    )
 
 
 KILLED = """

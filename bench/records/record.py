@@ -200,7 +200,5 @@ def _finite(value: Any) -> Any:
 
 KEYS: tuple[str, ...] = tuple(f.name for f in dataclasses.fields(Record))
 
-REQUIRED: frozenset[str] = frozenset(
-    f.name for f in dataclasses.fields(Record) if f.default is not None
-)
+REQUIRED: frozenset[str] = frozenset(f.name for f in dataclasses.fields(Record) if f.default is not None)
 """Keys that a file of the present version must have; the others are null where it does not name them."""

@@ -28,9 +28,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("folder", type=Path, help="the experiment's folder, such as results/scaling")
     parser.add_argument("--no-plots", action="store_true", help="write the tables only, which is faster")
+    parser.add_argument(
+        "--all-plots", action="store_true", help="draw every plot of thousands of records too"
+    )
     options = parser.parse_args(arguments)
     try:
-        report = build(options.folder, plots=not options.no_plots)
+        report = build(options.folder, plots=not options.no_plots, all_plots=options.all_plots)
     except (ReportError, OSError) as error:
         print(f"bench.report: {error}", file=sys.stderr)
         return 2

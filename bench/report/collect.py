@@ -28,7 +28,16 @@ MOST, MOST_KNOBS = 80, 200
 """Characters of any other text, such as a name, and of a row's knobs that are shown; a longer one ends with a
 hash of all of it."""
 _CONFIGURATION = ["variant", "params_json", "impl", "seq_len", "depth", "d_model", "heads", "ff_chunks"]
-_CONFIGURATION += ["batch_size", "activations", "objective", "data", "data_json", "measure", "dtype", "device"]
+_CONFIGURATION += [
+    "batch_size",
+    "activations",
+    "objective",
+    "data",
+    "data_json",
+    "measure",
+    "dtype",
+    "device",
+]
 _CONFIGURATION += ["machine", "threads", "budget_bytes", *TRAINING]
 """What makes two records ones of the same configuration, but for code, the data's content and the seed."""
 _IDENTITY = [key for key in _CONFIGURATION if key not in ("data", "data_json", "budget_bytes")]
