@@ -75,8 +75,8 @@ def build_report(folder: Path, *, plots: bool = True, all_plots: bool = False) -
         pictures, left = draw_all(collected.frame, kinds, found, report, 1 if many else None)
         if left:
             notes.append(
-                f"{left} plots are not drawn: with more than {MANY:,} records there is one of each kind, of the "
-                "setting with the most cells; python -m bench.report --all-plots draws them all"
+                f"{left} plots are not drawn: with more than {MANY:,} records there is one of each kind, of "
+                "the setting with the most cells; python -m bench.report --all-plots draws them all"
             )
     write_atomically(report / "summary.csv", tables.csv(statistics.summary(found.cost, found.quality)))
     for name in ("recomputation", "fits", "payoff", "rates", "recall", "noise"):
