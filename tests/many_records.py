@@ -42,7 +42,7 @@ REPLICATES = range(5)
 ACTIVATIONS = ["keep", "checkpoint", "sqrt", "selective", "reversible"]
 WIDTHS = [64, 128, 256, 512, 1024]
 REASONS = {
-    "oom": "RuntimeError: [enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate {} bytes",
+    "oom": "RuntimeError: [enforce fail] can't allocate memory: you tried to allocate {} bytes",
     "unsupported": "seq_len={}: allowed are multiples of chunk=96, the nearest is 288",
     "timeout": "stopped after 600 s, at measure.limit_seconds; {} steps were trained",
     "error": "killed by signal 9, which may be the kernel's doing where memory ran out (rss {} bytes)",
@@ -99,7 +99,7 @@ def _record(
         cpu_model="Example CPU @ 2.60GHz",
         threads=2,
         allocator="keeps",
-        started_at=f"2026-03-{1 + replicate:02}T{number % 24:02}:{number % 60:02}:00.{number % 1000:03}+00:00",
+        started_at=f"2026-03-{1 + replicate:02}T{number % 24:02}:{number % 60:02}:00.000+00:00",
         load_average=1.5,
     )
     if noise.random() < 0.04:

@@ -54,7 +54,7 @@ class Evil:
 @pytest.mark.parametrize("kind", ATTACKS)
 def test_refused_by_name(kind: str, tmp_path: Path) -> None:
     arguments = [text.format(seen=tmp_path / "seen", home=tmp_path) for text in ATTACKS[kind]]
-    with pytest.raises(ConfigError, match="not allowed|does not name code|not from a command line") as said:
+    with pytest.raises(ConfigError, match=r"not allowed|does not name code|not from a command line") as said:
         commandline.check(arguments)
     assert "\n" not in str(said.value)
 

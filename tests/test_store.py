@@ -95,7 +95,7 @@ def test_every_version_leads_to_the_next() -> None:
 
 @pytest.mark.parametrize("version", [0, SCHEMA_VERSION + 1, True, 1.0, "2", None, [2]])
 def test_a_version_that_is_not_ours_is_named(version: object) -> None:
-    with pytest.raises(records.RecordError, match="^here: schema_version .* reads 1 to 2$"):
+    with pytest.raises(records.RecordError, match=r"^here: schema_version .* reads 1 to 2$"):
         records.parse(json.dumps(keys_of(record_of()) | {"schema_version": version}), "here")
 
 
@@ -311,7 +311,7 @@ def test_check_names_every_kind_of_problem(thirty: Path, capsys: pytest.CaptureF
     assert "c01-data.json" in "".join(said)
     assert "measured with code old; the newest of its configuration with new" in "".join(said)
     assert "c05" not in listed["left"]
-    before = {cell: record for cell, record in by_cell(thirty).items()}
+    before = by_cell(thirty)
     compact(thirty)
     assert by_cell(thirty) == before
     assert main(["check", str(thirty)]) == 0

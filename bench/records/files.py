@@ -32,7 +32,7 @@ def path_of(folder: Path, cell_id: str) -> Path:
 
 
 def parts_of(folder: Path) -> Path:
-    """Where the parts lie: a folder of their own, which is listed in no time however many records there are."""
+    """Where the parts lie: a folder of their own, listed in no time however many records there are."""
     return folder / RECORDS_DIR / "parts"
 
 

@@ -1,8 +1,8 @@
 """The records of an experiment's folder: written one a file, read from single files and from parts.
 
-A part, `records/parts/<hash>.jsonl`, holds many records, one a line, and is named by a hash of its content, so that
-it never changes: `compact` makes parts. A cell's record may be in several files, where it was measured again
-or as a part has just been made; the newest counts.
+A part, `records/parts/<hash>.jsonl`, holds many records, one a line, and is named by a hash of its content,
+so that it never changes: `compact` makes parts. A cell's record may be in several files, where it was
+measured again or as a part has just been made; the newest counts.
 """
 
 from __future__ import annotations

@@ -32,13 +32,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "second", type=Path, nargs="?", help="another one: ratios of its figures to the first's are written"
     )
     parser.add_argument("--no-plots", action="store_true", help="write the tables only, which is faster")
+    parser.add_argument(
+        "--all-plots", action="store_true", help="draw every plot of thousands of records too"
+    )
     options = parser.parse_args(arguments)
     try:
         if options.second:
             side_by_side = compare(options.folder, options.second, plots=not options.no_plots)
             print(f"comparison: {shown(side_by_side / 'compare.md')}")
             return 0
-        report = build(options.folder, plots=not options.no_plots)
+        report = build(options.folder, plots=not options.no_plots, all_plots=options.all_plots)
     except (ReportError, OSError) as error:
         print(f"bench.report: {error}", file=sys.stderr)
         return 2

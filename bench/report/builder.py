@@ -26,10 +26,13 @@ from bench.report import (
 )
 from bench.report.collect import collect
 
+MANY = 5000
+"""Records from which on a plot for every setting takes longer than people wait."""
+
 log = logging.getLogger("bench.report")
 
 
-def build_report(folder: Path, *, plots: bool = True) -> Path:
+def build_report(folder: Path, *, plots: bool = True, all_plots: bool = False) -> Path:
     """See `bench.report.build`."""
     if not folder.is_dir():
         raise ReportError(f"{folder}: no such folder")
@@ -66,17 +69,24 @@ def build_report(folder: Path, *, plots: bool = True) -> Path:
     )
     report = folder / "report"
     pictures: findings.Plots = {}
+    notes: list[str] = []
     _clear(report / "plots")
     if plots:
         from bench.report.plots import draw_all
 
-        pictures = draw_all(collected.frame, kinds, found, report)
+        many = len(collected.frame) > MANY and not all_plots
+        pictures, left = draw_all(collected.frame, kinds, found, report, 1 if many else None)
+        if left:
+            notes.append(
+                f"{left} plots are not drawn: with more than {MANY:,} records there is one of each kind, of "
+                "the setting with the most cells; python -m bench.report --all-plots draws them all"
+            )
     write_atomically(report / "summary.csv", tables.csv(statistics.summary(found.cost, found.quality)))
     for name in ("recomputation", "fits", "payoff", "rates", "recall", "noise"):
         _write_if_any(report / f"{name}.csv", getattr(found, name))
     for name in ("exponents", "crossovers", "pareto"):
         _write_if_any(report / f"{name}.csv", getattr(found.findings, name))
-    write_atomically(report / "summary.md", summary.text(collected, found, pictures))
+    write_atomically(report / "summary.md", summary.text(collected, found, pictures, notes))
     write_atomically(report / "summary.tex", summary_tex.text(collected, found))
     with replacing(report / "cells.parquet") as file:
         file.write(tables.parquet(collected.records, collected.stale))

@@ -127,5 +127,5 @@ def save(figure: Figure, folder: Path, stem: str) -> None:
     """Write stem.png and stem.svg; equal data gives equal SVG files, whatever the date."""
     folder.mkdir(parents=True, exist_ok=True)
     figure.savefig(folder / f"{stem}.png", dpi=130)
-    figure.set_layout_engine("none")  # laid out by now; doing it again takes as long as drawing
+    figure.set_layout_engine(None)  # laid out by now; doing it again takes as long as drawing
     figure.savefig(folder / f"{stem}.svg", metadata={"Date": None})

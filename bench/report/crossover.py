@@ -6,7 +6,7 @@ lengths the logarithm of a ratio is taken to be a line in the logarithm of the l
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -60,6 +60,7 @@ def crossovers(cells: pd.DataFrame, quality: pd.DataFrame) -> pd.DataFrame:
     any: `nll_lost`, `nll_lost_low`, `nll_lost_high`, `quality_seq_len`, `quality_width`, `quality_depth`.
     """
     others = compared(cells)
+    by_model = dict(iter(quality.groupby(list(_MODEL), dropna=False)))
     rows = []
     for values, own in split(others, [*GROUP, "variant", "label"]) if len(others) else ():
         for figure, column in FIGURES.items():
@@ -80,7 +81,7 @@ def crossovers(cells: pd.DataFrame, quality: pd.DataFrame) -> pd.DataFrame:
                     "first": lengths[0],
                     "last": lengths[-1],
                     "lengths": len(lengths),
-                    **_nearest(quality, values, place),
+                    **_nearest(by_model, values, place),
                 }
             )
     return pd.DataFrame(rows)
@@ -96,6 +97,7 @@ def _onset(cells: pd.DataFrame, column: str) -> float:
 
 
 _LOSS = ("nll_lost", "nll_lost_low", "nll_lost_high", "quality_seq_len", "quality_width", "quality_depth")
+_MODEL = ("objective", "corpus", "label")
 _RUN = ("objective", "corpus", "d_model", "heads", "depth", "activations", "seq_len", "replicate")
 """What a trained model and the dense one that it is compared with share, beside their training."""
 
@@ -134,18 +136,14 @@ def quality_loss(frame: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["objective", "corpus", "label", *_LOSS])
 
 
-def _nearest(quality: pd.DataFrame, values: dict[str, Any], length: float) -> dict[str, Any]:
-    """What the variant loses, at the same width and depth if it was trained there, and nearest in length."""
-    same = quality[(quality[["objective", "corpus", "label"]] == _wanted(values)).all(axis=1)]
-    if same.empty:
+def _nearest(quality: Mapping[Any, pd.DataFrame], values: dict[str, Any], length: float) -> dict[str, Any]:
+    """What the variant loses, at the same width and depth if it was trained there, and nearest in length;
+    takes `quality_loss` by the keys of `_MODEL`."""
+    same = quality.get(tuple(values[key] for key in _MODEL))
+    if same is None:
         return dict.fromkeys(_LOSS, np.nan)
-    ranked = same.assign(
-        width=(same["quality_width"] != values["d_model"]),
-        depth=(same["quality_depth"] != values["depth"]),
-        far=np.abs(np.log(same["quality_seq_len"].astype(float) / length)),
-    ).sort_values(["width", "depth", "far"], kind="stable")
-    return {name: ranked[name].iloc[0] for name in _LOSS}
-
-
-def _wanted(values: dict[str, Any]) -> pd.Series[Any]:
-    return pd.Series({key: values[key] for key in ("objective", "corpus", "label")})
+    far = np.abs(np.log(same["quality_seq_len"].to_numpy(dtype=float) / length))
+    other_depth = (same["quality_depth"] != values["depth"]).to_numpy()
+    other_width = (same["quality_width"] != values["d_model"]).to_numpy()
+    best = same.iloc[np.lexsort((far, other_depth, other_width))[0]]
+    return {name: best[name] for name in _LOSS}

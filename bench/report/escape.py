@@ -31,8 +31,8 @@ _LATEX = {
     "[": r"{[}",
     "]": r"{]}",
 }
-"""The last three change with what stands beside them: -- becomes a dash, and a [ that follows the end of a row
-an option."""
+"""The last three change with what stands beside them: two hyphens become a dash, and a bracket after the
+end of a row an option."""
 
 
 def html(text: object) -> str:

@@ -31,6 +31,10 @@ from bench.report.recall import axes_of
 from bench.report.style import styles
 from bench.report.summary import Found, dates, machines
 
+MOST_NAME = 160
+"""Characters of a plot's file name; file systems allow 255 bytes, with the suffix and a number."""
+Wanted = tuple[str, dict[str, Any], pd.DataFrame]
+"""A figure to draw: its section, the values of its keys and its cells."""
 Draw = Callable[[pd.DataFrame, Look], Figure | None]
 
 
@@ -108,11 +112,13 @@ def _plots(kinds: Kinds, found: Found) -> Iterator[Plot]:
 
 
 def draw_all(
-    frame: pd.DataFrame, kinds: Kinds, found: Found, report: Path
-) -> dict[str, list[tuple[str, str]]]:
-    """Write every plot that has data into `report`/plots, as PNG and SVG.
+    frame: pd.DataFrame, kinds: Kinds, found: Found, report: Path, most: int | None = None
+) -> tuple[dict[str, list[tuple[str, str]]], int]:
+    """Write every plot that has data into `report`/plots, as PNG and SVG; of each kind those of the fullest
+    `most` settings, all without.
 
-    Returns, by section, each plot's title and its path relative to the report, without suffix.
+    Returns, by section, each plot's title and its path relative to the report, without suffix; and how many
+    were left out.
     Where an experiment saves activations in several ways, cost against length is drawn only for
     settings of several lengths, and stands in the section 'others' unless activations are kept. Where it
     has several data sets or settings of a task, cost and memory at a single length and depth are not drawn
@@ -122,12 +128,14 @@ def draw_all(
     several = found.cost["activations"].nunique() > 1
     corpora = found.cost["corpus"].nunique() > 1
     drawn: dict[str, list[tuple[str, str]]] = {}
+    left = 0
     taken: set[str] = set()
     with canvas.look():
         for plot in _plots(kinds, found):
             if plot.data.empty:
                 continue
             apart = varying(plot.records, plot.keys)
+            wanted = []
             for values, part in split(plot.data, plot.keys):
                 section = plot.section
                 if section == "depths" and several and values["activations"] != BASELINE:
@@ -138,17 +146,28 @@ def draw_all(
                     if part["seq_len"].nunique() < 2:
                         continue
                     section = "cost" if values["activations"] == BASELINE else "others"
+                wanted.append((section, values, part))
+            shown = wanted if most is None else _fullest(wanted, most)
+            left += len(wanted) - len(shown)
+            for section, values, part in shown:
                 same = _same(plot.records, values)
                 setting = describe(values, [k for k in plot.keys if k not in ("machine", "threads")])
                 figure = plot.draw(part, Look(looks, setting, f"{machines(same)} · {dates(same)}"))
                 if figure is None:
                     continue
-                name = _free(plot.stem + suffix(values, apart), taken)
+                name = _free((plot.stem + suffix(values, apart))[:MOST_NAME], taken)
                 canvas.save(figure, report / "plots", name)
                 words = describe(values, apart)
                 title = f"{plot.title} ({words})" if words else plot.title
                 drawn.setdefault(section, []).append((title, f"plots/{name}"))
-    return drawn
+    return drawn, left
+
+
+def _fullest(wanted: list[Wanted], most: int) -> list[Wanted]:
+    """Those of the most rows, kept activations first, in their order."""
+    ranked = sorted(wanted, key=lambda one: (one[0] == "others", -len(one[2])))
+    shown = {id(one) for one in ranked[:most]}
+    return [one for one in wanted if id(one) in shown]
 
 
 def _one_point(cells: pd.DataFrame) -> bool:

@@ -82,11 +82,11 @@ def machines(frame: pd.DataFrame) -> str:
     return "; ".join(phrases)
 
 
-def text(collected: Collected, found: Found, plots: Plots) -> str:
-    """The whole of summary.md."""
+def text(collected: Collected, found: Found, plots: Plots, notes: Sequence[str] = ()) -> str:
+    """The whole of summary.md; `notes` are more lines of its head."""
     frame = collected.frame.assign(leaks=collected.frame["leak_max_abs"] > LEAK_LIMIT)
     parts = [
-        _head(collected, found),
+        _head(collected, found, notes),
         _cost(found.cost, plots),
         findings.text(found.findings, plots),
         _memory(found, plots.get("memory", ())),
@@ -117,7 +117,7 @@ def _section(title: str, body: str, marks: Sequence[str], lead: str = "") -> str
     return markdown.section(title, body, {mark: NOTES[mark] for mark in marks}, lead)
 
 
-def _head(collected: Collected, found: Found) -> str:
+def _head(collected: Collected, found: Found, notes: Sequence[str]) -> str:
     frame = collected.frame
     counts = frame["status"].value_counts()
     statuses = ", ".join(f"{counts[s]} {s}" for s in STATUSES if s in counts)
@@ -133,7 +133,7 @@ def _head(collected: Collected, found: Found) -> str:
     }
     names = ", ".join(sorted(frame["name"].unique()))
     lines = [f"# {escape(names)}\n", *(f"- {key}: {escape(value)}" for key, value in facts.items())]
-    lines += [f"- **{warning}**" for warning in _warnings(collected)]
+    lines += [f"- **{warning}**" for warning in (*notes, *_warnings(collected))]
     lines += [f"  - {escape(problem)}" for problem in collected.problems]
     return "\n".join(lines) + "\n"
 

@@ -164,7 +164,7 @@ def quality(cells: pd.DataFrame) -> list[Column]:
         each(cells, "bits per byte", "bits_per_byte_mean", units.score),
         each(cells, "word perplexity", "word_perplexity_mean", units.score),
         each(cells, "unigram", "unigram_perplexity", units.score),
-        each(cells, "state", "state_policy", lambda v: units.MISSING if pd.isna(v) else v, right=False),
+        each(cells, "state", "state_policy", or_dash, right=False),
         each(cells, "replicates", "quality_replicates", str, optional=False),
     ]
 
@@ -178,9 +178,7 @@ def training_columns(cells: pd.DataFrame, apart: Sequence[str]) -> list[Column]:
     if "learning_rate" in apart:
         columns.append(each(cells, "learning rate", "learning_rate", units.learning_rate))
     if "eval_split" in apart:
-        columns.append(
-            each(cells, "split", "eval_split", lambda v: units.MISSING if pd.isna(v) else v, right=False)
-        )
+        columns.append(each(cells, "split", "eval_split", or_dash, right=False))
     return columns
 
 
