@@ -20,7 +20,7 @@ import pytest
 import slurm_stand_in
 from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from bench import CONFIGS, cluster, config, sweep
@@ -356,6 +356,7 @@ def unquoted(text: str) -> Any:
     return OverridesParser.create().parse_overrides([f"+cells={text}"])[0].value()
 
 
+@settings(deadline=None, max_examples=50)
 @given(st.lists(st.lists(st.text(st.characters(codec="utf-8", exclude_categories=["Cc", "Cs"])))))
 @example([["variant.windows=[1,2]", "name='it\\'s'", "a=\\", "b=\\\\'", "${seq_len}"], []])
 def test_overrides_come_through_hydra_s_grammar_as_they_were(lines: list[list[str]]) -> None:
