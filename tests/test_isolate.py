@@ -185,6 +185,14 @@ class Sweep:
             command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
         )
 
+    def __enter__(self) -> Sweep:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Nothing goes on, whatever the test came to."""
+        self.process.kill()
+        self.process.communicate()
+
     def finish(self) -> Sweep:
         self.out, self.errors = self.process.communicate()
         return self
@@ -266,12 +274,12 @@ def sweep(folder: Path) -> Iterator[Sweep]:
             for name, ways in ONE_SWEEP.items()
             if root or name not in ("full", "frozen")
         }
-        started = Sweep(folder, "one", grids, LIMIT, group=group)
-        victim = folder / "victim"
-        wait_until(lambda: victim.exists() or started.process.poll() is not None)
-        if victim.exists():
-            os.kill(int(victim.read_text()), signal.SIGKILL)
-        started.finish()
+        with Sweep(folder, "one", grids, LIMIT, group=group) as started:
+            victim = folder / "victim"
+            wait_until(lambda: victim.exists() or started.process.poll() is not None)
+            if victim.exists():
+                os.kill(int(victim.read_text()), signal.SIGKILL)
+            started.finish()
         if root:  # what it hides is what was stored before
             subprocess.run(["umount", folder / "results/frozen"])
         yield started
@@ -442,17 +450,13 @@ def test_no_process_is_left(sweep: Sweep) -> None:
 def test_a_sweep_that_is_killed_takes_its_cell_with_it(folder: Path) -> None:
     """Or it would compute for nobody, beside the same cell once the sweep is started again."""
     (folder / "hangs").unlink(missing_ok=True)
-    again = Sweep(folder, "four", {"four": ["hangs"]})
-    try:
+    with Sweep(folder, "four", {"four": ["hangs"]}) as again:
         wait_until((folder / "hangs").exists)
-    finally:
-        again.process.kill()
     wait_until(lambda: not processes(again))
-    again.process.communicate()
 
 
 def wait_until(condition: Callable[[], Any]) -> None:
-    deadline = time.monotonic() + 240
+    deadline = time.monotonic() + 600
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.1)

@@ -330,3 +330,24 @@ def test_a_plugin_must_be_a_variant(tmp_path: Path) -> None:
     assert done.returncode != 0
     last = done.stderr.splitlines()[-1]
     assert last.startswith("TypeError: plug-in lagged_attention.lagged:LaggedConfig is not a subclass")
+
+
+@pytest.mark.parametrize(
+    ("text", "why"), [("def (:", "SyntaxError"), ("import sys; sys.exit('no')", "SystemExit: no")]
+)
+def test_a_plugin_that_cannot_be_imported_says_why_and_still_has_its_source(
+    text: str, why: str, plugged: Path, tmp_path: Path
+) -> None:
+    """So that its cell becomes a record, and not the end of a sweep."""
+    module = plugged / "lagged_attention/lagged.py"
+    module.write_text(text)
+    sources = python(
+        "-c", "import variants; print(*variants.source_files('lagged'))", path=plugged, cwd=tmp_path
+    )
+    assert sources.stdout.splitlines() == [str(module)], sources.stderr
+    done = python("-c", "import variants; variants.load('lagged')", path=plugged, cwd=tmp_path)
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith(
+        "variants.BrokenVariant: plug-in lagged_attention.lagged:Lagged cannot be imported: "
+    )
+    assert why in last
