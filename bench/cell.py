@@ -8,11 +8,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from functools import partial
+from itertools import islice
 from typing import Any
 
 import torch
 
-from bench import environment, gates, history, planning
+from bench import environment, gates, history, looks, planning
 from bench.accuracy import measure_accuracy
 from bench.checkpoints import Kept
 from bench.config import Cell
@@ -158,6 +159,8 @@ class CellRun:
         self._tell_flops(model, figures, source="predicted")
         self._tell_bytes(figures, source="predicted")
         self.tell({"peak_bytes_predicted": figures.peak_bytes})
+        if self.spec.measure.reach:
+            self.tell({"reach": self._reach(model)})
 
     def _step(self, task: Task) -> step_measure.Subject:
         def make() -> step_measure.Subject:
@@ -321,6 +324,7 @@ class CellRun:
             words_per_byte=task.corpus.words_per_byte(),
             unigram_nats=task.corpus.unigram_nats(),
             device=self.device,
+            place_period=measure.place_period,
         )
         self.tell(
             {
@@ -331,6 +335,8 @@ class CellRun:
                 "word_perplexity": quality.word_perplexity,
                 "unigram_perplexity": quality.unigram_perplexity,
                 "nll_by_position": quality.nll_by_position,
+                "nll_by_place": quality.nll_by_place,
+                "place_period": measure.place_period or None,
                 "tokens_evaluated": quality.tokens,
                 "eval_stride": stride if causal else None,
                 "eval_min_context": least_context(seq_len, stride) if causal else None,
@@ -340,6 +346,16 @@ class CellRun:
             raise Diverged(f"the loss on held-out text is {quality.nll}", steps, steps)
         if causal and measure.history_targets:
             self._look_back(model, task)
+        if measure.reach:
+            self.tell({"reach": self._reach(model)})
+        if measure.attention_windows:
+            found = looks.look(
+                model,
+                islice(task.test_batches(), -(-measure.attention_windows // self.spec.batch_size)),
+                causal=causal,
+                device=self.device,
+            )
+            self.tell(asdict(found))
 
     def _look_back(self, model: LanguageModel, task: Text) -> None:
         found = history.look_back(

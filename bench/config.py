@@ -98,6 +98,14 @@ class MeasureSpec:
     that they lie side by side. Masked models read both sides and take no other."""
     history_targets: int = 0
     """Held-out tokens that causal models predict after histories of 1, 2, 4, … seq_len tokens; 0 for none."""
+    place_period: int = 0
+    """Tokens of the consecutive parts of a window by the place in which the loss is also taken; 0 for none."""
+    attention_windows: int = 0
+    """Held-out windows in which attention itself is looked at after training: how its weights are spread and
+    how far the layer is from what it estimates; 0 for none."""
+    reach: bool = False
+    """Whether it is worked out how far back the layers' patterns let the model look. Tasks that have answers
+    at a distance always do."""
     learning_rate: float = 3e-3
     """The highest, after warm-up."""
     checkpoint_seconds: float = 30.0
@@ -119,8 +127,8 @@ class MeasureSpec:
         """The knobs that can change a figure: not how long it may take, nor budgets that are not spent."""
         unspent = [f"train_{name}" for name in TRAIN_BUDGETS if name != self.train_budget]
         skipped = {"limit_seconds", "checkpoint_seconds", *unspent}
-        if self.precision == MeasureSpec.precision:
-            skipped.add("precision")  # younger than cells that were hashed without it
+        younger = ("precision", "place_period", "attention_windows", "reach")  # than cells without them
+        skipped.update(name for name in younger if getattr(self, name) == getattr(MeasureSpec, name))
         return {key: value for key, value in dataclasses.asdict(self).items() if key not in skipped}
 
 
@@ -382,6 +390,8 @@ def _check_bounds(root: _Root) -> None:
         "measure.checkpoint_seconds": (measure.checkpoint_seconds, 0),
         "measure.eval_tokens": (measure.eval_tokens, 1 if measure.train_amount else 0),
         "measure.history_targets": (measure.history_targets, 0),
+        "measure.place_period": (measure.place_period, 0),
+        "measure.attention_windows": (measure.attention_windows, 0),
     }
     for knob, (value, least) in at_least.items():
         if not value >= least:  # so that NaN is refused too
