@@ -99,7 +99,7 @@ class MeasureSpec:
     history_targets: int = 0
     """Held-out tokens that causal models predict after histories of 1, 2, 4, … seq_len tokens; 0 for none."""
     place_period: int = 0
-    """Tokens of the consecutive parts of a window by the place in which the loss is also taken; 0 for none."""
+    """Tokens of the parts of a window by the place in which the loss is also taken; 0 for none."""
     attention_windows: int = 0
     """Held-out windows in which attention itself is looked at after training: how its weights are spread and
     how far the layer is from what it estimates; 0 for none."""

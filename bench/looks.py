@@ -13,7 +13,7 @@ import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -96,7 +96,8 @@ def look(model: LanguageModel, batches: Iterable[Batch], *, causal: bool, device
                     spread.append(_spread(*(t.flatten(0, 1).float() for t in read), causal=causal))
     off = [math.sqrt(wrong / whole) for wrong, whole in errors.values() if whole]
     error = sum(off) / len(off) if off else None
-    return Looks(softmax_error=error, **_means(spread))
+    found: dict[str, Any] = _means(spread)
+    return Looks(softmax_error=error, **found)
 
 
 class _Spread(NamedTuple):
@@ -107,13 +108,14 @@ class _Spread(NamedTuple):
     sums: dict[str, Tensor]
 
 
-def _means(spread: list[_Spread]) -> dict[str, list[float] | float]:
+def _means(spread: list[_Spread]) -> dict[str, Any]:
     if not spread:
         return {}
     longest = max(one.tokens for one in spread)
     taken = [one for one in spread if one.tokens == longest]
     count = sum(one.maps for one in taken)
-    return {key: (sum(one.sums[key] for one in taken) / count).tolist() for key in taken[0].sums}
+    total = {key: torch.stack([one.sums[key] for one in taken]).sum(dim=0) for key in taken[0].sums}
+    return {key: (sums / count).tolist() for key, sums in total.items()}
 
 
 def _spread(q: Tensor, k: Tensor, *, causal: bool) -> _Spread:

@@ -1,4 +1,4 @@
-"""How a trained model's weights are spread and how far estimates of them are off, against loops in float64."""
+"""How a model's weights are spread and how far estimates of them are off, against loops in float64."""
 
 from __future__ import annotations
 

@@ -86,6 +86,13 @@ class Spread:
         low, high = (float(np.exp(end)) for end in interval(np.log(figures)))
         return cls(float(np.median(figures)), low, high, len(figures))
 
+    @classmethod
+    def plain(cls, values: pd.Series[float]) -> Spread:
+        """The same of figures that may be negative: the interval is of them, not of their logarithms."""
+        figures = np.asarray(values, dtype=np.float64)
+        low, high = (float(end) for end in interval(figures))
+        return cls(float(np.median(figures)), low, high, len(figures))
+
     def holds(self, value: float) -> bool:
         """Whether the value lies in the interval; of one replicate nothing says, so it does."""
         return self.count < 2 or self.low <= value <= self.high
@@ -109,9 +116,7 @@ def ratio(rows: pd.DataFrame, base: pd.DataFrame, name: str) -> Spread:
 
 def difference(rows: pd.DataFrame, base: pd.DataFrame, name: str) -> Spread:
     """A figure less that of `base`, within each replicate; the interval is of figures, not of logarithms."""
-    found = np.asarray(_paired(rows, base, name, lambda own, other: own - other), dtype=np.float64)
-    low, high = (float(end) for end in interval(found))
-    return Spread(float(np.median(found)), low, high, len(found))
+    return Spread.plain(_paired(rows, base, name, lambda own, other: own - other))
 
 
 def _paired(
