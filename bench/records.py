@@ -159,6 +159,7 @@ class Record:
     accuracy_by_distance: list[float] | None = None
     distance_edges: list[int] | None = None
     reach: int | None = None
+    connected_share: float | None = None
     tokens_trained: int | None = None
     tokens_evaluated: int | None = None
     eval_stride: int | None = None
