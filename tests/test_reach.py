@@ -109,7 +109,7 @@ def test_content_decides() -> None:
 def test_pairs_that_windows_connect_are_those_in_reach(
     window: int, depth: int, seq_len: int, causal: bool
 ) -> None:
-    model = model_of("longformer", {"window": (window,), "n_global": 0}, depth=depth, seq_len=seq_len)
+    model = model_of("longformer", {"window": (window,)}, depth=depth, seq_len=seq_len)
     far = depth * (window - 1)
     within = sum(
         -far <= i - j <= far for i in range(seq_len) for j in range(i + 1 if causal else seq_len)
