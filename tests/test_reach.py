@@ -111,9 +111,7 @@ def test_pairs_that_windows_connect_are_those_in_reach(
 ) -> None:
     model = model_of("longformer", {"window": (window,)}, depth=depth, seq_len=seq_len)
     far = depth * (window - 1)
-    within = sum(
-        -far <= i - j <= far for i in range(seq_len) for j in range(i + 1 if causal else seq_len)
-    )
+    within = sum(-far <= i - j <= far for i in range(seq_len) for j in range(i + 1 if causal else seq_len))
     pairs = seq_len * (seq_len + 1) // 2 if causal else seq_len**2
     assert connected_share(model, seq_len, causal=causal) == pytest.approx(within / pairs)
 

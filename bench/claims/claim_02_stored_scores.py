@@ -80,11 +80,12 @@ def judge(frame: pd.DataFrame) -> Finding:
         f"{units.size(LAYERS * scores[longest] * FLOAT)}. A fused kernel stores their logarithmic sums "
         f"instead, H·T: {' and '.join(units.size(size) for size in instead.values())} a layer, and computes "
         "the scores again in the backward pass",
-        measured=f"A layer that stores its scores{with_mask} leaves {units.size(more[shortest])} more than the "
-        f"fused one at {shortest:,} tokens as predicted, {units.size(run)} as run, and "
-        f"{units.size(more[longest])} at {longest:,} as predicted; {LAYERS} layers {units.size(in_all)}. With "
-        f"the fused kernel all that a whole block leaves is {units.size(whole[0])} and {units.size(whole[1])}, "
-        f"which grows as T^{slope:.2f}; a step of {LAYERS} layers at {longest:,} peaks at "
-        f"{units.size(figure(sdpa, 'peak_bytes'))} instead of {units.size(figure(naive, 'peak_bytes'))}",
+        measured=f"A layer that stores its scores{with_mask} leaves {units.size(more[shortest])} more than "
+        f"the fused one at {shortest:,} tokens as predicted, {units.size(run)} as run, and "
+        f"{units.size(more[longest])} at {longest:,} as predicted; {LAYERS} layers {units.size(in_all)}. "
+        f"With the fused kernel all that a whole block leaves is {units.size(whole[0])} and "
+        f"{units.size(whole[1])}, which grows as T^{slope:.2f}; a step of {LAYERS} layers at {longest:,} "
+        f"peaks at {units.size(figure(sdpa, 'peak_bytes'))} instead of "
+        f"{units.size(figure(naive, 'peak_bytes'))}",
         verdict=verdict,
     )
