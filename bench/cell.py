@@ -23,7 +23,7 @@ from bench.measure import surroundings, timing
 from bench.measure.roofline import Roofline
 from bench.model import LanguageModel
 from bench.planning import CPU
-from bench.reach import reach
+from bench.reach import connected_share, reach
 from bench.residual import STRATEGIES, reversible
 from bench.tasks.base import Batch, Task
 from bench.tasks.text import Text
@@ -35,6 +35,8 @@ Tell = Callable[[dict[str, Any]], None]
 
 LONGEST_REACH = 4096
 """Tokens up to which it is worked out how far a model can look back: it takes T² floats, several times."""
+LONGEST_CONNECTED = 1024
+"""Tokens up to which a plan also works out what a model connects: a second would pass in longer ones."""
 
 
 class Unsupported(Exception):
@@ -161,6 +163,8 @@ class CellRun:
         self.tell({"peak_bytes_predicted": figures.peak_bytes})
         if self.spec.measure.reach:
             self.tell({"reach": self._reach(model)})
+        if (seq_len := self.spec.seq_len) <= LONGEST_CONNECTED:
+            self.tell({"connected_share": connected_share(model, seq_len, causal=self.spec.causal)})
 
     def _step(self, task: Task) -> step_measure.Subject:
         def make() -> step_measure.Subject:

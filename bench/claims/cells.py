@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -10,11 +11,12 @@ import numpy as np
 import pandas as pd
 
 from bench.claims.base import Missing
+from bench.report import units
 from bench.report.collect import spoken
 from bench.report.intervals import interval
 
 
-def finished(frame: pd.DataFrame, *, knobs: Mapping[str, object] | None = None, **keys: Any) -> pd.DataFrame:
+def finished(frame: pd.DataFrame, *, knobs: Mapping[str, Any] | None = None, **keys: Any) -> pd.DataFrame:
     """The finished cells that have these values in these columns, and in the knobs of their variant.
 
     Of a tuple, list or set any value will do; None is a figure that was not taken. Raises Missing where no
@@ -88,14 +90,15 @@ class Spread:
 
     @classmethod
     def plain(cls, values: pd.Series[float]) -> Spread:
-        """The same of figures that may be negative: the interval is of them, not of their logarithms."""
+        """The same of figures that may be negative, such as differences: no logarithms are taken."""
         figures = np.asarray(values, dtype=np.float64)
         low, high = (float(end) for end in interval(figures))
         return cls(float(np.median(figures)), low, high, len(figures))
 
-    def holds(self, value: float) -> bool:
-        """Whether the value lies in the interval; of one replicate nothing says, so it does."""
-        return self.count < 2 or self.low <= value <= self.high
+    @property
+    def ends(self) -> tuple[float, float]:
+        """The interval; of one replicate, which has none, the figure itself twice."""
+        return (self.middle, self.middle) if self.count < 2 else (self.low, self.high)
 
     def said(self, show: Callable[[float], str]) -> str:
         """'1.32× (1.28× to 1.36×, 3 replicates)'."""
@@ -115,7 +118,7 @@ def ratio(rows: pd.DataFrame, base: pd.DataFrame, name: str) -> Spread:
 
 
 def difference(rows: pd.DataFrame, base: pd.DataFrame, name: str) -> Spread:
-    """A figure less that of `base`, within each replicate; the interval is of figures, not of logarithms."""
+    """A figure less that of `base`, within each replicate that both have. Raises Missing where none has."""
     return Spread.plain(_paired(rows, base, name, lambda own, other: own - other))
 
 
@@ -131,3 +134,18 @@ def _paired(
 def _label(rows: pd.DataFrame) -> str:
     first = rows.iloc[0]
     return f"{first['label']} T={first['seq_len']} depth={first['depth']} {first['activations']}"
+
+
+def large(value: float) -> str:
+    """A count in words: '201 million', '51.5 billion'."""
+    return units.scaled(value, (("billion", 1e9), ("million", 1e6), ("thousand", 1e3), ("", 1.0)))
+
+
+def growth(sizes: tuple[float, float, float], values: tuple[float, float, float]) -> float:
+    """The exponent p of a + b·sizeᵖ through three points, whose sizes grow by equal factors.
+
+    What does not grow, a, takes no part in it. NaN where the values do not rise, or not both times.
+    """
+    first, second = values[1] - values[0], values[2] - values[1]
+    assert math.isclose(sizes[1] / sizes[0], sizes[2] / sizes[1])
+    return math.log(second / first) / math.log(sizes[1] / sizes[0]) if min(first, second) > 0 else math.nan
