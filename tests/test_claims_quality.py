@@ -104,7 +104,7 @@ def test_a_verdict_is_of_all_parts(verdicts: list[str], whole: str) -> None:
     assert found.verdict == whole
     for place, verdict in enumerate(verdicts):
         assert (f"but {place}" in found.condition) == (verdict != HOLDS)
-        assert (f"not so: but {place}" in found.condition) == (verdict == FAILS)
+        assert (f"not so: but {place}" in found.condition) == (verdict == FAILS != whole)
 
 
 def test_a_part_that_does_not_hold_says_what_is_so() -> None:
@@ -214,7 +214,11 @@ def segment_cells(*, without: float, chunked: float, adds: int = 32, spread: flo
     ("cells", "verdict", "says"),
     [
         ({"without": 2.1, "chunked": 2.1}, HOLDS, ""),
-        ({"without": 2.1, "chunked": 1.9}, PARTLY, "not so: after so much training chunks of 32 lose"),
+        (
+            {"without": 2.1, "chunked": 1.9},
+            PARTLY,
+            "not so: after 400,000 tokens of training, chunks of 32 lose",
+        ),
         ({"without": 1.9, "chunked": 2.1}, PARTLY, "not so: its memory gains nothing"),
         ({"without": 2.1, "chunked": 2.02, "spread": 0.05}, PARTLY, "not beyond the spread"),
         ({"without": 2.1, "chunked": 2.1, "adds": 0}, PARTLY, "not so: the reach"),
@@ -352,11 +356,12 @@ def estimate_cells(
     features: tuple[float, ...] = (0.24, 0.12, 0.06),
     ranks: tuple[float, ...] = (0.4, 0.2, 0.05),
     power: float = 1.0,
+    perplexity: float = 8.0,
 ) -> Cells:
     cells = [*planned("linformer", 1.0, objective="mlm"), *planned("performer", power)]
     for (variant, size), errors in {("performer", "n_features"): features, ("linformer", "k"): ranks}.items():
         for n, error in zip((16, 64, 256), errors, strict=True):
-            own = replicated(variant, 2.1, count=2, variant_params={size: n})
+            own = replicated(variant, 2.1, count=2, variant_params={size: n}, perplexity=perplexity)
             cells += [{**one, "softmax_error": error * (1 + 0.02 * one["replicate"])} for one in own]
     return cells
 
@@ -367,8 +372,10 @@ def estimate_cells(
         ({}, HOLDS, ""),
         ({"power": 1.2}, PARTLY, "not so: FLOPs of attention do not grow linearly"),
         ({"features": (0.3, 0.2, 0.09)}, HOLDS, ""),
-        ({"features": (0.1, 0.095, 0.09)}, PARTLY, "performer's error falls to the power"),
+        ({"features": (0.1, 0.095, 0.09)}, PARTLY, "performer's error does not fall as a root"),
         ({"features": (0.8, 0.4, 0.2)}, PARTLY, "performer is off by 20 %"),
+        ({"perplexity": 26.0}, PARTLY, "the linformers looked at have hardly learnt"),
+        ({"ranks": (0.6, 0.58, 0.55)}, PARTLY, "not so: linformer is off by 5"),
         ({"ranks": (0.3, 0.5, 0.9)}, PARTLY, "not so: linformer does not come closer"),
         ({"features": (0.1, 0.2, 0.9), "ranks": (0.3, 0.5, 0.9), "power": 2.0}, FAILS, "linearly"),
     ],

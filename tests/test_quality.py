@@ -96,7 +96,13 @@ def test_what_was_not_asked_for_is_null(home: Path) -> None:
 
 
 def test_a_plan_works_out_the_reach_where_it_is_asked(home: Path) -> None:
-    plan = ("measure=plan", "measure.eval_tokens=1", "variant.segment=32", "variant.mem_len=32", "variant=transformer_xl")
+    plan = (
+        "measure=plan",
+        "measure.eval_tokens=1",
+        "variant.segment=32",
+        "variant.mem_len=32",
+        "variant=transformer_xl",
+    )
     assert records(home, *plan, "name=far", "measure.reach=true")["transformer_xl"]["reach"] == 63
     assert records(home, *plan, "name=near")["transformer_xl"]["reach"] is None
 

@@ -13,7 +13,7 @@ import pandas as pd
 
 from bench.claims.base import Finding, Missing, Verdict
 from bench.claims.cells import Spread, by_replicate, difference, figure, finished, has, ratio
-from bench.claims.parts import Part, knob, like, one_setting, points, share, together
+from bench.claims.parts import Part, knob, like, one_setting, points, share, together, unsure
 from bench.report import units
 
 STATEMENT = (
@@ -125,7 +125,7 @@ def _judged(lost: Spread, back: Spread, whole: Spread) -> tuple[Verdict, str]:
     if lost.middle <= 0:
         return "does not hold here", "chunk edges lose nothing"
     if lost.count < 2 or lost.low <= 0:
-        return "holds with a condition", "what chunk edges lose is not beyond the spread of the replicates"
+        return "holds with a condition", f"chunk edges lose, but {unsure(lost)}"
     if back.low < 1 - NEAR:
         verdict: Verdict = "holds with a condition" if back.low > 0.5 else "does not hold here"
         return verdict, f"of what the edges lose, as little as {share(back.low)} may come back"

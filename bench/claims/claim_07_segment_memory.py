@@ -9,8 +9,8 @@ from __future__ import annotations
 import pandas as pd
 
 from bench.claims.base import Finding, Missing
-from bench.claims.cells import difference, finished, has
-from bench.claims.parts import Part, beyond, knob, like, one_setting, points, reaches, together
+from bench.claims.cells import Spread, difference, finished, has
+from bench.claims.parts import Part, beyond, knob, like, one_setting, points, reaches, together, unsure
 
 STATEMENT = "Transformer-XL's reach grows with every layer; resetting positions in chunks hurts."
 SOURCE = "Dai 2019, arXiv:1901.02860, §3.1 and §3.2"
@@ -47,7 +47,7 @@ def _quality(frame: pd.DataFrame) -> list[Part]:
             f"{trained:,.0f} tokens of training: {hurt.said(points)} nats a token; with all memory "
             f"emptied every {window} tokens: {reset.said(points)}.",
             verdict=beyond(hurt),
-            but=_instead(hurt.middle, "transformer_xl gains from its memory", "its memory gains nothing"),
+            but=_instead(hurt, "transformer_xl gains from its memory", "its memory gains nothing"),
         ),
         Part(
             predicted="",
@@ -55,13 +55,13 @@ def _quality(frame: pd.DataFrame) -> list[Part]:
             "token.",
             verdict=beyond(rotary),
             but=_instead(
-                rotary.middle,
+                rotary,
                 f"chunks of {length} lose to dense",
-                f"after so much training chunks of {length} lose nothing to dense over {window}",
+                f"after {trained:,.0f} tokens of training, chunks of {length} lose nothing to dense",
             ),
         ),
     ]
 
 
-def _instead(middle: float, unsure: str, otherwise: str) -> str:
-    return f"{unsure}, but not beyond the spread of the replicates" if middle > 0 else otherwise
+def _instead(found: Spread, gained: str, otherwise: str) -> str:
+    return f"{gained}, but {unsure(found)}" if found.middle > 0 else otherwise

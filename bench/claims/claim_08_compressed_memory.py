@@ -6,7 +6,7 @@ import pandas as pd
 
 from bench.claims.base import Finding
 from bench.claims.cells import difference, finished, has
-from bench.claims.parts import Part, beyond, like, one_setting, points, reaches, together
+from bench.claims.parts import Part, beyond, like, one_setting, points, reaches, together, unsure
 
 STATEMENT = (
     "Compressive memory reaches rate × layers × window, and the learned compression with the reconstruction "
@@ -36,7 +36,7 @@ def _against(trained: pd.DataFrame, conv: pd.DataFrame, pooling: str) -> Part:
     other = finished(trained, knobs={**knobs, "compression": pooling}, **like(conv))
     found = difference(other, own, "nll")
     if found.middle > 0:
-        but = f"a convolution gains on {pooling} pooling, but not beyond the spread of the replicates"
+        but = f"a convolution gains on {pooling} pooling, but {unsure(found)}"
     elif found.low < 0 < found.high or found.count < 2:
         but = f"a convolution cannot be told from {pooling} pooling"
     else:

@@ -13,7 +13,7 @@ import pandas as pd
 
 from bench.claims.base import Finding, Missing, Verdict
 from bench.claims.cells import Spread, by_replicate, difference, finished, has
-from bench.claims.parts import Part, exponent, like, one_setting, points, share, together
+from bench.claims.parts import Part, exponent, like, one_setting, points, share, together, unsure
 from bench.report.scaling import TOLERANCE, fit
 
 STATEMENT = (
@@ -49,7 +49,7 @@ def _sharing(frame: pd.DataFrame, full: pd.DataFrame) -> Part:
     if found.count > 1 and found.high <= most:
         verdict = "holds"
     elif found.middle <= most:
-        verdict, but = "holds with a condition", "by the spread of the replicates sharing may cost more"
+        verdict, but = "holds with a condition", f"it costs little, but {unsure(found)}"
     return Part(
         predicted=f"One of a layer's four projections less, {share(fewer)} of the model's parameters.",
         measured="Perplexity of full attention with shared queries and keys, over dense: "
@@ -80,7 +80,7 @@ def _rounds(hashed: pd.DataFrame, full: pd.DataFrame) -> Part:
         f"the loss exceeds that of full attention by {', '.join(points(one.middle) for one in losses)} nats "
         f"a token (with {rounds[-1]}: {losses[-1].said(points)}).",
         verdict="holds" if sure else "holds with a condition" if closer else "does not hold here",
-        but="more rounds come closer, but not beyond the spread of the replicates"
+        but=f"more rounds come closer, but {unsure(gain)}"
         if closer
         else "more rounds do not always come closer",
     )

@@ -25,6 +25,10 @@ LINEAR = 0.02
 """How far from 1 a linear exponent of FLOPs may be."""
 WELL = 0.1
 """Distance, over the size of what is estimated, up to which it is estimated well."""
+BADLY = 0.5
+"""Distance beyond which it is no estimate."""
+HARDLY = 0.9
+"""Perplexity, over that without any context, above which a model has hardly learnt to attend."""
 ROOT, NEAR_ROOT = -0.5, 0.15
 """The exponent of an estimate's error in the number of features, and how far from it one may be."""
 
@@ -65,34 +69,39 @@ def _estimate(
     line = fit(sizes, errors)
     if line is None:
         raise Missing(f"variant={name}: needs a softmax_error at three values of {size}")
-    verdict, but = _judged(name, errors, each[-1], slope, line.exponent)
+    perplexity, blind = (rows[key].median() for key in ("perplexity", "unigram_perplexity"))
+    learnt = perplexity <= HARDLY * blind
+    verdict, but = _judged(name, errors, each[-1], None if slope is None else line.exponent - slope, learnt)
     pairs = zip(sizes, errors, strict=True)
     listed = ", ".join(f"{share(error)} with {n}" for n, error in pairs)
     return Part(
         predicted=predicted,
         measured=f"Outputs of a trained {name} are off softmax attention by, of its size, {listed} {what} "
-        f"(as these to the power {line.exponent:.2f}; at most: {each[-1].said(share)}).",
+        f"(as these to the power {line.exponent:.2f}; with most: {each[-1].said(share)}); perplexity {perplexity:.3g}, "
+        f"{blind:.3g} without context.",
         verdict=verdict,
         but=but,
     )
 
 
 def _judged(
-    name: str, errors: list[float], last: Spread, slope: float | None, found: float
+    name: str, errors: list[float], last: Spread, off_slope: float | None, learnt: bool
 ) -> tuple[Verdict, str]:
-    """Whether the error falls, as it should, and to where."""
+    """Whether the error falls, as it should, and to where; `last` is that of the largest size."""
     falls = errors == sorted(errors, reverse=True)
-    well = last.high <= WELL if last.count > 1 else last.middle <= WELL
+    most = last.high if last.count > 1 else last.middle
     words = []
     if not falls:
         words.append(f"{name} does not come closer with more of them")
-    elif slope is not None and abs(found - slope) > NEAR_ROOT:
-        words.append(f"{name}'s error falls to the power {found:.2f} only")
-    if not well:
-        words.append(f"{name} is off by {share(last.middle)} at the most of them")
+    elif off_slope is not None and abs(off_slope) > NEAR_ROOT:
+        words.append(f"{name}'s error does not fall as a root")
+    if most > WELL:
+        words.append(f"{name} is off by {share(last.middle)} with most of them")
+    if not learnt:
+        words.append(f"the {name}s looked at have hardly learnt to attend")
     if not words:
         return "holds", ""
-    return "does not hold here" if not falls or last.middle > 0.5 else "holds with a condition", ", ".join(
+    return "does not hold here" if not falls or last.middle > BADLY else "holds with a condition", ", ".join(
         words
     )
 

@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 
 from bench.claims.base import Finding, Missing, Verdict
-from bench.claims.cells import Spread, has
+from bench.claims.cells import Spread
 from bench.report.scaling import Fit, fit
 
 ALIKE = ("seq_len", "depth", "d_model", "objective", "batch_size", "tokens_trained", "learning_rate")
@@ -32,21 +32,19 @@ class Part:
         if self.verdict != "holds" and not self.but.strip():
             raise ValueError(f"verdict {self.verdict!r}: needs what is so instead")
 
-    @property
-    def exception(self) -> str:
-        """What is so instead, marked where it is not only a condition."""
-        return f"not so: {self.but}" if self.verdict == "does not hold here" else self.but
-
 
 def together(parts: Sequence[Part]) -> Finding:
     """It holds where every part does, and does not where none does; else it holds with a condition, which
-    says what becomes of the parts that do not simply hold."""
+    says what becomes of the parts that do not simply hold: 'not so' where one does not at all."""
     verdicts = {part.verdict for part in parts}
+    marks = {"does not hold here": "not so: "} if len(verdicts) > 1 else {}
     return Finding(
         predicted="\n".join(part.predicted for part in parts if part.predicted),
         measured="\n".join(part.measured for part in parts),
         verdict=verdicts.pop() if len(verdicts) == 1 else "holds with a condition",
-        condition="; ".join(part.exception for part in parts if part.verdict != "holds"),
+        condition="; ".join(
+            marks.get(part.verdict, "") + part.but for part in parts if part.verdict != "holds"
+        ),
     )
 
 
@@ -56,6 +54,11 @@ def beyond(found: Spread, threshold: float = 0.0) -> Verdict:
     if found.middle <= threshold:
         return "does not hold here"
     return "holds" if found.count > 1 and found.low > threshold else "holds with a condition"
+
+
+def unsure(found: Spread) -> str:
+    """Why a figure decides nothing though its middle is on the right side: to follow 'but'."""
+    return "not beyond the spread of the replicates" if found.count > 1 else "one replicate says no more"
 
 
 def one_setting(rows: pd.DataFrame) -> pd.DataFrame:
@@ -94,13 +97,14 @@ def exponent(rows: pd.DataFrame, name: str) -> tuple[Fit, list[int]]:
     Of several settings, the one that reaches furthest over the most lengths. Raises Missing where there are
     too few.
     """
-    planned = has(rows[rows["flops_source"] == "predicted"], name) if len(rows) else rows
+    planned = rows[(rows["flops_source"] == "predicted") & rows[name].notna()]
     groups = planned.groupby(["params_json", "depth", "d_model", "heads", "batch_size", "objective"])
     lengths = [group.groupby("seq_len")[name].median() for _, group in groups]
     each = max(lengths, key=lambda own: (len(own), own.index.max()), default=pd.Series(dtype=float))
     found = fit(list(each.index), list(each))
     if found is None:
-        raise Missing(f"{name} of measure=plan: needs more than {len(each)} lengths of one setting")
+        variant = rows.iloc[0]["variant"]
+        raise Missing(f"variant={variant} measure=plan: needs {name} at more than {len(each)} lengths")
     return found, [int(size) for size in each.index if found.first <= size <= found.last]
 
 
