@@ -309,6 +309,8 @@ class CellRun:
 
     def _quality(self, task: Task) -> None:
         model = planning.build_model(self.spec).to(self.device)
+        if isinstance(task, Text) and self.spec.measure.attention_windows:
+            self.tell({"softmax_error_initial": self._look(model, task).softmax_error})
         training = self._train(model, task)
         self.tell({"tokens_trained": training.tokens, "train_seconds": training.seconds})
         if isinstance(task, Text):
@@ -353,13 +355,13 @@ class CellRun:
         if measure.reach:
             self.tell({"reach": self._reach(model)})
         if measure.attention_windows:
-            found = looks.look(
-                model,
-                islice(task.test_batches(), -(-measure.attention_windows // self.spec.batch_size)),
-                causal=causal,
-                device=self.device,
-            )
-            self.tell(asdict(found))
+            self.tell(asdict(self._look(model, task)))
+
+    def _look(self, model: LanguageModel, task: Text) -> looks.Looks:
+        """At the attention on the first of the held-out windows."""
+        batches = -(-self.spec.measure.attention_windows // self.spec.batch_size)
+        held_out = islice(task.test_batches(), batches)
+        return looks.look(model, held_out, causal=self.spec.causal, device=self.device)
 
     def _look_back(self, model: LanguageModel, task: Text) -> None:
         found = history.look_back(

@@ -168,6 +168,7 @@ class Record:
     cluster_mass_uniform: float | None = None
     cluster_mass_best: float | None = None
     softmax_error: float | None = None
+    softmax_error_initial: float | None = None
     connected_share: float | None = None
     tokens_trained: int | None = None
     tokens_evaluated: int | None = None

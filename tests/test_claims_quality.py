@@ -285,7 +285,12 @@ def planned(variant: str, power: float, *, logs: int = 0, **figures: Any) -> Cel
 
 
 def hash_cells(
-    *, sharing: float, errors: tuple[float, ...] = (0.8, 0.6, 0.4, 0.2), power: float = 1.0, jump: float = 0.0
+    *,
+    better: float = 0.0,
+    sharing: float,
+    errors: tuple[float, ...] = (0.8, 0.6, 0.4, 0.2),
+    power: float = 1.0,
+    jump: float = 0.0,
 ) -> Cells:
     full = {"n_buckets": 1, "chunk": 256, "n_hashes": 1}
     cells = [
@@ -295,7 +300,7 @@ def hash_cells(
     ]
     for n, error in zip((1, 2, 4, 8), errors, strict=True):
         knobs = {"n_buckets": None, "chunk": 16, "n_hashes": n}
-        hashed = replicated("reformer", 2.1, count=2, variant_params=knobs)
+        hashed = replicated("reformer", 2.1 - better * n, count=2, variant_params=knobs)
         cells += [{**one, "softmax_error": error + jump * one["replicate"] * (n == 8)} for one in hashed]
     return cells
 
@@ -307,6 +312,7 @@ def hash_cells(
         ({"sharing": 0.1}, PARTLY, "not so: it costs 11 % of perplexity"),
         ({"sharing": 0.005, "errors": (0.5, 0.6, 0.4, 0.2)}, PARTLY, "not so: more rounds do not always"),
         ({"sharing": 0.005, "errors": (0.3, 0.28, 0.26, 0.1), "jump": 0.25}, PARTLY, "not beyond the spread"),
+        ({"sharing": 0.005, "better": 0.05}, PARTLY, "and in loss go from +0.0"),
         ({"sharing": 0.005, "power": 1.4}, PARTLY, "not so: FLOPs grow as T to the power 1.4"),
         ({"sharing": 0.1, "errors": (0.2, 0.3, 0.4, 0.5), "power": 2.0}, FAILS, "perplexity"),
     ],
@@ -355,14 +361,17 @@ def estimate_cells(
     *,
     features: tuple[float, ...] = (0.24, 0.12, 0.06),
     ranks: tuple[float, ...] = (0.4, 0.2, 0.05),
+    before: tuple[float, ...] = (0.08, 0.04, 0.02),
     power: float = 1.0,
     perplexity: float = 8.0,
 ) -> Cells:
     cells = [*planned("linformer", 1.0, objective="mlm"), *planned("performer", power)]
     for (variant, size), errors in {("performer", "n_features"): features, ("linformer", "k"): ranks}.items():
-        for n, error in zip((16, 64, 256), errors, strict=True):
+        for n, error, first in zip((16, 64, 256), errors, before, strict=True):
             own = replicated(variant, 2.1, count=2, variant_params={size: n}, perplexity=perplexity)
-            cells += [{**one, "softmax_error": error * (1 + 0.02 * one["replicate"])} for one in own]
+            for one in own:
+                off = 1 + 0.02 * one["replicate"]
+                cells.append({**one, "softmax_error": error * off, "softmax_error_initial": first * off})
     return cells
 
 
@@ -371,13 +380,17 @@ def estimate_cells(
     [
         ({}, HOLDS, ""),
         ({"power": 1.2}, PARTLY, "not so: FLOPs of attention do not grow linearly"),
-        ({"features": (0.3, 0.2, 0.09)}, HOLDS, ""),
-        ({"features": (0.1, 0.095, 0.09)}, PARTLY, "performer's error does not fall as a root"),
-        ({"features": (0.8, 0.4, 0.2)}, PARTLY, "performer is off by 20 %"),
+        ({"before": (0.3, 0.28, 0.26)}, PARTLY, "performer's error does not fall as a root"),
+        (
+            {"before": (0.3, 0.4, 0.5)},
+            PARTLY,
+            "not so: performer does not come closer with more of them, even",
+        ),
+        ({"features": (0.8, 0.4, 0.2)}, PARTLY, "trained performers are off by 20 %"),
+        ({"features": (0.2, 0.1, 0.11)}, PARTLY, "trained performers do not come closer"),
+        ({"features": (0.9, 0.8, 0.7), "before": (0.8, 0.7, 0.6)}, PARTLY, "not so: performer's error"),
         ({"perplexity": 26.0}, PARTLY, "the linformers looked at have hardly learnt"),
-        ({"ranks": (0.6, 0.58, 0.55)}, PARTLY, "not so: linformer is off by 5"),
-        ({"ranks": (0.3, 0.5, 0.9)}, PARTLY, "not so: linformer does not come closer"),
-        ({"features": (0.1, 0.2, 0.9), "ranks": (0.3, 0.5, 0.9), "power": 2.0}, FAILS, "linearly"),
+        ({"before": (0.3, 0.4, 0.5), "power": 2.0}, FAILS, "linearly"),
     ],
 )
 def test_linear_estimates(cells: dict[str, Any], verdict: str, says: str, tmp_path: Path) -> None:

@@ -86,7 +86,9 @@ def test_what_was_asked_of_places_attention_and_reach_is_in_the_record(
     for name in said:
         assert four[name]["attention_mass"] > four[name]["attention_mass_uniform"]
         assert 0 < four[name]["cluster_mass_uniform"] < four[name]["cluster_mass_best"] <= 1
-    assert {name for name, record in four.items() if record["softmax_error"]} == {"linformer"}
+    for key in ("softmax_error", "softmax_error_initial"):
+        assert {name for name, record in four.items() if record[key]} == {"linformer"}
+    assert four["linformer"]["softmax_error"] != four["linformer"]["softmax_error_initial"]
 
 
 def test_what_was_not_asked_for_is_null(home: Path) -> None:

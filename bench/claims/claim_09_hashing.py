@@ -72,17 +72,23 @@ def _rounds(hashed: pd.DataFrame, full: pd.DataFrame) -> Part:
     losses = [difference(own, full, "nll") for own in each]
     gain = difference(each[0], each[-1], "softmax_error")
     closer = errors == sorted(errors, reverse=True)
-    sure = closer and gain.count > 1 and gain.low > 0
+    sure = gain.count > 1 and gain.low > 0
+    first, last = losses[0].middle, losses[-1].middle
+    verdict: Verdict = "holds" if closer and sure and abs(last) <= abs(first) else "holds with a condition"
+    if not closer:
+        verdict, but = "does not hold here", "more rounds do not always come closer"
+    elif not sure:
+        but = f"more rounds come closer, but {unsure(gain)}"
+    else:
+        but = f"more rounds come closer in what layers compute, and in loss go from {points(first)} to {points(last)}"
     return Part(
         predicted="A round adds the pairs that it meets, and takes none away.",
         measured=f"With {', '.join(map(str, rounds))} rounds, a layer's outputs are "
         f"{', '.join(map(share, errors))} of their size away from full attention with the same weights, and "
         f"the loss exceeds that of full attention by {', '.join(points(one.middle) for one in losses)} nats "
         f"a token (with {rounds[-1]}: {losses[-1].said(points)}).",
-        verdict="holds" if sure else "holds with a condition" if closer else "does not hold here",
-        but=f"more rounds come closer, but {unsure(gain)}"
-        if closer
-        else "more rounds do not always come closer",
+        verdict=verdict,
+        but=but,
     )
 
 
