@@ -345,6 +345,19 @@ def test_noise_alone_refutes_nothing(world: pd.DataFrame) -> None:
     assert verdict(10, worse) == ARITHMETIC[10]
 
 
+@pytest.mark.parametrize("number", [5, 10])
+def test_of_one_replicate_nothing_is_compared(number: int, world: pd.DataFrame) -> None:
+    finding = base.judged(NUMBERED[number], world[world["replicate"] == 0])
+    assert finding.verdict == "not measured"
+    assert "1 replicate" in finding.condition
+
+
+def test_what_disturbed_the_times_is_said(world: pd.DataFrame) -> None:
+    timed = (world["variant"] == "sparse_strided") & (world["measure"] == "quick")
+    finding = base.judged(NUMBERED[4], bent(world, lambda _: timed, contaminated="no core 40% of the time"))
+    assert f"({timed.sum()} of {2 * timed.sum()} cells were timed while" in finding.measured
+
+
 def test_figures_in_the_table_follow_the_records(world: pd.DataFrame) -> None:
     """Nothing measured is typed."""
     before = base.judged(NUMBERED[2], world).measured

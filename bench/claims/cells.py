@@ -95,10 +95,13 @@ class Spread:
         low, high = (float(end) for end in interval(figures))
         return cls(float(np.median(figures)), low, high, len(figures))
 
-    @property
-    def ends(self) -> tuple[float, float]:
-        """The interval; of one replicate, which has none, the figure itself twice."""
-        return (self.middle, self.middle) if self.count < 2 else (self.low, self.high)
+    def judged(self) -> Spread:
+        """Itself, where a verdict may rest on its interval. Raises Missing of one replicate, which has none."""
+        if self.count < 2:
+            raise Missing(
+                f"{self.count} replicate of the cells that are compared; a verdict takes two or more"
+            )
+        return self
 
     def said(self, show: Callable[[float], str]) -> str:
         """'1.32× (1.28× to 1.36×, 3 replicates)'."""
@@ -129,6 +132,14 @@ def _paired(
     if found.empty:
         raise Missing(f"{name}: no replicate has both {_label(rows)} and {_label(base)}")
     return found
+
+
+def disturbed(*cells: pd.DataFrame) -> str:
+    """' (3 of 12 cells were timed while something else ran)'; nothing where none was."""
+    spoilt, every = (
+        sum(counts) for counts in zip(*((own["contaminated"].count(), len(own)) for own in cells))
+    )
+    return f" ({spoilt} of {every} cells were timed while something else ran)" if spoilt else ""
 
 
 def _label(rows: pd.DataFrame) -> str:

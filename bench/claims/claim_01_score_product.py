@@ -55,7 +55,7 @@ def judge(frame: pd.DataFrame) -> Finding:
     measured = (
         f"Dispatched: {listed(full)} where every token reads every other. Causal: {listed(masked)} by a "
         f"layer that masks its scores, {listed(skipped)} by the kernel that skips what is masked. The "
-        "product with the values costs the same again."
+        "product with the values costs the same again"
     )
     verdict: Verdict
     if not holds:

@@ -10,7 +10,7 @@ import pandas as pd
 from scipy import stats
 
 from bench.claims.base import Finding, Verdict
-from bench.claims.cells import Spread, figure, finished, has, ratio
+from bench.claims.cells import Spread, disturbed, figure, finished, has, ratio
 from bench.report import units
 
 STATEMENT = (
@@ -72,8 +72,8 @@ def connected(frame: pd.DataFrame, depth: int) -> tuple[float, float]:
     return min(shares), max(shares)
 
 
-def timed(frame: pd.DataFrame) -> Spread:
-    """Time of dense's whole step over that of the strided pattern's, in one layer."""
+def timed(frame: pd.DataFrame) -> tuple[Spread, str]:
+    """Time of dense's whole step over that of the strided pattern's, in one layer; and what disturbed it."""
     run: dict[str, Any] = {
         "seq_len": LONGEST,
         "depth": 1,
@@ -89,7 +89,7 @@ def timed(frame: pd.DataFrame) -> Spread:
         **run,
         knobs={"stride": round(math.sqrt(LONGEST))},
     )
-    return ratio(dense, sparse, "step_seconds_median")
+    return ratio(dense, sparse, "step_seconds_median"), disturbed(dense, sparse)
 
 
 def judge(frame: pd.DataFrame) -> Finding:
@@ -99,7 +99,7 @@ def judge(frame: pd.DataFrame) -> Finding:
         float(stats.linregress(np.log(list(own)), np.log(list(own.values()))).slope) for own in saved.values()
     ]
     one, two = connected(frame, 1), connected(frame, 2)
-    time = timed(frame)
+    time, spoilt = timed(frame)
     root = math.sqrt(LONGEST)
     factors = {name: own[LONGEST] / root for name, own in saved.items()}
     least, most = min(factors, key=factors.__getitem__), max(factors, key=factors.__getitem__)
@@ -120,6 +120,10 @@ def judge(frame: pd.DataFrame) -> Finding:
         )
     dense = (LONGEST + 1) / 2
     near, far = root, root / 2
+    # the fixed pattern: the block so far, and c summaries of each block before
+    some = finished(frame, variant="sparse_fixed", seq_len=LONGEST)
+    summaries = int(some.iloc[0]["variant_params"]["c"])
+    fixed = dense / (near / 2 + summaries * far)
     listed = "; ".join(
         f"{variant} " + ", ".join(f"{units.digits(saved[variant, mode][LONGEST])} {mode}" for mode in MODES)
         for variant in VARIANTS
@@ -129,12 +133,14 @@ def judge(frame: pd.DataFrame) -> Finding:
         f"average in dense attention, and with a stride of √T {near:.0f} near and {far:.0f} far: "
         f"{units.ratio(dense / (near + far))} where each head reads both (merged), "
         f"{units.ratio(dense / (near + far) * 2)} where each reads one (split, interleaved). "
+        f"The fixed pattern reads half of the near ones and {summaries} summaries for each far one: "
+        f"{units.ratio(fixed)} and {units.ratio(2 * fixed)}. "
         "Far, then near, is a way from any token to any later one",
         measured=f"FLOPs of attention saved at {LONGEST:,}: {listed}; they grow as T^{min(exponents):.2f} to "
         f"T^{max(exponents):.2f} from {min(LENGTHS):,} tokens on. A whole step of one layer of width 256 is "
-        f"{time.said(units.ratio)} as fast with strided attention as with dense. At {CONNECTED_AT:,} tokens "
-        f"one layer connects {units.share(one[0])} to {units.share(one[1])} of the pairs, two connect "
-        f"{units.share(two[0])} or more",
+        f"{time.said(units.ratio)} as fast with strided attention as with dense{spoilt}. At {CONNECTED_AT:,} "
+        f"tokens one layer connects {units.share(one[0])} to {units.share(one[1])} of the pairs, two connect "
+        f"{' to '.join(dict.fromkeys(map(units.share, two)))}",
         verdict=verdict,
         condition=condition,
     )

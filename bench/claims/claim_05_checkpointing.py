@@ -7,7 +7,7 @@ from typing import Any
 import pandas as pd
 
 from bench.claims.base import Finding, Missing, Verdict
-from bench.claims.cells import Spread, by_replicate, figure, finished, ratio
+from bench.claims.cells import Spread, by_replicate, disturbed, figure, finished, ratio
 from bench.report import units
 from bench.report.budgets import kinds
 from bench.report.groups import split
@@ -43,7 +43,7 @@ def costs(frame: pd.DataFrame) -> list[tuple[str, Spread, Spread, float]]:
         step, base = (by_replicate(own, "step_seconds_median") for own in (cells, keep))
         added = ((step - base) / by_replicate(keep, "forward_seconds_median")).dropna()
         flops = figure(cells, "flops_executed_step") / figure(keep, "flops_executed_step")
-        found.append((f"{seq_len:,} tokens", more, Spread.plain(added), flops))
+        found.append((f"{seq_len:,} tokens", more.judged(), Spread.plain(added).judged(), flops))
     return found
 
 
@@ -60,7 +60,8 @@ def gains(frame: pd.DataFrame) -> list[tuple[dict[str, Any], Spread, int, int]]:
     for values, own in split(cells, SETTING):
         keep, checkpoint = (finished(own, activations=name) for name in ("keep", "checkpoint"))
         batches = [int(figure(rows, "largest_batch_size")) for rows in (keep, checkpoint)]
-        found.append((values, ratio(checkpoint, keep, "tokens_per_second"), batches[0], batches[1]))
+        gain = ratio(checkpoint, keep, "tokens_per_second").judged()
+        found.append((values, gain, batches[0], batches[1]))
     return found
 
 
@@ -68,9 +69,9 @@ def judge(frame: pd.DataFrame) -> Finding:
     """The cost at equal batch, then the yield of the memory it frees."""
     cost, gain = costs(frame), gains(frame)
     # Above the bound only where its whole interval is: what lies nearer is noise.
-    dearer = [name for name, more, added, _ in cost if added.ends[0] > FORWARD or more.ends[0] > MOST]
-    faster = [_setting(values) for values, own, *_ in gain if own.count > 1 and own.low > 1]
-    others = [_setting(values) for values, own, *_ in gain if not (own.count > 1 and own.low > 1)]
+    dearer = [name for name, more, added, _ in cost if added.low > FORWARD or more.low > MOST]
+    faster = [_setting(values) for values, own, *_ in gain if own.low > 1]
+    others = [_setting(values) for values, own, *_ in gain if not own.low > 1]
     verdict: Verdict
     if dearer or not faster:
         verdict = "does not hold here"
@@ -97,10 +98,11 @@ def judge(frame: pd.DataFrame) -> Finding:
         )
         + ". With as many sequences as fit: "
         + "; ".join(
-            f"{_setting(values)}, {few} with everything kept and {many} with checkpointing, is "
-            f"{own.said(units.ratio)} as fast in tokens/s"
+            f"{_setting(values)}: {many} with checkpointing, {few} with everything kept, and "
+            f"{own.said(units.ratio)} its tokens/s"
             for values, own, few, many in gain
-        ),
+        )
+        + disturbed(finished(frame, variant="dense", measure="quick", activations=("keep", "checkpoint"))),
         verdict=verdict,
         condition=condition,
     )

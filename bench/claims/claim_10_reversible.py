@@ -71,7 +71,7 @@ def quality(frame: pd.DataFrame) -> tuple[Spread, float]:
     if trained.empty:
         raise Missing("variant=dense measure=standard seq_len=256 batch_size=4 depth=4: no such cell")
     reversible, keep = (finished(trained, activations=name) for name in ("reversible", "keep"))
-    return difference(reversible, keep, "nll"), figure(keep, "nll")
+    return difference(reversible, keep, "nll").judged(), figure(keep, "nll")
 
 
 def judge(frame: pd.DataFrame) -> Finding:
@@ -84,7 +84,7 @@ def judge(frame: pd.DataFrame) -> Finding:
         failed.append(
             f"activation memory grows {units.ratio(memory[DEPTHS[-1]] / memory[DEPTHS[0]])} with depth"
         )
-    if lost.ends[0] > 0:
+    if lost.low > 0:
         failed.append(f"{lost.middle:.3f} nats a token are lost")
     if not all(error > 0 for own in errors.values() for error in own.values()):
         failed.append("inputs come back exactly")
