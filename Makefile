@@ -22,7 +22,7 @@ PINS := $(CONSTRAINTS)
 EXPERIMENT ?=# the preset that `make bench` runs; left empty, the one that suits this device
 GPU_MEM ?= 80GiB# the memory that `make plan` plans for
 NAME ?=# the experiment under results/ that `make report` rebuilds and `make notebooks` reads
-ARGS ?=# more arguments, for the sweep (bench, smoke, bench-layers), for gallery or for pytest (test, test-slow, …)
+ARGS ?=# more arguments, for the sweep (bench, claims, smoke, bench-layers), for gallery or for pytest (test, test-slow, …)
 
 # The stamp's name says which pins are installed, and its content where: other pins, a checkout moved or copied
 # together with its .venv, and a .venv whose interpreter is gone all count as stale.
@@ -33,7 +33,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install corpus bench plan bench-layers gallery smoke report notebooks test test-slow test-cuda test-peers compare lint format clean distclean named FORCE
+.PHONY: help install corpus bench plan bench-layers claims gallery smoke report notebooks test test-slow test-cuda test-peers compare lint format clean distclean named FORCE
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -92,6 +92,14 @@ bench-layers: $(STAMP) ## compare single layers with dense attention in time and
 
 gallery: $(STAMP) ## draw which tokens a token reads, for every variant, into results/gallery
 	@$(PY) -m bench.gallery $(ARGS)
+
+claims: corpus ## hold the field's claims against this machine, into results/claims/claims.md (half an hour)
+	@status=0; \
+	$(PY) -m bench experiment=claims $(ARGS) || status=$$?; \
+	test $$status -eq 0 || echo "error: the sweep ended with status $$status; claims.md says what was not measured" >&2; \
+	$(PY) -m bench.claims results/claims || { claims=$$?; test $$status -ne 0 || status=$$claims; }; \
+	$(PY) -m bench.report results/claims || { report=$$?; test $$status -ne 0 || status=$$report; }; \
+	exit $$status
 
 report: named $(STAMP) ## rebuild the report of results/NAME, e.g. NAME=cpu
 	@$(PY) -m bench.report results/$(strip $(NAME))

@@ -8,11 +8,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from functools import partial
+from itertools import islice
 from typing import Any
 
 import torch
 
-from bench import environment, gates, history, planning
+from bench import environment, gates, history, looks, planning
 from bench.accuracy import measure_accuracy
 from bench.checkpoints import Kept
 from bench.config import Cell
@@ -23,7 +24,7 @@ from bench.measure import step as step_measure
 from bench.measure.roofline import Roofline
 from bench.model import LanguageModel
 from bench.planning import CPU
-from bench.reach import reach
+from bench.reach import connected_share, reach
 from bench.residual import STRATEGIES, reversible
 from bench.tasks.base import Batch, Task
 from bench.tasks.text import Text
@@ -35,6 +36,8 @@ Tell = Callable[[dict[str, Any]], None]
 
 LONGEST_REACH = 4096
 """Tokens up to which it is worked out how far a model can look back: it takes T² floats, several times."""
+LONGEST_CONNECTED = 1024
+"""Tokens up to which a plan also works out what a model connects: a second would pass in longer ones."""
 
 
 class Unsupported(Exception):
@@ -182,6 +185,10 @@ class CellRun:
         self._tell_flops(model, figures, source="predicted")
         self._tell_bytes(figures, source="predicted")
         self.tell({"peak_bytes_predicted": figures.peak_bytes})
+        if self.spec.measure.reach:
+            self.tell({"reach": self._reach(model)})
+        if (seq_len := self.spec.seq_len) <= LONGEST_CONNECTED:
+            self.tell({"connected_share": connected_share(model, seq_len, causal=self.spec.causal)})
 
     def _step(self, task: Task) -> step_measure.Subject:
         def make() -> step_measure.Subject:
@@ -324,6 +331,8 @@ class CellRun:
 
     def _quality(self, task: Task) -> None:
         model = planning.build_model(self.spec).to(self.device)
+        if isinstance(task, Text) and self.spec.measure.attention_windows:
+            self.tell({"softmax_error_initial": self._look(model, task).softmax_error})
         training = self._train(model, task)
         self.tell({"tokens_trained": training.tokens, "train_seconds": training.seconds})
         if isinstance(task, Text):
@@ -343,6 +352,7 @@ class CellRun:
             words_per_byte=task.corpus.words_per_byte(),
             unigram_nats=task.corpus.unigram_nats(),
             device=self.device,
+            place_period=measure.place_period,
         )
         self.tell(
             {
@@ -353,6 +363,8 @@ class CellRun:
                 "word_perplexity": quality.word_perplexity,
                 "unigram_perplexity": quality.unigram_perplexity,
                 "nll_by_position": quality.nll_by_position,
+                "nll_by_place": quality.nll_by_place,
+                "place_period": measure.place_period or None,
                 "tokens_evaluated": quality.tokens,
                 "eval_stride": stride if causal else None,
                 "eval_min_context": least_context(seq_len, stride) if causal else None,
@@ -362,6 +374,16 @@ class CellRun:
             raise Diverged(f"the loss on held-out text is {quality.nll}", steps, steps)
         if causal and measure.history_targets:
             self._look_back(model, task)
+        if measure.reach:
+            self.tell({"reach": self._reach(model)})
+        if measure.attention_windows:
+            self.tell(asdict(self._look(model, task)))
+
+    def _look(self, model: LanguageModel, task: Text) -> looks.Looks:
+        """At the attention on the first of the held-out windows."""
+        batches = -(-self.spec.measure.attention_windows // self.spec.batch_size)
+        held_out = islice(task.test_batches(), batches)
+        return looks.look(model, held_out, causal=self.spec.causal, device=self.device)
 
     def _look_back(self, model: LanguageModel, task: Text) -> None:
         found = history.look_back(

@@ -90,6 +90,8 @@ def check_bounds(root: Root) -> None:
         "measure.checkpoint_seconds": (measure.checkpoint_seconds, 0),
         "measure.eval_tokens": (measure.eval_tokens, 1 if measure.train_amount else 0),
         "measure.history_targets": (measure.history_targets, 0),
+        "measure.place_period": (measure.place_period, 0),
+        "measure.attention_windows": (measure.attention_windows, 0),
     }
     for knob, (value, least) in at_least.items():
         if not value >= least:  # so that NaN is refused too

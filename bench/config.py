@@ -88,6 +88,14 @@ class MeasureSpec:
     that they lie side by side. Masked models read both sides and take no other."""
     history_targets: int = 0
     """Held-out tokens that causal models predict after histories of 1, 2, 4, … seq_len tokens; 0 for none."""
+    place_period: int = 0
+    """Tokens of the parts of a window by the place in which the loss is also taken; 0 for none."""
+    attention_windows: int = 0
+    """Held-out windows in which attention itself is looked at after training: how its weights are spread and
+    how far the layer is from what it estimates; 0 for none."""
+    reach: bool = False
+    """Whether it is worked out how far back the layers' patterns let the model look. Tasks that have answers
+    at a distance always do."""
     learning_rate: float = 3e-3
     """The highest, after warm-up."""
     checkpoint_seconds: float = 30.0
@@ -112,8 +120,8 @@ class MeasureSpec:
         """The knobs that can change a figure: not how long it may take, nor budgets that are not spent."""
         unspent = [f"train_{name}" for name in TRAIN_BUDGETS if name != self.train_budget]
         skipped = {"limit_bytes", "limit_seconds", "checkpoint_seconds", *unspent}
-        if self.precision == MeasureSpec.precision:
-            skipped.add("precision")  # younger than cells that were hashed without it
+        younger = ("precision", "place_period", "attention_windows", "reach")  # than cells without them
+        skipped.update(name for name in younger if getattr(self, name) == getattr(MeasureSpec, name))
         return {key: value for key, value in dataclasses.asdict(self).items() if key not in skipped}
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -49,6 +49,17 @@ class Tally:
     def by_offset(self, length: int) -> list[float]:
         """The mean at each place of a chunk or segment of `length` tokens, where they start at position 0."""
         return self.by(np.arange(len(self.nats)) % length)
+
+    def by_place(self, period: int) -> list[float]:
+        """The mean by place in parts of `period` tokens, over all of a window's parts but the first.
+
+        Element 0 is the first place and element k > 0 places 2^(k − 1) to 2^k − 1, so where the period is a
+        power of two, the last element is the second half. The first part is left out because nothing
+        comes before it, however a model is fed. Empty where there is no other.
+        """
+        later = replace(self, nats=self.nats[period:], counts=self.counts[period:])
+        place = np.arange(len(later.nats)) % period
+        return later.by(np.frexp(place)[1].astype(np.int64)) if len(place) else []
 
 
 def position_buckets(seq_len: int) -> npt.NDArray[np.int64]:
@@ -115,6 +126,8 @@ class Quality:
     unigram_perplexity: float
     nll_by_position: list[float]
     """By position in the window, with state fresh in every window."""
+    nll_by_place: list[float] | None
+    """By `Tally.by_place`, over the same windows; None where no period was given."""
     tokens: int
 
 
@@ -127,6 +140,7 @@ def evaluate(
     words_per_byte: float,
     unigram_nats: Floats,
     device: torch.device,
+    place_period: int = 0,
 ) -> Quality:
     """Sum the nll of every scored target in float64 and divide once.
 
@@ -158,6 +172,7 @@ def evaluate(
         word_perplexity=_exp(nats / words_per_byte) if causal else None,
         unigram_perplexity=_exp(unigram),
         nll_by_position=reset.by(position_buckets(len(reset.nats))),
+        nll_by_place=reset.by_place(place_period) if place_period else None,
         tokens=reset.tokens,
     )
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recompute
 
 from bench import residual
-from bench.residual import BlockOut
+from bench.residual import BlockOut, Told
 from variants.base import Attention, Dims, Flops, Out, VariantConfig
 
 
@@ -145,7 +145,7 @@ class LanguageModel(nn.Module):
 
         A causal model's logits at t depend on tokens up to t alone. Logits are float32.
         """
-        outs: list[BlockOut] = []
+        outs: list[Told] = []
 
         def network(window: Tensor) -> Tensor:
             nonlocal states

@@ -34,3 +34,13 @@ def reach(model: LanguageModel, seq_len: int, *, causal: bool) -> int | None:
     """Tokens from the last back to the farthest that its output can depend on; None where content decides."""
     found = dependence(model, seq_len, causal=causal)
     return None if found is None else seq_len - 1 - int(found[-1].int().argmax())
+
+
+def connected_share(model: LanguageModel, seq_len: int, *, causal: bool) -> float | None:
+    """Of the pairs of an output and an input that it may read (no later one where causal), the share that
+    all layers together connect; None where content decides."""
+    found = dependence(model, seq_len, causal=causal)
+    if found is None:
+        return None
+    allowed = torch.ones_like(found)
+    return found[allowed.tril() if causal else allowed].float().mean().item()

@@ -36,6 +36,14 @@ class BlockOut(NamedTuple):
     aux_loss: Tensor | None
 
 
+class Told(NamedTuple):
+    """What is left of a block when the next one has run: holding on to every `x` would make the forward
+    pass grow with depth, whatever is stored for the backward pass."""
+
+    state: Any
+    aux_loss: Tensor | None
+
+
 class Block(Protocol):
     """A residual block: x + attend(x), then x + feed(x). Both branches norm their input themselves."""
 
@@ -59,23 +67,23 @@ class Block(Protocol):
         ...
 
 
-Run = Callable[..., tuple[Tensor, list[BlockOut]]]
-"""(blocks, x, states, causal=…) → hidden states and what each block returned."""
+Run = Callable[..., tuple[Tensor, list[Told]]]
+"""(blocks, x, states, causal=…) → hidden states and what each block told."""
 
 
 def _in_order(
     blocks: Sequence[Block], x: Tensor, states: Sequence[Any], *, causal: bool
-) -> tuple[Tensor, list[BlockOut]]:
+) -> tuple[Tensor, list[Told]]:
     outs = []
     for block, state in zip(blocks, states, strict=True):
-        outs.append(block(x, state, causal=causal))
-        x = outs[-1].x
+        x, *told = block(x, state, causal=causal)
+        outs.append(Told(*told))
     return x, outs
 
 
 def keep(
     blocks: Sequence[Block], x: Tensor, states: Sequence[Any], *, causal: bool
-) -> tuple[Tensor, list[BlockOut]]:
+) -> tuple[Tensor, list[Told]]:
     """Every activation is stored, as autograd does by itself."""
     return _in_order(blocks, x, states, causal=causal)
 
@@ -88,9 +96,9 @@ def _recomputed(
     *,
     causal: bool,
     **options: Any,
-) -> tuple[Tensor, list[BlockOut]]:
+) -> tuple[Tensor, list[Told]]:
     """Groups of `size` blocks, each computed again from its input in the backward pass."""
-    outs: list[BlockOut] = []
+    outs: list[Told] = []
     for begin in range(0, len(blocks), size):
         group, entering = blocks[begin : begin + size], states[begin : begin + size]
         x, found = recompute(_in_order, group, x, entering, causal=causal, use_reentrant=False, **options)
@@ -100,7 +108,7 @@ def _recomputed(
 
 def checkpoint(
     blocks: Sequence[Block], x: Tensor, states: Sequence[Any], *, causal: bool
-) -> tuple[Tensor, list[BlockOut]]:
+) -> tuple[Tensor, list[Told]]:
     """Only each block's input is stored; the rest is computed again in the backward pass.
 
     Chen et al. 2016, Training Deep Nets with Sublinear Memory Cost, arXiv:1604.06174, with one
@@ -111,7 +119,7 @@ def checkpoint(
 
 def sqrt(
     blocks: Sequence[Block], x: Tensor, states: Sequence[Any], *, causal: bool
-) -> tuple[Tensor, list[BlockOut]]:
+) -> tuple[Tensor, list[Told]]:
     """Only the input of every ⌈√L⌉-th of L blocks is stored (Chen et al. 2016, §4.1).
 
     Backward stores the activations of one such group at a time, so both grow as √L.
@@ -143,7 +151,7 @@ def _keeps_products(_context: Any, op: Any, *_: Any, **__: Any) -> CheckpointPol
 
 def selective(
     blocks: Sequence[Block], x: Tensor, states: Sequence[Any], *, causal: bool
-) -> tuple[Tensor, list[BlockOut]]:
+) -> tuple[Tensor, list[Told]]:
     """Of each block, the results of matrix products and attention kernels are stored; norms, activation
     functions and what else is cheap are computed again (torch's selective checkpointing).
 
@@ -155,7 +163,7 @@ def selective(
 
 def offload(
     blocks: Sequence[Block], x: Tensor, states: Sequence[Any], *, causal: bool
-) -> tuple[Tensor, list[BlockOut]]:
+) -> tuple[Tensor, list[Told]]:
     """Every activation is stored, in the host's pinned memory instead of the device's."""
     with torch.autograd.graph.save_on_cpu(pin_memory=True):
         return _in_order(blocks, x, states, causal=causal)
@@ -303,7 +311,7 @@ def _pieces(block: Block, x: Tensor) -> tuple[Tensor, ...]:
 
 def two_streams(
     blocks: Sequence[Block], x: Tensor, states: Sequence[Any], *, causal: bool
-) -> tuple[Tensor, list[BlockOut]]:
+) -> tuple[Tensor, list[Told]]:
     """The network that `reversible` computes, with every activation stored, to compare it with."""
     first = second = x
     outs = []
@@ -312,7 +320,7 @@ def two_streams(
         first = first + out.y
         fed = [block.feed(piece) for piece in _pieces(block, first)]
         second = second + torch.cat(fed, dim=1)
-        outs.append(BlockOut(second, out.state, out.aux_loss))
+        outs.append(Told(out.state, out.aux_loss))
     return (first + second) / 2, outs
 
 
@@ -323,7 +331,7 @@ def reversible(
     *,
     causal: bool,
     drift: dict[int, float] | None = None,
-) -> tuple[Tensor, list[BlockOut]]:
+) -> tuple[Tensor, list[Told]]:
     """No block stores its activations: each one's input is computed from its output (Gomez 2017, §3).
 
     The pairing is the Reformer's (Kitaev 2020, arXiv:2001.04451, §3): attention and feed-forward are
@@ -341,7 +349,7 @@ def reversible(
         first, second, aux_loss = _ReversibleBlock.apply(  # type: ignore[no-untyped-call]
             border, block, state, causal, new_state.append, first, second, *block.parameters()
         )
-        outs.append(BlockOut(second, new_state[0], aux_loss))
+        outs.append(Told(new_state[0], aux_loss))
     return (first + second) / 2, outs
 
 

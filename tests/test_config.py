@@ -107,6 +107,9 @@ REFUSED: dict[str, tuple[str, ...]] = {
     "measure.eval_stride=0": ("measure.eval_stride=0", "1 to seq_len=1024", "null"),
     "measure.eval_stride=1025": ("measure.eval_stride=1025", "1 to seq_len=1024", "null"),
     "measure.eval_stride=half": ("measure.eval_stride='half'", "a whole number"),
+    "measure.place_period=-1": ("measure.place_period=-1", "0 or more"),
+    "measure.attention_windows=-1": ("measure.attention_windows=-1", "0 or more"),
+    "measure.reach=far": ("measure.reach='far'", "true or false"),
     "measure.history_targets=-1": ("measure.history_targets=-1", "0 or more"),
     "measure.history_targets=1": ("measure.history_targets=1", "0 for none, or 2 or more"),
     "measure.learning_rate=0": ("measure.learning_rate=0", "more than 0"),
@@ -184,12 +187,14 @@ def test_every_figures_knob_changes_the_cells_id_and_no_other_does() -> None:
     same += ["measure.checkpoint_seconds=5", "measure.train_seconds=5"]  # the budget is of tokens
     same += ["twin=0", "rerun=contaminated", "measure.precision=0.03", "measure.limit_bytes=5GiB"]
     same += ["rerun=oom", "audit_oom=1", "skip_after_oom=false"]
+    same += ["measure.place_period=0", "measure.attention_windows=0", "measure.reach=false"]
     assert {cell_id(override) for override in same} == {cell_id()}
     different = [
         *("variant=chunked", "seq_len=5", "depth=3", "batch_size=2", "replicate=1", "objective=mlm"),
         *("dtype=bfloat16", "activations=checkpoint", "model=small", "model.dropout=0.1", "data=stdlib"),
         *("measure=quick", "measure.train_tokens=1", "variant.impl=naive", "measure.learning_rate=0.1"),
         *("measure.eval_split=validation", "measure.precision=0", "twin=1", "twin=2"),
+        *("measure.place_period=32", "measure.attention_windows=1", "measure.reach=true"),
     ]
     assert len({cell_id(override) for override in different} | {cell_id()}) == len(different) + 1
     assert cell_of().spec.cell_id("data", "other") != cell_id() != cell_of().spec.cell_id("other", "code")

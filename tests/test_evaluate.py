@@ -303,6 +303,20 @@ def test_by_offset_folds_positions(memory_model: LanguageModel) -> None:
         assert nll == pytest.approx(mean(inside), rel=1e-6)
 
 
+def test_by_place_leaves_the_first_part_out_and_halves_the_rest(memory_model: LanguageModel) -> None:
+    """Of a period of 8: place 0, place 1, places 2 and 3, places 4 to 7; tokens 0 to 7 come before all."""
+    scores = by_hand_carried(memory_model, dealt())
+    found = tally(memory_model, entire(passages(), 2), causal=True, device=CPU).by_place(8)
+    for bucket, places in zip(found, ([0], [1], [2, 3], [4, 5, 6, 7]), strict=True):
+        inside = [s for s in scores if s.position >= 8 and s.position % 8 in places]
+        assert bucket == pytest.approx(mean(inside), rel=1e-6)
+
+
+def test_by_place_of_a_single_part_is_empty(memory_model: LanguageModel) -> None:
+    longest = max(s.position for s in by_hand_carried(memory_model, dealt())) + 1
+    assert tally(memory_model, entire(passages(), 2), causal=True, device=CPU).by_place(longest) == []
+
+
 def test_logits_of_a_long_document_are_never_held_together() -> None:
     """Of what a document four times as long adds, tokens stay and logits go."""
 

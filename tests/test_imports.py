@@ -120,6 +120,7 @@ def layer(module: str) -> int:
 
 every_module = pytest.mark.parametrize("module", sorted(modules()))
 of_report = [module for module in sorted(modules()) if module.startswith("bench.report")]
+of_claims = [module for module in sorted(modules()) if module.startswith("bench.claims")]
 of_variants = [module for module in sorted(modules()) if module.startswith("variants.")]
 
 
@@ -177,6 +178,18 @@ def test_report_reads_records_and_nothing_else(module: str) -> None:
     others = {t for t in ours(module) if t != "bench.report" and not t.startswith("bench.report.")}
     assert others <= {"bench.records"}
     assert "torch" not in outside(module)
+
+
+@pytest.mark.parametrize("module", of_claims)
+def test_claims_are_judged_from_records_and_the_reports_statistics(module: str) -> None:
+    others = {t for t in ours(module) if not t.startswith(("bench.claims", "bench.report"))}
+    assert others <= {"bench.records"}
+    assert "torch" not in outside(module)
+
+
+@pytest.mark.parametrize("module", of_report)
+def test_a_report_needs_no_claims(module: str) -> None:
+    assert not [target for target in ours(module) if target.startswith("bench.claims")]
 
 
 def test_records_need_no_torch_and_no_harness() -> None:
@@ -238,10 +251,10 @@ def test_the_parent_of_the_cells_needs_no_torch(tmp_path: Path) -> None:
 
 
 def test_report_needs_no_torch_and_no_hydra(tmp_path: Path) -> None:
-    assert_imports_quietly(of_report, {"torch", "hydra"}, tmp_path)
+    assert_imports_quietly([*of_report, *of_claims], {"torch", "hydra"}, tmp_path)
 
 
-@pytest.mark.parametrize("module", ["bench", "variants", "bench.report"])
+@pytest.mark.parametrize("module", ["bench", "variants", "bench.report", "bench.claims"])
 def test_help_does_not_wait_for_torch(module: str, tmp_path: Path) -> None:
     code = f"""
 import runpy, sys

@@ -46,6 +46,9 @@ def four(home: Path) -> dict[str, dict[str, Any]]:
         "name=four",
         "measure.eval_stride=64",
         "measure.history_targets=8",
+        "measure.place_period=64",
+        "measure.attention_windows=2",
+        "measure.reach=true",
     )
 
 
@@ -64,6 +67,46 @@ def test_a_record_says_how_documents_were_read(four: dict[str, dict[str, Any]]) 
     assert (four["linformer"]["eval_stride"], four["linformer"]["eval_min_context"]) == (None, None)
     policies = {name: record["state_policy"] for name, record in four.items()}
     assert policies == {"dense": "none", "chunked": "none", "linformer": "none", "transformer_xl": "carried"}
+
+
+def test_what_was_asked_of_places_attention_and_reach_is_in_the_record(
+    four: dict[str, dict[str, Any]],
+) -> None:
+    """Each where the variant can say it, and null where not."""
+    for record in four.values():
+        assert (record["place_period"], len(record["nll_by_place"])) == (64, 7)
+    assert {name: record["reach"] for name, record in four.items()} == {
+        "dense": T - 1,
+        "chunked": T - 1,  # a chunk of 256
+        "transformer_xl": T - 1,
+        "linformer": T - 1,
+    }
+    said = {name for name, record in four.items() if record["attention_mass"]}
+    assert said == {"dense", "chunked"}
+    for name in said:
+        assert four[name]["attention_mass"] > four[name]["attention_mass_uniform"]
+        assert 0 < four[name]["cluster_mass_uniform"] < four[name]["cluster_mass_best"] <= 1
+    for key in ("softmax_error", "softmax_error_initial"):
+        assert {name for name, record in four.items() if record[key]} == {"linformer"}
+    assert four["linformer"]["softmax_error"] != four["linformer"]["softmax_error_initial"]
+
+
+def test_what_was_not_asked_for_is_null(home: Path) -> None:
+    record = records(home, "variant=dense", "name=plain", "measure.history_targets=0")["dense"]
+    keys = ("place_period", "nll_by_place", "reach", "attention_mass", "cluster_mass", "softmax_error")
+    assert [record[key] for key in keys] == [None] * len(keys)
+
+
+def test_a_plan_works_out_the_reach_where_it_is_asked(home: Path) -> None:
+    plan = (
+        "measure=plan",
+        "measure.eval_tokens=1",
+        "variant.segment=32",
+        "variant.mem_len=32",
+        "variant=transformer_xl",
+    )
+    assert records(home, *plan, "name=far", "measure.reach=true")["transformer_xl"]["reach"] == 63
+    assert records(home, *plan, "name=near")["transformer_xl"]["reach"] is None
 
 
 def test_a_memory_model_has_both_figures(four: dict[str, dict[str, Any]]) -> None:

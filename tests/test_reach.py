@@ -12,7 +12,7 @@ from torch import Tensor
 
 import variants
 from bench.model import LanguageModel
-from bench.reach import dependence, reach
+from bench.reach import connected_share, dependence, reach
 from variants import patterns
 from variants.base import Dims
 
@@ -103,3 +103,29 @@ def test_memory_adds_up_over_layers() -> None:
 
 def test_content_decides() -> None:
     assert reach(model_of("reformer", {}, depth=2), T, causal=True) is None
+
+
+@given(window=st.integers(1, 9), depth=st.integers(1, 4), seq_len=st.integers(1, 40), causal=st.booleans())
+def test_pairs_that_windows_connect_are_those_in_reach(
+    window: int, depth: int, seq_len: int, causal: bool
+) -> None:
+    model = model_of("longformer", {"window": (window,)}, depth=depth, seq_len=seq_len)
+    far = depth * (window - 1)
+    within = sum(-far <= i - j <= far for i in range(seq_len) for j in range(i + 1 if causal else seq_len))
+    pairs = seq_len * (seq_len + 1) // 2 if causal else seq_len**2
+    assert connected_share(model, seq_len, causal=causal) == pytest.approx(within / pairs)
+
+
+@pytest.mark.parametrize("head_mode", ["merged", "split", "interleaved"])
+@pytest.mark.parametrize("name", ["sparse_fixed", "sparse_strided"])
+def test_two_sparse_layers_connect_what_one_does_not(name: str, head_mode: str) -> None:
+    one, two = (
+        connected_share(model_of(name, KNOBS[name] | {"head_mode": head_mode}, depth=depth), T, causal=True)
+        for depth in (1, 2)
+    )
+    assert one is not None and one < 1
+    assert two == 1
+
+
+def test_of_what_content_decides_no_share_is_known() -> None:
+    assert connected_share(model_of("routing", {}, depth=2), T, causal=True) is None

@@ -192,6 +192,16 @@ def test_what_each_strategy_stores_by_depth() -> None:
     assert checkpoint[16] < selective[16] < keep[16]
 
 
+def test_reversible_layers_hold_nothing_on_their_way_up_either() -> None:
+    """What the forward pass holds at its peak, parameters and their optimiser aside, has no depth in it."""
+
+    def most(depth: int) -> int:
+        forward = figures_of("reversible", depth).peaks["forward"]
+        return forward["activations"] + forward["workspace"]
+
+    assert most(16) - most(4) < BOUNDARY
+
+
 @every_variant
 def test_recomputing_costs_at_most_a_forward_pass(name: str) -> None:
     """Executed FLOPs of a step beside those with stored activations: at most 8/6, and what a variant's own

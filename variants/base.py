@@ -319,6 +319,17 @@ class Attention(nn.Module, ABC):
         """Which implementation of the mathematics runs, for variants that have more than one."""
         return getattr(self.config, "impl", None)
 
+    def queries_keys(self, x: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Queries and keys (B, H, T, D) of one window x (B, T, C) of the plan, for a layer whose weights are
+        softmax(QKᵀ/√D) over every key that the objective allows; None for any other."""
+        return None
+
+    def estimated(self, x: Tensor, *, causal: bool) -> Tensor | None:
+        """The full softmax attention that the layer estimates, with the layer's own projections, for one
+        window of the plan: (B, T, C) → (B, T, C), O(T²). None where the layer estimates none: it is exact,
+        or its rule is one of its own."""
+        return None
+
     @abstractmethod
     def forward(self, x: Tensor, *, causal: bool, state: Any = None) -> Out:
         """(B, T, C) → Out. `state` is what the layer returned for the previous segment, or None."""

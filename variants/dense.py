@@ -90,6 +90,11 @@ class Dense(Attention):
         q, k, v = self.projections.split(x)
         return self.projections.merge(masked_attention(q, k, v, self.pattern(x.shape[1], causal=causal)))
 
+    def queries_keys(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Those of the projections."""
+        q, k, _ = self.projections.split(x)
+        return q, k
+
     def flops(self, dims: Dims, *, causal: bool) -> Flops:
         """Scores and weighted sum: 4·C for each of the T(T+1)/2 or T² pairs."""
         t = dims.seq_len

@@ -128,6 +128,11 @@ class Linformer(Attention):
         everything = torch.ones(x.shape[1], self.config.k, dtype=torch.bool)
         return self.projections.merge(masked_attention(q, k, v, everything))
 
+    def estimated(self, x: Tensor, *, causal: bool) -> Tensor:
+        """The keys and values as they are, unmixed."""
+        q, k, v = self.projections.split(x)
+        return self.projections.merge(masked_attention(q, k, v, self.pattern(x.shape[1], causal=causal)))
+
     def flops(self, dims: Dims, *, causal: bool) -> Flops:
         """Mixing keys and values, scores and weighted sum: each 2·C for T·k pairs."""
         t = dims.seq_len

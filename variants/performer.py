@@ -15,7 +15,7 @@ from torch import Tensor
 from variants import patterns
 from variants._favor import RELU_FLOOR, causal_favor, full_favor
 from variants.base import Attention, Caps, Complexity, Dims, Flops, Out, VariantConfig
-from variants.layers import Projections
+from variants.layers import Projections, masked_attention
 
 FEATURES = ("softmax", "relu")
 
@@ -133,6 +133,13 @@ class Performer(Attention):
             phi_k = (h_k - k.square().sum(-1, keepdim=True) / (2 * root)).exp()
         weights = phi_q @ phi_k.mT * self.pattern(x.shape[1], causal=causal).to(q)  # (B, H, T, T)
         return self.projections.merge(weights @ v / weights.sum(-1, keepdim=True))
+
+    def estimated(self, x: Tensor, *, causal: bool) -> Tensor | None:
+        """Softmax attention, of which these features are an unbiased estimate; none of relu's."""
+        if self.config.features != "softmax":
+            return None
+        q, k, v = self.projections.split(x)
+        return self.projections.merge(masked_attention(q, k, v, self.pattern(x.shape[1], causal=causal)))
 
     def flops(self, dims: Dims, *, causal: bool) -> Flops:
         """Features of queries and keys, the sums over keys, what queries read of them, and, causal,

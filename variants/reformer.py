@@ -155,11 +155,20 @@ class Reformer(Attention):
 
     def reference(self, x: Tensor, *, causal: bool) -> Tensor:
         """The oracle on the union of what the rounds read; a token with nothing to read reads itself."""
-        qk, value = self._split(self.qk(x)), self._heads(self.value(x))
-        buckets = self._buckets(x, qk).unflatten(1, (self.dims.heads, -1)).transpose(1, 2)  # (R, B, H, T)
-        allowed = self._readable(buckets, causal).any(dim=0)  # (B, H, T, T)
+        buckets = self._buckets(x, self._split(self.qk(x)))
+        buckets = buckets.unflatten(1, (self.dims.heads, -1)).transpose(1, 2)  # (R, B, H, T)
+        return self._over(x, self._readable(buckets, causal).any(dim=0))
+
+    def estimated(self, x: Tensor, *, causal: bool) -> Tensor:
+        """Shared-QK attention to every other token that the objective allows: nothing is hashed."""
+        other = patterns.both(patterns.causal if causal else patterns.anything, lambda i, j: i != j)
+        return self._over(x, patterns.matrix(other, x.shape[1]).to(x.device))
+
+    def _over(self, x: Tensor, allowed: Tensor) -> Tensor:
+        """Shared-QK attention over the pairs allowed, (…, T, T) bool; a token without any reads itself."""
         alone = ~allowed.any(dim=-1, keepdim=True)
         allowed = allowed | (alone & torch.eye(x.shape[1], dtype=torch.bool, device=x.device))
+        qk, value = self._split(self.qk(x)), self._heads(self.value(x))
         q, k, v = (t.transpose(1, 2) for t in (qk, unit(qk)[0], value))
         y: Tensor = self.out(masked_attention(q, k, v, allowed).transpose(1, 2).flatten(2))
         return y

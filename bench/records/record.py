@@ -143,6 +143,8 @@ class Record:
     word_perplexity: float | None = None
     unigram_perplexity: float | None = None
     nll_by_position: list[float] | None = None
+    nll_by_place: list[float] | None = None
+    place_period: int | None = None
     nll_by_history: list[float] | None = None
     effective_context: int | None = None
     effective_context_low: int | None = None
@@ -152,6 +154,15 @@ class Record:
     accuracy_by_distance: list[float] | None = None
     distance_edges: list[int] | None = None
     reach: int | None = None
+    attention_mass: list[float] | None = None
+    attention_mass_uniform: list[float] | None = None
+    attention_rank_error: list[float] | None = None
+    cluster_mass: float | None = None
+    cluster_mass_uniform: float | None = None
+    cluster_mass_best: float | None = None
+    softmax_error: float | None = None
+    softmax_error_initial: float | None = None
+    connected_share: float | None = None
     tokens_trained: int | None = None
     tokens_evaluated: int | None = None
     eval_stride: int | None = None

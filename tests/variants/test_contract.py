@@ -212,6 +212,50 @@ def test_caps_are_what_is_so(name: str) -> None:
         assert difference(one, feed(same, x, causal=caps.causal)) <= EXACT
 
 
+# --- what a variant says of softmax attention -----------------------------------------------------
+
+
+@cases(small=True)
+def test_queries_and_keys_are_those_of_the_weights(case: Case) -> None:
+    """Where a variant gives them, its outputs are the values mixed by their softmax."""
+    tokens = 9
+    layer = case.layer(dims_for(tokens))
+    x = numbers(2, tokens, layer.dims.d_model).detach()
+    found = layer.queries_keys(x)
+    if found is None:
+        pytest.skip("its weights are no softmax over all keys")
+    q, k = found
+    assert q.shape == k.shape == (2, layer.dims.heads, tokens, layer.dims.head_dim)
+    scores = q @ k.mT / layer.dims.head_dim**0.5
+    if case.causal:
+        scores = scores.masked_fill(~torch.ones(tokens, tokens, dtype=torch.bool).tril(), float("-inf"))
+    _, _, w_v = layer.get_parameter("projections.qkv.weight").chunk(3)
+    values = (x @ w_v.T).unflatten(-1, (layer.dims.heads, -1)).transpose(1, 2)
+    mixed = (scores.softmax(dim=-1) @ values).transpose(1, 2).flatten(2)
+    want = mixed @ layer.get_parameter("projections.out.weight").T
+    assert difference(layer(x, causal=case.causal).y, want) <= EXACT
+
+
+@cases(small=True)
+def test_what_is_estimated_obeys_the_objective(case: Case) -> None:
+    """Full attention of the layer's own weights: every token counts that may, and no later one."""
+    tokens, cut = 9, 5
+    layer = case.layer(dims_for(tokens))
+    x = numbers(2, tokens, layer.dims.d_model).detach()
+    want = layer.estimated(x, causal=case.causal)
+    if want is None:
+        pytest.skip("estimates no softmax attention")
+    assert (want.shape, want.dtype) == (x.shape, x.dtype)
+    later, first = x.clone(), x.clone()
+    later[:, cut:] += 1
+    first[:, 0] += 1
+    moved = [
+        (layer.estimated(other, causal=case.causal) - want).abs().amax(dim=(0, 2)) for other in (later, first)
+    ]
+    assert (moved[0][:cut].max() > 1e-6) == (not case.causal)
+    assert (moved[1][1:] > 1e-6).all()
+
+
 # --- what a forward pass returns ------------------------------------------------------------------
 
 

@@ -1,0 +1,73 @@
+"""How many multiplies a layer's scores cost: counted in the matrix products that are dispatched."""
+
+from __future__ import annotations
+
+import pandas as pd
+
+from bench.claims.base import Finding, Verdict
+from bench.claims.cells import figure, finished, large
+
+STATEMENT = (
+    "The score product of one layer costs about 200 million multiplies at 512 tokens of 768 channels, and "
+    "about 50 billion at 8,192."
+)
+SOURCE = (
+    "As stated in popular accounts, at the sizes of BERT-base (Devlin 2018, arXiv:1810.04805, §3); it "
+    "follows from the T²·C of Vaswani 2017, arXiv:1706.03762, Table 1"
+)
+SAID = {512: 200e6, 8192: 50e9}
+"""Tokens → multiplies."""
+WIDTH = 768
+ABOUT = 0.05
+"""What *about* allows, as a share."""
+SHARE_OF_STEP = 1 / 3 / 2 / 2
+"""Multiplies of the score product over FLOPs of a step's attention: the forward pass is a third of the step,
+the scores are one of two equal products, and a multiply comes with an addition."""
+
+
+def multiplies(frame: pd.DataFrame, seq_len: int, objective: str, impl: str) -> float:
+    """Dispatched for the scores of one layer."""
+    cells = finished(
+        frame,
+        variant="dense",
+        objective=objective,
+        seq_len=seq_len,
+        depth=1,
+        d_model=WIDTH,
+        batch_size=1,
+        measure="plan",
+        knobs={"impl": impl},
+    )
+    return figure(cells, "flops_attention_step") * figure(cells, "cost_ratio") * SHARE_OF_STEP
+
+
+def judge(frame: pd.DataFrame) -> Finding:
+    """Full attention as in BERT; beside it what is dispatched where tokens read earlier ones alone."""
+    full = {t: multiplies(frame, t, "mlm", "naive") for t in SAID}
+    masked = {t: multiplies(frame, t, "clm", "naive") for t in SAID}
+    skipped = {t: multiplies(frame, t, "clm", "sdpa") for t in SAID}
+    holds = all(abs(full[t] / said - 1) <= ABOUT for t, said in SAID.items())
+    halved = any(abs(skipped[t] / said - 1) > ABOUT for t, said in SAID.items())
+
+    def listed(counts: dict[int, float]) -> str:
+        return " and ".join(f"{large(count)} at {t:,}" for t, count in counts.items())
+
+    measured = (
+        f"Dispatched: {listed(full)} where every token reads every other. Causal: {listed(masked)} by a "
+        f"layer that masks its scores, {listed(skipped)} by the kernel that skips what is masked. The "
+        "product with the values costs the same again"
+    )
+    verdict: Verdict
+    if not holds:
+        verdict, condition = "does not hold here", ""
+    elif halved:
+        verdict = "holds with a condition"
+        condition = "where all scores are computed; a causal kernel computes half of them"
+    else:
+        verdict, condition = "holds", ""
+    return Finding(
+        predicted=f"T²·C: {listed({t: float(t * t * WIDTH) for t in SAID})}",
+        measured=measured,
+        verdict=verdict,
+        condition=condition,
+    )

@@ -1,0 +1,91 @@
+"""What a layer's scores take if they are stored: what it leaves beyond a layer that does not store them."""
+
+from __future__ import annotations
+
+import math
+
+import pandas as pd
+
+from bench.claims.base import Finding, Verdict
+from bench.claims.cells import figure, finished, large
+from bench.report import units
+
+STATEMENT = (
+    "12 heads × 512² scores are about 3 million floats, 12 MiB a layer; at 8,192 tokens 3 GiB a layer, and "
+    "36 GiB in 12 layers if they are stored. (And what a fused kernel stores instead.)"
+)
+SOURCE = (
+    "As stated in popular accounts, at the sizes of BERT-base (Devlin 2018, arXiv:1810.04805, §3); what a "
+    "fused kernel stores is Dao 2022, arXiv:2205.14135, §3.1"
+)
+SAID = {512: 12 * 2.0**20, 8192: 3 * 2.0**30}
+"""Tokens → bytes a layer."""
+SAID_IN_ALL = 36 * 2.0**30
+LAYERS = 12
+ABOUT = 0.05
+"""What *about* allows, as a share."""
+FLOAT = 4
+"""Bytes."""
+
+
+def stored(frame: pd.DataFrame, seq_len: int, impl: str, depths: tuple[int, int], measure: str) -> float:
+    """Bytes that a further layer's forward pass leaves for the backward pass."""
+    low, high = (
+        figure(
+            finished(
+                frame,
+                variant="dense",
+                objective="mlm",
+                seq_len=seq_len,
+                depth=depth,
+                d_model=768,
+                heads=12,
+                batch_size=1,
+                measure=measure,
+                knobs={"impl": impl},
+            ),
+            "activation_bytes",
+        )
+        for depth in depths
+    )
+    return (high - low) / (depths[1] - depths[0])
+
+
+def judge(frame: pd.DataFrame) -> Finding:
+    """The same network with stored scores and with the fused kernel; what they differ by are the scores."""
+    plans = {
+        t: {impl: stored(frame, t, impl, (1, LAYERS), "plan") for impl in ("naive", "sdpa")} for t in SAID
+    }
+    more = {t: layer["naive"] - layer["sdpa"] for t, layer in plans.items()}
+    shortest, longest = min(SAID), max(SAID)
+    run = stored(frame, shortest, "naive", (1, 2), "quick") - stored(frame, shortest, "sdpa", (1, 2), "quick")
+    at = {"variant": "dense", "objective": "mlm", "seq_len": longest, "depth": LAYERS, "measure": "plan"}
+    naive, sdpa = (finished(frame, **at, d_model=768, knobs={"impl": impl}) for impl in ("naive", "sdpa"))
+    in_all = figure(naive, "activation_bytes") - figure(sdpa, "activation_bytes")
+    heads = figure(naive, "heads")
+    scores = {t: heads * t * t for t in SAID}
+    holds = all(abs(got / said - 1) <= ABOUT for got, said in [(more[t], SAID[t]) for t in SAID]) and (
+        abs(in_all / SAID_IN_ALL - 1) <= ABOUT and abs(run / SAID[shortest] - 1) <= ABOUT
+    )
+    rest = more[longest] - (scores[longest] - heads * longest) * FLOAT
+    mask = longest**2  # naive keeps what it masks with, a byte a pair
+    with_mask = f" (and a mask, {units.size(mask)} at {longest:,})" if abs(rest / mask - 1) < ABOUT else ""
+    whole = [plans[t]["sdpa"] for t in (shortest, longest)]
+    slope = math.log(whole[1] / whole[0]) / math.log(longest / shortest)
+    verdict: Verdict = "holds" if holds else "does not hold here"
+    instead = {t: heads * t * FLOAT for t in SAID}
+    sizes = [f"{large(count)} floats, {units.size(count * FLOAT)}, at {t:,}" for t, count in scores.items()]
+    return Finding(
+        predicted=f"H·T² scores of {FLOAT} bytes: {' and '.join(sizes)} a layer; in {LAYERS} layers "
+        f"{units.size(LAYERS * scores[longest] * FLOAT)}. A fused kernel stores their logarithmic sums "
+        f"instead, H·T: {' and '.join(units.size(size) for size in instead.values())} a layer, and computes "
+        "the scores again in the backward pass",
+        measured=f"A layer that stores its scores{with_mask} leaves {units.size(more[shortest])} more than "
+        f"the fused one at {shortest:,} tokens as predicted, {units.size(run)} as run, and "
+        f"{units.size(more[longest])} at {longest:,} as predicted; {LAYERS} layers {units.size(in_all)}. "
+        f"With the fused kernel all that a whole block leaves is {units.size(whole[0])} and "
+        f"{units.size(whole[1])}, which grows as T^{slope:.2f}; a step of {LAYERS} layers at {longest:,} "
+        f"peaks at {units.size(figure(sdpa, 'peak_bytes'))} instead of "
+        f"{units.size(figure(naive, 'peak_bytes'))}",
+        verdict=verdict,
+    )

@@ -1,0 +1,150 @@
+"""What the factorised patterns save, and what two layers of them connect."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from scipy import stats
+
+from bench.claims.base import Finding, Verdict
+from bench.claims.cells import Spread, disturbed, figure, finished, has, ratio
+from bench.report import units
+
+STATEMENT = (
+    "The factorised sparse pattern saves a factor of about √T (90 at 8,096 tokens), and connects any two "
+    "positions in two layers."
+)
+SOURCE = "Child 2019, arXiv:1904.10509, §4.2–4.3 and abstract (O(n·√n))"
+VARIANTS = ("sparse_strided", "sparse_fixed")
+MODES = ("merged", "split", "interleaved")
+LENGTHS = (1024, 4096, 8096)
+LONGEST = 8096
+CONNECTED_AT = 1024
+"""Tokens at which it is worked out what the layers connect."""
+ABOUT = 0.1
+"""What *about* allows of the factor, as a share."""
+EXPONENT, CLOSE = 0.5, 0.05
+"""How the saving is said to grow, and how close to it a fit is called the same."""
+
+
+def savings(frame: pd.DataFrame, variant: str, mode: str) -> dict[int, float]:
+    """Tokens → attention FLOPs of dense over those of the pattern, causal, by formula."""
+    plans: dict[str, Any] = {
+        "measure": "plan",
+        "depth": 2,
+        "objective": "clm",
+        "d_model": 64,
+        "batch_size": 1,
+    }
+    found = {}
+    for t in LENGTHS:
+        dense = figure(finished(frame, variant="dense", seq_len=t, **plans), "flops_attention_step")
+        knobs = {"head_mode": mode, "stride": round(math.sqrt(t))}
+        sparse = finished(frame, variant=variant, seq_len=t, **plans, knobs=knobs)
+        found[t] = dense / figure(sparse, "flops_attention_step")
+    return found
+
+
+def connected(frame: pd.DataFrame, depth: int) -> tuple[float, float]:
+    """Least and largest share of the allowed pairs that the layers connect, over patterns and modes."""
+    shares = [
+        figure(
+            has(
+                finished(
+                    frame,
+                    variant=variant,
+                    seq_len=CONNECTED_AT,
+                    depth=depth,
+                    objective="clm",
+                    measure="plan",
+                    knobs={"head_mode": mode},
+                ),
+                "connected_share",
+            ),
+            "connected_share",
+        )
+        for variant in VARIANTS
+        for mode in MODES
+    ]
+    return min(shares), max(shares)
+
+
+def timed(frame: pd.DataFrame) -> tuple[Spread, str]:
+    """Time of dense's whole step over that of the strided pattern's, in one layer; and what disturbed it."""
+    run: dict[str, Any] = {
+        "seq_len": LONGEST,
+        "depth": 1,
+        "measure": "quick",
+        "objective": "clm",
+        "d_model": 256,
+    }
+    dense = finished(frame, variant="dense", activations="keep", **run)
+    sparse = finished(
+        frame,
+        variant="sparse_strided",
+        activations="keep",
+        **run,
+        knobs={"stride": round(math.sqrt(LONGEST))},
+    )
+    return ratio(dense, sparse, "step_seconds_median"), disturbed(dense, sparse)
+
+
+def judge(frame: pd.DataFrame) -> Finding:
+    """Both patterns in all three ways of giving the factors to heads and layers."""
+    saved = {(variant, mode): savings(frame, variant, mode) for variant in VARIANTS for mode in MODES}
+    exponents = [
+        float(stats.linregress(np.log(list(own)), np.log(list(own.values()))).slope) for own in saved.values()
+    ]
+    one, two = connected(frame, 1), connected(frame, 2)
+    time, spoilt = timed(frame)
+    root = math.sqrt(LONGEST)
+    factors = {name: own[LONGEST] / root for name, own in saved.items()}
+    least, most = min(factors, key=factors.__getitem__), max(factors, key=factors.__getitem__)
+    verdict: Verdict = "does not hold here"
+    condition = ""
+    if two[0] < 1:
+        condition = f"two layers connect as little as {units.share(two[0])} of the pairs"
+    elif any(abs(exponent - EXPONENT) > CLOSE for exponent in exponents):
+        condition = f"the saving grows as T^{min(exponents):.2f} to T^{max(exponents):.2f}"
+    elif all(abs(factor - 1) <= ABOUT for factor in factors.values()):
+        verdict = "holds"
+    else:
+        verdict = "holds with a condition"
+        condition = (
+            f"√T is how the saving grows; the saving itself is {units.digits(factors[least])}·√T "
+            f"({_name(least)}) to {units.digits(factors[most])}·√T ({_name(most)}), of attention's FLOPs "
+            "alone"
+        )
+    dense = (LONGEST + 1) / 2
+    near, far = root, root / 2
+    # the fixed pattern: the block so far, and c summaries of each block before
+    some = finished(frame, variant="sparse_fixed", seq_len=LONGEST)
+    summaries = int(some.iloc[0]["variant_params"]["c"])
+    fixed = dense / (near / 2 + summaries * far)
+    listed = "; ".join(
+        f"{variant} " + ", ".join(f"{units.digits(saved[variant, mode][LONGEST])} {mode}" for mode in MODES)
+        for variant in VARIANTS
+    )
+    return Finding(
+        predicted=f"√T = {units.digits(root)} at {LONGEST:,}. Causal, a token reads {dense:,.0f} keys on "
+        f"average in dense attention, and with a stride of √T {near:.0f} near and {far:.0f} far: "
+        f"{units.ratio(dense / (near + far))} where each head reads both (merged), "
+        f"{units.ratio(dense / (near + far) * 2)} where each reads one (split, interleaved). "
+        f"The fixed pattern reads half of the near ones and {summaries} summaries for each far one: "
+        f"{units.ratio(fixed)} and {units.ratio(2 * fixed)}. "
+        "Far, then near, is a way from any token to any later one",
+        measured=f"FLOPs of attention saved at {LONGEST:,}: {listed}; they grow as T^{min(exponents):.2f} to "
+        f"T^{max(exponents):.2f} from {min(LENGTHS):,} tokens on. A whole step of one layer of width 256 is "
+        f"{time.said(units.ratio)} as fast with strided attention as with dense{spoilt}. At {CONNECTED_AT:,} "
+        f"tokens one layer connects {units.share(one[0])} to {units.share(one[1])} of the pairs, two connect "
+        f"{' to '.join(dict.fromkeys(map(units.share, two)))}",
+        verdict=verdict,
+        condition=condition,
+    )
+
+
+def _name(pattern: tuple[str, str]) -> str:
+    return f"{pattern[0]} {pattern[1]}"

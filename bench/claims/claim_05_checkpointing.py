@@ -1,0 +1,115 @@
+"""What recomputing blocks costs in time, and whether the memory that it frees buys that back."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pandas as pd
+
+from bench.claims.base import Finding, Missing, Verdict
+from bench.claims.cells import Spread, by_replicate, disturbed, figure, finished, ratio
+from bench.report import units
+from bench.report.budgets import kinds
+from bench.report.groups import split
+
+STATEMENT = (
+    "Checkpointing costs at worst one more forward pass (up to 50 % of time), and can be faster overall "
+    "through a larger batch under the same memory."
+)
+SOURCE = "Chen 2016, arXiv:1604.06174, abstract and §4; that it can be faster is said in popular accounts"
+FORWARD = 1.0
+MOST = 1.5
+"""Most that the step may take, as a multiple of the step that keeps everything."""
+SETTING = ("seq_len", "depth", "d_model", "budget_bytes")
+
+
+def costs(frame: pd.DataFrame) -> list[tuple[str, Spread, Spread, float]]:
+    """At equal batch and each length: step time over `keep`'s, forward passes added, and executed FLOPs over
+    `keep`'s."""
+    keys: dict[str, Any] = {
+        "variant": "dense",
+        "measure": "quick",
+        "objective": "clm",
+        "depth": 4,
+        "d_model": 256,
+        "batch_size": 1,
+        "budget_bytes": None,
+    }
+    every = finished(frame, **keys, activations="checkpoint")
+    found = []
+    for seq_len, cells in every.groupby("seq_len", sort=True):
+        keep = finished(frame, **keys, activations="keep", seq_len=seq_len)
+        more = ratio(cells, keep, "step_seconds_median")
+        step, base = (by_replicate(own, "step_seconds_median") for own in (cells, keep))
+        added = ((step - base) / by_replicate(keep, "forward_seconds_median")).dropna()
+        flops = figure(cells, "flops_executed_step") / figure(keep, "flops_executed_step")
+        found.append((f"{seq_len:,} tokens", more.judged(), Spread.plain(added).judged(), flops))
+    return found
+
+
+def gains(frame: pd.DataFrame) -> list[tuple[dict[str, Any], Spread, int, int]]:
+    """By setting: throughput over `keep`'s, each at the most sequences that fit, and how many those are.
+
+    Raises Missing where a setting has not both.
+    """
+    payoff = kinds(frame).payoff
+    cells = payoff[payoff["variant"] == "dense"]
+    if cells.empty:
+        raise Missing("variant=dense batch_size=fit: no such cell")
+    found = []
+    for values, own in split(cells, SETTING):
+        keep, checkpoint = (finished(own, activations=name) for name in ("keep", "checkpoint"))
+        batches = [int(figure(rows, "largest_batch_size")) for rows in (keep, checkpoint)]
+        gain = ratio(checkpoint, keep, "tokens_per_second").judged()
+        found.append((values, gain, batches[0], batches[1]))
+    return found
+
+
+def judge(frame: pd.DataFrame) -> Finding:
+    """The cost at equal batch, then the yield of the memory it frees."""
+    cost, gain = costs(frame), gains(frame)
+    # Above the bound only where its whole interval is: what lies nearer is noise.
+    dearer = [name for name, more, added, _ in cost if added.low > FORWARD or more.low > MOST]
+    faster = [_setting(values) for values, own, *_ in gain if own.low > 1]
+    others = [_setting(values) for values, own, *_ in gain if not own.low > 1]
+    verdict: Verdict
+    if dearer or not faster:
+        verdict = "does not hold here"
+        condition = "; ".join(
+            [f"more than a forward pass, or 50 %, at {name}" for name in dearer]
+            + ([] if faster else [f"a larger batch is not reliably faster with {' nor with '.join(others)}"])
+        )
+    elif others:
+        verdict = "holds with a condition"
+        condition = f"faster overall with {' and '.join(faster)}, not with {' nor with '.join(others)}"
+    else:
+        verdict, condition = "holds", ""
+    return Finding(
+        predicted="A step is one forward pass and a backward pass of two (2.5 in the fused kernel, which "
+        f"computes the scores again); one more forward pass makes it {units.ratio(4 / 3)} in FLOPs, and at "
+        f"most {units.ratio(MOST)} in time, where the backward pass is as quick as the forward one. Larger "
+        "batches pay where something is spent once a step: starting operations, reading weights, the "
+        "optimiser",
+        measured="At equal batch: "
+        + "; ".join(
+            f"at {name} the step takes {more.said(units.ratio)} the time, which adds "
+            f"{added.said(units.digits)} forward passes, and {units.ratio(flops)} the FLOPs"
+            for name, more, added, flops in cost
+        )
+        + ". With as many sequences as fit: "
+        + "; ".join(
+            f"{_setting(values)}: {many} with checkpointing, {few} with everything kept, and "
+            f"{own.said(units.ratio)} its tokens/s"
+            for values, own, few, many in gain
+        )
+        + disturbed(finished(frame, variant="dense", measure="quick", activations=("keep", "checkpoint"))),
+        verdict=verdict,
+        condition=condition,
+    )
+
+
+def _setting(values: dict[str, Any]) -> str:
+    return (
+        f"sequences of {values['seq_len']:,} tokens, {values['depth']} layers of width {values['d_model']}, "
+        f"{units.size(values['budget_bytes'], short=True)}"
+    )

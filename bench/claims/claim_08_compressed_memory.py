@@ -1,0 +1,54 @@
+"""Compressive memory: how far it reaches, and whether a compression that is learnt is worth it."""
+
+from __future__ import annotations
+
+import pandas as pd
+
+from bench.claims.base import Finding
+from bench.claims.cells import difference, finished, has
+from bench.claims.parts import Part, beyond, like, one_setting, points, reaches, together, unsure
+
+STATEMENT = (
+    "Compressive memory reaches rate × layers × window, and the learned compression with the reconstruction "
+    "loss beats mean and max pooling."
+)
+SOURCE = "Rae 2019, arXiv:1911.05507, §3 and §4"
+
+
+def judge(frame: pd.DataFrame) -> Finding:
+    """Reach from the cells that worked it out, at several depths; quality from trained ones."""
+    reached = has(finished(frame, variant="compressive"), "reach")
+    far = reaches(
+        reached,
+        ["segment", "mem_len", "comp_len", "rate"],
+        lambda knobs: knobs["mem_len"] + knobs["rate"] * knobs["comp_len"],
+        "(memory + rate × compressed memory)",
+    )
+    trained = has(finished(frame, variant="compressive"), "nll")
+    conv = one_setting(finished(trained, knobs={"compression": "conv"}))
+    return together([far, _against(trained, conv, "mean"), _against(trained, conv, "max")])
+
+
+def _against(trained: pd.DataFrame, conv: pd.DataFrame, pooling: str) -> Part:
+    """The learnt convolution beside a pooling, all else alike."""
+    knobs = {**conv.iloc[0]["variant_params"]}
+    own = finished(conv, knobs=knobs, **like(conv))
+    other = finished(trained, knobs={**knobs, "compression": pooling}, **like(conv))
+    found = difference(other, own, "nll")
+    if found.middle > 0:
+        but = f"a convolution gains on {pooling} pooling, but {unsure(found)}"
+    elif found.low < 0 < found.high or found.count < 2:
+        but = f"a convolution cannot be told from {pooling} pooling"
+    else:
+        but = f"{pooling} pooling is better than a convolution"
+    return Part(
+        predicted=(
+            "A convolution can be the mean of its group, so only how it is trained can make it worse."
+            if pooling == "mean"
+            else ""
+        ),
+        measured=f"Loss of {pooling} pooling, less that of a convolution, after "
+        f"{own.iloc[0]['tokens_trained']:,.0f} tokens of training: {found.said(points)} nats a token.",
+        verdict=beyond(found),
+        but=but,
+    )

@@ -1,0 +1,107 @@
+"""Reformer's three steps: queries that are keys, rounds of hashing, and what a round costs.
+
+One bucket and a window as long as the sequence hash nothing: that is full attention with shared queries and
+keys, by the paper's rules (keys of unit length, a token reads itself only where it has nothing else). Beside
+`dense` it shows what sharing costs, and beside hashed cells what hashing does.
+"""
+
+from __future__ import annotations
+
+import math
+
+import pandas as pd
+
+from bench.claims.base import Finding, Missing, Verdict
+from bench.claims.cells import Spread, by_replicate, difference, finished, has
+from bench.claims.parts import Part, exponent, like, one_setting, points, share, together, unsure
+from bench.report.scaling import TOLERANCE, fit
+
+STATEMENT = (
+    "Sharing queries and keys costs little perplexity; more hash rounds approach full attention; LSH costs "
+    "T log T."
+)
+SOURCE = "Kitaev 2020, arXiv:2001.04451, §2, §5 and Table 1"
+
+LITTLE = 0.02
+"""Share of the perplexity that counts as little."""
+
+
+def judge(frame: pd.DataFrame) -> Finding:
+    """Quality and distances from trained cells, growth from planned ones."""
+    hashed = finished(frame, variant="reformer")
+    trained = has(hashed, "nll")
+    knobs, lengths = trained["variant_params"], trained["seq_len"]
+    whole = [p["n_buckets"] == 1 and p["chunk"] >= n for p, n in zip(knobs, lengths, strict=True)]
+    full = trained[whole]
+    if full.empty:
+        raise Missing("variant=reformer n_buckets=1 chunk=seq_len: none was trained")
+    rest, full = trained.drop(index=full.index), one_setting(full)
+    return together([_sharing(frame, full), _rounds(rest, full), _growth(hashed)])
+
+
+def _sharing(frame: pd.DataFrame, full: pd.DataFrame) -> Part:
+    dense = has(finished(frame, variant="dense", **like(full)), "nll")
+    found = difference(full, dense, "nll")
+    fewer = 1 - full["params"].median() / dense["params"].median()
+    most = math.log1p(LITTLE)
+    verdict: Verdict = "does not hold here"
+    but = f"it costs {share(math.expm1(found.middle))} of perplexity"
+    if found.count > 1 and found.high <= most:
+        verdict = "holds"
+    elif found.middle <= most:
+        verdict, but = "holds with a condition", f"it costs little, but {unsure(found)}"
+    return Part(
+        predicted=f"One of a layer's four projections less, {share(fewer)} of the model's parameters.",
+        measured="Perplexity of full attention with shared queries and keys, over dense: "
+        f"{found.said(lambda nats: f'{100 * math.expm1(nats):+.1f} %')}.",
+        verdict=verdict,
+        but=but,
+    )
+
+
+def _rounds(hashed: pd.DataFrame, full: pd.DataFrame) -> Part:
+    if hashed.empty:
+        raise Missing("variant=reformer: none that hashes was trained")
+    hashed = has(finished(hashed, **like(full)), "softmax_error")
+    count = hashed["variant_params"].map(lambda params: int(params["n_hashes"]))
+    rounds = sorted(count.unique())
+    if len(rounds) < 2:
+        raise Missing("variant=reformer: needs a softmax_error at two numbers of n_hashes")
+    each = [hashed[count == n] for n in rounds]
+    errors = [Spread.of(by_replicate(own, "softmax_error")).middle for own in each]
+    losses = [difference(own, full, "nll") for own in each]
+    gain = difference(each[0], each[-1], "softmax_error")
+    closer = errors == sorted(errors, reverse=True)
+    sure = gain.count > 1 and gain.low > 0
+    first, last = losses[0].middle, losses[-1].middle
+    verdict: Verdict = "holds" if closer and sure and abs(last) <= abs(first) else "holds with a condition"
+    if not closer:
+        verdict, but = "does not hold here", "more rounds do not always come closer"
+    elif not sure:
+        but = f"more rounds come closer, but {unsure(gain)}"
+    else:
+        but = f"more rounds come closer in what layers compute, and in loss go from {points(first)} to {points(last)}"
+    return Part(
+        predicted="A round adds the pairs that it meets, and takes none away.",
+        measured=f"With {', '.join(map(str, rounds))} rounds, a layer's outputs are "
+        f"{', '.join(map(share, errors))} of their size away from full attention with the same weights, and "
+        f"the loss exceeds that of full attention by {', '.join(points(one.middle) for one in losses)} nats "
+        f"a token (with {rounds[-1]}: {losses[-1].said(points)}).",
+        verdict=verdict,
+        but=but,
+    )
+
+
+def _growth(hashed: pd.DataFrame) -> Part:
+    found, sizes = exponent(hashed, "flops_attention_step")
+    claimed = fit(sizes, [size * math.log2(size) for size in sizes])
+    assert claimed is not None  # the sizes have just been fitted
+    return Part(
+        predicted=f"From {sizes[0]:,} to {sizes[-1]:,} tokens T log T grows as T to the power "
+        f"{claimed.exponent:.2f}.",
+        measured=f"FLOPs of attention there grow as T to the power {found.exponent:.2f}. They are of hashing "
+        "and of pairs; sorting, which is what takes T log T, has none.",
+        verdict="holds" if abs(found.exponent - claimed.exponent) <= TOLERANCE else "does not hold here",
+        but=f"FLOPs grow as T to the power {found.exponent:.2f}: there are as many more buckets as tokens, "
+        "and each token is projected to find its own",
+    )

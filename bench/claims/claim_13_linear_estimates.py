@@ -1,0 +1,146 @@
+"""Linformer and Performer: how their cost grows, and how far they are from the attention they estimate.
+
+The distance is to softmax attention with the layer's own projections, on the inputs that a layer gets on
+text. Before training, models of every size have weights alike, and so tell what the size does. Training
+gives each its own weights, and asks for a low loss and not to stay close. Linformer's mixtures are drawn at
+1/√T here and not at the 1/√k of Theorem 2, which speaks of mixtures that exist, not of those drawn or learnt.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pandas as pd
+
+from bench.claims.base import Finding, Missing, Verdict
+from bench.claims.cells import Spread, by_replicate, finished, has
+from bench.claims.parts import Part, exponent, knob, one_setting, share, together
+from bench.report.scaling import fit
+
+STATEMENT = (
+    "Linformer and Performer are linear in T and approximate softmax well (error by rank and by feature "
+    "count)."
+)
+SOURCE = (
+    "Wang 2020, arXiv:2006.04768, Theorem 2 and Figure 1; Choromanski 2020, arXiv:2009.14794, Lemma 2 and §3"
+)
+
+LINEAR = 0.02
+"""How far from 1 a linear exponent of FLOPs may be."""
+WELL = 0.1
+"""Distance, over the size of what is estimated, up to which it is estimated well."""
+BADLY = 0.5
+"""Distance beyond which it is no estimate."""
+HARDLY = 0.9
+"""Perplexity, over that without any context, above which a model has hardly learnt to attend."""
+ROOT, NEAR_ROOT = -0.5, 0.15
+"""The exponent of an estimate's error in the number of features, and how far from it one may be."""
+
+
+def judge(frame: pd.DataFrame) -> Finding:
+    """Growth from planned cells, errors from trained ones."""
+    features = "The error of an unbiased estimate falls as 1/√m, m features."
+    return together(
+        [
+            _linear(frame),
+            _estimate(frame, "performer", "n_features", "features", features, slope=ROOT),
+            _estimate(frame, "linformer", "k", "mixed positions", _best_of_rank(frame), slope=None),
+        ]
+    )
+
+
+def _linear(frame: pd.DataFrame) -> Part:
+    said, off = [], []
+    for name in ("linformer", "performer"):
+        found, sizes = exponent(finished(frame, variant=name), "flops_attention_step")
+        said.append(f"{name} T to the power {found.exponent:.3f} from {sizes[0]:,} to {sizes[-1]:,} tokens")
+        off.append(abs(found.exponent - 1))
+    return Part(
+        predicted="FLOPs of attention grow as T.",
+        measured=f"FLOPs of attention grow as: {', '.join(said)}.",
+        verdict="holds" if max(off) <= LINEAR else "does not hold here",
+        but="FLOPs of attention do not grow linearly",
+    )
+
+
+def _estimate(
+    frame: pd.DataFrame, name: str, size: str, what: str, predicted: str, *, slope: float | None
+) -> Part:
+    rows = one_setting(has(finished(frame, variant=name), "softmax_error", "softmax_error_initial"))
+    before, after = (_by_size(rows, key, size) for key in ("softmax_error_initial", "softmax_error"))
+    perplexity, blind = (rows[key].median() for key in ("perplexity", "unigram_perplexity"))
+    verdict, but = _judged(name, before, after, slope)
+    if perplexity > HARDLY * blind:
+        verdict = "holds with a condition" if verdict == "holds" else verdict
+        but = ", ".join(filter(None, [but, f"the {name}s looked at have hardly learnt to attend"]))
+    return Part(
+        predicted=predicted,
+        measured=f"Outputs of a {name} with {', '.join(map(str, before.sizes))} {what} are off softmax "
+        f"attention, of its size, by {before.said()} before training, and each after its own training by "
+        f"{after.said()}, at a perplexity of {perplexity:.3g} ({blind:.3g} without context).",
+        verdict=verdict,
+        but=but,
+    )
+
+
+@dataclass(frozen=True)
+class Errors:
+    """Of an estimate, by its size."""
+
+    sizes: list[int]
+    spreads: list[Spread]
+    exponent: float
+
+    def said(self) -> str:
+        """'40 %, 20 %, 10 % (to the power -0.50)'."""
+        listed = ", ".join(share(found.middle) for found in self.spreads)
+        return f"{listed} (their power {self.exponent:.2f})"
+
+    @property
+    def falls(self) -> bool:
+        """Whether every larger size errs less."""
+        middles = [found.middle for found in self.spreads]
+        return middles == sorted(middles, reverse=True)
+
+    @property
+    def least(self) -> Spread:
+        """That of the largest size."""
+        return self.spreads[-1]
+
+
+def _by_size(rows: pd.DataFrame, key: str, size: str) -> Errors:
+    sizes = [int(n) for n in sorted(knob(rows, size).unique())]
+    spreads = [Spread.of(by_replicate(rows[knob(rows, size) == n], key)) for n in sizes]
+    line = fit(sizes, [found.middle for found in spreads])
+    if line is None:
+        variant = rows.iloc[0]["variant"]
+        raise Missing(f"variant={variant}: needs {key} at three values of {size}")
+    return Errors(sizes, spreads, line.exponent)
+
+
+def _judged(name: str, before: Errors, after: Errors, slope: float | None) -> tuple[Verdict, str]:
+    """Whether the error falls as it should where weights are alike, and to where in trained models."""
+    if not before.falls:
+        return "does not hold here", f"{name} does not come closer with more of them, even before training"
+    words = []
+    if slope is not None and abs(before.exponent - slope) > NEAR_ROOT:
+        words.append(f"{name}'s error does not fall as a root")
+    if not after.falls:
+        words.append(f"trained {name}s do not come closer with more of them")
+    if after.least.ends[1] > WELL:
+        words.append(f"trained {name}s are off by {share(after.least.middle)} with most of them")
+    if not words:
+        return "holds", ""
+    near = min(before.least.middle, after.least.middle) <= BADLY
+    return "holds with a condition" if near else "does not hold here", ", ".join(words)
+
+
+def _best_of_rank(frame: pd.DataFrame) -> str:
+    """What any matrix of a rank could do, where the weights of a masked dense model were looked at."""
+    try:
+        rows = has(finished(frame, variant="dense", objective="mlm"), "attention_rank_error")
+    except Missing:
+        return "Weights of low rank have a near matrix of low rank."
+    errors = pd.DataFrame(rows["attention_rank_error"].tolist()).median()
+    listed = ", ".join(f"{share(errors[k])} at rank {2**k}" for k in range(0, len(errors), 2))
+    return f"The nearest matrix to a masked dense model's weights is off by {listed}."

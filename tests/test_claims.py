@@ -1,0 +1,489 @@
+"""Claims come to a verdict from records, and to another one from other records.
+
+Most tests judge the cells that the preset itself would sweep, with figures of a world in which arithmetic is
+right; then they bend that world. So a claim whose cells the preset does not have fails here too.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra_plugins.longctx_bench import CellSweeper
+from test_report import failed, record, write
+
+import bench.claims
+from bench import CONFIGS, config
+from bench.claims import base, cells, claim_10_reversible
+from bench.claims.__main__ import main
+from bench.claims.base import Finding, Missing, Verdict
+from bench.claims.page import page
+from bench.config import CellSpec
+from bench.records import Record
+from bench.report.collect import collect
+
+FLOAT = 4
+
+
+# --- a world in which arithmetic is right ---------------------------------------------------------
+
+
+def specs_of(preset: str) -> list[CellSpec]:
+    """Every cell of a preset."""
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        composed = compose("config", overrides=[f"experiment={preset}"], return_hydra_config=True)
+        sweeper = CellSweeper(composed.hydra.sweeper.get("params"), composed.hydra.sweeper.get("grids"))
+        sweeper.loader = GlobalHydra.instance().config_loader()
+        jobs = [job for grid in sweeper.grids for job in sweeper._product(grid, ["data=stdlib"])]
+        settings: dict[str, CellSpec] = {}
+
+        def spec(job: list[str]) -> CellSpec:
+            """Composed without what is a plain number of the cell, as composing takes long."""
+            numbers = {key: int(value) for key, value in pairs(job) if key in PLAIN}
+            others = [override for override in job if override.partition("=")[0] not in PLAIN]
+            if str(others) not in settings:
+                composed_job = sweeper.loader.load_sweep_config(composed, others)
+                settings[str(others)] = config.parse(composed_job).spec
+            return replace(settings[str(others)], **numbers)
+
+        return [spec(job) for job in jobs]
+
+
+PLAIN = ("replicate", "twin", "seq_len", "depth")
+
+
+def pairs(job: list[str]) -> list[tuple[str, str]]:
+    return [(key, value) for key, _, value in (override.partition("=") for override in job)]
+
+
+def figures(spec: CellSpec) -> dict[str, Any]:
+    """What arithmetic says of a dense or sparse cell; others are taken for dense ones."""
+    t, depth, width = spec.seq_len, spec.depth, spec.model.d_model
+    fitting = {"keep": 2, "checkpoint": 12}.get(spec.activations, 1)
+    batch = spec.batch_size or fitting
+    hidden = batch * t * width * FLOAT
+    impl = spec.variant_params.get("impl", "sdpa")
+    pairs = t * (t + 1) / 2 if spec.causal else float(t * t)
+    if spec.variant.startswith("sparse"):
+        pairs = t * 1.5 * math.sqrt(t) / (1 if spec.variant_params["head_mode"] == "merged" else 2)
+    attention = 4 * width * pairs * depth * batch
+    linear = 24 * width**2 * t * depth * batch
+    block = 12 * hidden
+    if impl == "naive":
+        block += batch * spec.model.heads * t * t * FLOAT
+    stored = {
+        "checkpoint": depth * hidden,
+        "sqrt": math.sqrt(depth) * hidden,
+        "reversible": 2 * hidden,
+    }.get(spec.activations, depth * block)
+    work = {"checkpoint": 1.0, "sqrt": math.sqrt(depth), "reversible": 1.0}.get(spec.activations, 0.0) * block
+    again = spec.activations in ("checkpoint", "sqrt", "reversible")
+    forward = (attention + linear) / 1e10
+    start = 0.05  # seconds a step; replicates ran on a machine that drifts
+    seconds = (forward * (3 + again) + start) * (1 + 0.5 * spec.replicate)
+    noise = 1 + 0.01 * math.sin(hash((spec.activations, spec.variant, t, spec.replicate)))
+    executed = (attention + linear) * (3 + again)
+    found: dict[str, Any] = {
+        "status": "ok",
+        "impl": impl,
+        "batch_size": batch,
+        "flops_attention_step": int(3 * attention),
+        "flops_algorithmic_step": int(3 * (attention + linear)),
+        "flops_executed_step": int(executed),
+        "cost_ratio": 2.0 if impl == "naive" and spec.causal else 1.0,
+        "activation_bytes": int(stored + hidden),
+        "peak_activation_bytes": int(stored),
+        "peak_workspace_bytes": int(work),
+        "peak_bytes": int(stored + work + hidden),
+        "peak_phase": "backward",
+        "peak_bytes_source": "live_storage" if spec.measure.execute else "predicted",
+    }
+    if spec.measure.execute:
+        found |= {
+            "step_seconds_median": seconds * noise,
+            "forward_seconds_median": forward * (1 + 0.5 * spec.replicate),
+            "tokens_per_second": batch * t / seconds / noise,
+        }
+        if spec.activations == "reversible":
+            size = {"float32": 1e-7, "bfloat16": 1e-3}[spec.dtype]
+            found["rebuild_error_by_level"] = [size * (depth - level) for level in range(depth)]
+    elif t <= 1024:
+        found["connected_share"] = 1.0 if depth > 1 or spec.variant == "dense" else 0.2
+    if spec.measure.budget:
+        found |= {"largest_batch_size": batch, "budget_bytes": spec.measure.budget}
+    if spec.measure.train_amount:
+        found["nll"] = 2.0 + 0.01 * (spec.replicate - 1) * (1 if spec.activations == "keep" else -1)
+    return found
+
+
+def measured(spec: CellSpec, number: int) -> Record:
+    """The record of a cell of that world."""
+    fields = asdict(spec)
+    identity = {
+        key: fields[key] for key in ("depth", "activations", "objective", "dtype", "device", "twin")
+    } | {"d_model": spec.model.d_model, "heads": spec.model.heads, "ff_chunks": spec.model.ff_chunks}
+    identity |= {"variant_params": spec.variant_params, "measure": spec.measure.preset, "name": "claims"}
+    blank = dict.fromkeys(("nll", "step_seconds_median", "forward_seconds_median", "tokens_per_second"))
+    known = {**blank, "cell_id": f"cell-{number}", "data": "stdlib", **identity, **figures(spec)}
+    return record(spec.variant, spec.seq_len, replicate=spec.replicate, **known)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> pd.DataFrame:
+    """The frame of the whole preset."""
+    folder = tmp_path_factory.mktemp("world") / "claims"
+    write(folder, [measured(spec, number) for number, spec in enumerate(specs_of("claims"))])
+    found = collect(folder)
+    assert not found.problems
+    return found.frame
+
+
+NUMBERED = dict(base.claims())
+
+
+def verdict(number: int, frame: pd.DataFrame) -> Verdict:
+    return base.judged(NUMBERED[number], frame).verdict
+
+
+def bent(frame: pd.DataFrame, where: Callable[[pd.DataFrame], Any], **changes: Any) -> pd.DataFrame:
+    """The frame with other figures in some cells: a factor, or a function of the column."""
+    frame = frame.copy()
+    rows = frame.index[where(frame)]
+    assert len(rows), "the test bends nothing"
+    for name, change in changes.items():
+        for row in rows:
+            old = frame.at[row, name]
+            frame.at[row, name] = change(old) if callable(change) else change
+    return frame
+
+
+def of(**keys: Any) -> Callable[[pd.DataFrame], Any]:
+    """Where columns have values."""
+
+    def where(frame: pd.DataFrame) -> Any:
+        fits = np.ones(len(frame), dtype=bool)
+        for name, value in keys.items():
+            fits &= (frame[name] == value).to_numpy()
+        return fits
+
+    return where
+
+
+def times(factor: float) -> Callable[[float], float]:
+    return lambda old: old * factor
+
+
+# --- verdicts -------------------------------------------------------------------------------------
+
+ARITHMETIC: dict[int, Verdict] = {
+    1: "holds with a condition",
+    2: "holds",
+    4: "holds with a condition",
+    5: "holds with a condition",
+    6: "holds",
+    10: "holds",
+    12: "holds with a condition",
+}
+"""What each claim comes to where arithmetic is right and nothing else costs anything."""
+
+
+@pytest.mark.parametrize("number", ARITHMETIC)
+def test_the_preset_has_the_cells_of_every_claim(number: int, world: pd.DataFrame) -> None:
+    finding = base.judged(NUMBERED[number], world)
+    assert finding.verdict == ARITHMETIC[number], finding
+
+
+@pytest.mark.parametrize("number", ARITHMETIC)
+def test_a_claim_says_which_cell_is_missing_and_why(number: int, world: pd.DataFrame) -> None:
+    finding = base.judged(NUMBERED[number], world.iloc[:0])
+    assert finding.verdict == "not measured"
+    assert "variant=dense" in finding.condition
+    assert "no such cell" in finding.condition
+    failing = world.assign(status="timeout", reason="no result after 600 s")
+    assert "timeout (no result after 600 s)" in base.judged(NUMBERED[number], failing).condition
+
+
+NAIVE = {"impl": "naive", "measure": "plan"}
+TIMED = {"variant": "dense", "measure": "quick", "depth": 4, "d_model": 256, "batch_size": 1}
+BENT: list[tuple[str, int, Verdict, Callable[[pd.DataFrame], Any], dict[str, Any]]] = [
+    ("half of the scores", 1, "does not hold here", of(**NAIVE, objective="mlm"), {"cost_ratio": 0.5}),
+    ("nothing is skipped", 1, "holds", of(impl="sdpa", objective="clm"), {"cost_ratio": 2.0}),
+    ("stored in half", 2, "does not hold here", of(impl="naive"), {"activation_bytes": times(0.5)}),
+    (
+        "stored in half as run",
+        2,
+        "does not hold here",
+        of(impl="naive", measure="quick"),
+        {"activation_bytes": times(0.5)},
+    ),
+    (
+        "pairs without a way",
+        4,
+        "does not hold here",
+        of(variant="sparse_fixed", depth=2),
+        {"connected_share": times(0.99)},
+    ),
+    (
+        "saves nothing more in longer ones",
+        4,
+        "does not hold here",
+        of(variant="sparse_strided", seq_len=8096, depth=2),
+        {"flops_attention_step": times(1.5)},
+    ),
+    (
+        "two forward passes more",
+        5,
+        "does not hold here",
+        lambda frame: of(**TIMED, activations="checkpoint")(frame) & frame["budget_bytes"].isna(),
+        {"step_seconds_median": times(1.5)},
+    ),
+    (
+        "no batch pays",
+        5,
+        "does not hold here",
+        lambda frame: frame["budget_bytes"].notna() & (frame["activations"] == "checkpoint"),
+        {"tokens_per_second": times(0.3)},
+    ),
+    (
+        "every batch pays",
+        5,
+        "holds",
+        lambda frame: frame["budget_bytes"].notna() & (frame["activations"] == "checkpoint"),
+        {"tokens_per_second": times(3.0)},
+    ),
+    (
+        "groups are not √L",
+        6,
+        "holds with a condition",
+        of(activations="sqrt", depth=64),
+        {"peak_workspace_bytes": times(2.0)},
+    ),
+    (
+        "neither are inputs",
+        6,
+        "does not hold here",
+        of(activations="sqrt", depth=64),
+        {"peak_workspace_bytes": times(2.0), "activation_bytes": times(2.0)},
+    ),
+    (
+        "held with depth",
+        10,
+        "does not hold here",
+        of(activations="reversible", depth=64, measure="plan"),
+        {"peak_workspace_bytes": times(1.5)},
+    ),
+    (
+        "quality lost",
+        10,
+        "does not hold here",
+        of(activations="reversible", measure="standard"),
+        {"nll": lambda old: old + 0.1},
+    ),
+    (
+        "exact",
+        10,
+        "does not hold here",
+        of(activations="reversible", dtype="float32", depth=4),
+        {"rebuild_error_by_level": lambda old: [0.0 for _ in old] if isinstance(old, list) else old},
+    ),
+    (
+        "room at the width that is said",
+        12,
+        "holds",
+        of(variant="reformer", d_model=512),
+        {"peak_bytes": 15 * 2**30},
+    ),
+    ("too much", 12, "does not hold here", of(variant="reformer"), {"peak_bytes": 17 * 2**30}),
+    (
+        "half a tensor",
+        12,
+        "does not hold here",
+        of(activations="checkpoint", d_model=512),
+        {"activation_bytes": times(0.5)},
+    ),
+]
+
+
+@pytest.mark.parametrize(
+    ("number", "want", "where", "changes"), [case[1:] for case in BENT], ids=[case[0] for case in BENT]
+)
+def test_other_figures_come_to_another_verdict(
+    number: int,
+    want: Verdict,
+    where: Callable[[pd.DataFrame], Any],
+    changes: dict[str, Any],
+    world: pd.DataFrame,
+) -> None:
+    assert want != ARITHMETIC[number]
+    assert verdict(number, bent(world, where, **changes)) == want
+
+
+def test_noise_alone_refutes_nothing(world: pd.DataFrame) -> None:
+    """One slow replicate of three: the interval still holds the bound."""
+    slow = bent(
+        world,
+        lambda frame: (
+            of(**TIMED, activations="checkpoint", replicate=1)(frame) & frame["budget_bytes"].isna()
+        ),
+        step_seconds_median=times(1.6),
+    )
+    assert verdict(5, slow) == ARITHMETIC[5]
+    worse = bent(
+        world, of(activations="reversible", measure="standard", replicate=1), nll=lambda old: old + 0.1
+    )
+    assert verdict(10, worse) == ARITHMETIC[10]
+
+
+@pytest.mark.parametrize("number", [5, 10])
+def test_of_one_replicate_nothing_is_compared(number: int, world: pd.DataFrame) -> None:
+    finding = base.judged(NUMBERED[number], world[world["replicate"] == 0])
+    assert finding.verdict == "not measured"
+    assert "1 replicate" in finding.condition
+
+
+def test_what_disturbed_the_times_is_said(world: pd.DataFrame) -> None:
+    timed = (world["variant"] == "sparse_strided") & (world["measure"] == "quick")
+    finding = base.judged(NUMBERED[4], bent(world, lambda _: timed, contaminated="no core 40% of the time"))
+    assert f"({timed.sum()} of {2 * timed.sum()} cells were timed while" in finding.measured
+
+
+def test_figures_in_the_table_follow_the_records(world: pd.DataFrame) -> None:
+    """Nothing measured is typed."""
+    before = base.judged(NUMBERED[2], world).measured
+    more = bent(world, of(impl="naive", seq_len=8192, depth=12), activation_bytes=times(1.01))
+    assert "36.0 GiB" in before
+    assert "36.0 GiB" not in base.judged(NUMBERED[2], more).measured
+
+
+# --- the framework --------------------------------------------------------------------------------
+
+
+def test_claims_are_found_by_their_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = "STATEMENT = 'A | b'\nSOURCE = 'Nobody'\ndef judge(frame):\n    raise LookupError('a bug')\n"
+    (tmp_path / "claim_77_planted.py").write_text(text)
+    monkeypatch.setattr(bench.claims, "__path__", [*bench.claims.__path__, str(tmp_path)])
+    found = dict(base.claims())
+    assert set(found) == {*NUMBERED, 77}
+    with pytest.raises(LookupError, match="a bug"):
+        base.judged(found[77], pd.DataFrame())
+    (tmp_path / "claim_77_again.py").write_text(text)
+    with pytest.raises(ValueError, match=r"claim 77 .*claim_77_again.py and claim_77_planted.py"):
+        list(base.claims())
+
+
+@pytest.mark.parametrize("number", NUMBERED)
+def test_a_claim_says_what_and_who(number: int) -> None:
+    assert NUMBERED[number].STATEMENT.endswith((".", ".)"))
+    assert NUMBERED[number].SOURCE
+
+
+@pytest.mark.parametrize("name", ["predicted", "measured", "condition"])
+def test_a_finding_has_no_empty_text(name: str) -> None:
+    texts = {"predicted": "1", "measured": "1", "condition": "where so"}
+    with pytest.raises(ValueError, match=name):
+        Finding(**texts | {name: " "}, verdict="holds with a condition")
+
+
+def test_cells_are_found_by_columns_and_knobs(tmp_path: Path) -> None:
+    window = [record("longformer", variant_params={"window": size}) for size in (8, 16)]
+    write(tmp_path, [*window, failed("oom", "needs 3 GiB", variant="dense", seq_len=64), record()])
+    frame = collect(tmp_path).frame
+    assert len(cells.finished(frame, variant="longformer")) == 2
+    assert len(cells.finished(frame, variant="longformer", knobs={"window": 8})) == 1
+    assert len(cells.finished(frame, variant=("dense", "longformer"), seq_len=512, budget_bytes=None)) == 3
+    with pytest.raises(Missing, match=r"^variant=dense seq_len=64: oom \(needs 3 GiB\)$"):
+        cells.finished(frame, variant="dense", seq_len=64)
+    with pytest.raises(Missing, match=r"^variant=longformer window=9: no such cell$"):
+        cells.finished(frame, variant="longformer", knobs={"window": 9})
+    with pytest.raises(Missing, match="accuracy"):
+        cells.figure(frame, "accuracy")
+
+
+def test_ratios_are_taken_within_a_replicate(tmp_path: Path) -> None:
+    """Each round ran at another speed, and one replicate is there on one side alone."""
+    for round_, (slow, factor) in enumerate([(1.0, 2.0), (5.0, 2.2), (25.0, 1.8)]):
+        write(tmp_path, [record("dense", replicate=round_, step_seconds_median=slow)])
+        write(tmp_path, [record("chunked", replicate=round_, step_seconds_median=slow * factor)])
+    write(tmp_path, [record("dense", replicate=3, step_seconds_median=1e9)])
+    frame = collect(tmp_path).frame
+    own, dense = (cells.finished(frame, variant=name) for name in ("chunked", "dense"))
+    found = cells.ratio(own, dense, "step_seconds_median")
+    assert (found.middle, found.count) == (pytest.approx(2.0), 3)
+    assert 1.4 < found.low < 1.8 < 2.2 < found.high < 2.8
+    assert cells.difference(own, dense, "step_seconds_median").middle == pytest.approx(6.0)
+    with pytest.raises(Missing, match="no replicate has both"):
+        cells.ratio(own, dense[dense["replicate"] == 3], "step_seconds_median")
+
+
+@pytest.mark.parametrize("power", [0.5, 1.0, 2.0])
+def test_growth_sets_aside_what_does_not_grow(power: float) -> None:
+    low, middle, high = (1e6 + 3 * size**power for size in (4, 16, 64))
+    assert cells.growth((4, 16, 64), (low, middle, high)) == pytest.approx(power)
+    assert math.isnan(cells.growth((4, 16, 64), (1.0, 1.0, 1.0)))
+
+
+def test_the_page_has_a_row_a_claim_and_no_empty_verdict(world: pd.DataFrame) -> None:
+    text = page("claims", world[world["depth"] != 64])
+    rows = [line for line in text.splitlines() if line.startswith("| ")][2:]
+    assert [int(row.split("|")[1]) for row in rows] == sorted(NUMBERED)
+    for row in rows:
+        parts = row.replace("\\|", "").strip("| ").split(" | ")
+        assert len(parts) == 6
+        assert all(part.strip() for part in parts)
+    (six,) = [row for row in rows if row.startswith("|   6 |")]
+    assert "**not measured**: variant=dense" in six
+    assert "depth=64: no such cell" in six
+
+
+def test_the_command_refuses_in_one_line_what_holds_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for folder, why in ((tmp_path, "no records"), (tmp_path / "none", "no such folder")):
+        assert main([str(folder)]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert why in line
+    assert not (tmp_path / "claims.md").exists()
+
+
+def test_real_cells_come_to_a_verdict(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the command line to the page: the scores' work planned, and small reversible networks run."""
+    run = ["-m", "data=stdlib", "name=claims", "measure.time_seconds=0", "measure.min_samples=1"]
+    scores = ["variant=dense", "model=base", "depth=1", "seq_len=512,8192", "measure=plan"]
+    drift = ["variant=dense", "activations=reversible", "dtype=float32,bfloat16", "depth=1,3", "seq_len=256"]
+    for cells_ in (
+        [*scores, "objective=mlm,clm", "variant.impl=naive"],
+        [*scores, "objective=clm", "variant.impl=sdpa"],
+        [*drift, "measure=quick"],
+    ):
+        done = subprocess.run(
+            [sys.executable, "-m", "bench", *run, *cells_],
+            cwd=tmp_path,
+            env=os.environ.copy(),
+            capture_output=True,
+            text=True,
+            timeout=400,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+    folder = tmp_path / "results" / "claims"
+    assert main([str(folder)]) == 0
+    text = (folder / "claims.md").read_text()
+    assert "1 holds with a condition" in text
+    assert "201 million at 512 and 51.5 billion at 8,192" in text
+    monkeypatch.setattr(claim_10_reversible, "DEPTHS", (1, 3))
+    frame = collect(folder).frame
+    for dtype, least, most in (("float32", 1e-9, 1e-5), ("bfloat16", 1e-6, 0.1)):
+        errors = claim_10_reversible.drift(frame, dtype)
+        assert errors.keys() == {1, 3}
+        assert all(least < error < most for error in errors.values()), (dtype, errors)

@@ -1,0 +1,444 @@
+"""Claims about what is read and learnt: every verdict can come out, from frames in which it must."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+
+from bench import records
+from bench.claims import (
+    claim_03_overlapping_chunks,
+    claim_07_segment_memory,
+    claim_08_compressed_memory,
+    claim_09_hashing,
+    claim_11_large_terms,
+    claim_13_linear_estimates,
+    parts,
+)
+from bench.claims.base import Finding, Missing
+from bench.claims.cells import Spread
+from bench.claims.parts import Part
+from bench.records import Record
+from bench.report.collect import collect
+
+Cells = list[dict[str, Any]]
+TRAINED: dict[str, Any] = {
+    "seq_len": 256,
+    "tokens_trained": 400_000,
+    "learning_rate": 0.003,
+    "perplexity": 8.0,
+    "unigram_perplexity": 27.0,
+    "step_seconds_median": 0.1,
+    "flops_algorithmic_step": 10**9,
+    "flops_attention_step": 10**8,
+    "flops_source": "dispatched",
+}
+HOLDS, PARTLY, FAILS = "holds", "holds with a condition", "does not hold here"
+
+
+def cell(variant: str, replicate: int = 0, **figures: Any) -> dict[str, Any]:
+    return {"variant": variant, "replicate": replicate, "variant_params": {}, **figures}
+
+
+def replicated(variant: str, nll: float, *, spread: float = 0.001, count: int = 3, **figures: Any) -> Cells:
+    """Replicates whose losses are `spread` apart, the same way for every variant but for a little."""
+    shifts = [spread * (r - (count - 1) / 2) for r in range(count)]
+    wobble = [spread * 0.3 * (-1) ** r * (1 + len(variant) % 3) for r in range(count)]
+    return [
+        cell(variant, r, **{**TRAINED, "nll": nll + shifts[r] + wobble[r], **figures}) for r in range(count)
+    ]
+
+
+def frame_of(cells: Cells, folder: Path) -> pd.DataFrame:
+    """The cells as the report reads them back from files."""
+    common: dict[str, Any] = {
+        "name": "claims",
+        "depth": 2,
+        "d_model": 64,
+        "heads": 2,
+        "batch_size": 4,
+        "activations": "keep",
+        "objective": "clm",
+        "data": "plays",
+        "data_sha256": "0",
+        "dtype": "float32",
+        "device": "cpu",
+        "status": "ok",
+        "measure": "standard",
+        "code_sha256": "0",
+    }
+    for number, one in enumerate(cells):
+        record = Record(**{**common, "cell_id": f"{number:04}", **one})
+        path = records.path_of(folder, record.cell_id)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(record.to_json())
+    collected = collect(folder)
+    assert not collected.problems
+    return collected.frame
+
+
+# --- parts ----------------------------------------------------------------------------------------
+
+
+def part(verdict: Any, but: str = "but") -> Part:
+    return Part(predicted="p", measured="m", verdict=verdict, but=but)
+
+
+@pytest.mark.parametrize(
+    ("verdicts", "whole"),
+    [
+        ([HOLDS, HOLDS], HOLDS),
+        ([FAILS, FAILS], FAILS),
+        ([HOLDS, FAILS], PARTLY),
+        ([HOLDS, PARTLY], PARTLY),
+        ([PARTLY, FAILS], PARTLY),
+    ],
+)
+def test_a_verdict_is_of_all_parts(verdicts: list[str], whole: str) -> None:
+    found = parts.together([part(verdict, f"but {place}") for place, verdict in enumerate(verdicts)])
+    assert found.verdict == whole
+    for place, verdict in enumerate(verdicts):
+        assert (f"but {place}" in found.condition) == (verdict != HOLDS)
+        assert (f"not so: but {place}" in found.condition) == (verdict == FAILS != whole)
+
+
+def test_a_part_that_does_not_hold_says_what_is_so() -> None:
+    with pytest.raises(ValueError, match="needs what is so instead"):
+        part(FAILS, but=" ")
+
+
+@pytest.mark.parametrize(
+    ("spread", "verdict"),
+    [
+        (Spread(2.0, 1.5, 2.5, 3), HOLDS),
+        (Spread(2.0, 0.5, 3.5, 3), PARTLY),
+        (Spread(2.0, math.nan, math.nan, 1), PARTLY),
+        (Spread(0.5, 0.4, 2.0, 3), FAILS),
+    ],
+)
+def test_an_interval_decides(spread: Spread, verdict: str) -> None:
+    assert parts.beyond(spread, 1.0) == verdict
+
+
+# --- 3: overlapping chunks ------------------------------------------------------------------------
+
+
+def by_place(edge: float, *, base: float = 2.0, period: int = 32) -> list[float]:
+    """Loss by place: a chunk's first half is harder by `edge` on average, all of it at the first place."""
+    first = base + edge * period / 2
+    return [first, *([base] * int(math.log2(period)))]
+
+
+def chunk_cells(*, edge: float, left: float, worse: float = -0.05, steps: float = 1.95) -> Cells:
+    chunk = {"variant_params": {"chunk": 32}, "place_period": 32}
+    planned = {"seq_len": 65_536, "flops_source": "predicted", "variant_params": {"chunk": 32}}
+    planned |= {"flops_attention_step": 10**9, "flops_algorithmic_step": 10**10, "measure": "plan"}
+    twice = {name: int(steps * planned[name]) for name in ("flops_attention_step", "flops_algorithmic_step")}
+    return [
+        *replicated("dense", 2.0, nll_by_place=by_place(0.01), place_period=32),
+        *replicated("chunked", 2.1, nll_by_place=by_place(edge + 0.01), **chunk),
+        *replicated("overlapping", 2.1 + worse, nll_by_place=by_place(left + 0.01), **chunk),
+        cell("chunked", **planned),
+        cell("overlapping", **{**planned, **twice}),
+    ]
+
+
+def jittered(cells: Cells, by: float = 0.002) -> Cells:
+    """The same with losses by place that differ a little between replicates and variants."""
+    for place, one in enumerate(cells):
+        if "nll_by_place" in one:
+            first, *rest = one["nll_by_place"]
+            one["nll_by_place"] = [first + 16 * by * ((place * 7) % 5 - 2) / 2, *rest]
+    return cells
+
+
+@pytest.mark.parametrize(
+    ("cells", "verdict", "says"),
+    [
+        ({"edge": 0.2, "left": 0.0}, HOLDS, ""),
+        ({"edge": 0.2, "left": 0.06}, PARTLY, "may come back"),
+        ({"edge": 0.2, "left": 0.18}, PARTLY, "not so: of what the edges lose"),
+        ({"edge": -0.1, "left": 0.0}, PARTLY, "not so: chunk edges lose nothing"),
+        ({"edge": 0.2, "left": 0.0, "worse": 0.05}, PARTLY, "the rest of a chunk is worse"),
+        ({"edge": 0.2, "left": 0.0, "steps": 3.0}, PARTLY, "not so: attention costs 3.00×"),
+        ({"edge": -0.1, "left": 0.0, "steps": 3.0}, FAILS, "lose nothing"),
+    ],
+)
+def test_overlapping_chunks(cells: dict[str, float], verdict: str, says: str, tmp_path: Path) -> None:
+    found = claim_03_overlapping_chunks.judge(frame_of(jittered(chunk_cells(**cells)), tmp_path))
+    assert found.verdict == verdict, found
+    assert says in found.condition
+
+
+def test_an_edge_within_the_spread_is_no_finding(tmp_path: Path) -> None:
+    cells = jittered(chunk_cells(edge=0.01, left=0.0), by=0.05)
+    found = claim_03_overlapping_chunks.judge(frame_of(cells, tmp_path))
+    assert found.verdict == PARTLY
+    assert "not beyond the spread" in found.condition or "lose nothing" in found.condition
+
+
+def test_halves_weigh_every_place_once() -> None:
+    """Of a period of 8: places 0, 1, 2 and 3, then 4 to 7 together."""
+    places = [3.0, 2.5, 2.2, 2.2, 2.0, 2.0, 2.0, 2.0]
+    by = [places[0], places[1], places[2], places[4]]
+    assert claim_03_overlapping_chunks.halves(by) == pytest.approx(sum(places[:4]) / 4 - 2.0)
+
+
+# --- 7 and 8: memories ----------------------------------------------------------------------------
+
+
+def reached(variant: str, adds: int, **params: Any) -> Cells:
+    """Cells at depths 1 to 4 whose layers each add so much to the reach."""
+    plan = {"seq_len": 2048, "measure": "plan", "variant_params": {"segment": 32, **params}}
+    return [cell(variant, depth=depth, reach=31 + depth * adds, **plan) for depth in (1, 2, 3, 4)]
+
+
+def segment_cells(*, without: float, chunked: float, adds: int = 32, spread: float = 0.001) -> Cells:
+    kept, none = ({"segment": 32, "mem_len": n} for n in (32, 0))
+    same: dict[str, Any] = {"spread": spread}
+    return [
+        *reached("transformer_xl", adds, mem_len=32),
+        *replicated("transformer_xl", 2.0, variant_params=kept, nll_reset=2.01, **same),
+        *replicated("transformer_xl", without, variant_params=none, nll_reset=without, **same),
+        *replicated("chunked", chunked, variant_params={"chunk": 32}, **same),
+        *replicated("dense", 2.0, **same),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("cells", "verdict", "says"),
+    [
+        ({"without": 2.1, "chunked": 2.1}, HOLDS, ""),
+        (
+            {"without": 2.1, "chunked": 1.9},
+            PARTLY,
+            "not so: after 400,000 tokens of training, chunks of 32 lose",
+        ),
+        ({"without": 1.9, "chunked": 2.1}, PARTLY, "not so: its memory gains nothing"),
+        ({"without": 2.1, "chunked": 2.02, "spread": 0.05}, PARTLY, "not beyond the spread"),
+        ({"without": 2.1, "chunked": 2.1, "adds": 0}, PARTLY, "not so: the reach"),
+        ({"without": 1.9, "chunked": 1.9, "adds": 0}, FAILS, "the reach"),
+    ],
+)
+def test_segment_memory(cells: dict[str, Any], verdict: str, says: str, tmp_path: Path) -> None:
+    found = claim_07_segment_memory.judge(frame_of(segment_cells(**cells), tmp_path))
+    assert found.verdict == verdict, found
+    assert says in found.condition
+
+
+def test_reach_is_held_against_every_depth(tmp_path: Path) -> None:
+    frame = frame_of(segment_cells(without=2.1, chunked=2.1), tmp_path)
+    assert "63, 95, 127, 159 tokens at depth 1, 2, 3, 4" in claim_07_segment_memory.judge(frame).measured
+
+
+def test_a_reach_that_the_sequence_ends_says_nothing(tmp_path: Path) -> None:
+    cells = segment_cells(without=2.1, chunked=2.1)
+    for one in cells:
+        if "reach" in one:
+            one["reach"] = one["seq_len"] - 1
+    with pytest.raises(Missing, match="variant=transformer_xl: needs a reach"):
+        claim_07_segment_memory.judge(frame_of(cells, tmp_path))
+
+
+def memory_cells(*, mean: float, largest: float, spread: float = 0.001, rate: int = 4) -> Cells:
+    knobs: dict[str, Any] = {"segment": 32, "mem_len": 32, "comp_len": 32, "rate": 4}
+    cells = reached("compressive", 32 + rate * 32, **{k: v for k, v in knobs.items() if k != "segment"})
+    for times, (name, nll) in enumerate((("conv", 2.0), ("mean", mean), ("max", largest))):
+        own = {**knobs, "compression": name}
+        cells += replicated("compressive", nll, spread=spread * times, variant_params=own)
+    return cells
+
+
+@pytest.mark.parametrize(
+    ("cells", "verdict", "says"),
+    [
+        ({"mean": 2.05, "largest": 2.05}, HOLDS, ""),
+        ({"mean": 2.05, "largest": 1.95}, PARTLY, "not so: max pooling is better"),
+        ({"mean": 2.0, "largest": 2.3, "spread": 0.02}, PARTLY, "cannot be told from mean pooling"),
+        ({"mean": 2.02, "largest": 2.3, "spread": 0.02}, PARTLY, "not beyond the spread"),
+        ({"mean": 2.05, "largest": 2.05, "rate": 3}, PARTLY, "not so: the reach"),
+        ({"mean": 1.9, "largest": 1.9, "rate": 3}, FAILS, "mean pooling is better"),
+    ],
+)
+def test_compressed_memory(cells: dict[str, Any], verdict: str, says: str, tmp_path: Path) -> None:
+    found = claim_08_compressed_memory.judge(frame_of(memory_cells(**cells), tmp_path))
+    assert found.verdict == verdict, found
+    assert says in found.condition
+
+
+# --- 9: hashing -----------------------------------------------------------------------------------
+
+LENGTHS = (16_384, 32_768, 65_536, 131_072)
+
+
+def planned(variant: str, power: float, *, logs: int = 0, **figures: Any) -> Cells:
+    plan = {"measure": "plan", "flops_source": "predicted", **figures}
+    return [
+        cell(variant, seq_len=n, flops_attention_step=int(n**power * math.log2(n) ** logs), **plan)
+        for n in LENGTHS
+    ]
+
+
+def hash_cells(
+    *,
+    better: float = 0.0,
+    sharing: float,
+    errors: tuple[float, ...] = (0.8, 0.6, 0.4, 0.2),
+    power: float = 1.0,
+    jump: float = 0.0,
+) -> Cells:
+    full = {"n_buckets": 1, "chunk": 256, "n_hashes": 1}
+    cells = [
+        *replicated("dense", 2.0, params=100),
+        *replicated("reformer", 2.0 + sharing, params=94, variant_params=full, softmax_error=0.0),
+        *planned("reformer", power, logs=1, variant_params={"n_buckets": None, "chunk": 64, "n_hashes": 4}),
+    ]
+    for n, error in zip((1, 2, 4, 8), errors, strict=True):
+        knobs = {"n_buckets": None, "chunk": 16, "n_hashes": n}
+        hashed = replicated("reformer", 2.1 - better * n, count=2, variant_params=knobs)
+        cells += [{**one, "softmax_error": error + jump * one["replicate"] * (n == 8)} for one in hashed]
+    return cells
+
+
+@pytest.mark.parametrize(
+    ("cells", "verdict", "says"),
+    [
+        ({"sharing": 0.005}, HOLDS, ""),
+        ({"sharing": 0.1}, PARTLY, "not so: it costs 11 % of perplexity"),
+        ({"sharing": 0.005, "errors": (0.5, 0.6, 0.4, 0.2)}, PARTLY, "not so: more rounds do not always"),
+        ({"sharing": 0.005, "errors": (0.3, 0.28, 0.26, 0.1), "jump": 0.25}, PARTLY, "not beyond the spread"),
+        ({"sharing": 0.005, "better": 0.05}, PARTLY, "and in loss go from +0.0"),
+        ({"sharing": 0.005, "power": 1.4}, PARTLY, "not so: FLOPs grow as T to the power 1.4"),
+        ({"sharing": 0.1, "errors": (0.2, 0.3, 0.4, 0.5), "power": 2.0}, FAILS, "perplexity"),
+    ],
+)
+def test_hashing(cells: dict[str, Any], verdict: str, says: str, tmp_path: Path) -> None:
+    found = claim_09_hashing.judge(frame_of(hash_cells(**cells), tmp_path))
+    assert found.verdict == verdict, found
+    assert says in found.condition
+
+
+# --- 11: large terms ------------------------------------------------------------------------------
+
+
+def mass_cells(*, few: float, caught: float, count: int = 3, jitter: float = 0.01) -> Cells:
+    mass = [few * (k + 1) / 6 for k in range(6)] + [0.9, 0.95]
+    found = replicated("dense", 2.0, count=count, seq_len=512)
+    for one in found:
+        off = jitter * (one["replicate"] - 1)
+        one["attention_mass"] = [value + off for value in mass]
+        one["attention_mass_uniform"] = [2**k / 384 for k in range(8)]
+        one |= {"cluster_mass": caught + off, "cluster_mass_uniform": 0.05, "cluster_mass_best": 0.7}
+    return found
+
+
+@pytest.mark.parametrize(
+    ("cells", "verdict", "says"),
+    [
+        ({"few": 0.7, "caught": 0.6}, HOLDS, ""),
+        ({"few": 0.7, "caught": 0.3}, PARTLY, "not so: clusters catch 30 % of a row's mass, 6.0 times"),
+        ({"few": 0.3, "caught": 0.6}, PARTLY, "not so: the 32 largest terms have 30 %"),
+        ({"few": 0.52, "caught": 0.6, "jitter": 0.05}, PARTLY, "the 32 largest terms have 52 %"),
+        ({"few": 0.3, "caught": 0.3}, FAILS, "leave 70 % out"),
+        ({"few": 0.7, "caught": 0.6, "count": 1, "jitter": 0}, PARTLY, "times what as many alike"),
+    ],
+)
+def test_large_terms(cells: dict[str, Any], verdict: str, says: str, tmp_path: Path) -> None:
+    found = claim_11_large_terms.judge(frame_of(mass_cells(**cells), tmp_path))
+    assert found.verdict == verdict, found
+    assert says in found.condition
+
+
+# --- 13: linear estimates -------------------------------------------------------------------------
+
+
+def estimate_cells(
+    *,
+    features: tuple[float, ...] = (0.24, 0.12, 0.06),
+    ranks: tuple[float, ...] = (0.4, 0.2, 0.05),
+    before: tuple[float, ...] = (0.08, 0.04, 0.02),
+    power: float = 1.0,
+    perplexity: float = 8.0,
+) -> Cells:
+    cells = [*planned("linformer", 1.0, objective="mlm"), *planned("performer", power)]
+    for (variant, size), errors in {("performer", "n_features"): features, ("linformer", "k"): ranks}.items():
+        for n, error, first in zip((16, 64, 256), errors, before, strict=True):
+            own = replicated(variant, 2.1, count=2, variant_params={size: n}, perplexity=perplexity)
+            for one in own:
+                off = 1 + 0.02 * one["replicate"]
+                cells.append({**one, "softmax_error": error * off, "softmax_error_initial": first * off})
+    return cells
+
+
+@pytest.mark.parametrize(
+    ("cells", "verdict", "says"),
+    [
+        ({}, HOLDS, ""),
+        ({"power": 1.2}, PARTLY, "not so: FLOPs of attention do not grow linearly"),
+        ({"before": (0.3, 0.28, 0.26)}, PARTLY, "performer's error does not fall as a root"),
+        (
+            {"before": (0.3, 0.4, 0.5)},
+            PARTLY,
+            "not so: performer does not come closer with more of them, even",
+        ),
+        ({"features": (0.8, 0.4, 0.2)}, PARTLY, "trained performers are off by 20 %"),
+        ({"features": (0.2, 0.1, 0.11)}, PARTLY, "trained performers do not come closer"),
+        ({"features": (0.9, 0.8, 0.7), "before": (0.8, 0.7, 0.6)}, PARTLY, "not so: performer's error"),
+        ({"perplexity": 26.0}, PARTLY, "the linformers looked at have hardly learnt"),
+        ({"before": (0.3, 0.4, 0.5), "power": 2.0}, FAILS, "linearly"),
+    ],
+)
+def test_linear_estimates(cells: dict[str, Any], verdict: str, says: str, tmp_path: Path) -> None:
+    found = claim_13_linear_estimates.judge(frame_of(estimate_cells(**cells), tmp_path))
+    assert found.verdict == verdict, found
+    assert says in found.condition
+
+
+def test_ranks_of_dense_weights_are_shown_beside(tmp_path: Path) -> None:
+    masked = cell("dense", objective="mlm", attention_rank_error=[0.9, 0.7, 0.5, 0.2, 0.0], **TRAINED)
+    found = claim_13_linear_estimates.judge(frame_of([*estimate_cells(), masked], tmp_path))
+    assert "90 % at rank 1, 50 % at rank 4, 0.0 % at rank 16" in found.predicted
+
+
+# --- all ------------------------------------------------------------------------------------------
+
+CLAIMS: dict[Any, Cells] = {
+    claim_03_overlapping_chunks: chunk_cells(edge=0.2, left=0.0),
+    claim_07_segment_memory: segment_cells(without=2.1, chunked=2.1),
+    claim_08_compressed_memory: memory_cells(mean=2.05, largest=2.05),
+    claim_09_hashing: hash_cells(sharing=0.005),
+    claim_11_large_terms: mass_cells(few=0.7, caught=0.6),
+    claim_13_linear_estimates: estimate_cells(),
+}
+every_claim = pytest.mark.parametrize("claim", CLAIMS, ids=lambda claim: claim.__name__.rpartition(".")[2])
+
+
+@every_claim
+def test_what_is_missing_is_said(claim: Any, tmp_path: Path) -> None:
+    """Without any one variant there is a finding or a line that names a variant, never another error."""
+    cells = CLAIMS[claim]
+    for number, variant in enumerate({one["variant"] for one in cells}):
+        rest = [one for one in cells if one["variant"] != variant]
+        other = rest or [cell("longformer", **TRAINED)]
+        with pytest.raises(Missing, match=r"variant=\w+"):
+            claim.judge(frame_of(other, tmp_path / str(number)))
+
+
+@every_claim
+def test_cells_of_other_settings_do_not_take_part(claim: Any, tmp_path: Path) -> None:
+    """Another length, trained longer: with its own loss it would turn the verdict."""
+    cells = CLAIMS[claim]
+    before = claim.judge(frame_of(cells, tmp_path / "alone"))
+    others = [
+        {**one, "seq_len": 128, "tokens_trained": 1_000, "nll": 9.0 * (place + 1)}
+        for place, one in enumerate(itertools.islice((c for c in cells if "nll" in c), 4))
+        if "attention_mass" not in one or claim is claim_11_large_terms
+    ]
+    after = claim.judge(frame_of([*cells, *others], tmp_path / "mixed"))
+    assert isinstance(after, Finding)
+    assert after.verdict == before.verdict
