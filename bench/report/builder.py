@@ -15,6 +15,7 @@ from bench.report import (
     findings,
     memory,
     noise,
+    page,
     rates,
     recall,
     statistics,
@@ -74,6 +75,7 @@ def build_report(folder: Path, *, plots: bool = True) -> Path:
     for name in ("exponents", "crossovers", "pareto"):
         _write_if_any(report / f"{name}.csv", getattr(found.findings, name))
     write_atomically(report / "summary.md", summary.text(collected, found, pictures))
+    write_atomically(report / "index.html", page.html(collected, found))
     with replacing(report / "cells.parquet") as file:
         file.write(tables.parquet(collected.records))
     return report

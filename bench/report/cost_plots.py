@@ -47,13 +47,13 @@ class Curve:
 
 @dataclass(frozen=True)
 class CostPlot:
-    """One kind of figure. `show` makes a tick label of a value; `binary` asks for powers of two."""
+    """One kind of figure. `unit` shows a value, `short` for a tick; `binary` asks for powers of two."""
 
     stem: str
     title: str
     axis: str
     curves: tuple[Curve, ...]
-    show: Callable[[float], str]
+    unit: Callable[..., str]
     binary: bool = False
 
     def draw(self, cells: pd.DataFrame, look: Look) -> Figure | None:
@@ -78,6 +78,9 @@ class CostPlot:
         canvas.dress(figure, self.title, look.setting, _footer(cells, look), self._legend(cells, look))
         return figure
 
+    def _tick(self, value: float) -> str:
+        return self.unit(value, short=True)
+
     def _axes(self, axes: list[Axes], cells: pd.DataFrame, rows: int) -> float:
         """Scales, limits and ticks of all panels; returns the top of the data, in data units.
 
@@ -98,7 +101,7 @@ class CostPlot:
             lengths = cells["seq_len"]
             axis.set_xlim(lengths.min() / 1.25, lengths.max() * 1.25)
             canvas.lengths_axis(axis.xaxis, lengths)
-            canvas.human_axis(axis.yaxis, 2.0**low, 2.0**top, self.show, binary=self.binary)
+            canvas.human_axis(axis.yaxis, 2.0**low, 2.0**top, self._tick, binary=self.binary)
             axis.set_xlabel("sequence length (tokens)")
             if number % canvas.COLUMNS == 0:
                 axis.set_ylabel(self.axis)
@@ -239,24 +242,20 @@ def interval_of(counts: pd.Series[int]) -> str:
     )
 
 
-def _ticks(show: Callable[..., str]) -> Callable[[float], str]:
-    return lambda value: show(value, short=True)
-
-
 PLOTS = (
     CostPlot(
         "step_time",
         "Time of a training step against sequence length",
         "time of a step",
         (Curve("step_seconds_median", spread=("step_seconds_low", "step_seconds_high")),),
-        _ticks(units.seconds),
+        units.seconds,
     ),
     CostPlot(
         "throughput",
         "Training throughput against sequence length",
         "tokens per second",
         (Curve("tokens_per_second_median", spread=("tokens_per_second_low", "tokens_per_second_high")),),
-        _ticks(units.rate),
+        units.rate,
     ),
     CostPlot(
         "peak_memory",
@@ -266,7 +265,7 @@ PLOTS = (
             Curve("peak_measured", spread=("peak_bytes_low", "peak_bytes_high")),
             Curve("peak_only_predicted", "predicted", dashed=True, hollow=True),
         ),
-        _ticks(units.size),
+        units.size,
         binary=True,
     ),
     CostPlot(
@@ -277,6 +276,6 @@ PLOTS = (
             Curve("flops_executed_step", "executed"),
             Curve("flops_algorithmic_step", "algorithmic", dashed=True),
         ),
-        _ticks(units.flops),
+        units.flops,
     ),
 )
