@@ -55,6 +55,7 @@ class CostPlot:
     curves: tuple[Curve, ...]
     unit: Callable[..., str]
     binary: bool = False
+    more_is_better: bool = False
 
     def draw(self, cells: pd.DataFrame, look: Look) -> Figure | None:
         """The figure, or None where no cell has any of its figures."""
@@ -256,6 +257,7 @@ PLOTS = (
         "tokens per second",
         (Curve("tokens_per_second_median", spread=("tokens_per_second_low", "tokens_per_second_high")),),
         units.rate,
+        more_is_better=True,
     ),
     CostPlot(
         "peak_memory",

@@ -16,7 +16,7 @@ import vl_convert
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
-from bench.report import summary, tables
+from bench.report import summary
 from bench.report.collect import Collected
 from bench.report.page import document, lists
 from bench.report.page.symbols import DARK
@@ -36,10 +36,12 @@ def html(collected: Collected, found: Found) -> str:
     if contents["figures"] or contents["pareto"]:
         scripts.insert(0, charts_library())
     frame = collected.frame
-    shown = {mark: words.replace("*", "") for mark, words in summary.NOTES.items() if mark != tables.DRIFT}
+    said = "".join(text for column in contents["table"] for text in column["text"])
+    notes = {mark: words.replace("*", "") for mark, words in summary.NOTES.items() if mark in said}
     return page.from_string(_file("template.html")).render(
         names=", ".join(sorted(frame["name"].unique())),
         style=Markup(_file("page.css").replace("$DARK", DARK)),
+        count=len(frame),
         contents=contents,
         document=Markup(_json(contents)),
         scripts=[Markup(script) for script in scripts],
@@ -52,8 +54,9 @@ def html(collected: Collected, found: Found) -> str:
             "lost": lists.failures(frame),
             "contaminated": lists.contaminated(frame),
             "fits": lists.fits(found.fits),
+            "payoff": lists.payoff(found.payoff),
         },
-        notes=shown,
+        notes=notes,
     )
 
 

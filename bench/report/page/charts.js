@@ -23,12 +23,12 @@ const looks = (label) => ({ label, colour: paint(label), outline: doc.styles[lab
 const opacity = (strong) => ({ condition: { test: "hot === '' || datum.label === hot", value: strong }, value: 0.12 * strong });
 const raw = (field) => ({ field, type: "nominal", scale: null, legend: null });
 /** Markers as the plots have them: hollow where `hollow`, filled by half where a variant's is. */
-function markers(position, tooltip) {
+function markers(position, tooltip, transform = []) {
   const back = tone("back");
   return [
-    { mark: { type: "point", size: 75, strokeWidth: 1.4, opacity: 1 }, encoding: { ...position, tooltip, shape: raw("outline"), stroke: raw("colour"), opacity: opacity(1),
+    { transform, mark: { type: "point", size: 75, strokeWidth: 1.4, opacity: 1 }, encoding: { ...position, tooltip, shape: raw("outline"), stroke: raw("colour"), opacity: opacity(1),
       fill: { condition: { test: "datum.hollow || datum.half !== null", value: back }, ...raw("colour") } } },
-    { transform: [{ filter: "datum.half !== null && !datum.hollow" }],
+    { transform: [...transform, { filter: "datum.half !== null && !datum.hollow" }],
       mark: { type: "point", size: 75, strokeWidth: 0, opacity: 1 }, encoding: { ...position, tooltip, shape: raw("half"), fill: raw("colour"), opacity: opacity(1) } },
   ];
 }
@@ -36,12 +36,13 @@ function markers(position, tooltip) {
 /** Draw a specification into an element; what is under the pointer there stands out in every chart. */
 async function draw(figure, spec) {
   const ink = tone("ink"), quiet = tone("quiet");
-  const style = { labelColor: quiet, titleColor: ink, gridColor: tone("grid"), domainColor: tone("line"), tickColor: tone("line"), titleFontWeight: "normal", labelFontSize: 11, titleFontSize: 12, labelOverlap: true };
+  const style = { labelColor: quiet, titleColor: ink, gridColor: tone("grid"), domainColor: tone("line"), tickColor: tone("line"), titleFontWeight: "normal", labelFontSize: 11, titleFontSize: 12, labelOverlap: true, labelSeparation: 6 };
   const room = figure.querySelector(".chart");
   if (figure.view) { views.delete(figure.view); figure.view.finalize(); figure.view = null; }
   if (spec === null) { room.replaceChildren(make("p", { class: "empty" }, "Nothing to draw for this choice.")); return; }
   const whole = { width: "container", height: HEIGHT, autosize: { type: "fit-x", contains: "padding" }, background: null, description: figure.dataset.title,
     params: [{ name: "hot", value: "" }], config: { font: getComputedStyle(document.body).fontFamily, view: { stroke: null }, axis: style }, ...spec };
+  room.style.minHeight = "0";
   const drawn = await vegaEmbed(room, whole, { mode: "vega-lite", renderer: "svg", actions: false, ast: true, tooltip: { theme: "custom" } });
   figure.view = drawn.view;
   views.add(drawn.view);
@@ -71,7 +72,7 @@ function costSpec(figure) {
   const lengths = ascending([...rows, ...lost].map((row) => row.length));
   const cost = { type: "quantitative", scale: { type: "log", base: 2, domain: ends.domain, nice: false }, axis: ticked(ends.ticks, { title: figure.axis }) };
   const tooltip = [["name", "variant"], ["length", "length"], ["text", figure.axis], ["replicates", "replicates"]].map(([field, title]) => ({ field, title, type: "nominal" }));
-  if (lengths.length < 2) return dots(rows, cost, tooltip, lengths[0], figure.axis);
+  if (lengths.length < 2) return dots(rows, cost, tooltip, lengths[0], figure);
   const x = { field: "length", type: "quantitative", scale: { type: "log", base: 2, domain: [lengths[0] / 1.15, lengths.at(-1) * 1.15], nice: false },
     axis: ticked(lengths.map((length) => [length, doc.lengths[length]]), { title: "sequence length (tokens)", grid: false }) };
   const position = { x, y: { ...cost, field: "value" } };
@@ -81,18 +82,19 @@ function costSpec(figure) {
     { transform: [{ filter: "datum.low !== null" }, count, several], mark: { type: "area" }, encoding: { x, y: { ...cost, field: "low" }, y2: { field: "high" }, detail: { field: "group" }, fill: raw("colour"), opacity: opacity(0.18) } },
     { transform: [count, several], mark: { type: "line", strokeWidth: 1.8 }, encoding: { ...position, detail: { field: "group" }, stroke: raw("colour"), opacity: opacity(1),
       strokeDash: { condition: { test: "datum.dashed", value: [5, 4] }, value: [1, 0] } } },
-    ...markers(position, tooltip),
+    ...markers(position, tooltip, [count, { filter: "!datum.dashed || datum.hollow || datum.count < 2" }]),
     { data: { values: lost }, mark: { type: "point", size: 60, strokeWidth: 2, shape: CROSS, y: { expr: `datum.place * ${STRIP} - 4` } },
-      encoding: { x, stroke: raw("colour"), opacity: { condition: { test: "datum.whole", value: 1 }, value: 0.4 },
+      encoding: { x, stroke: raw("colour"), opacity: { condition: { test: "datum.whole", value: 1 }, value: 0.5 },
         tooltip: ["label", "length", "status", "reason"].map((field) => ({ field, type: "nominal", title: field === "label" ? "variant" : field })) } },
   ] };
 }
 
-/** Of a single length: a row a variant instead of a line, the least on top. */
-function dots(rows, cost, tooltip, length, title) {
-  const y = { field: "name", type: "nominal", sort: { field: "value", op: "min", order: "ascending" }, axis: { title: null, grid: true, labelLimit: 130 } };
+/** Of a single length: a row a variant instead of a line, the best on top. */
+function dots(lines, cost, tooltip, length, figure) {
+  const rows = lines.map((row) => ({ ...row, hollow: row.hollow || row.dashed }));
+  const y = { field: "name", type: "nominal", sort: { field: "value", op: "min", order: figure.more_is_better ? "descending" : "ascending" }, axis: { title: null, grid: true, labelLimit: 130 } };
   const { axis: { values, labelExpr }, scale } = cost;
-  const x = { field: "value", type: "quantitative", scale, axis: { values, labelExpr, title: `${title} at length ${full(length)}` } };
+  const x = { field: "value", type: "quantitative", scale, axis: { values, labelExpr, title: `${figure.axis} at length ${full(length)}` } };
   const each = distinct(rows.map((row) => row.name)).length;
   return { height: Math.max(120, 24 * each), data: { values: rows }, layer: [
     { transform: [{ filter: "datum.low !== null" }], mark: { type: "rule" }, encoding: { y, x: { ...x, field: "low" }, x2: { field: "high" }, stroke: raw("colour"), opacity: opacity(1) } },
@@ -126,8 +128,8 @@ function refresh(figure) {
   figure.stale = !figure.near;
   if (figure.near) draw(figure, figure.spec());
 }
-function place(host, title, spec) {
-  const figure = make("figure", { "data-title": title }, make("figcaption", {}, title), make("div", { class: "chart" }));
+function place(host, title, note, spec) {
+  const figure = make("figure", { "data-title": title }, make("figcaption", {}, title, " ", make("span", { class: "note" }, note)), make("div", { class: "chart" }));
   Object.assign(figure, { spec, stale: true, near: false });
   host.append(figure);
   waiting.observe(figure);
@@ -160,8 +162,8 @@ function tick(all) {
   redraw();
 }
 
-for (const figure of doc.figures) place($("figures"), figure.title, () => costSpec(figure));
-if (doc.pareto.length) place($("pareto-figure"), "Quality against cost, trained on equally many tokens", paretoSpec);
+for (const figure of doc.figures) place($("figures"), figure.title, figure.curves.filter((curve) => curve.name).map((curve) => `${curve.hollow ? "hollow" : curve.dashed ? "dashed or hollow" : "solid"}: ${curve.name}`).join(", "), () => costSpec(figure));
+if (doc.pareto.length) place($("pareto-figure"), "Quality against cost, trained on equally many tokens", "the line joins what nothing beats in both", paretoSpec);
 if (!doc.figures.length && !doc.pareto.length) $("charts").hidden = true;
 $("charts").addEventListener("change", (event) => event.target.tagName === "SELECT" && redraw());
 $("all").addEventListener("click", () => tick(true));

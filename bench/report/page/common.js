@@ -33,13 +33,17 @@ function swatch(label) {
   return drawn;
 }
 
-/** Fill a select with [value, text] pairs, keeping what is chosen where it is still there. */
-function offer(select, pairs, preferred = null) {
+/** A variant's marker and name, on one line. */
+const nameOf = (label, text) => make("span", { class: "name" }, swatch(label), make("span", {}, text));
+
+/** Fill a select with [value, text] pairs, keeping what is chosen where it is still there; one that leaves no
+    choice is hidden unless it is to `stay`. */
+function offer(select, pairs, { preferred = null, stay = false } = {}) {
   const before = select.options.length ? select.value : preferred;
   select.replaceChildren(...pairs.map(([value, text]) => make("option", { value }, text)));
   const wanted = pairs.find(([value]) => String(value) === String(before));
   select.value = String((wanted ?? pairs[0] ?? [""])[0]);
-  select.closest("div").hidden = pairs.length < 2;
+  select.closest("div").hidden = pairs.length < 2 && !stay;
 }
 
 const distinct = (values) => [...new Set(values)];
@@ -55,5 +59,7 @@ function inSetting() {
 const onSetting = []; // what to do when another setting is chosen
 if ($("setting")) {
   $("setting").replaceChildren(...doc.settings.map((words, value) => make("option", { value }, words)));
+  const sizes = doc.settings.map((_, place) => doc.setting.filter((setting) => setting === place).length);
+  $("setting").value = String(sizes.indexOf(Math.max(...sizes)));
   $("setting").addEventListener("change", () => onSetting.forEach((act) => act()));
 }

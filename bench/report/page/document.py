@@ -29,6 +29,7 @@ def data(frame: pd.DataFrame, found: Found) -> Json:
     peaks = [tables.peak(row) for _, row in rows.iterrows()]
     return {
         "settings": [describe(values, apart) or describe(values, COMMON) for values, _ in settings],
+        "tasks": [describe(values, ("objective", "corpus")) for values, _ in settings],
         "setting": [places[key] for key in rows[list(COMMON)].itertuples(index=False, name=None)],
         "label": list(rows["label"]),
         "leaks": [bool(leaks) for leaks in rows["leaks"]],

@@ -59,7 +59,12 @@ def cost_figures(cells: pd.DataFrame) -> list[Json]:
 
 
 def _head(plot: CostPlot) -> Json:
-    return {"stem": plot.stem, "title": plot.title, "axis": plot.axis}
+    return {
+        "stem": plot.stem,
+        "title": plot.title.removesuffix(" against sequence length"),
+        "axis": plot.axis,
+        "more_is_better": plot.more_is_better,
+    }
 
 
 def _curves(plot: CostPlot, cells: pd.DataFrame) -> list[Json]:

@@ -9,7 +9,8 @@ from typing import Any
 import pandas as pd
 
 from bench.report import budget_tables, noise_tables, tables, units
-from bench.report.groups import FIT, GROUP, SETTING, TRAINING, training, varying
+from bench.report.groups import FIT, GROUP, PAYOFF, SETTING, TRAINING, training, varying
+from bench.report.interval_cells import interval, timed
 from bench.report.markdown import shortened
 
 TITLES = {"label": "variant", "seq_len": "length", "d_model": "width", "batch_size": "batch"}
@@ -71,6 +72,27 @@ def fits(cells: pd.DataFrame) -> Listed:
     apart = [key for key in varying(cells, FIT) if key not in ("budget_bytes", "seq_len", "batch_size")]
     names = ["label", "activations", "depth", *apart, "budget"]
     return _listed(rows, [*names, "batch_size", "longest sequence", "seq_len", "largest batch"])
+
+
+def payoff(cells: pd.DataFrame) -> Listed:
+    """What training at the largest batch that fits yields; takes `budgets.payoff_cells`."""
+    if cells.empty:
+        return Listed([], [])
+    rows = [row for _, row in cells.iterrows()]
+    shown = pd.DataFrame(
+        {
+            **{TITLES.get(key, key): cells[key] for key in ("label", "activations", "seq_len", "depth")},
+            **{key: cells[key] for key in varying(cells, PAYOFF) if key not in ("budget_bytes", "seq_len")},
+            "budget": [units.size(value, short=True) for value in cells["budget_bytes"]],
+            "largest batch": [budget_tables.largest(row) for row in rows],
+            "throughput": [timed(row, "tokens_per_second", units.rate) for row in rows],
+            "95 % interval": interval(rows, "tokens_per_second", "rate"),
+            "/ keep": [units.ratio(value) for value in cells["gain"]],
+            "replicates": cells["replicates"],
+            "status": cells["status"],
+        }
+    )
+    return _listed(shown, list(shown.columns))
 
 
 def environments(frame: pd.DataFrame) -> Listed:

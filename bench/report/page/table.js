@@ -25,7 +25,7 @@ function filtered() {
 
 function row(cell) {
   return make("tr", {}, ...doc.table.map((column, place) => (place === 0
-    ? make("th", { scope: "row" }, swatch(doc.label[cell]), column.text[cell])
+    ? make("th", { scope: "row" }, nameOf(doc.label[cell], column.text[cell]))
     : make("td", { class: looksRight[place] ? "number" : null, title: column.title === "status" && doc.reason[cell] ? doc.reason[cell] : null }, column.text[cell]))));
 }
 
@@ -33,7 +33,7 @@ function list() {
   const found = filtered();
   const part = shown.all ? found : found.slice(0, ROWS);
   $("table").tBodies[0].replaceChildren(...part.map(row));
-  $("count").textContent = `${full(found.length)} of ${full(inSetting().length)} cells` + (part.length < found.length ? `, the first ${ROWS} shown` : "");
+  $("count").textContent = `${full(found.length)} of ${full(inSetting().length)} cell${inSetting().length === 1 ? "" : "s"}` + (part.length < found.length ? `, the first ${ROWS} shown` : "");
   $("more").hidden = part.length === found.length;
   $("more").textContent = `Show all ${full(found.length)}`;
 }
