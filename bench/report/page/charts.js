@@ -110,7 +110,9 @@ function paretoSpec() {
   if (!rows.length) return null;
   const ends = axis(rows.flatMap((row) => [row.value, row.low, row.high].filter((v) => v !== null)), cost.ticks);
   const x = { field: "value", type: "quantitative", scale: { type: "log", base: 2, domain: ends.domain, nice: false }, axis: ticked(ends.ticks, { title: cost.name }) };
-  const y = { field: "quality", type: "quantitative", scale: { zero: false, padding: 12 }, axis: { title: pool.axis, tickCount: 6 } };
+  const span = rows.flatMap((row) => [row.quality, row.worst, row.most].filter((v) => v !== null));
+  const [least, most] = [Math.min(...span), Math.max(...span)], margin = 0.08 * (most - least) || 0.05;
+  const y = { field: "quality", type: "quantitative", scale: { zero: false, nice: false, domain: [least - margin, most + margin] }, axis: { title: pool.axis, tickCount: 6 } };
   const tooltip = [["name", "variant"], ["activations", "activations"], ["text", cost.name], ["said", "quality"]].map(([field, title]) => ({ field, title, type: "nominal" }));
   const bar = (from, to, encoding) => ({ transform: [{ filter: `datum.${from} !== null` }], mark: { type: "rule" }, encoding: { ...encoding, stroke: raw("colour"), opacity: opacity(0.8) } });
   return { data: { values: rows }, layer: [
