@@ -133,7 +133,10 @@ def facts(collected: Collected, found: Found) -> dict[str, str]:
 
 def _head(collected: Collected, found: Found) -> str:
     names = ", ".join(sorted(collected.frame["name"].unique()))
-    lines = [f"# {escape(names)}\n", *(f"- {key}: {escape(value)}" for key, value in facts(collected, found).items())]
+    lines = [
+        f"# {escape(names)}\n",
+        *(f"- {key}: {escape(value)}" for key, value in facts(collected, found).items()),
+    ]
     lines += [f"- **{escape(warning)}**" for warning in warnings(collected)]
     lines += [f"  - {escape(problem)}" for problem in collected.problems]
     return "\n".join(lines) + "\n"

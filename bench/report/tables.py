@@ -14,7 +14,7 @@ from bench import records
 from bench.records import Record
 from bench.report import markdown, units
 from bench.report.collect import UNKNOWN, spoken
-from bench.report.groups import GROUP, SETTING, TRAINING, describe, split, varying
+from bench.report.groups import GROUP, SETTING, TRAINING, describe, split, training, varying
 from bench.report.interval_cells import against, interval, marked_range, timed
 from bench.report.markdown import Column, escape
 from bench.report.statistics import DRIFT_LIMIT, distinct
@@ -258,6 +258,13 @@ def _knobs(row: pd.Series[Any]) -> str:
 def or_dash(value: object) -> str:
     text = "" if value is None or value != value else str(value)
     return escape(markdown.shortened(text)) or units.MISSING
+
+
+def trained(row: pd.Series[Any]) -> str:
+    """On what and on how much a row's model was trained, and how it was scored: '400 k tokens, test'."""
+    values = {key: row[key] for key in (*TRAINING, "seq_len")}
+    known = [key for key in TRAINING if key != "learning_rate" and not pd.isna(values[key])]
+    return ", ".join(training(values, known))
 
 
 def failed(frame: pd.DataFrame) -> pd.DataFrame:

@@ -1,4 +1,4 @@
-"""index.html: the report as one file that opens offline, with a chooser, charts and a table to sort and filter.
+"""index.html: the report as one file that opens offline: a chooser, charts, a table to sort and filter.
 
 All that it needs is inside, and its content policy forbids all else: only the scripts that were put there
 run, known by their hashes, so that no text of a record can become one.
@@ -19,6 +19,7 @@ from markupsafe import Markup
 from bench.report import summary
 from bench.report.collect import Collected
 from bench.report.page import document, lists
+from bench.report.page.figures import Json
 from bench.report.page.symbols import DARK
 from bench.report.summary import Found
 
@@ -63,13 +64,14 @@ def html(collected: Collected, found: Found) -> str:
 @cache
 def charts_library() -> str:
     """Vega-Lite with all that it needs, as one script."""
-    script = vl_convert.javascript_bundle(vl_version=VEGA_LITE).replace("\r", "\n")
+    entry = "window.vegaEmbed = vegaEmbed;"
+    script = vl_convert.javascript_bundle(entry, vl_version=VEGA_LITE).replace("\r", "\n")
     for end in ("</script", "<!--"):
         assert end not in script, f"a script with {end} in it cannot stand in a page"
     return script
 
 
-def _json(contents: document.Json) -> str:
+def _json(contents: Json) -> str:
     """JSON that can stand in a page: nothing in it ends the element that holds it."""
     text = json.dumps(contents, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     return text.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")

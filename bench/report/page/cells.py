@@ -9,7 +9,7 @@ from typing import Any, TypeAlias
 import pandas as pd
 
 from bench.report import interval_cells, tables, units
-from bench.report.groups import CELL, TRAINING, training
+from bench.report.groups import CELL
 from bench.report.page.figures import Json, numbers
 
 Row: TypeAlias = "pd.Series[Any]"
@@ -109,14 +109,16 @@ def rows(cost: pd.DataFrame, quality: pd.DataFrame) -> pd.DataFrame:
     """The cost cells, each with the quality of its best training, and `peak_shown`: measured, else predicted.
 
     Of several trainings that with the most tokens counts, scored on the split *test* where there is one;
-    of its learning rates that of the least mean loss. `trained` says which in words; `score` is the accuracy, else the perplexity.
+    of its learning rates that of the least mean loss. `trained` says which in words; `score` is
+    the accuracy, else the perplexity.
     """
     cells = cost.assign(peak_shown=cost["peak_bytes_median"].fillna(cost["peak_bytes_predicted"]))
     quality = quality.drop(columns="leaks", errors="ignore")
     order = quality.assign(other=quality["eval_split"] != "test", fewer=-quality["tokens_trained"])
     order = order.sort_values(["other", "fewer", "nll_mean", "learning_rate"], kind="stable")
     best = order.drop_duplicates(list(CELL)).drop(columns=["other", "fewer"])
-    best = best.assign(trained=[_training(row) for _, row in best.iterrows()])
+    words = [tables.trained(row) for _, row in best.iterrows()]
+    best = best.assign(trained=pd.Series(words, index=best.index, dtype="str"))
     cells = cells.merge(best, on=list(CELL), how="left", validate="one_to_one")
     score = cells["accuracy_mean"].fillna(cells["perplexity_mean"])
     return cells.assign(trained=cells["trained"].fillna(""), score=score)
@@ -124,12 +126,7 @@ def rows(cost: pd.DataFrame, quality: pd.DataFrame) -> pd.DataFrame:
 
 def score(row: Row) -> str:
     """What ranks the quality of a cell, in words: its accuracy where it has one, else its perplexity."""
-    return _perplexity(row) if pd.isna(row["accuracy_mean"]) else _accuracy(row)
-
-
-def _training(row: Row) -> str:
-    known = [key for key in TRAINING if key != "learning_rate" and not pd.isna(row[key])]
-    return ", ".join(training(row.to_dict(), known))
+    return _perplexity(row) if units.missing(row["accuracy_mean"]) else _accuracy(row)
 
 
 def table(cells: pd.DataFrame) -> list[Json]:

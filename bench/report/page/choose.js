@@ -105,7 +105,7 @@ function offerChoices() {
   offer($("choose-depth"), named(depths), { stay: true });
   choose();
 }
-$("choice").addEventListener("input", choose);
+for (const event of ["input", "change"]) $("choice").addEventListener(event, choose);
 $("choice").addEventListener("submit", (event) => event.preventDefault());
 onSetting.push(offerChoices);
 offerChoices();

@@ -9,7 +9,7 @@ from typing import Any
 import pandas as pd
 
 from bench.report import budget_tables, noise_tables, tables, units
-from bench.report.groups import FIT, GROUP, PAYOFF, SETTING, TRAINING, training, varying
+from bench.report.groups import FIT, GROUP, PAYOFF, SETTING, TRAINING, varying
 from bench.report.interval_cells import interval, timed
 from bench.report.markdown import shortened
 
@@ -41,14 +41,9 @@ def failures(frame: pd.DataFrame) -> Listed:
     rows = tables.failed(frame).rename(columns={"replicate": "replicates"})
     apart = varying(frame, SETTING)
     if varying(frame, TRAINING):
-        rows["training"] = [_training(row) for _, row in rows.iterrows()]
+        rows["training"] = [tables.trained(row) for _, row in rows.iterrows()]
         apart = [*apart, "training"]
     return _listed(rows, ["label", "seq_len", "depth", *apart, "replicates", "status", "reason"])
-
-
-def _training(row: pd.Series[Any]) -> str:
-    known = [key for key in TRAINING if not pd.isna(row[key])]
-    return ", ".join(training(row.to_dict(), known))
 
 
 def contaminated(frame: pd.DataFrame) -> Listed:

@@ -1,4 +1,4 @@
-"""A variant's marker and colour for a browser: the plots' own markers as SVG paths, and a dark mode's colours."""
+"""A variant's marker and colour for a browser: the plots' own, as SVG paths and with colours for the dark."""
 
 from __future__ import annotations
 

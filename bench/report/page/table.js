@@ -61,7 +61,7 @@ function offerFilters() {
   offer($("filter-activations"), any(named(doc.strategies.filter((name) => own.some((cell) => doc.activations[cell] === name)))));
   list();
 }
-$("filters").addEventListener("input", () => { shown.all = false; list(); });
+for (const event of ["input", "change"]) $("filters").addEventListener(event, () => { shown.all = false; list(); });
 $("filters").addEventListener("reset", () => setTimeout(list));
 $("filters").addEventListener("submit", (event) => event.preventDefault());
 $("more").addEventListener("click", () => { shown.all = true; list(); });
