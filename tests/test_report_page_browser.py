@@ -77,7 +77,7 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> Pages:
         ],
         "hostile": lambda: [
             record("dense"),
-            record(HOSTILE),
+            record(HOSTILE, cell_id="name"),
             failed("error", HOSTILE, variant="chunked"),
             failed("oom", HOSTILE, variant="longformer", seq_len=1024),
         ],

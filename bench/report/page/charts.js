@@ -41,7 +41,7 @@ async function draw(figure, spec) {
   if (figure.view) { views.delete(figure.view); figure.view.finalize(); figure.view = null; }
   if (spec === null) { room.replaceChildren(make("p", { class: "empty" }, "Nothing to draw for this choice.")); return; }
   const whole = { width: "container", height: HEIGHT, autosize: { type: "fit-x", contains: "padding" }, background: null, description: figure.dataset.title,
-    params: [{ name: "hot", value: "" }], config: { font: getComputedStyle(document.body).fontFamily, view: { stroke: null }, axis: style }, ...spec };
+    params: [{ name: "hot", value: "" }], config: { font: getComputedStyle(document.body).fontFamily, view: { stroke: null }, axis: style, axisY: { minExtent: 52 } }, ...spec };
   room.style.minHeight = "0";
   const drawn = await vegaEmbed(room, whole, { mode: "vega-lite", renderer: "svg", actions: false, ast: true, tooltip: { theme: "custom" } });
   figure.view = drawn.view;

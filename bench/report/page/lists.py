@@ -40,7 +40,7 @@ def failures(frame: pd.DataFrame) -> Listed:
     """Every record that is not ok, with its reason; replicates that say the same share a row."""
     rows = tables.failed(frame).rename(columns={"replicate": "replicates"})
     apart = varying(frame, SETTING)
-    if varying(frame, TRAINING):
+    if any(frame[key].nunique() > 1 for key in TRAINING):
         rows["training"] = [tables.trained(row) for _, row in rows.iterrows()]
         apart = [*apart, "training"]
     return _listed(rows, ["label", "seq_len", "depth", *apart, "replicates", "status", "reason"])
