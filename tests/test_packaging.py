@@ -77,6 +77,8 @@ def assert_works_away_from_checkout(environment: Path, elsewhere: Path) -> None:
 def test_wheel_has_all_code_and_configs_and_nothing_else(wheel: Path) -> None:
     names = contents(wheel)
     code = tree("bench", "*.py") | tree("variants", "*.py") | tree("bench/report", "*.mplstyle")
+    code |= {path for kind in ("html", "css", "js") for path in tree("bench/report/page", f"*.{kind}")}
+    assert len([path for path in code if path.endswith(".js")]) > 1
     code = {path.removeprefix("bench/plugins/") for path in code}  # Hydra's namespace is its own top level
     configs = {f"bench/{path}" for path in tree("configs", "*.yaml")}
     assert configs, "the checkout has no configs"

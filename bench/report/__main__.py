@@ -47,6 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     images = len(list((report / "plots").glob("*.png")))
     print(f"report: {shown(report / 'summary.md')}")
+    print(f"page:   {shown(report / 'index.html')} (open it in a browser; it needs no network)")
     print(f"also:   summary.csv, summary.tex, cells.parquet and {images} plots (png, svg) in {shown(report)}")
     return 0
 

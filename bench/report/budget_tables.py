@@ -29,16 +29,18 @@ def fits(cells: pd.DataFrame) -> str:
     for depth in sorted(cells["depth"].unique()):
         at = {(c["label"], c["activations"]): c for _, c in cells[cells["depth"] == depth].iterrows()}
         found = [at.get(row) for row in rows]
-        columns.append(Column(f"depth {depth}: longest", [_longest(cell) for cell in found]))
-        columns.append(Column(f"depth {depth}: batch", [_largest(cell) for cell in found]))
+        columns.append(Column(f"depth {depth}: longest", [longest(cell) for cell in found]))
+        columns.append(Column(f"depth {depth}: batch", [largest(cell) for cell in found]))
     return markdown.table(columns)
 
 
-def _longest(cell: pd.Series[Any] | None) -> str:
+def longest(cell: pd.Series[Any] | None) -> str:
+    """The longest sequence that fits, in words."""
     return units.MISSING if cell is None else _found(cell, "longest_seq_len", LONGEST)
 
 
-def _largest(cell: pd.Series[Any] | None) -> str:
+def largest(cell: pd.Series[Any] | None) -> str:
+    """The largest batch that fits, in words."""
     return units.MISSING if cell is None else _found(cell, "largest_batch_size", LARGEST)
 
 

@@ -17,6 +17,7 @@ from bench.report import (
     findings,
     memory,
     noise,
+    page,
     rates,
     recall,
     statistics,
@@ -88,6 +89,7 @@ def build_report(folder: Path, *, plots: bool = True, all_plots: bool = False) -
         _write_if_any(report / f"{name}.csv", getattr(found.findings, name))
     write_atomically(report / "summary.md", summary.text(collected, found, pictures, notes))
     write_atomically(report / "summary.tex", summary_tex.text(collected, found))
+    write_atomically(report / "index.html", page.html(collected, found))
     with replacing(report / "cells.parquet") as file:
         file.write(tables.parquet(collected.records, collected.stale))
     return report

@@ -41,14 +41,15 @@ DEPTH = Along("depth", "depth", "depth (blocks)", "seq_len", lambda n: f"{units.
 
 @dataclass(frozen=True)
 class CostPlot:
-    """One kind of figure. `show` makes a tick label of a value; `binary` asks for powers of two."""
+    """One kind of figure. `unit` shows a value, `short` for a tick; `binary` asks for powers of two."""
 
     name: str
     what: str
     axis: str
     curves: tuple[Curve, ...]
-    show: Callable[[float], str]
+    unit: Callable[..., str]
     binary: bool = False
+    more_is_better: bool = False
     along: Along = LENGTH
 
     @property
@@ -83,6 +84,9 @@ class CostPlot:
         canvas.dress(figure, self.title, look.setting, _footer(cells, look), self._legend(cells, look))
         return figure
 
+    def _tick(self, value: float) -> str:
+        return self.unit(value, short=True)
+
     def _axes(self, axes: list[Axes], cells: pd.DataFrame, rows: int) -> float:
         """Scales, limits and ticks of all panels; returns the top of the data, in data units.
 
@@ -103,7 +107,7 @@ class CostPlot:
             places = cells[self.along.x]
             axis.set_xlim(places.min() / 1.25, places.max() * 1.25)
             canvas.lengths_axis(axis.xaxis, places)
-            canvas.human_axis(axis.yaxis, 2.0**low, 2.0**top, self.show, binary=self.binary)
+            canvas.human_axis(axis.yaxis, 2.0**low, 2.0**top, self._tick, binary=self.binary)
             axis.set_xlabel(self.along.label)
             if number % canvas.COLUMNS == 0:
                 axis.set_ylabel(self.axis)
@@ -181,24 +185,21 @@ def _footer(cells: pd.DataFrame, look: Look) -> str:
     return f"{look.footer} · {replicates(cells['replicates'])}"
 
 
-def _ticks(show: Callable[..., str]) -> Callable[[float], str]:
-    return lambda value: show(value, short=True)
-
-
 BY_LENGTH = (
     CostPlot(
         "step_time",
         "Time of a training step",
         "time of a step",
         (Curve("step_seconds_median", spread=("step_seconds_low", "step_seconds_high")),),
-        _ticks(units.seconds),
+        units.seconds,
     ),
     CostPlot(
         "throughput",
         "Training throughput",
         "tokens per second",
         (Curve("tokens_per_second_median", spread=("tokens_per_second_low", "tokens_per_second_high")),),
-        _ticks(units.rate),
+        units.rate,
+        more_is_better=True,
     ),
     CostPlot(
         "peak_memory",
@@ -208,7 +209,7 @@ BY_LENGTH = (
             Curve("peak_measured", spread=("peak_bytes_low", "peak_bytes_high")),
             Curve("peak_only_predicted", "predicted", dashed=True, hollow=True),
         ),
-        _ticks(units.size),
+        units.size,
         binary=True,
     ),
     CostPlot(
@@ -219,7 +220,7 @@ BY_LENGTH = (
             Curve("flops_executed_step", "executed"),
             Curve("flops_algorithmic_step", "algorithmic", dashed=True),
         ),
-        _ticks(units.flops),
+        units.flops,
     ),
 )
 BY_DEPTH = tuple(replace(plot, along=DEPTH) for plot in BY_LENGTH)

@@ -57,7 +57,7 @@ def _found(row: pd.Series[Any]) -> str:
 
 def contaminated(frame: pd.DataFrame) -> str:
     """Every finished record whose samples something else disturbed, with what it was."""
-    found = _disturbed(frame)
+    found = disturbed(frame)
     if found.empty:
         return ""
     found = found.sort_values([*GROUP, "label", "seq_len", "replicate"])
@@ -76,7 +76,7 @@ def contaminated(frame: pd.DataFrame) -> str:
 
 def warning(frame: pd.DataFrame) -> list[str]:
     """That there are such cells, for the head; nothing where there are none."""
-    count = len(_disturbed(frame))
+    count = len(disturbed(frame))
     cells = f"{count} cell{'s' if count > 1 else ''}"
     return (
         [f"{cells} timed while something else ran: contaminated, {CONTAMINATED} in the tables"]
@@ -85,5 +85,6 @@ def warning(frame: pd.DataFrame) -> list[str]:
     )
 
 
-def _disturbed(frame: pd.DataFrame) -> pd.DataFrame:
+def disturbed(frame: pd.DataFrame) -> pd.DataFrame:
+    """The finished records whose samples something else disturbed."""
     return frame[(frame["status"] == "ok") & frame["contaminated"].notna()]

@@ -117,12 +117,13 @@ def _section(title: str, body: str, marks: Sequence[str], lead: str = "") -> str
     return markdown.section(title, body, {mark: NOTES[mark] for mark in marks}, lead)
 
 
-def _head(collected: Collected, found: Found, notes: Sequence[str]) -> str:
+def facts(collected: Collected, found: Found) -> dict[str, str]:
+    """What the head says of an experiment, by name: machine, dates, versions, counts, noise."""
     frame = collected.frame
     counts = frame["status"].value_counts()
     statuses = ", ".join(f"{counts[s]} {s}" for s in STATUSES if s in counts)
     replicates = frame["replicate"].nunique()
-    facts = {
+    return {
         "machine": machines(frame),
         "dates": dates(frame),
         "torch": ", ".join(sorted(frame["torch_version"].dropna().unique())) or UNKNOWN,
@@ -131,18 +132,24 @@ def _head(collected: Collected, found: Found, notes: Sequence[str]) -> str:
         **noise_tables.facts(found.noise),
         **audits.facts(collected.every),
     }
-    names = ", ".join(sorted(frame["name"].unique()))
-    lines = [f"# {escape(names)}\n", *(f"- {key}: {escape(value)}" for key, value in facts.items())]
-    lines += [f"- **{warning}**" for warning in (*notes, *_warnings(collected))]
+
+
+def _head(collected: Collected, found: Found, notes: Sequence[str]) -> str:
+    names = ", ".join(sorted(collected.frame["name"].unique()))
+    lines = [
+        f"# {escape(names)}\n",
+        *(f"- {key}: {escape(value)}" for key, value in facts(collected, found).items()),
+    ]
+    lines += [f"- **{escape(warning)}**" for warning in (*notes, *warnings(collected))]
     lines += [f"  - {escape(problem)}" for problem in collected.problems]
     return "\n".join(lines) + "\n"
 
 
-def _warnings(collected: Collected) -> list[str]:
+def warnings(collected: Collected) -> list[str]:
     """What a reader must know before trusting a comparison; unread files come last."""
     frame, found = collected.frame, []
     mixed = frame.groupby("variant")["code_sha256"].nunique()
-    names = [escape(name) for name in mixed.index[mixed > 1]]
+    names = [str(name) for name in mixed.index[mixed > 1]]
     if names:
         found.append(f"measured by several versions of the code: {', '.join(names)}")
     if collected.stale:

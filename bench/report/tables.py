@@ -15,7 +15,7 @@ from bench.records import Record
 from bench.report import markdown, units
 from bench.report.collect import UNKNOWN, spoken
 from bench.report.columns import Column, each
-from bench.report.groups import GROUP, SETTING, TRAINING, describe, split, varying
+from bench.report.groups import GROUP, SETTING, TRAINING, describe, split, training, varying
 from bench.report.interval_cells import against, interval, marked_range, timed
 from bench.report.statistics import DRIFT_LIMIT, distinct
 
@@ -101,7 +101,7 @@ def cost(cells: pd.DataFrame) -> list[Column]:
         Column("95 % of ratio", marked_range(ratio_ends, cells["rounds"])),
         each(cells, "throughput", "tokens_per_second_median", units.rate),
         each(cells, "utilisation", "mfu", units.percent),
-        Column("peak memory", [_peak(row) for row in rows]),
+        Column("peak memory", [peak(row) for row in rows]),
         each(cells, "memory / dense", "peak_bytes_ratio", units.ratio),
         each(cells, "algorithmic FLOPs", "flops_algorithmic_step", units.flops),
         each(cells, "executed FLOPs", "flops_executed_step", units.flops),
@@ -111,7 +111,7 @@ def cost(cells: pd.DataFrame) -> list[Column]:
     ]
 
 
-def _peak(row: pd.Series[Any]) -> str:
+def peak(row: pd.Series[Any]) -> str:
     """Measured peak memory, else the prediction with its mark."""
     measured = not pd.isna(row["peak_bytes_median"])
     value = row["peak_bytes_median"] if measured else row["peak_bytes_predicted"]
@@ -249,18 +249,30 @@ def or_dash(value: object) -> str:
     return markdown.shortened(text) or units.MISSING
 
 
-def failures(frame: pd.DataFrame) -> str:
-    """Every record that is not ok, with its reason; replicates that say the same share a row."""
-    failed = frame[frame["status"] != "ok"]
-    if failed.empty:
-        return ""
-    failed = failed.assign(reason=failed["reason"].fillna("no reason recorded"))
-    apart = [key for key in TRAINING if frame[key].nunique() > 1]
+def trained(row: pd.Series[Any]) -> str:
+    """On what and on how much a row's model was trained, and how it was scored: '400 k tokens, test'."""
+    values = {key: row[key] for key in (*TRAINING, "seq_len")}
+    known = [key for key in TRAINING if key != "learning_rate" and not pd.isna(values[key])]
+    return ", ".join(training(values, known))
+
+
+def failed(frame: pd.DataFrame) -> pd.DataFrame:
+    """One row a failure: the keys, `status`, `reason` and the replicates that say the same, in words."""
+    rows = frame[frame["status"] != "ok"]
+    rows = rows.assign(reason=rows["reason"].fillna("no reason recorded"))
     keys = [*GROUP, *TRAINING, "label", "seq_len", "status", "reason"]
-    found = failed.groupby(keys, sort=True, dropna=False)["replicate"].agg(
+    found = rows.groupby(keys, sort=True, dropna=False)["replicate"].agg(
         lambda v: ", ".join(str(r) for r in sorted(v))
     )
-    table = found.reset_index()
+    return found.reset_index()
+
+
+def failures(frame: pd.DataFrame) -> str:
+    """Every record that is not ok, with its reason; replicates that say the same share a row."""
+    table = failed(frame)
+    if table.empty:
+        return ""
+    apart = [key for key in TRAINING if frame[key].nunique() > 1]
     return markdown.table(
         [
             each(table, "variant", "label", str, right=False, optional=False),

@@ -1,0 +1,175 @@
+// Cost against length and quality against cost, drawn by Vega-Lite from the rows of what is chosen.
+const MOST_TICKS = 7, HEIGHT = 270, STRIP = 11;
+const CROSS = "M-1,-1L1,1M-1,1L1,-1";
+const night = matchMedia("(prefers-color-scheme: dark)");
+const views = new Set();
+const hidden = new Set();
+const tone = (name) => getComputedStyle(document.documentElement).getPropertyValue(`--${name}`).trim();
+
+/** Ends and ticks of a logarithmic axis: the finest level that is not too many; room for `rows` of crosses above. */
+function axis(values, levels, rows = 0) {
+  let low = Math.log2(Math.min(...values)), high = Math.log2(Math.max(...values));
+  const margin = Math.max(0.06 * (high - low), 0.2);
+  low -= margin; high += margin;
+  const inside = levels.map((level) => level.filter(([at]) => at >= 2 ** low && at <= 2 ** high));
+  const ticks = inside.find((level) => level.length <= MOST_TICKS) ?? inside.at(-1);
+  const top = low + (high - low) / (1 - (rows * STRIP + (rows ? 6 : 0)) / HEIGHT);
+  return { domain: [2 ** low, 2 ** top], ticks };
+}
+const ticked = (ticks, more) => ({ values: ticks.map(([at]) => at), labelExpr: `(${JSON.stringify(Object.fromEntries(ticks))})[datum.value]`, ...more });
+const paint = (label) => doc.styles[label][night.matches ? "dark" : "colour"];
+const looks = (label) => ({ label, colour: paint(label), outline: doc.styles[label].outline, half: doc.styles[label].half });
+
+const opacity = (strong) => ({ condition: { test: "hot === '' || datum.label === hot", value: strong }, value: 0.12 * strong });
+const raw = (field) => ({ field, type: "nominal", scale: null, legend: null });
+/** Markers as the plots have them: hollow where `hollow`, filled by half where a variant's is. */
+function markers(position, tooltip, transform = []) {
+  const back = tone("back");
+  return [
+    { transform, mark: { type: "point", size: 75, strokeWidth: 1.4, opacity: 1 }, encoding: { ...position, tooltip, shape: raw("outline"), stroke: raw("colour"), opacity: opacity(1),
+      fill: { condition: { test: "datum.hollow || datum.half !== null", value: back }, ...raw("colour") } } },
+    { transform: [...transform, { filter: "datum.half !== null && !datum.hollow" }],
+      mark: { type: "point", size: 75, strokeWidth: 0, opacity: 1 }, encoding: { ...position, tooltip, shape: raw("half"), fill: raw("colour"), opacity: opacity(1) } },
+  ];
+}
+
+/** Draw a specification into an element; what is under the pointer there stands out in every chart. */
+async function draw(figure, spec) {
+  const ink = tone("ink"), quiet = tone("quiet");
+  const style = { labelColor: quiet, titleColor: ink, gridColor: tone("grid"), domainColor: tone("line"), tickColor: tone("line"), titleFontWeight: "normal", labelFontSize: 11, titleFontSize: 12, labelOverlap: true, labelSeparation: 6 };
+  const room = figure.querySelector(".chart");
+  if (figure.view) { views.delete(figure.view); figure.view.finalize(); figure.view = null; }
+  if (spec === null) { room.replaceChildren(make("p", { class: "empty" }, "Nothing to draw for this choice.")); return; }
+  const whole = { width: "container", height: HEIGHT, autosize: { type: "fit-x", contains: "padding" }, background: null, description: figure.dataset.title,
+    params: [{ name: "hot", value: "" }], config: { font: getComputedStyle(document.body).fontFamily, view: { stroke: null }, axis: style, axisY: { minExtent: 52 } }, ...spec };
+  room.style.minHeight = "0";
+  const drawn = await vegaEmbed(room, whole, { mode: "vega-lite", renderer: "svg", actions: false, ast: true, tooltip: { theme: "custom" } });
+  figure.view = drawn.view;
+  views.add(drawn.view);
+  drawn.view.addEventListener("mouseover", (_, item) => item?.datum?.label && heat(item.datum.label));
+  drawn.view.addEventListener("mouseout", () => heat(""));
+}
+const heat = (label) => views.forEach((view) => view.signal("hot", label).runAsync());
+
+function costRows(figure, chosen) {
+  return figure.curves.flatMap((curve) => chosen.filter((cell) => curve.value[cell] !== null).map((cell) => ({
+    ...looks(doc.label[cell]), name: doc.label[cell] + (doc.leaks[cell] ? "†" : ""), length: doc.length[cell], value: curve.value[cell],
+    low: curve.low?.[cell] ?? null, high: curve.high?.[cell] ?? null, text: curve.text[cell] + (curve.name ? ` (${curve.name})` : ""),
+    group: `${doc.label[cell]}\n${curve.name}`, dashed: curve.dashed, hollow: curve.hollow, replicates: doc.replicate_counts[cell] })));
+}
+
+function costSpec(figure) {
+  const depth = Number($("chart-depth").value), way = $("chart-activations").value;
+  const chosen = inSetting().filter((cell) => doc.depth[cell] === depth && doc.activations[cell] === way && !hidden.has(doc.label[cell]));
+  const rows = costRows(figure, chosen);
+  if (!rows.length) return null;
+  const tall = {};
+  const lost = chosen.filter((cell) => doc.finished[cell] < doc.records[cell]).map((cell) => {
+    const place = tall[doc.length[cell]] = (tall[doc.length[cell]] ?? 0) + 1;
+    return { ...looks(doc.label[cell]), length: doc.length[cell], place: Math.min(place, 8), whole: doc.finished[cell] === 0, status: doc.status[cell], reason: doc.reason[cell] };
+  });
+  const ends = axis(rows.flatMap((row) => [row.value, row.low, row.high].filter((v) => v !== null)), figure.ticks, Math.min(Math.max(0, ...Object.values(tall)), 8));
+  const lengths = ascending([...rows, ...lost].map((row) => row.length));
+  const cost = { type: "quantitative", scale: { type: "log", base: 2, domain: ends.domain, nice: false }, axis: ticked(ends.ticks, { title: figure.axis }) };
+  const tooltip = [["name", "variant"], ["length", "length"], ["text", figure.axis], ["replicates", "replicates"]].map(([field, title]) => ({ field, title, type: "nominal" }));
+  if (lengths.length < 2) return dots(rows, cost, tooltip, lengths[0], figure);
+  const x = { field: "length", type: "quantitative", scale: { type: "log", base: 2, domain: [lengths[0] / 1.15, lengths.at(-1) * 1.15], nice: false },
+    axis: ticked(lengths.map((length) => [length, doc.lengths[length]]), { title: "sequence length (tokens)", grid: false }) };
+  const position = { x, y: { ...cost, field: "value" } };
+  const several = { filter: { field: "count", gte: 2 } };
+  const count = { joinaggregate: [{ op: "count", as: "count" }], groupby: ["group"] };
+  return { data: { values: rows }, layer: [
+    { transform: [{ filter: "datum.low !== null" }, count, several], mark: { type: "area" }, encoding: { x, y: { ...cost, field: "low" }, y2: { field: "high" }, detail: { field: "group" }, fill: raw("colour"), opacity: opacity(0.18) } },
+    { transform: [count, several], mark: { type: "line", strokeWidth: 1.8 }, encoding: { ...position, detail: { field: "group" }, stroke: raw("colour"), opacity: opacity(1),
+      strokeDash: { condition: { test: "datum.dashed", value: [5, 4] }, value: [1, 0] } } },
+    ...markers(position, tooltip, [count, { filter: "!datum.dashed || datum.hollow || datum.count < 2" }]),
+    { data: { values: lost }, mark: { type: "point", size: 60, strokeWidth: 2, shape: CROSS, y: { expr: `datum.place * ${STRIP} - 4` } },
+      encoding: { x, stroke: raw("colour"), opacity: { condition: { test: "datum.whole", value: 1 }, value: 0.5 },
+        tooltip: ["label", "length", "status", "reason"].map((field) => ({ field, type: "nominal", title: field === "label" ? "variant" : field })) } },
+  ] };
+}
+
+/** Of a single length: a row a variant instead of a line, the best on top. */
+function dots(lines, cost, tooltip, length, figure) {
+  const rows = lines.map((row) => ({ ...row, hollow: row.hollow || row.dashed }));
+  const y = { field: "name", type: "nominal", sort: { field: "value", op: "min", order: figure.more_is_better ? "descending" : "ascending" }, axis: { title: null, grid: true, labelLimit: 130 } };
+  const { axis: { values, labelExpr }, scale } = cost;
+  const x = { field: "value", type: "quantitative", scale, axis: { values, labelExpr, title: `${figure.axis} at length ${full(length)}` } };
+  const each = distinct(rows.map((row) => row.name)).length;
+  return { height: Math.max(120, 24 * each), data: { values: rows }, layer: [
+    { transform: [{ filter: "datum.low !== null" }], mark: { type: "rule" }, encoding: { y, x: { ...x, field: "low" }, x2: { field: "high" }, stroke: raw("colour"), opacity: opacity(1) } },
+    ...markers({ x, y }, tooltip)] };
+}
+
+function paretoSpec() {
+  const pool = doc.pareto[Number($("pool").value)], cost = pool?.costs[Number($("cost").value)];
+  if (!cost) return null;
+  const rows = pool.label.map((label, place) => ({ ...looks(label), name: label + (pool.leaks[place] ? "†" : ""), hollow: pool.leaks[place], activations: pool.activations[place],
+    value: cost.value[place], low: cost.low[place], high: cost.high[place], text: cost.text[place], front: cost.front[place], quality: pool.quality.value[place],
+    worst: pool.quality.low[place], most: pool.quality.high[place], said: pool.quality.text[place] })).filter((row) => row.value !== null && !hidden.has(row.label));
+  if (!rows.length) return null;
+  const ends = axis(rows.flatMap((row) => [row.value, row.low, row.high].filter((v) => v !== null)), cost.ticks);
+  const x = { field: "value", type: "quantitative", scale: { type: "log", base: 2, domain: ends.domain, nice: false }, axis: ticked(ends.ticks, { title: cost.name }) };
+  const span = rows.flatMap((row) => [row.quality, row.worst, row.most].filter((v) => v !== null));
+  const [least, most] = [Math.min(...span), Math.max(...span)], margin = 0.08 * (most - least) || 0.05;
+  const y = { field: "quality", type: "quantitative", scale: { zero: false, nice: false, domain: [least - margin, most + margin] }, axis: { title: pool.axis, tickCount: 6 } };
+  const tooltip = [["name", "variant"], ["activations", "activations"], ["text", cost.name], ["said", "quality"]].map(([field, title]) => ({ field, title, type: "nominal" }));
+  const bar = (from, to, encoding) => ({ transform: [{ filter: `datum.${from} !== null` }], mark: { type: "rule" }, encoding: { ...encoding, stroke: raw("colour"), opacity: opacity(0.8) } });
+  return { data: { values: rows }, layer: [
+    { transform: [{ filter: "datum.front" }], mark: { type: "line", interpolate: "step-after", color: tone("quiet"), strokeWidth: 1 }, encoding: { x, y } },
+    bar("low", "high", { y, x: { ...x, field: "low" }, x2: { field: "high" } }), bar("worst", "most", { x, y: { ...y, field: "worst" }, y2: { field: "most" } }),
+    ...markers({ x, y }, tooltip)] };
+}
+
+/** A chart's place on the page; it is drawn when it first comes near the screen, and again when the choice changes. */
+const waiting = new IntersectionObserver((entries) => entries.forEach(({ target, isIntersecting }) => {
+  target.near = isIntersecting;
+  if (isIntersecting && target.stale) refresh(target);
+}), { rootMargin: "300px" });
+function refresh(figure) {
+  figure.stale = !figure.near;
+  if (figure.near) draw(figure, figure.spec());
+}
+function place(host, title, note, spec) {
+  const figure = make("figure", { "data-title": title }, make("figcaption", {}, title, " ", make("span", { class: "note" }, note)), make("div", { class: "chart" }));
+  Object.assign(figure, { spec, stale: true, near: false });
+  host.append(figure);
+  waiting.observe(figure);
+}
+const redraw = () => document.querySelectorAll("#charts figure").forEach(refresh);
+
+function offerCharts() {
+  const own = inSetting();
+  offer($("chart-depth"), named(ascending(own.map((cell) => doc.depth[cell]))));
+  offer($("chart-activations"), named(doc.strategies.filter((name) => own.some((cell) => doc.activations[cell] === name))));
+  const pools = doc.pareto.map((pool, number) => [number, pool.pool]).filter(([number]) => doc.pareto[number].setting === Number($("setting")?.value ?? 0));
+  $("pareto").hidden = !pools.length;
+  offer($("pool"), pools);
+  if (pools.length) offer($("cost"), doc.pareto[Number($("pool").value)].costs.map((cost, number) => [number, cost.name]));
+  $("legend").replaceChildren(...distinct(own.map((cell) => doc.label[cell])).map((label) => {
+    const box = make("input", { type: "checkbox", value: label });
+    box.checked = !hidden.has(label);
+    box.addEventListener("change", () => { hidden[box.checked ? "delete" : "add"](label); redraw(); });
+    const entry = make("label", {}, box, swatch(label), label);
+    for (const [event, hot] of [["pointerenter", label], ["pointerleave", ""], ["focusin", label], ["focusout", ""]]) entry.addEventListener(event, () => heat(hot));
+    return entry;
+  }));
+  redraw();
+}
+function tick(all) {
+  for (const box of $("legend").querySelectorAll("input")) {
+    box.checked = all;
+    hidden[all ? "delete" : "add"](box.value);
+  }
+  redraw();
+}
+
+for (const figure of doc.figures) place($("figures"), figure.title, figure.curves.filter((curve) => curve.name).map((curve) => `${curve.hollow ? "hollow" : curve.dashed ? "dashed or hollow" : "solid"}: ${curve.name}`).join(", "), () => costSpec(figure));
+if (doc.pareto.length) place($("pareto-figure"), "Quality against cost, trained on equally many tokens", "the line joins what nothing beats in both", paretoSpec);
+if (!doc.figures.length && !doc.pareto.length) $("charts").hidden = true;
+$("charts").addEventListener("change", (event) => event.target.tagName === "SELECT" && redraw());
+$("all").addEventListener("click", () => tick(true));
+$("none").addEventListener("click", () => tick(false));
+night.addEventListener("change", redraw);
+onSetting.push(offerCharts);
+offerCharts();

@@ -1,0 +1,401 @@
+"""index.html in a real browser: drawn, sorted, filtered, asked, at two widths, light and dark, by keyboard.
+
+Screenshots of every page go to tests/shots, for people to look at.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from selenium import webdriver
+from selenium.webdriver.common.action_chains import ActionChains
+from selenium.webdriver.common.by import By
+from selenium.webdriver.common.keys import Keys
+from selenium.webdriver.remote.webelement import WebElement
+from selenium.webdriver.support.ui import Select, WebDriverWait
+from test_report import failed, record, sweep, write
+from test_report_page import HOSTILE, two_thousand_cells
+
+from bench.report import build
+
+SHOTS = Path(__file__).parent / "shots"
+CHECKS = (Path(__file__).parent / "page_checks.js").read_text()
+Pages = Callable[[str], Path]
+"""The page of an experiment by name."""
+PATIENCE = 60
+"""Seconds to wait for what happens at once on an idle machine."""
+CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
+pytestmark = pytest.mark.skipif(
+    not (CHROMIUM and DRIVER) and os.environ.get("CI") != "true",
+    reason="no chromium or chromedriver here (Debian: apt-get install chromium chromium-driver)",
+)
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[webdriver.Chrome]:
+    assert CHROMIUM, "chromium is needed where CI=true"
+    assert DRIVER, "chromedriver is needed where CI=true"
+    options = webdriver.ChromeOptions()
+    options.binary_location = CHROMIUM
+    profile = tmp_path_factory.mktemp("profile")
+    # no sandbox: inside a container, as root, Chromium cannot make one
+    for argument in ("headless=new", "no-sandbox", "disable-dev-shm-usage", "disable-gpu", "hide-scrollbars"):
+        options.add_argument(f"--{argument}")
+    options.add_argument(f"--user-data-dir={profile}")
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(DRIVER))
+    driver.set_page_load_timeout(PATIENCE)
+    yield driver
+    driver.quit()
+
+
+@pytest.fixture(scope="module")
+def pages(tmp_path_factory: pytest.TempPathFactory) -> Pages:
+    """The page of an experiment by name, built when it is first asked for."""
+    home = tmp_path_factory.mktemp("pages")
+    elsewhere = {"device": "cuda", "device_name": "Example GPU 80GB", "threads": 16}
+    experiments = {
+        "sweep": sweep,
+        "single": lambda: [record()],
+        "failed": lambda: [
+            failed("oom", "needs 3.1 GiB, limit 2 GiB", variant=name, seq_len=length)
+            for name in ("dense", "chunked")
+            for length in (512, 1024)
+        ],
+        "mixed": lambda: [
+            record(name, length, **where, cell_id=f"{name}-{length}-{len(where)}")
+            for where in ({}, elsewhere)
+            for name in ("dense", "chunked", *(["longformer"] if where else []))
+            for length in (512, 1024)
+        ],
+        "hostile": lambda: [
+            record("dense"),
+            record(HOSTILE, cell_id="name"),
+            failed("error", HOSTILE, variant="chunked"),
+            failed("oom", HOSTILE, variant="longformer", seq_len=1024),
+        ],
+    }
+
+    def page(name: str) -> Path:
+        folder = home / name
+        if not folder.exists():
+            found = [*experiments[name]()]
+            build(write(folder, found), plots=False)
+        return folder / "report" / "index.html"
+
+    return page
+
+
+def show(browser: webdriver.Chrome, page: Path, *, width: int = 1280, dark: bool = False) -> None:
+    """Open a page in a window of that width and colour scheme; nothing of it is in the logs yet."""
+    for kind in ("browser", "performance"):
+        browser.get_log(kind)
+    size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": False}
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+    _prefer(browser, dark)
+    browser.get(page.as_uri())
+
+
+def _prefer(browser: webdriver.Chrome, dark: bool) -> None:
+    """A colour scheme, and no motion: what is scrolled to is there at once."""
+    features = {"prefers-color-scheme": "dark" if dark else "light", "prefers-reduced-motion": "reduce"}
+    wanted = [{"name": name, "value": value} for name, value in features.items()]
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": wanted})
+
+
+def whole(browser: webdriver.Chrome, width: int) -> None:
+    """Make the window as tall as the page, so that every chart is near the screen, and wait for them."""
+    height = browser.execute_script("return document.documentElement.scrollHeight")
+    size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": False}
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+    drawn = """return [...document.querySelectorAll('#charts figure')].every(
+        (figure) => !figure.checkVisibility() || figure.querySelector('svg.marks, .empty'))"""
+    wait(browser, lambda: browser.execute_script(drawn))
+
+
+def wait(browser: webdriver.Chrome, condition: Callable[[], Any]) -> Any:
+    return WebDriverWait(browser, PATIENCE, poll_frequency=0.05).until(lambda _: condition())
+
+
+def shoot(browser: webdriver.Chrome, name: str) -> None:
+    SHOTS.mkdir(exist_ok=True)
+    picture = browser.execute_cdp_cmd("Page.captureScreenshot", {"format": "png"})["data"]
+    (SHOTS / f"{name}.png").write_bytes(base64.b64decode(picture))
+
+
+def complaints(browser: webdriver.Chrome) -> list[str]:
+    return [entry["message"] for entry in browser.get_log("browser")]
+
+
+def requested(browser: webdriver.Chrome) -> set[str]:
+    """Every address that the browser asked for since the page was opened."""
+    events = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
+    return {e["params"]["request"]["url"] for e in events if e["method"] == "Network.requestWillBeSent"}
+
+
+def find(browser: webdriver.Chrome, selector: str) -> list[WebElement]:
+    return browser.find_elements(By.CSS_SELECTOR, selector)
+
+
+def one(browser: webdriver.Chrome, selector: str) -> WebElement:
+    return browser.find_element(By.CSS_SELECTOR, selector)
+
+
+def column(browser: webdriver.Chrome, table: str, title: str) -> list[str]:
+    """The texts of a column of a table, from the top."""
+    script = """
+        const table = document.querySelector(arguments[0]);
+        const place = [...table.tHead.rows[0].cells].findIndex((c) => c.innerText.trim() === arguments[1]);
+        return [...table.tBodies[0].rows].map((row) => row.cells[place].innerText.trim());
+    """
+    texts: list[str] = browser.execute_script(script, table, title)
+    return texts
+
+
+def wrong(browser: webdriver.Chrome, check: str) -> list[Any]:
+    """What a function of page_checks.js finds."""
+    found: list[Any] = browser.execute_script(f"{CHECKS}\nreturn {check}()")
+    return found
+
+
+@pytest.mark.parametrize("width", [1280, 390])
+@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
+@pytest.mark.parametrize("name", ["sweep", "single", "failed", "mixed", "hostile"])
+def test_a_page_fits_its_window_and_asks_for_nothing(
+    browser: webdriver.Chrome, pages: Pages, name: str, width: int, dark: bool
+) -> None:
+    """No scroll sideways, nothing over something else, no word on the console, no request but the page."""
+    page = pages(name)
+    show(browser, page, width=width, dark=dark)
+    whole(browser, width)
+    shoot(browser, f"{name}-{width}-{'dark' if dark else 'light'}")
+    assert browser.execute_script("return document.documentElement.scrollWidth") <= width
+    assert wrong(browser, "overlaps") == []
+    assert wrong(browser, "crowded") == []
+    assert complaints(browser) == []
+    assert {url for url in requested(browser) if not url.startswith("data:")} == {page.as_uri()}
+    assert browser.execute_script("return window.pwned") is None
+
+
+def test_the_policy_stops_a_script_that_comes_in_later(browser: webdriver.Chrome, pages: Pages) -> None:
+    show(browser, pages("single"))
+    late = "const s = document.createElement('script'); s.text = 'window.pwned = 1'; document.body.append(s)"
+    browser.execute_script(late)
+    assert browser.execute_script("return window.pwned") is None
+    assert any("Content Security Policy" in message for message in complaints(browser))
+
+
+def test_a_click_on_a_column_sorts_by_its_figure(browser: webdriver.Chrome, pages: Pages) -> None:
+    show(browser, pages("sweep"))
+    seconds = {"ms": 1e-3, "s": 1.0}
+    head = one(browser, "#table thead th:nth-child(4)")
+    button = head.find_element(By.TAG_NAME, "button")
+    assert button.text == "step time"
+    assert head.get_attribute("aria-sort") == "none"
+    for down in (False, True):
+        button.click()
+        assert head.get_attribute("aria-sort") == ("descending" if down else "ascending")
+        shown = column(browser, "#table", "step time")
+        assert len(shown) == 32
+        assert shown[-2:] == ["–", "–"], "what was not taken comes last, whichever way"
+        figures = [float(text.split()[0]) * seconds[text.split()[1]] for text in shown[:-2]]
+        assert figures == sorted(figures, reverse=down)
+    heads = [h.get_attribute("aria-sort") for h in find(browser, "#table thead th")]
+    assert heads.count("descending") == 1
+    assert heads.count("none") == len(heads) - 1
+
+
+def test_filters_narrow_the_table_and_are_cleared(browser: webdriver.Chrome, pages: Pages) -> None:
+    show(browser, pages("sweep"))
+    one(browser, "#search").send_keys("LONG")
+    assert set(column(browser, "#table", "variant")) == {"longformer"}
+    Select(one(browser, "#filter-length")).select_by_visible_text("2,048")
+    assert column(browser, "#table", "length") == ["2048", "2048"]
+    assert one(browser, "#count").text == "2 of 32 cells"
+    one(browser, "#search").clear()
+    one(browser, "#search").send_keys("limit 2")
+    assert one(browser, "#count").text == "0 of 32 cells"
+    one(browser, "#filters button[type=reset]").click()
+    wait(browser, lambda: one(browser, "#count").text == "32 of 32 cells")
+
+
+def test_the_chooser_ranks_what_fits(browser: webdriver.Chrome, pages: Pages) -> None:
+    """By hand: which fit follows from the peaks that the records have, the order from their figures."""
+    show(browser, pages("sweep"))
+    Select(one(browser, "#choose-length")).select_by_visible_text("4,096")
+    Select(one(browser, "#choose-depth")).select_by_visible_text("4")
+    finished = {"chunked", "longformer"}
+    assert set(column(browser, "#by-speed", "variant")) == finished
+    found = [r for r in sweep() if (r.seq_len, r.depth, r.status) == (4096, 4, "ok")]
+    times = {name: [r.step_seconds_median or 0 for r in found if r.variant == name] for name in finished}
+    fastest = {name: sorted(own)[1] for name, own in times.items()}
+    assert column(browser, "#by-speed", "variant") == sorted(fastest, key=lambda name: fastest[name])
+    best = {name: sum(r.perplexity or 0 for r in found if r.variant == name) for name in finished}
+    assert column(browser, "#by-quality", "variant") == sorted(best, key=lambda name: best[name])
+    assert "dense (oom)" in one(browser, "#left-out").text
+    assert "overlapping (timeout)" in one(browser, "#left-out").text
+
+    peaks = {name: max(r.peak_bytes or 0 for r in found if r.variant == name) for name in finished}
+    Select(one(browser, "#budget-unit")).select_by_visible_text("MiB")
+    one(browser, "#budget").send_keys(str(min(peaks.values()) / 2**20 - 1))
+    assert not one(browser, "#answers").is_displayed()
+    assert one(browser, "#chosen").text.startswith("0 of 4 recorded at length 4,096, depth 4 fit into")
+    assert "Too large:" in one(browser, "#left-out").text
+    one(browser, "#budget").clear()
+    one(browser, "#budget").send_keys("100000")
+    assert set(column(browser, "#by-speed", "variant")) == finished
+
+
+def test_the_chooser_says_where_quality_was_measured(browser: webdriver.Chrome, tmp_path: Path) -> None:
+    """Where no model was trained at the length that is asked for, the nearest one speaks, and is named."""
+    untrained = dict.fromkeys(("nll", "perplexity", "bits_per_byte", "word_perplexity"))
+    planned = {**untrained, "step_seconds_median": None, "peak_bytes_source": "predicted"}
+    found = [record(name, 512) for name in ("dense", "chunked")]
+    found += [record(name, 2**16, **planned) for name in ("dense", "chunked")]
+    show(browser, build(write(tmp_path, found), plots=False) / "index.html")
+    assert "trained at length 512, depth 2 on 262 k tokens: the nearest" in one(browser, "#quality-note").text
+    assert column(browser, "#by-quality", "variant") == ["dense", "chunked"]
+    assert "peak memory predicted (ᵖ) in all" in one(browser, "#chosen").text
+    assert "by executed FLOPs instead" in one(browser, "#speed-note").text
+    assert all(text.startswith("not timed, ") for text in column(browser, "#by-speed", "step time"))
+
+
+def marks(browser: webdriver.Chrome, figure: int) -> list[WebElement]:
+    return find(browser, f"#figures figure:nth-child({figure}) svg.marks .mark-symbol path")
+
+
+def test_a_variant_that_is_ticked_off_leaves_every_chart(browser: webdriver.Chrome, pages: Pages) -> None:
+    show(browser, pages("sweep"))
+    whole(browser, 1280)
+    before = [len(marks(browser, figure)) for figure in (1, 2, 3, 4)]
+    # four variants at four lengths, and the × of the one that finished in part
+    assert before == [17] * 4
+    one(browser, "#legend input[value=dense]").click()
+    wait(browser, lambda: [len(marks(browser, figure)) for figure in (1, 2, 3, 4)] == [13] * 4)
+    one(browser, "#none").click()
+    wait(browser, lambda: len(find(browser, "#figures .empty")) == 4)
+    one(browser, "#all").click()
+    wait(browser, lambda: [len(marks(browser, figure)) for figure in (1, 2, 3, 4)] == before)
+
+
+def test_the_pointer_on_a_point_tells_its_figures_and_picks_out_its_variant(
+    browser: webdriver.Chrome, pages: Pages
+) -> None:
+    show(browser, pages("sweep"))
+    whole(browser, 1280)
+    Select(one(browser, "#chart-depth")).select_by_visible_text("4")
+    wait(browser, lambda: len(marks(browser, 1)) == 17)
+    ActionChains(browser).move_to_element(marks(browser, 1)[0]).perform()
+    tip = wait(browser, lambda: find(browser, "#vg-tooltip-element.visible"))[0]
+    label, length = tip.text.split("\n")[:2]
+    assert label.removeprefix("variant").strip() in {"dense", "chunked", "longformer", "overlapping"}
+    assert length.removeprefix("length").strip() in {"512", "1024", "2048", "4096"}
+    assert "time of a step" in tip.text
+
+    def faded() -> set[str]:
+        return {str(path.get_attribute("opacity")) for path in marks(browser, 2)}
+
+    wait(browser, lambda: len(faded()) > 1)
+
+
+def test_crosses_stand_where_cells_did_not_finish(browser: webdriver.Chrome, pages: Pages) -> None:
+    show(browser, pages("sweep"))
+    whole(browser, 1280)
+    Select(one(browser, "#chart-depth")).select_by_visible_text("4")
+    # depth 4 lost two cells whole and one in part
+    crosses = "#figures figure:first-child .mark-symbol path[stroke-width='2']"
+    wait(browser, lambda: len(find(browser, crosses)) == 3)
+    ActionChains(browser).move_to_element(find(browser, crosses)[0]).perform()
+    tip = wait(browser, lambda: find(browser, "#vg-tooltip-element.visible"))[0]
+    assert any(status in tip.text for status in ("oom", "timeout", "error"))
+
+
+def test_another_colour_scheme_recolours_charts_that_are_drawn(
+    browser: webdriver.Chrome, pages: Pages
+) -> None:
+    show(browser, pages("sweep"))
+    whole(browser, 1280)
+
+    def strokes() -> set[str | None]:
+        return {mark.get_attribute("stroke") for mark in marks(browser, 1)}
+
+    assert "#000000" in strokes()
+    _prefer(browser, dark=True)
+    wait(browser, lambda: "#ffffff" in strokes() and "#000000" not in strokes())
+
+
+def test_settings_are_kept_apart(browser: webdriver.Chrome, pages: Pages) -> None:
+    """Two machines: the page shows the one with more cells first, and never both in one table."""
+    show(browser, pages("mixed"))
+    assert "GPU" in Select(one(browser, "#setting")).first_selected_option.text
+    assert one(browser, "#count").text == "6 of 6 cells"
+    other = next(o.text for o in Select(one(browser, "#setting")).options if "GPU" not in o.text)
+    Select(one(browser, "#setting")).select_by_visible_text(other)
+    assert one(browser, "#count").text == "4 of 4 cells"
+    assert {label.text for label in find(browser, "#legend label")} == {"dense", "chunked"}
+    assert "longformer" not in one(browser, "#by-speed").text
+
+
+def focused(browser: webdriver.Chrome) -> WebElement:
+    return browser.switch_to.active_element
+
+
+def test_the_whole_page_works_by_keyboard(browser: webdriver.Chrome, pages: Pages) -> None:
+    """Tab reaches every control in the order of the page, with its name and a visible focus."""
+    show(browser, pages("sweep"))
+    browser.execute_script("document.activeElement.blur()")
+    reached: list[WebElement] = []
+    for _ in range(60):
+        ActionChains(browser).send_keys(Keys.TAB).perform()
+        element = focused(browser)
+        if element.tag_name == "body" or element in reached:
+            break
+        reached.append(element)
+        assert element.accessible_name, element.get_attribute("outerHTML")
+        assert element.value_of_css_property("outline-style") != "none", element.get_attribute("outerHTML")
+    assert reached[0].accessible_name == "Skip to the content"
+    identifiers = [element.get_attribute("id") for element in reached]
+    controls = ["choose-length", "choose-depth", "budget", "chart-depth", "all", "search", "filter-length"]
+    assert [name for name in identifiers if name in controls] == controls
+    names = [element.accessible_name for element in reached]
+    assert {"step time", "variant", "Cells", "What did not finish"} <= set(names)
+
+    next(e for e in reached if e.accessible_name == "peak memory").send_keys(Keys.ENTER)
+    assert one(browser, "#table th[aria-sort=ascending]").text == "peak memory"
+    box = next(e for e in reached if e.accessible_name == "chunked")
+    box.send_keys(Keys.SPACE)
+    assert not box.is_selected()
+    one(browser, "#choose-length").send_keys("512")
+    assert "length 512" in one(browser, "#chosen").text
+
+
+@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
+def test_every_text_stands_out_from_its_background(
+    browser: webdriver.Chrome, pages: Pages, dark: bool
+) -> None:
+    show(browser, pages("mixed"), dark=dark)
+    assert wrong(browser, "faint") == []
+
+
+def test_a_page_of_two_thousand_cells_is_of_use(
+    browser: webdriver.Chrome, tmp_path: Path, record_property: Callable[[str, object], None]
+) -> None:
+    """What it weighs and how soon it is of use is reported; how soon depends on what else runs."""
+    page = tmp_path / "index.html"
+    page.write_text(two_thousand_cells(tmp_path), encoding="utf-8")
+    show(browser, page)
+    assert one(browser, "#count").text == "2,000 of 2,000 cells, the first 100 shown"
+    assert len(find(browser, "#table tbody tr")) == 100
+    timing = "return performance.getEntriesByType('navigation')[0].domContentLoadedEventEnd / 1000"
+    record_property("usable_seconds", browser.execute_script(timing))
+    record_property("bytes", page.stat().st_size)
+    one(browser, "#more").click()
+    assert browser.execute_script("return document.querySelectorAll('#table tbody tr').length") == 2000
+    assert complaints(browser) == []
