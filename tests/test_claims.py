@@ -456,6 +456,7 @@ def test_the_command_refuses_in_one_line_what_holds_nothing(
     assert not (tmp_path / "claims.md").exists()
 
 
+@pytest.mark.slow
 def test_real_cells_come_to_a_verdict(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """From the command line to the page: the scores' work planned, and small reversible networks run."""
     run = ["-m", "data=stdlib", "name=claims", "measure.time_seconds=0", "measure.min_samples=1"]
@@ -472,7 +473,7 @@ def test_real_cells_come_to_a_verdict(tmp_path: Path, monkeypatch: pytest.Monkey
             env=os.environ.copy(),
             capture_output=True,
             text=True,
-            timeout=400,
+            timeout=900,
             check=False,
         )
         assert done.returncode == 0, done.stderr

@@ -96,7 +96,7 @@ class Spread:
         return cls(float(np.median(figures)), low, high, len(figures))
 
     def judged(self) -> Spread:
-        """Itself, where a verdict may rest on its interval. Raises Missing of one replicate, which has none."""
+        """Itself, where a verdict may rest on its interval. Raises Missing of one replicate."""
         if self.count < 2:
             raise Missing(
                 f"{self.count} replicate of the cells that are compared; a verdict takes two or more"
@@ -136,9 +136,8 @@ def _paired(
 
 def disturbed(*cells: pd.DataFrame) -> str:
     """' (3 of 12 cells were timed while something else ran)'; nothing where none was."""
-    spoilt, every = (
-        sum(counts) for counts in zip(*((own["contaminated"].count(), len(own)) for own in cells))
-    )
+    spoilt = sum(int(own["contaminated"].count()) for own in cells)
+    every = sum(len(own) for own in cells)
     return f" ({spoilt} of {every} cells were timed while something else ran)" if spoilt else ""
 
 

@@ -29,47 +29,36 @@ FLOAT = 4
 """Bytes."""
 
 
+def planned(frame: pd.DataFrame, variant: str, activations: str, width: int, depth: int) -> pd.DataFrame:
+    """One sequence of a million tokens."""
+    return finished(
+        frame,
+        variant=variant,
+        activations=activations,
+        seq_len=TOKENS,
+        d_model=width,
+        batch_size=1,
+        depth=depth,
+        measure="plan",
+        dtype="float32",
+    )
+
+
 def tensor_bytes(frame: pd.DataFrame) -> float:
     """What one more checkpointed layer stores, its input, for a million tokens."""
     one, two = (
-        figure(
-            finished(
-                frame,
-                variant="dense",
-                activations="checkpoint",
-                seq_len=TOKENS,
-                d_model=WIDTH,
-                batch_size=1,
-                depth=depth,
-                measure="plan",
-                dtype="float32",
-            ),
-            "activation_bytes",
-        )
-        for depth in (1, 2)
+        figure(planned(frame, "dense", "checkpoint", WIDTH, depth), "activation_bytes") for depth in (1, 2)
     )
     return (two - one) * MILLION / TOKENS
 
 
 def judge(frame: pd.DataFrame) -> Finding:
     """Reversible layers, the feed-forward in pieces; by prediction, as no step of that length is run."""
-
-    def at(variant: str, width: int) -> pd.DataFrame:
-        return finished(
-            frame,
-            variant=variant,
-            activations="reversible",
-            seq_len=TOKENS,
-            d_model=width,
-            batch_size=1,
-            depth=LAYERS,
-            measure="plan",
-            dtype="float32",
-        )
-
     tensor = tensor_bytes(frame)
     plans = {
-        (variant, width): at(variant, width) for variant in ("reformer", "dense") for width in (WIDTH, NARROW)
+        (variant, width): planned(frame, variant, "reversible", width, LAYERS)
+        for variant in ("reformer", "dense")
+        for width in (WIDTH, NARROW)
     }
     peaks = {name: figure(cells, "peak_bytes") for name, cells in plans.items()}
     fits = {width: peaks["reformer", width] <= DEVICE for width in (WIDTH, NARROW)}
