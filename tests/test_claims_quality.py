@@ -312,7 +312,7 @@ def hash_cells(
         ({"sharing": 0.1}, PARTLY, "not so: it costs 11 % of perplexity"),
         ({"sharing": 0.005, "errors": (0.5, 0.6, 0.4, 0.2)}, PARTLY, "not so: more rounds do not always"),
         ({"sharing": 0.005, "errors": (0.3, 0.28, 0.26, 0.1), "jump": 0.25}, PARTLY, "not beyond the spread"),
-        ({"sharing": 0.005, "better": 0.05}, PARTLY, "and in loss go from +0.0"),
+        ({"sharing": 0.005, "better": 0.05}, PARTLY, "but in loss they go from +0.0"),
         ({"sharing": 0.005, "power": 1.4}, PARTLY, "not so: FLOPs grow as T to the power 1.4"),
         ({"sharing": 0.1, "errors": (0.2, 0.3, 0.4, 0.5), "power": 2.0}, FAILS, "perplexity"),
     ],

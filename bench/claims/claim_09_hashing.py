@@ -80,7 +80,10 @@ def _rounds(hashed: pd.DataFrame, full: pd.DataFrame) -> Part:
     elif not sure:
         but = f"more rounds come closer, but {unsure(gain)}"
     else:
-        but = f"more rounds come closer in what layers compute, and in loss go from {points(first)} to {points(last)}"
+        but = (
+            "more rounds come closer in what layers compute, but in loss they go from "
+            f"{points(first)} to {points(last)} against full attention"
+        )
     return Part(
         predicted="A round adds the pairs that it meets, and takes none away.",
         measured=f"With {', '.join(map(str, rounds))} rounds, a layer's outputs are "

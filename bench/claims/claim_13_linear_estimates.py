@@ -127,7 +127,8 @@ def _judged(name: str, before: Errors, after: Errors, slope: float | None) -> tu
         words.append(f"{name}'s error does not fall as a root")
     if not after.falls:
         words.append(f"trained {name}s do not come closer with more of them")
-    if after.least.ends[1] > WELL:
+    most = after.least.high if after.least.count > 1 else after.least.middle
+    if most > WELL:
         words.append(f"trained {name}s are off by {share(after.least.middle)} with most of them")
     if not words:
         return "holds", ""
