@@ -9,7 +9,8 @@ import pandas as pd
 
 from bench.claims.base import Claim, Finding, claims, judged
 from bench.report import markdown
-from bench.report.markdown import Column, escape
+from bench.report.columns import Column
+from bench.report.markdown import escape
 
 MEANINGS = {
     "holds": "the cells show what is said, within the spread of their replicates",
@@ -56,7 +57,7 @@ def _table(rows: Sequence[Row]) -> str:
 
 
 def _texts(title: str, cells: Sequence[str]) -> Column:
-    return Column(title, [escape(cell) for cell in cells], right=False, optional=False)
+    return Column(title, list(cells), right=False, optional=False)
 
 
 def _lead(rows: Sequence[Row], frame: pd.DataFrame) -> str:
