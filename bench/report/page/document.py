@@ -5,8 +5,8 @@ from __future__ import annotations
 import pandas as pd
 
 from bench.report import markdown, tables, units
-from bench.report.lines import replicates
 from bench.report.groups import COMMON, describe, split, varying
+from bench.report.lines import replicates
 from bench.report.page import cells, figures
 from bench.report.page.figures import Json
 from bench.report.page.symbols import symbols
