@@ -243,7 +243,7 @@ def small_disk(folder: Path) -> Iterator[bool]:
         yield done.returncode == 0
     finally:
         if done.returncode == 0:
-            subprocess.run(["umount", folder], check=True)
+            subprocess.run(["umount", "--lazy", folder], check=True)
 
 
 @pytest.fixture(scope="module")
@@ -281,7 +281,7 @@ def sweep(folder: Path) -> Iterator[Sweep]:
                 os.kill(int(victim.read_text()), signal.SIGKILL)
             started.finish()
         if root:  # what it hides is what was stored before
-            subprocess.run(["umount", folder / "results/frozen"])
+            subprocess.run(["umount", "--lazy", folder / "results/frozen"])
         yield started
 
 
