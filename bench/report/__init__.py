@@ -15,9 +15,10 @@ class ReportError(ValueError):
 def build(folder: Path, *, plots: bool = True, all_plots: bool = False) -> Path:
     """Rebuild `folder`/report from `folder`/records and return the path of the report.
 
-    `folder` is an experiment's folder, such as results/scaling. With `plots` False only the
-    tables are written; with `all_plots` every plot, however many records there are. Record files that
-    cannot be read are logged as warnings, named in summary.md and skipped. Raises ReportError for a folder that is missing or has no record.
+    `folder` is an experiment's folder, such as results/scaling. With `plots` False only the tables are
+    written; with `all_plots` every plot, however many records there are. Record files that cannot be read
+    are logged as warnings, named in summary.md and skipped. Raises ReportError for a folder that is
+    missing or has no record.
     """
     from bench.report.builder import build_report
 
