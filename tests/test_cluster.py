@@ -35,7 +35,6 @@ needs_ray = pytest.mark.skipif(not find_spec("ray"), reason="ray is not installe
 GUIDE = (Path(__file__).parents[1] / "docs/cluster.md").read_text()
 QUICK = ["data=stdlib", "measure=quick", "measure.time_seconds=0", "seq_len=32", "depth=1"]
 SWEEP = ["-m", *QUICK, "variant=dense,chunked", "objective=clm,mlm"]
-"""One of these cells is not supported: each kind of end counts."""
 
 
 def start(*arguments: str, cwd: Path, **environment: str) -> subprocess.Popen[str]:
