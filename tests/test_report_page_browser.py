@@ -272,7 +272,7 @@ def marks(browser: webdriver.Chrome, figure: int) -> list[WebElement]:
 
 
 def drawn_with(browser: webdriver.Chrome, figure: int, attribute: str) -> set[str]:
-    """The values of an attribute of a chart's marks, all read at once: a chart may be drawn anew meanwhile."""
+    """The values of an attribute of a chart's marks, read at once: a chart may be drawn anew meanwhile."""
     script = """return [...document.querySelectorAll(
         `#figures figure:nth-child(${arguments[0]}) svg.marks .mark-symbol path`)]
         .map((mark) => String(mark.getAttribute(arguments[1])))"""
@@ -283,7 +283,7 @@ def test_a_variant_that_is_ticked_off_leaves_every_chart(browser: webdriver.Chro
     show(browser, pages("sweep"))
     whole(browser, 1280)
     before = [len(marks(browser, figure)) for figure in (1, 2, 3, 4)]
-    # four variants at four lengths, and the × of the one that finished in part
+    # four variants at four lengths, and the x of the one that finished in part
     assert before == [17] * 4
     one(browser, "#legend input[value=dense]").click()
     wait(browser, lambda: [len(marks(browser, figure)) for figure in (1, 2, 3, 4)] == [13] * 4)
