@@ -9,7 +9,7 @@ const tone = (name) => getComputedStyle(document.documentElement).getPropertyVal
 /** Ends and ticks of a logarithmic axis: the finest level that is not too many; room for `rows` of crosses above. */
 function axis(values, levels, rows = 0) {
   let low = Math.log2(Math.min(...values)), high = Math.log2(Math.max(...values));
-  const margin = Math.max(0.06 * (high - low), 0.2);
+  const margin = Math.max(0.06 * (high - low), 0.45 - (high - low) / 2, 0.1);
   low -= margin; high += margin;
   const inside = levels.map((level) => level.filter(([at]) => at >= 2 ** low && at <= 2 ** high));
   const ticks = inside.find((level) => level.length <= MOST_TICKS) ?? inside.at(-1);
@@ -27,7 +27,7 @@ function markers(position, tooltip, transform = []) {
   const back = tone("back");
   return [
     { transform, mark: { type: "point", size: 75, strokeWidth: 1.4, opacity: 1 }, encoding: { ...position, tooltip, shape: raw("outline"), stroke: raw("colour"), opacity: opacity(1),
-      fill: { condition: { test: "datum.hollow || datum.half !== null", value: back }, ...raw("colour") } } },
+      fill: { condition: { test: "datum.hollow || datum.half !== null || (datum.dashed && datum.count < 2)", value: back }, ...raw("colour") } } },
     { transform: [...transform, { filter: "datum.half !== null && !datum.hollow" }],
       mark: { type: "point", size: 75, strokeWidth: 0, opacity: 1 }, encoding: { ...position, tooltip, shape: raw("half"), fill: raw("colour"), opacity: opacity(1) } },
   ];

@@ -100,7 +100,8 @@ function choose() {
 function offerChoices() {
   const own = inSetting();
   const lengths = ascending(own.map((cell) => doc.length[cell]));
-  offer($("choose-length"), lengths.map((length) => [length, full(length)]), { preferred: lengths.at(-1), stay: true });
+  const done = ascending(own.filter((cell) => doc.finished[cell]).map((cell) => doc.length[cell]));
+  offer($("choose-length"), lengths.map((length) => [length, full(length)]), { preferred: done.at(-1), stay: true });
   const depths = ascending(own.map((cell) => doc.depth[cell]));
   offer($("choose-depth"), named(depths), { stay: true });
   choose();
