@@ -20,7 +20,7 @@ import pandas as pd
 import pytest
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
-from hydra_plugins.longctx_bench import CellSweeper
+from hydra_plugins.longctx_bench import CellSweeper, product
 from test_report import failed, record, write
 
 import bench.claims
@@ -44,8 +44,8 @@ def specs_of(preset: str) -> list[CellSpec]:
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
         composed = compose("config", overrides=[f"experiment={preset}"], return_hydra_config=True)
         sweeper = CellSweeper(composed.hydra.sweeper.get("params"), composed.hydra.sweeper.get("grids"))
-        sweeper.loader = GlobalHydra.instance().config_loader()
-        jobs = [job for grid in sweeper.grids for job in sweeper._product(grid, ["data=stdlib"])]
+        loader = GlobalHydra.instance().config_loader()
+        jobs = [job for grid in sweeper.grids for job in product(loader, grid, ["data=stdlib"])]
         settings: dict[str, CellSpec] = {}
 
         def spec(job: list[str]) -> CellSpec:
@@ -53,7 +53,7 @@ def specs_of(preset: str) -> list[CellSpec]:
             numbers = {key: int(value) for key, value in pairs(job) if key in PLAIN}
             others = [override for override in job if override.partition("=")[0] not in PLAIN]
             if str(others) not in settings:
-                composed_job = sweeper.loader.load_sweep_config(composed, others)
+                composed_job = loader.load_sweep_config(composed, others)
                 settings[str(others)] = config.parse(composed_job).spec
             return replace(settings[str(others)], **numbers)
 

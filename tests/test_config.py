@@ -9,7 +9,7 @@ import pytest
 import torch
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
-from hydra_plugins.longctx_bench import CellSweeper, Composer
+from hydra_plugins.longctx_bench import CellSweeper, Composer, product
 
 import variants
 from bench import complaints, planning, sweep
@@ -269,8 +269,8 @@ def jobs_of(preset: str) -> list[dict[str, str]]:
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
         composed = compose("config", overrides=[f"experiment={preset}"], return_hydra_config=True)
         sweeper = CellSweeper(composed.hydra.sweeper.get("params"), composed.hydra.sweeper.get("grids"))
-        sweeper.loader = GlobalHydra.instance().config_loader()
-        jobs = [job for grid in sweeper.grids for job in sweeper._product(grid, [])]
+        loader = GlobalHydra.instance().config_loader()
+        jobs = [job for grid in sweeper.grids for job in product(loader, grid, [])]
     return [dict(override.split("=", 1) for override in job) for job in jobs]
 
 

@@ -125,13 +125,6 @@ for name, way in WAYS.items():
 """
 
 BROKEN = "1 / 0\n"
-EXPERIMENT = """
-# @package _global_
-hydra:
-  mode: MULTIRUN
-  sweeper:
-    grids:
-"""
 ONE_SWEEP = {
     "adhoc": [
         "fine",
@@ -160,17 +153,15 @@ class Sweep:
     """A sweep over ways to end, in a process of its own."""
 
     def __init__(
-        self, folder: Path, name: str, grids: dict[str, list[str]], *overrides: str, group: Path | None = None
+        self, folder: Path, grids: dict[str, list[str]], *overrides: str, group: Path | None = None
     ) -> None:
         self.grids, self.results = grids, folder / "results"
-        lines = [
-            f"      - {{name: {experiment}, variant: '{','.join(ways)}', "
-            f"measure.limit_seconds: {15 if experiment == 'slow' else 600}}}\n"
+        each = [
+            f"{{name: {experiment}, variant: '{','.join(ways)}', "
+            f"measure.limit_seconds: {15 if experiment == 'slow' else 600}}}"
             for experiment, ways in grids.items()
         ]
-        (folder / "configs/experiment").mkdir(parents=True, exist_ok=True)
-        (folder / f"configs/experiment/{name}.yaml").write_text(EXPERIMENT + "".join(lines))
-        knobs = ["--config-dir", str(folder / "configs"), f"experiment={name}", f"results_dir={self.results}"]
+        knobs = ["-m", f"hydra.sweeper.grids=[{', '.join(each)}]", f"results_dir={self.results}"]
         knobs += ["seq_len=24", "depth=1", "model.d_model=16", "data=files"]
         knobs += [f"data.path={folder / 'corpus.txt'}", "measure=standard", "measure.time_seconds=0"]
         knobs += ["measure.min_samples=2", "measure.train_tokens=100", "measure.eval_tokens=50", *overrides]
@@ -274,7 +265,7 @@ def sweep(folder: Path) -> Iterator[Sweep]:
             for name, ways in ONE_SWEEP.items()
             if root or name not in ("full", "frozen")
         }
-        with Sweep(folder, "one", grids, LIMIT, group=group) as started:
+        with Sweep(folder, grids, LIMIT, group=group) as started:
             victim = folder / "victim"
             wait_until(lambda: victim.exists() or started.process.poll() is not None)
             if victim.exists():
@@ -288,7 +279,7 @@ def sweep(folder: Path) -> Iterator[Sweep]:
 @pytest.fixture(scope="module")
 def spent(folder: Path) -> Sweep:
     """A sweep whose cells run out of memory and in no other way."""
-    return Sweep(folder, "two", {"spent": ["refused", "spends", "also_fine"]}, LIMIT).finish()
+    return Sweep(folder, {"spent": ["refused", "spends", "also_fine"]}, LIMIT).finish()
 
 
 ENDINGS = {
@@ -433,7 +424,7 @@ def test_what_cannot_be_stored_has_failed_and_is_not_run_again(
 def test_once_there_is_room_the_same_command_goes_on(sweep: Sweep) -> None:
     before = sweep.record("fine", "full")
     (sweep.results / "full/filler").unlink(missing_ok=True)
-    again = Sweep(sweep.results.parent, "three", {"full": ["fine", "also_fine"]}, LIMIT).finish()
+    again = Sweep(sweep.results.parent, {"full": ["fine", "also_fine"]}, LIMIT).finish()
     assert again.process.returncode == 0, again.errors
     assert again.record("fine") == before
     assert again.record("also_fine").status == "ok"
@@ -450,7 +441,7 @@ def test_no_process_is_left(sweep: Sweep) -> None:
 def test_a_sweep_that_is_killed_takes_its_cell_with_it(folder: Path) -> None:
     """Or it would compute for nobody, beside the same cell once the sweep is started again."""
     (folder / "hangs").unlink(missing_ok=True)
-    with Sweep(folder, "four", {"four": ["hangs"]}) as again:
+    with Sweep(folder, {"four": ["hangs"]}) as again:
         wait_until((folder / "hangs").exists)
     wait_until(lambda: not processes(again))
 

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from scipy import stats
 from test_report import number, record, table, write
 
-from bench.report import build, interval_cells, noise, noise_tables, tables
+from bench.report import build, interval_cells, markdown, noise, noise_tables, tables
 from bench.report.collect import collect
 from bench.report.intervals import differs, interval
 from bench.report.statistics import cost_cells
@@ -218,7 +218,7 @@ def test_two_replicates_are_told_apart_by_the_floor_alone(tmp_path: Path) -> Non
         "longformer": True,
         "overlapping": False,
     }
-    rows = {row["variant"]: row for row in table("## T\n" + tables.cost(cells), "## T")}
+    rows = {row["variant"]: row for row in table("## T\n" + markdown.table(tables.cost(cells)), "## T")}
     assert rows["chunked"]["time / dense"] == "1.02×≈" or rows["chunked"]["time / dense"] == "1.03×≈"
     assert rows["longformer"]["time / dense"] == "1.25×"
     assert rows["longformer"]["95 % of ratio"] == "1.20–1.30×ʳ"
@@ -227,7 +227,7 @@ def test_two_replicates_are_told_apart_by_the_floor_alone(tmp_path: Path) -> Non
 
 def test_a_single_replicate_says_that_nothing_says(tmp_path: Path) -> None:
     cells = cost_cells(frame_of(tmp_path / "e", {"dense": [1.0], "chunked": [3.0]}))
-    rows = {row["variant"]: row for row in table("## T\n" + tables.cost(cells), "## T")}
+    rows = {row["variant"]: row for row in table("## T\n" + markdown.table(tables.cost(cells)), "## T")}
     assert rows["chunked"]["time / dense"] == "3.00×?"
     assert "95 % interval" not in rows["chunked"]
 
@@ -278,7 +278,7 @@ def test_contaminated_cells_are_marked_named_and_counted_in(tmp_path: Path) -> N
     cells = cost_cells(frame)
     assert cells.set_index("variant")["contaminated"].to_dict() == {"dense": 0, "chunked": 1}
     assert cells.set_index("variant")["step_seconds_max"]["chunked"] == 2.0
-    rows = {row["variant"]: row for row in table("## T\n" + tables.cost(cells), "## T")}
+    rows = {row["variant"]: row for row in table("## T\n" + markdown.table(tables.cost(cells)), "## T")}
     assert rows["chunked"]["step time"] == "1.10 s" + interval_cells.CONTAMINATED
     assert rows["dense"]["step time"] == "1.00 s"
     (named,) = table("## T\n" + noise_tables.contaminated(frame), "## T")

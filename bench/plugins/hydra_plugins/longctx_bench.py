@@ -85,8 +85,9 @@ class CellSweeper(Sweeper):
         """Compose and check the cells of every grid, then run them; returns their records."""
         from bench import cluster, config, sweep
 
-        compose = Composer(self.context.config_loader, self.composed)
-        overrides = [line for grid in self.grids for line in self._product(grid, arguments)]
+        loader = self.context.config_loader
+        compose = Composer(loader, self.composed)
+        overrides = [line for grid in self.grids for line in product(loader, grid, arguments)]
         cells = [config.parse(compose(line)) for line in overrides]
         if self.composed.hydra.launcher._target_ == IN_THIS_PROCESS:
             return sweep.run(cells)
@@ -109,14 +110,15 @@ class CellSweeper(Sweeper):
         ended = launcher.launch(jobs, initial_job_idx=0)
         return [job._return_value if job.status is JobStatus.COMPLETED else _failure(job) for job in ended]
 
-    def _product(self, grid: DictConfig, arguments: list[str]) -> list[list[str]]:
-        """The overrides of each cell of a grid."""
-        from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 
-        lines = [f"{key!s}={value}" for key, value in grid.items()] + arguments
-        parser = OverridesParser.create(config_loader=self.context.config_loader)
-        (jobs,) = BasicSweeper.split_arguments(parser.parse_overrides(lines), max_batch_size=None)
-        return jobs
+def product(loader: ConfigLoader, grid: DictConfig, arguments: list[str]) -> list[list[str]]:
+    """The overrides of each cell of a grid."""
+    from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+
+    lines = [f"{key!s}={value}" for key, value in grid.items()] + arguments
+    parser = OverridesParser.create(config_loader=loader)
+    (jobs,) = BasicSweeper.split_arguments(parser.parse_overrides(lines), max_batch_size=None)
+    return jobs
 
 
 def _failure(job: Any) -> Exception:
