@@ -19,7 +19,7 @@ records = pd.read_parquet(FOLDER / "report" / "cells.parquet")
 # %% [markdown]
 # ## Which records count
 #
-# A cell that failed early may not know its device's name, its threads or its implementation: it has those of its peers. A variant is told apart from itself by the parameters in its label. Of a cell that newer code measured again, the newest counts; cells with a memory budget stand in other tables.
+# A cell that failed early may not know its device's name, its threads or its implementation: it has those of its peers. A variant is told apart from itself by the parameters in its label. Where newer code measured a configuration again, in whatever replicate, that code's records count; cells with a memory budget stand in other tables.
 
 # %%
 PEERS = {"device_name": ["device"], "threads": ["device"], "impl": ["variant", "variant_params"]}
@@ -32,9 +32,7 @@ GROUP = ["objective", "data", "d_model", "heads", "ff_chunks", "batch_size", "dt
 GROUP += ["device_name", "threads", "activations", "depth"]
 CELL = [*GROUP, "variant", "label", "seq_len"]
 TRAINING = ["train_budget", "train_amount", "learning_rate", "eval_split", "eval_stride"]
-one = records.sort_values(["started_at", "cell_id"]).groupby(
-    [*CELL, *TRAINING, "measure", "replicate", "twin"], dropna=False
-)
+one = records.sort_values(["started_at", "cell_id"]).groupby([*CELL, *TRAINING, "measure"], dropna=False)
 newest = one["code_sha256"].transform("last")
 records = records[(records["code_sha256"] == newest) & records["budget_bytes"].isna()]
 cells = records[records["twin"] == 0]

@@ -442,7 +442,7 @@ def test_the_page_has_a_row_a_claim_and_no_empty_verdict(world: pd.DataFrame) ->
         assert len(parts) == 6
         assert all(part.strip() for part in parts)
     (six,) = [row for row in rows if row.startswith("|   6 |")]
-    assert "**not measured**: variant=dense" in six
+    assert "not measured: variant=dense" in six
     assert "depth=64: no such cell" in six
 
 

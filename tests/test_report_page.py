@@ -147,9 +147,10 @@ def test_texts_of_records_are_texts(tmp_path: Path) -> None:
 
     hostile, harmless = experiment(tmp_path / "a", HOSTILE), experiment(tmp_path / "b", "harmless")
     assert [tag for tag, _ in hostile.elements] == [tag for tag, _ in harmless.elements]
-    assert HOSTILE in hostile.data["label"]
-    assert any(HOSTILE in text for text in hostile.within("h1"))
-    assert any(" ".join(HOSTILE.split()) in text for text in hostile.within("td"))
+    begins = HOSTILE[:40]  # of names that are too long the beginning is shown
+    assert any(label.startswith(begins) for label in hostile.data["label"])
+    assert any(begins in text for text in hostile.within("h1"))
+    assert any(begins in text for text in hostile.within("td"))
 
 
 def test_failures_and_their_reasons_are_in_the_page_without_its_script(page: Page) -> None:
@@ -248,6 +249,7 @@ def two_thousand_cells(folder: Path) -> str:
         where = {"variant": name, "seq_len": 2**exponent, "activations": way}
         lost = name == "dense" and exponent > 15
         one = failed("oom", "needs 81.4 GiB, limit 80 GiB", **where) if lost else record(**where)
+        one.cell_id = f"{name}{exponent}{way}"
         (folder / "records" / f"{name}{exponent}{way}.json").write_text(one.to_json())
     collected = collect(folder)
     cost, quality = statistics.cost_cells(collected.frame), statistics.quality_cells(collected.frame)

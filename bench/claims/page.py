@@ -34,7 +34,7 @@ class Row:
     def verdict(self) -> str:
         """The verdict with what it is subject to."""
         condition = self.finding.condition
-        return f"**{self.finding.verdict}**" + (f": {escape(condition)}" if condition else "")
+        return self.finding.verdict + (f": {condition}" if condition else "")
 
 
 def page(name: str, frame: pd.DataFrame) -> str:

@@ -75,7 +75,9 @@ def compare(first: Run, second: Run) -> Comparison:
         ignore_index=True,
     )
     # Labelled anew, so that equal cells have equal names, whatever else either run holds.
-    both = relabelled(both.assign(impl=None, data_sha256="", hash=both["data_sha256"]))
+    known = both["data_json"].where(both["data_json"] != "{}")  # an older record says nothing of its data
+    both = both.assign(impl=None, data_sha256="", hash=both["data_sha256"], data_json=known)
+    both = relabelled(both)
     figures = [*FIGURES, "nll"]
     measured = [figure for figure in figures if figure != "flops_executed_step"]
     both[measured] = both[measured].where(both["status"] == "ok")

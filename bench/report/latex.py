@@ -38,7 +38,7 @@ def escape(text: object) -> str:
 
 
 def _character(c: str) -> str:
-    return _SIGNS.get(c) or (latex(c) if _GLYPHS.match(c) else f"{{[}}U+{ord(c):04X}{{]}}")
+    return _SIGNS.get(c) or (c if c == " " else latex(c) if _GLYPHS.match(c) else f"{{[}}U+{ord(c):04X}{{]}}")
 
 
 def table(columns: Sequence[Column], *, caption: str, label: str, notes: Mapping[str, str]) -> str:
