@@ -277,7 +277,7 @@ def test_a_device_that_is_not_here_is_a_row_with_the_reason(tmp_path: Path) -> N
     [
         ("dense", "impl=xformers", "quick"),
         ("dense", "impl=flex", "plan"),
-        ("sparse_fixed", "impl=flex", "quick"),
+        pytest.param("sparse_fixed", "impl=flex", "quick", marks=pytest.mark.slow),
     ],
 )
 def test_a_kernel_that_is_not_here_is_a_row_with_the_reason(

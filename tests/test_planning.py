@@ -81,7 +81,10 @@ def test_the_ends_of_the_search() -> None:
 # --- what fits -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["dense", "longformer", "transformer_xl"])
+@pytest.mark.parametrize(
+    "name",
+    ["longformer", *(pytest.param(name, marks=pytest.mark.slow) for name in ("dense", "transformer_xl"))],
+)
 def test_what_is_said_to_fit_fits_and_one_more_does_not(name: str) -> None:
     plan = Plan(spec_of(f"variant={name}", "depth=2", "activations=checkpoint", "seq_len=512"))
     budget = 96 * MIB
@@ -113,7 +116,7 @@ def test_the_report_knows_where_searches_end() -> None:
 
 @pytest.mark.parametrize("activations", ["keep", "checkpoint", "reversible"])
 @pytest.mark.parametrize("name", ["transformer_xl", "compressive"])
-@pytest.mark.parametrize("seq_len", [16 * 64, 16 * 64 + 17])
+@pytest.mark.parametrize("seq_len", [pytest.param(16 * 64, marks=pytest.mark.slow), 16 * 64 + 17])
 def test_few_segments_tell_what_all_would(
     name: str, activations: str, seq_len: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
