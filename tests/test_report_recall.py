@@ -91,7 +91,10 @@ def test_data_is_told_apart_by_the_knobs_that_differ_and_by_its_hash_where_none_
     assert set(frame["corpus"]) == {"mqar (n_pairs=4)", "mqar (n_pairs=16)"}
     alone = frame_of(tmp_path / "alone", [answers("dense", 4), answers("longformer", 4)])
     assert set(alone["corpus"]) == {"mqar"}
-    changed = [record(cell_id=sha, data_sha256=sha * 64, data_params={}) for sha in "ab"]
+    changed = [
+        record(variant, cell_id=sha, data_sha256=sha * 64, data_params={})
+        for variant, sha in (("dense", "a"), ("chunked", "b"))  # of one variant the older would be stale
+    ]
     assert set(frame_of(tmp_path / "sha", changed)["corpus"]) == {"plays@aaaaaaaa", "plays@bbbbbbbb"}
     # A record of before there were parameters is of the same data if its hash is.
     before = [answers("dense", 4, 1, data_params=None), answers("dense", 4), answers("dense", 8)]

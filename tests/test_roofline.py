@@ -12,7 +12,7 @@ import pytest
 import torch
 from hydra import compose, initialize_config_dir
 
-from bench import isolate
+from bench import isolate, limits
 from bench.config import Cell, parse
 from bench.measure import roofline
 from bench.measure.roofline import AboveRoofline, Peaks, Roofline
@@ -182,7 +182,7 @@ def cell(tmp_path: Path) -> Iterator[Cell]:
 
 def ran(cell: Cell) -> Told:
     told = Told()
-    told |= isolate._outcome(cell, "cell", told)  # type: ignore[arg-type]
+    told |= isolate._outcome(cell, "cell", limits.memory_bytes(cell.spec), told)  # type: ignore[arg-type]
     return told
 
 

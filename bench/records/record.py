@@ -154,6 +154,7 @@ class Record:
     accuracy_by_distance: list[float] | None = None
     distance_edges: list[int] | None = None
     reach: int | None = None
+    connected_share: float | None = None
     attention_mass: list[float] | None = None
     attention_mass_uniform: list[float] | None = None
     attention_rank_error: list[float] | None = None
@@ -162,7 +163,6 @@ class Record:
     cluster_mass_best: float | None = None
     softmax_error: float | None = None
     softmax_error_initial: float | None = None
-    connected_share: float | None = None
     tokens_trained: int | None = None
     tokens_evaluated: int | None = None
     eval_stride: int | None = None
