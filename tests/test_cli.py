@@ -57,6 +57,7 @@ def test_one_cell_writes_one_record_with_the_contract_s_keys(tmp_path: Path) -> 
     assert record["flops_attention_step"] == 3 * 4 * c * (t * (t + 1) // 2) * 2
 
 
+@pytest.mark.slow
 def test_sweep_over_all_variants_writes_a_record_a_cell(tmp_path: Path) -> None:
     import variants
 
@@ -100,6 +101,7 @@ def test_a_diverging_training_keeps_its_curve_up_to_there(tmp_path: Path) -> Non
     assert int(last[0]) == record["diverged_step"] - 1  # type: ignore[operator]
 
 
+@pytest.mark.slow
 def test_flops_and_seconds_are_budgets_and_validation_is_another_split(tmp_path: Path) -> None:
     """A cheaper step buys more tokens; what is scored are other documents."""
     cell = [*QUICK[:1], "depth=1", "measure=standard", "measure.time_seconds=0", "measure.eval_tokens=2048"]
