@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import html
 import json
 import re
 import typing
 import warnings
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
@@ -181,30 +179,6 @@ def test_printable_is_a_line_of_ink(text: str, most: int) -> None:
     assert len(printable(text, most)) <= most + 2
     if text.isprintable() and text == " ".join(text.split()):
         assert printable(text) == text
-
-
-class Elements(HTMLParser):
-    def __init__(self) -> None:
-        super().__init__(convert_charrefs=True)
-        self.seen: list[tuple[str, list[tuple[str, str | None]]]] = []
-        self.text = ""
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.seen.append((tag, attrs))
-
-    def handle_data(self, data: str) -> None:
-        self.text += data
-
-
-@given(st.sampled_from([text for text in TEXTS.values() if len(text) < 1000]) | st.text())
-def test_html_shows_the_text_and_nothing_else(text: str) -> None:
-    found = Elements()
-    found.feed(f"<p title='{escape.html(text)}' lang=\"{escape.html(text)}\">{escape.html(text)}</p>")
-    found.close()
-    want = printable(text)
-    assert found.seen == [("p", [("title", want), ("lang", want)])]
-    assert found.text == want
-    assert html.unescape(escape.html(text)) == want
 
 
 @given(st.sampled_from([text for text in TEXTS.values() if len(text) < 1000]) | st.text())

@@ -1,12 +1,10 @@
-"""Text from records in which nothing is markup, for each language that a report is written in.
+"""Text from records in which nothing is a command of LaTeX.
 
 Records are data from elsewhere: a name or a reason may hold a tag, a command of TeX or one of a terminal.
-Markdown's `escape` is in `markdown`, the terminal's is `bench.records.printable`.
+Markdown's `escape` is in `markdown`, the terminal's is `bench.records.printable`; pages are escaped by Jinja.
 """
 
 from __future__ import annotations
-
-import html as standard
 
 from bench.records.printable import printable
 
@@ -33,11 +31,6 @@ _LATEX = {
 }
 """The last three change with what stands beside them: two hyphens become a dash, and a bracket after the
 end of a row an option."""
-
-
-def html(text: object) -> str:
-    """On one line, for the content of an element and for an attribute's value in quotes of either kind."""
-    return standard.escape(printable(text), quote=True)
 
 
 def latex(text: object) -> str:
