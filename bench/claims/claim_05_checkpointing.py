@@ -72,18 +72,14 @@ def judge(frame: pd.DataFrame) -> Finding:
     dearer = [name for name, more, added, _ in cost if added.low > FORWARD or more.low > MOST]
     faster = [_setting(values) for values, own, *_ in gain if own.low > 1]
     others = [_setting(values) for values, own, *_ in gain if not own.low > 1]
-    verdict: Verdict
-    if dearer or not faster:
-        verdict = "does not hold here"
-        condition = "; ".join(
-            [f"more than a forward pass, or 50 %, at {name}" for name in dearer]
-            + ([] if faster else [f"a larger batch is not reliably faster with {' nor with '.join(others)}"])
-        )
+    limits = [f"more than a forward pass, or 50 %, at {' and '.join(dearer)}"] if dearer else []
+    if not faster:
+        limits.append(f"a larger batch is not reliably faster with {' nor with '.join(others)}")
     elif others:
-        verdict = "holds with a condition"
-        condition = f"faster overall with {' and '.join(faster)}, not with {' nor with '.join(others)}"
-    else:
-        verdict, condition = "holds", ""
+        limits.append(f"faster overall with {' and '.join(faster)}, not with {' nor with '.join(others)}")
+    fails = len(dearer) == len(cost) or not faster
+    verdict: Verdict = "does not hold here" if fails else "holds with a condition" if limits else "holds"
+    condition = "; ".join(limits)
     return Finding(
         predicted="A step is one forward pass and a backward pass of two (2.5 in the fused kernel, which "
         f"computes the scores again); one more forward pass makes it {units.ratio(4 / 3)} in FLOPs, and at "
