@@ -11,9 +11,9 @@ ifeq ($(origin CONSTRAINTS),undefined)
 CONSTRAINTS := $(shell if nvidia-smi >/dev/null 2>&1; then echo constraints/gpu.txt; else echo constraints/cpu.txt; fi)
 endif
 ifeq ($(notdir $(CONSTRAINTS)),gpu.txt)
-EXTRAS := [dev,cluster,gpu]
+EXTRAS := [dev,cluster,trackers,gpu]
 else
-EXTRAS := [dev,cluster]
+EXTRAS := [dev,cluster,trackers]
 endif
 
 PINS := $(CONSTRAINTS)
@@ -93,7 +93,7 @@ bench-layers: $(STAMP) ## compare single layers with dense attention in time and
 gallery: $(STAMP) ## draw which tokens a token reads, for every variant, into results/gallery
 	@$(PY) -m bench.gallery $(ARGS)
 
-claims: corpus ## hold the field's claims against this machine, into results/claims/claims.md (half an hour)
+claims: corpus ## hold the field's claims against this machine, into results/claims/claims.md (a quarter of an hour)
 	@status=0; \
 	$(PY) -m bench experiment=claims $(ARGS) || status=$$?; \
 	test $$status -eq 0 || echo "error: the sweep ended with status $$status; claims.md says what was not measured" >&2; \

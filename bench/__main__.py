@@ -25,7 +25,7 @@ from bench.progress import describe
 from bench.records import FINAL, Record, path_of
 
 if TYPE_CHECKING:
-    from bench.config import Cell
+    from bench.spec import Cell
 
 
 def _register_plugin_variants() -> None:

@@ -2,40 +2,30 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from functools import partial
-from itertools import islice
 from typing import Any
 
 import torch
 
-from bench import environment, gates, history, looks, planning
-from bench.accuracy import measure_accuracy
+from bench import environment, gates, planning
 from bench.checkpoints import Kept
-from bench.config import Cell
-from bench.evaluate import evaluate
 from bench.limits import UNLIMITED
 from bench.measure import nvml, surroundings, timing
 from bench.measure import step as step_measure
 from bench.measure.roofline import Roofline
 from bench.model import LanguageModel
 from bench.planning import CPU
+from bench.quality import Quality
 from bench.reach import connected_share, reach
+from bench.records import Tell
 from bench.residual import STRATEGIES, reversible
-from bench.tasks.base import Batch, Task
-from bench.tasks.text import Text
-from bench.train import Budget, Diverged, Training, train
-from bench.windows import least_context
+from bench.spec import Cell
+from bench.tasks.base import Task
 
-Tell = Callable[[dict[str, Any]], None]
-"""Takes figures by the record's key; what has been told survives the process."""
-
-LONGEST_REACH = 4096
-"""Tokens up to which it is worked out how far a model can look back: it takes T² floats, several times."""
 LONGEST_CONNECTED = 1024
 """Tokens up to which a plan also works out what a model connects: a second would pass in longer ones."""
 
@@ -102,7 +92,7 @@ class CellRun:
             self._utilisation(subject, roofline, seconds=self._time(subject))
             del subject
             if measure.train_amount:
-                self._quality(task)
+                Quality(self.spec, task, self.device, kept=self._kept(), tell=self.tell).run()
 
     def _device_name(self) -> str | None:
         if self.device.type == "cpu" or not torch.accelerator.is_available():
@@ -186,7 +176,7 @@ class CellRun:
         self._tell_bytes(figures, source="predicted")
         self.tell({"peak_bytes_predicted": figures.peak_bytes})
         if self.spec.measure.reach:
-            self.tell({"reach": self._reach(model)})
+            self.tell({"reach": reach(model, self.spec.seq_len, causal=self.spec.causal)})
         if (seq_len := self.spec.seq_len) <= LONGEST_CONNECTED:
             self.tell({"connected_share": connected_share(model, seq_len, causal=self.spec.causal)})
 
@@ -304,126 +294,12 @@ class CellRun:
         )
         return steps.median
 
-    def _train(self, model: LanguageModel, task: Task) -> Training:
-        """Spend the budget, from the checkpoint of an earlier run of this cell where there is one."""
-        measure, spec = self.spec.measure, self.spec
-        step_tokens = spec.batch_size * spec.seq_len
-        step_flops = 3 * model.flops(self.dims, causal=spec.causal).total
-
-        def batches(step: int, done: float) -> Batch:
-            return task.train_batch(step, done).to(self.device)
-
-        return train(
-            model,
-            batches,
-            budget=Budget.of(measure, step_tokens=step_tokens, step_flops=step_flops),
-            learning_rate=measure.learning_rate,
-            causal=spec.causal,
-            step_tokens=step_tokens,
-            kept=Kept(
-                folder=self.cell.folder,
-                cell_id=self.cell_id,
-                code_sha256=environment.code_sha256(spec.variant),
-                device_name=self._device_name(),
-                every_seconds=measure.checkpoint_seconds,
-            ),
+    def _kept(self) -> Kept:
+        """The checkpoints of the cell's training."""
+        return Kept(
+            folder=self.cell.folder,
+            cell_id=self.cell_id,
+            code_sha256=environment.code_sha256(self.spec.variant),
+            device_name=self._device_name(),
+            every_seconds=self.spec.measure.checkpoint_seconds,
         )
-
-    def _quality(self, task: Task) -> None:
-        model = planning.build_model(self.spec).to(self.device)
-        if isinstance(task, Text) and self.spec.measure.attention_windows:
-            self.tell({"softmax_error_initial": self._look(model, task).softmax_error})
-        training = self._train(model, task)
-        self.tell({"tokens_trained": training.tokens, "train_seconds": training.seconds})
-        if isinstance(task, Text):
-            self._model_text(model, task, training.step)
-        else:
-            self._answer(model, task)
-        self.tell({"state_policy": "carried" if self.variant.caps.stateful else "none"})
-
-    def _model_text(self, model: LanguageModel, task: Text, steps: int) -> None:
-        measure, causal, seq_len = self.spec.measure, self.spec.causal, self.spec.seq_len
-        stride = (causal and measure.eval_stride) or seq_len
-        quality = evaluate(
-            model,
-            task.test_batches(stride),
-            documents=task.test_documents() if self.variant.caps.stateful else None,
-            objective=task.objective,
-            words_per_byte=task.corpus.words_per_byte(),
-            unigram_nats=task.corpus.unigram_nats(),
-            device=self.device,
-            place_period=measure.place_period,
-        )
-        self.tell(
-            {
-                "nll": quality.nll,
-                "nll_reset": quality.nll_reset,
-                "perplexity": quality.perplexity,
-                "bits_per_byte": quality.bits_per_byte,
-                "word_perplexity": quality.word_perplexity,
-                "unigram_perplexity": quality.unigram_perplexity,
-                "nll_by_position": quality.nll_by_position,
-                "nll_by_place": quality.nll_by_place,
-                "place_period": measure.place_period or None,
-                "tokens_evaluated": quality.tokens,
-                "eval_stride": stride if causal else None,
-                "eval_min_context": least_context(seq_len, stride) if causal else None,
-            }
-        )
-        if not math.isfinite(quality.nll):
-            raise Diverged(f"the loss on held-out text is {quality.nll}", steps, steps)
-        if causal and measure.history_targets:
-            self._look_back(model, task)
-        if measure.reach:
-            self.tell({"reach": self._reach(model)})
-        if measure.attention_windows:
-            self.tell(asdict(self._look(model, task)))
-
-    def _look(self, model: LanguageModel, task: Text) -> looks.Looks:
-        """At the attention on the first of the held-out windows."""
-        batches = -(-self.spec.measure.attention_windows // self.spec.batch_size)
-        held_out = islice(task.test_batches(), batches)
-        return looks.look(model, held_out, causal=self.spec.causal, device=self.device)
-
-    def _look_back(self, model: LanguageModel, task: Text) -> None:
-        found = history.look_back(
-            model,
-            task.documents,
-            seq_len=self.spec.seq_len,
-            count=self.spec.measure.history_targets,
-            batch_size=self.spec.batch_size,
-            device=self.device,
-        )
-        if found:
-            self.tell(
-                {
-                    "nll_by_history": found.nll_by_history,
-                    "effective_context": found.effective,
-                    "effective_context_low": found.low,
-                    "effective_context_high": found.high,
-                }
-            )
-
-    def _answer(self, model: LanguageModel, task: Task) -> None:
-        found = measure_accuracy(
-            model,
-            task.test_batches(),
-            causal=self.spec.causal,
-            distance_edges=task.distance_edges,
-            device=self.device,
-        )
-        self.tell(
-            {
-                "nll": found.nll,
-                "accuracy": found.accuracy,
-                "guess_accuracy": task.guess_accuracy,
-                "accuracy_by_distance": found.by_distance,
-                "distance_edges": list(task.distance_edges) or None,
-                "reach": self._reach(model),
-                "tokens_evaluated": found.tokens,
-            }
-        )
-
-    def _reach(self, model: LanguageModel) -> int | None:
-        seq_len = self.spec.seq_len
-        return reach(model, seq_len, causal=self.spec.causal) if seq_len <= LONGEST_REACH else None

@@ -20,9 +20,9 @@ from typing import Any, TypeVar
 from omegaconf import DictConfig, OmegaConf
 
 from bench import config, records, sweep
-from bench.config import Cell, ClusterSpec
 from bench.progress import describe
 from bench.records import Record
+from bench.spec import Cell, ClusterSpec
 from bench.sweep import Job
 
 T = TypeVar("T")

@@ -22,9 +22,9 @@ import torch
 from torch import Tensor
 
 from bench import residual
-from bench.config import CellSpec
 from bench.measure.once import once
 from bench.model import LanguageModel
+from bench.spec import CellSpec
 from bench.tasks.base import Batch
 from bench.tasks.text import VOCABULARY
 from bench.train import training_step

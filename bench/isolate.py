@@ -18,8 +18,8 @@ from multiprocessing.connection import Connection, wait
 from typing import Any, Literal
 
 from bench import cgroups, children, last_words, limits
-from bench.config import Cell
 from bench.last_words import LastWords
+from bench.spec import Cell
 
 NO_MEMORY = ("can't allocate memory", "Cannot allocate memory", "std::bad_alloc", "STATUS_ALLOC_FAILED")
 """Of a plain RuntimeError, or of a library that aborts the process: torch's allocator on the CPU, the

@@ -24,11 +24,11 @@ from omegaconf import OmegaConf
 
 import variants
 from bench import CONFIGS, children, environment
-from bench.config import MeasureSpec
 from bench.locks import on_device
 from bench.records import write_atomically
 from bench.report import markdown, units
 from bench.report.columns import Column
+from bench.spec import MeasureSpec
 
 if TYPE_CHECKING:
     import torch

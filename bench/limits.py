@@ -14,8 +14,8 @@ from functools import cache
 from pathlib import Path
 
 from bench import cgroups, children
-from bench.config import CellSpec
 from bench.measure import nvml
+from bench.spec import CellSpec
 
 UNLIMITED = sys.maxsize
 """Where nothing is asked for and the device does not say what it has."""

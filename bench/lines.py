@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import replace
 
-from bench.config import Cell
 from bench.records import Record
+from bench.spec import Cell
 
 
 class Lines:

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from bench import limits
-from bench.config import digest
+from bench.spec import digest
 
 LOCKS = "LONGCTX_BENCH_LOCKS"
 """Environment variable: runs for which it differs do not wait for each other's devices. Tests set it."""

@@ -12,10 +12,10 @@ from dataclasses import replace
 
 import torch
 
-from bench.config import CellSpec
 from bench.measure import step
 from bench.measure.step import StepFigures, Subject
 from bench.model import LanguageModel
+from bench.spec import CellSpec
 from bench.tasks.base import Batch
 from variants._pieces import planned_for
 

@@ -11,6 +11,9 @@ from torch import Tensor
 from bench.model import LanguageModel
 from variants.patterns import composed
 
+LONGEST = 4096
+"""Tokens up to which `reach` is worked out: it takes T² floats, several times."""
+
 
 def dependence(model: LanguageModel, seq_len: int, *, causal: bool) -> Tensor | None:
     """(T, T) bool: which inputs (columns) an output (row) can depend on; None where content decides.
@@ -31,8 +34,9 @@ def dependence(model: LanguageModel, seq_len: int, *, causal: bool) -> Tensor | 
 
 
 def reach(model: LanguageModel, seq_len: int, *, causal: bool) -> int | None:
-    """Tokens from the last back to the farthest that its output can depend on; None where content decides."""
-    found = dependence(model, seq_len, causal=causal)
+    """Tokens from the last back to the farthest that its output can depend on; None where content decides,
+    or beyond `LONGEST` tokens."""
+    found = dependence(model, seq_len, causal=causal) if seq_len <= LONGEST else None
     return None if found is None else seq_len - 1 - int(found[-1].int().argmax())
 
 

@@ -13,12 +13,12 @@ from typing import Any
 
 from bench import checkpoints, environment, isolate, records, trackers
 from bench.checks import ConfigError
-from bench.config import Cell, MeasureSpec
 from bench.interrupts import Interrupts
 from bench.lines import Lines
 from bench.locks import Claims, on_device
 from bench.progress import Progress
 from bench.records import Record
+from bench.spec import Cell, MeasureSpec
 
 ROOM = 2**16
 """Bytes that a record takes, and more."""

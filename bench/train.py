@@ -17,9 +17,9 @@ import torch
 import torch.nn.functional as F
 
 from bench.checkpoints import Kept, generators, set_generators
-from bench.config import MeasureSpec
 from bench.curves import Curve, Row
 from bench.model import LanguageModel
+from bench.spec import MeasureSpec
 from bench.tasks.base import IGNORED, Batch
 
 WARM_UP_SHARE = 0.1

@@ -30,9 +30,9 @@ from bench.claims import base, cells, claim_10_reversible
 from bench.claims.__main__ import main
 from bench.claims.base import Finding, Missing, Verdict
 from bench.claims.page import page
-from bench.config import CellSpec
 from bench.records import Record
 from bench.report.collect import collect
+from bench.spec import CellSpec
 
 FLOAT = 4
 

@@ -104,7 +104,7 @@ def test_a_verdict_is_of_all_parts(verdicts: list[str], whole: str) -> None:
     assert found.verdict == whole
     for place, verdict in enumerate(verdicts):
         assert (f"but {place}" in found.condition) == (verdict != HOLDS)
-        assert (f"not so: but {place}" in found.condition) == (verdict == FAILS != whole)
+        assert (f"not here: but {place}" in found.condition) == (verdict == FAILS != whole)
 
 
 def test_a_part_that_does_not_hold_says_what_is_so() -> None:
@@ -162,10 +162,10 @@ def jittered(cells: Cells, by: float = 0.002) -> Cells:
     [
         ({"edge": 0.2, "left": 0.0}, HOLDS, ""),
         ({"edge": 0.2, "left": 0.06}, PARTLY, "may come back"),
-        ({"edge": 0.2, "left": 0.18}, PARTLY, "not so: of what the edges lose"),
-        ({"edge": -0.1, "left": 0.0}, PARTLY, "not so: chunk edges lose nothing"),
+        ({"edge": 0.2, "left": 0.18}, PARTLY, "not here: of what the edges lose"),
+        ({"edge": -0.1, "left": 0.0}, PARTLY, "not here: chunk edges lose nothing"),
         ({"edge": 0.2, "left": 0.0, "worse": 0.05}, PARTLY, "the rest of a chunk is worse"),
-        ({"edge": 0.2, "left": 0.0, "steps": 3.0}, PARTLY, "not so: attention costs 3.00×"),
+        ({"edge": 0.2, "left": 0.0, "steps": 3.0}, PARTLY, "not here: attention costs 3.00×"),
         ({"edge": -0.1, "left": 0.0, "steps": 3.0}, FAILS, "lose nothing"),
     ],
 )
@@ -217,11 +217,11 @@ def segment_cells(*, without: float, chunked: float, adds: int = 32, spread: flo
         (
             {"without": 2.1, "chunked": 1.9},
             PARTLY,
-            "not so: after 400,000 tokens of training, chunks of 32 lose",
+            "not here: after 400,000 tokens of training, chunks of 32 lose",
         ),
-        ({"without": 1.9, "chunked": 2.1}, PARTLY, "not so: its memory gains nothing"),
+        ({"without": 1.9, "chunked": 2.1}, PARTLY, "not here: its memory gains nothing"),
         ({"without": 2.1, "chunked": 2.02, "spread": 0.05}, PARTLY, "not beyond the spread"),
-        ({"without": 2.1, "chunked": 2.1, "adds": 0}, PARTLY, "not so: the reach"),
+        ({"without": 2.1, "chunked": 2.1, "adds": 0}, PARTLY, "not here: the reach"),
         ({"without": 1.9, "chunked": 1.9, "adds": 0}, FAILS, "the reach"),
     ],
 )
@@ -258,10 +258,10 @@ def memory_cells(*, mean: float, largest: float, spread: float = 0.001, rate: in
     ("cells", "verdict", "says"),
     [
         ({"mean": 2.05, "largest": 2.05}, HOLDS, ""),
-        ({"mean": 2.05, "largest": 1.95}, PARTLY, "not so: max pooling is better"),
+        ({"mean": 2.05, "largest": 1.95}, PARTLY, "not here: max pooling is better"),
         ({"mean": 2.0, "largest": 2.3, "spread": 0.02}, PARTLY, "cannot be told from mean pooling"),
         ({"mean": 2.02, "largest": 2.3, "spread": 0.02}, PARTLY, "not beyond the spread"),
-        ({"mean": 2.05, "largest": 2.05, "rate": 3}, PARTLY, "not so: the reach"),
+        ({"mean": 2.05, "largest": 2.05, "rate": 3}, PARTLY, "not here: the reach"),
         ({"mean": 1.9, "largest": 1.9, "rate": 3}, FAILS, "mean pooling is better"),
     ],
 )
@@ -309,11 +309,11 @@ def hash_cells(
     ("cells", "verdict", "says"),
     [
         ({"sharing": 0.005}, HOLDS, ""),
-        ({"sharing": 0.1}, PARTLY, "not so: it costs 11 % of perplexity"),
-        ({"sharing": 0.005, "errors": (0.5, 0.6, 0.4, 0.2)}, PARTLY, "not so: more rounds do not always"),
+        ({"sharing": 0.1}, PARTLY, "not here: it costs 11 % of perplexity"),
+        ({"sharing": 0.005, "errors": (0.5, 0.6, 0.4, 0.2)}, PARTLY, "not here: more rounds do not always"),
         ({"sharing": 0.005, "errors": (0.3, 0.28, 0.26, 0.1), "jump": 0.25}, PARTLY, "not beyond the spread"),
         ({"sharing": 0.005, "better": 0.05}, PARTLY, "but in loss they go from +0.0"),
-        ({"sharing": 0.005, "power": 1.4}, PARTLY, "not so: FLOPs grow as T to the power 1.4"),
+        ({"sharing": 0.005, "power": 1.4}, PARTLY, "not here: FLOPs grow as T to the power 1.4"),
         ({"sharing": 0.1, "errors": (0.2, 0.3, 0.4, 0.5), "power": 2.0}, FAILS, "perplexity"),
     ],
 )
@@ -341,8 +341,8 @@ def mass_cells(*, few: float, caught: float, count: int = 3, jitter: float = 0.0
     ("cells", "verdict", "says"),
     [
         ({"few": 0.7, "caught": 0.6}, HOLDS, ""),
-        ({"few": 0.7, "caught": 0.3}, PARTLY, "not so: clusters catch 30 % of a row's mass, 6.0 times"),
-        ({"few": 0.3, "caught": 0.6}, PARTLY, "not so: the 32 largest terms have 30 %"),
+        ({"few": 0.7, "caught": 0.3}, PARTLY, "not here: clusters catch 30 % of a row's mass, 6.0 times"),
+        ({"few": 0.3, "caught": 0.6}, PARTLY, "not here: the 32 largest terms have 30 %"),
         ({"few": 0.52, "caught": 0.6, "jitter": 0.05}, PARTLY, "the 32 largest terms have 52 %"),
         ({"few": 0.3, "caught": 0.3}, FAILS, "leave 70 % out"),
         ({"few": 0.7, "caught": 0.6, "count": 1, "jitter": 0}, PARTLY, "times what as many alike"),
@@ -379,16 +379,16 @@ def estimate_cells(
     ("cells", "verdict", "says"),
     [
         ({}, HOLDS, ""),
-        ({"power": 1.2}, PARTLY, "not so: FLOPs of attention do not grow linearly"),
+        ({"power": 1.2}, PARTLY, "not here: FLOPs of attention do not grow linearly"),
         ({"before": (0.3, 0.28, 0.26)}, PARTLY, "performer's error does not fall as a root"),
         (
             {"before": (0.3, 0.4, 0.5)},
             PARTLY,
-            "not so: performer does not come closer with more of them, even",
+            "not here: performer does not come closer with more of them, even",
         ),
         ({"features": (0.8, 0.4, 0.2)}, PARTLY, "trained performers are off by 20 %"),
         ({"features": (0.2, 0.1, 0.11)}, PARTLY, "trained performers do not come closer"),
-        ({"features": (0.9, 0.8, 0.7), "before": (0.8, 0.7, 0.6)}, PARTLY, "not so: performer's error"),
+        ({"features": (0.9, 0.8, 0.7), "before": (0.8, 0.7, 0.6)}, PARTLY, "not here: performer's error"),
         ({"perplexity": 26.0}, PARTLY, "the linformers looked at have hardly learnt"),
         ({"before": (0.3, 0.4, 0.5), "power": 2.0}, FAILS, "linearly"),
     ],

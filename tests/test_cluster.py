@@ -24,8 +24,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from bench import CONFIGS, cluster, config, sweep
-from bench.config import Cell, CellSpec, ClusterSpec, DataSpec, MeasureSpec, ModelSpec
 from bench.records import FINAL, KEYS
+from bench.spec import Cell, CellSpec, ClusterSpec, DataSpec, MeasureSpec, ModelSpec
 
 needs_submitit = pytest.mark.skipif(
     not find_spec("hydra_plugins.hydra_submitit_launcher"), reason="hydra-submitit-launcher is not installed"

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from bench import commandline
-from bench.config import ConfigError
+from bench.checks import ConfigError
 
 ROOT = Path(__file__).parents[1]
 HANDLER = "{h:{class:logging.FileHandler,filename:%s}}"

@@ -13,18 +13,9 @@ from hydra_plugins.longctx_bench import CellSweeper, Composer, product
 
 import variants
 from bench import complaints, planning, sweep
-from bench.config import (
-    ACTIVATIONS,
-    DTYPES,
-    Cell,
-    CellSpec,
-    ConfigError,
-    DataSpec,
-    MeasureSpec,
-    ModelSpec,
-    choose,
-    parse,
-)
+from bench.checks import ACTIVATIONS, DTYPES, ConfigError, choose
+from bench.config import parse
+from bench.spec import Cell, CellSpec, DataSpec, MeasureSpec, ModelSpec
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 

@@ -57,7 +57,7 @@ def test_the_driver_tells_of_the_device_and_of_this_process() -> None:
 HELD = """
 import torch
 from bench import limits
-from bench.config import CellSpec, DataSpec, MeasureSpec, ModelSpec
+from bench.spec import CellSpec, DataSpec, MeasureSpec, ModelSpec
 
 spec = CellSpec(
     variant="dense", variant_params={}, seq_len=8, depth=1, batch_size=1, replicate=0, objective="clm",

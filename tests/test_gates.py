@@ -13,9 +13,9 @@ from torch import Tensor
 
 import variants
 from bench import gates, residual
-from bench.config import CellSpec, DataSpec, MeasureSpec, ModelSpec
 from bench.gates import COST_LIMIT, GateFailed, cost_ratio, leak, reference_error
 from bench.measure.flops import CountFlops
+from bench.spec import CellSpec, DataSpec, MeasureSpec, ModelSpec
 from variants import patterns
 from variants.base import Dims, Out
 from variants.dense import Dense

@@ -11,7 +11,8 @@ import pytest
 from hydra import compose, initialize_config_dir
 
 from bench import CONFIGS, cgroups, limits
-from bench.config import CellSpec, parse
+from bench.config import parse
+from bench.spec import CellSpec
 
 GIB = 2**30
 V1_MOUNTS = """\

@@ -171,7 +171,7 @@ HARNESS = """
 import json, os, sys, threading, time
 import torch
 from bench import limits
-from bench.config import CellSpec, DataSpec, MeasureSpec, ModelSpec
+from bench.spec import CellSpec, DataSpec, MeasureSpec, ModelSpec
 from bench.measure import nvml, surroundings
 
 def say(**told):

@@ -11,10 +11,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bench import planning
-from bench.config import CellSpec, ConfigError, parse, parse_bytes
+from bench.checks import ConfigError, parse_bytes
+from bench.config import parse
 from bench.measure import step
 from bench.planning import Plan
 from bench.report import budgets
+from bench.spec import CellSpec
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 MIB = 2**20

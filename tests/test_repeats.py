@@ -17,11 +17,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import variants
 from bench import planning
-from bench.config import CellSpec, parse
+from bench.config import parse
 from bench.measure import step
 from bench.measure.flops import CountFlops
 from bench.measure.memory import LiveStorage
 from bench.measure.repeats import Repeats
+from bench.spec import CellSpec
 from variants._repeats import following, repeatable
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"

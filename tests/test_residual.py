@@ -12,7 +12,7 @@ from torch import Tensor
 
 import variants
 from bench import residual
-from bench.config import ACTIVATIONS
+from bench.checks import ACTIVATIONS
 from bench.measure.step import StepFigures, Subject, predicted
 from bench.model import LanguageModel
 from bench.tasks.text import Batch

@@ -13,9 +13,10 @@ import torch
 from hydra import compose, initialize_config_dir
 
 from bench import isolate, limits
-from bench.config import Cell, parse
+from bench.config import parse
 from bench.measure import roofline
 from bench.measure.roofline import AboveRoofline, Peaks, Roofline
+from bench.spec import Cell
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 CPU = torch.device("cpu")

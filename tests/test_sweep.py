@@ -20,10 +20,10 @@ from typing import Any
 import pytest
 
 from bench import records, sweep
-from bench.config import Cell, CellSpec, DataSpec, MeasureSpec, ModelSpec
 from bench.lines import Lines
 from bench.locks import Claims
 from bench.records import FINAL, Record
+from bench.spec import Cell, CellSpec, DataSpec, MeasureSpec, ModelSpec
 
 CELL = ["depth=1", "model.d_model=16", "data=files", "data.path=corpus.txt", "seq_len=16"]
 WAIT_SECONDS = 900

@@ -12,8 +12,9 @@ from hydra import compose, initialize_config_dir
 
 import variants
 from bench import complaints, corpora, planning, sweep, tasks
-from bench.config import CellSpec, parse
+from bench.config import parse
 from bench.records import Record, read
+from bench.spec import CellSpec
 from bench.tasks.base import IGNORED, Task
 from bench.tasks.text import MASK, VOCABULARY, Text
 

@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import variants
-from bench.config import MeasureSpec
 from bench.model import LanguageModel
+from bench.spec import MeasureSpec
 from bench.tasks import text
 from bench.train import (
     CLIP_NORM,

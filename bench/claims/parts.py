@@ -35,9 +35,9 @@ class Part:
 
 def together(parts: Sequence[Part]) -> Finding:
     """It holds where every part does, and does not where none does; else it holds with a condition, which
-    says what becomes of the parts that do not simply hold: 'not so' where one does not at all."""
+    says what becomes of the parts that do not simply hold: 'not here' where one does not at all."""
     verdicts = {part.verdict for part in parts}
-    marks = {"does not hold here": "not so: "} if len(verdicts) > 1 else {}
+    marks = {"does not hold here": "not here: "} if len(verdicts) > 1 else {}
     return Finding(
         predicted="\n".join(part.predicted for part in parts if part.predicted),
         measured="\n".join(part.measured for part in parts),

@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from bench.config import digest
 from bench.records import write_atomically
+from bench.spec import digest
 
 
 def path_of(folder: Path, decides: list[Any]) -> Path:

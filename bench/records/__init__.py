@@ -19,7 +19,7 @@ from bench.records.files import (
 )
 from bench.records.migrations import SCHEMA_VERSION
 from bench.records.reading import RecordError, parse
-from bench.records.record import FINAL, KEYS, STATUSES, Record, Status
+from bench.records.record import FINAL, KEYS, STATUSES, Record, Status, Tell
 from bench.records.store import columns_of, frame_of, load, read, read_all, write
 
 __all__ = [
@@ -32,6 +32,7 @@ __all__ = [
     "Record",
     "RecordError",
     "Status",
+    "Tell",
     "columns_of",
     "curve_path_of",
     "frame_of",

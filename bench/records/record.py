@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -18,6 +19,8 @@ Status = Literal["ok", "unsupported", "oom", "predicted_oom", "timeout", "error"
 STATUSES: tuple[str, ...] = get_args(Status)
 FINAL: frozenset[str] = frozenset({"ok", "unsupported", "oom", "predicted_oom"})
 """Statuses that a second run of the same sweep does not measure again."""
+Tell = Callable[[dict[str, Any]], None]
+"""Takes figures by the record's key, as a cell takes them; what has been told survives the cell's process."""
 
 
 @dataclass(kw_only=True)

@@ -84,6 +84,7 @@ class CellSweeper(Sweeper):
     def sweep(self, arguments: list[str]) -> Any:
         """Compose and check the cells of every grid, then run them; returns their records."""
         from bench import cluster, config, sweep
+        from bench.spec import ClusterSpec
 
         loader = self.context.config_loader
         compose = Composer(loader, self.composed)
@@ -92,7 +93,7 @@ class CellSweeper(Sweeper):
         if self.composed.hydra.launcher._target_ == IN_THIS_PROCESS:
             return sweep.run(cells)
 
-        def launch(knobs: config.ClusterSpec, jobs: list[list[str]]) -> list[list[str] | Exception]:
+        def launch(knobs: ClusterSpec, jobs: list[list[str]]) -> list[list[str] | Exception]:
             task = cluster.CellsOfJob(self.context.config_loader, self.composed, Path.cwd())
             return self._launch(task, knobs, jobs)
 
