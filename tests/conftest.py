@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
-import sys
-from collections.abc import Iterator
 
 import pytest
 
-os.environ.setdefault("LONGCTX_BENCH_LOCKS", f"tests-{os.getpid()}")  # no other sweep is waited for
+# For the processes that tests start, too. No other sweep is waited for, nor that of another worker.
+os.environ["LONGCTX_BENCH_LOCKS"] = f"tests-{os.getpid()}"
+# Work this small is done before a second thread wakes; on busy cores waiting for one takes longer.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -21,17 +22,3 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if not torch.cuda.is_available():
         for item in cuda_items:
             item.add_marker(pytest.mark.skip(reason="no CUDA device"))
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Work this small is done before a second thread wakes; on busy cores waiting for one takes longer."""
-    if "torch" not in sys.modules:
-        yield
-        return
-    import torch
-
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)

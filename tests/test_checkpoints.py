@@ -291,7 +291,7 @@ class Sweep:
             tokens = STEPS * int(CELLS[variant][0].removeprefix("seq_len="))
             own = [f"variant={variant}", *CELLS[variant], f"measure.train_tokens={tokens}"]
             overrides.append([*EVERYWHERE, *own, f"results_dir={self.folder}", f"name={name}"])
-        env = {**os.environ, "TMPDIR": str(self.folder), "OMP_NUM_THREADS": "1"}
+        env = {**os.environ, "TMPDIR": str(self.folder)}
         command = [sys.executable, "cells.py", json.dumps(overrides)]
         self.process = subprocess.Popen(command, cwd=self.folder, env=env, stderr=subprocess.PIPE, text=True)
 

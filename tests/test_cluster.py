@@ -40,7 +40,7 @@ SWEEP = ["-m", *QUICK, "variant=dense,chunked", "objective=clm,mlm"]
 def start(*arguments: str, cwd: Path, **environment: str) -> subprocess.Popen[str]:
     cwd.mkdir(exist_ok=True)
     command = [sys.executable, "-m", "bench", *arguments]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
+    env = {**os.environ, **environment}
     return subprocess.Popen(
         command, cwd=cwd, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
@@ -126,7 +126,7 @@ def test_an_array_without_a_launcher_shares_the_work(here: dict[str, Any], tmp_p
     python = tmp_path / ".venv/bin/python"
     python.write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
     python.chmod(0o755)
-    environment = {**os.environ, "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"}
     subprocess.run(["sbatch", "--wait", "sweep.sbatch", *SWEEP], cwd=tmp_path, env=environment, check=True)
     assert told(tmp_path) == here
     logs = [(tmp_path / f"bin/{task}.log").read_text() for task in (0, 1)]

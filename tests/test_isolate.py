@@ -168,7 +168,7 @@ class Sweep:
         # TMPDIR holds the lock of the device: nobody's sweep is waited for, and no two of these run at once
         path = f"{folder}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
         own = {"TMPDIR": str(folder), "LONGCTX_BENCH_LOCKS": str(folder)}
-        env = {**os.environ, **own, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+        env = {**os.environ, **own, "PYTHONPATH": path}
         command = [sys.executable, "-m", "bench", *knobs]
         if group:
             command = ["sh", "-c", 'echo $$ > "$0/cgroup.procs" && exec "$@"', str(group), *command]

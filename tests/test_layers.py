@@ -6,7 +6,6 @@ Shapes: B batch, T tokens, C channels, H heads, D = C / H; (B, H, T, D) for quer
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -19,14 +18,6 @@ from variants.layers import Projections, local_attention, masked_attention, rota
 
 both_directions = pytest.mark.parametrize("causal", [True, False])
 quick = settings(deadline=None, max_examples=40)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def numbers(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:

@@ -255,7 +255,7 @@ print(resident_bytes("VmHWM") - before)
 
 def run(*arguments: str, **environment: str) -> subprocess.Popen[str]:
     command = [sys.executable, *arguments]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
+    env = {**os.environ, **environment}
     return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 

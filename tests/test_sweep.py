@@ -66,7 +66,7 @@ class Sweep:
 def apart(folder: Path) -> dict[str, str]:
     """The environment of runs that share devices with nobody but those of the same folder."""
     own = {"TMPDIR": str(folder), "LONGCTX_BENCH_LOCKS": f"{os.getpid()}-{folder.name}"[:40]}
-    return {**os.environ, **own, "OMP_NUM_THREADS": "1"}
+    return {**os.environ, **own}
 
 
 def heed_signals() -> None:

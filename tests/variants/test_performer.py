@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -29,15 +29,6 @@ from variants.performer import FEATURES, Performer, PerformerConfig
 SMALL: list[dict[str, Any]] = [{"features": "relu", "n_features": 24, "chunk": 32, "redraw": 1}]
 
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Tensors this small are slower on two threads, and much slower on busy ones."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def dims_of(seq_len: int, batch_size: int = 1) -> Dims:
