@@ -8,6 +8,8 @@ would do.
 
 from __future__ import annotations
 
+import itertools
+import json
 import os
 import re
 import shlex
@@ -27,12 +29,19 @@ RUN = {"records.md"}
 ELSEWHERE = ("pip install .", ".venv/bin/pre-commit install")
 """The wheel is installed and run by the slow test of packaging; hooks are nobody's to install in a test."""
 COMPOSED = """
-import sys
+import json, sys
 from bench import sweep
-sweep.run = lambda cells: print(len(cells), "cells") or []
 from bench.__main__ import main
-sys.exit(main())
+sweep.run = lambda cells: print(len(cells), "cells") or []
+for arguments in json.loads(sys.argv[1]):
+    sys.argv[1:] = arguments
+    try:
+        main()
+    except SystemExit as end:
+        if end.code:
+            sys.exit(f"{' '.join(arguments)}: status {end.code}")
 """
+"""Sweeps, composed and checked one after the other; the first that fails ends it."""
 
 
 def commands(page: Path) -> list[str]:
@@ -57,7 +66,7 @@ def call(words: list[str], cwd: Path, **environment: str) -> subprocess.Complete
 
 
 def checked(line: str, cwd: Path) -> None:
-    """Whether a command would work, without doing what takes minutes."""
+    """Whether a command that is no sweep would work, without doing what takes minutes."""
     words = shlex.split(line)
     if words[0] == "make":
         done = call(["make", "-n", *words[1:]], ROOT)
@@ -65,14 +74,7 @@ def checked(line: str, cwd: Path) -> None:
         return
     assert words[:2] == ["python", "-m"], f"{line}: no way to check it; add one here"
     module, arguments = words[2], words[3:]
-    if module == "bench":
-        if files := [a.partition("=")[2] for a in arguments if a.startswith("data.path=")]:
-            (cwd / files[0]).parent.mkdir(exist_ok=True)
-            (cwd / files[0].replace("*", "one")).write_text("A text of some length. " * 2000)
-        done = call([sys.executable, "-c", COMPOSED, *arguments], cwd)
-        assert done.returncode == 0, f"{line}\n{done.stderr}"
-        assert arguments == ["--help"] or re.search(r"^[1-9]\d* cells$", done.stdout, re.M), done.stdout
-    elif module == "bench.corpora" and arguments[0] in ("fetch", "show") and "plays" not in arguments:
+    if module == "bench.corpora" and arguments[0] in ("fetch", "show") and "plays" not in arguments:
         offline = {"HF_HUB_OFFLINE": "1", "LONGCTX_BENCH_CACHE": str(cwd / "cache")}
         done = call([sys.executable, "-m", module, *arguments], cwd, **offline)
         assert done.returncode == 2, f"{line}\n{done.stdout}{done.stderr}"
@@ -86,16 +88,31 @@ def checked(line: str, cwd: Path) -> None:
         assert done.returncode == 0, f"{line}\n{done.stderr}"
 
 
+def composed(lines: list[str], cwd: Path) -> None:
+    """Whether sweeps would start, and over how many cells."""
+    sweeps = [shlex.split(line)[3:] for line in lines]
+    for argument in itertools.chain(*sweeps):
+        if argument.startswith("data.path="):
+            file = cwd / argument.partition("=")[2].replace("*", "one")
+            file.parent.mkdir(exist_ok=True)
+            file.write_text("A text of some length. " * 2000)
+    done = call([sys.executable, "-c", COMPOSED, json.dumps(sweeps)], cwd)
+    assert done.returncode == 0, done.stderr
+    assert len(re.findall(r"^[1-9]\d* cells$", done.stdout, re.M)) == len(sweeps), done.stdout
+
+
 @pytest.mark.parametrize("page", [p for p in PAGES if p.name not in FOLLOWED], ids=lambda page: page.name)
 def test_commands(page: Path, tmp_path: Path) -> None:
-    for line in commands(page):
-        if line.startswith(ELSEWHERE):
-            continue
+    lines = [line for line in commands(page) if not line.startswith(ELSEWHERE)]
+    sweeps = [line for line in lines if line.startswith("python -m bench ")]
+    if page.name not in RUN and sweeps:
+        composed(sweeps, tmp_path)
+    for line in lines:
         if page.name in RUN:
             words = [sys.executable if word == "python" else word for word in shlex.split(line)]
             done = call(words, tmp_path)
             assert done.returncode == 0, f"{line}\n{done.stderr}"
-        else:
+        elif line not in sweeps:
             checked(line, tmp_path)
 
 

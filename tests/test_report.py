@@ -219,7 +219,7 @@ def test_the_command_says_where_the_report_is(demo: Path) -> None:
     assert said[0] == "report: results/demo/report/summary.md"
     assert said[1].startswith("page:   results/demo/report/index.html ")
     assert len(said) == 3
-    assert "12 plots" in said[2]
+    assert "13 plots" in said[2]
 
 
 def test_csv_holds_the_medians_of_the_record_files(demo: Path) -> None:
@@ -315,7 +315,7 @@ def test_a_value_of_the_wrong_type_is_named_and_skipped(tmp_path: Path) -> None:
 def test_plots_decode_and_are_linked(demo: Path) -> None:
     plots = demo / "report" / "plots"
     stems = {"step_time", "throughput", "peak_memory", "flops", "perplexity", "nll_by_position"}
-    stems |= {"crossover", "pareto"}
+    stems |= {"crossover", "pareto-depth_2", "pareto-depth_4"}
     linked_alone = {f"{cost}_by_depth" for cost in ("step_time", "throughput", "peak_memory", "flops")}
     stems |= linked_alone
     assert {p.stem for p in plots.glob("*.png")} == {p.stem for p in plots.glob("*.svg")} == stems

@@ -27,7 +27,7 @@ from bench.report import (
 )
 from bench.report.collect import collect
 
-MANY = 5000
+MANY = 2000
 """Records from which on a plot for every setting takes longer than people wait."""
 
 log = logging.getLogger("bench.report")

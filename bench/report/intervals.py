@@ -32,6 +32,8 @@ in twenty does. Three replicates no longer lean on it, and may find less than tw
 
 from __future__ import annotations
 
+from functools import cache
+
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
@@ -40,6 +42,12 @@ from scipy import stats
 Floats = npt.NDArray[np.float64]
 
 LEVEL = 0.95
+
+
+@cache
+def student(freedom: int) -> float:
+    """Standard errors from the middle of an interval of `LEVEL` to its ends."""
+    return float(stats.t.ppf((1 + LEVEL) / 2, freedom))
 
 
 def interval(logs: Floats) -> tuple[Floats, Floats]:
@@ -55,7 +63,7 @@ def interval(logs: Floats) -> tuple[Floats, Floats]:
     if n == 2:
         return logs.min(axis=-1), logs.max(axis=-1)
     middle = logs.mean(axis=-1)
-    reach = stats.t.ppf((1 + LEVEL) / 2, n - 1) * stats.sem(logs, axis=-1)
+    reach = student(n - 1) * stats.sem(logs, axis=-1)
     return middle - reach, middle + reach
 
 

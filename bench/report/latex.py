@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from functools import cache
 
 from bench.records.printable import printable
 from bench.report.columns import Column, shown
@@ -37,6 +38,7 @@ def escape(text: object) -> str:
     return "".join(_character(c) for c in printable(text))
 
 
+@cache
 def _character(c: str) -> str:
     return _SIGNS.get(c) or (c if c == " " else latex(c) if _GLYPHS.match(c) else f"{{[}}U+{ord(c):04X}{{]}}")
 

@@ -10,10 +10,9 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from scipy import stats
 
 from bench.report.groups import CELL, TRAINING
-from bench.report.intervals import LEVEL, Floats, differs, floor_for, interval
+from bench.report.intervals import LEVEL, Floats, differs, floor_for, interval, student
 
 FIGURE = "step_seconds_median"
 SAME = [*CELL, *TRAINING, "measure", "code_sha256"]
@@ -57,7 +56,7 @@ def floor_of(log_ratios: Floats) -> float:
         return float("nan")
     if sizes.size >= ENOUGH:
         return float(np.quantile(sizes, LEVEL, method="weibull"))
-    return float(stats.t.ppf((1 + LEVEL) / 2, sizes.size) * np.sqrt(np.mean(sizes**2)))
+    return student(sizes.size) * float(np.sqrt(np.mean(sizes**2)))
 
 
 def floors(found: pd.DataFrame) -> dict[str, float]:

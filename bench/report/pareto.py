@@ -125,5 +125,5 @@ def _place(mine: tuple[_Span, _Span], others: list[tuple[_Span, _Span]]) -> str:
 
 def _beats(one: tuple[_Span, _Span], other: tuple[_Span, _Span]) -> bool:
     """Whether one is as good in both and better in one."""
-    pairs = [(a.middle, b.middle) for a, b in zip(one, other, strict=True)]
-    return all(a <= b for a, b in pairs) and any(a < b for a, b in pairs)
+    (quality, cost), (its_quality, its_cost) = ([span.middle for span in pair] for pair in (one, other))
+    return quality <= its_quality and cost <= its_cost and (quality < its_quality or cost < its_cost)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import pandas as pd
 from matplotlib.artist import Artist
@@ -13,6 +11,7 @@ from matplotlib.lines import Line2D
 
 from bench.report import canvas, units
 from bench.report.groups import split
+from bench.report.intervals import Floats
 from bench.report.lines import GREY, Look, interval_of, label_handles, replicates
 from bench.report.memory import BASELINE
 from bench.report.pareto import COSTS, FRONT
@@ -25,10 +24,10 @@ AXES = {
 
 
 def pareto(cells: pd.DataFrame, look: Look) -> Figure | None:
-    """A row of panels a depth, length and training, a panel a cost; takes `pareto.pareto_cells`."""
+    """Of one depth: a row of panels a length and training, a panel a cost; takes `pareto.pareto_cells`."""
     if cells.empty:
         return None
-    parts = list(split(cells, ["depth", "seq_len", "tokens_trained", "score"]))
+    parts = list(split(cells, ["seq_len", "tokens_trained", "score"]))
     costs = [name for name in COSTS if cells[name].notna().any()]
     figure, axes = canvas.panels(
         len(costs) * len(parts), columns=len(costs), width=3.2, height=2.9, sharey=len(parts) == 1
@@ -37,7 +36,7 @@ def pareto(cells: pd.DataFrame, look: Look) -> Figure | None:
         (values, part), cost = parts[number // len(costs)], costs[number % len(costs)]
         _models(axis, part, cost, look)
         _scale(axis, part, cost)
-        words = f"length {units.length(values['seq_len'])}, depth {values['depth']}"
+        words = f"length {units.length(values['seq_len'])}"
         axis.set_title(f"{words}, {units.count(values['tokens_trained'])} tokens", fontsize=8)
         axis.set_xlabel(AXES[cost][0])
         if number % len(costs) == 0:
@@ -59,36 +58,33 @@ def pareto(cells: pd.DataFrame, look: Look) -> Figure | None:
 
 
 def _models(axis: Axes, part: pd.DataFrame, cost: str, look: Look) -> None:
-    for _, row in part[part[cost].notna()].iterrows():
-        style = look.styles[str(row["label"])]
+    shown = part[part[cost].notna()]
+    for label, models in shown.groupby("label", sort=False):
+        style, leaks = look.styles[str(label)], bool(models["leaks"].any())
         axis.errorbar(
-            [row[cost]],
-            [row["quality"]],
-            xerr=_reach(row, cost),
-            yerr=_reach(row, "quality"),
+            models[cost],
+            models["quality"],
+            xerr=_reach(models, cost),
+            yerr=_reach(models, "quality"),
             color=style.colour,
             marker=style.marker,
-            fillstyle="none" if row["leaks"] else style.fill,
+            fillstyle="none" if leaks else style.fill,
             markerfacecoloralt="white",
             linestyle="",
             elinewidth=1,
         )
-        if row["activations"] != BASELINE:
-            place = (row[cost], row["quality"])
-            axis.annotate(
-                row["activations"], place, xytext=(4, 4), textcoords="offset points", fontsize=6, color=GREY
-            )
+    named = shown[shown["activations"] != BASELINE]
+    for x, y, name in zip(named[cost], named["quality"], named["activations"], strict=True):
+        axis.annotate(name, (x, y), xytext=(4, 4), textcoords="offset points", fontsize=6, color=GREY)
     front = part[part[f"{cost}_front"] == FRONT].sort_values(cost)
     # nothing between two models of a front is had: the next better one costs what it costs
     axis.step(front[cost], front["quality"], where="post", color=GREY, linewidth=1, zorder=1)
 
 
-def _reach(row: pd.Series[Any], name: str) -> list[list[float]] | None:
-    """How far the interval reaches down and up from the figure."""
-    low, high = row[f"{name}_low"], row[f"{name}_high"]
-    if np.isnan(low):
-        return None
-    return [[max(0.0, row[name] - low)], [max(0.0, high - row[name])]]
+def _reach(models: pd.DataFrame, name: str) -> Floats:
+    """(2, models): how far each interval reaches down and up from its figure, 0 where there is none."""
+    low, middle, high = (models[f"{name}{end}"].to_numpy(dtype=float) for end in ("_low", "", "_high"))
+    return np.nan_to_num(np.maximum([middle - low, high - middle], 0.0))
 
 
 def _scale(axis: Axes, part: pd.DataFrame, cost: str) -> None:

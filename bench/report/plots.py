@@ -66,7 +66,7 @@ def _plots(kinds: Kinds, found: Found) -> Iterator[Plot]:
     for section, title, data, draw, keys in (
         ("utilisation", "Utilisation", more.utilisation, roofline_plots.utilisation, SETTING),
         ("crossover", "Cost over dense's", more.compared, crossover_plots.crossover, SETTING),
-        ("pareto", "Quality against cost", more.pareto, pareto_plots.pareto, COMMON),
+        ("pareto", "Quality against cost", more.pareto, pareto_plots.pareto, (*COMMON, "depth")),
     ):
         yield plain(section, section, title, data, draw, keys)
     yield plain(

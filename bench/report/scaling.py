@@ -16,13 +16,13 @@ import pandas as pd
 from scipy import stats
 
 from bench.report.groups import GROUP, SETTING, split
+from bench.report.intervals import student
 from bench.report.statistics import BASELINE
 
 SPAN = 8
 """The sizes fitted lie within this factor of the largest, if they are `FEWEST` or more."""
 FEWEST = 3
 """Points of a line whose slope has an interval."""
-LEVEL = 0.95
 TOLERANCE = 0.1
 """An exponent contradicts a claim where its interval is further from it than this. A log T that claims leave
 out is worth 1 / ln T, some 0.1 at these lengths; a stride rounded to a power of two, about as much."""
@@ -73,7 +73,7 @@ def fit(sizes: Sequence[float], costs: Sequence[float]) -> Fit | None:
     logs = np.log(taken)
     line = stats.linregress(logs[:, 0], logs[:, 1])
     error = float(line.stderr) if np.ptp(logs[:, 1]) else 0.0  # of what does not grow at all scipy has none
-    off = float(stats.t.ppf((1 + LEVEL) / 2, len(taken) - 2)) * error
+    off = student(len(taken) - 2) * error
     slope = float(line.slope)
     return Fit(slope, slope - off, slope + off, len(taken), float(taken[0, 0]), float(taken[-1, 0]))
 
