@@ -486,7 +486,8 @@ def test_real_cells_come_to_a_verdict(tmp_path: Path, monkeypatch: pytest.Monkey
     assert "201 million at 512 and 51.5 billion at 8,192" in text
     monkeypatch.setattr(claim_10_reversible, "DEPTHS", (1, 3))
     frame = collect(folder).frame
-    for dtype, least, most in (("float32", 1e-9, 1e-5), ("bfloat16", 1e-6, 0.1)):
+    # Streams are float32 in both: so shallow, bfloat16 differs only if an input lies where it rounds.
+    for dtype, most in (("float32", 1e-5), ("bfloat16", 0.1)):
         errors = claim_10_reversible.drift(frame, dtype)
         assert errors.keys() == {1, 3}
-        assert all(least < error < most for error in errors.values()), (dtype, errors)
+        assert all(1e-9 < error < most for error in errors.values()), (dtype, errors)

@@ -151,7 +151,7 @@ def test_a_task_of_ray_that_dies_takes_no_other_with_it(tmp_path: Path) -> None:
     process = start(*some, cwd=tmp_path)
     folder = tmp_path / "results/adhoc"
     wait_for(lambda: list(folder.glob("curves/*")), process)
-    os.kill(of_sweep_in("ray::", tmp_path), signal.SIGKILL)
+    os.kill(of_sweep_in("ray::_work", tmp_path), signal.SIGKILL)
     _, said = process.communicate(timeout=400)
     assert process.returncode == 1, said
     assert "a job failed" in said

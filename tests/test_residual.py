@@ -209,7 +209,9 @@ def test_recomputing_costs_at_most_a_forward_pass(name: str) -> None:
 
     def flops(activations: str) -> int:
         return predicted_for(
-            lambda: model_of(name, activations, depth=4, dropout=0.0), 600, causal=objective(name)
+            lambda: model_of(name, activations, seq_len=300, depth=4, dropout=0.0),
+            300,
+            causal=objective(name),
         ).flops_step
 
     keep = flops("keep")
