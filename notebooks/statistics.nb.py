@@ -201,7 +201,7 @@ noise
 # %%
 SCORES = ["nll", "perplexity", "perplexity_reset", "bits_per_byte", "word_perplexity", "accuracy"]
 trained = ok.assign(perplexity_reset=np.exp(ok["nll_reset"]))
-trained["train_amount"] = trained["train_amount"].astype(float).fillna(trained["tokens_trained"])
+trained["train_amount"] = trained["train_amount"].fillna(trained["tokens_trained"].astype(float))
 trained = trained[trained[SCORES].notna().any(axis=1)]
 by = trained.groupby([*CELL, *TRAINING, "state_policy"], dropna=False)
 quality = by[SCORES].agg(["mean", "std"])
