@@ -268,10 +268,13 @@ def answer(process: subprocess.Popen[str]) -> str:
 @pytest.mark.parametrize(
     "overrides",
     [
-        ["variant=dense", "seq_len=1024", "depth=2", "activations=keep"],
-        ["variant=chunked", "seq_len=1024", "depth=3", "activations=checkpoint"],
+        pytest.param(["variant=dense", "seq_len=1024", "depth=2", "activations=keep"], id="dense"),
+        pytest.param(
+            ["variant=chunked", "seq_len=1024", "depth=3", "activations=checkpoint"],
+            id="chunked",
+            marks=pytest.mark.slow,
+        ),
     ],
-    ids=lambda overrides: overrides[0],
 )
 def test_peak_bytes_are_what_a_fresh_process_grows_by(tmp_path: Path, overrides: list[str]) -> None:
     """The kernel's own peak of a process that does the same step, within 5 % or 8 MiB.

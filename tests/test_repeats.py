@@ -39,7 +39,7 @@ def test_a_plan_is_the_same_as_without(
     variant: str, activations: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Every figure, each phase's peak and its split among them."""
-    spec = spec_of(f"variant={variant}", f"activations={activations}", "seq_len=700", "depth=2")
+    spec = spec_of(f"variant={variant}", f"activations={activations}", "seq_len=400", "depth=2")
     got = planning.Plan(spec).predict()
     monkeypatch.setattr(step, "following", lambda _: nullcontext())
     assert got == planning.Plan(spec).predict()

@@ -489,7 +489,8 @@ def test_every_memory_picture_is_drawn_and_linked(tmp_path: Path) -> None:
     text = text_of(folder, found, plots=True)
     plots = folder / "report" / "plots"
     stems = {"peak_parts", "activations_by_depth", "peak_by_depth", "longest_sequence"}
-    stems |= {"longest_sequence", "largest_batch", "batch_payoff", "pareto"}
+    stems |= {"longest_sequence", "largest_batch", "batch_payoff"}
+    stems |= {f"pareto-depth_{depth}" for depth in (2, 4, 8)}
     linked = {
         f"{cost}_by_depth-activations_keep" for cost in ("step_time", "throughput", "peak_memory", "flops")
     }

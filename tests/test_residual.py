@@ -178,17 +178,17 @@ BOUNDARY = 2 * 256 * 32 * 4
 
 
 def test_what_each_strategy_stores_by_depth() -> None:
-    def stored(activations: str) -> dict[int, int]:
-        return {depth: figures_of(activations, depth).activation_bytes for depth in (4, 9, 16)}
+    def stored(activations: str, *depths: int) -> dict[int, int]:
+        return {depth: figures_of(activations, depth).activation_bytes for depth in depths}
 
-    keep, checkpoint, sqrt, reversible = map(stored, ("keep", "checkpoint", "sqrt", "reversible"))
+    keep, checkpoint, reversible = (stored(name, 4, 16) for name in ("keep", "checkpoint", "reversible"))
+    sqrt, selective = stored("sqrt", 4, 9, 16), stored("selective", 16)
     assert keep[16] - keep[4] > 12 * 8 * BOUNDARY
     assert (checkpoint[16] - checkpoint[4]) / 12 == pytest.approx(BOUNDARY, rel=0.2)
     # a boundary every ⌈√L⌉ blocks: 2, 3 and 4 of them
     assert sqrt[9] - sqrt[4] == pytest.approx(BOUNDARY, rel=0.2)
     assert sqrt[16] - sqrt[9] == pytest.approx(BOUNDARY, rel=0.2)
     assert reversible[16] <= 1.15 * reversible[4]
-    selective = stored("selective")
     assert checkpoint[16] < selective[16] < keep[16]
 
 

@@ -158,7 +158,7 @@ def killed_and_resumed(folder: Path, *, cells: int, kills: int, seed: int) -> No
 
 
 def test_a_sweep_that_is_killed_goes_on_and_two_at_once_share_it(tmp_path: Path) -> None:
-    killed_and_resumed(tmp_path, cells=24, kills=4, seed=1)
+    killed_and_resumed(tmp_path, cells=16, kills=3, seed=1)
 
 
 @pytest.mark.slow
