@@ -331,6 +331,19 @@ def test_other_figures_come_to_another_verdict(
     assert verdict(number, bent(world, where, **changes)) == want
 
 
+def test_a_bound_that_breaks_at_one_length_is_a_condition(world: pd.DataFrame) -> None:
+    def paid(frame: pd.DataFrame) -> Any:
+        return frame["budget_bytes"].notna() & (frame["activations"] == "checkpoint")
+
+    def short(frame: pd.DataFrame) -> Any:
+        return of(**TIMED, activations="checkpoint", seq_len=128)(frame) & frame["budget_bytes"].isna()
+
+    paying = bent(world, paid, tokens_per_second=times(3.0))
+    found = base.judged(NUMBERED[5], bent(paying, short, step_seconds_median=times(1.5)))
+    assert found.verdict == "holds with a condition"
+    assert found.condition == "more than a forward pass, or 50 %, at 128 tokens"
+
+
 def test_noise_alone_refutes_nothing(world: pd.DataFrame) -> None:
     """One slow replicate of three: the interval still holds the bound."""
     slow = bent(
