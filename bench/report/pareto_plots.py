@@ -59,8 +59,8 @@ def pareto(cells: pd.DataFrame, look: Look) -> Figure | None:
 
 def _models(axis: Axes, part: pd.DataFrame, cost: str, look: Look) -> None:
     shown = part[part[cost].notna()]
-    for label, models in shown.groupby("label", sort=False):
-        style, leaks = look.styles[str(label)], bool(models["leaks"].any())
+    for (label, _), models in shown.groupby(["label", "leaks"], sort=False):
+        style, leaks = look.styles[str(label)], bool(models["leaks"].iloc[0])
         axis.errorbar(
             models[cost],
             models["quality"],
