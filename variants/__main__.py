@@ -7,6 +7,7 @@ import dataclasses
 import sys
 
 from variants import PluginClash, load, names
+from variants._command import run
 
 
 def main() -> int:
@@ -37,4 +38,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run(main)
