@@ -6,6 +6,7 @@ Shapes: B batch, T tokens, C channels, H heads, D = C / H; (B, H, T, D) for quer
 from __future__ import annotations
 
 import math
+from decimal import Decimal, localcontext
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from bench.measure.flops import CountFlops
-from variants.layers import Projections, local_attention, masked_attention, rotary
+from variants.layers import Projections, local_attention, masked_attention, rotary, rotary_table
 
 both_directions = pytest.mark.parametrize("causal", [True, False])
 quick = settings(deadline=None, max_examples=40)
@@ -95,6 +96,37 @@ def test_rotary_tells_late_positions_apart_in_bfloat16() -> None:
     got, want = rotary(x), rotary(x.double())
     assert got.dtype == torch.bfloat16
     assert (got.double() - want).abs().max() < 0.02
+
+
+FAR = [1, 2, 127, 128, 129, 255, 1000, 4095, 65_535, 2**19 + 1, 2**20 - 128, 2**20 - 1]
+TURN = Decimal("6.28318530717958647692528676655900576839433879875021")
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_the_rotary_table_is_exact_but_for_one_rounding(dtype: torch.dtype) -> None:
+    """Up to position 2²⁰, against angles of 50 digits."""
+    head_dim = 16
+    cos, sin = rotary_table(2**20, head_dim, torch.empty(0, dtype=dtype))
+    assert cos.shape == sin.shape == (2**20, head_dim // 2)
+    for i in range(head_dim // 2):
+        for position in FAR:
+            with localcontext(prec=50):
+                angle = float(position * Decimal(10_000) ** (Decimal(-2 * i) / head_dim) % TURN)
+            for got, want in ((cos, math.cos(angle)), (sin, math.sin(angle))):
+                # half a unit in the last place, and what float64 leaves of an angle of 2²⁰
+                bound = 0.51 * torch.finfo(dtype).eps * abs(want) + 1e-9
+                assert abs(got[position, i].item() - want) <= bound
+
+
+def test_rotary_vectors_and_scores_far_out_in_float32() -> None:
+    """At 2²⁰ − 1 as exact as at the start; scores know only the distance."""
+    tokens = 2**20
+    q, k = (numbers(1, 1, 16, seed=seed).expand(1, tokens, 16) for seed in (0, 1))
+    got, want = rotary(q.float()), rotary(q)
+    assert (got[:, FAR].double() - want[:, FAR]).abs().max() < 1e-6
+    turned = rotary(k.float())
+    scores = (got[:, [200, tokens - 1]] * turned[:, [0, tokens - 201]]).sum(-1)
+    assert (scores[0, 0] - scores[0, 1]).abs() < 5e-6
 
 
 def test_rotary_gradients() -> None:

@@ -8,23 +8,20 @@ Importing this package imports no variant and no torch.
 
 from __future__ import annotations
 
-import ast
 import difflib
 import importlib
 import importlib.metadata
-import importlib.util
 import inspect
 import pkgutil
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from variants.base import Attention
 
 ENTRY_POINTS = "longctx_bench.variants"
-_SHARED = {"base", "layers", "patterns"}
+_SHARED = {"base", "knobs", "layers", "patterns"}
 
 
 class UnknownVariant(ValueError):
@@ -88,9 +85,7 @@ def load(name: str) -> type[Attention]:
         if not (inspect.isclass(loaded) and issubclass(loaded, Attention)):
             raise TypeError(f"plug-in {point.value} is not a subclass of variants.base.Attention")
         return loaded
-    near = difflib.get_close_matches(name, names(), n=1)
-    hint = f"; did you mean {near[0]}?" if near else ""
-    raise UnknownVariant(f"variant={name}: unknown; there are {', '.join(names())}{hint}")
+    raise _unknown(name)
 
 
 def _imported_or_broken(what: str, imported: Callable[[], Any]) -> Any:
@@ -100,42 +95,19 @@ def _imported_or_broken(what: str, imported: Callable[[], Any]) -> Any:
         raise BrokenVariant(f"{what} cannot be imported: {type(error).__name__}: {error}") from error
 
 
-def source_files(name: str) -> list[Path]:
-    """The Python files whose text decides a variant's figures: its own and those of this package that
-    it imports, directly or not."""
-    found: dict[Path, None] = {}
-    todo = [_source_file(name)]
-    while todo:
-        file = todo.pop()
-        if file not in found:
-            found[file] = None
-            todo += _imported(file)
-    return sorted(found)
+def module_of(name: str) -> str:
+    """The module that defines the variant or, of a plug-in, the one that its entry point names.
+
+    Imports nothing. Raises UnknownVariant.
+    """
+    if name in _builtin():
+        return f"{__name__}.{name}"
+    if point := plugins().get(name):
+        return point.module
+    raise _unknown(name)
 
 
-def _source_file(name: str) -> Path:
-    """The file that defines the variant, or that ought to where it cannot be imported."""
-    try:
-        return Path(inspect.getfile(load(name)))
-    except BrokenVariant:
-        module = f"{__name__}.{name}" if name in _builtin() else plugins()[name].module
-        spec = importlib.util.find_spec(module)
-        if spec is None or spec.origin is None:
-            raise
-        return Path(spec.origin)
-
-
-def _imported(file: Path) -> list[Path]:
-    """The modules of this package that a file imports."""
-    modules = set()
-    try:
-        tree = ast.parse(file.read_bytes())
-    except SyntaxError:  # of a variant that cannot be imported, for one
-        return []
-    for node in ast.walk(tree):
-        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == __name__:
-            modules |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
-        elif isinstance(node, ast.Import):
-            modules |= {alias.name for alias in node.names if alias.name.startswith(f"{__name__}.")}
-    candidates = [Path(__file__).parent / f"{module.rpartition('.')[2]}.py" for module in modules]
-    return [path for path in candidates if path.is_file()]
+def _unknown(name: str) -> UnknownVariant:
+    near = difflib.get_close_matches(name, names(), n=1)
+    hint = f"; did you mean {near[0]}?" if near else ""
+    return UnknownVariant(f"variant={name}: unknown; there are {', '.join(names())}{hint}")

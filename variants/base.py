@@ -10,12 +10,14 @@ nothing of the harness that measures it.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
-from typing import Any, ClassVar, NamedTuple, Self
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
+
+from variants.knobs import Knobs, unusable_heads
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +38,10 @@ class Dims:
     def head_dim(self) -> int:
         """Channels of one head."""
         return self.d_model // self.heads
+
+    def unusable(self) -> str | None:
+        """Why no layer can have these sizes, or None: heads that do not divide the channels, or odd ones."""
+        return unusable_heads(self.d_model, self.heads)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,6 +99,14 @@ class Flops(NamedTuple):
         return Flops(self.projections * times, self.attention * times)
 
 
+def require_tokens(x: Tensor) -> None:
+    """Raise ValueError, in one line, for an input (B, T, …) that holds no sequence or no token."""
+    if x.shape[0] < 1 or x.shape[1] < 1:
+        raise ValueError(
+            f"input of shape {tuple(x.shape)}: allowed is 1 or more sequences of 1 or more tokens"
+        )
+
+
 class Out(NamedTuple):
     """What a layer returns, always: outputs (B, T, C), detached state or None, auxiliary loss or None."""
 
@@ -122,7 +136,11 @@ class Plan(ABC):
     def stream(
         self, network: Callable[[Tensor, Any], tuple[Tensor, Any]], x: Tensor, *, causal: bool
     ) -> Tensor:
-        """Run `network`, a map (x, state) → (y, state), over a whole sequence x (B, T, …)."""
+        """Run `network`, a map (x, state) → (y, state), over a whole sequence x (B, T, …).
+
+        Raises ValueError for an input without a token.
+        """
+        require_tokens(x)
         state: Any = None
 
         def advance(window: Tensor) -> Tensor:
@@ -214,29 +232,6 @@ class Chunks(Plan):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Knobs:
-    """Values that a user may set, checked when they are made.
-
-    Raises ValueError naming the knob, its value and what is allowed.
-    """
-
-    def require(self, knob: str, ok: bool, allowed: str) -> None:
-        """Refuse a knob's value in one line."""
-        if not ok:
-            raise ValueError(f"{knob}={getattr(self, knob)!r}: allowed is {allowed}")
-
-    @classmethod
-    def of(cls, values: Mapping[str, Any]) -> Self:
-        """The config with these values, in plain types: what `as_dict` gave, or some of it."""
-        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
-
-    def as_dict(self) -> dict[str, Any]:
-        """Knob → value, in plain types that JSON can hold."""
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
-        return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
-
-
-@dataclass(frozen=True, kw_only=True)
 class VariantConfig(Knobs):
     """Base of every variant's `Config`: its knobs and nothing else."""
 
@@ -256,11 +251,31 @@ class Attention(nn.Module, ABC):
     tiles cost on this pattern is the finding then, not a defect."""
 
     def __init__(self, config: VariantConfig, dims: Dims, layer: int = 0) -> None:
-        """A layer for sequences up to dims.seq_len; `layer` is its index from the bottom."""
+        """A layer for sequences up to dims.seq_len; `layer` is its index from the bottom.
+
+        Raises ValueError for sizes that no layer can have.
+        """
         super().__init__()
+        if reason := dims.unusable():
+            raise ValueError(reason)
         self.config = config
         self.dims = dims
         self.layer = layer
+
+    def __call__(self, x: Tensor, *, causal: bool, state: Any = None) -> Out:
+        """`forward`, for inputs and objectives that the layer has a form for.
+
+        Raises ValueError for an input without a token, and what `require_objective` raises.
+        """
+        require_tokens(x)
+        self.require_objective(causal=causal)
+        out: Out = super().__call__(x, causal=causal, state=state)
+        return out
+
+    def require_objective(self, *, causal: bool) -> None:
+        """Raise ValueError, in one line, for an objective that the layer has no form for."""
+        if reason := self.no_form(self.config, causal=causal):
+            raise ValueError(f"{type(self).__name__} with causal={causal}: {reason}")
 
     @classmethod
     def plan(cls, config: VariantConfig) -> Plan:
@@ -268,13 +283,21 @@ class Attention(nn.Module, ABC):
         return Whole()
 
     @classmethod
-    def unsupported(cls, config: VariantConfig, dims: Dims, *, causal: bool) -> str | None:
-        """Why a cell of these dims cannot run, or None. It becomes the row's reason."""
+    def no_form(cls, config: VariantConfig, *, causal: bool) -> str | None:
+        """Why this configuration has no form for an objective, at any size, or None."""
         if causal and not cls.caps.causal:
             return "has no causal form"
         if not causal and not cls.caps.bidirectional:
             return "has no bidirectional form"
         return None
+
+    @classmethod
+    def unsupported(cls, config: VariantConfig, dims: Dims, *, causal: bool) -> str | None:
+        """Why a cell of these dims cannot run, or None. It becomes the row's reason.
+
+        An override returns this one's reason where it has none of its own.
+        """
+        return dims.unusable() or cls.no_form(config, causal=causal)
 
     @classmethod
     def missing(
