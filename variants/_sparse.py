@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from variants import _kernels, patterns
-from variants._union import Part, UnionAttention, UnionConfig
+from variants._parts import Part
+from variants._union import UnionAttention, UnionConfig
 from variants.base import Caps, Complexity, Dims, Flops, Out, VariantConfig
 from variants.layers import Projections, masked_attention
 
@@ -111,9 +112,11 @@ class SparseAttention(UnionAttention):
     def unsupported(cls, config: VariantConfig, dims: Dims, *, causal: bool) -> str | None:
         """Splitting needs two heads."""
         assert isinstance(config, SparseConfig)
+        if reason := super().unsupported(config, dims, causal=causal):
+            return reason
         if config.head_mode == "split" and dims.heads < 2:
             return f"heads={dims.heads}: head_mode=split needs at least 2"
-        return super().unsupported(config, dims, causal=causal)
+        return None
 
     @classmethod
     def missing(

@@ -1,6 +1,6 @@
 """One softmax over a union of key sets, each computed by itself where its keys lie close together.
 
-Shapes: B batch, T tokens, C channels, H heads, D = C / H; G groups of a part.
+Shapes: B batch, T tokens, C channels, H heads, D = C / H.
 
 A pattern is given as *parts*: rectangles or triangles of (query, key) pairs that no other part has,
 each over strided views of the sequence. `UnionAttention` is the base of variants made of them.
@@ -9,6 +9,7 @@ each over strided views of the sequence. `UnionAttention` is the base of variant
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -16,97 +17,13 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from variants._pieces import Sizes
+from variants._parts import Part, from_plain, piece_size, to_plain
+from variants._pieces import device_type
 from variants._repeats import repeatable
 from variants.base import Attention, Dims, VariantConfig
 
-PIECE = Sizes(cpu=2**12, accelerator=2**15)
-"""Queries of a sequence that are worked on at a time: on a CPU few enough for the cache."""
-MOST_PIECES = 16
 EMPTY = -1e30
 """Logsumexp over no keys: finite, so that the difference of two of them is not NaN."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Cut:
-    """`groups` sets of tokens, each of `rows` runs of `run` neighbouring tokens.
-
-    Token (g, r, i) of head h is start + g·group_step + r·row_step + i + h·head_step.
-    """
-
-    start: int
-    groups: int = 1
-    group_step: int = 0
-    rows: int = 1
-    row_step: int = 0
-    run: int = 1
-    head_step: int = 0
-
-    @property
-    def length(self) -> int:
-        """Tokens of one group."""
-        return self.rows * self.run
-
-    def piece(self, first: int, count: int) -> Cut:
-        """Groups [first, first + count) alone."""
-        fields = {**self.__dict__, "start": self.start + first * self.group_step, "groups": count}
-        return Cut(**fields)
-
-    def view(self, x: Tensor) -> Tensor:
-        """(B, H, T, …) → (B, H, G, rows, run, …), a view."""
-        x = x[:, :, self.start :]
-        batch, heads, token, *rest = x.stride()
-        heads, group, row = (
-            base + step * token
-            for base, step in ((heads, self.head_step), (0, self.group_step), (0, self.row_step))
-        )
-        size = (*x.shape[:2], self.groups, self.rows, self.run, *x.shape[3:])
-        return x.as_strided(size, (batch, heads, group, row, token, *rest))
-
-    def gather(self, x: Tensor) -> Tensor:
-        """(B, H, T, …) → (B·G, H, rows·run, …), a view where strides allow."""
-        x = self.view(x).transpose(1, 2).flatten(3, 4).flatten(0, 1)
-        # rows a power of two apart fall into the same cache sets: copied once they are read faster
-        return x.contiguous() if self.run == 1 < self.rows else x
-
-    def scatter(self, x: Tensor) -> Tensor:
-        """(B·G, H, rows·run, …) → (B, H, G, rows, run, …): what `gather` undoes."""
-        size = (-1, self.groups, x.shape[1], self.rows, self.run, *x.shape[3:])
-        return x.reshape(size).transpose(1, 2)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Part:
-    """Pairs (query, key) of the same group, of heads [first_head, last_head).
-
-    `causal`: the n-th query reads keys up to the n-th. `mask`: True where it may read, (queries, keys)
-    or (H, queries or 1, keys); a query may be left with no key.
-    """
-
-    heads: tuple[int, int]
-    queries: Cut
-    keys: Cut
-    causal: bool = False
-    mask: Tensor | None = None
-
-    def pieces(self, size: int) -> list[tuple[Cut, Cut]]:
-        """The groups, a few at a time: about `size` queries each, so that temporaries stay small."""
-        groups, step = self.queries.groups, max(1, size // self.queries.length)
-        spans = [(first, min(step, groups - first)) for first in range(0, groups, step)]
-        return [(self.queries.piece(*span), self.keys.piece(*span)) for span in spans]
-
-    def bias(self, like: Tensor) -> Tensor | None:
-        """The mask as something to add to scores, (1, H or 1, queries or 1, keys)."""
-        if self.mask is None:
-            return None
-        bias = torch.zeros(self.mask.shape, dtype=like.dtype, device=like.device)
-        bias.masked_fill_(~self.mask, -math.inf)
-        return bias.unsqueeze(0) if bias.dim() == 3 else bias.unsqueeze(0).unsqueeze(0)
-
-
-def piece_size(seq_len: int, device: torch.device) -> int:
-    """Queries worked on at a time: more than `PIECE` where that would make too many pieces."""
-    return max(PIECE.on(device), -(-seq_len // MOST_PIECES))
 
 
 def _fused(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, causal: bool) -> tuple[Tensor, Tensor]:
@@ -167,35 +84,68 @@ def _rows_like(x: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.zeros(batch, seq_len, heads, channels, dtype=dtype, device=x.device).transpose(1, 2)
 
 
+def _forward(q: Tensor, k: Tensor, v: Tensor, parts: Sequence[Part], impl: str) -> tuple[Tensor, Tensor]:
+    """Outputs (B, H, T, D) and the logsumexp of all scores of a query (B, H, T)."""
+    attend, _ = KERNELS[impl]
+    # sums over parts are float32 or wider: each part would round again
+    wide = torch.promote_types(q.dtype, torch.float32)
+    y = _rows_like(q, wide)
+    lse = torch.full(q.shape[:3], EMPTY, dtype=wide, device=q.device)
+    size = piece_size(q.shape[2], q.device)
+    for part in parts:
+        bias = part.bias(q)
+        q_h, k_h, v_h, y_h, lse_h = (t[:, slice(*part.heads)] for t in (q, k, v, y, lse))
+        for queries, keys in part.pieces(size):
+            found = attend(queries.gather(q_h), keys.gather(k_h), keys.gather(v_h), bias, part.causal)
+            y_part, lse_part = (queries.scatter(t) for t in found)
+            lse_all = queries.view(lse_h)
+            share = (lse_part - lse_all).sigmoid_()
+            queries.view(y_h).lerp_(y_part.to(wide), share[..., None])
+            lse_all.copy_(torch.logaddexp(lse_all, lse_part))
+    return y.to(q.dtype), lse
+
+
+def _backward(
+    dy: Tensor, q: Tensor, k: Tensor, v: Tensor, y: Tensor, lse: Tensor, parts: Sequence[Part], impl: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k and v.
+
+    No partial result is needed: they follow from the weights exp(score − logsumexp of all), so the
+    sequence-sized tensors kept are q, k, v and y alone.
+    """
+    _, attend_backward = KERNELS[impl]
+    dy = dy if dy.stride(-1) == 1 else dy.contiguous()  # the kernel takes rows without gaps
+    wide = torch.promote_types(q.dtype, torch.float32)
+    grads = [_rows_like(q, wide) for _ in range(3)]
+    size = piece_size(q.shape[2], q.device)
+    for part in parts:
+        bias = part.bias(q)
+        heads = slice(*part.heads)
+        q_h, k_h, v_h, y_h, lse_h, dy_h = (t[:, heads] for t in (q, k, v, y, lse, dy))
+        for queries, keys in part.pieces(size):
+            found = attend_backward(
+                queries.gather(dy_h),
+                queries.gather(q_h),
+                keys.gather(k_h),
+                keys.gather(v_h),
+                queries.gather(y_h),
+                queries.gather(lse_h).contiguous(),
+                bias,
+                part.causal,
+            )
+            for total, cut, grad in zip(grads, (queries, keys, keys), found, strict=True):
+                cut.view(total[:, heads]).add_(cut.scatter(grad))
+    dq, dk, dv = (grad.to(q.dtype) for grad in grads)
+    return dq, dk, dv
+
+
 @repeatable
 class _UnionAttention(torch.autograd.Function):
-    """One softmax over the keys of all parts, put together from each part's own by its logsumexp.
-
-    The backward pass needs no partial result: a part's gradients follow from the weights
-    exp(score − logsumexp of all), so the sequence-sized tensors kept are q, k, v and y alone.
-    """
+    """One softmax over the keys of all parts, put together from each part's own by its logsumexp."""
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, parts: list[Part], impl: str) -> Tensor:
-        attend, _ = KERNELS[impl]
-        # values are a third of the storage that the projection wrote: a copy lets go of the other two
-        v = v.transpose(1, 2).contiguous().transpose(1, 2)
-        # sums over parts are float32 or wider: each part would round again
-        wide = torch.promote_types(q.dtype, torch.float32)
-        y = _rows_like(q, wide)
-        lse = torch.full(q.shape[:3], EMPTY, dtype=wide, device=q.device)
-        size = piece_size(q.shape[2], q.device)
-        for part in parts:
-            bias = part.bias(q)
-            q_h, k_h, v_h, y_h, lse_h = (t[:, slice(*part.heads)] for t in (q, k, v, y, lse))
-            for queries, keys in part.pieces(size):
-                found = attend(queries.gather(q_h), keys.gather(k_h), keys.gather(v_h), bias, part.causal)
-                y_part, lse_part = (queries.scatter(t) for t in found)
-                lse_all = queries.view(lse_h)
-                share = (lse_part - lse_all).sigmoid_()
-                queries.view(y_h).lerp_(y_part.to(wide), share[..., None])
-                lse_all.copy_(torch.logaddexp(lse_all, lse_part))
-        y = y.to(q.dtype)
+        y, lse = _forward(q, k, v, parts, impl)
         ctx.save_for_backward(q, k, v, y, lse)
         ctx.parts, ctx.impl = parts, impl
         return y
@@ -204,37 +154,66 @@ class _UnionAttention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, y, lse = ctx.saved_tensors
-        _, attend_backward = KERNELS[ctx.impl]
-        dy = dy if dy.stride(-1) == 1 else dy.contiguous()  # the kernel takes rows without gaps
-        wide = torch.promote_types(q.dtype, torch.float32)
-        grads = [_rows_like(q, wide) for _ in range(3)]
-        size = piece_size(q.shape[2], q.device)
-        for part in ctx.parts:
-            bias = part.bias(q)
-            heads = slice(*part.heads)
-            q_h, k_h, v_h, y_h, lse_h, dy_h = (t[:, heads] for t in (q, k, v, y, lse, dy))
-            for queries, keys in part.pieces(size):
-                found = attend_backward(
-                    queries.gather(dy_h),
-                    queries.gather(q_h),
-                    keys.gather(k_h),
-                    keys.gather(v_h),
-                    queries.gather(y_h),
-                    queries.gather(lse_h).contiguous(),
-                    bias,
-                    part.causal,
-                )
-                for total, cut, grad in zip(grads, (queries, keys, keys), found, strict=True):
-                    cut.view(total[:, heads]).add_(cut.scatter(grad))
-        return *(grad.to(q.dtype) for grad in grads), None, None
+        return *_backward(dy, q, k, v, y, lse, ctx.parts, ctx.impl), None, None
 
 
-# the compiler takes no writes through `as_strided`: it compiles what stands around this
-@torch.compiler.disable  # type: ignore[untyped-decorator]
+# --- the same as operators, which the compiler takes whole: it cannot follow writes through `as_strided` ---
+
+_forward_operator = torch.library.custom_op(
+    "longctx_bench::union_attention",
+    lambda q, k, v, masks, numbers, impl: _forward(q, k, v, from_plain(masks, numbers), impl),
+    mutates_args=(),
+    schema="(Tensor q, Tensor k, Tensor v, Tensor[] masks, SymInt[] numbers, str impl) -> (Tensor, Tensor)",
+)
+_backward_operator = torch.library.custom_op(
+    "longctx_bench::union_attention_backward",
+    lambda dy, q, k, v, y, lse, masks, numbers, impl: _backward(
+        dy, q, k, v, y, lse, from_plain(masks, numbers), impl
+    ),
+    mutates_args=(),
+    schema="(Tensor dy, Tensor q, Tensor k, Tensor v, Tensor y, Tensor lse, Tensor[] masks, SymInt[] numbers,"
+    " str impl) -> (Tensor, Tensor, Tensor)",
+)
+
+
+@_forward_operator.register_fake
+def _forward_shapes(q: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    wide = torch.promote_types(q.dtype, torch.float32)
+    return _rows_like(q, q.dtype), q.new_empty(q.shape[:3], dtype=wide)
+
+
+@_backward_operator.register_fake
+def _backward_shapes(dy: Tensor, q: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return _rows_like(q, q.dtype), _rows_like(q, q.dtype), _rows_like(q, q.dtype)
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    q, k, v, masks, ctx.numbers, ctx.impl = inputs
+    ctx.save_for_backward(q, k, v, *output, *masks)
+
+
+def _operator_backward(ctx: Any, dy: Tensor, _: Tensor) -> tuple[Any, ...]:
+    q, k, v, y, lse, *masks = ctx.saved_tensors
+    grads = _backward_operator(dy, q, k, v, y, lse, masks, ctx.numbers, ctx.impl)
+    return *grads, [None] * len(masks), None, None
+
+
+_forward_operator.register_autograd(_operator_backward, setup_context=_keep)
+
+
 def union_attention(q: Tensor, k: Tensor, v: Tensor, parts: list[Part], impl: str) -> Tensor:
     """Softmax attention over the union of the parts' keys, (B, H, T, D) → (B, H, T, D); 0 without any."""
-    y: Tensor = _UnionAttention.apply(q, k, v, parts, impl)  # type: ignore[no-untyped-call]
+    y: Tensor
+    if torch.compiler.is_compiling():
+        y, _ = _forward_operator(q, k, v, *to_plain(parts), impl)
+    else:  # operation by operation, so that counters see what is computed and held
+        y = _UnionAttention.apply(q, k, v, parts, impl)  # type: ignore[no-untyped-call]
     return y
+
+
+def union_impl(device: torch.device) -> str:
+    """Which of `KERNELS` suits a device: fused on the CPU, plain elsewhere."""
+    return "fused" if device_type(device) == "cpu" else "plain"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -258,9 +237,9 @@ class UnionAttention(Attention):
 
     @property
     def impl(self) -> str:
-        """fused or plain: what `auto` stands for where the parameters are."""
+        """fused or plain: what `auto` stands for where the parameters are, or where it is planned for."""
         if self.config.impl == "auto":
-            return "fused" if next(self.parameters()).device.type == "cpu" else "plain"
+            return union_impl(next(self.parameters()).device)
         return self.config.impl
 
     @classmethod
@@ -269,8 +248,8 @@ class UnionAttention(Attention):
     ) -> str | None:
         """The fused kernel anywhere but on the CPU."""
         assert isinstance(config, UnionConfig)
-        if config.impl == "fused" and device.type != "cpu":
-            return f"impl=fused: the kernel is the CPU's; on {device.type} use auto or plain"
+        if config.impl == "fused" and (kind := device_type(device)) != "cpu":
+            return f"impl=fused: the kernel is the CPU's; on {kind} use auto or plain"
         return None
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, parts: list[Part]) -> Tensor:

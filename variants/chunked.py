@@ -46,8 +46,8 @@ class Chunked(Dense):
         return Chunks(config.chunk, config.chunk)
 
     def state_bytes(self, dims: Dims) -> int:
-        """The keys and values of the chunk in hand."""
-        tokens = min(dims.seq_len, self.config.chunk)
+        """The keys and values of the chunk that has begun and not ended."""
+        tokens = dims.seq_len % self.config.chunk
         return 2 * dims.batch_size * tokens * dims.d_model * dims.element_bytes
 
     def pattern(self, seq_len: int, *, causal: bool) -> Tensor:

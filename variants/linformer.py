@@ -77,11 +77,18 @@ class Linformer(Attention):
                 layer.key_mixture = layer.value_mixture = linformers[0].key_mixture
 
     @classmethod
-    def unsupported(cls, config: VariantConfig, dims: Dims, *, causal: bool) -> str | None:
-        """Causal cells, and a k that would lengthen the sequence."""
-        assert isinstance(config, LinformerConfig)
+    def no_form(cls, config: VariantConfig, *, causal: bool) -> str | None:
+        """A causal one."""
         if causal:
             return "has no causal form: every projected key and value mixes all positions, later ones too"
+        return super().no_form(config, causal=causal)
+
+    @classmethod
+    def unsupported(cls, config: VariantConfig, dims: Dims, *, causal: bool) -> str | None:
+        """A k that would lengthen the sequence."""
+        assert isinstance(config, LinformerConfig)
+        if reason := super().unsupported(config, dims, causal=causal):
+            return reason
         if config.k > dims.seq_len:
             return f"k={config.k}: projects to more positions than there are; allowed is 1 to {dims.seq_len}"
         return None
@@ -108,16 +115,14 @@ class Linformer(Attention):
         return mixed
 
     def forward(self, x: Tensor, *, causal: bool, state: Any = None) -> Out:
-        """(B, T, C) → Out; carries no state. Raises ValueError where causal or where T > L."""
-        if causal:
-            raise ValueError("causal=True: linformer mixes all positions, so it has no causal form")
+        """(B, T, C) → Out; carries no state. Raises ValueError where T > L."""
         q, k, v = self.projections.split(x)
         k, v = self._mix(self.key_mixture, k), self._mix(self.value_mixture, v)
         return Out(self.projections.merge(F.scaled_dot_product_attention(q, k, v)))
 
     def reference(self, x: Tensor, *, causal: bool) -> Tensor:
         """Mix every head's keys and values, then dense attention to all mixtures."""
-        assert not causal
+        self.require_objective(causal=causal)
         q, k, v = self.projections.split(x)
         e, f = (
             self._columns(mixture, x.shape[1]).expand(q.shape[1], -1, -1)  # (H, k, T)

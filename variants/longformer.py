@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from variants import _kernels, patterns
-from variants._union import Cut, Part, piece_size, union_attention
+from variants._parts import Cut, Part, piece_size
+from variants._union import union_attention, union_impl
 from variants.base import Attention, Caps, Complexity, Dims, Flops, Out, VariantConfig
 from variants.layers import Projections, local_attention, masked_attention, rotary
 
@@ -95,17 +96,25 @@ class Longformer(Attention):
             self.padding, self.bounded = _kernels.FLEX_PADDING, False
 
     @classmethod
-    def unsupported(cls, config: VariantConfig, dims: Dims, *, causal: bool) -> str | None:
-        """Global tokens read the future, and have queries of their own; a head has one dilation."""
+    def no_form(cls, config: VariantConfig, *, causal: bool) -> str | None:
+        """Global tokens read the future."""
         assert isinstance(config, LongformerConfig)
+        if causal and config.global_tokens:
+            return f"global_tokens={config.global_tokens}: a global token reads later tokens; causal takes 0"
+        return super().no_form(config, causal=causal)
+
+    @classmethod
+    def unsupported(cls, config: VariantConfig, dims: Dims, *, causal: bool) -> str | None:
+        """FlexAttention has no queries of their own for global tokens; a head has one dilation."""
+        assert isinstance(config, LongformerConfig)
+        if reason := super().unsupported(config, dims, causal=causal):
+            return reason
         if config.impl == "flex" and config.global_tokens:
             return f"global_tokens={config.global_tokens}: impl=flex has none, use impl=blocks"
         if len(config.dilation) > dims.heads:
             entries = f"dilation={config.dilation}: {len(config.dilation)} entries"
             return f"{entries} for {dims.heads} heads; allowed are 1 to {dims.heads}"
-        if causal and config.global_tokens:
-            return f"global_tokens={config.global_tokens}: a global token reads later tokens; causal takes 0"
-        return super().unsupported(config, dims, causal=causal)
+        return None
 
     @classmethod
     def missing(
@@ -120,14 +129,12 @@ class Longformer(Attention):
         """With global tokens, how the window and they are put together (see `UnionConfig.impl`)."""
         if not self.config.global_tokens:
             return self.config.impl
-        return "fused" if self.projections.qkv.weight.device.type == "cpu" else "plain"
+        return union_impl(self.projections.qkv.weight.device)
 
     def forward(self, x: Tensor, *, causal: bool, state: Any = None) -> Out:
-        """(B, T, C) → Out; carries no state. Raises ValueError for global tokens where causal."""
+        """(B, T, C) → Out; carries no state."""
         q, k, v = self.projections.split(x)
         if self.config.global_tokens:
-            if reason := self.unsupported(self.config, self.dims, causal=causal):
-                raise ValueError(reason)
             return Out(self._with_globals(x, q, k, v))
         if self.config.impl == "flex":
             alike = len(set(self.dilations)) == 1

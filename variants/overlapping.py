@@ -44,8 +44,14 @@ class Overlapping(Dense):
         return Chunks(config.chunk, config.chunk // 2)
 
     def state_bytes(self, dims: Dims) -> int:
-        """The keys and values of the one or two chunks that the next token belongs to."""
-        tokens = min(dims.seq_len, self.config.chunk + self.config.chunk // 2)
+        """The keys and values of the one or two chunks that have begun and not ended.
+
+        Each holds its own: positions restart in a chunk, and hidden states differ from chunk to chunk.
+        """
+        stride = self.config.chunk // 2
+        younger = dims.seq_len % stride
+        older = younger + stride if dims.seq_len >= stride else 0
+        tokens = younger + older
         return 2 * dims.batch_size * tokens * dims.d_model * dims.element_bytes
 
     def pattern(self, seq_len: int, *, causal: bool) -> Tensor:

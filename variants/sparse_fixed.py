@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from variants import patterns
+from variants._parts import Cut, Part, piece_size
 from variants._pieces import Sizes
 from variants._sparse import Reads, Role, SparseAttention, SparseConfig
-from variants._union import Cut, Part, piece_size
 
 Index = TypeVar("Index", int, Tensor)
 SUBBLOCKS = ("distinct", "shared")

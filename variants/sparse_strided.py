@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from variants import patterns
+from variants._parts import Cut, Part
 from variants._sparse import Reads, Role, SparseAttention, SparseConfig
-from variants._union import Cut, Part
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -230,7 +230,7 @@ def test_global_tokens_have_no_causal_form() -> None:
     assert reason is not None
     assert reason.startswith("global_tokens=2: ")
     assert Longformer.unsupported(config, dims_of(9), causal=False) is None
-    with pytest.raises(ValueError, match=r"^global_tokens=2: "):
+    with pytest.raises(ValueError, match=r"^Longformer with causal=True: global_tokens=2: "):
         Longformer(config, dims_of(9))(torch.zeros(1, 9, 12), causal=True)
     with pytest.raises(ValueError, match=r"^global_tokens=-1"):
         LongformerConfig(global_tokens=-1)

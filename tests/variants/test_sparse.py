@@ -17,8 +17,9 @@ from bench import gates
 from bench.measure.flops import CountFlops
 from bench.measure.memory import LiveStorage
 from variants import load
+from variants._parts import Cut, Part
 from variants._sparse import SparseAttention
-from variants._union import Cut, Part, union_attention
+from variants._union import union_attention
 from variants.base import Dims
 from variants.layers import masked_attention
 

@@ -1,0 +1,103 @@
+"""A plan made on a CPU for an accelerator follows the operations that the accelerator would run.
+
+The accelerator is torch's `meta` device: not a CPU, and its tensors have shapes and no numbers. All that a
+layer chooses by device is then chosen as for an accelerator. Two things are torch's own and taken out: the
+kernel that scaled_dot_product_attention picks, and autocast, which `meta` does not have.
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from oracles import feed
+from test_contract_cost import NAMES, Mode, modes, words
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import variants
+from bench import planning
+from bench.cell import CellRun
+from bench.config import parse
+from variants._pieces import planned_for
+from variants.base import Dims
+
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+META = torch.device("meta")
+DIMS = Dims(batch_size=2, seq_len=1000, d_model=32, heads=2)
+Operations = list[tuple[str, list[torch.Size]]]
+
+
+class Trace(TorchDispatchMode):
+    """Each operation with the shapes of its tensors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operations: Operations = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        shapes = [arg.shape for arg in args if isinstance(arg, Tensor)]
+        self.operations.append((str(func), shapes))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.fixture
+def _no_choices_of_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    def attention(q: Tensor, k: Tensor, v: Tensor, **_: Any) -> Tensor:
+        return q + k.sum() + v.sum()
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", attention)
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())
+
+
+def traced(mode: Mode, device: str) -> tuple[str | None, Operations]:
+    """The implementation that a layer says it has, and what its forward and backward pass run."""
+    with torch.device(device):
+        layer = mode.variant(mode.config, DIMS)
+        x = torch.zeros(2, DIMS.seq_len, DIMS.d_model, requires_grad=True)
+        with Trace() as found:
+            feed(layer, x, causal=mode.causal).sum().backward()
+    return layer.impl, found.operations
+
+
+@pytest.mark.usefixtures("_no_choices_of_torch")
+@modes(True, False)
+def test_a_plan_runs_what_an_accelerator_would(mode: Mode) -> None:
+    mode.need(DIMS)
+    if reason := mode.variant.missing(mode.config, DIMS, device=META, dtype=torch.float32):
+        pytest.skip(reason)
+    there = traced(mode, "meta")
+    with planned_for("meta"):
+        assert traced(mode, "cpu") == there
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if "fused" in words(name).get("impl", [])])
+def test_a_plan_refuses_what_an_accelerator_would(name: str) -> None:
+    variant = variants.load(name)
+    config = variant.Config.of({"impl": "fused"})
+    layer, x = variant(config, DIMS), torch.zeros(2, DIMS.seq_len, DIMS.d_model)
+    assert variant.missing(config, DIMS, device=META, dtype=torch.float32)
+    with (
+        planned_for("meta"),
+        pytest.raises(ValueError, match=r"^impl=fused: .* on meta"),
+    ):
+        layer(x, causal=True)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("name", NAMES)
+def test_a_planned_record_names_the_implementation(name: str, device: str, tmp_path: Path) -> None:
+    """The one of a layer whose parameters are on that device."""
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        given = [f"variant={name}", "seq_len=300", "depth=1", "measure=plan", "device=cpu", "data=stdlib"]
+        cell = parse(compose("config", overrides=[*given, f"results_dir={tmp_path}"]))
+    cell = replace(cell, spec=replace(cell.spec, device=device))
+    told: dict[str, Any] = {}
+    CellRun(cell, "0", "code", told.update)._predict()
+    there = planning.build_model(cell.spec).to("cpu" if device == "cpu" else "meta")
+    assert told["impl"] == there.layers[0].impl
