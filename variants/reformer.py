@@ -5,7 +5,6 @@ Shapes: B batch, T tokens, C channels, H heads, D = C / H, R rounds of hashing, 
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,8 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from variants import patterns
-from variants._lsh import ONE_ROTATION, Window, factors, hash_rows, rotations, sort_rows, unit
-from variants._lsh_attention import LshAttention
+from variants._lsh import ONE_ROTATION, factors, hash_rows, inverse_length, least_buckets, rotations
+from variants._lsh_attention import lsh_attention
+from variants._lsh_windows import Window
 from variants.base import Attention, Caps, Complexity, Dims, Flops, Out, VariantConfig
 from variants.layers import masked_attention, rotary
 
@@ -33,8 +33,9 @@ class ReformerConfig(VariantConfig):
     successors, where not causal). chunk: the length of a chunk of the sorted order."""
     n_buckets: int | None = None
     """Buckets of a round: 1, or even, or over 64 a multiple of 4 (the product of two rotations).
-    None: 1 up to `chunk` tokens, then the paper's half a chunk to a bucket, 2·T/chunk, rounded up to
-    such a number."""
+    None: as many as suit the longest sequence that the model was built for. Up to `chunk` tokens that is
+    1. Beyond, it is the paper's half a chunk to a bucket, 2·T/chunk, raised to the next even number, or
+    over 64 to the next product of two even numbers of which the larger is at most twice the smaller."""
     neighbourhood: str = "band"
     """band: the nearest tokens of the same bucket, by position. chunk: the paper's, the tokens of the
     same bucket in the token's own chunk of the sorted order and in the one before."""
@@ -50,20 +51,10 @@ class ReformerConfig(VariantConfig):
         self.require("neighbourhood", self.neighbourhood in NEIGHBOURHOODS, " or ".join(NEIGHBOURHOODS))
 
     def buckets(self, seq_len: int) -> int:
-        """Buckets of a round over `seq_len` tokens."""
+        """Buckets of a round in a layer that was built for `seq_len` tokens."""
         if self.n_buckets is not None:
             return self.n_buckets
-        if seq_len <= self.chunk:
-            return 1
-        wanted = -(-2 * seq_len // self.chunk)
-        if wanted <= ONE_ROTATION:
-            return wanted + wanted % 2
-        small = 2 * max(1, round(math.sqrt(wanted) / 2))
-        return small * 2 * -(-wanted // (2 * small))
-
-    def rounds(self, seq_len: int) -> int:
-        """Rounds that differ: one bucket leaves nothing to hash, so every round would be the first."""
-        return self.n_hashes if self.buckets(seq_len) > 1 else 1
+        return 1 if seq_len <= self.chunk else least_buckets(-(-2 * seq_len // self.chunk))
 
 
 class Reformer(Attention):
@@ -73,9 +64,13 @@ class Reformer(Attention):
     gives it another token; rounds are combined by logsumexp with each pair counted once (§2).
 
     What is hashed are the vectors whose products are the scores, so rotary positions included: hashing
-    finds the largest scores, which is its point. Rotations are drawn for each head and round in every
-    forward pass, from the global generator, in float32, and hashing is float32 throughout. Sorting is by
-    (bucket, position), stable.
+    finds the largest scores, which is its point. Hashing is float32 throughout. Sorting is by (bucket,
+    position), stable. In training, rotations are drawn for each head and round in every forward pass, from
+    the global generator. In evaluation they are fixed, drawn with the layer's index as seed: otherwise a
+    document's loss would depend on the passes before it, and so on the batch size.
+
+    With the `band` neighbourhood and causal, no bit of an output depends on a later token, whatever the
+    dtype (see `variants._lsh_windows`).
 
     Deviations: positions are rotary, as for every variant here (the paper adds learned axial ones to the
     embeddings). The `band` neighbourhood is not the paper's: with chunks of the sorted order, later
@@ -108,6 +103,9 @@ class Reformer(Attention):
 
     def __init__(self, config: ReformerConfig, dims: Dims, layer: int = 0) -> None:
         super().__init__(config, dims, layer)
+        self.n_buckets = config.buckets(dims.seq_len)
+        # One bucket leaves nothing to hash, so every round would be the first again.
+        self.rounds = config.n_hashes if self.n_buckets > 1 else 1
         self.qk = nn.Linear(dims.d_model, dims.d_model, bias=False)
         self.value = nn.Linear(dims.d_model, dims.d_model, bias=False)
         self.out = nn.Linear(dims.d_model, dims.d_model, bias=False)
@@ -122,11 +120,9 @@ class Reformer(Attention):
 
     def forward(self, x: Tensor, *, causal: bool, state: Any = None) -> Out:
         """(B, T, C) → Out; carries no state."""
-        heads, seq_len = self.dims.heads, x.shape[1]
         qk = self._split(self.qk(x))
-        window = self._window(seq_len, causal)
-        given = sort_rows(self._buckets(x, qk), window, heads, self.config.buckets(seq_len))
-        y: Tensor = LshAttention.apply(qk, self._heads(self.value(x)), *given, window)  # type: ignore[no-untyped-call]
+        window = self._window(x.shape[1], causal)
+        y = lsh_attention(qk, self._heads(self.value(x)), self._buckets(x, qk), window)
         return Out(self.out(y.flatten(2)))
 
     def _heads(self, x: Tensor) -> Tensor:
@@ -138,7 +134,7 @@ class Reformer(Attention):
 
     def _window(self, seq_len: int, causal: bool) -> Window:
         band = self.config.neighbourhood == "band"
-        return Window.choose(seq_len, self.config.chunk, band=band, causal=causal)
+        return Window.choose(seq_len, self.n_buckets, self.config.chunk, band=band, causal=causal)
 
     @torch.no_grad()
     def _buckets(self, x: Tensor, qk: Tensor) -> Tensor:
@@ -150,8 +146,9 @@ class Reformer(Attention):
         if qk.dtype == torch.float64:
             qk = self._split(F.linear(x.float(), self.qk.weight.float()))
         heads, head_dim = qk.shape[2:]
-        rounds, n_buckets = self.config.rounds(x.shape[1]), self.config.buckets(x.shape[1])
-        return hash_rows(qk, rotations(heads, head_dim, rounds, factors(n_buckets), x.device), rounds)
+        sizes = factors(self.n_buckets)
+        seed = None if self.training else self.layer
+        return hash_rows(qk, rotations(heads, head_dim, self.rounds, sizes, x.device, seed), self.rounds)
 
     def reference(self, x: Tensor, *, causal: bool) -> Tensor:
         """The oracle on the union of what the rounds read; a token with nothing to read reads itself."""
@@ -169,7 +166,7 @@ class Reformer(Attention):
         alone = ~allowed.any(dim=-1, keepdim=True)
         allowed = allowed | (alone & torch.eye(x.shape[1], dtype=torch.bool, device=x.device))
         qk, value = self._split(self.qk(x)), self._heads(self.value(x))
-        q, k, v = (t.transpose(1, 2) for t in (qk, unit(qk)[0], value))
+        q, k, v = (t.transpose(1, 2) for t in (qk, qk * inverse_length(qk), value))
         y: Tensor = self.out(masked_attention(q, k, v, allowed).transpose(1, 2).flatten(2))
         return y
 
@@ -196,22 +193,29 @@ class Reformer(Attention):
         that admits it. Hashing is a product with D × f/2 numbers for each factor f of the buckets.
         """
         t, c = dims.seq_len, dims.d_model
-        rounds = self.config.rounds(t)
-        pairs = rounds * self._window(t, causal).admitted
-        columns = rounds * sum(size // 2 for size in factors(self.config.buckets(t)))
+        pairs = self.rounds * self._window(t, causal).admitted
+        columns = self.rounds * sum(size // 2 for size in factors(self.n_buckets))
         attention = dims.batch_size * c * (4 * pairs + 2 * t * columns)
         return Flops(6 * dims.batch_size * t * c * c, attention)
 
     def state_bytes(self, dims: Dims) -> int:
-        """The shared query-key and the value of each token that a later one can still read, and its buckets.
+        """The rotations, and for every token that a later one can still read its shared query-key, its value
+        and its buckets, in tables that hold whatever content decides.
 
-        At most `chunk` tokens of each bucket and round, which with the default buckets can be all.
+        Those are the last tokens of each bucket and round: `chunk` of them, or 2·chunk − 1 for
+        `neighbourhood=chunk`. Where that is fewer than all tokens, the latter also needs the number of
+        tokens in each bucket, to tell where chunks begin. The position is the caller's.
         """
-        t = dims.seq_len
-        n_buckets, rounds = self.config.buckets(t), self.config.rounds(t)
-        tokens = min(t, rounds * n_buckets * self.config.chunk)
-        index = 0 if n_buckets == 1 else 4 * rounds * dims.heads  # an int32 for each
-        return dims.batch_size * tokens * (2 * dims.d_model * dims.element_bytes + index)
+        t, n_buckets, chunk = dims.seq_len, self.n_buckets, self.config.chunk
+        band = self.config.neighbourhood == "band"
+        tokens = min(t, self.rounds * n_buckets * (chunk if band else 2 * chunk - 1))
+        numbers = tokens * 2 * dims.d_model * dims.element_bytes
+        if n_buckets == 1:
+            return dims.batch_size * numbers
+        integers = tokens if band or tokens == t else tokens + n_buckets  # int32, as are counts
+        indices = 4 * self.rounds * dims.heads * integers
+        columns = sum(size // 2 for size in factors(n_buckets))  # float32, the same for all sequences
+        return dims.batch_size * (numbers + indices) + 4 * self.rounds * dims.d_model * columns
 
     def pattern(self, seq_len: int, *, causal: bool) -> Tensor | None:
         """None: content decides."""
