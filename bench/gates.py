@@ -3,8 +3,10 @@
 1. Causality, by perturbation: what comes after a cut is changed, and no output before it may move.
    Gradients would not do: what leaks in published code is the *selection* of keys, which has none.
 2. Reference: the fast path equals the readable one, in outputs and in every gradient.
-
 3. Recompute: a strategy for activations gives the gradients of stored ones, randomness replayed.
+
+Causality and recomputation are checked in the cell's dtype, by autocast as in the cell; the reference in
+float32, where an error of the mathematics is not hidden by rounding.
 
 The last, that the dispatched FLOPs are those of the formula, is checked in every cell, because it
 depends on the cell's sizes: see `cost_ratio`.
@@ -33,13 +35,24 @@ from variants.base import Attention, Dims, VariantConfig
 GATE_TOKENS = 1000
 """Longest sequence of the gates: past the default windows, and no multiple of a block."""
 HEAD_DIM = 16
+LEAK_LAYERS = 4
+"""Layers of the causality gate, at most; never more than the cell has. A sum whose order depends on later
+tokens moves an output by a rounding, which one layer hides where it rounds to bfloat16. Each further layer
+gives the difference another chance to change a rounding, or a selection, and to be seen. In 4 layers no
+known leak stays hidden, and a cell of fewer layers is not blamed for what only a deeper one would do."""
 LEAK_TOLERANCE = 1e-5
-"""Largest move of an output of order 1 that float32 rounding explains."""
+"""Largest move of an output of order 1 that float32 rounding explains: 84 units in the last place. Lower
+precision gets no more. The sums between layers are float32 in every dtype, and a number rounds to the same
+bfloat16 whatever comes later. One rounding to bfloat16 that changes (2⁻⁹, 2e-3) shows that an input of it
+depended on later tokens, and is enough to flip a selection (a hash, a nearest centroid) in a layer above."""
 REFERENCE_TOLERANCE = 1e-4
 """Largest error, relative to the tensor's largest entry, of float32 against float64; sums over
 1,000 tokens lose about √1000 ulps, 4e-6, and gradients pass through several."""
-RECOMPUTE_TOLERANCE = 1e-5
-"""Largest error of a gradient, relative to the largest, that float32 rounding explains."""
+RECOMPUTE_TOLERANCE = {"float32": 1e-5, "bfloat16": torch.finfo(torch.bfloat16).eps}
+"""Largest error of a gradient, relative to the largest, that rounding explains, by dtype. Only a reversible
+network has any: it rebuilds float32 streams, 1e-7 off. In float32 the gradients are as close. In bfloat16
+some of these numbers round to the neighbouring one, and a gradient may differ by a rounding of its own: one
+unit in the last place of the largest, 2⁻⁷."""
 COST_TOLERANCE = 0.01
 COST_LIMIT = 2.2
 """Most that block-gathered patterns may dispatch, as a multiple of the allowed pairs."""
@@ -70,13 +83,14 @@ def check(spec: CellSpec, folder: Path, code_sha256: str) -> Figures:
     dims = Dims(batch_size=2, seq_len=tokens, d_model=HEAD_DIM * spec.model.heads, heads=spec.model.heads)
     if variant.unsupported(config, dims, causal=spec.causal):  # a variant may need the cell's own length
         dims = Dims(batch_size=2, seq_len=spec.seq_len, d_model=dims.d_model, heads=dims.heads)
-    layers = min(2, spec.depth)
-    decides = [spec.variant, spec.variant_params, spec.causal, asdict(dims), layers, spec.device, code_sha256]
-    device = torch.device(spec.device)
+    layers, leak_layers = min(2, spec.depth), min(LEAK_LAYERS, spec.depth)
+    settings = [spec.variant, spec.variant_params, spec.causal, asdict(dims)]
+    decides = [*settings, leak_layers, spec.device, spec.dtype, code_sha256]
+    device, dtype = torch.device(spec.device), getattr(torch, spec.dtype)
 
     def attention() -> dict[str, Any]:
         return {
-            "leak_max_abs": leak(variant, config, dims, layers, device) if spec.causal else None,
+            "leak_max_abs": leak(variant, config, dims, leak_layers, device, dtype) if spec.causal else None,
             "reference_max_abs": max(
                 reference_error(variant, config, dims, layer, device, causal=spec.causal)
                 for layer in range(layers)
@@ -101,17 +115,24 @@ def _layer(variant: type[Attention], config: VariantConfig, dims: Dims, layer: i
     torch.manual_seed(layer)
     made = variant(config, dims, layer)
     for parameter in made.parameters():
-        if parameter.dim() == 2:
+        if parameter.dim() == 2 and parameter.requires_grad:
             torch.nn.init.normal_(parameter, std=parameter.shape[1] ** -0.5)
     return made.eval()
 
 
 def leak(
-    variant: type[Attention], config: VariantConfig, dims: Dims, layers: int, device: torch.device
+    variant: type[Attention],
+    config: VariantConfig,
+    dims: Dims,
+    layers: int,
+    device: torch.device,
+    dtype: torch.dtype = torch.float32,
 ) -> float:
-    """Largest move of an output before a cut when inputs from the cut on change.
+    """Largest move of an output before a cut when inputs from the cut on change, in float32 or, by
+    autocast, in `dtype`.
 
-    Raises GateFailed above rounding, unless the variant states that it leaks.
+    Each sequence of the batch has a cut of its own, so that no sequence may move another either. Raises
+    GateFailed above rounding, unless the variant states that it leaks.
     """
     stack = [_layer(variant, config, dims, layer).to(device) for layer in range(layers)]
 
@@ -126,20 +147,29 @@ def leak(
     @torch.no_grad()
     def run(x: Tensor) -> Tensor:
         torch.manual_seed(0)  # hashing and random features draw the same in every run
-        return variant.plan(config).stream(network, x, causal=True)
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            return variant.plan(config).stream(network, x, causal=True)
 
-    torch.manual_seed(0)
-    tokens = dims.seq_len
-    x = torch.randn(dims.batch_size, tokens, dims.d_model, device=device)
+    # of its own, because `run` sets the other one: every change would be the same, and a multiple of x
+    source = torch.Generator(device).manual_seed(0)
+    batch, tokens = dims.batch_size, dims.seq_len
+
+    def noise() -> Tensor:
+        return torch.randn(batch, tokens, dims.d_model, device=device, generator=source)
+
+    x = noise()
     before = run(x)
     unaligned = {1, tokens // 3, tokens // 2, tokens // 2 + 1, tokens - 2, tokens - 1}
+    cuts = sorted(cut for cut in unaligned | {2**k for k in range(4, 10)} if 0 < cut < tokens)
+    position = torch.arange(tokens, device=device)
     moves = [0.0]
-    for cut in sorted(c for c in unaligned | {2**k for k in range(4, 10)} if 0 < c < tokens):
-        after = slice(cut, None), slice(cut, cut + 1), slice(tokens - 1, None)
+    for group in (cuts[i : i + batch] for i in range(0, len(cuts), batch)):
+        # sequences that are one too many repeat the last cut
+        cut = torch.tensor([*group, *group[-1:] * (batch - len(group))], device=device)[:, None]
+        after = position >= cut, position == cut, (position == tokens - 1).expand(batch, -1)
         for where, size in zip(after, (10.0, 1.0, 1e-2), strict=True):
-            changed = x.clone()
-            changed[:, where] += size * torch.randn_like(changed[:, where])
-            moves.append((run(changed) - before)[:, :cut].abs().max().item())
+            changed = torch.where(where[..., None], x + size * noise(), x)
+            moves.append((run(changed) - before)[position < cut].abs().max().item())
     worst = _largest(moves)
     if not worst <= LEAK_TOLERANCE and not variant.leak(config):
         raise GateFailed(f"causality gate: changing later tokens moved an earlier output by {worst:.2e}")
@@ -171,8 +201,9 @@ def reference_error(
     torch.manual_seed(1)
     y64 = slow.reference(x64, causal=causal)
     direction = torch.randn_like(y64)
-    got = torch.autograd.grad(y, [x, *fast.parameters()], direction.to(y), materialize_grads=True)
-    want = torch.autograd.grad(y64, [x64, *slow.parameters()], direction, materialize_grads=True)
+    roots, roots64 = ([p for p in layer.parameters() if p.requires_grad] for layer in (fast, slow))
+    got = torch.autograd.grad(y, [x, *roots], direction.to(y), materialize_grads=True)
+    want = torch.autograd.grad(y64, [x64, *roots64], direction, materialize_grads=True)
     worst = _largest([_relative(a, b) for a, b in zip((y, *got), (y64, *want), strict=True)])
     if not worst <= REFERENCE_TOLERANCE:
         raise GateFailed(f"reference gate: layer {layer} differs from its reference by {worst:.2e}")
@@ -181,7 +212,8 @@ def reference_error(
 
 def recompute_error(spec: CellSpec, dims: Dims, layers: int, device: torch.device) -> float:
     """Largest error of a parameter's gradient under the cell's strategy for activations, against storing
-    them, relative to the largest entry of any; with dropout, after one training step of each.
+    them, relative to the largest entry of any; with dropout, in the cell's dtype, after one training step of
+    each.
 
     A reversible network is compared with its own two streams. Raises GateFailed above rounding.
     """
@@ -202,6 +234,7 @@ def recompute_error(spec: CellSpec, dims: Dims, layers: int, device: torch.devic
                 dropout=0.1,
                 vocabulary=VOCABULARY,
                 activations="keep",
+                dtype=getattr(torch, spec.dtype),
             )
         torch.manual_seed(1)
         with model.running(run_blocks):
@@ -214,7 +247,7 @@ def recompute_error(spec: CellSpec, dims: Dims, layers: int, device: torch.devic
     scale = max(grad.abs().max().item() for grad in want)
     pairs = zip(gradients(strategy.run), want, strict=True)
     worst = _largest([(a - b).abs().max().item() / scale for a, b in pairs])
-    if not worst <= RECOMPUTE_TOLERANCE:
+    if not worst <= RECOMPUTE_TOLERANCE[spec.dtype]:
         raise GateFailed(
             f"recompute gate: activations={spec.activations} moved a gradient by {worst:.2e} of the largest"
         )

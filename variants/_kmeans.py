@@ -1,7 +1,7 @@
 """Spherical k-means over tokens, and attention within its clusters, for `variants.routing`.
 
-Shapes: B batch, T tokens, H heads, D channels a head, K clusters a head, N = B · T · H rows, w members
-of a cluster, m window.
+Shapes: B batch, T tokens, H heads, D channels a head, K clusters a head, w members of a cluster,
+N = B · T · H rows; S slots of a head, in n tiles of b queries and k keys each; D' ≥ D channels of a slot.
 
 Whatever decides who belongs to which cluster is float32, whatever the model's dtype, and works in
 pieces: T × K scores would be 8 GiB at a million tokens.
@@ -19,7 +19,6 @@ from torch.autograd.function import once_differentiable
 
 from variants._pieces import Sizes
 from variants._repeats import repeatable
-from variants.layers import ROTARY_BASE, rotary
 
 PIECE = Sizes(cpu=2**21, accelerator=2**24)
 """Scores held at a time: 8 MiB, so that a piece is made, used and overwritten in cache."""
@@ -27,8 +26,11 @@ MOST_PIECES = 16
 """Beyond them pieces grow instead, by 1/16 of what would be held at once."""
 SLICE = Sizes(cpu=2**18, accelerator=2**23)
 """Scores within clusters held at a time: 1 MiB, because what they are made of and made into is larger."""
-BLOCKS = 2
-"""Blocks a window is cut into: more of them compute fewer forbidden pairs, in smaller products."""
+ALIGNED = 4
+"""Channels are filled up to a multiple, 16 bytes in float32. Products of rows that are not aligned so round
+in a way that depends on their address, and where a tile lies depends on later tokens."""
+TILES = 4
+"""Tiles a cluster of mean size has: more of them compute fewer forbidden pairs, in smaller products."""
 EPSILON = 1e-5
 """Of the layer normalisation, as torch has it."""
 
@@ -101,225 +103,257 @@ def members(x: Tensor, centroids: Tensor, count: int) -> tuple[Tensor, Tensor]:
     return torch.cat(found, dim=2), sums
 
 
-def angles(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Cosines and sines (T, 1, D/2) of rotary positions, as `layers.rotary` has them, for x (B, T, H, D)."""
-    half = x.shape[-1] // 2
-    wide = torch.promote_types(x.dtype, torch.float32)
-    rates = torch.exp(torch.arange(half, device=x.device, dtype=wide) * (-math.log(ROTARY_BASE) / half))
-    angle = torch.arange(x.shape[1], device=x.device, dtype=wide)[:, None, None] * rates
-    return angle.cos(), angle.sin()
-
-
-def turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotates the pairs of channels (i, i + D/2) in few passes and one buffer, for use without autograd."""
-    y = x * torch.cat([cos, cos], dim=-1)
-    (a, b), (c, d) = x.chunk(2, dim=-1), y.chunk(2, dim=-1)
-    c.addcmul_(b, sin, value=-1)
-    d.addcmul_(a, sin)
-    return y
-
-
-class Blocks(NamedTuple):
-    """A block of `size` queries is given the rows from `back` before its first to `ahead` after its last."""
+class Tiles(NamedTuple):
+    """How the slots of every head are cut. A tile of `size` queries is given the slots from `back` before
+    its first to `ahead` after its last."""
 
     size: int
     back: int
     ahead: int
     window: int
     is_causal: bool
+    number: int
+    """Tiles of a head."""
+    step: int
+    """Tiles to work on at a time: a divisor of `number`, so that every product has the same sizes."""
+    heads: int
+    """Heads (of all sequences) to work on at a time."""
 
     @property
     def keys(self) -> int:
-        """Rows that a block is given."""
+        """Slots that a tile is given."""
         return self.back + self.size + self.ahead
+
+    @property
+    def slots(self) -> int:
+        """Slots of a head."""
+        return self.back + self.number * self.size + self.ahead
 
 
 class Layout(NamedTuple):
-    """Every row of every head in one order, by (sequence, head, cluster, position), cut into blocks.
+    """A slot for every row, by (sequence, head, cluster, position), each cluster from a tile's first slot on.
 
-    Heads are merely further clusters, so that blocks need not end where heads do.
+    A row's slot within its tile is its rank in its cluster, modulo the size of a tile, and so are those of
+    the keys before it. Both depend on earlier tokens alone, so that sums are taken, and round, in the same
+    way whatever comes later. Tiles hold rows of one cluster of one sequence.
     """
 
     order: Tensor
-    """(back + n·size + ahead,) int64: the row that stands at each place; 0 in the padding."""
-    place: Tensor
-    """(N,) int64: where each row stands, the padding in front not counted."""
-    first: Tensor
-    """(n·size,) int64: the place of the first row of the cluster at each place."""
-    last: Tensor
-    """(n·size,) int64: and of the last."""
-    blocks: Blocks
+    """(B·H, S) int64: the row in each slot; in an empty one, the first row of the same head."""
+    cluster: Tensor
+    """(B·H, S) int32: the cluster of each slot's row; −1 in an empty slot."""
+    slot: Tensor
+    """(N,) int64: the slot of each row, among those of all heads."""
+    tiles: Tiles
+
+
+def _tiles(cluster: Tensor, clusters: int, window: int, *, is_causal: bool) -> Tiles:
+    """Tiles for clusters of any sizes: their number follows from shapes."""
+    batch, heads, seq_len = cluster.shape
+    if window >= seq_len:  # one tile of all tokens, in order of position
+        window, size, back, count = seq_len, seq_len, 0, 1
+    else:
+        size = -(-min(window, max(1, seq_len // clusters)) // TILES)
+        back = -(-(window - 1) // size) * size
+        # each cluster that is not empty may leave all but one of the slots of its last tile empty
+        count = (seq_len + min(clusters, seq_len) * (size - 1)) // size
+    ahead = 0 if is_causal else back
+    scores = count * size * (back + size + ahead)
+    most = max(SLICE.on(cluster.device), -(-batch * heads * scores // MOST_PIECES))
+    parts = -(-scores // most)
+    step = -(-count // parts)
+    count = -(-count // step) * step
+    return Tiles(size, back, ahead, window, is_causal, count, step, max(1, most // scores))
+
+
+def _slots(cluster: Tensor, clusters: int, tiles: Tiles) -> tuple[Tensor, Tensor, Tensor]:
+    """`order`, `cluster` and `slot` of a layout."""
+    batch, heads, seq_len = cluster.shape
+    device = cluster.device
+    position = torch.arange(seq_len, device=device)
+    slot = position.expand_as(cluster)
+    if tiles.window < seq_len:
+        size = torch.zeros(batch, heads, clusters, dtype=torch.int64, device=device)
+        size.scatter_add_(-1, cluster, torch.ones_like(cluster))
+        by_cluster, order = cluster.sort(dim=-1, stable=True)
+        rank = position - (size.cumsum(-1) - size).gather(-1, by_cluster)
+        needed = (size + tiles.size - 1) // tiles.size
+        first = (needed.cumsum(-1) - needed) * tiles.size
+        slot = torch.empty_like(cluster).scatter_(-1, order, first.gather(-1, by_cluster) + rank)
+    slot = slot + tiles.back
+    head = torch.arange(batch * heads, device=device).view(batch, heads, 1)
+    first_row = head // heads * (seq_len * heads) + head % heads  # rows lie as (B, T, H)
+    rows = first_row.expand(batch, heads, tiles.slots).clone()
+    rows.scatter_(-1, slot, first_row + position * heads)
+    kinds = torch.full((batch, heads, tiles.slots), -1, dtype=torch.int32, device=device)
+    kinds.scatter_(-1, slot, cluster.int())
+    slot = (slot + head * tiles.slots).transpose(1, 2)
+    return rows.flatten(0, 1), kinds.flatten(0, 1), slot.flatten()
+
+
+# torch 2.13's inductor may fuse a read of `slot` into a loop that runs before the scatter that fills it
+_slots_operator = torch.library.custom_op(
+    "longctx_bench::cluster_slots",
+    lambda cluster, clusters, tiles: _slots(cluster, clusters, Tiles._make(tiles)),
+    mutates_args=(),
+    schema="(Tensor cluster, SymInt clusters, SymInt[] tiles) -> (Tensor, Tensor, Tensor)",
+)
+
+
+@_slots_operator.register_fake
+def _slots_shapes(cluster: Tensor, clusters: int, tiles: list[int]) -> tuple[Tensor, Tensor, Tensor]:
+    batch, heads, _ = cluster.shape
+    order = cluster.new_empty(batch * heads, Tiles._make(tiles).slots)
+    return order, torch.empty_like(order, dtype=torch.int32), cluster.new_empty(cluster.numel())
 
 
 @torch.no_grad()
 @repeatable
 def lay_out(cluster: Tensor, clusters: int, window: int, *, is_causal: bool) -> Layout:
-    """The order in which a window is what a token may read: its clusters' `window` last members."""
-    batch, heads, seq_len = cluster.shape
-    total = cluster.numel()
-    device = cluster.device
-    window = min(window, seq_len)
-    if window == seq_len:  # a block is a whole head
-        block, back = seq_len, 0
-    else:
-        block = -(-window // BLOCKS)
-        back = -(-(window - 1) // block) * block
-    ahead = 0 if is_causal else back
-    padded = -(-total // block) * block
+    """The slots in which a window is what a token may read: its cluster's `window` last members.
 
-    by_cluster, order = cluster.sort(dim=-1, stable=True)  # (B, H, T)
-    sequence = torch.arange(batch, device=device)[:, None, None] * seq_len
-    head = torch.arange(heads, device=device)[:, None]
-    row = ((order + sequence) * heads + head).flatten()  # rows lie as (B, T, H)
-    place = torch.empty_like(row).scatter_(0, row, torch.arange(total, device=device))
-
-    size = torch.zeros(batch, heads, clusters, dtype=torch.int64, device=device)
-    size.scatter_add_(-1, cluster, torch.ones_like(cluster))
-    end = size.flatten().cumsum(0).view_as(size)
-    first, last = (end - size).gather(-1, by_cluster).flatten(), (end - 1).gather(-1, by_cluster).flatten()
-    alone = torch.arange(total, padded, device=device)  # padding reads itself alone, and is read by nothing
-    return Layout(
-        order=F.pad(row, (back, padded - total + ahead)),
-        place=place,
-        first=torch.cat([first, alone]),
-        last=torch.cat([last, alone]),
-        blocks=Blocks(block, back, ahead, window, is_causal),
-    )
-
-
-def _mask(layout: Layout, begin: int, end: int, dtype: torch.dtype) -> Tensor:
-    """(n, size, keys): 0 where the query at a place in [begin, end) may read, else −∞."""
-    size, back, _, window, is_causal = layout.blocks
-    device = layout.first.device
-    slot = torch.arange(layout.blocks.keys, dtype=torch.int32, device=device)
-    distance = torch.arange(back, back + size, dtype=torch.int32, device=device)[:, None] - slot
-    near = (distance < window) & (distance >= (0 if is_causal else 1 - window))
-    forbidden = torch.full((), -math.inf, dtype=dtype, device=device)
-    band = torch.where(near, torch.zeros_like(forbidden), forbidden)  # (size, keys), the same in all blocks
-    origin = torch.arange(begin - back, end - back, size, device=device)[:, None]  # the place of slot 0
-    allowed = slot >= (layout.first[begin:end].view(-1, size) - origin).int()[..., None]
-    if not is_causal:
-        allowed &= slot <= (layout.last[begin:end].view(-1, size) - origin).int()[..., None]
-    return torch.where(allowed, band, forbidden)
-
-
-def _slices(layout: Layout) -> list[tuple[int, int]]:
-    """Places of the queries to work on at a time, whole blocks."""
-    places, blocks = layout.first.shape[0], layout.blocks
-    step = max(SLICE.on(layout.first.device) // blocks.keys, -(-places // MOST_PIECES))
-    step = max(1, step // blocks.size) * blocks.size
-    return [(begin, min(begin + step, places)) for begin in range(0, places, step)]
-
-
-def _gather(x: Tensor, row: Tensor) -> Tensor:
-    """Rows of x (B, T, H, D), which need not be contiguous."""
-    heads = x.shape[2]
-    return x.flatten(0, 1)[row // heads, row % heads]
-
-
-def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-    """(n, size, D), (n, keys, D), (n, keys, D), (n, size, keys) → (n, size, D)."""
-    y: Tensor = F.scaled_dot_product_attention(q[None], k[None], v[None], attn_mask=mask[None])
-    return y[0]
-
-
-def _queries(rows: Tensor, blocks: Blocks) -> Tensor:
-    """(back + s + ahead, D) → the queries of each block (s/size, size, D), a view."""
-    return rows[blocks.back : rows.shape[0] - blocks.ahead].view(-1, blocks.size, rows.shape[-1])
-
-
-def _windows(rows: Tensor, blocks: Blocks) -> Tensor:
-    """(back + s + ahead, D) → the keys of each block (s/size, keys, D), a view."""
-    return rows.unfold(0, blocks.keys, blocks.size).transpose(1, 2)
-
-
-def _add_windows(rows: Tensor, windows: Tensor, blocks: Blocks) -> None:
-    """The transpose of `_windows`: adds to each row what it got in every block that was given it."""
-    parts = windows.unflatten(1, (-1, blocks.size))  # (n, keys/size, size, D)
-    by_block = rows.unflatten(0, (-1, blocks.size))
-    for part in range(parts.shape[1]):
-        by_block[part : part + parts.shape[0]] += parts[:, part]
-
-
-def _add_gradients(
-    layout: Layout, begin: int, end: int, qk: Tensor, v: Tensor, dy: Tensor, dqk: Tensor, dv: Tensor
-) -> None:
-    """Adds what the queries at the places [begin, end) contribute to dqk and dv, in sorted order.
-
-    A function, so that what a slice leaves behind is freed before the next one.
+    `cluster` (B, H, T) is the cluster of each token.
     """
-    blocks = layout.blocks
-    stop = end + blocks.back + blocks.ahead
-    given = layout.order[begin:stop]
-    rows, values = _gather(qk, given), _gather(v, given)
-    dy_rows = _gather(dy, layout.order[begin + blocks.back : end + blocks.back])
-    views = _queries(rows, blocks), _windows(rows, blocks), _windows(values, blocks)
-    with torch.enable_grad():
-        q, k, w = (view.detach().requires_grad_() for view in views)
-        y = _attend(q, k, w, _mask(layout, begin, end, v.dtype))
-    dq, dk, dw = torch.autograd.grad(y, (q, k, w), dy_rows.view_as(y))
-    _queries(dqk[begin:stop], blocks).add_(dq)
-    _add_windows(dqk[begin:stop], dk, blocks)
-    _add_windows(dv[begin:stop], dw, blocks)
+    tiles = _tiles(cluster, clusters, window, is_causal=is_causal)
+    if torch.compiler.is_compiling():
+        order, kinds, slot = _slots_operator(cluster, clusters, list(tiles))
+    else:  # operation by operation, so that counters see what is computed and held
+        order, kinds, slot = _slots(cluster, clusters, tiles)
+    return Layout(order, kinds, slot, tiles)
 
 
-def windowed_plainly(x: Tensor, v: Tensor, layout: Layout) -> Tensor:
-    """What `Windowed` computes, in one piece and with autograd's own backward pass."""
-    rows = _gather(rotary(unit(x)).to(v.dtype), layout.order)
-    mask = _mask(layout, 0, layout.first.shape[0], v.dtype)
-    blocks = layout.blocks
-    values = _windows(_gather(v, layout.order), blocks)
-    y = _attend(_queries(rows, blocks), _windows(rows, blocks), values, mask)
-    return y.flatten(0, 1)[layout.place].view(v.shape)
+def _slices(tiles: Tiles, heads: int) -> list[tuple[slice, slice]]:
+    """(heads, tiles) to work on at a time."""
+    return [
+        (slice(head, min(head + tiles.heads, heads)), slice(tile, tile + tiles.step))
+        for head in range(0, heads, tiles.heads)
+        for tile in range(0, tiles.number, tiles.step)
+    ]
+
+
+class _Slice:
+    """Some tiles of some heads, g of these: their slots, and the weights of their queries over their keys."""
+
+    def __init__(self, layout: Layout, heads: slice, tiles: slice) -> None:
+        self.tiles = layout.tiles
+        size, back, ahead = self.tiles[:3]
+        self.places = slice(tiles.start * size, tiles.stop * size + back + ahead)
+        """Slots of keys, (g, L) of them."""
+        self.inner = slice(back, self.places.stop - self.places.start - ahead)
+        """Among these, slots of queries."""
+        self.order = layout.order[heads, self.places]
+        self.cluster = layout.cluster[heads, self.places]
+
+    def rows(self, x: Tensor) -> Tensor:
+        """The slots' rows of x (N, D), (g, L, D'), in float32 or wider."""
+        found = x.index_select(0, self.order.flatten()).unflatten(0, self.order.shape)
+        found = found.to(torch.promote_types(x.dtype, torch.float32))
+        more = _width(x) - x.shape[-1]
+        return F.pad(found, (0, more)) if more else found
+
+    def queries(self, slots: Tensor) -> Tensor:
+        """(g, L, …) → the queries of each tile (g, n, b, …), a view."""
+        tiles: Tensor = slots[:, self.inner].unflatten(1, (-1, self.tiles.size))
+        return tiles
+
+    def keys(self, slots: Tensor) -> Tensor:
+        """(g, L, …) → the keys of each tile (g, n, k, …), a view."""
+        return slots.unfold(1, self.tiles.keys, self.tiles.size).movedim(-1, 2)
+
+    def add_keys(self, slots: Tensor, keys: Tensor) -> None:
+        """The transpose of `keys`: adds to each slot what it got in every tile that was given it."""
+        parts = keys.unflatten(2, (-1, self.tiles.size)).unbind(2)  # (g, n, b, D) each
+        by_tile = slots.unflatten(1, (-1, self.tiles.size))
+        for i, part in enumerate(parts):
+            by_tile[:, i : i + part.shape[1]] += part
+
+    def forbidden(self) -> Tensor:
+        """(g, n, b, k) bool: which pairs the rule forbids. Queries in empty slots read empty slots."""
+        size, back, _, window, is_causal, *_ = self.tiles
+        slot = torch.arange(self.tiles.keys, device=self.cluster.device)
+        distance = slot[back : back + size, None] - slot
+        far = distance.abs() >= window
+        if is_causal:
+            far |= distance < 0
+        of_query, of_key = self.queries(self.cluster), self.keys(self.cluster)
+        if back:  # a tile is of one cluster, its first row's, and what is empty in it reads what that reads
+            of_query = of_query[..., :1]
+        return (of_query[..., None] != of_key[:, :, None]) | far
+
+    def attended(self, qk: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Of rows (N, D): weights (g, n, b, k), exactly 0 where forbidden; queries (g, n, b, D'), divided by
+        √D; keys and values (g, n, k, D').
+
+        A value that is not finite would reach whoever gives it the weight 0. So it is taken as 0, and its
+        key as NaN, which reaches those alone that may read it.
+        """
+        rows, values = self.rows(qk), self.rows(v)
+        rows[..., 0] += (values * 0).sum(dim=-1)
+        values = values.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
+        q, k = self.queries(rows) * qk.shape[-1] ** -0.5, self.keys(rows)
+        weights = (q @ k.mT).masked_fill_(self.forbidden(), -math.inf).softmax(dim=-1)
+        return weights, q, k, self.keys(values)
 
 
 @repeatable
 class Windowed(torch.autograd.Function):
     """Softmax attention of every row to the rows of its cluster in its window.
 
-    (B, T, H, D) shared queries and keys before normalisation, and values → (B, T, H, D). Stores its
-    inputs and nothing else; backward normalises, gathers and scores again, slice by slice.
+    (B, T, H, D) shared queries and keys, and values → (B, T, H, D). Stores its inputs and nothing else;
+    backward gathers and scores again, slice by slice. Products are float32 or wider.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, v: Tensor, layout: Layout) -> Tensor:
-        """Slice by slice into one buffer in sorted order, then back into the order of rows."""
-        blocks = layout.blocks
-        ctx.save_for_backward(x, v, *layout[:4])
-        ctx.blocks = blocks
-        qk = turn(unit(x), *angles(x)).to(v.dtype)
-        y = v.new_empty(layout.first.shape[0], v.shape[-1])
-        for begin, end in _slices(layout):
-            given = layout.order[begin : end + blocks.back + blocks.ahead]
-            rows, values = _gather(qk, given), _windows(_gather(v, given), blocks)
-            mask = _mask(layout, begin, end, v.dtype)
-            y[begin:end] = _attend(_queries(rows, blocks), _windows(rows, blocks), values, mask).flatten(0, 1)
-        return y.index_select(0, layout.place).view(v.shape)
+    def forward(ctx: Any, qk: Tensor, v: Tensor, layout: Layout) -> Tensor:
+        """Slice by slice into one buffer by slots, then back into the order of rows."""
+        ctx.save_for_backward(qk, v, *layout[:3])
+        ctx.tiles = layout.tiles
+        flat = qk.reshape(-1, qk.shape[-1]), v.reshape(-1, v.shape[-1])
+        y = v.new_empty(*layout.order.shape, _width(v))
+        with torch.autocast(v.device.type, enabled=False):
+            for heads, tiles in _slices(layout.tiles, y.shape[0]):
+                here = _Slice(layout, heads, tiles)
+                weights, _, _, values = here.attended(*flat)
+                here.queries(y[heads, here.places]).copy_(weights @ values)
+        return _by_row(y, layout, v)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, None]:
-        """The gradients of each slice added up in sorted order, then back through the normalisation.
+        """The gradients of each slice added up by slots; what empty slots get stays there."""
+        qk, v, order, cluster, slot = ctx.saved_tensors
+        layout = Layout(order, cluster, slot, ctx.tiles)
+        flat_qk, flat_v, flat_dy = (t.reshape(-1, t.shape[-1]) for t in (qk, v, dy))
+        wide = torch.promote_types(v.dtype, torch.float32)
+        dqk, dv = (v.new_zeros(*order.shape, _width(v), dtype=wide) for _ in range(2))
+        with torch.autocast(v.device.type, enabled=False):
+            for heads, tiles in _slices(layout.tiles, order.shape[0]):
+                here = _Slice(layout, heads, tiles)
+                _add_gradients(here, flat_qk, flat_v, flat_dy, dqk[heads], dv[heads])
+        dqk = _by_row(dqk, layout, qk)
+        return dqk, _by_row(dv, layout, v), None
 
-        What the padding gets stays in the padding, which `place` does not name.
-        """
-        x, v, order, place, first, last = ctx.saved_tensors
-        blocks = ctx.blocks
-        layout = Layout(order, place, first, last, blocks)
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        content, *moments = torch.ops.aten.native_layer_norm(wide, x.shape[-1:], None, None, EPSILON)
-        cos, sin = angles(x)
-        qk = turn(content, cos, sin).to(v.dtype)
-        del content
-        dqk, dv = (v.new_zeros(layout.order.shape[0], v.shape[-1]) for _ in range(2))
-        for begin, end in _slices(layout):
-            _add_gradients(layout, begin, end, qk, v, dy, dqk, dv)
-        del qk
-        back = blocks.back
-        drows = dqk[back:].index_select(0, layout.place).view(x.shape).to(wide.dtype)
-        del dqk
-        dcontent = turn(drows, cos, -sin)  # a rotation's transpose is its inverse
-        dx = torch.ops.aten.native_layer_norm_backward(
-            dcontent, wide, x.shape[-1:], *moments, None, None, [True, False, False]
-        )[0]
-        return dx.to(x.dtype), dv[back:].index_select(0, layout.place).view(v.shape), None
+
+def _width(x: Tensor) -> int:
+    """D', the channels of a row x (…, D) in a slot."""
+    return -(-x.shape[-1] // ALIGNED) * ALIGNED
+
+
+def _by_row(slots: Tensor, layout: Layout, like: Tensor) -> Tensor:
+    """(B·H, S, D') → (B, T, H, D), of the dtype of what it is like."""
+    rows = slots.flatten(0, 1)[:, : like.shape[-1]].index_select(0, layout.slot)
+    return rows.view(like.shape).to(like.dtype)
+
+
+def _add_gradients(here: _Slice, qk: Tensor, v: Tensor, dy: Tensor, dqk: Tensor, dv: Tensor) -> None:
+    """Adds what the queries of a slice contribute to dqk and dv of its heads, (g, S, D) each.
+
+    A function, so that what a slice leaves behind is freed before the next one.
+    """
+    weights, q, k, values = here.attended(qk, v)
+    dqk, dv = dqk[:, here.places], dv[:, here.places]
+    given = here.queries(here.rows(dy) * (here.cluster >= 0)[..., None])
+    here.add_keys(dv, weights.mT @ given)
+    d_scores = torch.ops.aten._softmax_backward_data(given @ values.mT, weights, -1, weights.dtype)
+    here.queries(dqk).add_(d_scores @ k, alpha=qk.shape[-1] ** -0.5)
+    here.add_keys(dqk, d_scores.mT @ q)

@@ -77,7 +77,10 @@ class Routing(Attention):
     complexity = Complexity(
         time=1.5, memory=1.5, formula="T·√T", source="Roy 2020, abstract and §4.1", survey=1.5
     )
-    padding = "a block of queries is given every key that any of them might read, and masks the rest"
+    padding = (
+        "a block of queries is given every key that any of them might read, and masks the rest; a cluster "
+        "takes whole blocks"
+    )
     centroids: Tensor
     sums: Tensor
 
@@ -122,13 +125,11 @@ class Routing(Attention):
         """
         head_dim = self.dims.head_dim
         local, routed = self.local * head_dim, self.routed * head_dim
-        asked = [routed] * (2 if shared else 3)
-        weight = self.projections.qkv.weight[: 3 * local + sum(asked)]
-        # three products, because a view of one would keep all of it alive through every backward pass
-        w_qk, w_v, w_routed = weight.split([2 * local, local, sum(asked)])
-        parts = *F.linear(x, w_qk).split(local, dim=-1), F.linear(x, w_v)
-        parts += F.linear(x, w_routed).split(routed, dim=-1)
-        q, k, v, q_routed, v_routed, *rest = (part.unflatten(-1, (-1, head_dim)) for part in parts)
+        sizes = [2 * local, local, routed, routed, *([] if shared else [routed])]
+        # a product each, because a view of one would keep all of it alive through every backward pass
+        qk, *parts = (F.linear(x, w) for w in self.projections.qkv.weight[: sum(sizes)].split(sizes))
+        parts = [part.unflatten(-1, (-1, head_dim)) for part in (*qk.split(local, dim=-1), *parts)]
+        q, k, v, q_routed, v_routed, *rest = parts
         return q, k, v, q_routed, (rest[0] if rest else q_routed), v_routed
 
     def forward(self, x: Tensor, *, causal: bool, state: Any = None) -> Out:
@@ -155,7 +156,8 @@ class Routing(Attention):
         cluster, sums = _kmeans.nearest(x, self.centroids)
         self._note(sums)
         layout = _kmeans.lay_out(cluster, self.clusters, self.cluster_window, is_causal=causal)
-        y: Tensor = _kmeans.Windowed.apply(x, v, layout)  # type: ignore[no-untyped-call]
+        rows = rotary(_kmeans.unit(x)).to(v.dtype)
+        y: Tensor = _kmeans.Windowed.apply(rows, v, layout)  # type: ignore[no-untyped-call]
         return y
 
     def _by_topk(self, x: Tensor, keys: Tensor | None, v: Tensor, causal: bool) -> Tensor:
@@ -262,11 +264,12 @@ class Routing(Attention):
         )
 
     def state_bytes(self, dims: Dims) -> int:
-        """Keys and values: of a local head's window; of a routed head, the last members of each cluster.
-        In topk a later token can bring back any earlier one, so all."""
-        members = self.clusters * self.cluster_window
+        """Keys and values that the next token may read beside its own: of a local head, the last window − 1
+        tokens; of a routed head, as many members of each cluster. In topk a later token can bring back any
+        earlier one, so all."""
+        members = self.clusters * (self.cluster_window - 1)
         routed = dims.seq_len if self.config.selection == "topk" else min(dims.seq_len, members)
-        tokens = self.local * min(dims.seq_len, self.config.window) + self.routed * routed
+        tokens = self.local * min(dims.seq_len, self.config.window - 1) + self.routed * routed
         return 2 * dims.batch_size * tokens * dims.head_dim * dims.element_bytes
 
     def pattern(self, seq_len: int, *, causal: bool) -> Tensor | None:
