@@ -1,23 +1,26 @@
-"""Linear attention over positive features, in memory that does not grow with T · m (for performer.py).
+"""Positive features, sums over them, and attention to all keys (for performer.py; causal: _favor_causal.py).
 
 Shapes: B batch, H heads, N = B·H sequences, T tokens, D channels of a head, m features,
-n chunks of each sequence in a segment, G = N·n chunks, c tokens in a chunk.
+n chunks of each sequence in a segment, G = n·N chunks, c tokens in a chunk.
 
 With features φ the output of query t is Σ_s φ(q_t)·φ(k_s) v_s / Σ_s φ(q_t)·φ(k_s), over all s or, causal,
-over s ≤ t. The features of a whole sequence, T · m, would outweigh everything else a layer holds, so both
-functions below walk over segments of the sequence, hold the features of one, save only their inputs, their
-output and the small running sums (m, D) for the backward pass, and compute the features there again.
+over s ≤ t. The features of a whole sequence, T · m, would take more memory than everything else in a layer.
+Both forms therefore go through segments of the sequence and hold the features of one. For the backward pass
+they save their inputs, their output, a number per query and the small running sums (m, D), and compute the
+features again.
 
-Exponentials are kept in range without a look at the future. A key's features are divided by their
-largest and carry its logarithm `level` beside them; whatever is summed over keys is stored relative to the
-highest level *so far*: the running maximum R_t in a weight, R at a chunk's end in a running sum. Each
-exponent is then ≤ 0, the factor e^{−R_t} cancels between numerator and normaliser, and no R_t depends on a
-later key. All sums are float32 or wider, whatever the inputs' dtype.
+The softmax features are powers, φ_j(q_t) = 2^{a_tj} and φ_j(k_s) = 2^{b_sj}, whose exponents may be far
+outside of float32's range. Let R_j be the largest b_sj of the keys of a sum, and Λ_t the logarithm of query
+t's normaliser. The weight 2^{a_tj + b_sj − Λ_t} is computed as the product 2^{a_tj + R_j − Λ_t} ·
+2^{b_sj − R_j}. Neither exponent is positive, and the largest term of every query has both of them near 0: no
+normaliser is lost, whatever the norms. A factor underflows only where the term is below 2^-126 of the query's
+largest one. All sums are float32 or wider, whatever the inputs' dtype.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -30,14 +33,10 @@ from variants._repeats import repeatable
 SEGMENT = Sizes(cpu=1536, accelerator=2**15)
 """Tokens of all sequences together whose features exist at a time, rounded up to whole chunks: few, so
 that they stay in cache."""
-SEGMENTS = 32
+SEGMENTS = 48
 """Most segments; longer sequences have longer ones, which bounds the dispatched operations."""
-AT_ONCE = 128
-"""Chunks whose running sums are one product: it grows as their square."""
 LOWEST = -1e30
 """The level of an empty sum: finite, so that the difference of two is 0 and not NaN."""
-TINY = 1e-30
-"""Least normaliser: a query all of whose weights underflow reads 0 and not NaN."""
 RELU_FLOOR = 1e-3
 """Added to relu features, so that no normaliser is 0 (the paper's ε)."""
 
@@ -46,73 +45,109 @@ class Kernel(NamedTuple):
     """A feature map: softmax's positive features or relu's, and its directions (m, D).
 
     The directions come divided by D^¼, which is how queries and keys get softmax's 1/√D between them.
+    Of softmax's features only the exponents, base 2, are held (exp2 is several times faster than exp on
+    CPUs); of relu's the features themselves.
     """
 
     directions: Tensor
     softmax: bool
 
-    def queries(self, x: Tensor) -> Tensor:
-        """(…, D) → (…, m), up to a factor per query, which cancels."""
-        return self._features(x)[0]
+    def queries(self, x: Tensor, level: Tensor | None = None) -> Tensor:
+        """(…, D) → exponents without the |x|² that the normaliser cancels, or features: (…, m).
 
-    def keys(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """(…, D) → features (…, m) and levels (…): φ(x) = e^level · features."""
-        features, level = self._features(x)
-        if self.softmax:
-            level = level - x.square().sum(-1) / (2 * math.sqrt(x.shape[-1]))
-        return features, level
+        With `level` (…, 1), those of weights divided by 2^level.
+        """
+        if not self.softmax:
+            return self._relu(x) if level is None else self.lower(self._relu(x), level)
+        flat, directions = x.flatten(0, -2), self._base_2()
+        h = (
+            flat @ directions
+            if level is None
+            else torch.addmm(level.flatten(0, -2), flat, directions, beta=-1)
+        )
+        return h.view(*x.shape[:-1], -1)
 
-    def _features(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Features (…, m), for softmax without |x|² and divided by their largest, and its logarithm (…)."""
+    def keys(self, x: Tensor) -> Tensor:
+        """(…, D) → exponents or features (…, m)."""
+        if not self.softmax:
+            return self._relu(x)
+        flat = x.flatten(0, -2)
+        half_square = flat.square().sum(-1, keepdim=True) * (-0.5 / math.log(2) / math.sqrt(x.shape[-1]))
+        return torch.addmm(half_square, flat, self._base_2()).view(*x.shape[:-1], -1)
+
+    def _base_2(self) -> Tensor:
+        return self.directions.mT / math.log(2)
+
+    def _relu(self, x: Tensor) -> Tensor:
         # one product of matrices: of a stack, matmul would make a batch of small ones
-        h = (x.flatten(0, -2) @ self.directions.mT).view(*x.shape[:-1], -1)
+        return (x.flatten(0, -2) @ self.directions.mT).view(*x.shape[:-1], -1).relu_().add_(RELU_FLOOR)
+
+    def highest(self, queries: Tensor, levels: Tensor) -> Tensor:
+        """Level of the largest term of each query (…, 1), from the keys' levels (…, m); 0 for relu."""
         if not self.softmax:
-            return h.relu_().add_(RELU_FLOOR), x.new_zeros(x.shape[:-1])
-        highest = h.amax(-1, keepdim=True)
-        return h.sub_(highest).exp_(), highest.squeeze(-1)
+            return queries.new_zeros(*queries.shape[:-1], 1)
+        return (queries + levels).amax(-1, keepdim=True)
 
-    def queries_backward(self, x: Tensor, features: Tensor, grad: Tensor) -> Tensor:
-        """The gradient of x; overwrites `grad`. Its level cancels, so it counts as a constant."""
-        return self._through(features, grad) @ self.directions
+    def lower(self, queries: Tensor, level: Tensor) -> Tensor:
+        """Queries with all their weights divided by 2^level (…, 1); overwrites them."""
+        return queries.sub_(level) if self.softmax else queries.mul_((-level).exp2())
 
-    def keys_backward(self, x: Tensor, features: Tensor, grad: Tensor) -> Tensor:
-        """The gradient of x; overwrites `grad`."""
-        h = self._through(features, grad)
+    def queries_at(self, queries: Tensor, level: Tensor) -> Tensor:
+        """Features of queries for keys whose features are divided by 2^level (…, m)."""
+        return (queries + level).exp2_() if self.softmax else queries
+
+    def keys_at(self, keys: Tensor, level: Tensor) -> Tensor:
+        """Features of keys divided by 2^level (…, m)."""
+        return (keys - level).exp2_() if self.softmax else keys
+
+    def add(self, total: Tensor, grad: Tensor, features: Tensor) -> None:
+        """Add to the gradient of what is held that of the features made of it."""
+        if self.softmax:
+            total.addcmul_(grad, features)
+        else:
+            total.add_(grad)
+
+    def queries_backward(self, grad: Tensor, queries: Tensor, level: Tensor) -> Tensor:
+        """Gradient of lowered queries (…, m) → of the vectors they are made of (…, D)."""
         if not self.softmax:
-            return h @ self.directions
-        return (h @ self.directions).addcmul_(h.sum(-1, keepdim=True), x, value=-(x.shape[-1] ** -0.5))
+            scale = (-level).exp2()
+            grad = grad.mul_(queries > RELU_FLOOR * scale).mul_(scale)
+        return self._through(grad)
 
-    def _through(self, features: Tensor, grad: Tensor) -> Tensor:
-        """Gradient of the features → gradient of the exponents."""
-        return grad.mul_(features if self.softmax else features > RELU_FLOOR)
+    def keys_backward(self, grad: Tensor, keys: Tensor, x: Tensor) -> Tensor:
+        """Gradient of keys (…, m) → of the vectors x (…, D) they are made of."""
+        if not self.softmax:
+            return self._through(grad.mul_(keys > RELU_FLOOR))
+        return self._through(grad).addcmul_(grad.sum(-1, keepdim=True), x, value=-(x.shape[-1] ** -0.5))
+
+    def _through(self, grad: Tensor) -> Tensor:
+        through: Tensor = (grad.flatten(0, -2) @ self.directions).view(*grad.shape[:-1], -1)
+        return through
 
 
 def _cut(x: Tensor, chunk: int) -> Tensor:
-    """(B, H, T, D) as whole chunks (G, c, D), wide; zeros follow the last token.
+    """(B, H, T, D) as whole chunks (G, c, D), wide, a chunk of every sequence before the next chunk of any.
 
-    It may be a view of x: not to be written to.
+    Contiguous; zeros follow the last token. It may be x itself: not to be written to.
     """
     part = x.to(torch.promote_types(x.dtype, torch.float32))
     rest = -x.shape[2] % chunk
     if rest:
         part = torch.nn.functional.pad(part, (0, 0, 0, rest))
-    return part.reshape(-1, chunk, x.shape[-1])
+    chunks: Tensor = part.unflatten(2, (-1, chunk)).movedim(2, 0)
+    return chunks.reshape(-1, chunk, x.shape[-1]).contiguous()
 
 
 def _whole(x: Tensor) -> Tensor:
-    """(B, H, T, D) as one chunk of each sequence (G, T, D), likewise."""
+    """(B, H, T, D) as one chunk of each sequence (N, T, D), likewise."""
     return _cut(x, x.shape[2])
 
 
 def _paste(target: Tensor, part: Tensor) -> None:
     """Write (G, c, D) back to (B, H, T, D)."""
-    target.copy_(part.view(*target.shape[:2], -1, target.shape[-1])[:, :, : target.shape[2]])
-
-
-def _add_bmm(total: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """Adds the products of two stacks of matrices to `total` in place."""
-    # `out=`, because torch's FLOP counter knows no in-place form
-    return torch.baddbmm(total, a, b, out=total)
+    batch, heads, seq_len, channels = target.shape
+    chunks = part.view(-1, batch, heads, part.shape[1], channels)
+    target.copy_(chunks.movedim(0, 2).flatten(2, 3)[:, :, :seq_len])
 
 
 def _segments(chunk: int, *tensors: Tensor) -> list[tuple[Tensor, ...]]:
@@ -123,230 +158,92 @@ def _segments(chunk: int, *tensors: Tensor) -> list[tuple[Tensor, ...]]:
     return list(zip(*(x.split(length, dim=2) for x in tensors), strict=True))
 
 
+def _doublings(size: int) -> Iterator[int]:
+    """1, 2, 4, … below `size`."""
+    length = 1
+    while length < size:
+        yield length
+        length *= 2
+
+
+def _joints(x: Tensor, length: int, dim: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+    """Neighbouring blocks along `dim` of `length` each, of which the last right one may be shorter.
+
+    Views of the lefts and of the rights, (…, pairs, ≤ length, …). For each length of `_doublings`, two
+    entries lie on the two sides of exactly one joint.
+    """
+    before, size, after = x.shape[:dim], x.shape[dim], x.shape[dim + 1 :]
+    pairs = size // (2 * length)
+    whole = pairs * 2 * length
+    if pairs:
+        joined = x if whole == size else x.narrow(dim, 0, whole)
+        left, right = joined.view(*before, pairs, 2, length, *after).unbind(dim + 1)
+        yield left, right
+    rest = size - whole - length
+    if rest > 0:
+        yield x.narrow(dim, whole, length).unsqueeze(dim), x.narrow(dim, whole + length, rest).unsqueeze(dim)
+
+
 class _Sums(NamedTuple):
-    """Sums over keys of φ(k) with their values and alone, or the gradients of such sums.
+    """Sums over keys of φ(k) with their values and alone, or the gradients of such sums, chunk after chunk.
 
     The two are kept apart: products over D + 1 channels take up to twice as long as over 64.
     """
 
-    values: Tensor  # (G, D, m)
-    norms: Tensor  # (G, 1, m)
+    values: Tensor  # (n, N, D, m)
+    norms: Tensor  # (n, N, 1, m)
 
     @classmethod
-    def empty(cls, directions: Tensor, sequences: int) -> _Sums:
-        """Over no keys, one of each sequence."""
+    def empty(cls, directions: Tensor, chunks: int, sequences: int) -> _Sums:
+        """Not yet written."""
         m, head_dim = directions.shape
-        return cls(directions.new_zeros(sequences, head_dim, m), directions.new_zeros(sequences, 1, m))
-
-    @classmethod
-    def over(cls, values: Tensor, norms: Tensor, features: Tensor) -> _Sums:
-        """Over the tokens of each chunk: (G, c, D), (G, c, 1) and (G, c, m)."""
-        return cls(torch.bmm(values.mT, features), torch.bmm(norms.mT, features))
-
-    def read(self, values: Tensor, norms: Tensor) -> Tensor:
-        """(G, c, D) and (G, c, 1) times the sums: (G, c, m)."""
-        return torch.bmm(values, self.values).addcmul_(norms, self.norms)
-
-    def running(self, carried: _Sums, ageing: Tensor, *, backward: bool = False) -> tuple[_Sums, _Sums]:
-        """From each chunk's own sum and the one carried in: those before each chunk, and the one after all.
-
-        `ageing` (N, n + 1, n + 1) is the factor from border j to border i ≥ j of the chunks. `backward`:
-        from the gradients of what this returned to those of what it was given, by the mirrored recurrence.
-        """
-        values, last_values = _running(self.values, carried.values, ageing, backward)
-        norms, last_norms = _running(self.norms, carried.norms, ageing, backward)
-        return _Sums(values, norms), _Sums(last_values, last_norms)
-
-
-def _running(own: Tensor, carried: Tensor, ageing: Tensor, backward: bool) -> tuple[Tensor, Tensor]:
-    """One part of `_Sums.running`, `AT_ONCE` chunks after the others; overwrites `own`."""
-    each = own.view(len(ageing), -1, *own.shape[1:])  # (N, n, …)
-    if each.shape[1] <= AT_ONCE:
-        total, carried = _running_at_once(each, carried, ageing, backward)
-        return total.view_as(own), carried
-    total = torch.empty_like(each)
-    starts = range(0, each.shape[1], AT_ONCE)
-    for start in reversed(starts) if backward else starts:
-        stop = min(start + AT_ONCE, each.shape[1])
-        borders = ageing[:, start : stop + 1, start : stop + 1]
-        total[:, start:stop], carried = _running_at_once(each[:, start:stop], carried, borders, backward)
-    return total.view_as(own), carried
-
-
-@repeatable
-def _running_at_once(each: Tensor, carried: Tensor, ageing: Tensor, backward: bool) -> tuple[Tensor, Tensor]:
-    """One product over all chunks of each (N, n, …), which it overwrites."""
-    passing = ageing[:, :-1, 1:]  # strictly lower: a chunk's own sum does not precede it
-    (enters, entering), (leaves, leaving) = (0, ageing[:, 1, 0]), (-1, ageing[:, -1, -2])
-    if backward:
-        passing = passing.mT
-        (enters, entering), (leaves, leaving) = (leaves, leaving), (enters, entering)
-    # what is carried in passes on as if the chunk it meets first had added it
-    each[:, enters].addcmul_(carried, entering[:, None, None])
-    if each.shape[1] == 1:
-        return carried.unsqueeze(1), each[:, 0]
-    total = torch.bmm(passing, each.flatten(2)).view(each.shape)
-    total[:, enters] = carried
-    last = torch.addcmul(each[:, leaves], total[:, leaves], leaving[:, None, None])
-    return total, last
-
-
-def _divide(values: Tensor, norms: Tensor) -> tuple[Tensor, Tensor]:
-    """Outputs (G, c, D), and one over the normalisers (G, c, 1); overwrites both."""
-    inverse = norms.clamp_min_(TINY).reciprocal_()
-    return values.mul_(inverse), inverse
-
-
-def _divide_backward(grad: Tensor, y: Tensor, inverse: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients of values and normalisers, from that of the outputs."""
-    g = grad * inverse
-    return g, (y * g).sum(-1, keepdim=True).neg_()
-
-
-class _Step(NamedTuple):
-    """What one segment of the causal sum is made of; computed in the forward and again in the backward."""
-
-    q_features: Tensor  # (G, c, m)
-    k_features: Tensor  # (G, c, m)
-    values: Tensor  # (G, c, D)
-    key_weight: Tensor  # (G, c, 1): e^(level − R at the chunk's end)
-    query_weight: Tensor  # (G, c, 1): e^(R before the chunk − R_t)
-    decay: Tensor  # (G, c, c): e^(level_s − R_t) for s ≤ t, else 0
-    weights: Tensor  # (G, c, c): φ(q_t)·φ(k_s) times the decay
-    ageing: Tensor  # (N, n + 1, n + 1): e^(R at border j − R at border i) for j ≤ i
-    sums: _Sums  # before each chunk
-    carried: _Sums  # after the last chunk
-    level: Tensor  # (N, 1): R after the last chunk
-
-    @classmethod
-    def make(cls, q: Tensor, k: Tensor, v: Tensor, kernel: Kernel, carried: _Sums, level: Tensor) -> _Step:
-        """From chunks (G, c, D), the sums before them and their level (N, 1)."""
-        sequences, (chunks, chunk) = len(level), q.shape[:2]
-        q_features = kernel.queries(q)
-        k_features, levels = kernel.keys(k)
-        highest = torch.maximum(levels.view(sequences, -1).cummax(-1).values, level)
-        edges = torch.cat([level, highest[:, chunk - 1 :: chunk]], dim=1)  # (N, n + 1): R at the borders
-        ageing = (edges[:, None, :] - edges[..., None]).exp_().tril_()
-        before, after = (edge.reshape(chunks, 1) for edge in (edges[:, :-1], edges[:, 1:]))
-        highest = highest.view(chunks, chunk)
-        key_weight = (levels - after).exp_()[..., None]
-        query_weight = (before - highest).exp_()[..., None]
-        decay = (levels[:, None, :] - highest[..., None]).exp_().tril_()
-        sums, carried = _Sums.over(v * key_weight, key_weight, k_features).running(carried, ageing)
-        weights = torch.bmm(q_features, k_features.mT).mul_(decay)
         return cls(
-            q_features, k_features, v, key_weight, query_weight,
-            decay, weights, ageing, sums, carried, edges[:, -1:],
-        )  # fmt: skip
-
-    def output(self) -> tuple[Tensor, Tensor]:
-        """Weighted sums of the values (G, c, D), and their normalisers (G, c, 1)."""
-        values, norms = (torch.bmm(self.q_features, s.mT).mul_(self.query_weight) for s in self.sums)
-        return _add_bmm(values, self.weights, self.values), norms.add_(self.weights.sum(-1, keepdim=True))
-
-    def gradients(
-        self, kernel: Kernel, q: Tensor, k: Tensor, g: Tensor, g_norm: Tensor, carried: _Sums
-    ) -> tuple[Tensor, Tensor, Tensor, _Sums]:
-        """Of queries, keys, values (G, c, D) and the sums before the segment.
-
-        From those of both outputs and of the sums after the segment.
-        """
-        g_earlier, g_norm_earlier = g * self.query_weight, g_norm * self.query_weight
-        g_own, g_carried = _Sums.over(g_earlier, g_norm_earlier, self.q_features).running(
-            carried, self.ageing, backward=True
+            directions.new_empty(chunks, sequences, head_dim, m),
+            directions.new_empty(chunks, sequences, 1, m),
         )
-        g_scores = torch.bmm(g, self.values.mT).add_(g_norm).mul_(self.decay)
-        g_features = _add_bmm(self.sums.read(g_earlier, g_norm_earlier), g_scores, self.k_features)
-        g_q = kernel.queries_backward(q, self.q_features, g_features)
-        del g_features  # as large as all of the above
-        g_features = g_own.read(self.values * self.key_weight, self.key_weight)
-        g_features = _add_bmm(g_features, g_scores.mT, self.q_features)
-        g_k = kernel.keys_backward(k, self.k_features, g_features)
-        g_v = torch.bmm(self.k_features, g_own.values.mT).mul_(self.key_weight)
-        return g_q, g_k, _add_bmm(g_v, self.weights.mT, g), g_carried
+
+    def put(self, chunks: slice, values: Tensor, norms: Tensor, features: Tensor) -> None:
+        """Write the sums over the tokens of each chunk: of (G, c, D), (G, c, 1) and (G, c, m)."""
+        for target, of in zip(self, (values, norms), strict=True):
+            torch.bmm(of.mT, features, out=target[chunks].view(-1, *target.shape[2:]))
+
+    def at(self, chunks: slice | int) -> _Sums:
+        """Those of some chunks."""
+        return _Sums(self.values[chunks], self.norms[chunks])
+
+    def read(self, features: Tensor) -> tuple[Tensor, Tensor]:
+        """(G, c, m) times the sums: of the values (G, c, D), and alone (G, c, 1)."""
+        values, norms = (torch.bmm(features, s.flatten(0, 1).mT) for s in self)
+        return values, norms
+
+    def read_back(self, values: Tensor, norms: Tensor) -> Tensor:
+        """(G, c, D) and (G, c, 1) times the sums: (G, c, m)."""
+        return torch.bmm(values, self.values.flatten(0, 1)).addcmul_(norms, self.norms.flatten(0, 1))
+
+    def accumulate(self, levels: Tensor, *, backward: bool = False) -> None:
+        """Each with all before it or, `backward`, after it, in place and in ⌈log₂ n⌉ steps.
+
+        `levels` (n, N, m) do not fall. Sums are stored divided by 2^level, gradients of sums multiplied by
+        it: either way, what is added is scaled down.
+        """
+        for length in _doublings(len(levels)):
+            for (left, right), *sums in zip(*(_joints(x, length) for x in (levels, *self)), strict=True):
+                if backward:
+                    scale = (left - right[:, :1]).exp2_().unsqueeze(-2)
+                    for earlier, later in sums:
+                        earlier.addcmul_(later[:, :1], scale)
+                else:
+                    scale = (left[:, -1:] - right).exp2_().unsqueeze(-2)
+                    for earlier, later in sums:
+                        later.addcmul_(earlier[:, -1:], scale)
 
 
-@repeatable
-class _CausalFavor(torch.autograd.Function):
-    """A segment at a time forwards, carrying the running sum; the same backwards, carrying its gradient."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, directions: Tensor, softmax: bool, chunk: int
-    ) -> Tensor:
-        kernel = Kernel(directions, softmax)
-        batch, heads, seq_len, head_dim = q.shape
-        chunk = min(chunk, seq_len)
-        y = q.new_empty(batch, seq_len, heads, head_dim).transpose(1, 2)  # as the output projection reads it
-        inverse = directions.new_empty(batch, heads, seq_len, 1)
-        carried = _Sums.empty(directions, batch * heads)
-        level = directions.new_full((batch * heads, 1), LOWEST if softmax else 0.0)
-        starts = []
-        for segment in _segments(chunk, q, k, v, y, inverse):
-            starts += [*carried, level]
-            carried, level = _read_causally(kernel, chunk, carried, level, *segment)
-        ctx.save_for_backward(q, k, v, directions, y, inverse, *starts)
-        ctx.softmax, ctx.chunk = softmax, chunk
-        return y
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, directions, y, inverse, *starts = ctx.saved_tensors
-        kernel, chunk = Kernel(directions, ctx.softmax), ctx.chunk
-        grads = [torch.empty_like(x) for x in (q, k, v)]
-        g_carried = _Sums.empty(directions, q.shape[0] * q.shape[1])
-
-        for segment in reversed(_segments(chunk, q, k, v, y, inverse, grad, *grads)):
-            *carried, level = starts[-3:]
-            del starts[-3:]
-            g_carried = _read_causally_backward(kernel, chunk, _Sums(*carried), level, g_carried, *segment)
-        return *grads, None, None, None
-
-
-@repeatable
-def _read_causally(
-    kernel: Kernel,
-    chunk: int,
-    carried: _Sums,
-    level: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    y: Tensor,
-    inverse: Tensor,
-) -> tuple[_Sums, Tensor]:
-    """Write a segment's outputs to y, and one over its normalisers; the sums after it and their level."""
-    q, k, v = (_cut(x, chunk) for x in (q, k, v))
-    step = _Step.make(q, k, v, kernel, carried, level)
-    for target, part in zip((y, inverse), _divide(*step.output()), strict=True):
-        _paste(target, part)
-    return step.carried, step.level
-
-
-@repeatable
-def _read_causally_backward(
-    kernel: Kernel,
-    chunk: int,
-    carried: _Sums,
-    level: Tensor,
-    g_carried: _Sums,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    y: Tensor,
-    inverse: Tensor,
-    grad: Tensor,
-    *grads: Tensor,
-) -> _Sums:
-    """Write a segment's gradients to `grads`; the gradients of the sums before it."""
-    q, k, v = (_cut(x, chunk) for x in (q, k, v))
-    step = _Step.make(q, k, v, kernel, carried, level)
-    g, g_norm = _divide_backward(*(_cut(x, chunk) for x in (grad, y, inverse)))
-    *parts, g_carried = step.gradients(kernel, q, k, g, g_norm, g_carried)
-    for target, part in zip(grads, parts, strict=True):
-        _paste(target, part)
-    return g_carried
+def _start(directions: Tensor, sequences: int, softmax: bool) -> tuple[_Sums, Tensor]:
+    """The sums over no keys (N, …), and their level (N, m)."""
+    level = directions.new_full((sequences, directions.shape[0]), LOWEST if softmax else 0.0)
+    m, head_dim = directions.shape
+    zeros = _Sums(directions.new_zeros(sequences, head_dim, m), directions.new_zeros(sequences, 1, m))
+    return zeros, level
 
 
 @repeatable
@@ -358,57 +255,64 @@ class _FullFavor(torch.autograd.Function):
         kernel = Kernel(directions, softmax)
         batch, heads, seq_len, head_dim = q.shape
         y = q.new_empty(batch, seq_len, heads, head_dim).transpose(1, 2)
-        inverse = directions.new_empty(batch, heads, seq_len, 1)
-        sums = _Sums.empty(directions, batch * heads)
-        level = directions.new_full((batch * heads, 1), LOWEST if softmax else 0.0)
+        normaliser = directions.new_empty(batch, heads, seq_len, 1)
+        start, level = _start(directions, batch * heads, softmax)
+        sums = _Sums.empty(directions, 2, batch * heads)  # so far, and of a segment
+        for s, zeros in zip(sums, start, strict=True):
+            s[0] = zeros
         for k_part, v_part in _segments(1, k, v):
-            features, levels = kernel.keys(_whole(k_part))
-            before, level = level, torch.maximum(level, levels.amax(-1, keepdim=True))
-            weight, ageing = ((x - level).exp_()[..., None] for x in (levels, before))
-            own = _Sums.over(_whole(v_part) * weight, weight, features)
-            sums = _Sums(*(new.addcmul_(old, ageing) for new, old in zip(own, sums, strict=True)))
-        for q_part, *targets in _segments(1, q, y, inverse):
-            features = kernel.queries(_whole(q_part))
-            for target, part in zip(
-                targets, _divide(*(torch.bmm(features, s.mT) for s in sums)), strict=True
-            ):
+            keys, values = kernel.keys(_whole(k_part)), _whole(v_part)
+            levels = torch.stack([level, torch.maximum(level, keys.amax(1)) if softmax else level])
+            level = levels[1]
+            sums.put(
+                slice(1, 2), values, torch.ones_like(values[..., :1]), kernel.keys_at(keys, level[:, None])
+            )
+            sums.accumulate(levels)
+            for s in sums:
+                s[0] = s[1]
+        for q_part, *targets in _segments(1, q, y, normaliser):
+            queries = kernel.queries(_whole(q_part))
+            highest = kernel.highest(queries, level[:, None])
+            features = kernel.queries_at(kernel.lower(queries, highest), level[:, None])
+            values, norms = sums.at(slice(1)).read(features)
+            for target, part in zip(targets, (values.div_(norms), norms.log2_().add_(highest)), strict=True):
                 _paste(target, part)
-        ctx.save_for_backward(q, k, v, directions, y, inverse, *sums, level)
+        ctx.save_for_backward(
+            q, k, v, directions, y, normaliser, *(s[:1].clone() for s in sums), level.clone()
+        )
         ctx.softmax = softmax
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, directions, y, inverse, values, norms, level = ctx.saved_tensors
+        q, k, v, directions, y, normaliser, values, norms, level = ctx.saved_tensors
         sums = _Sums(values, norms)
         kernel = Kernel(directions, ctx.softmax)
         g_q, g_k, g_v = (torch.empty_like(x) for x in (q, k, v))
-        g_sums = _Sums.empty(directions, len(values))
-        for q_part, y_part, inverse_part, grad_part, g_part in _segments(1, q, y, inverse, grad, g_q):
-            part = _whole(q_part)
-            features = kernel.queries(part)
-            g, g_norm = _divide_backward(*(_whole(x) for x in (grad_part, y_part, inverse_part)))
-            own = _Sums.over(g, g_norm, features)
-            g_sums = _Sums(*(a + b for a, b in zip(own, g_sums, strict=True)))
-            _paste(g_part, kernel.queries_backward(part, features, sums.read(g, g_norm)))
+        g_sums, g_own = (_Sums(*(torch.zeros_like(s) for s in sums)) for _ in range(2))
+        for *parts, g_part in _segments(1, q, y, normaliser, grad, g_q):
+            q_part, y_part, normaliser_part, g = (_whole(x) for x in parts)
+            queries = kernel.queries(q_part, normaliser_part)
+            features = kernel.queries_at(queries, level[:, None])
+            g_norm = (y_part * g).sum(-1, keepdim=True).neg_()
+            g_own.put(slice(None), g, g_norm, features)
+            for total, own in zip(g_sums, g_own, strict=True):
+                total.add_(own)
+            g_queries = sums.read_back(g, g_norm)
+            if ctx.softmax:
+                g_queries.mul_(features)
+            _paste(g_part, kernel.queries_backward(g_queries, queries, normaliser_part))
         for k_part, v_part, g_k_part, g_v_part in _segments(1, k, v, g_k, g_v):
-            part = _whole(k_part)
-            features, levels = kernel.keys(part)
-            weight = (levels - level).exp_()[..., None]
-            g_features = g_sums.read(_whole(v_part) * weight, weight)
-            _paste(g_k_part, kernel.keys_backward(part, features, g_features))
-            _paste(g_v_part, torch.bmm(features, g_sums.values.mT).mul_(weight))
+            part, values = _whole(k_part), _whole(v_part)
+            keys = kernel.keys(part)
+            features = kernel.keys_at(keys, level[:, None])
+            g_keys = g_sums.read_back(values, torch.ones_like(values[..., :1]))
+            if ctx.softmax:
+                g_keys.mul_(features)
+            _paste(g_k_part, kernel.keys_backward(g_keys, keys, part))
+            _paste(g_v_part, g_sums.read(features)[0])
         return g_q, g_k, g_v, None, None
-
-
-def causal_favor(q: Tensor, k: Tensor, v: Tensor, directions: Tensor, softmax: bool, chunk: int) -> Tensor:
-    """(B, H, T, D) queries, keys and values → (B, H, T, D), each query from the keys up to its own.
-
-    `directions` (m, D) are scaled as in `Kernel` and get no gradient; `chunk` is in tokens.
-    """
-    y: Tensor = _CausalFavor.apply(q, k, v, directions, softmax, chunk)  # type: ignore[no-untyped-call]
-    return y
 
 
 def full_favor(q: Tensor, k: Tensor, v: Tensor, directions: Tensor, softmax: bool) -> Tensor:
