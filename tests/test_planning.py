@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from bench import planning
 from bench.checks import ConfigError, parse_bytes
 from bench.config import parse
-from bench.measure import step
+from bench.measure.step import on_host
 from bench.planning import Plan
 from bench.report import budgets
 from bench.spec import CellSpec
@@ -103,6 +103,20 @@ def test_what_is_said_to_fit_fits_and_one_more_does_not(name: str) -> None:
     assert peak(batch_size=batch) <= budget < peak(batch_size=batch + 1)
 
 
+@pytest.mark.parametrize(
+    ("variant", "data"),
+    [("dense", "mqar"), ("dense", "needle"), ("longformer", "stdlib"), ("linformer", "listops")],
+)
+def test_the_planned_peak_is_the_measured_one_for_every_task(variant: str, data: str) -> None:
+    """Also where a task's batch knows more than a training step reads."""
+    spec = spec_of(f"variant={variant}", f"data={data}", "model=tiny", "batch_size=3", "seq_len=256")
+    make_task, config, setting = spec.task()
+    task = make_task(config, setting)
+    assert task.unsupported() is None
+    _, figures = on_host(lambda: planning.subject(spec, lambda: task.train_batch(0, 0.0), planning.CPU))
+    assert Plan(spec).predict().peaks == figures.peaks
+
+
 def test_nothing_fits_into_nothing() -> None:
     plan = Plan(spec_of("variant=dense"))
     assert plan.longest_seq_len(1000) == 0
@@ -111,34 +125,6 @@ def test_nothing_fits_into_nothing() -> None:
 
 def test_the_report_knows_where_searches_end() -> None:
     assert (budgets.LONGEST, budgets.LARGEST) == (planning.MOST_TOKENS, planning.MOST_SEQUENCES)
-
-
-# --- few segments instead of all -------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("activations", ["keep", "checkpoint", "reversible"])
-@pytest.mark.parametrize("name", ["transformer_xl", "compressive"])
-@pytest.mark.parametrize("seq_len", [pytest.param(16 * 64, marks=pytest.mark.slow), 16 * 64 + 17])
-def test_few_segments_tell_what_all_would(
-    name: str, activations: str, seq_len: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    knobs = ["variant.segment=64", "variant.mem_len=64"]
-    spec = spec_of(f"variant={name}", *knobs, f"seq_len={seq_len}", f"activations={activations}")
-    brief = Plan(spec).predict()
-    monkeypatch.setattr(step.Subject, "brief", lambda subject: (subject.segments(), 0))
-    assert Plan(spec).predict() == brief
-
-
-def test_a_segment_variant_is_planned_from_a_few_segments() -> None:
-    subject = planning.subject(
-        spec_of("variant=transformer_xl", "variant.segment=64", "variant.mem_len=128"),
-        lambda: planning.Batch(*(planning.torch.zeros(2, 6400, dtype=planning.torch.int64),) * 2),
-        planning.CPU,
-    )
-    segments, left_out = subject.brief()
-    assert len(segments) + left_out == 100
-    assert len(segments) == 5  # two fill the memory, two begin with it full, and the last
-    assert segments[-1] == slice(6336, 6400)
 
 
 # --- sizes in memory -------------------------------------------------------------------------------

@@ -181,6 +181,39 @@ def test_work_that_keeps_tensors_elsewhere_is_refused() -> None:
         hoards(torch.empty(3))
 
 
+@repeatable
+class _Halves(torch.autograd.Function):
+    """The first half of x, doubled, and the second, which has no gradient; an attribute beside tensors."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+        CALLS.append("forward")
+        first, second = (half.clone() for half in x.chunk(2))
+        ctx.save_for_backward(second)
+        ctx.times = 2.0
+        ctx.mark_non_differentiable(second)
+        return first * ctx.times, second
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> Tensor:
+        CALLS.append("backward")
+        (second,) = ctx.saved_tensors
+        return torch.cat([grad * ctx.times, torch.zeros_like(second)])
+
+
+def test_a_function_that_is_played_back_says_which_outputs_have_a_gradient() -> None:
+    CALLS.clear()
+    with FakeTensorMode(), LiveStorage() as storage, following(Repeats(storage)):
+        for _ in range(2):
+            x = torch.empty(6, requires_grad=True)
+            first, second = _Halves.apply(x)
+            assert first.requires_grad
+            assert not second.requires_grad
+            first.sum().backward()
+            assert x.grad is not None
+    assert CALLS == ["forward", "backward"]
+
+
 def test_without_a_follower_nothing_changes() -> None:
     CALLS.clear()
     x = torch.rand(6, 4)

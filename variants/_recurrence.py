@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -66,9 +67,21 @@ def _shifted(by_distance: Tensor, batches: int, queries: int) -> Tensor:
     return flat[:, queries:].view(batches, queries, -1)
 
 
+def write(out: Tensor, operation: Callable[..., Tensor], *args: Tensor) -> None:
+    """Write operation(*args) to `out`, a view of any strides, without a copy.
+
+    torch.compile refuses an `out=` that is not contiguous; the compiled form copies, and inductor removes
+    the copy where it can.
+    """
+    if torch.compiler.is_compiling():
+        out.copy_(operation(*args))
+    else:
+        operation(*args, out=out)
+
+
 def accumulate(total: Tensor, a: Tensor, b: Tensor) -> None:
     """total += a @ b; not `baddbmm_`, because torch's FLOP counter knows no products in place."""
-    torch.baddbmm(total, a, b, out=total)
+    write(total, torch.baddbmm, total, a, b)
 
 
 class _Terms:
@@ -80,12 +93,13 @@ class _Terms:
         self.scale = self.head_dim**-0.5
         self.block = min(BLOCK.on(q.device), self.queries)
         self.k, self.values = kv.flatten(1, 2).unbind(0)
-        self.content, self._position = (self._biased(q, bias) for bias in (u, v))
+        flat = q.flatten(0, 1).contiguous()  # (H·B, S, D); sums take its strides, as torch.compile needs
+        self.content, self._position = (self._biased(flat, bias) for bias in (u, v))
 
-    def _biased(self, q: Tensor, bias: Tensor) -> Tensor:
+    def _biased(self, flat: Tensor, bias: Tensor) -> Tensor:
         """Scaled queries (H·B, S, D) of one term."""
-        biased = torch.add(q, bias[:, None, None], out=q.new_empty(q.shape))
-        return biased.mul_(self.scale).flatten(0, 1)
+        scaled = (bias * self.scale).repeat_interleave(self.batch, dim=0)[:, None]
+        return torch.add(scaled, flat, alpha=self.scale)
 
     def position(self, begin: int, end: int) -> Tensor:
         """Scaled queries of the position term (H, B·b, D): all sequences share a head's positions."""
@@ -168,7 +182,7 @@ class _RelativeAttention(torch.autograd.Function):
             by_distance = q.new_empty(terms.heads, terms.batch * size, reach + 1)
             by_distance.view(terms.batches, -1)[:, :size].zero_()  # distances that no query has
             scores = _shifted(by_distance, terms.batches, size)
-            torch.bmm(dy[:, here], terms.values[:, :reach].transpose(1, 2), out=scores)
+            write(scores, torch.bmm, dy[:, here], terms.values[:, :reach].transpose(1, 2))
             scores.sub_(mean[:, here]).mul_(weights)
             accumulate(dk[:, :, :reach], terms.content[:, here].transpose(1, 2), scores)
             accumulate(dr[:, :, -reach - 1 :], terms.position(begin, end).transpose(1, 2), by_distance)

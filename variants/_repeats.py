@@ -33,7 +33,8 @@ def repeatable(work: Work) -> Work:
     """Decorates a function of tensors, or both passes of a torch.autograd.Function.
 
     What it takes must follow from the shapes of the tensors it is given and from its other arguments. It may
-    write to those tensors, and must keep none elsewhere.
+    write to those tensors, and must keep none elsewhere. A Function may use of its context what `Context`
+    has: anything else is an AttributeError.
     """
     found: Work = _both_passes(work) if isinstance(work, type) else _one(work)
     return found
@@ -51,36 +52,46 @@ def _one(work: Any) -> Any:
     return followed
 
 
-class _Context(SimpleNamespace):
+class Context(SimpleNamespace):
     """What a Function is given in place of torch's own context."""
 
     saved_tensors: tuple[Any, ...] = ()
+    non_differentiable: tuple[Any, ...] = ()
 
     def save_for_backward(self, *tensors: Any) -> None:
         """Keep them here."""
         self.saved_tensors = tensors
+
+    def mark_non_differentiable(self, *outputs: Any) -> None:
+        """Keep them here."""
+        self.non_differentiable = outputs
 
 
 def _both_passes(function: Any) -> Any:
     forward, backward = function.forward, function.backward
 
     @wraps(forward)
-    def forward_alone(*args: Any) -> tuple[Any, dict[str, Any]]:
-        context = _Context()
-        return forward(context, *args), vars(context)
+    def forward_alone(*args: Any) -> tuple[Any, tuple[Any, ...], list[int], dict[str, Any]]:
+        """Outputs, saved tensors, places of the outputs without a gradient, and the context's attributes."""
+        context = Context()
+        outputs = forward(context, *args)
+        kept = vars(context)
+        saved, without = kept.pop("saved_tensors", ()), kept.pop("non_differentiable", ())
+        places = [i for i, output in enumerate(_several(outputs)) if any(output is each for each in without)]
+        return outputs, saved, places, kept
 
     @wraps(backward)
     def backward_alone(kept: dict[str, Any], *grads: Any) -> Any:
-        return backward(_Context(**kept), *grads)
+        return backward(Context(**kept), *grads)
 
     @wraps(forward)
     def followed_forward(ctx: Any, *args: Any) -> Any:
         if not _followers:
             return forward(ctx, *args)
-        y, kept = _followers[-1](forward_alone, args)
-        ctx.save_for_backward(*kept.pop("saved_tensors"))
-        ctx.kept = kept
-        return y
+        outputs, saved, places, ctx.kept = _followers[-1](forward_alone, args)
+        ctx.save_for_backward(*saved)
+        ctx.mark_non_differentiable(*(_several(outputs)[i] for i in places))
+        return outputs
 
     @wraps(backward)
     def followed_backward(ctx: Any, *grads: Any) -> Any:
@@ -91,3 +102,8 @@ def _both_passes(function: Any) -> Any:
 
     function.forward, function.backward = staticmethod(followed_forward), staticmethod(followed_backward)
     return function
+
+
+def _several(outputs: Any) -> tuple[Any, ...]:
+    """The outputs of a Function, which returns one by itself."""
+    return outputs if isinstance(outputs, tuple) else (outputs,)

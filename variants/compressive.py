@@ -147,8 +147,6 @@ class State(NamedTuple):
     """Compressed memories (B, ≤ M_c, C)."""
     usage: Tensor | None
     """(B, M) sum over the queries so far of the attention to each memory, mean over heads; for most_used."""
-    readers: Tensor | None
-    """(M,) number of the queries so far that could read each memory; for most_used."""
 
 
 class Stretch(NamedTuple):
@@ -238,7 +236,7 @@ class Compressive(Recurrent):
         return Segments(config.segment)
 
     def forward(self, x: Tensor, *, causal: bool, state: State | None = None) -> Out:
-        """(B, S, C) → Out."""
+        """(B, S, C) → Out. Raises ValueError where not causal."""
         if state is None:
             state = self._blank(x)
         found = self.attend(x, torch.cat([state.compressed, state.memory], dim=1), count=self.counts)
@@ -251,33 +249,31 @@ class Compressive(Recurrent):
 
     def _blank(self, x: Tensor) -> State:
         nothing = x.new_empty(x.shape[0], 0, x.shape[2])  # not a view, which would keep x
-        counts = (nothing.new_zeros(x.shape[0], 0), nothing.new_zeros(0)) if self.counts else (None, None)
-        return State(nothing, nothing, *counts)
+        return State(nothing, nothing, nothing.new_zeros(x.shape[0], 0) if self.counts else None)
 
     def _advance(self, x: Tensor, state: State, received: Tensor | None) -> tuple[State, int, Tensor | None]:
         """The state after segment x, how many positions fell out, and their compression if there is one.
 
-        The compression carries the compressor's gradient; in the state, it is detached.
+        The compression carries the compressor's gradient; in the state, it is detached. The state is made of
+        copies, so that what fell out is freed.
         """
         tokens = x.shape[1]
         held = slide(state.memory, x, 0)
         fallen = self.config.falls(state.memory.shape[1], tokens)
-        usage = readers = mean_usage = None
-        if received is not None and state.usage is not None and state.readers is not None:
-            usage = F.pad(state.usage, (0, tokens)) + received[:, -held.shape[1] :]
-            own = torch.arange(
-                tokens, 0, -1, device=x.device, dtype=usage.dtype
-            )  # the last is read by itself
-            readers = torch.cat([state.readers + tokens, own])
+        usage = mean_usage = None
+        if received is not None and state.usage is not None:
+            held_tokens = held.shape[1]
+            usage = F.pad(state.usage, (0, tokens)) + received[:, -held_tokens:]
+            # each position was read by itself and by all after it
+            readers = torch.arange(held_tokens, 0, -1, device=x.device, dtype=usage.dtype)
             mean_usage = (usage / readers)[:, :fallen]
-            usage, readers = usage[:, fallen:], readers[fallen:]
+            usage = usage[:, fallen:].clone()
         compressed = None
         queue = state.compressed
         if fallen and self.config.comp_len:
             compressed = self.compressor(held[:, :fallen], mean_usage)
             queue = torch.cat([queue, compressed.detach()], dim=1)[:, -self.config.comp_len :].clone()
-        # copies, so that what fell out is freed
-        return State(held[:, fallen:].clone(), queue, usage, readers), fallen, compressed
+        return State(held[:, fallen:].clone(), queue, usage), fallen, compressed
 
     def _reconstruction(self, found: Attended, keys: slice, compressed: Tensor) -> Tensor:
         """Algorithm 2; the keys and values of what fell out are those that the segment attended to."""
@@ -286,10 +282,13 @@ class Compressive(Recurrent):
         shorter = F.linear(compressed, self.kv.weight.detach()).unflatten(-1, (2, self.heads, -1))
         k_short, v_short = shorter.permute(2, 0, 3, 1, 4)
         want = F.scaled_dot_product_attention(q, k, v)
-        return F.mse_loss(F.scaled_dot_product_attention(q, k_short, v_short), want)
+        error = F.scaled_dot_product_attention(q, k_short, v_short) - want
+        # `mse_loss` computes the same, but its result keeps a buffer as large as `error` alive on the CPU
+        return error.to(torch.promote_types(error.dtype, torch.float32)).square().mean()
 
     def reference(self, x: Tensor, *, causal: bool) -> Tensor:
-        """Segment by segment, every score written out."""
+        """Segment by segment, every score written out. Raises ValueError where not causal."""
+        self.require_objective(causal=causal)
         return torch.cat([y for y, _ in self.reference_segments(x)], dim=1)
 
     def reference_segments(self, x: Tensor) -> Iterator[tuple[Tensor, Tensor | None]]:
@@ -355,14 +354,23 @@ class Compressive(Recurrent):
         return dims.batch_size * total
 
     def state_bytes(self, dims: Dims) -> int:
-        """Memory and compressed memories: one hidden state each; two numbers a memory where usage counts."""
-        memory = compressed = 0
-        for part in self.stretches(dims.seq_len):
-            memory = part.memory + part.segment.stop - part.segment.start - part.fallen
+        """Hidden states, not keys and values: one a memory, a compressed memory and a token of the open
+        segment; where usage counts, one number a memory too.
+
+        A segment of which some tokens are still to come is open: those tokens read the memories from before
+        it, and its tokens so far. What its queries add to the usage is not kept: at its end, when usage is
+        first asked for, its hidden states give it again.
+        """
+        part = self.stretches(dims.seq_len)[-1]
+        memory, compressed, tokens = part.memory, part.compressed, part.segment.stop - part.segment.start
+        open_tokens = tokens % self.config.segment
+        if not open_tokens:
+            memory += tokens - part.fallen
             if self.config.comp_len:
-                compressed = min(self.config.comp_len, part.compressed + part.fallen // self.config.rate)
-        counts = memory * (dims.batch_size + 1) if self.counts else 0
-        return (dims.batch_size * (memory + compressed) * dims.d_model + counts) * dims.element_bytes
+                compressed = min(self.config.comp_len, compressed + part.fallen // self.config.rate)
+        hidden: int = (memory + compressed + open_tokens) * dims.d_model * dims.element_bytes
+        usage: int = memory * max(4, dims.element_bytes) if self.counts else 0  # summed in float32 at least
+        return dims.batch_size * (hidden + usage)
 
     def pattern(self, seq_len: int, *, causal: bool) -> Tensor | None:
         """What can be read in one layer, as it is or compressed; most_used keeps what content decides."""

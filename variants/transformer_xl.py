@@ -54,7 +54,7 @@ class TransformerXL(Recurrent):
         return Segments(config.segment)
 
     def forward(self, x: Tensor, *, causal: bool, state: Tensor | None = None) -> Out:
-        """(B, S, C) → Out; the state is the memory (B, ≤ mem_len, C)."""
+        """(B, S, C) → Out; the state is the memory (B, ≤ mem_len, C). Raises ValueError where not causal."""
         memory = x[:, :0] if state is None else state
         return Out(self.attend(x, memory).y, self.remember(memory, x))
 
@@ -63,7 +63,8 @@ class TransformerXL(Recurrent):
         return slide(memory, x, max(0, memory.shape[1] + x.shape[1] - self.config.mem_len))
 
     def reference(self, x: Tensor, *, causal: bool) -> Tensor:
-        """Segment by segment, every score written out."""
+        """Segment by segment, every score written out. Raises ValueError where not causal."""
+        self.require_objective(causal=causal)
         memory, outputs = x[:, :0], []
         for segment in self.plan(self.config).segments(x.shape[1]):
             outputs.append(self.plainly_attend(x[:, segment], memory).y)
@@ -79,9 +80,14 @@ class TransformerXL(Recurrent):
         return total
 
     def state_bytes(self, dims: Dims) -> int:
-        """The memory: one hidden state a position, not a key and a value."""
-        tokens = min(dims.seq_len, self.config.mem_len)
-        return dims.batch_size * tokens * dims.d_model * dims.element_bytes
+        """Hidden states, not keys and values: one a position of the memory and of the open segment.
+
+        A segment of which some tokens are still to come is open: those tokens read the memory from before
+        it, and its tokens so far. At its end, the memory is the last mem_len positions.
+        """
+        open_tokens = dims.seq_len % self.config.segment
+        memory = min(dims.seq_len - open_tokens, self.config.mem_len)
+        return dims.batch_size * (memory + open_tokens) * dims.d_model * dims.element_bytes
 
     def pattern(self, seq_len: int, *, causal: bool) -> Tensor:
         """The query's segment up to the query, and mem_len positions before the segment."""

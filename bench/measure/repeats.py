@@ -70,7 +70,7 @@ class Repeats:
     def __call__(self, work: Callable[..., Any], args: tuple[Any, ...]) -> Any:
         """Do the work, or what is known of it."""
         leaves = tree_leaves(args)
-        key = work, torch.is_autocast_enabled("cpu"), _described(args, [])
+        key = work, torch.is_autocast_enabled("cpu"), described(args, [])
         with _counters_alone():
             if key in self._known:
                 return self._again(self._known[key], leaves)
@@ -141,17 +141,17 @@ def _is_tensor(value: Any) -> bool:
     return isinstance(value, torch.Tensor)
 
 
-def _described(value: Any, storages: list[int]) -> Any:
-    """All that work may depend on: shapes, which tensors share a storage, and other values as they are."""
+def described(value: Any, storages: list[int]) -> Any:
+    """All that costs may depend on: shapes, which tensors share a storage, and other values as they are."""
     if isinstance(value, torch.Tensor):
         storage = id(value.untyped_storage())
         if storage not in storages:
             storages.append(storage)
         return value.dtype, value.device, tuple(value.size()), value.stride(), storages.index(storage)
     if isinstance(value, dict):
-        return tuple((key, _described(item, storages)) for key, item in value.items())
+        return tuple((key, described(item, storages)) for key, item in value.items())
     if isinstance(value, (list, tuple)):
-        return type(value), *(_described(item, storages) for item in value)
+        return type(value), *(described(item, storages) for item in value)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return type(value), *(_described(getattr(value, f.name), storages) for f in dataclasses.fields(value))
+        return type(value), *(described(getattr(value, f.name), storages) for f in dataclasses.fields(value))
     return value

@@ -7,17 +7,19 @@ first ends. The same code runs on real tensors and, for a prediction, on fake on
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
+from operator import mul
+from typing import Any
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from bench.measure.flops import CountFlops
 from bench.measure.memory import LiveStorage, reset_rss_peak, resident_bytes, tensor_bytes
-from bench.measure.repeats import Repeats
+from bench.measure.repeats import Repeats, described
 from bench.measure.timing import synchronize
-from bench.model import LanguageModel
+from bench.model import LanguageModel, Output
 from bench.tasks.base import Batch
 from bench.train import Phase, optimizer_for, training_step
 from variants._repeats import following
@@ -84,10 +86,10 @@ class Subject:
         with device:
             model = build().train()
         optimizer = optimizer_for(model, 1e-4)
-        return cls(model=model, optimizer=optimizer, batch=batch().to(device), causal=causal)
+        return cls(model=model, optimizer=optimizer, batch=batch().for_training(device), causal=causal)
 
     def step(
-        self, *, segments: Sequence[slice] | None = None, after: Callable[[Phase], None] | None = None
+        self, *, segments: Iterable[slice] | None = None, after: Callable[[Phase], None] | None = None
     ) -> torch.Tensor:
         """One training step."""
         return training_step(
@@ -104,22 +106,6 @@ class Subject:
         """The parts of the sequence that a step goes through."""
         return self.model.plan.segments(self.batch.inputs.shape[1])
 
-    def brief(self) -> tuple[list[slice], int]:
-        """The first segments, up to two that begin with all the state there will ever be, and the last;
-        and how many like the last but one are left out."""
-        batch_size, seq_len = self.batch.inputs.shape
-        segments = self.segments()
-
-        def state_bytes(tokens: int) -> int:
-            layers = self.model.layers
-            dims = replace(layers[0].dims, batch_size=batch_size, seq_len=tokens)
-            return sum(layer.state_bytes(dims) for layer in layers)
-
-        most = state_bytes(seq_len)
-        full = next(i for i, segment in enumerate(segments, 1) if state_bytes(segment.stop) == most)
-        first, last = segments[: full + 2], segments[full + 2 :][-1:]
-        return [*first, *last], len(segments) - len(first) - len(last)
-
     def bytes(self) -> dict[str, int]:
         """Parameters, gradients and optimiser state."""
         parameters = list(self.model.parameters())
@@ -128,6 +114,54 @@ class Subject:
             "grad_bytes": tensor_bytes([p.grad for p in parameters]),
             "optimizer_bytes": tensor_bytes([list(s.values()) for s in self.optimizer.state.values()]),
         }
+
+
+class DistinctSegments:
+    """The segments of a subject's sequence that a prediction goes through, and how many each stands for.
+
+    Costs follow from shapes. A segment that begins with a state of the same shapes as an earlier one, and
+    with as many live bytes, costs the same, and so do the segments after each: costs are periodic from
+    there. Whole periods are left out; the last segment, which may be shorter, is always gone through.
+    A period is one segment where every segment leaves a state of the same size, and longer where a
+    memory takes several segments to return to a size.
+    """
+
+    def __init__(self, subject: Subject, storage: LiveStorage) -> None:
+        self.subject, self.storage = subject, storage
+        self.counts: list[int] = []
+        """Number of segments that each one gone through stands for, itself included."""
+        self._states: Any = None
+
+    def __iter__(self) -> Iterator[slice]:
+        hook = self.subject.model.register_forward_hook(self._note)
+        segments = self.subject.segments()
+        lengths = [segment.stop - segment.start for segment in segments]
+        last = len(segments) - 1
+        begun: dict[Any, int] = {}  # how a segment begins → its index
+        index = 0
+        while index < last:
+            first = begun.setdefault(self._beginning(), index)
+            period = index - first
+            if period and lengths[first : last - period] == lengths[index:last]:
+                times, rest = divmod(last - index, period)
+                self.counts[first:] = [count + times for count in self.counts[first:]]
+                yield from self._once(segments[last - rest : last])
+                break
+            yield from self._once([segments[index]])
+            index += 1
+        yield from self._once([segments[last]])
+        hook.remove()
+
+    def _once(self, segments: list[slice]) -> Iterator[slice]:
+        for segment in segments:
+            self.counts.append(1)
+            yield segment
+
+    def _note(self, model: LanguageModel, arguments: Any, output: Output) -> None:
+        self._states = described(output.states, [])
+
+    def _beginning(self) -> Any:
+        return self._states, tuple(self.storage.labelled.values())
 
 
 class _Phases:
@@ -157,13 +191,12 @@ class _Phases:
 
 def _measured(
     subject: Subject,
-    segments: Sequence[slice],
     storage: LiveStorage,
     *,
-    left_out: int = 0,
+    distinct: DistinctSegments | None = None,
     after: Callable[[Phase], None] = lambda _: None,
 ) -> StepFigures:
-    """What a step over these segments takes, and `left_out` more like the last but one."""
+    """What a step takes, found from all its segments or from `distinct` ones."""
     subject.optimizer.zero_grad(set_to_none=True)
     gc.collect()  # what the step before left in cycles
     storage.label(list(subject.model.parameters()), "parameters")
@@ -171,6 +204,7 @@ def _measured(
     hooks = [
         parameter.register_post_accumulate_grad_hook(lambda p: storage.label(p.grad, "gradients"))
         for parameter in subject.model.parameters()
+        if parameter.requires_grad
     ]
     with CountFlops() as counter:
         phases = _Phases(storage, counter)
@@ -179,12 +213,13 @@ def _measured(
             phases.after(phase)
             after(phase)
 
-        subject.step(segments=segments, after=both)
+        subject.step(segments=distinct, after=both)
     for hook in hooks:
         hook.remove()
-    flops = {phase: sum(counts) for phase, counts in phases.flops.items()}
-    if left_out:
-        flops = {phase: n + left_out * sum(phases.flops[phase][-2:-1]) for phase, n in flops.items()}
+    flops = {phase: sum(each) for phase, each in phases.flops.items()}
+    if distinct:
+        for phase in ("forward", "backward"):
+            flops[phase] = sum(map(mul, phases.flops[phase], distinct.counts))
     return StepFigures(
         flops_forward=flops["forward"],
         flops_step=sum(flops.values()),
@@ -200,22 +235,30 @@ def on_host(make: Callable[[], Subject]) -> tuple[Subject, StepFigures]:
         subject = make()
         subject.step()
         rss_known = reset_rss_peak()
-        figures = _measured(subject, subject.segments(), storage)
+        figures = _measured(subject, storage)
     return subject, replace(figures, rss_peak_bytes=resident_bytes("VmHWM") if rss_known else None)
 
 
 def predicted(make: Callable[[], Subject]) -> StepFigures:
     """Figures of a step that is never run: shapes without storage, on the CPU's code paths.
 
-    Of many segments, only those that differ are gone through: see `Subject.brief`.
+    Of many segments, only those that differ are gone through: see `DistinctSegments`. Where parameters get no
+    gradient, because nothing uses them or the sequence is too short for the auxiliary loss that does, the
+    step is gone through again: an optimiser keeps no state for them.
     """
     with FakeTensorMode(), LiveStorage() as storage, following(Repeats(storage)):
         subject = make()
-        for parameter in subject.model.parameters():
+        trained = [parameter for parameter in subject.model.parameters() if parameter.requires_grad]
+        for parameter in trained:
             parameter.grad = torch.zeros_like(parameter)
         subject.optimizer.step()  # makes the optimiser's state, as a first step would
-        segments, left_out = subject.brief()
-        return _measured(subject, segments, storage, left_out=left_out)
+        figures = _measured(subject, storage, distinct=DistinctSegments(subject, storage))
+        idle = [parameter for parameter in trained if parameter.grad is None]
+        if idle:
+            for parameter in idle:
+                subject.optimizer.state.pop(parameter, None)
+            figures = _measured(subject, storage, distinct=DistinctSegments(subject, storage))
+        return figures
 
 
 def on_device(make: Callable[[], Subject], device: torch.device) -> tuple[Subject, StepFigures]:
@@ -244,7 +287,7 @@ def on_device(make: Callable[[], Subject], device: torch.device) -> tuple[Subjec
         module.reset_peak_memory_stats(device)
         before = module.memory_allocated(device)
         library = before - storage.live
-        figures = _measured(subject, subject.segments(), storage, after=after)
+        figures = _measured(subject, storage, after=after)
     beyond = {phase: peak - figures.phase_peak_bytes(phase) for phase, peak in peaks.items()}
     return subject, replace(
         figures,

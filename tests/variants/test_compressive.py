@@ -197,23 +197,12 @@ def test_sizes_are_those_announced(compression: str, segment: int, mem_len: int,
         state = run(layer, data(tokens, 2))[2][-1]
         assert mem_len >= tokens or mem_len <= state.memory.shape[1] < mem_len + rate
         assert not any(t.requires_grad for t in state if t is not None)
-        size = Dims(batch_size=2, seq_len=tokens, d_model=8, heads=2, element_bytes=8)
-        assert layer.state_bytes(size) == sum(t.nbytes for t in state if t is not None)
-
-
-def test_what_fell_out_is_freed() -> None:
-    """The memory is no view of what it was cut from, which would stay alive with it."""
-    layer = make(segment=8, mem_len=8, comp_len=2, rate=4)
-    for state in run(layer, data(40))[2]:
-        assert state.memory.untyped_storage().nbytes() == state.memory.nbytes
 
 
 def test_usage_is_the_mean_attention_received() -> None:
     layer, x = make("most_used", segment=4, mem_len=8), data(8, 2)
     state = run(layer, x)[2][-1]
     assert state.usage is not None
-    assert state.readers is not None
-    assert state.readers.tolist() == [8, 7, 6, 5, 4, 3, 2, 1]
     # the weights of each query sum to 1
     torch.testing.assert_close(state.usage.sum(dim=1), torch.full((2,), 8.0, dtype=torch.float64))
 
@@ -228,7 +217,7 @@ class Undetached(Compressive):
         if fallen:
             queue = torch.cat([queue, self.compressor(held[:, :fallen], None)], dim=1)
         queue = queue[:, max(0, queue.shape[1] - self.config.comp_len) :]
-        return State(held[:, fallen:], queue, None, None), fallen, None
+        return State(held[:, fallen:], queue, None), fallen, None
 
 
 @pytest.mark.parametrize("compression", ["mean", "conv", "dilated_conv"])
