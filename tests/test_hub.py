@@ -128,6 +128,70 @@ def test_a_copy_of_the_hubs_folder_has_the_configurations_inside(tmp_path: Path)
     assert there == load("wikitext103", write(tmp_path / "alone", WIKI)).sha256
 
 
+ODD_NAMES = ["b[1]", "a::b", "zip::x", "file:x", "st*r", "que?", "{a,b}", "a b", "it's", 'q"q', "100%20"]
+ODD_NAMES += ["ünï", "new\nline", "-dash", "dot.", "#hash", "back\\slash", "~", os.fsdecode(b"not-\xff-utf8")]
+
+
+@pytest.mark.parametrize("odd", ODD_NAMES)
+def test_a_folder_is_read_whatever_its_name(odd: str, tmp_path: Path) -> None:
+    """And whatever those of folders and files in it."""
+    folder = tmp_path / odd / f"in {odd}"
+    folder.parent.mkdir()
+    write(tmp_path / "plain", BOOKS).rename(folder)  # pyarrow writes no path that is not UTF-8
+    (folder / TRAIN).rename(folder / f"train-{odd}.parquet")
+    for asked in (folder, folder.parent):
+        assert [texts(load("pg19", asked), split) for split in SPLITS] == [
+            [text.encode() for text in BOOKS[split]] for split in SPLITS
+        ]
+
+
+def test_files_whose_names_differ_in_odd_characters_alone_are_all_read(tmp_path: Path) -> None:
+    folder = write(tmp_path, BOOKS)
+    (folder / TRAIN).rename(folder / "train[1.parquet")
+    pq.write_table(pa.table({"text": ["one more book"]}), folder / "train]1.parquet")
+    assert texts(load("pg19", folder), "train") == [
+        text.encode() for text in [*BOOKS["train"], "one more book"]
+    ]
+
+
+READ_A_PART = """
+import os, sys, threading
+import datasets, fsspec, pyarrow.parquet
+from bench import corpora
+def others():
+    return len(os.listdir("/proc/self/task")) - threading.active_count()
+before = others()
+corpora.load("pg19", sys.argv[1], 900)
+print(others() - before)
+"""
+
+
+def test_reading_leaves_no_thread_of_a_library(tmp_path: Path) -> None:
+    """One of Arrow's that holds a file of Python's when the process ends aborts it, now and then."""
+    write(tmp_path, {**BOOKS, "train": ["a page . "] * 2000})
+    done = subprocess.run(
+        [sys.executable, "-c", READ_A_PART, str(tmp_path)],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=ROOT,
+    )
+    assert done.stdout == "0\n"
+
+
+def test_reading_a_folder_leaves_nothing_in_the_librarys_cache(tmp_path: Path) -> None:
+    home = tmp_path / "hf"
+    folder = write(tmp_path / "set", BOOKS)
+    subprocess.run(
+        [sys.executable, "-m", "bench.corpora", "show", "pg19", str(folder)],
+        check=True,
+        capture_output=True,
+        cwd=ROOT,
+        env={**os.environ, "HF_HOME": str(home)},
+    )
+    assert not [file for file in home.rglob("*") if file.is_file()]
+
+
 LINES = st.sampled_from(
     ["", " = A = \n", " = = B = = \n", " = = = C = = = \n", " a line . \n", " = = \n", " = \n"]
 )

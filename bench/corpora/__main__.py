@@ -5,8 +5,11 @@ from __future__ import annotations
 import argparse
 import sys
 
+from bench.checks import ConfigError
 from bench.corpora import SOURCES, CorpusError, cache_dir, load, source
 from bench.corpora.base import SPLITS, Wanted
+from bench.corpora.disk import kind_of
+from variants._command import run
 
 
 def main() -> int:
@@ -22,17 +25,23 @@ def main() -> int:
     arguments = parser.parse_args()
     try:
         if arguments.command == "fetch":
-            wanted = Wanted(max_bytes=arguments.max_bytes)
-            print(f"{arguments.name}: {source(arguments.name, wanted).fetch(wanted)}")
+            _fetch(arguments.name, Wanted(max_bytes=arguments.max_bytes))
         else:
             _show(arguments.name, arguments.path, arguments.max_bytes)
-    except CorpusError as error:
+    except (CorpusError, ConfigError) as error:
         print(error, file=sys.stderr)
         return 2
-    except OSError as error:
-        print(f"cannot write to the cache, {cache_dir()}: {error.strerror}", file=sys.stderr)
-        return 2
     return 0
+
+
+def _fetch(name: str, wanted: Wanted) -> None:
+    found = source(name, wanted)
+    folder = cache_dir()
+    kind_of(folder, "LONGCTX_BENCH_CACHE")  # a link to nothing is told apart from what mkdir says of it
+    try:
+        print(f"{name}: {found.fetch(wanted)}")
+    except OSError as error:
+        raise CorpusError(f"cannot write to the cache, {folder}: {error.strerror or error}") from None
 
 
 def _show(name: str, path: str | None, max_bytes: int | None) -> None:
@@ -45,4 +54,4 @@ def _show(name: str, path: str | None, max_bytes: int | None) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run(main)

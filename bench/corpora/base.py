@@ -14,6 +14,10 @@ import numpy as np
 import numpy.typing as npt
 import platformdirs
 
+from bench.checks import ConfigError
+from bench.paths import user_path
+from bench.records.printable import printable
+
 Document = npt.NDArray[np.uint8]
 Text = bytes | Document
 
@@ -23,7 +27,10 @@ HELD_OUT_SHARE = 0.1
 
 
 class CorpusError(ValueError):
-    """A corpus that cannot be had; the message says which, why, and what to do."""
+    """A corpus that cannot be had; the message, on one line, says which, why, and what to do."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(printable(message))  # names of files may hold line ends, and worse
 
 
 @dataclass(frozen=True, eq=False)
@@ -134,17 +141,17 @@ class Source(ABC):
 
 
 def cache_dir() -> Path:
-    """Where fetched corpora are kept: $LONGCTX_BENCH_CACHE, else the user's cache folder."""
-    override = os.environ.get("LONGCTX_BENCH_CACHE")
-    return Path(override) if override else platformdirs.user_cache_path("longctx-bench")
+    """Where fetched corpora are kept: $LONGCTX_BENCH_CACHE, else the user's cache folder.
 
-
-def read_file(path: Path, asked_by: str) -> bytes:
-    """Its content. Raises CorpusError that begins with who asked for it, such as data.path=books."""
+    Raises checks.ConfigError where the home folder is needed and not known.
+    """
+    variable = "LONGCTX_BENCH_CACHE"
+    if wanted := os.environ.get(variable):
+        return user_path(variable, wanted)
     try:
-        return path.read_bytes()
-    except OSError as error:
-        raise CorpusError(f"{asked_by}: {path}: {error.strerror}") from None
+        return user_path(variable, str(platformdirs.user_cache_path("longctx-bench")))
+    except RuntimeError:
+        raise ConfigError(f"{variable}: not set, and the home folder is not known; give a folder") from None
 
 
 def sha256(content: bytes) -> str:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from bench.corpora.base import Corpus, CorpusError, Source, Wanted, cache_dir, read_file, sha256
+from bench.corpora.base import Corpus, CorpusError, Source, Wanted, cache_dir, sha256
+from bench.corpora.disk import kind_of, read_file
+from bench.paths import user_path
 
 ADDRESS = "https://mattmahoney.net/dc/enwik8.zip"
 SHA256 = "2b49720ec4d78c3c9fabaee6e4179a5e997302b3a70029f30f2d582218c024a8"
@@ -27,10 +29,10 @@ class Enwik8(Source):
 
     def read(self, wanted: Wanted) -> Corpus:
         if wanted.path:
-            path, asked_by = Path(wanted.path).expanduser(), f"data.path={wanted.path}"
+            path, asked_by = user_path("data.path", wanted.path), f"data.path={wanted.path}"
         else:
             path, asked_by = cache_dir() / "enwik8", "data=enwik8"
-        if not path.exists():
+        if kind_of(path, asked_by) is None:
             raise CorpusError(f"{asked_by}: there is no file {path}; {self._remedy()}")
         content = read_file(path, asked_by)
         found = sha256(content)

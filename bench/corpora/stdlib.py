@@ -6,6 +6,7 @@ import sysconfig
 from pathlib import Path
 
 from bench.corpora.base import Corpus, Source, Wanted
+from bench.corpora.disk import read_file, walk
 
 SKIPPED = {"site-packages", "test", "tests", "idlelib", "lib2to3"}
 
@@ -15,5 +16,7 @@ class Stdlib(Source):
 
     def read(self, wanted: Wanted) -> Corpus:
         root = Path(sysconfig.get_paths()["stdlib"])
-        files = (f for f in sorted(root.rglob("*.py")) if not SKIPPED.intersection(f.relative_to(root).parts))
-        return self.deal({str(f.relative_to(root)): f.read_bytes() for f in files})
+        asked_by = f"data={self.name}"
+        found = walk(root, asked_by, enter=lambda name: name not in SKIPPED)
+        files = sorted(file for file in found if file.suffix == ".py")
+        return self.deal({str(file.relative_to(root)): read_file(file, asked_by) for file in files})
