@@ -4,7 +4,8 @@ Shapes: B batch, T tokens, C channels (d_model), V vocabulary.
 
 Everything but the attention layer is the same for every variant: pre-norm blocks (Xiong 2020,
 arXiv:2002.04745), GELU feed-forward, GPT-2's initialisation (normal, 0.02; the projections that
-write to the residual stream divided by √(2·depth)).
+write to the residual stream divided by √(2·depth)). A frozen parameter keeps the values that its layer
+gave it.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from torch.utils.checkpoint import checkpoint as recompute
 
 from bench import residual
 from bench.residual import BlockOut, Told
-from variants.base import Attention, Dims, Flops, Out, VariantConfig
+from variants.base import Attention, Dims, Flops, Out, VariantConfig, require_tokens
 
 
 class FeedForward(nn.Module):
@@ -52,7 +53,7 @@ class Block(nn.Module):
 
     def attend(self, x: Tensor, state: Any, *, causal: bool) -> Out:
         """The attention branch: (B, T, C) → Out."""
-        out: Out = self.attention(self.attention_norm(x), causal=causal, state=state)
+        out = self.attention(self.attention_norm(x), causal=causal, state=state)
         return out._replace(y=self.dropout(out.y))
 
     def feed(self, x: Tensor) -> Tensor:
@@ -118,12 +119,12 @@ class LanguageModel(nn.Module):
         self.head = nn.Linear(dims.d_model, vocabulary, bias=False)
         self.apply(self._initialise)
         for name, parameter in self.named_parameters():
-            if name.endswith("out.weight"):  # what writes to the residual stream
+            if name.endswith("out.weight") and parameter.requires_grad:  # what writes to the residual stream
                 nn.init.normal_(parameter, std=0.02 / (2 * depth) ** 0.5)
 
     @staticmethod
     def _initialise(module: nn.Module) -> None:
-        if isinstance(module, nn.Linear | nn.Embedding):
+        if isinstance(module, nn.Linear | nn.Embedding) and module.weight.requires_grad:
             nn.init.normal_(module.weight, std=0.02)
 
     @property
@@ -143,8 +144,10 @@ class LanguageModel(nn.Module):
     def forward(self, tokens: Tensor, *, causal: bool, states: list[Any] | None = None) -> Output:
         """One segment of the plan, (B, T) → Output; `states` is what the segment before returned.
 
-        A causal model's logits at t depend on tokens up to t alone. Logits are float32.
+        A causal model's logits at t depend on tokens up to t alone. Logits are float32. Raises ValueError for
+        an input without a token.
         """
+        require_tokens(tokens)
         outs: list[Told] = []
 
         def network(window: Tensor) -> Tensor:
@@ -161,7 +164,11 @@ class LanguageModel(nn.Module):
         return Output(logits.float(), states or [], losses)
 
     def stream(self, tokens: Tensor, *, causal: bool) -> Iterator[tuple[slice, Output]]:
-        """A whole sequence (B, T), segment by segment: (where in T, Output) of each, state carried along."""
+        """A whole sequence (B, T), segment by segment: (where in T, Output) of each, state carried along.
+
+        Raises ValueError for an input without a token.
+        """
+        require_tokens(tokens)
         states: list[Any] | None = None
         for segment in self.plan.segments(tokens.shape[1]):
             out = self(tokens[:, segment], causal=causal, states=states)

@@ -48,7 +48,7 @@ class Quality:
         step_tokens = self.spec.batch_size * self.spec.seq_len
 
         def batches(step: int, done: float) -> Batch:
-            return self.task.train_batch(step, done).to(self.device)
+            return self.task.train_batch(step, done).for_training(self.device)
 
         return train(
             self.model,

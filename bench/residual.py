@@ -101,9 +101,22 @@ def _recomputed(
     outs: list[Told] = []
     for begin in range(0, len(blocks), size):
         group, entering = blocks[begin : begin + size], states[begin : begin + size]
-        x, found = recompute(_in_order, group, x, entering, causal=causal, use_reentrant=False, **options)
+        x, found = recompute(_from_cold, group, x, entering, causal=causal, use_reentrant=False, **options)
         outs += found
     return x, outs
+
+
+def _from_cold(
+    blocks: Sequence[Block], x: Tensor, states: Sequence[Any], *, causal: bool
+) -> tuple[Tensor, list[Told]]:
+    """`_in_order` with an empty autocast cache, as a recomputation starts with.
+
+    Autocast casts a weight once and reuses the copy. Without this, a weight that an earlier window or layer
+    used would not be cast again in the forward pass, but would be in the recomputation, which must dispatch
+    the same operations. The copies of one group are also freed when the next one begins.
+    """
+    torch.clear_autocast_cache()
+    return _in_order(blocks, x, states, causal=causal)
 
 
 def checkpoint(
@@ -269,7 +282,7 @@ class _ReversibleBlock(torch.autograd.Function):
         block, border = ctx.block, ctx.border
         attend_replay, feed_replay = ctx.replays
         first, second = border.at(ctx.level)
-        parameters = list(block.parameters())
+        parameters = _trained(block)
         totals: list[Tensor | None] = [None] * len(parameters)
 
         def through(outputs: list[Tensor], x: Tensor, grads: list[Tensor]) -> Tensor:
@@ -298,11 +311,16 @@ class _ReversibleBlock(torch.autograd.Function):
             with torch.no_grad():
                 first.sub_(out.y)
             outputs, grads = [out.y], [d_first.to(out.y.dtype)]
-            if out.aux_loss is not None:
+            if out.aux_loss is not None and out.aux_loss.requires_grad:
                 outputs, grads = [*outputs, out.aux_loss], [*grads, d_aux]
             d_second = d_second + through(outputs, x, grads)
         border.down()
         return None, None, None, None, None, d_first, d_second, *totals
+
+
+def _trained(block: Block) -> list[torch.nn.Parameter]:
+    """Its parameters that have gradients."""
+    return [parameter for parameter in block.parameters() if parameter.requires_grad]
 
 
 def _pieces(block: Block, x: Tensor) -> tuple[Tensor, ...]:
@@ -347,7 +365,7 @@ def reversible(
     for block, state in zip(blocks, states, strict=True):
         new_state: list[Any] = []
         first, second, aux_loss = _ReversibleBlock.apply(  # type: ignore[no-untyped-call]
-            border, block, state, causal, new_state.append, first, second, *block.parameters()
+            border, block, state, causal, new_state.append, first, second, *_trained(block)
         )
         outs.append(Told(new_state[0], aux_loss))
     return (first + second) / 2, outs

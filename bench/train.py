@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -28,11 +28,39 @@ FIRST_SHARE = 0.01
 CLIP_NORM = 1.0
 
 
-def optimizer_for(model: LanguageModel, learning_rate: float) -> torch.optim.Optimizer:
-    """AdamW (Loshchilov 2017, arXiv:1711.05101), fused: no temporaries the size of the model."""
-    return torch.optim.AdamW(
-        model.parameters(), lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.1, fused=True
-    )
+WEIGHT_DECAY = 0.1
+
+
+def decayed_parameters(model: torch.nn.Module) -> set[torch.nn.Parameter]:
+    """The parameters that weight decay pulls to zero: matrices, i.e. the parameters of two dimensions or
+    more that a module multiplies by and, as torch's modules do, calls its weight.
+
+    Not decayed: biases, norms, embeddings, and what a module holds under another name: position tables,
+    vectors for each head, mixtures over positions. A parameter shared with an embedding is an embedding.
+    """
+    embeddings = (torch.nn.Embedding, torch.nn.EmbeddingBag)
+    tables = {p for m in model.modules() if isinstance(m, embeddings) for p in m.parameters(recurse=False)}
+    matrices = {
+        parameter
+        for module in model.modules()
+        for name, parameter in module.named_parameters(recurse=False)
+        if "weight" in name and parameter.dim() >= 2
+    }
+    return matrices - tables
+
+
+def optimizer_for(model: torch.nn.Module, learning_rate: float) -> torch.optim.Optimizer:
+    """AdamW (Loshchilov 2017, arXiv:1711.05101), fused: no temporaries the size of the model.
+
+    Frozen parameters are left out; `decayed_parameters` says which of the others decay.
+    """
+    decayed = decayed_parameters(model)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    groups = [
+        {"params": [p for p in trained if p in decayed], "weight_decay": WEIGHT_DECAY},
+        {"params": [p for p in trained if p not in decayed], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.95), fused=True)
 
 
 def schedule(done: float, step_share: float) -> float:
@@ -59,7 +87,7 @@ def training_step(
     batch: Batch,
     *,
     causal: bool,
-    segments: Sequence[slice] | None = None,
+    segments: Iterable[slice] | None = None,
     after: Callable[[Phase], None] | None = None,
 ) -> torch.Tensor:
     """Forward, backward, clip, update; returns the mean nll in nats, still on the device.
@@ -81,7 +109,7 @@ def training_step(
         nll = F.cross_entropy(out.logits.flatten(0, 1), targets, ignore_index=IGNORED, reduction="sum")
         del out  # backward reads the log-probabilities; the logits would only take room beside them
         done("forward")
-        torch.autograd.backward([nll / scored, *losses])
+        torch.autograd.backward([nll / scored, *(loss for loss in losses if loss.requires_grad)])
         total += nll.detach() / scored
         done("backward")
     for parameters in parameters_by_loss(model):

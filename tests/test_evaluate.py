@@ -258,7 +258,7 @@ def test_batches_weigh_by_their_targets(model: LanguageModel) -> None:
     assert a.tokens == b.tokens
 
 
-def test_evaluation_draws_the_same_numbers_each_time_and_takes_none_from_others() -> None:
+def test_evaluation_takes_no_random_numbers_from_others() -> None:
     """Its figures depend on the weights alone, and what is drawn after it does not depend on it."""
     model, given_ = byte_model("reformer", T, n_hashes=1, n_buckets=8, chunk=2), batches("clm")
     torch.manual_seed(5)
@@ -267,9 +267,37 @@ def test_evaluation_draws_the_same_numbers_each_time_and_takes_none_from_others(
     assert torch.equal(torch.get_rng_state(), before)
     torch.manual_seed(6)
     assert quality_of(model, given_) == first
+    model.train()
     with torch.no_grad():
         a, b = (model(given_[0].inputs, causal=True).logits for _ in range(2))
     assert not torch.equal(a, b), "this model would not tell"
+
+
+@pytest.mark.parametrize(
+    ("name", "objective"), list(of_all_variants()), ids=lambda value: value if isinstance(value, str) else ""
+)
+def test_a_documents_loss_does_not_depend_on_its_neighbours(name: str, objective: str) -> None:
+    """Whatever the batch size, and in whatever order the documents come."""
+    few = {"chunk": 4, "n_buckets": 8} if name == "reformer" else {}
+    model = byte_model(name, 32, **few)
+    source = np.random.default_rng(0)
+    rows = [Passage(*source.integers(0, 256, (2, 32))) for _ in range(5)]
+
+    def losses(order: list[int], size: int) -> list[float]:
+        """Of each document, where the others of its batch are read and not scored."""
+        found = [0.0] * len(rows)
+        for scored in order:
+            silent = [
+                row if k == scored else row._replace(targets=np.full_like(row.targets, IGNORED))
+                for k, row in enumerate(rows)
+            ]
+            dealt_ = windowed([silent[k] for k in order], 32, 32, size)
+            found[scored] = float(tally(model, dealt_, causal=objective == "clm", device=CPU).nats.sum())
+        return found
+
+    want = losses([0, 1, 2, 3, 4], 1)
+    for order, size in (([0, 1, 2, 3, 4], 2), ([0, 1, 2, 3, 4], 5), ([4, 2, 0, 1, 3], 3)):
+        assert losses(order, size) == pytest.approx(want, rel=1e-5), size
 
 
 def test_a_model_of_nans_has_figures_that_are_none() -> None:

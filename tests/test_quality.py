@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from conftest import HANG_SECONDS
 
 T = 256
 
@@ -31,7 +32,7 @@ def records(home: Path, *arguments: str) -> dict[str, dict[str, Any]]:
     """The records of a sweep by variant."""
     common = ["data=files", "data.path=texts", f"seq_len={T}", "depth=1", "measure.time_seconds=0"]
     command = [sys.executable, "-m", "bench", "-m", *common, "measure.train_tokens=1000", *arguments]
-    done = subprocess.run(command, cwd=home, capture_output=True, text=True, timeout=240)
+    done = subprocess.run(command, cwd=home, capture_output=True, text=True, timeout=HANG_SECONDS)
     name = next(a.partition("=")[2] for a in arguments if a.startswith("name="))
     found = [json.loads(path.read_text()) for path in (home / "results" / name).glob("records/*.json")]
     assert found, done.stderr

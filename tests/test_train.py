@@ -19,6 +19,7 @@ from bench.tasks import text
 from bench.train import (
     CLIP_NORM,
     FIRST_SHARE,
+    WEIGHT_DECAY,
     Budget,
     Diverged,
     Training,
@@ -207,6 +208,82 @@ def test_gradients_are_clipped_together() -> None:
     plain = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
     assert plain.norm() > 2 * CLIP_NORM, "nothing had to be clipped"
     torch.testing.assert_close(clipped, plain / plain.norm(), rtol=1e-3, atol=1e-6)
+
+
+class Everything(torch.nn.Module):
+    """A parameter of each kind that a plug-in may have."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = torch.nn.Linear(3, 4)
+        self.convolution = torch.nn.Conv1d(3, 4, 2)
+        self.attention = torch.nn.MultiheadAttention(4, 2)
+        self.norm = torch.nn.LayerNorm(4)
+        self.table = torch.nn.Embedding(7, 4)
+        self.head = torch.nn.Linear(4, 7, bias=False)
+        self.head.weight = self.table.weight
+        self.again = torch.nn.Linear(3, 4, bias=False)
+        self.again.weight = self.linear.weight
+        self.frozen = torch.nn.Linear(3, 4, bias=False).requires_grad_(False)
+        self.positions = torch.nn.Parameter(torch.ones(9, 4))
+        self.u = torch.nn.Parameter(torch.ones(2, 2))
+        self.temperature = torch.nn.Parameter(torch.ones(()))
+        self.weight = torch.nn.Parameter(torch.ones(4))
+
+
+def shrunk(model: torch.nn.Module) -> set[str]:
+    """The parameters that an optimiser's step without gradients, but for weight decay, makes smaller."""
+    optimizer = optimizer_for(model, 0.1)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    found = set()
+    for name, p in model.named_parameters():
+        if not torch.equal(p, before[name]):
+            torch.testing.assert_close(p.detach(), before[name] * (1 - 0.1 * WEIGHT_DECAY))
+            found.add(name)
+    return found
+
+
+def test_of_a_plug_in_s_parameters_only_matrices_decay() -> None:
+    """Whatever their dimensions; what is shared with an embedding is one, what is frozen stays."""
+    matrices = {
+        "linear.weight",
+        "convolution.weight",
+        "attention.in_proj_weight",
+        "attention.out_proj.weight",
+    }
+    assert shrunk(Everything()) == matrices
+
+
+@pytest.mark.parametrize("name", variants.names())
+def test_of_every_variant_only_matrices_decay(name: str) -> None:
+    """Those of Linear modules; not norms, embeddings, u and v for each head, mixtures of positions."""
+    variant = variants.load(name)
+    model = LanguageModel(
+        variant,
+        variant.Config(),
+        SIZES,
+        depth=2,
+        ff_mult=2,
+        dropout=0.0,
+        vocabulary=text.VOCABULARY,
+        activations="keep",
+    )
+    for parameter in model.parameters():
+        torch.nn.init.ones_(parameter)
+    linear = {f"{key}.weight" for key, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
+    assert shrunk(model) == linear & {key for key, _ in model.named_parameters()}
+    assert "head.weight" in linear
+    assert not any(key.endswith((".u", ".v", "norm.weight", "embedding.weight", "mixture")) for key in linear)
+
+
+def test_every_trained_parameter_is_in_the_optimiser_once() -> None:
+    model = Everything()
+    held = [p for group in optimizer_for(model, 0.1).param_groups for p in group["params"]]
+    assert len(held) == len(set(held))
+    assert set(held) == {p for p in model.parameters() if p.requires_grad}
 
 
 def test_unscored_targets_teach_nothing() -> None:

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from variants.base import Knobs
+from variants.knobs import Knobs
 
 IGNORED = -100
 """A target that is not scored."""
@@ -36,9 +36,9 @@ class Batch(NamedTuple):
     targets: Tensor
     distances: Tensor | None = None
 
-    def to(self, device: torch.device) -> Batch:
-        """The same batch on a device."""
-        return Batch(*(None if part is None else part.to(device) for part in self))  # type: ignore[arg-type]
+    def for_training(self, device: torch.device) -> Batch:
+        """What a training step reads, on a device: no distances, so that none take memory there."""
+        return Batch(self.inputs.to(device), self.targets.to(device))
 
 
 @dataclass(frozen=True, kw_only=True)
