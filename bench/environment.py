@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import platform
 import subprocess
@@ -16,47 +15,30 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import variants
+from variants._command import run
 
 HERE = Path(__file__).parent
-_NOT_FIGURES = {
-    "__main__.py",
-    "cluster.py",
-    "commandline.py",
-    "complaints.py",
-    "environment.py",
-    "interrupts.py",
-    "layers.py",
-    "lines.py",
-    "locks.py",
-    "progress.py",
-    "sweep.py",
-}
-"""Files of this package that cannot change a figure: what runs cells, not what a cell does."""
+_GIT_SECONDS = 10
+"""After that, git is taken to hang, and the state of the code is not known."""
+_GIT_ELSEWHERE = {"GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE", "GIT_COMMON_DIR", "GIT_OBJECT_DIRECTORY"}
+"""Variables that git sets for its hooks: they name the repository of the hook, not the one of the code."""
 
 
-@cache
-def code_sha256(variant: str) -> str:
-    """Hash of the code that can change a figure of this variant: the harness and the variant's files."""
-    packages = ("corpora", "tasks", "measure")
-    harness = [*HERE.glob("*.py"), *(file for package in packages for file in HERE.glob(f"{package}/*.py"))]
-    files = sorted(f for f in harness if f.name not in _NOT_FIGURES) + variants.source_files(variant)
-    digest = hashlib.sha256()
-    for file in files:
-        content = file.read_bytes()
-        digest.update(f"{file.name}:{len(content)}:".encode() + content)
-    return digest.hexdigest()[:16]
-
-
-@cache
-def _git(*arguments: str) -> str | None:
+def _git(*arguments: str) -> bytes | None:
+    """What git prints; None where it is missing, fails, asks or hangs. Bytes, as names of files are."""
+    own = {key: value for key, value in os.environ.items() if key not in _GIT_ELSEWHERE}
     try:
-        done = subprocess.run(
-            ["git", "-C", str(HERE), *arguments], capture_output=True, text=True, timeout=10, check=True
-        )
+        return subprocess.run(
+            ["git", "-C", str(HERE), *arguments],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            env={**own, "GIT_OPTIONAL_LOCKS": "0", "GIT_TERMINAL_PROMPT": "0"},
+            timeout=_GIT_SECONDS,
+            check=True,
+        ).stdout
     except (OSError, subprocess.SubprocessError):
         return None
-    return done.stdout.strip()
 
 
 @cache
@@ -64,8 +46,11 @@ def _git_state() -> tuple[str | None, bool | None]:
     """Commit and whether the tree differs from it; (None, None) where this is not a checkout."""
     if _git("ls-files", "--error-unmatch", "environment.py") is None:
         return None, None  # installed, perhaps below some other project's checkout
+    commit = _git("rev-parse", "HEAD")
     status = _git("status", "--porcelain", "--untracked-files=no")
-    return _git("rev-parse", "HEAD"), None if status is None else bool(status)
+    return commit.decode("ascii").strip() if commit else None, None if status is None else bool(
+        status.strip()
+    )
 
 
 @cache
@@ -105,7 +90,14 @@ def preset() -> str:
     return "gpu" if torch.cuda.is_available() else "cpu"
 
 
-if __name__ == "__main__":
+def main() -> int:
+    """Print the preset for this machine; returns the exit status."""
     if sys.argv[1:] != ["preset"]:
-        sys.exit("usage: python -m bench.environment preset")
+        print("usage: python -m bench.environment preset", file=sys.stderr)
+        return 2
     print(preset())
+    return 0
+
+
+if __name__ == "__main__":
+    run(main)

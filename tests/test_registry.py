@@ -123,7 +123,7 @@ def test_names_are_sorted_modules_without_the_shared_ones() -> None:
     folder = Path(variants.__file__).parent
     modules = {path.stem for path in folder.glob("*.py") if not path.stem.startswith("_")}
     own = {*variants.names()} - {point.name for point in entry_points(group=variants.ENTRY_POINTS)}
-    assert own == modules - {"base", "layers", "patterns"}
+    assert own == modules - {"base", "knobs", "layers", "patterns"}
     assert variants.names() == sorted(set(variants.names()))
 
 
@@ -237,17 +237,6 @@ def test_a_module_must_define_one_variant(dropped_in: Path, text: str, count: in
         variants.load("empty")
 
 
-@pytest.mark.parametrize("name", variants.names())
-def test_source_files_hold_the_variant_and_what_it_builds_on(name: str) -> None:
-    files = variants.source_files(name)
-    assert all(path.is_file() for path in files)
-    bases = [
-        base.__module__ for base in variants.load(name).__mro__ if base.__module__.startswith("variants.")
-    ]
-    assert {f"{module.rpartition('.')[2]}.py" for module in bases} <= {path.name for path in files}
-    assert {"base.py", "layers.py"} <= {path.name for path in files}
-
-
 # --- plug-ins -------------------------------------------------------------------------------------
 
 
@@ -341,10 +330,10 @@ def test_a_plugin_that_cannot_be_imported_says_why_and_still_has_its_source(
     """So that its cell becomes a record, and not the end of a sweep."""
     module = plugged / "lagged_attention/lagged.py"
     module.write_text(text)
-    sources = python(
-        "-c", "import variants; print(*variants.source_files('lagged'))", path=plugged, cwd=tmp_path
-    )
-    assert sources.stdout.splitlines() == [str(module)], sources.stderr
+    code = "from bench.code_hash import closure; import variants; "
+    code += "print(*closure([variants.module_of('lagged')]))"
+    source = python("-c", code, path=plugged, cwd=tmp_path)
+    assert source.stdout.split() == ["lagged_attention.lagged", "lagged_attention"], source.stderr
     done = python("-c", "import variants; variants.load('lagged')", path=plugged, cwd=tmp_path)
     last = done.stderr.splitlines()[-1]
     assert last.startswith(
