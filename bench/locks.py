@@ -12,7 +12,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from bench import limits
+from bench import limits, records
+from bench.checks import ConfigError
+from bench.records.printable import printable
 from bench.spec import digest
 
 LOCKS = "LONGCTX_BENCH_LOCKS"
@@ -68,7 +70,16 @@ class Claims:
     """
 
     def __init__(self, folder: Path) -> None:
-        self._handle = os.open(folder / CLAIMS_FILE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        """Raises ConfigError where this user may not lock the folder's cells."""
+        path = folder / CLAIMS_FILE
+        try:
+            new = not path.exists()
+            self._handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+            if new:
+                records.share(path)
+        except OSError as error:
+            why = f"{error.strerror}; its owner may give your group the right to write it"
+            raise ConfigError(f"results_dir: cannot lock {printable(path)}: {why}") from None
         self._warned = False
 
     def close(self) -> None:

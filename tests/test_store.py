@@ -108,7 +108,7 @@ sys.path.insert(0, sys.argv[3])
 from test_records import record_of
 from bench import records
 for turn in range(int(sys.argv[2])):
-    samples = [float(turn)] * 3000
+    samples = [turn + 1.0] * 3000
     records.write(Path(sys.argv[1]), record_of(started_at="by " + sys.argv[4], step_seconds_samples=samples))
     print(turn, flush=True)
 """
@@ -129,7 +129,7 @@ def test_two_writers_of_one_cell_leave_one_whole_record(tmp_path: Path) -> None:
     for writer in writers:
         writer.communicate()
     assert [writer.returncode for writer in writers] == [0, 0]
-    assert by_cell(tmp_path)["c0"].step_seconds_samples == [24.0] * 3000
+    assert by_cell(tmp_path)["c0"].step_seconds_samples == [25.0] * 3000
     assert files(tmp_path) == ["c0.json"]
     assert seen <= {"by a", "by b"}
 

@@ -11,8 +11,10 @@ from bench.records.files import (
     CURVES_DIR,
     RECORDS_DIR,
     curve_path_of,
+    make_folder,
     path_of,
     replacing,
+    share,
     tidy,
     unfinished,
     write_atomically,
@@ -20,7 +22,7 @@ from bench.records.files import (
 from bench.records.migrations import SCHEMA_VERSION
 from bench.records.reading import RecordError, parse
 from bench.records.record import FINAL, KEYS, STATUSES, Record, Status, Tell
-from bench.records.store import columns_of, frame_of, load, read, read_all, write
+from bench.records.store import Sequence, columns_of, frame_of, load, read, read_all, write
 
 __all__ = [
     "CURVES_DIR",
@@ -31,17 +33,20 @@ __all__ = [
     "STATUSES",
     "Record",
     "RecordError",
+    "Sequence",
     "Status",
     "Tell",
     "columns_of",
     "curve_path_of",
     "frame_of",
     "load",
+    "make_folder",
     "parse",
     "path_of",
     "read",
     "read_all",
     "replacing",
+    "share",
     "tidy",
     "unfinished",
     "write",

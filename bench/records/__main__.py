@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from bench.records.printable import printable
+from variants._command import run
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -26,10 +27,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         command = commands.add_parser(name, help=help_text, description=help_text)
         command.add_argument("folder", type=Path, help="the experiment's folder, such as results/scaling")
     options = parser.parse_args(arguments)
-    if not options.folder.is_dir():
-        print(f"bench.records: {printable(options.folder)}: no such folder", file=sys.stderr)
-        return 2
     try:
+        if not options.folder.is_dir():
+            print(f"bench.records: {printable(options.folder)}: no such folder", file=sys.stderr)
+            return 2
         return _check(options.folder) if options.command == "check" else _compact(options.folder)
     except OSError as error:
         print(f"bench.records: {printable(error)}", file=sys.stderr)
@@ -61,4 +62,4 @@ def _compact(folder: Path) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run(main)

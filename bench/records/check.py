@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,8 +35,9 @@ def check(folder: Path) -> list[Problem]:
     Unreadable: truncated, foreign, or of a later program. Older: of an earlier schema version, and read all
     the same. Duplicate: a newer record of the same cell counts, or the same one is there twice. Wrong name:
     a sweep does not find it, and measures the cell again. Stale: measured with code or data that the cell was
-    measured without since; kept and left out of the tables. Unfinished: what a writer that died left. Left
-    over: a curve, checkpoint or log of a cell that has no record.
+    measured without since; kept and left out of the tables. Future: dated by a clock that is ahead of this
+    machine's; the order in which records were written counts, not their dates. Unfinished: what a writer that
+    died left. Left over: a curve, checkpoint or log of a cell that has no record.
     """
     everything = list(find(folder))
     cells = {one.record.cell_id for one in everything if one.record}
@@ -56,6 +58,8 @@ def _of_file(folder: Path, one: Found, record: Record) -> Iterator[Problem]:
     version = json.loads(one.text)["schema_version"]
     if version < SCHEMA_VERSION:
         yield Problem("older", f"{one.where}: schema version {version}, read as {SCHEMA_VERSION}")
+    if record.in_future(time.time()):
+        yield Problem("future", f"{one.where}: started_at={printable(record.started_at, 40)} is yet to come")
     if one.path.suffix == ASIDE:
         if abandoned(one.path):
             yield Problem("unfinished", f"{one.where}: put aside by a process that died as it compacted")

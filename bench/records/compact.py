@@ -19,7 +19,16 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from bench.records.files import ASIDE, TEMPORARY, abandoned, beside, parts_of, path_of, write_atomically
+from bench.records.files import (
+    ASIDE,
+    TEMPORARY,
+    abandoned,
+    beside,
+    parts_of,
+    path_of,
+    remove,
+    write_atomically,
+)
 from bench.records.record import Record
 from bench.records.store import PART, Found, parts, read_file, singles
 
@@ -140,8 +149,8 @@ def _put_back(folder: Path, aside: Path, one: Found) -> bool:
 
 def _remove_temporaries(folder: Path) -> int:
     removed = 0
-    for path in folder.rglob(f".*{TEMPORARY}"):
+    for path in list(folder.rglob(f".*{TEMPORARY}")):
         if abandoned(path):
-            path.unlink(missing_ok=True)
+            remove(path)
             removed += 1
     return removed

@@ -3,6 +3,8 @@
 A writer fills a temporary file of its own, in the folder where it is going, and renames it when all of it is
 on the disk. So a reader, or a power cut, finds the old file or the new one and never a part; of two writers
 of one file the later one's is there, whole. No locks, which such file systems often lack.
+
+A folder that its group may write is one that people share: see `share`.
 """
 
 from __future__ import annotations
@@ -11,7 +13,9 @@ import errno
 import os
 import re
 import secrets
+import shutil
 import socket
+import stat
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -44,12 +48,11 @@ def curve_path_of(folder: Path, cell_id: str) -> Path:
 @contextmanager
 def replacing(path: Path) -> Iterator[BufferedRandom]:
     """A file to write that takes the path's place when all of it is on the disk."""
-    if not path.parent.is_dir():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        _sync(path.parent.parent)
+    make_folder(path.parent)
     temporary = beside(path, TEMPORARY)
     try:
         with temporary.open("x+b") as file:
+            share(temporary)
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -66,6 +69,28 @@ def write_atomically(path: Path, text: str) -> None:
         file.write(text.encode())
 
 
+def make_folder(folder: Path) -> None:
+    """Make a folder where there is none, and those above it."""
+    if folder.is_dir():
+        return
+    make_folder(folder.parent)
+    with suppress(FileExistsError):  # of another writer, meanwhile
+        folder.mkdir()
+        share(folder)
+        _sync(folder.parent)
+
+
+def share(path: Path) -> None:
+    """Give the group of the folder above, where it may write there, the same rights to a new file or folder.
+
+    The umask of one person would lock out the others, who have to replace, lock and read what is there.
+    """
+    above, own = path.parent.stat(), path.stat()
+    if above.st_mode & stat.S_IWGRP and above.st_gid == own.st_gid:
+        rights = 0o2070 if stat.S_ISDIR(own.st_mode) else 0o060
+        path.chmod(stat.S_IMODE(own.st_mode | above.st_mode & rights))
+
+
 def beside(path: Path, suffix: str) -> Path:
     """A name that no file has, in the path's folder: hidden, it says for which file and whose it is."""
     owner = f"{_host()}.{os.getpid()}.{secrets.token_hex(4)}"
@@ -78,25 +103,34 @@ def unfinished(path: Path) -> list[Path]:
 
 
 def abandoned(path: Path) -> bool:
-    """Whether a temporary file's writer is dead: it ran here and does not any more, or it has not touched the
-    file for `ABANDONED_SECONDS`."""
+    """Whether the writer of a temporary file or folder is dead: it ran here and does not any more, or it has
+    not touched the file for `ABANDONED_SECONDS`."""
     made = _HIDDEN.fullmatch(path.name)
     if not made:  # none of ours
         return False
     if made["host"] == _host() and not _runs(int(made["process"])):
         return True
     try:
-        return time.time() - path.stat().st_mtime > ABANDONED_SECONDS
-    except FileNotFoundError:  # its writer is done
+        touched = max(one.stat().st_mtime for one in (path, *path.glob("*/")))
+    except OSError:  # its writer is done, or it is none of our business
         return False
+    return time.time() - touched > ABANDONED_SECONDS
 
 
 def tidy(folder: Path) -> None:
     """Remove what writers that died left of files in an experiment's folder; what one still writes stays."""
-    for path in folder.glob(f"*/.*{TEMPORARY}"):
+    for path in (*folder.glob(f".*{TEMPORARY}"), *folder.glob(f"*/.*{TEMPORARY}")):
         if abandoned(path):
-            with suppress(OSError):  # gone meanwhile, or somebody else's
-                path.unlink()
+            with suppress(OSError):  # somebody else's
+                remove(path)
+
+
+def remove(path: Path) -> None:
+    """Remove a file, or a folder with all that is in it; it may be gone."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _host() -> str:

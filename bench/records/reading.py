@@ -2,18 +2,19 @@
 
 A record is data from elsewhere: another program, another machine, a disk that ran full. What is taken in is
 what the rest of the code may rely on: the keys there are and no others, each of its type, numbers that are
-finite, text that can be written out again, and an id that is no more than a file's name.
+finite and within the key's bounds, text that can be written out again, and an id that is no more than a
+file's name.
 """
 
 from __future__ import annotations
 
 import json
-import math
 import re
 import types
 import typing
 from typing import Any
 
+from bench.records.bounds import MOST, WHOLE, Bounds
 from bench.records.migrations import migrate
 from bench.records.printable import printable
 from bench.records.record import KEYS, REQUIRED, STATUSES, Record
@@ -26,8 +27,8 @@ MOST_DEEP = 16
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 _KNOWN = frozenset(KEYS)
 _NUMBERS = frozenset({int, float})
-_SIZES = ("seq_len", "depth", "d_model", "heads", "ff_chunks")
-_COUNTS = ("batch_size", "replicate", "twin")
+_KNOB = {int: Bounds(-WHOLE, WHOLE), float: Bounds(-MOST, MOST)}
+"""What a number among the knobs may be."""
 
 
 class RecordError(ValueError):
@@ -36,7 +37,7 @@ class RecordError(ValueError):
 
 def _types(hint: Any) -> frozenset[type]:
     """The types that a value read from JSON may have; int serves as float."""
-    if typing.get_origin(hint) is types.UnionType:
+    if typing.get_origin(hint) in (types.UnionType, typing.Union):
         return frozenset().union(*map(_types, typing.get_args(hint)))
     if typing.get_origin(hint) is typing.Literal:
         return frozenset({str})
@@ -45,9 +46,20 @@ def _types(hint: Any) -> frozenset[type]:
 
 _HINTS = typing.get_type_hints(Record)
 _TYPES = {key: _types(hint) for key, hint in _HINTS.items()}
-_LISTS = [key for key, allowed in _TYPES.items() if list in allowed]
 _KNOBS = [key for key, allowed in _TYPES.items() if dict in allowed]
-_FIGURES = [key for key, allowed in _TYPES.items() if allowed & _NUMBERS]
+
+
+def _bounds(hint: Any) -> Bounds | None:
+    """The bounds in a key's hint, which are those of each element where it is a list."""
+    own = (part for part in getattr(hint, "__metadata__", ()) if isinstance(part, Bounds))
+    inner = (found for part in typing.get_args(hint) if (found := _bounds(part)))
+    return next(own, None) or next(inner, None)
+
+
+_ANNOTATED = typing.get_type_hints(Record, include_extras=True)
+_BOUNDS = {key: found for key, hint in _ANNOTATED.items() if (found := _bounds(hint))}
+_LISTS = {key: found for key, found in _BOUNDS.items() if list in _TYPES[key]}
+_FIGURES = {key: found for key, found in _BOUNDS.items() if key not in _LISTS}
 
 
 def parse(text: str, source: str = "record") -> Record:
@@ -71,12 +83,19 @@ def _object(text: str) -> dict[str, Any]:
         raise ValueError(f"not JSON as records are written ({error})") from None
     if not isinstance(data, dict) or "schema_version" not in data:
         raise ValueError("not a record (no schema_version)")
-    if "\\u" in text:
-        try:
-            json.dumps(data, ensure_ascii=False).encode()
-        except UnicodeEncodeError:
-            raise ValueError("text with half a character (a lone surrogate)") from None
+    if "\\u" in text and not _encodable(data):
+        key, value = next((k, v) for k, v in data.items() if not _encodable({k: v}))
+        shown = f"{printable(key, 40)}={printable(json.dumps(value), 120)}"
+        raise ValueError(f"{shown}: text with half a character (a lone surrogate)")
     return data
+
+
+def _encodable(data: dict[str, Any]) -> bool:
+    try:
+        json.dumps(data, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -110,34 +129,32 @@ def _record(data: dict[str, Any]) -> Record:
 
 
 def _check_numbers(data: dict[str, Any]) -> None:
-    for key in _SIZES:
-        if not 1 <= data[key] < 2**63:
-            raise ValueError(f"{key}={data[key]!r:.50}: allowed is 1 to below 2⁶³")
-    for key in _COUNTS:
-        if not 0 <= data[key] < 2**63:
-            raise ValueError(f"{key}={data[key]!r:.50}: allowed is 0 to below 2⁶³")
-    for key in _FIGURES:
-        if (value := data.get(key)) is not None and not _finite(value):
-            raise ValueError(f"{key}: a number beyond all measure")
-    for key in _LISTS:
-        for value in data.get(key) or ():
-            # A non-finite element was written as null.
-            if value is not None and (type(value) not in _NUMBERS or not _finite(value)):
-                raise ValueError(f"wrong type in {key}, a list of numbers")
+    for key, bounds in _FIGURES.items():
+        value = data.get(key)
+        if value is None or bounds.least <= value <= bounds.most:
+            continue
+        if not bounds.hold(value):
+            raise ValueError(_beyond(key, value, bounds))
+    for key, bounds in _LISTS.items():
+        values = [value for value in data.get(key) or () if value is not None]  # null: it was not finite
+        if not values:
+            continue
+        if not set(map(type, values)) <= _NUMBERS:
+            raise ValueError(f"wrong type in {key}, a list of numbers")
+        for value in (min(values), max(values)):
+            if not bounds.hold(value):
+                raise ValueError(_beyond(key, value, bounds))
 
 
-def _finite(value: float) -> bool:
-    try:
-        return math.isfinite(value)
-    except OverflowError:  # a whole number larger than any float
-        return False
-
-
-def _check_knobs(value: Any, key: str, levels: int) -> None:
+def _check_knobs(value: Any, name: str, levels: int) -> None:
     if isinstance(value, dict | list):
         if not levels:
-            raise ValueError(f"{key}: nested more than {MOST_DEEP} deep")
-        for inner in value.values() if isinstance(value, dict) else value:
-            _check_knobs(inner, key, levels - 1)
-    elif type(value) in _NUMBERS and not _finite(value):
-        raise ValueError(f"{key}: a number beyond all measure")
+            raise ValueError(f"{name}: nested more than {MOST_DEEP} deep")
+        for key, inner in value.items() if isinstance(value, dict) else enumerate(value):
+            _check_knobs(inner, f"{name}.{key}", levels - 1)
+    elif type(value) in _NUMBERS and not _KNOB[type(value)].hold(value):
+        raise ValueError(_beyond(name, value, _KNOB[type(value)]))
+
+
+def _beyond(name: str, value: float, bounds: Bounds) -> str:
+    return f"{name:.100}={value!r:.50}: allowed is {bounds}"

@@ -2,13 +2,16 @@
 
 A part, `records/parts/<hash>.jsonl`, holds many records, one a line, and is named by a hash of its content,
 so that it never changes: `compact` makes parts. A cell's record may be in several files, where it was
-measured again or as a part has just been made; the newest counts.
+measured again or as a part has just been made; the newest counts, by the number that `Sequence` gave it.
 """
 
 from __future__ import annotations
 
+import errno
 import gc
 import os
+import re
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,10 +19,11 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from bench.records.bounds import WHOLE
 from bench.records.files import ASIDE, RECORDS_DIR, parts_of, path_of, write_atomically
 from bench.records.printable import printable
 from bench.records.reading import MOST_BYTES, RecordError, parse
-from bench.records.record import KEYS, Record
+from bench.records.record import KEYS, Record, microseconds
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -38,6 +42,8 @@ class Found:
     problem: str | None
     line: int | None = None
     """Counted from 1, of a part."""
+    denied: bool = False
+    """Whether there may be a record that this user may not read."""
 
     @property
     def where(self) -> str:
@@ -57,8 +63,11 @@ def write(folder: Path, record: Record) -> Path:
 
 
 def read(folder: Path, cell_id: str) -> Record | None:
-    """The cell's newest record, or None where there is none that can be read."""
-    found = [one.record for one in read_file(path_of(folder, cell_id))]
+    """The cell's newest record, or None where there is none that can be read.
+
+    Raises PermissionError where there may be one that this user may not read.
+    """
+    found = [one.record for one in _allowed(read_file(path_of(folder, cell_id)))]
     for path in parts(folder):
         try:
             stat = path.stat()
@@ -74,10 +83,51 @@ def read(folder: Path, cell_id: str) -> Record | None:
 def _part_index(path: Path, modified: int, size: int) -> dict[str, str]:
     """The lines of a part by their cells; a sweep asks for one cell after another."""
     index = {}
-    for one in read_file(path):
+    for one in _allowed(read_file(path)):
         if one.record:
             index[one.record.cell_id] = one.text
     return index
+
+
+def _allowed(found: list[Found]) -> list[Found]:
+    for one in found:
+        if one.denied:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(one.path))
+    return found
+
+
+_DATED = re.compile(rb'"(?:sequence": ?(\d{1,19})|started_at": ?"([^"]{1,40})")')
+"""What orders a record, as it stands in a file."""
+
+
+class Sequence:
+    """Numbers for the records of a folder, in the order in which they are written.
+
+    A number is the time in microseconds since 1970, or one more than the highest in the folder: what is
+    measured last counts as the newest, whatever clock dated what was there before, in every cell and of
+    every version of the code. Where folders of several machines are merged it is the time that orders them.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._last: int | None = None
+
+    def next(self) -> int:
+        """A number for the record that is about to be written."""
+        if self._last is None:
+            self._last = max((_latest_in(path) for path in _files(self._folder)), default=0)
+        self._last = min(max(time.time_ns() // 1000, self._last + 1), WHOLE)
+        return self._last
+
+
+def _latest_in(path: Path) -> int:
+    """The highest number of the records in a file; their text is searched, which is fast."""
+    try:
+        text = _text(path).encode()
+    except (OSError, UnicodeDecodeError):
+        return 0
+    found = _DATED.findall(text)
+    return max((int(number or microseconds(date.decode())) for number, date in found), default=0)
 
 
 def read_all(folder: Path) -> tuple[list[Record], list[str]]:
@@ -95,7 +145,7 @@ def read_all(folder: Path) -> tuple[list[Record], list[str]]:
                 known = newest.setdefault(one.record.cell_id, one.record)
                 if known is not one.record and one.record.age > known.age:
                     newest[one.record.cell_id] = one.record
-    return sorted(newest.values(), key=lambda r: (r.started_at or "", r.cell_id)), problems
+    return sorted(newest.values(), key=lambda r: (r.written, r.cell_id)), problems
 
 
 def load(folder: str | Path) -> pd.DataFrame:
@@ -118,10 +168,13 @@ def columns_of(records: list[Record]) -> dict[str, list[Any]]:
 
 def find(folder: Path) -> Iterator[Found]:
     """Whatever lies where an experiment's records do and may be one, superseded ones and damaged ones too."""
-    for path in singles(folder):
+    for path in _files(folder):
         yield from read_file(path)
-    for path in parts(folder):
-        yield from read_file(path)
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    yield from singles(folder)
+    yield from parts(folder)
 
 
 def singles(folder: Path) -> list[Path]:
@@ -153,7 +206,8 @@ def read_file(path: Path) -> list[Found]:
     except (OSError, UnicodeDecodeError) as error:
         if isinstance(error, FileNotFoundError) and not path.is_symlink():
             return []  # gathered into a part, or put back, since it was listed
-        return [Found(path, "", None, printable(f"{path}: {error}", 400))]
+        denied = isinstance(error, PermissionError)
+        return [Found(path, "", None, printable(f"{path}: {error}", 400), denied=denied)]
     if path.suffix != PART:
         return [_found(path, text, None)]
     lines = text.removesuffix("\n").split("\n")
