@@ -120,7 +120,7 @@ BAD: dict[str, tuple[str, str]] = {
     "NaN": (json.dumps(keys(nll=float("nan"))), "NaN is no number"),
     "infinity": (json.dumps(keys(nll_by_position=[float("-inf")])), "-Infinity is no number"),
     "beyond floats": (json.dumps(keys()).replace('"nll": 1', '"nll": 1e999, "was": 1'), ""),
-    "huge": (json.dumps(keys(peak_bytes=10**400)), "peak_bytes: a number beyond all measure"),
+    "huge": (json.dumps(keys(peak_bytes=10**400)), "allowed is 1 to 2⁶³ − 1"),
     "huge in a list": (json.dumps(keys(step_seconds_samples=[10**400])), "step_seconds_samples"),
     "huge length": (json.dumps(keys(seq_len=2**63)), "seq_len=9223372036854775808"),
     "no length": (json.dumps(keys(seq_len=0)), "seq_len=0"),

@@ -17,6 +17,7 @@ from typing import Any
 
 import pandas as pd
 import pytest
+from conftest import HANG_SECONDS
 from matplotlib.image import imread
 
 from bench import records
@@ -49,7 +50,7 @@ def record(
         + 0.2 * (variant != "dense")
         + 0.05 * noise.random()
         - 0.02 * math.log2(seq_len / 512)
-        - 0.05 * depth
+        - 0.05 * min(depth, 16)
     )
     values: dict[str, Any] = {
         "cell_id": f"{variant}-{len(params)}-{noise.getrandbits(64):x}",
@@ -160,7 +161,7 @@ def cli(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
         env=environment,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=HANG_SECONDS,
         check=False,
     )
 
@@ -583,7 +584,12 @@ def test_imports_are_cheap_and_torch_never_comes(tmp_path: Path) -> None:
         "assert 'torch' not in sys.modules"
     )
     done = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60, check=False
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=HANG_SECONDS,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
 

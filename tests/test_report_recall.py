@@ -185,6 +185,23 @@ def test_accuracy_against_state_has_a_panel_a_number_of_pairs(tmp_path: Path) ->
     assert recall_plots.by_state(same, look(frame)) is None
 
 
+def test_a_variant_that_carries_nothing_has_its_place_beside_the_others(tmp_path: Path) -> None:
+    """Chunks do, where one has just ended."""
+    frame = frame_of(tmp_path / "e", recalled())
+    cells = recall_cells(frame, pd.DataFrame())
+    cells.loc[cells["state_bytes"] == min(STATE.values()), "state_bytes"] = 0
+    figure = recall_plots.by_state(cells, look(frame))
+    assert figure is not None
+    for axis in figure.axes:
+        low, high = axis.get_xlim()
+        points = [line for line in axis.get_lines() if len(np.asarray(line.get_xdata())) == 1]
+        drawn = {float(np.asarray(p.get_xdata())[0]) for p in points}
+        assert drawn == {0.0, *set(STATE.values()) - {min(STATE.values())}}
+        assert low < 0 < max(drawn) < high
+        assert axis.get_xticks()[0] == 0
+    figure.savefig(tmp_path / "state.png")
+
+
 @pytest.mark.parametrize(
     ("edges", "scale"), [([1, 2, 4, 8, 16, 32], "log"), ([1, 13, 25, 38, 50, 62], "linear")]
 )

@@ -222,7 +222,7 @@ def planned(folder: Path, name: str, *overrides: str) -> pd.DataFrame:
         with initialize_config_dir(str(CONFIGS), version_base="1.3"):
             cell = parse(compose("config", overrides=[*knobs, f"seq_len={seq_len}"]))
         told: dict[str, Any] = {"seq_len": seq_len}
-        CellRun(cell, "plan", told.update).run()
+        CellRun(cell, "plan", "code", told.update).run()
         rows.append(told)
     return pd.DataFrame(rows)
 

@@ -8,6 +8,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from conftest import HANG_SECONDS
 from test_report import record, sweep, write
 
 from bench.report import build, latex
@@ -81,5 +82,7 @@ def test_latex_takes_it(tmp_path: Path) -> None:
         + "\\end{document}\n"
     )
     command = ["pdflatex", "-interaction=nonstopmode", "-halt-on-error", "t.tex"]
-    ran = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=120)
+    ran = subprocess.run(
+        command, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=HANG_SECONDS
+    )
     assert ran.returncode == 0, ran.stdout[-2000:]

@@ -1,6 +1,7 @@
 """`python -m bench.report results/<name>`: rebuild the report of one experiment; of two, compare them.
 
-Exit status: 0 when the report is written, 2 when there is nothing to report on.
+Exit status: 0 when the report is written, 2 when there is nothing to report on; 130, 143 or 129 where Ctrl-C,
+SIGTERM or a closed terminal stopped it, and then the report is as it was before.
 """
 
 from __future__ import annotations
@@ -10,7 +11,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from bench.interrupts import Stopped
 from bench.report import ReportError, build, compare
+from variants._command import run
 
 
 def shown(path: Path) -> str:
@@ -42,6 +45,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"comparison: {shown(side_by_side / 'compare.md')}")
             return 0
         report = build(options.folder, plots=not options.no_plots, all_plots=options.all_plots)
+    except Stopped as stop:
+        print(f"bench.report: stopped by {stop.signal.name}; the report is as it was before", file=sys.stderr)
+        return 128 + stop.signal
     except (ReportError, OSError) as error:
         print(f"bench.report: {error}", file=sys.stderr)
         return 2
@@ -53,4 +59,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run(main)

@@ -25,10 +25,18 @@ from bench.report import (
     summary_tex,
     tables,
 )
-from bench.report.collect import collect
+from bench.report.collect import Collected, collect
+from bench.report.staging import replacing_files
 
 MANY = 2000
 """Records from which on a plot for every setting takes longer than people wait."""
+
+AGGREGATES = ("recomputation", "fits", "payoff", "rates", "recall", "noise")
+FINDINGS = ("exponents", "crossovers", "pareto")
+"""Tables that are there only if they have rows."""
+PICTURES = ("plots/*.png", "plots/*.svg")
+OWN = (*PICTURES, *(f"{name}.csv" for name in (*AGGREGATES, *FINDINGS)))
+"""What an earlier report may have left, of which nothing outlives its data."""
 
 log = logging.getLogger("bench.report")
 
@@ -69,9 +77,23 @@ def build_report(folder: Path, *, plots: bool = True, all_plots: bool = False) -
         noise=noise.summary(pairs, cost),
     )
     report = folder / "report"
+    with replacing_files(report, OWN) as new:
+        _write(new, collected, kinds, found, plots=plots, all_plots=all_plots)
+    return report
+
+
+def _write(
+    report: Path,
+    collected: Collected,
+    kinds: budgets.Kinds,
+    found: summary.Found,
+    *,
+    plots: bool,
+    all_plots: bool,
+) -> None:
+    """Every file of a report into a folder that has none yet."""
     pictures: findings.Plots = {}
     notes: list[str] = []
-    _clear(report / "plots")
     if plots:
         from bench.report.plots import draw_all
 
@@ -83,16 +105,15 @@ def build_report(folder: Path, *, plots: bool = True, all_plots: bool = False) -
                 "the setting with the most cells; python -m bench.report --all-plots draws them all"
             )
     write_atomically(report / "summary.csv", tables.csv(statistics.summary(found.cost, found.quality)))
-    for name in ("recomputation", "fits", "payoff", "rates", "recall", "noise"):
+    for name in AGGREGATES:
         _write_if_any(report / f"{name}.csv", getattr(found, name))
-    for name in ("exponents", "crossovers", "pareto"):
+    for name in FINDINGS:
         _write_if_any(report / f"{name}.csv", getattr(found.findings, name))
     write_atomically(report / "summary.md", summary.text(collected, found, pictures, notes))
     write_atomically(report / "summary.tex", summary_tex.text(collected, found))
     write_atomically(report / "index.html", page.html(collected, found))
     with replacing(report / "cells.parquet") as file:
         file.write(tables.parquet(collected.records, collected.stale))
-    return report
 
 
 def build_comparison(first: Path, second: Path, *, plots: bool = True) -> Path:
@@ -100,28 +121,19 @@ def build_comparison(first: Path, second: Path, *, plots: bool = True) -> Path:
     runs = comparison.load(first), comparison.load(second)
     found = comparison.compare(*runs)
     folder = second / "report" / f"against-{runs[0].name}"
-    pictures: findings.Plots = {}
-    _clear(folder / "plots")
-    if plots and len(found.cells):
-        from bench.report.comparison_plots import draw
+    with replacing_files(folder, PICTURES) as new:
+        pictures: findings.Plots = {}
+        if plots and len(found.cells):
+            from bench.report.comparison_plots import draw
 
-        pictures = draw(found, folder)
-    write_atomically(folder / "compare.csv", tables.csv(found.cells))
-    write_atomically(folder / "compare.md", comparison_tables.text(found, pictures))
+            pictures = draw(found, new)
+        write_atomically(new / "compare.csv", tables.csv(found.cells))
+        write_atomically(new / "compare.md", comparison_tables.text(found, pictures))
     return folder
 
 
 def _write_if_any(path: Path, table: pd.DataFrame) -> None:
     """The table as CSV, less what is no single figure; no file where it has no rows."""
     table = table.drop(columns=["data_params", "distance_edges", "accuracy_by_distance"], errors="ignore")
-    if table.empty:
-        path.unlink(missing_ok=True)
-    else:
+    if not table.empty:
         write_atomically(path, tables.csv(table))
-
-
-def _clear(folder: Path) -> None:
-    """Remove the pictures of an earlier report, so that none outlives its data."""
-    for pattern in ("*.png", "*.svg"):
-        for path in folder.glob(pattern):
-            path.unlink()

@@ -79,8 +79,17 @@ def lengths_axis(axis: Axis, values: Iterable[float]) -> None:
     _set_ticks(axis, found[::step][::-1], units.length)
 
 
-def human_axis(axis: Axis, low: float, high: float, show: Callable[[float], str], *, binary: bool) -> None:
-    """Round numbers in their unit between low and high: powers of two for bytes, else 1, 2, 5."""
+def human_axis(
+    axis: Axis,
+    low: float,
+    high: float,
+    show: Callable[[float], str],
+    *,
+    binary: bool,
+    zero: bool = False,
+) -> None:
+    """Round numbers in their unit between low and high: powers of two for bytes, else 1, 2, 5; and 0, of an
+    axis that has it."""
     candidates = ([2.0], [4.0], [16.0], [64.0]) if binary else ([1.0, 2.0, 5.0], [1.0, 3.0], [1.0])
     ticks: list[float] = []
     for subs in candidates:
@@ -94,7 +103,7 @@ def human_axis(axis: Axis, low: float, high: float, show: Callable[[float], str]
         unit = 1024.0 ** (np.log2(high) // 10) if binary else 1.0
         round_numbers = MaxNLocator(4, steps=[1, 2, 2.5, 5, 10]).tick_values(low / unit, high / unit)
         ticks = [t * unit for t in map(float, round_numbers) if low <= t * unit <= high]
-    _set_ticks(axis, ticks, show)
+    _set_ticks(axis, [0.0, *ticks] if zero else ticks, show)
 
 
 def even_ticks(high: float, most: int = 4) -> list[float]:

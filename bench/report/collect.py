@@ -27,6 +27,8 @@ _TEXTS = [k for k, hint in _HINTS.items() if hint in (str, str | None) and k not
 MOST, MOST_KNOBS = 80, 200
 """Characters of any other text, such as a name, and of a row's knobs that are shown; a longer one ends with a
 hash of all of it."""
+MOST_PERPLEXITY = 1e100
+"""Of a loss of 230 nats. What is more counts as null: it fits no axis, nor its square a float."""
 _CONFIGURATION = ["variant", "params_json", "impl", "seq_len", "depth", "d_model", "heads", "ff_chunks"]
 _CONFIGURATION += [
     "batch_size",
@@ -86,7 +88,11 @@ def _table(found: list[Record]) -> pd.DataFrame:
         columns[key] = [names[text] for text in columns[key]]
     columns["params_json"] = _as_json(columns["variant_params"])
     columns["data_json"] = _as_json(columns["data_params"])
-    return pd.DataFrame(columns).astype(dict.fromkeys(_FIGURES, float))
+    columns["written"] = [record.written for record in found]
+    frame = pd.DataFrame(columns).astype(dict.fromkeys(_FIGURES, float))
+    for key in ("perplexity", "word_perplexity", "unigram_perplexity"):
+        frame[key] = frame[key].where(frame[key] <= MOST_PERPLEXITY)
+    return frame
 
 
 def _shown(text: str, most: int = MOST) -> str:
@@ -135,7 +141,7 @@ def _stale(frame: pd.DataFrame) -> pd.Series[Any]:
     Counting both would pass one replicate off as two, and average two programs.
     """
     why = pd.Series(None, index=frame.index, dtype=object)
-    known = frame[frame["code_sha256"].notna()].sort_values(["started_at", "cell_id"], kind="stable")
+    known = frame[frame["code_sha256"].notna()].sort_values(["written", "cell_id"], kind="stable")
     same = known.groupby(_CONFIGURATION, sort=False, dropna=False)
     for key, words in (("data_sha256", "data"), ("code_sha256", "code")):
         last = same[key].transform("last")

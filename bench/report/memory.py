@@ -89,7 +89,7 @@ def recomputation(frame: pd.DataFrame) -> pd.DataFrame:
     kept = ok[ok["activations"] == BASELINE].groupby(peers)[list(_COMPARED)].median()
     against = kept.reindex(pd.MultiIndex.from_frame(ok[peers]))
     for figure, ratio in _COMPARED.items():
-        ok[ratio] = ok[figure].to_numpy() / against[figure].to_numpy()
+        ok[ratio] = ok[figure].to_numpy() / against[figure].where(against[figure] > 0).to_numpy()
     found = ok.groupby(list(CELL), sort=False, dropna=False)
     cells = found[[*_COMPARED, *_COMPARED.values()]].median()
     cells["replicates"] = found["replicate"].nunique()
@@ -116,6 +116,7 @@ def prediction_errors(frame: pd.DataFrame) -> pd.DataFrame:
     ]
     both = both[~predicted(both["peak_bytes_source"])]
     measured = both["peak_bytes"] - both["library_bytes"].fillna(0)
+    both, measured = both[measured > 0], measured[measured > 0]
     return both.assign(error=both["peak_bytes_predicted"] / measured - 1)
 
 

@@ -46,7 +46,7 @@ def context(cells: pd.DataFrame, look: Look) -> Figure | None:
     names = {"effective_context": "value", "effective_context_low": "low", "effective_context_high": "high"}
     cells = cells.rename(columns=names)
     figure, axes = _dotted(cells, look, "tokens of history that are used")
-    lengths = [*cells["low"], *cells["high"]]
+    lengths = [length for name in names.values() for length in cells[name].dropna()]
     for axis in axes:
         axis.set_xscale("log", base=2)
         axis.set_xlim(min(lengths) / 1.25, max(lengths) * 1.25)
@@ -104,7 +104,8 @@ def _dots(
         axis.errorbar(
             [cell["value"]],
             [places[cell["row"]]],
-            xerr=[[cell["value"] - cell["low"]], [cell["high"] - cell["value"]]],
+            # an end on the wrong side of the middle leaves no whisker
+            xerr=[[max(0.0, cell["value"] - cell["low"])], [max(0.0, cell["high"] - cell["value"])]],
             color=style.colour,
             marker=style.marker,
             fillstyle="none" if cell["leaks"] else style.fill,

@@ -95,8 +95,9 @@ def axes_of(cells: pd.DataFrame) -> list[str]:
     names = sorted({name for values in params for name in values})
     found = []
     for name in names:
-        values = {values[name] for values in params if name in values}
-        if len(values) > 1 and all(isinstance(v, int | float) and not isinstance(v, bool) for v in values):
+        given = [values[name] for values in params if name in values]
+        numeric = all(isinstance(v, int | float) and not isinstance(v, bool) for v in given)
+        if numeric and len(set(given)) > 1:
             found.append(name)
     return [*found, *beyond(cells, ["seq_len"], ["knobs"])]
 

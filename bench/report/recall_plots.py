@@ -57,18 +57,25 @@ def _against(cells: pd.DataFrame, look: Look, *, axis_name: str) -> Figure | Non
 
 def by_state(cells: pd.DataFrame, look: Look) -> Figure | None:
     """A marker a variant at the bytes that it carries; None where fewer than two amounts are known."""
-    cells = cells[cells["state_bytes"] > 0]
+    cells = cells[cells["state_bytes"].notna()]
     if cells["state_bytes"].nunique() < 2:
         return None
-    low, high = cells["state_bytes"].min() / 1.4, cells["state_bytes"].max() * 1.4
+    least = cells.loc[cells["state_bytes"] > 0, "state_bytes"].min()
+    low, high = least / 1.4, cells["state_bytes"].max() * 1.4
+    nothing = (cells["state_bytes"] == 0).any()  # as of chunks, where one has just ended
 
     def draw(axis: Axes, part: pd.DataFrame) -> None:
         for _, cell in part.iterrows():
             _point(axis, cell, look.styles[str(cell["label"])])
         _guessing(axis, part)
-        axis.set_xscale("log", base=2)
-        axis.set_xlim(low, high)
-        canvas.human_axis(axis.xaxis, low, high, lambda v: units.size(v, short=True), binary=True)
+        if nothing:  # 0 has a place of its own, left of the least that is more
+            axis.set_xscale("symlog", base=2, linthresh=least / 2, linscale=0.5)
+        else:
+            axis.set_xscale("log", base=2)
+        axis.set_xlim(-least / 8 if nothing else low, high)
+        canvas.human_axis(
+            axis.xaxis, low, high, lambda v: units.size(v, short=True), binary=True, zero=bool(nothing)
+        )
 
     title = "Accuracy against the state that is carried"
     return _figure(
@@ -131,7 +138,11 @@ def distance_map(cells: pd.DataFrame, look: Look) -> Figure | None:
     if cells.empty:
         return None
     keys = panel_keys(cells, "knobs", trained=trained_apart(cells))
-    parts = list(split(cells, keys))
+    parts = [
+        (values, own)
+        for values, part in split(cells, keys)
+        for _, own in part.groupby(part["distance_edges"].map(tuple), sort=False)
+    ]
     most = max(len(part) for _, part in parts)
     figure, axes = canvas.panels(len(parts), width=5.0, height=0.9 + 0.28 * most, columns=2, sharey=False)
     for axis, (values, part) in zip(axes, parts, strict=True):
@@ -168,9 +179,15 @@ def _shares(cell: pd.Series[Any]) -> npt.NDArray[np.float64]:
 
 
 def _has_distances(cells: pd.DataFrame) -> npt.NDArray[np.bool_]:
-    """Which cells have an accuracy at some distance."""
-    each = cells["accuracy_by_distance"]
-    return np.array([isinstance(v, list) and bool(np.isfinite(v).any()) for v in each], dtype=bool)
+    """Which cells have an accuracy at some distance, and say of every accuracy how far back that is."""
+
+    def has(shares: object, edges: object) -> bool:
+        if not isinstance(shares, list) or not isinstance(edges, list) or len(shares) != len(edges):
+            return False
+        return None not in edges and bool(np.isfinite(np.array(shares, dtype=float)).any())
+
+    pairs = zip(cells["accuracy_by_distance"], cells["distance_edges"], strict=True)
+    return np.array([has(*pair) for pair in pairs], dtype=bool)
 
 
 def _guessing(axis: Axes, part: pd.DataFrame) -> None:

@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 
 from bench.records import STATUSES
+from bench.report.collect import MOST_PERPLEXITY
 from bench.report.groups import CELL, GROUP, TRAINING
 from bench.report.intervals import by_cell, differs
 
@@ -136,7 +137,8 @@ def quality_cells(frame: pd.DataFrame) -> pd.DataFrame:
     context and the widest of its intervals, `leaks`, and `rank`: the place by perplexity among leak-free
     cells of the same group, length, budget, split and stride (NaN where it leaks or has none).
     """
-    frame = frame.assign(perplexity_reset=np.exp(frame["nll_reset"]))
+    reset = frame["nll_reset"]
+    frame = frame.assign(perplexity_reset=np.exp(reset.where(reset <= np.log(MOST_PERPLEXITY))))
     ok = frame[(frame["status"] == "ok") & frame[list(_QUALITY)].notna().any(axis=1)]
     grouped = ok.groupby(_QUALITY_CELL, sort=False, dropna=False)
     columns: dict[str, pd.Series[Any]] = {"quality_replicates": grouped.size()}

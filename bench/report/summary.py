@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -154,6 +155,11 @@ def warnings(collected: Collected) -> list[str]:
         found.append(f"measured by several versions of the code: {', '.join(names)}")
     if collected.stale:
         found.append(_stale(collected))
+    if ahead := sum(record.in_future(time.time()) for record in collected.records):
+        found.append(
+            f"{ahead} records are dated in the future: a clock ran ahead as they were measured; "
+            "python -m bench.records check lists them"
+        )
     if collected.alike:
         found.append(
             f"{collected.alike} records share every key and the replicate with another: they differ in a "

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import dataclasses
 import io
 import json
+import types
+import typing
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pandas as pd
 
 from bench import records
-from bench.records import Record
+from bench.records import Record, Status
 from bench.report import markdown, units
 from bench.report.collect import UNKNOWN, spoken
 from bench.report.columns import Column, each
@@ -65,19 +66,22 @@ def parquet(found: list[Record], stale: Mapping[str, str]) -> bytes:
     Types do not depend on which cells are null: counts are Int64, figures and FLOPs (which can
     pass 64 bits) double, texts string.
     """
-    frame = records.frame_of(found)
+    columns: dict[str, Any] = records.columns_of(found)
     for name in ("variant_params", "data_params"):
-        frame[name] = [
-            None if value is None else json.dumps(value, sort_keys=True, default=str) for value in frame[name]
+        columns[name] = [
+            None if value is None else json.dumps(value, sort_keys=True, default=str)
+            for value in columns[name]
         ]
-    frame["stale"] = pd.Series([stale.get(record.cell_id) for record in found], dtype="string")
-    kinds = {"int": "Int64", "float": "float64", "bool": "boolean", "str": "string", "Status": "string"}
-    for field in dataclasses.fields(Record):
-        kind = kinds.get(str(field.type).removesuffix(" | None"))
-        if field.name.startswith("flops_") and kind == "Int64":
+    kinds = {int: "Int64", float: "float64", bool: "boolean", str: "string", Status: "string"}
+    for name, hint in typing.get_type_hints(Record).items():
+        optional = typing.get_origin(hint) in (types.UnionType, typing.Union)
+        kind = kinds.get(typing.get_args(hint)[0] if optional else hint)
+        if name.startswith("flops_") and kind == "Int64":
             kind = "float64"
-        if kind:
-            frame[field.name] = frame[field.name].astype(kind)  # type: ignore[call-overload]
+        if kind:  # from the values themselves: a column with nulls would have been one of floats
+            columns[name] = pd.Series(columns[name], dtype=kind)
+    columns["stale"] = pd.Series([stale.get(record.cell_id) for record in found], dtype="string")
+    frame = pd.DataFrame(columns)
     buffer = io.BytesIO()
     frame.to_parquet(buffer, index=False)
     return buffer.getvalue()

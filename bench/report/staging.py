@@ -1,0 +1,62 @@
+"""A report is built beside the old one and takes its place when all of it is there."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from bench.interrupts import Interrupts
+from bench.records import make_folder, share
+from bench.records.files import TEMPORARY, abandoned, beside, remove
+
+
+@contextmanager
+def replacing_files(folder: Path, outdated: Sequence[str]) -> Iterator[Path]:
+    """A new folder to fill, whose files take their places in `folder` at the end; what is there and fits a
+    pattern of `outdated` is removed unless it has been made anew.
+
+    Until then `folder` is as it was, and where the building fails or is interrupted it stays so. The files
+    that others are linked from, those of the folder itself, come after the ones in folders below, and what is
+    outdated goes last: no page that is there lacks a picture. Raises interrupts.Stopped at a signal.
+    """
+    for path in folder.parent.glob(f".{folder.stem}-*{TEMPORARY}"):
+        if abandoned(path):
+            remove(path)
+    new = beside(folder, TEMPORARY)
+    with Interrupts("the report") as interrupts:
+        try:
+            make_folder(new)
+            yield new
+            with interrupts.held():
+                _take_over(new, folder, outdated)
+        finally:
+            remove(new)
+
+
+def _take_over(new: Path, folder: Path, outdated: Sequence[str]) -> None:
+    made = [path.relative_to(new) for path in new.rglob("*") if path.is_file()]
+    for place in (folder, *{(folder / name).parent for name in made}):
+        make_folder(place)
+    with _alone(folder):
+        for name in sorted(made, key=lambda name: (-len(name.parts), name)):
+            (new / name).replace(folder / name)
+            share(folder / name)
+        for pattern in outdated:
+            for path in folder.glob(pattern):
+                if path.relative_to(folder) not in made:
+                    path.unlink(missing_ok=True)
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """No other process puts its files into the folder meanwhile, where the file system has locks."""
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        with suppress(OSError):
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
