@@ -25,6 +25,7 @@ from bench.records import Tell
 from bench.residual import STRATEGIES, reversible
 from bench.spec import Cell
 from bench.tasks.base import Task
+from variants._pieces import planned_for
 
 LONGEST_CONNECTED = 1024
 """Tokens up to which a plan also works out what a model connects: a second would pass in longer ones."""
@@ -46,9 +47,12 @@ def drawn(cell_id: str, share: float) -> bool:
 class CellRun:
     """The steps of one cell. `run` does them in order."""
 
-    def __init__(self, cell: Cell, cell_id: str, tell: Tell, memory: int = UNLIMITED) -> None:
+    def __init__(
+        self, cell: Cell, cell_id: str, code_sha256: str, tell: Tell, memory: int = UNLIMITED
+    ) -> None:
         """`memory`: bytes that a step may take on the cell's device."""
-        self.cell, self.cell_id, self.spec, self.tell = cell, cell_id, cell.spec, tell
+        self.cell, self.cell_id, self.code_sha256 = cell, cell_id, code_sha256
+        self.spec, self.tell = cell.spec, tell
         self.memory = memory
         self.seconds_work = 0.0
         self.variant, self.config, self.dims = self.spec.attention()
@@ -122,7 +126,7 @@ class CellRun:
         plans = not measure.execute or measure.budget is not None
         if plans and (reason := self._missing(CPU)):
             raise Unsupported(f"a plan runs on fake tensors of the CPU: {reason}")
-        if measure.execute and (reason := self._missing(self.device)):
+        if reason := self._missing(self.device):
             raise Unsupported(reason)
 
     def _missing(self, device: torch.device) -> str | None:
@@ -134,8 +138,7 @@ class CellRun:
         return next((reason for reason in reasons if reason), None)
 
     def _gates(self) -> None:
-        code = environment.code_sha256(self.spec.variant)
-        figures = gates.check(self.spec, self.cell.folder, code)
+        figures = gates.check(self.spec, self.cell.folder, self.code_sha256)
         self.tell(asdict(figures))
 
     def _fit(self, budget: int) -> None:
@@ -172,7 +175,8 @@ class CellRun:
         figures = self.plan.predict(batch_size=self.spec.batch_size)
         with torch.device("meta"):
             model = planning.build_model(self.spec)
-        self._tell_flops(model, figures, source="predicted")
+        with planned_for(self.device.type):  # a record names the implementation that would run there
+            self._tell_flops(model, figures, source="predicted")
         self._tell_bytes(figures, source="predicted")
         self.tell({"peak_bytes_predicted": figures.peak_bytes})
         if self.spec.measure.reach:
@@ -299,7 +303,7 @@ class CellRun:
         return Kept(
             folder=self.cell.folder,
             cell_id=self.cell_id,
-            code_sha256=environment.code_sha256(self.spec.variant),
+            code_sha256=self.code_sha256,
             device_name=self._device_name(),
             every_seconds=self.spec.measure.checkpoint_seconds,
         )

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import multiprocessing
+import multiprocessing.forkserver
 import multiprocessing.util
 import os
+import signal
 import tempfile
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
@@ -42,12 +44,18 @@ def _find_room_for_sockets() -> None:
 def context() -> Any:
     """What starts children.
 
-    CUDA does not survive a fork, so importing what the server preloads must not initialise it.
+    CUDA does not survive a fork, so importing what the server preloads must not initialise it. The server and
+    its children do not hear that a terminal was closed: who started them does, and ends them.
     """
     _find_room_for_sockets()
     os.environ.update({k: v for k, v in _KEEP_MEMORY.items() if k not in os.environ})
     forkserver = multiprocessing.get_context("forkserver")
     forkserver.set_forkserver_preload(_PRELOAD)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})
+    try:
+        multiprocessing.forkserver.ensure_running()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
     return forkserver
 
 

@@ -24,6 +24,7 @@ from bench.progress import describe
 from bench.records import Record
 from bench.spec import Cell, ClusterSpec
 from bench.sweep import Job
+from variants._command import drop_failed_output
 
 T = TypeVar("T")
 
@@ -33,6 +34,8 @@ MOST_JOBS = 1000
 """Jobs that are handed over at once; SLURM's own limit on the size of an array is 1001 (MaxArraySize)."""
 SECONDS_BESIDE = 30
 """What a cell may take beside its limit: composing it, ending its process, waiting for the file system."""
+A_YEAR = 366 * 24 * 60
+"""Minutes: the longest time limit of a job, since schedulers take no endless ones."""
 SECONDS_TO_START = 300
 """What a job may take before its first cell: Python, torch and the corpus from a slow file system."""
 
@@ -54,6 +57,7 @@ class CellsOfJob:
 
     def __call__(self, cfg: DictConfig) -> list[str]:
         """Measure the job's cells; returns their records as JSON."""
+        drop_failed_output()
         self.folder.mkdir(parents=True, exist_ok=True)
         lines = OmegaConf.to_container(cfg[CELLS], resolve=False)
         assert isinstance(lines, list)
@@ -71,6 +75,7 @@ def run(
     handed over; after that a job that fails, or dies, is told and leaves its cells to the next run.
     """
     jobs = sweep.plan(cells)
+    drop_failed_output()
     line_of = {id(cell): line for cell, line in zip(cells, overrides, strict=True)}
     left = [job for job in jobs if job.result is None]
     if before := len(jobs) - len(left):
@@ -101,7 +106,7 @@ def needs(cluster: ClusterSpec, groups: Sequence[Sequence[Cell]]) -> ClusterSpec
         cluster,
         gpus=int(not on_cpu) if cluster.gpus is None else cluster.gpus,
         cpus=(len(os.sched_getaffinity(0)) if on_cpu else 1) if cluster.cpus is None else cluster.cpus,
-        minutes=cluster.minutes or math.ceil((SECONDS_TO_START + max(limits)) / 60),
+        minutes=cluster.minutes or math.ceil(min((SECONDS_TO_START + max(limits)) / 60, A_YEAR)),
     )
 
 

@@ -1,4 +1,5 @@
-"""Ctrl-C and SIGTERM: what is in hand is put down first, and a second one ends the process on the spot."""
+"""Ctrl-C, SIGTERM and a closed terminal (SIGHUP): what is in hand is put down first, and a second signal ends
+the process on the spot."""
 
 from __future__ import annotations
 
@@ -7,10 +8,10 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType, TracebackType
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _SHOW_CURSOR = "\x1b[?25h"
 """A progress bar hides it, and does not get to show it again where a second signal ends the process."""
 
@@ -24,9 +25,13 @@ class Stopped(KeyboardInterrupt):
 
 
 class Interrupts:
-    """Context manager inside which the first SIGINT or SIGTERM raises Stopped: at once, or at the end of what
-    is `held`. What waits meanwhile learns of it from `asked`. Only a process's main thread gets signals; in
-    any other this does nothing, and neither to a signal that is ignored, as under nohup."""
+    """Context manager inside which the first of `SIGNALS` raises Stopped: at once, or at the end of what is
+    `held`. What waits meanwhile learns of it from `asked`. Only a process's main thread gets signals; in any
+    other this does nothing, and neither to a signal that is ignored, as SIGHUP is under nohup."""
+
+    def __init__(self, hand: str = "the cell in hand") -> None:
+        """`hand`: what is held, in words."""
+        self.hand = hand
 
     def __enter__(self) -> Interrupts:
         self.asked, self._asking = os.pipe()
@@ -65,5 +70,6 @@ class Interrupts:
         if not self._holding:
             raise Stopped(number)
         shown = f"\n{_SHOW_CURSOR}" if sys.stderr.isatty() else ""
-        line = f"{shown}{signal.Signals(number).name}: ending the cell in hand; once more stops at once\n"
-        os.write(2, line.encode())
+        line = f"{shown}{signal.Signals(number).name}: ending {self.hand}; once more stops at once\n"
+        with suppress(OSError):  # the terminal may be what went
+            os.write(2, line.encode())

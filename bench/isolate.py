@@ -20,13 +20,16 @@ from typing import Any, Literal
 from bench import cgroups, children, last_words, limits
 from bench.last_words import LastWords
 from bench.spec import Cell
+from variants._command import drop_failed_output
 
+LONGEST_WAIT = 86_400.0
+"""Seconds that the system is asked to wait at once; it counts milliseconds, in 32 bits."""
 NO_MEMORY = ("can't allocate memory", "Cannot allocate memory", "std::bad_alloc", "STATUS_ALLOC_FAILED")
 """Of a plain RuntimeError, or of a library that aborts the process: torch's allocator on the CPU, the
 system's, C++'s, and CUDA's libraries."""
 
 
-def run(cell: Cell, cell_id: str, stop: int | None = None) -> dict[str, Any]:
+def run(cell: Cell, cell_id: str, code_sha256: str, stop: int | None = None) -> dict[str, Any]:
     """Run the cell in a child; returns the figures it told, with `status`, `reason` and `seconds_total`.
 
     A child that dies or is stopped keeps what it had told until then. It is stopped when its time is over, or
@@ -45,7 +48,7 @@ def run(cell: Cell, cell_id: str, stop: int | None = None) -> dict[str, Any]:
     words = LastWords()
     ours, theirs = multiprocessing.Pipe(duplex=False)
     child = children.context().Process(
-        target=_child, args=(cell, cell_id, memory, theirs, words.theirs), daemon=True
+        target=_child, args=(cell, cell_id, code_sha256, memory, theirs, words.theirs), daemon=True
     )
     child.start()
     theirs.close()
@@ -83,8 +86,11 @@ def _listen(
     while True:
         pipes: list[Any] = [*([ours] if telling else []), *([words.ours] if words.more else [])]
         stops = [stop] if stop is not None and "status" not in figures else []
-        ready = wait([*pipes, *stops, child.sentinel], timeout=max(0.0, deadline - time.monotonic()))
+        left = max(0.0, deadline - time.monotonic())
+        ready = wait([*pipes, *stops, child.sentinel], timeout=min(left, LONGEST_WAIT))
         if not ready:
+            if left > LONGEST_WAIT:
+                continue
             return "late"
         words.take()
         if ours in ready:
@@ -120,14 +126,17 @@ def _unsaid(exitcode: int | None, words: LastWords, kills_before: int | None) ->
     return {"status": "error"} | _why(what, words)
 
 
-def _child(cell: Cell, cell_id: str, memory: int, theirs: Connection, stderr: Connection) -> None:
+def _child(
+    cell: Cell, cell_id: str, code_sha256: str, memory: int, theirs: Connection, stderr: Connection
+) -> None:
     last_words.speak_into(stderr)
+    drop_failed_output()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle; it stops us
     # autograd's thread may begin with cuBLAS, which then makes the context current itself: of no consequence
     warnings.filterwarnings("ignore", "Attempting to run cuBLAS, but there was no current CUDA context")
     threading.Thread(target=_end_with_parent, daemon=True).start()
     theirs.send({"allocator": children.allocator()})
-    theirs.send(_outcome(cell, cell_id, memory, theirs))
+    theirs.send(_outcome(cell, cell_id, code_sha256, memory, theirs))
     theirs.close()
 
 
@@ -140,7 +149,7 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def _outcome(cell: Cell, cell_id: str, memory: int, theirs: Connection) -> dict[str, Any]:
+def _outcome(cell: Cell, cell_id: str, code_sha256: str, memory: int, theirs: Connection) -> dict[str, Any]:
     """How the cell ended, by the record's keys, and the `traceback` of what was not foreseen."""
     from bench.cell import CellRun, DoesNotFit, Unsupported
     from bench.gates import GateFailed
@@ -149,7 +158,7 @@ def _outcome(cell: Cell, cell_id: str, memory: int, theirs: Connection) -> dict[
 
     try:
         limits.hold(cell.spec, memory)
-        CellRun(cell, cell_id, theirs.send, memory).run()
+        CellRun(cell, cell_id, code_sha256, theirs.send, memory).run()
     except Unsupported as reason:
         return {"status": "unsupported", "reason": str(reason)}
     except DoesNotFit as reason:

@@ -18,6 +18,8 @@ from contextlib import suppress
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 
+from bench.records import write_atomically
+
 LOGS_DIR = "logs"
 TAIL_BYTES = 2**14
 SAY_WHERE = signal.SIGUSR1
@@ -92,8 +94,7 @@ def keep(folder: Path, cell_id: str, text: str) -> None:
     path = path_of(folder, cell_id)
     try:
         if text:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(text, encoding="utf-8")
+            write_atomically(path, text)
         else:
             path.unlink(missing_ok=True)
     except OSError as error:

@@ -71,7 +71,7 @@ def hold(spec: CellSpec, limit: int) -> None:
 
         _, most = resource.getrlimit(resource.RLIMIT_DATA)
         total = (resident_bytes("VmData") or 0) + _stack_bytes(torch.get_num_threads()) + limit
-        within = total if most == resource.RLIM_INFINITY else min(total, most)
+        within = min(total, UNLIMITED if most == resource.RLIM_INFINITY else most)
         resource.setrlimit(resource.RLIMIT_DATA, (within, most))
     elif torch.cuda.is_available():
         whole = torch.cuda.get_device_properties(spec.device).total_memory

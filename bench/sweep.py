@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import sys
 import tempfile
 from collections.abc import Sequence
 from contextlib import ExitStack, closing, suppress
@@ -11,17 +13,28 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from bench import checkpoints, environment, isolate, records, trackers
+from bench import checkpoints, code_hash, environment, isolate, last_words, records, trackers
 from bench.checks import ConfigError
 from bench.interrupts import Interrupts
 from bench.lines import Lines
 from bench.locks import Claims, on_device
 from bench.progress import Progress
-from bench.records import Record
+from bench.records import Record, RecordError
+from bench.records.printable import printable
 from bench.spec import Cell, MeasureSpec
+from variants._command import drop_failed_output
 
 ROOM = 2**16
 """Bytes that a record takes, and more."""
+FOLDERS = (
+    records.RECORDS_DIR,
+    records.CURVES_DIR,
+    checkpoints.CHECKPOINTS_DIR,
+    last_words.LOGS_DIR,
+    "gates",
+    "roofline",
+)
+"""Folders of an experiment into which a cell writes."""
 finished: list[tuple[Path, Record]] = []
 """(experiment's folder, record) of every cell this process was asked for: Hydra does not hand what a
 task returns to whoever started it."""
@@ -34,7 +47,7 @@ def identity(cell: Cell) -> dict[str, Any]:
     spec = cell.spec
     task, task_config, _ = spec.task()
     data_sha256 = task.sha256(task_config, spec.data.name)
-    code_sha256 = environment.code_sha256(spec.variant)
+    code_sha256 = code_hash.code_sha256(spec.variant)
     return {
         "cell_id": spec.cell_id(data_sha256, code_sha256),
         "name": cell.name,
@@ -75,14 +88,34 @@ def _training(measure: MeasureSpec) -> dict[str, Any]:
 
 
 def make_folder(folder: Path) -> None:
-    """Make the experiment's folder. Raises ConfigError where it cannot be made or takes no record more."""
+    """Make the experiment's folder. Raises ConfigError where it cannot be made or takes no record more, or
+    where this user may not write what a cell leaves there."""
+    place = folder
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder) as file:
+        records.make_folder(folder / records.RECORDS_DIR)
+        with tempfile.TemporaryFile(dir=folder / records.RECORDS_DIR) as file:
             file.write(bytes(ROOM))
             file.flush()
+        for place in (folder, *(folder / name for name in FOLDERS)):
+            if place.exists() and not os.access(place, os.W_OK | os.X_OK):
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
     except OSError as error:
-        raise ConfigError(f"results_dir: cannot write to {folder}: {error.strerror}") from None
+        raise ConfigError(f"results_dir: cannot write to {printable(place)}: {error.strerror}") from None
+
+
+def _check_storable(known: dict[str, Any]) -> None:
+    """Raise ConfigError for a configuration that its record could not give back: nothing is measured that
+    cannot be read."""
+    try:
+        read = records.parse(Record(**known, status="ok").to_json(), "a record of this cell")
+    except RecordError as error:
+        raise ConfigError(str(error)) from None
+    for key, value in known.items():
+        if (stored := getattr(read, key)) != value:
+            raise ConfigError(
+                f"{key}={printable(repr(value), 200)}: a record would hold {printable(repr(stored), 200)}; "
+                "allowed are finite numbers and text in UTF-8"
+            )
 
 
 def rounds(cells: Sequence[Cell]) -> list[Cell]:
@@ -104,6 +137,21 @@ def rounds(cells: Sequence[Cell]) -> list[Cell]:
     return [cell for _, cell in sorted(enumerate(cells), key=order)]
 
 
+def distinct(cells: Sequence[Cell]) -> tuple[list[Cell], list[dict[str, Any]]]:
+    """The cells, each once in its folder, and what is known of each; says how many were asked for again."""
+    found: dict[tuple[Path, str], tuple[Cell, dict[str, Any]]] = {}
+    for cell in cells:
+        known = identity(cell)
+        found.setdefault((cell.folder, known["cell_id"]), (cell, known))
+    if again := len(cells) - len(found):
+        print(
+            f"{again} of {len(cells)} cells are asked for twice and run once; twin=0,1 measures a cell twice",
+            file=sys.stderr,
+            flush=True,
+        )
+    return [cell for cell, _ in found.values()], [known for _, known in found.values()]
+
+
 def stands(record: Record | None, cell: Cell) -> bool:
     """Whether a cell that has this record need not be measured."""
     if cell.force or record is None or record.status not in records.FINAL:
@@ -122,13 +170,19 @@ class Job:
     """The part of its record that is known before it runs."""
     before: Record | None
     """The record that was there as the sweep began."""
+    sequence: records.Sequence
+    """What numbers the records of its folder."""
     result: Record | None = None
 
     @classmethod
-    def of(cls, cell: Cell, known: dict[str, Any]) -> Job:
-        """With the record that is there now."""
-        before = records.read(cell.folder, known["cell_id"])
-        return cls(cell, known, before, before if stands(before, cell) else None)
+    def of(cls, cell: Cell, known: dict[str, Any], sequence: records.Sequence) -> Job:
+        """With the record that is there now. Raises ConfigError where this user may not read it."""
+        try:
+            before = records.read(cell.folder, known["cell_id"])
+        except OSError as error:
+            place = printable(error.filename or cell.folder)
+            raise ConfigError(f"results_dir: cannot read {place}: {error.strerror}") from None
+        return cls(cell, known, before, sequence, before if stands(before, cell) else None)
 
     @property
     def cell_id(self) -> str:
@@ -144,18 +198,28 @@ class Job:
 
 
 def plan(cells: Sequence[Cell]) -> list[Job]:
-    """The cells in rounds, each with the record that it has; makes the folders of their experiments.
+    """The cells in rounds, each with the record that it has; makes the folders of those that are to run.
 
     Raises ConfigError or corpora.CorpusError.
     """
     if not cells:
         raise ConfigError("no cells: the overrides match nothing (is a glob misspelt?)")
-    cells = rounds(cells)
-    identities = [identity(cell) for cell in cells]
-    for folder in {cell.folder for cell in cells}:
+    cells, identities = distinct(rounds(cells))
+    for known in identities:
+        _check_storable(known)
+    sequences = {cell.folder: records.Sequence(cell.folder) for cell in cells}
+    jobs = [
+        Job.of(cell, known, sequences[cell.folder]) for cell, known in zip(cells, identities, strict=True)
+    ]
+    for folder in _to_run(jobs):
         make_folder(folder)
         records.tidy(folder)
-    return [Job.of(cell, known) for cell, known in zip(cells, identities, strict=True)]
+    return jobs
+
+
+def _to_run(jobs: Sequence[Job]) -> set[Path]:
+    """The folders of the jobs that have no result."""
+    return {job.cell.folder for job in jobs if job.result is None}
 
 
 def run(cells: Sequence[Cell]) -> list[Record]:
@@ -165,11 +229,12 @@ def run(cells: Sequence[Cell]) -> list[Record]:
     a record and the sweep goes on. A signal ends it with interrupts.Stopped.
     """
     jobs = plan(cells)
+    drop_failed_output()
     lines = Lines((job.cell, job.result) for job in jobs if job.result)
     with ExitStack() as stack:
         progress = stack.enter_context(Progress(len(jobs)))
         interrupts = stack.enter_context(Interrupts())
-        folders = {job.cell.folder for job in jobs}
+        folders = _to_run(jobs)
         claims = {folder: stack.enter_context(closing(Claims(folder))) for folder in folders}
         progress.skipped(sum(job.result is not None for job in jobs))
         for wait in (False, True):  # what another sweep has in hand comes last, when that may be done with it
@@ -213,7 +278,9 @@ def _settle(job: Job, lines: Lines, progress: Progress, interrupts: Interrupts) 
         else:
             if cell.force:
                 checkpoints.remove(cell.folder, job.cell_id)
-            record = _keep(job, begun | isolate.run(cell, job.cell_id, interrupts.asked))
+            record = _keep(
+                job, begun | isolate.run(cell, job.cell_id, job.known["code_sha256"], interrupts.asked)
+            )
         progress.finished(record)
     return record
 
@@ -225,7 +292,8 @@ def _keep(job: Job, figures: dict[str, Any]) -> Record:
 def keep(job: Job, record: Record) -> Record:
     """Write the cell's record, unless an attempt that failed, or that a signal stopped, would take the place
     of figures; a checkpoint is left only where a run that was cut short goes on. A cell whose record cannot
-    be written has failed."""
+    be written has failed, and so has one with figures that cannot be."""
+    record = _readable(job, record)
     folder, final = job.cell.folder, record.status in records.FINAL
     if final or job.before is None or job.before.status != "ok":
         try:
@@ -236,4 +304,17 @@ def keep(job: Job, record: Record) -> Record:
         trackers.log(job.cell.tracker, folder, record)
     if final or record.status == "diverged":  # neither would end otherwise
         checkpoints.remove(folder, job.cell_id)
+    return record
+
+
+def _readable(job: Job, record: Record) -> Record:
+    """The record with its place among the folder's; without figures where one of them cannot be, since nobody
+    could read it."""
+    if record.sequence is None:
+        record = replace(record, sequence=job.sequence.next())
+    try:
+        records.parse(record.to_json(), "figures")
+    except RecordError as error:
+        told = {key: getattr(record, key) for key in ("started_at", "ended_at", "sequence")}
+        return Record(**(job.known | told), status="error", reason=str(error))
     return record

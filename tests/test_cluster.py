@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 import slurm_stand_in
+from conftest import HANG_SECONDS
 from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hypothesis import example, given, settings
@@ -48,7 +49,7 @@ def start(*arguments: str, cwd: Path, **environment: str) -> subprocess.Popen[st
 
 def bench(*arguments: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
     process = start(*arguments, cwd=cwd, **environment)
-    out, err = process.communicate(timeout=600)
+    out, err = process.communicate(timeout=HANG_SECONDS)
     return subprocess.CompletedProcess(arguments, process.returncode, out, err)
 
 
@@ -152,7 +153,7 @@ def test_a_task_of_ray_that_dies_takes_no_other_with_it(tmp_path: Path) -> None:
     folder = tmp_path / "results/adhoc"
     wait_for(lambda: list(folder.glob("curves/*")), process)
     os.kill(of_sweep_in("ray::_work", tmp_path), signal.SIGKILL)
-    _, said = process.communicate(timeout=400)
+    _, said = process.communicate(timeout=HANG_SECONDS)
     assert process.returncode == 1, said
     assert "a job failed" in said
     assert "no record of 1 of the cells; the same command runs them" in said
@@ -167,7 +168,7 @@ def test_a_job_that_dies_leaves_its_cells_to_the_next_run(here: dict[str, Any], 
     process = start(*endless, "measure.time_seconds=0", *launched, cwd=tmp_path)
     wait_for(lambda: list(tmp_path.glob("results/adhoc/.claims")), process)
     os.kill(of_sweep_in("submitit.core._submit", tmp_path), signal.SIGKILL)
-    _, said = process.communicate(timeout=100)
+    _, said = process.communicate(timeout=HANG_SECONDS)
     assert process.returncode == 1, said
     assert "the launcher gave up" in said
     assert "no record of 1 of the cells; the same command runs them:\n  dense T=64 depth=1 keep #0" in said
@@ -370,7 +371,7 @@ from bench import limits, locks
 limits.device_uuid = lambda device: sys.argv[2] or None
 with locks.on_device(sys.argv[1], lambda: print("waiting", flush=True)):
     print("has it", flush=True)
-    time.sleep(60)
+    time.sleep(3600)
 """
 
 

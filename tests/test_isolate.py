@@ -11,13 +11,12 @@ import re
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
 
 import pytest
+from conftest import wait_until
 
 from bench import cgroups
 from bench.last_words import TAIL_BYTES
@@ -444,13 +443,6 @@ def test_a_sweep_that_is_killed_takes_its_cell_with_it(folder: Path) -> None:
     with Sweep(folder, {"four": ["hangs"]}) as again:
         wait_until((folder / "hangs").exists)
     wait_until(lambda: not processes(again))
-
-
-def wait_until(condition: Callable[[], Any]) -> None:
-    deadline = time.monotonic() + 600
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
 
 
 def processes(sweep: Sweep) -> list[str]:

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from conftest import HANG_SECONDS
 from hydra import compose, initialize_config_dir
 
 from bench import CONFIGS, cgroups, limits
@@ -105,7 +106,9 @@ HELD = """
 import json
 from pathlib import Path
 import torch
-from tests.test_limits import spec_of
+import sys
+sys.path.insert(0, "tests")
+from test_limits import spec_of
 from bench import limits
 from bench.measure.memory import resident_bytes
 
@@ -129,7 +132,12 @@ def test_a_process_is_held_to_its_limit_and_is_the_first_to_go() -> None:
     """It gets that much beside what it had; more only by the stacks of threads that it does not start."""
     command = [sys.executable, "-c", HELD]
     done = subprocess.run(
-        command, cwd=Path(__file__).parents[1], capture_output=True, text=True, timeout=240, check=True
+        command,
+        cwd=Path(__file__).parents[1],
+        capture_output=True,
+        text=True,
+        timeout=HANG_SECONDS,
+        check=True,
     )
     told = json.loads(done.stdout)
     assert 250 * 2**20 < told["taken"] < 512 * 2**20

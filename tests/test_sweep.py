@@ -12,12 +12,12 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import HANG_SECONDS, wait_until
 
 from bench import records, sweep
 from bench.lines import Lines
@@ -26,7 +26,6 @@ from bench.records import FINAL, Record
 from bench.spec import Cell, CellSpec, DataSpec, MeasureSpec, ModelSpec
 
 CELL = ["depth=1", "model.d_model=16", "data=files", "data.path=corpus.txt", "seq_len=16"]
-WAIT_SECONDS = 900
 
 
 class Sweep:
@@ -54,7 +53,7 @@ class Sweep:
 
     def end(self) -> str:
         """Wait for the end; what was written to stderr."""
-        _, errors = self.process.communicate(timeout=WAIT_SECONDS)
+        _, errors = self.process.communicate(timeout=HANG_SECONDS)
         return errors or ""
 
     def cells(self) -> list[int]:
@@ -80,13 +79,6 @@ def children(pid: int) -> list[int]:
         return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
     except FileNotFoundError:
         return []
-
-
-def wait_until(condition: Callable[[], Any]) -> None:
-    deadline = time.monotonic() + WAIT_SECONDS
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
 
 
 def texts(folder: Path) -> dict[str, str]:
@@ -123,7 +115,7 @@ def killed_and_resumed(folder: Path, *, cells: int, kills: int, seed: int) -> No
         one = Sweep(folder, *overrides)
         more = len(final) + draw.randint(0, 2 * cells // (3 * kills))
         wait_until(lambda: len(texts(folder)) >= more or one.process.poll() is not None)  # noqa: B023
-        time.sleep(draw.uniform(0, 1.0))
+        time.sleep(draw.uniform(0, 0.3))
         one.kill()
         now = texts(folder)
         assert final.items() <= now.items(), "what is final is neither lost nor measured again"
