@@ -2,7 +2,8 @@
 
 Exit status: 0 when every cell is ok or has a stated reason (unsupported, out of memory); 1 when a
 cell failed, with a list at the end; 2 for a mistake in the command, in one line, with nothing written;
-130 or 143 where Ctrl-C or SIGTERM stopped it, and then it says how to go on.
+130 or 143 where Ctrl-C or SIGTERM stopped it, and then it says how to go on. Where the output cannot be
+written it is 141 or 1, as of every command here (variants._command); what was measured is kept.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ import variants
 from bench import CONFIGS
 from bench.progress import describe
 from bench.records import FINAL, Record, path_of
+from bench.records.printable import printable
+from variants._command import run
 
 if TYPE_CHECKING:
     from bench.spec import Cell
@@ -50,7 +53,7 @@ def _task(cfg: DictConfig) -> None:
 def _refuse(error: Exception) -> int:
     from bench import complaints
 
-    print(f"error: {complaints.explain(error, sys.argv[1:], CONFIGS)}", file=sys.stderr)
+    print(f"error: {printable(complaints.explain(error, sys.argv[1:], CONFIGS))}", file=sys.stderr)
     return 2
 
 
@@ -60,7 +63,7 @@ def main() -> int:
     from bench import commandline, complaints, sweep
 
     try:
-        commandline.check(sys.argv[1:])
+        sys.argv[1:] = commandline.checked(sys.argv[1:])
         _register_plugin_variants()
         _task()
     except complaints.KINDS as error:
@@ -107,4 +110,4 @@ def _lost(unrecorded: list[Cell]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run(main)

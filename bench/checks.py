@@ -6,8 +6,9 @@ import difflib
 import math
 import re
 from collections.abc import Iterable
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from variants.knobs import unusable_heads
 
 if TYPE_CHECKING:
     from bench.config import Root
@@ -118,17 +119,5 @@ def check_bounds(root: Root) -> None:
     for knob, above in (("learning_rate", measure.learning_rate), ("limit_seconds", measure.limit_seconds)):
         if not above > 0:
             raise ConfigError(f"measure.{knob}={above}: allowed is more than 0")
-    if model.d_model % model.heads:
-        divisors = [h for h in range(1, model.d_model + 1) if model.d_model % h == 0]
-        near = min(divisors, key=lambda h: (abs(h - model.heads), h))
-        raise ConfigError(
-            f"model.heads={model.heads}: must divide model.d_model={model.d_model}; "
-            f"the nearest that does is {near}"
-        )
-    if (model.d_model // model.heads) % 2:
-        raise ConfigError(
-            f"model.heads={model.heads}: gives heads of {model.d_model // model.heads} channels; "
-            "rotary positions need an even number"
-        )
-    if not root.name or Path(root.name).is_absolute() or ".." in Path(root.name).parts:
-        raise ConfigError(f"name={root.name!r}: allowed is a folder name under results_dir")
+    if reason := unusable_heads(model.d_model, model.heads):
+        raise ConfigError(f"model.{reason}")

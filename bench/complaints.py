@@ -13,6 +13,7 @@ from hydra.errors import HydraException, MissingConfigException, OverrideParseEx
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from bench import overrides
 from bench.checks import ConfigError
 from bench.corpora import CorpusError
 from variants import PluginClash
@@ -64,7 +65,7 @@ def _unknown_knob(knob: str, arguments: list[str], configs: Path) -> str:
 
 def _knobs(arguments: list[str], configs: Path) -> set[str]:
     """Dotted names of every knob under the groups that the command line chose."""
-    groups = {folder.name for folder in configs.iterdir() if folder.is_dir()} - {"hydra"}
+    groups = overrides.groups()
     chosen = [a for a in arguments if a.partition("=")[0] in groups and re.fullmatch(r"\w+=\w+", a)]
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(configs), version_base="1.3"):

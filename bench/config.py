@@ -10,7 +10,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_type_hints
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -28,11 +28,12 @@ from bench.checks import (
     choose,
     parse_bytes,
 )
+from bench.paths import user_path
 from bench.spec import Cell, CellSpec, ClusterSpec, DataSpec, MeasureSpec, ModelSpec
 from bench.trackers import TrackerSpec
 
 if TYPE_CHECKING:
-    from variants.base import Knobs
+    from variants.knobs import Knobs
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,7 +106,7 @@ def parse(cfg: DictConfig) -> Cell:
     )
     return Cell(
         spec=spec,
-        folder=Path(root.results_dir) / root.name,
+        folder=user_path("results_dir", root.results_dir) / _name(root.name),
         name=root.name,
         force=root.force,
         rerun=root.rerun,
@@ -115,6 +116,13 @@ def parse(cfg: DictConfig) -> Cell:
     )
 
 
+def _name(text: str) -> Path:
+    """The experiment's folder under results_dir."""
+    if not text or text.startswith(("~", "/")) or ".." in Path(text).parts:
+        raise ConfigError(f"name={text!r}: allowed is a folder name under results_dir")
+    return user_path("name", text)
+
+
 def _tracker(spec: TrackerSpec) -> TrackerSpec:
     """The tracker, if it is one and what it needs is installed."""
     choose("tracker", spec.name, trackers.names())
@@ -122,7 +130,9 @@ def _tracker(spec: TrackerSpec) -> TrackerSpec:
         raise ConfigError(
             f"tracker={spec.name}: needs the package {needs}; pip install 'longctx-bench[trackers]'"
         )
-    return spec
+    if spec.place is None or "://" in spec.place:
+        return spec
+    return replace(spec, place=str(user_path("tracker.place", spec.place)))
 
 
 def parse_cluster(cfg: DictConfig) -> ClusterSpec:
@@ -147,6 +157,9 @@ def _keys(cfg: DictConfig) -> list[str]:
     unknown = [str(key) for key in cfg if key not in known and key not in {"hydra", "experiment"}]
     if unknown:
         choose("knob", unknown[0], sorted(known))
+    for knob in sorted(known):  # a default of Root's would take its place
+        if knob not in cfg or OmegaConf.is_missing(cfg, knob):
+            raise ConfigError(f"{knob}: has no value; give one")
     return [str(key) for key in cfg if key in known]
 
 
@@ -161,7 +174,9 @@ def _translated(error: OmegaConfBaseException, cfg: DictConfig) -> ConfigError:
 
 
 def _noun(expected: str, why: str) -> str:
-    for word, noun in (("Integer", "a whole number"), ("Float", "a number"), ("bool", "true or false")):
+    words = {"Integer": "a whole number", "'int'": "a whole number", "Float": "a number"}
+    words |= {"'float'": "a number", "bool": "true or false", "'str'": "text"}
+    for word, noun in words.items():
         if word in why:
             return noun
     return {"int": "a whole number", "float": "a number", "bool": "true or false"}.get(expected, why)
@@ -198,20 +213,28 @@ def _objective(value: str, *, variant: str, data: str) -> str:
 def _knobs(group: str, name: str, config_class: type[Knobs], given: dict[str, Any]) -> dict[str, Any]:
     """The complete knobs of the group's entry `name`, checked by its config."""
     defaults = {f.name: f.default for f in dataclasses.fields(config_class)}
+    kinds = get_type_hints(config_class)
     for knob, value in given.items():
         choose(f"{name} knob", knob, defaults)
         if isinstance(defaults[knob], tuple) and not isinstance(value, list):
             given[knob] = [value]
+        is_text = kinds[knob] in (str, str | None)
+        if is_text and type(value) in (int, float):  # text that reads as a number
+            given[knob] = str(value)
+        elif not is_text and isinstance(value, str):  # a number that was kept as it was typed
+            given[knob] = _number(value)
     try:
-        schema = _schema(config_class)  # type: ignore[arg-type]  # takes its instances' hash for its own
-        typed = OmegaConf.to_object(OmegaConf.merge(schema, given))
-    except OmegaConfBaseException as error:
-        translated = _translated(error, OmegaConf.create(given))
-        raise ConfigError(f"{group}.{translated}") from None
+        return config_class.of(given).as_dict()
     except ValueError as error:  # the config's own checks
         raise ConfigError(f"{group}.{error}") from None
-    assert isinstance(typed, config_class)
-    return typed.as_dict()
+
+
+def _number(text: str) -> int | float | str:
+    """The number that a text spells, or the text."""
+    for kind in (int, float):
+        with suppress(ValueError):
+            return kind(text)
+    return text
 
 
 def _device() -> str:

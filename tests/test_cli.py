@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from conftest import HANG_SECONDS
 
 from bench.records import KEYS
 
@@ -21,7 +22,7 @@ def bench(*arguments: str, cwd: Path, **environment: str) -> subprocess.Complete
     """Run the command line in a folder of its own."""
     command = [sys.executable, "-m", "bench", *arguments]
     env = {**os.environ, **environment}
-    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=240)
+    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=HANG_SECONDS)
 
 
 def records(folder: Path) -> list[dict[str, object]]:
@@ -220,6 +221,26 @@ def test_a_mistake_in_the_last_cell_of_a_sweep_stops_the_first(tmp_path: Path) -
     assert not list(tmp_path.iterdir())
 
 
+def test_names_in_a_sweep_stay_as_they_were_typed(tmp_path: Path) -> None:
+    names = ["2024_11_26", "1e3", "1.10", "true", "0x10", "007", "1_000", "NaN", "+5", ".5"]
+    done = bench("-m", f"name={','.join(names)}", "data=stdlib", "measure=plan", "seq_len=32", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert {folder.name for folder in (tmp_path / "results").iterdir()} == {*names}
+    for name in names:
+        assert [record["name"] for record in records(tmp_path / "results" / name)] == [name]
+
+
+def test_the_same_cell_twice_in_a_command_runs_once(tmp_path: Path) -> None:
+    cells = ["variant=dense,chunked,dense", "seq_len=32,32", "data=stdlib", "measure=plan"]
+    done = bench("-m", *cells, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    twice, first, second = done.stderr.splitlines()
+    assert twice == "4 of 6 cells are asked for twice and run once; twin=0,1 measures a cell twice"
+    assert first.startswith("[1/2] ok ")
+    assert second.startswith("[2/2] ok ")
+    assert len(records(tmp_path / "results/adhoc")) == 2
+
+
 def test_a_glob_that_matches_nothing_says_so(tmp_path: Path) -> None:
     done = bench("-m", "variant=glob(q*)", *QUICK, cwd=tmp_path)
     assert done.returncode == 2
@@ -242,17 +263,26 @@ def test_missing_and_empty_files_are_refused(tmp_path: Path) -> None:
     assert files(tmp_path) == [empty]
 
 
-def test_results_that_cannot_be_written_are_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "results",
+    ["taken", "taken/below", "pipe", "dangling", "loop", "device", "~nosuchuser/x", "x" * 300, "a/" * 2500],
+)
+def test_results_that_cannot_be_written_are_refused(results: str, tmp_path: Path) -> None:
     (tmp_path / "taken").write_text("a file, not a folder")
-    done = bench("results_dir=taken", *QUICK, cwd=tmp_path)
+    os.mkfifo(tmp_path / "pipe")
+    for name, target in (("dangling", "nowhere"), ("loop", "loop"), ("device", "/dev/null")):
+        (tmp_path / name).symlink_to(target)
+    before = sorted(tmp_path.iterdir())
+    done = bench(f"results_dir={results}", *QUICK, cwd=tmp_path)
     assert done.returncode == 2
     (line,) = done.stderr.splitlines()
     assert "results_dir" in line
-    assert "taken/adhoc" in line
+    assert results[:20] in line
+    assert sorted(tmp_path.iterdir()) == before
 
 
 def test_a_corpus_shorter_than_the_length_is_a_row_with_the_reason(tmp_path: Path) -> None:
-    (tmp_path / "short.txt").write_bytes(bytes(range(256)) * 4)
+    (tmp_path / "short.txt").write_bytes(b"some words of text\n" * 54)
     arguments = [a for a in QUICK if not a.startswith(("data", "seq_len"))]
     done = bench("data=files", "data.path=short.txt", "seq_len=4096", *arguments, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
@@ -325,7 +355,7 @@ def test_progress_on_a_terminal_names_the_cell_and_what_is_left(tmp_path: Path) 
         if not part:
             break
         seen += part
-    assert child.wait(timeout=60) == 0
+    assert child.wait(timeout=HANG_SECONDS) == 0
     shown = seen.decode()
     assert "dense T=32 depth=1 keep #1" in shown
     assert "0/2" in shown
@@ -335,13 +365,16 @@ def test_progress_on_a_terminal_names_the_cell_and_what_is_left(tmp_path: Path) 
 
 def test_overhead_of_a_cell_is_small_beside_its_work(tmp_path: Path) -> None:
     """No absolute times: what is not asked-for work is less than starting a fresh interpreter with torch."""
-    import statistics
     import time
 
     done = bench("-m", "replicate=range(6)", *QUICK, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     cells = sorted(records(tmp_path / "results/adhoc"), key=lambda r: str(r["started_at"]))
     overhead = [float(r["seconds_total"]) - float(r["seconds_work"]) for r in cells[1:]]  # type: ignore[arg-type]
-    begun = time.monotonic()
-    subprocess.run([sys.executable, "-c", "import torch"], check=True)
-    assert statistics.median(overhead) < time.monotonic() - begun
+
+    def starting() -> float:
+        begun = time.monotonic()
+        subprocess.run([sys.executable, "-c", "import torch"], check=True)
+        return time.monotonic() - begun
+
+    assert min(overhead) < max(starting() for _ in range(3)), "whatever else the machine does"

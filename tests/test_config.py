@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
+from hydra._internal.callbacks import Callbacks
 from hydra.core.global_hydra import GlobalHydra
+from hydra.types import HydraContext, RunMode
 from hydra_plugins.longctx_bench import CellSweeper, Composer, product
+from omegaconf import OmegaConf
 
 import variants
-from bench import complaints, planning, sweep
+from bench import commandline, complaints, planning, sweep
 from bench.checks import ACTIVATIONS, DTYPES, ConfigError, choose
-from bench.config import parse
+from bench.config import Root, parse
+from bench.overrides import groups
 from bench.spec import Cell, CellSpec, DataSpec, MeasureSpec, ModelSpec
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 
 
 def cell_of(*overrides: str) -> Cell:
+    overrides = tuple(commandline.checked(overrides))
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
         composed = compose("config", overrides=["device=cpu", *overrides])
     return parse(composed)
@@ -57,6 +62,10 @@ REFUSED: dict[str, tuple[str, ...]] = {
     "seq_len=abc": ("seq_len='abc'", "a whole number"),
     "seq_len=1.5": ("seq_len=1.5", "a whole number"),
     "depth=null": ("depth",),
+    "depth={a: 1}": ("depth",),
+    "variant=": ("variant=", "allowed is one of"),
+    "variant={name: dense}": ("variant={name: dense}", "allowed is one of"),
+    "variant=true": ("variant=true: unknown", "dense"),
     "force=perhaps": ("force='perhaps'", "true or false"),
     "model.dropout=much": ("model.dropout='much'", "a number"),
     "measure.time_seconds=long": ("measure.time_seconds='long'", "a number"),
@@ -74,7 +83,7 @@ REFUSED: dict[str, tuple[str, ...]] = {
     "twin=-1": ("twin=-1", "0 or more"),
     "twin=second": ("twin='second'", "a whole number"),
     "model.heads=0": ("model.heads=0", "1 or more"),
-    "model.heads=3": ("model.heads=3", "must divide model.d_model=64", "nearest that does is 2"),
+    "model.heads=3": ("model.heads=3", "must divide d_model=64", "nearest that does is 2"),
     "model.heads=64": ("model.heads=64", "even"),
     "model.ff_mult=0": ("model.ff_mult=0", "1 or more"),
     "model.dropout=1": ("model.dropout=1.0", "0 up to below 1"),
@@ -124,11 +133,61 @@ def test_a_mistake_is_refused_in_one_line(override: str) -> None:
         assert part in message
 
 
+NO_VALUES = ("[dense,plan]", "???", "null", "~")
+"""What neither a group nor a knob of the root can be; the last takes it away."""
+
+
+@pytest.mark.parametrize("value", NO_VALUES)
+@pytest.mark.parametrize("knob", sorted({*(field.name for field in fields(Root)), *groups()}))
+def test_nothing_and_several_are_no_value(knob: str, value: str) -> None:
+    message = refusal(f"~{knob}" if value == "~" else f"{knob}={value}")
+    assert knob in message
+
+
+@pytest.mark.parametrize(
+    ("override", "parts"),
+    [
+        ("name=~/x", ("name='~/x'", "a folder name under results_dir")),
+        ("name=~", ("name='~'", "a folder name under results_dir")),
+        ("name=a/" + "x" * 300, ("name=xxx", "255 bytes")),
+        ("results_dir=" + "x" * 300, ("results_dir=xxx", "255 bytes")),
+        ("results_dir=~nosuchuser/x", ("results_dir=~nosuchuser/x", "~nosuchuser is not known")),
+        ("tracker=tensorboard tracker.place=~nosuchuser", ("tracker.place=~nosuchuser", "is not known")),
+    ],
+)
+def test_a_path_that_is_none_is_refused(override: str, parts: tuple[str, ...]) -> None:
+    message = refusal(*override.split(" "))
+    for part in parts:
+        assert part in message
+
+
+def test_a_tilde_at_the_start_is_the_home_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert cell_of("results_dir=~/x").folder == tmp_path / "x/adhoc"
+    cell = cell_of("tracker=tensorboard", "tracker.place=~/runs")
+    assert cell.tracker.place == str(tmp_path / "runs")
+    assert cell_of("tracker=mlflow", "tracker.place=http://h:5/~x").tracker.place == "http://h:5/~x"
+
+
+TEXTS = ("2024_11_26", "1e3", "1.10", "true", "False", "0x10", "007", "1_000", "nan", "+5", ".5", "5.", "12")
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_text_stays_as_it_was_typed(text: str) -> None:
+    cell = cell_of(f"name={text}", f"results_dir={text}", "data=files", f"data.path={text}")
+    assert (cell.name, cell.folder) == (text, Path(text, text))
+    assert cell.spec.data.params["path"] == text
+
+
+def test_null_is_no_path_where_there_may_be_none() -> None:
+    assert cell_of("data=files", "data.path=null").spec.data.params["path"] is None
+
+
 @pytest.mark.parametrize(
     ("overrides", "parts"),
     [
         (("variant=chunked", "variant.chunk=0"), ("variant.chunk=0", "1 or more")),
-        (("variant=chunked", "variant.chunk=many"), ("variant.chunk='many'", "a whole number")),
+        (("variant=chunked", "variant.chunk=many"), ("variant.chunk='many'", "an integer")),
         (("variant=overlapping", "variant.chunk=6"), ("variant.chunk=6", "multiple of 4")),
         (("variant=longformer", "variant.window=[0]"), ("variant.window=[0]", "integers ≥ 1")),
         (("variant=longformer", "variant.window=[]"), ("variant.window=[]", "one or more")),
@@ -263,6 +322,53 @@ def jobs_of(preset: str) -> list[dict[str, str]]:
         loader = GlobalHydra.instance().config_loader()
         jobs = [job for grid in sweeper.grids for job in product(loader, grid, [])]
     return [dict(override.split("=", 1) for override in job) for job in jobs]
+
+
+def swept(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> list[Cell]:
+    """The cells that a sweep would run, in their order."""
+    ran: list[Cell] = []
+    monkeypatch.setattr(sweep, "run", ran.extend)
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        loader = GlobalHydra.instance().config_loader()
+        composed = loader.load_configuration("config", ["hydra.mode=MULTIRUN", *arguments], RunMode.MULTIRUN)
+        context = HydraContext(config_loader=loader, callbacks=Callbacks())
+        sweeper = composed.hydra.sweeper
+        cells = CellSweeper(sweeper.params, sweeper.grids)
+        cells.setup(hydra_context=context, task_function=parse, config=composed)
+        cells.sweep(list(composed.hydra.overrides.task))
+    return ran
+
+
+def test_a_sweep_over_presets_runs_the_whole_of_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    beside = ("device=cpu", "depth=1,3")
+    alone = [swept(monkeypatch, f"experiment={preset}", *beside) for preset in ("smoke", "fits")]
+    assert len(alone[0]) == 2 * 26
+    assert {cell.name for cell in alone[1]} == {"fits"}
+    for line in ("smoke,fits", "choice(smoke, fits)"):
+        assert swept(monkeypatch, f"experiment={line}", *beside) == [*alone[0], *alone[1]]
+
+
+@pytest.mark.parametrize(
+    ("grid", "says"),
+    [
+        ("{cluster: ray}", "not in a grid"),
+        ("{experiment: smoke}", "not in a grid"),
+        ("{hydra.run.dir: x}", "not in a grid"),
+        ("{hydra.callbacks.x: y}", "not from a command line"),
+        ("{variant: '../x'}", "allowed is one of"),
+        ("{variant: '[dense,chunked]'}", "allowed is one of"),
+        ("{experiment@_global_: smoke}", "one place"),
+        ("{name: '${depth}'}", "plain"),
+        ("{name: '???'}", "no value"),
+        ("{'~seq_len': 1}", "taken away"),
+    ],
+)
+def test_a_grid_holds_what_a_command_line_may(grid: str, says: str) -> None:
+    params = OmegaConf.create(grid)
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        loader = GlobalHydra.instance().config_loader()
+        with pytest.raises(ConfigError, match=says):
+            product(loader, params, [])
 
 
 @pytest.mark.parametrize("preset", ["smoke", "listops"])
