@@ -1,0 +1,142 @@
+"""Figures that a change of structure must not move: 40 small cells against a committed table.
+
+`python tests/test_expected_figures.py` writes the table anew; whoever does that says in the changelog which
+figures moved, and why.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+
+from bench import CONFIGS, environment, isolate, limits
+from bench.config import parse
+
+TABLE = Path(__file__).parent / "data" / "expected_figures.json"
+EXACT = ("params", "flops_algorithmic_step", "flops_executed_step", "state_bytes", "peak_bytes_predicted")
+"""Computed without a kernel: the same on every machine."""
+BYTES = ("peak_bytes", "activation_bytes")
+"""Measured; exact on a CPU, whose allocations are counted."""
+LOSSES = ("nll", "nll_reset")
+"""Rounding decides their last digits, and which kernels run decides the rounding."""
+LOSS_TOLERANCE = 1e-4
+"""Relative, on a processor other than the table's."""
+
+COMMON = (
+    "device=cpu",
+    "seq_len=75",
+    "depth=2",
+    "batch_size=2",
+    "model.d_model=16",
+    "measure=quick",
+    "measure.time_seconds=0",
+    "measure.min_samples=1",
+    "measure.train_tokens=450",
+    "measure.eval_tokens=300",
+)
+SMALL = {  # knobs at which 75 tokens are several windows, segments or buckets
+    "chunked": ["variant.chunk=32"],
+    "compressive": ["variant.segment=24", "variant.mem_len=16", "variant.comp_len=8", "variant.rate=4"],
+    "dense": [],
+    "linformer": ["variant.k=16"],
+    "longformer": ["variant.window=16"],
+    "overlapping": ["variant.chunk=32"],
+    "performer": ["variant.n_features=16", "variant.chunk=16"],
+    "reformer": ["variant.chunk=8"],
+    "routing": ["variant.window=16"],
+    "sparse_fixed": ["variant.stride=8"],
+    "sparse_strided": ["variant.stride=8"],
+    "transformer_xl": ["variant.segment=24", "variant.mem_len=16"],
+}
+CAUSAL = [name for name in SMALL if name != "linformer"]
+BIDIRECTIONAL = [name for name in SMALL if name not in ("transformer_xl", "compressive")]
+STRATEGIES = ("checkpoint", "sqrt", "selective", "reversible")
+TASKS = {
+    "mqar": ["data.n_pairs=4"],
+    "needle": [],
+    "listops": [],
+}
+
+
+def cells() -> dict[str, list[str]]:
+    """Name → overrides."""
+    found = {}
+    for name in CAUSAL:
+        found[f"{name} clm"] = [f"variant={name}", "objective=clm", *SMALL[name]]
+    for name in BIDIRECTIONAL:
+        found[f"{name} mlm"] = [f"variant={name}", "objective=mlm", *SMALL[name]]
+    for strategy in STRATEGIES:
+        for name in ("dense", "compressive", "reformer"):
+            found[f"{name} {strategy}"] = [f"variant={name}", f"activations={strategy}", *SMALL[name]]
+    for task, knobs in TASKS.items():
+        found[f"dense {task}"] = ["variant=dense", f"data={task}", *knobs]
+    found["longformer bfloat16"] = ["variant=longformer", "dtype=bfloat16", *SMALL["longformer"]]
+    found["dense dropout and ff_chunks"] = ["variant=dense", "model.dropout=0.1", "model.ff_chunks=3"]
+    found["routing topk"] = ["variant=routing", "variant.selection=topk", *SMALL["routing"]]
+    found["reformer chunk"] = ["variant=reformer", "variant.neighbourhood=chunk", *SMALL["reformer"]]
+    return found
+
+
+class _Told(dict[str, Any]):
+    """Stands in for the pipe to a cell's parent."""
+
+    send = dict.update
+
+
+def figures(overrides: list[str], folder: Path) -> dict[str, Any]:
+    """What the cell measures, with its gates."""
+    corpus = folder / "corpus.txt"
+    corpus.write_text("".join(f"{n} bottles of beer on the wall, {n * n} in all\n" for n in range(200)))
+    own = any(word.startswith("data=") for word in overrides)
+    data = [] if own else ["data=files", f"data.path={corpus}"]
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        cell = parse(compose("config", overrides=[*COMMON, *data, *overrides, f"results_dir={folder}"]))
+    told = _Told()
+    told |= isolate._outcome(cell, "cell", "code", limits.memory_bytes(cell.spec), told)  # type: ignore[arg-type]
+    assert told["status"] == "ok", told["reason"]
+    return {key: told.get(key) for key in (*EXACT, *BYTES, *LOSSES)}
+
+
+def origin() -> dict[str, Any]:
+    """What decides the rounding of a loss."""
+    return {
+        "cpu_model": environment.cpu_model(),
+        "torch_version": torch.__version__,
+        "machine": platform.machine(),
+    }
+
+
+def test_there_are_forty_cells_that_cover_every_variant() -> None:
+    import variants
+
+    assert len(cells()) >= 40
+    assert {words[0].removeprefix("variant=") for words in cells().values()} == {*variants.names()}
+    assert {*json.loads(TABLE.read_text())["cells"]} == {*cells()}
+
+
+@pytest.mark.parametrize("name", cells())
+def test_figures_are_those_of_the_table(name: str, tmp_path: Path) -> None:
+    table = json.loads(TABLE.read_text())
+    want, got = table["cells"][name], figures(cells()[name], tmp_path)
+    assert {key: got[key] for key in (*EXACT, *BYTES)} == {key: want[key] for key in (*EXACT, *BYTES)}
+    tolerance = 0.0 if origin() == table["origin"] else LOSS_TOLERANCE
+    for key in LOSSES:
+        assert got[key] == (want[key] and pytest.approx(want[key], rel=tolerance, abs=0)), key
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    measured = {}
+    for name, words in cells().items():
+        with tempfile.TemporaryDirectory() as folder:
+            measured[name] = figures(words, Path(folder))
+        print(name, measured[name], file=sys.stderr)
+    TABLE.write_text(json.dumps({"origin": origin(), "cells": measured}, indent=1) + "\n")
