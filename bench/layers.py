@@ -14,21 +14,25 @@ import math
 import statistics
 import sys
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from omegaconf import OmegaConf
 
 import variants
 from bench import CONFIGS, children, environment
+from bench.checks import ConfigError, choose
 from bench.locks import on_device
+from bench.paths import user_path
 from bench.records import write_atomically
+from bench.records.printable import printable
 from bench.report import markdown, units
 from bench.report.columns import Column
 from bench.spec import MeasureSpec
+from variants._command import run
 
 if TYPE_CHECKING:
     import torch
@@ -105,14 +109,15 @@ def step(layer: Attention, x: torch.Tensor, *, causal: bool) -> None:
     """Forward and backward of each segment in turn, as in training; gradients of x and the parameters."""
     import torch
 
-    plan, state, losses = layer.plan(layer.config), None, []
+    plan, state = layer.plan(layer.config), None
+    losses: list[torch.Tensor] = []
     layer.zero_grad(set_to_none=True)
 
     def network(window: torch.Tensor) -> torch.Tensor:
         nonlocal state
         out = layer(window, causal=causal, state=state)
         state = out.state
-        losses.extend([] if out.aux_loss is None else [out.aux_loss])
+        losses.extend(loss for loss in [out.aux_loss] if loss is not None and loss.requires_grad)
         y: torch.Tensor = out.y
         return y
 
@@ -145,16 +150,17 @@ Found = dict[tuple[str, int], list[Figures | str]]
 """(variant, length) → what each round found."""
 
 
-def collect(sizes: Sizes, names: list[str], rounds: int) -> Found:
-    """Every variant at every length, round after round, then the predictions."""
+def collect(sizes: Sizes, names: list[str], rounds: int, keep: Callable[[Found], None]) -> None:
+    """Every variant at every length, round after round, then the predictions; `keep` is called with what is
+    found so far, a figure at a time."""
     found: Found = defaultdict(list)
     todo = [(length, name, False) for _ in range(rounds) for length in sizes.lengths for name in names]
     todo += [(sizes.predicted_length, name, True) for name in names]
     for done, (length, name, fake) in enumerate(todo, 1):
         figures = in_child(sizes, name, length, fake=fake)
         found[name, length].append(figures)
+        keep(found)
         print(f"[{done}/{len(todo)}] {name} T={length}: {figures}", file=sys.stderr, flush=True)
-    return found
 
 
 def table(sizes: Sizes, names: list[str], found: Found) -> str:
@@ -168,7 +174,7 @@ def table(sizes: Sizes, names: list[str], found: Found) -> str:
         columns["variant"].append(name)
         columns["knobs"].append(", ".join(f"{k}={v}" for k, v in sizes.knobs.get(name, {}).items()))
         for length in sizes.lengths:
-            pairs = list(zip(found[name, length], found["dense", length], strict=True))
+            pairs = list(zip(found[name, length], found["dense", length], strict=False))
             columns[f"time / dense at {units.length(length)}"].append(_share(pairs))
         before, after, ahead = (_peak(found[name, length]) for length in (shorter, longest, predicted))
         columns[f"peak at {units.length(longest)}"].append(units.size(after))
@@ -202,7 +208,7 @@ def _share(pairs: list[tuple[Figures | str, Figures | str]]) -> str:
         if isinstance(mine, Figures) and isinstance(dense, Figures) and mine.seconds and dense.seconds
     ]
     if not shares:
-        return markdown.escape(pairs[0][0])
+        return markdown.escape(pairs[0][0]) if pairs else ""
     return f"{statistics.median(shares):.3f} ({min(shares):.3f}–{max(shares):.3f})"
 
 
@@ -211,31 +217,50 @@ def _peak(found: list[Figures | str]) -> int | None:
     return max(peaks, default=None)
 
 
-def main() -> int:
-    """Measure everything, print a line a figure, and write the table."""
-    parser = argparse.ArgumentParser(prog="python -m bench.layers", description=__doc__)
-    parser.add_argument("--rounds", type=int, default=3, help="processes a figure (default 3)")
-    parser.add_argument("--only", nargs="+", metavar="VARIANT", help="these and dense, instead of all")
-    parser.add_argument("--out", type=Path, default=Path("results/layers"), help="folder of the table")
-    arguments = parser.parse_args()
-    loaded: Any = OmegaConf.to_container(OmegaConf.load(CONFIGS / "layers.yaml"))
-    sizes = Sizes(**loaded)
-    names = ["dense", *(n for n in arguments.only or variants.names() if n != "dense")]
-    found = collect(sizes, names, arguments.rounds)
-    text = f"""# One layer beside dense attention
+def page(sizes: Sizes, names: list[str], rounds: int, found: Found) -> str:
+    """The table of what is found so far, and what it is a table of."""
+    return f"""# One layer beside dense attention
 
 Forward and backward, projections included; batch 1, width {sizes.d_model}, {sizes.heads} heads, float32,
-{environment.cpu_model()}; {arguments.rounds} rounds, a process a figure. Times: median (range) of the
+{environment.cpu_model()}; {rounds} rounds, a process a figure. Times: median (range) of the
 ratio to dense sdpa in the same round. A star marks a prediction over {FEW_SEGMENTS} segments: a layer
 keeps nothing of a segment that it is through with. Where memory grows more slowly than claimed, part of
 it is a work space of a fixed size, or scores that the claim counts are not stored.
 
 {table(sizes, names, found)}"""
-    write_atomically(arguments.out / "layers.md", text)
-    print(text)
-    print(arguments.out / "layers.md")
+
+
+def main() -> int:
+    """Measure everything, print a line a figure, and write the table anew with each; returns the exit status:
+    2 for a mistake in the command, before anything is measured."""
+    parser = argparse.ArgumentParser(prog="python -m bench.layers", description=__doc__)
+    parser.add_argument("--rounds", type=int, default=3, help="processes a figure (default 3)")
+    parser.add_argument("--only", nargs="+", metavar="VARIANT", help="these and dense, instead of all")
+    parser.add_argument("--out", default="results/layers", help="folder of the table")
+    arguments = parser.parse_args()
+    loaded: Any = OmegaConf.to_container(OmegaConf.load(CONFIGS / "layers.yaml"))
+    sizes = Sizes(**loaded)
+    names = list(dict.fromkeys(["dense", *(arguments.only or variants.names())]))
+    try:
+        if arguments.rounds < 1:
+            raise ConfigError(f"--rounds={arguments.rounds}: allowed is 1 or more")
+        for name in names:
+            _config(sizes, choose("--only", name, variants.names()))
+        out = user_path("--out", arguments.out) / "layers.md"
+        out.parent.mkdir(parents=True, exist_ok=True)
+    except (ConfigError, variants.BrokenVariant, OSError) as error:
+        print(f"bench.layers: {printable(error)}", file=sys.stderr)
+        return 2
+    collect(
+        sizes,
+        names,
+        arguments.rounds,
+        lambda found: write_atomically(out, page(sizes, names, arguments.rounds, found)),
+    )
+    print(out.read_text())
+    print(out)
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run(main)

@@ -6,11 +6,9 @@ import csv
 import json
 import math
 import os
-import random
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from itertools import product
 from pathlib import Path
@@ -18,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import wait_until
 from torch import Tensor
 
 import variants
@@ -313,14 +312,14 @@ class Sweep:
         return sorted(found, key=lambda path: path.stat().st_mtime)
 
     def wait_for_checkpoint(self, seen: set[Path]) -> None:
-        """Until a cell that is not among those seen writes one, and a random moment longer."""
-        deadline = time.monotonic() + 60
-        while not (new := [path for path in self.checkpoints() if path not in seen]):
+        """Until a cell that is not among those seen writes one."""
+
+        def new() -> list[Path]:
             assert self.process.poll() is None, self.finish()
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
-        seen.update(new)
-        time.sleep(random.uniform(0.0, 0.2))
+            return [path for path in self.checkpoints() if path not in seen]
+
+        wait_until(new)
+        seen.update(new())
 
     def cell_pid(self) -> int:
         """The process of the cell that runs: the server's child."""

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+from conftest import HANG_SECONDS
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra_plugins.longctx_bench import CellSweeper, product
@@ -488,7 +489,7 @@ def test_real_cells_come_to_a_verdict(tmp_path: Path, monkeypatch: pytest.Monkey
             env=os.environ.copy(),
             capture_output=True,
             text=True,
-            timeout=900,
+            timeout=HANG_SECONDS,
             check=False,
         )
         assert done.returncode == 0, done.stderr

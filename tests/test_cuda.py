@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import HANG_SECONDS
 
 import variants
 from bench import gates
@@ -30,7 +31,7 @@ def test_a_cell_runs_gated_and_its_predicted_peak_is_near_the_allocator_s(
 ) -> None:
     cell = [f"variant={variant}", f"dtype={dtype}", "device=cuda", "seq_len=1024", "model=small"]
     command = [sys.executable, "-m", "bench", *cell, "data=stdlib", "measure=quick"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=600)
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=HANG_SECONDS)
     assert done.returncode == 0, done.stderr
     (path,) = (tmp_path / "results/adhoc/records").glob("*.json")
     record = json.loads(path.read_text())
@@ -75,7 +76,7 @@ except torch.OutOfMemoryError:
 
 
 def test_a_process_is_held_to_its_share_of_the_device() -> None:
-    done = subprocess.run([sys.executable, "-c", HELD], capture_output=True, text=True, timeout=300)
+    done = subprocess.run([sys.executable, "-c", HELD], capture_output=True, text=True, timeout=HANG_SECONDS)
     assert done.stdout == "refused\n", done.stderr
 
 
@@ -158,7 +159,7 @@ def test_a_cell_runs_with_the_kernel_and_names_it(name: str, knobs: dict[str, An
     cell = [f"variant={name}", *(f"variant.{knob}={value}" for knob, value in knobs.items())]
     cell += ["device=cuda", "seq_len=1024", "model=small", "data=stdlib", "measure=quick"]
     command = [sys.executable, "-m", "bench", *cell]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=600)
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=HANG_SECONDS)
     assert done.returncode == 0, done.stderr
     (path,) = (tmp_path / "results/adhoc/records").glob("*.json")
     record = json.loads(path.read_text())

@@ -19,6 +19,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from conftest import HANG_SECONDS
 from test_report import record, write
 
 ROOT = Path(__file__).parents[1]
@@ -60,7 +61,7 @@ def call(words: list[str], cwd: Path, **environment: str) -> subprocess.Complete
         env={**os.environ, "PYTHONPATH": paths, **environment},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=HANG_SECONDS,
         check=False,
     )
 

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from conftest import HANG_SECONDS
 
 from bench import records
 
@@ -27,7 +28,7 @@ def run(line: str, cwd: Path) -> str:
         env=environment,
         capture_output=True,
         text=True,
-        timeout=500,
+        timeout=HANG_SECONDS,
         check=False,
     )
     assert done.returncode == 0, f"{line}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"

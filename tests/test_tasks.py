@@ -144,7 +144,7 @@ def test_knobs_change_the_data_hash_and_the_cell_and_stand_in_the_record(tmp_pat
         (("data=mqar", "data.n_pair=4"), ("data.n_pair", "did you mean data.n_pairs?")),
         (("data=mqar", "+data.n_pair=4"), ("mqar knob=n_pair", "n_symbols", "did you mean n_pairs?")),
         (("data=mqar", "data.n_pairs=0"), ("data.n_pairs=0", "1 or more")),
-        (("data=mqar", "data.n_pairs=few"), ("data.n_pairs='few'", "a whole number")),
+        (("data=mqar", "data.n_pairs=few"), ("data.n_pairs='few'", "an integer")),
         (("data=mqar", "data.name=mqra"), ("data=mqra", "did you mean mqar?")),
         (("data=mqar", "objective=clm"), ("mqar objective=clm", "recall")),
         (("data=stdlib", "objective=recall"), ("stdlib objective=recall", "clm", "mlm")),

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from conftest import HANG_SECONDS
 from test_report import record
 
 from bench import trackers
@@ -111,7 +112,7 @@ def test_a_tracker_that_is_not_installed_is_refused_before_anything_runs(name: s
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=HANG_SECONDS,
         check=False,
     )
     assert done.returncode == 2

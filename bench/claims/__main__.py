@@ -10,6 +10,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from variants._command import run
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parse the command line, judge, write `claims.md` into the folder; returns the exit status."""
@@ -24,14 +26,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from bench.records import RECORDS_DIR, write_atomically
     from bench.report.collect import collect
 
-    if not folder.is_dir():
-        return _refuse(f"{folder}: no such folder")
-    collected = collect(folder)
-    if collected.frame.empty:
-        return _refuse(f"{folder}: no records in {folder / RECORDS_DIR}; make claims measures them")
-    for problem in collected.problems:
-        print(f"left out: {problem}", file=sys.stderr)
-    write_atomically(folder / "claims.md", page(folder.resolve().name, collected.frame))
+    try:
+        if not folder.is_dir():
+            return _refuse(f"{folder}: no such folder")
+        collected = collect(folder)
+        if collected.frame.empty:
+            return _refuse(f"{folder}: no records in {folder / RECORDS_DIR}; make claims measures them")
+        for problem in collected.problems:
+            print(f"left out: {problem}", file=sys.stderr)
+        write_atomically(folder / "claims.md", page(folder.resolve().name, collected.frame))
+    except OSError as error:
+        return _refuse(str(error))
     print(f"claims: {folder / 'claims.md'}")
     return 0
 
@@ -42,4 +47,4 @@ def _refuse(why: str) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run(main)

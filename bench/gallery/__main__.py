@@ -9,7 +9,8 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from pathlib import Path
+
+from variants._command import run
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -19,7 +20,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         description="Draw which tokens a token reads, from gradients of every variant's module. "
         "Sizes and knobs stand in configs/gallery.yaml.",
     )
-    parser.add_argument("--out", type=Path, default=Path("results/gallery"), help="folder (results/gallery)")
+    parser.add_argument("--out", default="results/gallery", help="folder (results/gallery)")
     parser.add_argument("--only", nargs="+", metavar="VARIANT", help="these variants instead of all")
     options = parser.parse_args(arguments)
 
@@ -28,28 +29,30 @@ def main(arguments: Sequence[str] | None = None) -> int:
     import variants
     from bench.gallery import draw, reads
     from bench.gallery.sheet import sheet
+    from bench.paths import user_path
     from bench.report import canvas
 
     torch.set_num_threads(1)  # work this small is done before a second one wakes
     sizes = reads.Sizes.configured()
     drawn, wrong = [], []
     try:
+        out = user_path("--out", options.out)
         with canvas.look():
             for picture in reads.pictures(sizes, options.only):
                 drawn.append(picture)
                 name = draw.stem(picture, drawn)
-                canvas.save(draw.figure(picture, sizes, variants.names()), options.out, name)
+                canvas.save(draw.figure(picture, sizes, variants.names()), out, name)
                 wrong += [name] if draw.disagrees(picture) else []
                 print(f"{name}.png", flush=True)
-            canvas.save(sheet(drawn, sizes, variants.names()), options.out, "sheet")
+            canvas.save(sheet(drawn, sizes, variants.names()), out, "sheet")
     except (ValueError, OSError) as error:
         print(f"bench.gallery: {error}", file=sys.stderr)
         return 2
-    print(f"gallery: {options.out / 'sheet.png'}, {len(drawn)} pictures beside it (png, svg)")
+    print(f"gallery: {out / 'sheet.png'}, {len(drawn)} pictures beside it (png, svg)")
     if wrong:
         print(f"bench.gallery: gradients and rule disagree in {', '.join(wrong)}", file=sys.stderr)
     return 1 if wrong else 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run(main)

@@ -2,8 +2,8 @@
 
 A query position reads a key position where a gradient of its output with respect to that input is more
 than float64's epsilon of the largest that this output has. Most variants give exactly 0.0 where they do not
-read, since they never gather the key or a mask's exponential is 0; reformer's masked weights are e⁻⁶⁰, lost
-in any sum. With weights of order 1/√fan-in, what is read lies ten orders of magnitude above the threshold.
+read, since they never gather the key or its weight is 0. With weights
+of order 1/√fan-in, what is read lies ten orders of magnitude above the threshold.
 
 What chooses the keys has no gradient: that a later token changes an earlier one's choice is for the causality
 gate to see (`bench.gates`), by perturbation.
