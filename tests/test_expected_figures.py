@@ -24,11 +24,12 @@ TABLE = Path(__file__).parent / "data" / "expected_figures.json"
 EXACT = ("params", "flops_algorithmic_step", "flops_executed_step", "state_bytes", "peak_bytes_predicted")
 """Computed without a kernel: the same on every machine."""
 BYTES = ("peak_bytes", "activation_bytes")
-"""Measured; exact on a CPU, whose allocations are counted."""
+"""Measured from the allocations of a CPU."""
 LOSSES = ("nll", "nll_reset")
 """Rounding decides their last digits, and which kernels run decides the rounding."""
-LOSS_TOLERANCE = 1e-4
-"""Relative, on a processor other than the table's."""
+ELSEWHERE = 0.01
+"""Relative tolerance of what is measured on a processor other than the table's, whose kernels have other work
+spaces and another rounding, which flips a hash or a cluster here and there."""
 
 COMMON = (
     "device=cpu",
@@ -126,9 +127,9 @@ def test_there_are_forty_cells_that_cover_every_variant() -> None:
 def test_figures_are_those_of_the_table(name: str, tmp_path: Path) -> None:
     table = json.loads(TABLE.read_text())
     want, got = table["cells"][name], figures(cells()[name], tmp_path)
-    assert {key: got[key] for key in (*EXACT, *BYTES)} == {key: want[key] for key in (*EXACT, *BYTES)}
-    tolerance = 0.0 if origin() == table["origin"] else LOSS_TOLERANCE
-    for key in LOSSES:
+    assert {key: got[key] for key in EXACT} == {key: want[key] for key in EXACT}
+    tolerance = 0.0 if origin() == table["origin"] else ELSEWHERE
+    for key in (*BYTES, *LOSSES):
         assert got[key] == (want[key] and pytest.approx(want[key], rel=tolerance, abs=0)), key
 
 
