@@ -68,10 +68,9 @@ def _shifted(by_distance: Tensor, batches: int, queries: int) -> Tensor:
 
 
 def write(out: Tensor, operation: Callable[..., Tensor], *args: Tensor) -> None:
-    """Write operation(*args) to `out`, a view of any strides, without a copy.
+    """Write operation(*args) to `out`, a view of any strides; without a copy, except under torch.compile.
 
-    torch.compile refuses an `out=` that is not contiguous; the compiled form copies, and inductor removes
-    the copy where it can.
+    torch.compile refuses an `out=` that is not contiguous, so the compiled form copies the result.
     """
     if torch.compiler.is_compiling():
         out.copy_(operation(*args))
