@@ -97,6 +97,21 @@ def test_the_cores_that_others_keep_busy_are_counted() -> None:
     assert found["wait_share"] < 0.2
 
 
+@pytest.mark.parametrize(("seconds", "told"), [(0.001, None), (0.079, None), (0.1, 0.2), (2.0, 0.01)])
+def test_a_window_shorter_than_its_ticks_does_not_count_them(seconds: float, told: float | None) -> None:
+    """One tick of 10 ms within 1 ms would read as ten cores that others keep busy."""
+    begun, ended = surroundings.Counters(), surroundings.Counters()
+    ended.clock, ended.used = begun.clock + seconds, begun.used
+    begun.busy, ended.busy = 100.0, 100.02
+    found = surroundings.foreign_cores(begun, ended)
+    assert found == (None if told is None else pytest.approx(told))
+
+
+def test_what_the_driver_knows_is_named_before_what_is_estimated() -> None:
+    reason = seen(wait_share=0.9, foreign_cores=24.3, gpu_throttling="heat").contaminated(threads=1, cores=2)
+    assert reason == "its device was slowed down: heat"
+
+
 def test_the_time_this_process_uses_is_its_own() -> None:
     begun, used = surroundings.busy_seconds(), time.process_time()
     window = Window(CPU)

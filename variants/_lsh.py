@@ -6,6 +6,7 @@ Shapes: B batch, T tokens, H heads, D head_dim, R rounds of hashing, N = H·B se
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -86,9 +87,21 @@ def rotations(
     if seed is None:
         drawn = torch.randn(shape, dtype=torch.float32, device=device)
     else:
-        source = torch.Generator().manual_seed(seed)
-        drawn = torch.randn(shape, dtype=torch.float32, generator=source).to(device)
+        drawn = seeded_normal(shape, seed, device)
     return [part.permute(1, 2, 0, 3).flatten(2) for part in drawn.split(halves, dim=-1)] if sizes else []
+
+
+# An operator, because torch.compile cannot trace a generator.
+@torch.library.custom_op("longctx_bench::seeded_normal", mutates_args=())
+def seeded_normal(shape: Sequence[int], seed: int, device: torch.device) -> Tensor:
+    """Normal float32 numbers on `device`, the same for a seed on every device."""
+    source = torch.Generator().manual_seed(seed)
+    return torch.randn(shape, dtype=torch.float32, generator=source).to(device)
+
+
+@seeded_normal.register_fake
+def _(shape: Sequence[int], seed: int, device: torch.device) -> Tensor:
+    return torch.empty(shape, dtype=torch.float32, device=device)
 
 
 @torch.no_grad()

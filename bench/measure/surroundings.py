@@ -34,7 +34,10 @@ WAITED = 0.03
 step 5 to 25 %."""
 SPARE = 0.5
 """Cores that others may take of those that the threads need: for a system that does not tell the waiting, and
-for other guests of a hypervisor, which it does not show. Counted in ticks, short windows are off by 0.2."""
+for other guests of a hypervisor, which it does not show. Counted in ticks, a window of 0.1 s is off by 0.2."""
+SHORTEST_SECONDS = 0.08
+"""Length of the shortest window for which the ticks of the cores are counted. The system adds one tick of 10 ms
+at a time: over 1 ms, one tick of another process reads as ten cores."""
 AS_EVER = {None, "none", "power cap"}
 """What may lower a device's clock without spoiling a sample: at its power cap it runs as in any long work."""
 
@@ -52,7 +55,8 @@ class Surroundings:
     wait_share: float | None
     """Time that threads of this process were ready to run and had no core, over wall clock × threads."""
     foreign_cores: float | None
-    """Cores, of those this process may use, that others kept busy, on average."""
+    """Cores, of those this process may use, that others kept busy, on average; None for a window that is too
+    short to tell (`SHORTEST_SECONDS`)."""
     device: nvml.DeviceState = nvml.UNTOLD
 
     def figures(self) -> dict[str, Any]:
@@ -67,14 +71,15 @@ class Surroundings:
         `threads` is how many the work keeps busy on the host, `cores` how many it may use.
         """
         throttling, others = self.device.gpu_throttling, self.device.gpu_foreign_processes
-        if self.wait_share is not None and self.wait_share > WAITED:
-            return f"its threads had no core {self.wait_share:.0%} of the time"
-        if self.foreign_cores is not None and self.foreign_cores + threads > cores + SPARE:
-            return f"others kept {self.foreign_cores:.1f} of {cores} cores busy, and it has {threads} threads"
+        # The driver knows; the shares of the cores are estimates.
         if throttling not in AS_EVER:
             return f"its device was slowed down: {throttling}"
         if others:
             return f"{others} other process{'es' if others > 1 else ''} on its device"
+        if self.wait_share is not None and self.wait_share > WAITED:
+            return f"its threads had no core {self.wait_share:.0%} of the time"
+        if self.foreign_cores is not None and self.foreign_cores + threads > cores + SPARE:
+            return f"others kept {self.foreign_cores:.1f} of {cores} cores busy, and it has {threads} threads"
         return None
 
 
@@ -85,7 +90,7 @@ class Window:
         self.device = device
         self.state = nvml.read(device)
         self.load = os.getloadavg()[0]
-        self.begun = _Counters()
+        self.begun = Counters()
 
     def joules(self) -> float | None:
         """Energy that the device has drawn since; None where the driver has no count."""
@@ -94,7 +99,7 @@ class Window:
 
     def end(self) -> dict[str, Any]:
         """What went on since, and `contaminated`, by the record's keys."""
-        begun, ended = self.begun, _Counters()
+        begun, ended = self.begun, Counters()
         seconds, used = ended.clock - begun.clock, ended.used - begun.used
         threads = torch.get_num_threads()
         seen = Surroundings(
@@ -102,14 +107,14 @@ class Window:
             load_after=os.getloadavg()[0],
             cpu_share=used / (seconds * threads),
             wait_share=_share(begun.waited, ended.waited, seconds * threads),
-            foreign_cores=_share(begun.busy, ended.busy, seconds, less=used),
+            foreign_cores=foreign_cores(begun, ended),
             device=_worse(self.state, nvml.read(self.device)),
         )
         on_host = threads if self.device.type == "cpu" else 1
         return seen.figures() | {"contaminated": seen.contaminated(threads=on_host, cores=len(_cores()))}
 
 
-class _Counters:
+class Counters:
     """At one time, in seconds; None where the system does not say."""
 
     def __init__(self) -> None:
@@ -121,6 +126,14 @@ class _Counters:
 
 def _share(begun: float | None, ended: float | None, of: float, *, less: float = 0.0) -> float | None:
     return None if begun is None or ended is None else max(0.0, ended - begun - less) / of
+
+
+def foreign_cores(begun: Counters, ended: Counters) -> float | None:
+    """Cores that others kept busy, on average; None where the window is too short for that or nothing counts."""
+    seconds = ended.clock - begun.clock
+    if seconds < SHORTEST_SECONDS:
+        return None
+    return _share(begun.busy, ended.busy, seconds, less=ended.used - begun.used)
 
 
 def _cores() -> set[int]:

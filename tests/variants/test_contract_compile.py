@@ -98,6 +98,26 @@ def test_is_one_graph_forward_and_backward(
     assert_compiles(variant, config, causal, tokens, "aot_eager")
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_evaluation_is_one_graph(name: str) -> None:
+    """What a layer does in evaluation only, such as hashing with fixed rotations."""
+    variant = variants.load(name)
+    config, dims = variant.Config(), dims_for(TOKENS, 2)
+    causal = not refusal(variant, config, dims, causal=True)
+    layer = make_layer(variant, config, dims).eval()
+    plan = layer.plan(config)
+    length = min(plan.lengths(TOKENS)[0][0], plan.segments(TOKENS)[0].stop)
+    x = numbers(2, length, layer.dims.d_model).detach()
+
+    def network(x: Tensor) -> Tensor:
+        return layer(x, causal=causal).y
+
+    torch.compiler.reset()
+    with torch.no_grad():
+        compiled = torch.compile(network, backend="aot_eager", fullgraph=True, dynamic=False)
+        assert difference(compiled(x), network(x)) <= EXACT
+
+
 @pytest.mark.slow
 @settings(worded=True)
 def test_is_one_graph_in_every_mode(
