@@ -68,7 +68,7 @@ corpus: $(STAMP)
 
 bench: corpus ## run the preset for this device (or EXPERIMENT=name) and write its report
 	@experiment='$(strip $(EXPERIMENT))'; \
-	experiment="$${experiment:-`$(PY) -m bench.environment preset`}"; \
+	experiment="$${experiment:-`$(PY) -m bench.run.provenance preset`}"; \
 	test -n "$$experiment" || { echo "error: no preset suits this device; say make bench EXPERIMENT=name" >&2; exit 1; }; \
 	$(call sweep-and-report,$$experiment)
 
@@ -88,10 +88,10 @@ plan: corpus ## what fits: the longest sequences and largest batches in GPU_MEM,
 	@$(call sweep-and-report,fits,measure.budget=$(strip $(GPU_MEM)))
 
 bench-layers: $(STAMP) ## compare single layers with dense attention in time and memory, into results/layers
-	@$(PY) -m bench.layers $(ARGS)
+	@$(PY) -m bench.tools.bench_layers $(ARGS)
 
 gallery: $(STAMP) ## draw which tokens a token reads, for every variant, into results/gallery
-	@$(PY) -m bench.gallery $(ARGS)
+	@$(PY) -m bench.tools.gallery $(ARGS)
 
 claims: corpus ## hold the field's claims against this machine, into results/claims/claims.md (a quarter of an hour)
 	@status=0; \

@@ -3,7 +3,7 @@
 Exit status: 0 when every cell is ok or has a stated reason (unsupported, out of memory); 1 when a
 cell failed, with a list at the end; 2 for a mistake in the command, in one line, with nothing written;
 130 or 143 where Ctrl-C or SIGTERM stopped it, and then it says how to go on. Where the output cannot be
-written it is 141 or 1, as of every command here (variants._command); what was measured is kept.
+written it is 141 or 1, as of every command here (variants.safe_output); what was measured is kept.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from omegaconf import DictConfig, OmegaConf
 
 import variants
 from bench import CONFIGS
-from bench.progress import describe
+from bench.inputs.printable import printable
 from bench.records import FINAL, Record, path_of
-from bench.records.printable import printable
-from variants._command import run
+from bench.run.progress import describe
+from variants.safe_output import run
 
 if TYPE_CHECKING:
-    from bench.spec import Cell
+    from bench.config.spec import Cell
 
 
 def _register_plugin_variants() -> None:
@@ -42,31 +42,34 @@ def _register_plugin_variants() -> None:
 
 @hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name="config")
 def _task(cfg: DictConfig) -> None:
-    from bench import complaints, config, sweep
+    from bench.cli import errors
+    from bench.config import parse
+    from bench.run import sweep
 
     try:
-        sweep.run([config.parse(cfg)])
-    except complaints.KINDS as error:  # here, because Hydra prints a line of its own when a task raises
+        sweep.run([parse.parse(cfg)])
+    except errors.KINDS as error:  # here, because Hydra prints a line of its own when a task raises
         sys.exit(_refuse(error))
 
 
 def _refuse(error: Exception) -> int:
-    from bench import complaints
+    from bench.cli import errors
 
-    print(f"error: {printable(complaints.explain(error, sys.argv[1:], CONFIGS))}", file=sys.stderr)
+    print(f"error: {printable(errors.explain(error, sys.argv[1:], CONFIGS))}", file=sys.stderr)
     return 2
 
 
 def main() -> int:
     """Run what the command line says; returns the exit status."""
     os.environ["HYDRA_FULL_ERROR"] = "1"  # exceptions come to us instead of being printed
-    from bench import commandline, complaints, sweep
+    from bench.cli import errors, guard
+    from bench.run import sweep
 
     try:
-        sys.argv[1:] = commandline.checked(sys.argv[1:])
+        sys.argv[1:] = guard.checked(sys.argv[1:])
         _register_plugin_variants()
         _task()
-    except complaints.KINDS as error:
+    except errors.KINDS as error:
         return _refuse(error)
     except KeyboardInterrupt as stop:
         return _stopped(getattr(stop, "signal", signal.SIGINT))

@@ -84,8 +84,8 @@ from dataclasses import replace
 from hydra import compose, initialize_config_dir
 
 from bench import CONFIGS
-from bench.config import parse
-from bench.planning import Plan
+from bench.config.parse import parse
+from bench.measure.predict import Plan
 
 STRATEGIES = ["keep", "checkpoint", "sqrt", "selective", "reversible"]
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 import variants
-from bench.accuracy import Accuracy, measure_accuracy
-from bench.model import LanguageModel
+from bench.evaluate.accuracy import Accuracy, measure_accuracy
+from bench.model.language_model import LanguageModel
 from bench.tasks.base import IGNORED, Batch
 from variants.base import Dims
 

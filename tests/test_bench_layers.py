@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 
 import variants
 from bench import CONFIGS
-from bench.layers import Figures, Found, Sizes, collect, page, table
+from bench.tools.bench_layers import Figures, Found, Sizes, collect, page, table
 
 SIZES = Sizes(d_model=32, heads=2, lengths=[64, 128], predicted_length=4096, knobs={"chunked": {"chunk": 16}})
 
@@ -69,7 +69,7 @@ def test_figures_of_each_variant_and_length_and_their_table() -> None:
 )
 def test_a_mistake_is_told_before_anything_is_measured(arguments: str, says: str, tmp_path: Path) -> None:
     (tmp_path / "taken").touch()
-    command = [sys.executable, "-m", "bench.layers", *arguments.split(" ")]
+    command = [sys.executable, "-m", "bench.tools.bench_layers", *arguments.split(" ")]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (2, "")
     (line,) = done.stderr.splitlines()

@@ -20,12 +20,13 @@ from conftest import wait_until
 from torch import Tensor
 
 import variants
-from bench import checkpoints, curves, records
-from bench.checkpoints import Kept
-from bench.model import LanguageModel
+from bench import records
+from bench.model.language_model import LanguageModel
 from bench.records import Record, read_all
 from bench.tasks.text import VOCABULARY, Batch
-from bench.train import Budget, Training, train
+from bench.train import checkpoints, loss_curve
+from bench.train.checkpoints import Kept
+from bench.train.loop import Budget, Training, train
 from variants.base import Dims
 
 SIZES = Dims(batch_size=1, seq_len=40, d_model=32, heads=2)
@@ -134,7 +135,7 @@ def test_without_its_randomness_a_training_would_go_another_way(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """So that the test above could fail."""
-    monkeypatch.setattr("bench.train.set_generators", lambda *_: None)
+    monkeypatch.setattr("bench.train.loop.set_generators", lambda *_: None)
     with pytest.raises(AssertionError):
         assert_resumes("dense", tmp_path)
 
@@ -225,7 +226,7 @@ def test_a_checkpoint_that_would_run_code_is_not_read(
             return Path.touch, (tmp_path / "harm",)
 
     kept = kept_in(tmp_path)
-    kept.write({"harm": Harm()}, curves.Curve(), 1)
+    kept.write({"harm": Harm()}, loss_curve.Curve(), 1)
     assert kept.read() is None
     assert not (tmp_path / "harm").exists()
     (line,) = capsys.readouterr().err.splitlines()
@@ -234,9 +235,9 @@ def test_a_checkpoint_that_would_run_code_is_not_read(
 
 def test_what_is_removed_leaves_nothing_of_the_cell(tmp_path: Path) -> None:
     kept = kept_in(tmp_path)
-    kept.write({}, curves.Curve(), 1)
+    kept.write({}, loss_curve.Curve(), 1)
     other = kept_in(tmp_path, cell_id="c1")
-    other.write({}, curves.Curve(), 1)
+    other.write({}, loss_curve.Curve(), 1)
     (kept.path.parent / ".c0-killed.tmp").touch()
     checkpoints.remove(tmp_path, "c0")
     checkpoints.remove(tmp_path, "c0")

@@ -26,14 +26,15 @@ from hydra_plugins.longctx_bench import CellSweeper, product
 from test_report import failed, record, write
 
 import bench.claims
-from bench import CONFIGS, config
+from bench import CONFIGS
 from bench.claims import base, cells, claim_10_reversible
 from bench.claims.__main__ import main
 from bench.claims.base import Finding, Missing, Verdict
 from bench.claims.page import page
+from bench.config import parse
+from bench.config.spec import CellSpec
 from bench.records import Record
 from bench.report.collect import collect
-from bench.spec import CellSpec
 
 FLOAT = 4
 
@@ -56,7 +57,7 @@ def specs_of(preset: str) -> list[CellSpec]:
             others = [override for override in job if override.partition("=")[0] not in PLAIN]
             if str(others) not in settings:
                 composed_job = loader.load_sweep_config(composed, others)
-                settings[str(others)] = config.parse(composed_job).spec
+                settings[str(others)] = parse.parse(composed_job).spec
             return replace(settings[str(others)], **numbers)
 
         return [spec(job) for job in jobs]

@@ -24,9 +24,11 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from bench import CONFIGS, cluster, config, sweep
+from bench import CONFIGS
+from bench.config import parse
+from bench.config.spec import Cell, CellSpec, ClusterSpec, DataSpec, MeasureSpec, ModelSpec
 from bench.records import FINAL, KEYS
-from bench.spec import Cell, CellSpec, ClusterSpec, DataSpec, MeasureSpec, ModelSpec
+from bench.run import cluster, sweep
 
 needs_submitit = pytest.mark.skipif(
     not find_spec("hydra_plugins.hydra_submitit_launcher"), reason="hydra-submitit-launcher is not installed"
@@ -229,7 +231,7 @@ def test_the_guide_s_knobs_are_those_of_the_config() -> None:
 
 def config_of(*overrides: str) -> CellSpec:
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-        return config.parse(compose("config", overrides=list(overrides))).spec
+        return parse.parse(compose("config", overrides=list(overrides))).spec
 
 
 def cells(folder: Path, count: int, **changed: Any) -> list[Cell]:
@@ -367,8 +369,9 @@ def test_overrides_come_through_hydra_s_grammar_as_they_were(lines: list[list[st
 
 HOLDER = """
 import sys, time
-from bench import limits, locks
-limits.device_uuid = lambda device: sys.argv[2] or None
+from bench.run import memory_limit
+from bench.run import locks
+memory_limit.device_uuid = lambda device: sys.argv[2] or None
 with locks.on_device(sys.argv[1], lambda: print("waiting", flush=True)):
     print("has it", flush=True)
     time.sleep(3600)

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 import variants
-from bench import code_hash
-from bench.code_hash import closure, code_sha256
+from bench.run import code_hash
+from bench.run.code_hash import closure, code_sha256
 
 ROOT = Path(__file__).parents[1]
 
@@ -36,7 +36,7 @@ import importlib, json
 from pathlib import Path
 import bench
 from tests_of_code_hash import forget
-from bench.code_hash import code_sha256
+from bench.run.code_hash import code_sha256
 root = Path.cwd()
 assert Path(bench.__file__).is_relative_to(root), "not the copy"
 
@@ -81,7 +81,7 @@ def changed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[bool]]:
 def test_all_that_measures_a_cell_changes_the_hash(changed: dict[str, list[bool]]) -> None:
     """Whatever a process that has just measured cells has imported of ours, but for what is named."""
     imported = python(
-        "import sys, bench.isolate, bench.cell\n"
+        "import sys, bench.run.isolate, bench.run.cell\n"
         "from bench import corpora, tasks\n"
         "[tasks.load(name) for name in (*tasks.names(), 'text')]\n"
         "import json\n"
@@ -101,17 +101,22 @@ def test_all_that_measures_a_cell_changes_the_hash(changed: dict[str, list[bool]
 
 
 def test_code_that_runs_stores_shows_or_prints_does_not(changed: dict[str, list[bool]]) -> None:
-    others = ["bench/__main__.py", "bench/progress.py", "bench/sweep.py", "variants/__main__.py"]
-    others += ["bench/code_hash.py", "bench/config.py", "bench/records/store.py", "bench/corpora/__main__.py"]
+    others = ["bench/__main__.py", "bench/run/progress.py", "bench/run/sweep.py", "variants/__main__.py"]
+    others += [
+        "bench/run/code_hash.py",
+        "bench/config/parse.py",
+        "bench/records/store.py",
+        "bench/corpora/__main__.py",
+    ]
     others += [file for file in changed if file.startswith(("bench/report/", "bench/claims/"))]
     assert len(others) > 20
     assert not [file for file in others if any(changed[file])]
 
 
 def test_a_variants_hash_is_of_its_own_code_and_what_it_builds_on(changed: dict[str, list[bool]]) -> None:
-    assert changed["variants/dense.py"] == [True, True, False], "chunked is a kind of dense"
-    assert changed["variants/chunked.py"] == [False, True, False]
-    assert changed["variants/longformer.py"] == [False, False, True]
+    assert changed["variants/attention/dense.py"] == [True, True, False], "chunked is a kind of dense"
+    assert changed["variants/attention/chunked.py"] == [False, True, False]
+    assert changed["variants/attention/longformer.py"] == [False, False, True]
 
 
 def test_a_module_that_moves_into_a_package_still_counts(tmp_path: Path) -> None:
@@ -119,15 +124,15 @@ def test_a_module_that_moves_into_a_package_still_counts(tmp_path: Path) -> None
     folder = copy_of_the_project(tmp_path)
     (folder / "bench/networks").mkdir()
     (folder / "bench/networks/__init__.py").touch()
-    (folder / "bench/model.py").rename(folder / "bench/networks/model.py")
+    (folder / "bench/model/language_model.py").rename(folder / "bench/networks/model.py")
     for file in folder.glob("bench/**/*.py"):
-        file.write_text(file.read_text().replace("bench.model ", "bench.networks.model "))
-    print_hash = "from bench.code_hash import code_sha256; print(code_sha256('dense'))"
+        file.write_text(file.read_text().replace("bench.model.language_model ", "bench.networks.model "))
+    print_hash = "from bench.run.code_hash import code_sha256; print(code_sha256('dense'))"
     before = python(print_hash, folder)
     with (folder / "bench/networks/model.py").open("a") as file_:
         file_.write("changed = 1\n")
     assert python(print_hash, folder) != before
-    assert "networks" in python("import bench.cell, sys; print(*sys.modules)", folder)
+    assert "networks" in python("import bench.run.cell, sys; print(*sys.modules)", folder)
 
 
 @pytest.mark.parametrize("name", variants.names())
@@ -144,7 +149,8 @@ def test_every_variant_has_a_hash_of_its_own() -> None:
 
 
 def test_a_hash_loads_no_torch() -> None:
-    code = "from bench.code_hash import code_sha256; code_sha256('reformer'); import sys; print(*sys.modules)"
+    code = "from bench.run.code_hash import code_sha256; code_sha256('reformer')"
+    code += "; import sys; print(*sys.modules)"
     assert "torch" not in python(code, ROOT).split()
 
 
@@ -152,7 +158,7 @@ def test_what_is_excluded_would_count_otherwise(monkeypatch: pytest.MonkeyPatch)
     """An exclusion that excludes nothing is one too many."""
     excluded = code_hash.NOT_FIGURES
     monkeypatch.setattr(code_hash, "NOT_FIGURES", ())
-    assert {*excluded} <= {*closure([code_hash.ROOT, "variants.dense"])}
+    assert {*excluded} <= {*closure([code_hash.ROOT, "variants.attention.dense"])}
 
 
 # --- over packages of other people --------------------------------------------------------------------

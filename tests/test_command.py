@@ -11,7 +11,7 @@ from typing import IO
 import pytest
 from many_records import write
 
-from variants._command import CLOSED_PIPE
+from variants.safe_output import CLOSED_PIPE
 
 FULL = Path("/dev/full")
 slow = pytest.mark.slow
@@ -34,12 +34,12 @@ COMMANDS = [
         ("bench.records --help",),
         ("bench.corpora show stdlib", slow),
         ("bench.corpora --help",),
-        ("bench.gallery --only dense", slow),
-        ("bench.gallery --help",),
+        ("bench.tools.gallery --only dense", slow),
+        ("bench.tools.gallery --help",),
         ("bench.claims demo", slow),
         ("bench.claims --help",),
-        ("bench.layers --help",),
-        ("bench.environment preset", slow),
+        ("bench.tools.bench_layers --help",),
+        ("bench.run.provenance preset", slow),
     )
 ]
 
@@ -77,7 +77,7 @@ MISTAKES = [
     "bench seq_len=x",
     "bench.records check nowhere",
     "bench.claims nowhere",
-    "bench.layers --only nothing",
+    "bench.tools.bench_layers --only nothing",
 ]
 
 

@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 from hydra.errors import OverrideParseException
 
-from bench import CONFIGS, commandline
-from bench.checks import ConfigError
+from bench import CONFIGS
+from bench.cli import guard
+from bench.inputs.errors import ConfigError
 
 ROOT = Path(__file__).parents[1]
 HANDLER = "{h:{class:logging.FileHandler,filename:%s}}"
@@ -124,7 +125,7 @@ def test_no_config_from_elsewhere_is_read(kind: str, tmp_path: Path) -> None:
 def test_a_config_from_elsewhere_is_refused_before_hydra(kind: str, tmp_path: Path) -> None:
     """What a grid holds is checked where the grid is taken up."""
     with pytest.raises(ConfigError) as said:
-        commandline.checked(spelt(ELSEWHERE[kind], tmp_path))
+        guard.checked(spelt(ELSEWHERE[kind], tmp_path))
     assert "\n" not in str(said.value)
 
 
@@ -133,7 +134,7 @@ def test_refused_by_name(kind: str, tmp_path: Path) -> None:
     arguments = [text.format(seen=tmp_path / "seen", home=tmp_path) for text in ATTACKS[kind]]
     refused = r"not allowed|does not name code|not from a command line|Error parsing"
     with pytest.raises((ConfigError, OverrideParseException), match=refused):
-        commandline.checked(arguments)
+        guard.checked(arguments)
 
 
 @pytest.mark.slow
@@ -177,7 +178,7 @@ def test_the_command_refuses_before_hydra_runs(tmp_path: Path) -> None:
     ],
 )
 def test_what_an_experiment_needs_is_allowed(argument: str) -> None:
-    assert commandline.checked([argument]) == [argument]
+    assert guard.checked([argument]) == [argument]
 
 
 ONE_LINE = {
@@ -212,7 +213,7 @@ ONE_LINE = {
 @pytest.mark.parametrize("line", ONE_LINE)
 def test_what_cannot_be_is_refused_in_one_line(line: str) -> None:
     with pytest.raises(ConfigError, match=ONE_LINE[line]) as said:
-        commandline.checked(line.split(" "))
+        guard.checked(line.split(" "))
     assert "\n" not in str(said.value)
 
 
@@ -254,4 +255,4 @@ TYPED = {
 
 @pytest.mark.parametrize("line", TYPED)
 def test_text_is_handed_on_as_it_was_typed(line: str) -> None:
-    assert commandline.checked([line]) == [TYPED[line]]
+    assert guard.checked([line]) == [TYPED[line]]

@@ -15,17 +15,20 @@ from hydra_plugins.longctx_bench import CellSweeper, Composer, product
 from omegaconf import OmegaConf
 
 import variants
-from bench import commandline, complaints, planning, sweep
-from bench.checks import ACTIVATIONS, DTYPES, ConfigError, choose
-from bench.config import Root, parse
-from bench.overrides import groups
-from bench.spec import Cell, CellSpec, DataSpec, MeasureSpec, ModelSpec
+from bench.cli import errors, guard
+from bench.cli.overrides import groups
+from bench.config.parse import Root, parse
+from bench.config.spec import Cell, CellSpec, DataSpec, MeasureSpec, ModelSpec
+from bench.config.validate import ACTIVATIONS, DTYPES
+from bench.inputs.errors import ConfigError, choose
+from bench.measure import predict
+from bench.run import sweep
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 
 
 def cell_of(*overrides: str) -> Cell:
-    overrides = tuple(commandline.checked(overrides))
+    overrides = tuple(guard.checked(overrides))
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
         composed = compose("config", overrides=["device=cpu", *overrides])
     return parse(composed)
@@ -33,9 +36,9 @@ def cell_of(*overrides: str) -> Cell:
 
 def refusal(*overrides: str) -> str:
     """What the user is told."""
-    with pytest.raises(complaints.KINDS) as caught:
+    with pytest.raises(errors.KINDS) as caught:
         cell_of(*overrides)
-    message = complaints.explain(caught.value, list(overrides), CONFIGS)
+    message = errors.explain(caught.value, list(overrides), CONFIGS)
     assert message
     assert "\n" not in message
     return message
@@ -274,7 +277,7 @@ def test_a_twin_is_its_sibling_in_weights_and_data() -> None:
     one, twin = (cell_of(f"twin={n}", "data=stdlib", "model=tiny", "replicate=3").spec for n in (0, 1))
     assert one.label != twin.label
     assert one.task()[1:] == twin.task()[1:]
-    weights = [planning.build_model(spec).state_dict() for spec in (one, twin)]
+    weights = [predict.build_model(spec).state_dict() for spec in (one, twin)]
     assert weights[0].keys() == weights[1].keys()
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
 
@@ -385,9 +388,9 @@ def test_a_sweep_s_cells_are_those_that_hydra_composes_one_by_one(preset: str) -
             assert parse(make(job)) == parse(loader.load_sweep_config(composed, job))
         assert len(make._known) < len(jobs)
         for mistake in ("sqe_len=5", "variant.impll=x", "variant=densee", "seq_len@x=5"):
-            with pytest.raises(complaints.KINDS) as one:
+            with pytest.raises(errors.KINDS) as one:
                 make([mistake])
-            with pytest.raises(complaints.KINDS) as other:
+            with pytest.raises(errors.KINDS) as other:
                 loader.load_sweep_config(composed, [mistake])
             assert str(one.value) == str(other.value)
 

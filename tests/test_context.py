@@ -15,12 +15,12 @@ import torch
 
 import variants
 from bench import corpora
-from bench.evaluate import Tally, tally
-from bench.history import look_back
-from bench.model import LanguageModel
+from bench.evaluate.context_use import look_back
+from bench.evaluate.nll import Tally, tally
+from bench.model.language_model import LanguageModel
 from bench.tasks import text
-from bench.train import optimizer_for, training_step
-from bench.windows import entire, windowed
+from bench.tasks.windows import entire, windowed
+from bench.train.loop import optimizer_for, training_step
 from variants.base import Dims
 
 pytestmark = pytest.mark.slow

@@ -16,9 +16,9 @@ from pathlib import Path
 import pytest
 
 from bench import corpora
-from bench.checks import ConfigError
 from bench.corpora import CorpusError, plays
 from bench.corpora.base import SPLITS
+from bench.inputs.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[1]
 HANG_SECONDS = 120

@@ -13,8 +13,7 @@ import torch
 from conftest import HANG_SECONDS
 
 import variants
-from bench import gates
-from bench.measure import nvml
+from bench.measure import gates, nvml
 from bench.measure.flops import CountFlops
 from variants.base import Dims
 
@@ -57,16 +56,16 @@ def test_the_driver_tells_of_the_device_and_of_this_process() -> None:
 
 HELD = """
 import torch
-from bench import limits
-from bench.spec import CellSpec, DataSpec, MeasureSpec, ModelSpec
+from bench.run import memory_limit
+from bench.config.spec import CellSpec, DataSpec, MeasureSpec, ModelSpec
 
 spec = CellSpec(
     variant="dense", variant_params={}, seq_len=8, depth=1, batch_size=1, replicate=0, objective="clm",
     device="cuda", dtype="float32", activations="keep", model=ModelSpec(), data=DataSpec(),
     measure=MeasureSpec(),
 )
-assert 2**30 < limits.memory_bytes(spec) <= torch.cuda.get_device_properties(0).total_memory
-limits.hold(spec, 2**30)
+assert 2**30 < memory_limit.memory_bytes(spec) <= torch.cuda.get_device_properties(0).total_memory
+memory_limit.hold(spec, 2**30)
 kept = torch.empty(2**29, dtype=torch.uint8, device="cuda")
 try:
     torch.empty(2**30, dtype=torch.uint8, device="cuda")

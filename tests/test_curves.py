@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bench.curves import COLUMNS, MOST_ROWS, Curve, Row
+from bench.train.loss_curve import COLUMNS, MOST_ROWS, Curve, Row
 
 
 def row(step: int) -> Row:

@@ -44,7 +44,10 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
         shutil.copytree(ROOT / part, copy / part, ignore=ignored)
     shutil.copy(ROOT / "pyproject.toml", copy)
     named = re.findall(r"^`([a-z_/]+\.(?:py|yaml))`:\n\n```(?:python|yaml)\n(.*?)^```$", PAGE, re.M | re.S)
-    assert [path for path, _ in named] == ["variants/interleaved.py", "configs/variant/interleaved.yaml"]
+    assert [path for path, _ in named] == [
+        "variants/attention/interleaved.py",
+        "configs/variant/interleaved.yaml",
+    ]
     for path, text in named:
         (copy / path).write_text(text)
     return copy
@@ -82,7 +85,7 @@ def test_the_page_works_as_it_is_written(project: Path) -> None:
 def test_the_example_is_in_style(project: Path) -> None:
     for tool in (["ruff", "check", "--config", str(ROOT / "pyproject.toml")], ["ruff", "format", "--check"]):
         done = subprocess.run(
-            [sys.executable, "-m", *tool, "variants/interleaved.py"],
+            [sys.executable, "-m", *tool, "variants/attention/interleaved.py"],
             cwd=project,
             capture_output=True,
             text=True,

@@ -15,13 +15,13 @@ from pathlib import Path
 
 import pytest
 
-from bench import environment
+from bench.run import provenance
 
 ROOT = Path(__file__).parents[1]
 
 
 def test_provenance_says_where_a_record_came_from() -> None:
-    found = environment.provenance()
+    found = provenance.provenance()
     assert set(found) >= {
         "git_commit",
         "git_dirty",
@@ -41,18 +41,19 @@ def test_provenance_says_where_a_record_came_from() -> None:
 
 
 def copied(folder: Path) -> Path:
-    (folder / "bench").mkdir()
-    (folder / "variants").mkdir()
-    for file in ("bench/__init__.py", "bench/environment.py", "variants/__init__.py", "variants/_command.py"):
+    for package in ("bench", "bench/run", "variants", "variants/attention"):
+        (folder / package).mkdir()
+        shutil.copy(ROOT / package / "__init__.py", folder / package)
+    for file in ("bench/run/provenance.py", "variants/safe_output.py"):
         shutil.copy(ROOT / file, folder / file)
     return folder
 
 
 ASK = """
 import json
-from bench import environment
-environment._GIT_SECONDS = {seconds}
-found = environment.provenance()
+from bench.run import provenance
+provenance._GIT_SECONDS = {seconds}
+found = provenance.provenance()
 print(json.dumps([found["git_commit"], found["git_dirty"]]))
 """
 
@@ -63,7 +64,7 @@ def git_state(folder: Path, seconds: float = 60, **environment: str) -> list[obj
         cwd=folder,
         capture_output=True,
         text=True,
-        env={**os.environ, **environment},
+        env={**os.environ, **provenance},
     )
     assert (done.returncode, done.stderr) == (0, "")
     answer: list[object] = json.loads(done.stdout)
@@ -160,14 +161,14 @@ UNKNOWN: dict[str, Callable[[Path], object]] = {
 def test_where_git_does_not_know_neither_does_a_record(how: str, tmp_path: Path) -> None:
     """And nothing fails, or is printed."""
     committed(copied(tmp_path))
-    environment = UNKNOWN[how](tmp_path)
-    assert git_state(tmp_path, **(environment if isinstance(environment, dict) else {})) == [None, None]
+    provenance = UNKNOWN[how](tmp_path)
+    assert git_state(tmp_path, **(provenance if isinstance(provenance, dict) else {})) == [None, None]
 
 
 def test_git_that_hangs_is_given_up(tmp_path: Path) -> None:
     committed(copied(tmp_path))
-    environment = script(tmp_path, "#!/bin/sh", "exec sleep 1000000")
-    assert git_state(tmp_path, seconds=0.1, **environment) == [None, None]
+    provenance = script(tmp_path, "#!/bin/sh", "exec sleep 1000000")
+    assert git_state(tmp_path, seconds=0.1, **provenance) == [None, None]
 
 
 def test_a_head_that_is_lost_leaves_the_rest(tmp_path: Path) -> None:

@@ -16,12 +16,12 @@ from torch import Tensor
 
 import variants
 from bench.corpora import Document
-from bench.evaluate import Quality, evaluate, position_buckets, tally
+from bench.evaluate.nll import Quality, evaluate, position_buckets, tally
 from bench.measure.memory import LiveStorage
-from bench.model import LanguageModel
+from bench.model.language_model import LanguageModel
 from bench.tasks.base import IGNORED, Batch
 from bench.tasks.text import MASK, VOCABULARY, held_out
-from bench.windows import Passage, entire, windowed
+from bench.tasks.windows import Passage, entire, windowed
 
 CPU = torch.device("cpu")
 T = 21

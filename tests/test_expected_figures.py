@@ -17,8 +17,9 @@ import pytest
 import torch
 from hydra import compose, initialize_config_dir
 
-from bench import CONFIGS, environment, isolate, limits
-from bench.config import parse
+from bench import CONFIGS
+from bench.config.parse import parse
+from bench.run import isolate, memory_limit, provenance
 
 TABLE = Path(__file__).parent / "data" / "expected_figures.json"
 EXACT = ("params", "flops_algorithmic_step", "flops_executed_step", "state_bytes", "peak_bytes_predicted")
@@ -101,7 +102,7 @@ def figures(overrides: list[str], folder: Path) -> dict[str, Any]:
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
         cell = parse(compose("config", overrides=[*COMMON, *data, *overrides, f"results_dir={folder}"]))
     told = _Told()
-    told |= isolate._outcome(cell, "cell", "code", limits.memory_bytes(cell.spec), told)  # type: ignore[arg-type]
+    told |= isolate._outcome(cell, "cell", "code", memory_limit.memory_bytes(cell.spec), told)  # type: ignore[arg-type]
     assert told["status"] == "ok", told["reason"]
     return {key: told.get(key) for key in (*EXACT, *BYTES, *LOSSES)}
 
@@ -109,7 +110,7 @@ def figures(overrides: list[str], folder: Path) -> dict[str, Any]:
 def origin() -> dict[str, Any]:
     """What decides the rounding of a loss."""
     return {
-        "cpu_model": environment.cpu_model(),
+        "cpu_model": provenance.cpu_model(),
         "torch_version": torch.__version__,
         "machine": platform.machine(),
     }

@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import variants
 from bench.measure.flops import CountFlops, attention_formulas, formulas
 from bench.measure.step import Subject
-from bench.model import LanguageModel
+from bench.model.language_model import LanguageModel
 from bench.tasks import text
 from variants.base import Dims
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 import variants
-from bench.residual import STRATEGIES
+from bench.model.activations import STRATEGIES
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from variants.base import Dims, Out
-from variants.dense import Dense, DenseConfig
+from variants.attention.dense import Dense, DenseConfig
 
 
 class Frozen(Dense):
@@ -91,9 +91,9 @@ def test_a_cell_with_frozen_and_unused_parameters_is_measured_and_trained(
 
 TRAIN = """
 import sys, torch, variants
-from bench.model import LanguageModel
+from bench.model.language_model import LanguageModel
 from bench.tasks.base import Batch
-from bench.train import Budget, Training
+from bench.train.loop import Budget, Training
 from variants.base import Dims
 variant = variants.load("frozen")
 def made():

@@ -15,13 +15,13 @@ from test_contract import small_knobs
 from test_registry import distribution
 
 import variants
-from bench.gallery import __main__ as command
-from bench.gallery import draw, reads
-from bench.gallery.reads import Panel, Picture, Sizes
-from bench.gallery.sheet import sheet
-from variants import patterns
+from bench.tools.gallery import __main__ as command
+from bench.tools.gallery import draw, reads
+from bench.tools.gallery.reads import Panel, Picture, Sizes
+from bench.tools.gallery.sheet import sheet
+from variants.attention.longformer import Longformer
 from variants.base import Chunks
-from variants.longformer import Longformer
+from variants.ops import masks
 
 SIZES = Sizes.configured(seq_len=24, layers=2, inputs=3)
 
@@ -117,17 +117,17 @@ def test_content_decides_within_the_past(gallery: list[Picture]) -> None:
 
 def test_a_rule_that_lies_is_marked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def lies(self: Longformer, seq_len: int, *, causal: bool) -> torch.Tensor:
-        shifted = patterns.window(3)
-        return patterns.matrix(lambda i, j: shifted(i, j + 1), seq_len)
+        shifted = masks.window(3)
+        return masks.matrix(lambda i, j: shifted(i, j + 1), seq_len)
 
     monkeypatch.setattr(Longformer, "pattern", lies)
     picture = reads.picture(SIZES, "longformer", {"window": [3]})
     one = picture.directions[1].panels[
         0
     ]  # it reads from 2 back to 2 ahead; the lie says from 3 back to 1 ahead
-    behind = patterns.matrix(lambda i, j: i - j == 3, SIZES.seq_len).numpy()
+    behind = masks.matrix(lambda i, j: i - j == 3, SIZES.seq_len).numpy()
     assert np.array_equal(draw.unread(one), behind)
-    ahead = patterns.matrix(lambda i, j: j - i == 2, SIZES.seq_len).numpy()
+    ahead = masks.matrix(lambda i, j: j - i == 2, SIZES.seq_len).numpy()
     assert np.array_equal(draw.forbidden(one), ahead)
     assert draw.disagrees(picture)
     counts = {label.split(":")[0]: label.split(": ")[1] for label in legend(draw.figure(picture, SIZES, []))}
@@ -207,7 +207,7 @@ def test_a_disagreement_is_the_command_s_status(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(
-        "variants.dense.Dense._allowed", lambda self, n, causal: patterns.matrix(patterns.anything, n)
+        "variants.attention.dense.Dense._allowed", lambda self, n, causal: masks.matrix(masks.anything, n)
     )
     assert command.main(["--out", str(tmp_path), "--only", "dense"]) == 1
     assert "disagree in dense" in capsys.readouterr().err
@@ -229,7 +229,7 @@ def test_variants_of_others_are_in_it(tmp_path: Path, monkeypatch: pytest.Monkey
     (picture,) = reads.pictures(Sizes.configured(), ["lagged"])
     causal, bidirectional = picture.directions
     assert bidirectional.reason == "has no bidirectional form"
-    assert torch.equal(causal.panels[0].share > 0, patterns.matrix(lambda i, j: (i == j) | (i - j == 1), 16))
+    assert torch.equal(causal.panels[0].share > 0, masks.matrix(lambda i, j: (i == j) | (i - j == 1), 16))
     assert causal.panels[1].share.sum() == 16 + 15 + 14
     assert command.main(["--out", str(tmp_path / "out"), "--only", "lagged"]) == 0
     assert (tmp_path / "out" / "lagged.svg").exists()

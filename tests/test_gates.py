@@ -13,14 +13,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import variants
-from bench import gates, residual
-from bench.gates import COST_LIMIT, GateFailed, cost_ratio, leak, reference_error
+from bench.config.spec import CellSpec, DataSpec, MeasureSpec, ModelSpec
+from bench.measure import gates
 from bench.measure.flops import CountFlops
-from bench.spec import CellSpec, DataSpec, MeasureSpec, ModelSpec
-from variants import patterns
+from bench.measure.gates import COST_LIMIT, GateFailed, cost_ratio, leak, reference_error
+from bench.model import activations
+from variants.attention.dense import Dense
 from variants.base import Dims, Out
-from variants.dense import Dense
-from variants.layers import masked_attention
+from variants.ops import masks
+from variants.ops.projections import masked_attention
 
 CPU = torch.device("cpu")
 DIMS = Dims(batch_size=2, seq_len=70, d_model=32, heads=2)
@@ -31,7 +32,7 @@ class MaskOff(Dense):
 
     def forward(self, x: Tensor, *, causal: bool, state: Any = None) -> Out:
         q, k, v = self.projections.split(x)
-        allowed = patterns.matrix(lambda i, j: j <= i + 1, x.shape[1])
+        allowed = masks.matrix(lambda i, j: j <= i + 1, x.shape[1])
         return Out(self.projections.merge(masked_attention(q, k, v, allowed)))
 
 
@@ -43,7 +44,7 @@ class SelectsAhead(Dense):
         norms = k.norm(dim=-1)  # (B, H, T)
         chosen = norms > 0.7 * norms.amax(dim=-1, keepdim=True)
         itself = torch.eye(x.shape[1], dtype=torch.bool)
-        allowed = patterns.matrix(patterns.causal, x.shape[1]) & chosen[:, :, None, :] | itself
+        allowed = masks.matrix(masks.causal, x.shape[1]) & chosen[:, :, None, :] | itself
         return Out(self.projections.merge(masked_attention(q, k, v, allowed)))
 
 
@@ -52,7 +53,7 @@ class ReadsItsBlock(Dense):
 
     def forward(self, x: Tensor, *, causal: bool, state: Any = None) -> Out:
         q, k, v = self.projections.split(x)
-        allowed = patterns.matrix(lambda i, j: j <= i // 16 * 16 + 15, x.shape[1])
+        allowed = masks.matrix(lambda i, j: j <= i // 16 * 16 + 15, x.shape[1])
         return Out(self.projections.merge(masked_attention(q, k, v, allowed)))
 
 
@@ -61,7 +62,7 @@ class ReadsPastItsBlock(Dense):
 
     def forward(self, x: Tensor, *, causal: bool, state: Any = None) -> Out:
         q, k, v = self.projections.split(x)
-        allowed = patterns.matrix(lambda i, j: (j <= i) | ((j == i + 1) & (j % 16 == 0)), x.shape[1])
+        allowed = masks.matrix(lambda i, j: (j <= i) | ((j == i + 1) & (j % 16 == 0)), x.shape[1])
         return Out(self.projections.merge(masked_attention(q, k, v, allowed)))
 
 
@@ -103,7 +104,7 @@ class RoundsAhead(Dense):
         q, k, v = self.projections.split(x)
         bucket = k.argmax(dim=-1)
         same = bucket[..., :, None] == bucket[..., None, :]
-        allowed = same & patterns.matrix(patterns.causal, x.shape[1])
+        allowed = same & masks.matrix(masks.causal, x.shape[1])
         y = self.projections.merge(masked_attention(q, k, v, allowed))
         return Out(y * (1 + 2.0**-23 * x[:, -1:].sum(dim=-1, keepdim=True).sign()))
 
@@ -454,7 +455,7 @@ def test_a_strategy_is_checked_and_its_figure_kept(tmp_path: Path, dtype: str) -
 def test_a_strategy_that_does_not_replay_randomness_is_caught(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str
 ) -> None:
-    monkeypatch.setattr(residual._Replay, "__call__", lambda self: torch.enable_grad())
+    monkeypatch.setattr(activations._Replay, "__call__", lambda self: torch.enable_grad())
     with pytest.raises(gates.GateFailed, match="recompute gate: activations=reversible"):
         gates.check(spec_of(activations="reversible", dtype=dtype), tmp_path, "code")
 

@@ -12,8 +12,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracles import byte_model
 
-from bench.history import RESAMPLES, TOLERANCE, LookBack, look_back, nll_after, summary, targets_of
-from bench.model import LanguageModel
+from bench.evaluate.context_use import (
+    RESAMPLES,
+    TOLERANCE,
+    LookBack,
+    look_back,
+    nll_after,
+    summary,
+    targets_of,
+)
+from bench.model.language_model import LanguageModel
 
 CPU = torch.device("cpu")
 T = 32

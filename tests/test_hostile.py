@@ -16,10 +16,10 @@ from hypothesis import strategies as st
 from test_report import record
 
 from bench import records
-from bench.progress import describe
+from bench.inputs.printable import printable
 from bench.records import Record
-from bench.records.printable import printable
 from bench.report import build, escape, markdown
+from bench.run.progress import describe
 
 TEXTS = {
     "tag": "<script>alert(1)</script><img src=x onerror=alert(1)>",

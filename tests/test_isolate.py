@@ -18,8 +18,8 @@ from pathlib import Path
 import pytest
 from conftest import wait_until
 
-from bench import cgroups
-from bench.last_words import TAIL_BYTES
+from bench.process import cgroups
+from bench.process.stderr_tail import TAIL_BYTES
 from bench.records import Record, read_all
 
 PLUGIN = """
@@ -27,7 +27,7 @@ import ctypes, mmap, os, signal, subprocess, sys, time
 from pathlib import Path
 import torch
 from variants.base import Out
-from variants.dense import Dense
+from variants.attention.dense import Dense
 
 HERE = Path(__file__).parent
 

@@ -11,8 +11,9 @@ import pytest
 from hydra import compose, initialize_config_dir
 
 import variants
-from bench import complaints, tasks
-from bench.config import parse
+from bench import tasks
+from bench.cli import errors
+from bench.config.parse import parse
 from variants.knobs import Knobs
 
 CONFIGS = {
@@ -90,9 +91,9 @@ def test_a_command_line_refuses_it_too(label: str, field: dataclasses.Field[Any]
     group = label.partition("=")[0]
     given = [label, f"{group}.{field.name}={YAML[str(field.type)]}"]
     folder = Path(__file__).parents[1] / "configs"
-    with initialize_config_dir(str(folder), version_base="1.3"), pytest.raises(complaints.KINDS) as caught:
+    with initialize_config_dir(str(folder), version_base="1.3"), pytest.raises(errors.KINDS) as caught:
         parse(compose("config", overrides=["device=cpu", *given]))
-    message = complaints.explain(caught.value, given, folder)
+    message = errors.explain(caught.value, given, folder)
     assert re.match(rf"{group}\.{field.name}\b", message)
     assert "\n" not in message
 

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from bench.measure.flops import CountFlops
-from variants.layers import Projections, local_attention, masked_attention, rotary, rotary_table
+from variants.ops.projections import Projections, local_attention, masked_attention, rotary, rotary_table
 
 both_directions = pytest.mark.parametrize("causal", [True, False])
 quick = settings(deadline=None, max_examples=40)

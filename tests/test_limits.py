@@ -11,9 +11,11 @@ import pytest
 from conftest import HANG_SECONDS
 from hydra import compose, initialize_config_dir
 
-from bench import CONFIGS, cgroups, limits
-from bench.config import parse
-from bench.spec import CellSpec
+from bench import CONFIGS
+from bench.config.parse import parse
+from bench.config.spec import CellSpec
+from bench.process import cgroups
+from bench.run import memory_limit
 
 GIB = 2**30
 V1_MOUNTS = """\
@@ -30,9 +32,9 @@ def spec_of(*overrides: str) -> CellSpec:
 
 
 def test_a_limit_is_what_was_asked_for_or_what_is_free() -> None:
-    assert limits.memory_bytes(spec_of("measure.limit_bytes=3GiB")) == 3 * GIB
-    free = limits.memory_bytes(spec_of())
-    assert 2**20 < free <= (limits.available_bytes() or limits.UNLIMITED) + GIB
+    assert memory_limit.memory_bytes(spec_of("measure.limit_bytes=3GiB")) == 3 * GIB
+    free = memory_limit.memory_bytes(spec_of())
+    assert 2**20 < free <= (memory_limit.available_bytes() or memory_limit.UNLIMITED) + GIB
 
 
 def machine(proc: Path, *, membership: str, mounts: str, root: str = "/") -> Path:
@@ -99,7 +101,7 @@ def test_where_groups_count_nothing_the_machine_does(tmp_path: Path) -> None:
 def test_a_system_without_any_of_it_says_nothing(tmp_path: Path) -> None:
     assert cgroups.groups(tmp_path) == []
     assert cgroups.free_bytes(tmp_path) is cgroups.oom_kills(tmp_path) is None
-    assert limits.available_bytes(tmp_path) is None
+    assert memory_limit.available_bytes(tmp_path) is None
 
 
 HELD = """
@@ -109,11 +111,11 @@ import torch
 import sys
 sys.path.insert(0, "tests")
 from test_limits import spec_of
-from bench import limits
+from bench.run import memory_limit
 from bench.measure.memory import resident_bytes
 
 torch.ones(2**20).sum()  # what a process has before
-limits.hold(spec_of(), 256 * 2**20)
+memory_limit.hold(spec_of(), 256 * 2**20)
 taken = 0
 kept = []
 try:
@@ -142,4 +144,4 @@ def test_a_process_is_held_to_its_limit_and_is_the_first_to_go() -> None:
     told = json.loads(done.stdout)
     assert 250 * 2**20 < told["taken"] < 512 * 2**20
     assert "can't allocate memory" in told["words"]
-    assert told["score"] == limits.FIRST_TO_GO
+    assert told["score"] == memory_limit.FIRST_TO_GO

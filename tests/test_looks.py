@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 import variants
-from bench import looks
-from bench.looks import Looks
-from bench.model import LanguageModel
+from bench.evaluate import attention_stats
+from bench.evaluate.attention_stats import Looks
+from bench.model.language_model import LanguageModel
 from bench.tasks.base import Batch
 from variants.base import Dims
 
@@ -45,7 +45,7 @@ def batches(count: int = 2, *, seq_len: int = T) -> list[Batch]:
 
 
 def looked(model: LanguageModel, *, causal: bool, seq_len: int = T) -> Looks:
-    return looks.look(model, batches(seq_len=seq_len), causal=causal, device=CPU)
+    return attention_stats.look(model, batches(seq_len=seq_len), causal=causal, device=CPU)
 
 
 @torch.no_grad()
@@ -116,7 +116,7 @@ def test_what_clusters_catch(monkeypatch: pytest.MonkeyPatch) -> None:
     """With the clusters given: queries and keys of even positions in one, of odd ones in the other."""
     parity = torch.arange(T) % 2
     monkeypatch.setattr(
-        looks, "clusters", lambda q, k: (parity.expand(len(q), -1), parity.expand(len(q), -1))
+        attention_stats, "clusters", lambda q, k: (parity.expand(len(q), -1), parity.expand(len(q), -1))
     )
     model = model_of("dense")
     found = looked(model, causal=True)
@@ -140,7 +140,7 @@ def test_clusters_find_what_belongs_together() -> None:
     of_query, of_key = (torch.randint(0, 4, (2, 16), generator=source) for _ in range(2))
     of_key[:, ::4] = torch.arange(4)  # the keys from which centroids start
     q, k = (directions[of] + 0.05 * torch.randn(2, 16, 8, generator=source) for of in (of_query, of_key))
-    found = torch.cat(looks.clusters(q, k), dim=1)
+    found = torch.cat(attention_stats.clusters(q, k), dim=1)
     truth = torch.cat([of_query, of_key], dim=1)
     for mine, given in zip(found, truth, strict=True):
         assert torch.equal(mine[:, None] == mine, given[:, None] == given)

@@ -17,13 +17,13 @@ from hypothesis import strategies as st
 import variants
 from bench.measure.memory import LiveStorage, reset_rss_peak, resident_bytes, tensor_bytes
 from bench.measure.step import StepFigures, Subject, on_host, predicted
-from bench.model import LanguageModel
+from bench.model.activations import STRATEGIES
+from bench.model.language_model import LanguageModel
 from bench.records import parse
-from bench.residual import STRATEGIES
 from bench.tasks import text
-from variants import patterns
-from variants._kernels import Alike, flex
 from variants.base import Dims
+from variants.ops import masks
+from variants.ops.backends import Alike, flex
 
 CPU = torch.device("cpu")
 ROOT = Path(__file__).parents[1]
@@ -99,7 +99,7 @@ def test_live_is_the_sum_of_the_storages_that_somebody_holds(actions: list[tuple
 def test_compiled_kernels_stay_compiled_and_what_they_return_is_seen() -> None:
     """FlexAttention would run uncompiled under a mode that does not let it be, and refuses."""
     q = torch.randn(1, 2, 256, 16)
-    rule = Alike(patterns.causal)
+    rule = Alike(masks.causal)
     expected = flex(q, q, q, rule)  # keeps the block mask
     with LiveStorage() as storage:
         y = flex(q, q, q, rule).clone()
@@ -242,8 +242,8 @@ FRESH_PROCESS = '''
 import dataclasses, gc, sys
 import torch
 from hydra import compose, initialize_config_dir
-from bench import config
-from bench.planning import build_model
+from bench.config import parse
+from bench.measure.predict import build_model
 from bench.measure.memory import reset_rss_peak, resident_bytes
 from bench.measure.step import Subject
 from bench.tasks import text
@@ -257,7 +257,7 @@ def train(spec):
     subject.step()
 
 with initialize_config_dir(sys.argv[1], version_base="1.3"):
-    spec = config.parse(compose("config", overrides=sys.argv[2:])).spec
+    spec = parse.parse(compose("config", overrides=sys.argv[2:])).spec
 # A step of another, tiny model first: the math libraries start their threads, read their code and make
 # their tables when they are first used. That is the process's, not the step's, and tens of MiB.
 tiny = dataclasses.replace(spec.model, d_model=32, heads=2)

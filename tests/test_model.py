@@ -8,9 +8,9 @@ import pytest
 import torch
 
 import variants
-from bench.model import LanguageModel
+from bench.model.language_model import LanguageModel
 from bench.tasks.text import IGNORED, VOCABULARY, Batch
-from bench.train import optimizer_for, training_step
+from bench.train.loop import optimizer_for, training_step
 from variants.base import Chunks, Dims
 
 T, C, HEADS = 301, 32, 2

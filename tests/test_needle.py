@@ -13,11 +13,11 @@ from torch import Tensor
 
 import variants
 from bench import tasks
-from bench.model import LanguageModel
-from bench.reach import reach
+from bench.evaluate.receptive_field import reach
+from bench.model.language_model import LanguageModel
 from bench.tasks.base import IGNORED, Batch, Setting
 from bench.tasks.needle import NEAREST, Needle, NeedleConfig
-from bench.train import Budget, train
+from bench.train.loop import Budget, train
 from variants.base import Dims
 
 T = 32

@@ -175,9 +175,9 @@ def test_an_older_driver_lacks_functions(tmp_path: Path) -> None:
 HARNESS = """
 import json, os, sys, threading, time
 import torch
-from bench import limits
-from bench.spec import CellSpec, DataSpec, MeasureSpec, ModelSpec
-from bench.measure import nvml, surroundings
+from bench.run import memory_limit
+from bench.config.spec import CellSpec, DataSpec, MeasureSpec, ModelSpec
+from bench.measure import nvml, contention
 
 def say(**told):
     os.environ.update({"NVML_" + name: str(value) for name, value in told.items()})
@@ -185,7 +185,7 @@ def say(**told):
 GIB = 2**30
 device = torch.device("cuda")
 nvml.uuid = lambda name: "GPU-of-this-machine"  # torch names a device that it has
-limits.device_uuid = lambda name: "GPU-of-this-machine"
+memory_limit.device_uuid = lambda name: "GPU-of-this-machine"
 say(used=GIB, energy=7000, reasons=0)
 
 def spec(limit=None):
@@ -195,24 +195,25 @@ def spec(limit=None):
         measure=MeasureSpec(limit_bytes=limit),
     )
 
-print(json.dumps({"free": limits.memory_bytes(spec()), "asked": limits.memory_bytes(spec(5))}))
-window = surroundings.Window(device)
+print(json.dumps({"free": memory_limit.memory_bytes(spec()), "asked": memory_limit.memory_bytes(spec(5))}))
+window = contention.Window(device)
 say(energy=9500)
 joules = window.joules()
 say(reasons=32)
 print(json.dumps({"joules": joules, **window.end()}))
 
-first = limits.settle("cuda")
+first = memory_limit.settle("cuda")
 say(used=3 * GIB)
 threading.Timer(0.3, say, kwargs={"used": GIB + 4096}).start()
-returned = limits.leftover_bytes("GPU-of-this-machine", 3600)
+returned = memory_limit.leftover_bytes("GPU-of-this-machine", 3600)
 say(used=3 * GIB)
-kept = limits.leftover_bytes("GPU-of-this-machine", 0.2)
+kept = memory_limit.leftover_bytes("GPU-of-this-machine", 0.2)
 say(used=GIB // 2)
-lower = limits.settle("cuda")
+lower = memory_limit.settle("cuda")
 say(used="!3")
 print(json.dumps({"first": first, "returned": returned, "kept": kept, "lower": lower,
-    "untold": limits.settle("cuda"), "cpu": limits.settle("cpu"), "free": limits.memory_bytes(spec())}))
+    "untold": memory_limit.settle("cuda"), "cpu": memory_limit.settle("cpu"),
+    "free": memory_limit.memory_bytes(spec())}))
 """
 
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from bench.checks import ConfigError
-from bench.paths import LONGEST_NAME, user_path
+from bench.inputs.errors import ConfigError
+from bench.inputs.paths import LONGEST_NAME, user_path
 
 USER = pwd.getpwuid(os.getuid())
 

@@ -10,7 +10,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from variants import patterns
+from variants.ops import masks
 
 lengths = st.integers(1, 24)
 
@@ -20,60 +20,60 @@ def drawn(seq_len: int, may_read: Callable[[int, int], bool]) -> Tensor:
     return torch.tensor([[may_read(i, j) for j in range(seq_len)] for i in range(seq_len)])
 
 
-def assert_is(rule: patterns.Rule, seq_len: int, may_read: Callable[[int, int], bool]) -> None:
-    found = patterns.matrix(rule, seq_len)
+def assert_is(rule: masks.Rule, seq_len: int, may_read: Callable[[int, int], bool]) -> None:
+    found = masks.matrix(rule, seq_len)
     assert found.dtype == torch.bool
     assert torch.equal(found, drawn(seq_len, may_read))
 
 
-def rules() -> st.SearchStrategy[patterns.Rule]:
+def rules() -> st.SearchStrategy[masks.Rule]:
     """Any of the basic rules."""
     return st.one_of(
-        st.sampled_from([patterns.anything, patterns.causal]),
-        st.builds(patterns.window, st.integers(1, 8), st.integers(1, 3)),
-        st.builds(lambda size: patterns.same(lambda i: i // size), st.integers(1, 8)),
-        st.builds(lambda shift, size: patterns.span(lambda i: i - shift, size), st.integers(-4, 9), lengths),
+        st.sampled_from([masks.anything, masks.causal]),
+        st.builds(masks.window, st.integers(1, 8), st.integers(1, 3)),
+        st.builds(lambda size: masks.same(lambda i: i // size), st.integers(1, 8)),
+        st.builds(lambda shift, size: masks.span(lambda i: i - shift, size), st.integers(-4, 9), lengths),
     )
 
 
 @given(seq_len=lengths)
 def test_anything_and_causal(seq_len: int) -> None:
-    assert_is(patterns.anything, seq_len, lambda i, j: True)
-    assert_is(patterns.causal, seq_len, lambda i, j: j <= i)
+    assert_is(masks.anything, seq_len, lambda i, j: True)
+    assert_is(masks.causal, seq_len, lambda i, j: j <= i)
 
 
 @given(seq_len=lengths, size=st.integers(1, 30), dilation=st.integers(1, 6))
 def test_window_lists_its_neighbours(seq_len: int, size: int, dilation: int) -> None:
     offsets = {n * dilation for n in range(-(size - 1), size)}
-    assert_is(patterns.window(size, dilation), seq_len, lambda i, j: j - i in offsets)
+    assert_is(masks.window(size, dilation), seq_len, lambda i, j: j - i in offsets)
 
 
 @given(seq_len=lengths, size=st.integers(1, 30))
 def test_same_group(seq_len: int, size: int) -> None:
-    assert_is(patterns.same(lambda i: i // size), seq_len, lambda i, j: i // size == j // size)
-    assert_is(patterns.same(lambda i: i % size), seq_len, lambda i, j: (i - j) % size == 0)
+    assert_is(masks.same(lambda i: i // size), seq_len, lambda i, j: i // size == j // size)
+    assert_is(masks.same(lambda i: i % size), seq_len, lambda i, j: (i - j) % size == 0)
 
 
 @given(seq_len=lengths, shift=st.integers(-10, 10), length=st.integers(0, 30))
 def test_span_is_half_open(seq_len: int, shift: int, length: int) -> None:
-    rule = patterns.span(lambda i: i + shift, length)
+    rule = masks.span(lambda i: i + shift, length)
     assert_is(rule, seq_len, lambda i, j: j in range(i + shift, i + shift + length))
 
 
 @given(seq_len=lengths, some=st.lists(rules(), min_size=1, max_size=4))
-def test_composition_is_logic(seq_len: int, some: list[patterns.Rule]) -> None:
-    drawings = torch.stack([patterns.matrix(rule, seq_len) for rule in some])
-    assert torch.equal(patterns.matrix(patterns.both(*some), seq_len), drawings.all(dim=0))
-    assert torch.equal(patterns.matrix(patterns.either(*some), seq_len), drawings.any(dim=0))
+def test_composition_is_logic(seq_len: int, some: list[masks.Rule]) -> None:
+    drawings = torch.stack([masks.matrix(rule, seq_len) for rule in some])
+    assert torch.equal(masks.matrix(masks.both(*some), seq_len), drawings.all(dim=0))
+    assert torch.equal(masks.matrix(masks.either(*some), seq_len), drawings.any(dim=0))
 
 
 @given(seq_len=lengths, rule=rules(), data=st.data())
-def test_a_rule_is_pure_in_its_indices(seq_len: int, rule: patterns.Rule, data: st.DataObject) -> None:
+def test_a_rule_is_pure_in_its_indices(seq_len: int, rule: masks.Rule, data: st.DataObject) -> None:
     """A part of a pattern is the rule of those indices: it may be drawn in tiles of any shape."""
     some = st.lists(st.integers(0, seq_len - 1), min_size=1, max_size=6).map(torch.tensor)
     i, j = data.draw(some), data.draw(some)
     tile = rule(i[:, None], j[None, :])
-    assert torch.equal(tile, patterns.matrix(rule, seq_len)[i][:, j])
+    assert torch.equal(tile, masks.matrix(rule, seq_len)[i][:, j])
 
 
 @given(seq_len=st.integers(1, 60), size=st.integers(1, 80), is_causal=st.booleans())
@@ -81,24 +81,24 @@ def test_a_rule_is_pure_in_its_indices(seq_len: int, rule: patterns.Rule, data: 
 @example(seq_len=9, size=9, is_causal=True)
 @example(seq_len=9, size=10, is_causal=False)
 def test_window_pairs_counts_the_matrix(seq_len: int, size: int, is_causal: bool) -> None:
-    rule = patterns.window(size)
-    drawing = patterns.matrix(patterns.both(rule, patterns.causal) if is_causal else rule, seq_len)
-    assert patterns.window_pairs(seq_len, size, is_causal=is_causal) == int(drawing.sum())
+    rule = masks.window(size)
+    drawing = masks.matrix(masks.both(rule, masks.causal) if is_causal else rule, seq_len)
+    assert masks.window_pairs(seq_len, size, is_causal=is_causal) == int(drawing.sum())
 
 
 @pytest.mark.parametrize("is_causal", [True, False])
 def test_window_pairs_of_nothing(is_causal: bool) -> None:
-    assert patterns.window_pairs(0, 5, is_causal=is_causal) == 0
+    assert masks.window_pairs(0, 5, is_causal=is_causal) == 0
 
 
 @given(seq_len=st.integers(1, 12), layers=st.lists(rules(), min_size=1, max_size=4))
-def test_composed_follows_paths(seq_len: int, layers: list[patterns.Rule]) -> None:
+def test_composed_follows_paths(seq_len: int, layers: list[masks.Rule]) -> None:
     """An output depends on what a path of reads, or of staying, leads to, from the highest layer down."""
-    drawings = [patterns.matrix(rule, seq_len) for rule in layers]
+    drawings = [masks.matrix(rule, seq_len) for rule in layers]
     expected = torch.zeros(seq_len, seq_len, dtype=torch.bool)
     for i in range(seq_len):
         held = {i}
         for drawing in reversed(drawings):
             held |= {j for k in held for j in range(seq_len) if drawing[k, j]}
         expected[i, list(held)] = True
-    assert torch.equal(patterns.composed(drawings), expected)
+    assert torch.equal(masks.composed(drawings), expected)

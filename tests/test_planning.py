@@ -10,13 +10,14 @@ from hydra import compose, initialize_config_dir
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bench import planning
-from bench.checks import ConfigError, parse_bytes
-from bench.config import parse
+from bench.config.parse import parse
+from bench.config.spec import CellSpec
+from bench.config.validate import parse_bytes
+from bench.inputs.errors import ConfigError
+from bench.measure import predict
+from bench.measure.predict import Plan
 from bench.measure.step import on_host
-from bench.planning import Plan
 from bench.report import budgets
-from bench.spec import CellSpec
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 MIB = 2**20
@@ -53,7 +54,7 @@ def test_the_largest_is_found_to_within_a_hundredth(
         calls.append(n)
         return max(floor, fixed + int(slope * (-(-n // step) * step) ** power))
 
-    got = planning.largest(peak, budget, 3000)
+    got = predict.largest(peak, budget, 3000)
     searched = len(calls)
     want = best(peak, budget, 3000)
     assert want / 1.01 - 1 <= got <= want
@@ -68,16 +69,16 @@ def test_an_affine_peak_takes_few_predictions(fixed: int, slope: int, budget: in
         calls.append(n)
         return fixed + slope * n
 
-    planning.largest(peak, budget, 2**14)
+    predict.largest(peak, budget, 2**14)
     assert len(calls) <= 6
     assert len(set(calls)) == len(calls)
 
 
 def test_the_ends_of_the_search() -> None:
-    assert planning.largest(lambda n: n, 0, 10) == 0
-    assert planning.largest(lambda n: 1, 1, 10) == 10
-    assert planning.largest(lambda n: 1, 1, 1) == 1
-    assert planning.largest(lambda n: n, 1, 10) == 1
+    assert predict.largest(lambda n: n, 0, 10) == 0
+    assert predict.largest(lambda n: 1, 1, 10) == 10
+    assert predict.largest(lambda n: 1, 1, 1) == 1
+    assert predict.largest(lambda n: n, 1, 10) == 1
 
 
 # --- what fits -----------------------------------------------------------------------------------
@@ -95,10 +96,10 @@ def test_what_is_said_to_fit_fits_and_one_more_does_not(name: str) -> None:
         return plan.predict(**changed).peak_bytes
 
     longest = plan.longest_seq_len(budget)
-    assert longest % planning.TOKENS == 0
+    assert longest % predict.TOKENS == 0
     assert peak(seq_len=longest) <= budget
-    more = max(longest + planning.TOKENS, int(longest * 1.02))
-    assert longest == planning.MOST_TOKENS or peak(seq_len=more) > budget
+    more = max(longest + predict.TOKENS, int(longest * 1.02))
+    assert longest == predict.MOST_TOKENS or peak(seq_len=more) > budget
     batch = plan.largest_batch_size(budget)
     assert peak(batch_size=batch) <= budget < peak(batch_size=batch + 1)
 
@@ -113,7 +114,7 @@ def test_the_planned_peak_is_the_measured_one_for_every_task(variant: str, data:
     make_task, config, setting = spec.task()
     task = make_task(config, setting)
     assert task.unsupported() is None
-    _, figures = on_host(lambda: planning.subject(spec, lambda: task.train_batch(0, 0.0), planning.CPU))
+    _, figures = on_host(lambda: predict.subject(spec, lambda: task.train_batch(0, 0.0), predict.CPU))
     assert Plan(spec).predict().peaks == figures.peaks
 
 
@@ -124,7 +125,7 @@ def test_nothing_fits_into_nothing() -> None:
 
 
 def test_the_report_knows_where_searches_end() -> None:
-    assert (budgets.LONGEST, budgets.LARGEST) == (planning.MOST_TOKENS, planning.MOST_SEQUENCES)
+    assert (budgets.LONGEST, budgets.LARGEST) == (predict.MOST_TOKENS, predict.MOST_SEQUENCES)
 
 
 # --- sizes in memory -------------------------------------------------------------------------------

@@ -13,10 +13,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import variants
 from bench.measure.memory import LiveStorage
 from bench.measure.step import DistinctSegments, StepFigures, Subject, on_host, predicted
-from bench.model import LanguageModel
+from bench.model.language_model import LanguageModel
 from bench.tasks import text
+from variants.attention.compressive import COMPRESSIONS
 from variants.base import Dims
-from variants.compressive import COMPRESSIONS
 
 CPU = torch.device("cpu")
 

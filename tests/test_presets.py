@@ -15,8 +15,8 @@ from hydra_plugins.longctx_bench import CheckedSource
 from omegaconf import OmegaConf
 
 from bench import CONFIGS
-from bench.checks import ConfigError
-from bench.config import parse
+from bench.config.parse import parse
+from bench.inputs.errors import ConfigError
 
 
 def source(folder: Path) -> CheckedSource:

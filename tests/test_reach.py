@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import variants
-from bench.model import LanguageModel
-from bench.reach import connected_share, dependence, reach
-from variants import patterns
+from bench.evaluate.receptive_field import connected_share, dependence, reach
+from bench.model.language_model import LanguageModel
 from variants.base import Dims
+from variants.ops import masks
 
 T = 41
 KNOBS: dict[str, dict[str, Any]] = {
@@ -90,7 +90,7 @@ def test_windows_of_overlapping_chunks_do_not_chain() -> None:
     """Each window runs through all layers by itself, though the windows have tokens in common."""
     model = model_of("overlapping", {"chunk": 8}, depth=4)
     assert reach(model, 32, causal=True) == 7
-    naive = patterns.composed([layer.pattern(32, causal=True) for layer in model.layers])  # type: ignore[misc]
+    naive = masks.composed([layer.pattern(32, causal=True) for layer in model.layers])  # type: ignore[misc]
     assert naive[-1, : 32 - 8].any(), "composing the patterns alone would say more"
 
 

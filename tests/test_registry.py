@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 import variants
+from variants import attention
 
 MODULE = '''
 """A variant of somebody else's: every token reads itself and the token `lag` before it."""
@@ -26,7 +27,7 @@ import torch
 from torch import Tensor
 
 from variants.base import Attention, Caps, Complexity, Dims, Flops, Out, VariantConfig
-from variants.layers import Projections, masked_attention
+from variants.ops.projections import Projections, masked_attention
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,11 +120,10 @@ def plugged(tmp_path: Path) -> Path:
 # --- what is built in -----------------------------------------------------------------------------
 
 
-def test_names_are_sorted_modules_without_the_shared_ones() -> None:
-    folder = Path(variants.__file__).parent
-    modules = {path.stem for path in folder.glob("*.py") if not path.stem.startswith("_")}
+def test_names_are_the_sorted_modules_of_attention() -> None:
+    modules = {path.stem for path in Path(attention.__file__).parent.glob("*.py")}
     own = {*variants.names()} - {point.name for point in entry_points(group=variants.ENTRY_POINTS)}
-    assert own == modules - {"base", "knobs", "layers", "patterns"}
+    assert own == modules - {"__init__"}
     assert variants.names() == sorted(set(variants.names()))
 
 
@@ -134,7 +134,7 @@ def test_every_name_loads_a_variant_of_its_module(name: str) -> None:
     loaded = variants.load(name)
     assert issubclass(loaded, Attention)
     if name not in variants.plugins():
-        assert loaded.__module__ == f"variants.{name}"
+        assert loaded.__module__ == f"variants.attention.{name}"
 
 
 @pytest.mark.parametrize("asked", ["variants.names()", "import variants.__main__", "variants.plugins()"])
@@ -143,7 +143,7 @@ def test_listing_imports_no_variant_and_no_torch(asked: str, plugged: Path, tmp_
 import sys, variants
 {asked}
 heavy = {{"torch", "numpy", "hydra", "lagged_attention"}} & {{*sys.modules}}
-loaded = {{f"variants.{{name}}" for name in variants.names()}} & {{*sys.modules}}
+loaded = {{f"variants.attention.{{name}}" for name in variants.names()}} & {{*sys.modules}}
 assert not heavy and not loaded, (heavy, loaded)
 """
     done = python("-c", code, path=plugged, cwd=tmp_path)
@@ -196,7 +196,7 @@ def test_unknown_name_is_refused_with_the_nearest(wrong: str, near: str) -> None
     assert all(name in message for name in variants.names())
 
 
-@pytest.mark.parametrize("wrong", ["", "xyzzy", "base", "layers", "patterns", "__main__", "../dense"])
+@pytest.mark.parametrize("wrong", ["", "xyzzy", "base", "ops", "attention", "__init__", "../dense"])
 def test_what_is_no_variant_is_refused(wrong: str) -> None:
     with pytest.raises(variants.UnknownVariant):
         variants.load(wrong)
@@ -208,8 +208,8 @@ def test_what_is_no_variant_is_refused(wrong: str) -> None:
 @pytest.fixture
 def dropped_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder that `variants` also looks into; what is imported from it is forgotten afterwards."""
-    monkeypatch.setattr(variants, "__path__", [*variants.__path__, str(tmp_path)])
-    for module in ("variants.lagged", "variants.empty", "variants._shared"):
+    monkeypatch.setattr(attention, "__path__", [*attention.__path__, str(tmp_path)])
+    for module in ("variants.attention.lagged", "variants.attention.empty"):
         monkeypatch.delitem(sys.modules, module, raising=False)
     return tmp_path
 
@@ -221,15 +221,13 @@ def test_one_file_is_enough(dropped_in: Path) -> None:
     assert variants.load("lagged").__name__ == "Lagged"
 
 
-def test_a_file_with_an_underscore_is_shared_code(dropped_in: Path) -> None:
-    before = variants.names()
-    (dropped_in / "_shared.py").write_text(MODULE)
-    assert variants.names() == before
-
-
 @pytest.mark.parametrize(
     ("text", "count"),
-    [("", 0), ("from variants.dense import Dense", 0), (MODULE + "\n\nclass More(Lagged): ...\n", 2)],
+    [
+        ("", 0),
+        ("from variants.attention.dense import Dense", 0),
+        (MODULE + "\n\nclass More(Lagged): ...\n", 2),
+    ],
 )
 def test_a_module_must_define_one_variant(dropped_in: Path, text: str, count: int) -> None:
     (dropped_in / "empty.py").write_text(text)
@@ -330,7 +328,7 @@ def test_a_plugin_that_cannot_be_imported_says_why_and_still_has_its_source(
     """So that its cell becomes a record, and not the end of a sweep."""
     module = plugged / "lagged_attention/lagged.py"
     module.write_text(text)
-    code = "from bench.code_hash import closure; import variants; "
+    code = "from bench.run.code_hash import closure; import variants; "
     code += "print(*closure([variants.module_of('lagged')]))"
     source = python("-c", code, path=plugged, cwd=tmp_path)
     assert source.stdout.split() == ["lagged_attention.lagged", "lagged_attention"], source.stderr

@@ -16,14 +16,13 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import variants
-from bench import planning
-from bench.config import parse
-from bench.measure import step
+from bench.config.parse import parse
+from bench.config.spec import CellSpec
+from bench.measure import predict, step
 from bench.measure.flops import CountFlops
+from bench.measure.memoize import Repeats
 from bench.measure.memory import LiveStorage
-from bench.measure.repeats import Repeats
-from bench.spec import CellSpec
-from variants._repeats import following, repeatable
+from variants.ops.memoizable import following, repeatable
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 
@@ -40,9 +39,9 @@ def test_a_plan_is_the_same_as_without(
 ) -> None:
     """Every figure, each phase's peak and its split among them."""
     spec = spec_of(f"variant={variant}", f"activations={activations}", "seq_len=400", "depth=2")
-    got = planning.Plan(spec).predict()
+    got = predict.Plan(spec).predict()
     monkeypatch.setattr(step, "following", lambda _: nullcontext())
-    assert got == planning.Plan(spec).predict()
+    assert got == predict.Plan(spec).predict()
 
 
 def operations(monkeypatch: pytest.MonkeyPatch, *overrides: str) -> int:
@@ -55,7 +54,7 @@ def operations(monkeypatch: pytest.MonkeyPatch, *overrides: str) -> int:
 
     with monkeypatch.context() as patch:
         patch.setattr(LiveStorage, "__torch_dispatch__", counted)
-        planning.Plan(spec_of(*overrides)).predict()
+        predict.Plan(spec_of(*overrides)).predict()
     return next(count)
 
 

@@ -16,7 +16,6 @@ from matplotlib.collections import PolyCollection
 from test_report import failed, record, table, write
 from test_report_memory import frame_of, look, text_of
 
-from bench import curves as kept
 from bench import records
 from bench.records import Record
 from bench.report import build, curve_plots, rate_plots
@@ -24,6 +23,7 @@ from bench.report.collect import collect
 from bench.report.curves import training_curves
 from bench.report.rates import rate_cells
 from bench.report.statistics import quality_cells
+from bench.train import loss_curve as kept
 
 RATES = (0.001, 0.002, 0.004, 0.008)
 LOSSES = {

@@ -20,7 +20,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 from test_report import failed, number, record, table, write
 
-from bench import planning
+from bench.measure import predict
 from bench.records import Record
 from bench.report import budget_plots, budgets, build, canvas, memory, memory_plots
 from bench.report.collect import collect
@@ -386,7 +386,7 @@ def test_what_fits_by_variant_strategy_and_depth(tmp_path: Path) -> None:
 
 
 def test_the_search_ends_where_the_planner_ends_it() -> None:
-    assert (budgets.LONGEST, budgets.LARGEST) == (planning.MOST_TOKENS, planning.MOST_SEQUENCES)
+    assert (budgets.LONGEST, budgets.LARGEST) == (predict.MOST_TOKENS, predict.MOST_SEQUENCES)
 
 
 def dots(axis: Axes) -> list[Line2D]:

@@ -17,11 +17,11 @@ from test_report import record, table
 from test_report_memory import frame_of, text_of
 
 import variants
-from bench.cell import CellRun
-from bench.config import parse
+from bench.config.parse import parse
 from bench.records import Record
 from bench.report.scaling import FEWEST, SPAN, TOLERANCE, Fit, exponents, fit, verdict
 from bench.report.statistics import cost_cells
+from bench.run.cell import CellRun
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 LENGTHS = (512, 1024, 2048, 4096)

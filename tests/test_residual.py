@@ -11,15 +11,15 @@ import torch
 from torch import Tensor
 
 import variants
-from bench import residual
-from bench.checks import ACTIVATIONS
+from bench.config.validate import ACTIVATIONS
 from bench.measure.step import StepFigures, Subject, predicted
-from bench.model import LanguageModel
+from bench.model import activations as strategies
+from bench.model.language_model import LanguageModel
 from bench.tasks.text import Batch
-from bench.train import optimizer_for, training_step
+from bench.train.loop import optimizer_for, training_step
 from variants.base import Dims
 
-ON_HOST = [name for name, strategy in residual.STRATEGIES.items() if not strategy.needs_device]
+ON_HOST = [name for name, strategy in strategies.STRATEGIES.items() if not strategy.needs_device]
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 4e-3}
 """Largest error of a gradient, relative to the largest entry of any: rounding of the matrix products."""
 
@@ -72,7 +72,7 @@ def wanted(name: str, *, two_streams: bool, **options: Any) -> dict[str, Tensor]
     """The gradients with every activation stored, and one feed-forward piece at a time in two streams."""
     model = model_of(name, "keep", **options)
     if two_streams:
-        model.run_blocks = residual.two_streams
+        model.run_blocks = strategies.two_streams
     return stepped(model, 600, causal=objective(name))
 
 
@@ -123,7 +123,7 @@ def test_rebuilt_activations_drift_little_and_more_further_down() -> None:
     """Floats do not subtract exactly; level 1 is rebuilt last."""
     model = model_of("dense", "reversible", depth=6, dropout=0.0)
     drift: dict[int, float] = {}
-    with model.running(partial(residual.reversible, drift=drift)):
+    with model.running(partial(strategies.reversible, drift=drift)):
         stepped(model, 200, causal=True)
     assert sorted(drift) == [1, 2, 3, 4, 5, 6]
     assert 0 < drift[6] <= drift[1] < 1e-5
@@ -131,10 +131,10 @@ def test_rebuilt_activations_drift_little_and_more_further_down() -> None:
 
 def test_drift_sees_a_branch_that_is_not_replayed(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is fed back differs from what was fed forward, as with randomness that is drawn anew."""
-    monkeypatch.setattr(residual._Replay, "__call__", lambda self: torch.enable_grad())
+    monkeypatch.setattr(strategies._Replay, "__call__", lambda self: torch.enable_grad())
     model = model_of("dense", "reversible")
     drift: dict[int, float] = {}
-    with model.running(partial(residual.reversible, drift=drift)):
+    with model.running(partial(strategies.reversible, drift=drift)):
         stepped(model, 200, causal=True)
     assert max(drift.values()) > 1e-2
 
@@ -153,15 +153,15 @@ def test_evaluation_of_a_reversible_network_is_that_of_its_streams() -> None:
     tokens = batch_of(model, 300).inputs
     with torch.no_grad():
         got = model(tokens, causal=True).logits
-        with model.running(residual.two_streams):
+        with model.running(strategies.two_streams):
             assert torch.equal(got, model(tokens, causal=True).logits)
 
 
 def test_offloading_needs_a_device() -> None:
-    assert residual.STRATEGIES["offload"].unsupported("cuda") is None
-    assert "cpu" in (residual.STRATEGIES["offload"].unsupported("cpu") or "")
-    assert [name for name in ACTIVATIONS if name not in residual.STRATEGIES] == []
-    assert len(ACTIVATIONS) == len(residual.STRATEGIES)
+    assert strategies.STRATEGIES["offload"].unsupported("cuda") is None
+    assert "cpu" in (strategies.STRATEGIES["offload"].unsupported("cpu") or "")
+    assert [name for name in ACTIVATIONS if name not in strategies.STRATEGIES] == []
+    assert len(ACTIVATIONS) == len(strategies.STRATEGIES)
 
 
 # --- memory and work by depth -------------------------------------------------------------------

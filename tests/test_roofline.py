@@ -12,11 +12,11 @@ import pytest
 import torch
 from hydra import compose, initialize_config_dir
 
-from bench import isolate, limits
-from bench.config import parse
+from bench.config.parse import parse
+from bench.config.spec import Cell
 from bench.measure import roofline
 from bench.measure.roofline import AboveRoofline, Peaks, Roofline
-from bench.spec import Cell
+from bench.run import isolate, memory_limit
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 CPU = torch.device("cpu")
@@ -183,7 +183,7 @@ def cell(tmp_path: Path) -> Iterator[Cell]:
 
 def ran(cell: Cell) -> Told:
     told = Told()
-    told |= isolate._outcome(cell, "cell", "code", limits.memory_bytes(cell.spec), told)  # type: ignore[arg-type]
+    told |= isolate._outcome(cell, "cell", "code", memory_limit.memory_bytes(cell.spec), told)  # type: ignore[arg-type]
     return told
 
 

@@ -16,15 +16,16 @@ from hydra import compose, initialize_config_dir
 from test_records import record_of
 from test_sweep import apart
 
-from bench import CONFIGS, cluster, records, sweep
-from bench.checks import ConfigError
-from bench.config import parse
+from bench import CONFIGS, records
+from bench.config.parse import parse
+from bench.config.spec import Cell, ClusterSpec
+from bench.inputs.errors import ConfigError
 from bench.records import Record
 from bench.records.bounds import WHOLE
 from bench.records.check import check
 from bench.records.compact import compact
 from bench.report.collect import collect
-from bench.spec import Cell, ClusterSpec
+from bench.run import cluster, sweep
 
 TINY = ["data=stdlib", "measure=plan", "seq_len=16", "depth=1", "model.d_model=16", "device=cpu"]
 BEYOND = 2**63

@@ -15,9 +15,9 @@ from typing import Any
 import pytest
 import torch
 
-from bench.measure import nvml, surroundings
+from bench.measure import contention, nvml
+from bench.measure.contention import Surroundings, Window
 from bench.measure.nvml import DeviceState
-from bench.measure.surroundings import Surroundings, Window
 from bench.records import KEYS
 
 CPU = torch.device("cpu")
@@ -100,10 +100,10 @@ def test_the_cores_that_others_keep_busy_are_counted() -> None:
 @pytest.mark.parametrize(("seconds", "told"), [(0.001, None), (0.079, None), (0.1, 0.2), (2.0, 0.01)])
 def test_a_window_shorter_than_its_ticks_does_not_count_them(seconds: float, told: float | None) -> None:
     """One tick of 10 ms within 1 ms would read as ten cores that others keep busy."""
-    begun, ended = surroundings.Counters(), surroundings.Counters()
+    begun, ended = contention.Counters(), contention.Counters()
     ended.clock, ended.used = begun.clock + seconds, begun.used
     begun.busy, ended.busy = 100.0, 100.02
-    found = surroundings.foreign_cores(begun, ended)
+    found = contention.foreign_cores(begun, ended)
     assert found == (None if told is None else pytest.approx(told))
 
 
@@ -113,11 +113,11 @@ def test_what_the_driver_knows_is_named_before_what_is_estimated() -> None:
 
 
 def test_the_time_this_process_uses_is_its_own() -> None:
-    begun, used = surroundings.busy_seconds(), time.process_time()
+    begun, used = contention.busy_seconds(), time.process_time()
     window = Window(CPU)
     work(0.3)
     found = window.end()
-    ended = surroundings.busy_seconds()
+    ended = contention.busy_seconds()
     assert begun is not None
     assert ended is not None
     own = time.process_time() - used

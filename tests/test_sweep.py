@@ -19,11 +19,12 @@ from typing import Any
 import pytest
 from conftest import HANG_SECONDS, wait_until
 
-from bench import records, sweep
-from bench.lines import Lines
-from bench.locks import Claims
+from bench import records
+from bench.config.spec import Cell, CellSpec, DataSpec, MeasureSpec, ModelSpec
 from bench.records import FINAL, Record
-from bench.spec import Cell, CellSpec, DataSpec, MeasureSpec, ModelSpec
+from bench.run import sweep
+from bench.run.locks import Claims
+from bench.run.oom_skip import Lines
 
 CELL = ["depth=1", "model.d_model=16", "data=files", "data.path=corpus.txt", "seq_len=16"]
 
@@ -289,7 +290,7 @@ def test_which_records_stand() -> None:
 
 
 def test_an_audit_takes_the_share_it_is_told_and_always_the_same() -> None:
-    from bench.cell import drawn
+    from bench.run.cell import drawn
 
     ids = [f"{random.Random(n).getrandbits(64):016x}" for n in range(2000)]
     assert not any(drawn(cell, 0) for cell in ids)
@@ -303,7 +304,7 @@ def test_an_audit_takes_the_share_it_is_told_and_always_the_same() -> None:
 CLAIM = """
 import sys, time
 from pathlib import Path
-from bench.locks import Claims
+from bench.run.locks import Claims
 with Claims(Path(sys.argv[1])).of(sys.argv[2], wait=True) as ours:
     print(ours, flush=True)
     time.sleep(600)
@@ -341,7 +342,7 @@ def test_a_folder_without_locks_is_told_of_once(
 
 HOLD = """
 import time
-from bench.interrupts import Interrupts, Stopped
+from bench.process.signals import Interrupts, Stopped
 try:
     with Interrupts() as interrupts:
         with interrupts.held():

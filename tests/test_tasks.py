@@ -11,10 +11,13 @@ import torch
 from hydra import compose, initialize_config_dir
 
 import variants
-from bench import complaints, corpora, planning, sweep, tasks
-from bench.config import parse
+from bench import corpora, tasks
+from bench.cli import errors
+from bench.config.parse import parse
+from bench.config.spec import CellSpec
+from bench.measure import predict
 from bench.records import Record, read
-from bench.spec import CellSpec
+from bench.run import sweep
 from bench.tasks.base import IGNORED, Task
 from bench.tasks.text import MASK, VOCABULARY, Text
 
@@ -33,9 +36,9 @@ def task_of(spec: CellSpec) -> Task:
 
 
 def refusal(*overrides: str) -> str:
-    with pytest.raises(complaints.KINDS) as caught:
+    with pytest.raises(errors.KINDS) as caught:
         spec_of(*overrides)
-    message = complaints.explain(caught.value, list(overrides), CONFIGS)
+    message = errors.explain(caught.value, list(overrides), CONFIGS)
     assert "\n" not in message
     return message
 
@@ -107,7 +110,7 @@ def test_masked_text_does_not_hold_the_answer_either() -> None:
 @pytest.mark.parametrize("name", ["stdlib", *SYNTHETIC])
 def test_the_models_vocabulary_is_the_tasks(name: str) -> None:
     spec = spec_of(f"data={name}", "seq_len=64")
-    model = planning.build_model(spec)
+    model = predict.build_model(spec)
     assert model.vocabulary == model.head.out_features == model.embedding.num_embeddings
     assert model.vocabulary == (VOCABULARY if name == "stdlib" else task_of(spec).vocabulary)
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from bench.corpora import Corpus, Document
 from bench.tasks.base import IGNORED, Batch
 from bench.tasks.text import MASK, MASKED_SHARE, VOCABULARY, held_out, too_short, train_batch
-from bench.windows import Passage
+from bench.tasks.windows import Passage
 
 
 def document(content: bytes) -> Document:

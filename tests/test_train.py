@@ -13,10 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import variants
-from bench.model import LanguageModel
-from bench.spec import MeasureSpec
+from bench.config.spec import MeasureSpec
+from bench.model.language_model import LanguageModel
 from bench.tasks import text
-from bench.train import (
+from bench.train.loop import (
     CLIP_NORM,
     FIRST_SHARE,
     WEIGHT_DECAY,

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bench.tasks.base import IGNORED, Batch
-from bench.windows import Passage, cut, entire, least_context, shares, windowed
+from bench.tasks.windows import Passage, cut, entire, least_context, shares, windowed
 
 LENGTHS = st.lists(st.integers(0, 70), min_size=1, max_size=6).filter(any)
 

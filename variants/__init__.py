@@ -1,9 +1,8 @@
-"""Attention variants: one module each behind the interface of `variants.base`.
+"""Attention variants: one module each in `variants.attention`, behind the interface of `variants.base`.
 
-`names()` lists them and `load(name)` imports one. A module of this package that is not shared
-code is a variant; other packages add theirs with an entry point in the group
-`longctx_bench.variants` whose value is the class (`my_package.my_variant:MyAttention`).
-Importing this package imports no variant and no torch.
+`names()` lists them and `load(name)` imports one. Every module of `variants.attention` is a variant of its
+name; other packages add theirs with an entry point in the group `longctx_bench.variants` whose value is the
+class (`my_package.my_variant:MyAttention`). Importing this package imports no variant and no torch.
 """
 
 from __future__ import annotations
@@ -17,11 +16,12 @@ from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from variants import attention
+
 if TYPE_CHECKING:
     from variants.base import Attention
 
 ENTRY_POINTS = "longctx_bench.variants"
-_SHARED = {"base", "knobs", "layers", "patterns"}
 
 
 class UnknownVariant(ValueError):
@@ -51,8 +51,7 @@ def plugins() -> dict[str, importlib.metadata.EntryPoint]:
 
 
 def _builtin() -> list[str]:
-    modules = (module.name for module in pkgutil.iter_modules(__path__))
-    return [name for name in modules if not name.startswith("_") and name not in _SHARED]
+    return [module.name for module in pkgutil.iter_modules(attention.__path__)]
 
 
 def names() -> list[str]:
@@ -70,7 +69,7 @@ def load(name: str) -> type[Attention]:
 
     if name in _builtin():
         module = _imported_or_broken(
-            f"variants/{name}.py", partial(importlib.import_module, f"variants.{name}")
+            f"variants/attention/{name}.py", partial(importlib.import_module, f"{attention.__name__}.{name}")
         )
         found = [
             thing
@@ -78,7 +77,7 @@ def load(name: str) -> type[Attention]:
             if inspect.isclass(thing) and issubclass(thing, Attention) and thing.__module__ == module.__name__
         ]
         if len(found) != 1:
-            raise TypeError(f"variants/{name}.py defines {len(found)} variants; it must define one")
+            raise TypeError(f"variants/attention/{name}.py defines {len(found)} variants; it must define one")
         return found[0]
     if point := plugins().get(name):
         loaded = _imported_or_broken(f"plug-in {point.value}", point.load)
@@ -101,7 +100,7 @@ def module_of(name: str) -> str:
     Imports nothing. Raises UnknownVariant.
     """
     if name in _builtin():
-        return f"{__name__}.{name}"
+        return f"{attention.__name__}.{name}"
     if point := plugins().get(name):
         return point.module
     raise _unknown(name)

@@ -7,7 +7,7 @@ import dataclasses
 import sys
 
 from variants import PluginClash, load, names
-from variants._command import run
+from variants.safe_output import run
 
 
 def main() -> int:

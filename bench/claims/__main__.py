@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from variants._command import run
+from variants.safe_output import run
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

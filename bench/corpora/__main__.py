@@ -5,11 +5,11 @@ from __future__ import annotations
 import argparse
 import sys
 
-from bench.checks import ConfigError
 from bench.corpora import SOURCES, CorpusError, cache_dir, load, source
 from bench.corpora.base import SPLITS, Wanted
 from bench.corpora.disk import kind_of
-from variants._command import run
+from bench.inputs.errors import ConfigError
+from variants.safe_output import run
 
 
 def main() -> int:

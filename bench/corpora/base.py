@@ -14,9 +14,9 @@ import numpy as np
 import numpy.typing as npt
 import platformdirs
 
-from bench.checks import ConfigError
-from bench.paths import user_path
-from bench.records.printable import printable
+from bench.inputs.errors import ConfigError
+from bench.inputs.paths import user_path
+from bench.inputs.printable import printable
 
 Document = npt.NDArray[np.uint8]
 Text = bytes | Document

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from bench.corpora.base import Corpus, CorpusError, Source, Wanted, cache_dir, sha256
 from bench.corpora.disk import kind_of, read_file
-from bench.paths import user_path
+from bench.inputs.paths import user_path
 
 ADDRESS = "https://mattmahoney.net/dc/enwik8.zip"
 SHA256 = "2b49720ec4d78c3c9fabaee6e4179a5e997302b3a70029f30f2d582218c024a8"

@@ -8,7 +8,7 @@ from pathlib import Path
 from bench.corpora.base import Corpus, CorpusError, Source, Wanted
 from bench.corpora.disk import expand, kind_of, open_file, read, walk
 from bench.corpora.plain import HEAD_BYTES, not_text, nul_at
-from bench.paths import user_path
+from bench.inputs.paths import user_path
 
 ALLOWED = "allowed are text files, in UTF-8 or another encoding without NUL bytes"
 

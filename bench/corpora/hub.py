@@ -19,7 +19,7 @@ import numpy as np
 
 from bench.corpora.base import SPLITS, Corpus, CorpusError, Document, Source, Text, Wanted, cache_dir
 from bench.corpora.disk import kind_of, open_file, walk
-from bench.paths import user_path
+from bench.inputs.paths import user_path
 
 ANSWER_SECONDS = 5.0
 """How long the hub may take for its first answer; after that, `datasets` decides what is tried again."""

@@ -1,0 +1,1 @@
+"""Cost of a training step: FLOPs, memory, time, predictions, and the gates before them."""

@@ -5,7 +5,7 @@ so dense attention would count 0 there, and it counts a causal call as the full 
 kernels skip what `is_causal` forbids. A mask given as a tensor is counted in full, because nothing
 is skipped there. Softmax, norms, sorting, gathers and other elementwise work count 0.
 
-What FlexAttention and xformers compute is told by `variants._kernels`, tile by tile: a compiled
+What FlexAttention and xformers compute is told by `variants.ops.backends`, tile by tile: a compiled
 kernel is not dispatched.
 """
 
@@ -21,7 +21,7 @@ from torch._ops import HigherOrderOperator
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from variants._kernels import listen
+from variants.ops.backends import listen
 
 _KERNELS = (
     "_scaled_dot_product_flash_attention_for_cpu",
@@ -74,7 +74,7 @@ def formulas() -> dict[Any, Callable[..., int]]:
 
 
 def _tells_by_itself(func: Any) -> bool:
-    """Whether an operation is a kernel behind `variants._kernels`, which says what it computes."""
+    """Whether an operation is a kernel behind `variants.ops.backends`, which says what it computes."""
     if isinstance(func, HigherOrderOperator):
         return func.name() in _FLEX
     return func.namespace.startswith("xformers") or func._overloadpacket in _UNDER_XFORMERS

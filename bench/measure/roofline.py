@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from bench.measure.once import once, path_of
+from bench.measure.cached import once, path_of
 from bench.measure.timing import synchronize
 from bench.records import write_atomically
 

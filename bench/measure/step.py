@@ -16,13 +16,13 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from bench.measure.flops import CountFlops
+from bench.measure.memoize import Repeats, described
 from bench.measure.memory import LiveStorage, reset_rss_peak, resident_bytes, tensor_bytes
-from bench.measure.repeats import Repeats, described
 from bench.measure.timing import synchronize
-from bench.model import LanguageModel, Output
+from bench.model.language_model import LanguageModel, Output
 from bench.tasks.base import Batch
-from bench.train import Phase, optimizer_for, training_step
-from variants._repeats import following
+from bench.train.loop import Phase, optimizer_for, training_step
+from variants.ops.memoizable import following
 
 
 @dataclass(frozen=True, kw_only=True)

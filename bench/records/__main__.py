@@ -12,8 +12,8 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from bench.records.printable import printable
-from variants._command import run
+from bench.inputs.printable import printable
+from variants.safe_output import run
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

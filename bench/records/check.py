@@ -8,9 +8,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from bench.inputs.printable import printable
 from bench.records.files import ASIDE, CURVES_DIR, TEMPORARY, abandoned, path_of
 from bench.records.migrations import SCHEMA_VERSION
-from bench.records.printable import printable
 from bench.records.record import Record
 from bench.records.store import PART, Found, find
 

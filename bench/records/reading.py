@@ -14,9 +14,9 @@ import types
 import typing
 from typing import Any
 
+from bench.inputs.printable import printable
 from bench.records.bounds import MOST, WHOLE, Bounds
 from bench.records.migrations import migrate
-from bench.records.printable import printable
 from bench.records.record import KEYS, REQUIRED, STATUSES, Record
 
 SUFFIX = ".json"

@@ -19,9 +19,9 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from bench.inputs.printable import printable
 from bench.records.bounds import WHOLE
 from bench.records.files import ASIDE, RECORDS_DIR, parts_of, path_of, write_atomically
-from bench.records.printable import printable
 from bench.records.reading import MOST_BYTES, RecordError, parse
 from bench.records.record import KEYS, Record, microseconds
 

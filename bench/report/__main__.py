@@ -11,9 +11,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from bench.interrupts import Stopped
+from bench.process.signals import Stopped
 from bench.report import ReportError, build, compare
-from variants._command import run
+from variants.safe_output import run
 
 
 def shown(path: Path) -> str:

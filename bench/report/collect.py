@@ -14,8 +14,8 @@ from typing import Any
 import pandas as pd
 
 from bench import records
+from bench.inputs.printable import printable
 from bench.records import Record
-from bench.records.printable import printable
 from bench.report.groups import TRAINING
 
 UNKNOWN = "unknown"

@@ -1,12 +1,12 @@
 """Text from records in which nothing is a command of LaTeX.
 
 Records are data from elsewhere: a name or a reason may hold a tag, a command of TeX or one of a terminal.
-Markdown's `escape` is in `markdown`, the terminal's is `bench.records.printable`; pages are escaped by Jinja.
+Markdown's `escape` is in `markdown`, the terminal's is `bench.inputs.printable`; pages are escaped by Jinja.
 """
 
 from __future__ import annotations
 
-from bench.records.printable import printable
+from bench.inputs.printable import printable
 
 _LATEX = {
     "\\": r"\textbackslash{}",

@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from functools import cache
 
-from bench.records.printable import printable
+from bench.inputs.printable import printable
 from bench.report.columns import Column, shown
 from bench.report.escape import latex
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 
-from bench.records.printable import printable
+from bench.inputs.printable import printable
 from bench.report.columns import Column, shown
 
 REASON_LIMIT = 400

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from bench.interrupts import Interrupts
+from bench.process.signals import Interrupts
 from bench.records import make_folder, share
 from bench.records.files import TEMPORARY, abandoned, beside, remove
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 TEXT = "text"
 """The module of the task that is behind every corpus."""
-_SHARED = {"base", TEXT}
+_SHARED = {"base", TEXT, "windows"}
 
 
 def names() -> list[str]:

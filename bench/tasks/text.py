@@ -19,7 +19,7 @@ import torch
 from bench import corpora
 from bench.corpora import Corpus, Document
 from bench.tasks.base import IGNORED, Batch, Setting, Task, TaskConfig
-from bench.windows import Passage, entire, shares, windowed
+from bench.tasks.windows import Passage, entire, shares, windowed
 
 MASK = 256
 VOCABULARY = 257

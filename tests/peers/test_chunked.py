@@ -11,7 +11,7 @@ from oracles import assert_same, dims_for, feed, make_layer, numbers
 from torch.func import functional_call
 
 from peers import peer, sizes
-from variants.chunked import Chunked, ChunkedConfig
+from variants.attention.chunked import Chunked, ChunkedConfig
 
 pytestmark = [pytest.mark.peers, pytest.mark.usefixtures("without_rotary")]
 

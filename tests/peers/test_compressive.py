@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.func import functional_call
 
 from peers import peer
-from variants._recurrence import sinusoids
-from variants.compressive import Compressive, CompressiveConfig
+from variants.attention.compressive import Compressive, CompressiveConfig
+from variants.ops.relative_attention import sinusoids
 
 pytestmark = pytest.mark.peers
 

@@ -11,8 +11,8 @@ from oracles import assert_same, dims_for, feed, make_layer, numbers
 from torch.func import functional_call
 
 from peers import peer, sizes
-from variants.dense import Dense, DenseConfig
-from variants.layers import ROTARY_BASE
+from variants.attention.dense import Dense, DenseConfig
+from variants.ops.projections import ROTARY_BASE
 
 pytestmark = pytest.mark.peers
 

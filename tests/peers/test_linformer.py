@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.func import functional_call
 
 from peers import peer
-from variants.linformer import Linformer, LinformerConfig
+from variants.attention.linformer import Linformer, LinformerConfig
 
 pytestmark = [pytest.mark.peers, pytest.mark.usefixtures("without_rotary")]
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from peers import peer, sizes
-from variants.longformer import Longformer, LongformerConfig
+from variants.attention.longformer import Longformer, LongformerConfig
 
 pytestmark = [pytest.mark.peers, pytest.mark.usefixtures("without_rotary")]
 

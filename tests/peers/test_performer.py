@@ -14,7 +14,7 @@ from oracles import assert_same, dims_for, feed, make_layer, numbers
 from torch import Tensor
 
 from peers import peer
-from variants.performer import Performer, PerformerConfig
+from variants.attention.performer import Performer, PerformerConfig
 
 pytestmark = pytest.mark.peers
 

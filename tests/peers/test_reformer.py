@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.func import functional_call
 
 from peers import peer, sizes
-from variants._lsh import factors, hash_rows, rotations
-from variants.reformer import Reformer, ReformerConfig
+from variants.attention.reformer import Reformer, ReformerConfig
+from variants.ops.lsh.hashing import factors, hash_rows, rotations
 
 pytestmark = [pytest.mark.peers, pytest.mark.usefixtures("without_rotary")]
 

@@ -17,8 +17,8 @@ from oracles import assert_same, difference, dims_for, make_layer, numbers
 from torch import Tensor
 
 from peers import peer
-from variants._kmeans import unit
-from variants.routing import Routing, RoutingConfig
+from variants.attention.routing import Routing, RoutingConfig
+from variants.ops.kmeans_attention import unit
 
 pytestmark = [pytest.mark.peers, pytest.mark.usefixtures("without_rotary")]
 

@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.func import functional_call
 
 from peers import peer
-from variants._recurrence import sinusoids
-from variants.transformer_xl import TransformerXL, TransformerXLConfig
+from variants.attention.transformer_xl import TransformerXL, TransformerXLConfig
+from variants.ops.relative_attention import sinusoids
 
 pytestmark = pytest.mark.peers
 

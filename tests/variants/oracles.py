@@ -1,4 +1,4 @@
-"""Attention written a second time, for comparison: einsum and loops, nothing taken from `variants.layers`.
+"""Attention written a second time, for comparison: einsum and loops, nothing taken from `variants.ops`.
 
 Shapes: B batch, T tokens, C channels, H heads, D = C / H.
 """
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, einsum, nn
 
 import variants
-from bench.model import LanguageModel
+from bench.model.language_model import LanguageModel
 from bench.tasks.text import VOCABULARY
 from variants.base import Attention, Dims, VariantConfig
 

@@ -23,8 +23,8 @@ from oracles import (
     oracle,
 )
 
-from variants.chunked import Chunked, ChunkedConfig
-from variants.dense import Dense, DenseConfig
+from variants.attention.chunked import Chunked, ChunkedConfig
+from variants.attention.dense import Dense, DenseConfig
 
 SMALL: list[dict[str, Any]] = [{"chunk": 16}, {"chunk": 7, "impl": "naive"}]
 

@@ -12,15 +12,15 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from bench import gates
-from bench.evaluate import evaluate
+from bench.evaluate.nll import evaluate
+from bench.measure import gates
 from bench.measure.flops import CountFlops
-from bench.model import LanguageModel
+from bench.model.language_model import LanguageModel
 from bench.tasks.text import Batch
-from bench.train import optimizer_for, training_step
+from bench.train.loop import optimizer_for, training_step
+from variants.attention.compressive import COMPRESSIONS, Compressive, CompressiveConfig, State
+from variants.attention.transformer_xl import TransformerXL, TransformerXLConfig
 from variants.base import Dims
-from variants.compressive import COMPRESSIONS, Compressive, CompressiveConfig, State
-from variants.transformer_xl import TransformerXL, TransformerXLConfig
 
 SMALL: list[dict[str, Any]] = [
     {"segment": 12, "mem_len": 9, "comp_len": 3, "rate": 4},

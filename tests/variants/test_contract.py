@@ -28,9 +28,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_leaves
 
 import variants
-from bench import gates
+from bench.measure import gates
 from bench.measure.flops import CountFlops
-from bench.model import LanguageModel
+from bench.model.language_model import LanguageModel
 from variants.base import Attention, Complexity, Dims, Flops, Out, VariantConfig
 
 ROOT = Path(__file__).resolve().parents[2]

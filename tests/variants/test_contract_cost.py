@@ -18,10 +18,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import variants
-from bench import gates
-from bench.measure import step
+from bench.measure import gates, step
 from bench.measure.memory import LiveStorage
-from bench.model import LanguageModel
+from bench.model.language_model import LanguageModel
 from bench.tasks.base import Batch
 from variants.base import Attention, Dims, VariantConfig
 

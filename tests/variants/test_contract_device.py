@@ -21,11 +21,11 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import variants
-from bench import planning
-from bench.cell import CellRun
-from bench.config import parse
-from variants._pieces import planned_for
+from bench.config.parse import parse
+from bench.measure import predict
+from bench.run.cell import CellRun
 from variants.base import Dims
+from variants.ops.tile_size import planned_for
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 META = torch.device("meta")
@@ -99,5 +99,5 @@ def test_a_planned_record_names_the_implementation(name: str, device: str, tmp_p
     cell = replace(cell, spec=replace(cell.spec, device=device))
     told: dict[str, Any] = {}
     CellRun(cell, "0", "code", told.update)._predict()
-    there = planning.build_model(cell.spec).to("cpu" if device == "cpu" else "meta")
+    there = predict.build_model(cell.spec).to("cpu" if device == "cpu" else "meta")
     assert told["impl"] == there.layers[0].impl

@@ -16,7 +16,7 @@ from torch import Tensor
 
 import variants
 from variants.base import Attention, Chunks
-from variants.layers import Projections
+from variants.ops.projections import Projections
 
 BATCH = 2
 PATTERNS: list[tuple[str, dict[str, Any]]] = [

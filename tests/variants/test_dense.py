@@ -10,9 +10,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from oracles import assert_same, difference, dims_for, everything, feed, make_layer, numbers, oracle
 
+from variants.attention.dense import Dense, DenseConfig
 from variants.base import Dims
-from variants.dense import Dense, DenseConfig
-from variants.layers import Projections
+from variants.ops.projections import Projections
 
 SMALL: list[dict[str, Any]] = [{"impl": "naive"}]
 

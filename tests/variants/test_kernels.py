@@ -21,11 +21,11 @@ from torch import Tensor
 
 import variants
 from bench.measure.flops import CountFlops
-from variants import _kernels, patterns
-from variants._sparse import SparseAttention
+from variants.attention.dense import Dense, DenseConfig
+from variants.attention.longformer import Longformer, LongformerConfig
 from variants.base import Attention, Dims
-from variants.dense import Dense, DenseConfig
-from variants.longformer import Longformer, LongformerConfig
+from variants.ops import backends, masks
+from variants.ops.factorised import SparseAttention
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 FLEX: list[tuple[str, dict[str, Any]]] = [
@@ -51,7 +51,7 @@ both_directions = pytest.mark.parametrize("causal", [True, False])
 def _nothing_kept() -> Iterator[None]:
     """Compiled graphs and masks of one test are not another's."""
     yield
-    _kernels._mask.cache_clear()
+    backends._mask.cache_clear()
     if "torch._dynamo" in sys.modules:
         torch._dynamo.reset()
 
@@ -91,13 +91,13 @@ def test_flex_reads_as_the_fast_path_does(causal: bool) -> None:
 
 
 def test_too_many_graphs_are_an_error_and_not_a_slow_path(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_kernels, "GRAPHS", 2)
+    monkeypatch.setattr(backends, "GRAPHS", 2)
     x = torch.zeros(1, 1, 5, 16)
-    rule = _kernels.Alike(torch.ge)
+    rule = backends.Alike(torch.ge)
     for tokens in (1, 2):
-        _kernels.flex(*[x[:, :, :tokens]] * 3, rule)
+        backends.flex(*[x[:, :, :tokens]] * 3, rule)
     with pytest.raises(torch._dynamo.exc.FailOnRecompileLimitHit):
-        _kernels.flex(*[x[:, :, :3]] * 3, rule)
+        backends.flex(*[x[:, :, :3]] * 3, rule)
 
 
 def test_gradients_on_a_cpu_are_refused_by_name() -> None:
@@ -111,7 +111,7 @@ def test_gradients_on_a_cpu_are_refused_by_name() -> None:
 
 def tiles(allowed: Tensor) -> tuple[Tensor, Tensor]:
     """(H, T, T) bool → (H, n, n) bool: tiles with a pair in them, and those with nothing else."""
-    block, tokens = _kernels.BLOCK, allowed.shape[-1]
+    block, tokens = backends.BLOCK, allowed.shape[-1]
     grid = range(0, tokens, block)
     cells = [[allowed[:, i : i + block, j : j + block] for j in grid] for i in grid]
     some = [torch.stack([cell.any((1, 2)) for cell in row], -1) for row in cells]
@@ -130,12 +130,12 @@ def read(layer: Attention, tokens: int, causal: bool) -> Tensor:
     return pattern[None]
 
 
-def rule_of(layer: Attention, tokens: int, causal: bool) -> _kernels.HeadRule:
+def rule_of(layer: Attention, tokens: int, causal: bool) -> backends.HeadRule:
     if isinstance(layer, SparseAttention):
         return layer.reads(tokens, causal=causal)
     if isinstance(layer, Longformer):
         return layer.rule(causal=causal)
-    return _kernels.Alike(patterns.causal if causal else patterns.anything)
+    return backends.Alike(masks.causal if causal else masks.anything)
 
 
 @every_flex
@@ -148,7 +148,7 @@ def test_a_mask_holds_the_patterns_tiles(name: str, knobs: dict[str, Any], causa
     layer = flex_layer(name, knobs, dims_for(tokens))
     allowed, rule = read(layer, tokens, causal), rule_of(layer, tokens, causal)
     some, full = tiles(allowed)
-    block_mask, pairs = _kernels._mask(rule, len(allowed), tokens, CPU)
+    block_mask, pairs = backends._mask(rule, len(allowed), tokens, CPU)
     assert torch.equal(block_mask.to_dense()[0].bool(), some)
     assert torch.equal(block_mask.full_kv_num_blocks[0], full.sum(-1))
     assert pairs == 128 * 128 * int(some.sum())
@@ -169,39 +169,39 @@ def test_flops_of_flex_are_those_of_its_tiles(name: str, causal: bool) -> None:
 
 
 def test_masks_are_found_again_and_not_without_end() -> None:
-    rule = _kernels.Alike(torch.ge)
-    first = _kernels._mask(rule, 1, 40, CPU)
-    assert _kernels._mask(_kernels.Alike(torch.ge), 1, 40, CPU) is first
+    rule = backends.Alike(torch.ge)
+    first = backends._mask(rule, 1, 40, CPU)
+    assert backends._mask(backends.Alike(torch.ge), 1, 40, CPU) is first
     dims = dims_for(40)
     one, two = (flex_layer("sparse_strided", {"stride": 5}, dims, index=index) for index in range(2))
     assert rule_of(one, 40, True) == rule_of(two, 40, True)
     assert rule_of(one, 40, True) != rule_of(one, 40, False)
     x = torch.zeros(1, 2, 40, 8)
-    before = _kernels._mask.cache_info().hits
+    before = backends._mask.cache_info().hits
     for index in range(2):  # each layer's own, equal rule
-        _kernels.flex(x, x, x, rule_of(flex_layer("longformer", {}, dims, index=index), 40, True))
-    assert _kernels._mask.cache_info().hits == before + 1
-    for tokens in range(1, 2 * _kernels.MASKS):
-        _kernels._mask(rule, 1, tokens, CPU)
-    assert _kernels._mask.cache_info().currsize == _kernels.MASKS
+        backends.flex(x, x, x, rule_of(flex_layer("longformer", {}, dims, index=index), 40, True))
+    assert backends._mask.cache_info().hits == before + 1
+    for tokens in range(1, 2 * backends.MASKS):
+        backends._mask(rule, 1, tokens, CPU)
+    assert backends._mask.cache_info().currsize == backends.MASKS
 
 
 def test_each_pass_is_told_when_it_happens() -> None:
     heard: list[int] = []
     x = torch.ones(2, requires_grad=True)
-    with _kernels.listen(heard.append):
-        y = _kernels._told(x * 2, 10, backward_products=7)
+    with backends.listen(heard.append):
+        y = backends._told(x * 2, 10, backward_products=7)
         assert heard == [20]
     y.sum().backward(retain_graph=True)
     assert heard == [20]
-    with _kernels.listen(heard.append):
+    with backends.listen(heard.append):
         y.sum().backward()
         assert heard == [20, 70]
         with torch.no_grad():
-            _kernels._told(x * 2, 10, backward_products=7)
+            backends._told(x * 2, 10, backward_products=7)
     assert heard == [20, 70, 20]
     with CountFlops() as counter:
-        _kernels._told(x * 2, 10, backward_products=7).sum().backward()
+        backends._told(x * 2, 10, backward_products=7).sum().backward()
     assert counter.total == 90
 
 
@@ -273,7 +273,7 @@ def test_xformers_counts_the_pairs(causal: bool) -> None:
     dims = dims_for(21, 2)
     layer = make_layer(Dense, DenseConfig(impl="xformers"), dims)
     attention = layer.flops(dims, causal=causal).attention
-    with _kernels.listen(heard.append):
+    with backends.listen(heard.append):
         feed(layer, numbers(2, 21, 16), causal=causal).sum().backward()
     assert heard == [attention, attention * 5 // 2]
     assert layer.padding is None
@@ -281,8 +281,8 @@ def test_xformers_counts_the_pairs(causal: bool) -> None:
 
 @pytest.mark.usefixtures("stand_in")
 def test_xformers_is_asked_whether_it_has_a_kernel() -> None:
-    assert _kernels._refused_by_xformers(CPU, 16, torch.float32) is None
-    reason = _kernels._refused_by_xformers(CPU, 15, torch.bfloat16)
+    assert backends._refused_by_xformers(CPU, 16, torch.float32) is None
+    reason = backends._refused_by_xformers(CPU, 15, torch.bfloat16)
     assert reason is not None
     assert "heads of 15 channels in bfloat16" in reason
     assert "`one` is not supported because:; odd heads" in reason
@@ -347,7 +347,7 @@ before = {{*sys.modules}}
 for name in variants.names():
     variants.load(name)
 from variants.base import Dims
-from variants.dense import Dense, DenseConfig
+from variants.attention.dense import Dense, DenseConfig
 dims = Dims(batch_size=1, seq_len=4, d_model=32, heads=2)
 Dense(DenseConfig(impl="xformers"), dims)
 Dense(DenseConfig(), dims)(torch.zeros(1, 4, 32), causal=True)

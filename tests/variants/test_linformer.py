@@ -12,13 +12,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
 import variants
-from bench import gates
+from bench.measure import gates
 from bench.measure.flops import CountFlops
-from bench.model import LanguageModel
-from variants import patterns
+from bench.model.language_model import LanguageModel
+from variants.attention.linformer import Linformer, LinformerConfig
 from variants.base import Dims
-from variants.layers import masked_attention
-from variants.linformer import Linformer, LinformerConfig
+from variants.ops import masks
+from variants.ops.projections import masked_attention
 
 SMALL: list[dict[str, Any]] = [{"k": 8, "sharing": "none"}]
 
@@ -58,7 +58,7 @@ def test_identity_projections_of_full_length_are_dense_attention(sharing: str) -
 
     def dense(x: torch.Tensor) -> torch.Tensor:
         q, k, v = layer.projections.split(x)
-        everything = patterns.matrix(patterns.anything, 33)
+        everything = masks.matrix(masks.anything, 33)
         return layer.projections.merge(masked_attention(q, k, v, everything))
 
     x = torch.randn(3, 33, 24, dtype=torch.float64).requires_grad_()

@@ -26,9 +26,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
 from bench.measure.memory import LiveStorage
+from variants.attention.dense import Dense, DenseConfig
+from variants.attention.longformer import Longformer, LongformerConfig
 from variants.base import Dims
-from variants.dense import Dense, DenseConfig
-from variants.longformer import Longformer, LongformerConfig
 
 SMALL: list[dict[str, Any]] = [
     {"window": (8, 3), "dilation": (1, 3)},

@@ -22,8 +22,8 @@ from oracles import (
 )
 from torch import Tensor
 
-from variants.dense import Dense, DenseConfig
-from variants.overlapping import Overlapping, OverlappingConfig
+from variants.attention.dense import Dense, DenseConfig
+from variants.attention.overlapping import Overlapping, OverlappingConfig
 
 SMALL: list[dict[str, Any]] = [{"chunk": 16}, {"chunk": 4, "impl": "naive"}]
 

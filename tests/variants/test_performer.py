@@ -15,16 +15,16 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
 import variants
-from bench import gates
+from bench.measure import gates
 from bench.measure.flops import CountFlops
 from bench.measure.memory import LiveStorage
-from bench.model import LanguageModel
+from bench.model.language_model import LanguageModel
 from bench.tasks.text import Batch
-from bench.train import optimizer_for, training_step
-from variants import _favor, _favor_causal
-from variants._pieces import Sizes
+from bench.train.loop import optimizer_for, training_step
+from variants.attention.performer import FEATURES, Performer, PerformerConfig
 from variants.base import Dims
-from variants.performer import FEATURES, Performer, PerformerConfig
+from variants.ops import causal_linear_attention, linear_attention
+from variants.ops.tile_size import Sizes
 
 SMALL: list[dict[str, Any]] = [{"features": "relu", "n_features": 24, "chunk": 32, "redraw": 1}]
 
@@ -66,7 +66,7 @@ def test_it_is_registered() -> None:
 def test_it_equals_the_quadratic_form_in_outputs_and_gradients(
     features: str, causal: bool, seq_len: int, batch: int, segment: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(_favor, "SEGMENT", Sizes(segment, segment))
+    monkeypatch.setattr(linear_attention, "SEGMENT", Sizes(segment, segment))
     x = torch.randn(batch, seq_len, 16, dtype=torch.float64)
     assert_equals_reference(make(seq_len, features=features).double(), x, causal)
 
@@ -79,7 +79,7 @@ def test_running_sums_do_not_depend_on_the_number_of_chunks(features: str, chunk
 
 
 def test_the_running_sums_cost_no_more_a_token_in_a_long_segment(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_favor, "SEGMENT", Sizes(2**20, 2**20))
+    monkeypatch.setattr(linear_attention, "SEGMENT", Sizes(2**20, 2**20))
     dispatched = []
     for seq_len in (2**14, 2**17):
         with FakeTensorMode(), CountFlops() as counter:
@@ -131,15 +131,15 @@ def test_the_gates_pass(features: str, causal: bool) -> None:
 def test_gradients_are_those_of_finite_differences(
     softmax: bool, causal: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(_favor, "SEGMENT", Sizes(4, 4))
+    monkeypatch.setattr(linear_attention, "SEGMENT", Sizes(4, 4))
     torch.manual_seed(0)
     q, k, v = (torch.randn(1, 2, 5, 3, dtype=torch.float64, requires_grad=True) for _ in range(3))
     directions = torch.randn(4, 3, dtype=torch.float64)
 
     def run(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         if causal:
-            return _favor_causal.causal_favor(q, k, v, directions, softmax, 2)
-        return _favor.full_favor(q, k, v, directions, softmax)
+            return causal_linear_attention.causal_favor(q, k, v, directions, softmax, 2)
+        return linear_attention.full_favor(q, k, v, directions, softmax)
 
     assert torch.autograd.gradcheck(run, (q, k, v))
 
@@ -173,9 +173,9 @@ def test_no_query_is_lost_whatever_the_norms(norm: float, spread: str, head_dim:
     wide = [t.detach().double().requires_grad_() for t in inputs]
     directions = torch.randn(32, head_dim) * head_dim**-0.25
     if causal:
-        got = _favor_causal.causal_favor(*inputs, directions, True, 8)
+        got = causal_linear_attention.causal_favor(*inputs, directions, True, 8)
     else:
-        got = _favor.full_favor(*inputs, directions, True)
+        got = linear_attention.full_favor(*inputs, directions, True)
     want = log_space(*wide, directions, causal)
     # an exponent of order e is rounded to about e · 2^-24, and the weights by as much
     exponents = norm * norm / (2 * head_dim**0.5) + 2 * norm * directions.norm(dim=-1).max().item()
@@ -270,10 +270,10 @@ def test_a_later_key_changes_no_bit_of_an_earlier_output() -> None:
     q, k, v = (torch.randn(1, 2, 40, 16) for _ in range(3))
     k[..., :21, :] *= 12  # levels far below the next key's
     directions = torch.randn(32, 16) * 16**-0.25
-    before = _favor_causal.causal_favor(q, k, v, directions, True, 8)
+    before = causal_linear_attention.causal_favor(q, k, v, directions, True, 8)
     for later in (0.0, 1.0, 100.0):
         k[..., 21:, :] = later
-        after = _favor_causal.causal_favor(q, k, v, directions, True, 8)
+        after = causal_linear_attention.causal_favor(q, k, v, directions, True, 8)
         assert torch.equal(after[..., :21, :], before[..., :21, :])
         assert after.isfinite().all()
 
@@ -288,7 +288,7 @@ def estimate_error(m: int, orthogonal: bool, draws: int) -> float:
         torch.manual_seed(seed)
         config = PerformerConfig(n_features=m, orthogonal=orthogonal)
         layer = Performer(config, Dims(batch_size=1, seq_len=64, d_model=16, heads=1))
-        y = _favor.full_favor(q, k, v, layer.directions * 16**-0.25, True)
+        y = linear_attention.full_favor(q, k, v, layer.directions * 16**-0.25, True)
         errors.append((y - exact).square().mean())
     return torch.stack(errors).mean().sqrt().item()
 
@@ -489,8 +489,8 @@ def test_features_of_a_long_sequence_are_never_all_held(causal: bool) -> None:
 def test_segments_cover_the_sequence_in_few_whole_chunks(seq_len: int, chunk: int) -> None:
     """Few, because planning a length dispatches every operation on fake tensors."""
     token = torch.arange(seq_len)
-    segments = _favor._segments(chunk, token.expand(1, 4, -1), -token.expand(1, 4, -1))
-    assert len(segments) <= _favor.SEGMENTS
+    segments = linear_attention._segments(chunk, token.expand(1, 4, -1), -token.expand(1, 4, -1))
+    assert len(segments) <= linear_attention.SEGMENTS
     torch.testing.assert_close(torch.cat([x[0, 0] for x, _ in segments]), token)
     assert all(torch.equal(x, -negated) for x, negated in segments)
     assert all(x.shape[2] % chunk == 0 for x, _ in segments[:-1])

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 import variants
-from bench import gates
+from bench.measure import gates
 from bench.measure.flops import CountFlops
-from variants._pieces import Sizes, planned_for
 from variants.base import Dims
+from variants.ops.tile_size import Sizes, planned_for
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 

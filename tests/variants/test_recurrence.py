@@ -14,10 +14,10 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 import variants
-from bench.model import LanguageModel
-from variants._recurrence import Recurrent
+from bench.model.language_model import LanguageModel
+from variants.attention.compressive import COMPRESSIONS
 from variants.base import Dims
-from variants.compressive import COMPRESSIONS
+from variants.ops.relative_attention import Recurrent
 
 NAMES = [name for name in variants.names() if issubclass(variants.load(name), Recurrent)]
 

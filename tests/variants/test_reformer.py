@@ -15,17 +15,18 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
-from bench.gates import COST_LIMIT, LEAK_TOLERANCE, GateFailed, leak, reference_error
 from bench.measure.flops import CountFlops
+from bench.measure.gates import COST_LIMIT, LEAK_TOLERANCE, GateFailed, leak, reference_error
 from bench.measure.memory import LiveStorage
-from variants import _lsh, _lsh_windows, patterns
-from variants._lsh import factors, hash_rows, inverse_length, least_buckets, rotations
-from variants._lsh_attention import LshAttention
-from variants._lsh_windows import Window
-from variants._pieces import Sizes
+from variants.attention.reformer import Reformer, ReformerConfig
 from variants.base import Dims
-from variants.layers import masked_attention
-from variants.reformer import Reformer, ReformerConfig
+from variants.ops import masks
+from variants.ops.lsh import hashing, windows
+from variants.ops.lsh.attention import LshAttention
+from variants.ops.lsh.hashing import factors, hash_rows, inverse_length, least_buckets, rotations
+from variants.ops.lsh.windows import Window
+from variants.ops.projections import masked_attention
+from variants.ops.tile_size import Sizes
 
 SMALL: list[dict[str, Any]] = [
     {"chunk": 8, "n_hashes": 2},
@@ -78,7 +79,7 @@ def dense_shared(layer: Reformer, x: Tensor, *, causal: bool) -> Tensor:
     qk = layer._split(layer.qk(x)).transpose(1, 2)
     key = qk / qk.norm(dim=-1, keepdim=True)
     value = layer._heads(layer.value(x)).transpose(1, 2)
-    allowed = patterns.matrix(patterns.causal if causal else patterns.anything, seq_len)
+    allowed = masks.matrix(masks.causal if causal else masks.anything, seq_len)
     allowed &= ~torch.eye(seq_len, dtype=torch.bool)
     allowed |= torch.eye(seq_len, dtype=torch.bool) & ~allowed.any(-1, keepdim=True)
     return layer.out(masked_attention(qk, key, value, allowed).transpose(1, 2).flatten(2))
@@ -115,8 +116,8 @@ def test_equals_the_oracle_on_the_union_of_the_rounds(
 ) -> None:
     layer, x = made(**knobs), inputs(batch, seq_len)
     with pytest.MonkeyPatch.context() as patch:  # a piece of one block, of a few, of all
-        patch.setattr(_lsh_windows, "TILE", Sizes(tile, tile))
-        patch.setattr(_lsh, "HASH_TILE", Sizes(40 * tile, 40 * tile))
+        patch.setattr(windows, "TILE", Sizes(tile, tile))
+        patch.setattr(hashing, "HASH_TILE", Sizes(40 * tile, 40 * tile))
         got = run(layer, x, causal=causal)
     assert_same(got, oracle(layer, x, causal=causal))
 
@@ -341,8 +342,8 @@ def test_no_bit_of_an_output_depends_on_a_later_token(
 ) -> None:
     """Four layers deep, where one bit can change a bucket; later tokens change little, much, or to NaN."""
     if tile:
-        monkeypatch.setattr(_lsh_windows, "TILE", Sizes(tile, tile))
-        monkeypatch.setattr(_lsh_windows, "MOST_PIECES", 10**6)
+        monkeypatch.setattr(windows, "TILE", Sizes(tile, tile))
+        monkeypatch.setattr(windows, "MOST_PIECES", 10**6)
     for seed in range(2):
         torch.manual_seed(seed)
         run = stacked(seq_len, name, **knobs)
@@ -510,7 +511,7 @@ def test_half_precision_hashes_alike_and_is_near() -> None:
 
 def test_memory_grows_with_length_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """Predicted at two lengths; nothing of size T × rounds × buckets or T × rounds × channels is kept."""
-    for module in (_lsh, _lsh_windows):
+    for module in (hashing, windows):
         monkeypatch.setattr(module, "MOST_PIECES", 4)  # fewer calls; larger tiles only raise the peak
     peaks = []
     for seq_len in (2**17, 2**19):

@@ -13,17 +13,17 @@ from oracles import rotated
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from bench import gates
+from bench.measure import gates
 from bench.measure.flops import CountFlops
 from bench.measure.memory import LiveStorage
-from bench.model import LanguageModel
+from bench.model.language_model import LanguageModel
 from bench.tasks.text import Batch
-from bench.train import optimizer_for, training_step
-from variants import _kmeans
-from variants._pieces import Sizes
+from bench.train.loop import optimizer_for, training_step
+from variants.attention.routing import Routing, RoutingConfig
 from variants.base import Attention, Dims
-from variants.layers import masked_attention, rotary
-from variants.routing import Routing, RoutingConfig
+from variants.ops import kmeans_attention
+from variants.ops.projections import masked_attention, rotary
+from variants.ops.tile_size import Sizes
 
 SMALL: list[dict[str, Any]] = [
     {"n_clusters": 5, "window": 7, "cluster_window": 6, "decay": 0.5},
@@ -136,10 +136,10 @@ def test_slices_of_any_size_compute_the_rule(
     torch.manual_seed(0)
     x, v = (torch.randn(2, tokens, 3, 4, dtype=torch.float64, requires_grad=True) for _ in range(2))
     cluster = torch.randint(clusters, (2, 3, tokens))
-    monkeypatch.setattr(_kmeans, "SLICE", Sizes(most, most))
-    monkeypatch.setattr(_kmeans, "MOST_PIECES", 9)
-    layout = _kmeans.lay_out(cluster, clusters, window, is_causal=causal)
-    got = _kmeans.Windowed.apply(x, v, layout)
+    monkeypatch.setattr(kmeans_attention, "SLICE", Sizes(most, most))
+    monkeypatch.setattr(kmeans_attention, "MOST_PIECES", 9)
+    layout = kmeans_attention.lay_out(cluster, clusters, window, is_causal=causal)
+    got = kmeans_attention.Windowed.apply(x, v, layout)
     want = by_rank(x, v, cluster, window, causal=causal)
     direction = torch.randn_like(got)
     for one, other in zip(
@@ -154,8 +154,8 @@ def test_slices_of_any_size_compute_the_rule(
 def test_gradients_are_those_of_finite_differences(causal: bool) -> None:
     torch.manual_seed(0)
     x, v = (torch.randn(1, 9, 2, 4, dtype=torch.float64, requires_grad=True) for _ in range(2))
-    layout = _kmeans.lay_out(torch.randint(2, (1, 2, 9)), 2, 3, is_causal=causal)
-    assert torch.autograd.gradcheck(lambda a, b: _kmeans.Windowed.apply(a, b, layout), (x, v))
+    layout = kmeans_attention.lay_out(torch.randint(2, (1, 2, 9)), 2, 3, is_causal=causal)
+    assert torch.autograd.gradcheck(lambda a, b: kmeans_attention.Windowed.apply(a, b, layout), (x, v))
 
 
 @pytest.mark.parametrize("selection", ["auto", "nearest"])
@@ -206,9 +206,9 @@ def test_no_later_number_reaches_an_earlier_token_of_its_cluster(poison: float) 
 def test_a_value_that_is_not_finite_reaches_those_that_may_read_it() -> None:
     x, v = (torch.randn(1, 30, 1, 4, dtype=torch.float64) for _ in range(2))
     cluster = torch.arange(30).remainder(2).view(1, 1, 30)
-    layout = _kmeans.lay_out(cluster, 2, 5, is_causal=True)
+    layout = kmeans_attention.lay_out(cluster, 2, 5, is_causal=True)
     v[0, 9] = float("inf")
-    y = _kmeans.Windowed.apply(x, v, layout)
+    y = kmeans_attention.Windowed.apply(x, v, layout)
     assert (~y.isfinite()).all(dim=-1).flatten().nonzero().flatten().tolist() == [9, 11, 13, 15, 17]
 
 
@@ -244,7 +244,7 @@ def streamed(layer: Routing, x: Tensor, begin: int) -> tuple[Tensor, int]:
     routed head's last cluster_window − 1 members of each cluster.
     """
     q, k, v, x_routed, _, v_routed = layer._split(x, shared=True)
-    cluster, _ = _kmeans.nearest(x_routed, layer.centroids)
+    cluster, _ = kmeans_attention.nearest(x_routed, layer.centroids)
     rows = rotated(F.layer_norm(x_routed, x_routed.shape[-1:]))
     local = [(rotated(q)[0, :, h], rotated(k)[0, :, h], v[0, :, h], None) for h in range(layer.local)]
     routed = [(rows[0, :, h], rows[0, :, h], v_routed[0, :, h], cluster[0, h]) for h in range(layer.routed)]
@@ -316,22 +316,22 @@ def test_equal_tokens_are_taken_earliest_first_and_join_the_lowest_cluster() -> 
     token = torch.randn(1, 1, 1, 8)
     x = token.expand(1, 20, 1, 8)
     centroids = F.normalize(torch.randn(1, 1, 8), dim=-1).expand(1, 4, 8)
-    taken, sums = _kmeans.members(x, centroids, 5)
+    taken, sums = kmeans_attention.members(x, centroids, 5)
     assert torch.equal(taken, torch.arange(5).expand(1, 1, 4, 5))
-    cluster, also = _kmeans.nearest(x, centroids)
+    cluster, also = kmeans_attention.nearest(x, centroids)
     assert cluster.max() == 0
     torch.testing.assert_close(sums, also)
     assert also[:, 1:].count_nonzero() == 0
 
 
 def test_members_are_the_largest_dot_products_in_order_of_position(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_kmeans, "PIECE", Sizes(1, 1))  # one centroid, or one token, at a time
+    monkeypatch.setattr(kmeans_attention, "PIECE", Sizes(1, 1))  # one centroid, or one token, at a time
     torch.manual_seed(0)
     x, centroids = torch.randn(2, 40, 3, 8), F.normalize(torch.randn(3, 6, 8), dim=-1)
     scores = torch.einsum("bthd,hkd->bhkt", F.layer_norm(x, (8,)), centroids)
-    taken, sums = _kmeans.members(x, centroids, 7)
+    taken, sums = kmeans_attention.members(x, centroids, 7)
     assert torch.equal(taken, scores.topk(7).indices.sort().values)
-    cluster, also = _kmeans.nearest(x, centroids)
+    cluster, also = kmeans_attention.nearest(x, centroids)
     assert torch.equal(cluster, scores.argmax(dim=2))
     torch.testing.assert_close(sums, also)
     one_hot = F.one_hot(cluster, 6).float()
@@ -351,10 +351,13 @@ def test_a_token_in_no_cluster_gets_zeros_from_routed_heads(tokens: int) -> None
 def test_memberships_do_not_depend_on_autocast() -> None:
     layer = make(64).float()
     x = torch.randn(1, 4096, 2, 8)  # enough for some to lie between two clusters
-    plain, taken = _kmeans.nearest(x, layer.centroids)[0], _kmeans.members(x, layer.centroids, 512)[0]
+    plain, taken = (
+        kmeans_attention.nearest(x, layer.centroids)[0],
+        kmeans_attention.members(x, layer.centroids, 512)[0],
+    )
     with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(_kmeans.nearest(x, layer.centroids)[0], plain)
-        assert torch.equal(_kmeans.members(x, layer.centroids, 512)[0], taken)
+        assert torch.equal(kmeans_attention.nearest(x, layer.centroids)[0], plain)
+        assert torch.equal(kmeans_attention.members(x, layer.centroids, 512)[0], taken)
         for causal in (True, False):
             inputs = torch.randn(1, 64, 32, requires_grad=True)
             layer(inputs, causal=causal).y.float().sum().backward()

@@ -13,15 +13,15 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
-from bench import gates
+from bench.measure import gates
 from bench.measure.flops import CountFlops
 from bench.measure.memory import LiveStorage
 from variants import load
-from variants._parts import Cut, Part
-from variants._sparse import SparseAttention
-from variants._union import union_attention
 from variants.base import Dims
-from variants.layers import masked_attention
+from variants.ops.block_sparse import union_attention
+from variants.ops.factorised import SparseAttention
+from variants.ops.projections import masked_attention
+from variants.ops.strided_parts import Cut, Part
 
 NAMES = ("sparse_strided", "sparse_fixed")
 MODES = ("merged", "split", "interleaved")

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 
+from variants.attention.sparse_fixed import SparseFixed, SparseFixedConfig
 from variants.base import Dims
-from variants.sparse_fixed import SparseFixed, SparseFixedConfig
 
 SMALL: list[dict[str, Any]] = [
     {"stride": 6, "c": 2},

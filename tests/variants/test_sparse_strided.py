@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 
+from variants.attention.sparse_strided import SparseStrided, SparseStridedConfig
 from variants.base import Dims
-from variants.sparse_strided import SparseStrided, SparseStridedConfig
 
 SMALL: list[dict[str, Any]] = [{"stride": 6}, {"stride": 6, "head_mode": "split", "impl": "plain"}]
 

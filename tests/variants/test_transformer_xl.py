@@ -13,16 +13,16 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from bench import gates
-from bench.evaluate import evaluate
+from bench.evaluate.nll import evaluate
+from bench.measure import gates
 from bench.measure.flops import CountFlops
-from bench.model import LanguageModel
+from bench.model.language_model import LanguageModel
 from bench.tasks.text import Batch
-from bench.train import optimizer_for, training_step
+from bench.train.loop import optimizer_for, training_step
 from variants import load
-from variants._recurrence import BLOCK, Recurrent, _RelativeAttention, plain_attention, slide
+from variants.attention.transformer_xl import TransformerXL, TransformerXLConfig
 from variants.base import Chunks, Dims
-from variants.transformer_xl import TransformerXL, TransformerXLConfig
+from variants.ops.relative_attention import BLOCK, Recurrent, _RelativeAttention, plain_attention, slide
 
 SMALL: list[dict[str, Any]] = [{"segment": 12, "mem_len": 17}]
 

@@ -53,8 +53,8 @@ class CheckedSource(FileConfigSource):
 
     def load_config(self, config_path: str) -> ConfigResult:
         """Raises ConfigError for a file that holds more, or that lies outside of the folder."""
-        from bench import presets
-        from bench.checks import ConfigError
+        from bench.cli import presets
+        from bench.inputs.errors import ConfigError
 
         name = config_path.removesuffix(".yaml")
         path = Path(self.path, f"{name}.yaml")
@@ -111,8 +111,8 @@ class Composer:
         return self._known[choices]
 
     def _whole(self, job: Sequence[str]) -> DictConfig:
-        config = self.loader.load_sweep_config(self.composed, list(job))
-        whole: DictConfig = OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
+        parse = self.loader.load_sweep_config(self.composed, list(job))
+        whole: DictConfig = OmegaConf.masked_copy(parse, [str(key) for key in parse if key != "hydra"])
         OmegaConf.set_struct(whole, True)  # as Hydra does: a knob that does not exist is refused
         return whole
 
@@ -133,15 +133,16 @@ class CellSweeper(Sweeper):
 
     def sweep(self, arguments: list[str]) -> Any:
         """Compose and check the cells of every grid, then run them; returns their records."""
-        from bench import cluster, config, sweep
-        from bench.spec import ClusterSpec
+        from bench.config import parse
+        from bench.config.spec import ClusterSpec
+        from bench.run import cluster, sweep
 
         loader = self.context.config_loader
         cells, overrides = [], []
         for preset in self._presets(arguments):
             compose = Composer(loader, preset.composed)
             lines = [line for grid in preset.grids for line in product(loader, grid, preset.arguments)]
-            cells += [config.parse(compose(line)) for line in lines]
+            cells += [parse.parse(compose(line)) for line in lines]
             overrides += lines
         if self.composed.hydra.launcher._target_ == IN_THIS_PROCESS:
             return sweep.run(cells)
@@ -150,7 +151,7 @@ class CellSweeper(Sweeper):
             task = cluster.CellsOfJob(self.context.config_loader, self.composed, Path.cwd())
             return self._launch(task, knobs, jobs)
 
-        return cluster.run(cells, overrides, config.parse_cluster(self.composed), launch)
+        return cluster.run(cells, overrides, parse.parse_cluster(self.composed), launch)
 
     def _presets(self, arguments: list[str]) -> Iterator[Preset]:
         """What is swept: one preset, or none, or each of those that the sweep is over with its own grids."""
@@ -201,7 +202,7 @@ def product(loader: ConfigLoader, grid: DictConfig, arguments: list[str]) -> lis
     """The overrides of each cell of a grid. Raises ConfigError for a line of the grid that is not allowed."""
     from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 
-    from bench import overrides
+    from bench.cli import overrides
 
     parser = OverridesParser.create(config_loader=loader)
     as_given = OmegaConf.to_container(grid, resolve=False)

@@ -1,0 +1,81 @@
+"""A mistake on the command line in one line: the value, what is allowed, the nearest match."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import HydraException, MissingConfigException, OverrideParseException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from bench.cli import overrides
+from bench.corpora import CorpusError
+from bench.inputs.errors import ConfigError
+from variants import PluginClash
+
+KINDS: tuple[type[Exception], ...] = (
+    ConfigError,
+    CorpusError,
+    PluginClash,
+    HydraException,
+    OmegaConfBaseException,
+)
+"""Exceptions that are the user's mistake, not ours."""
+
+
+def explain(error: Exception, arguments: list[str], configs: Path) -> str:
+    """One line for any of `KINDS`; `arguments` is the command line and `configs` the config folder."""
+    if isinstance(error, ConfigError | CorpusError | PluginClash):
+        return str(error)
+    if isinstance(error, MissingConfigException) and error.missing_cfg_file:
+        return _unknown_option(error)
+    text = str(error)
+    if isinstance(error, OverrideParseException):
+        return f"{error.override}: cannot be read ({text.splitlines()[0]})"
+    if ambiguous := re.search(r"Ambiguous value for argument '([^']+)'", text):
+        return f"{ambiguous[1]}: several values; add -m (or --multirun) to sweep over them"
+    if missed := re.search(r"Could not (?:override|append to config|delete).*?'([^']+)'", text):
+        return _unknown_knob(missed[1], arguments, configs)
+    return " ".join(text.split())
+
+
+def _near(value: str, allowed: list[str]) -> str:
+    found = difflib.get_close_matches(value, allowed, n=1, cutoff=0.5)
+    return f"; did you mean {found[0]}?" if found else ""
+
+
+def _unknown_option(error: MissingConfigException) -> str:
+    group, _, value = str(error.missing_cfg_file).rpartition("/")
+    allowed = sorted(str(option) for option in error.options or [])
+    extra = "; those for clusters come with the extra `cluster`" if group == "hydra/launcher" else ""
+    return f"{group}={value}: unknown; allowed are {', '.join(allowed)}{_near(value, allowed)}{extra}"
+
+
+def _unknown_knob(knob: str, arguments: list[str], configs: Path) -> str:
+    knobs = sorted(_knobs(arguments, configs))
+    section, _, _ = knob.rpartition(".")
+    beside = [known for known in knobs if known.rpartition(".")[0] == section] or knobs
+    return f"{knob}: unknown knob; allowed are {', '.join(beside)}{_near(knob, knobs)}"
+
+
+def _knobs(arguments: list[str], configs: Path) -> set[str]:
+    """Dotted names of every knob under the groups that the command line chose."""
+    groups = overrides.groups()
+    chosen = [a for a in arguments if a.partition("=")[0] in groups and re.fullmatch(r"\w+=\w+", a)]
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(configs), version_base="1.3"):
+        config = compose("config", overrides=chosen)
+    return set(_leaves(config)) | groups
+
+
+def _leaves(config: DictConfig, prefix: str = "") -> Iterator[str]:
+    for key in map(str, config):
+        if OmegaConf.is_dict(config) and isinstance(config._get_node(key), DictConfig):
+            yield from _leaves(config[key], f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}"

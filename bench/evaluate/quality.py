@@ -1,0 +1,151 @@
+"""What a cell's model learns: train it on the cell's budget, then ask it. Figures are told as taken."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict
+from itertools import islice
+
+import torch
+
+from bench.config.spec import CellSpec
+from bench.evaluate import attention_stats, context_use
+from bench.evaluate.accuracy import measure_accuracy
+from bench.evaluate.nll import evaluate
+from bench.evaluate.receptive_field import reach
+from bench.measure import predict
+from bench.records import Tell
+from bench.tasks.base import Batch, Task
+from bench.tasks.text import Text
+from bench.tasks.windows import least_context
+from bench.train.checkpoints import Kept
+from bench.train.loop import Budget, Diverged, Training, train
+
+
+class Quality:
+    """The steps from a new model to its figures of quality. `run` does them in order."""
+
+    def __init__(self, spec: CellSpec, task: Task, device: torch.device, *, kept: Kept, tell: Tell) -> None:
+        """`kept`: the checkpoints of training; one of an earlier run of this cell is taken up."""
+        self.spec, self.task, self.device, self.kept, self.tell = spec, task, device, kept, tell
+        self.measure, self.causal = spec.measure, spec.causal
+        self.variant, _, self.dims = spec.attention()
+        self.model = predict.build_model(spec).to(device)
+
+    def run(self) -> None:
+        """Train, then take every figure that was asked for. Raises train.Diverged."""
+        text = self.task if isinstance(self.task, Text) else None
+        if text and self.measure.attention_windows:
+            self.tell({"softmax_error_initial": self._look(text).softmax_error})
+        training = self._train()
+        self.tell({"tokens_trained": training.tokens, "train_seconds": training.seconds})
+        if text:
+            self._model_text(text, training.step)
+        else:
+            self._answer()
+        self.tell({"state_policy": "carried" if self.variant.caps.stateful else "none"})
+
+    def _train(self) -> Training:
+        step_tokens = self.spec.batch_size * self.spec.seq_len
+
+        def batches(step: int, done: float) -> Batch:
+            return self.task.train_batch(step, done).for_training(self.device)
+
+        return train(
+            self.model,
+            batches,
+            budget=Budget.of(
+                self.measure,
+                step_tokens=step_tokens,
+                step_flops=3 * self.model.flops(self.dims, causal=self.causal).total,
+            ),
+            learning_rate=self.measure.learning_rate,
+            causal=self.causal,
+            step_tokens=step_tokens,
+            kept=self.kept,
+        )
+
+    def _model_text(self, task: Text, steps: int) -> None:
+        stride = (self.causal and self.measure.eval_stride) or self.spec.seq_len
+        quality = evaluate(
+            self.model,
+            task.test_batches(stride),
+            documents=task.test_documents() if self.variant.caps.stateful else None,
+            objective=task.objective,
+            words_per_byte=task.corpus.words_per_byte(),
+            unigram_nats=task.corpus.unigram_nats(),
+            device=self.device,
+            place_period=self.measure.place_period,
+        )
+        self.tell(
+            {
+                "nll": quality.nll,
+                "nll_reset": quality.nll_reset,
+                "perplexity": quality.perplexity,
+                "bits_per_byte": quality.bits_per_byte,
+                "word_perplexity": quality.word_perplexity,
+                "unigram_perplexity": quality.unigram_perplexity,
+                "nll_by_position": quality.nll_by_position,
+                "nll_by_place": quality.nll_by_place,
+                "place_period": self.measure.place_period or None,
+                "tokens_evaluated": quality.tokens,
+                "eval_stride": stride if self.causal else None,
+                "eval_min_context": least_context(self.spec.seq_len, stride) if self.causal else None,
+            }
+        )
+        if not math.isfinite(quality.nll):
+            raise Diverged(f"the loss on held-out text is {quality.nll}", steps, steps)
+        if self.causal and self.measure.history_targets:
+            self._look_back(task)
+        if self.measure.reach:
+            self._reach()
+        if self.measure.attention_windows:
+            self.tell(asdict(self._look(task)))
+
+    def _look(self, task: Text) -> attention_stats.Looks:
+        """At the attention on the first of the held-out windows."""
+        batches = -(-self.measure.attention_windows // self.spec.batch_size)
+        held_out = islice(task.test_batches(), batches)
+        return attention_stats.look(self.model, held_out, causal=self.causal, device=self.device)
+
+    def _look_back(self, task: Text) -> None:
+        found = context_use.look_back(
+            self.model,
+            task.documents,
+            seq_len=self.spec.seq_len,
+            count=self.measure.history_targets,
+            batch_size=self.spec.batch_size,
+            device=self.device,
+        )
+        if found:
+            self.tell(
+                {
+                    "nll_by_history": found.nll_by_history,
+                    "effective_context": found.effective,
+                    "effective_context_low": found.low,
+                    "effective_context_high": found.high,
+                }
+            )
+
+    def _answer(self) -> None:
+        found = measure_accuracy(
+            self.model,
+            self.task.test_batches(),
+            causal=self.causal,
+            distance_edges=self.task.distance_edges,
+            device=self.device,
+        )
+        self.tell(
+            {
+                "nll": found.nll,
+                "accuracy": found.accuracy,
+                "guess_accuracy": self.task.guess_accuracy,
+                "accuracy_by_distance": found.by_distance,
+                "distance_edges": list(self.task.distance_edges) or None,
+                "tokens_evaluated": found.tokens,
+            }
+        )
+        self._reach()
+
+    def _reach(self) -> None:
+        self.tell({"reach": reach(self.model, self.spec.seq_len, causal=self.causal)})

@@ -1,0 +1,1 @@
+"""What users write: paths, words, and the error for what is not allowed."""

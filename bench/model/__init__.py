@@ -1,0 +1,1 @@
+"""The transformer around the layers under test, and how its activations are stored."""

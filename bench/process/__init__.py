@@ -1,0 +1,1 @@
+"""Processes: their start, signals, control groups and standard error."""

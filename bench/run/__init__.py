@@ -1,0 +1,1 @@
+"""From a sweep of cells to their records."""

@@ -1,0 +1,125 @@
+"""What a person sees while cells run: a bar on a terminal, plain lines anywhere else."""
+
+from __future__ import annotations
+
+import sys
+import time
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+from bench.inputs.printable import printable
+from bench.records import Record
+
+if TYPE_CHECKING:
+    from rich.progress import Progress as RichProgress
+
+MOST = 2000
+"""Characters of a cell's line; a reason may be the whole of a program's last words."""
+
+
+def describe(record: Record) -> str:
+    """A finished cell in one line: what it is, what it cost, how well it did."""
+    what = (
+        f"{record.variant} T={record.seq_len} depth={record.depth} d={record.d_model} "
+        f"{record.activations} #{record.replicate}" + (f" twin {record.twin}" if record.twin else "")
+    )
+    if record.status != "ok":
+        return f"{record.status:11} {printable(f'{what}: {record.reason}', MOST)}"
+    figures = [
+        f"step {record.step_seconds_median * 1e3:,.1f} ms" if record.step_seconds_median else None,
+        f"peak {record.peak_bytes / 2**20:,.1f} MiB" if record.peak_bytes else None,
+        f"{record.flops_executed_step / 1e9:,.2f} GFLOP" if record.flops_executed_step else None,
+        f"longest that fits T={record.longest_seq_len}" if record.longest_seq_len is not None else None,
+        f"largest batch {record.largest_batch_size}" if record.largest_batch_size is not None else None,
+        f"{record.objective} perplexity {record.perplexity:.2f}" if record.perplexity else None,
+        f"{record.objective} accuracy {record.accuracy:.1%}" if record.accuracy is not None else None,
+        f"contaminated: {record.contaminated}" if record.contaminated else None,
+    ]
+    return f"{record.status:11} {printable(f'{what}: ' + ', '.join(filter(None, figures)), MOST)}"
+
+
+def duration(seconds: float) -> str:
+    """1:05 or 2:03:04."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+class Progress:
+    """Context manager around a sweep of `total` cells, of which some may already be done."""
+
+    def __init__(self, total: int) -> None:
+        self.total, self.done, self.measured = total, 0, 0
+        self.begun = time.monotonic()
+        self.bar: RichProgress | None = None
+        self.waited = False
+
+    def __enter__(self) -> Progress:
+        if sys.stderr.isatty():
+            from rich.console import Console
+            from rich.progress import BarColumn, TextColumn
+            from rich.progress import Progress as RichProgress
+
+            count, what = (
+                TextColumn("{task.completed:.0f}/{task.total:.0f}"),
+                TextColumn("{task.description}"),
+            )
+            # no refresh thread: it would wake up beside the cell that is being timed
+            self.bar = RichProgress(
+                count, BarColumn(), what, console=Console(stderr=True), auto_refresh=False
+            )
+            self.bar.add_task("", total=self.total)
+            self.bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self.bar:
+            self.bar.stop()
+
+    def eta(self) -> str:
+        """Time left at the pace so far."""
+        if not self.measured:
+            return "ETA unknown"
+        pace = (time.monotonic() - self.begun) / self.measured
+        return f"ETA {duration(pace * (self.total - self.done))}"
+
+    def starting(self, label: str) -> None:
+        """A cell begins."""
+        if self.bar:
+            self.bar.update(self.bar.task_ids[0], description=f"{self.eta()}  {label}", refresh=True)
+
+    def skipped(self, count: int) -> None:
+        """Cells that an earlier run finished."""
+        if count:
+            self.done += count
+            self._say(f"{count} of {self.total} cells were finished before and are not run again")
+
+    def waiting(self, what: str) -> None:
+        """Another sweep has what the next cell needs; plain lines say so once."""
+        if self.bar:
+            self.bar.update(self.bar.task_ids[0], description=f"waiting: {what}", refresh=True)
+        elif not self.waited:
+            print(f"waiting: {what}", file=sys.stderr, flush=True)
+        self.waited = True
+
+    def elsewhere(self, record: Record) -> None:
+        """Another sweep measured a cell meanwhile."""
+        self.done += 1
+        self._say(f"[{self.done}/{self.total}] by another sweep: {describe(record)}")
+
+    def finished(self, record: Record) -> None:
+        """A cell ended."""
+        self.done += 1
+        self.measured += 1
+        if self.total > 1:  # a lone cell is printed as the command's result
+            eta = "" if self.bar else f"  ({self.eta()})"
+            self._say(f"[{self.done}/{self.total}] {describe(record)}{eta}")
+
+    def _say(self, line: str) -> None:
+        if self.bar:
+            self.bar.console.print(line, highlight=False, markup=False, soft_wrap=True)
+            self.bar.update(self.bar.task_ids[0], completed=self.done, refresh=True)
+        else:
+            print(line, file=sys.stderr, flush=True)

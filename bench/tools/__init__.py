@@ -1,0 +1,1 @@
+"""Commands beside the benchmark: single layers, and pictures of what a token reads."""

@@ -1,0 +1,216 @@
+"""One picture of the gallery: which tokens a variant's tokens read, beside its rule."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Sequence
+
+import numpy as np
+from matplotlib.artist import Artist
+from matplotlib.axes import Axes
+from matplotlib.colors import to_rgb
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
+
+from bench.report import canvas, units
+from bench.report.collect import spoken
+from bench.report.style import lighter, looks
+from bench.tools.gallery.reads import Direction, Panel, Picture, Sizes
+
+UNREAD, FORBIDDEN = ("#D55E00", "x"), ("#0072B2", "+")
+"""Colour and marker of a pair that a rule allows and no gradient shows, and of the reverse."""
+FADE = 0.78
+"""How far to white a pair goes that is only read through all layers."""
+
+
+def words(picture: Picture) -> str:
+    """The knobs that are not defaults: 'window=8, dilation=1 1 3 3'."""
+    values = {
+        knob: " ".join(map(str, value)) if isinstance(value, list) else spoken(value)
+        for knob, value in picture.knobs.items()
+    }
+    return ", ".join(f"{knob}={value}" for knob, value in values.items())
+
+
+def counted(layers: int) -> str:
+    """'1 layer', '3 layers'."""
+    return f"{layers} layer{'' if layers == 1 else 's'}"
+
+
+def objective(direction: Direction) -> str:
+    """What the rows of a figure are called."""
+    return "causal" if direction.causal else "bidirectional"
+
+
+def unread(panel: Panel) -> np.ndarray:
+    """(T, T) bool: pairs that the rule allows and whose gradient is zero."""
+    return (
+        np.zeros(panel.share.shape, bool) if panel.rule is None else (panel.rule & (panel.share == 0)).numpy()
+    )
+
+
+def forbidden(panel: Panel) -> np.ndarray:
+    """(T, T) bool: pairs that the rule forbids and whose gradient is not zero."""
+    return (
+        np.zeros(panel.share.shape, bool) if panel.rule is None else (~panel.rule & (panel.share > 0)).numpy()
+    )
+
+
+def disagrees(picture: Picture) -> bool:
+    """Whether gradients and rule differ anywhere."""
+    panels = [panel for direction in picture.directions for panel in direction.panels]
+    return any(unread(panel).any() or forbidden(panel).any() for panel in panels)
+
+
+def stem(picture: Picture, drawn: Sequence[Picture]) -> str:
+    """The name of a picture's files: the variant's, numbered from its second picture among those drawn."""
+    count = sum(other.variant == picture.variant for other in drawn)
+    return picture.variant if count < 2 else f"{picture.variant}-{count}"
+
+
+def fade(layers: int, most: int) -> float:
+    """How far to white a pair goes that takes so many layers, of `most` drawn."""
+    return FADE * (layers - 1) / max(1, most - 1)
+
+
+def _white(size: int) -> np.ndarray:
+    return np.ones((size, size, 3))
+
+
+def shaded(panel: Panel, colour: str) -> np.ndarray:
+    """(T, T, 3): white where no input reads the pair, the colour where all do."""
+    share = panel.share.numpy()[..., None]
+    shade: np.ndarray = (1 - share) * _white(len(share)) + share * np.array(to_rgb(colour))
+    return shade
+
+
+def stepped(panels: Sequence[Panel], colour: str) -> np.ndarray:
+    """(T, T, 3): the colour, the lighter the more layers a pair takes to be read."""
+    shade = _white(len(panels[0].share))
+    for panel in reversed(panels):
+        shade[panel.share.numpy() > 0] = to_rgb(lighter(colour, fade(panel.layers, len(panels))))
+    return shade
+
+
+def deep(panels: Sequence[Panel], colour: str) -> np.ndarray:
+    """(T, T, 3): through all layers; by the fewest that it takes where a rule decides, else by the share."""
+    return shaded(panels[-1], colour) if panels[-1].rule is None else stepped(panels, colour)
+
+
+def square(axis: Axes, shade: np.ndarray, panel: Panel | None = None, *, marks: float = 3) -> None:
+    axis.imshow(shade, interpolation="nearest", vmin=0, vmax=1)
+    axis.grid(False)
+    for spine in axis.spines.values():
+        spine.set(visible=True, color="#999999", linewidth=0.6)
+    for found, (colour, marker) in ((unread, UNREAD), (forbidden, FORBIDDEN)):
+        if panel is not None and (pairs := np.argwhere(found(panel))).size:
+            axis.plot(pairs[:, 1], pairs[:, 0], marker, color=colour, markersize=marks, markeredgewidth=0.8)
+
+
+def _titled(axis: Axes, title: str, panel: Panel) -> None:
+    pairs = units.percent(panel.share.mean().item())
+    axis.set_title(f"{title}: {pairs} of pairs", fontsize=8.5)
+
+
+def message(axis: Axes, text: str, *, width: int, size: float) -> None:
+    """A panel of words."""
+    axis.set_axis_off()
+    lines = "\n".join(textwrap.wrap(text, width))
+    axis.text(
+        0.5, 0.5, lines, ha="center", va="center", fontsize=size, color="#555555", transform=axis.transAxes
+    )
+
+
+def marks(picture_panels: Sequence[Panel]) -> list[Artist]:
+    """The legend's last entries: disagreements with the rule, and how many there are."""
+    ruled = [panel for panel in picture_panels if panel.rule is not None]
+    if not ruled:
+        return []
+    entries = (
+        (UNREAD, "rule allows,\ngradient zero", unread),
+        (FORBIDDEN, "rule forbids,\ngradient not zero", forbidden),
+    )
+    handles: list[Artist] = []
+    for (colour, marker), label, found in entries:
+        count = sum(int(found(panel).sum()) for panel in ruled)
+        handles.append(
+            Line2D([], [], linestyle="", marker=marker, color=colour, label=f"{label}: {count or 'none'}")
+        )
+    return handles
+
+
+def legend(panels: Sequence[Panel], colour: str) -> list[Artist]:
+    """What the shades of a picture mean."""
+    if panels[-1].rule is None:
+        return [
+            Patch(
+                facecolor=lighter(colour, 1 - share),
+                edgecolor="#999999",
+                label=f"read for {100 * share:.0f} % of inputs",
+            )
+            for share in (1.0, 0.5, 0.1)
+        ]
+    return [
+        Patch(
+            facecolor=lighter(colour, fade(panel.layers, len(panels))),
+            label=f"read {'in one layer' if panel.layers == 1 else f'through {panel.layers} layers'}",
+        )
+        for panel in panels
+    ]
+
+
+def figure(picture: Picture, sizes: Sizes, variants: Sequence[str]) -> Figure:
+    """One variant: a row for each direction that it has; the rule, one layer and all layers side by side.
+
+    `variants` are the names of all in the gallery, for the colours of those that are not known by name.
+    """
+    colour = looks(picture.variant, variants)[0]
+    drawn = [direction for direction in picture.directions if direction.panels]
+    fig, axes = canvas.panels(3 * max(1, len(drawn)), width=2.5, height=2.75, columns=3)
+    for row, direction in enumerate(drawn):
+        _row(axes[3 * row : 3 * row + 3], direction, colour)
+    for axis in axes[3 * len(drawn) :]:
+        message(axis, "nothing to draw", width=20, size=8)
+    panels = [panel for direction in drawn for panel in direction.panels]
+    handles = [*legend(drawn[0].panels, colour), *marks(panels)] if drawn else []
+    absent = [f"{objective(d)}: {d.reason}" for d in picture.directions if d.reason]
+    knobs = f" ({words(picture)})" if picture.knobs else ""
+    averaged = (
+        f"Content decides: averaged over {picture.inputs} random inputs. " if picture.inputs > 1 else ""
+    )
+    canvas.dress(
+        fig,
+        f"{picture.variant}{knobs}: which tokens a token reads",
+        f"{averaged}A row is a token that reads, a column one that it may read.",
+        ". ".join([picture.paper, provenance(sizes), *absent]),
+        handles,
+    )
+    return fig
+
+
+def provenance(sizes: Sizes) -> str:
+    return (
+        f"Gradients of the module in float64, zero below the type's epsilon times a query's largest; "
+        f"{sizes.seq_len} tokens, width {sizes.d_model}, {sizes.heads} heads"
+    )
+
+
+def _row(axes: Sequence[Axes], direction: Direction, colour: str) -> None:
+    """The rule, or where there is none what one input reads; one layer; all layers."""
+    by_rule, one, through = axes
+    panels = direction.panels
+    rule = panels[0].rule
+    shown, source = (panels[0].example, "one input") if rule is None else (rule, "the rule")
+    square(by_rule, shaded(Panel(1, shown.double(), shown, None), colour))
+    by_rule.set_title(f"{objective(direction)}: {source}", fontsize=8.5)
+    by_rule.set_ylabel("query position")
+    square(one, shaded(panels[0], colour), panels[0])
+    mean = "mean, " if rule is None else ""
+    _titled(one, f"{mean}one layer", panels[0])
+    square(through, deep(panels, colour), panels[-1])
+    _titled(through, f"{mean}{counted(panels[-1].layers)}", panels[-1])
+    size = len(panels[0].share)
+    ticks = range(0, size, max(1, size // 4))
+    for axis in axes:
+        axis.set(xlabel="key position", xticks=ticks, yticks=ticks)

@@ -1,0 +1,186 @@
+"""Which tokens a token reads, through one layer and through several, from gradients of the real module.
+
+A query position reads a key position where a gradient of its output with respect to that input is more
+than float64's epsilon of the largest that this output has. Most variants give exactly 0.0 where they do not
+read, since they never gather the key or its weight is 0. With weights
+of order 1/√fan-in, what is read lies ten orders of magnitude above the threshold.
+
+What chooses the keys has no gradient: that a later token changes an earlier one's choice is for the causality
+gate to see (`bench.measure.gates`), by perturbation.
+
+Shapes: T tokens, C channels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from omegaconf import OmegaConf
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+import variants
+from bench import CONFIGS
+from bench.evaluate.receptive_field import dependence
+from bench.model.language_model import LanguageModel
+from bench.report.style import variant_rank
+from variants.base import Attention, Dims, VariantConfig
+
+EPSILON = torch.finfo(torch.float64).eps
+"""Gradients that are a smaller share of a query's largest are no reading."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sizes:
+    """What configs/gallery.yaml holds."""
+
+    seq_len: int
+    layers: int
+    inputs: int
+    """Random inputs over which a picture is averaged where content decides what is read."""
+    d_model: int
+    heads: int
+    knobs: dict[str, list[dict[str, Any]]]
+    """Variant → one set of knobs for each of its pictures; one that is not named has its defaults."""
+
+    @classmethod
+    def configured(cls, **changed: int) -> Sizes:
+        """Those of configs/gallery.yaml, but for what is changed."""
+        loaded: Any = OmegaConf.to_container(OmegaConf.load(CONFIGS / "gallery.yaml"))
+        return cls(**{**loaded, **changed})
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One map of queries (rows) and keys (columns)."""
+
+    layers: int
+    share: Tensor
+    """(T, T) share of the inputs in which the query reads the key, through so many layers."""
+    example: Tensor
+    """(T, T) bool: what the first input reads."""
+    rule: Tensor | None
+    """(T, T) bool: what the variant's rule says; None where content decides."""
+
+
+@dataclass(frozen=True)
+class Direction:
+    """A variant with one objective: its panels, or why there are none.
+
+    They are for 1, 2, … layers where a rule decides, for 1 and for all of them where content does.
+    """
+
+    causal: bool
+    panels: tuple[Panel, ...] = ()
+    reason: str | None = None
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A variant with one set of knobs, causal and bidirectional."""
+
+    variant: str
+    knobs: Mapping[str, Any]
+    paper: str
+    inputs: int
+    """How many it is averaged over; 1 where a rule decides, as every input gives the same."""
+    directions: tuple[Direction, ...]
+
+
+class _Attached(TorchFunctionMode):
+    """Gradients pass where a module detaches, as Transformer-XL does its memory.
+
+    What is detached is read all the same: that nothing is learnt through it is another matter.
+    """
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        return args[0] if func is Tensor.detach else func(*args, **(kwargs or {}))
+
+
+def picture(sizes: Sizes, name: str, knobs: Mapping[str, Any]) -> Picture:
+    """What a variant with these knobs reads. Raises ValueError for a knob's value that is not allowed."""
+    variant = variants.load(name)
+    config = variant.Config.of(knobs)
+    directions = tuple(_direction(sizes, variant, config, causal=causal) for causal in (True, False))
+    ruled = all(panel.rule is not None for found in directions for panel in found.panels)
+    return Picture(name, knobs, variant.paper, 1 if ruled else sizes.inputs, directions)
+
+
+def pictures(sizes: Sizes, names: Sequence[str] | None = None) -> Iterator[Picture]:
+    """The gallery: every variant, or those named."""
+    for name in names or sorted(variants.names(), key=lambda name: (variant_rank(name), name)):
+        for knobs in sizes.knobs.get(name, [{}]):
+            yield picture(sizes, name, knobs)
+
+
+def _direction(sizes: Sizes, variant: type[Attention], config: VariantConfig, *, causal: bool) -> Direction:
+    dims = Dims(batch_size=1, seq_len=sizes.seq_len, d_model=sizes.d_model, heads=sizes.heads)
+    reason = variant.unsupported(config, dims, causal=causal) or variant.missing(
+        config, dims, device=torch.device("cpu"), dtype=torch.float64
+    )
+    if reason:
+        return Direction(causal, reason=reason)
+    panels = []
+    for depth in range(1, sizes.layers + 1):
+        model = build(variant, config, dims, depth)
+        if depth == 1:
+            rule = model.layers[0].pattern(sizes.seq_len, causal=causal)
+        else:
+            rule = dependence(model, sizes.seq_len, causal=causal)
+        if rule is None and 1 < depth < sizes.layers:
+            continue  # a picture shows the steps of a rule alone
+        inputs = sizes.inputs if rule is None else 1
+        found = [read(model, sizes.seq_len, causal=causal, seed=seed) for seed in range(inputs)]
+        panels.append(Panel(depth, torch.stack(found).double().mean(dim=0), found[0], rule))
+    return Direction(causal, tuple(panels))
+
+
+def build(variant: type[Attention], config: VariantConfig, dims: Dims, depth: int) -> LanguageModel:
+    """A float64 model whose weights are large enough that what is read is felt."""
+    torch.manual_seed(0)
+    model = LanguageModel(
+        variant, config, dims, depth=depth, ff_mult=1, dropout=0.0, vocabulary=1, activations="keep"
+    )
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 2:
+                parameter.normal_(std=parameter.shape[1] ** -0.5)
+    return model.double().eval()
+
+
+def read(model: LanguageModel, seq_len: int, *, causal: bool, seed: int) -> Tensor:
+    """(T, T) bool: whether a position's output (row) depends on an input (column), for one random input.
+
+    A model of one layer gives that layer alone; of several, all its blocks, whose residual connections let
+    a token keep what it holds. Either way the variant's plan feeds them the sequence, with state carried.
+    """
+    torch.manual_seed(seed)
+    channels = model.head.in_features
+    # a copy for each query, so that one backward pass gives the gradients of all of them
+    x = torch.randn(1, seq_len, channels, dtype=torch.float64).repeat(seq_len, 1, 1).requires_grad_()
+
+    def layer(window: Tensor, state: Any) -> tuple[Tensor, Any]:
+        out = model.layers[0](window, causal=causal, state=state)
+        return out.y, out.state
+
+    def blocks(window: Tensor, states: Any) -> tuple[Tensor, Any]:
+        before = states or [None] * len(model.blocks)
+        y, outs = model.run_blocks(model.blocks, window, before, causal=causal)
+        return y, [out.state for out in outs]
+
+    query = torch.arange(seq_len)
+    with _Attached():
+        y = model.plan.stream(layer if len(model.blocks) == 1 else blocks, x, causal=causal)
+        (y[query, query] @ torch.randn(channels, dtype=torch.float64)).sum().backward()
+    assert x.grad is not None
+    size = x.grad.abs().amax(dim=-1)
+    return size > EPSILON * size.amax(dim=-1, keepdim=True)

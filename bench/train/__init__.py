@@ -1,0 +1,1 @@
+"""Training of a cell: the loop, its checkpoints and its loss curve."""

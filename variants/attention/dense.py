@@ -1,0 +1,113 @@
+"""Dense attention: every token reads every token it may (Vaswani 2017, arXiv:1706.03762, §3.2).
+
+Shapes: B batch, T tokens, C channels, H heads, D = C / H.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from variants.base import Attention, Caps, Complexity, Dims, Flops, Out, VariantConfig
+from variants.ops import backends, masks
+from variants.ops.projections import Projections, masked_attention
+
+IMPLS = ("sdpa", "naive", "flex", "xformers")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DenseConfig(VariantConfig):
+    """Knobs of dense attention."""
+
+    impl: str = "sdpa"
+    """sdpa: torch's fused kernel, which stores no T × T matrix. naive: scores, softmax and sum in turn.
+    flex: FlexAttention, compiled. xformers: its memory_efficient_attention. The last two need CUDA."""
+
+    def __post_init__(self) -> None:
+        self.require("impl", self.impl in IMPLS, " or ".join(IMPLS))
+
+
+class Dense(Attention):
+    """softmax(QKᵀ/√D)V with rotary positions.
+
+    Deviations from the paper: rotary instead of added sinusoidal positions, no biases.
+    """
+
+    Config = DenseConfig
+    config: DenseConfig
+    caps = Caps(causal=True, bidirectional=True, exact=True)
+    paper = "Vaswani et al. 2017, Attention Is All You Need, arXiv:1706.03762"
+    complexity = Complexity(time=2, memory=2, formula="T²", source="Vaswani 2017, Table 1")
+
+    def __init__(self, config: DenseConfig, dims: Dims, layer: int = 0) -> None:
+        super().__init__(config, dims, layer)
+        self.projections = Projections(dims.d_model, dims.heads)
+        if config.impl == "naive":
+            self.padding = "naive computes every score and masks the forbidden half"
+        elif config.impl == "flex":
+            self.padding, self.bounded = backends.FLEX_PADDING, False
+
+    @classmethod
+    def missing(
+        cls, config: VariantConfig, dims: Dims, *, device: torch.device, dtype: torch.dtype
+    ) -> str | None:
+        """The kernels that torch does not have everywhere."""
+        assert isinstance(config, DenseConfig)
+        if config.impl == "flex":
+            return backends.missing_flex(device, dims.head_dim)
+        if config.impl == "xformers":
+            return backends.missing_xformers(device, dims.head_dim, dtype)
+        return None
+
+    def forward(self, x: Tensor, *, causal: bool, state: Any = None) -> Out:
+        """(B, T, C) → Out; carries no state."""
+        q, k, v = self.projections.split(x)
+        return Out(self.projections.merge(self._attend(q, k, v, causal)))
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
+        """(B, H, T, D) → (B, H, T, D) by the kernel that `impl` names."""
+        if self.config.impl == "naive":
+            return masked_attention(q, k, v, self._allowed(q.shape[2], causal))
+        if self.config.impl == "flex":
+            return backends.flex(q, k, v, backends.Alike(self._rule(causal)), alike=True)
+        if self.config.impl == "xformers":
+            return backends.xformers(q, k, v, causal=causal)
+        return F.scaled_dot_product_attention(q, k, v, is_causal=causal)
+
+    @staticmethod
+    def _rule(causal: bool) -> masks.Rule:
+        return masks.causal if causal else masks.anything
+
+    def _allowed(self, seq_len: int, causal: bool) -> Tensor:
+        return masks.matrix(self._rule(causal), seq_len)
+
+    def reference(self, x: Tensor, *, causal: bool) -> Tensor:
+        """The oracle on the variant's pattern, plan included."""
+        q, k, v = self.projections.split(x)
+        return self.projections.merge(masked_attention(q, k, v, self.pattern(x.shape[1], causal=causal)))
+
+    def queries_keys(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Those of the projections."""
+        q, k, _ = self.projections.split(x)
+        return q, k
+
+    def flops(self, dims: Dims, *, causal: bool) -> Flops:
+        """Scores and weighted sum: 4·C for each of the T(T+1)/2 or T² pairs."""
+        t = dims.seq_len
+        pairs = t * (t + 1) // 2 if causal else t * t
+        return Flops(
+            Projections.flops(dims.batch_size, t, dims.d_model),
+            4 * dims.batch_size * dims.d_model * pairs,
+        )
+
+    def state_bytes(self, dims: Dims) -> int:
+        """The keys and values of every token."""
+        return 2 * dims.batch_size * dims.seq_len * dims.d_model * dims.element_bytes
+
+    def pattern(self, seq_len: int, *, causal: bool) -> Tensor:
+        """Everything, or everything up to the query."""
+        return self._allowed(seq_len, causal)

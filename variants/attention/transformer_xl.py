@@ -1,0 +1,96 @@
+"""Transformer-XL: segments that read the hidden states of earlier ones (Dai 2019, arXiv:1901.02860).
+
+Shapes: B batch, T tokens, S tokens of a segment, M positions of memory, C channels.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from variants.base import Complexity, Dims, Flops, Out, Segments, VariantConfig
+from variants.ops import masks
+from variants.ops.relative_attention import Recurrent, slide
+
+
+@dataclass(frozen=True, kw_only=True)
+class TransformerXLConfig(VariantConfig):
+    """Knobs of segment-level recurrence."""
+
+    segment: int = 256
+    """Tokens that are processed, and trained on, at a time."""
+    mem_len: int = 256
+    """Positions before the segment whose hidden states each layer keeps; 0 for none."""
+
+    def __post_init__(self) -> None:
+        self.require("segment", self.segment >= 1, "1 or more tokens")
+        self.require("mem_len", self.mem_len >= 0, "0 or more tokens")
+
+
+class TransformerXL(Recurrent):
+    """Softmax attention to the segment up to the query and to the cached inputs of the layer before it.
+
+    Every query of a segment reads all of the memory, as in the paper's training (the authors' code can
+    also cut each query's reach to the same length, which is not done here): the first query of a segment
+    reads exactly mem_len positions back, the last segment − 1 more. The cached states are detached
+    (§3.2), so a layer adds mem_len to what a segment can know, and nothing to what it can be trained on.
+    Positions are relative, by the four-term score (§3.3), instead of rotary.
+
+    Deviations from the paper: u and v belong to each layer, and the memory holds the layer's normalised
+    inputs, because the network is pre-norm.
+    """
+
+    Config = TransformerXLConfig
+    config: TransformerXLConfig
+    paper = "Dai et al. 2019, Transformer-XL, arXiv:1901.02860"
+    complexity = Complexity(time=1, memory=0, formula="T·(S+M)", source="Dai 2019, §3.2", survey=2)
+
+    @classmethod
+    def plan(cls, config: VariantConfig) -> Segments:
+        """Segments in order, the last as long as what is left."""
+        assert isinstance(config, TransformerXLConfig)
+        return Segments(config.segment)
+
+    def forward(self, x: Tensor, *, causal: bool, state: Tensor | None = None) -> Out:
+        """(B, S, C) → Out; the state is the memory (B, ≤ mem_len, C). Raises ValueError where not causal."""
+        memory = x[:, :0] if state is None else state
+        return Out(self.attend(x, memory).y, self.remember(memory, x))
+
+    def remember(self, memory: Tensor, x: Tensor) -> Tensor:
+        """The last mem_len positions of memory and segment."""
+        return slide(memory, x, max(0, memory.shape[1] + x.shape[1] - self.config.mem_len))
+
+    def reference(self, x: Tensor, *, causal: bool) -> Tensor:
+        """Segment by segment, every score written out. Raises ValueError where not causal."""
+        self.require_objective(causal=causal)
+        memory, outputs = x[:, :0], []
+        for segment in self.plan(self.config).segments(x.shape[1]):
+            outputs.append(self.plainly_attend(x[:, segment], memory).y)
+            memory = x[:, max(0, segment.stop - self.config.mem_len) : segment.stop].detach()
+        return torch.cat(outputs, dim=1)
+
+    def flops(self, dims: Dims, *, causal: bool) -> Flops:
+        """The segments of a sequence, each with the memory that exists by then."""
+        total = Flops(0, 0)
+        for segment in self.plan(self.config).segments(dims.seq_len):
+            memory = min(segment.start, self.config.mem_len)
+            total += self.segment_flops(dims, segment.stop - segment.start, memory)
+        return total
+
+    def state_bytes(self, dims: Dims) -> int:
+        """Hidden states, not keys and values: one a position of the memory and of the open segment.
+
+        A segment of which some tokens are still to come is open: those tokens read the memory from before
+        it, and its tokens so far. At its end, the memory is the last mem_len positions.
+        """
+        open_tokens = dims.seq_len % self.config.segment
+        memory = min(dims.seq_len - open_tokens, self.config.mem_len)
+        return dims.batch_size * (memory + open_tokens) * dims.d_model * dims.element_bytes
+
+    def pattern(self, seq_len: int, *, causal: bool) -> Tensor:
+        """The query's segment up to the query, and mem_len positions before the segment."""
+        length, mem_len = self.config.segment, self.config.mem_len
+        near = masks.both(masks.causal, lambda i, j: j >= i // length * length - mem_len)
+        return masks.matrix(near, seq_len)

@@ -1,0 +1,209 @@
+"""General attention kernels of others, behind one door: FlexAttention (torch) and xformers.
+
+Shapes: B batch, T tokens, H heads, D channels of a head; n blocks of `BLOCK` tokens.
+
+Nothing here chooses: a variant's `impl` names the kernel, `missing_…` says why it cannot run, and
+neither library is imported before then. Where its kernels are compiled or foreign, no dispatched
+operation shows what they compute, so this file says it: see `listen`.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache, lru_cache
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from variants.ops.masks import Rule
+
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
+
+BLOCK = 128
+"""Tokens a side of a tile: FlexAttention leaves out the tiles in which no pair is allowed."""
+SMALLEST_HEAD = 16
+"""Channels of a head below which FlexAttention's kernel does not compile."""
+MASKS, GRAPHS = 32, 64
+"""Block masks and compiled kernels kept. More kernels than that in one process are an error, because
+torch's answer to too many is to run uncompiled: T × T scores and no word of it."""
+FLEX_PADDING = f"flex computes tiles of {BLOCK} × {BLOCK} pairs whole if any pair in them is allowed"
+
+HeadRule = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""(head, query index, key index) → may that head's query read the key? Block masks are kept by it, so it
+hashes by value, or is a module's function, and holds neither tensors nor layers."""
+
+
+@dataclass(frozen=True)
+class Alike:
+    """A pure rule for every head. It hashes as the rule does: a module's function will do, a closure not."""
+
+    rule: Rule
+
+    def __call__(self, head: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        """Whatever the head."""
+        return self.rule(i, j)
+
+
+# --- what was computed ----------------------------------------------------------------------------
+
+_listeners: list[Callable[[int], None]] = []
+
+
+@contextmanager
+def listen(listener: Callable[[int], None]) -> Iterator[None]:
+    """While inside, `listener` is given the FLOPs of each pass through a kernel of this file, forward or
+    backward: 2 per multiply-accumulate, whole tiles."""
+    _listeners.append(listener)
+    try:
+        yield
+    finally:
+        _listeners.remove(listener)
+
+
+def tell(flops: int) -> None:
+    """FLOPs that no dispatched operation shows."""
+    for listener in _listeners:
+        listener(flops)
+
+
+def _told(y: Tensor, product_flops: int, *, backward_products: int) -> Tensor:
+    """Tell of the forward pass that gave y, two products, now, and of its backward pass when it comes."""
+    tell(2 * product_flops)
+    if y.requires_grad:
+        y.register_hook(lambda _: tell(backward_products * product_flops))
+    return y
+
+
+# --- FlexAttention --------------------------------------------------------------------------------
+
+
+class _Mask(NamedTuple):
+    block_mask: BlockMask
+    pairs: int
+    """Pairs in the tiles that are not empty, of all heads that the mask tells apart."""
+
+
+def missing_flex(device: torch.device, head_dim: int) -> str | None:
+    """Why FlexAttention cannot train on this device, or None."""
+    if device.type != "cuda":
+        return f"impl=flex needs a CUDA device: FlexAttention has no backward pass on {device.type}"
+    if importlib.util.find_spec("triton") is None:
+        return "impl=flex needs Triton, which FlexAttention is compiled with; it is not installed"
+    if head_dim < SMALLEST_HEAD:
+        return f"impl=flex needs heads of {SMALLEST_HEAD} channels or more, not {head_dim}"
+    return None
+
+
+def flex(q: Tensor, k: Tensor, v: Tensor, rule: HeadRule, *, alike: bool = False) -> Tensor:
+    """Softmax attention over the pairs that a rule allows, (B, H, T, D) → (B, H, T, D); 0 without any.
+
+    `alike`: all heads read what head 0 does. Dong 2024, arXiv:2412.05496. On a CPU it computes T × T
+    scores, so that masks can be checked there.
+
+    Raises NotImplementedError where gradients are wanted and the device has none of them.
+    """
+    import torch._dynamo as dynamo
+
+    batch, heads, seq_len, head_dim = q.shape
+    if q.device.type != "cuda" and torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v)):
+        raise NotImplementedError(missing_flex(q.device, head_dim))
+    mask = _mask(rule, 1 if alike else heads, seq_len, q.device)
+    pairs = mask.pairs * (heads if alike else 1)
+    with dynamo.config.patch(recompile_limit=GRAPHS):
+        y = _compiled_flex(q.device.type)(q, k, v, block_mask=mask.block_mask, scale=head_dim**-0.5)
+    # The backward pass computes scores and the weights' gradient once for Q and again for K and V.
+    return _told(y, 2 * batch * pairs * head_dim, backward_products=7)
+
+
+@cache
+def _compiled_flex(device_type: str) -> Callable[..., Tensor]:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    # sizes are fixed within a cell, and without `fullgraph` too many graphs would mean none
+    backend = "inductor" if device_type == "cuda" else "eager"
+    compiled: Any = torch.compile(flex_attention, backend=backend, fullgraph=True, dynamic=False)
+    return compiled  # type: ignore[no-any-return]
+
+
+@lru_cache(maxsize=MASKS)
+def _mask(rule: HeadRule, heads: int, seq_len: int, device: torch.device) -> _Mask:
+    """Which tiles a rule fills, cuts or leaves empty, found a strip of queries at a time: never T × T."""
+    from torch.nn.attention.flex_attention import BlockMask
+
+    def mask_mod(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return rule(head, query, key)
+
+    blocks = -(-seq_len // BLOCK)
+    head = torch.arange(heads, device=device)[:, None, None]
+    key = torch.arange(blocks * BLOCK, device=device)
+    strips = []
+    for query in torch.arange(seq_len, device=device)[:, None].split(BLOCK):
+        allowed = (rule(head, query, key) & (key < seq_len)).expand(heads, -1, -1)
+        strips.append(allowed.unflatten(-1, (blocks, BLOCK)).sum((1, 3)))
+    pairs = torch.stack(strips, dim=1)  # (H, n, n)
+    full = pairs == BLOCK * BLOCK
+    cut = (pairs > 0) & ~full
+    made = BlockMask.from_kv_blocks(
+        *_listed(cut), *_listed(full), BLOCK_SIZE=BLOCK, mask_mod=mask_mod, seq_lengths=(seq_len, seq_len)
+    )
+    return _Mask(made, int((pairs > 0).sum()) * BLOCK * BLOCK)
+
+
+def _listed(chosen: Tensor) -> tuple[Tensor, Tensor]:
+    """(H, n, n) bool → how many key blocks a query block has (1, H, n), and all, those first (1, H, n, n)."""
+    order = chosen.to(torch.uint8).argsort(dim=-1, descending=True, stable=True)
+    return chosen.sum(-1, dtype=torch.int32)[None], order.to(torch.int32)[None]
+
+
+# --- xformers -------------------------------------------------------------------------------------
+
+
+def missing_xformers(device: torch.device, head_dim: int, dtype: torch.dtype) -> str | None:
+    """Why xformers cannot train on this device with heads and numbers of this kind, or None."""
+    if device.type != "cuda":
+        return f"impl=xformers needs a CUDA device: xformers has no kernel on {device.type}"
+    if importlib.util.find_spec("xformers") is None:
+        return "impl=xformers needs the package xformers, which is not installed (pip install xformers)"
+    return _refused_by_xformers(device, head_dim, dtype)
+
+
+def _refused_by_xformers(device: torch.device, head_dim: int, dtype: torch.dtype) -> str | None:
+    """What xformers says to a small example: it picks among kernels that differ by device and release."""
+    what = (
+        f"impl=xformers does not run heads of {head_dim} channels in {str(dtype).removeprefix('torch.')} here"
+    )
+    try:
+        with torch.enable_grad():
+            q = torch.zeros(1, 1, 2, head_dim, device=device, dtype=dtype, requires_grad=True)
+            xformers(q, q, q, causal=True).sum().backward()
+    except (ImportError, NotImplementedError, ValueError) as refusal:
+        lines = [line.strip() for line in str(refusal).splitlines()]
+        return f"{what}: {'; '.join(line for line in lines if line)}"
+    return None
+
+
+def xformers(q: Tensor, k: Tensor, v: Tensor, *, causal: bool) -> Tensor:
+    """Softmax attention by memory_efficient_attention, (B, H, T, D) → (B, H, T, D).
+
+    Lefaudeux 2022, github.com/facebookresearch/xformers.
+
+    Raises NotImplementedError, naming each kernel's reason, where it has none for these inputs.
+    """
+    from xformers.ops import LowerTriangularMask, memory_efficient_attention
+
+    batch, heads, seq_len, head_dim = q.shape
+    pairs = seq_len * (seq_len + 1) // 2 if causal else seq_len * seq_len
+    y: Tensor = memory_efficient_attention(
+        q.transpose(1, 2),  # it takes and returns (B, T, H, D)
+        k.transpose(1, 2),
+        v.transpose(1, 2),
+        attn_bias=LowerTriangularMask() if causal else None,
+        scale=1 / math.sqrt(head_dim),
+    )
+    return _told(y, 2 * batch * heads * pairs * head_dim, backward_products=5).transpose(1, 2)

@@ -1,0 +1,1 @@
+"""Locality-sensitive hashing and attention within its buckets."""

@@ -1,0 +1,133 @@
+"""Locality-sensitive hashing: how many buckets, random rotations, and the bucket of each token.
+
+Shapes: B batch, T tokens, H heads, D head_dim, R rounds of hashing, N = H·B sequences.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from variants.ops.memoizable import repeatable
+from variants.ops.tile_size import Sizes
+
+UNIT_EPSILON = 1e-6
+"""Added in quadrature to the length of a vector before dividing by it, so that 0 has a gradient."""
+ONE_ROTATION = 64
+"""Most buckets that one rotation gives; more are the product of two rotations (see `factors`)."""
+MOST_PIECES = 16
+"""Pieces of the tokens at most: projections outgrow the cache rather than a pass its thousands of calls."""
+HASH_TILE = Sizes(cpu=2**21, accelerator=2**24)
+"""Numbers that a piece of hashing projects to: they stay in the cache."""
+
+
+def inverse_length(x: Tensor) -> Tensor:
+    """1 / √(‖x‖² + ε²) over the last dimension, which is kept."""
+    length: Tensor = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    return (length.square() + UNIT_EPSILON**2).rsqrt()
+
+
+def factors(n_buckets: int) -> tuple[int, ...]:
+    """Buckets of each rotation, all even, with product n_buckets; () for a single bucket.
+
+    One rotation to n buckets costs T·D·n/2; the product of two, to √n each, far less.
+    Raises ValueError where n_buckets is no such product.
+    """
+    if n_buckets == 1:
+        return ()
+    if n_buckets < 1 or n_buckets % 2:
+        raise ValueError(f"n_buckets={n_buckets}: a rotation gives an even number of buckets")
+    if n_buckets <= ONE_ROTATION:
+        return (n_buckets,)
+    if n_buckets % 4:
+        raise ValueError(
+            f"n_buckets={n_buckets}: over {ONE_ROTATION} it is two even factors: a multiple of 4"
+        )
+    half = n_buckets // 4
+    small = next(f for f in range(math.isqrt(half), 0, -1) if half % f == 0)
+    return 2 * small, 2 * (half // small)
+
+
+def least_buckets(wanted: int) -> int:
+    """The least number of buckets ≥ `wanted` that is cheap to hash to.
+
+    That is 1, an even number up to `ONE_ROTATION`, or beyond it the product of two even numbers of which
+    the larger is at most twice the smaller.
+    """
+    if wanted <= 1:
+        return 1
+    if wanted <= ONE_ROTATION:
+        return wanted + wanted % 2
+    n = wanted + -wanted % 4
+    while True:
+        small, large = factors(n)
+        if large <= 2 * small:
+            return n
+        n += 4
+
+
+def rotations(
+    heads: int,
+    head_dim: int,
+    rounds: int,
+    sizes: tuple[int, ...],
+    device: torch.device,
+    seed: int | None = None,
+) -> list[Tensor]:
+    """A random (H, D, R·f/2) for each factor f: normal, float32, on `device`.
+
+    Drawn from the device's global generator, or with a seed from a generator of their own on the CPU. A
+    round's numbers are the same however many rounds come after it.
+    """
+    halves = [size // 2 for size in sizes]
+    shape = rounds, heads, head_dim, sum(halves)
+    if seed is None:
+        drawn = torch.randn(shape, dtype=torch.float32, device=device)
+    else:
+        drawn = seeded_normal(shape, seed, device)
+    return [part.permute(1, 2, 0, 3).flatten(2) for part in drawn.split(halves, dim=-1)] if sizes else []
+
+
+# An operator, because torch.compile cannot trace a generator.
+@torch.library.custom_op("longctx_bench::seeded_normal", mutates_args=())
+def seeded_normal(shape: Sequence[int], seed: int, device: torch.device) -> Tensor:
+    """Normal float32 numbers on `device`, the same for a seed on every device."""
+    source = torch.Generator().manual_seed(seed)
+    return torch.randn(shape, dtype=torch.float32, generator=source).to(device)
+
+
+@seeded_normal.register_fake
+def _(shape: Sequence[int], seed: int, device: torch.device) -> Tensor:
+    return torch.empty(shape, dtype=torch.float32, device=device)
+
+
+@torch.no_grad()
+@repeatable
+def hash_rows(x: Tensor, given: list[Tensor], rounds: int) -> Tensor:
+    """(B, T, H, D) → bucket of every token in every round, (R, N, T) int64 with N = (H, B).
+
+    h(x) = argmax [xR; −xR] (Andoni 2015, arXiv:1509.02897), computed as the first of the largest |xR|
+    and its sign, where 0 counts as positive. Float32 whatever the dtype of x: in half precision nearby
+    projections tie and the bucket depends on the kernel. In pieces over the tokens, because the
+    projections are T × R × buckets numbers.
+    """
+    batch, seq_len, heads, _ = x.shape
+    buckets = torch.zeros(rounds, heads, batch * seq_len, dtype=torch.int64, device=x.device)
+    if given:
+        by_head = x.flatten(0, 1).transpose(0, 1)  # (H, BT, D)
+        width = heads * sum(r.shape[-1] for r in given)
+        step = max(HASH_TILE.on(x.device) // width, -(-batch * seq_len // MOST_PIECES), 1)
+        with torch.autocast(x.device.type, enabled=False):
+            for start in range(0, batch * seq_len, step):
+                piece = by_head[:, start : start + step].float()
+                found = buckets[:, :, start : start + step]
+                for rotation in given:
+                    half = rotation.shape[-1] // rounds
+                    y = torch.bmm(piece, rotation).unflatten(-1, (rounds, half))  # (H, n, R, f/2)
+                    best = y.abs().argmax(dim=-1, keepdim=True)
+                    side = (y.gather(-1, best) < 0).long()
+                    found.mul_(2 * half).add_((best + half * side).squeeze(-1).permute(2, 0, 1))
+    return buckets.view(rounds, heads * batch, seq_len)
