@@ -31,7 +31,7 @@ ELSEWHERE = ("pip install .", ".venv/bin/pre-commit install")
 """The wheel is installed and run by the slow test of packaging; hooks are nobody's to install in a test."""
 COMPOSED = """
 import json, sys
-from bench import sweep
+from bench.run import sweep
 from bench.__main__ import main
 sweep.run = lambda cells: print(len(cells), "cells") or []
 for arguments in json.loads(sys.argv[1]):

@@ -64,7 +64,7 @@ def git_state(folder: Path, seconds: float = 60, **environment: str) -> list[obj
         cwd=folder,
         capture_output=True,
         text=True,
-        env={**os.environ, **provenance},
+        env={**os.environ, **environment},
     )
     assert (done.returncode, done.stderr) == (0, "")
     answer: list[object] = json.loads(done.stdout)

@@ -26,7 +26,7 @@ for umask, module, arguments in json.loads(sys.argv[1]):
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(errors):
         try:
             if module == "bench":
-                from bench import sweep
+                from bench.run import sweep
                 sweep.finished.clear()
                 sys.argv = ["bench", *arguments]
                 status = importlib.import_module("bench.__main__").main()
