@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -67,20 +66,9 @@ def _shifted(by_distance: Tensor, batches: int, queries: int) -> Tensor:
     return flat[:, queries:].view(batches, queries, -1)
 
 
-def write(out: Tensor, operation: Callable[..., Tensor], *args: Tensor) -> None:
-    """Write operation(*args) to `out`, a view of any strides; without a copy, except under torch.compile.
-
-    torch.compile refuses an `out=` that is not contiguous, so the compiled form copies the result.
-    """
-    if torch.compiler.is_compiling():
-        out.copy_(operation(*args))
-    else:
-        operation(*args, out=out)
-
-
 def accumulate(total: Tensor, a: Tensor, b: Tensor) -> None:
     """total += a @ b; not `baddbmm_`, because torch's FLOP counter knows no products in place."""
-    write(total, torch.baddbmm, total, a, b)
+    torch.baddbmm(total, a, b, out=total)
 
 
 class _Terms:
@@ -112,6 +100,68 @@ class _Terms:
         return [(begin, end, past + end) for begin, end in ends]
 
 
+def _forward(q: Tensor, kv: Tensor, r: Tensor, u: Tensor, v: Tensor, count: bool) -> list[Tensor]:
+    """Outputs (H, B, S, D), sums of the exponentials, the exponentials of each block of queries and, if
+    `count`, the usage (B, J) of every key."""
+    terms = _Terms(q, kv, u, v)
+    y = torch.empty_like(q)
+    wide = torch.promote_types(q.dtype, torch.float32)
+    totals = q.new_empty(terms.batches, terms.queries, 1, dtype=wide)
+    usage = q.new_zeros(terms.batch, terms.keys, dtype=wide) if count else None
+    future = q.new_full((terms.block, terms.block), float("-inf")).triu_(1)
+    kept = []
+    for begin, end, reach in terms.spans():
+        size = end - begin
+        by_distance = torch.bmm(terms.position(begin, end), r[:, :, -reach - 1 :])
+        scores = _shifted(by_distance, terms.batches, size)
+        accumulate(scores, terms.content[:, begin:end], terms.k[:, :reach].transpose(1, 2))
+        scores[:, :, reach - size :].add_(future[:size, :size])
+        weights = scores.sub_(scores.amax(dim=-1, keepdim=True)).exp_()
+        total = torch.sum(weights, dim=-1, keepdim=True, dtype=wide)
+        found = torch.bmm(weights, terms.values[:, :reach]).div_(total)
+        y[:, :, begin:end] = found.view(terms.heads, terms.batch, size, -1)
+        if usage is not None:
+            received = weights.div(total).sum(dim=1, dtype=wide)
+            usage[:, :reach] += received.view(terms.heads, terms.batch, reach).mean(dim=0)
+        totals[:, begin:end] = total
+        kept.append(weights)
+    return [y, totals, *kept, *([] if usage is None else [usage])]
+
+
+def _backward(
+    dy: Tensor, q: Tensor, kv: Tensor, r: Tensor, u: Tensor, v: Tensor, kept: list[Tensor]
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of q, kv, r, u and v; `kept` is what `_forward` returned, without the usage."""
+    y, totals, *weights_of_blocks = kept
+    terms = _Terms(q, kv, u, v)
+    by_query = (terms.batches, terms.queries, -1)
+    # weights were never divided by their sums: what they are multiplied by is
+    mean = (dy * y).sum(dim=-1, keepdim=True).reshape(by_query).div(totals)
+    dy = dy.reshape(by_query).div(totals).to(q.dtype)
+    # (…, D, J), because products over queries are faster with a wide result than with a narrow one
+    dkv = kv.new_zeros(*kv.shape[:3], terms.head_dim, terms.keys)
+    dk, dvalues = dkv.flatten(1, 2).unbind(0)
+    dr = torch.zeros_like(r)
+    d_content, d_position = torch.empty_like(terms.content), torch.empty_like(terms.content)
+    for (begin, end, reach), weights in zip(terms.spans(), weights_of_blocks, strict=True):
+        here, size = slice(begin, end), end - begin
+        accumulate(dvalues[:, :, :reach], dy[:, here].transpose(1, 2), weights)
+        # the gradient of the scores is made where `_shifted` makes it that of the scores by distance
+        by_distance = q.new_empty(terms.heads, terms.batch * size, reach + 1)
+        by_distance.view(terms.batches, -1)[:, :size].zero_()  # distances that no query has
+        scores = _shifted(by_distance, terms.batches, size)
+        torch.bmm(dy[:, here], terms.values[:, :reach].transpose(1, 2), out=scores)
+        scores.sub_(mean[:, here]).mul_(weights)
+        accumulate(dk[:, :, :reach], terms.content[:, here].transpose(1, 2), scores)
+        accumulate(dr[:, :, -reach - 1 :], terms.position(begin, end).transpose(1, 2), by_distance)
+        d_content[:, here] = torch.bmm(scores, terms.k[:, :reach])
+        found = torch.bmm(by_distance, r[:, :, -reach - 1 :].transpose(1, 2))
+        d_position[:, here] = found.view(terms.batches, size, -1)
+    d_content, d_position = (d.view(q.shape).mul_(terms.scale) for d in (d_content, d_position))
+    du, dv = d_content.sum(dim=(1, 2)), d_position.sum(dim=(1, 2))
+    return d_content.add_(d_position), dkv.transpose(-1, -2), dr, du, dv
+
+
 @repeatable
 class _RelativeAttention(torch.autograd.Function):
     """Keeps the exponentials of the scores for backward: up to H·S·J numbers a sequence of the batch, of
@@ -133,29 +183,9 @@ class _RelativeAttention(torch.autograd.Function):
     def forward(
         ctx: Any, q: Tensor, kv: Tensor, r: Tensor, u: Tensor, v: Tensor, count: bool
     ) -> tuple[Tensor, Tensor | None]:
-        terms = _Terms(q, kv, u, v)
-        y = torch.empty_like(q)
-        wide = torch.promote_types(q.dtype, torch.float32)
-        totals = q.new_empty(terms.batches, terms.queries, 1, dtype=wide)
-        usage = q.new_zeros(terms.batch, terms.keys, dtype=wide) if count else None
-        future = q.new_full((terms.block, terms.block), float("-inf")).triu_(1)
-        kept = []
-        for begin, end, reach in terms.spans():
-            size = end - begin
-            by_distance = torch.bmm(terms.position(begin, end), r[:, :, -reach - 1 :])
-            scores = _shifted(by_distance, terms.batches, size)
-            accumulate(scores, terms.content[:, begin:end], terms.k[:, :reach].transpose(1, 2))
-            scores[:, :, reach - size :].add_(future[:size, :size])
-            weights = scores.sub_(scores.amax(dim=-1, keepdim=True)).exp_()
-            total = torch.sum(weights, dim=-1, keepdim=True, dtype=wide)
-            found = torch.bmm(weights, terms.values[:, :reach]).div_(total)
-            y[:, :, begin:end] = found.view(terms.heads, terms.batch, size, -1)
-            if usage is not None:
-                received = weights.div(total).sum(dim=1, dtype=wide)
-                usage[:, :reach] += received.view(terms.heads, terms.batch, reach).mean(dim=0)
-            totals[:, begin:end] = total
-            kept.append(weights)
-        ctx.save_for_backward(q, kv, r, u, v, y, totals, *kept)
+        y, *kept = _forward(q, kv, r, u, v, count)
+        usage = kept.pop() if count else None
+        ctx.save_for_backward(q, kv, r, u, v, y, *kept)
         if usage is not None:
             ctx.mark_non_differentiable(usage)
         return y, usage
@@ -163,34 +193,52 @@ class _RelativeAttention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor, _: Any) -> tuple[Tensor | None, ...]:
-        q, kv, r, u, v, y, totals, *kept = ctx.saved_tensors
-        terms = _Terms(q, kv, u, v)
-        by_query = (terms.batches, terms.queries, -1)
-        # weights were never divided by their sums: what they are multiplied by is
-        mean = (dy * y).sum(dim=-1, keepdim=True).reshape(by_query).div(totals)
-        dy = dy.reshape(by_query).div(totals).to(q.dtype)
-        # (…, D, J), because products over queries are faster with a wide result than with a narrow one
-        dkv = kv.new_zeros(*kv.shape[:3], terms.head_dim, terms.keys)
-        dk, dvalues = dkv.flatten(1, 2).unbind(0)
-        dr = torch.zeros_like(r)
-        d_content, d_position = torch.empty_like(terms.content), torch.empty_like(terms.content)
-        for (begin, end, reach), weights in zip(terms.spans(), kept, strict=True):
-            here, size = slice(begin, end), end - begin
-            accumulate(dvalues[:, :, :reach], dy[:, here].transpose(1, 2), weights)
-            # the gradient of the scores is made where `_shifted` makes it that of the scores by distance
-            by_distance = q.new_empty(terms.heads, terms.batch * size, reach + 1)
-            by_distance.view(terms.batches, -1)[:, :size].zero_()  # distances that no query has
-            scores = _shifted(by_distance, terms.batches, size)
-            write(scores, torch.bmm, dy[:, here], terms.values[:, :reach].transpose(1, 2))
-            scores.sub_(mean[:, here]).mul_(weights)
-            accumulate(dk[:, :, :reach], terms.content[:, here].transpose(1, 2), scores)
-            accumulate(dr[:, :, -reach - 1 :], terms.position(begin, end).transpose(1, 2), by_distance)
-            d_content[:, here] = torch.bmm(scores, terms.k[:, :reach])
-            found = torch.bmm(by_distance, r[:, :, -reach - 1 :].transpose(1, 2))
-            d_position[:, here] = found.view(terms.batches, size, -1)
-        d_content, d_position = (d.view(q.shape).mul_(terms.scale) for d in (d_content, d_position))
-        du, dv = d_content.sum(dim=(1, 2)), d_position.sum(dim=(1, 2))
-        return d_content.add_(d_position), dkv.transpose(-1, -2), dr, du, dv, None
+        q, kv, r, u, v, *kept = ctx.saved_tensors
+        return *_backward(dy, q, kv, r, u, v, kept), None
+
+
+# --- the same as operators, which torch.compile takes whole: it would analyse the shifted views for hours ---
+
+
+_forward_operator = torch.library.custom_op(
+    "longctx_bench::relative_attention",
+    _forward,
+    mutates_args=(),
+    schema="(Tensor q, Tensor kv, Tensor r, Tensor u, Tensor v, bool count) -> Tensor[]",
+)
+_backward_operator = torch.library.custom_op(
+    "longctx_bench::relative_attention_backward",
+    _backward,
+    mutates_args=(),
+    schema="(Tensor dy, Tensor q, Tensor kv, Tensor r, Tensor u, Tensor v, Tensor[] kept)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
+_forward_operator.register_fake(_forward)
+_backward_operator.register_fake(_backward)
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
+    *tensors, count = inputs
+    ctx.save_for_backward(*tensors, *(output[:-1] if count else output))
+
+
+def _operator_backward(ctx: Any, grads: list[Tensor]) -> tuple[Tensor | None, ...]:
+    q, kv, r, u, v, *kept = ctx.saved_tensors
+    return *_backward_operator(grads[0], q, kv, r, u, v, kept), None
+
+
+_forward_operator.register_autograd(_operator_backward, setup_context=_keep)
+
+
+def relative_attention(
+    q: Tensor, kv: Tensor, r: Tensor, u: Tensor, v: Tensor, *, count: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Outputs (H, B, S, D) and, if `count`, the usage of every key (B, J): see `_RelativeAttention`."""
+    if torch.compiler.is_compiling():
+        found = _forward_operator(q, kv, r, u, v, count)
+        return found[0], found[-1].detach() if count else None
+    # operation by operation, so that counters see what is computed and held
+    return _RelativeAttention.apply(q, kv, r, u, v, count)  # type: ignore[no-any-return, no-untyped-call]
 
 
 class Attended(NamedTuple):
@@ -249,7 +297,7 @@ class Recurrent(Attention):
         """x (B, S, C) reads all of memory (B, M, C) and itself up to the query; `count` asks for `usage`."""
         q, kv, r = self.project(x, memory)
         u, v = self.u.to(q.dtype), self.v.to(q.dtype)  # under autocast, projections are narrower
-        y, usage = _RelativeAttention.apply(q, kv, r, u, v, count)  # type: ignore[no-untyped-call]
+        y, usage = relative_attention(q, kv, r, u, v, count=count)
         return Attended(self.out(y.permute(1, 2, 0, 3).flatten(2)), q, kv, usage)
 
     def plainly_attend(self, x: Tensor, memory: Tensor) -> Attended:
