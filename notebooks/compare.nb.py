@@ -18,9 +18,9 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 
-from bench.report import units
-from bench.report.canvas import human_axis, lengths_axis, look
-from bench.report.style import looks, variant_rank
+from bench.report.figures.canvas import human_axis, lengths_axis, look
+from bench.report.figures.style import looks, variant_rank
+from bench.report.text import units
 
 records = records[records["twin"] == 0]
 axes = ["variant", "seq_len", "depth", "d_model", "objective", "activations", "replicate"]

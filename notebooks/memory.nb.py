@@ -14,10 +14,10 @@ import matplotlib.pyplot as plt
 import pandas as pd
 
 from bench.records import load
-from bench.report import units
-from bench.report.canvas import human_axis, lengths_axis, look
-from bench.report.memory_plots import COLOURS
-from bench.report.style import strategy_styles, variant_rank
+from bench.report.figures.canvas import human_axis, lengths_axis, look
+from bench.report.figures.style import strategy_styles, variant_rank
+from bench.report.sections.memory.plots import COLOURS
+from bench.report.text import units
 
 PARTS = {
     "param_bytes": "parameters",
@@ -84,7 +84,7 @@ from dataclasses import replace
 from hydra import compose, initialize_config_dir
 
 from bench import CONFIGS
-from bench.config.parse import parse
+from bench.config.parse.parse import parse
 from bench.measure.predict import Plan
 
 STRATEGIES = ["keep", "checkpoint", "sqrt", "selective", "reversible"]

@@ -19,9 +19,9 @@ import torch
 from IPython.display import display
 
 import variants
+from bench.report.figures import canvas
 from bench.tools.gallery import draw, reads
 from bench.tools.gallery.sheet import sheet
-from bench.report import canvas
 
 torch.set_num_threads(1)
 sizes = reads.Sizes.configured(inputs=4)
@@ -163,7 +163,7 @@ for name in variants.names():
         show(name)
 
 # %% [markdown]
-# And in figures: the share of pairs that are read through one layer and through all of them, and how far back the last token looks. `bench.evaluate.receptive_field` works the same out from rules alone.
+# And in figures: the share of pairs that are read through one layer and through all of them, and how far back the last token looks. `bench.evaluate.nll.nll.nll.receptive_field` works the same out from rules alone.
 
 # %%
 def looks_back(panel):

@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from bench.report.collect import labels
+from bench.report.data.collect import labels
 
 FOLDER = Path(os.environ.get("RESULTS", "../results/reference-cpu"))
 records = pd.read_parquet(FOLDER / "report" / "cells.parquet")

@@ -249,12 +249,14 @@ def test_what_is_removed_leaves_nothing_of_the_cell(tmp_path: Path) -> None:
 SCRIPT = """
 import json, sys
 from hydra import compose, initialize_config_dir
-from bench import CONFIGS, config, sweep
+from bench import CONFIGS
+from bench.config.parse import parse
+from bench.run import sweep
 
 if __name__ == "__main__":
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
         composed = [compose("config", overrides=cell) for cell in json.loads(sys.argv[1])]
-    sweep.run([config.parse(cell) for cell in composed])
+    sweep.run([parse(cell) for cell in composed])
 """
 CELLS = {
     "reformer": ["seq_len=64", "variant.chunk=16", "model.dropout=0.1"],

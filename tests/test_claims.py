@@ -34,7 +34,7 @@ from bench.claims.page import page
 from bench.config import parse
 from bench.config.spec import CellSpec
 from bench.records import Record
-from bench.report.collect import collect
+from bench.report.data.collect import collect
 
 FLOAT = 4
 

@@ -24,7 +24,7 @@ from bench.claims.base import Finding, Missing
 from bench.claims.cells import Spread
 from bench.claims.parts import Part
 from bench.records import Record
-from bench.report.collect import collect
+from bench.report.data.collect import collect
 
 Cells = list[dict[str, Any]]
 TRAINED: dict[str, Any] = {

@@ -24,7 +24,7 @@ from test_report import record, write
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
-FOLLOWED = {"adding-a-variant.md", "cluster.md"}
+FOLLOWED = {"adding-a-section.md", "adding-a-variant.md", "cluster.md"}
 """Pages that a test of their own follows."""
 RUN = {"records.md"}
 ELSEWHERE = ("pip install .", ".venv/bin/pre-commit install")

@@ -18,7 +18,8 @@ from test_report import record
 from bench import records
 from bench.inputs.printable import printable
 from bench.records import Record
-from bench.report import build, escape, markdown
+from bench.report import build
+from bench.report.text import escape, markdown
 from bench.run.progress import describe
 
 TEXTS = {

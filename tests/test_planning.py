@@ -17,7 +17,7 @@ from bench.inputs.errors import ConfigError
 from bench.measure import predict
 from bench.measure.predict import Plan
 from bench.measure.step import on_host
-from bench.report import budgets
+from bench.report.sections.budgets import data as budgets
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 MIB = 2**20

@@ -24,7 +24,7 @@ from bench import records
 from bench.records import Record
 from bench.report import ReportError, build
 from bench.report.__main__ import main
-from bench.report.collect import collect
+from bench.report.data.collect import collect
 
 ROOT = Path(__file__).parents[1]
 WINDOW = {"chunked": 128, "overlapping": 256, "longformer": 192}

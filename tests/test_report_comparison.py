@@ -14,8 +14,8 @@ from test_report import cli, failed, record, write
 
 from bench.records import Record
 from bench.report import ReportError, compare
-from bench.report.comparison import compare as matched
-from bench.report.comparison import load
+from bench.report.comparison.matching import compare as matched
+from bench.report.comparison.matching import load
 
 ELSEWHERE: dict[str, Any] = {"cpu_model": "Other CPU", "device_name": "Other CPU", "threads": 8}
 SLOWER = {"dense": 1.30, "chunked": 1.0}

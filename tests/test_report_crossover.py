@@ -17,9 +17,10 @@ from test_report import record, table
 from test_report_memory import frame_of, look, text_of
 
 from bench.records import Record
-from bench.report import crossover_plots
-from bench.report.crossover import FIGURES, compared, crossing, crossovers, quality_loss
-from bench.report.statistics import cost_cells
+from bench.report.data.crossing import FIGURES, crossing
+from bench.report.data.statistics import cost_cells
+from bench.report.sections.crossover import plots as crossover_plots
+from bench.report.sections.crossover.data import compared, crossovers, quality_loss
 
 LENGTHS = (512, 1024, 2048, 4096, 8192)
 

@@ -15,10 +15,17 @@ from hypothesis import strategies as st
 from scipy import stats
 from test_report import number, record, table, write
 
-from bench.report import build, interval_cells, markdown, noise, noise_tables, tables
-from bench.report.collect import collect
-from bench.report.intervals import differs, interval
-from bench.report.statistics import cost_cells
+from bench.report import build
+from bench.report.data import noise_floor
+from bench.report.data.collect import collect
+from bench.report.data.intervals import differs, interval
+from bench.report.data.statistics import cost_cells
+from bench.report.sections.contamination import Contamination
+from bench.report.sections.cost.tables import cost
+from bench.report.sections.noise import data as noise
+from bench.report.sections.noise import tables as noise_tables
+from bench.report.text import markdown
+from bench.report.text.marks import CONTAMINATED
 
 Floats = npt.NDArray[np.float64]
 SAMPLES = Path(__file__).parent / "data" / "step_seconds.json"
@@ -121,40 +128,40 @@ def test_at_most_one_in_twenty_equal_cells_is_called_different(own: Floats, repl
     With two replicates it is just one in twenty: 60,000 draws tell that to 0.1 %, twice which is allowed for.
     """
     rng, either = np.random.default_rng(11), [*own, *-own]
-    floors = np.array([noise.floor_of(rng.choice(either, size=40)) for _ in range(3000)])
+    floors = np.array([noise_floor.floor_of(rng.choice(either, size=40)) for _ in range(3000)])
     low, high = interval(rng.choice(either, size=(3000, 20, replicates)))
     assert np.mean(differs(low, high, replicates=replicates, floor=floors[:, None])) <= 0.052
 
 
 @pytest.mark.parametrize("own", [recorded("quiet"), drawn(40)], ids=["recorded", "drawn"])
 def test_five_replicates_on_a_quiet_machine_find_a_slowdown_of_a_tenth(own: Floats) -> None:
-    assert repeats(own, 5, noise.floor_of(own), 1.10) >= 0.95
+    assert repeats(own, 5, noise_floor.floor_of(own), 1.10) >= 0.95
 
 
 def test_on_a_busy_machine_they_do_not() -> None:
     own = recorded("busy")
-    assert repeats(own, 5, noise.floor_of(own), 1.10) < 0.5
+    assert repeats(own, 5, noise_floor.floor_of(own), 1.10) < 0.5
 
 
 @pytest.mark.parametrize("kind", ["quiet", "busy"])
 @pytest.mark.parametrize("replicates", [2, 3, 5])
 def test_the_least_slowdown_found_is_found_as_often_as_it_says(replicates: int, kind: str) -> None:
     own = recorded(kind)
-    floor = noise.floor_of(own)
+    floor = noise_floor.floor_of(own)
     least = noise.smallest_found(own, replicates, floor)
     assert repeats(own, replicates, floor, least * 1.002) == pytest.approx(noise.FOUND, abs=0.02)
     assert repeats(own, replicates, floor, 1 + (least - 1) / 2) < 0.9
 
 
-@pytest.mark.parametrize("count", [4, noise.ENOUGH, 60])
+@pytest.mark.parametrize("count", [4, noise_floor.ENOUGH, 60])
 def test_a_new_pair_exceeds_the_floor_once_in_twenty(count: int) -> None:
     draws = np.random.default_rng(count).normal(0, 0.02, size=(3000, count + 1))
-    exceeds = [abs(row[-1]) > noise.floor_of(row[:-1]) for row in draws]
+    exceeds = [abs(row[-1]) > noise_floor.floor_of(row[:-1]) for row in draws]
     assert np.mean(exceeds) == pytest.approx(0.05, abs=0.015)
 
 
 def test_without_pairs_nothing_is_known() -> None:
-    assert np.isnan(noise.floor_of(np.array([])))
+    assert np.isnan(noise_floor.floor_of(np.array([])))
     assert np.isnan(noise.smallest_found(np.array([]), 5, np.nan))
 
 
@@ -211,14 +218,14 @@ def test_two_replicates_are_told_apart_by_the_floor_alone(tmp_path: Path) -> Non
     frame = frame_of(tmp_path / "e", times)
     unknown = cost_cells(frame).set_index("variant")["differs"]
     assert unknown.isna().all()
-    floors = noise.floors(noise.pairs(with_twins(frame, [1.02, 0.98])))
+    floors = noise_floor.floors(noise_floor.pairs(with_twins(frame, [1.02, 0.98])))
     cells = cost_cells(frame, floors)
     assert cells.set_index("variant")["differs"].dropna().to_dict() == {
         "chunked": False,
         "longformer": True,
         "overlapping": False,
     }
-    rows = {row["variant"]: row for row in table("## T\n" + markdown.table(tables.cost(cells)), "## T")}
+    rows = {row["variant"]: row for row in table("## T\n" + markdown.table(cost(cells)), "## T")}
     assert rows["chunked"]["time / dense"] == "1.02×≈" or rows["chunked"]["time / dense"] == "1.03×≈"
     assert rows["longformer"]["time / dense"] == "1.25×"
     assert rows["longformer"]["95 % of ratio"] == "1.20–1.30×ʳ"
@@ -227,7 +234,7 @@ def test_two_replicates_are_told_apart_by_the_floor_alone(tmp_path: Path) -> Non
 
 def test_a_single_replicate_says_that_nothing_says(tmp_path: Path) -> None:
     cells = cost_cells(frame_of(tmp_path / "e", {"dense": [1.0], "chunked": [3.0]}))
-    rows = {row["variant"]: row for row in table("## T\n" + markdown.table(tables.cost(cells)), "## T")}
+    rows = {row["variant"]: row for row in table("## T\n" + markdown.table(cost(cells)), "## T")}
     assert rows["chunked"]["time / dense"] == "3.00×?"
     assert "95 % interval" not in rows["chunked"]
 
@@ -235,24 +242,24 @@ def test_a_single_replicate_says_that_nothing_says(tmp_path: Path) -> None:
 def test_pairs_are_of_one_cell_replicate_and_code(tmp_path: Path) -> None:
     frame = frame_of(tmp_path / "e", {"dense": [1.0, 2.0], "chunked": [3.0, 4.0]})
     both = with_twins(frame, [1.1, 0.8])
-    found = noise.pairs(both)
+    found = noise_floor.pairs(both)
     assert sorted(np.exp(found["log_ratio"])) == pytest.approx([0.8, 1.1])
     assert set(found["variant"]) == {"dense"}
-    assert noise.pairs(frame).empty
+    assert noise_floor.pairs(frame).empty
     other_code = both.assign(code_sha256=both["code_sha256"].where(both["twin"] == 0, "ef" * 32))
-    assert noise.pairs(other_code).empty
+    assert noise_floor.pairs(other_code).empty
 
 
 def test_the_head_says_the_noise_of_each_machine(tmp_path: Path) -> None:
     frame = frame_of(tmp_path / "e", {"dense": [1.0] * 5, "chunked": [1.3] * 5})
     factors = [1.01, 0.99, 1.02, 0.985, 1.0]
-    pairs = noise.pairs(with_twins(frame, factors))
-    cost = cost_cells(frame, noise.floors(pairs))
-    (row,) = noise.summary(pairs, cost).to_dict("records")
+    pairs = noise_floor.pairs(with_twins(frame, factors))
+    own = cost_cells(frame, noise_floor.floors(pairs))
+    (row,) = noise.summary(pairs, own).to_dict("records")
     assert row["pairs"] == 5
-    assert row["floor"] == pytest.approx(np.exp(noise.floor_of(np.log(factors))))
+    assert row["floor"] == pytest.approx(np.exp(noise_floor.floor_of(np.log(factors))))
     assert (row["judged"], row["called"], row["replicates"]) == (1, 0, 5)
-    said = noise_tables.facts(noise.summary(pairs, cost))
+    said = noise_tables.facts(noise.summary(pairs, own))
     assert "from 5 A/A pairs" in said["noise floor"]
     assert said["A/A called different"] == "0 of 1 (0 %)"
     assert f"with 5 replicates from {100 * (row['found'] - 1):.2f} %" in said["slowdowns found"]
@@ -264,7 +271,7 @@ def test_a_cell_does_not_judge_itself(tmp_path: Path) -> None:
     """A cell whose twins are far apart each time is called different, though its pairs are in the floor."""
     frame = frame_of(tmp_path / "e", {"dense": [1.0, 1.0, 1.0]})
     calm = frame_of(tmp_path / "f", {"dense": [1.0, 1.0, 1.0]}, seq_len=1024)
-    found = noise.pairs(
+    found = noise_floor.pairs(
         pd.concat([with_twins(frame, [1.5, 1.51, 1.49]), with_twins(calm, [1.01, 0.99, 1.02])])
     )
     assert sorted(noise.called_different(found)) == [0, 1]
@@ -278,13 +285,14 @@ def test_contaminated_cells_are_marked_named_and_counted_in(tmp_path: Path) -> N
     cells = cost_cells(frame)
     assert cells.set_index("variant")["contaminated"].to_dict() == {"dense": 0, "chunked": 1}
     assert cells.set_index("variant")["step_seconds_max"]["chunked"] == 2.0
-    rows = {row["variant"]: row for row in table("## T\n" + markdown.table(tables.cost(cells)), "## T")}
-    assert rows["chunked"]["step time"] == "1.10 s" + interval_cells.CONTAMINATED
+    rows = {row["variant"]: row for row in table("## T\n" + markdown.table(cost(cells)), "## T")}
+    assert rows["chunked"]["step time"] == "1.10 s" + CONTAMINATED
     assert rows["dense"]["step time"] == "1.00 s"
-    (named,) = table("## T\n" + noise_tables.contaminated(frame), "## T")
+    (shown,) = Contamination().tables(frame)
+    (named,) = table("## T\n" + markdown.table(shown.columns), "## T")
     assert (named["variant"], named["replicate"], named["because"]) == ("chunked", "2", why)
-    assert noise_tables.warning(frame)[0].startswith("1 cell timed while something else ran")
-    assert noise_tables.contaminated(frame.assign(contaminated=None)) == ""
+    assert Contamination().warnings(frame)[0].startswith("1 cell timed while something else ran")
+    assert not Contamination().tables(frame.assign(contaminated=None))
 
 
 def test_intervals_stand_in_the_table_and_in_the_csv(tmp_path: Path) -> None:

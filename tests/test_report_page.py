@@ -15,12 +15,17 @@ import pandas as pd
 import pytest
 from test_report import failed, record, sweep, table, write
 
-from bench.report import build, noise, statistics, style, summary
-from bench.report.collect import collect
-from bench.report.findings import Findings
-from bench.report.page import cells, figures, html
+from bench.report import build
+from bench.report.data import statistics
+from bench.report.data.experiment import read
+from bench.report.figures import chart_data as figures
+from bench.report.figures import style
+from bench.report.figures.style import styles
+from bench.report.page import html
 from bench.report.page.symbols import DARK, contrast, on_dark, symbols
-from bench.report.style import styles
+from bench.report.sections import Results, compute, discover
+from bench.report.sections.cells.data import Cells, best_trained
+from bench.report.sections.cells.page import COLUMNS
 
 LIMIT = 5 * 2**20
 
@@ -251,17 +256,13 @@ def two_thousand_cells(folder: Path) -> str:
         one = failed("oom", "needs 81.4 GiB, limit 80 GiB", **where) if lost else record(**where)
         one.cell_id = f"{name}{exponent}{way}"
         (folder / "records" / f"{name}{exponent}{way}.json").write_text(one.to_json())
-    collected = collect(folder)
-    cost, quality = statistics.cost_cells(collected.frame), statistics.quality_cells(collected.frame)
+    results = compute(read(folder), discover())
+    cost, quality = results.data["cost"], results.data["quality"].cells
     depths = range(1, 14)
     cost = pd.concat([cost.assign(depth=depth) for depth in depths]).iloc[:2000].reset_index(drop=True)
-    none = pd.DataFrame()
-    found = summary.Found(
-        *(cost, pd.concat([quality.assign(depth=depth) for depth in depths]), *[none] * 8),
-        findings=Findings(*[none] * 6),
-        noise=noise.summary(noise.pairs(collected.every), cost),
-    )
-    return html(collected, found)
+    quality = pd.concat([quality.assign(depth=depth) for depth in depths])
+    many = Cells(statistics.summary(cost, quality), best_trained(cost, quality))
+    return html(Results(results.records, results.sections, {**results.data, "cells": many}))
 
 
 def test_two_thousand_cells_stay_below_five_mebibytes(tmp_path: Path) -> None:
@@ -272,4 +273,4 @@ def test_two_thousand_cells_stay_below_five_mebibytes(tmp_path: Path) -> None:
 
 
 def test_columns_say_what_they_are() -> None:
-    assert all(column.about for column in cells.COLUMNS)
+    assert all(column.about for column in COLUMNS)

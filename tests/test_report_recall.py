@@ -18,12 +18,13 @@ from test_report import raw, record, table, write
 from test_report_memory import frame_of, look, text_of
 
 from bench.records import Record
-from bench.report import build, recall_plots
-from bench.report.collect import collect
-from bench.report.groups import natural
-from bench.report.rates import rate_cells
-from bench.report.recall import axes_of, recall_cells
-from bench.report.statistics import quality_cells
+from bench.report import build
+from bench.report.data.collect import collect
+from bench.report.data.groups import natural
+from bench.report.data.statistics import quality_cells
+from bench.report.sections.rates.data import rate_cells
+from bench.report.sections.recall import plots as recall_plots
+from bench.report.sections.recall.data import axes_of, recall_cells
 
 STATE = {"dense": 65_536, "longformer": 15_000, "performer": 131_072}
 REACH = {"dense": 63, "longformer": 30, "performer": None}

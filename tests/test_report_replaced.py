@@ -72,7 +72,7 @@ def test_a_report_that_fails_leaves_the_old_one_as_it_was(
     against = compare(folder, folder, plots=False)
     before = tree(report)
     monkeypatch.setattr("bench.report.page.html", lambda *_: 1 / 0)
-    monkeypatch.setattr("bench.report.comparison_tables.text", lambda *_: 1 / 0)
+    monkeypatch.setattr("bench.report.comparison.tables.text", lambda *_: 1 / 0)
     for again in (lambda: build(folder, plots=False), lambda: compare(folder, folder, plots=False)):
         with pytest.raises(ZeroDivisionError):
             again()

@@ -11,8 +11,9 @@ import pytest
 from conftest import HANG_SECONDS
 from test_report import record, sweep, write
 
-from bench.report import build, latex
-from bench.report.columns import Column
+from bench.report import build
+from bench.report.text import latex
+from bench.report.text.columns import Column
 
 PLAIN = {
     r"\%": "%",

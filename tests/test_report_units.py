@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bench.report import markdown, units
-from bench.report.style import KNOWN, OTHERS, STRATEGIES, looks, strategy_styles, styles
+from bench.report.figures.style import KNOWN, OTHERS, STRATEGIES, looks, strategy_styles, styles
+from bench.report.text import markdown, units
 
 
 @pytest.mark.parametrize(

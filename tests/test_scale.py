@@ -8,7 +8,7 @@ import pytest
 from many_records import LOAD, REPORT, generate, seconds, write
 
 from bench import records
-from bench.report.collect import collect
+from bench.report.data.collect import collect
 
 FEW, MANY = 1_000, 4_000
 

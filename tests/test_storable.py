@@ -24,7 +24,7 @@ from bench.records import Record
 from bench.records.bounds import WHOLE
 from bench.records.check import check
 from bench.records.compact import compact
-from bench.report.collect import collect
+from bench.report.data.collect import collect
 from bench.run import cluster, sweep
 
 TINY = ["data=stdlib", "measure=plan", "seq_len=16", "depth=1", "model.d_model=16", "device=cpu"]

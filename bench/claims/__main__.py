@@ -24,7 +24,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     from bench.claims.page import page
     from bench.records import RECORDS_DIR, write_atomically
-    from bench.report.collect import collect
+    from bench.report.data.collect import collect
 
     try:
         if not folder.is_dir():

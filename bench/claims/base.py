@@ -5,8 +5,8 @@ A claim is a module of this package named `claim_NN_words`, with
 - `STATEMENT`: what is said, as a sentence in plain text;
 - `SOURCE`: who says it, as a citation in plain text;
 - `judge(frame) -> Finding`: what arithmetic predicts, what the records show, and what follows. `frame` is
-  `bench.report.collect.Collected.frame`: one row a cell, without twins. It raises `Missing` where the cells
-  that it needs are not there or did not finish.
+  `bench.report.data.collect.Collected.frame`: one row a cell, without twins. It raises `Missing` where the
+  cells that it needs are not there or did not finish.
 
 No figure that a finding shows is typed: it comes from a record, or from a formula over a record's sizes.
 """

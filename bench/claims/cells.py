@@ -11,9 +11,9 @@ import numpy as np
 import pandas as pd
 
 from bench.claims.base import Missing
-from bench.report import units
-from bench.report.collect import spoken
-from bench.report.intervals import interval
+from bench.report.data.collect import spoken
+from bench.report.data.intervals import interval
+from bench.report.text import units
 
 
 def finished(frame: pd.DataFrame, *, knobs: Mapping[str, Any] | None = None, **keys: Any) -> pd.DataFrame:
@@ -83,7 +83,7 @@ class Spread:
 
     @classmethod
     def of(cls, values: pd.Series[float]) -> Spread:
-        """Of positive figures, one a replicate; the interval is that of `bench.report.intervals`."""
+        """Of positive figures, one a replicate; the interval is that of `bench.report.data.intervals`."""
         figures = values.to_numpy(dtype=float)
         low, high = (float(np.exp(end)) for end in interval(np.log(figures)))
         return cls(float(np.median(figures)), low, high, len(figures))

@@ -8,7 +8,7 @@ import pandas as pd
 
 from bench.claims.base import Finding, Verdict
 from bench.claims.cells import figure, finished, large
-from bench.report import units
+from bench.report.text import units
 
 STATEMENT = (
     "12 heads × 512² scores are about 3 million floats, 12 MiB a layer; at 8,192 tokens 3 GiB a layer, and "

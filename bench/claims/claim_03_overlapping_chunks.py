@@ -14,7 +14,7 @@ import pandas as pd
 from bench.claims.base import Finding, Missing, Verdict
 from bench.claims.cells import Spread, by_replicate, difference, figure, finished, has, ratio
 from bench.claims.parts import Part, knob, like, one_setting, points, share, together, unsure
-from bench.report import units
+from bench.report.text import units
 
 STATEMENT = (
     "Overlapping half-chunks cost twice what chunks cost, and recover what chunk edges lose (loss by "

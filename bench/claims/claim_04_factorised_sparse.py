@@ -11,7 +11,7 @@ from scipy import stats
 
 from bench.claims.base import Finding, Verdict
 from bench.claims.cells import Spread, disturbed, figure, finished, has, ratio
-from bench.report import units
+from bench.report.text import units
 
 STATEMENT = (
     "The factorised sparse pattern saves a factor of about √T (90 at 8,096 tokens), and connects any two "

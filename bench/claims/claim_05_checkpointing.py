@@ -8,9 +8,9 @@ import pandas as pd
 
 from bench.claims.base import Finding, Missing, Verdict
 from bench.claims.cells import Spread, by_replicate, disturbed, figure, finished, ratio
-from bench.report import units
-from bench.report.budgets import kinds
-from bench.report.groups import split
+from bench.report.data.groups import split
+from bench.report.data.kinds import kinds
+from bench.report.text import units
 
 STATEMENT = (
     "Checkpointing costs at worst one more forward pass (up to 50 % of time), and can be faster overall "

@@ -8,7 +8,7 @@ import pandas as pd
 
 from bench.claims.base import Finding, Missing, Verdict
 from bench.claims.cells import figure, finished, growth
-from bench.report import units
+from bench.report.text import units
 
 STATEMENT = "Storing the input of every √L-th of L layers makes activations grow as √L."
 SOURCE = "Chen 2016, arXiv:1604.06174, abstract and §4.1"

@@ -14,7 +14,7 @@ import pandas as pd
 from bench.claims.base import Finding, Missing, Verdict
 from bench.claims.cells import Spread, by_replicate, difference, finished, has
 from bench.claims.parts import Part, exponent, like, one_setting, points, share, together, unsure
-from bench.report.scaling import TOLERANCE, fit
+from bench.report.data.power_law import TOLERANCE, fit
 
 STATEMENT = (
     "Sharing queries and keys costs little perplexity; more hash rounds approach full attention; LSH costs "

@@ -6,7 +6,7 @@ import pandas as pd
 
 from bench.claims.base import Finding, Missing, Verdict
 from bench.claims.cells import Spread, difference, figure, finished, has
-from bench.report import units
+from bench.report.text import units
 
 STATEMENT = (
     "Reversible layers make activation memory independent of depth, do not cost accuracy, and drift, because "

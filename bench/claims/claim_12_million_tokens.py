@@ -6,7 +6,7 @@ import pandas as pd
 
 from bench.claims.base import Finding, Verdict
 from bench.claims.cells import figure, finished
-from bench.report import units
+from bench.report.text import units
 
 STATEMENT = (
     "A million tokens of width 512 are 2 GB, and one device of 16 GB can train Reformer on a million tokens."

@@ -15,7 +15,7 @@ import pandas as pd
 from bench.claims.base import Finding, Missing, Verdict
 from bench.claims.cells import Spread, by_replicate, finished, has
 from bench.claims.parts import Part, exponent, knob, one_setting, share, together
-from bench.report.scaling import fit
+from bench.report.data.power_law import fit
 
 STATEMENT = (
     "Linformer and Performer are linear in T and approximate softmax well (error by rank and by feature "

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import pandas as pd
 
 from bench.claims.base import Claim, Finding, claims, judged
-from bench.report import markdown
-from bench.report.columns import Column
-from bench.report.markdown import escape
+from bench.report.text import markdown
+from bench.report.text.columns import Column
+from bench.report.text.markdown import escape
 
 MEANINGS = {
     "holds": "the cells show what is said, within the spread of their replicates",

@@ -11,7 +11,7 @@ import pandas as pd
 
 from bench.claims.base import Finding, Missing, Verdict
 from bench.claims.cells import Spread
-from bench.report.scaling import Fit, fit
+from bench.report.data.power_law import Fit, fit
 
 ALIKE = ("seq_len", "depth", "d_model", "objective", "batch_size", "tokens_trained", "learning_rate")
 """What two trained models must share for their quality to be compared."""

@@ -12,7 +12,7 @@ from bench.inputs.printable import printable
 from bench.records.files import ASIDE, CURVES_DIR, TEMPORARY, abandoned, path_of
 from bench.records.migrations import SCHEMA_VERSION
 from bench.records.record import Record
-from bench.records.store import PART, Found, find
+from bench.records.store import PART, Found, find, read_all
 
 BESIDE = (CURVES_DIR, "checkpoints", "logs")
 """Folders whose files are named by the cell that they belong to."""
@@ -85,10 +85,10 @@ def _duplicates(everything: list[Found]) -> Iterator[Problem]:
 
 
 def _stale(folder: Path) -> Iterator[Problem]:
-    from bench.report.collect import collect
+    from bench.records.configurations import filled_in, reasons, table  # pandas, which other checks need not
 
-    for cell_id, why in collect(folder).stale.items():
-        yield Problem("stale", f"{printable(path_of(folder, cell_id))}: {why}")
+    for cell_id, why in reasons(filled_in(table(read_all(folder)[0]))).items():
+        yield Problem("stale", f"{printable(path_of(folder, cell_id))}: {printable(why)}")
 
 
 def _left_over(folder: Path, cells: set[str]) -> Iterator[Problem]:

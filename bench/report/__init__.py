@@ -9,7 +9,7 @@ from pathlib import Path
 
 
 class ReportError(ValueError):
-    """There is nothing to report on; the message is one line and names the folder."""
+    """No records to report on; the message is one line and names the folder."""
 
 
 def build(folder: Path, *, plots: bool = True, all_plots: bool = False) -> Path:

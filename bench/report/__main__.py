@@ -1,7 +1,7 @@
 """`python -m bench.report results/<name>`: rebuild the report of one experiment; of two, compare them.
 
-Exit status: 0 when the report is written, 2 when there is nothing to report on; 130, 143 or 129 where Ctrl-C,
-SIGTERM or a closed terminal stopped it, and then the report is as it was before.
+Exit status: 0 when the report is written, 2 when there are no records to report on; 130, 143 or 129 after
+Ctrl-C, SIGTERM or a closed terminal, and then the report is unchanged.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def shown(path: Path) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Parse the command line, build the report, say where it is; returns the exit status."""
+    """Parse the command line, build the report and print its path; returns the exit status."""
     parser = argparse.ArgumentParser(
         prog="python -m bench.report",
         description="Rebuild the tables and plots of an experiment from its records, "

@@ -1,139 +1,90 @@
-"""One experiment's report from its records: reads, aggregates, writes every file."""
+"""One experiment's report from its records: reads them, computes every section, writes every file."""
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-import pandas as pd
-
-from bench.records import RECORDS_DIR, replacing, write_atomically
-from bench.report import (
-    ReportError,
-    budgets,
-    comparison,
-    comparison_tables,
-    curves,
-    findings,
-    memory,
-    noise,
-    page,
-    rates,
-    recall,
-    statistics,
-    summary,
-    summary_tex,
-    tables,
-)
-from bench.report.collect import Collected, collect
+from bench.records import replacing, write_atomically
+from bench.report import page, summary
+from bench.report.comparison import matching
+from bench.report.comparison import tables as comparison_tables
+from bench.report.data.experiment import read
+from bench.report.data.files import csv, parquet
+from bench.report.figures.drawing import Plots
+from bench.report.sections import Results, Section, compute, discover
 from bench.report.staging import replacing_files
 
 MANY = 2000
 """Records from which on a plot for every setting takes longer than people wait."""
-
-AGGREGATES = ("recomputation", "fits", "payoff", "rates", "recall", "noise")
-FINDINGS = ("exponents", "crossovers", "pareto")
-"""Tables that are there only if they have rows."""
 PICTURES = ("plots/*.png", "plots/*.svg")
-OWN = (*PICTURES, *(f"{name}.csv" for name in (*AGGREGATES, *FINDINGS)))
-"""What an earlier report may have left, of which nothing outlives its data."""
 
 log = logging.getLogger("bench.report")
 
 
-def build_report(folder: Path, *, plots: bool = True, all_plots: bool = False) -> Path:
-    """See `bench.report.build`."""
-    if not folder.is_dir():
-        raise ReportError(f"{folder}: no such folder")
-    collected = collect(folder)
-    if not collected.every.empty and collected.frame.empty:
-        raise ReportError(f"{folder}: only twins; measure the same cells with twin=0 too")
-    if collected.frame.empty:
-        unread = f" ({len(collected.problems)} files there cannot be read)" if collected.problems else ""
-        raise ReportError(f"{folder}: no records in {folder / RECORDS_DIR}{unread}")
-    for problem in collected.problems:
+def build_report(
+    folder: Path,
+    *,
+    plots: bool = True,
+    all_plots: bool = False,
+    sections: Sequence[Section[Any]] | None = None,
+) -> Path:
+    """See `bench.report.build`; `sections` are those of `bench.report.sections` unless given."""
+    results = compute(read(folder), discover() if sections is None else sections)
+    problems = results.records.collected.problems
+    problems.extend(problem for section, data in results for problem in section.problems(data))
+    for problem in problems:
         log.warning("left out: %s", problem)
-    kinds = budgets.kinds(collected.frame)
-    pairs = noise.pairs(collected.every)
-    cost = statistics.cost_cells(kinds.plain, noise.floors(pairs))
-    quality = statistics.quality_cells(kinds.plain)
-    rate = rates.rate_cells(kinds.plain, quality)
-    training, unread_curves = curves.training_curves(kinds.plain, folder)
-    for problem in unread_curves:
-        log.warning("left out: %s", problem)
-    collected.problems.extend(unread_curves)
-    found = summary.Found(
-        cost=cost,
-        quality=quality,
-        parts=memory.peak_parts(kinds.plain),
-        recomputation=memory.recomputation(kinds.plain),
-        predictions=memory.prediction_errors(collected.frame),
-        fits=budgets.fits_cells(kinds.fits),
-        payoff=budgets.payoff_cells(kinds.payoff),
-        rates=rate,
-        recall=recall.recall_cells(kinds.plain, rate),
-        curves=training,
-        findings=findings.find(kinds.plain, cost, quality),
-        noise=noise.summary(pairs, cost),
-    )
+    # Files that an earlier report may have written: those that are not written again are removed.
+    own = (*PICTURES, *(f"{name}.csv" for section in results.sections for name in section.csv))
     report = folder / "report"
-    with replacing_files(report, OWN) as new:
-        _write(new, collected, kinds, found, plots=plots, all_plots=all_plots)
+    with replacing_files(report, own) as new:
+        _write(new, results, plots=plots, all_plots=all_plots)
     return report
 
 
-def _write(
-    report: Path,
-    collected: Collected,
-    kinds: budgets.Kinds,
-    found: summary.Found,
-    *,
-    plots: bool,
-    all_plots: bool,
-) -> None:
+def _write(report: Path, results: Results, *, plots: bool, all_plots: bool) -> None:
     """Every file of a report into a folder that has none yet."""
-    pictures: findings.Plots = {}
+    collected = results.records.collected
+    pictures: Plots = {}
     notes: list[str] = []
     if plots:
-        from bench.report.plots import draw_all
+        from bench.report.figures.drawing import draw_all
 
         many = len(collected.frame) > MANY and not all_plots
-        pictures, left = draw_all(collected.frame, kinds, found, report, 1 if many else None)
+        wanted = {section.name: section.figures(data) for section, data in results}
+        kinds = results.records.kinds
+        pictures, left = draw_all(wanted, collected.frame, kinds, report, 1 if many else None)
         if left:
             notes.append(
                 f"{left} plots are not drawn: with more than {MANY:,} records there is one of each kind, of "
                 "the setting with the most cells; python -m bench.report --all-plots draws them all"
             )
-    write_atomically(report / "summary.csv", tables.csv(statistics.summary(found.cost, found.quality)))
-    for name in AGGREGATES:
-        _write_if_any(report / f"{name}.csv", getattr(found, name))
-    for name in FINDINGS:
-        _write_if_any(report / f"{name}.csv", getattr(found.findings, name))
-    write_atomically(report / "summary.md", summary.text(collected, found, pictures, notes))
-    write_atomically(report / "summary.tex", summary_tex.text(collected, found))
-    write_atomically(report / "index.html", page.html(collected, found))
+    for section, data in results:
+        for name, table in section.csv_tables(data).items():
+            if name not in section.csv:
+                raise ValueError(f"section {section.name!r} writes {name}.csv, which its csv does not name")
+            write_atomically(report / f"{name}.csv", csv(table))
+    write_atomically(report / "summary.md", summary.text(results, pictures, notes))
+    write_atomically(report / "summary.tex", summary.tex(results))
+    write_atomically(report / "index.html", page.html(results))
     with replacing(report / "cells.parquet") as file:
-        file.write(tables.parquet(collected.records, collected.stale))
+        file.write(parquet(collected.records, collected.stale))
 
 
 def build_comparison(first: Path, second: Path, *, plots: bool = True) -> Path:
     """See `bench.report.compare`."""
-    runs = comparison.load(first), comparison.load(second)
-    found = comparison.compare(*runs)
+    runs = matching.load(first), matching.load(second)
+    found = matching.compare(*runs)
     folder = second / "report" / f"against-{runs[0].name}"
     with replacing_files(folder, PICTURES) as new:
-        pictures: findings.Plots = {}
+        pictures: Plots = {}
         if plots and len(found.cells):
-            from bench.report.comparison_plots import draw
+            from bench.report.comparison.plots import draw
 
             pictures = draw(found, new)
-        write_atomically(new / "compare.csv", tables.csv(found.cells))
+        write_atomically(new / "compare.csv", csv(found.cells))
         write_atomically(new / "compare.md", comparison_tables.text(found, pictures))
     return folder
-
-
-def _write_if_any(path: Path, table: pd.DataFrame) -> None:
-    """The table as CSV, less what is no single figure; no file where it has no rows."""
-    table = table.drop(columns=["data_params", "distance_edges", "accuracy_by_distance"], errors="ignore")
-    if not table.empty:
-        write_atomically(path, tables.csv(table))

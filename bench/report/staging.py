@@ -1,4 +1,4 @@
-"""A report is built beside the old one and takes its place when all of it is there."""
+"""A report is built in a hidden folder and replaces the old one when it is complete."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from bench.records.files import TEMPORARY, abandoned, beside, remove
 
 @contextmanager
 def replacing_files(folder: Path, outdated: Sequence[str]) -> Iterator[Path]:
-    """A new folder to fill, whose files take their places in `folder` at the end; what is there and fits a
-    pattern of `outdated` is removed unless it has been made anew.
+    """A new folder to fill, whose files replace those of `folder` at the end; old files that fit a pattern of
+    `outdated` and were not written again are removed.
 
-    Until then `folder` is as it was, and where the building fails or is interrupted it stays so. The files
-    that others are linked from, those of the folder itself, come after the ones in folders below, and what is
-    outdated goes last: no page that is there lacks a picture. Raises interrupts.Stopped at a signal.
+    Until then `folder` is unchanged, and it stays so if the building fails or is interrupted. Files in
+    folders below are moved before those of the folder itself, which link to them, and outdated files are
+    removed last: no page lacks a picture at any time. Raises interrupts.Stopped at a signal.
     """
     for path in folder.parent.glob(f".{folder.stem}-*{TEMPORARY}"):
         if abandoned(path):
@@ -52,7 +52,7 @@ def _take_over(new: Path, folder: Path, outdated: Sequence[str]) -> None:
 
 @contextmanager
 def _alone(folder: Path) -> Iterator[None]:
-    """No other process puts its files into the folder meanwhile, where the file system has locks."""
+    """Locks out other processes that would write to the folder, where the file system has locks."""
     handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         with suppress(OSError):

@@ -30,8 +30,8 @@ from bench.inputs.paths import user_path
 from bench.inputs.printable import printable
 from bench.process import forkserver
 from bench.records import write_atomically
-from bench.report import markdown, units
-from bench.report.columns import Column
+from bench.report.text import markdown, units
+from bench.report.text.columns import Column
 from bench.run import provenance
 from bench.run.locks import on_device
 from variants.safe_output import run

@@ -1,7 +1,8 @@
 """index.html: the report as one file that opens offline: a chooser, charts, a table to sort and filter.
 
-All that it needs is inside, and its content policy forbids all else: only the scripts that were put there
-run, known by their hashes, so that no text of a record can become one.
+Everything that it needs is inside, and its content policy forbids all else: only the scripts that were put
+there run, known by their hashes, so that no text of a record can become one. Tables, charts and the rows of
+cells come from the report's sections.
 """
 
 from __future__ import annotations
@@ -9,19 +10,22 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+from collections.abc import Iterable, Mapping
 from functools import cache
 from importlib import resources
+from typing import Any
 
 import vl_convert
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 from bench.report import summary
-from bench.report.collect import Collected
-from bench.report.page import document, lists
-from bench.report.page.figures import Json
-from bench.report.page.symbols import DARK
-from bench.report.summary import Found
+from bench.report.figures.chart_data import Json
+from bench.report.figures.style import styles
+from bench.report.page.environment import environments
+from bench.report.page.symbols import DARK, symbols
+from bench.report.sections import Results
+from bench.report.text.marks import NOTES
 
 SCRIPTS = ("common.js", "choose.js", "charts.js", "table.js")
 """The page's own script is these, one after the other."""
@@ -29,16 +33,17 @@ VEGA_LITE = "6.4"
 """The release of Vega-Lite, of those that vl_convert carries."""
 
 
-def html(collected: Collected, found: Found) -> str:
+def html(results: Results) -> str:
     """The whole of index.html."""
     page = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    contents = document.data(collected.frame, found)
+    frame, problems = results.records.collected.frame, results.records.collected.problems
+    charts = _merged(section.page_charts(data) for section, data in results)
+    contents = document(results, charts)
     scripts = ["\n".join(_file(name) for name in SCRIPTS)]
-    if contents["figures"] or contents["pareto"]:
+    if any(charts.values()):
         scripts.insert(0, charts_library())
-    frame = collected.frame
     said = "".join(text for column in contents["table"] for text in column["text"])
-    notes = {mark: words.replace("*", "") for mark, words in summary.NOTES.items() if mark in said}
+    lists = [one for section, data in results for one in section.page_lists(data) if one.table.rows]
     return page.from_string(_file("template.html")).render(
         names=", ".join(sorted(frame["name"].unique())),
         style=Markup(_file("page.css").replace("$DARK", DARK)),
@@ -47,18 +52,37 @@ def html(collected: Collected, found: Found) -> str:
         document=Markup(_json(contents)),
         scripts=[Markup(script) for script in scripts],
         hashes=[_hash(script) for script in scripts],
-        facts=summary.facts(collected, found),
-        warnings=summary.warnings(collected),
-        problems=collected.problems,
-        lists={
-            "environment": lists.environments(frame),
-            "lost": lists.failures(frame),
-            "contaminated": lists.contaminated(frame),
-            "fits": lists.fits(found.fits),
-            "payoff": lists.payoff(found.payoff),
-        },
-        notes=notes,
+        facts=summary.facts(results),
+        warnings=summary.warnings(results),
+        problems=problems,
+        environment=environments(frame),
+        lists=[one for one in lists if not one.about_noise],
+        about_noise=[one for one in lists if one.about_noise],
+        notes={mark: words.replace("*", "") for mark, words in NOTES.items() if mark in said},
     )
+
+
+def document(results: Results, charts: Json) -> Json:
+    """What the page's scripts work on: the data and the charts of all sections, and each variant's `styles`.
+
+    The scripts expect the keys that the section of cells gives, of which `table` and `label` are used here.
+    """
+    frame = results.records.collected.frame
+    contents = _merged([*(section.page_data(data) for section, data in results), charts])
+    looks = styles(zip(frame["variant"], frame["label"], strict=True))
+    shown = {label: looks[label] for label in dict.fromkeys(contents["label"])}
+    return {**contents, "styles": symbols(shown)}
+
+
+def _merged(parts: Iterable[Mapping[str, Any]]) -> Json:
+    """The keys of all parts. Raises ValueError for a key that two of them have."""
+    merged: Json = {}
+    for part in parts:
+        for key, value in part.items():
+            if key in merged:
+                raise ValueError(f"two sections give the page {key!r}; choose another name for one of them")
+            merged[key] = value
+    return merged
 
 
 @cache
@@ -72,7 +96,7 @@ def charts_library() -> str:
 
 
 def _json(contents: Json) -> str:
-    """JSON that can stand in a page: nothing in it ends the element that holds it."""
+    """JSON that is safe inside a page: no text in it ends the element that holds it."""
     text = json.dumps(contents, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     return text.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
 

@@ -10,7 +10,7 @@ from matplotlib.markers import MarkerStyle
 from matplotlib.path import Path
 from matplotlib.transforms import Affine2D, Transform
 
-from bench.report.style import Style, lighter
+from bench.report.figures.style import Style, lighter
 
 DARK = "#14181f"
 """The page's background in dark mode."""
@@ -34,7 +34,7 @@ def symbols(styles: Mapping[str, Style]) -> dict[str, dict[str, Any]]:
 
 
 def on_dark(colour: str) -> str:
-    """The colour, just so much lighter that it stands out from the dark background; greys are mirrored."""
+    """The colour, lightened until it contrasts with the dark background; greys are inverted."""
     red, green, blue = to_rgb(colour)
     if red == green == blue:
         colour = to_hex((1 - red, 1 - red, 1 - red))

@@ -28,7 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     import variants
     from bench.inputs.paths import user_path
-    from bench.report import canvas
+    from bench.report.figures import canvas
     from bench.tools.gallery import draw, reads
     from bench.tools.gallery.sheet import sheet
 

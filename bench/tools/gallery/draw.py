@@ -13,9 +13,10 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
-from bench.report import canvas, units
-from bench.report.collect import spoken
-from bench.report.style import lighter, looks
+from bench.report.data.collect import spoken
+from bench.report.figures import canvas
+from bench.report.figures.style import lighter, looks
+from bench.report.text import units
 from bench.tools.gallery.reads import Direction, Panel, Picture, Sizes
 
 UNREAD, FORBIDDEN = ("#D55E00", "x"), ("#0072B2", "+")

@@ -26,7 +26,7 @@ import variants
 from bench import CONFIGS
 from bench.evaluate.receptive_field import dependence
 from bench.model.language_model import LanguageModel
-from bench.report.style import variant_rank
+from bench.report.figures.style import variant_rank
 from variants.base import Attention, Dims, VariantConfig
 
 EPSILON = torch.finfo(torch.float64).eps

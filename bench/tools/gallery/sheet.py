@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from bench.report.style import looks
+from bench.report.figures.style import looks
 from bench.tools.gallery import draw
 from bench.tools.gallery.reads import Picture, Sizes
 

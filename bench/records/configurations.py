@@ -1,0 +1,133 @@
+"""The configuration of each record, and the stale records: measured again since with other code or data.
+
+A record of a cell that failed early lacks keys that its peers have. The keys are filled in from these peers
+before configurations are compared.
+"""
+
+from __future__ import annotations
+
+import json
+import typing
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import pandas as pd
+
+from bench.records.record import Record
+from bench.records.store import columns_of
+
+UNKNOWN = "unknown"
+"""A text that no record of the same kind has."""
+TRAINING_KEYS = ("train_budget", "train_amount", "learning_rate", "eval_split", "eval_stride")
+"""How a model was trained and scored."""
+CONFIGURATION = (
+    "variant",
+    "params_json",
+    "impl",
+    "seq_len",
+    "depth",
+    "d_model",
+    "heads",
+    "ff_chunks",
+    "batch_size",
+    "activations",
+    "objective",
+    "data",
+    "data_json",
+    "measure",
+    "dtype",
+    "device",
+    "machine",
+    "threads",
+    "budget_bytes",
+    *TRAINING_KEYS,
+)
+"""Columns of `filled_in` that records of one configuration share; the code, the content of the data and the
+seed are not among them."""
+
+_HINTS = typing.get_type_hints(Record)
+_FIGURES = [k for k, hint in _HINTS.items() if {int, float} & set(typing.get_args(hint)) and k != "threads"]
+_SENTENCES = {"reason", "cost_ratio_reason", "claim_source", "contaminated", "cell_id"}
+"""Texts that may be long, which a table shortens, and the one that names files."""
+_TEXTS = [k for k, hint in _HINTS.items() if hint in (str, str | None) and k not in _SENTENCES]
+
+
+def table(found: list[Record], show: Callable[[str], str] = str) -> pd.DataFrame:
+    """One row a record: its keys, `params_json`, `data_json` and `written`.
+
+    Figures are floats with NaN for null, because FLOPs can exceed 64 bits. `show` changes the texts that are
+    names; it must keep different names different.
+    """
+    columns = columns_of(found)
+    for key in _TEXTS:
+        names = {text: None if text is None else show(text) for text in set(columns[key])}
+        columns[key] = [names[text] for text in columns[key]]
+    columns["params_json"] = _as_json(columns["variant_params"])
+    columns["data_json"] = _as_json(columns["data_params"])
+    columns["written"] = [record.written for record in found]
+    return pd.DataFrame(columns).astype(dict.fromkeys(_FIGURES, float))
+
+
+def _as_json(values: Iterable[dict[str, Any] | None]) -> list[str | None]:
+    return [None if value is None else json.dumps(value, sort_keys=True) for value in values]
+
+
+def filled_in(frame: pd.DataFrame) -> pd.DataFrame:
+    """A copy of `table` with `machine`; null keys of `CONFIGURATION` are filled in from a row's peers."""
+    frame = frame.copy()
+    frame["machine"] = _filled(frame, "device_name", ["device"], frame["cpu_model"])
+    frame["threads"] = [
+        UNKNOWN if value == UNKNOWN else str(int(float(value)))
+        for value in _filled(frame, "threads", ["device"])
+    ]
+    frame["measure"] = _filled(frame, "measure", [])
+    for key in TRAINING_KEYS:
+        frame[key] = _only(frame[key], [frame["measure"]])
+    read_alike = [frame[k] for k in ("measure", "seq_len", "objective")]
+    frame["eval_stride"] = _only(frame["eval_stride"], read_alike)
+    frame["train_amount"] = frame["train_amount"].fillna(frame["tokens_trained"])
+    frame["impl"] = _filled(frame, "impl", ["variant", "params_json"])
+    frame["data_json"] = _only(frame["data_json"], [frame["data"], frame["data_sha256"]]).fillna("{}")
+    return frame
+
+
+def _filled(frame: pd.DataFrame, key: str, within: list[str], other: Any = None) -> list[str]:
+    """The key as text; a null takes the only value its peers have, else `other`, else 'unknown'."""
+    values = frame[key].astype(object)
+    values = _only(values, [frame[k] for k in within] or [pd.Series(0, index=frame.index)])
+    if other is not None:
+        values = values.where(values.notna(), other.astype(object))
+    return [UNKNOWN if pd.isna(value) else str(value) for value in values]
+
+
+def _only(values: pd.Series[Any], peers: Sequence[pd.Series[Any]]) -> pd.Series[Any]:
+    """The values; a null takes the only value that its peers, the rows of the same keys, have."""
+    grouped = values.groupby(list(peers))
+    only = grouped.transform("first").where(grouped.transform("nunique") == 1)
+    return values.where(values.notna(), only)
+
+
+def stale(frame: pd.DataFrame) -> pd.Series[Any]:
+    """For each row of `filled_in` the reason why its record is stale, null for a current one.
+
+    A record is stale if its configuration was measured later with other code or other data, in any replicate.
+    An old record stays in the folder when the code changes, because the code is part of a cell's name; to
+    count both would take one replicate for two, and average two programs.
+    """
+    why = pd.Series(None, index=frame.index, dtype=object)
+    known = frame[frame["code_sha256"].notna()].sort_values(["written", "cell_id"], kind="stable")
+    same = known.groupby(list(CONFIGURATION), sort=False, dropna=False)
+    for key, words in (("data_sha256", "data"), ("code_sha256", "code")):
+        last = same[key].transform("last")
+        other = known.index[known[key] != last]
+        why[other] = [
+            f"measured with {words} {mine}; the newest of its configuration with {its}"
+            for mine, its in zip(known[key][other], last[other], strict=True)
+        ]
+    return why
+
+
+def reasons(frame: pd.DataFrame) -> dict[str, str]:
+    """The cells of the stale records of `filled_in`, each with the reason."""
+    why = stale(frame)
+    return dict(zip(frame["cell_id"][why.notna()], why.dropna(), strict=True))

@@ -1,0 +1,136 @@
+"""Two runs side by side: the same cells on two machines, or under two versions of the code.
+
+Cells are matched by their configuration; the machine, its threads, the device, the implementation and the
+code may differ. A ratio is the second run's figure over the first's, of the same replicate. The rounds of two
+runs were not interleaved, so a drift between the runs is part of the ratio.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from bench.report import ReportError
+from bench.report.data.collect import Collected, collect, relabelled
+from bench.report.data.groups import GROUP, TRAINING
+from bench.report.data.intervals import by_cell, differs, interval
+from bench.report.data.noise_floor import floors, pairs
+
+SETTING = [key for key in GROUP if key not in ("machine", "threads", "device")]
+"""Keys that two cells must share to be compared, with variant, label, length and training."""
+CELL = [*SETTING, "variant", "label", "seq_len", *TRAINING]
+RATIOS = {
+    "step_seconds_median": "step_seconds",
+    "peak_bytes": "peak_bytes",
+    "flops_executed_step": "flops_executed",
+}
+FIGURES = [*RATIOS, "perplexity", "accuracy"]
+
+
+@dataclass(frozen=True)
+class Run:
+    """One of the two: its folder's name, its records, and the noise floor of its machine (NaN: unknown)."""
+
+    name: str
+    collected: Collected
+    floor: float
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Both runs and `cells`, a row a matched cell; `unmatched` are the cells of one run alone, with `run`."""
+
+    runs: tuple[Run, Run]
+    cells: pd.DataFrame
+    unmatched: pd.DataFrame
+
+
+def load(folder: Path) -> Run:
+    """Read a run. Raises ReportError for a run without records, or with records of several machines."""
+    collected = collect(folder)
+    if collected.frame.empty:
+        raise ReportError(f"{folder}: no records to compare")
+    machines = sorted(collected.frame.loc[collected.frame["status"] == "ok", "machine"].unique())
+    if len(machines) > 1:
+        raise ReportError(f"{folder}: holds records of several machines ({', '.join(machines)}); compare one")
+    known = floors(pairs(collected.every))
+    return Run(folder.resolve().name, collected, next(iter(known.values()), float("nan")))
+
+
+def compare(first: Run, second: Run) -> Comparison:
+    """Match the cells of two runs.
+
+    Columns of `cells`: the keys of `CELL`; `status_first`, `status_second`; for each figure of `FIGURES`
+    its median over replicates `X_first` and `X_second`; of `RATIOS` the median `X_ratio`, second over
+    first, over the `rounds` (the replicates that both have), and its interval `X_ratio_low` and
+    `X_ratio_high`; `same_data`, whether their data are equal to the byte; where they are, `nll_change`
+    with `nll_change_low` and `nll_change_high`, in nats; and `differs`, what `intervals.differs` says of
+    the step time, with the larger noise floor of the two.
+    """
+    both = pd.concat(
+        [run.collected.frame.assign(run=place) for place, run in enumerate((first, second))],
+        ignore_index=True,
+    )
+    # Labelled again together, so that equal cells of the two runs have equal names.
+    known = both["data_json"].where(both["data_json"] != "{}")  # null in an older record
+    both = both.assign(impl=None, data_sha256="", hash=both["data_sha256"], data_json=known)
+    both = relabelled(both)
+    figures = [*FIGURES, "nll"]
+    measured = [figure for figure in figures if figure != "flops_executed_step"]
+    both[measured] = both[measured].where(both["status"] == "ok")
+    found = both.groupby([*CELL, "run"], sort=False, dropna=False)
+    medians = found[FIGURES].median().unstack("run")
+    statuses = found["status"].agg(lambda values: ", ".join(sorted(values.unique()))).unstack("run")
+    matched = statuses.notna().all(axis=1)
+    columns = {f"status_{end}": statuses[run] for run, end in enumerate(("first", "second"))}
+    columns["same_data"] = found["hash"].first().unstack("run").nunique(axis=1) == 1
+    columns |= {
+        f"{figure}_{end}": medians[figure, run]
+        for figure in FIGURES
+        for run, end in enumerate(("first", "second"))
+    }
+    cells = pd.DataFrame(columns)[matched].join(_paired(both)).reset_index()
+    changes = [f"nll_change{end}" for end in ("", "_low", "_high")]
+    cells[changes] = cells[changes].where(cells["same_data"])
+    cells["rounds"] = cells["rounds"].fillna(0).astype(int)
+    low, high = (np.log(cells[f"step_seconds_ratio_{end}"].to_numpy(dtype=float)) for end in ("low", "high"))
+    floor = float(np.max([first.floor, second.floor]))  # NaN where either is not known
+    said = differs(low, high, replicates=cells["rounds"], floor=floor)
+    cells["differs"] = pd.Series(said).astype("boolean")
+    alone = statuses[~matched]
+    names = np.where(alone[0].notna(), 0, 1)
+    unmatched = alone.reset_index()[CELL].assign(run=names)
+    order = [*SETTING, "variant", "label", "seq_len"]
+    return Comparison(
+        (first, second),
+        cells.sort_values(order, ignore_index=True, kind="stable"),
+        unmatched.sort_values(["run", *order], ignore_index=True, kind="stable"),
+    )
+
+
+def _paired(both: pd.DataFrame) -> pd.DataFrame:
+    """By cell: the ratios and changes within a replicate, and over how many replicates."""
+    each = both.groupby([*CELL, "replicate", "run"], sort=False, dropna=False)
+    figures = each[[*RATIOS, "nll"]].median().unstack("run")
+    columns: dict[str, Any] = {}
+    for source, name in RATIOS.items():
+        ratios = figures[source, 1] / figures[source, 0] if (source, 1) in figures else pd.Series(dtype=float)
+        ends = by_cell(ratios, CELL)
+        columns[f"{name}_ratio"] = ratios.groupby(level=CELL, sort=False, dropna=False).median()
+        columns |= {f"{name}_ratio_{end}": ends[end] for end in ("low", "high")}
+        if source == "step_seconds_median":
+            columns["rounds"] = ends["count"]
+    change = (figures["nll", 1] - figures["nll", 0]).dropna()
+    grouped = change.groupby(level=CELL, sort=False, dropna=False)
+    columns["nll_change"] = grouped.mean()
+    for place, end in enumerate(("low", "high")):
+        columns[f"nll_change_{end}"] = grouped.agg(_end, place)
+    return pd.DataFrame(columns)
+
+
+def _end(values: pd.Series[float], side: int) -> float:
+    return float(interval(np.asarray(values, dtype=np.float64))[side])

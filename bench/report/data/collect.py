@@ -1,0 +1,134 @@
+"""Records into one frame to compute on: checked, labelled, and without superseded measurements."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from bench import records
+from bench.inputs.printable import printable
+from bench.records import Record
+from bench.records.configurations import CONFIGURATION, UNKNOWN, filled_in, reasons, table
+
+MOST, MOST_KNOBS = 80, 200
+"""Characters of a name, and of a row's knobs, that are shown; a longer text ends with a hash of all of it."""
+MOST_PERPLEXITY = 1e100
+"""The perplexity of a loss of 230 nats. A larger one counts as null: no axis can show it, and its square is
+no float."""
+_IDENTITY = [key for key in CONFIGURATION if key not in ("data", "data_json", "budget_bytes")]
+_IDENTITY += ["corpus", "replicate", "twin"]
+
+
+@dataclass(frozen=True)
+class Collected:
+    """An experiment's records, ready to be aggregated.
+
+    `frame` has one row a current record: the record's keys and `params_json`, `label`, `machine`, `knobs`
+    (those of `data_params` that differ among the rows of its data, in words) and `corpus` (the data with
+    them; where only its hash differs, with that). It leaves out twins, cells that were measured again to
+    see by how much two measurements of the same differ; `every` has them too. `records` are all that could
+    be read. `stale` says by cell why a record is in neither frame; `alike` counts records that share every
+    key of a cell, its replicate and its twin with another one.
+    """
+
+    frame: pd.DataFrame
+    every: pd.DataFrame
+    records: list[Record]
+    problems: list[str]
+    stale: dict[str, str]
+    alike: int
+
+
+def collect(folder: Path) -> Collected:
+    """Read an experiment's folder; files that are not records become lines in `problems`."""
+    found, problems = records.read_all(folder)
+    if not found:
+        return Collected(pd.DataFrame(), pd.DataFrame(), [], problems, {}, 0)
+    frame = table(found, _shown)
+    for key in ("perplexity", "word_perplexity", "unigram_perplexity"):
+        frame[key] = frame[key].where(frame[key] <= MOST_PERPLEXITY)
+    frame = filled_in(frame)
+    stale = reasons(frame)
+    current = _labelled(frame[~frame["cell_id"].isin(stale)])
+    alike = int(current.duplicated(_IDENTITY).sum())
+    once = current[current["twin"] == 0]
+    return Collected(once, current, found, problems, stale, alike)
+
+
+def _shown(text: str, most: int = MOST) -> str:
+    """A name as tables and plots have it: on one line, all of it ink, and not too long."""
+    if len(text) <= most and text.isprintable():
+        return text
+    line = printable(text, most)
+    if len(line) <= most and len(text) <= most:
+        return line
+    return f"{line[: most - 10]}…{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+
+
+def relabelled(frame: pd.DataFrame) -> pd.DataFrame:
+    """The rows of several frames together, filled in and labelled by the parameters that differ among all of
+    them."""
+    return _labelled(filled_in(frame))
+
+
+def _labelled(frame: pd.DataFrame) -> pd.DataFrame:
+    """Add the names of cells: `data_params`, `knobs`, `corpus` and `label`."""
+    frame = frame.copy()
+    frame["data_params"] = [json.loads(text) for text in frame["data_json"]]
+    frame["knobs"] = _differing(frame["data"], frame["data_params"])
+    frame["corpus"] = frame["data"].where(frame["knobs"] == "", frame["data"] + " (" + frame["knobs"] + ")")
+    hashes = frame.groupby("corpus")["data_sha256"].transform("nunique")
+    frame["corpus"] = frame["corpus"].where(hashes <= 1, frame["corpus"] + "@" + frame["data_sha256"].str[:8])
+    frame["label"] = labels(frame)
+    return frame
+
+
+def labels(frame: pd.DataFrame) -> list[str]:
+    """Each row's variant, with those of its parameters that differ among the variant's rows.
+
+    'longformer' alone, 'longformer (window=64)' where other rows have another window. The
+    implementation counts as a parameter. Rows of one variant share a label only if they share
+    all parameters.
+    """
+    knobs = [
+        {**json.loads(params), **({} if impl == UNKNOWN else {"impl": impl})}
+        for params, impl in zip(frame["params_json"], frame["impl"], strict=True)
+    ]
+    shown = _differing(frame["variant"], knobs)
+    return [
+        f"{variant} ({words})" if words else str(variant)
+        for variant, words in zip(frame["variant"], shown, strict=True)
+    ]
+
+
+def _differing(names: Iterable[str], knobs: Iterable[dict[str, Any]]) -> list[str]:
+    """For each row, those of its knobs in words that differ among the rows of its name: 'n_pairs=4'."""
+    rows = list(zip(names, knobs, strict=True))
+    values: dict[str, dict[str, set[str | None]]] = {}
+    counts = Counter(name for name, _ in rows)
+    seen: Counter[tuple[str, str]] = Counter()
+    for name, own in rows:
+        for key, value in own.items():
+            values.setdefault(name, {}).setdefault(key, set()).add(json.dumps(value, sort_keys=True))
+            seen[name, key] += 1
+    for (name, key), times in seen.items():
+        if times < counts[name]:  # absent from some
+            values[name][key].add(None)
+    apart = {name: sorted(key for key, of in keys.items() if len(of) > 1) for name, keys in values.items()}
+    words = (
+        ", ".join(f"{_shown(key)}={_shown(spoken(own[key]))}" for key in apart.get(name, ()) if key in own)
+        for name, own in rows
+    )
+    return [_shown(one, MOST_KNOBS) for one in words]
+
+
+def spoken(value: object) -> str:
+    """A parameter's value without the quotes JSON would put round a word."""
+    return value if isinstance(value, str) else json.dumps(value)

@@ -1,0 +1,72 @@
+"""The keys of a cell that must agree for a comparison, and their part in file names.
+
+A *setting* is everything that two cells must share to be in one table or figure. Within a setting each depth
+is a panel, and label (a variant and the parameters that distinguish it) and sequence length are the rows.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import pandas as pd
+
+from bench.records.configurations import TRAINING_KEYS
+
+SETTING = (
+    "objective",
+    "corpus",
+    "d_model",
+    "heads",
+    "ff_chunks",
+    "batch_size",
+    "dtype",
+    "device",
+    "machine",
+    "threads",
+    "activations",
+)
+GROUP = (*SETTING, "depth")
+CELL = (*GROUP, "variant", "label", "seq_len")
+COMMON = tuple(key for key in SETTING if key != "activations")
+"""Keys that two activation strategies must share to be compared."""
+TRAINING = TRAINING_KEYS
+"""Keys that two trained models must share for their quality to be averaged."""
+SEARCH = [*CELL, *(key for key in TRAINING if key != "learning_rate")]
+"""Keys that the learning rates of one search share."""
+FIT = (*COMMON, "budget_bytes", "seq_len")
+"""Keys that cells asked for what fits must share to be in one table or figure."""
+PAYOFF = tuple(key for key in FIT if key != "batch_size")
+"""The same where the batch is itself the answer."""
+TASK = tuple("data" if key == "corpus" else key for key in SETTING)
+"""Keys that must agree where a task's knobs are an axis and not part of the setting."""
+
+
+def varying(frame: pd.DataFrame, keys: Sequence[str]) -> list[str]:
+    """The keys that have more than one value in the frame, in the order given."""
+    return [key for key in keys if frame[key].nunique(dropna=False) > 1]
+
+
+def split(frame: pd.DataFrame, keys: Sequence[str]) -> Iterator[tuple[dict[str, Any], pd.DataFrame]]:
+    """The frame's parts by the keys' values, in order, each with those values by name."""
+    parts = frame.groupby(list(keys), sort=False, dropna=False)
+    for values, part in sorted(parts, key=lambda pair: [natural(value) for value in pair[0]]):
+        yield dict(zip(keys, values, strict=True)), part
+
+
+def natural(value: object) -> tuple[Any, ...]:
+    """A sort key that orders numbers within texts as numbers, 'n_pairs=4' before 'n_pairs=16', and nulls
+    last."""
+    if value is None or value != value:
+        return (1,)
+    if not isinstance(value, str):
+        return 0, value
+    words = re.split(r"(\d+(?:\.\d+)?)", value)
+    return 0, tuple(float(word) if place % 2 else word for place, word in enumerate(words))
+
+
+def suffix(values: Mapping[str, Any], keys: Sequence[str]) -> str:
+    """The part of a file name that identifies a setting: '-clm-d_model=64' without odd characters."""
+    words = [str(values[key]) if key == "objective" else f"{key}_{values[key]}" for key in keys]
+    return "".join("-" + re.sub(r"[^A-Za-z0-9._]+", "_", word).strip("_") for word in words)

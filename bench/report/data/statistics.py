@@ -1,0 +1,246 @@
+"""Records aggregated over replicates: medians with their intervals, and ratios to dense.
+
+Times, memory and quality come from finished cells (status ok) alone; FLOPs, parameters, gates
+and predictions are properties of a configuration and come from every record that has them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from bench.records import STATUSES
+from bench.report.data.collect import MOST_PERPLEXITY
+from bench.report.data.groups import CELL, GROUP, TRAINING
+from bench.report.data.intervals import by_cell, differs
+
+LEAK_LIMIT = 1e-3
+"""An output before the cut that changes by more than this depends on the future: far above rounding."""
+DRIFT_LIMIT = 0.10
+"""Parameters further than this share from dense's are flagged: the comparison is not like for like."""
+BASELINE = "dense"
+
+UNKNOWN_FLOORS: Mapping[str, float] = MappingProxyType({})
+
+# Figure of a record → name in the table; these get a median, an interval and a range.
+_SPREAD = {
+    "step_seconds_median": "step_seconds",
+    "forward_seconds_median": "forward_seconds",
+    "tokens_per_second": "tokens_per_second",
+    "forward_tokens_per_second": "forward_tokens_per_second",
+    "peak_bytes": "peak_bytes",
+}
+_PAIRED = {"step_seconds_median": "step_seconds", "tokens_per_second": "tokens_per_second"}
+"""Figures whose ratio to dense is taken within each replicate: a slow round slows both."""
+_MEASURED = (
+    "mfu",
+    "rss_peak_bytes",
+    "param_bytes",
+    "optimizer_bytes",
+    "peak_grad_bytes",
+    "peak_activation_bytes",
+    "peak_workspace_bytes",
+    "activation_bytes",
+    "nvml_process_bytes",
+    "seconds_total",
+)
+_COMPUTED = (
+    "params",
+    "flops_algorithmic_step",
+    "flops_executed_step",
+    "flops_attention_step",
+    "peak_bytes_predicted",
+    "state_bytes",
+    "cost_ratio",
+    "claimed_time_exponent",
+    "claimed_memory_exponent",
+    "claimed_depth_exponent",
+    "survey_exponent",
+)
+_QUALITY = ("nll", "perplexity", "perplexity_reset", "bits_per_byte", "word_perplexity", "accuracy")
+_QUALITY_CELL = [*CELL, *TRAINING, "state_policy"]
+_BUDGET = [*GROUP, "seq_len", *(key for key in TRAINING if key != "learning_rate")]
+"""Keys that cells must share for their ranks to be comparable; each may have its own learning rate."""
+_CONTEXT = {"effective_context": "median", "effective_context_low": "min", "effective_context_high": "max"}
+
+
+def status_counts(statuses: pd.Series[str]) -> str:
+    """'ok' where all agree, else how many of each: 'ok 2, timeout 1'."""
+    counts = statuses.value_counts()
+    if len(counts) == 1:
+        return str(counts.index[0])
+    return ", ".join(f"{status} {counts[status]}" for status in STATUSES if status in counts)
+
+
+def distinct(values: pd.Series[str]) -> str | None:
+    """The different texts of a column, in order of appearance; None if all are null."""
+    return "; ".join(str(v) for v in values.dropna().unique()) or None
+
+
+def cost_cells(frame: pd.DataFrame, floors: Mapping[str, float] = UNKNOWN_FLOORS) -> pd.DataFrame:
+    """One row a cell (every key but the replicate): what it costs and whether it finished.
+
+    Columns: the keys of `groups.CELL`; `data`, `records`, `finished`, `contaminated` (how many of those
+    finished), `replicates` (with a finished record), `status`, `reason`; `X_median` (of the replicates'
+    medians), `X_low` and `X_high` (their interval, see `intervals`), `X_min` and `X_max` for times, rates
+    and peak memory; medians of the other figures under their own names; the gates' worst figures and
+    `leaks`; `*_ratio`, to the same figure of `baseline` in the same group and length. Of times and rates
+    that is the median over the `rounds`, which are the replicates that both have, with an interval
+    `*_ratio_low` and `*_ratio_high`; of the others, which hardly vary, the ratio of the medians. `differs`
+    says whether the interval of the step time's ratio tells the cell apart from `baseline`, as
+    `intervals.differs` does, with the noise floor in `floors` by machine.
+    """
+    frame = _finished_only(frame, [*_SPREAD, *_MEASURED])
+    grouped = frame.groupby(list(CELL), sort=False, dropna=False)
+    columns: dict[str, pd.Series[Any]] = {
+        "data": grouped["data"].first(),
+        "records": grouped.size(),
+        "finished": grouped["ok"].sum(),
+        "contaminated": frame["contaminated"].where(frame["ok"]).groupby([frame[k] for k in CELL]).count(),
+        "replicates": frame["replicate"].where(frame["ok"]).groupby([frame[k] for k in CELL]).nunique(),
+        "status": grouped["status"].agg(status_counts),
+        "reason": grouped["reason"].agg(distinct),
+    }
+    rounds = _rounds(frame)
+    for source, name in _SPREAD.items():
+        columns[f"{name}_median"] = rounds[source].groupby(level=list(CELL), sort=False).median()
+        ends = by_cell(rounds[source], list(CELL))
+        columns |= {f"{name}_{end}": ends[end] for end in ("low", "high")}
+        columns |= {f"{name}_{end}": grouped[source].agg(end) for end in ("min", "max")}
+    columns |= {name: grouped[name].agg(distinct) for name in ("peak_bytes_source", "peak_phase")}
+    columns |= {name: grouped[name].median() for name in (*_MEASURED, *_COMPUTED)}
+    for gate in ("leak_max_abs", "reference_max_abs", "recompute_max_abs"):
+        columns[gate] = grouped[gate].max()
+    columns |= {name: grouped[name].agg(distinct) for name in ("flops_source", "claim_source")}
+    cells = pd.DataFrame(columns).reset_index()
+    cells["leaks"] = cells["leak_max_abs"] > LEAK_LIMIT
+    cells = _paired(_compared(_ordered(cells)), rounds)
+    floor = cells["machine"].map(dict(floors)).astype(float)
+    cells["noise_floor"] = np.exp(floor)
+    low, high = (np.log(cells[f"step_seconds_ratio_{end}"].to_numpy(dtype=float)) for end in ("low", "high"))
+    said = differs(low, high, replicates=cells["rounds"], floor=floor)
+    cells["differs"] = pd.Series(said).astype("boolean")
+    return cells
+
+
+def quality_cells(frame: pd.DataFrame) -> pd.DataFrame:
+    """One row a cell, training (budget, rate, split, stride) and state policy with any figure of quality.
+
+    Columns: the keys, `quality_replicates`, median `tokens_trained`, mean and standard deviation
+    (n − 1; NaN for one replicate) of nll, perplexity, the perplexity with state fresh in every window,
+    bits per byte, word perplexity and accuracy, `unigram_perplexity`, `guess_accuracy`,
+    `eval_min_context`, the effective
+    context and the widest of its intervals, `leaks`, and `rank`: the place by perplexity among leak-free
+    cells of the same group, length, budget, split and stride (NaN where it leaks or has none).
+    """
+    reset = frame["nll_reset"]
+    frame = frame.assign(perplexity_reset=np.exp(reset.where(reset <= np.log(MOST_PERPLEXITY))))
+    ok = frame[(frame["status"] == "ok") & frame[list(_QUALITY)].notna().any(axis=1)]
+    grouped = ok.groupby(_QUALITY_CELL, sort=False, dropna=False)
+    columns: dict[str, pd.Series[Any]] = {"quality_replicates": grouped.size()}
+    for name in _QUALITY:
+        columns[f"{name}_mean"] = grouped[name].mean()
+        columns[f"{name}_std"] = grouped[name].std()
+    medians = (
+        "tokens_trained",
+        "unigram_perplexity",
+        "guess_accuracy",
+        "tokens_evaluated",
+        "eval_min_context",
+        "train_seconds",
+    )
+    for name in medians:
+        columns[name] = grouped[name].median()
+    for name, statistic in _CONTEXT.items():
+        columns[name] = grouped[name].agg(statistic)
+    columns["leaks"] = grouped["leak_max_abs"].max() > LEAK_LIMIT
+    cells = pd.DataFrame(columns).reset_index()
+    ranked = cells[~cells["leaks"]].groupby(_BUDGET, dropna=False)
+    cells["rank"] = ranked["perplexity_mean"].rank(method="min")
+    # Cells that leak come last: their quality is not comparable.
+    return cells.sort_values(["leaks", *_BUDGET, "perplexity_mean", "label"], ignore_index=True)
+
+
+def summary(cost: pd.DataFrame, quality: pd.DataFrame) -> pd.DataFrame:
+    """Cost and quality side by side; a cell with several training budgets has a row for each."""
+    return cost.merge(quality.drop(columns="leaks"), on=list(CELL), how="left")
+
+
+def _finished_only(frame: pd.DataFrame, figures: list[str]) -> pd.DataFrame:
+    """A copy with a column `ok`, and those figures only where the cell finished."""
+    frame = frame.assign(ok=frame["status"] == "ok")
+    frame[figures] = frame[figures].where(frame["ok"])
+    return frame
+
+
+def _rounds(frame: pd.DataFrame) -> pd.DataFrame:
+    """The figures of `_SPREAD` of each cell in each replicate; of several records in one, their median."""
+    return frame.groupby([*CELL, "replicate"], sort=False, dropna=False)[list(_SPREAD)].median()
+
+
+def _ordered(cells: pd.DataFrame) -> pd.DataFrame:
+    """By setting and depth; within them dense first, then by name and length."""
+    cells = cells.assign(later=cells["variant"] != BASELINE)
+    return cells.sort_values([*GROUP, "later", "label", "seq_len"], ignore_index=True).drop(columns="later")
+
+
+def _compared(cells: pd.DataFrame) -> pd.DataFrame:
+    """Add `baseline` and the ratios of medians to it.
+
+    The baseline of a group is its dense cell; where dense ran in several forms, the first by
+    label whose implementation is sdpa, else the first by label.
+    """
+    dense = cells[cells["variant"] == BASELINE]
+    # False sorts before True; a label names impl only where implementations differ.
+    dense = dense.assign(other=~dense["label"].str.contains("impl=sdpa", regex=False))
+    dense = dense.sort_values(["other", "label"], kind="stable")
+    chosen = dense.groupby(list(GROUP), sort=False)["label"].first().rename("baseline")
+    cells = cells.join(chosen, on=list(GROUP))
+    dense = dense.join(chosen, on=list(GROUP))
+    dense = dense[dense["label"] == dense["baseline"]].set_index([*GROUP, "seq_len"])
+    against = dense.reindex(pd.MultiIndex.from_frame(cells[[*GROUP, "seq_len"]])).reset_index(drop=True)
+    names = {
+        "peak_bytes_median": "peak_bytes_ratio",
+        "flops_executed_step": "flops_executed_ratio",
+    }
+    for column, name in names.items():
+        cells[name] = cells[column] / against[column]
+    # Dense's parameters do not depend on the length, so a length where dense has no record
+    # can still be compared.
+    usual = dense.groupby(list(GROUP))["params"].median().rename("usual")
+    reference = against["params"].fillna(cells.join(usual, on=list(GROUP))["usual"])
+    cells["params_ratio"] = cells["params"] / reference
+    return cells
+
+
+def _paired(cells: pd.DataFrame, rounds: pd.DataFrame) -> pd.DataFrame:
+    """Add `rounds` and, for the figures of `_PAIRED`, the ratio to the baseline in the same replicate: its
+    median over the rounds and its interval. The baseline itself has no interval."""
+    each = rounds[list(_PAIRED)].reset_index().merge(cells[[*CELL, "baseline"]], on=list(CELL))
+    where = [*GROUP, "seq_len", "replicate"]
+    dense = each[each["label"] == each["baseline"]]
+    both = each.merge(dense[[*where, *_PAIRED]], on=where, suffixes=("", "_dense"))
+    cells = cells.set_index(list(CELL))
+    itself = cells.index.get_level_values("label") == cells["baseline"]
+    for source, name in _PAIRED.items():
+        ratios = both.set_index(list(CELL))[source] / both.set_index(list(CELL))[f"{source}_dense"]
+        found = by_cell(ratios, list(CELL))
+        cells[f"{name}_ratio"] = ratios.groupby(level=list(CELL), sort=False).median()
+        for end in ("low", "high"):
+            cells[f"{name}_ratio_{end}"] = found[end].where(~itself)
+        if name == "step_seconds":
+            cells["rounds"] = found["count"]
+    cells["rounds"] = cells["rounds"].fillna(0).astype(int)
+    return cells.reset_index()
+
+
+def at_best_rate(frame: pd.DataFrame, keys: Sequence[str]) -> pd.DataFrame:
+    """The records of each model, identified by the keys, at its learning rate of the least mean loss."""
+    by_rate = frame.groupby([*keys, "learning_rate"], dropna=False)["nll"].transform("mean")
+    least = by_rate.groupby([frame[key] for key in keys], dropna=False).transform("min")
+    best: pd.Series[bool] = by_rate == least
+    return frame[best]

@@ -1,0 +1,150 @@
+"""Common parts of all figures: panels, log₂ axes with readable ticks, legend, footer, files."""
+
+from __future__ import annotations
+
+import io
+import textwrap
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+from matplotlib.artist import Artist
+from matplotlib.axes import Axes
+from matplotlib.axis import Axis
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
+from PIL import Image
+
+from bench.report.text import units
+
+COLUMNS = 3
+SMALL_COLUMNS = 4
+MOST_TICKS = 9
+MARK_ROW, MOST_MARK_ROWS = 0.05, 8
+"""Of the strip above the data for cells that failed: a row's share of the panel, and the number of rows."""
+LEGEND = 2.3
+"""Space for the legend to the right of the panels, in inches."""
+
+
+def look() -> AbstractContextManager[None]:
+    """The settings every figure is drawn and saved under; the salt makes SVG identifiers repeatable."""
+    return matplotlib.rc_context(
+        {
+            "font.family": "sans-serif",
+            "font.sans-serif": ["DejaVu Sans", "Verdana", "sans-serif"],  # the second is as wide as the first
+            "font.size": 9,
+            "text.parse_math": False,  # a name with $ in it is a name
+            "axes.titlesize": 9,
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+            "axes.grid": True,
+            "axes.axisbelow": True,
+            "grid.color": "#e4e4e4",
+            "grid.linewidth": 0.7,
+            "lines.linewidth": 1.6,
+            "lines.markersize": 5.5,
+            "legend.frameon": False,
+            "svg.fonttype": "none",  # text stays text: found by a search, read aloud, and small
+            "svg.hashsalt": "bench.report",
+        }
+    )
+
+
+def panels(
+    count: int, *, width: float = 3.5, height: float = 3.1, sharey: bool = True, columns: int = COLUMNS
+) -> tuple[Figure, list[Axes]]:
+    """A figure with that many panels side by side, in rows; sizes of a panel in inches."""
+    wide = min(count, columns)
+    rows = -(-count // wide)
+    figure = Figure(figsize=(width * wide + LEGEND, height * rows + 1.1), layout="constrained")
+    FigureCanvasAgg(figure)
+    grid = figure.subplots(rows, wide, squeeze=False, sharey=sharey)
+    axes = [axis for row in grid for axis in row]
+    for axis in axes[count:]:
+        axis.set_visible(False)
+    return figure, axes[:count]
+
+
+def small_panels(count: int) -> tuple[Figure, list[Axes]]:
+    """As `panels`, for figures of which there may be many panels: the fewer, the larger."""
+    width, height = (4.4, 3.2) if count == 1 else (3.3, 2.8) if count <= COLUMNS else (2.7, 2.4)
+    return panels(count, width=width, height=height, columns=SMALL_COLUMNS)
+
+
+def lengths_axis(axis: Axis, values: Iterable[float]) -> None:
+    """Ticks at the lengths themselves, thinned from the longest down where there are too many."""
+    found = sorted(set(values), reverse=True)
+    step = -(-len(found) // MOST_TICKS)
+    _set_ticks(axis, found[::step][::-1], units.length)
+
+
+def human_axis(
+    axis: Axis,
+    low: float,
+    high: float,
+    show: Callable[[float], str],
+    *,
+    binary: bool,
+    zero: bool = False,
+) -> None:
+    """Round numbers in their unit between low and high: powers of two for bytes, else 1, 2, 5; and 0, of an
+    axis that has it."""
+    candidates = ([2.0], [4.0], [16.0], [64.0]) if binary else ([1.0, 2.0, 5.0], [1.0, 3.0], [1.0])
+    ticks: list[float] = []
+    for subs in candidates:
+        locator = (
+            LogLocator(base=subs[0], numticks=1000) if binary else LogLocator(10, subs=subs, numticks=1000)
+        )
+        ticks = [float(t) for t in locator.tick_values(low, high) if low <= t <= high]
+        if len(ticks) <= MOST_TICKS:
+            break
+    if len(ticks) < 2:  # so narrow that no power falls into it: round numbers of the unit
+        unit = 1024.0 ** (np.log2(high) // 10) if binary else 1.0
+        round_numbers = MaxNLocator(4, steps=[1, 2, 2.5, 5, 10]).tick_values(low / unit, high / unit)
+        ticks = [t * unit for t in map(float, round_numbers) if low <= t * unit <= high]
+    _set_ticks(axis, [0.0, *ticks] if zero else ticks, show)
+
+
+def even_ticks(high: float, most: int = 4) -> list[float]:
+    """Round numbers of bytes from 0 to `high` at even distances, in the unit that suits `high`."""
+    unit = 1024.0 ** (np.log2(max(high, 1.0)) // 10)
+    ticks = MaxNLocator(most, steps=[1, 2, 2.5, 5, 10]).tick_values(0, high / unit)
+    return [float(t) * unit for t in ticks if t * unit <= high]
+
+
+def _set_ticks(axis: Axis, ticks: Sequence[float], show: Callable[[float], str]) -> None:
+    axis.set_major_locator(FixedLocator(list(ticks)))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: show(value)))
+    axis.set_minor_locator(NullLocator())
+    axis.set_minor_formatter(NullFormatter())
+
+
+def dress(figure: Figure, title: str, setting: str, footer: str, handles: Sequence[Artist]) -> None:
+    """Title and setting above, legend to the right of the data, footer below."""
+    # Characters that fit beside the legend, at about 14 an inch.
+    wide = int((figure.get_figwidth() - LEGEND) * 14)
+    words = "\n".join([title, *textwrap.wrap(setting, wide)])
+    figure.suptitle(words, fontsize=10, x=0.01, ha="left")
+    figure.legend(handles=list(handles), loc="outside right upper", fontsize=8)
+    figure.supxlabel(
+        "\n".join(textwrap.wrap(footer, int(figure.get_figwidth() * 16))),
+        x=0.01,
+        ha="left",
+        fontsize=7,
+        color="#555555",
+    )
+
+
+def save(figure: Figure, folder: Path, stem: str) -> None:
+    """Write stem.png and stem.svg; equal data gives equal SVG files on any date."""
+    folder.mkdir(parents=True, exist_ok=True)
+    drawn = io.BytesIO()
+    figure.savefig(drawn, format="png", dpi=130, pil_kwargs={"compress_level": 0})
+    # Flat colours with soft edges: a palette shows the same in a third of the bytes.
+    picture = Image.open(drawn).convert("RGB")
+    picture.quantize(256, method=Image.Quantize.FASTOCTREE).save(folder / f"{stem}.png")
+    figure.set_layout_engine(None)  # laid out by now; doing it again takes as long as drawing
+    figure.savefig(folder / f"{stem}.svg", metadata={"Date": None})

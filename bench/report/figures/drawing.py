@@ -1,0 +1,91 @@
+"""Draws the figures of a report and writes them, one figure a setting."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from bench.report.data.groups import split, suffix, varying
+from bench.report.data.kinds import Kinds
+from bench.report.figures import canvas
+from bench.report.figures.lines import Look
+from bench.report.figures.spec import Drawn, FigureSpec
+from bench.report.figures.style import styles
+from bench.report.text.machines import dates, machines
+from bench.report.text.phrases import describe
+
+MOST_NAME = 160
+"""Characters of a plot's file name; file systems allow 255 bytes, with the suffix and a number."""
+Setting = tuple[str, dict[str, Any], pd.DataFrame]
+"""A figure to draw: the words under which it is linked, the values of its keys and its cells."""
+Plots = Mapping[str, Sequence[Drawn]]
+"""Name of a section → its figures."""
+
+
+def draw_all(
+    wanted: Mapping[str, Sequence[FigureSpec]],
+    frame: pd.DataFrame,
+    kinds: Kinds,
+    report: Path,
+    most: int | None = None,
+) -> tuple[dict[str, list[Drawn]], int]:
+    """Write every figure that has data into `report`/plots, as PNG and SVG.
+
+    `wanted` has the figures of each section by its name; `frame` has all records, so that a variant looks the
+    same in every figure. With `most`, of each kind only the settings with the most cells are drawn. Returns
+    the figures by section, and how many were left out.
+    """
+    looks = styles(zip(frame["variant"], frame["label"], strict=True))
+    drawn: dict[str, list[Drawn]] = {}
+    left = 0
+    taken: set[str] = set()
+    with canvas.look():
+        for section, spec in ((name, spec) for name, specs in wanted.items() for spec in specs):
+            if spec.cells.empty:
+                continue
+            records: pd.DataFrame = getattr(kinds, spec.asked)
+            apart = varying(records, spec.keys)
+            settings = [
+                (spec.linked(values), values, part)
+                for values, part in split(spec.cells, spec.keys)
+                if spec.wanted(values, part)
+            ]
+            shown = settings if most is None else _fullest(settings, most)
+            left += len(settings) - len(shown)
+            for linked, values, part in shown:
+                same = _same(records, values)
+                setting = describe(values, [k for k in spec.keys if k not in ("machine", "threads")])
+                figure = spec.draw(part, Look(looks, setting, f"{machines(same)} · {dates(same)}"))
+                if figure is None:
+                    continue
+                name = _free((spec.stem + suffix(values, apart))[:MOST_NAME], taken)
+                canvas.save(figure, report / "plots", name)
+                words = describe(values, apart)
+                title = f"{spec.title} ({words})" if words else spec.title
+                drawn.setdefault(section, []).append(Drawn(title, f"plots/{name}", linked))
+    return drawn, left
+
+
+def _fullest(settings: list[Setting], most: int) -> list[Setting]:
+    """Those with the most rows, figures that are shown before those that are linked; in their order."""
+    ranked = sorted(settings, key=lambda one: (bool(one[0]), -len(one[2])))
+    shown = {id(one) for one in ranked[:most]}
+    return [one for one in settings if id(one) in shown]
+
+
+def _same(frame: pd.DataFrame, values: dict[str, Any]) -> pd.DataFrame:
+    """The records of one setting."""
+    return frame[(frame[list(values)] == pd.Series(values)).all(axis=1)]
+
+
+def _free(name: str, taken: set[str]) -> str:
+    """The name, with a number where two settings differ only in characters a file name cannot hold."""
+    number, free = 1, name
+    while free in taken:
+        number += 1
+        free = f"{name}-{number}"
+    taken.add(free)
+    return free

@@ -1,0 +1,58 @@
+"""A kind of figure: its drawing function, its cells, and the keys of which each value is one figure."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import pandas as pd
+from matplotlib.figure import Figure
+
+from bench.report.figures.lines import Look
+
+Draw = Callable[[pd.DataFrame, Look], Figure | None]
+
+
+def _always(_values: Mapping[str, Any], _cells: pd.DataFrame) -> bool:
+    return True
+
+
+def _shown(_values: Mapping[str, Any]) -> str:
+    return ""
+
+
+@dataclass(frozen=True)
+class FigureSpec:
+    """One kind of figure; there is one figure for each value of `keys` among `cells`.
+
+    `stem` begins the file's name. `draw` makes a figure of the cells of one setting, or returns None where
+    there is nothing to draw. `asked` names the records (a field of `bench.report.data.kinds.Kinds`) whose
+    machines and dates stand in the footer, and whose differing keys are part of the file's name. A setting is
+    left out where `wanted` is False for its keys and cells. Where `linked` returns words, summary.md has a
+    link under these words in place of the image.
+    """
+
+    stem: str
+    title: str
+    cells: pd.DataFrame
+    draw: Draw
+    keys: Sequence[str]
+    asked: Literal["plain", "fits", "payoff"] = "plain"
+    wanted: Callable[[Mapping[str, Any], pd.DataFrame], bool] = _always
+    linked: Callable[[Mapping[str, Any]], str] = _shown
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A figure that was written: its title, its path relative to the report without suffix, and the words
+    under which it is linked (empty: it is shown)."""
+
+    title: str
+    path: str
+    linked: str = ""
+
+
+def one_point(cells: pd.DataFrame) -> bool:
+    """Whether all cells have one length and one depth."""
+    return len(cells[["seq_len", "depth"]].drop_duplicates()) == 1

@@ -1,0 +1,60 @@
+"""Cells that search for what fits into a memory budget, aggregated over replicates."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pandas as pd
+
+from bench.report.data.groups import FIT, PAYOFF
+from bench.report.data.intervals import by_cell
+from bench.report.data.kinds import KEEP
+from bench.report.data.statistics import distinct, status_counts
+from bench.report.figures.style import ordered
+
+LONGEST, LARGEST = 2**22, 2**16
+"""Tokens and sequences at which the search ends: a result at this end is a lower bound."""
+
+
+def fits_cells(frame: pd.DataFrame) -> pd.DataFrame:
+    """One row a depth, variant and strategy: `longest_seq_len`, `largest_batch_size`, `status`.
+
+    Of several replicates the smallest result counts: it must fit for all of them.
+    """
+    keys = [*FIT, "depth", "variant", "label", "activations"]
+    found = frame.groupby(keys, sort=False, dropna=False)
+    cells = found[["longest_seq_len", "largest_batch_size"]].min()
+    cells["status"] = found["status"].agg(status_counts)
+    return ordered(cells.reset_index())
+
+
+def payoff_cells(frame: pd.DataFrame) -> pd.DataFrame:
+    """One row a depth, variant and strategy: the batch that fits and what training at it yields.
+
+    Columns: the keys, `largest_batch_size`, `tokens_per_second` with its interval as `_low` and
+    `_high`, `gain` (median over replicates of the throughput over that of `keep` in the same
+    replicate), `peak_bytes`, `peak_bytes_source`, `contaminated`, `replicates`, `status`.
+    """
+    keys = [*PAYOFF, "depth", "variant", "label", "activations"]
+    ok = frame["status"] == "ok"
+    figures = ["tokens_per_second", "peak_bytes"]
+    frame = frame.assign(**{name: frame[name].where(ok) for name in figures})
+    peers = [key for key in (*keys, "replicate") if key != "activations"]
+    kept = frame[frame["activations"] == KEEP].groupby(peers)["tokens_per_second"].median()
+    against = kept.reindex(pd.MultiIndex.from_frame(frame[peers])).to_numpy()
+    frame = frame.assign(gain=frame["tokens_per_second"] / against)
+    found = frame.groupby(keys, sort=False, dropna=False)
+    ends = by_cell(frame.set_index(keys)["tokens_per_second"], keys)
+    columns: dict[str, pd.Series[Any]] = {
+        "largest_batch_size": found["largest_batch_size"].min(),
+        "tokens_per_second": found["tokens_per_second"].median(),
+        "tokens_per_second_low": ends["low"],
+        "tokens_per_second_high": ends["high"],
+        "gain": found["gain"].median(),
+        "peak_bytes": found["peak_bytes"].median(),
+        "peak_bytes_source": found["peak_bytes_source"].agg(distinct),
+        "contaminated": frame["contaminated"].where(ok).groupby([frame[k] for k in keys]).count(),
+        "replicates": frame["replicate"].where(ok).groupby([frame[k] for k in keys]).nunique(),
+        "status": found["status"].agg(status_counts),
+    }
+    return ordered(pd.DataFrame(columns).reset_index())

@@ -1,0 +1,170 @@
+"""The rows for the page's scripts: every figure as text, equal to summary.md, and the values to sort by."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import pandas as pd
+
+from bench.report.data.groups import COMMON, varying
+from bench.report.figures.chart_data import Json, lengths, numbers
+from bench.report.figures.lines import replicates
+from bench.report.figures.style import strategy_rank
+from bench.report.sections.cells.data import Cells
+from bench.report.text import markdown, units
+from bench.report.text.cells import label_of, peak, plus_minus
+from bench.report.text.marks import PREDICTED, against, interval, timed
+from bench.report.text.phrases import describe
+
+Row: TypeAlias = "pd.Series[Any]"
+
+
+@dataclass(frozen=True)
+class Shown:
+    """A column: its title, the text of a row's figure, the figure to sort by, and its meaning."""
+
+    title: str
+    text: Callable[[Row], str]
+    sort: str
+    about: str
+    words: bool = False
+    """Sorted as words, not as a figure."""
+
+
+def _replicates(row: Row) -> str:
+    return f"{row['replicates']:.0f}"
+
+
+def _ratio(row: Row) -> str:
+    return units.ratio(row["step_seconds_ratio"]) + against(row)
+
+
+def _perplexity(row: Row) -> str:
+    return plus_minus(row["perplexity_mean"], row["perplexity_std"])
+
+
+def _accuracy(row: Row) -> str:
+    return units.share(row["accuracy_mean"], row["accuracy_std"])
+
+
+def _plain(column: str, show: Callable[[Any], str]) -> Callable[[Row], str]:
+    return lambda row: show(row[column])
+
+
+COLUMNS = (
+    Shown("variant", label_of, "label", "what stands in the attention slot", words=True),
+    Shown("length", _plain("seq_len", str), "seq_len", "tokens in a sequence"),
+    Shown("depth", _plain("depth", str), "depth", "layers"),
+    Shown("activations", _plain("activations", str), "activations", "how they are kept", words=True),
+    Shown(
+        "step time",
+        lambda row: timed(row, "step_seconds_median", units.seconds),
+        "step_seconds_median",
+        "median over replicates of a forward and backward over batch × length tokens",
+    ),
+    Shown(
+        "95 % interval",
+        lambda row: interval([row], "step_seconds", "seconds")[0],
+        "step_seconds_low",
+        "of the step time, over replicates",
+    ),
+    Shown("time / dense", _ratio, "step_seconds_ratio", "median of the ratios within a replicate"),
+    Shown(
+        "throughput",
+        _plain("tokens_per_second_median", units.rate),
+        "tokens_per_second_median",
+        "tokens trained on in a second",
+    ),
+    Shown("peak memory", peak, "peak_shown", "the most that is live in a step"),
+    Shown(
+        "memory / dense",
+        _plain("peak_bytes_ratio", units.ratio),
+        "peak_bytes_ratio",
+        "peak memory over that of dense",
+    ),
+    Shown(
+        "executed FLOPs",
+        _plain("flops_executed_step", units.flops),
+        "flops_executed_step",
+        "dispatched in a step, recomputation and padding included",
+    ),
+    Shown(
+        "attention FLOPs",
+        _plain("flops_attention_step", units.flops),
+        "flops_attention_step",
+        "by formula: what is no projection, feed-forward or output layer",
+    ),
+    Shown("perplexity", _perplexity, "perplexity_mean", "mean ± standard deviation over replicates"),
+    Shown(
+        "bits per byte", _plain("bits_per_byte_mean", units.score), "bits_per_byte_mean", "lower is better"
+    ),
+    Shown("accuracy", _accuracy, "accuracy_mean", "the share of answers that are right"),
+    Shown("replicates", _replicates, "replicates", "how many finished"),
+    Shown("status", _plain("status", str), "status", "how it ended", words=True),
+)
+
+
+def score(row: Row) -> str:
+    """The measure of quality of a cell, as text: its accuracy, else its perplexity."""
+    return _perplexity(row) if units.missing(row["accuracy_mean"]) else _accuracy(row)
+
+
+def table(cells: pd.DataFrame) -> list[Json]:
+    """The columns for JSON: title, meaning, a text a cell, and the value that a cell is sorted by.
+
+    Columns that are empty for all cells are left out, and `activations` if all cells have the same.
+    """
+    every = [row for _, row in cells.iterrows()]
+    found = []
+    for column in COLUMNS:
+        text = [column.text(row) for row in every]
+        if all(t == units.MISSING for t in text) or (column.title == "activations" and len(set(text)) < 2):
+            continue
+        sort = list(cells[column.sort]) if column.words else numbers(cells[column.sort])
+        found.append({"title": column.title, "about": column.about, "text": text, "sort": sort})
+    return found
+
+
+def document(cells: Cells) -> Json:
+    """The part of the page's document that has lists with one entry a cell.
+
+    `settings` are what cells must share to be compared, all but the activation strategy; `setting` is each
+    cell's place among them. `score` ranks quality: the accuracy where `accurate`, else the perplexity. For
+    `table` see there.
+    """
+    rows, settings, places = cells.rows, cells.settings, cells.places
+    apart = varying(rows, COMMON) if len(rows) else []
+    peaks = [peak(row) for _, row in rows.iterrows()]
+    return {
+        "settings": [describe(values, apart) or describe(values, COMMON) for values in settings],
+        "tasks": [describe(values, ("objective", "corpus")) for values in settings],
+        "setting": [places[key] for key in rows[list(COMMON)].itertuples(index=False, name=None)],
+        "label": list(rows["label"]),
+        "leaks": [bool(leaks) for leaks in rows["leaks"]],
+        "activations": list(rows["activations"]),
+        "depth": [int(depth) for depth in rows["depth"]],
+        "length": [int(length) for length in rows["seq_len"]],
+        "status": list(rows["status"]),
+        "reason": ["" if pd.isna(reason) else markdown.shortened(reason) for reason in rows["reason"]],
+        "finished": [int(count) for count in rows["finished"]],
+        "records": [int(count) for count in rows["records"]],
+        "replicate_counts": [int(count) for count in rows["replicates"].fillna(0)],
+        "replicates": replicates(rows["replicates"].fillna(0).astype(int)),
+        "memory": numbers(rows["peak_shown"]),
+        "memory_text": peaks,
+        "predicted": [text.endswith(PREDICTED) for text in peaks],
+        "seconds": numbers(rows["step_seconds_median"]),
+        "seconds_text": [units.seconds(value) for value in rows["step_seconds_median"]],
+        "rate_text": [units.rate(value) for value in rows["tokens_per_second_median"]],
+        "flops": numbers(rows["flops_executed_step"]),
+        "flops_text": [units.flops(value) for value in rows["flops_executed_step"]],
+        "score": numbers(rows["score"]),
+        "score_text": [score(row) for _, row in rows.iterrows()],
+        "accurate": [bool(accurate) for accurate in rows["accuracy_mean"].notna()],
+        "trained": list(rows["trained"]),
+        "lengths": dict(lengths(list(rows["seq_len"]))),
+        "strategies": sorted(rows["activations"].unique(), key=lambda name: (strategy_rank(name), name)),
+        "table": table(rows),
+    }

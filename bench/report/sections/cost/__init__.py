@@ -1,0 +1,98 @@
+"""What a training step costs: time, memory and FLOPs, against length and against depth."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import pandas as pd
+
+from bench.report.data.experiment import Experiment
+from bench.report.data.groups import SETTING
+from bench.report.data.kinds import KEEP
+from bench.report.data.noise_floor import floors, pairs
+from bench.report.data.statistics import BASELINE, cost_cells
+from bench.report.figures.spec import FigureSpec, one_point
+from bench.report.sections import Section
+from bench.report.sections.cost.plots import BY_DEPTH, BY_LENGTH
+from bench.report.sections.cost.tables import cost
+from bench.report.text.marks import LEAK, OF_INTERVALS, PREDICTED, meanings
+from bench.report.text.phrases import headed
+from bench.report.text.tables import Table
+
+
+class Cost(Section[pd.DataFrame]):
+    """Its data are `statistics.cost_cells` of the ordinary cells."""
+
+    name = "cost"
+    order = 20
+    title = "Cost"
+    lead = (
+        "A step is one forward and backward over batch × length tokens. Figures are medians over replicates, "
+        "each replicate a process of its own; *time / dense* is the median of the ratios within a replicate. "
+        "The 95 % interval is Student's t of the logarithms. *algorithmic* FLOPs count the pairs a pattern "
+        "allows, *executed* what was dispatched, recomputation and padding included, *attention* the "
+        "algorithmic part that is not a projection, feed-forward or output layer."
+    )
+    marks = meanings(LEAK, *OF_INTERVALS, PREDICTED)
+
+    def compute(self, records: Experiment, done: Mapping[str, Any]) -> pd.DataFrame:
+        """The cost cells; whether two differ is judged by the machine's noise floor."""
+        return cost_cells(records.kinds.plain, floors(pairs(records.collected.every)))
+
+    def tables(self, data: pd.DataFrame) -> list[Table]:
+        """A table a setting and depth, folded where it repeats what another shows."""
+        several = data["activations"].nunique() > 1
+        tables: list[Table] = []
+        seen: dict[str, str] = {}
+        for heading, keys, group in headed(data):
+            baseline = group["baseline"].dropna().unique()
+            renamed = len(baseline) and baseline[0] != BASELINE
+            first = group.iloc[0]
+            # The costs of a task hardly depend on its knobs.
+            repeated = seen.setdefault(first["data"], first["corpus"]) != first["corpus"]
+            fold = repeated or (several and first["activations"] != KEEP)
+            table = Table(
+                cost(group),
+                heading=heading,
+                setting=keys,
+                note=f"dense here is {baseline[0]}." if renamed else "",
+                folded=fold,
+                caption=f"Cost of a training step: {keys}. Medians over replicates",
+            )
+            tables.append(table)
+        return tables
+
+    def figures(self, data: pd.DataFrame) -> list[FigureSpec]:
+        """Cost against depth, linked only, and against length.
+
+        With several activation strategies, cost against length is drawn only for settings of several lengths,
+        and linked unless activations are kept. With several data sets, a single length and depth is not drawn
+        for each: the figures hardly differ, and are in the tables.
+        """
+        several = data["activations"].nunique() > 1
+        corpora = data["corpus"].nunique() > 1
+
+        def kept(values: Mapping[str, Any], _: pd.DataFrame) -> bool:
+            return not several or values["activations"] == KEEP
+
+        def long(_: Mapping[str, Any], part: pd.DataFrame) -> bool:
+            return not (corpora and one_point(part)) and not (several and part["seq_len"].nunique() < 2)
+
+        def linked(values: Mapping[str, Any]) -> str:
+            return "" if kept(values, data) else "The same with activations saved otherwise"
+
+        by_depth = [
+            FigureSpec(
+                plot.stem, plot.title, data, plot.draw, SETTING, wanted=kept, linked=lambda _: "Against depth"
+            )
+            for plot in BY_DEPTH
+        ]
+        by_length = [
+            FigureSpec(plot.stem, plot.title, data, plot.draw, SETTING, wanted=long, linked=linked)
+            for plot in BY_LENGTH
+        ]
+        return [*by_depth, *by_length]
+
+
+SECTIONS: Sequence[Section[Any]] = (Cost(),)

@@ -1,0 +1,225 @@
+"""Cost against sequence length, a panel a depth, and against depth, a panel a length."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+
+import numpy as np
+import pandas as pd
+from matplotlib.artist import Artist
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
+
+from bench.report.data.groups import split
+from bench.report.figures import canvas
+from bench.report.figures.lines import GREY, Curve, Look, draw_curve, interval_of, line_of, replicates
+from bench.report.figures.style import Style
+from bench.report.text import units
+
+PARTLY = 0.4
+"""How strong the × of a cell is that finished in some replicates."""
+
+
+@dataclass(frozen=True)
+class Along:
+    """The axis of a cost and the key of its panels: columns of the cells, and their words."""
+
+    x: str
+    name: str
+    label: str
+    panel: str
+    heading: Callable[[int], str]
+
+
+LENGTH = Along("seq_len", "sequence length", "sequence length (tokens)", "depth", "depth {}".format)
+DEPTH = Along("depth", "depth", "depth (blocks)", "seq_len", lambda n: f"{units.length(n)} tokens")
+
+
+@dataclass(frozen=True)
+class CostPlot:
+    """One kind of figure. `unit` shows a value, `short` for a tick; `binary` asks for powers of two."""
+
+    name: str
+    what: str
+    axis: str
+    curves: tuple[Curve, ...]
+    unit: Callable[..., str]
+    binary: bool = False
+    more_is_better: bool = False
+    along: Along = LENGTH
+
+    @property
+    def stem(self) -> str:
+        """The start of its file's name."""
+        return self.name if self.along is LENGTH else f"{self.name}_by_depth"
+
+    @property
+    def title(self) -> str:
+        """The cost and its axis."""
+        return f"{self.what} against {self.along.name}"
+
+    def draw(self, cells: pd.DataFrame, look: Look) -> Figure | None:
+        """The figure, or None where no cell has any of its figures, or all have one depth to draw against."""
+        cells, along = with_predictions(cells), self.along
+        columns = [curve.column for curve in self.curves]
+        if not (cells[columns] > 0).any(axis=None) or (along is DEPTH and cells["depth"].nunique() < 2):
+            return None
+        parts = list(split(cells, [along.panel]))
+        figure, axes = canvas.panels(len(parts))
+        for axis, (values, part) in zip(axes, parts, strict=True):
+            axis.set_title(along.heading(values[along.panel]))
+            for label, own in part.groupby("label"):
+                for curve in self.curves:
+                    draw_curve(axis, own, curve, look.styles[str(label)], x=along.x)
+        lost = cells[cells["finished"] < cells["records"]]
+        top = self._axes(
+            axes, cells, rows=int(lost.groupby(["depth", "seq_len"]).size().max() or 0) if len(lost) else 0
+        )
+        for axis, (_, part) in zip(axes, parts, strict=True):
+            _failures(axis, part, look.styles, top, along.x)
+        canvas.dress(figure, self.title, look.setting, _footer(cells, look), self._legend(cells, look))
+        return figure
+
+    def _tick(self, value: float) -> str:
+        return self.unit(value, short=True)
+
+    def _axes(self, axes: list[Axes], cells: pd.DataFrame, rows: int) -> float:
+        """Scales, limits and ticks of all panels; returns the top of the data, in data units.
+
+        Above it a strip stays free for the marks of `rows` cells that did not finish.
+        """
+        columns = [c for curve in self.curves for c in (curve.column, *(curve.spread or ()))]
+        values = np.log2(cells[columns].where(cells[columns] > 0).to_numpy(dtype=float))
+        low, high = float(np.nanmin(values)), float(np.nanmax(values))
+        margin = max(0.06 * (high - low), 0.15)
+        low, high = low - margin, high + margin
+        strip = 0.02 + canvas.MARK_ROW * min(rows, canvas.MOST_MARK_ROWS) if rows else 0.0
+        top = high
+        high = low + (high - low) / (1 - strip)
+        for number, axis in enumerate(axes):
+            axis.set_xscale("log", base=2)
+            axis.set_yscale("log", base=2)
+            axis.set_ylim(2.0**low, 2.0**high)
+            places = cells[self.along.x]
+            axis.set_xlim(places.min() / 1.25, places.max() * 1.25)
+            canvas.lengths_axis(axis.xaxis, places)
+            canvas.human_axis(axis.yaxis, 2.0**low, 2.0**top, self._tick, binary=self.binary)
+            axis.set_xlabel(self.along.label)
+            if number % canvas.COLUMNS == 0:
+                axis.set_ylabel(self.axis)
+        return float(2.0**top)
+
+    def _legend(self, cells: pd.DataFrame, look: Look) -> list[Artist]:
+        shown = cells["label"].unique()
+        handles: list[Artist] = [line_of(look.styles[label], label=str(label)) for label in shown]
+        drawn = [c for c in self.curves if c.name and cells[c.column].notna().any()]
+        handles += [
+            Line2D(
+                [],
+                [],
+                color=GREY,
+                linestyle="--" if curve.dashed else "-",
+                marker="o" if curve.hollow else "",
+                markerfacecolor="white",
+                label=curve.name,
+            )
+            for curve in drawn
+        ]
+        part = (cells["finished"] > 0) & (cells["finished"] < cells["records"])
+        if (cells["finished"] == 0).any():
+            handles.append(_cross("did not finish"))
+        if part.any():
+            handles.append(_cross("finished in part", PARTLY))
+        if any(c.spread for c in self.curves) and (cells["replicates"] > 1).any():
+            handles.append(Patch(color=GREY, alpha=0.2, linewidth=0, label=interval_of(cells["replicates"])))
+        return handles
+
+
+def _cross(label: str, alpha: float = 1.0) -> Line2D:
+    return Line2D([], [], color=GREY, marker="x", markeredgewidth=1.8, linestyle="", alpha=alpha, label=label)
+
+
+def with_predictions(cells: pd.DataFrame) -> pd.DataFrame:
+    """Peak memory as two columns: measured, and predicted where it was not measured."""
+    source = cells["peak_bytes_source"].astype(object).fillna("").astype(str)
+    predicted = cells["peak_bytes_median"].where(source.str.contains("predicted"))
+    measured = cells["peak_bytes_median"].where(predicted.isna())
+    only = predicted.fillna(cells["peak_bytes_predicted"].where(measured.isna()))
+    return cells.assign(peak_measured=measured, peak_only_predicted=only)
+
+
+def _failures(axis: Axes, part: pd.DataFrame, styles: dict[str, Style], top: float, along: str) -> None:
+    """A × in the strip above the data for each cell that did not finish, one below the other."""
+    lost = part[part["finished"] < part["records"]]
+    if axis.get_ylim()[1] <= top * 1.001:
+        return
+    axis.axhline(top, color="#bbbbbb", linewidth=0.8, linestyle=":")
+    for x, y, label, whole in _places(lost, along):
+        axis.plot(
+            [x],
+            [y],
+            marker="x",
+            markersize=5.5,
+            markeredgewidth=1.8,
+            alpha=1.0 if whole else PARTLY,
+            color=styles[label].colour,
+            transform=axis.get_xaxis_transform(),
+            clip_on=False,
+        )
+
+
+def _places(lost: pd.DataFrame, along: str) -> Iterator[tuple[float, float, str, bool]]:
+    """Place, height (share of the panel) and label of each ×, and whether no replicate finished."""
+    for length, same in lost.groupby(along):
+        for place, (_, cell) in enumerate(same.sort_values("label").iterrows()):
+            height = 0.975 - canvas.MARK_ROW * (place % canvas.MOST_MARK_ROWS)
+            yield float(str(length)), height, str(cell["label"]), int(cell["finished"]) == 0
+
+
+def _footer(cells: pd.DataFrame, look: Look) -> str:
+    """Machine and date, and over how many replicates a point is taken."""
+    return f"{look.footer} · {replicates(cells['replicates'])}"
+
+
+BY_LENGTH = (
+    CostPlot(
+        "step_time",
+        "Time of a training step",
+        "time of a step",
+        (Curve("step_seconds_median", spread=("step_seconds_low", "step_seconds_high")),),
+        units.seconds,
+    ),
+    CostPlot(
+        "throughput",
+        "Training throughput",
+        "tokens per second",
+        (Curve("tokens_per_second_median", spread=("tokens_per_second_low", "tokens_per_second_high")),),
+        units.rate,
+        more_is_better=True,
+    ),
+    CostPlot(
+        "peak_memory",
+        "Peak memory of a training step",
+        "peak memory",
+        (
+            Curve("peak_measured", spread=("peak_bytes_low", "peak_bytes_high")),
+            Curve("peak_only_predicted", "predicted", dashed=True, hollow=True),
+        ),
+        units.size,
+        binary=True,
+    ),
+    CostPlot(
+        "flops",
+        "FLOPs of a training step",
+        "FLOPs of a step",
+        (
+            Curve("flops_executed_step", "executed"),
+            Curve("flops_algorithmic_step", "algorithmic", dashed=True),
+        ),
+        units.flops,
+    ),
+)
+BY_DEPTH = tuple(replace(plot, along=DEPTH) for plot in BY_LENGTH)

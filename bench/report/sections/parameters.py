@@ -1,0 +1,66 @@
+"""Parameter counts of the models."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import pandas as pd
+
+from bench.report.data.experiment import Experiment
+from bench.report.data.groups import varying
+from bench.report.data.statistics import DRIFT_LIMIT
+from bench.report.sections import Section
+from bench.report.text import units
+from bench.report.text.columns import Column, each
+from bench.report.text.marks import DRIFT, meanings
+from bench.report.text.tables import Table
+
+
+class Parameters(Section[pd.DataFrame]):
+    """Its data are the cost cells."""
+
+    name = "parameters"
+    order = 140
+    title = "Parameters"
+    needs = ("cost",)
+    marks = meanings(DRIFT)
+
+    def compute(self, records: Experiment, done: Mapping[str, Any]) -> pd.DataFrame:
+        """The cost cells as they are."""
+        cells: pd.DataFrame = done["cost"]
+        return cells
+
+    def tables(self, data: pd.DataFrame) -> list[Table]:
+        """One table."""
+        columns = _columns(data)
+        return [Table(columns)] if columns else []
+
+
+def _columns(cells: pd.DataFrame) -> list[Column]:
+    """Parameter counts, one row a variant and model; lengths share a row where they share a count."""
+    known = cells[cells["params"].notna()]
+    keys = ["objective", "corpus", "d_model", "heads", "depth"]
+    found = known.groupby([*keys, "variant", "label", "params"], sort=False)
+    table = pd.DataFrame(
+        {"params_ratio": found["params_ratio"].median(), "lengths": found["seq_len"].agg(_lengths)}
+    ).reset_index()
+    if table.empty:
+        return []
+    drift = [DRIFT if abs(value - 1) > DRIFT_LIMIT else "" for value in table["params_ratio"]]
+    ratios = [units.ratio(v) + mark for v, mark in zip(table["params_ratio"], drift, strict=True)]
+    names = {"d_model": "width"}
+    return [
+        each(table, "variant", "label", str, right=False, optional=False),
+        *(each(table, names.get(k, k), k, str) for k in keys if k in varying(table, keys)),
+        Column("parameters", [f"{int(value):,}" for value in table["params"]]),
+        Column("/ dense", ratios),
+        each(table, "lengths", "lengths", str, right=False),
+    ]
+
+
+def _lengths(values: pd.Series[Any]) -> str:
+    return ", ".join(str(v) for v in sorted(values.unique()))
+
+
+SECTIONS: Sequence[Section[Any]] = (Parameters(),)

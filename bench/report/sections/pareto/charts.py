@@ -1,0 +1,67 @@
+"""Quality against cost as data for the page's charts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from bench.report.data.groups import COMMON, TRAINING
+from bench.report.figures.chart_data import Json, numbers, ticks
+from bench.report.sections.pareto.data import FRONT, pools
+from bench.report.sections.pareto.plots import AXES
+from bench.report.text import units
+from bench.report.text.phrases import describe, training
+
+
+def pareto_figures(cells: pd.DataFrame, settings: Mapping[tuple[Any, ...], int]) -> list[Json]:
+    """Quality against cost, a figure for each pool of comparable models; see `Pareto`.
+
+    `settings` numbers the values of `COMMON`; a pool's `setting` is its number.
+    """
+    if cells.empty:
+        return []
+    found = []
+    for values, own in pools(cells):
+        asked = [key for key in TRAINING if key != "learning_rate" and not pd.isna(values[key])]
+        accuracy = bool((own["score"] == "accuracy").all())
+        show = units.share if accuracy else units.score
+        found.append(
+            {
+                "pool": f"{describe(values, ['seq_len', 'depth'])}, {', '.join(training(values, asked))}",
+                "setting": settings[tuple(values[key] for key in COMMON)],
+                "axis": "accuracy (higher is better)" if accuracy else "nats a token (lower is better)",
+                "label": list(own["label"]),
+                "activations": list(own["activations"]),
+                "leaks": [bool(leak) for leak in own["leaks"]],
+                "quality": _figure(own, "quality", show),
+                "costs": [
+                    {
+                        "name": AXES[cost][0],
+                        **_figure(own, cost, AXES[cost][1]),
+                        "front": [mark == FRONT for mark in own[f"{cost}_front"]],
+                        "ticks": _cost_ticks(own, cost),
+                    }
+                    for cost in AXES
+                    if own[cost].notna().any()
+                ],
+            }
+        )
+    return found
+
+
+def _cost_ticks(own: pd.DataFrame, cost: str) -> list[list[tuple[float, str]]]:
+    values = own[[cost, f"{cost}_low", f"{cost}_high"]].to_numpy(dtype=float)
+    ends = float(np.nanmin(values)), float(np.nanmax(values))
+    return ticks(*ends, lambda value: AXES[cost][1](value, short=True), binary=cost == "memory")
+
+
+def _figure(own: pd.DataFrame, name: str, show: Callable[[float], str]) -> Json:
+    return {
+        "value": numbers(own[name]),
+        "low": numbers(own[f"{name}_low"]),
+        "high": numbers(own[f"{name}_high"]),
+        "text": [show(value) for value in own[name]],
+    }

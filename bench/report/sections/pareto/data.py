@@ -1,0 +1,129 @@
+"""Quality against cost: models trained on equally many tokens, and those that no other model dominates."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+from scipy import stats
+
+from bench.report.data.groups import COMMON, TRAINING, split
+from bench.report.data.intervals import LEVEL
+from bench.report.data.statistics import BASELINE
+from bench.report.figures.style import strategy_rank
+
+COSTS = {"time": "step_seconds", "memory": "peak_bytes", "flops": "flops_executed_step"}
+"""Name of a cost → its column in the summary, or what its columns begin with."""
+POOL = (
+    *COMMON,
+    "depth",
+    "seq_len",
+    *(key for key in TRAINING if key != "learning_rate"),
+    "tokens_trained",
+)
+"""Keys that comparable models share: all but variant, learning rate and activation strategy."""
+_MODEL = [*POOL, "variant", "label", "activations"]
+FRONT, NOISE, BEATEN = "front", "noise", ""
+
+
+def pareto_cells(summary: pd.DataFrame) -> pd.DataFrame:
+    """One row a trained model of every pool of two or more; may be empty. Takes `statistics.summary`.
+
+    Columns: the keys of `POOL`, `variant`, `label`, `activations`, `learning_rate` (each model's best: that
+    of the least mean loss), `score` (nll or accuracy), `quality` (its mean over replicates) with its
+    interval `quality_low` to `quality_high`, for each of `COSTS` the median `X` with `X_low` and `X_high`,
+    `replicates`, `leaks`, and for each cost `X_front`: 'front' where no other model is better in both,
+    'noise' where some are but none beyond the intervals of both, '' else. What leaks is on no front and
+    keeps nobody off one.
+    """
+    trained = summary[(summary["tokens_trained"] > 0) & summary["nll_mean"].notna()]
+    if trained.empty:
+        return pd.DataFrame()
+    least = trained.groupby(_MODEL, dropna=False)["nll_mean"].transform("min")
+    cells = _scored(trained[trained["nll_mean"] == least])
+    several = [_fronts(pool) for _, pool in split(cells, POOL) if len(pool) > 1]
+    if not several:
+        return pd.DataFrame()
+    cells = pd.concat(several)
+    cells["later"] = cells["variant"] != BASELINE
+    cells["rank"] = [strategy_rank(name) for name in cells["activations"]]
+    order = [*POOL, "later", "label", "rank"]
+    return cells.sort_values(order, ignore_index=True, kind="stable").drop(columns=["later", "rank"])
+
+
+def _scored(models: pd.DataFrame) -> pd.DataFrame:
+    """The columns of a model before the fronts."""
+    answers = models["accuracy_mean"].notna()
+    counts = models["quality_replicates"]
+    columns: dict[str, Any] = {key: models[key] for key in (*_MODEL, "learning_rate", "leaks")}
+    columns["score"] = np.where(answers, "accuracy", "nll")
+    columns["replicates"] = counts
+    mean, deviation = (
+        models[f"accuracy_{name}"].where(answers, models[f"nll_{name}"]) for name in ("mean", "std")
+    )
+    # as `intervals.interval`: of two replicates their range, of more Student's interval of the mean
+    wide = np.where(counts == 2, 1.0, stats.t.ppf((1 + LEVEL) / 2, np.maximum(counts - 1, 1)))
+    reach = wide * deviation / np.sqrt(counts)
+    columns |= {"quality": mean, "quality_low": mean - reach, "quality_high": mean + reach}
+    for name, column in COSTS.items():
+        whole = f"{column}_median" if f"{column}_median" in models else column
+        columns[name] = models[whole]
+        for end in ("low", "high"):
+            columns[f"{name}_{end}"] = models.get(f"{column}_{end}", np.nan)
+    return pd.DataFrame(columns)
+
+
+def pools(cells: pd.DataFrame) -> Iterator[tuple[dict[str, Any], pd.DataFrame]]:
+    """The parts of `pareto_cells` whose models are comparable, with the keys that they share."""
+    return split(cells, POOL)
+
+
+class _Span(NamedTuple):
+    """A figure of which less is better, and its interval."""
+
+    middle: float
+    low: float
+    high: float
+
+
+def _span(row: pd.Series[Any], name: str) -> _Span:
+    """Without an interval, as with one replicate, it is the figure itself."""
+    middle, low, high = (float(row[name + end]) for end in ("", "_low", "_high"))
+    if np.isnan(low):
+        low = high = middle
+    return (
+        _Span(-middle, -high, -low)
+        if name == "quality" and row["score"] == "accuracy"
+        else _Span(middle, low, high)
+    )
+
+
+def _fronts(pool: pd.DataFrame) -> pd.DataFrame:
+    """The pool with its fronts marked."""
+    rows = [row for _, row in pool.iterrows()]
+    marks = {}
+    for cost in COSTS:
+        spans = [(_span(row, "quality"), _span(row, cost)) for row in rows]
+        sound = [pair for pair, row in zip(spans, rows, strict=True) if not row["leaks"]]
+        marks[f"{cost}_front"] = [
+            BEATEN if row["leaks"] else _place(pair, sound) for pair, row in zip(spans, rows, strict=True)
+        ]
+    return pool.assign(**marks)
+
+
+def _place(mine: tuple[_Span, _Span], others: list[tuple[_Span, _Span]]) -> str:
+    """A model's place among the others of its pool, by quality and a cost; '' without the cost."""
+    if np.isnan(mine[1].middle):
+        return BEATEN
+    better = [theirs for theirs in others if _beats(theirs, mine)]
+    if any(all(one.high <= own.low for one, own in zip(theirs, mine, strict=True)) for theirs in better):
+        return BEATEN
+    return NOISE if better else FRONT
+
+
+def _beats(one: tuple[_Span, _Span], other: tuple[_Span, _Span]) -> bool:
+    """Whether one is as good in both and better in one."""
+    (quality, cost), (its_quality, its_cost) = ([span.middle for span in pair] for pair in (one, other))
+    return quality <= its_quality and cost <= its_cost and (quality < its_quality or cost < its_cost)

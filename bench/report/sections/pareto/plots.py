@@ -1,0 +1,101 @@
+"""Quality against cost: a dot a trained model, a step line through those that no other dominates."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+from matplotlib.artist import Artist
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+from bench.report.data.groups import split
+from bench.report.data.intervals import Floats
+from bench.report.data.kinds import KEEP
+from bench.report.figures import canvas
+from bench.report.figures.lines import GREY, Look, interval_of, label_handles, replicates
+from bench.report.sections.pareto.data import COSTS, FRONT
+from bench.report.text import units
+
+AXES = {
+    "time": ("time of a step", units.seconds),
+    "memory": ("peak memory", units.size),
+    "flops": ("executed FLOPs of a step", units.flops),
+}
+
+
+def pareto(cells: pd.DataFrame, look: Look) -> Figure | None:
+    """Of one depth: a row of panels a length and training, a panel a cost; takes `pareto.pareto_cells`."""
+    if cells.empty:
+        return None
+    parts = list(split(cells, ["seq_len", "tokens_trained", "score"]))
+    costs = [name for name in COSTS if cells[name].notna().any()]
+    figure, axes = canvas.panels(
+        len(costs) * len(parts), columns=len(costs), width=3.2, height=2.9, sharey=len(parts) == 1
+    )
+    for number, axis in enumerate(axes):
+        (values, part), cost = parts[number // len(costs)], costs[number % len(costs)]
+        _models(axis, part, cost, look)
+        _scale(axis, part, cost)
+        words = f"length {units.length(values['seq_len'])}"
+        axis.set_title(f"{words}, {units.count(values['tokens_trained'])} tokens", fontsize=8)
+        axis.set_xlabel(AXES[cost][0])
+        if number % len(costs) == 0:
+            better = "higher" if values["score"] == "accuracy" else "lower"
+            name = "accuracy" if values["score"] == "accuracy" else "nats per token"
+            axis.set_ylabel(f"{name} ({better} is better)")
+    handles: list[Artist] = [*label_handles(cells, look, line="")]
+    handles.append(Line2D([], [], color=GREY, linewidth=1, label="front"))
+    if cells["leaks"].any():
+        hollow = Line2D(
+            [], [], color=GREY, marker="o", fillstyle="none", linestyle="", label="† sees the future"
+        )
+        handles.append(hollow)
+    footer = f"{look.footer} · {interval_of(cells['replicates'])}, {replicates(cells['replicates'])}"
+    canvas.dress(
+        figure, "Quality against cost, trained on equally many tokens", look.setting, footer, handles
+    )
+    return figure
+
+
+def _models(axis: Axes, part: pd.DataFrame, cost: str, look: Look) -> None:
+    shown = part[part[cost].notna()]
+    for (label, _), models in shown.groupby(["label", "leaks"], sort=False):
+        style, leaks = look.styles[str(label)], bool(models["leaks"].iloc[0])
+        axis.errorbar(
+            models[cost],
+            models["quality"],
+            xerr=_reach(models, cost),
+            yerr=_reach(models, "quality"),
+            color=style.colour,
+            marker=style.marker,
+            fillstyle="none" if leaks else style.fill,
+            markerfacecoloralt="white",
+            linestyle="",
+            elinewidth=1,
+        )
+    named = shown[shown["activations"] != KEEP]
+    for x, y, name in zip(named[cost], named["quality"], named["activations"], strict=True):
+        axis.annotate(name, (x, y), xytext=(4, 4), textcoords="offset points", fontsize=6, color=GREY)
+    front = part[part[f"{cost}_front"] == FRONT].sort_values(cost)
+    # steps, because there is no model between two neighbours on a front
+    axis.step(front[cost], front["quality"], where="post", color=GREY, linewidth=1, zorder=1)
+
+
+def _reach(models: pd.DataFrame, name: str) -> Floats:
+    """(2, models): how far each interval reaches down and up from its figure, 0 where there is none."""
+    low, middle, high = (models[f"{name}{end}"].to_numpy(dtype=float) for end in ("_low", "", "_high"))
+    return np.nan_to_num(np.maximum([middle - low, high - middle], 0.0))
+
+
+def _scale(axis: Axes, part: pd.DataFrame, cost: str) -> None:
+    """A logarithmic axis of the cost, with round numbers of its unit."""
+    logs = np.log2(part[[cost, f"{cost}_low", f"{cost}_high"]].to_numpy(dtype=float))
+    low, high = float(np.nanmin(logs)), float(np.nanmax(logs))
+    margin = max(0.1 * (high - low), 0.1)
+    low, high = 2.0 ** (low - margin), 2.0 ** (high + margin)
+    axis.set_xscale("log", base=2)
+    axis.set_xlim(low, high)
+    show = AXES[cost][1]
+    canvas.human_axis(axis.xaxis, low, high, lambda value: show(value, short=True), binary=cost == "memory")
+    axis.tick_params(labelsize=7)

@@ -1,0 +1,78 @@
+"""How well the variants model text: perplexity, how far back they look, loss by position."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pandas as pd
+
+from bench.report.data.experiment import Experiment
+from bench.report.data.groups import SETTING
+from bench.report.data.statistics import quality_cells
+from bench.report.figures.spec import FigureSpec
+from bench.report.sections import Section
+from bench.report.sections.quality.by_position import by_history, by_position
+from bench.report.sections.quality.plots import context, perplexity
+from bench.report.sections.quality.tables import quality
+from bench.report.text.marks import LEAK, meanings
+from bench.report.text.phrases import headed
+from bench.report.text.tables import Table
+
+
+@dataclass(frozen=True)
+class Trained:
+    """The `quality_cells`, of text and of tasks that ask for an answer, and the records they come from."""
+
+    cells: pd.DataFrame
+    records: pd.DataFrame
+
+
+class Quality(Section[Trained]):
+    """Its tables are of text; answers are a section of their own."""
+
+    name = "quality"
+    order = 100
+    title = "Quality"
+    lead = (
+        "Perplexity is the mean ± standard deviation over replicates. Ranks hold within one length, model "
+        "and training budget, and one *stride*: by so many tokens each window of a document starts after the "
+        "one before, and past a window's length into a document every target has *context* of at least so "
+        "many tokens. A *state* that is carried is carried over whole documents; *reset* is the perplexity "
+        "of the same model with state fresh in every window. *looks back*: the shortest history from which "
+        "on the loss is within 0.01 nats of the full one, with its 95 % interval over targets, the widest "
+        "of any replicate's. *unigram* is the perplexity of a model that knows only how often each token "
+        "occurs: what does not beat it has learnt nothing from context."
+    )
+    marks = meanings(LEAK)
+    figures_alone = False
+
+    def compute(self, records: Experiment, done: Mapping[str, Any]) -> Trained:
+        """One row a cell, training and state policy."""
+        return Trained(quality_cells(records.kinds.plain), records.kinds.plain)
+
+    def tables(self, data: Trained) -> list[Table]:
+        """A table a data set, leak-free cells first, best first."""
+        text = data.cells[data.cells["accuracy_mean"].isna()]
+        return [
+            Table(
+                quality(group),
+                heading,
+                caption=f"Quality: {heading}. Mean and standard deviation over replicates",
+            )
+            for _, heading, group in (headed(text, ("objective", "corpus")) if len(text) else ())
+        ]
+
+    def figures(self, data: Trained) -> list[FigureSpec]:
+        """Dots by variant, and curves by position and by history."""
+        kinds = (
+            ("perplexity", "Perplexity", data.cells, perplexity),
+            ("effective_context", "How far back it looks", data.cells, context),
+            ("nll_by_position", "Loss by position", data.records, by_position),
+            ("nll_by_history", "Loss by how far back is read", data.records, by_history),
+        )
+        return [FigureSpec(stem, title, cells, draw, SETTING) for stem, title, cells, draw in kinds]
+
+
+SECTIONS: Sequence[Section[Any]] = (Quality(),)

@@ -1,0 +1,72 @@
+"""Loss by position in the sequence, and by how far back is read."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from bench.report.figures.families import Family, Line, draw_family, octaves, over_replicates
+from bench.report.figures.lines import GREY, Look, ring
+from bench.report.figures.style import Style
+
+
+def _with_list(frame: pd.DataFrame, key: str) -> pd.DataFrame:
+    """The finished records that have the list."""
+    taken = [isinstance(value, list) and len(value) > 0 for value in frame[key]]
+    return frame[(frame["status"] == "ok") & np.array(taken, dtype=bool)]
+
+
+def by_position(frame: pd.DataFrame, look: Look) -> Figure | None:
+    """Loss against position in the sequence.
+
+    Bucket k covers positions 2^k − 1 to 2^(k+1) − 2 counted from 0. It is drawn at 2^k, its first
+    position counted from 1, because a logarithmic axis has no 0.
+    """
+
+    def line(own: pd.DataFrame) -> Line | None:
+        return over_replicates(list(own["nll_by_position"]), np.exp2(np.arange(64)))
+
+    family = Family(
+        title="Loss by position in the sequence",
+        x="position (from 1, log₂ buckets)",
+        y="nats per token",
+        said="mean and min–max over {}; a point at x covers [x, 2x)",
+        line=line,
+        axis=octaves,
+    )
+    return draw_family(_with_list(frame, "nll_by_position"), look, family)
+
+
+def by_history(frame: pd.DataFrame, look: Look) -> Figure | None:
+    """Loss on the same targets against how many tokens before them are read.
+
+    Element k is at 2^k tokens, the last at the full history, which is the length of a sequence. A ring is
+    round the effective context, the median over replicates.
+    """
+
+    def line(own: pd.DataFrame) -> Line | None:
+        values = list(own["nll_by_history"])
+        x = np.exp2(np.arange(max(len(v) for v in values)))
+        x[-1] = own["seq_len"].iloc[0]
+        return over_replicates(values, x)
+
+    def mark(axis: Axes, own: pd.DataFrame, line: Line, style: Style) -> None:
+        effective = own["effective_context"].median()
+        if not np.isnan(effective):
+            at = min(int(np.searchsorted(line.x, effective)), len(line.x) - 1)
+            axis.add_line(ring(line.x[at], line.y[at], style.colour))
+            axis.autoscale_view()
+
+    family = Family(
+        title="Loss by how far back is read",
+        x="tokens of history that are read",
+        y="nats per token",
+        said="mean and min–max over {}; the same targets at every history",
+        line=line,
+        axis=octaves,
+        mark=mark,
+        handles=(ring([], [], GREY, label="effective context"),),
+    )
+    return draw_family(_with_list(frame, "nll_by_history"), look, family)

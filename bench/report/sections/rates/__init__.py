@@ -1,0 +1,52 @@
+"""A search over learning rates: each variant's best of those tried."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import pandas as pd
+
+from bench.report.data.experiment import Experiment
+from bench.report.data.groups import SETTING
+from bench.report.figures.spec import FigureSpec
+from bench.report.sections import Section
+from bench.report.sections.rates.data import rate_cells
+from bench.report.sections.rates.plots import by_rate
+from bench.report.sections.rates.tables import rates
+from bench.report.text.marks import LEAK, meanings
+from bench.report.text.phrases import headed
+from bench.report.text.tables import Table
+
+
+class Rates(Section[pd.DataFrame]):
+    """Its data are `rate_cells`; empty where no cell was trained at several rates."""
+
+    name = "rates"
+    order = 120
+    title = "Learning rates"
+    needs = ("quality",)
+    lead = (
+        "Each variant's best learning rate of those tried: that of the least mean loss over replicates, none "
+        "of which diverged. Where it is the lowest or the highest tried, a better one may lie beyond. On the "
+        "split *validation* it is chosen on text that a comparison does not score."
+    )
+    marks = meanings(LEAK)
+    csv = ("rates",)
+
+    def compute(self, records: Experiment, done: Mapping[str, Any]) -> pd.DataFrame:
+        """One row a rate of every search."""
+        return rate_cells(records.kinds.plain, done["quality"].cells)
+
+    def tables(self, data: pd.DataFrame) -> list[Table]:
+        """A table a data set and model size."""
+        keys = ("objective", "corpus", "d_model", "heads")
+        groups = headed(data, keys) if len(data) else ()
+        return [Table(rates(group), heading) for _, heading, group in groups]
+
+    def figures(self, data: pd.DataFrame) -> list[FigureSpec]:
+        """Quality against the rate."""
+        return [FigureSpec("learning_rates", "Quality by learning rate", data, by_rate, SETTING)]
+
+
+SECTIONS: Sequence[Section[Any]] = (Rates(),)

@@ -1,0 +1,79 @@
+"""Tasks that ask for an answer: the share that is right, beside guessing."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import pandas as pd
+
+from bench.report.data.experiment import Experiment
+from bench.report.data.groups import TASK
+from bench.report.figures.spec import FigureSpec
+from bench.report.sections import Section
+from bench.report.sections.recall import plots
+from bench.report.sections.recall.data import axes_of, recall_cells
+from bench.report.sections.recall.tables import accuracies
+from bench.report.text.marks import LEAK, meanings
+from bench.report.text.phrases import headed
+from bench.report.text.tables import Table
+
+
+class Recall(Section[pd.DataFrame]):
+    """Its data are `recall_cells` at every learning rate; shown is each variant's best."""
+
+    name = "recall"
+    order = 110
+    title = "Recall"
+    needs = ("rates",)
+    lead = (
+        "The share of answers that are right: the mean ± standard deviation over replicates. *guessing* is "
+        "what comes of guessing among the values in the context, or of always naming the most frequent "
+        "class: what does not beat it has learnt nothing of the task. *state*: the bytes that all layers "
+        "carry to the next token. *reaches*: how many tokens before the last the farthest lies that its "
+        "output can depend on, by the variant's pattern; a dash where the content decides. Where several "
+        "learning rates were tried, all figures are at a variant's best, by the least mean loss."
+    )
+    marks = meanings(LEAK)
+    csv = ("recall",)
+
+    def compute(self, records: Experiment, done: Mapping[str, Any]) -> pd.DataFrame:
+        """One row a cell, training and state policy with an accuracy."""
+        return recall_cells(records.kinds.plain, done["rates"])
+
+    def tables(self, data: pd.DataFrame) -> list[Table]:
+        """A table a task and model size."""
+        if data.empty:
+            return []
+        keys = ("objective", "data", "d_model", "heads")
+        return [Table(accuracies(group), heading) for _, heading, group in headed(_best(data), keys)]
+
+    def figures(self, data: pd.DataFrame) -> list[FigureSpec]:
+        """Accuracy against each knob of a task, against the state, and by distance."""
+        best = _best(data)
+        tasks = {} if best.empty else {task: axes_of(own) for task, own in best.groupby("data")}
+        found = []
+        for name in sorted({name for axes in tasks.values() for name in axes}):
+            of = best[[name in tasks[task] for task in best["data"]]]
+            title = f"Accuracy against {name}"
+            found.append(FigureSpec(f"accuracy_by_{name}", title, of, plots.against(name), TASK))
+        for stem, title, draw in (
+            ("accuracy_by_state", "Accuracy against the state that is carried", plots.by_state),
+            ("accuracy_by_distance", "Accuracy by distance", plots.by_distance),
+            ("accuracy_map", "Accuracy by distance, as a map", plots.distance_map),
+        ):
+            found.append(FigureSpec(stem, title, best, draw, TASK))
+        return found
+
+    def csv_tables(self, data: pd.DataFrame) -> dict[str, pd.DataFrame]:
+        """The cells at every rate, without the columns that are lists."""
+        lists = ["data_params", "distance_edges", "accuracy_by_distance"]
+        return {"recall": data.drop(columns=lists)} if len(data) else {}
+
+
+def _best(cells: pd.DataFrame) -> pd.DataFrame:
+    """The cells at each variant's best learning rate."""
+    return cells if cells.empty else cells[cells["best"]]
+
+
+SECTIONS: Sequence[Section[Any]] = (Recall(),)

@@ -1,0 +1,49 @@
+"""Training loss against tokens, a line a variant."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from bench.report.figures.families import Family, Line, draw_family
+from bench.report.figures.lines import Look
+from bench.report.text import units
+
+BINS = 48
+"""Points of a training curve: each is the mean of the rows between it and the point before."""
+
+
+def training_loss(frame: pd.DataFrame, look: Look) -> Figure | None:
+    """Loss of training against tokens; takes `curves.training_curves`."""
+    family = Family(
+        title="Training loss",
+        x="tokens trained on",
+        y="nats per target",
+        said="median and min–max over {}; a point is the mean of the steps since the one before",
+        line=_binned,
+        axis=_tokens,
+        markers=False,
+    )
+    return draw_family(frame, look, family)
+
+
+def _tokens(axis: Axes, largest: float) -> None:
+    axis.locator_params(axis="x", nbins=4)
+    axis.xaxis.set_major_formatter(lambda value, _: units.count(value, short=True))
+    axis.set_xlim(0, None)
+
+
+def _binned(own: pd.DataFrame) -> Line | None:
+    """Each curve's mean in equal parts of the tokens of the shortest, then the median over the curves."""
+    most = min(float(curve["tokens"].iloc[-1]) for curve in own["curve"])
+    edges = np.linspace(0, most, BINS + 1)
+    means = []
+    for curve in own["curve"]:
+        bins = pd.cut(curve["tokens"], edges.tolist(), labels=False)
+        means.append(curve["nll"].groupby(bins).mean().reindex(range(BINS)))
+    table = pd.DataFrame(means)
+    kept = table.notna().any().to_numpy()
+    statistics = (table.median(), table.min(), table.max())
+    return Line(edges[1:][kept], *(s.to_numpy()[kept] for s in statistics))

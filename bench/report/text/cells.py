@@ -1,0 +1,51 @@
+"""The tables of summary.md, each from the aggregated cells, and the files summary.csv and cells.parquet."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import pandas as pd
+
+from bench.report.text import markdown, units
+from bench.report.text.columns import Column, each
+from bench.report.text.marks import LEAK, PREDICTED
+
+
+def label_of(row: pd.Series[Any]) -> str:
+    """A variant's label, marked where it sees the future."""
+    return str(row["label"]) + (LEAK if row["leaks"] else "")
+
+
+def peak(row: pd.Series[Any]) -> str:
+    """Measured peak memory, else the prediction with its mark."""
+    measured = not pd.isna(row["peak_bytes_median"])
+    value = row["peak_bytes_median"] if measured else row["peak_bytes_predicted"]
+    predicted = not measured or "predicted" in str(row["peak_bytes_source"])
+    return units.size(value) + (PREDICTED if predicted and not pd.isna(value) else "")
+
+
+def plus_minus(mean: Any, std: Any) -> str:
+    """Mean ± deviation; the mean alone where one replicate gives no deviation."""
+    if pd.isna(mean) or pd.isna(std):
+        return units.score(mean)
+    places = len(units.score(mean).partition(".")[2])
+    return f"{units.score(mean)} ± {std:,.{places}f}"
+
+
+def training_columns(cells: pd.DataFrame, apart: Sequence[str]) -> list[Column]:
+    """Columns for those keys of `TRAINING`."""
+    columns = []
+    if {"train_budget", "train_amount"} & set(apart):
+        pairs = zip(cells["train_budget"], cells["train_amount"], strict=True)
+        columns.append(Column("budget", [units.budget(kind, amount) for kind, amount in pairs]))
+    if "learning_rate" in apart:
+        columns.append(each(cells, "learning rate", "learning_rate", units.learning_rate))
+    if "eval_split" in apart:
+        columns.append(each(cells, "split", "eval_split", or_dash, right=False))
+    return columns
+
+
+def or_dash(value: object) -> str:
+    text = "" if value is None or value != value else str(value)
+    return markdown.shortened(text) or units.MISSING

@@ -1,0 +1,58 @@
+"""Plain tables of the page: texts in rows, not escaped."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pandas as pd
+
+from bench.report.text import units
+from bench.report.text.columns import Column, shown
+from bench.report.text.markdown import shortened
+
+TITLES = {"label": "variant", "seq_len": "length", "d_model": "width", "batch_size": "batch"}
+
+
+@dataclass(frozen=True)
+class Listed:
+    """A table as texts, not escaped."""
+
+    titles: list[str]
+    rows: list[list[str]]
+
+
+@dataclass(frozen=True)
+class PageList:
+    """A table of the page under a heading; one without rows is left out.
+
+    `anchor` is its place in the page's address, `title` its heading, `caption` its name for a screen reader,
+    `lead` a paragraph above it. With `about_noise` it is part of the page's section on noise and environment,
+    and no section of its own.
+    """
+
+    anchor: str
+    title: str
+    caption: str
+    table: Listed
+    lead: str = ""
+    about_noise: bool = False
+
+
+def listed(frame: pd.DataFrame, columns: Sequence[str]) -> Listed:
+    """Those columns of the frame; a null is a dash."""
+    titles = [TITLES.get(name, name.replace("_", " ")) for name in columns]
+    return Listed(
+        titles, [[_text(value) for value in row] for row in frame[list(columns)].itertuples(index=False)]
+    )
+
+
+def listed_columns(columns: Sequence[Column]) -> Listed:
+    """The columns of a table of summary.md."""
+    kept = shown(columns)
+    return Listed([c.title for c in kept], [list(row) for row in zip(*(c.cells for c in kept), strict=True)])
+
+
+def _text(value: Any) -> str:
+    return units.MISSING if pd.isna(value) or value == "" else shortened(str(value))

@@ -1,0 +1,29 @@
+"""The machines and the days of an experiment in words."""
+
+from __future__ import annotations
+
+import pandas as pd
+
+from bench.records.configurations import UNKNOWN
+
+
+def dates(frame: pd.DataFrame) -> str:
+    """The day or days on which the cells started, from the first to the last."""
+    days = sorted(frame["started_at"].dropna().astype(str).str[:10].unique())
+    if not days:
+        return UNKNOWN
+    return days[0] if len(days) == 1 else f"{days[0]} to {days[-1]}"
+
+
+def machines(frame: pd.DataFrame) -> str:
+    """Each machine in a phrase: the device's name, the CPU and the threads."""
+    found = frame.assign(cpu_model=frame["cpu_model"].fillna(UNKNOWN))
+    phrases = []
+    each = zip(found["machine"], found["cpu_model"], found["threads"], strict=True)
+    for machine, cpu, threads in sorted(set(each)):
+        same = found[found["machine"] == machine]
+        if cpu == UNKNOWN and (same["cpu_model"] != UNKNOWN).any():
+            continue  # a cell that failed early on a machine that others name
+        words = [machine, *([f"CPU {cpu}"] if cpu not in (UNKNOWN, machine) else []), f"{threads} threads"]
+        phrases.append(", ".join(words))
+    return "; ".join(phrases)

@@ -1,0 +1,67 @@
+"""The marks of the report's tables, and the cells of tables that carry them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import pandas as pd
+
+from bench.report.data.statistics import DRIFT_LIMIT, LEAK_LIMIT
+from bench.report.text import units
+
+LEAK, DRIFT, PREDICTED = "†", "‡", "ᵖ"
+ALIKE, UNTOLD, OF_TWO, CONTAMINATED = "≈", "?", "ʳ", "§"
+OF_INTERVALS = {
+    ALIKE: "not distinguishable from dense: the interval of the ratio holds 1 or lies within the noise floor "
+    "(of n replicates, three or more: the floor over √n)",
+    UNTOLD: "nothing says whether it differs from dense: it has one replicate, or two and no noise floor",
+    OF_TWO: "the range of two replicates, which covers less than a 95 % interval",
+    CONTAMINATED: "timed while something else ran, in one replicate at least (see *Contaminated*), yet part "
+    "of the medians and intervals",
+}
+NOTES = {
+    LEAK: f"the gate measured a leak of more than {LEAK_LIMIT:g}: with a causal objective it sees the "
+    "future, so its perplexity is not ranked and stands after the leak-free ones",
+    PREDICTED: "predicted, not measured",
+    DRIFT: f"parameters differ from dense by more than {DRIFT_LIMIT:.0%}: not like for like",
+    **OF_INTERVALS,
+}
+"""Mark → its meaning, for summary.md and the page."""
+SHORT_NOTES = {
+    LEAK: f"sees the future: the gate measured a leak of more than {LEAK_LIMIT:g}",
+    PREDICTED: NOTES[PREDICTED],
+    **OF_INTERVALS,
+}
+"""Mark → its meaning, for the notes beneath a table of summary.tex."""
+
+
+def meanings(*marks: str) -> dict[str, str]:
+    """Those marks of `NOTES` with their meanings, in the order given."""
+    return {mark: NOTES[mark] for mark in marks}
+
+
+def timed(row: pd.Series[Any], column: str, show: Callable[[Any], str]) -> str:
+    """A time or a rate, marked where a replicate's samples are contaminated."""
+    return show(row[column]) + (CONTAMINATED if row["contaminated"] and not pd.isna(row[column]) else "")
+
+
+def interval(rows: Sequence[pd.Series[Any]], name: str, unit: str) -> list[str]:
+    """The intervals of a figure over its replicates."""
+    texts = [units.between(row[f"{name}_low"], row[f"{name}_high"], unit) for row in rows]
+    return marked_range(texts, [row["replicates"] for row in rows])
+
+
+def marked_range(texts: Sequence[str], counts: Iterable[int]) -> list[str]:
+    """Intervals in words, marked where they are the range of two."""
+    return [
+        text + OF_TWO if n == 2 and text != units.MISSING else text
+        for text, n in zip(texts, counts, strict=True)
+    ]
+
+
+def against(row: pd.Series[Any]) -> str:
+    """The mark of a ratio of times to dense: different (no mark), not distinguishable, or undecided."""
+    if pd.isna(row["step_seconds_ratio"]) or row["label"] == row["baseline"]:
+        return ""
+    return UNTOLD if pd.isna(row["differs"]) else "" if row["differs"] else ALIKE

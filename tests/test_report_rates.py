@@ -1,0 +1,129 @@
+"""A search over learning rates: each variant's best, as a table and as a picture."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+from matplotlib.axes import Axes
+from test_report import failed, record, table
+from test_report_memory import frame_of, look, text_of
+
+from bench.records import Record
+from bench.report.data.statistics import quality_cells
+from bench.report.sections.rates import plots as rate_plots
+from bench.report.sections.rates.data import rate_cells
+
+RATES = (0.001, 0.002, 0.004, 0.008)
+LOSSES = {
+    "dense": (1.9, 1.6, 1.7, 1.5),  # the last diverges in one replicate
+    "chunked": (1.8, 1.9, 2.0, 2.1),
+    "longformer": (1.9, 1.8, 1.7, 1.6),
+}
+
+
+def search() -> list[Record]:
+    """Three variants at four rates with two replicates."""
+    found = []
+    for variant, (rate, loss), replicate in product(LOSSES, enumerate(RATES), (0, 1)):
+        nll = LOSSES[variant][rate] + 0.02 * replicate
+        trained: dict[str, Any] = {"learning_rate": loss, "train_budget": "tokens", "train_amount": 150_000.0}
+        trained |= {"eval_split": "validation", "cell_id": f"{variant}-{rate}-{replicate}"}
+        where: dict[str, Any] = {"variant": variant, "replicate": replicate, **trained}
+        if (variant, rate, replicate) == ("dense", 3, 1):
+            found.append(failed("diverged", "the loss became nan", **where))
+        else:
+            found.append(record(nll=nll, perplexity=math.exp(nll), **where))
+    return found
+
+
+def test_the_best_rate_and_whether_it_lies_at_the_edge(tmp_path: Path) -> None:
+    folder = tmp_path / "e"
+    text = text_of(folder, search())
+    rows = {
+        row["variant"]: row
+        for row in table(text.split("## Learning rates", 1)[1], "### clm, data plays, width 64, 4 heads")
+    }
+    assert {variant: (row["best rate"], row["at the edge"]) for variant, row in rows.items()} == {
+        "dense": ("0.002", "no"),
+        "chunked": ("0.001", "lowest tried"),
+        "longformer": ("0.008", "highest tried"),
+    }
+    perplexities = [math.exp(1.6), math.exp(1.62)]
+    spread = f"{statistics.mean(perplexities):.3f} ± {statistics.stdev(perplexities):.3f}"
+    assert rows["dense"]["perplexity"] == spread
+    assert {row["split"] for row in rows.values()} == {"validation"}
+    assert {row["rates tried"] for row in rows.values()} == {"0.001, 0.002, 0.004, 0.008"}
+    assert {variant: row["diverged"] for variant, row in rows.items()} == {
+        "dense": "0.008",
+        "chunked": "–",
+        "longformer": "–",
+    }
+    figures = pd.read_csv(folder / "report" / "rates.csv")
+    assert len(figures) == len(LOSSES) * len(RATES)
+    assert set(figures[figures.best].learning_rate) == {0.001, 0.002, 0.008}
+
+
+def test_a_variant_that_diverges_at_every_rate_has_no_best(tmp_path: Path) -> None:
+    lost = [
+        failed("diverged", "the loss became nan", variant="routing", cell_id=f"r{rate}", learning_rate=rate)
+        for rate in RATES
+    ]
+    for one in lost:
+        one.train_budget, one.train_amount, one.eval_split = "tokens", 150_000.0, "validation"
+    text = text_of(tmp_path / "e", [*search(), *lost], plots=True)
+    rows = {
+        row["variant"]: row
+        for row in table(text.split("## Learning rates", 1)[1], "### clm, data plays, width 64, 4 heads")
+    }
+    assert (rows["routing"]["best rate"], rows["routing"]["at the edge"]) == ("–", "–")
+    assert rows["routing"]["diverged"] == "0.001, 0.002, 0.004, 0.008"
+
+
+def test_one_rate_is_no_search(tmp_path: Path) -> None:
+    found = [record(v, learning_rate=rate, cell_id=v) for v, rate in (("dense", 0.001), ("chunked", 0.002))]
+    folder = tmp_path / "e"
+    assert "## Learning rates" not in text_of(folder, found, plots=True)
+    assert not (folder / "report" / "rates.csv").exists()
+    assert not list((folder / "report" / "plots").glob("learning_rates*"))
+
+
+def points(axis: Axes, colour: str, marker: str) -> list[tuple[float, float]]:
+    """The points of a line, a ring or the crosses of that colour."""
+    found = [
+        line
+        for line in axis.get_lines()
+        if line.get_color() == colour
+        and line.get_marker() == marker
+        and (marker != "o" or line.get_markersize() == 10)
+    ]
+    return [
+        (float(x), float(y))
+        for line in found
+        for x, y in zip(np.asarray(line.get_xdata()), np.asarray(line.get_ydata()), strict=True)
+    ]
+
+
+def test_lines_over_the_rates_ring_the_best(tmp_path: Path) -> None:
+    frame = frame_of(tmp_path / "e", search())
+    figure = rate_plots.by_rate(rate_cells(frame, quality_cells(frame)), look(frame))
+    assert figure is not None
+    (axis,) = figure.axes
+    assert axis.get_xscale() == "log"
+    assert [label.get_text() for label in axis.get_xticklabels()] == [f"{rate:g}" for rate in RATES]
+    style = look(frame).styles["longformer"]
+    expected = [statistics.mean([math.exp(nll), math.exp(nll + 0.02)]) for nll in LOSSES["longformer"]]
+    assert points(axis, style.colour, style.marker) == [
+        (rate, pytest.approx(value)) for rate, value in zip(RATES, expected, strict=True)
+    ]
+    assert points(axis, style.colour, "o") == [(0.008, pytest.approx(expected[3]))]
+    (cross,) = points(axis, look(frame).styles["dense"].colour, "x")
+    assert cross[0] == 0.008
+    highest = axis.transLimits.transform((0, statistics.mean([math.exp(2.1), math.exp(2.12)])))[1]
+    assert highest < cross[1] - 0.09, "the cross lies above the data"
