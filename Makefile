@@ -22,6 +22,7 @@ PINS := $(CONSTRAINTS)
 EXPERIMENT ?=# the preset that `make bench` runs; left empty, the one that suits this device
 GPU_MEM ?= 80GiB# the memory that `make plan` plans for
 NAME ?=# the experiment under results/ that `make report` rebuilds and `make notebooks` reads
+MINUTES ?=# the time after which `make test-touched` starts no more tests; those left out are named
 ARGS ?=# more arguments, for the sweep (bench, claims, smoke, bench-layers), for gallery or for pytest (test, test-slow, …)
 
 # The stamp's name says which pins are installed, and its content where: other pins, a checkout moved or copied
@@ -33,7 +34,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install corpus bench plan bench-layers claims gallery smoke report notebooks test test-slow test-cuda test-peers compare lint format clean distclean named FORCE
+.PHONY: help install corpus bench plan bench-layers claims gallery smoke report notebooks test test-slow test-touched test-cuda test-peers compare lint format clean distclean named FORCE
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -114,12 +115,17 @@ notebooks: $(STAMP) ## run the notebooks, on results/NAME or the reference run; 
 		--output='../outputs/notebooks/{notebook_name}' $(wildcard notebooks/*.ipynb)
 	@echo "notebooks with outputs: outputs/notebooks"
 
-# A worker a core, of four at most: each loads torch. A file stays with one worker, for what its tests share.
-test: corpus ## run the tests; ARGS='-k name' for some of them
-	@$(PY) -m pytest -n auto --maxprocesses 4 --dist loadfile $(ARGS)
+# A worker a core, of four at most: each loads torch. Tests that share a fixture stay with one worker.
+test: corpus ## run the tests, of each kind a few cases; ARGS='-k name' for some of them
+	@$(PY) -m pytest -n auto --maxprocesses 4 --dist loadgroup $(ARGS)
 
-test-slow: corpus ## run the tests that take minutes
-	@$(PY) -m pytest -m 'slow and not cuda and not peers' $(ARGS)
+test-slow: corpus ## run all other cases, and the tests that take minutes
+	@$(PY) -m pytest -m $(SLOW) $(ARGS)
+
+test-touched: corpus ## run the slow tests about what a change touched; with MINUTES=10 start none after so long
+	@$(PY) -m pytest -m $(SLOW) --touched $(if $(strip $(MINUTES)),--minutes $(MINUTES)) $(ARGS)
+
+SLOW := 'slow and not cuda and not peers'
 
 test-cuda: corpus ## run the tests that need a CUDA device
 	@$(PY) -m pytest -m 'cuda and not peers' $(ARGS)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +17,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 
 HANG_SECONDS = 3600.0
 """The limit of every wait: no test is about how fast a machine is, and only what hangs takes so long."""
+LEFT_OUT = "left out: the time given by --minutes is over"
 
 
 def wait_until(condition: Callable[[], Any]) -> None:
@@ -26,9 +28,37 @@ def wait_until(condition: Callable[[], Any]) -> None:
         time.sleep(0.02)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+# --- which tests run, and where -------------------------------------------------------------------
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("tiers")
+    group.addoption("--touched", action="store_true", help="only tests about what the change touched")
+    group.addoption("--minutes", type=float, help="start no test after so long; those left out are named")
+
+
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("touched"):
+        import touched
+
+        items[:], others = touched.select(items)
+        config.hook.pytest_deselected(items=others)
+    for item in items:
+        if shares_fixtures(item):
+            item.add_marker(pytest.mark.xdist_group(item.path.stem))
+    skip_without_device([item for item in items if item.get_closest_marker("cuda")])
+
+
+def shares_fixtures(item: pytest.Item) -> bool:
+    """Whether it uses a fixture of ours that is made once for several tests: one worker then runs them."""
+    info = getattr(item, "_fixtureinfo", None)
+    fixtures = [found[-1] for found in info.name2fixturedefs.values()] if info else []
+    return any(fixture.baseid and fixture.scope != "function" for fixture in fixtures)
+
+
+def skip_without_device(cuda_items: list[pytest.Item]) -> None:
     """Tests marked `cuda` are skipped where there is no device; torch is asked only if one was collected."""
-    cuda_items = [item for item in items if item.get_closest_marker("cuda")]
     if not cuda_items:
         return
     import torch
@@ -36,3 +66,29 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if not torch.cuda.is_available():
         for item in cuda_items:
             item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+# --- the time that they may take ------------------------------------------------------------------
+
+STARTED = time.monotonic()
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    minutes = item.config.getoption("minutes")
+    if minutes is not None and time.monotonic() > STARTED + 60 * minutes:
+        pytest.skip(LEFT_OUT)
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    skipped = terminalreporter.stats.get("skipped", [])
+    left_out = [report for report in skipped if str(report.longrepr[2]).endswith(LEFT_OUT)]
+    if left_out:
+        terminalreporter.section(f"{len(left_out)} tests left out for want of time")
+        for name, count in Counter(report.nodeid.partition("[")[0] for report in left_out).items():
+            terminalreporter.line(f"{count:5} {name}")
+
+
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
+    """A change that touched no test of the tier is no failure."""
+    if session.config.getoption("touched") and exitstatus == pytest.ExitCode.NO_TESTS_COLLECTED:
+        session.exitstatus = pytest.ExitCode.OK

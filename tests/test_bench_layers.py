@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from omegaconf import OmegaConf
+from tiers import slow
 
 import variants
 from bench import CONFIGS
@@ -60,11 +61,13 @@ def test_figures_of_each_variant_and_length_and_their_table() -> None:
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        ("--only chunked chunkd", "--only=chunkd: unknown; allowed are"),
         ("--only dense longfromer", "did you mean longformer?"),
-        ("--rounds 0", "--rounds=0: allowed is 1 or more"),
-        ("--out ~nosuchuser/x", "the home folder ~nosuchuser is not known"),
         ("--out taken/x", "Not a directory"),
+        *slow(
+            ("--only chunked chunkd", "--only=chunkd: unknown; allowed are"),
+            ("--rounds 0", "--rounds=0: allowed is 1 or more"),
+            ("--out ~nosuchuser/x", "the home folder ~nosuchuser is not known"),
+        ),
     ],
 )
 def test_a_mistake_is_told_before_anything_is_measured(arguments: str, says: str, tmp_path: Path) -> None:

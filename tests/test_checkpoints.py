@@ -359,9 +359,10 @@ def sweep(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureReque
     started.finish()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "sweep",
-    [["reformer", "transformer_xl"], pytest.param(list(CELLS), marks=pytest.mark.slow)],
+    [["reformer", "transformer_xl"], [*CELLS]],
     indirect=True,
 )
 def test_cells_that_are_killed_go_on_to_the_same_result(sweep: Sweep) -> None:

@@ -84,6 +84,7 @@ def here(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 # --- launchers ------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @needs_submitit
 def test_processes_of_submitit_leave_the_records_of_a_run_without(
     here: dict[str, Any], tmp_path: Path

@@ -342,6 +342,7 @@ def swept(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> list[Cell]:
     return ran
 
 
+@pytest.mark.slow
 def test_a_sweep_over_presets_runs_the_whole_of_each(monkeypatch: pytest.MonkeyPatch) -> None:
     beside = ("device=cpu", "depth=1,3")
     alone = [swept(monkeypatch, f"experiment={preset}", *beside) for preset in ("smoke", "fits")]

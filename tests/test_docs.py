@@ -21,6 +21,7 @@ from pathlib import Path
 import pytest
 from conftest import HANG_SECONDS
 from test_report import record, write
+from tiers import slow
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -102,7 +103,11 @@ def composed(lines: list[str], cwd: Path) -> None:
     assert len(re.findall(r"^[1-9]\d* cells$", done.stdout, re.M)) == len(sweeps), done.stdout
 
 
-@pytest.mark.parametrize("page", [p for p in PAGES if p.name not in FOLLOWED], ids=lambda page: page.name)
+@pytest.mark.parametrize(
+    "page",
+    [*PAGES[:2], *slow(*(page for page in PAGES[2:] if page.name not in FOLLOWED))],
+    ids=lambda page: page.name,
+)
 def test_commands(page: Path, tmp_path: Path) -> None:
     lines = [line for line in commands(page) if not line.startswith(ELSEWHERE)]
     sweeps = [line for line in lines if line.startswith("python -m bench ")]

@@ -77,6 +77,7 @@ def rows(site: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict
     return {row["activations"]: row for row in found}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("activations", [name for name, s in STRATEGIES.items() if not s.needs_device])
 def test_a_cell_with_frozen_and_unused_parameters_is_measured_and_trained(
     rows: dict[str, dict[str, Any]], activations: str

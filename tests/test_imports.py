@@ -134,7 +134,6 @@ def layer(module: str) -> int:
     return LAYERS.index(fitting[0])
 
 
-every_module = pytest.mark.parametrize("module", sorted(modules()))
 of_report = [module for module in sorted(modules()) if module.startswith("bench.report")]
 of_claims = [module for module in sorted(modules()) if module.startswith("bench.claims")]
 of_variants = [module for module in sorted(modules()) if module.startswith("variants.")]
@@ -164,15 +163,13 @@ def test_the_sources_have_lazy_imports_and_packages() -> None:
     assert "pandas" in outside("bench.records.store")
 
 
-@every_module
-def test_imports_name_what_exists(module: str) -> None:
-    assert ours(module) <= {*modules()}
+def test_imports_name_what_exists() -> None:
+    assert {(module, target) for module in modules() for target in ours(module) - {*modules()}} == set()
 
 
-@every_module
-def test_imports_run_one_way(module: str) -> None:
-    upwards = {target for target in ours(module) if layer(target) < layer(module)}
-    assert not upwards
+def test_imports_run_one_way() -> None:
+    every = {(module, target) for module in modules() for target in ours(module)}
+    assert {(module, target) for module, target in every if layer(target) < layer(module)} == set()
 
 
 def test_imports_have_no_cycle() -> None:
@@ -193,13 +190,13 @@ def test_every_command_ends_through_the_same_guard() -> None:
     assert set(ends.values()) == {"run(main)"}
 
 
-@pytest.mark.parametrize("module", of_variants)
-def test_variants_know_nothing_of_the_harness(module: str) -> None:
+def test_variants_know_nothing_of_the_harness() -> None:
     """A variant builds on shared code, on other variants and on torch; only the command asks the registry."""
-    assert not ours(module, "bench")
-    assert "variants" not in ours(module) or module == "variants.__main__"
-    optional = {a.target for a in arrows(module) if a.lazy} & KERNELS
-    assert outside(module) - optional <= {"torch"}
+    for module in of_variants:
+        assert not ours(module, "bench"), module
+        assert "variants" not in ours(module) or module == "variants.__main__", module
+        optional = {a.target for a in arrows(module) if a.lazy} & KERNELS
+        assert outside(module) - optional <= {"torch"}, module
 
 
 def test_the_registry_needs_nothing() -> None:
@@ -214,24 +211,24 @@ def test_what_any_process_needs_needs_nothing(module: str) -> None:
     assert ours(module) == outside(module) == set()
 
 
-@pytest.mark.parametrize("module", of_report)
-def test_report_reads_records_and_nothing_else(module: str) -> None:
-    others = {t for t in ours(module) if t != "bench.report" and not t.startswith("bench.report.")}
-    read = {f"bench.records{name}" for name in ("", ".configurations", ".files")}
-    assert others <= read | OF_ANY_PROCESS
-    assert "torch" not in outside(module)
+def test_report_reads_records_and_nothing_else() -> None:
+    for module in of_report:
+        others = {t for t in ours(module) if t != "bench.report" and not t.startswith("bench.report.")}
+        read = {f"bench.records{name}" for name in ("", ".configurations", ".files")}
+        assert others <= read | OF_ANY_PROCESS, module
+        assert "torch" not in outside(module), module
 
 
-@pytest.mark.parametrize("module", of_claims)
-def test_claims_are_judged_from_records_and_the_reports_statistics(module: str) -> None:
-    others = {t for t in ours(module) if not t.startswith(("bench.claims", "bench.report"))}
-    assert others <= {"bench.records"} | OF_ANY_PROCESS
-    assert "torch" not in outside(module)
+def test_claims_are_judged_from_records_and_the_reports_statistics() -> None:
+    for module in of_claims:
+        others = {t for t in ours(module) if not t.startswith(("bench.claims", "bench.report"))}
+        assert others <= {"bench.records"} | OF_ANY_PROCESS, module
+        assert "torch" not in outside(module), module
 
 
-@pytest.mark.parametrize("module", of_report)
-def test_a_report_needs_no_claims(module: str) -> None:
-    assert not [target for target in ours(module) if target.startswith("bench.claims")]
+def test_a_report_needs_no_claims() -> None:
+    for module in of_report:
+        assert not [target for target in ours(module) if target.startswith("bench.claims")], module
 
 
 def test_records_need_no_torch_and_no_harness() -> None:
@@ -241,10 +238,9 @@ def test_records_need_no_torch_and_no_harness() -> None:
         assert "torch" not in outside(module)
 
 
-@every_module
-def test_hydra_stays_at_the_top(module: str) -> None:
-    if not module.startswith(HYDRA):
-        assert "hydra" not in outside(module)
+def test_hydra_stays_at_the_top() -> None:
+    for module in modules():
+        assert module.startswith(HYDRA) or "hydra" not in outside(module), module
 
 
 # --- proved in fresh processes --------------------------------------------------------------------

@@ -157,7 +157,7 @@ class Sweep:
         self.grids, self.results = grids, folder / "results"
         each = [
             f"{{name: {experiment}, variant: '{','.join(ways)}', "
-            f"measure.limit_seconds: {15 if experiment == 'slow' else 600}}}"
+            f"measure.limit_seconds: {8 if experiment == 'slow' else 600}}}"
             for experiment, ways in grids.items()
         ]
         knobs = ["-m", f"hydra.sweeper.grids=[{', '.join(each)}]", f"results_dir={self.results}"]
@@ -293,7 +293,7 @@ ENDINGS = {
     "exits": ("error", "exit status 4 and no result: and out"),
     "diverges": ("diverged", "nan at training step 1 of "),
     "broken": ("error", "BrokenVariant: plug-in broken:broken cannot be imported: ZeroDivisionError"),
-    "hangs": ("timeout", "still running after measure.limit_seconds=15"),
+    "hangs": ("timeout", "still running after measure.limit_seconds=8"),
 }
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from conftest import HANG_SECONDS, wait_until
 from test_sweep import CELL, apart, children, heed_signals
+from tiers import slow
 
 from bench.records import read_all
 
@@ -36,12 +37,14 @@ def statuses(folder: Path) -> list[str]:
 @pytest.mark.parametrize(
     "redirection",
     [
-        "2>/dev/full >/dev/null",
-        "2>&- >/dev/null",
-        ">/dev/full 2>/dev/null",
-        ">&- 2>/dev/null",
         ">&- 2>&- <&-",
         ">/dev/full 2>/dev/full",
+        *slow(
+            "2>/dev/full >/dev/null",
+            "2>&- >/dev/null",
+            ">/dev/full 2>/dev/null",
+            ">&- 2>/dev/null",
+        ),
     ],
 )
 @pytest.mark.parametrize(
@@ -55,8 +58,8 @@ def test_what_cannot_be_printed_stops_nothing(redirection: str, cells: int, tmp_
         json.loads(path.read_text())  # whole: no library's words went into a file that took stderr's number
 
 
-@pytest.mark.parametrize("stream", ["stdout", "stderr"])
-@pytest.mark.parametrize("arguments", [ONE, ["-m", *SWEEP]], ids=["cell", "sweep"])
+@pytest.mark.parametrize("stream", ["stderr", *slow("stdout")])
+@pytest.mark.parametrize("arguments", [["-m", *SWEEP], *slow(ONE)], ids=["sweep", "cell"])
 def test_a_reader_that_has_gone_stops_nothing(stream: str, arguments: list[str], tmp_path: Path) -> None:
     (tmp_path / "corpus.txt").write_text("the quick brown fox jumps over the lazy dog\n" * 40)
     reading, writing = os.pipe()
@@ -70,7 +73,7 @@ def test_a_reader_that_has_gone_stops_nothing(stream: str, arguments: list[str],
     assert statuses(tmp_path) == ["ok"] * (2 if "-m" in arguments else 1)
 
 
-@pytest.mark.parametrize("redirection", ["2>/dev/full", "2>&-"])
+@pytest.mark.parametrize("redirection", ["2>&-", *slow("2>/dev/full")])
 def test_a_failure_has_its_status_though_nobody_hears_of_it(redirection: str, tmp_path: Path) -> None:
     assert bench(tmp_path, f"{redirection} >/dev/null", *ONE, "seq_len=0") == 2
     diverges = ["measure=quick", "measure.time_seconds=0", "measure.train_tokens=60000"]
@@ -79,7 +82,7 @@ def test_a_failure_has_its_status_though_nobody_hears_of_it(redirection: str, tm
     assert statuses(tmp_path) == ["diverged"]
 
 
-@pytest.mark.parametrize("ignored", [False, True], ids=["", "nohup"])
+@pytest.mark.parametrize("ignored", [False, *slow(True)], ids=["", "nohup"])
 def test_a_terminal_that_closes(ignored: bool, tmp_path: Path) -> None:
     """It ends the sweep as SIGTERM does, with the cells that are finished kept; under nohup it goes on."""
     (tmp_path / "corpus.txt").write_text("the quick brown fox jumps over the lazy dog\n" * 40)

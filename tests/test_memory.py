@@ -13,6 +13,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiers import slow
 
 import variants
 from bench.measure.memory import LiveStorage, reset_rss_peak, resident_bytes, tensor_bytes
@@ -153,6 +154,10 @@ CONFIGURATIONS: dict[str, dict[str, Any]] = {
 }
 
 
+QUICK = ("dense", "transformer_xl")
+"""Without and with segments, by default; `test_contract_cost` plans a step of every variant."""
+
+
 def without_rss(figures: StepFigures) -> dict[str, Any]:
     return {key: value for key, value in vars(figures).items() if key != "rss_peak_bytes"}
 
@@ -172,7 +177,7 @@ def test_a_prediction_equals_the_real_step_in_every_figure(configuration: str) -
     "activations",
     [s if s == "checkpoint" else pytest.param(s, marks=pytest.mark.slow) for s in STRATEGIES],
 )
-@pytest.mark.parametrize("name", variants.names())
+@pytest.mark.parametrize("name", [*QUICK, *slow(*(name for name in variants.names() if name not in QUICK))])
 def test_the_predicted_peak_is_the_measured_one_under_every_strategy(name: str, activations: str) -> None:
     """Of several segments of work, the last one shorter, where a variant cuts its work in segments."""
 
@@ -282,15 +287,12 @@ def answer(process: subprocess.Popen[str]) -> str:
     return out.splitlines()[-1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "overrides",
     [
         pytest.param(["variant=dense", "seq_len=1024", "depth=2", "activations=keep"], id="dense"),
-        pytest.param(
-            ["variant=chunked", "seq_len=1024", "depth=3", "activations=checkpoint"],
-            id="chunked",
-            marks=pytest.mark.slow,
-        ),
+        pytest.param(["variant=chunked", "seq_len=1024", "depth=3", "activations=checkpoint"], id="chunked"),
     ],
 )
 def test_peak_bytes_are_what_a_fresh_process_grows_by(tmp_path: Path, overrides: list[str]) -> None:

@@ -262,6 +262,7 @@ def test_beyond_its_reach_a_model_is_right_once_in_n_values(name: str, knobs: di
     assert beyond == pytest.approx([1 / 5] * len(beyond))
 
 
+@pytest.mark.slow
 def test_a_trained_window_finds_it_within_its_reach_and_not_beyond() -> None:
     """Two layers relay it: the reach is twice a window less one, and that is where accuracy drops."""
     task = task_of(seq_len=T, batch_size=64, n_depths=30, rounds=8, n_values=4, n_filler=4)

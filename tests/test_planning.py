@@ -9,6 +9,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 from hypothesis import given
 from hypothesis import strategies as st
+from tiers import slow
 
 from bench.config.parse import parse
 from bench.config.spec import CellSpec
@@ -86,7 +87,7 @@ def test_the_ends_of_the_search() -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["longformer", *(pytest.param(name, marks=pytest.mark.slow) for name in ("dense", "transformer_xl"))],
+    ["longformer", *slow("dense", "transformer_xl")],
 )
 def test_what_is_said_to_fit_fits_and_one_more_does_not(name: str) -> None:
     plan = Plan(spec_of(f"variant={name}", "depth=2", "activations=checkpoint", "seq_len=512"))
@@ -106,7 +107,7 @@ def test_what_is_said_to_fit_fits_and_one_more_does_not(name: str) -> None:
 
 @pytest.mark.parametrize(
     ("variant", "data"),
-    [("dense", "mqar"), ("dense", "needle"), ("longformer", "stdlib"), ("linformer", "listops")],
+    [("dense", "mqar"), ("linformer", "listops"), *slow(("dense", "needle"), ("longformer", "stdlib"))],
 )
 def test_the_planned_peak_is_the_measured_one_for_every_task(variant: str, data: str) -> None:
     """Also where a task's batch knows more than a training step reads."""

@@ -69,30 +69,8 @@ sampled = given(
 )
 
 
-@settings(deadline=None, max_examples=4)
+@settings(deadline=None, max_examples=1)
 @sampled
-@example(  # a memory that takes 9 segments to return to its size
-    configuration=(
-        "compressive",
-        {"segment": 10, "mem_len": 6, "comp_len": 3, "rate": 9, "compression": "conv"},
-        233,
-    ),
-    batch=1,
-    depth=1,
-    activations="keep",
-    dtype=torch.float32,
-)
-@example(  # segments after which nothing is compressed, and a memory much longer than a segment
-    configuration=(
-        "compressive",
-        {"segment": 4, "mem_len": 21, "comp_len": 4, "rate": 7, "compression": "dilated_conv"},
-        71,
-    ),
-    batch=2,
-    depth=2,
-    activations="keep",
-    dtype=torch.bfloat16,
-)
 @example(  # too short for any compression: its parameters have neither gradients nor optimiser state
     configuration=(
         "compressive",
@@ -121,6 +99,28 @@ def test_a_plan_equals_the_step_for_every_knob(
 @pytest.mark.slow
 @settings(deadline=None, max_examples=60)
 @sampled
+@example(  # a memory that takes 9 segments to return to its size
+    configuration=(
+        "compressive",
+        {"segment": 10, "mem_len": 6, "comp_len": 3, "rate": 9, "compression": "conv"},
+        233,
+    ),
+    batch=1,
+    depth=1,
+    activations="keep",
+    dtype=torch.float32,
+)
+@example(  # segments after which nothing is compressed, and a memory much longer than a segment
+    configuration=(
+        "compressive",
+        {"segment": 4, "mem_len": 21, "comp_len": 4, "rate": 7, "compression": "dilated_conv"},
+        71,
+    ),
+    batch=2,
+    depth=2,
+    activations="keep",
+    dtype=torch.bfloat16,
+)
 def test_a_plan_equals_the_step_for_many_knobs(
     configuration: tuple[str, dict[str, Any], int], **sizes: Any
 ) -> None:

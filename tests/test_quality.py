@@ -92,12 +92,14 @@ def test_what_was_asked_of_places_attention_and_reach_is_in_the_record(
     assert four["linformer"]["softmax_error"] != four["linformer"]["softmax_error_initial"]
 
 
+@pytest.mark.slow
 def test_what_was_not_asked_for_is_null(home: Path) -> None:
     record = records(home, "variant=dense", "name=plain", "measure.history_targets=0")["dense"]
     keys = ("place_period", "nll_by_place", "reach", "attention_mass", "cluster_mass", "softmax_error")
     assert [record[key] for key in keys] == [None] * len(keys)
 
 
+@pytest.mark.slow
 def test_a_plan_works_out_the_reach_where_it_is_asked(home: Path) -> None:
     plan = (
         "measure=plan",
@@ -126,6 +128,7 @@ def test_how_far_back_is_asked_of_causal_models(four: dict[str, dict[str, Any]])
         assert 1 <= low <= middle <= high <= T
 
 
+@pytest.mark.slow
 def test_weights_that_training_left_as_no_numbers_are_a_diverged_row(home: Path) -> None:
     """The one step's own loss is finite; what it leaves is not, and no perplexity stands in the record."""
     found = records(

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
+from tiers import slow
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -24,6 +25,8 @@ from bench.measure.memoize import Repeats
 from bench.measure.memory import LiveStorage
 from variants.ops.memoizable import following, repeatable
 
+SOME = ("compressive", "performer")
+"""One with segments and one with pieces, by default."""
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 
 
@@ -32,8 +35,8 @@ def spec_of(*overrides: str) -> CellSpec:
         return parse(compose("config", overrides=["measure=plan", *overrides])).spec
 
 
-@pytest.mark.parametrize("activations", ["selective", "reversible"])
-@pytest.mark.parametrize("variant", variants.names())
+@pytest.mark.parametrize("activations", ["reversible", *slow("selective")])
+@pytest.mark.parametrize("variant", [*SOME, *slow(*(v for v in variants.names() if v not in SOME))])
 def test_a_plan_is_the_same_as_without(
     variant: str, activations: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -58,14 +61,14 @@ def operations(monkeypatch: pytest.MonkeyPatch, *overrides: str) -> int:
     return next(count)
 
 
-@pytest.mark.parametrize("variant", ["performer", "reformer", "routing", "sparse_fixed"])
+@pytest.mark.parametrize("variant", ["reformer", *slow("performer", "routing", "sparse_fixed")])
 def test_layers_after_the_first_cost_a_plan_little(variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """These dispatch hundreds to thousands of operations a layer, in pieces."""
     two, ten = (operations(monkeypatch, f"variant={variant}", "seq_len=8192", f"depth={n}") for n in (2, 10))
     assert ten < 3.5 * two
 
 
-@pytest.mark.parametrize("variant", variants.names())
+@pytest.mark.parametrize("variant", [*SOME, *slow(*(v for v in variants.names() if v not in SOME))])
 def test_length_does_not_cost_a_plan_more(variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Pieces grow with the sequence, and of segments a few tell what all would take."""
     given = f"variant={variant}", "depth=1"

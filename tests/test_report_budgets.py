@@ -143,6 +143,7 @@ def test_dots_of_the_payoff(tmp_path: Path) -> None:
     assert values == pytest.approx([1.0, 2.0 * 1.1, 2.5 * 1.1])
 
 
+@pytest.mark.slow
 def test_budgets_leave_the_other_sections_as_they_were(tmp_path: Path) -> None:
     plain = [record(v, depth=d, seq_len=n) for v in ("dense", "chunked") for d in (2, 4) for n in (512, 1024)]
     asked = [fits("dense", "keep", 4), *payoffs()]

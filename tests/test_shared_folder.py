@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from conftest import HANG_SECONDS
 from test_sweep import apart
+from tiers import slow
 
 OTHER, GROUP = 65534, 0
 PLAN = ["data=stdlib", "measure=plan", "seq_len=16", "depth=1", "model.d_model=16", "device=cpu"]
@@ -90,8 +91,11 @@ ALLOWED = {
 """(umask, group of the files) → statuses of everything, done to another person's folder."""
 
 
-def test_what_may_be_read_is_read_and_the_rest_is_refused_in_a_line(tmp_path: Path) -> None:
-    folders = {(umask, group): tmp_path / f"{umask}-{group}" for umask, group in ALLOWED}
+@pytest.mark.parametrize("owned", [[("027", GROUP), ("077", OTHER)], *slow([*ALLOWED])], ids=["some", "all"])
+def test_what_may_be_read_is_read_and_the_rest_is_refused_in_a_line(
+    owned: list[tuple[str, int]], tmp_path: Path
+) -> None:
+    folders = {(umask, group): tmp_path / f"{umask}-{group}" for umask, group in owned}
     made = run(tmp_path, [bench(umask, results, 0) for (umask, _), results in folders.items()])
     assert [status for status, *_ in made] == [0] * len(made), made
     for (_, group), results in folders.items():
@@ -99,7 +103,7 @@ def test_what_may_be_read_is_read_and_the_rest_is_refused_in_a_line(tmp_path: Pa
     steps = [step for (umask, _), results in folders.items() for step in everything(umask, results)]
     found = run(tmp_path, steps)
     statuses = [status for status, *_ in found]
-    assert statuses == [status for of in ALLOWED.values() for status in of], found
+    assert statuses == [status for key in owned for status in ALLOWED[key]], found
     for status, out, errors in found:
         if status == 2:
             (line,) = errors.splitlines()
@@ -108,9 +112,10 @@ def test_what_may_be_read_is_read_and_the_rest_is_refused_in_a_line(tmp_path: Pa
             assert out == ""
 
 
-def test_a_folder_that_its_group_may_write_is_shared(tmp_path: Path) -> None:
+@pytest.mark.parametrize("umasks", [["077"], *slow([*UMASKS])], ids=["private", "all"])
+def test_a_folder_that_its_group_may_write_is_shared(umasks: list[str], tmp_path: Path) -> None:
     """Each of two people does everything in turn, in the folder that the other has left."""
-    folders = {umask: tmp_path / umask for umask in UMASKS}
+    folders = {umask: tmp_path / umask for umask in umasks}
     for results in folders.values():
         results.mkdir()
         results.chmod(0o2770)
@@ -126,9 +131,13 @@ def test_a_folder_that_its_group_may_write_is_shared(tmp_path: Path) -> None:
         assert all(mode & 0o2070 == 0o2070 for path, mode in rights.items() if path.is_dir())
 
 
-def test_what_a_cell_could_not_write_is_known_before_it_is_measured(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "places", [["records", ".claims"], *slow(["curves", "gates"])], ids=["some", "others"]
+)
+def test_what_a_cell_could_not_write_is_known_before_it_is_measured(
+    places: list[str], tmp_path: Path
+) -> None:
     """And a folder that is nobody else's keeps to the umask."""
-    places = ("records", "curves", "gates", ".claims")
     run(tmp_path, [bench("077", tmp_path / place, 0) for place in places])
     assert {path.stat().st_mode & 0o077 for path in tmp_path.glob("*/adhoc/**/*")} == {0}
     for place in places:

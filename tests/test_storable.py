@@ -157,6 +157,7 @@ def test_a_job_of_a_cluster_takes_any_limit(seconds: float, tmp_path: Path) -> N
     assert 5 <= minutes <= 366 * 24 * 60
 
 
+@pytest.mark.slow
 def test_a_cell_takes_any_limit(tmp_path: Path) -> None:
     """However far; the last has one of its memory that is as far."""
     knobs = [

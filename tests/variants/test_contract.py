@@ -2,7 +2,7 @@
 
 A variant's own test file may hold `SMALL: list[dict[str, Any]] = [...]`, a literal list of knobs: small
 configurations that show at a few dozen tokens what the defaults show at hundreds. They go through the same
-tests.
+tests: the first that runs in a direction by default, the others among the slow tests.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 from oracles import EXACT, assert_same, difference, dims_for, feed, language_model, make_layer, numbers, refer
+from tiers import slow, tiered
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_leaves
@@ -93,7 +94,10 @@ class Case:
 
 
 def cases(*, small: bool, directions: tuple[bool, ...] = (True, False)) -> Any:
-    """Every direction that a variant claims, of its defaults and, if asked, of its small configurations."""
+    """Every direction that a variant claims, of its defaults and, if asked, of its small configurations.
+
+    By default, each direction once with the defaults and once with a small configuration.
+    """
     found = []
     for name in NAMES:
         caps = variants.load(name).caps
@@ -101,8 +105,11 @@ def cases(*, small: bool, directions: tuple[bool, ...] = (True, False)) -> Any:
             for causal in (d for d in directions if (caps.causal if d else caps.bidirectional)):
                 size = "" if index is None else f"-small{index}"
                 label = f"{name}{size}-{'clm' if causal else 'mlm'}"
-                found.append(pytest.param(Case(name, index, causal), id=label))
-    return pytest.mark.parametrize("case", found)
+                case = Case(name, index, causal)
+                runs = index is None or case.runs(dims_for(case.length))
+                group = (name, causal, index is None) if runs else None
+                found.append((group, pytest.param(case, id=label)))
+    return pytest.mark.parametrize("case", tiered(found))
 
 
 every_variant = pytest.mark.parametrize("name", NAMES)
@@ -320,7 +327,7 @@ def test_what_is_estimated_obeys_the_objective(case: Case) -> None:
 
 
 @cases(small=True)
-@pytest.mark.parametrize("tokens", [1, 2, 5, 97, 256, 601])
+@pytest.mark.parametrize("tokens", [1, 97, *slow(2, 5, 256, 601)])
 def test_forward_keeps_shape_and_dtype(case: Case, tokens: int) -> None:
     for batch, dtype in ((1, torch.float32), (3, torch.float64)):
         dims = dims_for(tokens, batch)
@@ -448,7 +455,7 @@ def test_fast_path_equals_reference_after_a_step(case: Case) -> None:
 
 
 @cases(small=True, directions=(True,))
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, *slow(torch.bfloat16)])
 def test_no_output_sees_a_later_token(case: Case, dtype: torch.dtype) -> None:
     """The gate passes; where the variant states a leak, it is really there."""
     dims = dims_for(DEFAULT_LENGTH if case.small is None else 2 * SMALL_LENGTH, 2)
@@ -518,7 +525,7 @@ def assert_cost_is_honest(dispatched: int, formula: Flops, padding: str | None) 
 
 
 @cases(small=True)
-@pytest.mark.parametrize("tokens", [100, 300, 1111])
+@pytest.mark.parametrize("tokens", [300, *slow(100, 1111)])
 def test_dispatched_flops_are_those_of_the_formula(case: Case, tokens: int) -> None:
     dims = Dims(batch_size=2, seq_len=tokens, d_model=64, heads=2)
     layer = case.layer(dims).eval().float()  # as it is trained: float64 may cost a projection more
@@ -535,9 +542,10 @@ def test_flops_scale_with_the_batch(case: Case) -> None:
 
 
 @cases(small=False)
-def test_runs_under_fake_tensors_at_any_length(case: Case) -> None:
+@pytest.mark.parametrize("tokens", [8192, *slow(32_768)])
+def test_runs_under_fake_tensors_at_any_length(case: Case, tokens: int) -> None:
     """How a cell is planned without its hardware: nothing is computed; costs stay honest."""
-    dims = Dims(batch_size=1, seq_len=32_768, d_model=64, heads=2)
+    dims = Dims(batch_size=1, seq_len=tokens, d_model=64, heads=2)
     if not case.runs(dims):
         pytest.skip("unsupported")
     with FakeTensorMode():

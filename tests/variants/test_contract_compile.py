@@ -1,7 +1,7 @@
 """What every variant promises under torch.compile: one graph, and outputs and gradients as without.
 
-Nothing here names a variant: every direction of its defaults and of its small configurations, and in the slow
-tests one of each word that a knob takes.
+Nothing here names a variant: every direction of its defaults and of its small configurations, and one of each
+word that a knob takes. By default, the defaults in one direction.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import torch
 from oracles import EXACT, difference, dims_for, make_layer, numbers
 from test_contract import NAMES, small_knobs
 from test_contract_cost import refusal, words
+from tiers import tiered
 from torch import Tensor
 
 import variants
@@ -46,11 +47,11 @@ def settings(*, worded: bool) -> Any:
                 for causal in (True, False)
                 if not refusal(variant, config, dims_for(tokens, 2), causal=causal)
             ]
-            found += [
-                pytest.param(variant, config, causal, tokens, id=f"{label}-{'clm' if causal else 'mlm'}")
-                for causal in able[: 1 if worded else 2]
-            ]
-    return pytest.mark.parametrize(("variant", "config", "causal", "tokens"), found)
+            for causal in able[: 1 if worded else 2]:
+                case_id = f"{label}-{'clm' if causal else 'mlm'}"
+                case = pytest.param(variant, config, causal, tokens, id=case_id)
+                found.append((name, case))
+    return pytest.mark.parametrize(("variant", "config", "causal", "tokens"), tiered(found))
 
 
 def assert_compiles(

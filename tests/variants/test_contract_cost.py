@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from oracles import dims_for, feed
+from tiers import tiered
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -77,21 +78,29 @@ class Mode:
 
 
 def modes(*directions: bool, defaults: bool = True) -> Any:
-    """Each mode in the first direction that the variant has; its defaults, if asked for, in all of them."""
+    """Each mode in the first direction that the variant has; its defaults, if asked for, in all of them.
+
+    The defaults are the short tier; without them, a variant's first mode that runs here is.
+    """
     found = []
     for name in NAMES:
         caps = variants.load(name).caps
         settings = [("", "")] if defaults else []
         settings += [(knob, word) for knob, some in words(name).items() for word in some]
         default = variants.load(name).Config().as_dict()
-        for knob, word in settings:
-            if knob and default[knob] == word:
-                continue
-            able = [d for d in directions if (caps.causal if d else caps.bidirectional)]
-            for causal in able[:1] if knob else able:
-                label = f"{name}{f'-{word}' if word else ''}-{'clm' if causal else 'mlm'}"
-                found.append(pytest.param(Mode(name, knob, word, causal), id=label))
-    return pytest.mark.parametrize("mode", found)
+        able = [d for d in directions if (caps.causal if d else caps.bidirectional)]
+        some = [
+            Mode(name, knob, word, causal)
+            for knob, word in settings
+            if not knob or default[knob] != word
+            for causal in (able[:1] if knob else able)
+        ]
+        short = some if defaults else [mode for mode in some if not mode.refuses(dims_for(600))] or some
+        for mode in some:
+            label = f"{name}{f'-{mode.word}' if mode.word else ''}-{'clm' if mode.causal else 'mlm'}"
+            is_short = mode == short[0] or (defaults and not mode.knob)
+            found.append(((name, mode.causal) if is_short else None, pytest.param(mode, id=label)))
+    return pytest.mark.parametrize("mode", tiered(found))
 
 
 class Largest(LiveStorage):

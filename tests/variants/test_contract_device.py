@@ -17,6 +17,7 @@ import torch
 from hydra import compose, initialize_config_dir
 from oracles import feed
 from test_contract_cost import NAMES, Mode, modes, words
+from tiers import slow
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -89,7 +90,7 @@ def test_a_plan_refuses_what_an_accelerator_would(name: str) -> None:
         layer(x, causal=True)
 
 
-@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("device", ["cuda", *slow("cpu")])
 @pytest.mark.parametrize("name", NAMES)
 def test_a_planned_record_names_the_implementation(name: str, device: str, tmp_path: Path) -> None:
     """The one of a layer whose parameters are on that device."""

@@ -10,6 +10,7 @@ import pytest
 import torch
 from oracles import dims_for, feed, numbers
 from test_contract import Case, cases
+from tiers import slow
 from torch import Tensor
 
 POISON = {"large": 1e24, "inf": float("inf"), "nan": float("nan")}
@@ -38,7 +39,7 @@ def assert_equal_to_the_bit(case: Case, clean: Tensor, other: Tensor, kept: tupl
 
 
 @cases(small=True)
-@pytest.mark.parametrize("poison", POISON)
+@pytest.mark.parametrize("poison", ["nan", *slow("large", "inf")])
 def test_no_number_of_another_sequence_reaches_a_sequence(case: Case, poison: str) -> None:
     for row in range(2):  # whichever lies first in memory
         x = numbers(2, case.length, dims_for(1).d_model).detach()
@@ -48,7 +49,7 @@ def test_no_number_of_another_sequence_reaches_a_sequence(case: Case, poison: st
 
 
 @cases(small=True, directions=(True,))
-@pytest.mark.parametrize("later", [1, 7, 32])
+@pytest.mark.parametrize("later", [7, *slow(1, 32)])
 def test_no_large_number_of_a_later_token_reaches_an_earlier_one(case: Case, later: int) -> None:
     """Finite ones: the attention kernel of torch itself lets a NaN through to earlier tokens of a block."""
     if case.variant.leak(case.config):

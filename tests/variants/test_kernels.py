@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 from oracles import EXACT, assert_same, difference, dims_for, feed, make_layer, numbers, refer
+from tiers import tiered
 from torch import Tensor
 
 import variants
@@ -67,9 +68,12 @@ def flex_layer(name: str, knobs: dict[str, Any], dims: Dims, *, index: int = 0) 
 CASES = [(*case, 301) for case in FLEX] + [
     (*case, n) for case in (FLEX[0], FLEX[4], FLEX[-1]) for n in (1, 7)
 ]
+"""By default, one of each variant."""
 
 
-@pytest.mark.parametrize(("name", "knobs", "tokens"), CASES)
+@pytest.mark.parametrize(
+    ("name", "knobs", "tokens"), tiered((case[0], pytest.param(*case)) for case in CASES)
+)
 @both_directions
 def test_flex_equals_the_reference(name: str, knobs: dict[str, Any], causal: bool, tokens: int) -> None:
     for index in range(2 if knobs.get("head_mode") == "interleaved" else 1):

@@ -199,6 +199,7 @@ def test_recomputation_with_global_tokens_gives_the_same_gradients() -> None:
     )
 
 
+@pytest.mark.slow
 def test_global_tokens_cost_memory_linear_in_the_length() -> None:
     def peak(tokens: int) -> int:
         with FakeTensorMode(), LiveStorage() as storage:

@@ -252,6 +252,7 @@ def test_in_bfloat16_no_later_token_moves_an_earlier_output_of_four_layers(featu
         assert torch.equal(run(changed)[:, :cut], before[:, :cut])
 
 
+@pytest.mark.slow  # the contract compiles both kinds of features
 # the tracer makes an instance of each autograd.Function, of which torch warns
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 @pytest.mark.parametrize("features", FEATURES)

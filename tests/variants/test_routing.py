@@ -212,6 +212,7 @@ def test_a_value_that_is_not_finite_reaches_those_that_may_read_it() -> None:
     assert (~y.isfinite()).all(dim=-1).flatten().nonzero().flatten().tolist() == [9, 11, 13, 15, 17]
 
 
+@pytest.mark.slow
 # torch's tracer makes an instance of every custom autograd.Function, against torch's own advice
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 @pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # inductor, as it is imported
