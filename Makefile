@@ -1,12 +1,12 @@
-# Every target sets up what it needs. `make help` lists them.
+# Every target installs its requirements. `make help` lists the targets.
 
 VENV ?= .venv
 PY := $(VENV)/bin/python
 
-# The first interpreter that starts, not the first that is found: a version manager's shim may refuse to.
+# The first interpreter that runs, not the first on the path: a version manager's shim may fail to start.
 PYTHON ?= $(shell for p in python3.11 python3; do if $$p -c '' 2>/dev/null; then echo $$p; exit; fi; done; echo python3)
 
-# The environment's pins: the GPU ones where a GPU answers. Set CONSTRAINTS to choose.
+# The pinned versions: those for GPUs if nvidia-smi finds a GPU. Set CONSTRAINTS to choose explicitly.
 ifeq ($(origin CONSTRAINTS),undefined)
 CONSTRAINTS := $(shell if nvidia-smi >/dev/null 2>&1; then echo constraints/gpu.txt; else echo constraints/cpu.txt; fi)
 endif
@@ -18,15 +18,15 @@ endif
 
 PINS := $(CONSTRAINTS)
 
-# What the commands below are about:
-EXPERIMENT ?=# the preset that `make bench` runs; left empty, the one that suits this device
-GPU_MEM ?= 80GiB# the memory that `make plan` plans for
-NAME ?=# the experiment under results/ that `make report` rebuilds and `make notebooks` reads
-MINUTES ?=# the time after which `make test-touched` starts no more tests; those left out are named
-ARGS ?=# more arguments, for the sweep (bench, claims, smoke, bench-layers), for gallery or for pytest (test, test-slow, …)
+# Parameters of the targets:
+EXPERIMENT ?=# the preset that `make bench` runs; by default the preset for this device
+GPU_MEM ?= 80GiB# the memory budget of `make plan`
+NAME ?=# the experiment in results/ for `make report` and `make notebooks`
+MINUTES ?=# the time limit of `make test-touched`: after it no test starts, and the remaining tests are named
+ARGS ?=# additional arguments of the sweep (bench, claims, smoke, bench-layers), of gallery or of pytest (test, test-slow, …)
 
-# The stamp's name says which pins are installed, and its content where: other pins, a checkout moved or copied
-# together with its .venv, and a .venv whose interpreter is gone all count as stale.
+# The name of the stamp contains the installed pins, and its content is the folder of the checkout. The environment
+# is stale if the pins differ, if the checkout was moved or copied with its .venv, or if the interpreter is missing.
 STAMP := $(VENV)/.installed-$(basename $(notdir $(CONSTRAINTS)))
 BROKEN := $(shell test "`cat '$(STAMP)' 2>/dev/null`" = "$(CURDIR)" && $(PY) -c '' 2>/dev/null || echo FORCE)
 
@@ -48,11 +48,11 @@ $(STAMP): pyproject.toml $(PINS) $(BROKEN)
 
 USABLE := 'import sys, pip; sys.exit(sys.version_info < (3, 11))'
 
-# Clears what is there only where that is an environment.
+# Clears the folder only if it is a virtual environment.
 define make-venv
 $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
 		found="`$(PYTHON) -c 'import platform; print(platform.python_version())' 2>/dev/null`"; \
-		echo "error: Python 3.11 or newer is needed, but '$(PYTHON)' is $${found:-missing}; install one, or say make PYTHON=/path/to/python" >&2; \
+		echo "error: Python 3.11 or newer is needed, but '$(PYTHON)' is $${found:-missing}; install it, or run make PYTHON=/path/to/python" >&2; \
 		exit 1; \
 	}; \
 	clear=; if test -f $(VENV)/pyvenv.cfg; then clear=--clear; fi; \
@@ -62,7 +62,7 @@ $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || {
 	}
 endef
 
-install: $(STAMP) corpus ## make or refresh .venv, and fetch the default corpus once
+install: $(STAMP) corpus ## create or update .venv, and download the default corpus once
 
 corpus: $(STAMP)
 	@$(PY) -m bench.corpora fetch plays
@@ -70,13 +70,13 @@ corpus: $(STAMP)
 bench: corpus ## run the preset for this device (or EXPERIMENT=name) and write its report
 	@experiment='$(strip $(EXPERIMENT))'; \
 	experiment="$${experiment:-`$(PY) -m bench.run.provenance preset`}"; \
-	test -n "$$experiment" || { echo "error: no preset suits this device; say make bench EXPERIMENT=name" >&2; exit 1; }; \
+	test -n "$$experiment" || { echo "error: there is no preset for this device; run make bench EXPERIMENT=name" >&2; exit 1; }; \
 	$(call sweep-and-report,$$experiment)
 
-smoke: corpus ## run a small sweep from scratch, end to end, and write its report
+smoke: corpus ## run a small complete sweep from scratch and write its report
 	@$(call sweep-and-report,smoke,force=true)
 
-# $(1): the experiment; $(2): overrides. The report is written whatever the sweep's end, and a failed sweep fails.
+# $(1): the experiment; $(2): overrides. The report is always written; a failed sweep still fails the target.
 define sweep-and-report
 status=0; \
 	$(PY) -m bench experiment=$(1) $(2) $(ARGS) || status=$$?; \
@@ -85,19 +85,19 @@ status=0; \
 	exit $$status
 endef
 
-plan: corpus ## what fits: the longest sequences and largest batches in GPU_MEM, e.g. GPU_MEM=24GiB, by prediction
+plan: corpus ## predict the longest sequences and largest batches that fit into GPU_MEM, e.g. GPU_MEM=24GiB
 	@$(call sweep-and-report,fits,measure.budget=$(strip $(GPU_MEM)))
 
-bench-layers: $(STAMP) ## compare single layers with dense attention in time and memory, into results/layers
+bench-layers: $(STAMP) ## compare single layers with dense attention in time and memory; writes results/layers
 	@$(PY) -m bench.tools.bench_layers $(ARGS)
 
-gallery: $(STAMP) ## draw which tokens a token reads, for every variant, into results/gallery
+gallery: $(STAMP) ## draw which tokens each token reads, for every variant; writes results/gallery
 	@$(PY) -m bench.tools.gallery $(ARGS)
 
-claims: corpus ## hold the field's claims against this machine, into results/claims/claims.md (a quarter of an hour)
+claims: corpus ## check claims of the literature on this machine (15 minutes); writes results/claims/claims.md
 	@status=0; \
 	$(PY) -m bench experiment=claims $(ARGS) || status=$$?; \
-	test $$status -eq 0 || echo "error: the sweep ended with status $$status; claims.md says what was not measured" >&2; \
+	test $$status -eq 0 || echo "error: the sweep ended with status $$status; claims.md lists what was not measured" >&2; \
 	$(PY) -m bench.claims results/claims || { claims=$$?; test $$status -ne 0 || status=$$claims; }; \
 	$(PY) -m bench.report results/claims || { report=$$?; test $$status -ne 0 || status=$$report; }; \
 	exit $$status
@@ -106,17 +106,17 @@ report: named $(STAMP) ## rebuild the report of results/NAME, e.g. NAME=cpu
 	@$(PY) -m bench.report results/$(strip $(NAME))
 
 named:
-	@test -n '$(strip $(NAME))' || { echo "error: say which experiment, e.g. make report NAME=cpu" >&2; exit 1; }
+	@test -n '$(strip $(NAME))' || { echo "error: NAME is not set; run for example make report NAME=cpu" >&2; exit 1; }
 
-# They read the reference run that is committed, or with NAME that experiment.
-notebooks: $(STAMP) ## run the notebooks, on results/NAME or the reference run; with outputs they lie in outputs/notebooks
+# The notebooks read the committed reference run, or the experiment NAME.
+notebooks: $(STAMP) ## run the notebooks on results/NAME or the reference run; writes outputs/notebooks
 	@mkdir -p outputs/notebooks
 	@$(if $(strip $(NAME)),RESULTS='$(CURDIR)/results/$(strip $(NAME))') $(PY) $(VENV)/bin/jupyter-execute \
 		--output='../outputs/notebooks/{notebook_name}' $(wildcard notebooks/*.ipynb)
 	@echo "notebooks with outputs: outputs/notebooks"
 
-# A worker a core, of four at most: each loads torch. Tests that share a fixture stay with one worker.
-test: corpus ## run the tests, of each kind a few cases; ARGS='-k name' for some of them
+# One worker per core, at most four, because each loads torch. Tests that share a fixture run on one worker.
+test: corpus ## run the short tier of the tests; ARGS='-k name' selects some
 	@$(PY) -m pytest -n auto --maxprocesses 4 --dist loadgroup $(ARGS)
 
 test-slow: corpus ## run all other cases, and the tests that take minutes
@@ -130,11 +130,11 @@ SLOW := 'slow and not cuda and not peers'
 test-cuda: corpus ## run the tests that need a CUDA device
 	@$(PY) -m pytest -m 'cuda and not peers' $(ARGS)
 
-# In an environment of their own: what is measured never shares one with them.
+# In a separate environment, so that other projects' packages cannot affect measurements.
 test-peers: ## compare with other projects' implementations, in .venv-peers
 	@$(MAKE) --no-print-directory compare VENV='$(VENV)-peers' EXTRAS='[dev,peers]' PINS='$(CONSTRAINTS) constraints/peers.txt'
 
-# xformers without what it depends on: its wheel asks for one torch of its own, and only its masks are used.
+# xformers without its dependencies: its wheel requires a specific torch, and only its masks are used.
 compare: $(STAMP)
 	@$(PY) -m pip install -q --no-deps xformers==$(XFORMERS)
 	@$(PY) -m pytest -m peers $(ARGS)
@@ -148,7 +148,7 @@ lint: $(STAMP) ## check style, formatting and types
 	$(PY) -m mypy || status=1; \
 	exit $$status
 
-format: $(STAMP) ## format the code and fix what can be fixed
+format: $(STAMP) ## format the code and apply automatic fixes
 	@$(PY) -m ruff check --fix-only .
 	@$(PY) -m ruff format .
 
@@ -157,7 +157,7 @@ clean: ## remove caches and build outputs
 	@find bench variants tests -name __pycache__ -type d -prune -exec rm -rf {} +
 	@echo "kept results/ and $(VENV)$(if $(filter clean,$(MAKECMDGOALS)), (make distclean removes $(VENV)))"
 
-distclean: clean ## clean, and remove the environments too
+distclean: clean ## clean, and also remove the environments
 	@for venv in $(VENV) $(VENV)-peers; do \
 		test ! -f $$venv/pyvenv.cfg || { rm -rf $$venv; echo "removed $$venv"; }; \
 	done

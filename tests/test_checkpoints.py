@@ -60,7 +60,7 @@ def kept_in(folder: Path, **changed: Any) -> Kept:
 @pytest.fixture(autouse=True)
 def after_each_step(monkeypatch: pytest.MonkeyPatch) -> None:
     """`every_seconds=0` means it, however long writing takes."""
-    monkeypatch.setattr(checkpoints, "MOST_SHARE", math.inf)
+    monkeypatch.setattr(checkpoints, "MAX_TIME_SHARE", math.inf)
 
 
 class Killed(Exception):
@@ -135,7 +135,7 @@ def test_without_its_randomness_a_training_would_go_another_way(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """So that the test above could fail."""
-    monkeypatch.setattr("bench.train.loop.set_generators", lambda *_: None)
+    monkeypatch.setattr("bench.train.loop.restore_generators", lambda *_: None)
     with pytest.raises(AssertionError):
         assert_resumes("dense", tmp_path)
 
@@ -379,13 +379,13 @@ def test_cells_that_are_killed_go_on_to_the_same_result(sweep: Sweep) -> None:
     for _ in others:
         sweep.wait_for_checkpoint(seen)
         os.kill(sweep.cell_pid(), signal.SIGKILL)
-    assert sweep.finish().count("training goes on after step") == 1
+    assert sweep.finish().count("training resumes after step") == 1
     statuses = {variant: record.status for variant, record in sweep.records("killed").items()}
     assert statuses == {first: "ok", **dict.fromkeys(others, "error")}
     assert len(sweep.checkpoints()) == len(others), "those of finished cells are removed"
 
     sweep.start("killed", "through")
-    assert sweep.finish().count("training goes on after step") == len(others)
+    assert sweep.finish().count("training resumes after step") == len(others)
     killed, through = sweep.records("killed"), sweep.records("through")
     assert set(killed) == set(through) == set(sweep.cells)
     for got, want in ((killed[variant], through[variant]) for variant in sweep.cells):

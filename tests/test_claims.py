@@ -372,7 +372,7 @@ def test_of_one_replicate_nothing_is_compared(number: int, world: pd.DataFrame) 
 def test_what_disturbed_the_times_is_said(world: pd.DataFrame) -> None:
     timed = (world["variant"] == "sparse_strided") & (world["measure"] == "quick")
     finding = base.judged(NUMBERED[4], bent(world, lambda _: timed, contaminated="no core 40% of the time"))
-    assert f"({timed.sum()} of {2 * timed.sum()} cells were timed while" in finding.measured
+    assert f"({timed.sum()} of {2 * timed.sum()} cells were contaminated by" in finding.measured
 
 
 def test_figures_in_the_table_follow_the_records(world: pd.DataFrame) -> None:

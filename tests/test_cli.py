@@ -248,7 +248,7 @@ def test_the_same_cell_twice_in_a_command_runs_once(tmp_path: Path) -> None:
     done = bench("-m", *cells, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     twice, first, second = done.stderr.splitlines()
-    assert twice == "4 of 6 cells are asked for twice and run once; twin=0,1 measures a cell twice"
+    assert twice == "4 of 6 cells are duplicates and run only once; twin=0,1 measures a cell twice"
     assert first.startswith("[1/2] ok ")
     assert second.startswith("[2/2] ok ")
     assert len(records(tmp_path / "results/adhoc")) == 2

@@ -413,7 +413,7 @@ def test_a_preset_that_compares_times_measures_a_few_cells_twice(preset: str) ->
         )
         for job in jobs_of(preset)
     ]
-    order = [cell.spec for cell in sweep.rounds(cells)]
+    order = [cell.spec for cell in sweep.order_in_rounds(cells)]
     assert [spec.replicate for spec in order] == sorted(spec.replicate for spec in order)
     twins = [spec for spec in order if spec.twin]
     assert len({spec.variant for spec in twins}) > 1

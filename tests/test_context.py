@@ -15,11 +15,11 @@ import torch
 
 import variants
 from bench import corpora
-from bench.evaluate.context_use import look_back
+from bench.evaluate.context_use import measure_context_use
 from bench.evaluate.nll import Tally, tally
 from bench.model.language_model import LanguageModel
 from bench.tasks import text
-from bench.tasks.windows import entire, windowed
+from bench.tasks.windows import document_batches, window_batches
 from bench.train.loop import optimizer_for, training_step
 from variants.base import Dims
 
@@ -68,8 +68,8 @@ def trained(name: str, replicate: int, *, batch_size: int, steps: int, **knobs: 
 
 def tallied(model: LanguageModel, *, carried: bool) -> Tally:
     """The same targets, documents whole or in windows side by side."""
-    own = text.held_out(corpus().test, seq_len=T, objective="clm", max_tokens=EVALUATED)
-    batches = entire(own, 4) if carried else windowed(own, T, T, 4)
+    own = text.scored_passages(corpus().test, seq_len=T, objective="clm", max_tokens=EVALUATED)
+    batches = document_batches(own, 4) if carried else window_batches(own, T, T, 4)
     return tally(model, batches, causal=True, device=CPU)
 
 
@@ -123,7 +123,7 @@ def test_the_loss_rises_where_chunks_start_and_not_where_segments_do(replicate: 
 def test_chunks_look_back_no_further_than_they_are_long() -> None:
     """Not by a bit, and the figure for the effective context says so."""
     model = trained("chunked", 0, chunk=LENGTH, batch_size=4, steps=250)
-    found = look_back(model, corpus().test, seq_len=T, count=256, batch_size=4, device=CPU)
+    found = measure_context_use(model, corpus().test, seq_len=T, count=256, batch_size=4, device=CPU)
     assert found
     print(found)
     beyond = found.nll_by_history[int(math.log2(LENGTH)) :]

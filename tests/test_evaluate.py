@@ -16,12 +16,12 @@ from torch import Tensor
 
 import variants
 from bench.corpora import Document
-from bench.evaluate.nll import Quality, evaluate, position_buckets, tally
+from bench.evaluate.nll import TextQuality, evaluate, position_buckets, tally
 from bench.measure.memory import LiveStorage
 from bench.model.language_model import LanguageModel
 from bench.tasks.base import IGNORED, Batch
-from bench.tasks.text import MASK, VOCABULARY, held_out
-from bench.tasks.windows import Passage, entire, windowed
+from bench.tasks.text import MASK, VOCABULARY, scored_passages
+from bench.tasks.windows import Passage, document_batches, window_batches
 
 CPU = torch.device("cpu")
 T = 21
@@ -47,16 +47,16 @@ def memory_model() -> LanguageModel:
 
 
 def passages(objective: str = "clm") -> list[Passage]:
-    return held_out(DOCUMENTS, seq_len=T, objective=objective, max_tokens=TOKENS)
+    return scored_passages(DOCUMENTS, seq_len=T, objective=objective, max_tokens=TOKENS)
 
 
 def batches(objective: str, stride: int = T) -> list[Batch]:
-    return list(windowed(passages(objective), T, stride, 4))
+    return list(window_batches(passages(objective), T, stride, 4))
 
 
 def quality_of(
     model: LanguageModel, given_: Iterable[Batch], objective: str = "clm", documents: Any = None
-) -> Quality:
+) -> TextQuality:
     return evaluate(
         model.train(),
         given_,
@@ -130,7 +130,7 @@ def mean(scores: list[Score]) -> float:
     return math.fsum(s.nll for s in scores) / len(scores)
 
 
-def check(quality: Quality, scores: list[Score]) -> None:
+def check(quality: TextQuality, scores: list[Score]) -> None:
     """Every figure that is not by position."""
     nats = mean(scores)
     assert quality.tokens == len(scores) == TOKENS
@@ -168,7 +168,7 @@ def test_a_memory_model_is_judged_by_whole_documents_and_by_windows(
     memory_model: LanguageModel, stride: int, batch_size: int
 ) -> None:
     """Carried state is the headline; a document is not touched by those beside it in a batch."""
-    documents = entire(passages(), batch_size)
+    documents = document_batches(passages(), batch_size)
     quality = quality_of(memory_model, batches("clm", stride), documents=documents)
     carried, reset = by_hand_carried(memory_model, dealt()), by_hand(memory_model, stride, dealt())
     assert abs(mean(carried) - mean(reset)) > 1e-3, "this model would not tell"
@@ -212,7 +212,7 @@ def test_every_variant_scores_the_same_targets(objective: str) -> None:
     Every variant reads the short documents too, those with parameters for a fixed length included.
     """
     bytes_ = np.random.default_rng(0).permutation(256).astype(np.uint8)
-    own = held_out(
+    own = scored_passages(
         (bytes_[:120], bytes_[120:130], bytes_[130:]), seq_len=32, objective=objective, max_tokens=180
     )
     counts = np.zeros(VOCABULARY, dtype=np.int64)
@@ -228,9 +228,9 @@ def test_every_variant_scores_the_same_targets(objective: str) -> None:
         if stated != objective:
             continue
         model = byte_model(name, 32, **knobs.get(name, {}))
-        ways = [windowed(own, 32, stride, 2) for stride in ((32, 8) if objective == "clm" else (32,))]
+        ways = [window_batches(own, 32, stride, 2) for stride in ((32, 8) if objective == "clm" else (32,))]
         if variants.load(name).caps.stateful:
-            ways.append(entire(own, 2))
+            ways.append(document_batches(own, 2))
         for way in ways:
             found = tally(model, way, causal=objective == "clm", device=CPU)
             assert np.array_equal(found.symbols, counts), name
@@ -291,7 +291,7 @@ def test_a_documents_loss_does_not_depend_on_its_neighbours(name: str, objective
                 row if k == scored else row._replace(targets=np.full_like(row.targets, IGNORED))
                 for k, row in enumerate(rows)
             ]
-            dealt_ = windowed([silent[k] for k in order], 32, 32, size)
+            dealt_ = window_batches([silent[k] for k in order], 32, 32, size)
             found[scored] = float(tally(model, dealt_, causal=objective == "clm", device=CPU).nats.sum())
         return found
 
@@ -324,7 +324,7 @@ def test_a_loss_too_large_for_its_exponential_is_infinite() -> None:
 def test_by_offset_folds_positions(memory_model: LanguageModel) -> None:
     """Position 8 is the first of the second segment."""
     scores = by_hand_carried(memory_model, dealt())
-    found = tally(memory_model, entire(passages(), 2), causal=True, device=CPU).by_offset(8)
+    found = tally(memory_model, document_batches(passages(), 2), causal=True, device=CPU).by_offset(8)
     assert len(found) == 8
     for offset, nll in enumerate(found):
         inside = [s for s in scores if s.position % 8 == offset]
@@ -334,15 +334,17 @@ def test_by_offset_folds_positions(memory_model: LanguageModel) -> None:
 def test_by_place_leaves_the_first_part_out_and_halves_the_rest(memory_model: LanguageModel) -> None:
     """Of a period of 8: place 0, place 1, places 2 and 3, places 4 to 7; tokens 0 to 7 come before all."""
     scores = by_hand_carried(memory_model, dealt())
-    found = tally(memory_model, entire(passages(), 2), causal=True, device=CPU).by_place(8)
+    found = tally(memory_model, document_batches(passages(), 2), causal=True, device=CPU).by_place(8)
     for bucket, places in zip(found, ([0], [1], [2, 3], [4, 5, 6, 7]), strict=True):
         inside = [s for s in scores if s.position >= 8 and s.position % 8 in places]
         assert bucket == pytest.approx(mean(inside), rel=1e-6)
 
 
 def test_by_place_of_a_single_part_is_empty(memory_model: LanguageModel) -> None:
-    longest = max(s.position for s in by_hand_carried(memory_model, dealt())) + 1
-    assert tally(memory_model, entire(passages(), 2), causal=True, device=CPU).by_place(longest) == []
+    length = max(s.position for s in by_hand_carried(memory_model, dealt())) + 1
+    assert (
+        tally(memory_model, document_batches(passages(), 2), causal=True, device=CPU).by_place(length) == []
+    )
 
 
 def test_logits_of_a_long_document_are_never_held_together() -> None:
@@ -351,7 +353,7 @@ def test_logits_of_a_long_document_are_never_held_together() -> None:
     def peak(tokens: int) -> int:
         model = byte_model("transformer_xl", 64, segment=64, mem_len=64)
         document = np.random.default_rng(0).integers(0, 256, tokens + 1).astype(np.int64)
-        rows = list(entire([Passage(document[:-1], document[1:])], 1))
+        rows = list(document_batches([Passage(document[:-1], document[1:])], 1))
         with LiveStorage() as live:
             tally(model, rows, causal=True, device=CPU)
         return live.peak

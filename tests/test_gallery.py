@@ -131,8 +131,8 @@ def test_a_rule_that_lies_is_marked(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     assert np.array_equal(draw.forbidden(one), ahead)
     assert draw.disagrees(picture)
     counts = {label.split(":")[0]: label.split(": ")[1] for label in legend(draw.figure(picture, SIZES, []))}
-    assert int(counts["rule allows,\ngradient zero"]) == sum(draw.unread(p).sum() for p in panels(picture))
-    assert int(counts["rule forbids,\ngradient not zero"]) == sum(
+    assert int(counts["mask allows,\ngradient zero"]) == sum(draw.unread(p).sum() for p in panels(picture))
+    assert int(counts["mask forbids,\ngradient not zero"]) == sum(
         draw.forbidden(p).sum() for p in panels(picture)
     )
 
@@ -169,7 +169,7 @@ def test_figures_say_what_they_show(gallery: list[Picture]) -> None:
         assert "query position" in {axis.get_ylabel() for axis in drawn}
         text = written(figure)
         assert ("averaged over 3 random inputs" in text) == (picture.inputs > 1)
-        assert ("rule allows" in text) == ("the rule" in text) == (picture.inputs == 1)
+        assert ("mask allows" in text) == ("the mask" in text) == (picture.inputs == 1)
         assert all(
             direction.reason.split(":")[0] in text for direction in picture.directions if direction.reason
         )

@@ -15,11 +15,11 @@ from oracles import byte_model
 from bench.evaluate.context_use import (
     RESAMPLES,
     TOLERANCE,
-    LookBack,
-    look_back,
+    ContextUse,
+    measure_context_use,
     nll_after,
-    summary,
-    targets_of,
+    summarise,
+    target_positions,
 )
 from bench.model.language_model import LanguageModel
 
@@ -30,8 +30,10 @@ DOCUMENTS = tuple(
 )
 
 
-def found_for(model: LanguageModel, count: int = 16, batch_size: int = 1) -> LookBack:
-    found = look_back(model.train(), DOCUMENTS, seq_len=T, count=count, batch_size=batch_size, device=CPU)
+def found_for(model: LanguageModel, count: int = 16, batch_size: int = 1) -> ContextUse:
+    found = measure_context_use(
+        model.train(), DOCUMENTS, seq_len=T, count=count, batch_size=batch_size, device=CPU
+    )
     assert found
     return found
 
@@ -42,7 +44,7 @@ def test_targets_are_spread_evenly_over_all_positions_with_a_full_history(
     lengths: list[int], seq_len: int, count: int
 ) -> None:
     possible = [(k, at) for k, length in enumerate(lengths) for at in range(seq_len, length)]
-    found = targets_of(lengths, seq_len, count)
+    found = target_positions(lengths, seq_len, count)
     assert len(found) == min(count, len(possible))
     places = [possible.index(target) for target in found]
     assert places == sorted(set(places))
@@ -63,7 +65,7 @@ def test_a_historys_loss_is_that_of_the_last_position_after_it(name: str, knobs:
     assert len(found) == 6
     for k, nll in enumerate(found):
         hand = []
-        for document, at in targets_of([len(d) for d in DOCUMENTS], T, 16):
+        for document, at in target_positions([len(d) for d in DOCUMENTS], T, 16):
             text = DOCUMENTS[document].copy()
             text[: at - 2**k] = 0
             text[at + 1 :] = 0
@@ -84,7 +86,7 @@ def test_batches_change_nothing() -> None:
 def test_a_chunk_is_all_that_chunked_reads() -> None:
     """Histories of whole chunks end where a chunk ends: beyond one chunk they change nothing at all."""
     model = byte_model("chunked", T, chunk=8)
-    targets = targets_of([len(document) for document in DOCUMENTS], T, 16)
+    targets = target_positions([len(document) for document in DOCUMENTS], T, 16)
     losses = {
         n: nll_after(model, DOCUMENTS, targets, n, batch_size=T // n, device=CPU) for n in (4, 8, 16, 32)
     }
@@ -112,22 +114,22 @@ def excess(*means: float, n: int = 256, spread: float = 0.0) -> np.ndarray[Any, 
 
 def test_the_effective_context_is_where_the_loss_stops_improving() -> None:
     near, far = TOLERANCE / 2, TOLERANCE * 2
-    assert summary(excess(1.0, far, near, 0.0)).effective == 4
-    assert summary(excess(1.0, far, far, far)).effective == 16
-    assert summary(excess(near, -far, 0.0, near)).effective == 1
-    assert summary(excess(near, near, far, near)).effective == 8, "a longer history that is worse counts"
-    assert summary(excess()).effective == 1
+    assert summarise(excess(1.0, far, near, 0.0)).effective == 4
+    assert summarise(excess(1.0, far, far, far)).effective == 16
+    assert summarise(excess(near, -far, 0.0, near)).effective == 1
+    assert summarise(excess(near, near, far, near)).effective == 8, "a longer history that is worse counts"
+    assert summarise(excess()).effective == 1
 
 
 def test_the_interval_holds_what_the_targets_cannot_tell() -> None:
     """Of 256 targets of this spread, 0.4 is an excess for sure; 0.03 and 0, each ± 0.02, may be one."""
     means = (0.4, 0.03, 0.0, 0.0)
-    loose = summary(excess(*means, spread=0.3))
+    loose = summarise(excess(*means, spread=0.3))
     assert (loose.low, loose.high) == (2, 16)
     assert loose.low <= loose.effective <= loose.high  # type: ignore[operator]
-    tight = summary(excess(*means, spread=0.01))
+    tight = summarise(excess(*means, spread=0.01))
     assert (tight.low, tight.effective, tight.high) == (4, 4, 4)
-    paired = summary(excess(*means))
+    paired = summarise(excess(*means))
     assert paired.nll_by_history == pytest.approx([paired.nll_by_history[-1] + m for m in (*means, 0.0)])
 
 
@@ -137,7 +139,7 @@ def test_the_interval_is_wrong_as_rarely_as_it_says() -> None:
     ends = []
     for seed in range(200):
         noise = np.random.default_rng(seed).normal(size=64)
-        found = summary(np.stack([1.0001 * TOLERANCE + 0.1 * noise, np.zeros(64)]))
+        found = summarise(np.stack([1.0001 * TOLERANCE + 0.1 * noise, np.zeros(64)]))
         ends.append((found.low, found.high))
     assert 1 <= sum(high == 1 for _, high in ends) <= 12
     assert 1 <= sum(low == 2 for low, _ in ends) <= 12
@@ -146,7 +148,7 @@ def test_the_interval_is_wrong_as_rarely_as_it_says() -> None:
 def test_a_loss_that_is_no_number_has_no_effective_context() -> None:
     nll = excess(0.4, 0.0)
     nll[1, 3] = math.nan
-    found = summary(nll)
+    found = summarise(nll)
     assert (found.effective, found.low, found.high) == (None, None, None)
     assert [math.isnan(value) for value in found.nll_by_history] == [False, True, False]
 
@@ -154,9 +156,9 @@ def test_a_loss_that_is_no_number_has_no_effective_context() -> None:
 def test_the_same_targets_give_the_same_interval() -> None:
     nll = excess(0.4, 0.03, 0.0, spread=0.3)
     torch.manual_seed(1)
-    first = summary(nll)
+    first = summarise(nll)
     np.random.default_rng(3).normal()
-    assert summary(nll) == first
+    assert summarise(nll) == first
     assert RESAMPLES >= 1000
 
 
@@ -164,4 +166,4 @@ def test_the_same_targets_give_the_same_interval() -> None:
 def test_without_two_targets_there_are_no_figures(count: int) -> None:
     documents = DOCUMENTS[1:3] if count > 1 else DOCUMENTS  # one target has T tokens before it
     model = byte_model("dense", T)
-    assert look_back(model, documents, seq_len=T, count=count, batch_size=1, device=CPU) is None
+    assert measure_context_use(model, documents, seq_len=T, count=count, batch_size=1, device=CPU) is None

@@ -118,8 +118,8 @@ def keys(**changed: Any) -> dict[str, Any]:
 
 DEEP = "[" * 900 + "]" * 900
 BAD: dict[str, tuple[str, str]] = {
-    "NaN": (json.dumps(keys(nll=float("nan"))), "NaN is no number"),
-    "infinity": (json.dumps(keys(nll_by_position=[float("-inf")])), "-Infinity is no number"),
+    "NaN": (json.dumps(keys(nll=float("nan"))), "NaN is not a number"),
+    "infinity": (json.dumps(keys(nll_by_position=[float("-inf")])), "-Infinity is not a number"),
     "beyond floats": (json.dumps(keys()).replace('"nll": 1', '"nll": 1e999, "was": 1'), ""),
     "huge": (json.dumps(keys(peak_bytes=10**400)), "allowed is 1 to 2⁶³ − 1"),
     "huge in a list": (json.dumps(keys(step_seconds_samples=[10**400])), "step_seconds_samples"),
@@ -128,11 +128,14 @@ BAD: dict[str, tuple[str, str]] = {
     "too many digits": (json.dumps(keys()).replace('"depth": 2', '"depth": ' + "9" * 5000), "not JSON"),
     "nested": (json.dumps(keys(variant_params={"x": "X"})).replace('"X"', DEEP), "deep"),
     "infinite knob": (json.dumps(keys(variant_params={"x": "X"})).replace('"X"', "1e999"), "variant_params"),
-    "twice": (json.dumps(keys())[:-1] + ', "status": "error"}', "'status' is there twice"),
-    "twice in knobs": (json.dumps(keys(variant_params={"x": "X"})).replace('"X"', '{"a":1,"a":2}'), "'a' is"),
+    "twice": (json.dumps(keys())[:-1] + ', "status": "error"}', "'status' appears twice"),
+    "twice in knobs": (
+        json.dumps(keys(variant_params={"x": "X"})).replace('"X"', '{"a":1,"a":2}'),
+        "'a' appears twice",
+    ),
     "half a character": (json.dumps(keys(reason="\ud800")), "surrogate"),
-    "path": (json.dumps(keys(cell_id="../../x")), "no name of a file"),
-    "hidden": (json.dumps(keys(cell_id=".x")), "no name of a file"),
+    "path": (json.dumps(keys(cell_id="../../x")), "not a file name"),
+    "hidden": (json.dumps(keys(cell_id=".x")), "not a file name"),
     "true as a number": (json.dumps(keys(depth=True)), "wrong type in depth"),
     "a list of text": (json.dumps(keys(nll_by_position=["1"])), "nll_by_position"),
     "a code": (json.dumps(keys(variant={"_target_": "os.system"})), "wrong type in variant"),

@@ -27,8 +27,8 @@ from hypothesis import strategies as st
 
 from bench import corpora
 from bench.corpora import Corpus, CorpusError, pg19, wikitext103
-from bench.corpora.base import SPLITS, Wanted, sha256
-from bench.corpora.hub import HubSource, up_to
+from bench.corpora.base import SPLITS, CorpusOptions, sha256
+from bench.corpora.hub import HubSource, truncate_documents
 
 ROOT = Path(__file__).resolve().parents[1]
 HUB_SETS = {"pg19": pg19.PG19("pg19"), "wikitext103": wikitext103.WikiText103("wikitext103")}
@@ -246,12 +246,12 @@ def test_a_folder_that_is_not_the_data_set_is_refused(
 
 @given(st.lists(st.binary(max_size=20), max_size=9), st.integers(1, 60))
 def test_up_to_is_a_prefix(documents: list[bytes], at_most: int) -> None:
-    taken, whole = up_to(at_most, documents)
+    taken, whole = truncate_documents(at_most, documents)
     everything = b"".join(documents)
     assert b"".join(taken) == everything[:at_most]
     assert whole == (len(everything) <= at_most)
     assert [len(a) for a in taken[:-1]] == [len(a) for a in documents[: len(taken[:-1])]]
-    assert up_to(None, documents) == (documents, True)
+    assert truncate_documents(None, documents) == (documents, True)
 
 
 def test_fewer_bytes_are_a_prefix_with_another_hash(tmp_path: Path) -> None:
@@ -434,7 +434,7 @@ def test_what_was_fetched_is_read_without_the_network(hub: Hub, cache: Path) -> 
     again = fetch("pg19", "--max-bytes", "999", HF_ENDPOINT=hub.address)
     assert (again.returncode, hub.asked) == (0, []), "fetched although it lies there"
     message = refusal("pg19", None, 1001)
-    assert "asks for 1,001 bytes, fetched are 1,000" in message
+    assert "asks for 1,001 bytes, but 1,000 were fetched" in message
     assert "fetch pg19 --max-bytes 1001`" in message
 
     more = fetch("pg19", HF_ENDPOINT=hub.address)
@@ -471,7 +471,7 @@ def test_the_hubs_card_says_which_files_are_the_configurations(tmp_path: Path, c
 def kept(folder: Path, at_most: int | None = None, **changes: Any) -> Path:
     """A corpus in the cache, as `fetch` leaves it."""
     source = HUB_SETS["pg19"]
-    source._keep(source._stream(at_most, str(write(folder, BOOKS))))
+    source._store(source._stream(at_most, str(write(folder, BOOKS))))
     if changes:
         with np.load(source._cache) as arrays:
             changed = {**arrays, **changes}
@@ -577,7 +577,7 @@ def test_every_corpus_has_a_yaml_and_refuses_no_knob_of_it() -> None:
     for name in corpora.SOURCES:
         knobs = yaml.safe_load((ROOT / "configs/data" / f"{name}.yaml").read_text())
         assert knobs.pop("name") == name
-        corpora.source(name, Wanted(**knobs))
+        corpora.source(name, CorpusOptions(**knobs))
 
 
 def test_a_cell_runs_on_a_folder_of_a_data_set(tmp_path: Path, cache: Path) -> None:

@@ -286,7 +286,7 @@ ENDINGS = {
     "refused": ("oom", "can't allocate memory"),
     "huge": ("oom", "can't allocate memory"),
     "aborts": ("oom", "killed by SIGABRT after std::bad_alloc"),
-    "grows": ("oom", "killed by SIGKILL, and the kernel counts a kill for want of memory"),
+    "grows": ("oom", "killed by SIGKILL, and the kernel counts an out-of-memory kill"),
     "killed": ("error", "the cell's process was killed by SIGKILL"),
     "segfaults": ("error", "killed by SIGSEGV: __init__.py:"),
     "leaves": ("error", "exit status 3 and no result: so much for that"),

@@ -115,7 +115,7 @@ from bench.run import memory_limit
 from bench.measure.memory import resident_bytes
 
 torch.ones(2**20).sum()  # what a process has before
-memory_limit.hold(spec_of(), 256 * 2**20)
+memory_limit.enforce(spec_of(), 256 * 2**20)
 taken = 0
 kept = []
 try:

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from bench import tasks
 from bench.tasks import listops
 from bench.tasks.base import IGNORED, Batch, Setting
-from bench.tasks.listops import Listops, ListopsConfig, evaluate, fill, grow, length_chances, sizes
+from bench.tasks.listops import Listops, ListopsConfig, evaluate, fill, grow, length_distribution, sizes
 
 SYMBOLS = {
     **{digit: str(digit) for digit in range(10)},
@@ -153,7 +153,7 @@ def chances_by_hand(depth: int, max_args: int, growth: Fraction, longest: int) -
     argument = {1: Fraction(1)}
     if depth > 2:
         below = chances_by_hand(depth - 1, max_args, growth, longest)
-        argument = {length: growth * chance for length, chance in below.items()}
+        argument = {length: growth * length_probability for length, length_probability in below.items()}
         argument[1] = 1 - growth
     found: Counter[int] = Counter()
     several: dict[int, Fraction] = {0: Fraction(1)}
@@ -164,9 +164,9 @@ def chances_by_hand(depth: int, max_args: int, growth: Fraction, longest: int) -
                 if a + b <= longest:
                     sums[a + b] += p * q  # type: ignore[assignment]
         several = dict(sums)  # type: ignore[arg-type]
-        for length, chance in several.items():
+        for length, length_probability in several.items():
             if n >= 2 and length + 2 <= longest:
-                found[length + 2] += chance / (max_args - 1)  # type: ignore[assignment]
+                found[length + 2] += length_probability / (max_args - 1)  # type: ignore[assignment]
     return dict(found)  # type: ignore[arg-type]
 
 
@@ -174,7 +174,7 @@ def chances_by_hand(depth: int, max_args: int, growth: Fraction, longest: int) -
 def test_the_chances_of_lengths_are_worked_out(depth: int, max_args: int, growth: float) -> None:
     config = ListopsConfig(max_depth=depth, max_args=max_args, growth=growth)
     expected = chances_by_hand(depth, max_args, Fraction(growth), 40)
-    found = length_chances(config, 40)
+    found = length_distribution(config, 40)
     assert found == pytest.approx([float(expected.get(length, 0)) for length in range(41)], abs=1e-12)
 
 
@@ -185,7 +185,7 @@ def test_trees_have_those_lengths() -> None:
     config, trees, longest = ListopsConfig(), 20_000, 60
     found = sizes(grow(np.random.default_rng(0), config, trees, longest))[0]
     counts = np.bincount(found.clip(max=longest + 1), minlength=longest + 2)[4:]
-    chances = length_chances(config, longest)[4:]
+    chances = length_distribution(config, longest)[4:]
     expected = trees * np.append(chances, 1 - chances.sum())
     assert chisquare(counts, expected).pvalue > 1e-6
 
@@ -201,7 +201,7 @@ def test_symbols_are_drawn_evenly() -> None:
 
 def test_training_never_shows_what_is_tested(monkeypatch: pytest.MonkeyPatch) -> None:
     """With so few expressions that without care it would."""
-    monkeypatch.setattr(listops, "SHORTEST", 4)
+    monkeypatch.setattr(listops, "MIN_LENGTH", 4)
     task = task_of(tests=200, batch_size=400, seq_len=8, min_length=4, max_length=4, max_depth=2, max_args=2)
     assert task.unsupported() is None
     tested = {expression(row) for batch in task.test_batches() for row in batch.inputs.tolist()}

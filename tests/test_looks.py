@@ -14,7 +14,7 @@ from torch import Tensor
 
 import variants
 from bench.evaluate import attention_stats
-from bench.evaluate.attention_stats import Looks
+from bench.evaluate.attention_stats import AttentionStats
 from bench.model.language_model import LanguageModel
 from bench.tasks.base import Batch
 from variants.base import Dims
@@ -44,8 +44,8 @@ def batches(count: int = 2, *, seq_len: int = T) -> list[Batch]:
     return [Batch(batch, batch) for batch in tokens]
 
 
-def looked(model: LanguageModel, *, causal: bool, seq_len: int = T) -> Looks:
-    return attention_stats.look(model, batches(seq_len=seq_len), causal=causal, device=CPU)
+def looked(model: LanguageModel, *, causal: bool, seq_len: int = T) -> AttentionStats:
+    return attention_stats.measure_attention(model, batches(seq_len=seq_len), causal=causal, device=CPU)
 
 
 @torch.no_grad()
@@ -212,7 +212,7 @@ def test_hashing_into_one_bucket_estimates_without_error() -> None:
 
 @pytest.mark.parametrize("name", ["transformer_xl", "longformer"])
 def test_what_a_variant_cannot_say_is_none(name: str) -> None:
-    assert looked(model_of(name), causal=True) == Looks()
+    assert looked(model_of(name), causal=True) == AttentionStats()
 
 
 def test_relu_features_estimate_no_softmax() -> None:

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bench.tasks.base import IGNORED, Batch, Setting
-from bench.tasks.mqar import FEWEST, Mqar, MqarConfig
+from bench.tasks.mqar import MIN_PAIRS, Mqar, MqarConfig
 
 
 def task_of(*, seq_len: int = 32, batch_size: int = 8, **changed: Any) -> Mqar:
@@ -149,9 +149,9 @@ def test_a_curriculum_grows_to_all_pairs_and_test_batches_hold_them_all() -> Non
     task = task_of(n_pairs=16, seq_len=64, curriculum=0.5)
     grown = [task.pairs(done) for done in np.linspace(0, 0.5, 400, endpoint=False)]
     assert grown == sorted(grown)
-    assert {*grown} == {*range(FEWEST, 16)}
+    assert {*grown} == {*range(MIN_PAIRS, 16)}
     assert [task.pairs(done) for done in (0.5, 0.7, 0.999)] == [16, 16, 16]
-    check(task.train_batch(0, 0.0), FEWEST, 64, asks=(64 - 2 * FEWEST) // 2 // 2)
+    check(task.train_batch(0, 0.0), MIN_PAIRS, 64, asks=(64 - 2 * MIN_PAIRS) // 2 // 2)
     check(task.train_batch(0, 0.49), 15, 64, asks=15)
     check(task.train_batch(0, 0.6), 16, 64)
     for batch in task.test_batches():

@@ -16,7 +16,7 @@ from bench import tasks
 from bench.evaluate.receptive_field import reach
 from bench.model.language_model import LanguageModel
 from bench.tasks.base import IGNORED, Batch, Setting
-from bench.tasks.needle import NEAREST, Needle, NeedleConfig
+from bench.tasks.needle import START_DISTANCE, Needle, NeedleConfig
 from bench.train.loop import Budget, train
 from variants.base import Dims
 
@@ -155,7 +155,7 @@ def test_a_curriculum_moves_needles_back_to_the_first_token() -> None:
     task = task_of(seq_len=66, batch_size=500, curriculum=0.5)
     reached = [task.reached(done) for done in np.linspace(0, 0.5, 400, endpoint=False)]
     assert reached == sorted(reached)
-    assert {*reached} == {*range(NEAREST, 64)}
+    assert {*reached} == {*range(START_DISTANCE, 64)}
     assert {task.reached(done) for done in (0.5, 0.8, 0.999)} == {64}
     for done in (0.0, 0.25, 0.6):
         distances = task.train_batch(3, done).distances

@@ -202,17 +202,17 @@ joules = window.joules()
 say(reasons=32)
 print(json.dumps({"joules": joules, **window.end()}))
 
-first = memory_limit.settle("cuda")
+first = memory_limit.await_release("cuda")
 say(used=3 * GIB)
 threading.Timer(0.3, say, kwargs={"used": GIB + 4096}).start()
 returned = memory_limit.leftover_bytes("GPU-of-this-machine", 3600)
 say(used=3 * GIB)
 kept = memory_limit.leftover_bytes("GPU-of-this-machine", 0.2)
 say(used=GIB // 2)
-lower = memory_limit.settle("cuda")
+lower = memory_limit.await_release("cuda")
 say(used="!3")
 print(json.dumps({"first": first, "returned": returned, "kept": kept, "lower": lower,
-    "untold": memory_limit.settle("cuda"), "cpu": memory_limit.settle("cpu"),
+    "untold": memory_limit.await_release("cuda"), "cpu": memory_limit.await_release("cpu"),
     "free": memory_limit.memory_bytes(spec())}))
 """
 
@@ -223,7 +223,7 @@ def test_the_harness_asks_the_driver(driver: Path) -> None:
     assert memory == {"free": 79 << 30, "asked": 5}
     assert window["joules"] == 2.5
     assert window["gpu_throttling"] == "heat"
-    assert "slowed down" in window["contaminated"]
+    assert "throttled" in window["contaminated"]
     assert "gpu_clock_mhz: Not Supported" in window["gpu_reason"]
     assert (settled["first"], settled["returned"]) == (0, 0)
     assert settled["kept"] == 2 << 30

@@ -60,7 +60,7 @@ FEW: dict[str, list[Any]] = {
 
 
 def number(draw: random.Random, bounds: Bounds, kind: type) -> float:
-    ends = [bounds.least, bounds.most, 0, 1, 2, 0.5, 1e-3, 1e6, 1e300, -1, 512, 3e9]
+    ends = [bounds.minimum, bounds.maximum, 0, 1, 2, 0.5, 1e-3, 1e6, 1e300, -1, 512, 3e9]
     fitting = [kind(value) for value in ends if bounds.hold(kind(value))]
     return draw.choice(fitting)
 

@@ -89,7 +89,7 @@ def test_the_peak_itself_is_no_error_and_nothing_is_taken_again(tmp_path: Path, 
 def test_above_the_peak_is_an_error_that_has_the_figures(
     tmp_path: Path, machine: list[float], flops: int
 ) -> None:
-    with pytest.raises(AboveRoofline, match=r"^roofline: .* 100 FLOPs a second .*$") as failure:
+    with pytest.raises(AboveRoofline, match=r"^roofline: .* 100 FLOPs per second .*$") as failure:
         of(tmp_path).utilisation(flops, 1.0)
     assert f"{flops:.4g} FLOPs in 1 s" in str(failure.value)
     assert f"{flops / 100:.1%}" in str(failure.value)

@@ -21,7 +21,7 @@ from bench.config.parse import parse
 from bench.config.spec import Cell, ClusterSpec
 from bench.inputs.errors import ConfigError
 from bench.records import Record
-from bench.records.bounds import WHOLE
+from bench.records.bounds import MAX_INT
 from bench.records.check import check
 from bench.records.compact import compact
 from bench.report.data.collect import collect
@@ -59,10 +59,10 @@ UNSTORABLE = {
 @pytest.mark.parametrize("knob", UNSTORABLE)
 def test_what_a_record_could_not_hold_is_refused_in_a_line(knob: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as said:
-        sweep.plan([cell_of(tmp_path, *UNSTORABLE[knob])])
+        sweep.prepare_jobs([cell_of(tmp_path, *UNSTORABLE[knob])])
     line = str(said.value)
     assert knob.split(",")[0].rpartition(".")[2] in line
-    assert "allowed" in line or "half a character" in line
+    assert "allowed" in line or "lone surrogate" in line
     assert "\n" not in line
     assert len(line) < 500
     assert not list(tmp_path.iterdir())
@@ -75,7 +75,7 @@ def test_a_path_that_is_no_utf_8_is_refused(tmp_path: Path) -> None:
     params = cell_of_files(tmp_path).spec.data.params | {"path": str(path)}
     data = replace(cell.spec.data, name="files", params=params)
     with pytest.raises(ConfigError, match=r"data_params=.*udcff.*allowed are"):
-        sweep.plan([replace(cell, spec=replace(cell.spec, data=data))])
+        sweep.prepare_jobs([replace(cell, spec=replace(cell.spec, data=data))])
 
 
 def cell_of_files(folder: Path) -> Cell:
@@ -95,16 +95,16 @@ def test_a_process_says_so_too_and_writes_nothing(arguments: list[str], tmp_path
 
 def test_the_largest_numbers_are_kept(tmp_path: Path) -> None:
     for knob in ("replicate", "twin"):
-        (job,) = sweep.plan([cell_of(tmp_path, f"{knob}={WHOLE}")])
-        sweep.keep(job, Record(**job.known, status="ok"))
+        (job,) = sweep.prepare_jobs([cell_of(tmp_path, f"{knob}={MAX_INT}")])
+        sweep.store_record(job, Record(**job.known, status="ok"))
         found = records.read(tmp_path / "adhoc", job.cell_id)
         assert found
-        assert getattr(found, knob) == WHOLE
+        assert getattr(found, knob) == MAX_INT
 
 
 def test_words_of_an_error_are_kept_whatever_their_bytes(tmp_path: Path) -> None:
-    (job,) = sweep.plan([cell_of(tmp_path)])
-    sweep.keep(job, Record(**job.known, status="error", reason="FileNotFoundError: 'c\udcff.txt'"))
+    (job,) = sweep.prepare_jobs([cell_of(tmp_path)])
+    sweep.store_record(job, Record(**job.known, status="error", reason="FileNotFoundError: 'c\udcff.txt'"))
     found = records.read(tmp_path / "adhoc", job.cell_id)
     assert found
     assert found.reason == r"FileNotFoundError: 'c\udcff.txt'"
@@ -135,8 +135,8 @@ def test_figures_that_cannot_be_are_named_and_the_cell_has_failed(
 ) -> None:
     with pytest.raises(records.RecordError, match=rf"{key}.*: allowed is "):
         records.parse(record_of(**{key: value}).to_json())
-    (job,) = sweep.plan([cell_of(tmp_path)])
-    sweep.keep(job, Record(**job.known | {key: value}, status="ok", started_at="2026-01-01"))
+    (job,) = sweep.prepare_jobs([cell_of(tmp_path)])
+    sweep.store_record(job, Record(**job.known | {key: value}, status="ok", started_at="2026-01-01"))
     found, problems = records.read_all(tmp_path / "adhoc")
     assert not problems
     assert [(one.status, key in (one.reason or ""), one.started_at) for one in found] == [
@@ -152,7 +152,7 @@ LIMITS = [1e-300, 2**31 / 1000, 2147484, 3e6, 1e9, 1e18, 1e300, float("inf")]
 @pytest.mark.parametrize("seconds", LIMITS)
 def test_a_job_of_a_cluster_takes_any_limit(seconds: float, tmp_path: Path) -> None:
     cell = cell_of(tmp_path, f"measure.limit_seconds={seconds!r}")
-    minutes = cluster.needs(ClusterSpec(), [[cell]]).minutes
+    minutes = cluster.requirements(ClusterSpec(), [[cell]]).minutes
     assert minutes
     assert 5 <= minutes <= 366 * 24 * 60
 
@@ -195,7 +195,7 @@ BEFORE: dict[str, dict[str, Any]] = {
     "numbered ahead": {"started_at": "2020-01-01T00:00:00+00:00", "sequence": NOW + 10**12},
     "numbered": {"started_at": "2020-01-01T00:00:00+00:00", "sequence": 5},
     "other code, a clock ahead": {"started_at": AHEAD, "code_sha256": "old", "cell_id": "0" * 16},
-    "the end of numbers": {"started_at": "2020-01-01", "sequence": WHOLE - 1},
+    "the end of numbers": {"started_at": "2020-01-01", "sequence": MAX_INT - 1},
 }
 
 
@@ -208,8 +208,8 @@ def test_what_was_measured_last_counts(kind: str, gathered: bool, tmp_path: Path
     records.write(folder, Record(**known | {"status": "ok", "params": 1} | BEFORE[kind]))
     if gathered:
         compact(folder)
-    (job,) = sweep.plan([cell])
-    sweep.keep(job, Record(**known, status="ok", params=2, started_at="2026-11-26T00:00:00+00:00"))
+    (job,) = sweep.prepare_jobs([cell])
+    sweep.store_record(job, Record(**known, status="ok", params=2, started_at="2026-11-26T00:00:00+00:00"))
     for _ in range(2):
         now = records.read(folder, job.cell_id)
         assert now
@@ -225,8 +225,8 @@ def test_folders_of_two_machines_are_merged_by_time(tmp_path: Path) -> None:
     cell = cell_of(tmp_path, "force=true")
     texts = []
     for params, machine in enumerate(("a", "b", "a")):
-        (job,) = sweep.plan([replace(cell, folder=tmp_path / machine)])
-        kept = sweep.keep(job, Record(**job.known, status="ok", params=params + 1))
+        (job,) = sweep.prepare_jobs([replace(cell, folder=tmp_path / machine)])
+        kept = sweep.store_record(job, Record(**job.known, status="ok", params=params + 1))
         texts.append(kept)
     assert [one.sequence for one in texts] == sorted({one.sequence or 0 for one in texts})
     for order in (texts, texts[::-1]):

@@ -80,7 +80,7 @@ def test_a_key_that_is_added_and_null_needs_no_version() -> None:
 @pytest.mark.parametrize("key", ["twin", "ff_chunks", "variant"])
 def test_version_2_must_say_what_version_1_left_to_be_guessed(key: str) -> None:
     keys = keys_of(record_of(), **{key: "gone"})
-    with pytest.raises(records.RecordError, match=f"without {key}"):
+    with pytest.raises(records.RecordError, match=f"missing keys {key}"):
         records.parse(json.dumps(keys))
     if key != "variant":
         assert records.parse(json.dumps(keys | {"schema_version": 1})) == record_of()
@@ -145,7 +145,7 @@ def test_a_writer_that_is_killed_leaves_the_old_record_and_a_file_that_says_whos
     writer.communicate()
     assert writer.returncode == -signal.SIGKILL
     assert by_cell(tmp_path) == {"c0": record_of()}
-    (left,) = records.unfinished(records.path_of(tmp_path, "c0"))
+    (left,) = records.temporary_files_of(records.path_of(tmp_path, "c0"))
     assert f".{writer.pid}." in left.name
     assert abandoned(left)
     assert kinds(tmp_path) == ["unfinished"]

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from bench.measure import contention, nvml
-from bench.measure.contention import Surroundings, Window
+from bench.measure.contention import Contention, Window
 from bench.measure.nvml import DeviceState
 from bench.records import KEYS
 
@@ -61,8 +61,8 @@ def work(seconds: float) -> None:
 
 def seen(
     wait_share: float | None = 0.0, foreign_cores: float | None = 0.0, cpu_share: float = 0.95, **device: Any
-) -> Surroundings:
-    return Surroundings(
+) -> Contention:
+    return Contention(
         load_before=2.0,
         load_after=2.0,
         cpu_share=cpu_share,
@@ -109,7 +109,7 @@ def test_a_window_shorter_than_its_ticks_does_not_count_them(seconds: float, tol
 
 def test_what_the_driver_knows_is_named_before_what_is_estimated() -> None:
     reason = seen(wait_share=0.9, foreign_cores=24.3, gpu_throttling="heat").contaminated(threads=1, cores=2)
-    assert reason == "its device was slowed down: heat"
+    assert reason == "the device was throttled: heat"
 
 
 def test_the_time_this_process_uses_is_its_own() -> None:
@@ -203,7 +203,7 @@ def test_busy_cores_contaminate_where_waiting_is_not_told(figures: tuple[float, 
 def test_a_wide_machine_has_room_for_others() -> None:
     assert seen(foreign_cores=40.0).contaminated(threads=16, cores=64) is None
     reason = seen(foreign_cores=60.0).contaminated(threads=16, cores=64)
-    assert reason == "others kept 60.0 of 64 cores busy, and it has 16 threads"
+    assert reason == "others kept 60.0 of 64 cores busy; the cell has 16 threads"
 
 
 def test_where_the_system_says_nothing_nothing_is_concluded() -> None:
@@ -214,7 +214,7 @@ def test_where_the_system_says_nothing_nothing_is_concluded() -> None:
 
 
 def test_a_device_of_no_driver_says_nothing() -> None:
-    assert nvml.read(CPU) == nvml.UNTOLD
+    assert nvml.read(CPU) == nvml.UNKNOWN_STATE
 
 
 def test_the_names_of_reasons_are_the_driver_s() -> None:

@@ -23,8 +23,8 @@ from bench import records
 from bench.config.spec import Cell, CellSpec, DataSpec, MeasureSpec, ModelSpec
 from bench.records import FINAL, Record
 from bench.run import sweep
-from bench.run.locks import Claims
-from bench.run.oom_skip import Lines
+from bench.run.locks import CellLocks
+from bench.run.oom_skip import OutOfMemorySkip
 
 CELL = ["depth=1", "model.d_model=16", "data=files", "data.path=corpus.txt", "seq_len=16"]
 
@@ -198,7 +198,7 @@ def test_ctrl_c_on_a_terminal_keeps_what_is_known(tmp_path: Path) -> None:
         os.close(terminal)
     _, status = os.waitpid(pid, 0)
     assert os.waitstatus_to_exitcode(status) == 130
-    assert "SIGINT: ending the cell in hand; once more stops at once" in said
+    assert "SIGINT: ending the current cell; a second signal stops at once" in said
     assert said.split("To go on with the rest:")[1].split() == command
     (record,) = known(tmp_path)
     assert record.status == "error"
@@ -270,19 +270,19 @@ def record_of(cell: Cell, status: Any, **changed: Any) -> Record:
 
 def test_longer_cells_of_a_line_are_not_tried_and_no_others() -> None:
     cells = [cell_of(seq_len) for seq_len in (64, 32, 16)]
-    lines = Lines((cell, record_of(cell, "oom")) for cell in cells[:2])
-    assert "seq_len=32 ran" in str(lines.past(cell_of(33)))
-    assert "skip_after_oom=false" in str(lines.past(cell_of(128)))
+    skip = OutOfMemorySkip((cell, record_of(cell, "oom")) for cell in cells[:2])
+    assert "seq_len=32 ran" in str(skip.reason(cell_of(33)))
+    assert "skip_after_oom=false" in str(skip.reason(cell_of(128)))
     for tried in (cell_of(32), cell_of(16), cell_of(33, replicate=1), cell_of(33, skip_after_oom=False)):
-        assert lines.past(tried) is None
+        assert skip.reason(tried) is None
     for status in ("predicted_oom", "timeout", "error", "ok", "unsupported"):
-        assert Lines([(cells[2], record_of(cells[2], status))]).past(cells[1]) is None
+        assert OutOfMemorySkip([(cells[2], record_of(cells[2], status))]).reason(cells[1]) is None
 
 
 def test_which_records_stand() -> None:
     def standing(**knobs: Any) -> set[str]:
         cell = cell_of(**knobs)
-        return {s for s in records.STATUSES if sweep.stands(record_of(cell, s), cell)}
+        return {s for s in records.STATUSES if sweep.is_up_to_date(record_of(cell, s), cell)}
 
     assert standing() == FINAL
     assert standing(rerun="oom") == {"ok", "unsupported"}
@@ -305,23 +305,23 @@ def test_an_audit_takes_the_share_it_is_told_and_always_the_same() -> None:
 CLAIM = """
 import sys, time
 from pathlib import Path
-from bench.run.locks import Claims
-with Claims(Path(sys.argv[1])).of(sys.argv[2], wait=True) as ours:
+from bench.run.locks import CellLocks
+with CellLocks(Path(sys.argv[1])).lock(sys.argv[2], wait=True) as ours:
     print(ours, flush=True)
     time.sleep(600)
 """
 
 
 def test_a_claim_ends_with_the_process_that_has_it(tmp_path: Path) -> None:
-    ours, cell, other = Claims(tmp_path), "f" * 16, "0" * 15 + "4"
+    ours, cell, other = CellLocks(tmp_path), "f" * 16, "0" * 15 + "4"
     with subprocess.Popen([sys.executable, "-c", CLAIM, tmp_path, cell], stdout=subprocess.PIPE) as holder:
         assert holder.stdout
         assert holder.stdout.readline() == b"True\n"
         for claimed, wanted in ((cell, False), (other, True)):
-            with ours.of(claimed, wait=False) as got:
+            with ours.lock(claimed, wait=False) as got:
                 assert got == wanted
         holder.kill()
-        with ours.of(cell, wait=True) as got:
+        with ours.lock(cell, wait=True) as got:
             assert got
     ours.close()
 
@@ -333,12 +333,12 @@ def test_a_folder_without_locks_is_told_of_once(
         raise OSError(errno.ENOLCK, "No locks available")
 
     monkeypatch.setattr(fcntl, "lockf", refuse)
-    claims = Claims(tmp_path)
+    locks = CellLocks(tmp_path)
     for cell in ("0" * 16, "1" * 16):
-        with claims.of(cell, wait=True) as ours:
+        with locks.lock(cell, wait=True) as ours:
             assert ours
-    claims.close()
-    assert capsys.readouterr().err == "no locks here (No locks available): run one sweep at a time\n"
+    locks.close()
+    assert capsys.readouterr().err == "no file locks here (No locks available): run one sweep at a time\n"
 
 
 HOLD = """
@@ -358,8 +358,8 @@ except Stopped as stop:
 @pytest.mark.parametrize(
     ("held", "signals", "printed", "code"),
     [
-        ("select.select([interrupts.asked], [], [])", [signal.SIGTERM], "SIGTERM\n", 0),
-        ("select.select([interrupts.asked], [], [])", [signal.SIGINT], "SIGINT\n", 0),
+        ("select.select([interrupts.signal_fd], [], [])", [signal.SIGTERM], "SIGTERM\n", 0),
+        ("select.select([interrupts.signal_fd], [], [])", [signal.SIGINT], "SIGINT\n", 0),
         ("time.sleep(600)", [signal.SIGINT, signal.SIGINT], "", -signal.SIGINT),
         ("time.sleep(600)", [signal.SIGTERM, signal.SIGINT], "", -signal.SIGINT),
     ],
@@ -396,9 +396,9 @@ def test_only_what_a_dead_writer_left_is_removed(tmp_path: Path) -> None:
     ) as writer:
         assert writer.stdout
         writer.stdout.readline()
-        records.tidy(tmp_path)
+        records.remove_abandoned(tmp_path)
         assert len([*tmp_path.rglob("*.tmp")]) == 1
         writer.kill()
         writer.wait()
-    records.tidy(tmp_path)
+    records.remove_abandoned(tmp_path)
     assert not [*tmp_path.rglob("*.tmp")]

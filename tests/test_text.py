@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from bench.corpora import Corpus, Document
 from bench.tasks.base import IGNORED, Batch
-from bench.tasks.text import MASK, MASKED_SHARE, VOCABULARY, held_out, too_short, train_batch
+from bench.tasks.text import MASK, MASKED_SHARE, VOCABULARY, scored_passages, too_short, train_batch
 from bench.tasks.windows import Passage
 
 
@@ -103,7 +103,7 @@ def test_training_windows_reach_the_whole_stream() -> None:
 
 def scored(documents: tuple[Document, ...], **changed: Any) -> list[Passage]:
     given_: dict[str, Any] = {"seq_len": 8, "objective": "clm", "max_tokens": 10**9}
-    return held_out(documents, **{**given_, **changed})
+    return scored_passages(documents, **{**given_, **changed})
 
 
 @settings(deadline=None)

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from scipy.stats import quantile_test
 
 from bench.measure import timing
-from bench.measure.timing import MOST_SAMPLES, WARM_UP, Samples, half_width, interval, sample, warm
+from bench.measure.timing import MAX_SAMPLES, WARM_UP, Samples, drop_warm_up, half_width, interval, sample
 
 CPU = torch.device("cpu")
 
@@ -75,13 +75,13 @@ def test_no_budget_takes_the_fewest_samples(at_least: int) -> None:
 
 def test_no_budget_buys_more_than_the_most_samples() -> None:
     taken, played = play(noisy(1e-3, 0.1), seconds=5, precision=0)
-    assert played.runs == MOST_SAMPLES + WARM_UP
+    assert played.runs == MAX_SAMPLES + WARM_UP
     assert taken.end == "budget"
 
 
 def test_the_fewest_samples_are_taken_even_where_they_are_more_than_the_most() -> None:
-    taken = sample(Work(), CPU, seconds=5, at_least=MOST_SAMPLES + 5, precision=0)
-    assert len(taken.seconds) == MOST_SAMPLES + 5
+    taken = sample(Work(), CPU, seconds=5, at_least=MAX_SAMPLES + 5, precision=0)
+    assert len(taken.seconds) == MAX_SAMPLES + 5
 
 
 def test_the_fewest_samples_are_taken_even_where_one_spends_the_budget() -> None:
@@ -116,7 +116,7 @@ def test_sampling_of_noise_spends_the_budget_and_says_so() -> None:
 def bought(durations: list[float], seconds: float, at_least: int) -> int:
     """Runs, less the warm-up's, that the budget alone would buy."""
     runs, spent = 0, 0.0
-    while runs < at_least or (runs < MOST_SAMPLES and spent < seconds):
+    while runs < at_least or (runs < MAX_SAMPLES and spent < seconds):
         runs += 1
         spent += durations[min(WARM_UP + runs, len(durations)) - 1]
     return runs
@@ -178,7 +178,9 @@ def test_a_trend_that_never_ends_leaves_the_last_samples() -> None:
 
 
 def test_steady_work_loses_few_samples() -> None:
-    lost = [20 - len(warm([next(series) for _ in range(20)], 3)) for series in map(steady, range(300))]
+    lost = [
+        20 - len(drop_warm_up([next(series) for _ in range(20)], 3)) for series in map(steady, range(300))
+    ]
     assert sum(n > 0 for n in lost) / len(lost) < 0.1
     assert np.mean(lost) < 0.5
 
@@ -188,12 +190,12 @@ def steady(seed: int) -> Iterator[float]:
 
 
 def test_equal_samples_have_no_trend() -> None:
-    assert warm([1.0] * 9, 3) == [1.0] * 9
+    assert drop_warm_up([1.0] * 9, 3) == [1.0] * 9
 
 
 @given(st.lists(st.floats(1e-6, 10), min_size=1, max_size=40), st.integers(1, 10))
 def test_what_is_kept_is_the_end_of_what_was_taken(samples: list[float], at_least: int) -> None:
-    kept = warm(samples, at_least)
+    kept = drop_warm_up(samples, at_least)
     assert kept == samples[len(samples) - len(kept) :]
     assert len(kept) >= min(at_least, len(samples))
 

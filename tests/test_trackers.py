@@ -58,7 +58,7 @@ def test_a_tracker_that_fails_costs_a_line(
     (tmp_path / "file").write_text("")
     trackers.log(TrackerSpec(name="tensorboard", place=str(tmp_path / "file")), folder, cell)
     said = capsys.readouterr().err
-    assert said.startswith(f"tracker=tensorboard: not told of {cell.cell_id}: ")
+    assert said.startswith(f"tracker=tensorboard: failed to log {cell.cell_id}: ")
     assert said.count("\n") == 1
 
 

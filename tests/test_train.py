@@ -23,8 +23,8 @@ from bench.train.loop import (
     Budget,
     Diverged,
     Training,
+    learning_rate_factor,
     optimizer_for,
-    schedule,
     train,
     training_step,
 )
@@ -58,7 +58,7 @@ def run(model: LanguageModel, steps: int = 5, **changed: Any) -> Training:
 @settings(deadline=None)
 @given(st.integers(1, 3000))
 def test_the_schedule_rises_to_one_and_falls_to_a_tenth(steps: int) -> None:
-    shares = [schedule(step / steps, 1 / steps) for step in range(steps)]
+    shares = [learning_rate_factor(step / steps, 1 / steps) for step in range(steps)]
     peak = shares.index(max(shares))
     assert max(shares) == pytest.approx(1)
     assert all(0.1 <= share <= 1 for share in shares[peak:])
@@ -74,7 +74,7 @@ def test_the_schedule_rises_to_one_and_falls_to_a_tenth(steps: int) -> None:
 
 
 def test_a_step_that_takes_the_whole_budget_has_the_whole_rate() -> None:
-    assert schedule(0.0, 1.0) == 1.0
+    assert learning_rate_factor(0.0, 1.0) == 1.0
 
 
 @pytest.mark.parametrize("objective", ["clm", "mlm"])
@@ -137,7 +137,7 @@ def test_each_step_has_its_own_batch_in_order_and_knows_how_far_training_is() ->
     assert training.tokens == 4 * 4 * SIZES.seq_len
     assert [row.step for row in training.curve.rows] == [1, 2, 3, 4]
     shares = [row.learning_rate / 1e-3 for row in training.curve.rows]
-    assert shares == [schedule(done, 0.25) for _, done in asked]
+    assert shares == [learning_rate_factor(done, 0.25) for _, done in asked]
 
 
 def test_seconds_are_spent_and_the_schedule_follows_the_clock() -> None:
@@ -151,7 +151,7 @@ def test_seconds_are_spent_and_the_schedule_follows_the_clock() -> None:
     assert rates[-1] < 2e-4
     for before, after in pairwise(training.curve.rows):  # each rate is that of the share spent before it
         share = before.seconds / before.step
-        assert after.learning_rate == pytest.approx(1e-3 * schedule(before.seconds, share))
+        assert after.learning_rate == pytest.approx(1e-3 * learning_rate_factor(before.seconds, share))
 
 
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")])

@@ -11,7 +11,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bench.tasks.base import IGNORED, Batch
-from bench.tasks.windows import Passage, cut, entire, least_context, shares, windowed
+from bench.tasks.windows import (
+    Passage,
+    document_batches,
+    least_context,
+    scored_counts,
+    sliding_windows,
+    window_batches,
+)
 
 LENGTHS = st.lists(st.integers(0, 70), min_size=1, max_size=6).filter(any)
 
@@ -42,7 +49,7 @@ def rows(batches: Iterable[Batch]) -> Iterator[tuple[list[int], list[int]]]:
 def test_as_many_targets_as_asked_for_in_turns_of_a_window(
     lengths: list[int], seq_len: int, at_most: int
 ) -> None:
-    found = shares(lengths, seq_len, at_most)
+    found = scored_counts(lengths, seq_len, at_most)
     assert sum(found) == min(max(at_most, seq_len), sum(lengths))
     assert all(0 <= share <= length for share, length in zip(found, lengths, strict=True))
     most = max(found)
@@ -53,9 +60,9 @@ def test_as_many_targets_as_asked_for_in_turns_of_a_window(
 
 def test_the_longest_documents_come_first() -> None:
     """A length that few documents have is scored on those, not on what is left of it in short ones."""
-    assert shares([10, 500, 20, 400], seq_len=300, at_most=600) == [0, 300, 0, 300]
-    assert shares([10, 500, 20, 400], seq_len=300, at_most=100) == [0, 300, 0, 0]
-    assert shares([10, 500, 20, 400], seq_len=8, at_most=32) == [8, 8, 8, 8]
+    assert scored_counts([10, 500, 20, 400], seq_len=300, at_most=600) == [0, 300, 0, 300]
+    assert scored_counts([10, 500, 20, 400], seq_len=300, at_most=100) == [0, 300, 0, 0]
+    assert scored_counts([10, 500, 20, 400], seq_len=8, at_most=32) == [8, 8, 8, 8]
 
 
 @settings(deadline=None)
@@ -65,7 +72,7 @@ def test_every_target_is_scored_once_after_enough_context(
 ) -> None:
     stride = data.draw(st.integers(1, seq_len))
     context = {}
-    for window in cut(lengths, seq_len, stride):
+    for window in sliding_windows(lengths, seq_len, stride):
         assert 0 <= window.start <= window.scored < window.stop <= lengths[window.document]
         assert window.length == min(seq_len, lengths[window.document])
         for target in range(window.scored, window.stop):
@@ -87,9 +94,9 @@ def test_the_targets_are_the_same_for_every_stride_batch_and_state(
 ) -> None:
     stride = data.draw(st.integers(1, seq_len))
     own, want = passages(lengths), everything(lengths)
-    assert scored(windowed(own, seq_len, stride, batch_size)) == want
-    assert scored(windowed(own, seq_len, seq_len, 1)) == want
-    assert scored(entire(own, batch_size)) == want
+    assert scored(window_batches(own, seq_len, stride, batch_size)) == want
+    assert scored(window_batches(own, seq_len, seq_len, 1)) == want
+    assert scored(document_batches(own, batch_size)) == want
 
 
 @settings(deadline=None)
@@ -98,7 +105,7 @@ def test_windows_read_what_precedes_their_targets_and_nothing_of_another_documen
     lengths: list[int], seq_len: int, batch_size: int, data: st.DataObject
 ) -> None:
     stride = data.draw(st.integers(1, seq_len))
-    batches = list(windowed(passages(lengths), seq_len, stride, batch_size))
+    batches = list(window_batches(passages(lengths), seq_len, stride, batch_size))
     assert all(1 <= len(batch.inputs) <= batch_size for batch in batches)
     for inputs, targets in rows(batches):
         assert inputs == list(range(inputs[0], inputs[0] + len(inputs))), "nothing is padded"
@@ -111,7 +118,7 @@ def test_windows_read_what_precedes_their_targets_and_nothing_of_another_documen
 def test_whole_documents_start_together_and_are_zeros_once_they_end(
     lengths: list[int], batch_size: int
 ) -> None:
-    for inputs, targets in rows(entire(passages(lengths), batch_size)):
+    for inputs, targets in rows(document_batches(passages(lengths), batch_size)):
         document = targets[0] // 100 - 1
         length = lengths[document]
         assert inputs[:length] == targets[:length] == passages(lengths)[document].inputs.tolist()
@@ -123,5 +130,5 @@ def test_whole_documents_start_together_and_are_zeros_once_they_end(
 def test_documents_of_like_length_share_a_batch(batch_size: int) -> None:
     """So that few zeros are computed on."""
     own = passages([50, 3, 49, 4, 48, 5])
-    shapes = [batch.inputs.shape for batch in entire(own, batch_size)]
+    shapes = [batch.inputs.shape for batch in document_batches(own, batch_size)]
     assert shapes == ([(1, n) for n in (50, 49, 48, 5, 4, 3)] if batch_size == 1 else [(3, 50), (3, 5)])

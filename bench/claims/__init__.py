@@ -1,4 +1,4 @@
-"""What is said of long-context attention, held against an experiment's records: a verdict each.
+"""Claims of the literature about long-context attention, each checked against an experiment's records.
 
-One file a claim, found by its name, `claim_NN_words.py`: nothing lists them. See `bench.claims.base`.
+Each claim is one file `claim_NN_words.py`, found by its name; no list contains them. See `bench.claims.base`.
 """

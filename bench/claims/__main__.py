@@ -1,6 +1,7 @@
-"""`python -m bench.claims results/claims`: hold the claims against an experiment's records, in `claims.md`.
+"""`python -m bench.claims results/claims`: check the claims against an experiment's records; writes
+`claims.md`.
 
-Exit status: 0 when it is written, 2 when there is nothing to read.
+Exit status: 0 if it is written, 2 if there are no records.
 """
 
 from __future__ import annotations
@@ -14,10 +15,11 @@ from variants.safe_output import run
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Parse the command line, judge, write `claims.md` into the folder; returns the exit status."""
+    """Parse the command line, judge the claims and write `claims.md` into the folder;
+    returns the exit status."""
     parser = argparse.ArgumentParser(
         prog="python -m bench.claims",
-        description="Hold the field's claims against an experiment's records.",
+        description="Check claims of the literature against an experiment's records.",
     )
     parser.add_argument("folder", type=Path, help="the experiment's folder, such as results/claims")
     folder: Path = parser.parse_args(arguments).folder

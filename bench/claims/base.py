@@ -1,14 +1,14 @@
-"""What a claim is, and how it comes to a verdict.
+"""The interface of a claim, and its verdict.
 
 A claim is a module of this package named `claim_NN_words`, with
 
-- `STATEMENT`: what is said, as a sentence in plain text;
-- `SOURCE`: who says it, as a citation in plain text;
-- `judge(frame) -> Finding`: what arithmetic predicts, what the records show, and what follows. `frame` is
-  `bench.report.data.collect.Collected.frame`: one row a cell, without twins. It raises `Missing` where the
-  cells that it needs are not there or did not finish.
+- `STATEMENT`: the claim, as a sentence in plain text;
+- `SOURCE`: its source, as a citation in plain text;
+- `judge(frame) -> Finding`: the prediction by arithmetic, the measurement and the verdict. `frame` is
+  `bench.report.data.collect.Collected.frame`: one row per cell, without twins. It raises `Missing` if the
+  cells that it needs do not exist or did not finish.
 
-No figure that a finding shows is typed: it comes from a record, or from a formula over a record's sizes.
+Figures in a finding are never literals: each comes from a record, or from a formula over a record's sizes.
 """
 
 from __future__ import annotations
@@ -30,23 +30,24 @@ _NAME = re.compile(r"claim_(\d\d)_\w+")
 
 
 class Missing(LookupError):
-    """The records do not say; the message is which cells are missing, or why they did not finish."""
+    """The records are not sufficient. The message names the missing cells, or why they did not finish."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Finding:
-    """What became of a claim. All of it is plain text, on as many lines as it likes."""
+    """The result of judging a claim, as plain text of any number of lines."""
 
     predicted: str
-    """What arithmetic says."""
+    """The prediction by arithmetic."""
     measured: str
-    """What the records say."""
+    """The measurement in the records."""
     verdict: Verdict
     condition: str = ""
-    """Under which condition it holds, or why it was not measured. May say more of any other verdict."""
+    """The condition under which the claim holds, or why it was not measured;
+    optional for the other verdicts."""
 
     def __post_init__(self) -> None:
-        """Raises ValueError for a text that is missing."""
+        """Raises ValueError if a required text is missing."""
         texts = {"predicted": self.predicted, "measured": self.measured}
         if self.verdict in ("holds with a condition", "not measured"):
             texts["condition"] = self.condition
@@ -55,7 +56,7 @@ class Finding:
 
 
 class Claim(Protocol):
-    """A claim's module."""
+    """The interface of a claim's module."""
 
     STATEMENT: str
     SOURCE: str
@@ -65,7 +66,7 @@ class Claim(Protocol):
 
 
 def claims() -> Iterator[tuple[int, Claim]]:
-    """Every claim by its number, in order. Raises ValueError where two have one number."""
+    """Yield every claim with its number, in order. Raises ValueError if two claims have the same number."""
     found: dict[int, str] = {}
     for module in sorted(pkgutil.iter_modules(bench.claims.__path__), key=lambda module: module.name):
         if match := _NAME.fullmatch(module.name):
@@ -77,7 +78,7 @@ def claims() -> Iterator[tuple[int, Claim]]:
 
 
 def judged(claim: Claim, frame: pd.DataFrame) -> Finding:
-    """The claim's finding; where its cells are missing, one that says which."""
+    """Return the claim's finding; if its cells are missing, a finding that names them."""
     try:
         return claim.judge(frame)
     except Missing as error:

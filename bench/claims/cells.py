@@ -1,4 +1,4 @@
-"""Cells of a frame, found by their keys, and their figures over replicates."""
+"""Selection of cells by their keys, and aggregation of their figures over replicates."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from bench.report.text import units
 
 
 def finished(frame: pd.DataFrame, *, knobs: Mapping[str, Any] | None = None, **keys: Any) -> pd.DataFrame:
-    """The finished cells that have these values in these columns, and in the knobs of their variant.
+    """Return the finished cells with these values in these columns and in the knobs of their variant.
 
-    Of a tuple, list or set any value will do; None is a figure that was not taken. Raises Missing where no
-    cell is left, with the reason where there are such cells and none finished.
+    A tuple, list or set matches any of its values; None matches a figure that was not taken. Raises Missing
+    if there is no such cell, or, with the reason, if no such cell finished.
     """
     columns = {name: frame[name] for name in keys}
     for name in knobs or {}:
@@ -37,7 +37,7 @@ def finished(frame: pd.DataFrame, *, knobs: Mapping[str, Any] | None = None, **k
 
 
 def _among(column: pd.Series[Any], wanted: Any) -> pd.Series[bool]:
-    """Where a column has the value, or one of the values."""
+    """Return where a column has the value, or one of the values."""
     if wanted is None:
         return column.isna()
     several = isinstance(wanted, Collection) and not isinstance(wanted, str)
@@ -45,7 +45,7 @@ def _among(column: pd.Series[Any], wanted: Any) -> pd.Series[bool]:
 
 
 def _words(asked: Mapping[str, Any]) -> str:
-    """What was asked for, as on the command line: 'variant=dense seq_len=512'."""
+    """Return the query as on the command line: 'variant=dense seq_len=512'."""
     return " ".join(
         f"{name}={spoken(list(value) if isinstance(value, tuple | set | frozenset) else value)}"
         for name, value in asked.items()
@@ -60,7 +60,7 @@ def _why(found: pd.DataFrame) -> str:
 
 
 def has(rows: pd.DataFrame, *names: str) -> pd.DataFrame:
-    """The rows that have all of these figures. Raises Missing where none has."""
+    """Return the rows that have all of these figures. Raises Missing if there are none."""
     found = rows.dropna(subset=list(names))
     if found.empty:
         raise Missing(f"no {' or '.join(names)} in {len(rows)} cells, such as {rows.iloc[0]['cell_id']}")
@@ -68,13 +68,14 @@ def has(rows: pd.DataFrame, *names: str) -> pd.DataFrame:
 
 
 def figure(rows: pd.DataFrame, name: str) -> float:
-    """The median of a figure. Raises Missing where no row has it."""
+    """Return the median of a figure. Raises Missing if no row has it."""
     return float(has(rows, name)[name].median())
 
 
 @dataclass(frozen=True)
 class Spread:
-    """A figure over replicates: its median, its 95 % interval (of two their range, of one NaN), how many."""
+    """A figure over replicates:
+    median, 95 % interval (the range for two replicates, NaN for one) and count."""
 
     middle: float
     low: float
@@ -83,45 +84,46 @@ class Spread:
 
     @classmethod
     def of(cls, values: pd.Series[float]) -> Spread:
-        """Of positive figures, one a replicate; the interval is that of `bench.report.data.intervals`."""
+        """Compute the spread of positive figures, one per replicate; the interval is that of
+        `bench.report.data.intervals`."""
         figures = values.to_numpy(dtype=float)
         low, high = (float(np.exp(end)) for end in interval(np.log(figures)))
         return cls(float(np.median(figures)), low, high, len(figures))
 
     @classmethod
     def plain(cls, values: pd.Series[float]) -> Spread:
-        """The same of figures that may be negative, such as differences: no logarithms are taken."""
+        """Compute the spread of figures that may be negative, such as differences, without logarithms."""
         figures = np.asarray(values, dtype=np.float64)
         low, high = (float(end) for end in interval(figures))
         return cls(float(np.median(figures)), low, high, len(figures))
 
     def judged(self) -> Spread:
-        """Itself, where a verdict may rest on its interval. Raises Missing of one replicate."""
+        """Return self if there are enough replicates for a verdict. Raises Missing for a single replicate."""
         if self.count < 2:
-            raise Missing(
-                f"{self.count} replicate of the cells that are compared; a verdict takes two or more"
-            )
+            raise Missing(f"{self.count} replicate of the compared cells; a verdict requires two or more")
         return self
 
     def said(self, show: Callable[[float], str]) -> str:
-        """'1.32× (1.28× to 1.36×, 3 replicates)'."""
+        """Return the spread as text: '1.32× (1.28× to 1.36×, 3 replicates)'."""
         if self.count < 2:
             return f"{show(self.middle)} (1 replicate)"
         return f"{show(self.middle)} ({show(self.low)} to {show(self.high)}, {self.count} replicates)"
 
 
 def by_replicate(rows: pd.DataFrame, name: str) -> pd.Series[float]:
-    """A figure of each replicate; of several cells of one replicate, their median. Raises Missing."""
+    """Return a figure per replicate, the median if a replicate has several cells. Raises Missing."""
     return has(rows, name).groupby("replicate")[name].median()
 
 
 def ratio(rows: pd.DataFrame, base: pd.DataFrame, name: str) -> Spread:
-    """A figure over that of `base`, within each replicate that both have. Raises Missing where none has."""
+    """Return the ratio of a figure to that of `base`, paired by replicate.
+    Raises Missing without common replicates."""
     return Spread.of(_paired(rows, base, name, lambda own, other: own / other))
 
 
 def difference(rows: pd.DataFrame, base: pd.DataFrame, name: str) -> Spread:
-    """A figure less that of `base`, within each replicate that both have. Raises Missing where none has."""
+    """Return the difference of a figure to that of `base`, paired by replicate.
+    Raises Missing without common replicates."""
     return Spread.plain(_paired(rows, base, name, lambda own, other: own - other))
 
 
@@ -135,10 +137,10 @@ def _paired(
 
 
 def disturbed(*cells: pd.DataFrame) -> str:
-    """' (3 of 12 cells were timed while something else ran)'; nothing where none was."""
+    """Return ' (3 of 12 cells were contaminated by other load)', or an empty string if none was."""
     spoilt = sum(int(own["contaminated"].count()) for own in cells)
     every = sum(len(own) for own in cells)
-    return f" ({spoilt} of {every} cells were timed while something else ran)" if spoilt else ""
+    return f" ({spoilt} of {every} cells were contaminated by other load)" if spoilt else ""
 
 
 def _label(rows: pd.DataFrame) -> str:
@@ -147,14 +149,14 @@ def _label(rows: pd.DataFrame) -> str:
 
 
 def large(value: float) -> str:
-    """A count in words: '201 million', '51.5 billion'."""
+    """Return a count in words: '201 million', '51.5 billion'."""
     return units.scaled(value, (("billion", 1e9), ("million", 1e6), ("thousand", 1e3), ("", 1.0)))
 
 
 def growth(sizes: tuple[float, float, float], values: tuple[float, float, float]) -> float:
-    """The exponent p of a + b·sizeᵖ through three points, whose sizes grow by equal factors.
+    """Return the exponent p of a + b·sizeᵖ through three points whose sizes grow by equal factors.
 
-    What does not grow, a, takes no part in it. NaN where the values do not rise, or not both times.
+    The constant part a does not affect p. NaN if the values do not increase in both steps.
     """
     first, second = values[1] - values[0], values[2] - values[1]
     assert math.isclose(sizes[1] / sizes[0], sizes[2] / sizes[1])

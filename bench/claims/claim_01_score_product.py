@@ -1,4 +1,4 @@
-"""How many multiplies a layer's scores cost: counted in the matrix products that are dispatched."""
+"""Multiplications of a layer's score product, counted in the dispatched matrix products."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ SOURCE = (
     "follows from the T²·C of Vaswani 2017, arXiv:1706.03762, Table 1"
 )
 SAID = {512: 200e6, 8192: 50e9}
-"""Tokens → multiplies."""
+"""Tokens → claimed multiplications."""
 WIDTH = 768
 ABOUT = 0.05
-"""What *about* allows, as a share."""
+"""Relative tolerance of *about*."""
 SHARE_OF_STEP = 1 / 3 / 2 / 2
-"""Multiplies of the score product over FLOPs of a step's attention: the forward pass is a third of the step,
-the scores are one of two equal products, and a multiply comes with an addition."""
+"""Multiplications of the score product ÷ FLOPs of a step's attention: the forward pass is a third of the
+step, the scores are one of two equal products, and each multiplication has an addition."""
 
 
 def multiplies(frame: pd.DataFrame, seq_len: int, objective: str, impl: str) -> float:
-    """Dispatched for the scores of one layer."""
+    """Return the dispatched multiplications of the scores of one layer."""
     cells = finished(
         frame,
         variant="dense",
@@ -42,7 +42,7 @@ def multiplies(frame: pd.DataFrame, seq_len: int, objective: str, impl: str) -> 
 
 
 def judge(frame: pd.DataFrame) -> Finding:
-    """Full attention as in BERT; beside it what is dispatched where tokens read earlier ones alone."""
+    """Judge full attention as in BERT; causal attention is reported in addition."""
     full = {t: multiplies(frame, t, "mlm", "naive") for t in SAID}
     masked = {t: multiplies(frame, t, "clm", "naive") for t in SAID}
     skipped = {t: multiplies(frame, t, "clm", "sdpa") for t in SAID}
@@ -53,16 +53,16 @@ def judge(frame: pd.DataFrame) -> Finding:
         return " and ".join(f"{large(count)} at {t:,}" for t, count in counts.items())
 
     measured = (
-        f"Dispatched: {listed(full)} where every token reads every other. Causal: {listed(masked)} by a "
-        f"layer that masks its scores, {listed(skipped)} by the kernel that skips what is masked. The "
-        "product with the values costs the same again"
+        f"Dispatched, bidirectional: {listed(full)}. Causal: {listed(masked)} by a layer that masks its "
+        f"scores, {listed(skipped)} by the kernel that skips masked blocks. The product with the values "
+        "costs the same again"
     )
     verdict: Verdict
     if not holds:
         verdict, condition = "does not hold here", ""
     elif halved:
         verdict = "holds with a condition"
-        condition = "where all scores are computed; a causal kernel computes half of them"
+        condition = "if all scores are computed; a causal kernel computes half of them"
     else:
         verdict, condition = "holds", ""
     return Finding(

@@ -1,4 +1,4 @@
-"""What a layer's scores take if they are stored: what it leaves beyond a layer that does not store them."""
+"""Memory of a layer's stored scores: the difference to a layer that does not store them."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ SOURCE = (
     "fused kernel stores is Dao 2022, arXiv:2205.14135, §3.1"
 )
 SAID = {512: 12 * 2.0**20, 8192: 3 * 2.0**30}
-"""Tokens → bytes a layer."""
+"""Tokens → claimed bytes per layer."""
 SAID_IN_ALL = 36 * 2.0**30
 LAYERS = 12
 ABOUT = 0.05
-"""What *about* allows, as a share."""
+"""Relative tolerance of *about*."""
 FLOAT = 4
-"""Bytes."""
+"""Bytes of a float32."""
 
 
 def stored(frame: pd.DataFrame, seq_len: int, impl: str, depths: tuple[int, int], measure: str) -> float:
-    """Bytes that a further layer's forward pass leaves for the backward pass."""
+    """Return the bytes that the forward pass of one more layer stores for the backward pass."""
     low, high = (
         figure(
             finished(
@@ -52,7 +52,7 @@ def stored(frame: pd.DataFrame, seq_len: int, impl: str, depths: tuple[int, int]
 
 
 def judge(frame: pd.DataFrame) -> Finding:
-    """The same network with stored scores and with the fused kernel; what they differ by are the scores."""
+    """Compare the same network with stored scores and with the fused kernel; the difference is the scores."""
     plans = {
         t: {impl: stored(frame, t, impl, (1, LAYERS), "plan") for impl in ("naive", "sdpa")} for t in SAID
     }
@@ -68,7 +68,7 @@ def judge(frame: pd.DataFrame) -> Finding:
         abs(in_all / SAID_IN_ALL - 1) <= ABOUT and abs(run / SAID[shortest] - 1) <= ABOUT
     )
     rest = more[longest] - (scores[longest] - heads * longest) * FLOAT
-    mask = longest**2  # naive keeps what it masks with, a byte a pair
+    mask = longest**2  # naive stores its mask, one byte per pair
     with_mask = f" (and a mask, {units.size(mask)} at {longest:,})" if abs(rest / mask - 1) < ABOUT else ""
     whole = [plans[t]["sdpa"] for t in (shortest, longest)]
     slope = math.log(whole[1] / whole[0]) / math.log(longest / shortest)
@@ -77,15 +77,15 @@ def judge(frame: pd.DataFrame) -> Finding:
     sizes = [f"{large(count)} floats, {units.size(count * FLOAT)}, at {t:,}" for t, count in scores.items()]
     return Finding(
         predicted=f"H·T² scores of {FLOAT} bytes: {' and '.join(sizes)} a layer; in {LAYERS} layers "
-        f"{units.size(LAYERS * scores[longest] * FLOAT)}. A fused kernel stores their logarithmic sums "
-        f"instead, H·T: {' and '.join(units.size(size) for size in instead.values())} a layer, and computes "
-        "the scores again in the backward pass",
-        measured=f"A layer that stores its scores{with_mask} leaves {units.size(more[shortest])} more than "
-        f"the fused one at {shortest:,} tokens as predicted, {units.size(run)} as run, and "
-        f"{units.size(more[longest])} at {longest:,} as predicted; {LAYERS} layers {units.size(in_all)}. "
-        f"With the fused kernel all that a whole block leaves is {units.size(whole[0])} and "
-        f"{units.size(whole[1])}, which grows as T^{slope:.2f}; a step of {LAYERS} layers at {longest:,} "
-        f"peaks at {units.size(figure(sdpa, 'peak_bytes'))} instead of "
+        f"{units.size(LAYERS * scores[longest] * FLOAT)}. A fused kernel stores their log-sum-exps "
+        f"instead, H·T: {' and '.join(units.size(size) for size in instead.values())} a layer, and "
+        "recomputes the scores in the backward pass",
+        measured=f"A layer that stores its scores{with_mask} stores more than the fused one: at {shortest:,} "
+        f"tokens {units.size(more[shortest])} by prediction and {units.size(run)} by measurement, "
+        f"at {longest:,} {units.size(more[longest])} by prediction; {LAYERS} layers {units.size(in_all)}. "
+        f"With the fused kernel a whole block stores {units.size(whole[0])} and "
+        f"{units.size(whole[1])}, which grows as T^{slope:.2f}; the peak of a step of {LAYERS} layers at "
+        f"{longest:,} is {units.size(figure(sdpa, 'peak_bytes'))} instead of "
         f"{units.size(figure(naive, 'peak_bytes'))}",
         verdict=verdict,
     )

@@ -1,7 +1,9 @@
-"""Overlapping half-chunks: what they cost over chunks, and what of the loss at chunk edges they take back.
+"""Overlapping half-chunks: their cost relative to chunks, and how much of the loss at chunk edges they
+recover.
 
-Places of a chunk are compared within a model, first half less second half, and the same of `dense` is taken
-off, which reads all that comes before and so says by how much the targets there are harder.
+Within a model, the first and second halves of a chunk are compared. The same difference of `dense`, which
+reads all earlier tokens, is subtracted, because it shows by how much the targets in the first half are
+harder.
 """
 
 from __future__ import annotations
@@ -23,11 +25,11 @@ STATEMENT = (
 SOURCE = "engineering practice; the cost by arithmetic"
 
 NEAR = 0.1
-"""How far from twice a cost may be and count as twice; and how much of the loss may not come back."""
+"""Relative tolerance of *twice*, and the tolerated share of the loss that is not recovered."""
 
 
 class Trained(NamedTuple):
-    """Cells of one setting, each with a loss by place in a chunk."""
+    """Cells of one setting, each with the loss by position in a chunk."""
 
     chunked: pd.DataFrame
     overlapping: pd.DataFrame
@@ -35,15 +37,15 @@ class Trained(NamedTuple):
 
 
 def judge(frame: pd.DataFrame) -> Finding:
-    """Cost from the longest length that both have, quality from the cells with a loss by place."""
+    """Judge the cost at the longest common length, and the quality from the cells with a loss by position."""
     trained = _trained(frame)
     return together([_cost(frame, trained), _edges(trained)])
 
 
 def halves(nll_by_place: list[float]) -> float:
-    """By how much the first half of a chunk is harder than the second, in nats a token."""
+    """Return the loss of the first half of a chunk minus that of the second, in nats per token."""
     *first, second = nll_by_place
-    places = np.maximum(1, 2 ** (np.arange(len(first)) - 1.0))  # element 0 is one place, k > 0 2^(k − 1)
+    places = np.maximum(1, 2 ** (np.arange(len(first)) - 1.0))  # element 0 is one position, k > 0 2^(k − 1)
     return float(np.average(np.asarray(first, dtype=float), weights=places) - second)
 
 
@@ -51,7 +53,7 @@ def _trained(frame: pd.DataFrame) -> Trained:
     own = has(finished(frame, variant="chunked"), "nll_by_place")
     own = own[knob(own, "chunk") == own["place_period"]]
     if own.empty:
-        raise Missing("variant=chunked: no nll_by_place in parts of a chunk's length")
+        raise Missing("variant=chunked: no nll_by_place with the chunk as its period")
     own = one_setting(own)
     chunk = {"chunk": int(knob(own, "chunk").iloc[0])}
     setting = {**like(own), "place_period": chunk["chunk"]}
@@ -83,12 +85,12 @@ def _cost(frame: pd.DataFrame, trained: Trained) -> Part:
     short, size = trained.chunked.iloc[0]["seq_len"], int(knob(trained.chunked, "chunk").iloc[0])
     right = abs(attention / 2 - 1) <= NEAR and abs(step / 2 - 1) <= NEAR
     return Part(
-        predicted=f"2 − c/T times the windows: {2 - chunk / longest:.4f} at chunks of {chunk} in "
-        f"{longest:,} tokens, {2 - size / short:.4f} at {size} in {short:,}. The output layer runs once a "
+        predicted=f"2 − c/T times the windows: {2 - chunk / longest:.4f} for chunks of {chunk} in "
+        f"{longest:,} tokens, {2 - size / short:.4f} for {size} in {short:,}. The output layer runs once per "
         "token in both.",
         measured=f"At {longest:,} tokens {units.ratio(attention)} the FLOPs of attention and "
-        f"{units.ratio(step)} those of a step; at {short:,} {units.ratio(counted.middle)} those of a step, "
-        f"and its time is {timed.said(units.ratio)}.",
+        f"{units.ratio(step)} the FLOPs of a step; at {short:,} tokens {units.ratio(counted.middle)} the "
+        f"FLOPs of a step and {timed.said(units.ratio)} its time.",
         verdict="holds" if right else "does not hold here",
         but=f"attention costs {units.ratio(attention)} and a step {units.ratio(step)}",
     )
@@ -103,33 +105,34 @@ def _edges(trained: Trained) -> Part:
     named = zip(trained._fields, trained, strict=True)
     starts = ", ".join(f"{name} {by_replicate(rows, 'start').median():.2f}" for name, rows in named)
     return Part(
-        predicted=f"A chunk's first {period // 2} places have 0 to {period // 2 - 1} tokens before them; "
-        f"with overlap every place has {period // 2} or more.",
-        measured=f"First half less second half of a chunk of {period}, less the same of dense: chunked "
-        f"{lost.said(points)} nats a token, overlapping {left.said(points)}; of it comes back "
-        f"{back.said(share)}. Loss at a chunk's first place: {starts}. Over all places, overlapping less "
-        f"chunked: {whole.said(points)}.",
+        predicted=f"The first {period // 2} positions of a chunk have 0 to {period // 2 - 1} tokens of "
+        f"context; with overlap every position has {period // 2} or more.",
+        measured=f"Excess loss of the first half of a chunk of {period} over the second, minus that of "
+        f"dense: chunked {lost.said(points)} nats per token, overlapping {left.said(points)}; recovered: "
+        f"{back.said(share)}. Loss at the first position of a chunk: {starts}. Over all positions, "
+        f"overlapping minus chunked: {whole.said(points)}.",
         verdict=verdict,
         but=but,
     )
 
 
 def _recovered(trained: Trained) -> Spread:
-    """Of what chunks lose at their edges, the share that overlapping ones do not, within each replicate."""
+    """Return the share of the loss at chunk edges that overlapping chunks recover, paired by replicate."""
     chunked, overlapping, dense = (by_replicate(rows, "edge") for rows in trained)
     return Spread.plain((1 - (overlapping - dense) / (chunked - dense)).dropna())
 
 
 def _judged(lost: Spread, back: Spread, whole: Spread) -> tuple[Verdict, str]:
-    """What follows, and what it is subject to."""
+    """Return the verdict and its condition."""
     if lost.middle <= 0:
-        return "does not hold here", "chunk edges lose nothing"
+        return "does not hold here", "chunk edges do not increase the loss"
     if lost.count < 2 or lost.low <= 0:
-        return "holds with a condition", f"chunk edges lose, but {unsure(lost)}"
+        return "holds with a condition", f"chunk edges increase the loss, but {unsure(lost)}"
     if back.low < 1 - NEAR:
         verdict: Verdict = "holds with a condition" if back.low > 0.5 else "does not hold here"
-        return verdict, f"of what the edges lose, as little as {share(back.low)} may come back"
+        return verdict, f"possibly only {share(back.low)} of the loss at the edges is recovered"
     if whole.low > 0:
-        words = "what the edges lose comes back, but the rest of a chunk is worse by more: overlapping chunks"
-        return "holds with a condition", f"{words} lose {points(whole.middle)} nats a token over all places"
+        words = "the loss at the edges is recovered, but the rest of a chunk is worse by more: over all"
+        more = f"positions, overlapping minus chunked is {points(whole.middle)} nats per token"
+        return "holds with a condition", f"{words} {more}"
     return "holds", ""

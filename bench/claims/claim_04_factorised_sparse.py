@@ -1,4 +1,4 @@
-"""What the factorised patterns save, and what two layers of them connect."""
+"""Factorised sparse patterns: FLOPs that they save, and the pairs that two layers connect."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ MODES = ("merged", "split", "interleaved")
 LENGTHS = (1024, 4096, 8096)
 LONGEST = 8096
 CONNECTED_AT = 1024
-"""Tokens at which it is worked out what the layers connect."""
+"""Length at which the connected pairs are computed."""
 ABOUT = 0.1
-"""What *about* allows of the factor, as a share."""
+"""Relative tolerance of *about* for the factor."""
 EXPONENT, CLOSE = 0.5, 0.05
-"""How the saving is said to grow, and how close to it a fit is called the same."""
+"""The claimed exponent of the saving, and the tolerance for a fit."""
 
 
 def savings(frame: pd.DataFrame, variant: str, mode: str) -> dict[int, float]:
-    """Tokens → attention FLOPs of dense over those of the pattern, causal, by formula."""
+    """Return tokens → attention FLOPs of dense ÷ those of the pattern, causal, by formula."""
     plans: dict[str, Any] = {
         "measure": "plan",
         "depth": 2,
@@ -49,7 +49,8 @@ def savings(frame: pd.DataFrame, variant: str, mode: str) -> dict[int, float]:
 
 
 def connected(frame: pd.DataFrame, depth: int) -> tuple[float, float]:
-    """Least and largest share of the allowed pairs that the layers connect, over patterns and modes."""
+    """Return the minimum and maximum share of the allowed pairs that the layers connect,
+    over patterns and modes."""
     shares = [
         figure(
             has(
@@ -73,7 +74,8 @@ def connected(frame: pd.DataFrame, depth: int) -> tuple[float, float]:
 
 
 def timed(frame: pd.DataFrame) -> tuple[Spread, str]:
-    """Time of dense's whole step over that of the strided pattern's, in one layer; and what disturbed it."""
+    """Return the step time of dense ÷ that of the strided pattern,
+    with one layer, and the note on contamination."""
     run: dict[str, Any] = {
         "seq_len": LONGEST,
         "depth": 1,
@@ -93,7 +95,7 @@ def timed(frame: pd.DataFrame) -> tuple[Spread, str]:
 
 
 def judge(frame: pd.DataFrame) -> Finding:
-    """Both patterns in all three ways of giving the factors to heads and layers."""
+    """Judge both patterns in all three modes of assigning the factors to heads and layers."""
     saved = {(variant, mode): savings(frame, variant, mode) for variant in VARIANTS for mode in MODES}
     exponents = [
         float(stats.linregress(np.log(list(own)), np.log(list(own.values()))).slope) for own in saved.values()
@@ -114,13 +116,13 @@ def judge(frame: pd.DataFrame) -> Finding:
     else:
         verdict = "holds with a condition"
         condition = (
-            f"√T is how the saving grows; the saving itself is {units.digits(factors[least])}·√T "
-            f"({_name(least)}) to {units.digits(factors[most])}·√T ({_name(most)}), of attention's FLOPs "
-            "alone"
+            f"the saving grows as √T, but is {units.digits(factors[least])}·√T "
+            f"({_name(least)}) to {units.digits(factors[most])}·√T ({_name(most)}), of the FLOPs of "
+            "attention only"
         )
     dense = (LONGEST + 1) / 2
     near, far = root, root / 2
-    # the fixed pattern: the block so far, and c summaries of each block before
+    # the fixed pattern: the current block so far, and c summaries of each earlier block
     some = finished(frame, variant="sparse_fixed", seq_len=LONGEST)
     summaries = int(some.iloc[0]["variant_params"]["c"])
     fixed = dense / (near / 2 + summaries * far)
@@ -130,17 +132,17 @@ def judge(frame: pd.DataFrame) -> Finding:
     )
     return Finding(
         predicted=f"√T = {units.digits(root)} at {LONGEST:,}. Causal, a token reads {dense:,.0f} keys on "
-        f"average in dense attention, and with a stride of √T {near:.0f} near and {far:.0f} far: "
-        f"{units.ratio(dense / (near + far))} where each head reads both (merged), "
-        f"{units.ratio(dense / (near + far) * 2)} where each reads one (split, interleaved). "
-        f"The fixed pattern reads half of the near ones and {summaries} summaries for each far one: "
+        f"average in dense attention, and {near:.0f} near and {far:.0f} far keys with a stride of √T: "
+        f"{units.ratio(dense / (near + far))} if each head reads both (merged), "
+        f"{units.ratio(dense / (near + far) * 2)} if each head reads one kind (split, interleaved). "
+        f"The fixed pattern reads half of the near keys and {summaries} summaries for each far key: "
         f"{units.ratio(fixed)} and {units.ratio(2 * fixed)}. "
-        "Far, then near, is a way from any token to any later one",
+        "A far step followed by a near step connects any token to any later one",
         measured=f"FLOPs of attention saved at {LONGEST:,}: {listed}; they grow as T^{min(exponents):.2f} to "
-        f"T^{max(exponents):.2f} from {min(LENGTHS):,} tokens on. A whole step of one layer of width 256 is "
-        f"{time.said(units.ratio)} as fast with strided attention as with dense{spoilt}. At {CONNECTED_AT:,} "
-        f"tokens one layer connects {units.share(one[0])} to {units.share(one[1])} of the pairs, two connect "
-        f"{' to '.join(dict.fromkeys(map(units.share, two)))}",
+        f"T^{max(exponents):.2f} from {min(LENGTHS):,} tokens on. A whole step with one layer of width 256 "
+        f"is {time.said(units.ratio)} as fast with strided attention as with dense{spoilt}. "
+        f"At {CONNECTED_AT:,} tokens one layer connects {units.share(one[0])} to {units.share(one[1])} of "
+        f"the pairs, two connect {' to '.join(dict.fromkeys(map(units.share, two)))}",
         verdict=verdict,
         condition=condition,
     )

@@ -1,4 +1,4 @@
-"""What recomputing blocks costs in time, and whether the memory that it frees buys that back."""
+"""Checkpointing: the time that recomputation costs, and whether a larger batch compensates for it."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ STATEMENT = (
 SOURCE = "Chen 2016, arXiv:1604.06174, abstract and §4; that it can be faster is said in popular accounts"
 FORWARD = 1.0
 MOST = 1.5
-"""Most that the step may take, as a multiple of the step that keeps everything."""
+"""Maximum claimed step time, relative to the step that keeps all activations."""
 SETTING = ("seq_len", "depth", "d_model", "budget_bytes")
 
 
 def costs(frame: pd.DataFrame) -> list[tuple[str, Spread, Spread, float]]:
-    """At equal batch and each length: step time over `keep`'s, forward passes added, and executed FLOPs over
-    `keep`'s."""
+    """Return, for each length at equal batch: the step time relative to `keep`, the additional time in
+    forward passes, and the executed FLOPs relative to `keep`."""
     keys: dict[str, Any] = {
         "variant": "dense",
         "measure": "quick",
@@ -48,9 +48,10 @@ def costs(frame: pd.DataFrame) -> list[tuple[str, Spread, Spread, float]]:
 
 
 def gains(frame: pd.DataFrame) -> list[tuple[dict[str, Any], Spread, int, int]]:
-    """By setting: throughput over `keep`'s, each at the most sequences that fit, and how many those are.
+    """Return, for each setting: the throughput relative to `keep`, each at its largest batch that fits, and
+    both batch sizes.
 
-    Raises Missing where a setting has not both.
+    Raises Missing if a setting lacks one of them.
     """
     payoff = kinds(frame).payoff
     cells = payoff[payoff["variant"] == "dense"]
@@ -66,9 +67,9 @@ def gains(frame: pd.DataFrame) -> list[tuple[dict[str, Any], Spread, int, int]]:
 
 
 def judge(frame: pd.DataFrame) -> Finding:
-    """The cost at equal batch, then the yield of the memory it frees."""
+    """Judge the cost at equal batch, and then the gain from the freed memory."""
     cost, gain = costs(frame), gains(frame)
-    # Above the bound only where its whole interval is: what lies nearer is noise.
+    # Above the bound only if the whole interval is; otherwise it may be noise.
     dearer = [name for name, more, added, _ in cost if added.low > FORWARD or more.low > MOST]
     faster = [_setting(values) for values, own, *_ in gain if own.low > 1]
     others = [_setting(values) for values, own, *_ in gain if not own.low > 1]

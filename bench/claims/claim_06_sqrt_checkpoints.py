@@ -1,4 +1,4 @@
-"""How activations grow with depth where the input of every √L-th block is stored."""
+"""Growth of activations with depth if the input of every √L-th block is stored."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from bench.report.text import units
 STATEMENT = "Storing the input of every √L-th of L layers makes activations grow as √L."
 SOURCE = "Chen 2016, arXiv:1604.06174, abstract and §4.1"
 DEPTHS = (4, 16, 64)
-"""Squares, so that the groups are equal."""
+"""Square numbers, so that all groups have the same size."""
 CLAIMED = {"keep": 1.0, "checkpoint": 1.0, "sqrt": 0.5}
 CLOSE = 0.05
-"""How close to the claimed exponent a fit is called the same."""
+"""Tolerance for the exponent of a fit."""
 
 
 def held(frame: pd.DataFrame, activations: str, name: str) -> tuple[float, float, float]:
-    """A figure at each depth."""
+    """Return a figure at each depth."""
     keys: dict[str, Any] = {
         "variant": "dense",
         "measure": "plan",
@@ -40,7 +40,8 @@ def held(frame: pd.DataFrame, activations: str, name: str) -> tuple[float, float
 
 
 def judge(frame: pd.DataFrame) -> Finding:
-    """What the forward pass leaves, and what the backward pass computes again at one time."""
+    """Judge the memory that the forward pass stores, and the memory that
+    the backward pass recomputes at a time."""
     stored = {name: growth(DEPTHS, held(frame, name, "activation_bytes")) for name in CLAIMED}
     again = growth(DEPTHS, held(frame, "sqrt", "peak_workspace_bytes"))
     peaks = {name: held(frame, name, "peak_bytes")[-1] for name in CLAIMED}
@@ -50,22 +51,22 @@ def judge(frame: pd.DataFrame) -> Finding:
     if any(fits) and not all(fits):
         verdict = "holds with a condition"
         condition = (
-            "of what the forward pass stores" if fits[0] else "of what the backward pass computes again"
-        ) + ", not of the other part"
+            "for the stored activations" if fits[0] else "for the recomputed activations"
+        ) + ", but not for the other part"
     deepest = DEPTHS[-1]
     group = (
-        f". Here a group of {deepest**0.5:.0f} whole blocks takes more than the inputs that it saves"
+        f". Here a group of {deepest**0.5:.0f} whole blocks needs more memory than the inputs that it saves"
         if peaks["checkpoint"] < peaks["sqrt"]
         else ""
     )
     return Finding(
-        predicted="√L inputs are stored, and the √L blocks of one group at a time are computed again: both "
-        "parts grow as L^0.5; with every activation kept, or every input, as L^1",
-        measured=f"From {DEPTHS[0]} to {deepest} layers, what does not grow aside: the inputs stored as "
-        f"L^{stored['sqrt']:.2f}, what is computed again at one time as L^{again:.2f}; with everything kept "
-        f"L^{stored['keep']:.2f}, with every block's input L^{stored['checkpoint']:.2f}. A step of {deepest} "
-        f"layers peaks at {units.size(peaks['sqrt'])}; with everything kept at {units.size(peaks['keep'])}, "
-        f"with every block's input at {units.size(peaks['checkpoint'])}{group}",
+        predicted="√L inputs are stored, and the √L blocks of one group are recomputed at a time: both "
+        "parts grow as L^0.5; if every activation or every input is kept, as L^1",
+        measured=f"From {DEPTHS[0]} to {deepest} layers, without constant parts: stored inputs grow as "
+        f"L^{stored['sqrt']:.2f}, memory that is recomputed at a time as L^{again:.2f}; all activations "
+        f"L^{stored['keep']:.2f}, every block's input L^{stored['checkpoint']:.2f}. The peak of a step "
+        f"of {deepest} layers is {units.size(peaks['sqrt'])}; with all activations kept "
+        f"{units.size(peaks['keep'])}, with every block's input {units.size(peaks['checkpoint'])}{group}",
         verdict=verdict,
         condition=condition,
     )

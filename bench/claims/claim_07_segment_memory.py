@@ -1,7 +1,7 @@
-"""Transformer-XL: how far the last token of a sequence can look by depth, and what chunks lose without it.
+"""Transformer-XL: the reach of a sequence's last token by depth, and the loss of chunks without memory.
 
-`transformer_xl` without memory is a network run on chunks with the very same parameters and relative
-positions: what it loses to one with memory is what a chunk's edge takes away, and nothing else.
+`transformer_xl` without memory is a network on chunks with the same parameters and relative positions. Its
+additional loss compared with memory is therefore caused only by the chunk edges.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ SOURCE = "Dai 2019, arXiv:1901.02860, §3.1 and §3.2"
 
 
 def judge(frame: pd.DataFrame) -> Finding:
-    """Reach from the cells that worked it out, at several depths; quality from trained ones."""
+    """Judge the reach from cells at several depths, and the quality from trained cells."""
     reached = has(finished(frame, variant="transformer_xl"), "reach")
     grows = reaches(reached, ["segment", "mem_len"], lambda knobs: knobs["mem_len"], "memory")
     return together([grows, *_quality(frame)])
@@ -41,23 +41,23 @@ def _quality(frame: pd.DataFrame) -> list[Part]:
     window, trained = int(kept.iloc[0]["seq_len"]), kept.iloc[0]["tokens_trained"]
     return [
         Part(
-            predicted=f"A chunk's first token has nothing before it; with memory it has {length} positions, "
-            "and what lower layers put into them.",
-            measured=f"Loss of transformer_xl without memory, less with {length} positions of it, after "
-            f"{trained:,.0f} tokens of training: {hurt.said(points)} nats a token; with all memory "
-            f"emptied every {window} tokens: {reset.said(points)}.",
+            predicted=f"The first token of a chunk has no context; with memory it has {length} positions, "
+            "and the information that lower layers store in them.",
+            measured=f"Loss of transformer_xl without memory minus that with {length} positions, "
+            f"after {trained:,.0f} tokens of training: {hurt.said(points)} nats per token; with the "
+            f"memory reset every {window} tokens: {reset.said(points)}.",
             verdict=beyond(hurt),
             but=_instead(hurt, "transformer_xl gains from its memory", "its memory gains nothing"),
         ),
         Part(
             predicted="",
-            measured=f"Loss of chunks of {length}, less dense over {window}: {rotary.said(points)} nats a "
-            "token.",
+            measured=f"Loss of chunks of {length} minus that of dense over {window}: {rotary.said(points)} "
+            "nats per token.",
             verdict=beyond(rotary),
             but=_instead(
                 rotary,
-                f"chunks of {length} lose to dense",
-                f"after {trained:,.0f} tokens of training, chunks of {length} lose nothing to dense",
+                f"chunks of {length} are worse than dense",
+                f"after {trained:,.0f} tokens of training, chunks of {length} are not worse than dense",
             ),
         ),
     ]

@@ -1,4 +1,4 @@
-"""Compressive memory: how far it reaches, and whether a compression that is learnt is worth it."""
+"""Compressive memory: its reach, and the benefit of learnt compression."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ SOURCE = "Rae 2019, arXiv:1911.05507, §3 and §4"
 
 
 def judge(frame: pd.DataFrame) -> Finding:
-    """Reach from the cells that worked it out, at several depths; quality from trained ones."""
+    """Judge the reach from cells at several depths, and the quality from trained cells."""
     reached = has(finished(frame, variant="compressive"), "reach")
     far = reaches(
         reached,
@@ -30,25 +30,25 @@ def judge(frame: pd.DataFrame) -> Finding:
 
 
 def _against(trained: pd.DataFrame, conv: pd.DataFrame, pooling: str) -> Part:
-    """The learnt convolution beside a pooling, all else alike."""
+    """Compare the learnt convolution with a pooling, everything else equal."""
     knobs = {**conv.iloc[0]["variant_params"]}
     own = finished(conv, knobs=knobs, **like(conv))
     other = finished(trained, knobs={**knobs, "compression": pooling}, **like(conv))
     found = difference(other, own, "nll")
     if found.middle > 0:
-        but = f"a convolution gains on {pooling} pooling, but {unsure(found)}"
+        but = f"a convolution is better than {pooling} pooling, but {unsure(found)}"
     elif found.low < 0 < found.high or found.count < 2:
-        but = f"a convolution cannot be told from {pooling} pooling"
+        but = f"a convolution cannot be distinguished from {pooling} pooling"
     else:
         but = f"{pooling} pooling is better than a convolution"
     return Part(
         predicted=(
-            "A convolution can be the mean of its group, so only how it is trained can make it worse."
+            "A convolution can represent the mean of its group, so only its training can make it worse."
             if pooling == "mean"
             else ""
         ),
-        measured=f"Loss of {pooling} pooling, less that of a convolution, after "
-        f"{own.iloc[0]['tokens_trained']:,.0f} tokens of training: {found.said(points)} nats a token.",
+        measured=f"Loss of {pooling} pooling minus that of a convolution, after "
+        f"{own.iloc[0]['tokens_trained']:,.0f} tokens of training: {found.said(points)} nats per token.",
         verdict=beyond(found),
         but=but,
     )

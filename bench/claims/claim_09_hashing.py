@@ -1,8 +1,9 @@
-"""Reformer's three steps: queries that are keys, rounds of hashing, and what a round costs.
+"""Reformer: shared queries and keys, the number of hash rounds, and the cost of a round.
 
-One bucket and a window as long as the sequence hash nothing: that is full attention with shared queries and
-keys, by the paper's rules (keys of unit length, a token reads itself only where it has nothing else). Beside
-`dense` it shows what sharing costs, and beside hashed cells what hashing does.
+With one bucket and a window as long as the sequence, hashing has no effect. The result is full attention with
+shared queries and keys, by the paper's rules (keys of unit length; a token reads itself only if it has no
+other key). The comparison with `dense` shows the effect of sharing, and the comparison with hashed cells the
+effect of hashing.
 """
 
 from __future__ import annotations
@@ -23,11 +24,11 @@ STATEMENT = (
 SOURCE = "Kitaev 2020, arXiv:2001.04451, §2, §5 and Table 1"
 
 LITTLE = 0.02
-"""Share of the perplexity that counts as little."""
+"""Relative increase of the perplexity that counts as *little*."""
 
 
 def judge(frame: pd.DataFrame) -> Finding:
-    """Quality and distances from trained cells, growth from planned ones."""
+    """Judge quality and distances from trained cells, and growth from planned cells."""
     hashed = finished(frame, variant="reformer")
     trained = has(hashed, "nll")
     knobs, lengths = trained["variant_params"], trained["seq_len"]
@@ -51,8 +52,8 @@ def _sharing(frame: pd.DataFrame, full: pd.DataFrame) -> Part:
     elif found.middle <= most:
         verdict, but = "holds with a condition", f"it costs little, but {unsure(found)}"
     return Part(
-        predicted=f"One of a layer's four projections less, {share(fewer)} of the model's parameters.",
-        measured="Perplexity of full attention with shared queries and keys, over dense: "
+        predicted=f"A layer has three projections instead of four: {share(fewer)} fewer parameters.",
+        measured="Perplexity of full attention with shared queries and keys, relative to dense: "
         f"{found.said(lambda nats: f'{100 * math.expm1(nats):+.1f} %')}.",
         verdict=verdict,
         but=but,
@@ -85,11 +86,11 @@ def _rounds(hashed: pd.DataFrame, full: pd.DataFrame) -> Part:
             f"{points(first)} to {points(last)} against full attention"
         )
     return Part(
-        predicted="A round adds the pairs that it meets, and takes none away.",
-        measured=f"With {', '.join(map(str, rounds))} rounds, a layer's outputs are "
-        f"{', '.join(map(share, errors))} of their size away from full attention with the same weights, and "
-        f"the loss exceeds that of full attention by {', '.join(points(one.middle) for one in losses)} nats "
-        f"a token (with {rounds[-1]}: {losses[-1].said(points)}).",
+        predicted="Each round adds pairs and removes none.",
+        measured=f"With {', '.join(map(str, rounds))} rounds, the relative error of a layer's outputs to "
+        f"full attention with the same weights is {', '.join(map(share, errors))}, and the loss exceeds "
+        f"that of full attention by {', '.join(points(one.middle) for one in losses)} nats "
+        f"per token (with {rounds[-1]}: {losses[-1].said(points)}).",
         verdict=verdict,
         but=but,
     )
@@ -102,9 +103,9 @@ def _growth(hashed: pd.DataFrame) -> Part:
     return Part(
         predicted=f"From {sizes[0]:,} to {sizes[-1]:,} tokens T log T grows as T to the power "
         f"{claimed.exponent:.2f}.",
-        measured=f"FLOPs of attention there grow as T to the power {found.exponent:.2f}. They are of hashing "
-        "and of pairs; sorting, which is what takes T log T, has none.",
+        measured=f"FLOPs of attention grow there as T to the power {found.exponent:.2f}. They consist of "
+        "hashing and of pairs; sorting, the source of T log T, has no FLOPs.",
         verdict="holds" if abs(found.exponent - claimed.exponent) <= TOLERANCE else "does not hold here",
-        but=f"FLOPs grow as T to the power {found.exponent:.2f}: there are as many more buckets as tokens, "
-        "and each token is projected to find its own",
+        but=f"FLOPs grow as T to the power {found.exponent:.2f}: the number of buckets grows with T, "
+        "and each token is projected to find its bucket",
     )

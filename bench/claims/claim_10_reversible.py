@@ -1,4 +1,4 @@
-"""Reversible layers: what they hold by depth, what they cost in quality, how far their inputs drift."""
+"""Reversible layers: their memory by depth, their effect on quality, and the drift of rebuilt inputs."""
 
 from __future__ import annotations
 
@@ -18,14 +18,15 @@ SOURCE = (
 )
 DEPTHS = (4, 16, 64)
 DTYPES = {"float32": 2.0**-24, "bfloat16": 2.0**-8}
-"""Type of numbers in matrix products → its relative rounding, half a unit in the last place (IEEE 754; of
-bfloat16, 8 bits of significand)."""
+"""dtype of matrix products → its relative rounding error, half a unit in the last place (IEEE 754; bfloat16
+has 8 bits of significand)."""
 SAME = 0.01
-"""The share by which what is held may differ and still count as independent of depth."""
+"""Relative tolerance within which memory counts as independent of depth."""
 
 
 def held(frame: pd.DataFrame, activations: str) -> dict[int, float]:
-    """Depth → bytes at a step's peak that are neither parameters, gradients of them, nor the optimiser's."""
+    """Return depth → bytes at a step's peak, without parameters,
+    their gradients and the optimiser's state."""
     found = {}
     for depth in DEPTHS:
         cells = finished(
@@ -46,7 +47,7 @@ def held(frame: pd.DataFrame, activations: str) -> dict[int, float]:
 
 
 def drift(frame: pd.DataFrame, dtype: str) -> dict[int, float]:
-    """Depth → the largest error of a rebuilt input, relative to that input's largest entry."""
+    """Return depth → the largest error of a rebuilt input, relative to the largest entry of that input."""
     found = {}
     for depth in DEPTHS:
         cells = finished(
@@ -65,7 +66,8 @@ def drift(frame: pd.DataFrame, dtype: str) -> dict[int, float]:
 
 
 def quality(frame: pd.DataFrame) -> tuple[Spread, float]:
-    """How many nats a token reversible layers lose after the same training, and `keep`'s loss."""
+    """Return the loss of reversible layers minus that of `keep` after the same training,
+    and the loss of `keep`."""
     trained = has(finished(frame, variant="dense", measure="standard", objective="clm", depth=4), "nll")
     trained = trained[(trained["seq_len"] == 256) & (trained["batch_size"] == 4)]
     if trained.empty:
@@ -75,7 +77,7 @@ def quality(frame: pd.DataFrame) -> tuple[Spread, float]:
 
 
 def judge(frame: pd.DataFrame) -> Finding:
-    """Three statements, of which each can fail."""
+    """Judge the three parts of the claim, each of which can fail."""
     memory, kept = held(frame, "reversible"), held(frame, "keep")
     lost, loss = quality(frame)
     errors = {dtype: drift(frame, dtype) for dtype in DTYPES}
@@ -85,9 +87,9 @@ def judge(frame: pd.DataFrame) -> Finding:
             f"activation memory grows {units.ratio(memory[DEPTHS[-1]] / memory[DEPTHS[0]])} with depth"
         )
     if lost.low > 0:
-        failed.append(f"{lost.middle:.3f} nats a token are lost")
+        failed.append(f"the loss is higher by {lost.middle:.3f} nats per token")
     if not all(error > 0 for own in errors.values() for error in own.values()):
-        failed.append("inputs come back exactly")
+        failed.append("inputs are rebuilt exactly")
     verdict: Verdict = "does not hold here" if failed else "holds"
     by_depth = "; ".join(
         f"{dtype} {', '.join(f'{units.scientific(error)} at {depth}' for depth, error in own.items())} layers"
@@ -95,15 +97,16 @@ def judge(frame: pd.DataFrame) -> Finding:
     )
     eps = ", ".join(f"{units.scientific(size)} in {dtype}" for dtype, size in DTYPES.items())
     return Finding(
-        predicted="Nothing is stored a block, so what is held has no L in it. The two streams are another "
-        f"network of the same size. A sum is rounded by up to {eps}, relatively, and every block adds one "
-        "such error to those that it rebuilds from: the lowest is worst, and grows with L. Residual streams "
-        "are float32 in both, and only the matrix products' inputs are rounded to the shorter type",
+        predicted="No activations are stored per block, so the memory does not depend on L. The network with "
+        f"two streams is a different one of the same size. The relative rounding error of a sum is "
+        f"up to {eps}, and every block adds one such error when it is rebuilt: the error is "
+        "largest in the lowest block and grows with L. Residual streams are float32 in both cases; only "
+        "inputs of matrix products are rounded",
         measured=f"Activations at the peak: {', '.join(units.size(size) for size in memory.values())} at "
         f"{', '.join(str(depth) for depth in memory)} layers, with everything kept "
         f"{', '.join(units.size(size) for size in kept.values())}. Loss after the same training: "
-        f"{lost.said(_nats)} against {units.score(loss)} nats a token with everything kept. Largest error of "
-        f"a rebuilt input, as a share of its largest entry, before training: {by_depth}",
+        f"{lost.said(_nats)} relative to {units.score(loss)} nats per token with everything kept. "
+        f"Largest error of a rebuilt input, relative to its largest entry, before training: {by_depth}",
         verdict=verdict,
         condition="; ".join(failed),
     )

@@ -1,4 +1,5 @@
-"""How a row of attention is spread over its keys, and what clusters of queries and keys would catch of it."""
+"""The distribution of attention rows over their keys,
+and the share that clusters of queries and keys capture."""
 
 from __future__ import annotations
 
@@ -12,20 +13,21 @@ STATEMENT = "Attention rows are dominated by a few large terms, so clustering ap
 SOURCE = "Kitaev 2020, arXiv:2001.04451, §2; Roy 2020, arXiv:2003.05997, §4.1"
 
 FEW = 32
-"""Terms that are few: Kitaev's §2 takes the 32 or 64 closest of 64 thousand keys to be enough."""
+"""Number of terms that counts as *few*:
+Kitaev's §2 considers the 32 or 64 closest of 64 thousand keys sufficient."""
 MOST = 0.5
-"""Share of a row's mass with which terms dominate it, and with which clusters approximate it."""
+"""Share of a row's mass above which terms *dominate* it, and above which clusters *approximate* it."""
 
 
 def judge(frame: pd.DataFrame) -> Finding:
-    """Dense causal models that were looked at: those of the longest sequence."""
+    """Judge the dense causal models with attention statistics, at the longest sequence."""
     rows = has(finished(frame, variant="dense", objective="clm"), "attention_mass", "cluster_mass")
     rows = one_setting(rows[rows["seq_len"] == rows["seq_len"].max()])
     return together([_mass(rows), _clusters(rows)])
 
 
 def _in_largest(rows: pd.DataFrame, name: str, terms: int) -> Spread:
-    """A list's element for so many terms, a power of two."""
+    """Return the element of a list for the given number of terms, a power of two."""
     place = terms.bit_length() - 1
     return Spread.of(by_replicate(rows.assign(one=[mass[place] for mass in rows[name]]), "one"))
 
@@ -37,12 +39,13 @@ def _mass(rows: pd.DataFrame) -> Part:
     masses = [f"{share(_in_largest(rows, 'attention_mass', n).middle)} in {n}" for n in fewer]
     trained, length = rows.iloc[0][["tokens_trained", "seq_len"]]
     return Part(
-        predicted=f"Were terms alike, a row's {few} largest would have {share(alike.middle)} of its mass.",
+        predicted=f"With uniform weights, the {few} largest of a row would have {share(alike.middle)} "
+        "of its mass.",
         measured=f"Dense attention after {trained:,.0f} tokens of training, held-out text, rows of more than "
         f"{length // 2} terms: the largest have {', '.join(masses)} and {found.said(share)} in {few}.",
         verdict=beyond(found, MOST),
         but=f"the {few} largest terms have {share(found.middle)} of a row's mass, "
-        f"{found.middle / alike.middle:.1f} times what as many alike would",
+        f"{found.middle / alike.middle:.1f} times the share with uniform weights",
     )
 
 
@@ -53,11 +56,11 @@ def _clusters(rows: pd.DataFrame) -> Part:
     )
     times = caught.middle / alike.middle
     return Part(
-        predicted=f"Were terms alike, a query's cluster, one of √T, would have {share(alike.middle)} of the "
-        "mass, as it has of the keys.",
-        measured=f"There it has {caught.said(share)}, by spherical k-means over queries and keys; as many of "
-        f"its largest terms have {share(best.middle)}.",
+        predicted=f"With uniform weights, a query's cluster, one of √T, would have {share(alike.middle)} of "
+        "the mass, its share of the keys.",
+        measured=f"The cluster has {caught.said(share)}, by spherical k-means over queries and keys; the "
+        f"same number of largest terms has {share(best.middle)}.",
         verdict=beyond(caught, MOST),
-        but=f"clusters catch {share(caught.middle)} of a row's mass, {times:.1f} times what as many alike "
-        f"would have, and leave {share(1 - caught.middle)} out",
+        but=f"clusters capture {share(caught.middle)} of a row's mass, {times:.1f} times the share with "
+        f"uniform weights, and miss {share(1 - caught.middle)}",
     )

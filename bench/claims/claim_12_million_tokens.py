@@ -1,4 +1,4 @@
-"""A million tokens: what one tensor of them takes, and whether a step of Reformer fits into one device."""
+"""A million tokens: the size of one tensor, and whether a training step of Reformer fits into one device."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ MILLION = 10**6
 WIDTH, NARROW = 512, 256
 LAYERS = 12
 TENSOR = 2e9
-"""Bytes said."""
+"""Claimed bytes of one tensor."""
 DEVICE = 16 * 2**30
-"""Bytes of a device that is sold as one of 16 GB."""
+"""Bytes of a device that is marketed as 16 GB."""
 ABOUT = 0.1
-"""What *about* allows, as a share."""
+"""Relative tolerance of *about*."""
 FLOAT = 4
-"""Bytes."""
+"""Bytes of a float32."""
 
 
 def planned(frame: pd.DataFrame, variant: str, activations: str, width: int, depth: int) -> pd.DataFrame:
-    """One sequence of a million tokens."""
+    """Return the planned cells of one sequence of a million tokens."""
     return finished(
         frame,
         variant=variant,
@@ -45,7 +45,7 @@ def planned(frame: pd.DataFrame, variant: str, activations: str, width: int, dep
 
 
 def tensor_bytes(frame: pd.DataFrame) -> float:
-    """What one more checkpointed layer stores, its input, for a million tokens."""
+    """Return the bytes that one more checkpointed layer stores (its input) for a million tokens."""
     one, two = (
         figure(planned(frame, "dense", "checkpoint", WIDTH, depth), "activation_bytes") for depth in (1, 2)
     )
@@ -53,7 +53,7 @@ def tensor_bytes(frame: pd.DataFrame) -> float:
 
 
 def judge(frame: pd.DataFrame) -> Finding:
-    """Reversible layers, the feed-forward in pieces; by prediction, as no step of that length is run."""
+    """Judge reversible layers with a feed-forward layer in pieces, by prediction: no such step is run."""
     tensor = tensor_bytes(frame)
     plans = {
         (variant, width): planned(frame, variant, "reversible", width, LAYERS)
@@ -80,13 +80,15 @@ def judge(frame: pd.DataFrame) -> Finding:
     else:
         condition = f"it is predicted to fit neither at width {WIDTH} nor at width {NARROW}"
     alike = peaks["dense", NARROW] <= peaks["reformer", NARROW]
-    doing = ". Dense attention with a fused kernel fits no worse: what hashing saves is work" if alike else ""
+    doing = (
+        ". Dense attention with a fused kernel fits equally well: hashing saves FLOPs only" if alike else ""
+    )
     streams = 2 * TOKENS * WIDTH * FLOAT
     return Finding(
         predicted=f"{MILLION:,} × {WIDTH} × {FLOAT} bytes = {_gigabytes(MILLION * WIDTH * FLOAT)}. Two "
         f"reversible streams of 2²⁰ tokens and their gradients are {units.size(2 * streams)} at width "
-        f"{WIDTH} and {units.size(2 * streams * NARROW / WIDTH)} at width {NARROW}, before anything is "
-        "computed",
+        f"{WIDTH} and {units.size(2 * streams * NARROW / WIDTH)} at width {NARROW}, without any "
+        "intermediate results",
         measured=f"One more checkpointed layer stores {_gigabytes(tensor)} for a million tokens. Predicted "
         f"peak of a training step on 2²⁰ tokens, {LAYERS} reversible layers, feed-forward in pieces: "
         + "; ".join(

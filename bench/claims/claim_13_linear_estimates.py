@@ -1,9 +1,10 @@
-"""Linformer and Performer: how their cost grows, and how far they are from the attention they estimate.
+"""Linformer and Performer: the growth of their cost, and their error relative to softmax attention.
 
-The distance is to softmax attention with the layer's own projections, on the inputs that a layer gets on
-text. Before training, models of every size have weights alike, and so tell what the size does. Training
-gives each its own weights, and asks for a low loss and not to stay close. Linformer's mixtures are drawn at
-1/√T here and not at the 1/√k of Theorem 2, which speaks of mixtures that exist, not of those drawn or learnt.
+The error is relative to softmax attention with the layer's own projections, on the layer's inputs for text.
+Before training, models of every size have equal weights, so the errors show the effect of the size. After
+training, each model has its own weights, and training minimises the loss rather than the error. Here,
+Linformer's mixtures are initialised with a scale of 1/√T rather than the 1/√k of Theorem 2, which is a
+statement about the existence of mixtures rather than about random or learnt ones.
 """
 
 from __future__ import annotations
@@ -26,20 +27,20 @@ SOURCE = (
 )
 
 LINEAR = 0.02
-"""How far from 1 a linear exponent of FLOPs may be."""
+"""Tolerance for the exponent of linear growth of FLOPs."""
 WELL = 0.1
-"""Distance, over the size of what is estimated, up to which it is estimated well."""
+"""Maximum relative error of a *good* estimate."""
 BADLY = 0.5
-"""Distance beyond which it is no estimate."""
+"""Relative error above which it is not an estimate."""
 HARDLY = 0.9
-"""Perplexity, over that without any context, above which a model has hardly learnt to attend."""
+"""Perplexity, relative to that without context, above which a model has hardly learnt to attend."""
 ROOT, NEAR_ROOT = -0.5, 0.15
-"""The exponent of an estimate's error in the number of features, and how far from it one may be."""
+"""The exponent of an estimate's error in the number of features, and its tolerance."""
 
 
 def judge(frame: pd.DataFrame) -> Finding:
-    """Growth from planned cells, errors from trained ones."""
-    features = "The error of an unbiased estimate falls as 1/√m, m features."
+    """Judge the growth from planned cells, and the errors from trained cells."""
+    features = "The error of an unbiased estimate decreases as 1/√m with m features."
     return together(
         [
             _linear(frame),
@@ -72,12 +73,12 @@ def _estimate(
     verdict, but = _judged(name, before, after, slope)
     if perplexity > HARDLY * blind:
         verdict = "holds with a condition" if verdict == "holds" else verdict
-        but = ", ".join(filter(None, [but, f"the {name}s looked at have hardly learnt to attend"]))
+        but = ", ".join(filter(None, [but, f"the measured {name}s have hardly learnt to attend"]))
     return Part(
         predicted=predicted,
-        measured=f"Outputs of a {name} with {', '.join(map(str, before.sizes))} {what} are off softmax "
-        f"attention, of its size, by {before.said()} before training, and each after its own training by "
-        f"{after.said()}, at a perplexity of {perplexity:.3g} ({blind:.3g} without context).",
+        measured=f"Relative error of a {name} with {', '.join(map(str, before.sizes))} {what} to softmax "
+        f"attention: {before.said()} before training, and {after.said()} after its own training, "
+        f"at a perplexity of {perplexity:.3g} ({blind:.3g} without context).",
         verdict=verdict,
         but=but,
     )
@@ -85,26 +86,26 @@ def _estimate(
 
 @dataclass(frozen=True)
 class Errors:
-    """Of an estimate, by its size."""
+    """The errors of an estimate by its size."""
 
     sizes: list[int]
     spreads: list[Spread]
     exponent: float
 
     def said(self) -> str:
-        """'40 %, 20 %, 10 % (to the power -0.50)'."""
+        """Return the errors as text: '40 %, 20 %, 10 % (exponent -0.50)'."""
         listed = ", ".join(share(found.middle) for found in self.spreads)
-        return f"{listed} (their power {self.exponent:.2f})"
+        return f"{listed} (exponent {self.exponent:.2f})"
 
     @property
     def falls(self) -> bool:
-        """Whether every larger size errs less."""
+        """Whether the error decreases with every larger size."""
         middles = [found.middle for found in self.spreads]
         return middles == sorted(middles, reverse=True)
 
     @property
     def least(self) -> Spread:
-        """That of the largest size."""
+        """The error of the largest size."""
         return self.spreads[-1]
 
 
@@ -119,17 +120,18 @@ def _by_size(rows: pd.DataFrame, key: str, size: str) -> Errors:
 
 
 def _judged(name: str, before: Errors, after: Errors, slope: float | None) -> tuple[Verdict, str]:
-    """Whether the error falls as it should where weights are alike, and to where in trained models."""
+    """Judge whether the error decreases as claimed with equal weights,
+    and how small it is in trained models."""
     if not before.falls:
-        return "does not hold here", f"{name} does not come closer with more of them, even before training"
+        return "does not hold here", f"{name}'s error does not decrease with its size, even before training"
     words = []
     if slope is not None and abs(before.exponent - slope) > NEAR_ROOT:
-        words.append(f"{name}'s error does not fall as a root")
+        words.append(f"{name}'s error does not decrease as 1/√m")
     if not after.falls:
-        words.append(f"trained {name}s do not come closer with more of them")
+        words.append(f"the error of trained {name}s does not decrease with their size")
     most = after.least.high if after.least.count > 1 else after.least.middle
     if most > WELL:
-        words.append(f"trained {name}s are off by {share(after.least.middle)} with most of them")
+        words.append(f"the error of the largest trained {name}s is {share(after.least.middle)}")
     if not words:
         return "holds", ""
     near = min(before.least.middle, after.least.middle) <= BADLY
@@ -137,11 +139,11 @@ def _judged(name: str, before: Errors, after: Errors, slope: float | None) -> tu
 
 
 def _best_of_rank(frame: pd.DataFrame) -> str:
-    """What any matrix of a rank could do, where the weights of a masked dense model were looked at."""
+    """Return the best possible error by rank, if there are attention statistics of a masked dense model."""
     try:
         rows = has(finished(frame, variant="dense", objective="mlm"), "attention_rank_error")
     except Missing:
-        return "Weights of low rank have a near matrix of low rank."
+        return "Weights of low rank are close to a matrix of low rank."
     errors = pd.DataFrame(rows["attention_rank_error"].tolist()).median()
     listed = ", ".join(f"{share(errors[k])} at rank {2**k}" for k in range(0, len(errors), 2))
-    return f"The nearest matrix to a masked dense model's weights is off by {listed}."
+    return f"Relative error of the best low-rank approximation of a masked dense model's weights: {listed}."

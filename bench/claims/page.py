@@ -13,18 +13,18 @@ from bench.report.text.columns import Column
 from bench.report.text.markdown import escape
 
 MEANINGS = {
-    "holds": "the cells show what is said, within the spread of their replicates",
-    "holds with a condition": "they show it where the condition is met, or with another constant; the "
+    "holds": "the cells confirm the claim, within the spread of their replicates",
+    "holds with a condition": "the cells confirm the claim under a condition or with another constant; the "
     "condition follows the verdict",
-    "does not hold here": "they show something else, on this machine and at these sizes",
-    "not measured": "the cells that would say are missing or did not finish; why follows the verdict",
+    "does not hold here": "the cells contradict the claim, on this machine and at these sizes",
+    "not measured": "the required cells are missing or did not finish; the reason follows the verdict",
 }
-"""What each verdict means."""
+"""The meaning of each verdict."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """One claim and what became of it."""
+    """One claim and its finding."""
 
     number: int
     claim: Claim
@@ -32,13 +32,13 @@ class Row:
 
     @property
     def verdict(self) -> str:
-        """The verdict with what it is subject to."""
+        """The verdict with its condition."""
         condition = self.finding.condition
         return self.finding.verdict + (f": {condition}" if condition else "")
 
 
 def page(name: str, frame: pd.DataFrame) -> str:
-    """`claims.md` of an experiment."""
+    """Return the text of `claims.md` of an experiment."""
     rows = [Row(number, claim, judged(claim, frame)) for number, claim in claims()]
     return "\n".join([f"# Claims: {escape(name)}\n", _lead(rows, frame), _table(rows)])
 
@@ -48,8 +48,8 @@ def _table(rows: Sequence[Row]) -> str:
         [
             Column("no.", [str(row.number) for row in rows], optional=False),
             _texts("claim", [row.claim.STATEMENT for row in rows]),
-            _texts("said by", [row.claim.SOURCE for row in rows]),
-            _texts("arithmetic predicts", [row.finding.predicted for row in rows]),
+            _texts("source", [row.claim.SOURCE for row in rows]),
+            _texts("predicted by arithmetic", [row.finding.predicted for row in rows]),
             _texts("measured here", [row.finding.measured for row in rows]),
             Column("verdict", [row.verdict for row in rows], right=False, optional=False),
         ]
@@ -61,22 +61,22 @@ def _texts(title: str, cells: Sequence[str]) -> Column:
 
 
 def _lead(rows: Sequence[Row], frame: pd.DataFrame) -> str:
-    """What was measured where and when, and what a verdict means."""
+    """Return the introduction: where and when the cells were measured, and the meaning of the verdicts."""
     counts = {verdict: sum(row.finding.verdict == verdict for row in rows) for verdict in MEANINGS}
     said = ", ".join(f"{count} {verdict}" for verdict, count in counts.items() if count)
     lines = [
-        f"{len(rows)} statements about long-context attention, each held against records: {said}. All of it "
-        "is made from the records and from formulas over their sizes.\n",
+        f"{len(rows)} claims about long-context attention, each checked against records: {said}. The whole "
+        "page is generated from the records and from formulas over their sizes.\n",
         *(f"- {fact}" for fact in _facts(frame)),
-        "- An interval is one of 95 % over replicates, of two replicates their range; ratios are taken "
-        "within a replicate. FLOPs and memory hardly vary and stand without.",
+        "- Intervals are 95 % intervals over replicates, or the range for two replicates; ratios are taken "
+        "within a replicate. FLOPs and memory hardly vary and have no interval.",
         *(f"- *{verdict}*: {MEANINGS[verdict]}." for verdict, count in counts.items() if count),
     ]
     return "\n".join(lines) + "\n"
 
 
 def _facts(frame: pd.DataFrame) -> list[str]:
-    """Machine, date, cells and replicates."""
+    """Return the machine, date, cells and replicates."""
     run = frame[frame["peak_bytes_source"] != "predicted"]
     ran = run[run["status"] == "ok"]
     times = sorted(str(time) for time in frame["started_at"].dropna())
@@ -95,5 +95,5 @@ def _facts(frame: pd.DataFrame) -> list[str]:
     if times:
         facts.insert(0, f"Date: {' to '.join(dict.fromkeys([times[0][:10], times[-1][:10]]))}.")
     if spoilt:
-        facts.append(f"Contaminated: {spoilt} cells, timed while something else ran; their times take part.")
+        facts.append(f"Contaminated: {spoilt} cells, by other load; their times are included.")
     return facts

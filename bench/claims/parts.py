@@ -1,4 +1,4 @@
-"""A claim that says several things at once: each is judged, and the verdict is of all."""
+"""Claims with several parts: each part is judged separately, and the verdict combines them."""
 
 from __future__ import annotations
 
@@ -14,28 +14,29 @@ from bench.claims.cells import Spread
 from bench.report.data.power_law import Fit, fit
 
 ALIKE = ("seq_len", "depth", "d_model", "objective", "batch_size", "tokens_trained", "learning_rate")
-"""What two trained models must share for their quality to be compared."""
+"""The keys that must be equal for the quality of two trained models to be compared."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Part:
-    """One of the things said."""
+    """One part of a claim."""
 
     predicted: str
     measured: str
     verdict: Verdict
     but: str = ""
-    """Under which condition it holds, or what is so instead; needed unless it holds."""
+    """The condition under which the part holds, or what the cells show instead; required unless it holds."""
 
     def __post_init__(self) -> None:
-        """Raises ValueError where a part that does not simply hold leaves open what is so."""
+        """Raises ValueError if the verdict requires `but` and it is empty."""
         if self.verdict != "holds" and not self.but.strip():
             raise ValueError(f"verdict {self.verdict!r}: needs what is so instead")
 
 
 def together(parts: Sequence[Part]) -> Finding:
-    """It holds where every part does, and does not where none does; else it holds with a condition, which
-    says what becomes of the parts that do not simply hold: 'not here' where one does not at all."""
+    """Combine parts. The claim holds if every part holds, and does not hold if no part holds. Otherwise it
+    holds with a condition, which lists the parts that do not simply hold; a part that does not hold at all is
+    marked 'not here'."""
     verdicts = {part.verdict for part in parts}
     marks = {"does not hold here": "not here: "} if len(verdicts) > 1 else {}
     return Finding(
@@ -49,21 +50,26 @@ def together(parts: Sequence[Part]) -> Finding:
 
 
 def beyond(found: Spread, threshold: float = 0.0) -> Verdict:
-    """Whether a figure is above a threshold: it holds where its interval is, and does not where its middle
-    is not. Between the two, as of a single replicate, it holds on the condition that this is no accident."""
+    """Judge whether a figure is above a threshold: it holds if its whole interval is above, and does not hold
+    if its median is not. Otherwise, and for a single replicate, it holds with a condition: that the result is
+    not due to chance."""
     if found.middle <= threshold:
         return "does not hold here"
     return "holds" if found.count > 1 and found.low > threshold else "holds with a condition"
 
 
 def unsure(found: Spread) -> str:
-    """Why a figure decides nothing though its middle is on the right side: to follow 'but'."""
-    return "not beyond the spread of the replicates" if found.count > 1 else "one replicate says no more"
+    """Return why a figure is not conclusive although its median supports the claim; follows 'but'."""
+    return (
+        "not beyond the spread of the replicates"
+        if found.count > 1
+        else "a single replicate is not conclusive"
+    )
 
 
 def one_setting(rows: pd.DataFrame) -> pd.DataFrame:
-    """Those rows that share `ALIKE`: of several settings, the one with the most replicates, then the one with
-    the most training, then the longest."""
+    """Return the rows of one setting, i.e. with equal `ALIKE` keys: that with the most replicates, then the
+    most training, then the longest sequence."""
     groups = (group for _, group in rows.groupby([*ALIKE], dropna=False))
     return max(
         groups, key=lambda own: (own["replicate"].nunique(), *own.iloc[0][["tokens_trained", "seq_len"]])
@@ -71,31 +77,31 @@ def one_setting(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def like(rows: pd.DataFrame) -> dict[str, Any]:
-    """The values of `ALIKE`, in plain types, of rows that share them."""
+    """Return the values of the `ALIKE` keys, in plain types, of rows in which they are equal."""
     values = {key: rows.iloc[0][key] for key in ALIKE}
     return {key: value.item() if isinstance(value, np.generic) else value for key, value in values.items()}
 
 
 def knob(rows: pd.DataFrame, name: str) -> pd.Series[int]:
-    """A knob of each row's variant, a whole number."""
+    """Return an integer knob of each row's variant."""
     return rows["variant_params"].map(lambda params: int(params[name]))
 
 
 def points(value: float) -> str:
-    """A difference in nats a token: '+0.0123'."""
+    """Format a difference in nats per token: '+0.0123'."""
     return f"{value:+.4f}"
 
 
 def share(value: float) -> str:
-    """'28 %'; '2.8 %' below ten."""
+    """Format a share: '28 %'; '2.8 %' below ten."""
     return f"{100 * value:.{0 if abs(value) >= 0.0995 else 1}f} %"
 
 
 def exponent(rows: pd.DataFrame, name: str) -> tuple[Fit, list[int]]:
-    """With which power of the length a figure of planned cells grows, and the lengths that were fitted.
+    """Fit the exponent of a figure of planned cells in the length; returns the fit and its lengths.
 
-    Of several settings, the one that reaches furthest over the most lengths. Raises Missing where there are
-    too few.
+    Of several settings, the one with the most lengths is used, then that with the longest. Raises Missing if
+    there are too few lengths.
     """
     planned = rows[(rows["flops_source"] == "predicted") & rows[name].notna()]
     groups = planned.groupby(["params_json", "depth", "d_model", "heads", "batch_size", "objective"])
@@ -111,10 +117,10 @@ def exponent(rows: pd.DataFrame, name: str) -> tuple[Fit, list[int]]:
 def reaches(
     rows: pd.DataFrame, knobs: Sequence[str], adds: Callable[[Mapping[str, int]], int], formula: str
 ) -> Part:
-    """Whether each layer adds to the reach what a formula of the knobs says, at every depth.
+    """Judge whether each layer extends the reach by a formula of the knobs, at every depth.
 
-    The last token reaches back to the start of its segment, and from there what the layers add. A reach that
-    the sequence cuts short says nothing and is left out. Raises Missing where fewer than two depths are left.
+    The last token reaches back to the start of its segment, plus the extension by each layer. Cells whose
+    reach is limited by the sequence are excluded. Raises Missing if fewer than two depths remain.
     """
     free = rows[rows["reach"] < rows["seq_len"] - 1]
     if free["depth"].nunique() < 2:
@@ -129,13 +135,13 @@ def reaches(
         wanted = [start + depth * adds(own) for start, depth in zip(starts, depths, strict=True)]
         right &= found == wanted
         words = ", ".join(f"{name} {value}" for name, value in own.items())
-        instead = "" if found == wanted else f" (by the formula {_listed(wanted)})"
+        instead = "" if found == wanted else f" (formula: {_listed(wanted)})"
         lines.append(f"{words}: {_listed(found)} tokens at depth {_listed(depths)}{instead}")
     return Part(
-        predicted=f"The last token reaches its place in its segment + depth × {formula} tokens back.",
-        measured=f"Reach by the layers' patterns; {'; '.join(lines)}.",
+        predicted=f"The last token reaches back (its position in its segment) + depth × {formula} tokens.",
+        measured=f"Reach by the layers' masks; {'; '.join(lines)}.",
         verdict="holds" if right else "does not hold here",
-        but="the reach is not what the formula says",
+        but="the reach differs from the formula",
     )
 
 

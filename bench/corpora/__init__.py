@@ -1,8 +1,8 @@
-"""Corpora: documents as bytes, split into train, validation and test, with one hash over all.
+"""Corpora: documents as bytes, split into train, validation and test, with one hash over all of them.
 
-One file a corpus, found by its name (`SOURCES`). A corpus is bytes: no tokenizer to agree on, and nothing
-that is not valid text to trip over. Reading one never touches the network: what has to come over it is
-fetched once, `python -m bench.corpora fetch NAME`.
+Each corpus is one file of this package, found by its name (`SOURCES`). A corpus is a sequence of bytes, so no
+tokenizer is needed and invalid text cannot cause an error. Reading a corpus never uses the network. A corpus
+that must be downloaded is fetched once with `python -m bench.corpora fetch NAME`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import pkgutil
 from dataclasses import fields
 from functools import lru_cache
 
-from bench.corpora.base import Corpus, CorpusError, Document, Source, Wanted, cache_dir
+from bench.corpora.base import Corpus, CorpusError, CorpusOptions, Document, Source, cache_dir
 
 __all__ = ["SOURCES", "Corpus", "CorpusError", "Document", "cache_dir", "load", "source"]
 
@@ -26,10 +26,10 @@ SOURCES: tuple[str, ...] = tuple(
 """The names of the corpora."""
 
 
-def source(name: str, wanted: Wanted) -> Source:
-    """Where the corpus of this name comes from, after a check that it reads the knobs that were given.
+def source(name: str, options: CorpusOptions) -> Source:
+    """Return the source of the corpus with this name, after checking that it reads the given knobs.
 
-    Raises CorpusError, in one line, for an unknown name or a knob that is not for this corpus.
+    Raises CorpusError, with a one-line message, for an unknown name or a knob that this corpus does not read.
     """
     if name not in SOURCES:
         near = difflib.get_close_matches(name, SOURCES, n=1, cutoff=0.5)
@@ -42,21 +42,21 @@ def source(name: str, wanted: Wanted) -> Source:
         if inspect.isclass(thing) and issubclass(thing, Source) and thing.__module__ == module.__name__
     )
     made: Source = found(name)
-    for knob in fields(wanted):
-        value = getattr(wanted, knob.name)
+    for knob in fields(options):
+        value = getattr(options, knob.name)
         if value is not None and knob.name not in made.knobs:
             raise CorpusError(f"data.{knob.name}={value}: data={name} does not read it; leave it out")
-    if wanted.max_bytes is not None and wanted.max_bytes < 1:
-        raise CorpusError(f"data.max_bytes={wanted.max_bytes}: allowed is 1 or more")
+    if options.max_bytes is not None and options.max_bytes < 1:
+        raise CorpusError(f"data.max_bytes={options.max_bytes}: allowed is 1 or more")
     return made
 
 
 @lru_cache(maxsize=4)
 def load(name: str, path: str | None = None, max_bytes: int | None = None) -> Corpus:
-    """The corpus of this name, from this machine alone; the knobs are those of `data`.
+    """Load the corpus with this name from local files; the arguments are the knobs of `data`.
 
-    Raises CorpusError, in one line, for an unknown name, a knob that is not for this corpus, or a corpus
-    that is missing, empty or altered.
+    Raises CorpusError, with a one-line message, for an unknown name, a knob that this corpus does not read,
+    or a corpus that is missing, empty or altered.
     """
-    wanted = Wanted(path=path, max_bytes=max_bytes)
-    return source(name, wanted).read(wanted)
+    options = CorpusOptions(path=path, max_bytes=max_bytes)
+    return source(name, options).read(options)

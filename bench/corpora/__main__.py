@@ -6,14 +6,14 @@ import argparse
 import sys
 
 from bench.corpora import SOURCES, CorpusError, cache_dir, load, source
-from bench.corpora.base import SPLITS, Wanted
-from bench.corpora.disk import kind_of
+from bench.corpora.base import SPLITS, CorpusOptions
+from bench.corpora.disk import file_type
 from bench.inputs.errors import ConfigError
 from variants.safe_output import run
 
 
 def main() -> int:
-    """Exit status 0, or 2 for a corpus that cannot be had, told in one line."""
+    """Return exit status 0, or 2 with a one-line message if the corpus is not available."""
     parser = argparse.ArgumentParser(prog="python -m bench.corpora", description="Fetch or describe a corpus")
     commands = parser.add_subparsers(dest="command", required=True)
     fetch = commands.add_parser("fetch", help="download a corpus into the cache")
@@ -25,7 +25,7 @@ def main() -> int:
     arguments = parser.parse_args()
     try:
         if arguments.command == "fetch":
-            _fetch(arguments.name, Wanted(max_bytes=arguments.max_bytes))
+            _fetch(arguments.name, CorpusOptions(max_bytes=arguments.max_bytes))
         else:
             _show(arguments.name, arguments.path, arguments.max_bytes)
     except (CorpusError, ConfigError) as error:
@@ -34,12 +34,12 @@ def main() -> int:
     return 0
 
 
-def _fetch(name: str, wanted: Wanted) -> None:
-    found = source(name, wanted)
+def _fetch(name: str, options: CorpusOptions) -> None:
+    found = source(name, options)
     folder = cache_dir()
-    kind_of(folder, "LONGCTX_BENCH_CACHE")  # a link to nothing is told apart from what mkdir says of it
+    file_type(folder, "LONGCTX_BENCH_CACHE")  # reports a broken link clearly, which mkdir does not
     try:
-        print(f"{name}: {found.fetch(wanted)}")
+        print(f"{name}: {found.fetch(options)}")
     except OSError as error:
         raise CorpusError(f"cannot write to the cache, {folder}: {error.strerror or error}") from None
 

@@ -1,4 +1,4 @@
-"""What a corpus is, and how a source gives one."""
+"""The `Corpus` type, and the interface of the sources that provide corpora."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ Text = bytes | Document
 
 SPLITS = ("train", "validation", "test")
 HELD_OUT_SHARE = 0.1
-"""Share of the documents in each of validation and test (where a corpus does not say otherwise)."""
+"""Default share of the documents in each of validation and test."""
 
 
 class CorpusError(ValueError):
-    """A corpus that cannot be had; the message, on one line, says which, why, and what to do."""
+    """A corpus is not available; the one-line message names the corpus, the reason and the remedy."""
 
     def __init__(self, message: str) -> None:
-        super().__init__(printable(message))  # names of files may hold line ends, and worse
+        super().__init__(printable(message))  # file names may contain newlines and control characters
 
 
 @dataclass(frozen=True, eq=False)
 class Corpus:
-    """Documents by split, and the sha256 over splits, lengths and contents in order."""
+    """Documents by split, and the sha256 of the splits, lengths and contents in order."""
 
     name: str
     train: tuple[Document, ...]
@@ -43,56 +43,58 @@ class Corpus:
     test: tuple[Document, ...]
     sha256: str = field(repr=False)
     published_test_words: int | None = None
-    """Words of the test split as the data set's authors count them, where they say."""
+    """Number of words in the test split as published by the data set's authors; None if not published."""
 
     def split(self, name: str) -> tuple[Document, ...]:
-        """The documents of train, validation or test."""
+        """Return the documents of the split `train`, `validation` or `test`."""
         return {"train": self.train, "validation": self.validation, "test": self.test}[name]
 
     @cached_property
     def train_stream(self) -> Document:
-        """The training documents end to end, a newline between them."""
+        """The training documents, concatenated, with a newline after each."""
         newline = np.frombuffer(b"\n", dtype=np.uint8)
         return np.concatenate([part for doc in self.train for part in (doc, newline)])
 
     def words_per_byte(self) -> float:
-        """Words per byte of the test documents, a constant of the corpus that turns nats per byte into a
-        word-level perplexity: by the published number of words, else of whitespace-separated ones."""
+        """Words per byte of the test documents: a constant of the corpus that converts nats per byte into a
+        word-level perplexity. Words are the published number if there is one, else whitespace-separated
+        strings."""
         words = self.published_test_words or sum(len(doc.tobytes().split()) for doc in self.test)
         return words / sum(map(len, self.test))
 
     def unigram_nats(self) -> npt.NDArray[np.float64]:
-        """(256,) −ln p of each byte under the training documents' frequencies, add-one smoothed."""
+        """(256,) −ln p of each byte under the byte frequencies of the training documents,
+        add-one smoothed."""
         counts = np.bincount(self.train_stream, minlength=256) + 1.0
         return np.asarray(-np.log(counts / counts.sum()), dtype=np.float64)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Wanted:
-    """What is asked of a source: the knobs of `data` beside the name. None leaves one to the source."""
+class CorpusOptions:
+    """The knobs of `data` apart from the name. None means that the source chooses the value."""
 
     path: str | None = None
-    """A file, folder or glob of the user's."""
+    """A file, folder or glob that the user gives."""
     max_bytes: int | None = None
-    """Most bytes of training documents."""
+    """Maximum number of bytes of training documents."""
 
 
 class Source(ABC):
-    """Where the corpus of one name comes from; a module of this package that is not shared defines one."""
+    """The origin of one corpus. Each module of this package, except the shared ones, defines one source."""
 
     knobs: tuple[str, ...] = ()
-    """Fields of `Wanted` that it reads; the others are refused."""
+    """Fields of `CorpusOptions` that this source reads; a value for any other field is an error."""
 
     def __init__(self, name: str) -> None:
         self.name = name
 
     @abstractmethod
-    def read(self, wanted: Wanted) -> Corpus:
-        """The corpus, from this machine alone. Raises CorpusError."""
+    def read(self, options: CorpusOptions) -> Corpus:
+        """Read the corpus from local files only. Raises CorpusError."""
 
-    def fetch(self, wanted: Wanted) -> Path:
-        """Bring the corpus into the cache, once, and say where it lies there. Raises CorpusError."""
-        raise CorpusError(f"data={self.name}: there is nothing to fetch, it is read where it lies")
+    def fetch(self, options: CorpusOptions) -> Path:
+        """Download the corpus into the cache once, and return its path there. Raises CorpusError."""
+        raise CorpusError(f"data={self.name}: there is nothing to fetch; it is read in place")
 
     def corpus(
         self,
@@ -102,7 +104,8 @@ class Source(ABC):
         test: Sequence[Text],
         published_test_words: int | None = None,
     ) -> Corpus:
-        """The corpus of these documents, the empty ones left out. Raises CorpusError for an empty split."""
+        """Build the corpus from these documents, without the empty ones.
+        Raises CorpusError for an empty split."""
         splits = {
             split: tuple(np.frombuffer(text, dtype=np.uint8) for text in documents if len(text))
             for split, documents in zip(SPLITS, (train, validation, test), strict=True)
@@ -117,13 +120,15 @@ class Source(ABC):
             **splits,
         )
 
-    def deal(self, documents: dict[str, bytes]) -> Corpus:
-        """Documents by name dealt to the splits by the hash of their contents; a few are cut by position
+    def split_documents(self, documents: dict[str, bytes]) -> Corpus:
+        """Assign documents to the splits by the hash of their contents.
+
+        If there are fewer than ten documents, each document is divided between the splits by position
         instead."""
         documents = {key: text for key, text in documents.items() if text}
         if not documents:
             raise CorpusError(f"data={self.name}: the corpus is empty")
-        if len(documents) < 10:  # too few to hold whole ones out: 80/10/10 of each, in order
+        if len(documents) < 10:  # too few to hold out whole documents: 80/10/10 of each, in order
             parts: list[list[bytes]] = [[], [], []]
             for text in documents.values():
                 cut = round(len(text) * (1 - 2 * HELD_OUT_SHARE)), round(len(text) * (1 - HELD_OUT_SHARE))
@@ -141,21 +146,23 @@ class Source(ABC):
 
 
 def cache_dir() -> Path:
-    """Where fetched corpora are kept: $LONGCTX_BENCH_CACHE, else the user's cache folder.
+    """Return the folder of fetched corpora: $LONGCTX_BENCH_CACHE, else the user's cache folder.
 
-    Raises checks.ConfigError where the home folder is needed and not known.
+    Raises ConfigError if the home folder is needed but unknown.
     """
     variable = "LONGCTX_BENCH_CACHE"
-    if wanted := os.environ.get(variable):
-        return user_path(variable, wanted)
+    if folder := os.environ.get(variable):
+        return user_path(variable, folder)
     try:
         return user_path(variable, str(platformdirs.user_cache_path("longctx-bench")))
     except RuntimeError:
-        raise ConfigError(f"{variable}: not set, and the home folder is not known; give a folder") from None
+        raise ConfigError(
+            f"{variable}: not set, and the home folder is not known; set it to a folder"
+        ) from None
 
 
 def sha256(content: bytes) -> str:
-    """Its sha256 in hexadecimal digits."""
+    """Return the sha256 of the content in hexadecimal digits."""
     return hashlib.sha256(content).hexdigest()
 
 

@@ -1,7 +1,7 @@
-"""Files and folders of the user's, read so that nothing on a disk can hang the process or go unnoticed.
+"""Safe reading of the user's files and folders: no file can block the process, and no error is ignored.
 
-A fifo or a device blocks whoever opens it, a link may lead nowhere or in a circle: what is not a regular file
-is refused by its kind before it is opened.
+Opening a FIFO or a device can block, and a link may be broken or circular. Therefore the type of a path is
+checked first, and only regular files are opened.
 """
 
 from __future__ import annotations
@@ -25,63 +25,68 @@ _KINDS: dict[str, Callable[[int], bool]] = {
 }
 
 
-def kind_of(path: Path, asked_by: str) -> str | None:
-    """What a path leads to: a file, a folder, a fifo, a socket or a device; None where nothing is there.
+def file_type(path: Path, setting: str) -> str | None:
+    """Return the type of a path: a file, a folder, a fifo, a socket or a device; None if nothing exists
+    there.
 
-    Raises CorpusError, which begins with `asked_by`, for a link that leads nowhere and for what the system
-    does not let one look at.
+    Raises CorpusError, with a message that begins with `setting`, for a broken link and for a path that the
+    system does not allow this user to inspect.
     """
     try:
         mode = path.stat().st_mode
     except OSError as error:
         if error.errno not in (errno.ENOENT, errno.ENOTDIR):
-            raise CorpusError(f"{asked_by}: {path}: {error.strerror}") from None
+            raise CorpusError(f"{setting}: {path}: {error.strerror}") from None
         if path.is_symlink():
-            raise CorpusError(f"{asked_by}: {path} is a link to nothing ({path.readlink()})") from None
+            raise CorpusError(f"{setting}: {path} is a broken link ({path.readlink()})") from None
         return None
     return next(name for name, holds in _KINDS.items() if holds(mode))
 
 
-def open_file(path: Path, asked_by: str) -> BinaryIO:
-    """A regular file, open for reading; nothing else is opened, so nothing blocks.
+def open_file(path: Path, setting: str) -> BinaryIO:
+    """Open a regular file for reading; any other type of file is an error, so that opening never blocks.
 
-    Raises CorpusError that begins with who asked for it, such as data.path=books.
+    Raises CorpusError, with a message that begins with `setting`, such as data.path=books.
     """
-    kind = kind_of(path, asked_by)
+    kind = file_type(path, setting)
     if kind != "a file":
-        raise CorpusError(f"{asked_by}: {path}: {f'is {kind}, not a file' if kind else 'no such file'}")
+        raise CorpusError(f"{setting}: {path}: {f'is {kind}, not a file' if kind else 'no such file'}")
     try:
         return open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))
     except OSError as error:
-        raise CorpusError(f"{asked_by}: {path}: {error.strerror}") from None
+        raise CorpusError(f"{setting}: {path}: {error.strerror}") from None
 
 
-def read_file(path: Path, asked_by: str) -> bytes:
-    """The content of a regular file. Raises CorpusError that begins with who asked for it."""
-    with open_file(path, asked_by) as file:
-        return read(file, asked_by)
+def read_file(path: Path, setting: str) -> bytes:
+    """Return the content of a regular file.
+    Raises CorpusError, with a message that begins with `setting`."""
+    with open_file(path, setting) as file:
+        return read(file, setting)
 
 
-def read(file: BinaryIO, asked_by: str, most: int = -1) -> bytes:
-    """Up to `most` bytes of an open file, by default all the rest. Raises CorpusError."""
+def read(file: BinaryIO, setting: str, most: int = -1) -> bytes:
+    """Read up to `most` bytes of an open file; by default all remaining bytes. Raises CorpusError."""
     try:
         return file.read(most)
     except OSError as error:
-        raise CorpusError(f"{asked_by}: {file.name}: {error.strerror}") from None
+        raise CorpusError(f"{setting}: {file.name}: {error.strerror}") from None
 
 
-def walk(folder: Path, asked_by: str, enter: Callable[[str], bool] = lambda name: True) -> Iterator[Path]:
-    """Everything below a folder that is no folder, in no order; of the folders, those that `enter` allows by
-    name. Links to folders are not followed, so that a circle ends.
+def walk(folder: Path, setting: str, enter: Callable[[str], bool] = lambda name: True) -> Iterator[Path]:
+    """Yield every path below a folder that is not a folder, in arbitrary order.
+
+    Only subfolders whose names `enter` accepts are searched. Links to folders are not followed, so that a
+    circular link cannot cause an infinite loop.
 
     Raises CorpusError for a folder that cannot be listed.
     """
-    for place, names in _folders(folder, asked_by, enter):
+    for place, names in _folders(folder, setting, enter):
         yield from (place / name for name in names)
 
 
-def expand(pattern: str, asked_by: str) -> Iterator[Path]:
-    """What a glob finds; a path may come twice. `**` stands for any folders but hidden ones and links.
+def expand(pattern: str, setting: str) -> Iterator[Path]:
+    """Yield the paths that a glob matches, possibly with duplicates. `**` matches any folders except hidden
+    folders and links.
 
     Raises CorpusError for a folder that `**` cannot list.
     """
@@ -92,15 +97,15 @@ def expand(pattern: str, asked_by: str) -> Iterator[Path]:
     at = parts.index("**")
     after = "/".join(parts[at + 1 :]) or "*"
     for top in glob.glob("/".join([*parts[:at], ""]) or "./"):  # noqa: PTH207
-        for place, _ in _folders(Path(top), asked_by, lambda name: not name.startswith(".")):
-            yield from expand(f"{glob.escape(str(place))}/{after}", asked_by)
+        for place, _ in _folders(Path(top), setting, lambda name: not name.startswith(".")):
+            yield from expand(f"{glob.escape(str(place))}/{after}", setting)
 
 
-def _folders(folder: Path, asked_by: str, enter: Callable[[str], bool]) -> Iterator[tuple[Path, list[str]]]:
-    """A folder and all below it, with the names of what in each is no folder."""
+def _folders(folder: Path, setting: str, enter: Callable[[str], bool]) -> Iterator[tuple[Path, list[str]]]:
+    """Yield a folder and every folder below it, each with the names of its entries that are not folders."""
 
     def refuse(error: OSError) -> None:
-        raise CorpusError(f"{asked_by}: {error.filename}: {error.strerror}")
+        raise CorpusError(f"{setting}: {error.filename}: {error.strerror}")
 
     for place, folders, names in os.walk(folder, onerror=refuse):
         folders[:] = filter(enter, folders)

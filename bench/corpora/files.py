@@ -1,12 +1,12 @@
-"""A file, folder or glob of the user's."""
+"""A corpus of text files: a file, folder or glob that the user gives."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
 
-from bench.corpora.base import Corpus, CorpusError, Source, Wanted
-from bench.corpora.disk import expand, kind_of, open_file, read, walk
+from bench.corpora.base import Corpus, CorpusError, CorpusOptions, Source
+from bench.corpora.disk import expand, file_type, open_file, read, walk
 from bench.corpora.plain import HEAD_BYTES, not_text, nul_at
 from bench.inputs.paths import user_path
 
@@ -14,60 +14,60 @@ ALLOWED = "allowed are text files, in UTF-8 or another encoding without NUL byte
 
 
 class Files(Source):
-    """Every file is a document of its bytes. All must be text: one that is not among a thousand would be
-    trained on unseen, or left out unseen."""
+    """Each file is one document. Every file must be text: otherwise a single binary file among a thousand
+    would be used or skipped without anyone noticing."""
 
     knobs = ("path",)
 
-    def read(self, wanted: Wanted) -> Corpus:
-        if not wanted.path:
+    def read(self, options: CorpusOptions) -> Corpus:
+        if not options.path:
             raise CorpusError(
                 "data=files: data.path is missing; give a file, a folder or a glob ('books/*.txt')"
             )
-        asked_by = f"data.path={wanted.path}"
-        files = _found(user_path("data.path", wanted.path), asked_by)
+        setting = f"data.path={options.path}"
+        files = _found(user_path("data.path", options.path), setting)
         documents: dict[str, bytes] = {}
         others: dict[Path, str] = {}
         for file in files:
-            content, other = _content(file, asked_by)
+            content, other = _content(file, setting)
             if other is None:
                 documents[str(file)] = content
             else:
                 others[file] = other
         if others:
-            raise CorpusError(f"{asked_by}: {_refusal(others, files)}")
-        return self.deal(documents)
+            raise CorpusError(f"{setting}: {_refusal(others, files)}")
+        return self.split_documents(documents)
 
 
-def _found(path: Path, asked_by: str) -> Sequence[Path]:
-    """The files that a path or a glob stands for, in order. Raises CorpusError where there are none."""
-    kind = kind_of(path, asked_by)
+def _found(path: Path, setting: str) -> Sequence[Path]:
+    """Return the sorted files that a path or a glob names. Raises CorpusError if there are none."""
+    kind = file_type(path, setting)
     if kind is None:
-        found = {file for file in expand(str(path), asked_by) if kind_of(file, asked_by) != "a folder"}
+        found = {file for file in expand(str(path), setting) if file_type(file, setting) != "a folder"}
     else:
-        found = {*walk(path, asked_by)} if kind == "a folder" else {path}
+        found = {*walk(path, setting)} if kind == "a folder" else {path}
     if not found:
-        raise CorpusError(f"{asked_by}: no such file, folder or glob")
+        raise CorpusError(f"{setting}: no such file, folder or glob")
     return sorted(found)
 
 
-def _content(file: Path, asked_by: str) -> tuple[bytes, str | None]:
-    """The content of a file and None; or, where it is not text, nothing and what it looks like."""
-    with open_file(file, asked_by) as opened:
-        content = read(opened, asked_by, HEAD_BYTES)
+def _content(file: Path, setting: str) -> tuple[bytes, str | None]:
+    """Return the content of a file and None; or, for a file that is not text, b"" and its apparent type."""
+    with open_file(file, setting) as opened:
+        content = read(opened, setting, HEAD_BYTES)
         if other := not_text(content):
             return b"", other
-        content += read(opened, asked_by)
+        content += read(opened, setting)
     nul = content.find(b"\0", HEAD_BYTES)
     return (content, None) if nul < 0 else (b"", nul_at(nul))
 
 
 def _refusal(others: dict[Path, str], files: Sequence[Path]) -> str:
-    """Of the files that are not text, and those that were found."""
+    """The error message, from the files that are not text and all files that were found."""
     first, looks = next(iter(others.items()))
     if len(files) == 1:
         return f"{first} is not text but {looks}; {ALLOWED}"
     return (
         f"{len(others):,} of {len(files):,} files are not text, first {first}: {looks}; {ALLOWED}; "
-        "a glob such as 'books/**/*.txt' takes some of a folder's files"
+        "a glob such as 'books/**/*.txt' selects some of a folder's files"
     )

@@ -7,11 +7,12 @@ from collections.abc import Sequence
 from bench.corpora.hub import HubSource
 
 TEST_BOOKS, TEST_WORDS = 100, 6_966_499
-"""Of the paper's table 2, and of the authors' repository."""
+"""From table 2 of the paper, and from the authors' repository."""
 
 
 class PG19(HubSource):
-    """One document a book, in the data set's order: 28,602 for training (11 GB), 50 and 100 held out."""
+    """Each document is one book, in the data set's order:
+    28,602 for training (11 GB), 50 for validation, 100 for test."""
 
     repository = "emozilla/pg19"
     revision = "c021754c8e01c5b1cc83a1f549c1f97fbbb756b8"

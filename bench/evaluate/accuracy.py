@@ -1,4 +1,4 @@
-"""How often a model's first choice is right on a task's test batches, and from how far back."""
+"""Accuracy of a model's most likely token on a task's test batches, in total and by distance."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from bench.tasks.base import IGNORED, Batch
 
 @dataclass(frozen=True, kw_only=True)
 class Accuracy:
-    """Figures of one test: nll in nats a scored target, accuracies as shares of the scored targets.
+    """Results of one test: nll in nats per scored target, and accuracies as shares of the scored targets.
 
-    `by_distance` has an element a bucket, NaN where no target fell into it; None without edges.
+    `by_distance` has one element per bucket, NaN for a bucket without targets; None without edges.
     """
 
     nll: float
@@ -35,10 +35,10 @@ def measure_accuracy(
     distance_edges: Sequence[int],
     device: torch.device,
 ) -> Accuracy:
-    """Score every target of the batches; sums are in float64 and whole numbers, and divided once.
+    """Score every target of the batches. Sums are accumulated in float64 and integers, and divided once.
 
-    Bucket k of `by_distance` holds distances from edge k to below edge k + 1, the last one all beyond; a
-    distance below the first edge is in none.
+    Bucket k of `by_distance` contains distances from edge k to below edge k + 1; the last bucket has no upper
+    limit. Distances below the first edge are in no bucket.
     """
     model.eval()
     nats = 0.0

@@ -1,10 +1,11 @@
-"""A trained model's attention, looked at: how its weights are spread, and how far an estimate of them is off.
+"""Statistics of a trained model's attention: the distribution of its weights, and the error of softmax
+estimates.
 
-Shapes: B batch, T tokens of a window of the plan, H heads, D channels of a head; N = B · H maps of T × T
-weights, K clusters.
+Shapes: B batch, T tokens of a window of the input schedule, H heads, D channels of a head; N = B · H maps of
+T × T weights, K clusters.
 
-Both are taken over held-out text on the inputs that each layer gets there, because weights of random inputs
-are nearly uniform, and those any method estimates well.
+Both are computed on the layer inputs of held-out text. On random inputs the weights are nearly uniform, and
+any method estimates nearly uniform weights well.
 """
 
 from __future__ import annotations
@@ -28,32 +29,34 @@ KMEANS_STEPS = 10
 
 
 @dataclass(frozen=True, kw_only=True)
-class Looks:
-    """Means over windows, layers and heads, under the record's names; None for what a variant cannot say.
+class AttentionStats:
+    """Means over windows, layers and heads, by record key; None for figures that a variant does not support.
 
-    Of weights, only rows that may read more than half of the window's tokens count: the first rows of a
-    causal window read few, and those are large.
+    Statistics of weights only include rows that may read more than half of the window's tokens, because the
+    first rows of a causal window have few, large weights.
     """
 
     attention_mass: list[float] | None = None
-    """Share of a row's mass in its 2^k largest terms, k = 0, 1, … up to half of the window."""
+    """Share of a row's mass in its 2^k largest weights, k = 0, 1, … up to half of the window."""
     attention_mass_uniform: list[float] | None = None
-    """The same of rows whose terms are all equal."""
+    """The same for rows with uniform weights."""
     attention_rank_error: list[float] | None = None
-    """‖A − A_r‖ / ‖A‖ (Frobenius) of the weights and the nearest matrix of rank r = 2^k, k = 0, 1, …"""
+    """‖A − A_r‖ / ‖A‖ (Frobenius norm) for the weights A and the nearest matrix A_r of rank r = 2^k,
+    k = 0, 1, …"""
     cluster_mass: float | None = None
     """Share of a row's mass on the keys of the query's own cluster: see `clusters`."""
     cluster_mass_uniform: float | None = None
-    """The same of rows whose terms are all equal: the share of the keys that are in the query's cluster."""
+    """The same for rows with uniform weights: the share of the keys that are in the query's cluster."""
     cluster_mass_best: float | None = None
-    """Share of a row's mass in as many of its largest terms: what no choice of so many keys exceeds."""
+    """Share of a row's mass in equally many of its largest weights:
+    the maximum over all choices of that many keys."""
     softmax_error: float | None = None
-    """‖Y − Y*‖ / ‖Y*‖ (Frobenius) of a layer's outputs Y and those of the full softmax attention that it
-    estimates, Y*, over all windows; the mean over layers."""
+    """‖Y − Y*‖ / ‖Y*‖ (Frobenius norm) for a layer's outputs Y and the outputs Y* of the full softmax
+    attention that it estimates, over all windows; the mean over layers."""
 
 
-class _Seen(NamedTuple):
-    """What went into a layer and what came out, each (B, T, C)."""
+class _Recorded(NamedTuple):
+    """The inputs and outputs of a layer, each (B, T, C)."""
 
     layer: Attention
     x: Tensor
@@ -61,11 +64,11 @@ class _Seen(NamedTuple):
 
 
 @contextmanager
-def _watching(layers: Iterable[Attention]) -> Iterator[list[_Seen]]:
-    """What goes through the layers while inside."""
-    seen: list[_Seen] = []
+def _recording(layers: Iterable[Attention]) -> Iterator[list[_Recorded]]:
+    """Record the inputs and outputs of the layers inside the context."""
+    seen: list[_Recorded] = []
     hooks = [
-        layer.register_forward_hook(lambda layer, given, out: seen.append(_Seen(layer, given[0], out.y)))
+        layer.register_forward_hook(lambda layer, given, out: seen.append(_Recorded(layer, given[0], out.y)))
         for layer in layers
     ]
     try:
@@ -75,16 +78,19 @@ def _watching(layers: Iterable[Attention]) -> Iterator[list[_Seen]]:
             hook.remove()
 
 
-def look(model: LanguageModel, batches: Iterable[Batch], *, causal: bool, device: torch.device) -> Looks:
-    """Run the model over the batches and look at each layer's attention.
+def measure_attention(
+    model: LanguageModel, batches: Iterable[Batch], *, causal: bool, device: torch.device
+) -> AttentionStats:
+    """Run the model on the batches and compute the statistics of each layer's attention.
 
-    It takes O(T²) memory. Of a plan that cuts a sequence into windows of several lengths, the longest count.
+    It needs O(T²) memory. If the input schedule has windows of several lengths, only the longest are
+    included.
     """
-    spread: list[_Spread] = []
+    spread: list[_MapSums] = []
     errors = {layer: [0.0, 0.0] for layer in model.layers}
     with evaluating(model):
         for batch in batches:
-            with _watching(model.layers) as seen:
+            with _recording(model.layers) as seen:
                 model(batch.inputs.to(device), causal=causal)
             for layer, x, y in seen:
                 want = layer.estimated(x, causal=causal)
@@ -93,22 +99,22 @@ def look(model: LanguageModel, batches: Iterable[Batch], *, causal: bool, device
                         errors[layer][place] += float(t.double().square().sum())
                 read = layer.queries_keys(x)
                 if read is not None:
-                    spread.append(_spread(*(t.flatten(0, 1).float() for t in read), causal=causal))
+                    spread.append(_map_sums(*(t.flatten(0, 1).float() for t in read), causal=causal))
     off = [math.sqrt(wrong / whole) for wrong, whole in errors.values() if whole]
     error = sum(off) / len(off) if off else None
     found: dict[str, Any] = _means(spread)
-    return Looks(softmax_error=error, **found)
+    return AttentionStats(softmax_error=error, **found)
 
 
-class _Spread(NamedTuple):
-    """Of the maps of one layer and batch: the window's length, the maps, and what is averaged over maps."""
+class _MapSums(NamedTuple):
+    """For one layer and batch: the window's length, the number of maps, and sums over the maps."""
 
     tokens: int
     maps: int
     sums: dict[str, Tensor]
 
 
-def _means(spread: list[_Spread]) -> dict[str, Any]:
+def _means(spread: list[_MapSums]) -> dict[str, Any]:
     if not spread:
         return {}
     longest = max(one.tokens for one in spread)
@@ -118,8 +124,8 @@ def _means(spread: list[_Spread]) -> dict[str, Any]:
     return {key: (sums / count).tolist() for key, sums in total.items()}
 
 
-def _spread(q: Tensor, k: Tensor, *, causal: bool) -> _Spread:
-    """q, k (N, T, D) of one layer → figures summed over the maps."""
+def _map_sums(q: Tensor, k: Tensor, *, causal: bool) -> _MapSums:
+    """q, k (N, T, D) of one layer → statistics, summed over the maps."""
     maps, tokens, _ = q.shape
     allowed = torch.ones(tokens, tokens, dtype=torch.bool, device=q.device)
     if causal:
@@ -143,7 +149,7 @@ def _spread(q: Tensor, k: Tensor, *, causal: bool) -> _Spread:
         "cluster_mass_uniform": (members[..., 0] / terms).mean(dim=1),
         "cluster_mass_best": mass.gather(-1, members)[..., 0].mean(dim=1),
     }
-    return _Spread(tokens, maps, {key: value.sum(dim=0) for key, value in found.items()})
+    return _MapSums(tokens, maps, {key: value.sum(dim=0) for key, value in found.items()})
 
 
 def _powers(most: int, device: torch.device) -> Tensor:
@@ -152,19 +158,20 @@ def _powers(most: int, device: torch.device) -> Tensor:
 
 
 def rank_errors(values: Tensor) -> Tensor:
-    """Singular values (N, T), largest first, → relative errors (N, n) of the nearest matrices of rank 1, 2,
-    4, … up to T (Eckart and Young 1936)."""
+    """Descending singular values (N, T) → relative errors (N, n) of the nearest matrices of rank 1, 2, 4, …
+    up to T (Eckart and Young 1936)."""
     squares = values.square()
     left = F.pad(squares.flip(-1).cumsum(dim=-1).flip(-1), (0, 1))  # (N, T + 1): from the r-th on
     return (left[:, _powers(values.shape[-1], values.device)] / left[:, :1]).sqrt()
 
 
 def clusters(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-    """The cluster of each query and of each key of a map: (N, T, D) each → (N, T) each.
+    """Return the cluster of each query and of each key of a map: (N, T, D) each → (N, T) each.
 
-    As the Routing Transformer (Roy 2020, arXiv:2003.05997, §4.1) makes them: √T clusters by spherical k-means
-    over queries and keys together, each normalised as by layer normalisation; but by Lloyd's steps on the
-    window itself, from evenly spaced keys, where the paper learns centroids over the training.
+    As in the Routing Transformer (Roy 2020, arXiv:2003.05997, §4.1): √T clusters by spherical k-means over
+    queries and keys together, each normalised by layer normalisation. Unlike in the paper, which learns
+    centroids during training, the centroids come from Lloyd iterations on the window itself, starting from
+    evenly spaced keys.
     """
     tokens = q.shape[1]
     count = max(1, round(math.sqrt(tokens)))

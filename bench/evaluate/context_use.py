@@ -1,4 +1,4 @@
-"""How far back a causal model looks: the loss on the same targets with the history before them cut short.
+"""Context use of a causal model: the loss on the same targets with truncated histories.
 
 Shapes: B batch, L tokens of history, K histories, n targets.
 """
@@ -17,32 +17,33 @@ from bench.evaluate.nll import Floats, evaluating, token_nll
 from bench.model.language_model import LanguageModel
 
 TOLERANCE = 0.01
-"""Nats a token by which a loss may exceed that of the full history and count as not worse: a perplexity
-that is a hundredth higher."""
+"""Excess loss over the full history, in nats per token, that counts as equal; it corresponds to a perplexity
+that is 1 % higher."""
 CONFIDENCE = 0.95
 RESAMPLES = 2_000
-"""Of the bootstrap: enough for the ends of the interval, whose whole-octave steps ask for no more."""
+"""Bootstrap resamples. The ends of the interval are powers of two, so more precision is not needed."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class LookBack:
-    """Loss by history, and the shortest history, in tokens, from which on it no longer improves."""
+class ContextUse:
+    """The loss by history length, and the effective context: the shortest history, in tokens, beyond which
+    the loss does not improve."""
 
     nll_by_history: list[float]
-    """Element k: the mean, in nats a target, where 2^k tokens are read; the last is the full history."""
+    """Element k: the mean, in nats per target, with a history of 2^k tokens; the last is the full history."""
     effective: int | None
-    """By the mean over the targets; None where a loss is not a number."""
+    """The effective context by the mean over the targets; None if a loss is NaN or infinite."""
     low: int | None
-    """By the lower end of the mean's interval: half as many tokens are too few, not just on these targets."""
+    """The effective context by the lower end of the mean's interval:
+    half as many tokens are significantly too few."""
     high: int | None
-    """By its upper end: so many are enough, not just on these targets."""
+    """The effective context by the upper end:
+    this many tokens are sufficient with the interval's confidence."""
 
 
-def targets_of(lengths: Sequence[int], seq_len: int, count: int) -> list[tuple[int, int]]:
-    """(document, position) of up to `count` tokens with T before them, evenly over all that have as many.
-
-    Fewer where there are fewer.
-    """
+def target_positions(lengths: Sequence[int], seq_len: int, count: int) -> list[tuple[int, int]]:
+    """Return (document, position) of `count` tokens that have T tokens before them, evenly spaced over all
+    such tokens; all of them if there are fewer than `count`."""
     possible = np.maximum(0, np.asarray(lengths, dtype=np.int64) - seq_len)
     ends = np.cumsum(possible)
     count = min(count, int(ends[-1]))
@@ -61,7 +62,7 @@ def nll_after(
     batch_size: int,
     device: torch.device,
 ) -> Floats:
-    """(n,) −ln p of each target, read after a window of the L tokens before it and nothing else."""
+    """(n,) −ln p of each target, given only the L tokens before it."""
     found = []
     with evaluating(model):
         for i in range(0, len(targets), batch_size):
@@ -75,7 +76,7 @@ def nll_after(
     return np.concatenate(found)
 
 
-def look_back(
+def measure_context_use(
     model: LanguageModel,
     documents: Sequence[Document],
     *,
@@ -83,14 +84,15 @@ def look_back(
     count: int,
     batch_size: int,
     device: torch.device,
-) -> LookBack | None:
-    """Score up to `count` targets after 2^k tokens each; None where fewer than two have T tokens before them.
+) -> ContextUse | None:
+    """Score up to `count` targets after histories of 2^k tokens; None if fewer than two targets have T tokens
+    before them.
 
-    The full history is T, or the largest power of two below it. State is fresh at the start of every window,
-    which ends at the target. A batch has as many windows as hold the tokens of
-    `batch_size` sequences, so memory does not depend on the history.
+    The full history is T, or the largest power of two below it. Every window ends at its target and starts
+    with a fresh state. A batch has as many windows as contain the tokens of `batch_size` sequences, so memory
+    does not depend on the history.
     """
-    targets = targets_of([len(document) for document in documents], seq_len, count)
+    targets = target_positions([len(document) for document in documents], seq_len, count)
     if len(targets) < 2:
         return None
     lengths = [2**k for k in range(seq_len.bit_length())]
@@ -102,20 +104,21 @@ def look_back(
             for n in lengths
         ]
     )
-    return summary(nll)
+    return summarise(nll)
 
 
-def summary(nll: Floats) -> LookBack:
-    """The figures of nll (K, n), of n ≥ 2 targets after histories of 2^k tokens, k = 0 … K − 1.
+def summarise(nll: Floats) -> ContextUse:
+    """Summarise nll (K, n) of n ≥ 2 targets after histories of 2^k tokens, k = 0 … K − 1.
 
-    Each history is compared with the longest on the same targets, n of them drawn again and again with
-    replacement: a paired bootstrap, which gives the mean excess an interval. The shortest history from
-    which on the excess is within the tolerance is told by the mean and by either end.
+    Each history is compared with the longest one on the same targets. A paired bootstrap, which resamples the
+    targets with replacement, gives the interval of the mean excess. The effective context is the shortest
+    history for which it and all longer ones have an excess within the tolerance; it is computed from the mean
+    and from both ends of the interval.
     """
     means = [float(mean) for mean in nll.mean(axis=1)]
     if not np.isfinite(nll).all():
-        return LookBack(nll_by_history=means, effective=None, low=None, high=None)
-    from scipy.stats import bootstrap  # half a second, which cells without this figure need not wait for
+        return ContextUse(nll_by_history=means, effective=None, low=None, high=None)
+    from scipy.stats import bootstrap  # takes half a second; only cells with this figure import it
 
     excess = nll - nll[-1]
     interval = bootstrap(
@@ -128,11 +131,11 @@ def summary(nll: Floats) -> LookBack:
         batch=100,
         random_state=np.random.default_rng(0),
     ).confidence_interval
-    low, effective, high = map(_from_there_on, (interval.low, excess.mean(axis=1), interval.high))
-    return LookBack(nll_by_history=means, effective=effective, low=low, high=high)
+    low, effective, high = map(_effective_context, (interval.low, excess.mean(axis=1), interval.high))
+    return ContextUse(nll_by_history=means, effective=effective, low=low, high=high)
 
 
-def _from_there_on(excess: npt.ArrayLike) -> int:
-    """The shortest of the histories for which neither it nor a longer one exceeds the tolerance."""
+def _effective_context(excess: npt.ArrayLike) -> int:
+    """Return the shortest history for which neither it nor a longer one exceeds the tolerance."""
     worse = np.flatnonzero(np.asarray(excess) > TOLERANCE)
     return 2 ** (int(worse[-1]) + 1) if worse.size else 1

@@ -1,4 +1,4 @@
-"""Negative log-likelihood on held-out documents, and what follows from it."""
+"""Negative log-likelihood on held-out documents, and the figures derived from it."""
 
 from __future__ import annotations
 
@@ -21,41 +21,44 @@ Floats = npt.NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Tally:
-    """Sums over the targets that were scored, by the position of their input in its row of a batch."""
+    """Sums over the scored targets, by the position of their input in the row of the batch."""
 
     nats: Floats
-    """(T,) negative log-likelihood."""
+    """(T,) sum of negative log-likelihoods, in nats."""
     counts: Floats
     """(T,) number of targets."""
     symbols: npt.NDArray[np.int64]
-    """(V,) how often each token was the target."""
+    """(V,) number of times each token was the target."""
 
     @property
     def tokens(self) -> int:
-        """Targets scored."""
+        """Number of scored targets."""
         return int(self.counts.sum())
 
     @property
     def nll(self) -> float:
-        """Mean over all targets."""
+        """Mean negative log-likelihood over all targets."""
         return float(self.nats.sum() / self.counts.sum())
 
     def by(self, bucket: npt.NDArray[np.int64]) -> list[float]:
-        """The mean over each bucket, given the bucket (T,) of each position; NaN where one has no target."""
+        """Return the mean over each bucket, given the bucket (T,) of each position;
+        NaN for buckets without targets."""
         counts = np.bincount(bucket, self.counts)
         means = np.bincount(bucket, self.nats) / np.where(counts, counts, np.nan)
         return [float(mean) for mean in means]
 
     def by_offset(self, length: int) -> list[float]:
-        """The mean at each place of a chunk or segment of `length` tokens, where they start at position 0."""
+        """Return the mean at each offset in chunks or segments of `length` tokens, the first of which starts
+        at position 0."""
         return self.by(np.arange(len(self.nats)) % length)
 
     def by_place(self, period: int) -> list[float]:
-        """The mean by place in parts of `period` tokens, over all of a window's parts but the first.
+        """Return the mean by offset in periods of `period` tokens, over all periods of a window except the
+        first.
 
-        Element 0 is the first place and element k > 0 places 2^(k − 1) to 2^k − 1, so where the period is a
-        power of two, the last element is the second half. The first part is left out because nothing
-        comes before it, however a model is fed. Empty where there is no other.
+        Element 0 is offset 0, and element k > 0 covers the offsets 2^(k − 1) to 2^k − 1; if the period is a
+        power of two, the last element is its second half. The first period is excluded because nothing
+        precedes it, for any input schedule. Empty if there is no other period.
         """
         later = replace(self, nats=self.nats[period:], counts=self.counts[period:])
         place = np.arange(len(later.nats)) % period
@@ -63,13 +66,13 @@ class Tally:
 
 
 def position_buckets(seq_len: int) -> npt.NDArray[np.int64]:
-    """(T,) bucket of each position: bucket k holds positions 2^k − 1 to 2^(k+1) − 2."""
+    """(T,) bucket of each position: bucket k contains the positions 2^k − 1 to 2^(k+1) − 2."""
     return np.asarray(np.floor(np.log2(np.arange(1, seq_len + 1))), dtype=np.int64)
 
 
 @contextmanager
 def evaluating(model: LanguageModel) -> Iterator[None]:
-    """No gradients and no dropout, and what a variant draws is the same each time."""
+    """Disable gradients and dropout, and make a variant's random draws the same in every evaluation."""
     model.eval()
     with torch.no_grad(), torch.random.fork_rng():
         torch.manual_seed(0)
@@ -77,19 +80,19 @@ def evaluating(model: LanguageModel) -> Iterator[None]:
 
 
 def token_nll(logits: Tensor, targets: Tensor, row: Tensor, column: Tensor) -> Floats:
-    """(n,) −ln p of n targets, by logits (B, T, V) at their rows and columns."""
+    """(n,) −ln p of n targets, from the logits (B, T, V) at their rows and columns."""
     device = logits.device
-    whole = len(row) == logits.shape[0] * logits.shape[1]  # then nothing has to be copied
+    whole = len(row) == logits.shape[0] * logits.shape[1]  # then no copy is needed
     picked = logits.flatten(0, 1) if whole else logits[row.to(device), column.to(device)]
     nll = F.cross_entropy(picked, targets.to(device), reduction="none")
     return np.asarray(nll.double().cpu().numpy(), dtype=np.float64)
 
 
 def tally(model: LanguageModel, batches: Iterable[Batch], *, causal: bool, device: torch.device) -> Tally:
-    """Score every target of the batches, state fresh in every row and carried to its end.
+    """Score every target of the batches. State is fresh at the start of every row and carried to its end.
 
-    Rows may be of any length: a plan of segments is gone through segment by segment, and the logits of
-    one are all that is held. Sums are float64, since many numbers are added.
+    Rows may have any length: if the input schedule has segments, they are processed one by one, and only the
+    logits of one segment are in memory. Sums are float64 because many numbers are added.
     """
     nats, counts = np.zeros(0), np.zeros(0)
     symbols = np.zeros(model.vocabulary, dtype=np.int64)
@@ -113,21 +116,21 @@ def tally(model: LanguageModel, batches: Iterable[Batch], *, causal: bool, devic
 
 
 @dataclass(frozen=True, kw_only=True)
-class Quality:
-    """Figures of one evaluation. nll in nats a scored token; the rest follows from it."""
+class TextQuality:
+    """Figures of one evaluation. nll is in nats per scored token; the other figures follow from it."""
 
     nll: float
-    """With state carried over whole documents, for a model that has any."""
+    """For a model with state, with the state carried over whole documents."""
     nll_reset: float | None
-    """The same targets with state fresh in every window; None for a model without state."""
+    """The same targets with a fresh state in every window; None for a model without state."""
     perplexity: float
     bits_per_byte: float | None
     word_perplexity: float | None
     unigram_perplexity: float
     nll_by_position: list[float]
-    """By position in the window, with state fresh in every window."""
+    """By position in the window, with a fresh state in every window."""
     nll_by_place: list[float] | None
-    """By `Tally.by_place`, over the same windows; None where no period was given."""
+    """By `Tally.by_place`, over the same windows; None without a period."""
     tokens: int
 
 
@@ -141,22 +144,22 @@ def evaluate(
     unigram_nats: Floats,
     device: torch.device,
     place_period: int = 0,
-) -> Quality:
+) -> TextQuality:
     """Sum the nll of every scored target in float64 and divide once.
 
-    `documents` are the same targets again, in rows that are whole documents: for models that carry
-    state. Their nll is the one of `documents`; that of `windows`, in each of which state starts afresh,
-    is what compares with other models at an equal context.
+    `documents` are the same targets in rows that are whole documents, for models that carry state. The nll of
+    such a model is that over `documents`. The nll over `windows`, where state is fresh in every window, is
+    comparable with other models at equal context.
 
-    The nll by position is over windows, whichever the model. A position is the number of tokens of the
-    window before a target's own input, so bucket k has seen 2^k to 2^(k+1) − 1 tokens. Where windows
-    overlap, each scores the targets that no window before it had: early positions are then those of a
-    document's first T tokens alone, and have fewer targets.
+    The nll by position is always computed over windows. The position of a target is the number of tokens in
+    the window before its input, so the targets of bucket k have 2^k to 2^(k+1) − 1 tokens of context. If
+    windows overlap, each window scores only the targets that earlier windows did not; early positions then
+    only occur in the first T tokens of a document, and have fewer targets.
 
-    Bits per byte and word-level perplexity describe a code of the text and exist for clm alone;
-    the latter uses the corpus's fixed words per byte, as PG-19's authors do (arXiv:1911.05507, §4.1).
-    A bucket without a scored target is NaN. `unigram_perplexity` is that of byte frequencies in the
-    training split on the same targets: what a model that reads no context reaches.
+    Bits per byte and word-level perplexity describe a compression of the text and exist only for clm.
+    Word-level perplexity uses the corpus's fixed words per byte, as PG-19's authors do (arXiv:1911.05507,
+    §4.1). A bucket without a scored target is NaN. `unigram_perplexity` is the perplexity of the byte
+    frequencies of the training split on the same targets: that of a model without context.
     """
     causal = objective == "clm"
     reset = tally(model, windows, causal=causal, device=device)
@@ -164,7 +167,7 @@ def evaluate(
     assert carried is None or np.array_equal(carried.symbols, reset.symbols)  # the same targets
     nats = (carried or reset).nll
     unigram = float(reset.symbols[: len(unigram_nats)] @ unigram_nats) / reset.tokens
-    return Quality(
+    return TextQuality(
         nll=nats,
         nll_reset=reset.nll if carried else None,
         perplexity=_exp(nats),
@@ -178,6 +181,6 @@ def evaluate(
 
 
 def _exp(nats: float) -> float:
-    """e^nats; infinite where no float is as large."""
+    """Return e^nats; infinity on overflow."""
     with np.errstate(over="ignore"):
         return float(np.exp(nats))

@@ -1,4 +1,5 @@
-"""What a cell's model learns: train it on the cell's budget, then ask it. Figures are told as taken."""
+"""Quality of a cell's model: train it with the cell's budget, then evaluate it.
+Figures are reported immediately."""
 
 from __future__ import annotations
 
@@ -23,26 +24,27 @@ from bench.train.loop import Budget, Diverged, Training, train
 
 
 class Quality:
-    """The steps from a new model to its figures of quality. `run` does them in order."""
+    """The steps from a new model to its quality figures. `run` performs them in order."""
 
     def __init__(self, spec: CellSpec, task: Task, device: torch.device, *, kept: Kept, tell: Tell) -> None:
-        """`kept`: the checkpoints of training; one of an earlier run of this cell is taken up."""
+        """`kept` stores the training's checkpoints;
+        training resumes from the checkpoint of an earlier run of this cell."""
         self.spec, self.task, self.device, self.kept, self.tell = spec, task, device, kept, tell
         self.measure, self.causal = spec.measure, spec.causal
         self.variant, _, self.dims = spec.attention()
         self.model = predict.build_model(spec).to(device)
 
     def run(self) -> None:
-        """Train, then take every figure that was asked for. Raises train.Diverged."""
+        """Train, then compute every requested figure. Raises Diverged."""
         text = self.task if isinstance(self.task, Text) else None
         if text and self.measure.attention_windows:
-            self.tell({"softmax_error_initial": self._look(text).softmax_error})
+            self.tell({"softmax_error_initial": self._attention_stats(text).softmax_error})
         training = self._train()
         self.tell({"tokens_trained": training.tokens, "train_seconds": training.seconds})
         if text:
-            self._model_text(text, training.step)
+            self._evaluate_text(text, training.step)
         else:
-            self._answer()
+            self._evaluate_answers()
         self.tell({"state_policy": "carried" if self.variant.caps.stateful else "none"})
 
     def _train(self) -> Training:
@@ -65,7 +67,7 @@ class Quality:
             kept=self.kept,
         )
 
-    def _model_text(self, task: Text, steps: int) -> None:
+    def _evaluate_text(self, task: Text, steps: int) -> None:
         stride = (self.causal and self.measure.eval_stride) or self.spec.seq_len
         quality = evaluate(
             self.model,
@@ -96,20 +98,20 @@ class Quality:
         if not math.isfinite(quality.nll):
             raise Diverged(f"the loss on held-out text is {quality.nll}", steps, steps)
         if self.causal and self.measure.history_targets:
-            self._look_back(task)
+            self._context_use(task)
         if self.measure.reach:
             self._reach()
         if self.measure.attention_windows:
-            self.tell(asdict(self._look(task)))
+            self.tell(asdict(self._attention_stats(task)))
 
-    def _look(self, task: Text) -> attention_stats.Looks:
-        """At the attention on the first of the held-out windows."""
+    def _attention_stats(self, task: Text) -> attention_stats.AttentionStats:
+        """Compute the attention statistics on the first held-out windows."""
         batches = -(-self.measure.attention_windows // self.spec.batch_size)
         held_out = islice(task.test_batches(), batches)
-        return attention_stats.look(self.model, held_out, causal=self.causal, device=self.device)
+        return attention_stats.measure_attention(self.model, held_out, causal=self.causal, device=self.device)
 
-    def _look_back(self, task: Text) -> None:
-        found = context_use.look_back(
+    def _context_use(self, task: Text) -> None:
+        found = context_use.measure_context_use(
             self.model,
             task.documents,
             seq_len=self.spec.seq_len,
@@ -127,7 +129,7 @@ class Quality:
                 }
             )
 
-    def _answer(self) -> None:
+    def _evaluate_answers(self) -> None:
         found = measure_accuracy(
             self.model,
             self.task.test_batches(),

@@ -1,6 +1,7 @@
-"""How far back a model can look: which inputs its outputs can depend on, by its layers' patterns alone.
+"""Receptive field of a model: the inputs on which its outputs can depend, according to its layers' attention
+masks.
 
-Shapes: T tokens, L tokens of one window of the plan, N windows.
+Shapes: T tokens, L tokens of one window of the input schedule, N windows.
 """
 
 from __future__ import annotations
@@ -12,21 +13,22 @@ from bench.model.language_model import LanguageModel
 from variants.ops.masks import composed
 
 LONGEST = 4096
-"""Tokens up to which `reach` is worked out: it takes T² floats, several times."""
+"""Maximum number of tokens for which `reach` is computed, because it needs several tensors of T² floats."""
 
 
 def dependence(model: LanguageModel, seq_len: int, *, causal: bool) -> Tensor | None:
-    """(T, T) bool: which inputs (columns) an output (row) can depend on; None where content decides.
+    """(T, T) bool: the inputs (columns) on which each output (row) can depend; None if the mask depends on
+    content.
 
-    The layers' patterns are composed within each window of the plan, as the plan runs all layers on a window
-    before the next. It takes O(T²) memory. What it says cannot be read isn't; whether a model has learnt to
-    carry the rest over its layers is for a measurement to tell.
+    The masks of the layers are composed within each window of the input schedule, because all layers run on a
+    window before the next one. It needs O(T²) memory. An output cannot depend on an input outside this mask.
+    Whether a trained model uses an input inside the mask must be measured.
     """
     patterns = [layer.pattern(seq_len, causal=causal) for layer in model.layers]
     if any(pattern is None for pattern in patterns):
         return None
 
-    def network(window: Tensor) -> Tensor:  # (N, L, T): what each token of each window holds
+    def network(window: Tensor) -> Tensor:  # (N, L, T): the inputs on which each token of each window depends
         drawn = (layer.pattern(window.shape[1], causal=causal) for layer in model.layers)
         return composed([pattern for pattern in drawn if pattern is not None]).float() @ window
 
@@ -34,15 +36,15 @@ def dependence(model: LanguageModel, seq_len: int, *, causal: bool) -> Tensor | 
 
 
 def reach(model: LanguageModel, seq_len: int, *, causal: bool) -> int | None:
-    """Tokens from the last back to the farthest that its output can depend on; None where content decides,
-    or beyond `LONGEST` tokens."""
+    """Return the distance, in tokens, from the last token back to the farthest input on which its output can
+    depend; None if the mask depends on content or `seq_len` exceeds `LONGEST`."""
     found = dependence(model, seq_len, causal=causal) if seq_len <= LONGEST else None
     return None if found is None else seq_len - 1 - int(found[-1].int().argmax())
 
 
 def connected_share(model: LanguageModel, seq_len: int, *, causal: bool) -> float | None:
-    """Of the pairs of an output and an input that it may read (no later one where causal), the share that
-    all layers together connect; None where content decides."""
+    """Return the share of the (output, input) pairs that all layers together connect, of all pairs allowed by
+    causality; None if the mask depends on content."""
     found = dependence(model, seq_len, causal=causal)
     if found is None:
         return None

@@ -1,1 +1,1 @@
-"""What users write: paths, words, and the error for what is not allowed."""
+"""User input: paths, choices, printable text, and the error for invalid values."""

@@ -1,4 +1,4 @@
-"""Mistakes of users: the exception for a value that is not allowed, and the check of a word."""
+"""Invalid user input: the exception for a value that is not allowed, and the check of a choice."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ from collections.abc import Iterable
 
 
 class ConfigError(ValueError):
-    """A value that is not allowed; the message is one line: the value, what is allowed, the nearest match."""
+    """A value is not allowed. The one-line message gives the value,
+    the allowed values and the nearest match."""
 
 
 def choose(knob: str, value: str, allowed: Iterable[str]) -> str:
-    """The value, if it is allowed. Raises ConfigError with the nearest match otherwise."""
+    """Return the value if it is allowed. Raises ConfigError with the nearest match otherwise."""
     options = list(allowed)
     if value in options:
         return value

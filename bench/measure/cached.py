@@ -1,4 +1,4 @@
-"""Figures that are taken once for all cells of a run that they hold for, and kept in its folder."""
+"""Figures that are measured once for all cells of a run to which they apply, and cached in its folder."""
 
 from __future__ import annotations
 
@@ -14,29 +14,30 @@ from bench.records import write_atomically
 
 
 def path_of(folder: Path, decides: list[Any]) -> Path:
-    """The file of the figures that `decides`, a JSON value, decides."""
+    """Return the file of the figures that the JSON value `decides` determines."""
     return folder / f"{digest(decides)}.json"
 
 
 def once(
     folder: Path, decides: list[Any], take: Callable[[], dict[str, Any]], keys: set[str]
 ) -> dict[str, Any]:
-    """What `take` found, or what it found before for the same `decides`; leaves randomness as it was.
+    """Return the result of `take`, or its cached result for the same `decides`. The state of the random
+    generators is preserved.
 
-    A file that holds other keys, or cannot be read, is taken again.
+    If the cached file has other keys or cannot be read, `take` is called again.
     """
     path = path_of(folder, decides)
-    if before := _kept(path, keys):
-        return before
+    if cached := _cached(path, keys):
+        return cached
     with torch.random.fork_rng():
         found = take()
-    if meanwhile := _kept(path, keys):  # by a cell on another device: all are to have the same
-        return meanwhile
+    if other := _cached(path, keys):  # a cell on another device was faster; all cells use one value
+        return other
     write_atomically(path, json.dumps(found))
     return found
 
 
-def _kept(path: Path, keys: set[str]) -> dict[str, Any] | None:
+def _cached(path: Path, keys: set[str]) -> dict[str, Any] | None:
     try:
         kept = json.loads(path.read_text())
     except (FileNotFoundError, ValueError):

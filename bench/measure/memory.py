@@ -1,9 +1,8 @@
 """Peak memory of a training step.
 
-On the CPU: bytes of live tensor storages, followed operation by operation. It is exact, repeats to
-the byte, and works the same under FakeTensorMode, where it becomes a prediction. What a kernel
-allocates for itself and frees before it returns is not in it. On an accelerator: the caching
-allocator's own peak.
+On the CPU: bytes of live tensor storages, tracked operation by operation. The figure is exact and
+reproducible to the byte. Under FakeTensorMode the same code gives a prediction. Memory that a kernel
+allocates and frees internally is not included. On an accelerator: the peak of the caching allocator.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ STATUS = Path("/proc/self/status")
 
 
 LABELS = ("parameters", "gradients", "optimizer", "activations", "workspace")
-"""What a live byte is for; workspace is what has no other label."""
+"""Labels of live memory; `workspace` is memory without another label."""
 
 
 @dataclass
@@ -34,48 +33,49 @@ class _Entry:
 
     size: int
     number: int
-    """Storages are numbered as they are first seen."""
+    """Storages are numbered in the order in which they are first seen."""
     label: str = "workspace"
 
 
 class Notes:
-    """What happens to storages that come while notes are taken."""
+    """A recording of the storages that are created while it is active."""
 
     def __init__(self) -> None:
         self.kept: dict[int, int] = {}
-        """Number → size of those that are still there."""
+        """Number → size of the storages that are still live."""
         self.peak = 0
-        """The most bytes of them that were there at once."""
+        """Maximum bytes of these storages that were live at the same time."""
         self.highest = 0
-        """The number of the latest of them by then."""
+        """The number of the last storage that was created before this peak."""
         self._live = 0
 
     def made(self, number: int, size: int) -> None:
-        """A storage is first seen."""
+        """Record a new storage."""
         self.kept[number] = size
         self._live += size
         if self._live > self.peak:
             self.peak, self.highest = self._live, number
 
     def freed(self, number: int) -> None:
-        """A storage is freed; others than those that came belong to whoever held them before."""
+        """Record that a storage is freed; storages created before the recording are ignored."""
         self._live -= self.kept.pop(number, 0)
 
 
 class LiveStorage(TorchDispatchMode):
-    """Context manager that follows the bytes of every storage that an operation inside it returns, until
-    the storage is freed. A storage that is resized in place keeps the size it was first seen with.
+    """Context manager that counts the bytes of every storage returned by an operation inside it, until the
+    storage is freed. A storage that is resized in place keeps the size with which it was first seen.
 
-    `live` is the current sum and `peak` its maximum since `reset_peak`; `at_peak` splits the peak by
-    label. Leave the context before the tensors die and the count stays right: storages report their own
-    end. What compiled code allocates is seen once an operation outside it returns it.
+    `live` is the current sum, `peak` its maximum since `reset_peak`, and `at_peak` divides the peak by label.
+    The count stays correct if tensors are freed after the context has ended, because storages have
+    finalizers. Memory that compiled code allocates is counted when an operation outside the compiled code
+    returns it.
     """
 
     supports_higher_order_operators = True
 
     @classmethod
     def ignore_compile_internals(cls) -> bool:
-        """Compiled code runs compiled, as it would unobserved."""
+        """Compiled code runs compiled, as without this mode."""
         return True
 
     def __init__(self) -> None:
@@ -83,17 +83,17 @@ class LiveStorage(TorchDispatchMode):
         self.live = 0
         self.peak = 0
         self.seen = 0
-        """Storages so far, freed ones included."""
+        """Number of storages so far, including freed ones."""
         self._known: weakref.WeakKeyDictionary[torch.UntypedStorage, _Entry] = weakref.WeakKeyDictionary()
         self.labelled = dict.fromkeys(LABELS, 0)
-        """The current sum, by label."""
+        """The current sum by label."""
         self._notes: list[Notes] = []
         self._expected: _Entry | None = None
-        """What the next storage seen is already counted as."""
+        """The already counted entry of the next storage."""
         self.reset_peak()
 
     def reset_peak(self) -> None:
-        """Forget the maximum so far."""
+        """Set the peak to the current sum."""
         self._take_peak()
 
     def _take_peak(self) -> None:
@@ -101,13 +101,13 @@ class LiveStorage(TorchDispatchMode):
         self.at_peak = dict(self.labelled)
 
     def label(self, tensors: Any, label: str) -> None:
-        """Say what the storages of any nest of tensors are for; the peak's split is put right too."""
+        """Label the storages of a nested structure of tensors; also updates the labels of the peak."""
         for tensor in tree_iter(tensors):
             if isinstance(tensor, torch.Tensor) and (entry := self._known.get(tensor.untyped_storage())):
                 self._move(entry, label)
 
     def label_since(self, number: int, label: str) -> None:
-        """The same for every storage without a label that was first seen after `number` others."""
+        """Label every unlabelled storage whose number is greater than `number`."""
         for entry in list(self._known.values()):
             if entry.number > number and entry.label == "workspace":
                 self._move(entry, label)
@@ -115,19 +115,19 @@ class LiveStorage(TorchDispatchMode):
     def _move(self, entry: _Entry, label: str) -> None:
         before, entry.label = entry.label, label
         sums = [self.labelled]
-        if entry.number <= self._seen_at_peak:  # it is live now, so it was then
+        if entry.number <= self._seen_at_peak:  # it existed at the peak, and is still live
             sums.append(self.at_peak)
         for sizes in sums:
             sizes[before] -= entry.size
             sizes[label] += entry.size
 
     def number(self, tensor: torch.Tensor) -> int:
-        """Of a tensor's storage."""
+        """Return the number of a tensor's storage."""
         return self._known[tensor.untyped_storage()].number
 
     @contextmanager
     def noting(self) -> Iterator[Notes]:
-        """Notes of what happens inside, complete at its end."""
+        """Record the storages created inside the context; the recording is complete at its end."""
         notes = Notes()
         self._notes.append(notes)
         try:
@@ -136,8 +136,8 @@ class LiveStorage(TorchDispatchMode):
             self._notes.remove(notes)
 
     def replay(self, notes: Notes) -> Callable[[int], torch.Tensor]:
-        """Let the same happen again without a tensor. Storages that came and are still there get one from
-        the function returned, given their number: bytes, uninitialised, and the same when asked twice."""
+        """Repeat a recording without running its operations. The returned function maps the number of a
+        storage that is still live to a tensor of uninitialised bytes, always the same tensor for a number."""
         entries = {number: self._made(size) for number, size in notes.kept.items() if number <= notes.highest}
         self._freed(self._made(notes.peak - sum(entry.size for entry in entries.values())))
         entries |= {number: self._made(size) for number, size in notes.kept.items() if number > notes.highest}
@@ -177,7 +177,7 @@ class LiveStorage(TorchDispatchMode):
             notes.freed(entry.number)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.ops.prim.device.default:  # two thirds of what fake tensors dispatch
+        if func is torch.ops.prim.device.default:  # two thirds of the operations that fake tensors dispatch
             return getattr(args[0], "fake_device", None) or func(*args)
         out = func(*args, **(kwargs or {}))
         for value in (out,) if isinstance(out, torch.Tensor) else tree_iter(out):
@@ -187,12 +187,12 @@ class LiveStorage(TorchDispatchMode):
 
 
 def tensor_bytes(tensors: Any) -> int:
-    """Bytes of the elements of any nest of tensors."""
+    """Return the bytes of all elements of a nested structure of tensors."""
     return sum(t.numel() * t.element_size() for t in tree_iter(tensors) if isinstance(t, torch.Tensor))
 
 
 def reset_rss_peak() -> bool:
-    """Ask the kernel to forget this process's peak resident size; False where it cannot."""
+    """Reset the kernel's peak resident size of this process; returns False if this is not possible."""
     try:
         CLEAR_REFS.write_text("5")
     except OSError:
@@ -201,7 +201,8 @@ def reset_rss_peak() -> bool:
 
 
 def resident_bytes(key: str) -> int | None:
-    """A size from /proc/self/status (VmHWM: peak resident, VmRSS: resident), or None without it."""
+    """Return a size from /proc/self/status (VmHWM: peak resident, VmRSS:
+    resident), or None if not available."""
     try:
         found = re.search(rf"^{key}:\s+(\d+) kB", STATUS.read_text(), re.MULTILINE)
     except OSError:

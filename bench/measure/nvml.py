@@ -1,7 +1,8 @@
-"""What the driver says of an NVIDIA device: clock, heat, power and memory, what holds it back, who is on it.
+"""State of an NVIDIA device: clock, temperature, power, memory, throttling and other processes.
 
-By NVML, the library behind `nvidia-smi`, through its own Python binding (nvidia-ml-py). What the driver does
-not tell is None, never 0, and `gpu_reason` says why. Imports torch only to learn a device's name.
+It is read with NVML, the library behind `nvidia-smi`, through its official Python binding (nvidia-ml-py). A
+value that the driver does not report is None, never 0, and `gpu_reason` says why. torch is imported only to
+look up a device's UUID.
 """
 
 from __future__ import annotations
@@ -22,48 +23,48 @@ REASONS = {
     "HwThermalSlowdown": "heat at the hardware's limit",
     "HwPowerBrakeSlowdown": "power brake",
 }
-"""What lowers the clock of a device that has work: NVML's name, after nvmlClocksEventReason, and ours. Its
-other reasons are a device without work and clocks that someone has set."""
+"""Reasons for a reduced clock of a busy device: the suffix of NVML's constant (after nvmlClocksEventReason) →
+the text in the record. NVML's other reasons are an idle device and clocks that a user has set."""
 ENERGY = "energy_joules_per_token"
-"""The record's key that the counter of energy is read for."""
+"""The record key for which the energy counter is read."""
 NOT_AVAILABLE = "not available"
-NOT_LISTED = "no process of this number is listed; in a container the driver has another for it"
+NOT_LISTED = "no process with this id is listed; in a container the driver uses another id"
 
 
 @dataclass(frozen=True, kw_only=True)
 class DeviceState:
-    """One device at one time, by the record's keys."""
+    """The state of one device at one time, by record key."""
 
     gpu_clock_mhz: int | None = None
-    """Of the streaming multiprocessors."""
+    """Clock of the streaming multiprocessors."""
     gpu_temperature_celsius: int | None = None
     gpu_power_watts: float | None = None
     gpu_throttling: str | None = None
-    """What lowers the clock, in the words of `REASONS`, or none."""
+    """The reasons for a reduced clock (values of `REASONS`), or `none`."""
     gpu_foreign_processes: int | None = None
-    """Processes with a context on the device, beside this one."""
+    """Number of other processes with a context on the device."""
     nvml_process_bytes: int | None = None
-    """Memory of the device that this process holds, its context included."""
+    """Device memory of this process, including its context."""
     nvml_device_bytes: int | None = None
-    """Memory of the device that is in use, whoever holds it."""
+    """Device memory in use by all processes."""
     gpu_reason: str | None = None
-    """Why any of these is None: `key: what the driver answered`, one after the other."""
+    """Why values are None: a list of `key: the driver's answer`."""
     joules: float | None = None
-    """Energy drawn since the driver was loaded; of use as a difference, and no key of a record. The driver's
-    counter moves every 20 to 100 ms."""
+    """Energy consumption since the driver was loaded; only differences are useful, so it is not a record key.
+    The driver updates its counter every 20 to 100 ms."""
 
     def figures(self) -> dict[str, Any]:
-        """By the record's keys."""
+        """Return the values by record key."""
         return {key: value for key, value in asdict(self).items() if key != "joules"}
 
 
-UNTOLD = DeviceState()
-"""Of what is no NVIDIA device."""
+UNKNOWN_STATE = DeviceState()
+"""The state of a device that is not from NVIDIA."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Memory:
-    """Of a whole device, whoever holds it."""
+    """Memory of a whole device, for all processes."""
 
     used_bytes: int
     free_bytes: int
@@ -71,7 +72,7 @@ class Memory:
 
 @contextmanager
 def _device(uuid: str) -> Iterator[tuple[Any, Any]]:
-    """The binding and its handle of a device. Raises its NVMLError where no driver answers for it."""
+    """Yield the NVML binding and a device's handle. Raises NVMLError if no driver supports the device."""
     import pynvml
 
     pynvml.nvmlInit()
@@ -82,7 +83,7 @@ def _device(uuid: str) -> Iterator[tuple[Any, Any]]:
 
 
 def uuid(device: str) -> str | None:
-    """The driver's name of a device, None for what is no NVIDIA device. Begins to use the device."""
+    """Return the driver's UUID of a device, None if it is not an NVIDIA device. Initialises the device."""
     import torch
 
     kind = torch.device(device)
@@ -92,13 +93,13 @@ def uuid(device: str) -> str | None:
 
 
 def read(device: torch.device) -> DeviceState:
-    """The state of a device that this process computes on; `UNTOLD` for one that is not NVIDIA's."""
+    """Return the state of a device that this process uses; `UNKNOWN_STATE` if it is not from NVIDIA."""
     name = uuid(str(device)) if device.type == "cuda" else None
-    return UNTOLD if name is None else state(name)
+    return UNKNOWN_STATE if name is None else state(name)
 
 
 def state(uuid: str) -> DeviceState:
-    """What the driver tells of a device that this process computes on."""
+    """Return the state that the driver reports for a device that this process uses."""
     import pynvml
 
     try:
@@ -109,64 +110,64 @@ def state(uuid: str) -> DeviceState:
 
 
 def _state(nvml: Any, handle: Any) -> DeviceState:
-    untold: dict[str, str] = {}
+    missing: dict[str, str] = {}
     unavailable = {nvml.NVML_VALUE_NOT_AVAILABLE_uint.value, nvml.NVML_VALUE_NOT_AVAILABLE_ulonglong.value}
 
     def used(device: Any) -> int:
         return int(nvml.nvmlDeviceGetMemoryInfo(device).used)
 
-    def ask(key: str, question: Callable[..., int], *more: Any) -> int | None:
+    def query(key: str, question: Callable[..., int], *more: Any) -> int | None:
         try:
             answer = question(handle, *more)
         except nvml.NVMLError as error:
-            untold[key] = str(error)
+            missing[key] = str(error)
             return None
         if answer in unavailable:
-            untold[key] = NOT_AVAILABLE
+            missing[key] = NOT_AVAILABLE
             return None
         return answer
 
-    reasons = ask("gpu_throttling", nvml.nvmlDeviceGetCurrentClocksEventReasons)
-    milliwatts = ask("gpu_power_watts", nvml.nvmlDeviceGetPowerUsage)
-    millijoules = ask(ENERGY, nvml.nvmlDeviceGetTotalEnergyConsumption)
-    told = {
-        "gpu_clock_mhz": ask("gpu_clock_mhz", nvml.nvmlDeviceGetClockInfo, nvml.NVML_CLOCK_SM),
-        "gpu_temperature_celsius": ask(
+    reasons = query("gpu_throttling", nvml.nvmlDeviceGetCurrentClocksEventReasons)
+    milliwatts = query("gpu_power_watts", nvml.nvmlDeviceGetPowerUsage)
+    millijoules = query(ENERGY, nvml.nvmlDeviceGetTotalEnergyConsumption)
+    reported = {
+        "gpu_clock_mhz": query("gpu_clock_mhz", nvml.nvmlDeviceGetClockInfo, nvml.NVML_CLOCK_SM),
+        "gpu_temperature_celsius": query(
             "gpu_temperature_celsius", nvml.nvmlDeviceGetTemperature, nvml.NVML_TEMPERATURE_GPU
         ),
-        "nvml_device_bytes": ask("nvml_device_bytes", used),
+        "nvml_device_bytes": query("nvml_device_bytes", used),
     }
-    foreign, ours = _processes(nvml, handle, untold)
+    foreign, ours = _processes(nvml, handle, missing)
     return DeviceState(
-        **told,
+        **reported,
         gpu_power_watts=None if milliwatts is None else milliwatts / 1000,
-        gpu_throttling=None if reasons is None else _in_words(nvml, reasons),
+        gpu_throttling=None if reasons is None else _throttling_reasons(nvml, reasons),
         gpu_foreign_processes=foreign,
         nvml_process_bytes=ours,
         joules=None if millijoules is None else millijoules / 1000,
-        gpu_reason="; ".join(f"{key}: {why}" for key, why in untold.items()) or None,
+        gpu_reason="; ".join(f"{key}: {why}" for key, why in missing.items()) or None,
     )
 
 
-def _processes(nvml: Any, handle: Any, untold: dict[str, str]) -> tuple[int | None, int | None]:
-    """How many others have a context on the device, and the memory of this process there."""
+def _processes(nvml: Any, handle: Any, missing: dict[str, str]) -> tuple[int | None, int | None]:
+    """Return the number of other processes on the device, and this process's memory on it."""
     try:
         listed = nvml.nvmlDeviceGetComputeRunningProcesses(handle)
     except nvml.NVMLError as error:
-        untold |= dict.fromkeys(("gpu_foreign_processes", "nvml_process_bytes"), str(error))
+        missing |= dict.fromkeys(("gpu_foreign_processes", "nvml_process_bytes"), str(error))
         return None, None
     if not listed:
-        untold |= dict.fromkeys(("gpu_foreign_processes", "nvml_process_bytes"), "no process is listed")
+        missing |= dict.fromkeys(("gpu_foreign_processes", "nvml_process_bytes"), "no process is listed")
         return None, None
-    # One of them is this process, whatever number the driver has for it: in a container it is another.
+    # One of them is this process, although in a container the driver may list it under another id.
     ours = [process for process in listed if process.pid == os.getpid()]
     held = ours[0].usedGpuMemory if ours else None
     if held is None:
-        untold["nvml_process_bytes"] = NOT_AVAILABLE if ours else NOT_LISTED
+        missing["nvml_process_bytes"] = NOT_AVAILABLE if ours else NOT_LISTED
     return len(listed) - 1, held
 
 
-def _in_words(nvml: Any, reasons: int) -> str:
+def _throttling_reasons(nvml: Any, reasons: int) -> str:
     given = [
         words for name, words in REASONS.items() if reasons & getattr(nvml, f"nvmlClocksEventReason{name}")
     ]
@@ -174,12 +175,12 @@ def _in_words(nvml: Any, reasons: int) -> str:
 
 
 def memory(uuid: str) -> Memory | None:
-    """A device's memory; None where the driver does not tell it."""
+    """Return a device's memory; None if the driver does not report it."""
     import pynvml
 
     try:
         with _device(uuid) as (nvml, handle):
-            told = nvml.nvmlDeviceGetMemoryInfo(handle)
+            reported = nvml.nvmlDeviceGetMemoryInfo(handle)
     except pynvml.NVMLError:
         return None
-    return Memory(used_bytes=told.used, free_bytes=told.free)
+    return Memory(used_bytes=reported.used, free_bytes=reported.free)

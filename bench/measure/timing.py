@@ -1,8 +1,9 @@
-"""Wall-clock samples of a piece of work, with the device waited for.
+"""Wall-clock samples of a function, with device synchronisation.
 
-Samples are taken until the 95 % interval of their median is narrow or the budget is spent, and those
-from before the times stopped falling are dropped. The harness never concludes from the samples of one
-process: two processes differ by more than either one's spread, so spread comes from replicates.
+Samples are taken until the 95 % interval of their median is narrow enough or the budget is used. Samples from
+the warm-up phase, while the times still decrease, are dropped. The harness never draws conclusions from the
+samples of a single process: two processes differ by more than the spread within each, so the spread is taken
+over replicates.
 """
 
 from __future__ import annotations
@@ -19,38 +20,39 @@ import torch
 from scipy.stats import binom, kendalltau
 
 WARM_UP = 1
-"""Untimed runs before sampling. The step before them was already run for FLOPs and for memory."""
-MOST_SAMPLES = 100
-"""More would narrow the interval of one process, which is not the one that matters."""
-FALLING = 0.05
-"""Level of the test that finds a trend; one stationary series in twenty loses a few samples to it."""
+"""Untimed runs before sampling. The step has already run before, to count FLOPs and to measure memory."""
+MAX_SAMPLES = 100
+"""More samples would only narrow the interval within one process, which is not the relevant one."""
+TREND_LEVEL = 0.05
+"""Significance level of the trend test; one stationary series in twenty loses a few samples."""
 CONFIDENCE = 0.95
 
 
 @dataclass(frozen=True, kw_only=True)
 class Samples:
-    """What one piece of work took, run after run, once warm."""
+    """Times of one function, in order, after the warm-up."""
 
     seconds: list[float]
     end: Literal["precise", "budget"]
-    """Why sampling ended: the interval was narrow, or the time or `MOST_SAMPLES` runs were spent."""
+    """Why sampling ended: the interval was narrow enough, or the time or `MAX_SAMPLES` was used up."""
     runs: int
-    """How often the work was done in all, the warm-up and samples that were dropped included."""
+    """Total number of runs, including the warm-up and dropped samples."""
 
     @property
     def median(self) -> float:
-        """The middle sample, in seconds."""
+        """Median of the samples, in seconds."""
         return statistics.median(self.seconds)
 
     @property
     def half_width(self) -> float | None:
-        """Of the 95 % interval of the median, relative to it; None where it has no such interval."""
+        """Half-width of the 95 % interval of the median, relative to the median;
+        None without such an interval."""
         width = half_width(self.seconds)
         return width if math.isfinite(width) else None
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait until the device has done all it was given; the CPU is always done."""
+    """Wait until the device has finished all submitted work; on the CPU this is always the case."""
     if device.type != "cpu":
         torch.get_device_module(device).synchronize(device)
 
@@ -63,10 +65,10 @@ def sample(
     at_least: int,
     precision: float,
 ) -> Samples:
-    """Time runs of `work` until the half-width of the median's interval is below `precision` with no trend
-    left, or `seconds` or `MOST_SAMPLES` runs are spent; `at_least` samples in any case.
+    """Time runs of `work` until the half-width of the median's interval is below `precision` and there is no
+    trend, or until `seconds` or `MAX_SAMPLES` runs are used; at least `at_least` samples are taken.
 
-    Runs of the warm-up count towards `seconds`: a trend costs samples and no time.
+    Warm-up runs count towards `seconds`: a trend reduces the number of samples but does not extend the time.
     """
     for _ in range(WARM_UP):
         work()
@@ -84,46 +86,46 @@ def sample(
         end = time.perf_counter()
         taken.append(end - start)
         runs += 1
-        spent = runs >= at_least and (runs >= MOST_SAMPLES or end - begun >= seconds)
+        spent = runs >= at_least and (runs >= MAX_SAMPLES or end - begun >= seconds)
         if spent or precise():
-            taken = warm(taken, at_least)
+            taken = drop_warm_up(taken, at_least)
             if precise():
                 return Samples(seconds=taken, end="precise", runs=WARM_UP + runs)
             if spent:
                 return Samples(seconds=taken, end="budget", runs=WARM_UP + runs)
 
 
-def warm(samples: Sequence[float], at_least: int) -> list[float]:
-    """The samples from the warm-up's end on, `at_least` of them: the first one is dropped for as long as
-    the rest fall with time, by a one-sided test of Kendall's rank correlation with their order (Mann 1945,
-    doi:10.2307/1907187)."""
+def drop_warm_up(samples: Sequence[float], at_least: int) -> list[float]:
+    """Return the samples after the warm-up, at least `at_least` of them. The first sample is dropped while
+    the samples have a decreasing trend, by a one-sided test of Kendall's rank correlation with their order
+    (Mann 1945, doi:10.2307/1907187)."""
     first = 0
-    while len(samples) - first > at_least and _falls(samples[first:]):
+    while len(samples) - first > at_least and _has_falling_trend(samples[first:]):
         first += 1
     return list(samples[first:])
 
 
-def _falls(samples: Sequence[float]) -> bool:
-    return bool(kendalltau(range(len(samples)), samples, alternative="less").pvalue < FALLING)
+def _has_falling_trend(samples: Sequence[float]) -> bool:
+    return bool(kendalltau(range(len(samples)), samples, alternative="less").pvalue < TREND_LEVEL)
 
 
 def half_width(samples: Sequence[float]) -> float:
-    """Half the width of the median's `interval`, relative to the median; infinite where there is none."""
+    """Return half the width of the median's `interval`, relative to the median; infinity if there is none."""
     ends = interval(samples)
     return (ends[1] - ends[0]) / (2 * statistics.median(samples)) if ends else math.inf
 
 
 def interval(samples: Sequence[float]) -> tuple[float, float] | None:
-    """The 95 % interval of the median; None for fewer than six samples, whose extremes do not hold it as
-    often as that. Its ends are order statistics, which takes no distribution for granted (Conover,
-    *Practical Nonparametric Statistics*, section 3.2)."""
-    beyond = _beyond(len(samples))
+    """Return the 95 % interval of the median. Its ends are order statistics, which requires no assumption
+    about the distribution (Conover, *Practical Nonparametric Statistics*, section 3.2). None for fewer than
+    six samples, because even their range covers the median with less than 95 % probability."""
+    rank = _rank_of_end(len(samples))
     ordered = sorted(samples)
-    return (ordered[beyond - 1], ordered[-beyond]) if beyond else None
+    return (ordered[rank - 1], ordered[-rank]) if rank else None
 
 
 @cache
-def _beyond(count: int) -> int:
-    """k, such that the k-th lowest and the k-th highest of `count` samples have the median between them as
-    often as `CONFIDENCE` or more; 0 for none."""
+def _rank_of_end(count: int) -> int:
+    """Return the largest k such that the k-th lowest and the k-th highest of `count` samples enclose the
+    median with a probability of at least `CONFIDENCE`; 0 if there is none."""
     return int(binom.ppf((1 - CONFIDENCE) / 2, count, 0.5))

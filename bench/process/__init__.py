@@ -1,1 +1,1 @@
-"""Processes: their start, signals, control groups and standard error."""
+"""Processes: start of child processes, signals, control groups and standard error."""

@@ -1,7 +1,7 @@
-"""The control groups that this process is in: what memory they leave it, and how many processes they lost.
+"""The control groups of this process: their free memory and their number of out-of-memory kills.
 
-Linux only, versions 1 and 2 (cgroup-v2.rst and cgroup-v1/memory.rst of the kernel's documentation);
-elsewhere there are none.
+Linux only, cgroup versions 1 and 2 (cgroup-v2.rst and cgroup-v1/memory.rst of the kernel's documentation). On
+other systems there are no control groups.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ PROC = Path("/proc")
 
 
 def groups(proc: Path = PROC) -> list[Path]:
-    """Folders of the groups that limit this process's memory, innermost first."""
+    """Return the folders of the groups that limit this process's memory, innermost first."""
     try:
         mounts = (proc / "self/mountinfo").read_text().splitlines()
         memberships = (proc / "self/cgroup").read_text().splitlines()
@@ -34,7 +34,7 @@ def groups(proc: Path = PROC) -> list[Path]:
 
 
 def _mounts(mounts: list[str], kind: str) -> Iterator[tuple[str, Path]]:
-    """(where it begins in the hierarchy, where it is mounted) of each hierarchy that may hold memory."""
+    """Yield (root in the hierarchy, mount point) of each hierarchy that may control memory."""
     for line in mounts:
         before, _, after = line.partition(" - ")
         fields, (filesystem, _, options) = before.split(" "), after.split(" ", 2)
@@ -43,8 +43,8 @@ def _mounts(mounts: list[str], kind: str) -> Iterator[tuple[str, Path]]:
 
 
 def free_bytes(proc: Path = PROC) -> int | None:
-    """What the tightest group leaves: its limit less what is in use there, but for cached files that would
-    give way. None where no group has a limit."""
+    """Return the least free memory of all groups: the limit minus the memory in use, not counting reclaimable
+    cached files. None if no group has a limit."""
     left = []
     for folder in groups(proc):
         limit = _number(folder, "memory.max") or _number(folder, "memory.limit_in_bytes")
@@ -58,8 +58,8 @@ def free_bytes(proc: Path = PROC) -> int | None:
 
 
 def oom_kills(proc: Path = PROC) -> int | None:
-    """How many processes the kernel has killed for want of memory in this process's group; where the group
-    does not count them, on this machine. None where neither is told."""
+    """Return the number of processes that the kernel has killed in this process's group because memory ran
+    out. If the group does not count them, the number for the machine; None if neither is available."""
     for folder in groups(proc):
         for name in ("memory.events", "memory.oom_control"):
             if (count := _number(folder, name, "oom_kill")) is not None:
@@ -68,7 +68,7 @@ def oom_kills(proc: Path = PROC) -> int | None:
 
 
 def _number(folder: Path, name: str, key: str = "") -> int | None:
-    """The number in a file, or after a key at the beginning of a line of it."""
+    """Return the number in a file, or the number after a key at the beginning of a line."""
     try:
         found = re.search(rf"^{key}\s*(\d+)$", (folder / name).read_text(), re.MULTILINE)
     except OSError:

@@ -1,4 +1,4 @@
-"""How child processes start: from a server that has torch loaded and does nothing else."""
+"""Start of child processes from a fork server that has torch imported and does nothing else."""
 
 from __future__ import annotations
 
@@ -15,10 +15,11 @@ from typing import Any, TypeVar
 T = TypeVar("T")
 
 _KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(2**32), "MALLOC_TRIM_THRESHOLD_": str(2**40)}
-"""glibc settings under which freed memory stays with the process: a step then reuses pages, as it does
-after the first few seconds of any long training, instead of paying for fresh ones each time."""
+"""glibc settings that keep freed memory in the process. A step then reuses pages, as in a long training after
+the first few seconds, instead of requesting new ones each time."""
 _LONGEST_FOLDER = 70
-"""Bytes of a folder's path in which a socket of multiprocessing's, 33 bytes more, still has a legal one."""
+"""Maximum length, in bytes, of a folder's path in which a multiprocessing
+socket (33 bytes more) still has a valid path."""
 _PRELOAD = [
     "torch",
     "torch._dynamo",
@@ -29,8 +30,8 @@ _PRELOAD = [
 
 
 def _find_room_for_sockets() -> None:
-    """Where the temporary folder's path is too long for a socket in it, as some clusters' are, have
-    multiprocessing take /tmp for its sockets; it keeps to its first choice."""
+    """Make multiprocessing create its sockets in /tmp if the path of the temporary folder is too long for a
+    socket, as on some clusters. multiprocessing keeps its first choice."""
     given = tempfile.gettempdir()
     if len(os.fsencode(given)) <= _LONGEST_FOLDER:
         return
@@ -42,10 +43,10 @@ def _find_room_for_sockets() -> None:
 
 
 def context() -> Any:
-    """What starts children.
+    """Return the multiprocessing context that starts child processes.
 
-    CUDA does not survive a fork, so importing what the server preloads must not initialise it. The server and
-    its children do not hear that a terminal was closed: who started them does, and ends them.
+    CUDA cannot be used after a fork, so the preloaded modules must not initialise it. The server and its
+    children block SIGHUP; the process that started them receives it and ends them.
     """
     _find_room_for_sockets()
     os.environ.update({k: v for k, v in _KEEP_MEMORY.items() if k not in os.environ})
@@ -60,11 +61,11 @@ def context() -> Any:
 
 
 def allocator() -> str:
-    """The memory allocator's settings in this process, for the record."""
+    """Return the memory allocator's settings in this process, for the record."""
     return ", ".join(f"{key}={os.environ.get(key, 'default')}" for key in _KEEP_MEMORY)
 
 
-def ask(question: Callable[..., T], *arguments: Any) -> T:
-    """The answer of a child process that ends when it has given it."""
+def run_in_child(function: Callable[..., T], *arguments: Any) -> T:
+    """Run a function in a child process that then ends; returns the function's result."""
     with ProcessPoolExecutor(1, mp_context=context()) as pool:
-        return pool.submit(question, *arguments).result()
+        return pool.submit(function, *arguments).result()

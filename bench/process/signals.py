@@ -1,5 +1,5 @@
-"""Ctrl-C, SIGTERM and a closed terminal (SIGHUP): what is in hand is put down first, and a second signal ends
-the process on the spot."""
+"""Handling of Ctrl-C (SIGINT), SIGTERM and a closed terminal (SIGHUP): the first signal lets the current cell
+end properly, and a second one ends the process immediately."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from types import FrameType, TracebackType
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _SHOW_CURSOR = "\x1b[?25h"
-"""A progress bar hides it, and does not get to show it again where a second signal ends the process."""
+"""Shows the cursor. A progress bar hides it, and cannot show it again if a second signal ends the process."""
 
 
 class Stopped(KeyboardInterrupt):
-    """A signal asked for the end."""
+    """A signal requested the end of the process."""
 
     def __init__(self, number: int) -> None:
         super().__init__(number)
@@ -25,22 +25,25 @@ class Stopped(KeyboardInterrupt):
 
 
 class Interrupts:
-    """Context manager inside which the first of `SIGNALS` raises Stopped: at once, or at the end of what is
-    `held`. What waits meanwhile learns of it from `asked`. Only a process's main thread gets signals; in any
-    other this does nothing, and neither to a signal that is ignored, as SIGHUP is under nohup."""
+    """Context manager in which the first of `SIGNALS` raises Stopped: immediately, or at the end of a `held`
+    block.
 
-    def __init__(self, hand: str = "the cell in hand") -> None:
-        """`hand`: what is held, in words."""
-        self.hand = hand
+    Code that waits inside a `held` block can watch the file descriptor `signal_fd`. Only the main thread
+    receives signals; in other threads this context manager does nothing. Signals that are ignored, such as
+    SIGHUP under nohup, stay ignored."""
+
+    def __init__(self, work: str = "the current cell") -> None:
+        """`work` describes, for the user, the work in a `held` block."""
+        self.work = work
 
     def __enter__(self) -> Interrupts:
-        self.asked, self._asking = os.pipe()
-        """A file descriptor from which there is something to read once a signal came."""
-        self._came: int | None = None
-        self._holding = False
+        self.signal_fd, self._write_fd = os.pipe()
+        """A file descriptor that becomes readable when a signal arrives."""
+        self._received: int | None = None
+        self._deferring = False
         caught = [n for n in SIGNALS if signal.getsignal(n) is not signal.SIG_IGN]
         main = threading.current_thread() is threading.main_thread()
-        self._before = {n: signal.signal(n, self._come) for n in caught} if main else {}
+        self._before = {n: signal.signal(n, self._handle) for n in caught} if main else {}
         return self
 
     def __exit__(
@@ -48,28 +51,28 @@ class Interrupts:
     ) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
-        os.close(self.asked)
-        os.close(self._asking)
+        os.close(self.signal_fd)
+        os.close(self._write_fd)
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """Nothing is interrupted inside; Stopped is raised at the end."""
-        self._holding = True
+        """Context manager in which nothing is interrupted; Stopped is raised at its end."""
+        self._deferring = True
         try:
             yield
         finally:
-            self._holding = False
-        if self._came is not None:
-            raise Stopped(self._came)
+            self._deferring = False
+        if self._received is not None:
+            raise Stopped(self._received)
 
-    def _come(self, number: int, frame: FrameType | None) -> None:
+    def _handle(self, number: int, frame: FrameType | None) -> None:
         for caught in self._before:
             signal.signal(caught, signal.SIG_DFL)
-        self._came = number
-        os.write(self._asking, b".")
-        if not self._holding:
+        self._received = number
+        os.write(self._write_fd, b".")
+        if not self._deferring:
             raise Stopped(number)
         shown = f"\n{_SHOW_CURSOR}" if sys.stderr.isatty() else ""
-        line = f"{shown}{signal.Signals(number).name}: ending {self.hand}; once more stops at once\n"
-        with suppress(OSError):  # the terminal may be what went
+        line = f"{shown}{signal.Signals(number).name}: ending {self.work}; a second signal stops at once\n"
+        with suppress(OSError):  # the terminal may be closed
             os.write(2, line.encode())

@@ -1,7 +1,7 @@
-"""What a cell's process writes to stderr, by Python or by C, down to its last words.
+"""The standard error of a cell's process, from Python or C.
 
-All of it goes on to this process's stderr as it comes. The end of it is kept, and where the cell did not
-finish it is left beside the records.
+All output is forwarded to this process's stderr immediately. The end of the output is kept, and it is stored
+next to the records if the cell did not finish.
 """
 
 from __future__ import annotations
@@ -22,75 +22,77 @@ from bench.records import write_atomically
 
 LOGS_DIR = "logs"
 TAIL_BYTES = 2**14
-SAY_WHERE = signal.SIGUSR1
-"""At this signal a cell's process writes where each of its threads is."""
+STACK_SIGNAL = signal.SIGUSR1
+"""On this signal a cell's process writes the stack of each of its threads."""
 ANSWER_SECONDS = 2.0
-"""Longest wait for that."""
+"""Maximum wait for these stacks."""
 _CRASH_SITE = re.compile(r'^Current thread .*\n\s+File "(?:.*/)?([^"]*)", line (\d+) in (.*)$', re.MULTILINE)
-"""What Python's faulthandler writes of the thread that crashed, or that was asked: its innermost call."""
+"""The innermost call of the current thread, in the output of Python's faulthandler."""
 
 
 def path_of(folder: Path, cell_id: str) -> Path:
-    """Where a cell's last words lie in the experiment's folder."""
+    """Return the path of a cell's stored stderr in the experiment's folder."""
     return folder / LOGS_DIR / f"{cell_id}.txt"
 
 
-class LastWords:
-    """The end of a pipe that another process's stderr goes into; `theirs` is the other end, for that process
-    to `speak_into` and for this one to close."""
+class StderrTail:
+    """The reading end of a pipe that receives the stderr of another process.
+
+    `writer` is the writing end: that process passes it to `redirect_stderr`, and this process closes it."""
 
     def __init__(self) -> None:
-        self.ours, self.theirs = multiprocessing.Pipe(duplex=False)
-        os.set_blocking(self.ours.fileno(), False)
-        self.more = True
-        """False once nobody holds the other end."""
+        self.reader, self.writer = multiprocessing.Pipe(duplex=False)
+        os.set_blocking(self.reader.fileno(), False)
+        self.is_open = True
+        """False after every writing end is closed."""
         self._tail = b""
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
-    def take(self) -> None:
-        """Take what has come so far."""
-        while self.more:
+    def forward(self) -> None:
+        """Read and forward the output so far."""
+        while self.is_open:
             try:
-                chunk = os.read(self.ours.fileno(), 2**16)
+                chunk = os.read(self.reader.fileno(), 2**16)
             except BlockingIOError:
                 return
-            self.more = bool(chunk)
+            self.is_open = bool(chunk)
             self._tail = (self._tail + chunk)[-TAIL_BYTES:]
             sys.stderr.write(self._decoder.decode(chunk))
 
-    def ask_where(self, pid: int) -> None:
-        """Have the process say where it is, if it still can."""
+    def request_stacks(self, pid: int) -> None:
+        """Make the process write its stacks, if it still can, and read them."""
         with suppress(ProcessLookupError):
-            os.kill(pid, SAY_WHERE)
+            os.kill(pid, STACK_SIGNAL)
         deadline, quiet = time.monotonic() + ANSWER_SECONDS, ANSWER_SECONDS
-        while self.more and time.monotonic() < deadline and wait([self.ours], timeout=quiet):
-            self.take()
+        while self.is_open and time.monotonic() < deadline and wait([self.reader], timeout=quiet):
+            self.forward()
             quiet = 0.1
 
     @property
     def text(self) -> str:
-        """What was said last."""
+        """The end of the output."""
         return self._tail.decode(errors="replace")
 
-    def line(self) -> str | None:
-        """The line that says most: where the process crashed or was, or else the last."""
+    def key_line(self) -> str | None:
+        """Return the most informative line:
+        the location of a crash or of the requested stack, else the last line."""
         if sites := _CRASH_SITE.findall(self.text):
             return "{}:{} in {}".format(*sites[-1])
         lines = [line.strip() for line in self.text.splitlines()]
         return next((line for line in reversed(lines) if line), None)
 
 
-def speak_into(theirs: Connection) -> None:
-    """Let this process's stderr go into the pipe, Python's account of a crash included."""
-    os.dup2(theirs.fileno(), 2)
-    theirs.close()
+def redirect_stderr(writer: Connection) -> None:
+    """Redirect this process's stderr into the pipe, including Python's crash reports."""
+    os.dup2(writer.fileno(), 2)
+    writer.close()
     faulthandler.enable()
-    faulthandler.register(SAY_WHERE)
+    faulthandler.register(STACK_SIGNAL)
 
 
-def keep(folder: Path, cell_id: str, text: str) -> None:
-    """Leave these words, the cell's only ones, in the experiment's folder; none leave no file. Where there is
-    no room for a file, they have been on stderr."""
+def store(folder: Path, cell_id: str, text: str) -> None:
+    """Store the end of a cell's stderr in the experiment's folder, in place of an earlier one; an empty text
+    removes the file. If the file cannot be written, the text has still been on stderr."""
     path = path_of(folder, cell_id)
     try:
         if text:

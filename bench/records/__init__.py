@@ -1,8 +1,8 @@
-"""Records: what one cell says, kept in files and read back.
+"""Records: the results of cells, stored in files and read back.
 
-One flat JSON file a cell, written atomically; many of them may be gathered into a part with a line each
-(`python -m bench.records compact`). Importing this package brings neither torch nor pandas, so that the
-report and the command line start fast.
+Each cell has one flat JSON file, which is written atomically. `python -m bench.records compact` combines many
+of them into a part, a file with one record per line. Importing this package imports neither torch nor pandas,
+so that the report and the command line start fast.
 """
 
 from __future__ import annotations
@@ -13,16 +13,16 @@ from bench.records.files import (
     curve_path_of,
     make_folder,
     path_of,
+    remove_abandoned,
     replacing,
     share,
-    tidy,
-    unfinished,
+    temporary_files_of,
     write_atomically,
 )
 from bench.records.migrations import SCHEMA_VERSION
 from bench.records.reading import RecordError, parse
 from bench.records.record import FINAL, KEYS, STATUSES, Record, Status, Tell
-from bench.records.store import Sequence, columns_of, frame_of, load, read, read_all, write
+from bench.records.store import SequenceNumbers, columns_of, frame_of, load, read, read_all, write
 
 __all__ = [
     "CURVES_DIR",
@@ -33,7 +33,7 @@ __all__ = [
     "STATUSES",
     "Record",
     "RecordError",
-    "Sequence",
+    "SequenceNumbers",
     "Status",
     "Tell",
     "columns_of",
@@ -45,10 +45,10 @@ __all__ = [
     "path_of",
     "read",
     "read_all",
+    "remove_abandoned",
     "replacing",
     "share",
-    "tidy",
-    "unfinished",
+    "temporary_files_of",
     "write",
     "write_atomically",
 ]

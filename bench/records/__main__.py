@@ -1,7 +1,7 @@
-"""`python -m bench.records check|compact results/<name>`: look after an experiment's records.
+"""`python -m bench.records check|compact results/<name>`: maintain the records of an experiment.
 
-Exit status: 0 where no record is lost, 1 where a file is left that cannot be read, 2 where there is no such
-folder or it cannot be written to.
+Exit status: 0 if every record can be read, 1 if a file cannot be read, 2 if the folder does not exist or
+cannot be written.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from variants.safe_output import run
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Do what the command line says; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m bench.records", description="Look after records.")
+    """Run the command line; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m bench.records", description="Maintain records.")
     commands = parser.add_subparsers(dest="command", required=True)
     for name, help_text in (
         ("check", "list what is wrong: unreadable, older, stale, duplicate or misnamed records, leftovers"),
-        ("compact", "gather single files into few, and remove what processes that died left"),
+        ("compact", "combine single files into a few large ones, and remove the leftovers of dead processes"),
     ):
         command = commands.add_parser(name, help=help_text, description=help_text)
         command.add_argument("folder", type=Path, help="the experiment's folder, such as results/scaling")
@@ -45,7 +45,7 @@ def _check(folder: Path) -> int:
         print(f"{problem.kind:10} {problem.text}")
     counts = Counter(problem.kind for problem in problems)
     print(", ".join(f"{count} {kind}" for kind, count in counts.items()) or "nothing is wrong")
-    return int(any(problem.loses for problem in problems))
+    return int(any(problem.loses_record for problem in problems))
 
 
 def _compact(folder: Path) -> int:
@@ -53,10 +53,10 @@ def _compact(folder: Path) -> int:
 
     done = compact(folder)
     for problem in done.problems:
-        print(f"left as it is: {problem}")
+        print(f"left unchanged: {problem}")
     print(
-        f"{done.gathered} single files gathered, in {len(done.parts)} parts now; "
-        f"{done.temporaries} temporaries of dead writers removed"
+        f"{done.gathered} single files combined; there are {len(done.parts)} parts now; "
+        f"{done.temporaries} temporary files of dead processes removed"
     )
     return int(bool(done.problems))
 

@@ -1,14 +1,19 @@
-"""Many small files into few: the records of an experiment gathered into parts, with a line each.
+"""Compaction: the records of an experiment, combined from many small files into few parts, one record per
+line.
 
-JSON lines, and not a table of columns: a line is the record as it is, whatever keys it has and however large
-its numbers, and Git and people can read it. A part has at most `PART_BYTES`, so that a hosting service takes
-it and a small addition makes no large file anew.
+The format is JSON lines rather than a columnar table: each line is one unmodified record, with any keys and
+arbitrarily large numbers, and Git and people can read it. A part has at most `PART_BYTES`, so that hosting
+services accept it and a small addition does not rewrite a large file.
 
-Nothing is lost wherever this is killed, and whoever else writes, reads or compacts meanwhile: parts are
-whole and on the disk before anything is removed; what is removed is read once more and must be in a part, or
-be older than the record of its cell that is; and a single file is put aside under another name first, where
-nobody can replace it, and put back where it is no longer what was gathered. What was put aside by somebody
-who died there is still read as a record. What cannot be read stays where it is.
+No record is lost if the process is killed at any point, or if other processes write, read or compact at the
+same time:
+
+- Parts are complete and on the disk before any file is removed.
+- A file is read again before it is removed; its record, or a newer one of the same cell, must be in a part.
+- A single file is first renamed (moved aside), so that no other process can replace it. It is renamed back if
+  its content is no longer the record that was combined.
+- If the process dies at that point, the renamed file is still read as a record.
+- Files that cannot be read stay in place.
 """
 
 from __future__ import annotations
@@ -30,46 +35,46 @@ from bench.records.files import (
     write_atomically,
 )
 from bench.records.record import Record
-from bench.records.store import PART, Found, parts, read_file, singles
+from bench.records.store import PART, StoredRecord, part_files, read_file, single_files
 
 PART_BYTES = 16 * 2**20
-"""The most that a part has; one of half of that or more is left as it is."""
+"""Maximum size of a part. A part of at least half this size is not rewritten."""
 
 
 @dataclass
 class Compacted:
-    """What was done to an experiment's folder."""
+    """The result of compacting an experiment's folder."""
 
     gathered: int = 0
-    """Single files whose records are in parts now."""
+    """Number of single files whose records are now in parts."""
     parts: list[Path] = field(default_factory=list)
-    """All that there are."""
+    """All parts of the folder."""
     temporaries: int = 0
-    """Temporary files of dead writers that were removed."""
+    """Number of temporary files of dead processes that were removed."""
     problems: list[str] = field(default_factory=list)
-    """What was left where it is because it cannot be read."""
+    """Descriptions of the files that could not be read and were left in place."""
 
 
 def compact(folder: Path) -> Compacted:
-    """Gather the folder's records into parts and remove what processes that died left."""
+    """Combine the folder's records into parts, and remove the leftovers of dead processes."""
     done = Compacted()
-    alone = [one for path in singles(folder) if _free(path) for one in read_file(path)]
+    alone = [one for path in single_files(folder) if _is_free(path) for one in read_file(path)]
     done.problems = [one.problem for one in alone if one.problem]
-    old = {path: read_file(path) for path in parts(folder)}
-    full = {path for path, lines in old.items() if _full(path, lines)}
+    old = {path: read_file(path) for path in part_files(folder)}
+    full = {path for path, lines in old.items() if _is_full(path, lines)}
     loose = [one for path, lines in old.items() if path not in full for one in lines]
     done.problems += [one.problem for one in loose if one.problem]
-    held = _newest(one.record for path in full for one in old[path])
+    stored = _newest(one.record for path in full for one in old[path])
     gathered = _newest(one.record for one in [*alone, *loose])
-    fresh = [r for cell, r in gathered.items() if cell not in held or r.age > held[cell].age]
-    made = {_write(folder, lines) for lines in _shared_out(sorted(r.to_line() for r in fresh))}
+    fresh = [r for cell, r in gathered.items() if cell not in stored or r.recency > stored[cell].recency]
+    made = {_write(folder, lines) for lines in _split_into_parts(sorted(r.to_line() for r in fresh))}
     done.parts = sorted(full | made)
-    held = _newest(one.record for path in done.parts for one in read_file(path))  # as the disk has it
+    stored = _newest(one.record for path in done.parts for one in read_file(path))  # re-read
     for one in alone:
-        if one.record and _is_in(one.record, held):
-            done.gathered += _take_away(folder, one, held)
+        if one.record and _is_stored(one.record, stored):
+            done.gathered += _remove_single(folder, one, stored)
     for path in old.keys() - full - made:
-        if all(one.record and _is_in(one.record, held) for one in read_file(path)):
+        if all(one.record and _is_stored(one.record, stored) for one in read_file(path)):
             path.unlink(missing_ok=True)
         else:
             done.parts.append(path)
@@ -77,13 +82,13 @@ def compact(folder: Path) -> Compacted:
     return done
 
 
-def _free(path: Path) -> bool:
-    """Whether nobody else is at work on a file."""
+def _is_free(path: Path) -> bool:
+    """Return whether no other process works on a file."""
     return not path.name.endswith(ASIDE) or abandoned(path)
 
 
-def _full(path: Path, lines: list[Found]) -> bool:
-    """Whether a part is left as it is: it is large, and as it would be written today."""
+def _is_full(path: Path, lines: list[StoredRecord]) -> bool:
+    """Return whether a part is not rewritten: it is large and already in the current format."""
     large = sum(len(one.text) for one in lines) >= PART_BYTES // 2
     return large and all(one.record and one.record.to_line() == one.text + "\n" for one in lines)
 
@@ -91,18 +96,18 @@ def _full(path: Path, lines: list[Found]) -> bool:
 def _newest(found: Iterable[Record | None]) -> dict[str, Record]:
     newest: dict[str, Record] = {}
     for record in found:
-        if record and (record.cell_id not in newest or record.age > newest[record.cell_id].age):
+        if record and (record.cell_id not in newest or record.recency > newest[record.cell_id].recency):
             newest[record.cell_id] = record
     return newest
 
 
-def _is_in(record: Record, held: dict[str, Record]) -> bool:
-    """Whether the record, or a newer one of its cell, is held."""
-    return record.cell_id in held and held[record.cell_id].age >= record.age
+def _is_stored(record: Record, stored: dict[str, Record]) -> bool:
+    """Return whether `stored` contains the record or a newer one of its cell."""
+    return record.cell_id in stored and stored[record.cell_id].recency >= record.recency
 
 
-def _shared_out(lines: list[str]) -> list[str]:
-    """The lines in texts of at most `PART_BYTES` each, or of one line."""
+def _split_into_parts(lines: list[str]) -> list[str]:
+    """Split the lines into texts of at most `PART_BYTES` each, or of a single longer line."""
     texts: list[list[str]] = []
     size = PART_BYTES
     for line in lines:
@@ -115,7 +120,7 @@ def _shared_out(lines: list[str]) -> list[str]:
 
 
 def _write(folder: Path, text: str) -> Path:
-    """The part with this content, which its name says."""
+    """Write the part with this content, unless it exists; its name is a hash of the content."""
     content = text.encode()
     path = parts_of(folder) / f"{hashlib.sha256(content).hexdigest()[:16]}{PART}"
     if not path.is_file() or path.read_bytes() != content:
@@ -123,23 +128,23 @@ def _write(folder: Path, text: str) -> Path:
     return path
 
 
-def _take_away(folder: Path, one: Found, held: dict[str, Record]) -> bool:
-    """Remove a single file whose record is held, unless it has become another one meanwhile."""
+def _remove_single(folder: Path, one: StoredRecord, stored: dict[str, Record]) -> bool:
+    """Remove a single file whose record is in a part, unless the file has changed since it was read."""
     aside = one.path if one.path.name.endswith(ASIDE) else beside(one.path, ASIDE)
     try:
         one.path.replace(aside)
-    except FileNotFoundError:  # somebody else gathers too
+    except FileNotFoundError:  # another process compacts too
         return False
     now = [found.record for found in read_file(aside)]
-    gone = all(record and _is_in(record, held) for record in now)
-    if gone or _put_back(folder, aside, one):
+    gone = all(record and _is_stored(record, stored) for record in now)
+    if gone or _restore_name(folder, aside, one):
         aside.unlink(missing_ok=True)
     return gone
 
 
-def _put_back(folder: Path, aside: Path, one: Found) -> bool:
-    """Give what was put aside a name again. Where that is taken by now, or cannot be given, it stays, and is
-    read and gathered as it is."""
+def _restore_name(folder: Path, aside: Path, one: StoredRecord) -> bool:
+    """Give a file that was moved aside its name again. If that name is taken or cannot be used, the file
+    keeps its temporary name, under which it is still read and combined."""
     try:
         os.link(aside, path_of(folder, one.record.cell_id) if one.record else one.path)
     except OSError:

@@ -1,10 +1,11 @@
-"""Files that are whole or not there, for many writers on a file system that several machines share.
+"""Atomic writing of files, for many writers on a file system that several machines may share.
 
-A writer fills a temporary file of its own, in the folder where it is going, and renames it when all of it is
-on the disk. So a reader, or a power cut, finds the old file or the new one and never a part; of two writers
-of one file the later one's is there, whole. No locks, which such file systems often lack.
+A writer fills its own temporary file in the target folder, and renames it when all data is on the disk.
+Therefore a reader, even after a power failure, finds either the old or the new file, never an incomplete one.
+If two writers write one file, the later one wins. No locks are used, because shared file systems often lack
+them.
 
-A folder that its group may write is one that people share: see `share`.
+Folders that are writable by their group are treated as shared between users: see `share`.
 """
 
 from __future__ import annotations
@@ -26,28 +27,29 @@ RECORDS_DIR = "records"
 CURVES_DIR = "curves"
 TEMPORARY, ASIDE = ".tmp", ".aside"
 ABANDONED_SECONDS = 3600.0
-"""A temporary that nobody has written to for so long is of a process that died, on whatever machine."""
+"""A temporary file that has not been modified for this long belongs to a dead process, on any machine."""
 _HIDDEN = re.compile(r"\..+-((?P<host>\w+)\.(?P<process>\d+)\.)?\w{8}\.(tmp|aside)")
 
 
 def path_of(folder: Path, cell_id: str) -> Path:
-    """Where a cell's record lives in the experiment's folder."""
+    """Return the path of a cell's record in the experiment's folder."""
     return folder / RECORDS_DIR / f"{cell_id}.json"
 
 
 def parts_of(folder: Path) -> Path:
-    """Where the parts lie: a folder of their own, listed in no time however many records there are."""
+    """Return the folder of the parts.
+    It is separate, so that it is fast to list regardless of the number of records."""
     return folder / RECORDS_DIR / "parts"
 
 
 def curve_path_of(folder: Path, cell_id: str) -> Path:
-    """Where a cell's training curve lies in the experiment's folder."""
+    """Return the path of a cell's training curve in the experiment's folder."""
     return folder / CURVES_DIR / f"{cell_id}.csv"
 
 
 @contextmanager
 def replacing(path: Path) -> Iterator[BufferedRandom]:
-    """A file to write that takes the path's place when all of it is on the disk."""
+    """Open a temporary file for writing, and rename it to `path` when all its data is on the disk."""
     make_folder(path.parent)
     temporary = beside(path, TEMPORARY)
     try:
@@ -64,26 +66,26 @@ def replacing(path: Path) -> Iterator[BufferedRandom]:
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Put a text in the path's place, whole."""
+    """Write a text to `path` atomically."""
     with replacing(path) as file:
         file.write(text.encode())
 
 
 def make_folder(folder: Path) -> None:
-    """Make a folder where there is none, and those above it."""
+    """Create a folder and its parents if they do not exist."""
     if folder.is_dir():
         return
     make_folder(folder.parent)
-    with suppress(FileExistsError):  # of another writer, meanwhile
+    with suppress(FileExistsError):  # another writer has just created it
         folder.mkdir()
         share(folder)
         _sync(folder.parent)
 
 
 def share(path: Path) -> None:
-    """Give the group of the folder above, where it may write there, the same rights to a new file or folder.
+    """Make a new file or folder writable by its group if the parent folder is writable by the same group.
 
-    The umask of one person would lock out the others, who have to replace, lock and read what is there.
+    Otherwise the umask of one user would prevent the others from replacing, locking and reading the files.
     """
     above, own = path.parent.stat(), path.stat()
     if above.st_mode & stat.S_IWGRP and above.st_gid == own.st_gid:
@@ -92,41 +94,43 @@ def share(path: Path) -> None:
 
 
 def beside(path: Path, suffix: str) -> Path:
-    """A name that no file has, in the path's folder: hidden, it says for which file and whose it is."""
+    """Return an unused, hidden name in the path's folder;
+    it contains the file's name and the owner's host and process."""
     owner = f"{_host()}.{os.getpid()}.{secrets.token_hex(4)}"
     return path.with_name(f".{path.stem}-{owner}{suffix}")
 
 
-def unfinished(path: Path) -> list[Path]:
-    """What processes that were killed as they wrote to the path left beside it."""
+def temporary_files_of(path: Path) -> list[Path]:
+    """Return the temporary files of processes that were killed while they wrote to `path`."""
     return list(path.parent.glob(f".{path.stem}-*{TEMPORARY}"))
 
 
 def abandoned(path: Path) -> bool:
-    """Whether the writer of a temporary file or folder is dead: it ran here and does not any more, or it has
-    not touched the file for `ABANDONED_SECONDS`."""
+    """Return whether the writer of a temporary file or folder is dead: it ran on this machine and has ended,
+    or it has not modified the file for `ABANDONED_SECONDS`."""
     made = _HIDDEN.fullmatch(path.name)
-    if not made:  # none of ours
+    if not made:  # not one of our temporary files
         return False
     if made["host"] == _host() and not _runs(int(made["process"])):
         return True
     try:
         touched = max(one.stat().st_mtime for one in (path, *path.glob("*/")))
-    except OSError:  # its writer is done, or it is none of our business
+    except OSError:  # its writer has finished, or this user may not access it
         return False
     return time.time() - touched > ABANDONED_SECONDS
 
 
-def tidy(folder: Path) -> None:
-    """Remove what writers that died left of files in an experiment's folder; what one still writes stays."""
+def remove_abandoned(folder: Path) -> None:
+    """Remove the temporary files of dead processes from an experiment's folder,
+    but not those of running ones."""
     for path in (*folder.glob(f".*{TEMPORARY}"), *folder.glob(f"*/.*{TEMPORARY}")):
         if abandoned(path):
-            with suppress(OSError):  # somebody else's
+            with suppress(OSError):  # it belongs to another user
                 remove(path)
 
 
 def remove(path: Path) -> None:
-    """Remove a file, or a folder with all that is in it; it may be gone."""
+    """Remove a file, or a folder with its content, if it exists."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:
@@ -142,13 +146,13 @@ def _runs(process: int) -> bool:
         os.kill(process, 0)
     except (ProcessLookupError, OverflowError):
         return False
-    except PermissionError:  # somebody else's
+    except PermissionError:  # a process of another user
         pass
     return True
 
 
 def _sync(folder: Path) -> None:
-    """Have the names in a folder on the disk too, where the file system can do that."""
+    """Flush the entries of a folder to the disk, if the file system supports it."""
     handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(handle)

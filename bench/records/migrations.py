@@ -1,12 +1,13 @@
-"""Versions of the record, and how files of an older one are read.
+"""Versions of the record schema, and the migration of older files.
 
-What makes a version is what a reader would otherwise misread: a key that is renamed or dropped, whose unit
-or meaning changes, or that comes to be required, such as one whose absence stands for a value. A key that
-is added and null where it was not taken needs none: every file without it says null. So a file with keys
-that we do not know is one of a later program, and not read, whatever its version; no key may be added that
-changes what another one says.
+A change needs a new version if a reader would otherwise misinterpret a file: a key is renamed or removed, its
+unit or meaning changes, or it becomes required, for example because its absence stood for a value. A new key
+that is null when its figure was not taken needs no new version, because a file without the key means null.
+Therefore a file with unknown keys was written by a later version of the program and is not read, whatever its
+schema version. A new key must not change the meaning of another one.
 
-A migration takes the keys of one version to those of the next and is pure; `SCHEMA_VERSION` is the last.
+A migration is a pure function from the keys of one version to those of the next. `SCHEMA_VERSION` is the
+current version.
 """
 
 from __future__ import annotations
@@ -19,20 +20,19 @@ Keys = dict[str, Any]
 
 
 def _from_1(keys: Keys) -> Keys:
-    """Version 1 grew `ff_chunks` and `twin` while it was current; where a file does not name them the
-    feed-forward layer went in one piece, and nothing was measured twice. From version 2 on both are
-    required."""
+    """`ff_chunks` and `twin` were added to version 1 while it was current. A file without them had an
+    undivided feed-forward layer and no repeated measurement. From version 2 on both are required."""
     return {"ff_chunks": 1, "twin": 0} | keys
 
 
 MIGRATIONS: Mapping[int, Callable[[Keys], Keys]] = MappingProxyType({1: _from_1})
-"""By the version that they lead away from; each leads to the next."""
+"""Source version → migration to the next version."""
 
 SCHEMA_VERSION = max(MIGRATIONS) + 1
 
 
 def migrate(keys: Keys) -> Keys:
-    """The keys as the present version has them. Raises ValueError for a version that it cannot know."""
+    """Return the keys in the current version. Raises ValueError for an unknown version."""
     version = keys["schema_version"]
     if type(version) is not int or not min(MIGRATIONS) <= version <= SCHEMA_VERSION:
         raise ValueError(

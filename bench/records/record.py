@@ -1,8 +1,8 @@
-"""The record: what one cell says, as one flat set of keys.
+"""The record: the results of one cell, as one flat set of keys.
 
-The keys are public interface (results/README.md explains each). A figure that was not
-taken is null, never 0. Each key is declared here once, with its type and the values that it may have;
-`bench.records.reading` holds files to that.
+The keys are public interface (results/README.md explains each). A figure that was not taken is null, never 0.
+Each key is declared once, here, with its type and allowed values; `bench.records.reading` checks files
+against these declarations.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Annotated, Any, Literal, get_args
 
-from bench.records.bounds import FLOAT, LEAST, WHOLE, Bounds
+from bench.records.bounds import FLOAT, MAX_INT, MIN_FIGURE, Bounds
 from bench.records.migrations import SCHEMA_VERSION
 
 Status = Literal["ok", "unsupported", "oom", "predicted_oom", "timeout", "error", "diverged"]
@@ -23,20 +23,21 @@ STATUSES: tuple[str, ...] = get_args(Status)
 FINAL: frozenset[str] = frozenset({"ok", "unsupported", "oom", "predicted_oom"})
 """Statuses that a second run of the same sweep does not measure again."""
 CLOCKS_DIFFER = 300.0
-"""Seconds by which the clocks of machines may differ without anyone's being told."""
+"""Difference between the clocks of machines, in seconds, that is accepted without a warning."""
 Tell = Callable[[dict[str, Any]], None]
-"""Takes figures by the record's key, as a cell takes them; what has been told survives the cell's process."""
+"""Receives figures, by record key, as soon as a cell has taken them.
+Figures that were reported survive the cell's process."""
 
-Size = Annotated[int, Bounds(1, WHOLE)]
-"""Something there is at least one of, such as a length, a width or bytes that are in use."""
-Whole = Annotated[int, Bounds(-WHOLE, WHOLE)]
-Count = Annotated[int, Bounds(0, WHOLE)]
+Size = Annotated[int, Bounds(1, MAX_INT)]
+"""A quantity of at least one, such as a length, a width or the bytes in use."""
+Whole = Annotated[int, Bounds(-MAX_INT, MAX_INT)]
+Count = Annotated[int, Bounds(0, MAX_INT)]
 Work = Annotated[int, Bounds(0)]
-"""FLOPs, which may be more than 64 bits hold."""
-Positive = Annotated[float, Bounds(LEAST)]
-"""A time or a rate: never 0, and its reciprocal is a number too."""
-Perplexity = Annotated[float, Bounds(LEAST, FLOAT)]
-"""The exponential of a loss, which may be hundreds of nats."""
+"""FLOPs, which may exceed 64 bits."""
+Positive = Annotated[float, Bounds(MIN_FIGURE)]
+"""A time or a rate: never 0, and its reciprocal is finite."""
+Perplexity = Annotated[float, Bounds(MIN_FIGURE, FLOAT)]
+"""The exponential of a loss; the loss may be hundreds of nats."""
 Amount = Annotated[float, Bounds(0)]
 Share = Annotated[float, Bounds(0, 1)]
 Number = Annotated[float, Bounds()]
@@ -44,7 +45,7 @@ Number = Annotated[float, Bounds()]
 
 @dataclass(kw_only=True)
 class Record:
-    """What one cell says. Units stand in the names; None means not taken."""
+    """The results of one cell. Names contain their units; None means that a figure was not taken."""
 
     # identity
     schema_version: int = SCHEMA_VERSION
@@ -117,7 +118,7 @@ class Record:
     memory_limit_bytes: Count | None = None
     state_bytes: Count | None = None
 
-    # what fits into a budget, by prediction
+    # predicted sizes that fit into a memory budget
     budget_bytes: Size | None = None
     longest_seq_len: Count | None = None
     largest_batch_size: Count | None = None
@@ -136,14 +137,14 @@ class Record:
     peak_flops_per_second: Positive | None = None
     peak_bytes_per_second: Positive | None = None
 
-    # how cost is claimed to grow
+    # claimed growth of cost
     claimed_time_exponent: Number | None = None
     claimed_memory_exponent: Number | None = None
     claim_source: str | None = None
     survey_exponent: Number | None = None
     claimed_depth_exponent: Number | None = None
 
-    # what else went on meanwhile
+    # other load during the measurement
     contaminated: str | None = None
     load_before: Amount | None = None
     load_after: Amount | None = None
@@ -213,34 +214,36 @@ class Record:
     load_average: Amount | None = None
 
     def to_json(self) -> str:
-        """Strict JSON: a line a key, in the order above. Non-finite numbers are null, and bytes of a text
-        that are no UTF-8 are written out, as `\\udcff`."""
+        """Return strict JSON with one line per key, in the order above. Non-finite numbers become null, and
+        bytes of a text that are not UTF-8 are escaped as `\\udcff`."""
         values = _storable(vars(self))
         lines = (f"  {json.dumps(k)}: {json.dumps(v, allow_nan=False)}" for k, v in values.items())
         return "{\n" + ",\n".join(lines) + "\n}\n"
 
     def to_line(self) -> str:
-        """The same record on one line that ends with a newline; what is null is left out."""
+        """Return the record as one line that ends with a newline, without the keys that are null."""
         values = {key: value for key, value in _storable(vars(self)).items() if value is not None}
         return json.dumps(values, allow_nan=False, separators=(",", ":")) + "\n"
 
     @property
     def written(self) -> int:
-        """What orders records by when they were measured: `sequence`, or of an older record its date."""
+        """Sort key for the time of measurement: `sequence`, or the date of an older record without one."""
         return microseconds(self.started_at) if self.sequence is None else self.sequence
 
     def in_future(self, now: float) -> bool:
-        """Whether the record is dated later than `now`, in seconds since 1970: a clock ran ahead."""
+        """Return whether the record's date is later than `now` (seconds since 1970),
+        because a clock was ahead."""
         return microseconds(self.started_at) > (now + CLOCKS_DIFFER) * 1e6
 
     @property
-    def age(self) -> tuple[int, str, str]:
-        """What sorts the records of one cell, the newest last; equal for equal records alone."""
+    def recency(self) -> tuple[int, str, str]:
+        """Sort key for records of one cell, the newest last; equal only for equal records."""
         return self.written, self.started_at or "", self.to_line()
 
 
 def microseconds(date: str | None) -> int:
-    """Microseconds from 1970 to an ISO 8601 date, of UTC where it names no zone; 0 for what is none."""
+    """Return the microseconds from 1970 to an ISO 8601 date (UTC if it has no time zone);
+    0 for an invalid date."""
     try:
         found = datetime.fromisoformat(date or "")
         zoned = found if found.tzinfo else found.replace(tzinfo=UTC)
@@ -264,4 +267,4 @@ def _storable(value: Any) -> Any:
 KEYS: tuple[str, ...] = tuple(f.name for f in dataclasses.fields(Record))
 
 REQUIRED: frozenset[str] = frozenset(f.name for f in dataclasses.fields(Record) if f.default is not None)
-"""Keys that a file of the present version must have; the others are null where it does not name them."""
+"""Keys that a file of the current version must have. Other keys are null if the file lacks them."""

@@ -1,1 +1,1 @@
-"""From a sweep of cells to their records."""
+"""Execution of sweeps: from cells to their records."""

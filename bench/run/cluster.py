@@ -1,8 +1,8 @@
-"""Cells as the jobs of a Hydra launcher: which go into one, what it needs, and what came of each.
+"""Cells as jobs of a Hydra launcher: their grouping, their resource requirements and their results.
 
 The launcher decides where a job runs. A job composes its cells again from their overrides and measures them
-as any sweep does: claimed in the results folder, alone on the device. Its records come back with what it
-returns too, so that they are here whether the results folder is shared or not.
+as a normal sweep does: it locks each cell in the results folder and uses the device exclusively. A job also
+returns its records, so that they are available here even if the results folder is not shared.
 """
 
 from __future__ import annotations
@@ -31,31 +31,32 @@ from variants.safe_output import drop_failed_output
 T = TypeVar("T")
 
 CELLS = "cells"
-"""The key of a job's config under which its cells lie, each a list of overrides."""
+"""The key of a job's config that holds its cells, each as a list of overrides."""
 MOST_JOBS = 1000
-"""Jobs that are handed over at once; SLURM's own limit on the size of an array is 1001 (MaxArraySize)."""
+"""Maximum number of jobs submitted at once; SLURM's default limit of an array is 1001 (MaxArraySize)."""
 SECONDS_BESIDE = 30
-"""What a cell may take beside its limit: composing it, ending its process, waiting for the file system."""
+"""Additional time per cell, beyond its limit:
+composing it, ending its process, waiting for the file system."""
 A_YEAR = 366 * 24 * 60
-"""Minutes: the longest time limit of a job, since schedulers take no endless ones."""
+"""Maximum time limit of a job, in minutes, because schedulers require a finite one."""
 SECONDS_TO_START = 300
-"""What a job may take before its first cell: Python, torch and the corpus from a slow file system."""
+"""Additional time per job for its start: loading Python, torch and the corpus from a slow file system."""
 
 Launch = Callable[[ClusterSpec, list[list[str]]], Sequence[list[str] | Exception]]
-"""Has jobs, a list of overrides each, run where the knobs say; returns the records of each as JSON, or what
-it failed of. Raises where a job died."""
+"""Runs jobs, given as lists of overrides, with the cluster's knobs. Returns for each job its records as JSON
+or the exception with which it failed. Raises if a job died."""
 
 
 @dataclass
 class CellsOfJob:
-    """What a launcher calls, in whichever process and on whichever machine; pickled on the way there."""
+    """The task function of a launcher. It is pickled, and called in another process or on another machine."""
 
     loader: Any
     """Hydra's ConfigLoader."""
     composed: DictConfig
-    """The config of the sweep."""
+    """The composed config of the sweep."""
     folder: Path
-    """Where the sweep was started: relative paths in its overrides start there, on every machine."""
+    """The working directory of the sweep, to which relative paths in its overrides refer on every machine."""
 
     def __call__(self, cfg: DictConfig) -> list[str]:
         """Measure the job's cells; returns their records as JSON."""
@@ -71,37 +72,38 @@ class CellsOfJob:
 def run(
     cells: Sequence[Cell], overrides: Sequence[list[str]], cluster: ClusterSpec, launch: Launch
 ) -> list[Record]:
-    """Have a launcher run each cell whose record does not stand; returns the records of all.
+    """Run each cell without an up-to-date record through a launcher; returns the records of all cells.
 
-    `overrides` are those that each cell was composed from. Raises as sweep.plan does, before the first job is
-    handed over; after that a job that fails, or dies, is told and leaves its cells to the next run.
+    `overrides` are those from which each cell was composed. Raises as `sweep.prepare_jobs` does, before the
+    first job is submitted. After that, a job that fails or dies only causes a message; the next run of the
+    sweep runs its cells.
     """
-    jobs = sweep.plan(cells)
+    jobs = sweep.prepare_jobs(cells)
     drop_failed_output()
     line_of = {id(cell): line for cell, line in zip(cells, overrides, strict=True)}
     left = [job for job in jobs if job.result is None]
     if before := len(jobs) - len(left):
-        _say(f"{before} of {len(jobs)} cells were finished before and are not run again")
+        _print(f"{before} of {len(jobs)} cells were finished before and are not run again")
     for device in dict.fromkeys(job.cell.spec.device for job in left):
-        groups = _pieces([job for job in left if job.cell.spec.device == device], cluster.cells_per_job)
-        for batch in _pieces(groups, MOST_JOBS):
+        groups = _chunked([job for job in left if job.cell.spec.device == device], cluster.cells_per_job)
+        for batch in _chunked(groups, MOST_JOBS):
             handed = [job for group in batch for job in group]
-            _say(f"jobs: {len(batch)}, for {len(handed)} of {len(jobs)} cells")
-            # what auto stands for is decided here: a job's machine may have other devices
+            _print(f"jobs: {len(batch)}, for {len(handed)} of {len(jobs)} cells")
+            # `device=auto` is resolved here, because a job's machine may have other devices
             lines = [[[*line_of[id(job.cell)], f"device={device}"] for job in group] for group in batch]
-            knobs = needs(cluster, [[job.cell for job in group] for group in batch])
+            knobs = requirements(cluster, [[job.cell for job in group] for group in batch])
             try:
                 for returned in launch(knobs, [[f"+{CELLS}={quote(line)}"] for line in lines]):
-                    _take(returned, {job.cell_id: job for job in handed})
-            except Exception as error:  # whatever a launcher makes of a job that died
-                _say(f"the launcher gave up, and other jobs may still be running: {_first_line(error)}")
+                    _collect(returned, {job.cell_id: job for job in handed})
+            except Exception as error:  # the exception for a job that died depends on the launcher
+                _print(f"the launcher failed, and other jobs may still be running: {_first_line(error)}")
             for job in handed:
-                job.result = job.result or job.meanwhile()
-    return sweep.report(jobs)
+                job.result = job.result or job.reload_record()
+    return sweep.publish(jobs)
 
 
-def needs(cluster: ClusterSpec, groups: Sequence[Sequence[Cell]]) -> ClusterSpec:
-    """The knobs for these jobs, on one kind of device, with what was left open filled in."""
+def requirements(cluster: ClusterSpec, groups: Sequence[Sequence[Cell]]) -> ClusterSpec:
+    """Return the cluster's knobs for these jobs, all on one type of device, with the unset ones filled in."""
     on_cpu = groups[0][0].spec.device == "cpu"
     limits = [sum(cell.spec.measure.limit_seconds + SECONDS_BESIDE for cell in group) for group in groups]
     return replace(
@@ -113,36 +115,36 @@ def needs(cluster: ClusterSpec, groups: Sequence[Sequence[Cell]]) -> ClusterSpec
 
 
 def quote(lines: Sequence[Sequence[str]]) -> str:
-    """Lists of overrides as a value in Hydra's grammar."""
+    """Return lists of overrides as a value in Hydra's grammar."""
 
-    def quoted(text: str) -> str:  # a backslash stands for itself, except before a quote
+    def quoted(text: str) -> str:  # a backslash is literal, except before a quote
         escaped = re.sub(r"(\\*)('|$)", lambda found: found[1] * 2 + found[2].replace("'", "\\'"), text)
         return f"'{escaped}'"
 
     return "[" + ",".join("[" + ",".join(map(quoted, line)) + "]" for line in lines) + "]"
 
 
-def _pieces(whole: Sequence[T], size: int) -> list[Sequence[T]]:
+def _chunked(whole: Sequence[T], size: int) -> list[Sequence[T]]:
     return [whole[start : start + size] for start in range(0, len(whole), size)]
 
 
-def _say(line: str) -> None:
+def _print(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
-def _take(returned: list[str] | Exception, jobs: dict[str, Job]) -> None:
-    """Give each cell the record that its job returned, and write what is not here yet."""
+def _collect(returned: list[str] | Exception, jobs: dict[str, Job]) -> None:
+    """Assign each cell the record that its job returned, and write the records that are not here yet."""
     if isinstance(returned, Exception):
-        _say(f"a job failed: {_first_line(returned)}")
+        _print(f"a job failed: {_first_line(returned)}")
         return
     for text in returned:
         record = records.parse(text, "a job's record")
         job = jobs.get(record.cell_id)
         if job is None:
-            _say(f"a job has other code or other data than this machine: {describe(record)}")
+            _print(f"a job used other code or data than this machine: {describe(record)}")
             continue
         here = records.read(job.cell.folder, job.cell_id) == record
-        job.result = record if here else sweep.keep(job, record)
+        job.result = record if here else sweep.store_record(job, record)
 
 
 def _first_line(error: Exception) -> str:

@@ -29,16 +29,16 @@ NOT_FIGURES = (
     "bench.trackers",
     "variants.safe_output",
 )
-"""Modules, and packages with everything in them, that only store or describe what was measured: their code is
-not hashed, and their imports are not followed."""
+"""Modules and packages that only store or describe measurements: their code is not hashed, and their imports
+are not followed."""
 
 
 @cache
 def code_sha256(variant: str) -> str:
-    """16 hex digits: the hash of the harness's code that measures, and of the variant's.
+    """Return 16 hex digits: the hash of the code that measures a cell, including the variant's.
 
-    Of a variant from another package, the modules of that package which its module imports count too; of a
-    variant whose source cannot be found, only its name. Raises variants.UnknownVariant.
+    For a variant from another package, the modules of that package that it imports are included. For a
+    variant without source code, only its name is hashed. Raises variants.UnknownVariant.
     """
     module = variants.module_of(variant)
     digest = hashlib.sha256(module.encode())
@@ -48,10 +48,11 @@ def code_sha256(variant: str) -> str:
 
 
 def closure(roots: Iterable[str]) -> dict[str, str]:
-    """The modules that the roots import, directly or not, and the roots themselves, with their hashes.
+    """Return the roots and all modules that they import, directly or indirectly, with their hashes.
 
-    Followed are imports within the roots' own top-level packages. A module brings the packages that contain
-    it, because Python runs their `__init__.py`. A name that is no module, such as a class, is passed over.
+    Only imports within the roots' top-level packages are followed. A module includes the packages that
+    contain it, because Python runs their `__init__.py`. Names that are not modules, such as classes, are
+    ignored.
     """
     todo = list(roots)
     packages = {root.partition(".")[0] for root in todo}
@@ -75,7 +76,7 @@ def _is_excluded(module: str) -> bool:
 
 
 def _found_by_name() -> list[str]:
-    """The modules of the packages `FOUND_BY_NAME`, but for their commands."""
+    """Return the modules of the packages `FOUND_BY_NAME`, except their `__init__` and `__main__`."""
     return [
         f"{package}.{file.stem}"
         for package in FOUND_BY_NAME
@@ -87,7 +88,7 @@ def _found_by_name() -> list[str]:
 
 @cache
 def _file_of(module: str) -> Path | None:
-    """The source file of a module or the `__init__.py` of a package; None where there is none."""
+    """Return the source file of a module or the `__init__.py` of a package; None if there is none."""
     top, *rest = module.split(".")
     spec = importlib.util.find_spec(top) if top else None
     if spec is None:
@@ -103,10 +104,10 @@ def _file_of(module: str) -> Path | None:
 
 @cache
 def _read(content: bytes, package: str) -> tuple[tuple[str, ...], str]:
-    """What the import statements of a module of the package name, which need not all be modules; and the hash
-    of its syntax tree without docstrings.
+    """Return the names in the import statements of a module, which may include names that are not modules,
+    and the hash of its syntax tree without docstrings.
 
-    A file that has no syntax tree, such as a variant with a mistake in it, is hashed as it is.
+    A file that cannot be parsed, such as a variant with a syntax error, is hashed byte by byte.
     """
     try:
         tree = ast.parse(content)
@@ -132,7 +133,7 @@ def _named_below(node: ast.AST, package: str) -> Iterator[str]:
 
 
 def _absolute(statement: ast.ImportFrom, package: str) -> str | None:
-    """The module that `from … import` names; None where it leaves the top-level package, which fails."""
+    """Return the module of a `from … import`; None for an invalid import from above the top-level package."""
     try:
         return importlib.util.resolve_name("." * statement.level + (statement.module or ""), package)
     except ImportError:
@@ -140,10 +141,10 @@ def _absolute(statement: ast.ImportFrom, package: str) -> str | None:
 
 
 def _write(value: Any, parts: list[str]) -> None:
-    """Append a text of a syntax tree: the same for trees that differ in docstrings alone, and for no others.
+    """Append a text of a syntax tree that is equal for two trees only if they differ at most in docstrings.
 
-    `ast.dump` would do, but its text differs between versions of Python, which add fields; fields that are
-    empty are left out here.
+    `ast.dump` is not used because its output differs between Python versions, which add fields; empty fields
+    are omitted here.
     """
     if isinstance(value, ast.AST):
         parts.append(f"{type(value).__name__}(")
@@ -164,6 +165,6 @@ def _write(value: Any, parts: list[str]) -> None:
 
 
 def _is_docstring(item: Any) -> bool:
-    """A string as a statement: it documents what surrounds it or stands before it, and does nothing."""
+    """Return whether a statement is a string, which only documents the code."""
     value = item.value if isinstance(item, ast.Expr) else None
     return isinstance(value, ast.Constant) and isinstance(value.value, str)

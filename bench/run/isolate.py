@@ -1,6 +1,7 @@
-"""One cell, one child process: limits of time and memory, a typed status, and figures that outlive a crash.
+"""Runs one cell in a child process, with limits of time and memory, a typed status, and figures that survive
+a crash.
 
-The parent blocks on pipes and on the child's end, so that it takes no core from the child.
+The parent blocks on pipes and on the end of the child, so that it takes no CPU time from the child.
 """
 
 from __future__ import annotations
@@ -19,25 +20,25 @@ from typing import Any, Literal
 
 from bench.config.spec import Cell
 from bench.process import cgroups, forkserver, stderr_tail
-from bench.process.stderr_tail import LastWords
+from bench.process.stderr_tail import StderrTail
 from bench.run import memory_limit
 from variants.safe_output import drop_failed_output
 
 LONGEST_WAIT = 86_400.0
-"""Seconds that the system is asked to wait at once; it counts milliseconds, in 32 bits."""
+"""Maximum seconds of one wait, because the system counts milliseconds in 32 bits."""
 NO_MEMORY = ("can't allocate memory", "Cannot allocate memory", "std::bad_alloc", "STATUS_ALLOC_FAILED")
-"""Of a plain RuntimeError, or of a library that aborts the process: torch's allocator on the CPU, the
-system's, C++'s, and CUDA's libraries."""
+"""Messages that mean that memory ran out, in a plain RuntimeError or from a library that aborts the process:
+torch's CPU allocator, the system's, C++'s, and CUDA's libraries."""
 
 
 def run(cell: Cell, cell_id: str, code_sha256: str, stop: int | None = None) -> dict[str, Any]:
-    """Run the cell in a child; returns the figures it told, with `status`, `reason` and `seconds_total`.
+    """Run the cell in a child process; returns its figures, with `status`, `reason` and `seconds_total`.
 
-    A child that dies or is stopped keeps what it had told until then. It is stopped when its time is over, or
-    when there is something to read from the file descriptor `stop`. What it said last on stderr is left in
-    the experiment's folder, unless it is ok.
+    If the child dies or is stopped, the figures that it reported before are kept. It is stopped at its time
+    limit, or when the file descriptor `stop` becomes readable. The end of its stderr is stored in the
+    experiment's folder, unless the status is ok.
     """
-    leftover = memory_limit.settle(cell.spec.device)
+    leftover = memory_limit.await_release(cell.spec.device)
     memory = memory_limit.memory_bytes(cell.spec)
     kills = cgroups.oom_kills()
     figures: dict[str, Any] = {
@@ -46,46 +47,48 @@ def run(cell: Cell, cell_id: str, code_sha256: str, stop: int | None = None) -> 
     }
     begun = time.monotonic()
     limit = cell.spec.measure.limit_seconds
-    words = LastWords()
+    tail = StderrTail()
     ours, theirs = multiprocessing.Pipe(duplex=False)
     child = forkserver.context().Process(
-        target=_child, args=(cell, cell_id, code_sha256, memory, theirs, words.theirs), daemon=True
+        target=_child, args=(cell, cell_id, code_sha256, memory, theirs, tail.writer), daemon=True
     )
     child.start()
     theirs.close()
-    words.theirs.close()
+    tail.writer.close()
     try:
-        end = _listen(ours, words, child, begun + limit, stop, figures)
+        end = _collect(ours, tail, child, begun + limit, stop, figures)
         if end == "late":
-            words.ask_where(child.pid)
+            tail.request_stacks(child.pid)
     finally:
         if child.is_alive():
             child.kill()
         child.join()
-        words.take()
+        tail.forward()
         ours.close()
     if end == "late":
-        figures |= {"status": "timeout"} | _why(f"still running after measure.limit_seconds={limit:g}", words)
+        figures |= {"status": "timeout"} | _reason(
+            f"still running after measure.limit_seconds={limit:g}", tail
+        )
     elif end == "stopped":
         figures |= {"status": "error", "reason": "stopped by a signal to the sweep before it ended"}
     elif "status" not in figures:
-        figures |= _unsaid(child.exitcode, words, kills)
+        figures |= _status_of_exit(child.exitcode, tail, kills)
     told = figures.pop("traceback", "")
     if figures["status"] == "error":
         sys.stderr.write(told)
-    stderr_tail.keep(cell.folder, cell_id, "" if figures["status"] == "ok" else words.text + told)
-    words.ours.close()
+    stderr_tail.store(cell.folder, cell_id, "" if figures["status"] == "ok" else tail.text + told)
+    tail.reader.close()
     figures["seconds_total"] = time.monotonic() - begun
     return figures
 
 
-def _listen(
-    ours: Connection, words: LastWords, child: Any, deadline: float, stop: int | None, figures: dict[str, Any]
+def _collect(
+    ours: Connection, tail: StderrTail, child: Any, deadline: float, stop: int | None, figures: dict[str, Any]
 ) -> Literal["ended", "late", "stopped"]:
-    """Gather figures until the child ends, the deadline passes, or `stop` says so."""
+    """Collect figures until the child ends, the deadline passes, or `stop` becomes readable."""
     telling = True
     while True:
-        pipes: list[Any] = [*([ours] if telling else []), *([words.ours] if words.more else [])]
+        pipes: list[Any] = [*([ours] if telling else []), *([tail.reader] if tail.is_open else [])]
         stops = [stop] if stop is not None and "status" not in figures else []
         left = max(0.0, deadline - time.monotonic())
         ready = wait([*pipes, *stops, child.sentinel], timeout=min(left, LONGEST_WAIT))
@@ -93,11 +96,11 @@ def _listen(
             if left > LONGEST_WAIT:
                 continue
             return "late"
-        words.take()
+        tail.forward()
         if ours in ready:
             try:
                 figures |= ours.recv()
-            except (EOFError, OSError):  # it ended, perhaps in the middle of a figure
+            except (EOFError, OSError):  # it ended, perhaps while it reported a figure
                 telling = False
         elif child.sentinel in ready:
             child.join()
@@ -106,34 +109,34 @@ def _listen(
             return "stopped"
 
 
-def _why(what: str, words: LastWords) -> dict[str, str]:
-    line = words.line()
+def _reason(what: str, tail: StderrTail) -> dict[str, str]:
+    line = tail.key_line()
     return {"reason": f"{what}: {line}" if line else what}
 
 
-def _unsaid(exitcode: int | None, words: LastWords, kills_before: int | None) -> dict[str, Any]:
-    """How a child ended that did not say it: out of memory where there is evidence of that."""
+def _status_of_exit(exitcode: int | None, tail: StderrTail, kills_before: int | None) -> dict[str, Any]:
+    """Return the status of a child that ended without reporting one: `oom` if there is evidence of it."""
     if exitcode is None or exitcode >= 0:
-        return {"status": "error"} | _why(
-            f"the cell's process ended with exit status {exitcode} and no result", words
+        return {"status": "error"} | _reason(
+            f"the cell's process ended with exit status {exitcode} and no result", tail
         )
     name = signal.Signals(-exitcode).name
     what = f"the cell's process was killed by {name}"
     kills = cgroups.oom_kills()
     if name == "SIGKILL" and kills is not None and kills_before is not None and kills > kills_before:
-        return {"status": "oom", "reason": f"{what}, and the kernel counts a kill for want of memory"}
-    if name == "SIGABRT" and (said := next((sign for sign in NO_MEMORY if sign in words.text), None)):
+        return {"status": "oom", "reason": f"{what}, and the kernel counts an out-of-memory kill"}
+    if name == "SIGABRT" and (said := next((sign for sign in NO_MEMORY if sign in tail.text), None)):
         return {"status": "oom", "reason": f"{what} after {said}"}
-    return {"status": "error"} | _why(what, words)
+    return {"status": "error"} | _reason(what, tail)
 
 
 def _child(
     cell: Cell, cell_id: str, code_sha256: str, memory: int, theirs: Connection, stderr: Connection
 ) -> None:
-    stderr_tail.speak_into(stderr)
+    stderr_tail.redirect_stderr(stderr)
     drop_failed_output()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle; it stops us
-    # autograd's thread may begin with cuBLAS, which then makes the context current itself: of no consequence
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C and stops this process
+    # harmless: if autograd's thread first calls cuBLAS, cuBLAS sets the context itself
     warnings.filterwarnings("ignore", "Attempting to run cuBLAS, but there was no current CUDA context")
     threading.Thread(target=_end_with_parent, daemon=True).start()
     theirs.send({"allocator": forkserver.allocator()})
@@ -142,8 +145,8 @@ def _child(
 
 
 def _end_with_parent() -> None:
-    """End this process when its parent has, killed or not: nobody would take its figures, and the same cell
-    may be running again. Blocks until then, and so takes nothing from what is measured."""
+    """End this process when its parent ends for any reason: its figures would be lost, and another process
+    may already run the same cell. This function blocks until then, so it does not affect the measurement."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     parent.join()
@@ -151,14 +154,15 @@ def _end_with_parent() -> None:
 
 
 def _outcome(cell: Cell, cell_id: str, code_sha256: str, memory: int, theirs: Connection) -> dict[str, Any]:
-    """How the cell ended, by the record's keys, and the `traceback` of what was not foreseen."""
+    """Run the cell; returns its status and reason by record key,
+    and the `traceback` of an unexpected exception."""
     from bench.measure.gates import GateFailed
     from bench.measure.roofline import AboveRoofline
     from bench.run.cell import CellRun, DoesNotFit, Unsupported
     from bench.train.loop import Diverged
 
     try:
-        memory_limit.hold(cell.spec, memory)
+        memory_limit.enforce(cell.spec, memory)
         CellRun(cell, cell_id, code_sha256, theirs.send, memory).run()
     except Unsupported as reason:
         return {"status": "unsupported", "reason": str(reason)}
@@ -179,7 +183,7 @@ def _outcome(cell: Cell, cell_id: str, code_sha256: str, memory: int, theirs: Co
 
 
 def out_of_memory(failure: Exception) -> bool:
-    """Whether an exception says that memory ran out; on the CPU torch raises a plain RuntimeError."""
+    """Return whether an exception means that memory ran out; on the CPU torch raises a plain RuntimeError."""
     import torch
 
     if isinstance(failure, OSError):

@@ -1,4 +1,4 @@
-"""Who measures what: one cell at a time on a device, and each cell by one sweep at a time."""
+"""Locks: one cell at a time on a device, and one sweep at a time for each cell."""
 
 from __future__ import annotations
 
@@ -19,37 +19,38 @@ from bench.inputs.printable import printable
 from bench.run import memory_limit
 
 LOCKS = "LONGCTX_BENCH_LOCKS"
-"""Environment variable: runs for which it differs do not wait for each other's devices. Tests set it."""
-CLAIMS_FILE = ".claims"
+"""Environment variable: runs with different values do not share device locks. Tests set it."""
+LOCK_FILE = ".claims"
 POLL_SECONDS = 0.25
-"""Whoever waits for a device looks so rarely that the cell which is measured there does not feel it."""
+"""Polling interval of a run that waits for a device; long enough not to disturb the cell that runs there."""
 _CANNOT_LOCK = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}
 
 
 @contextmanager
 def on_device(device: str, waiting: Callable[[], None] = lambda: None) -> Iterator[None]:
-    """Have the device of this machine while inside; `waiting` is called where another run has it.
+    """Lock a device of this machine inside the context; `waiting` is called if another run holds the lock.
 
-    An accelerator is known by what its driver calls it, whatever number CUDA_VISIBLE_DEVICES gives it in this
-    process: runs on two of a machine's do not wait for each other.
+    An accelerator is identified by its UUID, independent of its index under CUDA_VISIBLE_DEVICES in this
+    process. Runs on different accelerators of one machine do not wait for each other.
     """
     uuid = memory_limit.device_uuid(device) if device != "cpu" else None
-    name = f"longctx-bench-{digest([os.environ.get(LOCKS), uuid or device])}"  # names are short
-    held = _take(name)
+    name = f"longctx-bench-{digest([os.environ.get(LOCKS), uuid or device])}"  # names of sockets are short
+    held = _bind(name)
     if held is None:
         waiting()
-        while (held := _take(name)) is None:
+        while (held := _bind(name)) is None:
             time.sleep(POLL_SECONDS)
     with held:
         yield
 
 
-def _take(name: str) -> socket.socket | None:
-    """Take a name of this machine's until the socket is closed or the process ends; None where it is taken.
+def _bind(name: str) -> socket.socket | None:
+    """Bind an abstract socket name of this machine until the socket is closed or the process ends; None if it
+    is in use.
 
-    It is no file: schedulers give each job a temporary folder of its own, or even a /tmp, and two jobs on one
-    machine would not meet there. Linux keeps one set of such names for a network namespace (unix(7), abstract
-    sockets): users and jobs share it, and containers do if they run on the host's network.
+    A lock file would not work: schedulers may give each job its own temporary folder, or even its own /tmp,
+    so two jobs on one machine would not share the file. Linux has one set of abstract socket names per
+    network namespace (unix(7)). Users and jobs share it; containers share it if they use the host's network.
     """
     held = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
     try:
@@ -62,17 +63,18 @@ def _take(name: str) -> socket.socket | None:
     return held
 
 
-class Claims:
-    """The cells of an experiment that this process has in hand, so that no other sweep measures them too.
+class CellLocks:
+    """Locks on the cells of an experiment, so that no two sweeps measure the same cell.
 
-    A cell is one byte of one empty file in the experiment's folder, locked as POSIX has it: between the
-    machines that share a folder by NFS too, and let go by the system when the process ends, however it ends.
-    One process may have one of these for a folder at a time: closing it gives up all that the process claims.
+    Each cell corresponds to one byte of an empty file in the experiment's folder, which is locked with POSIX
+    record locks. They also work between machines that share the folder over NFS, and the system releases them
+    when the process ends for any reason. A process must have at most one instance per folder at a time,
+    because closing the file releases all locks of the process.
     """
 
     def __init__(self, folder: Path) -> None:
-        """Raises ConfigError where this user may not lock the folder's cells."""
-        path = folder / CLAIMS_FILE
+        """Raises ConfigError if this user has no permission to lock the folder's cells."""
+        path = folder / LOCK_FILE
         try:
             new = not path.exists()
             self._handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
@@ -84,12 +86,13 @@ class Claims:
         self._warned = False
 
     def close(self) -> None:
-        """Give up every claim."""
+        """Release all locks."""
         os.close(self._handle)
 
     @contextmanager
-    def of(self, cell_id: str, *, wait: bool) -> Iterator[bool]:
-        """Claim a cell while inside; False where another process has it and is not to be waited for."""
+    def lock(self, cell_id: str, *, wait: bool) -> Iterator[bool]:
+        """Lock a cell inside the context;
+        yields False if another process holds the lock and `wait` is false."""
         if not self._lock(cell_id, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB)):
             yield False
             return
@@ -99,7 +102,7 @@ class Claims:
             self._lock(cell_id, fcntl.LOCK_UN)
 
     def _lock(self, cell_id: str, operation: int) -> bool:
-        byte = int(cell_id, 16) >> 2  # an offset is of 63 bits and a sign, an id of 64
+        byte = int(cell_id, 16) >> 2  # an offset has 63 bits and a sign, an id 64 bits
         try:
             fcntl.lockf(self._handle, operation, 1, byte)
         except OSError as error:
@@ -108,6 +111,9 @@ class Claims:
             if error.errno not in _CANNOT_LOCK:
                 raise
             if not self._warned:
-                print(f"no locks here ({error.strerror}): run one sweep at a time", file=sys.stderr)
+                print(
+                    f"no file locks here ({error.strerror}): run one sweep at a time",
+                    file=sys.stderr,
+                )
             self._warned = True
         return True

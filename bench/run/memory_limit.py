@@ -1,7 +1,7 @@
-"""How much memory a cell may take on its device, and holding its process to that.
+"""The memory limit of a cell on its device, and its enforcement in the cell's process.
 
-A process that asks for more is refused and says so itself. One that the system kills because others took the
-memory too is told by the kernel's count of such kills.
+A process that requests more memory gets an error, which it reports itself. If the system kills the process
+because other processes use the memory too, the kernel's count of out-of-memory kills shows it.
 """
 
 from __future__ import annotations
@@ -18,22 +18,23 @@ from bench.measure import nvml
 from bench.process import cgroups, forkserver
 
 UNLIMITED = sys.maxsize
-"""Where nothing is asked for and the device does not say what it has."""
+"""The limit if none is set and the device does not report its memory."""
 OOM_SCORE_ADJ = Path("/proc/self/oom_score_adj")
 FIRST_TO_GO = 1000
-"""The highest `oom_score_adj`: where memory runs out, the kernel kills the cell and not who started it."""
+"""The highest `oom_score_adj`: if memory runs out, the kernel kills the cell rather than its parent."""
 
-SETTLE_SECONDS = 10.0
-"""Longest wait for a device's memory to come back; drivers take well under a second."""
-SETTLED_BYTES = 2**24
-"""By which a device's memory in use may differ and be called the same: a driver's own comes and goes."""
+RELEASE_SECONDS = 10.0
+"""Maximum wait for a device's memory to be released; drivers usually take well under a second."""
+RELEASED_BYTES = 2**24
+"""Tolerated change of a device's memory in use, because the driver's own memory varies."""
 
 
 def memory_bytes(spec: CellSpec) -> int:
-    """Bytes that a cell may take on its device, beside what its process has before it begins.
+    """Return the bytes that a cell may allocate on its device, in addition to what its process has at the
+    start.
 
-    It is `measure.limit_bytes`, or what is free on the device now: of the CPU's memory, what is left in this
-    process's control groups if that is less. `UNLIMITED` where the device does not say.
+    This is `measure.limit_bytes`, or the memory that is free on the device now; on the CPU, at most the free
+    memory of this process's control groups. `UNLIMITED` if the device does not report its memory.
     """
     if spec.measure.limit_bytes is not None:
         return int(spec.measure.limit_bytes)
@@ -44,8 +45,8 @@ def memory_bytes(spec: CellSpec) -> int:
 
 
 def available_bytes(proc: Path = cgroups.PROC) -> int | None:
-    """The machine's memory that can be had without swapping (MemAvailable in proc.rst of the kernel's
-    documentation), or None where the system does not say."""
+    """Return the machine's memory that is available without swapping (MemAvailable in proc.rst of the
+    kernel's documentation), or None if the system does not report it."""
     try:
         found = re.search(r"^MemAvailable:\s+(\d+) kB$", (proc / "meminfo").read_text(), re.MULTILINE)
     except OSError:
@@ -53,12 +54,12 @@ def available_bytes(proc: Path = cgroups.PROC) -> int | None:
     return int(found[1]) * 1024 if found else None
 
 
-def hold(spec: CellSpec, limit: int) -> None:
-    """Hold this process, which is the cell's own, to `limit` bytes on the cell's device.
+def enforce(spec: CellSpec, limit: int) -> None:
+    """Limit this process, which must be the cell's own, to `limit` bytes on the cell's device.
 
-    On the CPU the system refuses it more private writable memory (RLIMIT_DATA), and torch raises; on an
-    accelerator its allocator does. What the process has now, and the stacks of threads to come, are not
-    counted. The kernel will choose this process where it has to kill one.
+    On the CPU the system refuses more private writable memory (RLIMIT_DATA), and torch raises; on an
+    accelerator torch's allocator enforces the limit. The memory that the process has now and the stacks of
+    future threads do not count. If the kernel must kill a process, it will choose this one.
     """
     if OOM_SCORE_ADJ.exists():
         OOM_SCORE_ADJ.write_text(str(FIRST_TO_GO))
@@ -79,40 +80,41 @@ def hold(spec: CellSpec, limit: int) -> None:
 
 
 def _stack_bytes(threads: int) -> int:
-    """Stacks of the threads that torch may start: two pools, since the backward pass can have its own."""
+    """Return the size of the stacks of torch's threads:
+    two pools, because the backward pass may have its own."""
     size, _ = resource.getrlimit(resource.RLIMIT_STACK)
     return (2 * threads + 2) * (2**23 if size == resource.RLIM_INFINITY else size)
 
 
 def _free_on(device: str) -> int:
-    """Free memory of an accelerator, by its driver, which is asked without taking any of it."""
+    """Return the free memory of an accelerator, queried from its driver without allocating any."""
     uuid = device_uuid(device)
     memory = nvml.memory(uuid) if uuid else None
     return UNLIMITED if memory is None else memory.free_bytes
 
 
-def settle(device: str) -> int | None:
-    """Wait until a device's memory has returned from the cell before, and say what has not: `leftover_bytes`.
-    Of the CPU there is nothing to say: a process's memory is back when it has ended."""
+def await_release(device: str) -> int | None:
+    """Wait until a device's memory is released by the previous cell; returns `leftover_bytes`. None for the
+    CPU, where the memory of a process is released when it ends."""
     uuid = device_uuid(device) if device != "cpu" else None
     return leftover_bytes(uuid) if uuid else None
 
 
 _least_used: dict[str, int] = {}
-"""Device → the least of its memory that was in use before any cell of this process."""
+"""Device → the minimum of its memory in use before any cell of this process."""
 
 
-def leftover_bytes(uuid: str, seconds: float = SETTLE_SECONDS) -> int | None:
-    """What is in use on a device beyond the least before an earlier cell; 0 where its memory has returned.
+def leftover_bytes(uuid: str, seconds: float = RELEASE_SECONDS) -> int | None:
+    """Return the device memory in use beyond the minimum before any earlier cell; 0 if it has been released.
 
-    The driver takes memory back some time after a process has ended, so this waits, but not for ever. None
-    where the driver does not tell.
+    The driver releases memory some time after a process has ended, so this function waits up to `seconds`.
+    None if the driver does not report the memory.
     """
     deadline = time.monotonic() + seconds
     while (memory := nvml.memory(uuid)) is not None:
         least = _least_used[uuid] = min(memory.used_bytes, _least_used.get(uuid, memory.used_bytes))
         beyond = memory.used_bytes - least
-        if beyond <= SETTLED_BYTES:
+        if beyond <= RELEASED_BYTES:
             return 0
         if time.monotonic() > deadline:
             return beyond
@@ -122,6 +124,7 @@ def leftover_bytes(uuid: str, seconds: float = SETTLE_SECONDS) -> int | None:
 
 @cache
 def device_uuid(device: str) -> str | None:
-    """The driver's name of an accelerator, None where there is none. torch knows it, but begins to use the
-    device when asked, and would hold memory there for as long as this process lives; so another is asked."""
-    return forkserver.ask(nvml.uuid, device)
+    """Return the driver's UUID of an accelerator, or None if there is none. A child process queries it,
+    because torch initialises the device for this query and would keep memory on it while this process
+    lives."""
+    return forkserver.run_in_child(nvml.uuid, device)

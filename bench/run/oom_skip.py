@@ -1,4 +1,4 @@
-"""Lines of cells, alike in all but their length: past a length that ran out of memory, none is tried."""
+"""Skips cells that are longer than an otherwise equal cell that ran out of memory."""
 
 from __future__ import annotations
 
@@ -9,29 +9,29 @@ from bench.config.spec import Cell
 from bench.records import Record
 
 
-class Lines:
-    """The shortest length of each line that is known to run out of memory, and the cell that did."""
+class OutOfMemorySkip:
+    """For each group of cells that differ only in length:
+    the shortest length that ran out of memory, and its cell."""
 
     def __init__(self, known: Iterable[tuple[Cell, Record]]) -> None:
-        self._least: dict[str, tuple[int, str]] = {}
+        self._shortest: dict[str, tuple[int, str]] = {}
         for cell, record in known:
-            self.note(cell, record)
+            self.add(cell, record)
 
-    def note(self, cell: Cell, record: Record) -> None:
-        """What a cell came to. Only one that ran counts: a prediction is made for each length anew."""
+    def add(self, cell: Cell, record: Record) -> None:
+        """Register the result of a cell.
+        Only cells that ran are considered, because each length is predicted separately."""
         if record.status == "oom":
-            line, found = _line(cell), (cell.spec.seq_len, record.cell_id)
-            self._least[line] = min(found, self._least.get(line, found))
+            group, found = _group(cell), (cell.spec.seq_len, record.cell_id)
+            self._shortest[group] = min(found, self._shortest.get(group, found))
 
-    def past(self, cell: Cell) -> str | None:
-        """Why a cell is not tried; None where it is."""
-        seq_len, cell_id = self._least.get(_line(cell), (cell.spec.seq_len, ""))
+    def reason(self, cell: Cell) -> str | None:
+        """Return why a cell is skipped, or None if it is not."""
+        seq_len, cell_id = self._shortest.get(_group(cell), (cell.spec.seq_len, ""))
         if not cell.skip_after_oom or cell.spec.seq_len <= seq_len:
             return None
-        return (
-            f"the same at seq_len={seq_len} ran out of memory (cell {cell_id}); skip_after_oom=false tries it"
-        )
+        return f"seq_len={seq_len} ran out of memory (cell {cell_id}); skip_after_oom=false runs longer cells"
 
 
-def _line(cell: Cell) -> str:
+def _group(cell: Cell) -> str:
     return repr((cell.folder, replace(cell.spec, seq_len=0)))

@@ -1,4 +1,4 @@
-"""What a person sees while cells run: a bar on a terminal, plain lines anywhere else."""
+"""Progress display of a sweep: a bar on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ if TYPE_CHECKING:
     from rich.progress import Progress as RichProgress
 
 MOST = 2000
-"""Characters of a cell's line; a reason may be the whole of a program's last words."""
+"""Maximum characters of a cell's line, because a reason may contain long program output."""
 
 
 def describe(record: Record) -> str:
-    """A finished cell in one line: what it is, what it cost, how well it did."""
+    """Describe a finished cell in one line: its identity, its cost and its quality."""
     what = (
         f"{record.variant} T={record.seq_len} depth={record.depth} d={record.d_model} "
         f"{record.activations} #{record.replicate}" + (f" twin {record.twin}" if record.twin else "")
@@ -39,14 +39,15 @@ def describe(record: Record) -> str:
 
 
 def duration(seconds: float) -> str:
-    """1:05 or 2:03:04."""
+    """Format seconds as 1:05 or 2:03:04."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
 class Progress:
-    """Context manager around a sweep of `total` cells, of which some may already be done."""
+    """Context manager that shows the progress of a sweep of `total` cells,
+    some of which may already be finished."""
 
     def __init__(self, total: int) -> None:
         self.total, self.done, self.measured = total, 0, 0
@@ -64,7 +65,7 @@ class Progress:
                 TextColumn("{task.completed:.0f}/{task.total:.0f}"),
                 TextColumn("{task.description}"),
             )
-            # no refresh thread: it would wake up beside the cell that is being timed
+            # no refresh thread, which would disturb the cell that is being timed
             self.bar = RichProgress(
                 count, BarColumn(), what, console=Console(stderr=True), auto_refresh=False
             )
@@ -79,25 +80,25 @@ class Progress:
             self.bar.stop()
 
     def eta(self) -> str:
-        """Time left at the pace so far."""
+        """Return the estimated time left at the average pace so far."""
         if not self.measured:
             return "ETA unknown"
         pace = (time.monotonic() - self.begun) / self.measured
         return f"ETA {duration(pace * (self.total - self.done))}"
 
     def starting(self, label: str) -> None:
-        """A cell begins."""
+        """Show that a cell starts."""
         if self.bar:
             self.bar.update(self.bar.task_ids[0], description=f"{self.eta()}  {label}", refresh=True)
 
     def skipped(self, count: int) -> None:
-        """Cells that an earlier run finished."""
+        """Show the number of cells that an earlier run finished."""
         if count:
             self.done += count
             self._say(f"{count} of {self.total} cells were finished before and are not run again")
 
     def waiting(self, what: str) -> None:
-        """Another sweep has what the next cell needs; plain lines say so once."""
+        """Show that the sweep waits for another sweep; plain output shows it once."""
         if self.bar:
             self.bar.update(self.bar.task_ids[0], description=f"waiting: {what}", refresh=True)
         elif not self.waited:
@@ -105,15 +106,15 @@ class Progress:
         self.waited = True
 
     def elsewhere(self, record: Record) -> None:
-        """Another sweep measured a cell meanwhile."""
+        """Show a cell that another sweep has measured."""
         self.done += 1
         self._say(f"[{self.done}/{self.total}] by another sweep: {describe(record)}")
 
     def finished(self, record: Record) -> None:
-        """A cell ended."""
+        """Show a finished cell."""
         self.done += 1
         self.measured += 1
-        if self.total > 1:  # a lone cell is printed as the command's result
+        if self.total > 1:  # a single cell is printed as the command's result
             eta = "" if self.bar else f"  ({self.eta()})"
             self._say(f"[{self.done}/{self.total}] {describe(record)}{eta}")
 

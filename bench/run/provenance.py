@@ -1,6 +1,6 @@
 """Provenance: the versions, hardware, threads and code state behind a record.
 
-`python -m bench.run.provenance preset` prints which preset suits this machine: gpu or cpu.
+`python -m bench.run.provenance preset` prints the preset for this machine: gpu or cpu.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from variants.safe_output import run
 
 HERE = Path(__file__).parent
 _GIT_SECONDS = 10
-"""After that, git is taken to hang, and the state of the code is not known."""
+"""Timeout of git, after which the state of the code is recorded as unknown."""
 _GIT_ELSEWHERE = {"GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE", "GIT_COMMON_DIR", "GIT_OBJECT_DIRECTORY"}
-"""Variables that git sets for its hooks: they name the repository of the hook, not the one of the code."""
+"""Variables that git sets for its hooks. They refer to the hook's repository rather than to this code's."""
 
 
 def _git(*arguments: str) -> bytes | None:
-    """What git prints; None where it is missing, fails, asks or hangs. Bytes, as names of files are."""
+    """Return git's output as bytes; None if git is missing, fails, prompts or hangs."""
     own = {key: value for key, value in os.environ.items() if key not in _GIT_ELSEWHERE}
     try:
         return subprocess.run(
@@ -43,9 +43,9 @@ def _git(*arguments: str) -> bytes | None:
 
 @cache
 def _git_state() -> tuple[str | None, bool | None]:
-    """Commit and whether the tree differs from it; (None, None) where this is not a checkout."""
+    """Return the commit and whether the working tree differs from it; (None, None) outside a checkout."""
     if _git("ls-files", "--error-unmatch", Path(__file__).name) is None:
-        return None, None  # installed, perhaps below some other project's checkout
+        return None, None  # an installed package, perhaps inside another project's checkout
     commit = _git("rev-parse", "HEAD")
     status = _git("status", "--porcelain", "--untracked-files=no")
     return commit.decode("ascii").strip() if commit else None, None if status is None else bool(
@@ -55,7 +55,7 @@ def _git_state() -> tuple[str | None, bool | None]:
 
 @cache
 def cpu_model() -> str | None:
-    """The processor's name, or None where the system does not say."""
+    """Return the processor's name, or None if the system does not report it."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -65,12 +65,12 @@ def cpu_model() -> str | None:
 
 
 def now() -> str:
-    """The time, for a record."""
+    """Return the current time in the format of a record."""
     return datetime.now(UTC).isoformat(timespec="milliseconds")
 
 
 def provenance() -> dict[str, Any]:
-    """The part of a record that says where it came from; what only the cell's process knows is not in it."""
+    """Return the provenance part of a record, except what only the cell's process knows."""
     commit, dirty = _git_state()
     return {
         "git_commit": commit,
@@ -84,7 +84,7 @@ def provenance() -> dict[str, Any]:
 
 
 def preset() -> str:
-    """The preset for the device that this machine has."""
+    """Return the preset for this machine's device."""
     import torch
 
     return "gpu" if torch.cuda.is_available() else "cpu"

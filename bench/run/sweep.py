@@ -1,4 +1,4 @@
-"""Sweeps: which cells are still to run, one at a time on a device, each in its own process."""
+"""Sweeps: run the missing cells, one at a time on a device, each in its own process."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from bench.process import stderr_tail
 from bench.process.signals import Interrupts
 from bench.records import Record, RecordError
 from bench.run import code_hash, isolate, provenance
-from bench.run.locks import Claims, on_device
-from bench.run.oom_skip import Lines
+from bench.run.locks import CellLocks, on_device
+from bench.run.oom_skip import OutOfMemorySkip
 from bench.run.progress import Progress
 from bench.train import checkpoints
 from variants.safe_output import drop_failed_output
 
-ROOM = 2**16
-"""Bytes that a record takes, and more."""
+MAX_RECORD_BYTES = 2**16
+"""Upper bound on the size of one record, in bytes."""
 FOLDERS = (
     records.RECORDS_DIR,
     records.CURVES_DIR,
@@ -39,14 +39,14 @@ FOLDERS = (
 )
 """Folders of an experiment into which a cell writes."""
 finished: list[tuple[Path, Record]] = []
-"""(experiment's folder, record) of every cell this process was asked for: Hydra does not hand what a
-task returns to whoever started it."""
+"""(experiment's folder, record) of every cell that this process was asked to run. It is global because Hydra
+does not return the task's result to its caller."""
 unrecorded: list[Cell] = []
-"""Cells that this process was asked for and that have no record: those who ran them, elsewhere, died."""
+"""Cells without a record, because their remote worker died."""
 
 
 def identity(cell: Cell) -> dict[str, Any]:
-    """The part of a record that is known before the cell runs. Raises corpora.CorpusError."""
+    """Return the part of a record that is known before the cell runs. Raises corpora.CorpusError."""
     spec = cell.spec
     task, task_config, _ = spec.task()
     data_sha256 = task.sha256(task_config, spec.data.name)
@@ -79,7 +79,7 @@ def identity(cell: Cell) -> dict[str, Any]:
 
 
 def _training(measure: MeasureSpec) -> dict[str, Any]:
-    """What is asked of training; nothing where there is none."""
+    """Return the settings of training; empty if the cell does not train."""
     if not (measure.execute and measure.train_amount):
         return {}
     return {
@@ -91,13 +91,13 @@ def _training(measure: MeasureSpec) -> dict[str, Any]:
 
 
 def make_folder(folder: Path) -> None:
-    """Make the experiment's folder. Raises ConfigError where it cannot be made or takes no record more, or
-    where this user may not write what a cell leaves there."""
+    """Create the experiment's folder. Raises ConfigError if it cannot be created, has no space for another
+    record, or is not writable for this user."""
     place = folder
     try:
         records.make_folder(folder / records.RECORDS_DIR)
         with tempfile.TemporaryFile(dir=folder / records.RECORDS_DIR) as file:
-            file.write(bytes(ROOM))
+            file.write(bytes(MAX_RECORD_BYTES))
             file.flush()
         for place in (folder, *(folder / name for name in FOLDERS)):
             if place.exists() and not os.access(place, os.W_OK | os.X_OK):
@@ -107,8 +107,7 @@ def make_folder(folder: Path) -> None:
 
 
 def _check_storable(known: dict[str, Any]) -> None:
-    """Raise ConfigError for a configuration that its record could not give back: nothing is measured that
-    cannot be read."""
+    """Raise ConfigError for a configuration that a record cannot represent, before the cell is measured."""
     try:
         read = records.parse(Record(**known, status="ok").to_json(), "a record of this cell")
     except RecordError as error:
@@ -121,10 +120,12 @@ def _check_storable(known: dict[str, Any]) -> None:
             )
 
 
-def rounds(cells: Sequence[Cell]) -> list[Cell]:
-    """The cells replicate by replicate, in their order within each, so that what drifts falls on all alike.
+def order_in_rounds(cells: Sequence[Cell]) -> list[Cell]:
+    """Order the cells by replicate and otherwise keep their order, so that drift of the machine affects all
+    variants equally.
 
-    A twin comes after every variant that its sibling is compared with, and so sees as much drift as they do.
+    A twin comes after all variants with which its original is compared, so that it is subject to the same
+    drift.
     """
 
     def setting(cell: Cell) -> str:
@@ -140,23 +141,24 @@ def rounds(cells: Sequence[Cell]) -> list[Cell]:
     return [cell for _, cell in sorted(enumerate(cells), key=order)]
 
 
-def distinct(cells: Sequence[Cell]) -> tuple[list[Cell], list[dict[str, Any]]]:
-    """The cells, each once in its folder, and what is known of each; says how many were asked for again."""
+def deduplicate(cells: Sequence[Cell]) -> tuple[list[Cell], list[dict[str, Any]]]:
+    """Remove duplicate cells; returns the cells and the identity of each,
+    and prints the number of duplicates."""
     found: dict[tuple[Path, str], tuple[Cell, dict[str, Any]]] = {}
     for cell in cells:
         known = identity(cell)
         found.setdefault((cell.folder, known["cell_id"]), (cell, known))
     if again := len(cells) - len(found):
         print(
-            f"{again} of {len(cells)} cells are asked for twice and run once; twin=0,1 measures a cell twice",
+            f"{again} of {len(cells)} cells are duplicates and run only once; twin=0,1 measures a cell twice",
             file=sys.stderr,
             flush=True,
         )
     return [cell for cell, _ in found.values()], [known for _, known in found.values()]
 
 
-def stands(record: Record | None, cell: Cell) -> bool:
-    """Whether a cell that has this record need not be measured."""
+def is_up_to_date(record: Record | None, cell: Cell) -> bool:
+    """Return whether a cell with this record need not be measured again."""
     if cell.force or record is None or record.status not in records.FINAL:
         return False
     if cell.rerun == "oom":
@@ -166,108 +168,111 @@ def stands(record: Record | None, cell: Cell) -> bool:
 
 @dataclass
 class Job:
-    """A cell of the sweep, and what came of it."""
+    """A cell of the sweep and its result."""
 
     cell: Cell
     known: dict[str, Any]
-    """The part of its record that is known before it runs."""
+    """The part of the record that is known before the cell runs."""
     before: Record | None
-    """The record that was there as the sweep began."""
-    sequence: records.Sequence
-    """What numbers the records of its folder."""
+    """The record that existed when the sweep began."""
+    sequence: records.SequenceNumbers
+    """The sequence numbers of the folder's records."""
     result: Record | None = None
 
     @classmethod
-    def of(cls, cell: Cell, known: dict[str, Any], sequence: records.Sequence) -> Job:
-        """With the record that is there now. Raises ConfigError where this user may not read it."""
+    def of(cls, cell: Cell, known: dict[str, Any], sequence: records.SequenceNumbers) -> Job:
+        """Create a job with the record that exists now.
+        Raises ConfigError if this user has no permission to read it."""
         try:
             before = records.read(cell.folder, known["cell_id"])
         except OSError as error:
             place = printable(error.filename or cell.folder)
             raise ConfigError(f"results_dir: cannot read {place}: {error.strerror}") from None
-        return cls(cell, known, before, sequence, before if stands(before, cell) else None)
+        return cls(cell, known, before, sequence, before if is_up_to_date(before, cell) else None)
 
     @property
     def cell_id(self) -> str:
-        """The cell's."""
+        """The id of the cell."""
         return str(self.known["cell_id"])
 
-    def meanwhile(self) -> Record | None:
-        """The record that another sweep has written since this one began."""
+    def reload_record(self) -> Record | None:
+        """Return the record that another sweep has written since this one began, or None."""
         with suppress(OSError), os.scandir(self.cell.folder / records.RECORDS_DIR):
-            pass  # NFS then asks what is in the folder now, instead of trusting that the record was not there
+            pass  # makes NFS list the folder again, instead of using its cache of missing files
         now = records.read(self.cell.folder, self.cell_id)
         return now if now != self.before else None
 
 
-def plan(cells: Sequence[Cell]) -> list[Job]:
-    """The cells in rounds, each with the record that it has; makes the folders of those that are to run.
+def prepare_jobs(cells: Sequence[Cell]) -> list[Job]:
+    """Return the jobs in order of their rounds, each with its existing record, and create the folders of
+    cells that must run.
 
     Raises ConfigError or corpora.CorpusError.
     """
     if not cells:
         raise ConfigError("no cells: the overrides match nothing (is a glob misspelt?)")
-    cells, identities = distinct(rounds(cells))
+    cells, identities = deduplicate(order_in_rounds(cells))
     for known in identities:
         _check_storable(known)
-    sequences = {cell.folder: records.Sequence(cell.folder) for cell in cells}
+    sequences = {cell.folder: records.SequenceNumbers(cell.folder) for cell in cells}
     jobs = [
         Job.of(cell, known, sequences[cell.folder]) for cell, known in zip(cells, identities, strict=True)
     ]
     for folder in _to_run(jobs):
         make_folder(folder)
-        records.tidy(folder)
+        records.remove_abandoned(folder)
     return jobs
 
 
 def _to_run(jobs: Sequence[Job]) -> set[Path]:
-    """The folders of the jobs that have no result."""
+    """Return the folders of the jobs without a result."""
     return {job.cell.folder for job in jobs if job.result is None}
 
 
 def run(cells: Sequence[Cell]) -> list[Record]:
-    """Run each cell whose record does not stand, in rounds; returns the records of all.
+    """Run each cell without an up-to-date record, in rounds; returns the records of all cells.
 
-    Raises ConfigError or corpora.CorpusError before the first cell runs; after that a cell that fails becomes
-    a record and the sweep goes on. A signal ends it with interrupts.Stopped.
+    Raises ConfigError or corpora.CorpusError before the first cell runs. After that, a cell that fails
+    becomes a record and the sweep continues. A signal ends the sweep with `Stopped`.
     """
-    jobs = plan(cells)
+    jobs = prepare_jobs(cells)
     drop_failed_output()
-    lines = Lines((job.cell, job.result) for job in jobs if job.result)
+    skip = OutOfMemorySkip((job.cell, job.result) for job in jobs if job.result)
     with ExitStack() as stack:
         progress = stack.enter_context(Progress(len(jobs)))
         interrupts = stack.enter_context(Interrupts())
         folders = _to_run(jobs)
-        claims = {folder: stack.enter_context(closing(Claims(folder))) for folder in folders}
+        locks = {folder: stack.enter_context(closing(CellLocks(folder))) for folder in folders}
         progress.skipped(sum(job.result is not None for job in jobs))
-        for wait in (False, True):  # what another sweep has in hand comes last, when that may be done with it
+        for wait in (False, True):  # cells that another sweep measures come last: it may then have finished
             for job in [job for job in jobs if job.result is None]:
                 if wait:
-                    progress.waiting("another sweep measures what is left")
-                with claims[job.cell.folder].of(job.cell_id, wait=wait) as ours:
+                    progress.waiting("another sweep measures the remaining cells")
+                with locks[job.cell.folder].lock(job.cell_id, wait=wait) as ours:
                     if ours:
-                        job.result = _settle(job, lines, progress, interrupts)
-                        lines.note(job.cell, job.result)
+                        job.result = _run_job(job, skip, progress, interrupts)
+                        skip.add(job.cell, job.result)
     for folder in folders:
-        records.tidy(folder)  # a cell may have outlived its sweep as this one began
-    return report(jobs)
+        records.remove_abandoned(folder)  # again: a killed sweep's cell may have been running at the start
+    return publish(jobs)
 
 
-def report(jobs: Sequence[Job]) -> list[Record]:
-    """Tell what came of the jobs to whoever started this process; returns their records."""
+def publish(jobs: Sequence[Job]) -> list[Record]:
+    """Publish the results of the jobs in `finished` and `unrecorded`; returns their records."""
     finished.extend((job.cell.folder, job.result) for job in jobs if job.result)
     unrecorded.extend(job.cell for job in jobs if not job.result)
     return [job.result for job in jobs if job.result]
 
 
-def _settle(job: Job, lines: Lines, progress: Progress, interrupts: Interrupts) -> Record:
-    """What comes of a cell that nobody else has in hand."""
-    if record := job.meanwhile():
+def _run_job(job: Job, skip: OutOfMemorySkip, progress: Progress, interrupts: Interrupts) -> Record:
+    """Return the record of a cell that this process has locked:
+    an existing one, a skipped or a measured cell."""
+    if record := job.reload_record():
         progress.elsewhere(record)
         return record
     cell = job.cell
-    if reason := lines.past(cell):
-        record = _keep(job, provenance.provenance() | {"status": "predicted_oom", "reason": reason})
+    if reason := skip.reason(cell):
+        record = _store_figures(job, provenance.provenance() | {"status": "predicted_oom", "reason": reason})
         progress.finished(record)
         return record
     device = cell.spec.device
@@ -281,22 +286,23 @@ def _settle(job: Job, lines: Lines, progress: Progress, interrupts: Interrupts) 
         else:
             if cell.force:
                 checkpoints.remove(cell.folder, job.cell_id)
-            record = _keep(
-                job, begun | isolate.run(cell, job.cell_id, job.known["code_sha256"], interrupts.asked)
+            record = _store_figures(
+                job, begun | isolate.run(cell, job.cell_id, job.known["code_sha256"], interrupts.signal_fd)
             )
         progress.finished(record)
     return record
 
 
-def _keep(job: Job, figures: dict[str, Any]) -> Record:
-    return keep(job, Record(**(job.known | figures), ended_at=provenance.now()))
+def _store_figures(job: Job, figures: dict[str, Any]) -> Record:
+    return store_record(job, Record(**(job.known | figures), ended_at=provenance.now()))
 
 
-def keep(job: Job, record: Record) -> Record:
-    """Write the cell's record, unless an attempt that failed, or that a signal stopped, would take the place
-    of figures; a checkpoint is left only where a run that was cut short goes on. A cell whose record cannot
-    be written has failed, and so has one with figures that cannot be."""
-    record = _readable(job, record)
+def store_record(job: Job, record: Record) -> Record:
+    """Write the cell's record, unless a failed or interrupted attempt would replace a record with figures.
+
+    The checkpoint is kept only if the next run can resume from it. If the record cannot be written, or has
+    invalid figures, the cell's status becomes `error`."""
+    record = _validated(job, record)
     folder, final = job.cell.folder, record.status in records.FINAL
     if final or job.before is None or job.before.status != "ok":
         try:
@@ -305,14 +311,14 @@ def keep(job: Job, record: Record) -> Record:
             path = records.path_of(folder, job.cell_id)
             return replace(record, status="error", reason=f"cannot write {path}: {error.strerror}")
         trackers.log(job.cell.tracker, folder, record)
-    if final or record.status == "diverged":  # neither would end otherwise
+    if final or record.status == "diverged":  # resuming would not change the result
         checkpoints.remove(folder, job.cell_id)
     return record
 
 
-def _readable(job: Job, record: Record) -> Record:
-    """The record with its place among the folder's; without figures where one of them cannot be, since nobody
-    could read it."""
+def _validated(job: Job, record: Record) -> Record:
+    """Add the sequence number to the record. If a figure is out of its bounds, the figures are removed and
+    the status becomes `error`, because the record could not be read."""
     if record.sequence is None:
         record = replace(record, sequence=job.sequence.next())
     try:

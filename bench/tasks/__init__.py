@@ -1,9 +1,9 @@
-"""What a model is trained on and asked: text of a corpus, and made-up tasks that need the context.
+"""Tasks: language modelling on the text of a corpus, and synthetic tasks that require the context.
 
-A module of this package is a task; `names()` lists those that bring their own data and `load(name)` gives
-the task behind `data=name`. There is no list to extend: a new file is a new task. A name that is no file
-here is that of a corpus (`bench.corpora`), and the task is then text. Importing this package imports no
-task and no torch.
+Each module of this package defines one task. `names()` lists the tasks that generate their own data, and
+`load(name)` returns the task for `data=name`. There is no list to extend: a new file is a new task. A name
+that is not a module here is the name of a corpus (`bench.corpora`), and its task is `text`. Importing this
+package imports neither a task nor torch.
 """
 
 from __future__ import annotations
@@ -17,20 +17,20 @@ if TYPE_CHECKING:
     from bench.tasks.base import Task
 
 TEXT = "text"
-"""The module of the task that is behind every corpus."""
+"""The module of the task that is used with every corpus."""
 _SHARED = {"base", TEXT, "windows"}
 
 
 def names() -> list[str]:
-    """The tasks that bring their own data, sorted; imports none of them."""
+    """Return the sorted names of the tasks that generate their own data, without importing them."""
     found = {module.name for module in pkgutil.iter_modules(__path__)}
     return sorted(name for name in found - _SHARED if not name.startswith("_"))
 
 
 def load(name: str) -> type[Task]:
-    """The task behind `data=name`: the one in the module of this name, or else text.
+    """Return the task for `data=name`: the one in the module of this name, or else text.
 
-    Raises TypeError for a module that does not define exactly one task.
+    Raises TypeError if the module does not define exactly one task.
     """
     from bench.tasks.base import Task
 

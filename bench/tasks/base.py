@@ -1,9 +1,9 @@
-"""The interface of a task: batches to train on, batches to test on, and what a scored target asks for.
+"""The interface of a task: training batches, test batches, and the distances that scored targets require.
 
 Shapes: B batch, T tokens.
 
-A task is one module in this package that defines one subclass of `Task` with its `Config`. It draws from
-numpy generators that it seeds itself, so that whatever else a process draws changes no batch.
+A task is one module of this package that defines one subclass of `Task` with its `Config`. It uses NumPy
+generators that it seeds itself, so that other random numbers drawn in the process do not change the batches.
 """
 
 from __future__ import annotations
@@ -22,14 +22,15 @@ from torch import Tensor
 from variants.knobs import Knobs
 
 IGNORED = -100
-"""A target that is not scored."""
+"""The value of targets that are not scored."""
 
 
 class Batch(NamedTuple):
-    """inputs (B, T) and targets (B, T), int64; a target that is `IGNORED` is not scored.
+    """inputs (B, T) and targets (B, T), int64; targets equal to `IGNORED` are not scored.
 
-    distances (B, T), int64, where the task knows it: how many tokens before a scored target lies what it
-    asks for. Elsewhere the numbers mean nothing.
+    distances (B, T), int64, or None if the task does not define them: the number of tokens from a scored
+    target back to the token that holds the answer. At positions without a scored target the values are
+    undefined.
     """
 
     inputs: Tensor
@@ -37,54 +38,56 @@ class Batch(NamedTuple):
     distances: Tensor | None = None
 
     def for_training(self, device: torch.device) -> Batch:
-        """What a training step reads, on a device: no distances, so that none take memory there."""
+        """Move inputs and targets to a device for a training step,
+        without the distances, which would use memory."""
         return Batch(self.inputs.to(device), self.targets.to(device))
 
 
 @dataclass(frozen=True, kw_only=True)
 class TaskConfig(Knobs, ABC):
-    """Base of every task's `Config`: its knobs and nothing else, checked when it is made.
+    """Base class of every task's `Config`, which holds the task's knobs and validates them on construction.
 
-    Raises ValueError naming the knob, its value and what is allowed. What depends on the cell, such as its
-    length, is for `Task.unsupported` to refuse.
+    Raises ValueError with the knob, its value and the allowed values. Conditions that depend on the cell,
+    such as its length, are checked by `Task.unsupported`.
     """
 
     @property
     @abstractmethod
     def vocabulary(self) -> int:
-        """How many tokens there are: inputs and scored targets lie in [0, vocabulary)."""
+        """Vocabulary size: inputs and scored targets are in [0, vocabulary)."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Setting:
-    """What a cell asks of its task."""
+    """The properties of a cell that its task depends on."""
 
     data: str
-    """The name after `data=`."""
+    """The value of `data`."""
     objective: str
     """One of the task's `objectives`."""
     seq_len: int
     batch_size: int
     replicate: int
     test_tokens: int
-    """Most tokens of the test batches; 0 where nothing will be tested."""
+    """Maximum number of test tokens; 0 if there is no test."""
     test_split: str = "test"
-    """The documents that test batches are made of, where there are documents: test or validation."""
+    """The split of the corpus that is used as the test: test or validation."""
 
 
 class Task(ABC):
-    """Batches for one cell. Nothing but (replicate, step, done) decides a training batch."""
+    """Batches for one cell. A training batch is determined by (replicate, step, done)."""
 
     Config: ClassVar[type[TaskConfig]]
     objectives: ClassVar[tuple[str, ...]]
-    """What a record's `objective` may say; of two, the first is for causal models, the second for others."""
+    """Possible values of a record's `objective`. If there are two, the first is for causal models and the
+    second for the others."""
     distance_edges: tuple[int, ...] = ()
-    """Lower edges of the buckets of `accuracy_by_distance`, ascending; () where batches have no distances."""
+    """Ascending lower edges of the buckets of `accuracy_by_distance`; () if batches have no distances."""
     guess_accuracy: float | None = None
-    """Accuracy of guessing: among the values in the context, or always the most frequent class."""
+    """Accuracy of guessing: a random value of those in the context, or always the most frequent class."""
 
     def __init__(self, config: TaskConfig, setting: Setting) -> None:
-        """Builds nothing that a setting which `unsupported` refuses would break."""
+        """The constructor must also succeed for settings that `unsupported` rejects."""
         self.config, self.setting = config, setting
         self.vocabulary = config.vocabulary
 
@@ -95,28 +98,28 @@ class Task(ABC):
 
     @classmethod
     def sha256(cls, config: TaskConfig, data: str) -> str:
-        """Hash of all the data there is: for a task that makes its own, of its name and knobs."""
+        """Return the hash of the task's data; for a task that generates its data, of its name and knobs."""
         return hashlib.sha256(json.dumps([data, config.as_dict()], sort_keys=True).encode()).hexdigest()
 
     def unsupported(self) -> str | None:
-        """Why there are no batches for this setting, or None. It becomes the row's reason."""
+        """Return why this setting has no batches, which becomes the record's reason, or None."""
         return None
 
     @abstractmethod
     def train_batch(self, step: int, done: float) -> Batch:
-        """The batch of one training step, on the CPU: a pure function of replicate, step and `done`, the
-        share in [0, 1) of the training budget that is used, for tasks that grow harder."""
+        """Return the batch of one training step, on the CPU. It is a pure function of the replicate, `step`
+        and `done`, the used share of the training budget in [0, 1), which tasks with a curriculum need."""
 
     @abstractmethod
     def test_batches(self) -> Iterator[Batch]:
-        """The same batches for every variant and replicate, up to `test_tokens` tokens but at least one
-        sequence; the last may be smaller."""
+        """Yield the test batches, the same for every variant and replicate: at least one sequence and
+        otherwise at most `test_tokens` tokens. The last batch may be smaller."""
 
     def train_generator(self, step: int) -> np.random.Generator:
-        """What a training batch is drawn from."""
+        """Return the generator of one training batch."""
         return np.random.default_rng([self.setting.replicate, step])
 
     @staticmethod
     def test_generator(index: int) -> np.random.Generator:
-        """What a test batch, or a test sequence, is drawn from: never a training batch's generator."""
+        """Return the generator of a test batch or test sequence; it differs from every training generator."""
         return np.random.default_rng([0, index, 1])

@@ -1,19 +1,20 @@
-"""ListOps: the value of a nested expression of lists, asked for at its end.
+"""ListOps: predict the value of a nested list expression at its end.
 
 Shapes: B batch, T tokens.
 
     inputs   _ _ _ _ [MAX 2 9 [MIN 4 7 ] 0 ] =      targets   · · · … · 9      (· is not scored)
              padding                  the question
 
-Nangia 2018 (arXiv:1804.06028) with the sizes of Long Range Arena (Tay 2020, arXiv:2011.04006, §2.2.1):
-digits, brackets, and the maximum, minimum, median (of an even number the mean of the middle two, rounded
-down) and sum modulo 10 of 2 to `max_args` arguments, each an operator itself with probability `growth`
-until `max_depth`. Expressions of other than the wanted lengths are drawn again.
+After Nangia 2018 (arXiv:1804.06028), with the sizes of Long Range Arena (Tay 2020, arXiv:2011.04006, §2.2.1).
+Expressions consist of digits, brackets and the operators maximum, minimum, median and sum modulo 10. The
+median of an even number of arguments is the mean of the middle two, rounded down. An operator has 2 to
+`max_args` arguments; each argument is itself an operator with probability `growth`, down to `max_depth`.
+Expressions outside the requested range of lengths are rejected and drawn again.
 
-Deviations: expressions stand flush right, behind padding and before a symbol that asks, so that the last
-token is the question to causal and bidirectional models alike (LRA pads behind and asks in front);
-brackets are tokens (LRA's tokeniser drops them); and training draws new expressions all the time, none of
-them in the test (LRA has 96,000).
+Deviations from Long Range Arena (LRA): expressions are right-aligned, after the padding and before a question
+token, so that the last token is the question for causal and bidirectional models (LRA pads on the right and
+asks at the front). Brackets are tokens (LRA's tokenizer removes them). Training always draws new expressions,
+which never occur in the test (LRA has 96,000 fixed ones).
 """
 
 from __future__ import annotations
@@ -37,40 +38,45 @@ Example = tuple[Ints, int]
 
 DIGITS = 10
 MAX, MIN, MED, SM, END, PADDING, QUESTION = range(DIGITS, 17)
-"""Tokens after the digits, which stand for themselves."""
-SHORTEST = 16
-"""Shorter expressions are too few: a test could hold most of them, and training has to avoid those."""
-LONGEST = 2**16
-"""Tokens up to which the chance of a length is worked out."""
-RAREST = 1e-3
-"""Lengths that fewer of the expressions have are refused, as nearly all draws would be thrown away."""
+"""The tokens after the digits; the token of a digit is the digit itself."""
+MIN_LENGTH = 16
+"""Minimum length. There are too few shorter expressions: the test could contain most of them, and training
+must avoid test expressions."""
+MAX_LENGTH = 2**16
+"""Maximum length, in tokens, for which the length distribution is computed."""
+MIN_PROBABILITY = 1e-3
+"""Minimum probability of the requested lengths. If it is lower, nearly all draws would be rejected, so the
+setting is unsupported."""
 POOL_TOKENS = 2**20
-"""At most about so many are drawn at a time."""
+"""Approximate maximum number of tokens drawn at a time."""
 TESTS_AT_A_TIME = 64
-"""A number of its own, so that a test does not depend on the batch size."""
+"""A constant, so that the test does not depend on the batch size."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ListopsConfig(TaskConfig):
-    """Knobs of ListOps; the defaults are Long Range Arena's, lengths aside, which follow the cell's."""
+    """Knobs of ListOps. The defaults are those of Long Range Arena,
+    except the lengths, which depend on the cell's."""
 
     min_length: int | None = None
-    """Fewest tokens of an expression, its brackets included; null: a quarter of max_length. LRA has 501."""
+    """Minimum tokens of an expression, including brackets; null is a quarter of max_length. LRA uses 501."""
     max_length: int | None = None
-    """Most tokens of an expression; null: seq_len less the question. LRA has 1,999."""
+    """Maximum tokens of an expression; null is seq_len minus the question token. LRA uses 1,999."""
     max_depth: int = 10
-    """Levels of the tree, the digits at the bottom included."""
+    """Levels of the expression tree, including the digits at the bottom."""
     max_args: int = 10
-    """Most arguments of an operator; the fewest are 2, and every number is as likely."""
+    """Maximum arguments of an operator. The number of arguments is uniform, from 2."""
     growth: float = 0.25
-    """Probability that an argument is an operator itself."""
+    """Probability that an argument is itself an operator."""
 
     def __post_init__(self) -> None:
         least = self.min_length
-        self.require("min_length", least is None or least >= SHORTEST, f"{SHORTEST} tokens or more, or null")
-        at_least = SHORTEST if least is None else least
-        allowed = f"min_length or more, and {SHORTEST}, up to {LONGEST:,} tokens; or null"
-        fits = self.max_length is None or at_least <= self.max_length <= LONGEST
+        self.require(
+            "min_length", least is None or least >= MIN_LENGTH, f"{MIN_LENGTH} tokens or more, or null"
+        )
+        at_least = MIN_LENGTH if least is None else least
+        allowed = f"min_length or more, and {MIN_LENGTH}, up to {MAX_LENGTH:,} tokens; or null"
+        fits = self.max_length is None or at_least <= self.max_length <= MAX_LENGTH
         self.require("max_length", fits, allowed)
         self.require("max_depth", self.max_depth >= 2, "2 or more")
         self.require("max_args", self.max_args >= 2, "2 or more")
@@ -78,21 +84,21 @@ class ListopsConfig(TaskConfig):
 
     @property
     def vocabulary(self) -> int:
-        """Digits, operators, a closing bracket, padding and the question."""
+        """Digits, operators, the closing bracket, padding and the question."""
         return QUESTION + 1
 
     def lengths(self, seq_len: int) -> tuple[int, int]:
-        """The fewest and the most tokens of an expression in a sequence of `seq_len`."""
+        """Return the minimum and maximum tokens of an expression in a sequence of `seq_len`."""
         most = seq_len - 1 if self.max_length is None else self.max_length
-        return max(SHORTEST, most // 4) if self.min_length is None else self.min_length, most
+        return max(MIN_LENGTH, most // 4) if self.min_length is None else self.min_length, most
 
 
 @lru_cache(maxsize=8)
-def length_chances(config: ListopsConfig, longest: int) -> npt.NDArray[np.float64]:
-    """(longest + 1,): the probability of each length of an expression whose root is an operator.
+def length_distribution(config: ListopsConfig, longest: int) -> npt.NDArray[np.float64]:
+    """(longest + 1,) probability of each length of an expression whose root is an operator.
 
-    A tree's length is 2 and its arguments' lengths, so from the deepest level up the chances of a list of n
-    arguments are those of one convolved n times.
+    The length of a tree is 2 plus the lengths of its arguments. Therefore, from the deepest level up, the
+    distribution of n arguments is the n-fold convolution of the distribution of one.
     """
     argument = np.zeros(longest + 1)
     argument[1] = 1.0  # at the deepest level, a digit
@@ -108,28 +114,29 @@ def length_chances(config: ListopsConfig, longest: int) -> npt.NDArray[np.float6
 
 
 class Level(NamedTuple):
-    """One level of many trees at once, from left to right; a node's arguments lie together on the next.
+    """One level of many trees, from left to right. The arguments of a node are adjacent on the next level.
 
-    tree (n,): whose node it is. arity (n,): how many arguments it has; 0 is a digit.
+    tree (n,): index of each node's tree. arity (n,): number of arguments; 0 for a digit.
     """
 
     tree: Ints
     arity: Ints
 
     def of(self, kept: npt.NDArray[np.bool_]) -> Level:
-        """The nodes of the trees that are kept, trees numbered anew."""
+        """Return the nodes of the trees that are kept, with the trees renumbered."""
         here = kept[self.tree]
         return Level((np.cumsum(kept) - 1)[self.tree[here]], self.arity[here])
 
     @property
     def first(self) -> Ints:
-        """Where on the next level the arguments of each operator begin."""
+        """Index, on the next level, of the first argument of each operator."""
         arity = self.arity[self.arity > 0]
         return np.cumsum(arity) - arity
 
 
 def grow(generator: np.random.Generator, config: ListopsConfig, trees: int, longest: int) -> list[Level]:
-    """The shapes of `trees` trees with an operator at the root; those past `longest` tokens stop growing."""
+    """Draw the shapes of `trees` trees with an operator at the root;
+    trees over `longest` tokens stop growing."""
     tree, operator = np.arange(trees), np.ones(trees, dtype=np.bool_)
     length, levels = np.zeros(trees, dtype=np.int64), []
     for depth in range(1, config.max_depth + 1):
@@ -145,7 +152,7 @@ def grow(generator: np.random.Generator, config: ListopsConfig, trees: int, long
 
 
 def sizes(levels: list[Level]) -> list[Ints]:
-    """Tokens of the expression under each node, level by level."""
+    """Return the length of the expression below each node, level by level."""
     found, below = [], np.empty(0, dtype=np.int64)
     for level in reversed(levels):
         size = np.ones(len(level.tree), dtype=np.int64)
@@ -156,7 +163,7 @@ def sizes(levels: list[Level]) -> list[Ints]:
 
 
 def evaluate(operator: Ints, arguments: Ints, first: Ints, arity: Ints) -> Ints:
-    """(n,) values of n operators; the arguments of each begin at `first` and are `arity`."""
+    """(n,) values of n operators; each has `arity` arguments from index `first` on."""
     ordered = arguments[np.lexsort((arguments, np.arange(len(first)).repeat(arity)))]
     return np.choose(
         operator - MAX,
@@ -170,7 +177,8 @@ def evaluate(operator: Ints, arguments: Ints, first: Ints, arity: Ints) -> Ints:
 
 
 def fill(generator: np.random.Generator, levels: list[Level], seq_len: int) -> tuple[Ints, Ints]:
-    """Trees with symbols drawn for their nodes: tokens (N, T), the question included, and answers (N,)."""
+    """Draw symbols for the nodes of the trees.
+    Returns tokens (N, T), including the question, and answers (N,)."""
     size = sizes(levels)
     tokens = np.full((len(size[0]), seq_len), PADDING)
     tokens[:, -1] = QUESTION
@@ -183,7 +191,7 @@ def fill(generator: np.random.Generator, levels: list[Level], seq_len: int) -> t
         tokens[level.tree, place] = symbol
         tokens[level.tree[operator], (place + size[depth] - 1)[operator]] = END
         if operator.any():
-            before = np.cumsum(size[depth + 1]) - size[depth + 1]  # tokens of all that lies left on the level
+            before = np.cumsum(size[depth + 1]) - size[depth + 1]  # tokens to the left on this level
             shift = place[operator] + 1 - before[level.first]
             place = shift.repeat(level.arity[operator]) + before
     values = np.empty(0, dtype=np.int64)
@@ -196,7 +204,7 @@ def fill(generator: np.random.Generator, levels: list[Level], seq_len: int) -> t
 
 
 class Listops(Task):
-    """Ten classes, asked for at the last token."""
+    """A classification with ten classes, at the last token."""
 
     Config = ListopsConfig
     config: ListopsConfig
@@ -207,34 +215,35 @@ class Listops(Task):
         self.shortest, self.longest = config.lengths(setting.seq_len)
 
     def unsupported(self) -> str | None:
-        """No room for the lengths, or hardly an expression of such lengths."""
-        most, config = min(self.setting.seq_len - 1, LONGEST), self.config
+        """The sequence is too short for the requested lengths,
+        or expressions of these lengths are too rare."""
+        most, config = min(self.setting.seq_len - 1, MAX_LENGTH), self.config
         lengths = f"expressions of {self.shortest:,} to {self.longest:,} tokens"
         if not self.shortest <= self.longest <= most:
             return (
-                f"seq_len={self.setting.seq_len:,}: data=listops asks for {lengths}; allowed are {SHORTEST} "
-                f"to {most:,}, seq_len less the question and at most {LONGEST:,}"
+                f"seq_len={self.setting.seq_len:,}: data=listops needs {lengths}; allowed are {MIN_LENGTH} "
+                f"to {most:,}: seq_len minus the question, at most {MAX_LENGTH:,}"
             )
-        if self.chance < RAREST:
+        if self.length_probability < MIN_PROBABILITY:
             return (
                 f"data=listops: max_depth={config.max_depth}, max_args={config.max_args} and "
-                f"growth={config.growth} make {lengths} less than once in {1 / RAREST:,.0f} times"
+                f"growth={config.growth} yield {lengths} less than once in {1 / MIN_PROBABILITY:,.0f} draws"
             )
         return None
 
     @property
-    def chance(self) -> float:
-        """The share of the expressions with an operator at the root whose length is a wanted one."""
-        return max(0.0, float(length_chances(self.config, self.longest)[self.shortest :].sum()))
+    def length_probability(self) -> float:
+        """Probability that an expression with an operator at the root has a requested length."""
+        return max(0.0, float(length_distribution(self.config, self.longest)[self.shortest :].sum()))
 
     @cached_property
-    def guess_accuracy(self) -> float:  # type: ignore[override]  # worked out when it is asked for
-        """Of always naming the answer that the test has most."""
+    def guess_accuracy(self) -> float:  # type: ignore[override]  # computed on first use
+        """Accuracy of always giving the most frequent answer of the test."""
         answers = [answer for _, answer in self._test.values()]
         return max(map(answers.count, answers)) / len(answers)
 
     def train_batch(self, step: int, done: float) -> Batch:
-        """Expressions that are not in the test."""
+        """Expressions that do not occur in the test."""
         size, found = self.setting.batch_size, []
         for tokens, answer in self._draw(self.train_generator(step), size):
             if tokens.tobytes() not in self._test:
@@ -244,14 +253,14 @@ class Listops(Task):
         return self._batch(found)
 
     def test_batches(self) -> Iterator[Batch]:
-        """Expressions that all differ."""
+        """Distinct expressions."""
         found = list(self._test.values())
         for start in range(0, len(found), self.setting.batch_size):
             yield self._batch(found[start : start + self.setting.batch_size])
 
     @cached_property
     def _test(self) -> dict[bytes, Example]:
-        """The tests by their tokens."""
+        """The test examples by their tokens."""
         found: dict[bytes, Example] = {}
         for tokens, answer in self._draw(self.test_generator(0), TESTS_AT_A_TIME):
             found[tokens.tobytes()] = tokens, answer
@@ -260,8 +269,8 @@ class Listops(Task):
         return found
 
     def _draw(self, generator: np.random.Generator, at_a_time: int) -> Iterator[Example]:
-        """Expressions without end, about so many drawn together."""
-        trees = min(math.ceil(at_a_time / self.chance), max(1, POOL_TOKENS // self.longest))
+        """Yield an endless stream of expressions, about `at_a_time` drawn together."""
+        trees = min(math.ceil(at_a_time / self.length_probability), max(1, POOL_TOKENS // self.longest))
         while True:
             levels = grow(generator, self.config, trees, self.longest)
             size = sizes(levels)[0]

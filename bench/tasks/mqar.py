@@ -1,20 +1,21 @@
-"""Multi-query associative recall: pairs of a key and a value, then each key again, asking for its value.
+"""Multi-query associative recall: key–value pairs, followed by queries, which are the keys again.
 
 Shapes: B batch, T tokens, N pairs.
 
     inputs    a 1 b 2 c 3 . . c . . . a . . . . . b .     letters are keys, digits values, dots filler
     targets   _ _ _ _ _ _ _ _ 3 _ _ _ 1 _ _ _ _ _ 2 _     (_ is not scored)
                                       |
-              |- 1 lies 11 tokens back -|
+              - 1 is 11 tokens back --|
 
-After Arora 2023 (Zoology, arXiv:2312.04927, §3 and the appendix on synthetic data): keys and values come from
-the two halves of the symbols and differ within a sequence; the pairs stand first; every key asks once, at a
-place drawn by a power law; filler is one blank symbol more. An answer stands in its pair and nowhere else.
+After Arora 2023 (Zoology, arXiv:2312.04927, §3 and the appendix on synthetic data). Keys and values come from
+the two halves of the symbols and are distinct within a sequence. The pairs come first. Each key is queried
+once, at a position drawn from a power law. The filler is one additional blank symbol. The answer occurs only
+in its pair.
 
-Two cores do not learn many pairs from scratch, so the number of pairs may grow over a first share of
-training (`curriculum`), which the paper does not need; until it is all of them, half the places for queries
-are taken, for a few scored targets a sequence teach slowly. Test batches hold all the pairs, each asked for
-once.
+With the compute of two cores, a model does not learn many pairs from scratch. Therefore the number of pairs
+may grow during an initial share of training (`curriculum`), which the paper does not use. Until all pairs are
+used, half of the query positions are used, because few scored targets per sequence give a slow learning
+signal. Test batches always use all pairs, each queried once.
 """
 
 from __future__ import annotations
@@ -30,8 +31,8 @@ from bench.tasks.base import IGNORED, Batch, Setting, Task, TaskConfig
 
 Ints = npt.NDArray[np.int64]
 
-FEWEST = 2
-"""Pairs that a curriculum begins with: with one there is nothing to tell apart."""
+MIN_PAIRS = 2
+"""Pairs at the start of a curriculum: with a single pair there is nothing to distinguish."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,14 +40,15 @@ class MqarConfig(TaskConfig):
     """Knobs of the recall task."""
 
     n_pairs: int = 4
-    """Pairs in a sequence, each asked for once."""
+    """Pairs in a sequence, each queried once."""
     n_symbols: int = 64
-    """Symbols beside the blank; the lower half are keys, the upper half values."""
+    """Symbols without the blank; the lower half are keys, the upper half values."""
     power_a: float = 0.01
-    """Exponent a of the power law: a query's place x, in (0, 1] after the pairs, has density a·x^(a − 1). The
-    smaller, the more queries stand close after the pairs; at 1 they stand anywhere."""
+    """Exponent a of the power law: the relative position x of a query, in (0, 1] after the pairs, has density
+    a·x^(a − 1). Smaller values place queries closer to the pairs; 1 is uniform."""
     curriculum: float = 0.0
-    """Share of the training over which the number of pairs grows to n_pairs; 0 for all from the start."""
+    """Share of the training during which the number of pairs grows to n_pairs;
+    0 uses all pairs from the start."""
 
     def __post_init__(self) -> None:
         self.require("n_pairs", self.n_pairs >= 1, "1 or more")
@@ -58,12 +60,12 @@ class MqarConfig(TaskConfig):
 
     @property
     def vocabulary(self) -> int:
-        """All symbols, then the blank."""
+        """All symbols, and then the blank."""
         return self.n_symbols + 1
 
 
 class Mqar(Task):
-    """Pairs first, then one query a pair among filler; the target at a query is its value."""
+    """Pairs, followed by one query per pair among filler; the target at a query is its value."""
 
     Config = MqarConfig
     config: MqarConfig
@@ -76,18 +78,18 @@ class Mqar(Task):
         self.distance_edges = tuple(2**k for k in range(setting.seq_len.bit_length()))
 
     def unsupported(self) -> str | None:
-        """Too short for its pairs and as many places for queries."""
+        """A sequence must have room for the pairs and as many query positions."""
         seq_len, n = self.setting.seq_len, self.config.n_pairs
         if seq_len >= 4 * n:
             return None
         return f"seq_len={seq_len:,}: data=mqar with n_pairs={n:,} needs {4 * n:,} tokens or more"
 
     def train_batch(self, step: int, done: float) -> Batch:
-        """As many pairs as the curriculum has come to."""
+        """The number of pairs is that of the curriculum at `done`."""
         return self._draw(self.train_generator(step), self.setting.batch_size, self.pairs(done))
 
     def test_batches(self) -> Iterator[Batch]:
-        """Sequences of all pairs; the same whatever the size of a batch."""
+        """Sequences with all pairs, independent of the batch size."""
         count = max(1, self.setting.test_tokens // self.setting.seq_len)
         size = self.setting.batch_size
         for start in range(0, count, size):
@@ -99,15 +101,15 @@ class Mqar(Task):
             yield Batch(inputs, targets, distances)
 
     def pairs(self, done: float) -> int:
-        """Pairs in a training batch when `done` of the budget is spent: FEWEST times a factor that grows
-        evenly, each number for as long as it takes to double in proportion."""
+        """Return the number of pairs in a training batch at the share `done` of the budget: it grows
+        exponentially from FEWEST to n_pairs, so that each doubling takes equally long."""
         n, share = self.config.n_pairs, self.config.curriculum
-        if done >= share or n <= FEWEST:
+        if done >= share or n <= MIN_PAIRS:
             return n
-        return min(n, int(FEWEST * (n / FEWEST) ** (done / share)))
+        return min(n, int(MIN_PAIRS * (n / MIN_PAIRS) ** (done / share)))
 
     def _draw(self, generator: np.random.Generator, batch: int, n: int) -> Batch:
-        """(B, T) sequences of n pairs; fewer than n_pairs ask at half the places there are."""
+        """Draw sequences (B, T) of n pairs; if n < n_pairs, half of the query positions are used."""
         seq_len, half = self.setting.seq_len, self.config.n_symbols // 2
         slots = (seq_len - 2 * n) // 2
         keys, values = _distinct(generator, batch, n, half), half + _distinct(generator, batch, n, half)
@@ -124,9 +126,10 @@ class Mqar(Task):
         return Batch(*(torch.from_numpy(array) for array in (inputs, targets, distances)))
 
     def _places(self, generator: np.random.Generator, batch: int, n: int, slots: int) -> Ints:
-        """(B, N) different slots in [0, slots), drawn one after the other by the power law.
+        """(B, N) distinct slots in [0, slots), drawn without replacement with power-law weights.
 
-        The n smallest of Exp(1) / weight are such a draw (Efraimidis 2006, Inf. Process. Lett. 97).
+        The indices of the n smallest values of Exp(1) / weight are such a draw (Efraimidis 2006, Inf.
+        Process. Lett. 97).
         """
         weight = np.arange(1, slots + 1) ** (self.config.power_a - 1.0)
         clocks = generator.exponential(size=(batch, slots)) / weight
@@ -135,9 +138,10 @@ class Mqar(Task):
 
 
 def _distinct(generator: np.random.Generator, rows: int, n: int, most: int) -> Ints:
-    """(rows, n) numbers below `most` that differ within a row, every such row alike likely.
+    """(rows, n) uniformly drawn numbers below `most`, distinct within each row.
 
-    Floyd's sampling (Bentley 1987, Commun. ACM 30), which costs n² a row however many symbols there are.
+    Floyd's sampling (Bentley 1987, Commun. ACM 30), which costs n² per row regardless of the number of
+    symbols.
     """
     chosen = np.empty((rows, n), dtype=np.int64)
     for k, last in enumerate(range(most - n, most)):

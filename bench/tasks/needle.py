@@ -1,4 +1,4 @@
-"""Needle: a key and its value are hidden in filler, and at the end the key asks for its value.
+"""Needle: a key–value pair is hidden in filler, and the key at the end queries its value.
 
 Shapes: B batch, T tokens, N depths (`n_depths`), V values (`n_values`).
 
@@ -6,11 +6,11 @@ Shapes: B batch, T tokens, N depths (`n_depths`), V values (`n_values`).
                      the needle        a distractor
                          |——— distance ————————|
 
-After the key–value retrieval of Liu 2023 (arXiv:2307.03172, §3), whose pairs are strings of JSON, and the
-passkey of Mohtashami 2023 (arXiv:2305.16300, §4.2), whose filler is text; here all are single symbols and
-the filler is noise, so that what is asked is retrieval alone. Distance is counted in tokens from the query
-back to the value. Causal and bidirectional models are asked the same: no input at or after the query holds
-the answer.
+After the key–value retrieval of Liu 2023 (arXiv:2307.03172, §3), whose pairs are JSON strings, and the
+passkey task of Mohtashami 2023 (arXiv:2305.16300, §4.2), whose filler is text. Here keys and values are
+single symbols and the filler is noise, so that the task tests retrieval only. The distance is the number of
+tokens from the query back to the value. The task is the same for causal and bidirectional models: no input at
+or after the query contains the answer.
 """
 
 from __future__ import annotations
@@ -26,28 +26,31 @@ from bench.tasks.base import IGNORED, Batch, Setting, Task, TaskConfig
 
 Ints = npt.NDArray[np.int64]
 
-NEAREST = 8
-"""Tokens back within which a curriculum's first needles stand."""
+START_DISTANCE = 8
+"""Maximum distance of the needles at the start of a curriculum."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class NeedleConfig(TaskConfig):
-    """Knobs of the needle."""
+    """Knobs of the needle task."""
 
     n_depths: int = 8
-    """Distances that are tested, evenly spaced from next to the query back to the first token."""
+    """Number of distances that are tested, evenly spaced from directly
+    before the query to the first token."""
     n_distractors: int = 0
-    """Pairs of other keys and any values in the filler. With none the context holds one value and finding it
-    is enough; with some the key decides, which takes two layers and much longer to learn."""
+    """Pairs of other keys and arbitrary values in the filler. Without distractors, the context contains a
+    single value and finding it is sufficient. With distractors, the model must match the key, which requires
+    two layers and much more training."""
     n_keys: int = 16
-    """Symbols that are keys; those of one sequence differ."""
+    """Number of key symbols; the keys of one sequence are distinct."""
     n_values: int = 8
-    """Symbols that are values, each as likely as any other whatever the rest of the sequence is."""
+    """Number of value symbols, drawn uniformly and independently of the rest of the sequence."""
     n_filler: int = 4
-    """Symbols of the filler, drawn independently."""
+    """Number of filler symbols, drawn independently."""
     curriculum: float = 0.0
-    """Share of the training over which the farthest needle moves back to the first token; 0 for anywhere from
-    the start. What passes from layer to layer is learnt sooner once one layer's part of it is."""
+    """Share of the training during which the maximum distance grows to the whole sequence; 0 uses all
+    distances from the start. Retrieval over several layers is learnt sooner after retrieval within one
+    layer."""
 
     def __post_init__(self) -> None:
         self.require("n_depths", self.n_depths >= 2, "2 or more")
@@ -60,16 +63,16 @@ class NeedleConfig(TaskConfig):
 
     @property
     def vocabulary(self) -> int:
-        """Filler first, then keys, then values."""
+        """Filler, then keys, then values."""
         return self.n_filler + self.n_keys + self.n_values
 
 
 class Needle(Task):
-    """One pair asked for at the end. Training draws its distance uniformly, up to where a curriculum has come
-    to; a test takes each in turn.
+    """One pair, queried at the end. Training draws the distance uniformly, up to the maximum of the
+    curriculum; the test uses each distance in turn.
 
-    `guess_accuracy` is what is right of guesses among the values in the context. Without distractors that
-    would be the answer, so it is 1 / n_values then: what a model comes to that cannot see the needle.
+    `guess_accuracy` is the accuracy of guessing one of the values in the context. Without distractors that
+    would always be correct; it is then 1 / n_values, the accuracy of a model that cannot read the needle.
     """
 
     Config = NeedleConfig
@@ -78,14 +81,15 @@ class Needle(Task):
 
     def __init__(self, config: NeedleConfig, setting: Setting) -> None:
         super().__init__(config, setting)
-        self.farthest = setting.seq_len - 2  # the key stands first, its value second
+        self.farthest = setting.seq_len - 2  # the key is the first token, its value the second
         depths = np.linspace(1, max(1, self.farthest), config.n_depths).round()
         self.distance_edges = tuple(int(distance) for distance in depths)
         others, v = config.n_distractors, config.n_values
         self.guess_accuracy = (1 + others / v) / (1 + others) if others else 1 / v
 
     def unsupported(self) -> str | None:
-        """Too short for its distances, or for its pairs side by side wherever the needle stands."""
+        """The sequence must be long enough for the distances,
+        and for the pairs at any position of the needle."""
         seq_len, config = self.setting.seq_len, self.config
         need = max(config.n_depths + 2, 2 * config.n_distractors + 4)
         if seq_len >= need:
@@ -96,25 +100,26 @@ class Needle(Task):
         )
 
     def train_batch(self, step: int, done: float) -> Batch:
-        """Any distance that the curriculum has come to, any value."""
+        """Draws a distance up to the maximum of the curriculum, and a value."""
         generator, size = self.train_generator(step), self.setting.batch_size
         distances = generator.integers(1, self.reached(done) + 1, size)
         values = generator.integers(0, self.config.n_values, size)
         return self._batch(self._contexts(generator, distances), distances, values)
 
     def reached(self, done: float) -> int:
-        """The farthest distance drawn when `done` of the budget is spent: it grows evenly from `NEAREST`."""
+        """Return the maximum distance at the share `done` of the budget; it grows linearly from
+        `START_DISTANCE`."""
         share = self.config.curriculum
         if done >= share:
             return self.farthest
-        return min(self.farthest, NEAREST + int((self.farthest - NEAREST) * done / share))
+        return min(self.farthest, START_DISTANCE + int((self.farthest - START_DISTANCE) * done / share))
 
     def test_batches(self) -> Iterator[Batch]:
-        """Rounds of one sequence at each of `distance_edges`, at least one round.
+        """Yield rounds that contain one sequence for each of `distance_edges`; at least one round.
 
-        V rounds hold the same N contexts with each value in turn, and there are whole multiples of V rounds
-        where `test_tokens` allows V. A model that does not see the needle then answers a context alike V
-        times and is right once: its accuracy is not near 1 / V but 1 / V.
+        V rounds contain the same N contexts with each value in turn, and the number of rounds is a multiple
+        of V if `test_tokens` allows at least V. A model that cannot read the needle then gives the same
+        answer to a context V times and is right once: its accuracy is exactly 1 / V.
         """
         n, v, size = self.config.n_depths, self.config.n_values, self.setting.batch_size
         rounds = max(1, self.setting.test_tokens // (n * self.setting.seq_len))
@@ -130,9 +135,10 @@ class Needle(Task):
             yield self._batch(np.concatenate(contexts), distances, turn % v)
 
     def _contexts(self, generator: np.random.Generator, distances: Ints) -> Ints:
-        """(B,) → (B, T): filler, distractors, the needle's key and the query; its value is still to be set.
+        """(B,) → (B, T): filler, distractors, the needle's key and the query; the needle's value is set
+        later.
 
-        Pairs start at the positions of the needle's parity, so that no two overlap.
+        Pairs start at positions of the needle's parity, so that they do not overlap.
         """
         config, size, seq_len = self.config, len(distances), self.setting.seq_len
         row = np.arange(size)
@@ -154,11 +160,11 @@ class Needle(Task):
         return tokens
 
     def _values(self, values: Ints) -> Ints:
-        """Their symbols."""
+        """Return the symbols of the values."""
         return values + self.config.n_filler + self.config.n_keys
 
     def _batch(self, contexts: Ints, distances: Ints, values: Ints) -> Batch:
-        """The contexts with these values in their needles."""
+        """Build the batch of these contexts with these values in their needles."""
         answers = self._values(values)
         contexts[np.arange(len(contexts)), self.farthest + 1 - distances] = answers
         targets, back = np.full_like(contexts, IGNORED), np.zeros_like(contexts)

@@ -1,15 +1,15 @@
-"""Held-out documents cut into windows: which targets are scored, and after how much of the document.
+"""Held-out documents, divided into windows: which targets are scored, and with how much context.
 
-Shapes: B batch, T tokens of a window, S tokens from one window to the next, N tokens of a document.
+Shapes: B batch, T tokens of a window, S stride (tokens from one window to the next), N tokens of a document.
 
-    targets of a document     0 1 2 3 4 5 6 7 8       T = 4, S = 2; a dot is read and not scored
+    targets of a document     0 1 2 3 4 5 6 7 8       T = 4, S = 2; a dot is read but not scored
     the first window          0 1 2 3
-    the next                      . . 4 5
-    the next                          . . 6 7
-    the last, moved back                . . . 8
+    the second                    . . 4 5
+        the third                         . . 6 7
+        the last, moved back                . . . 8
 
-Which targets are scored depends on the documents, T and the number asked for, and on nothing else: not on
-the stride, the batch, or whether state is carried. A target is scored once.
+Which targets are scored depends only on the documents, T and the requested number, and not on the stride, the
+batch, or whether state is carried. Each target is scored once.
 """
 
 from __future__ import annotations
@@ -48,12 +48,12 @@ class Window(NamedTuple):
         return self.stop - self.start
 
 
-def shares(lengths: Sequence[int], seq_len: int, at_most: int) -> list[int]:
-    """How many targets of each document are scored, from its first on.
+def scored_counts(lengths: Sequence[int], seq_len: int, at_most: int) -> list[int]:
+    """Return the number of targets that are scored of each document, from its first target on.
 
-    Documents take turns, the longest first, T targets a turn, until `at_most` are dealt, or T if that is
-    more. So the first T of every document come before the second T of any, and where T is so long that
-    few documents can have a turn, it is those that fill a window.
+    Targets are assigned in rounds of T targets per document, the longest document first, until max(at_most,
+    T) targets are assigned. Therefore the first T targets of every document come before the second T of any.
+    If T is so long that only few documents are scored, these are documents that fill a window.
     """
     dealt, left = [0] * len(lengths), max(at_most, seq_len)
     turns = sorted(range(len(lengths)), key=lambda k: -lengths[k])
@@ -65,13 +65,13 @@ def shares(lengths: Sequence[int], seq_len: int, at_most: int) -> list[int]:
     return dealt
 
 
-def cut(lengths: Sequence[int], seq_len: int, stride: int) -> list[Window]:
-    """Windows of T tokens over documents of these lengths, each S tokens further than the one before.
+def sliding_windows(lengths: Sequence[int], seq_len: int, stride: int) -> list[Window]:
+    """Return windows of T tokens over documents of these lengths, at distances of S tokens.
 
-    A document's first window scores all its targets and each later one those that are new: its last S. The
-    last ends where the document does; it is T tokens long, like all others, and scores fewer. Only a
-    document of fewer than T tokens is a shorter window, which every variant can read: of parameters that
-    are made for T positions, the first are used.
+    The first window of a document scores all its targets, and each later window its new targets: the last S.
+    The last window ends at the end of the document; it also has T tokens but scores fewer. Only a document of
+    fewer than T tokens has a shorter window. Every variant can read it: of parameters for T positions, the
+    first are used.
     """
     found = []
     for document, length in enumerate(lengths):
@@ -84,28 +84,29 @@ def cut(lengths: Sequence[int], seq_len: int, stride: int) -> list[Window]:
 
 
 def least_context(seq_len: int, stride: int) -> int:
-    """Fewest tokens of a window that precede a target, where it is none of its document's first T."""
+    """Return the minimum context, in tokens, of targets after the first T of a document."""
     return seq_len - stride + 1
 
 
-def windowed(passages: Sequence[Passage], seq_len: int, stride: int, batch_size: int) -> Iterator[Batch]:
-    """The windows of `cut` in batches, each of windows of one length."""
+def window_batches(
+    passages: Sequence[Passage], seq_len: int, stride: int, batch_size: int
+) -> Iterator[Batch]:
+    """Yield the windows of `sliding_windows` in batches; all windows of a batch have the same length."""
 
     def length(window: Window) -> int:
         return window.length
 
-    windows = cut([len(passage.targets) for passage in passages], seq_len, stride)
-    for _, alike in groupby(sorted(windows, key=length, reverse=True), key=length):
-        same = list(alike)
+    windows = sliding_windows([len(passage.targets) for passage in passages], seq_len, stride)
+    for _, group in groupby(sorted(windows, key=length, reverse=True), key=length):
+        same = list(group)
         for i in range(0, len(same), batch_size):
             yield _batch(passages, same[i : i + batch_size])
 
 
-def entire(passages: Sequence[Passage], batch_size: int) -> Iterator[Batch]:
-    """Whole documents side by side, for models that carry state from each document's first token.
+def document_batches(passages: Sequence[Passage], batch_size: int) -> Iterator[Batch]:
+    """Yield batches of whole documents, for models that carry state from the first token of each document.
 
-    Those of similar length share a batch. Where one ends before the longest of its batch, zeros follow,
-    and nothing after its end is scored.
+    Documents of similar length share a batch. Shorter ones are padded with zeros, which are not scored.
     """
     lengths = [len(passage.targets) for passage in passages]
     whole = [Window(k, 0, length, 0) for k, length in enumerate(lengths) if length]
@@ -115,7 +116,7 @@ def entire(passages: Sequence[Passage], batch_size: int) -> Iterator[Batch]:
 
 
 def _batch(passages: Sequence[Passage], windows: Sequence[Window]) -> Batch:
-    """Windows as rows, padded to the longest; targets outside [scored, stop) are not scored."""
+    """Stack windows as rows, padded to the longest; targets outside [scored, stop) are not scored."""
     shape = len(windows), max(window.length for window in windows)
     inputs, targets = np.zeros(shape, dtype=np.int64), np.full(shape, IGNORED, dtype=np.int64)
     for row, (document, start, stop, scored) in enumerate(windows):

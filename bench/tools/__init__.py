@@ -1,1 +1,1 @@
-"""Commands beside the benchmark: single layers, and pictures of what a token reads."""
+"""Additional commands: a benchmark of single layers, and pictures of attention masks."""

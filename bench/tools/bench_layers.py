@@ -1,10 +1,10 @@
-"""`python -m bench.tools.bench_layers`: what one attention layer costs beside dense attention.
+"""`python -m bench.tools.bench_layers`: the cost of one attention layer compared with dense attention.
 
-Forward and backward of one layer with its projections, batch 1, float32, for every variant, in its
-causal form where it has one. Each time comes from a process of its own; rounds interleave the
-variants, and a ratio is to dense attention in the same round. Peak memory is live storage at the
-lengths that are run, and predicted with fake tensors at the one that is not. The sizes stand in
-configs/layers.yaml; a variant that it does not name is measured with its default knobs.
+It measures forward and backward of one layer with its projections, with batch 1 and float32, for every
+variant, in its causal form if it has one. Each time comes from a separate process. Rounds interleave the
+variants, and a ratio is relative to dense attention in the same round. Peak memory is measured from live
+storages at the lengths that run, and predicted with fake tensors at one longer length. configs/layers.yaml
+contains the sizes; a variant that it does not list uses its default knobs.
 """
 
 from __future__ import annotations
@@ -42,14 +42,14 @@ if TYPE_CHECKING:
     from variants.base import Attention
 
 SAMPLE_SECONDS = 1.0
-"""Budget of the samples of one process; there are at least three."""
+"""Time budget of the samples of one process; at least three are taken."""
 FEW_SEGMENTS = 8
-"""Segments that a prediction covers: a layer keeps nothing of a segment that it is through with."""
+"""Maximum number of segments in a prediction, because a layer keeps no memory of finished segments."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sizes:
-    """What configs/layers.yaml holds."""
+    """The content of configs/layers.yaml."""
 
     d_model: int
     heads: int
@@ -59,14 +59,15 @@ class Sizes:
 
 
 class Figures(NamedTuple):
-    """Of one process: seconds of a forward and backward pass (None: predicted), and its peak bytes."""
+    """Results of one process: seconds of a forward and backward pass (None if predicted),
+    and its peak bytes."""
 
     seconds: float | None
     peak_bytes: int
 
 
 def measure(sizes: Sizes, name: str, seq_len: int, *, fake: bool) -> Figures | str:
-    """The figures of one layer at one length, or why it has none."""
+    """Return the figures of one layer at one length, or the reason why there are none."""
     import torch
     from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -108,7 +109,8 @@ def measure(sizes: Sizes, name: str, seq_len: int, *, fake: bool) -> Figures | s
 
 
 def step(layer: Attention, x: torch.Tensor, *, causal: bool) -> None:
-    """Forward and backward of each segment in turn, as in training; gradients of x and the parameters."""
+    """Run forward and backward of each segment in order, as in training,
+    with gradients of x and the parameters."""
     import torch
 
     plan, state = layer.plan(layer.config), None
@@ -134,7 +136,7 @@ def _child(theirs: Connection, sizes: Sizes, name: str, seq_len: int, fake: bool
 
 
 def in_child(sizes: Sizes, name: str, seq_len: int, *, fake: bool) -> Figures | str:
-    """`measure` in a process of its own, alone on the device."""
+    """Run `measure` in a separate process that has exclusive use of the device."""
     ours, theirs = Pipe(duplex=False)
     with on_device("cpu"):
         child = forkserver.context().Process(target=_child, args=(theirs, sizes, name, seq_len, fake))
@@ -149,12 +151,12 @@ def in_child(sizes: Sizes, name: str, seq_len: int, *, fake: bool) -> Figures | 
 
 
 Found = dict[tuple[str, int], list[Figures | str]]
-"""(variant, length) → what each round found."""
+"""(variant, length) → the result of each round."""
 
 
 def collect(sizes: Sizes, names: list[str], rounds: int, keep: Callable[[Found], None]) -> None:
-    """Every variant at every length, round after round, then the predictions; `keep` is called with what is
-    found so far, a figure at a time."""
+    """Measure every variant at every length in each round, then make the predictions; `keep` is called with
+    all results so far after each figure."""
     found: Found = defaultdict(list)
     todo = [(length, name, False) for _ in range(rounds) for length in sizes.lengths for name in names]
     todo += [(sizes.predicted_length, name, True) for name in names]
@@ -166,7 +168,8 @@ def collect(sizes: Sizes, names: list[str], rounds: int, keep: Callable[[Found],
 
 
 def table(sizes: Sizes, names: list[str], found: Found) -> str:
-    """A row a variant: time as a share of dense, peak memory, its growth beside the claim, the prediction."""
+    """Return a table with a row per variant: time relative to dense, peak memory, its growth, the claimed
+    growth and the prediction."""
     shorter, longest = sizes.lengths[-2:]
     predicted = sizes.predicted_length
     columns: dict[str, list[str]] = defaultdict(list)
@@ -191,7 +194,7 @@ def table(sizes: Sizes, names: list[str], found: Found) -> str:
 
 
 def _affine(before: int | None, after: int | None, shorter: int, longest: int) -> str:
-    """The peak as a work space of a fixed size and what each token adds, from two lengths."""
+    """Return the peak as a fixed workspace plus bytes per token, from two lengths."""
     if not before or not after:
         return ""
     token = (after - before) / (longest - shorter)
@@ -203,7 +206,7 @@ def _config(sizes: Sizes, name: str) -> Any:
 
 
 def _share(pairs: list[tuple[Figures | str, Figures | str]]) -> str:
-    """Median and range over rounds of the time's ratio, or why there is none."""
+    """Return the median and range of the time ratio over rounds, or the reason why there is none."""
     shares = [
         mine.seconds / dense.seconds
         for mine, dense in pairs
@@ -220,24 +223,24 @@ def _peak(found: list[Figures | str]) -> int | None:
 
 
 def page(sizes: Sizes, names: list[str], rounds: int, found: Found) -> str:
-    """The table of what is found so far, and what it is a table of."""
-    return f"""# One layer beside dense attention
+    """Return the page with the table of all results so far and its description."""
+    return f"""# One layer compared with dense attention
 
-Forward and backward, projections included; batch 1, width {sizes.d_model}, {sizes.heads} heads, float32,
-{provenance.cpu_model()}; {rounds} rounds, a process a figure. Times: median (range) of the
+Forward and backward, with projections; batch 1, width {sizes.d_model}, {sizes.heads} heads, float32,
+{provenance.cpu_model()}; {rounds} rounds, one process per figure. Times: median (range) of the
 ratio to dense sdpa in the same round. A star marks a prediction over {FEW_SEGMENTS} segments: a layer
-keeps nothing of a segment that it is through with. Where memory grows more slowly than claimed, part of
-it is a work space of a fixed size, or scores that the claim counts are not stored.
+keeps no memory of finished segments. If memory grows more slowly than claimed, part of it is a
+workspace of a fixed size, or scores that the claim includes are not stored.
 
 {table(sizes, names, found)}"""
 
 
 def main() -> int:
-    """Measure everything, print a line a figure, and write the table anew with each; returns the exit status:
-    2 for a mistake in the command, before anything is measured."""
+    """Measure everything, print a line per figure, and rewrite the table after each. Returns the exit status:
+    2 for an invalid command, before anything is measured."""
     parser = argparse.ArgumentParser(prog="python -m bench.tools.bench_layers", description=__doc__)
-    parser.add_argument("--rounds", type=int, default=3, help="processes a figure (default 3)")
-    parser.add_argument("--only", nargs="+", metavar="VARIANT", help="these and dense, instead of all")
+    parser.add_argument("--rounds", type=int, default=3, help="processes per figure (default 3)")
+    parser.add_argument("--only", nargs="+", metavar="VARIANT", help="measure only these variants and dense")
     parser.add_argument("--out", default="results/layers", help="folder of the table")
     arguments = parser.parse_args()
     loaded: Any = OmegaConf.to_container(OmegaConf.load(CONFIGS / "layers.yaml"))

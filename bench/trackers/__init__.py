@@ -1,7 +1,9 @@
-"""Where finished records go besides the results folder: to MLflow, to TensorBoard, or nowhere else.
+"""Experiment trackers, which receive finished records in addition to the results folder: MLflow and
+TensorBoard.
 
-One file a tracker, found by its name in this package; none is imported before it is asked for. The record
-is on disk before a tracker sees it, and what a tracker fails at costs a line, never a record or a sweep.
+Each tracker is one file of this package, found by its name and imported only if it is selected. The record is
+on disk before a tracker receives it. If a tracker fails, a one-line message is printed; the record and the
+sweep are not affected.
 """
 
 from __future__ import annotations
@@ -19,38 +21,40 @@ from bench.records import KEYS, Record, curve_path_of
 
 NONE = "none"
 _ASKED = ("train_budget", "train_amount", "learning_rate", "eval_split", "budget_bytes")
-"""Keys of a record that are settings though they stand among its figures."""
+"""Record keys that are settings although they come after `status`, among the figures."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrackerSpec:
-    """Which tracker, and where it keeps what it is told."""
+    """The selected tracker and its storage location."""
 
     name: str = NONE
     place: str | None = None
-    """A folder, or what else the tracker calls an address; null is a folder of its own under results_dir."""
+    """A folder or another address that the tracker accepts;
+    null is a folder of the tracker's name under results_dir."""
 
 
 class Tracker(Protocol):
-    """What a module of this package has under the name `Tracker`; making it reaches for its packages."""
+    """The interface of the class `Tracker` in each module of this package.
+    Its constructor imports its packages."""
 
     needs: str
-    """The module that must be installed."""
+    """Name of the module that must be installed."""
 
     def __init__(self, place: str, experiment: str) -> None: ...
 
     def log(self, record: Record, curve: Path) -> None:
-        """Take a record and its training curve, a CSV file that need not exist."""
+        """Log a record and its training curve, a CSV file that may not exist."""
         ...
 
 
 def names() -> list[str]:
-    """The trackers there are, and `none`."""
+    """Return the names of the available trackers, and `none`."""
     return [NONE, *sorted(module.name for module in pkgutil.iter_modules(__path__))]
 
 
 def missing(name: str) -> str | None:
-    """The module that the tracker needs and that is not installed."""
+    """Return the module that the tracker needs if it is not installed, else None."""
     if name == NONE:
         return None
     needs = _class(name).needs
@@ -58,7 +62,7 @@ def missing(name: str) -> str | None:
 
 
 def log(spec: TrackerSpec, folder: Path, record: Record) -> None:
-    """Hand a record of the experiment in `folder` to the tracker, if there is one."""
+    """Log a record of the experiment in `folder` with the selected tracker, if any."""
     if spec.name == NONE:
         return
     try:
@@ -67,11 +71,11 @@ def log(spec: TrackerSpec, folder: Path, record: Record) -> None:
         tracker.log(record, curve_path_of(folder, record.cell_id))
     except Exception as error:
         first = (str(error).strip().splitlines() or [""])[0]
-        print(f"tracker={spec.name}: not told of {record.cell_id}: {first}", file=sys.stderr)
+        print(f"tracker={spec.name}: failed to log {record.cell_id}: {first}", file=sys.stderr)
 
 
 def settings(record: Record) -> dict[str, str]:
-    """What was asked of a cell, as text: its identity, each knob of variant and data by its own name."""
+    """Return a cell's settings as text: its identity, and each knob of its variant and data by name."""
     found = {key: getattr(record, key) for key in (*KEYS[: KEYS.index("status")], *_ASKED)}
     for group in ("variant_params", "data_params"):
         found |= {f"{group.removesuffix('_params')}.{k}": v for k, v in (found.pop(group) or {}).items()}
@@ -79,7 +83,7 @@ def settings(record: Record) -> dict[str, str]:
 
 
 def figures(record: Record) -> dict[str, float]:
-    """What came of it: every single number of the record that is not part of its identity."""
+    """Return a cell's figures: every scalar of the record that is not part of its identity."""
     outcome = KEYS[KEYS.index("status") :]
     values = {key: getattr(record, key) for key in outcome}
     return {
@@ -90,7 +94,7 @@ def figures(record: Record) -> dict[str, float]:
 
 
 def steps(curve: Path) -> list[dict[str, float]]:
-    """The rows of a training curve, each with its `step`; none where the cell trained nothing."""
+    """Return the rows of a training curve, each with its `step`; empty if the cell did not train."""
     if not curve.is_file():
         return []
     with curve.open(newline="") as file:

@@ -1,4 +1,4 @@
-"""MLflow: a run a cell, in an experiment of the same name."""
+"""MLflow: one run per cell, in an experiment of the same name."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from bench.records import Record
 from bench.trackers import figures, settings, steps
 
 BATCH = 1000
-"""Metrics that MLflow takes in one call, at most."""
+"""Maximum number of metrics that MLflow accepts in one call."""
 
 
 class Tracker:
-    """Logs to the store at `place`: a folder, or an address that MLflow knows, such as http://host:5000."""
+    """Logs to the store at `place`: a folder or an MLflow address, such as http://host:5000."""
 
     needs = "mlflow"
 
     def __init__(self, place: str, experiment: str) -> None:
-        os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # it would report to its makers
+        os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # disables MLflow's usage reports
         if "://" not in place:
-            os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")  # since 3.x it wants to be told
+            os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")  # required since MLflow 3
             place = Path(place).resolve().as_uri()
         from mlflow import MlflowClient
 
@@ -30,7 +30,8 @@ class Tracker:
         self.experiment = found.experiment_id if found else self.client.create_experiment(experiment)
 
     def log(self, record: Record, curve: Path) -> None:
-        """The settings as parameters, the figures as metrics, the training curve as metrics by step."""
+        """Log the settings as parameters, the figures as metrics and
+        the training curve as metrics by step."""
         from mlflow.entities import Metric, Param, RunTag
 
         now = int(time.time() * 1000)

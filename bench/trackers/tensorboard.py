@@ -1,4 +1,4 @@
-"""TensorBoard: an event folder a cell, which the dashboard shows as a run."""
+"""TensorBoard: one event folder per cell, which the dashboard shows as a run."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ class Tracker:
         self.folder = Path(place) / experiment
 
     def log(self, record: Record, curve: Path) -> None:
-        """The settings as text, the figures as scalars at step 0, the training curve over its steps."""
+        """Log the settings as text, the figures as scalars at step 0
+        and the training curve over its steps."""
         from torch.utils.tensorboard import SummaryWriter
 
         run = f"{record.variant}-T{record.seq_len}-d{record.depth}-{record.replicate}-{record.cell_id[:6]}"

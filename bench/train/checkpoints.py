@@ -1,8 +1,8 @@
-"""What is kept of a training while it runs, so that a cell that is killed goes on: checkpoint and curve.
+"""Checkpoints and training curves, so that a cell that is killed in training can be resumed.
 
-A checkpoint is one file, the bytes of `torch.save` and then their sha256. It is taken up only where the
-training would have gone the same way to the last bit: same cell, code, torch, threads and device. Torch
-is imported where it is needed: whoever starts cells removes checkpoints and does without.
+A checkpoint is one file: the bytes of `torch.save`, followed by their sha256. It is loaded only if the
+resumed training is bit-identical to an uninterrupted one: same cell, code, torch version, threads and device.
+Torch is imported lazily, because the process that starts cells only removes checkpoints.
 """
 
 from __future__ import annotations
@@ -24,25 +24,26 @@ if TYPE_CHECKING:
     from bench.train.loss_curve import Curve
 
 CHECKPOINTS_DIR = "checkpoints"
-MOST_SHARE = 0.05
-"""Most of a training's wall clock that writing checkpoints may take; a slow disk gets them more rarely."""
+MAX_TIME_SHARE = 0.05
+"""Maximum share of the training's wall-clock time spent on checkpoints;
+on a slow disk they are written less often."""
 _DIGEST_BYTES = hashlib.sha256().digest_size
 
 
 def path_of(folder: Path, cell_id: str) -> Path:
-    """Where a cell's checkpoint lies in the experiment's folder."""
+    """Return the path of a cell's checkpoint in the experiment's folder."""
     return folder / CHECKPOINTS_DIR / f"{cell_id}.pt"
 
 
 def remove(folder: Path, cell_id: str) -> None:
-    """Remove a cell's checkpoint, and what was left of one by a process that died as it wrote."""
+    """Remove a cell's checkpoint, and the temporary files of processes that died while writing one."""
     path = path_of(folder, cell_id)
-    for file in (path, *records.unfinished(path)):
+    for file in (path, *records.temporary_files_of(path)):
         file.unlink(missing_ok=True)
 
 
-def generators(device: torch.device) -> dict[str, torch.Tensor]:
-    """The states of the random number generators that training draws from, by type of device."""
+def generator_states(device: torch.device) -> dict[str, torch.Tensor]:
+    """Return the states of the random number generators that training uses, by device type."""
     import torch
 
     states = {"cpu": torch.get_rng_state()}
@@ -51,8 +52,8 @@ def generators(device: torch.device) -> dict[str, torch.Tensor]:
     return states
 
 
-def set_generators(states: dict[str, torch.Tensor], device: torch.device) -> None:
-    """The inverse of `generators`."""
+def restore_generators(states: dict[str, torch.Tensor], device: torch.device) -> None:
+    """Restore the states that `generator_states` returned."""
     import torch
 
     torch.set_rng_state(states["cpu"])
@@ -60,31 +61,31 @@ def set_generators(states: dict[str, torch.Tensor], device: torch.device) -> Non
         torch.get_device_module(device).set_rng_state(states[device.type], device)
 
 
-class _Unusable(Exception):
-    """A checkpoint that cannot be taken up; the message says why."""
+class _CheckpointError(Exception):
+    """A checkpoint cannot be loaded; the message is the reason."""
 
 
 @dataclass(kw_only=True)
 class Kept:
-    """One cell's checkpoint and curve in the experiment's folder."""
+    """The checkpoint and the training curve of one cell in the experiment's folder."""
 
     folder: Path
     cell_id: str
     code_sha256: str
     device_name: str | None
     every_seconds: float
-    """Wall clock between two checkpoints, at least."""
+    """Minimum wall-clock time between two checkpoints."""
 
     def __post_init__(self) -> None:
         self._next = time.monotonic() + self.every_seconds
 
     @property
     def path(self) -> Path:
-        """The checkpoint's."""
+        """The path of the checkpoint."""
         return path_of(self.folder, self.cell_id)
 
-    def _origin(self) -> dict[str, Any]:
-        """What must be the same where the checkpoint is taken up."""
+    def _requirements(self) -> dict[str, Any]:
+        """The values that must be equal when the checkpoint is written and loaded."""
         import torch
 
         return {
@@ -95,37 +96,38 @@ class Kept:
             "device_name": self.device_name,
         }
 
-    def due(self) -> bool:
-        """Whether it is time for another checkpoint."""
+    def is_due(self) -> bool:
+        """Return whether it is time for the next checkpoint."""
         return time.monotonic() >= self._next
 
     def write(self, state: dict[str, Any], curve: Curve, step_tokens: int) -> None:
-        """Keep the state of the training and its curve, each in place of the one before."""
+        """Write the state of the training and its curve; each replaces the previous one."""
         import torch
 
         begun = time.monotonic()
         self.write_curve(curve, step_tokens)
         with records.replacing(self.path) as file:
-            torch.save({"origin": self._origin(), "state": state}, file)
+            torch.save({"origin": self._requirements(), "state": state}, file)
             file.seek(0)
             digest = hashlib.file_digest(file, "sha256").digest()
             file.write(digest)
         now = time.monotonic()
-        self._next = now + max(self.every_seconds, (now - begun) / MOST_SHARE)
+        self._next = now + max(self.every_seconds, (now - begun) / MAX_TIME_SHARE)
 
     def write_curve(self, curve: Curve, step_tokens: int) -> None:
-        """Keep the curve alone."""
+        """Write only the curve."""
         path = records.curve_path_of(self.folder, self.cell_id)
         records.write_atomically(path, curve.csv(step_tokens))
 
     def read(self) -> dict[str, Any] | None:
-        """The state that was kept last; None, and a line that says why, where there is none to take up."""
+        """Return the last state, or None if there is none that can be loaded,
+        with a message that gives the reason."""
         try:
             return self._state()
         except FileNotFoundError:
             return None
-        except (OSError, _Unusable) as problem:
-            print(f"{self.path}: checkpoint ignored, {problem}; training starts over", file=sys.stderr)
+        except (OSError, _CheckpointError) as problem:
+            print(f"{self.path}: checkpoint ignored, {problem}; training restarts", file=sys.stderr)
             return None
 
     def _state(self) -> dict[str, Any]:
@@ -134,15 +136,15 @@ class Kept:
         content = self.path.read_bytes()
         body, digest = content[:-_DIGEST_BYTES], content[-_DIGEST_BYTES:]
         if hashlib.sha256(body).digest() != digest:
-            raise _Unusable("it is truncated or damaged")
+            raise _CheckpointError("it is truncated or damaged")
         try:
             kept = torch.load(io.BytesIO(body), map_location="cpu", weights_only=True)
             origin, state = kept["origin"], kept["state"]
         except (RuntimeError, KeyError, TypeError, pickle.UnpicklingError) as error:
             reason = (str(error).splitlines() or [""])[0]
-            raise _Unusable(f"it cannot be read ({type(error).__name__}: {reason})") from None
-        for key, ours in self._origin().items():
+            raise _CheckpointError(f"it cannot be read ({type(error).__name__}: {reason})") from None
+        for key, ours in self._requirements().items():
             if origin.get(key) != ours:
-                raise _Unusable(f"its {key} is {origin.get(key)} and this run's {ours}")
+                raise _CheckpointError(f"its {key} is {origin.get(key)}, that of this run {ours}")
         found: dict[str, Any] = state
         return found

@@ -1,7 +1,8 @@
-"""One training step, and training on a budget: of tokens, of FLOPs or of seconds.
+"""One training step, and training with a budget of tokens, FLOPs or seconds.
 
-Counted budgets repeat to the bit on a CPU, killed and resumed or not. One of seconds does not: how many
-steps it buys, and so the learning rate of each, is up to the clock.
+With a budget of tokens or FLOPs, training is reproducible to the bit on a CPU, even if it is killed and
+resumed. With a budget of seconds it is not, because the number of steps, and therefore the learning rate of
+each step, depends on the clock.
 """
 
 from __future__ import annotations
@@ -19,12 +20,12 @@ import torch.nn.functional as F
 from bench.config.spec import MeasureSpec
 from bench.model.language_model import LanguageModel
 from bench.tasks.base import IGNORED, Batch
-from bench.train.checkpoints import Kept, generators, set_generators
+from bench.train.checkpoints import Kept, generator_states, restore_generators
 from bench.train.loss_curve import Curve, Row
 
 WARM_UP_SHARE = 0.1
 FIRST_SHARE = 0.01
-"""Share of a budget of seconds that the first step is taken to need: nobody knows yet."""
+"""Assumed share of a budget of seconds for the first step, whose duration is not yet known."""
 CLIP_NORM = 1.0
 
 
@@ -32,11 +33,11 @@ WEIGHT_DECAY = 0.1
 
 
 def decayed_parameters(model: torch.nn.Module) -> set[torch.nn.Parameter]:
-    """The parameters that weight decay pulls to zero: matrices, i.e. the parameters of two dimensions or
-    more that a module multiplies by and, as torch's modules do, calls its weight.
+    """Return the parameters to which weight decay applies: parameters of two or more dimensions whose name
+    contains `weight`, as torch's modules name the matrices that they multiply by.
 
-    Not decayed: biases, norms, embeddings, and what a module holds under another name: position tables,
-    vectors for each head, mixtures over positions. A parameter shared with an embedding is an embedding.
+    Weight decay does not apply to biases, norms, embeddings and parameters with other names: position tables,
+    vectors per head, mixtures over positions. A parameter that is shared with an embedding is an embedding.
     """
     embeddings = (torch.nn.Embedding, torch.nn.EmbeddingBag)
     tables = {p for m in model.modules() if isinstance(m, embeddings) for p in m.parameters(recurse=False)}
@@ -50,9 +51,10 @@ def decayed_parameters(model: torch.nn.Module) -> set[torch.nn.Parameter]:
 
 
 def optimizer_for(model: torch.nn.Module, learning_rate: float) -> torch.optim.Optimizer:
-    """AdamW (Loshchilov 2017, arXiv:1711.05101), fused: no temporaries the size of the model.
+    """Return a fused AdamW (Loshchilov 2017, arXiv:1711.05101), which needs no temporary tensors of the
+    model's size.
 
-    Frozen parameters are left out; `decayed_parameters` says which of the others decay.
+    Frozen parameters are excluded. Weight decay applies to `decayed_parameters`.
     """
     decayed = decayed_parameters(model)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -63,9 +65,9 @@ def optimizer_for(model: torch.nn.Module, learning_rate: float) -> torch.optim.O
     return torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.95), fused=True)
 
 
-def schedule(done: float, step_share: float) -> float:
-    """Share of the learning rate in a step that takes `step_share` of the budget when `done` of it is spent:
-    linear warm-up, then a cosine to a tenth."""
+def learning_rate_factor(done: float, step_share: float) -> float:
+    """Return the factor of the learning rate for a step that uses `step_share` of the budget after the share
+    `done` is used: linear warm-up, then cosine decay to a tenth."""
     if done < WARM_UP_SHARE:
         return min(1.0, (done + step_share) / WARM_UP_SHARE)
     return 0.1 + 0.45 * (1 + math.cos(math.pi * (done - WARM_UP_SHARE) / (1 - WARM_UP_SHARE)))
@@ -75,7 +77,7 @@ Phase = Literal["forward", "backward", "optimizer"]
 
 
 def parameters_by_loss(model: LanguageModel) -> tuple[list[torch.nn.Parameter], list[torch.nn.Parameter]]:
-    """The parameters that the task trains, and those that auxiliary losses alone do."""
+    """Return the parameters that the task's loss trains, and those that only auxiliary losses train."""
     auxiliary = {parameter for layer in model.layers for parameter in layer.auxiliary_parameters()}
     both = list(model.parameters())
     return [p for p in both if p not in auxiliary], [p for p in both if p in auxiliary]
@@ -90,12 +92,13 @@ def training_step(
     segments: Iterable[slice] | None = None,
     after: Callable[[Phase], None] | None = None,
 ) -> torch.Tensor:
-    """Forward, backward, clip, update; returns the mean nll in nats, still on the device.
+    """Run forward, backward, gradient clipping and update; returns the mean nll in nats, still on the device.
 
-    A plan of segments goes forward and backward through each in turn, and the gradients add up;
-    `segments` are those to go through, by default all. Auxiliary losses are further roots of the
-    backward pass; they are not part of the nll, and what they alone train is clipped by itself.
-    `after` is called at the end of each phase: after a forward pass, all that backward needs is stored.
+    If the input schedule has segments, each segment runs forward and backward in turn and the gradients
+    accumulate; `segments` selects segments, by default all. Auxiliary losses are additional roots of the
+    backward pass. They are not part of the nll, and the gradients of parameters that only they train are
+    clipped separately. `after` is called at the end of each phase; after a forward pass, everything that the
+    backward pass needs is stored.
     """
     done = after or (lambda _: None)
     optimizer.zero_grad(set_to_none=True)
@@ -107,7 +110,7 @@ def training_step(
         states, losses = out.states, out.aux_losses
         targets = batch.targets[:, segment].flatten()
         nll = F.cross_entropy(out.logits.flatten(0, 1), targets, ignore_index=IGNORED, reduction="sum")
-        del out  # backward reads the log-probabilities; the logits would only take room beside them
+        del out  # backward needs only the log-probabilities; keeping the logits would waste memory
         done("forward")
         torch.autograd.backward([nll / scored, *(loss for loss in losses if loss.requires_grad)])
         total += nll.detach() / scored
@@ -122,7 +125,8 @@ def training_step(
 
 
 class Diverged(ArithmeticError):
-    """The training is no longer one of numbers; the message names the step, `step` has it."""
+    """The loss or the weights became NaN or infinite.
+    `step` is the training step, which the message names."""
 
     def __init__(self, what: str, step: int, of: int | None) -> None:
         super().__init__(f"{what} at training step {step}{f' of {of}' if of else ''}")
@@ -131,17 +135,17 @@ class Diverged(ArithmeticError):
 
 @dataclass(frozen=True, kw_only=True)
 class Budget:
-    """What a training may spend: whole steps or, where `steps` is None, seconds of wall clock."""
+    """The budget of a training: a number of steps or, if `steps` is None, seconds of wall-clock time."""
 
     steps: int | None = None
     seconds: float = math.inf
 
     @classmethod
     def of(cls, measure: MeasureSpec, *, step_tokens: int, step_flops: int) -> Budget:
-        """As the measure has it; tokens and FLOPs are rounded up to whole steps.
+        """Return the budget of the measure; tokens and FLOPs are rounded up to whole steps.
 
-        `step_flops` are the variant's algorithmic ones, so a budget of FLOPs buys every variant the same
-        work by its own formula, whatever its implementation dispatches.
+        `step_flops` are the algorithmic FLOPs of the variant. Therefore a budget of FLOPs gives every variant
+        the same amount of work by its own formula, independent of the FLOPs that its implementation executes.
         """
         if measure.train_budget == "seconds":
             return cls(seconds=measure.train_seconds)
@@ -150,10 +154,10 @@ class Budget:
 
 
 class Training:
-    """A model in training, and all that its next step depends on besides the batch.
+    """A model in training, with everything except the batch that its next step depends on.
 
-    Randomness (dropout, hashing, redrawn features) is the global generators': what they were at a step
-    follows from the seed of the weights, and a checkpoint restores them.
+    Random operations (dropout, hashing, redrawn features) use the global generators. Their state at a step
+    follows from the seed of the weights, and a checkpoint restores it.
     """
 
     def __init__(
@@ -167,12 +171,12 @@ class Training:
 
     @property
     def tokens(self) -> int:
-        """Tokens seen."""
+        """Number of tokens processed."""
         return self.step * self.step_tokens
 
     @property
     def done(self) -> float:
-        """Share of the budget that is spent."""
+        """Used share of the budget."""
         steps = self.budget.steps
         return self.seconds / self.budget.seconds if steps is None else self.step / steps
 
@@ -183,29 +187,29 @@ class Training:
             share = 1 / self.budget.steps
         else:
             share = self.done / self.step if self.step else FIRST_SHARE
-        return self.learning_rate * schedule(self.done, share)
+        return self.learning_rate * learning_rate_factor(self.done, share)
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything, for a checkpoint."""
+        """Return the complete state, for a checkpoint."""
         return {
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
-            "generators": generators(self.device),
+            "generators": generator_states(self.device),
             "step": self.step,
             "seconds": self.seconds,
             "curve": self.curve.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """The inverse of `state_dict`."""
+        """Restore a state that `state_dict` returned."""
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.step, self.seconds = state["step"], state["seconds"]
         self.curve.load_state_dict(state["curve"])
-        set_generators(state["generators"], self.device)
+        restore_generators(state["generators"], self.device)
 
     def advance(self, batches: Callable[[int, float], Batch]) -> None:
-        """One step. Raises Diverged where its loss is NaN or infinite."""
+        """Run one step. Raises Diverged if its loss is NaN or infinite."""
         begun, rate = time.perf_counter(), self.rate
         for group in self.optimizer.param_groups:
             group["lr"] = rate
@@ -218,7 +222,7 @@ class Training:
         self.curve.add(Row(self.step, self.seconds, rate, nll))
 
     def check(self) -> None:
-        """Raises Diverged where the last update left weights that are no numbers."""
+        """Raise Diverged if the last update produced NaN or infinite weights."""
         finite = torch.stack([p.detach().isfinite().all() for p in self.model.parameters()])
         if not finite.all():
             raise Diverged("the weights became NaN or infinite", self.step, self.budget.steps)
@@ -234,22 +238,23 @@ def train(
     step_tokens: int,
     kept: Kept | None = None,
 ) -> Training:
-    """Train until the budget is spent; `batches(step, done)` gives each step's batch of `step_tokens`.
+    """Train until the budget is used; `batches(step, done)` returns each step's batch of `step_tokens`
+    tokens.
 
-    With `kept`, go on from the checkpoint there, if there is one that can be taken up, write checkpoints
-    on the way, and leave the curve of what was trained, however it ends. Raises Diverged.
+    With `kept`, resume from its checkpoint if it can be loaded, write checkpoints during training, and write
+    the training curve even if training fails. Raises Diverged.
     """
     training = Training(
         model, budget=budget, learning_rate=learning_rate, causal=causal, step_tokens=step_tokens
     )
     if kept and (state := kept.read()):
         training.load_state_dict(state)
-        print(f"{kept.path}: training goes on after step {training.step}", file=sys.stderr)
+        print(f"{kept.path}: training resumes after step {training.step}", file=sys.stderr)
     model.train()
     try:
         while training.done < 1:
             training.advance(batches)
-            if kept and kept.due():
+            if kept and kept.is_due():
                 kept.write(training.state_dict(), training.curve, step_tokens)
         training.check()
     finally:

@@ -1,7 +1,8 @@
-"""A training curve of bounded size, as it is kept beside a record.
+"""A training curve of bounded size, which is stored with a record.
 
-A row says what the steps since the row before came to: a step each at first, and where the rows become
-many, pairs of them become one. So a curve of any length is a few hundred rows that leave nothing out.
+Each row summarises the steps since the previous row. At first that is one step; when the number of rows
+reaches its limit, pairs of rows are merged. Therefore a curve of any length has at most `MAX_ROWS` rows that
+together cover all steps.
 """
 
 from __future__ import annotations
@@ -10,13 +11,13 @@ import csv
 import io
 from typing import Any, NamedTuple
 
-MOST_ROWS = 1000
+MAX_ROWS = 1000
 COLUMNS = ("step", "tokens", "seconds", "learning_rate", "nll")
 
 
 class Row(NamedTuple):
-    """Where training stood after a step, and the mean nll, in nats a token, of the steps since the row
-    before, each taken before its update."""
+    """The state of training after a step. `nll` is the mean, in nats per token, over the steps since the
+    previous row; each step's nll is computed before its update."""
 
     step: int
     seconds: float
@@ -25,18 +26,18 @@ class Row(NamedTuple):
 
 
 class Curve:
-    """Rows of the same number of steps, `stride`, and the last, whose steps are not yet that many."""
+    """Rows of `stride` steps each, and `last`, an incomplete row of fewer steps."""
 
     def __init__(self) -> None:
         self.rows: list[Row] = []
         self.stride = 1
         self.last: Row | None = None
         self.pending = 0
-        """Steps in `last`."""
+        """Number of steps in `last`."""
 
     def add(self, row: Row) -> None:
-        """One more step."""
-        if self.last is None and len(self.rows) == MOST_ROWS:
+        """Add one step."""
+        if self.last is None and len(self.rows) == MAX_ROWS:
             pairs = zip(self.rows[::2], self.rows[1::2], strict=True)
             self.rows = [after._replace(nll=(before.nll + after.nll) / 2) for before, after in pairs]
             self.stride *= 2
@@ -48,7 +49,7 @@ class Curve:
             self.last, self.pending = None, 0
 
     def csv(self, step_tokens: int) -> str:
-        """The rows under their names; `step_tokens` are the tokens of a step."""
+        """Return the rows as CSV with a header; `step_tokens` is the number of tokens per step."""
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
         writer.writerow(COLUMNS)
@@ -57,14 +58,14 @@ class Curve:
         return text.getvalue()
 
     def state_dict(self) -> dict[str, Any]:
-        """In plain types."""
+        """Return the state in plain Python types."""
         last = None if self.last is None else list(self.last)
         return {"rows": [list(row) for row in self.rows], "stride": self.stride, "last": last} | {
             "pending": self.pending
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """The inverse of `state_dict`."""
+        """Restore a state that `state_dict` returned."""
         self.rows = [Row(*row) for row in state["rows"]]
         self.last = None if state["last"] is None else Row(*state["last"])
         self.stride, self.pending = state["stride"], state["pending"]

@@ -1,4 +1,4 @@
-"""The pattern gallery: which tokens a token reads, from gradients of the modules themselves.
+"""The gallery of attention masks: which tokens each token reads, from gradients of the modules.
 
-`reads` takes the gradients, `draw` makes the pictures, `python -m bench.tools.gallery` writes them.
+`reads` computes the gradients, `draw` draws the pictures, and `python -m bench.tools.gallery` writes them.
 """

@@ -1,7 +1,8 @@
-"""`python -m bench.tools.gallery [--out folder]`: which tokens a token reads, for every variant, as pictures.
+"""`python -m bench.tools.gallery [--out folder]`: pictures of which tokens each token reads, for every
+variant.
 
-Exit status: 0 when the pictures are written, 1 when a variant reads other tokens than its rule says (they are
-written, and marked, all the same), 2 when nothing can be drawn.
+Exit status: 0 if the pictures are written, 1 if a variant reads other tokens than its mask allows (the
+pictures are written nevertheless, with marks), 2 if nothing can be drawn.
 """
 
 from __future__ import annotations
@@ -14,17 +15,17 @@ from variants.safe_output import run
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Draw a figure for each picture, then the sheet of all; returns the exit status."""
+    """Draw a figure for each picture, then an overview of all; returns the exit status."""
     parser = argparse.ArgumentParser(
         prog="python -m bench.tools.gallery",
-        description="Draw which tokens a token reads, from gradients of every variant's module. "
-        "Sizes and knobs stand in configs/gallery.yaml.",
+        description="Draw which tokens each token reads, from gradients of every variant's module. "
+        "configs/gallery.yaml contains the sizes and knobs.",
     )
-    parser.add_argument("--out", default="results/gallery", help="folder (results/gallery)")
-    parser.add_argument("--only", nargs="+", metavar="VARIANT", help="these variants instead of all")
+    parser.add_argument("--out", default="results/gallery", help="output folder (default results/gallery)")
+    parser.add_argument("--only", nargs="+", metavar="VARIANT", help="draw only these variants")
     options = parser.parse_args(arguments)
 
-    import torch  # here, so that --help does not wait for it
+    import torch  # imported here, so that --help is fast
 
     import variants
     from bench.inputs.paths import user_path
@@ -32,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from bench.tools.gallery import draw, reads
     from bench.tools.gallery.sheet import sheet
 
-    torch.set_num_threads(1)  # work this small is done before a second one wakes
+    torch.set_num_threads(1)  # the tensors are too small for several threads
     sizes = reads.Sizes.configured()
     drawn, wrong = [], []
     try:
@@ -48,9 +49,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"bench.tools.gallery: {error}", file=sys.stderr)
         return 2
-    print(f"gallery: {out / 'sheet.png'}, {len(drawn)} pictures beside it (png, svg)")
+    print(f"gallery: {out / 'sheet.png'}, {len(drawn)} pictures in the same folder (png, svg)")
     if wrong:
-        print(f"bench.tools.gallery: gradients and rule disagree in {', '.join(wrong)}", file=sys.stderr)
+        print(f"bench.tools.gallery: gradients and mask disagree in {', '.join(wrong)}", file=sys.stderr)
     return 1 if wrong else 0
 
 

@@ -1,4 +1,4 @@
-"""One picture of the gallery: which tokens a variant's tokens read, beside its rule."""
+"""One picture of the gallery: which tokens each token of a variant reads, next to its mask."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from bench.report.text import units
 from bench.tools.gallery.reads import Direction, Panel, Picture, Sizes
 
 UNREAD, FORBIDDEN = ("#D55E00", "x"), ("#0072B2", "+")
-"""Colour and marker of a pair that a rule allows and no gradient shows, and of the reverse."""
+"""Colour and marker of pairs that the mask allows but that have no gradient, and of the reverse."""
 FADE = 0.78
-"""How far to white a pair goes that is only read through all layers."""
+"""Lightness of pairs that are only read through all layers."""
 
 
 def words(picture: Picture) -> str:
-    """The knobs that are not defaults: 'window=8, dilation=1 1 3 3'."""
+    """Return the knobs that are not defaults, such as 'window=8, dilation=1 1 3 3'."""
     values = {
         knob: " ".join(map(str, value)) if isinstance(value, list) else spoken(value)
         for knob, value in picture.knobs.items()
@@ -35,43 +35,43 @@ def words(picture: Picture) -> str:
 
 
 def counted(layers: int) -> str:
-    """'1 layer', '3 layers'."""
+    """Return '1 layer' or '3 layers'."""
     return f"{layers} layer{'' if layers == 1 else 's'}"
 
 
 def objective(direction: Direction) -> str:
-    """What the rows of a figure are called."""
+    """Return the label of a figure's row."""
     return "causal" if direction.causal else "bidirectional"
 
 
 def unread(panel: Panel) -> np.ndarray:
-    """(T, T) bool: pairs that the rule allows and whose gradient is zero."""
+    """(T, T) bool: pairs that the mask allows but whose gradient is zero."""
     return (
         np.zeros(panel.share.shape, bool) if panel.rule is None else (panel.rule & (panel.share == 0)).numpy()
     )
 
 
 def forbidden(panel: Panel) -> np.ndarray:
-    """(T, T) bool: pairs that the rule forbids and whose gradient is not zero."""
+    """(T, T) bool: pairs that the mask forbids but whose gradient is not zero."""
     return (
         np.zeros(panel.share.shape, bool) if panel.rule is None else (~panel.rule & (panel.share > 0)).numpy()
     )
 
 
 def disagrees(picture: Picture) -> bool:
-    """Whether gradients and rule differ anywhere."""
+    """Return whether gradients and mask differ for any pair."""
     panels = [panel for direction in picture.directions for panel in direction.panels]
     return any(unread(panel).any() or forbidden(panel).any() for panel in panels)
 
 
 def stem(picture: Picture, drawn: Sequence[Picture]) -> str:
-    """The name of a picture's files: the variant's, numbered from its second picture among those drawn."""
+    """Return the file name of a picture: the variant's name, with a number from its second picture on."""
     count = sum(other.variant == picture.variant for other in drawn)
     return picture.variant if count < 2 else f"{picture.variant}-{count}"
 
 
 def fade(layers: int, most: int) -> float:
-    """How far to white a pair goes that takes so many layers, of `most` drawn."""
+    """Return the lightness of a pair that is read through `layers` layers, of `most` drawn."""
     return FADE * (layers - 1) / max(1, most - 1)
 
 
@@ -80,14 +80,14 @@ def _white(size: int) -> np.ndarray:
 
 
 def shaded(panel: Panel, colour: str) -> np.ndarray:
-    """(T, T, 3): white where no input reads the pair, the colour where all do."""
+    """(T, T, 3): from white, if the pair is read for no input, to the colour, if for all inputs."""
     share = panel.share.numpy()[..., None]
     shade: np.ndarray = (1 - share) * _white(len(share)) + share * np.array(to_rgb(colour))
     return shade
 
 
 def stepped(panels: Sequence[Panel], colour: str) -> np.ndarray:
-    """(T, T, 3): the colour, the lighter the more layers a pair takes to be read."""
+    """(T, T, 3): the colour, lighter for pairs that need more layers to be read."""
     shade = _white(len(panels[0].share))
     for panel in reversed(panels):
         shade[panel.share.numpy() > 0] = to_rgb(lighter(colour, fade(panel.layers, len(panels))))
@@ -95,7 +95,8 @@ def stepped(panels: Sequence[Panel], colour: str) -> np.ndarray:
 
 
 def deep(panels: Sequence[Panel], colour: str) -> np.ndarray:
-    """(T, T, 3): through all layers; by the fewest that it takes where a rule decides, else by the share."""
+    """(T, T, 3): through all layers;
+    shaded by the number of layers if there is a mask, else by the share of inputs."""
     return shaded(panels[-1], colour) if panels[-1].rule is None else stepped(panels, colour)
 
 
@@ -115,7 +116,7 @@ def _titled(axis: Axes, title: str, panel: Panel) -> None:
 
 
 def message(axis: Axes, text: str, *, width: int, size: float) -> None:
-    """A panel of words."""
+    """Show a text instead of a picture."""
     axis.set_axis_off()
     lines = "\n".join(textwrap.wrap(text, width))
     axis.text(
@@ -124,13 +125,13 @@ def message(axis: Axes, text: str, *, width: int, size: float) -> None:
 
 
 def marks(picture_panels: Sequence[Panel]) -> list[Artist]:
-    """The legend's last entries: disagreements with the rule, and how many there are."""
+    """Return the last legend entries: the disagreements with the mask, and their numbers."""
     ruled = [panel for panel in picture_panels if panel.rule is not None]
     if not ruled:
         return []
     entries = (
-        (UNREAD, "rule allows,\ngradient zero", unread),
-        (FORBIDDEN, "rule forbids,\ngradient not zero", forbidden),
+        (UNREAD, "mask allows,\ngradient zero", unread),
+        (FORBIDDEN, "mask forbids,\ngradient not zero", forbidden),
     )
     handles: list[Artist] = []
     for (colour, marker), label, found in entries:
@@ -142,7 +143,7 @@ def marks(picture_panels: Sequence[Panel]) -> list[Artist]:
 
 
 def legend(panels: Sequence[Panel], colour: str) -> list[Artist]:
-    """What the shades of a picture mean."""
+    """Return the legend of a picture's shades."""
     if panels[-1].rule is None:
         return [
             Patch(
@@ -162,9 +163,10 @@ def legend(panels: Sequence[Panel], colour: str) -> list[Artist]:
 
 
 def figure(picture: Picture, sizes: Sizes, variants: Sequence[str]) -> Figure:
-    """One variant: a row for each direction that it has; the rule, one layer and all layers side by side.
+    """Draw one variant: a row per direction, with the mask, one layer and all layers side by side.
 
-    `variants` are the names of all in the gallery, for the colours of those that are not known by name.
+    `variants` are the names of all variants in the gallery, which determine the colours of those without a
+    fixed colour.
     """
     colour = looks(picture.variant, variants)[0]
     drawn = [direction for direction in picture.directions if direction.panels]
@@ -178,12 +180,12 @@ def figure(picture: Picture, sizes: Sizes, variants: Sequence[str]) -> Figure:
     absent = [f"{objective(d)}: {d.reason}" for d in picture.directions if d.reason]
     knobs = f" ({words(picture)})" if picture.knobs else ""
     averaged = (
-        f"Content decides: averaged over {picture.inputs} random inputs. " if picture.inputs > 1 else ""
+        f"Content-based mask, averaged over {picture.inputs} random inputs. " if picture.inputs > 1 else ""
     )
     canvas.dress(
         fig,
-        f"{picture.variant}{knobs}: which tokens a token reads",
-        f"{averaged}A row is a token that reads, a column one that it may read.",
+        f"{picture.variant}{knobs}: which tokens each token reads",
+        f"{averaged}Rows are queries, columns are keys.",
         ". ".join([picture.paper, provenance(sizes), *absent]),
         handles,
     )
@@ -192,17 +194,17 @@ def figure(picture: Picture, sizes: Sizes, variants: Sequence[str]) -> Figure:
 
 def provenance(sizes: Sizes) -> str:
     return (
-        f"Gradients of the module in float64, zero below the type's epsilon times a query's largest; "
+        f"Gradients of the module in float64; below epsilon times a query's largest they count as zero; "
         f"{sizes.seq_len} tokens, width {sizes.d_model}, {sizes.heads} heads"
     )
 
 
 def _row(axes: Sequence[Axes], direction: Direction, colour: str) -> None:
-    """The rule, or where there is none what one input reads; one layer; all layers."""
+    """Draw the mask (or the pairs that one input reads), one layer and all layers."""
     by_rule, one, through = axes
     panels = direction.panels
     rule = panels[0].rule
-    shown, source = (panels[0].example, "one input") if rule is None else (rule, "the rule")
+    shown, source = (panels[0].example, "one input") if rule is None else (rule, "the mask")
     square(by_rule, shaded(Panel(1, shown.double(), shown, None), colour))
     by_rule.set_title(f"{objective(direction)}: {source}", fontsize=8.5)
     by_rule.set_ylabel("query position")

@@ -1,12 +1,12 @@
-"""Which tokens a token reads, through one layer and through several, from gradients of the real module.
+"""Which tokens each token reads, through one and several layers, from gradients of the real module.
 
-A query position reads a key position where a gradient of its output with respect to that input is more
-than float64's epsilon of the largest that this output has. Most variants give exactly 0.0 where they do not
-read, since they never gather the key or its weight is 0. With weights
-of order 1/√fan-in, what is read lies ten orders of magnitude above the threshold.
+A query position reads a key position if the gradient of its output with respect to that input is larger than
+float64's epsilon times the largest gradient of this output. For unread pairs, most variants give exactly 0.0,
+because they never gather the key or its weight is 0. With weights of order 1/√fan-in, the gradients of read
+pairs are ten orders of magnitude above the threshold.
 
-What chooses the keys has no gradient: that a later token changes an earlier one's choice is for the causality
-gate to see (`bench.measure.gates`), by perturbation.
+The selection of keys has no gradient. If a later token changes the selection of an earlier one, only the
+causality gate (`bench.measure.gates`) detects it, by perturbation.
 
 Shapes: T tokens, C channels.
 """
@@ -30,25 +30,26 @@ from bench.report.figures.style import variant_rank
 from variants.base import Attention, Dims, VariantConfig
 
 EPSILON = torch.finfo(torch.float64).eps
-"""Gradients that are a smaller share of a query's largest are no reading."""
+"""Gradients smaller than this share of a query's largest gradient count as zero."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sizes:
-    """What configs/gallery.yaml holds."""
+    """The content of configs/gallery.yaml."""
 
     seq_len: int
     layers: int
     inputs: int
-    """Random inputs over which a picture is averaged where content decides what is read."""
+    """Number of random inputs over which a picture is averaged if the mask depends on content."""
     d_model: int
     heads: int
     knobs: dict[str, list[dict[str, Any]]]
-    """Variant → one set of knobs for each of its pictures; one that is not named has its defaults."""
+    """Variant → one set of knobs for each of its pictures;
+    variants that are not listed use their defaults."""
 
     @classmethod
     def configured(cls, **changed: int) -> Sizes:
-        """Those of configs/gallery.yaml, but for what is changed."""
+        """Return the sizes of configs/gallery.yaml, with some values changed."""
         loaded: Any = OmegaConf.to_container(OmegaConf.load(CONFIGS / "gallery.yaml"))
         return cls(**{**loaded, **changed})
 
@@ -59,18 +60,19 @@ class Panel:
 
     layers: int
     share: Tensor
-    """(T, T) share of the inputs in which the query reads the key, through so many layers."""
+    """(T, T) share of the inputs for which the query reads the key, through `layers` layers."""
     example: Tensor
-    """(T, T) bool: what the first input reads."""
+    """(T, T) bool: the pairs that are read for the first input."""
     rule: Tensor | None
-    """(T, T) bool: what the variant's rule says; None where content decides."""
+    """(T, T) bool: the variant's attention mask; None if it depends on content."""
 
 
 @dataclass(frozen=True)
 class Direction:
-    """A variant with one objective: its panels, or why there are none.
+    """A causal or bidirectional variant: its panels, or the reason why there are none.
 
-    They are for 1, 2, … layers where a rule decides, for 1 and for all of them where content does.
+    The panels are for 1, 2, … layers if there is a mask, and for one and all layers if the mask depends on
+    content.
     """
 
     causal: bool
@@ -86,14 +88,15 @@ class Picture:
     knobs: Mapping[str, Any]
     paper: str
     inputs: int
-    """How many it is averaged over; 1 where a rule decides, as every input gives the same."""
+    """Number of inputs of the average; 1 if there is a mask, because all inputs give the same result."""
     directions: tuple[Direction, ...]
 
 
 class _Attached(TorchFunctionMode):
-    """Gradients pass where a module detaches, as Transformer-XL does its memory.
+    """Ignores `detach`, so that gradients also pass through detached tensors, such as Transformer-XL's
+    memory.
 
-    What is detached is read all the same: that nothing is learnt through it is another matter.
+    A detached tensor is read too, although no gradient flows through it in training.
     """
 
     def __torch_function__(
@@ -107,7 +110,7 @@ class _Attached(TorchFunctionMode):
 
 
 def picture(sizes: Sizes, name: str, knobs: Mapping[str, Any]) -> Picture:
-    """What a variant with these knobs reads. Raises ValueError for a knob's value that is not allowed."""
+    """Compute the picture of a variant with these knobs. Raises ValueError for an invalid knob value."""
     variant = variants.load(name)
     config = variant.Config.of(knobs)
     directions = tuple(_direction(sizes, variant, config, causal=causal) for causal in (True, False))
@@ -116,7 +119,7 @@ def picture(sizes: Sizes, name: str, knobs: Mapping[str, Any]) -> Picture:
 
 
 def pictures(sizes: Sizes, names: Sequence[str] | None = None) -> Iterator[Picture]:
-    """The gallery: every variant, or those named."""
+    """Yield the pictures of the gallery: of every variant, or of the named ones."""
     for name in names or sorted(variants.names(), key=lambda name: (variant_rank(name), name)):
         for knobs in sizes.knobs.get(name, [{}]):
             yield picture(sizes, name, knobs)
@@ -137,7 +140,7 @@ def _direction(sizes: Sizes, variant: type[Attention], config: VariantConfig, *,
         else:
             rule = dependence(model, sizes.seq_len, causal=causal)
         if rule is None and 1 < depth < sizes.layers:
-            continue  # a picture shows the steps of a rule alone
+            continue  # intermediate depths are only shown for masks
         inputs = sizes.inputs if rule is None else 1
         found = [read(model, sizes.seq_len, causal=causal, seed=seed) for seed in range(inputs)]
         panels.append(Panel(depth, torch.stack(found).double().mean(dim=0), found[0], rule))
@@ -145,7 +148,7 @@ def _direction(sizes: Sizes, variant: type[Attention], config: VariantConfig, *,
 
 
 def build(variant: type[Attention], config: VariantConfig, dims: Dims, depth: int) -> LanguageModel:
-    """A float64 model whose weights are large enough that what is read is felt."""
+    """Build a float64 model with weights large enough that read pairs have significant gradients."""
     torch.manual_seed(0)
     model = LanguageModel(
         variant, config, dims, depth=depth, ff_mult=1, dropout=0.0, vocabulary=1, activations="keep"
@@ -158,10 +161,11 @@ def build(variant: type[Attention], config: VariantConfig, dims: Dims, depth: in
 
 
 def read(model: LanguageModel, seq_len: int, *, causal: bool, seed: int) -> Tensor:
-    """(T, T) bool: whether a position's output (row) depends on an input (column), for one random input.
+    """(T, T) bool: whether the output of a position (row) depends on an input (column), for one random input.
 
-    A model of one layer gives that layer alone; of several, all its blocks, whose residual connections let
-    a token keep what it holds. Either way the variant's plan feeds them the sequence, with state carried.
+    For a model with one layer, only the attention layer is evaluated; for several, all blocks with their
+    residual connections. In both cases the sequence is fed by the variant's input schedule, with state
+    carried.
     """
     torch.manual_seed(seed)
     channels = model.head.in_features

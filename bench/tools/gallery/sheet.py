@@ -1,4 +1,4 @@
-"""The gallery's sheet: all of its pictures as one, small."""
+"""The overview of the gallery: all pictures in one small-scale figure."""
 
 from __future__ import annotations
 
@@ -13,15 +13,16 @@ from bench.tools.gallery import draw
 from bench.tools.gallery.reads import Picture, Sizes
 
 NEUTRAL = "#000000"
-"""Of the legend, which speaks for all colours."""
+"""Colour of the legend, which applies to all colours."""
 FEWEST_COLUMNS, MOST_COLUMNS = 3, 5
 SQUARE, GAP, TITLE, BLOCK = 1.15, 0.07, 0.5, (2.6, 3.1)
 MARGIN, HEAD, FOOT = 0.35, 0.75, 0.75
-"""Of the sheet, in inches: a panel, what lies between two, a title, a picture with its room; the edges."""
+"""Sizes in inches: a panel, the gap between two panels, a title, a picture with its margins;
+the margins of the sheet."""
 
 
 def sheet(pictures: Sequence[Picture], sizes: Sizes, variants: Sequence[str]) -> Figure:
-    """All pictures as one: causal above bidirectional, one layer beside all of them."""
+    """Draw all pictures in one figure: causal above bidirectional, one layer next to all layers."""
     columns = min(MOST_COLUMNS, max(FEWEST_COLUMNS, len(pictures)))
     rows = -(-len(pictures) // columns)
     wide, high = MARGIN + columns * BLOCK[0], HEAD + rows * BLOCK[1] + FOOT
@@ -31,10 +32,10 @@ def sheet(pictures: Sequence[Picture], sizes: Sizes, variants: Sequence[str]) ->
         left, top = MARGIN + place % columns * BLOCK[0], HEAD + place // columns * BLOCK[1]
         _block(fig, picture, looks(picture.variant, variants)[0], left, top, labelled=not place % columns)
     deepest = draw.counted(sizes.layers)
-    fig.text(0.1 / wide, 1 - 0.1 / high, "Which tokens a token reads", fontsize=13, va="top")
+    fig.text(0.1 / wide, 1 - 0.1 / high, "Which tokens each token reads", fontsize=13, va="top")
     lead = (
-        f"Rows are tokens that read, the first at the top; columns are tokens that they may read. "
-        f"Left one layer, right {deepest}; above causal, below bidirectional."
+        f"Rows are queries, the first at the top; columns are keys. "
+        f"Left: one layer, right: {deepest}; top: causal, bottom: bidirectional."
     )
     lead = "\n".join(textwrap.wrap(lead, int(14 * wide)))
     fig.text(0.1 / wide, 1 - 0.38 / high, lead, fontsize=8.5, va="top", color="#555555")
@@ -42,16 +43,14 @@ def sheet(pictures: Sequence[Picture], sizes: Sizes, variants: Sequence[str]) ->
     ruled = [panel for panel in panels if panel.rule is not None][: sizes.layers]
     handles = [*(draw.legend(ruled, NEUTRAL) if ruled else []), *draw.marks(panels)]
     fig.legend(handles=handles, loc="lower left", ncols=columns, fontsize=8, bbox_to_anchor=(0, 0.18 / high))
-    note = (
-        f"* content decides: the darker, the more of {sizes.inputs} random inputs. {draw.provenance(sizes)}"
-    )
+    note = f"* content-based mask: darker for more of {sizes.inputs} random inputs. {draw.provenance(sizes)}"
     note = "\n".join(textwrap.wrap(note, int(17 * wide)))
     fig.text(0.1 / wide, 0.1 / high, note, fontsize=7, color="#555555")
     return fig
 
 
 def _block(fig: Figure, picture: Picture, colour: str, left: float, top: float, *, labelled: bool) -> None:
-    """One picture of the sheet; `left` and `top` in inches."""
+    """Draw one picture of the sheet; `left` and `top` are in inches."""
     wide, high = fig.get_size_inches()
     star = "*" if picture.inputs > 1 else ""
     title = [picture.variant + star, *textwrap.wrap(draw.words(picture), 36)]
