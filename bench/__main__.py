@@ -8,7 +8,6 @@ written it is 141 or 1, as of every command here (variants.safe_output); what wa
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import shlex
 import signal
@@ -17,10 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import hydra
-from hydra.core.config_store import ConfigStore
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
-import variants
 from bench import CONFIGS
 from bench.inputs.printable import printable
 from bench.records import FINAL, Record, path_of
@@ -29,15 +26,6 @@ from variants.safe_output import run
 
 if TYPE_CHECKING:
     from bench.config.spec import Cell
-
-
-def _register_plugin_variants() -> None:
-    """Give each plug-in variant its entry in the `variant` group: the yaml beside its module, if any."""
-    for name, point in variants.plugins().items():
-        spec = importlib.util.find_spec(point.module)
-        beside = Path(spec.origin).with_suffix(".yaml") if spec and spec.origin else None
-        knobs = OmegaConf.load(beside) if beside and beside.is_file() else OmegaConf.create()
-        ConfigStore.instance().store(group="variant", name=name, node={"name": name, **dict(knobs)})
 
 
 @hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name="config")
@@ -66,8 +54,12 @@ def main() -> int:
     from bench.run import sweep
 
     try:
-        sys.argv[1:] = guard.checked(sys.argv[1:])
-        _register_plugin_variants()
+        sys.argv[1:] = arguments = guard.checked(sys.argv[1:])
+        if guard.options(arguments).help:
+            from bench.cli import help
+
+            print(help.text(guard.options(arguments).overrides, CONFIGS))
+            return 0
         _task()
     except errors.KINDS as error:
         return _refuse(error)

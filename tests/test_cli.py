@@ -14,7 +14,12 @@ import pytest
 from conftest import HANG_SECONDS
 from tiers import slow, tiered
 
+from bench import CONFIGS
+from bench.cli import help
+from bench.config.chosen import declared
+from bench.config.spec import MeasureSpec, Root
 from bench.records import KEYS
+from variants.knobs import knobs_of
 
 QUICK = ["data=stdlib", "measure=quick", "measure.time_seconds=0", "seq_len=32", "depth=1"]
 
@@ -182,19 +187,19 @@ BAD = [
     ("sqe_len=4", "sqe_len", "seq_len"),
     ("+sqe_len=4", "sqe_len", "seq_len"),
     ("model.head=2", "model.head", "model.heads"),
-    ("seq_len=many", "seq_len='many'", "a whole number"),
+    ("seq_len=many", "seq_len='many'", "an integer"),
     ("measure.time_seconds=long", "measure.time_seconds='long'", "a number"),
-    ("rerun=contaminate", "rerun=contaminate", "did you mean contaminated?"),
+    ("rerun=contaminate", "rerun='contaminate'", "did you mean contaminated?"),
     ("force=maybe", "force='maybe'", "true or false"),
     ("seq_len=0", "seq_len=0", "1 or more"),
     ("depth=-1", "depth=-1", "1 or more"),
     ("model.heads=3", "model.heads=3", "2"),
     ("model.heads=64", "model.heads=64", "even"),
     ("objective=clmm", "objective=clmm", "clm"),
-    ("dtype=float16", "dtype=float16", "bfloat16"),
-    ("device=gpu", "device=gpu", "cuda"),
+    ("dtype=float16", "dtype='float16'", "bfloat16"),
+    ("device=gpu", "device='gpu'", "cuda"),
     ("activations=chekpoint", "activations=chekpoint", "checkpoint"),
-    ("variant.impl=fast", "variant.impl='fast'", "sdpa or naive"),
+    ("variant.impl=fast", "variant.impl='fast'", "sdpa, naive"),
     ("data=books", "data=books", "plays"),
     ("data.name=plaise", "data=plaise", "plays"),
     ("measure=fast", "measure=fast", "quick"),
@@ -355,6 +360,20 @@ def test_help_names_groups_and_knobs_and_does_not_load_torch(tmp_path: Path) -> 
     for word in ("variant: ", "longformer", "seq_len", "experiment: ", "smoke", "python -m bench.report"):
         assert word in done.stdout
     assert not list(tmp_path.iterdir())
+
+
+def test_help_describes_every_knob_of_what_is_chosen(tmp_path: Path) -> None:
+    chosen = ["variant=reformer", "variant.n_hashes=2", "data=needle", "measure=quick", "tracker=mlflow"]
+    text = help.text(chosen, CONFIGS)
+    for knob in (*knobs_of(MeasureSpec), *knobs_of(Root), *declared("variant", "reformer").meanings):  # type: ignore[union-attr]
+        (line,) = re.findall(rf"^ +{knob}: .*# (.*)$", text, re.M)[:1]
+        assert re.search(r"\w.* \(.*\w.*\)$", line), knob
+    assert re.search(r"n_hashes: 2 .*# Rounds of hashing.* \(an integer, 1 or more rounds\)", text)
+    assert re.search(r"seq_len: 1024 .*# Length of a sequence \(an integer, 1 or more tokens\)", text)
+    assert re.search(r"n_depths: 8 .*\(an integer, 2 or more distances\)", text)
+    done = bench("--help", "variant=longfromer", cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("error: variant=longfromer: unknown; allowed are chunked, ")
 
 
 @pytest.mark.slow

@@ -9,17 +9,17 @@ import pytest
 import torch
 from hydra import compose, initialize_config_dir
 from hydra._internal.callbacks import Callbacks
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra.core.global_hydra import GlobalHydra
 from hydra.types import HydraContext, RunMode
 from hydra_plugins.longctx_bench import CellSweeper, Composer, product
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 import variants
 from bench.cli import errors, guard
 from bench.cli.overrides import groups
-from bench.config.parse import Root, parse
-from bench.config.spec import Cell, CellSpec, DataSpec, MeasureSpec, ModelSpec
-from bench.config.validate import ACTIVATIONS, DTYPES
+from bench.config.parse import parse
+from bench.config.spec import ACTIVATIONS, Cell, CellSpec, DataSpec, MeasureSpec, ModelSpec, Root
 from bench.inputs.errors import ConfigError, choose
 from bench.measure import predict
 from bench.run import sweep
@@ -53,23 +53,27 @@ REFUSED: dict[str, tuple[str, ...]] = {
     "measure=quik": ("measure=quik", "standard", "did you mean quick?"),
     "data=play": ("data=play", "stdlib", "did you mean plays?"),
     "objective=clmm": ("objective=clmm", "auto", "mlm", "did you mean clm?"),
-    "dtype=float16": ("dtype=float16", *DTYPES),
-    "device=gpu": ("device=gpu", "auto", "cpu", "cuda"),
-    "variant.impl=spda": ("variant.impl='spda'", "sdpa or naive"),
-    "rerun=contaminatd": ("rerun=contaminatd", "none, contaminated, oom", "did you mean contaminated?"),
+    "dtype=float16": ("dtype='float16'", "float32 or bfloat16"),
+    "device=gpu": ("device='gpu'", "auto, cpu or cuda"),
+    "variant.impl=spda": ("variant.impl='spda'", "sdpa, naive, flex or xformers", "did you mean sdpa?"),
+    "rerun=contaminatd": ("rerun='contaminatd'", "none, contaminated or oom", "did you mean contaminated?"),
     # misspelt knobs
     "seqlen=5": ("seqlen", "unknown knob", "did you mean seq_len?"),
     "model.head=2": ("model.head", "did you mean model.heads?"),
     "+depht=3": ("depht", "depth", "did you mean depth?"),
     # wrong types
-    "seq_len=abc": ("seq_len='abc'", "a whole number"),
-    "seq_len=1.5": ("seq_len=1.5", "a whole number"),
-    "depth=null": ("depth",),
+    "seq_len=abc": ("seq_len='abc'", "an integer"),
+    "seq_len=1.5": ("seq_len=1.5", "an integer"),
+    "depth=null": ("depth=null", "an integer, 1 or more blocks"),
     "depth={a: 1}": ("depth",),
     "variant=": ("variant=", "allowed is one of"),
     "variant={name: dense}": ("variant={name: dense}", "allowed is one of"),
     "variant=true": ("variant=true: unknown", "dense"),
     "force=perhaps": ("force='perhaps'", "true or false"),
+    "force=1": ("force=1", "true or false"),
+    "tracker.place=x": ("tracker.place='x'", "choose a tracker"),
+    "cluster.cells_per_job=0": ("cluster.cells_per_job=0", "1 or more cells"),
+    "cluster.gpus=1": ("cluster.gpus: unknown knob", "cluster.cells_per_job"),
     "model.dropout=much": ("model.dropout='much'", "a number"),
     "measure.time_seconds=long": ("measure.time_seconds='long'", "a number"),
     # out of bounds
@@ -84,7 +88,7 @@ REFUSED: dict[str, tuple[str, ...]] = {
     "batch_size=0": ("batch_size=0", "1 or more"),
     "replicate=-1": ("replicate=-1", "0 or more"),
     "twin=-1": ("twin=-1", "0 or more"),
-    "twin=second": ("twin='second'", "a whole number"),
+    "twin=second": ("twin='second'", "an integer"),
     "model.heads=0": ("model.heads=0", "1 or more"),
     "model.heads=3": ("model.heads=3", "must divide d_model=64", "nearest that does is 2"),
     "model.heads=64": ("model.heads=64", "even"),
@@ -101,15 +105,15 @@ REFUSED: dict[str, tuple[str, ...]] = {
     "measure.train_seconds=nan": ("measure.train_seconds=nan", "0 or more"),
     "measure.train_seconds=inf": ("measure.train_seconds=inf", "a finite number"),
     "measure.train_flops=many": ("measure.train_flops='many'", "a number"),
-    "measure.train_budget=token": ("measure.train_budget=token", "seconds", "did you mean tokens?"),
+    "measure.train_budget=token": ("measure.train_budget='token'", "seconds", "did you mean tokens?"),
     "measure.train_budget=flops": ("measure.train_flops=0", "nothing to spend", "train_budget=tokens"),
-    "measure.eval_split=validate": ("measure.eval_split=validate", "did you mean validation?"),
-    "measure.eval_split=train": ("measure.eval_split=train", "test, validation"),
+    "measure.eval_split=validate": ("measure.eval_split='validate'", "did you mean validation?"),
+    "measure.eval_split=train": ("measure.eval_split='train'", "test or validation"),
     "measure.checkpoint_seconds=-1": ("measure.checkpoint_seconds=-1", "0 or more"),
     "measure.eval_tokens=0": ("measure.eval_tokens=0", "1 or more"),
-    "measure.eval_stride=0": ("measure.eval_stride=0", "1 to seq_len=1024", "null"),
+    "measure.eval_stride=0": ("measure.eval_stride=0", "null or 1 or more tokens"),
     "measure.eval_stride=1025": ("measure.eval_stride=1025", "1 to seq_len=1024", "null"),
-    "measure.eval_stride=half": ("measure.eval_stride='half'", "a whole number"),
+    "measure.eval_stride=half": ("measure.eval_stride='half'", "an integer"),
     "measure.place_period=-1": ("measure.place_period=-1", "0 or more"),
     "measure.attention_windows=-1": ("measure.attention_windows=-1", "0 or more"),
     "measure.reach=far": ("measure.reach='far'", "true or false"),
@@ -192,8 +196,8 @@ def test_null_is_no_path_where_there_may_be_none() -> None:
         (("variant=chunked", "variant.chunk=0"), ("variant.chunk=0", "1 or more")),
         (("variant=chunked", "variant.chunk=many"), ("variant.chunk='many'", "an integer")),
         (("variant=overlapping", "variant.chunk=6"), ("variant.chunk=6", "multiple of 4")),
-        (("variant=longformer", "variant.window=[0]"), ("variant.window=[0]", "integers ≥ 1")),
-        (("variant=longformer", "variant.window=[]"), ("variant.window=[]", "one or more")),
+        (("variant=longformer", "variant.window=[0]"), ("variant.window=[0]", "each 1 or more tokens")),
+        (("variant=longformer", "variant.window=[]"), ("variant.window=[]", "a list of 1 or more integers")),
         (("variant=longformer", "variant.chunk=5"), ("variant.chunk", "variant.window")),
         (("variant=longformer", "+variant.windows=5"), ("windows", "did you mean window?")),
     ],
@@ -205,7 +209,7 @@ def test_a_variants_own_knobs_are_checked(overrides: tuple[str, ...], parts: tup
 
 
 @pytest.mark.parametrize("name", variants.names())
-def test_every_variants_yaml_holds_its_defaults(name: str) -> None:
+def test_the_entry_of_a_variant_holds_its_defaults(name: str) -> None:
     """So that `python -m bench --help variant=x` shows what a Python user gets."""
     cell = cell_of(f"variant={name}")
     variant, config, dims = cell.spec.attention()
@@ -380,6 +384,8 @@ def test_a_sweep_s_cells_are_those_that_hydra_composes_one_by_one(preset: str) -
     jobs = [[f"{key}={value}" for key, value in job.items()] for job in jobs_of(preset)[::9]]
     jobs += [["variant=dense", "model=small", value] for value in ("variant.impl=naive", "model.dropout=0.5")]
     jobs.append(["variant=chunked", "results_dir=x${seq_len}"])
+    jobs.append(["variant=reformer", "activations=reversible", "model=base", "measure=quick", "tracker=none"])
+    jobs.append(["variant=longformer", "variant=dense", "variant.impl=naive", "++name=a", "depth=3"])
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
         chosen = [f"experiment={preset}", "device=cpu"]
         composed = compose("config", overrides=chosen, return_hydra_config=True)
@@ -387,13 +393,30 @@ def test_a_sweep_s_cells_are_those_that_hydra_composes_one_by_one(preset: str) -
         make = Composer(loader, composed)
         for job in jobs:
             assert parse(make(job)) == parse(loader.load_sweep_config(composed, job))
-        assert len(make._known) < len(jobs)
         for mistake in ("sqe_len=5", "variant.impll=x", "variant=densee", "seq_len@x=5"):
             with pytest.raises(errors.KINDS) as one:
                 make([mistake])
             with pytest.raises(errors.KINDS) as other:
                 loader.load_sweep_config(composed, [mistake])
             assert str(one.value) == str(other.value)
+
+
+def test_hydra_composes_once_for_each_entry_and_not_for_each_cell(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = variants.names()[:4]
+    axes = [f"variant={','.join(names)}", "activations=keep,checkpoint,sqrt", "seq_len=range(1,6)"]
+    composed: list[list[str]] = []
+    load = ConfigLoaderImpl.load_sweep_config
+
+    def counted(self: ConfigLoaderImpl, master: DictConfig, overrides: list[str]) -> DictConfig:
+        composed.append(overrides)
+        return load(self, master, overrides)
+
+    monkeypatch.setattr(ConfigLoaderImpl, "load_sweep_config", counted)
+    cells = swept(monkeypatch, "measure=plan", "device=cpu", *axes)
+    assert len({cell.spec.cell_id("data", "code") for cell in cells}) == 4 * 3 * 5
+    entries = ["measure=plan", *(f"variant={name}" for name in names)]
+    entries += [f"activations={name}" for name in ("keep", "checkpoint", "sqrt")]
+    assert sorted(composed) == sorted([[], *([entry] for entry in entries)])
 
 
 @pytest.mark.parametrize("preset", ["smoke", "cpu", "gpu", "depth", "batch_payoff"])

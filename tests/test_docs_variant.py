@@ -37,17 +37,14 @@ def run(line: str, cwd: Path) -> str:
 
 @pytest.fixture(scope="module")
 def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of the project with the page's two files in it."""
+    """A copy of the project with the page's file in it."""
     copy = tmp_path_factory.mktemp("project")
     ignored = shutil.ignore_patterns("__pycache__")
     for part in ("bench", "variants", "configs", "tests"):
         shutil.copytree(ROOT / part, copy / part, ignore=ignored)
     shutil.copy(ROOT / "pyproject.toml", copy)
     named = re.findall(r"^`([a-z_/]+\.(?:py|yaml))`:\n\n```(?:python|yaml)\n(.*?)^```$", PAGE, re.M | re.S)
-    assert [path for path, _ in named] == [
-        "variants/attention/interleaved.py",
-        "configs/variant/interleaved.yaml",
-    ]
+    assert [path for path, _ in named] == ["variants/attention/interleaved.py"]
     for path, text in named:
         (copy / path).write_text(text)
     return copy
@@ -62,6 +59,9 @@ def test_the_page_works_as_it_is_written(project: Path) -> None:
     said = {line: run(line, project) for line in commands()}
     (listed,) = [out for line, out in said.items() if line == "python -m variants"]
     assert "variant.stride=16" in listed
+    (helped,) = [out for line, out in said.items() if "--help" in line]
+    described = r"stride: 16 +# Tokens between one that is read and the next \(an integer, 1 or more tokens\)"
+    assert re.search(described, helped)
     (tests,) = [out for line, out in said.items() if "pytest" in line]
     passed = re.search(r"(\d+) passed", tests)
     assert passed

@@ -21,11 +21,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import yaml
+from hydra import compose, initialize_config_dir
 from hypothesis import given
 from hypothesis import strategies as st
+from omegaconf import OmegaConf
 
-from bench import corpora
+from bench import CONFIGS, corpora
 from bench.corpora import Corpus, CorpusError, pg19, wikitext103
 from bench.corpora.base import SPLITS, CorpusOptions, sha256
 from bench.corpora.hub import HubSource, truncate_documents
@@ -562,9 +563,17 @@ def test_a_run_says_how_to_fetch_and_writes_nothing(cache: Path) -> None:
 # --- configuration ----------------------------------------------------------------------------
 
 
+def entry(name: str) -> dict[str, Any]:
+    """The knobs under data= that a command gets by this name."""
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        found = OmegaConf.to_container(compose("config", overrides=[f"data={name}"]).data)
+    assert isinstance(found, dict)
+    return {str(knob): value for knob, value in found.items()}
+
+
 @pytest.mark.parametrize("name", HUB_SETS)
-def test_the_yaml_holds_the_defaults(name: str) -> None:
-    knobs = yaml.safe_load((ROOT / "configs/data" / f"{name}.yaml").read_text())
+def test_the_entry_holds_the_defaults(name: str) -> None:
+    knobs = entry(name)
     assert knobs == {"name": name, "path": None, "max_bytes": HUB_SETS[name].max_bytes}
 
 
@@ -573,9 +582,9 @@ def test_the_commit_is_given_in_full(name: str) -> None:
     assert re.fullmatch(r"[0-9a-f]{40}", HUB_SETS[name].revision)
 
 
-def test_every_corpus_has_a_yaml_and_refuses_no_knob_of_it() -> None:
+def test_every_corpus_is_an_entry_and_refuses_no_knob_of_it() -> None:
     for name in corpora.SOURCES:
-        knobs = yaml.safe_load((ROOT / "configs/data" / f"{name}.yaml").read_text())
+        knobs = entry(name)
         assert knobs.pop("name") == name
         corpora.source(name, CorpusOptions(**knobs))
 

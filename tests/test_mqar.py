@@ -177,7 +177,7 @@ def test_buckets_hold_every_distance() -> None:
     [
         ({"n_pairs": 0}, ("n_pairs=0", "1 or more")),
         ({"n_pairs": 40}, ("n_symbols=64", "n_pairs=80", "or more")),
-        ({"n_symbols": 63}, ("n_symbols=63", "even")),
+        ({"n_symbols": 63}, ("n_symbols=63", "a multiple of 2")),
         ({"power_a": 0.0}, ("power_a=0.0", "more than 0")),
         ({"power_a": 1.5}, ("power_a=1.5", "up to 1")),
         ({"power_a": float("nan")}, ("power_a=nan",)),

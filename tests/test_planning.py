@@ -13,8 +13,8 @@ from tiers import slow
 
 from bench.config.parse import parse
 from bench.config.spec import CellSpec
-from bench.config.validate import parse_bytes
 from bench.inputs.errors import ConfigError
+from bench.inputs.sizes import parse_bytes
 from bench.measure import predict
 from bench.measure.predict import Plan
 from bench.measure.step import on_host

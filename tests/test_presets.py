@@ -11,11 +11,16 @@ from typing import Any
 
 import pytest
 from hydra import compose, initialize_config_dir
+from hydra.core.object_type import ObjectType
+from hydra.plugins.config_source import ConfigLoadError
 from hydra_plugins.longctx_bench import CheckedSource
 from omegaconf import OmegaConf
 
+import variants
 from bench import CONFIGS
+from bench.config.groups import GROUPS, SECTIONS, entries
 from bench.config.parse import parse
+from bench.config.spec import ModelSpec
 from bench.inputs.errors import ConfigError
 
 
@@ -85,7 +90,44 @@ def test_every_file_that_comes_with_the_program_is_taken(path: Path) -> None:
     plain = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
     assert isinstance(content, dict)
     assert isinstance(plain, dict)
-    assert content.keys() == plain.keys()
+    assert plain.keys() <= content.keys()
+    assert content.keys() == plain.keys() or path.parent.name in GROUPS, "which have declared defaults"
+
+
+def test_a_file_says_what_differs_from_the_declared_defaults(tmp_path: Path) -> None:
+    narrow = loaded(tmp_path, "variant/narrow", "name: longformer\nwindow: [8]")
+    assert narrow == {"name": "longformer", **variants.load("longformer").Config(window=(8,)).as_dict()}
+    assert loaded(tmp_path, "model/wide", "d_model: 512") == {
+        **ModelSpec().as_dict(),
+        "size": "wide",
+        "d_model": 512,
+    }
+    assert "window" not in loaded(tmp_path, "cluster/here", "cells_per_job: 3")
+
+
+@pytest.mark.parametrize("path", [*CONFIGS.glob("measure/*.yaml"), *CONFIGS.glob("model/*.yaml")], ids=str)
+def test_no_file_repeats_a_default(path: Path) -> None:
+    defaults = SECTIONS[path.parent.name]().as_dict()
+    given: Any = OmegaConf.to_container(OmegaConf.load(path))
+    assert given
+    assert not {knob for knob, value in given.items() if defaults[knob] == value}
+
+
+@pytest.mark.parametrize("group", GROUPS)
+def test_an_entry_needs_no_file(group: str, tmp_path: Path) -> None:
+    """The same as in configs/, where files add to them."""
+    bare, ours = source(tmp_path), source(CONFIGS)
+    assert bare.is_group(group)
+    assert (
+        {*bare.list(group, ObjectType.CONFIG)} == {*entries(group)} <= {*ours.list(group, ObjectType.CONFIG)}
+    )
+    assert group in bare.list("", ObjectType.GROUP)
+    for entry in entries(group):
+        assert bare.is_config(f"{group}/{entry}")
+        assert entry in OmegaConf.to_container(bare.load_config(f"{group}/{entry}").config).values()  # type: ignore[union-attr]
+    assert not bare.is_config(f"{group}/no_such")
+    with pytest.raises(ConfigLoadError):
+        bare.load_config(f"{group}/no_such")
 
 
 TEXT: dict[str, tuple[Any, ...]] = {
@@ -153,6 +195,7 @@ def test_a_preset_that_names_code_runs_nothing(group: str, tmp_path: Path) -> No
     shutil.copytree(CONFIGS, configs)
     handlers = f"{{h: {{class: logging.FileHandler, filename: {seen}}}}}"
     logging = f"{{version: 1, root: {{handlers: [h]}}, handlers: {handlers}}}"
+    (configs / group).mkdir(exist_ok=True)
     (configs / group / "evil.yaml").write_text(f"{GLOBAL}hydra: {{job_logging: {logging}}}\n")
     command = [sys.executable, "-c", RUN, str(configs), f"{group}=evil", "measure=plan", "seq_len=32"]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}

@@ -150,10 +150,11 @@ assert not heavy and not loaded, (heavy, loaded)
     assert done.returncode == 0, done.stderr
 
 
-def test_command_lists_names_without_torch(plugged: Path, tmp_path: Path) -> None:
-    code = """
+@pytest.mark.parametrize("options", [["--names"], []])
+def test_command_lists_variants_without_torch(options: list[str], plugged: Path, tmp_path: Path) -> None:
+    code = f"""
 import runpy, sys
-sys.argv = ["variants", "--names"]
+sys.argv = ["variants", *{options}]
 try:
     runpy.run_module("variants", run_name="__main__")
 except SystemExit as end:
@@ -162,7 +163,8 @@ assert "torch" not in sys.modules
 """
     done = python("-c", code, path=plugged, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == sorted({*variants.names(), "lagged"})
+    named = [line for line in done.stdout.splitlines() if not line.startswith(" ")]
+    assert named == sorted({*variants.names(), "lagged"})
 
 
 def test_command_describes_every_variant(plugged: Path, tmp_path: Path) -> None:
@@ -175,7 +177,7 @@ def test_command_describes_every_variant(plugged: Path, tmp_path: Path) -> None:
         else:
             parts[[*parts][-1]].append(line)
     assert [*parts] == sorted({*variants.names(), "lagged"})
-    assert "variant.lag=1" in "\n".join(parts.pop("lagged"))
+    assert "variant.lag=1  # Tokens back (an integer)" in "\n".join(parts.pop("lagged"))
     for name, lines in parts.items():
         variant, text = variants.load(name), "\n".join(lines)
         assert variant.paper in text
@@ -272,6 +274,22 @@ def test_a_plugin_takes_its_defaults_from_the_yaml_beside_it(plugged: Path, tmp_
     done = python("-m", "bench", "variant=lagged", "--cfg", "job", path=plugged, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "variant:\n  name: lagged\n  lag: 3\n" in done.stdout
+
+
+def test_a_plugin_needs_no_yaml(plugged: Path, tmp_path: Path) -> None:
+    """Neither does one whose knobs cannot be read without importing it, or whose entry point is wrong."""
+    package = plugged / "lagged_attention"
+    (package / "lagged.yaml").unlink()
+    for default in ("1", "len('a')"):
+        (package / "lagged.py").write_text(MODULE.replace("lag: int = 1", f"lag: int = {default}"))
+        done = python("-m", "bench", "variant=lagged", "--cfg", "job", path=plugged, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        assert "variant:\n  name: lagged\n  lag: 1\n" in done.stdout
+    (package / "lagged.py").write_text("1 / 0")
+    done = python("-m", "bench", "variant=lagged", "--cfg", "job", path=plugged, cwd=tmp_path)
+    assert "variant:\n  name: lagged\nmodel:" in done.stdout
+    listed = python("-m", "variants", path=plugged, cwd=tmp_path)
+    assert "lagged\n  broken   plug-in lagged_attention.lagged:Lagged cannot be imported" in listed.stdout
 
 
 def test_a_plugins_knobs_are_checked(plugged: Path, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from tiers import slow
 from torch import Tensor
 
 import variants
-from bench.config.validate import ACTIVATIONS
+from bench.config.spec import ACTIVATIONS
 from bench.measure.step import StepFigures, Subject, predicted
 from bench.model import activations as strategies
 from bench.model.language_model import LanguageModel

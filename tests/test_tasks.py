@@ -12,7 +12,7 @@ from hydra import compose, initialize_config_dir
 
 import variants
 from bench import corpora, tasks
-from bench.cli import errors
+from bench.cli import errors, overrides
 from bench.config.parse import parse
 from bench.config.spec import CellSpec
 from bench.measure import predict
@@ -52,12 +52,12 @@ def test_a_name_is_a_task_or_a_corpus_by_where_it_is_found() -> None:
         assert tasks.load(name) is Text
 
 
-def test_every_name_has_its_yaml() -> None:
-    assert {file.stem for file in (CONFIGS / "data").glob("*.yaml")} == {*SYNTHETIC, *corpora.SOURCES}
+def test_every_name_is_an_entry_and_no_file_is_of_another() -> None:
+    assert overrides.options("data") == sorted([*SYNTHETIC, *corpora.SOURCES])
 
 
 @pytest.mark.parametrize("name", SYNTHETIC)
-def test_every_tasks_yaml_holds_its_defaults(name: str) -> None:
+def test_the_entry_of_a_task_holds_its_defaults(name: str) -> None:
     spec = spec_of(f"data={name}")
     task, config, _ = spec.task()
     assert config == task.Config()
@@ -145,13 +145,13 @@ def test_knobs_change_the_data_hash_and_the_cell_and_stand_in_the_record(tmp_pat
     [
         (("data=mqarr",), ("data=mqarr", "stdlib", "did you mean mqar?")),
         (("data=mqar", "data.n_pair=4"), ("data.n_pair", "did you mean data.n_pairs?")),
-        (("data=mqar", "+data.n_pair=4"), ("mqar knob=n_pair", "n_symbols", "did you mean n_pairs?")),
+        (("data=mqar", "+data.n_pair=4"), ("data.n_pair: unknown", "n_symbols", "did you mean n_pairs?")),
         (("data=mqar", "data.n_pairs=0"), ("data.n_pairs=0", "1 or more")),
         (("data=mqar", "data.n_pairs=few"), ("data.n_pairs='few'", "an integer")),
         (("data=mqar", "data.name=mqra"), ("data=mqra", "did you mean mqar?")),
         (("data=mqar", "objective=clm"), ("mqar objective=clm", "recall")),
         (("data=stdlib", "objective=recall"), ("stdlib objective=recall", "clm", "mlm")),
-        (("data=stdlib", "+data.n_pairs=4"), ("stdlib knob=n_pairs", "path")),
+        (("data=stdlib", "+data.n_pairs=4"), ("data.n_pairs: unknown knob", "path")),
     ],
 )
 def test_a_mistake_is_refused_in_one_line(overrides: tuple[str, ...], parts: tuple[str, ...]) -> None:

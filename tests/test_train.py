@@ -119,7 +119,7 @@ def test_the_same_seed_gives_the_same_parameters_to_the_bit(changed: dict[str, A
     ("name", "knob", "each"), [("tokens", "train_tokens", 4), ("flops", "train_flops", 7)]
 )
 def test_what_is_counted_is_rounded_up_to_whole_steps(amount: int, name: str, knob: str, each: int) -> None:
-    measure = MeasureSpec(train_budget=name, **{knob: amount})  # type: ignore[arg-type]
+    measure = MeasureSpec(train_budget=name, eval_tokens=1, **{knob: amount})  # type: ignore[arg-type]
     steps = Budget.of(measure, step_tokens=4, step_flops=7).steps
     assert steps is not None
     assert (steps - 1) * each < amount <= steps * each

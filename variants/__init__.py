@@ -13,13 +13,14 @@ import importlib.metadata
 import inspect
 import pkgutil
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from typing import TYPE_CHECKING, Any
 
 from variants import attention
 
 if TYPE_CHECKING:
     from variants.base import Attention
+    from variants.declarations import Declared
 
 ENTRY_POINTS = "longctx_bench.variants"
 
@@ -42,12 +43,18 @@ def plugins() -> dict[str, importlib.metadata.EntryPoint]:
     Raises PluginClash where a plug-in takes a name that is taken.
     """
     found: dict[str, importlib.metadata.EntryPoint] = {}
-    for point in importlib.metadata.entry_points(group=ENTRY_POINTS):
+    for point in _entry_points():
         taken = point.name in _builtin() or found.get(point.name, point).value != point.value
         if taken:
             raise PluginClash(f"plug-in {point.value} takes the name {point.name!r}, which is taken")
         found[point.name] = point
     return found
+
+
+@cache
+def _entry_points() -> tuple[importlib.metadata.EntryPoint, ...]:
+    """Kept, because looking through all installed packages takes long."""
+    return tuple(importlib.metadata.entry_points(group=ENTRY_POINTS))
 
 
 def _builtin() -> list[str]:
@@ -104,6 +111,28 @@ def module_of(name: str) -> str:
     if point := plugins().get(name):
         return point.module
     raise _unknown(name)
+
+
+def source_of(name: str) -> tuple[str, str | None]:
+    """The module that defines the variant, and the class if an entry point names one. Imports nothing.
+
+    Raises UnknownVariant.
+    """
+    point = plugins().get(name)
+    return module_of(name), (point.attr or None) if point else None
+
+
+def declared(name: str) -> Declared:
+    """The knobs of the variant, read from its source; what is not written in literals there is imported.
+
+    Raises UnknownVariant and, where it is imported, what `load` raises.
+    """
+    from variants import declarations
+
+    try:
+        return declarations.declared(*source_of(name))
+    except declarations.Unreadable:
+        return declarations.of_class(load(name).Config)
 
 
 def _unknown(name: str) -> UnknownVariant:

@@ -17,7 +17,8 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from variants.knobs import Knobs, unusable_heads
+from variants.head_size import unusable_heads
+from variants.knobs import Knobs
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -30,16 +30,17 @@ def checked(arguments: Sequence[str]) -> list[str]:
     for argument in arguments:
         if not argument.isascii() and argument != argument.encode(errors="replace").decode():
             raise ConfigError(f"{argument!a}: not UTF-8")
-    options = _options(arguments)
-    if options.shell_completion:
+    given = options(arguments)
+    if given.shell_completion:
         return list(arguments)
-    given = {text: overrides.as_typed(text) for text in options.overrides}
-    for override in OverridesParser.create().parse_overrides([*given.values()]):
+    typed = {text: overrides.as_typed(text) for text in given.overrides}
+    for override in OverridesParser.create().parse_overrides([*typed.values()]):
         overrides.check(override)
-    return [given.get(argument, argument) for argument in arguments]
+    return [typed.get(argument, argument) for argument in arguments]
 
 
-def _options(arguments: Sequence[str]) -> argparse.Namespace:
+def options(arguments: Sequence[str]) -> argparse.Namespace:
+    """The arguments as Hydra's own parser reads them. Raises ConfigError for options that are not allowed."""
     parser = get_args_parser()
     parser.error = _refuse  # type: ignore[method-assign]  # which prints pages, and then exits
     options = parser.parse_args(arguments)

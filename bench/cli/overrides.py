@@ -7,17 +7,16 @@ Hydra to no file but those of the search path, and to no class but those named t
 
 from __future__ import annotations
 
-import dataclasses
 import difflib
 import re
 from functools import cache
-from typing import Any, get_type_hints
+from typing import Any
 
 from hydra.core.override_parser.types import ChoiceSweep, Glob, Override
 
-import variants
 from bench import CONFIGS
-from bench.config.parse import Root
+from bench.config.chosen import CHOSEN
+from bench.config.groups import GROUPS, entries, knob_of
 from bench.inputs.errors import ConfigError
 
 LAUNCHER = "hydra/launcher"
@@ -40,14 +39,14 @@ NAME = re.compile(r"\w[\w-]*")
 
 @cache
 def groups() -> frozenset[str]:
-    """The groups of configs/, but for Hydra's own."""
-    return frozenset(folder.name for folder in CONFIGS.iterdir() if folder.is_dir()) - {"hydra"}
+    """The groups that are declared and those of configs/, but for Hydra's own."""
+    return frozenset({folder.name for folder in CONFIGS.iterdir() if folder.is_dir()} - {"hydra"} | {*GROUPS})
 
 
 def options(group: str) -> list[str]:
     """The names of a group's entries, those of plug-ins too; none where only Hydra knows them."""
-    names = {path.stem for path in (CONFIGS / group).glob("*.yaml")} if group in groups() else set()
-    return sorted(names | {*variants.names()} if group == "variant" else names)
+    files = {path.stem for path in (CONFIGS / group).glob("*.yaml")} if group in groups() else set()
+    return sorted(files | {*entries(group)})
 
 
 def check(override: Override) -> None:
@@ -140,21 +139,8 @@ def is_text(key: str) -> bool:
     section, _, knob = key.partition(".")
     if not knob and (section in groups() or key == LAUNCHER):
         return True
-    kind = _types(Root).get(section)
-    if not knob:
-        return _is_str(kind)
-    if isinstance(kind, type) and dataclasses.is_dataclass(kind):
-        return _is_str(_types(kind).get(knob))
-    return section in ("variant", "data")
-
-
-@cache
-def _types(owner: Any) -> dict[str, Any]:
-    return get_type_hints(owner)
-
-
-def _is_str(kind: Any) -> bool:
-    return kind in (str, str | None)
+    declared = knob_of(key)
+    return declared.is_text if declared else bool(knob) and section in CHOSEN
 
 
 _PIECES = re.compile(r"""('[^']*'|"[^"]*"|[\[\](),])""")

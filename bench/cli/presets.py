@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -26,6 +27,14 @@ _PACKAGES = (None, "_global_")
 
 _loader = cache(get_yaml_loader)
 """OmegaConf's own reader of YAML, a class."""
+
+
+def read(name: str, path: Path) -> str:
+    """The text of a file of a config folder. Raises ConfigError for what is no text."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{name}.yaml: cannot be read: {error}") from None
 
 
 def load(name: str, package: str | None, text: str) -> Any:

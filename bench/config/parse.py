@@ -5,93 +5,59 @@ Nothing here runs Hydra or touches the disk.
 
 from __future__ import annotations
 
-import dataclasses
+from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
-from functools import cache
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_type_hints
+from typing import Any, TypeVar
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 import variants
 from bench import corpora, tasks, trackers
-from bench.config.spec import Cell, CellSpec, ClusterSpec, DataSpec, MeasureSpec, ModelSpec
-from bench.config.validate import ACTIVATIONS, DEVICES, DTYPES, RERUNS, batch_size, check_bounds, parse_bytes
+from bench.config.groups import GROUPS, SECTIONS
+from bench.config.spec import (
+    ActivationsSpec,
+    Cell,
+    CellSpec,
+    ClusterSpec,
+    DataSpec,
+    MeasureSpec,
+    ModelSpec,
+    Root,
+)
 from bench.inputs.errors import ConfigError, choose
 from bench.inputs.paths import user_path
 from bench.trackers import TrackerSpec
+from variants.knobs import Knobs, knobs_of
 
-if TYPE_CHECKING:
-    from variants.knobs import Knobs
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Named:
-    name: str = ""
+K = TypeVar("K", bound=Knobs)
+_NOT_OF_A_CELL = ("hydra", "experiment")
 
 
-@dataclass(frozen=True, kw_only=True)
-class Root:
-    """The types of the composed config; the values come from configs/."""
-
-    seq_len: int = 1
-    depth: int = 1
-    batch_size: Any = 1
-    replicate: int = 0
-    twin: int = 0
-    objective: str = "auto"
-    device: str = "auto"
-    dtype: str = "float32"
-    results_dir: str = "results"
-    name: str = "adhoc"
-    force: bool = False
-    rerun: str = "none"
-    audit_oom: float = 0.05
-    skip_after_oom: bool = True
-    variant: dict[str, Any] = field(default_factory=dict)
-    model: ModelSpec = field(default_factory=ModelSpec)
-    activations: _Named = field(default_factory=_Named)
-    data: dict[str, Any] = field(default_factory=dict)
-    measure: MeasureSpec = field(default_factory=MeasureSpec)
-    cluster: ClusterSpec = field(default_factory=ClusterSpec)
-    tracker: TrackerSpec = field(default_factory=TrackerSpec)
-
-
-def parse(cfg: DictConfig) -> Cell:
+def parse(cfg: DictConfig | Mapping[str, Any]) -> Cell:
     """A checked cell from a composed config. Raises ConfigError."""
-    try:
-        merged = OmegaConf.merge(_schema(Root), OmegaConf.masked_copy(cfg, _keys(cfg)))
-        root = OmegaConf.to_object(merged)
-    except OmegaConfBaseException as error:
-        raise _translated(error, cfg) from None
-    assert isinstance(root, Root)
-    check_bounds(root)
-    choose("device", root.device, DEVICES)
-    choose("dtype", root.dtype, DTYPES)
-    choose("activations", root.activations.name, ACTIVATIONS)
-    choose("rerun", root.rerun, RERUNS)
-    measure = root.measure
-    if measure.budget is not None:
-        measure = replace(measure, budget=parse_bytes("measure.budget", measure.budget))
-    if measure.limit_bytes is not None:
-        measure = replace(measure, limit_bytes=parse_bytes("measure.limit_bytes", measure.limit_bytes))
-    name, params = _variant(dict(root.variant))
-    data = _data(dict(root.data))
+    given = _complete(plain(cfg) if isinstance(cfg, DictConfig) else cfg)
+    root = _knobs("", Root, {knob: given[knob] for knob in knobs_of(Root)})
+    measure = _section(given, "measure", MeasureSpec)
+    _check_stride(measure, root)
+    name, params = _variant(_mapping(given, "variant"))
+    data = _data(_mapping(given, "data"))
+    _section(given, "cluster", ClusterSpec)
     spec = CellSpec(
         variant=name,
         variant_params=params,
         seq_len=root.seq_len,
         depth=root.depth,
-        batch_size=batch_size(root),
+        batch_size=_batch_size(root, measure),
         replicate=root.replicate,
         twin=root.twin,
         objective=_objective(root.objective, variant=name, data=data.name),
         device=root.device if root.device != "auto" else _device(),
         dtype=root.dtype,
-        activations=root.activations.name,
-        model=root.model,
+        activations=_section(given, "activations", ActivationsSpec).name,
+        model=_section(given, "model", ModelSpec),
         data=data,
         measure=measure,
     )
@@ -103,8 +69,67 @@ def parse(cfg: DictConfig) -> Cell:
         rerun=root.rerun,
         audit_oom=root.audit_oom,
         skip_after_oom=root.skip_after_oom,
-        tracker=_tracker(root.tracker),
+        tracker=_tracker(_section(given, "tracker", TrackerSpec)),
     )
+
+
+def parse_cluster(cfg: DictConfig) -> ClusterSpec:
+    """Where the cells of a composed config run; it has been through `parse`."""
+    return _section(plain(cfg), "cluster", ClusterSpec)
+
+
+def plain(cfg: DictConfig) -> dict[str, Any]:
+    """A cell's part of a composed config, in plain types. Raises ConfigError for a reference to nothing."""
+    own = OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key not in _NOT_OF_A_CELL])
+    try:
+        return {str(key): value for key, value in OmegaConf.to_container(own, resolve=True).items()}  # type: ignore[union-attr]
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{error.full_key}: {str(error.msg or error).splitlines()[0]}") from None
+
+
+def _complete(cfg: Mapping[str, Any]) -> dict[str, Any]:
+    """The same, if it holds every knob outside of a group and every section, and nothing else."""
+    known = sorted({*knobs_of(Root), *GROUPS, *SECTIONS})
+    for key in cfg:
+        choose("knob", key, known)
+    for knob in known:  # a default would take its place
+        if cfg.get(knob, "???") == "???":
+            raise ConfigError(f"{knob}: has no value; give one")
+    return dict(cfg)
+
+
+def _mapping(given: dict[str, Any], section: str) -> dict[str, Any]:
+    value = given[section]
+    if not isinstance(value, dict):
+        raise ConfigError(f"{section}={value}: allowed are knobs and their values")
+    return dict(value)
+
+
+def _section(given: dict[str, Any], section: str, config: type[K]) -> K:
+    return _knobs(section, config, _mapping(given, section))
+
+
+def _knobs(section: str, config: type[K], given: Mapping[str, Any]) -> K:
+    """The complete knobs of a section, checked by their class."""
+    try:
+        return config.of(given)
+    except ValueError as error:
+        raise ConfigError(f"{section}.{error}" if section else str(error)) from None
+
+
+def _check_stride(measure: MeasureSpec, root: Root) -> None:
+    if measure.eval_stride is not None and measure.eval_stride > root.seq_len:
+        allowed = f"1 to seq_len={root.seq_len}, or null for windows side by side"
+        raise ConfigError(f"measure.eval_stride={measure.eval_stride}: allowed is {allowed}")
+
+
+def _batch_size(root: Root, measure: MeasureSpec) -> int:
+    """Sequences, or 0 for as many as fit."""
+    if root.batch_size != "fit":
+        return root.batch_size
+    if measure.budget is None:
+        raise ConfigError("batch_size=fit: needs measure.budget, such as measure.budget=8GiB")
+    return 0
 
 
 def _name(text: str) -> Path:
@@ -121,56 +146,11 @@ def _tracker(spec: TrackerSpec) -> TrackerSpec:
         raise ConfigError(
             f"tracker={spec.name}: needs the package {needs}; pip install 'longctx-bench[trackers]'"
         )
+    if spec.place is not None and spec.name == trackers.NONE:
+        raise ConfigError(f"tracker.place={spec.place!r}: tracker=none keeps nothing; choose a tracker")
     if spec.place is None or "://" in spec.place:
         return spec
     return replace(spec, place=str(user_path("tracker.place", spec.place)))
-
-
-def parse_cluster(cfg: DictConfig) -> ClusterSpec:
-    """Where the cells of a composed config run; it has been through `parse`."""
-    spec = OmegaConf.to_object(OmegaConf.merge(_schema(ClusterSpec), cfg.cluster))
-    assert isinstance(spec, ClusterSpec)
-    return spec
-
-
-@cache
-def _schema(dataclass_type: type[Any]) -> DictConfig:
-    """The types of a frozen dataclass, open to be filled in; a merge works on a copy of it."""
-    schema: DictConfig = OmegaConf.structured(dataclass_type)
-    for node in [schema, *(schema._get_node(key) for key in schema)]:
-        if isinstance(node, DictConfig):
-            OmegaConf.set_readonly(node, None)
-    return schema
-
-
-def _keys(cfg: DictConfig) -> list[str]:
-    known = {f.name for f in dataclasses.fields(Root)}
-    unknown = [str(key) for key in cfg if key not in known and key not in {"hydra", "experiment"}]
-    if unknown:
-        choose("knob", unknown[0], sorted(known))
-    for knob in sorted(known):  # a default of Root's would take its place
-        if knob not in cfg or OmegaConf.is_missing(cfg, knob):
-            raise ConfigError(f"{knob}: has no value; give one")
-    return [str(key) for key in cfg if key in known]
-
-
-def _translated(error: OmegaConfBaseException, cfg: DictConfig) -> ConfigError:
-    key = error.full_key or str(error.key or "")
-    value = OmegaConf.select(cfg, key, default=None) if key else None
-    expected = getattr(error.ref_type, "__name__", None) or "another type"
-    why = str(error.msg or error).splitlines()[0]
-    if "not in" in why or "No such" in why or "unknown key" in why.lower():
-        return ConfigError(f"{key}: {why}")
-    return ConfigError(f"{key}={value!r}: expected {_noun(expected, why)}")
-
-
-def _noun(expected: str, why: str) -> str:
-    words = {"Integer": "a whole number", "'int'": "a whole number", "Float": "a number"}
-    words |= {"'float'": "a number", "bool": "true or false", "'str'": "text"}
-    for word, noun in words.items():
-        if word in why:
-            return noun
-    return {"int": "a whole number", "float": "a number", "bool": "true or false"}.get(expected, why)
 
 
 def _variant(given: dict[str, Any]) -> tuple[str, dict[str, Any]]:
@@ -182,13 +162,13 @@ def _variant(given: dict[str, Any]) -> tuple[str, dict[str, Any]]:
         raise ConfigError(str(error)) from None
     except variants.BrokenVariant:  # the cell's to say: others of the sweep can run
         return name, given
-    return name, _knobs("variant", name, config_class, given)
+    return name, _knobs("variant", config_class, given).as_dict()
 
 
 def _data(given: dict[str, Any]) -> DataSpec:
     """The name of a corpus or task and its complete knobs, defaults filled in."""
     name = choose("data", str(given.pop("name", "")), [*corpora.SOURCES, *tasks.names()])
-    return DataSpec(name=name, params=_knobs("data", name, tasks.load(name).Config, given))
+    return DataSpec(name=name, params=_knobs("data", tasks.load(name).Config, given).as_dict())
 
 
 def _objective(value: str, *, variant: str, data: str) -> str:
@@ -199,33 +179,6 @@ def _objective(value: str, *, variant: str, data: str) -> str:
             return objectives[0 if variants.load(variant).caps.causal else -1]
         return objectives[0]
     return choose(f"{data} objective", value, ["auto", *objectives])
-
-
-def _knobs(group: str, name: str, config_class: type[Knobs], given: dict[str, Any]) -> dict[str, Any]:
-    """The complete knobs of the group's entry `name`, checked by its config."""
-    defaults = {f.name: f.default for f in dataclasses.fields(config_class)}
-    kinds = get_type_hints(config_class)
-    for knob, value in given.items():
-        choose(f"{name} knob", knob, defaults)
-        if isinstance(defaults[knob], tuple) and not isinstance(value, list):
-            given[knob] = [value]
-        is_text = kinds[knob] in (str, str | None)
-        if is_text and type(value) in (int, float):  # text that reads as a number
-            given[knob] = str(value)
-        elif not is_text and isinstance(value, str):  # a number that was kept as it was typed
-            given[knob] = _number(value)
-    try:
-        return config_class.of(given).as_dict()
-    except ValueError as error:  # the config's own checks
-        raise ConfigError(f"{group}.{error}") from None
-
-
-def _number(text: str) -> int | float | str:
-    """The number that a text spells, or the text."""
-    for kind in (int, float):
-        with suppress(ValueError):
-            return kind(text)
-    return text
 
 
 def _device() -> str:

@@ -1,6 +1,8 @@
 """What a cell is: everything that decides a record's figures, plus where the record goes.
 
-Plain values. `bench.config` makes them from what Hydra composed and checks them.
+Each knob is declared here once (`variants.knobs`): the configuration's defaults, checks, help and the hash of
+a cell follow from the declaration. Knobs of a variant or a task are declared beside it. The file has over
+300 lines because every other declaration is here.
 """
 
 from __future__ import annotations
@@ -8,104 +10,198 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, Self, get_args
 
 import variants
 from bench import tasks
-from bench.config.validate import TRAIN_BUDGETS
+from bench.config import chosen
+from bench.inputs.sizes import parse_bytes
 from bench.trackers import TrackerSpec
+from variants.head_size import unusable_heads
+from variants.knobs import Knobs, decisive, knob, knobs_of
 
 if TYPE_CHECKING:
     from bench.tasks.base import Setting, Task, TaskConfig
     from variants.base import Attention, Dims, VariantConfig
 
+Strategy = Literal["keep", "checkpoint", "sqrt", "selective", "reversible", "offload"]
+ACTIVATIONS: tuple[str, ...] = get_args(Strategy)
+"""Ways of saving activation memory."""
+TrainBudget = Literal["tokens", "flops", "seconds"]
+
 
 @dataclass(frozen=True, kw_only=True)
-class ModelSpec:
+class Spec(Knobs):
+    """Knobs of the harness itself. A number knob holds a float however it is written, so that 1 and 1.0 are
+    one cell."""
+
+    @classmethod
+    def of(cls, values: Mapping[str, Any]) -> Self:
+        """As of every class of knobs."""
+        known = knobs_of(cls)
+        floats = [name for name in values if name in known and known[name].hint is float]
+        read = {name: known[name].read(values[name]) for name in floats}
+        exact = {name: float(value) for name, value in read.items() if type(value) is int}
+        return super().of({**values, **exact})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Root(Spec):
+    """The knobs outside of any group."""
+
+    seq_len: int = knob(1024, least=1, unit="tokens")
+    """Length of a sequence."""
+    depth: int = knob(2, least=1, unit="blocks")
+    """Blocks of the model."""
+    batch_size: int | Literal["fit"] = knob(1, least=1, unit="sequences")
+    """Sequences in a step; fit is as many as fit into measure.budget."""
+    replicate: int = knob(0, least=0)
+    """The seed; spread comes from sweeping it."""
+    twin: int = knob(0, least=0, younger=True)
+    """1, 2, … measure the same cell again. By how much the measurements differ is the noise."""
+    objective: str = "auto"
+    """clm, mlm, a task's own, or auto: clm where the variant can be causal."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where the cell runs; auto is cuda where there is one."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Number format of parameters and activations."""
+    results_dir: str = knob("results", decides=False)
+    """Folder of all experiments."""
+    name: str = knob("adhoc", decides=False)
+    """The experiment's folder under results_dir."""
+    force: bool = knob(False, decides=False)
+    """Measure cells again that are finished."""
+    rerun: Literal["none", "contaminated", "oom"] = knob("none", decides=False)
+    """Finished cells to measure again. contaminated: those whose samples are not to be trusted. oom: those
+    that ran out of memory."""
+    audit_oom: float = knob(0.05, least=0, most=1, decides=False)
+    """Share of the cells predicted to exceed their memory that run all the same. It checks the prediction."""
+    skip_after_oom: bool = knob(True, decides=False)
+    """Skip a cell if a shorter one, alike in all else, ran out of memory."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSpec(Spec):
     """The transformer around the attention."""
 
     size: str = "tiny"
     """Name of the group's entry, for people."""
-    d_model: int = 64
-    heads: int = 2
-    ff_mult: int = 4
+    d_model: int = knob(64, least=2, unit="channels")
+    """Width of the model."""
+    heads: int = knob(2, least=1, unit="heads")
+    """Attention heads of a layer; they divide d_model."""
+    ff_mult: int = knob(4, least=1)
     """Width of the feed-forward layer as a multiple of d_model."""
-    ff_chunks: int = 1
+    ff_chunks: int = knob(1, least=1, unit="pieces")
     """Pieces of the sequence that go through the feed-forward layer one at a time."""
-    dropout: float = 0.0
+    dropout: float = knob(0.0, least=0, below=1)
+    """Probability that an activation is dropped in training."""
+
+    def __post_init__(self) -> None:
+        if reason := unusable_heads(self.d_model, self.heads):
+            raise ValueError(reason)
 
 
 @dataclass(frozen=True, kw_only=True)
-class MeasureSpec:
+class ActivationsSpec(Spec):
+    """How activations are kept for the backward pass."""
+
+    name: Strategy = "keep"
+    """How activations are kept for the backward pass."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeasureSpec(Spec):
     """Which figures are taken, and with what budget."""
 
     preset: str = "standard"
     """Name of the group's entry, for people."""
     execute: bool = True
-    """False predicts FLOPs and peak memory under fake tensors and runs nothing."""
-    time_seconds: float = 1.0
+    """Run the cell; false predicts FLOPs and peak memory under fake tensors and runs nothing."""
+    time_seconds: float = knob(1.0, least=0, unit="seconds")
     """Wall-clock budget of the step samples, and again of the forward samples."""
-    min_samples: int = 3
+    min_samples: int = knob(3, least=1, unit="samples")
     """Fewest samples of each, whatever they take."""
-    precision: float = 0.03
-    """Sampling ends before its budget where the 95 % interval of the median is narrower than this on either
-    side, relative to the median; 0 always spends the budget."""
-    train_budget: str = "tokens"
-    """Which of the next three is what training may spend; the other two are not looked at. Of tokens and
-    FLOPs whole steps are bought, rounded up, and the same cell repeats to the bit on a CPU. Seconds buy
-    what the machine makes of them, so such a cell does not repeat."""
-    train_tokens: int = 0
+    precision: float = knob(0.03, least=0, younger=True)
+    """Half-width of the median's 95 % interval at which sampling ends before its budget. It is relative to
+    the median; 0 always spends the budget."""
+    train_budget: TrainBudget = "tokens"
+    """Which of the next three training may spend; the other two are not looked at. Of tokens and FLOPs whole
+    steps are bought, rounded up, and the same cell repeats to the bit on a CPU. Seconds buy what the machine
+    makes of them, so such a cell does not repeat."""
+    train_tokens: int = knob(0, least=0, unit="tokens")
     """Tokens of training before quality is evaluated; 0 takes no quality figures."""
-    train_flops: float = 0
+    train_flops: float = knob(0.0, least=0, unit="FLOPs")
     """The same in algorithmic FLOPs of the variant's own steps."""
-    train_seconds: float = 0
+    train_seconds: float = knob(0.0, least=0, unit="seconds")
     """The same in seconds of wall clock, checkpoints not counted."""
-    eval_split: str = "test"
+    eval_split: Literal["test", "validation"] = "test"
     """The documents that are scored: test or, to choose knobs by, validation."""
-    eval_tokens: int = 0
+    eval_tokens: int = knob(0, least=0, unit="tokens")
     """Most held-out tokens to score."""
-    eval_stride: int | None = None
-    """Tokens by which each window of a held-out document starts after the one before it; null is seq_len, so
-    that they lie side by side. Masked models read both sides and take no other."""
-    history_targets: int = 0
-    """Held-out tokens that causal models predict after histories of 1, 2, 4, … seq_len tokens; 0 for none."""
-    place_period: int = 0
+    eval_stride: int | None = knob(None, least=1, unit="tokens")
+    """Tokens from one evaluated window to the next; null is seq_len, so that they lie side by side. Masked
+    models read both sides and take no other."""
+    history_targets: int = knob(0, least=0, unit="tokens")
+    """Tokens predicted after histories of 1, 2, 4, … seq_len tokens; 0 for none. They are held out; for
+    causal models alone."""
+    place_period: int = knob(0, least=0, unit="tokens", younger=True)
     """Tokens of the parts of a window by the place in which the loss is also taken; 0 for none."""
-    attention_windows: int = 0
-    """Held-out windows in which attention itself is looked at after training: how its weights are spread and
-    how far the layer is from what it estimates; 0 for none."""
-    reach: bool = False
-    """Whether it is worked out how far back the layers' patterns let the model look. Tasks that have answers
-    at a distance always do."""
-    learning_rate: float = 3e-3
+    attention_windows: int = knob(0, least=0, unit="windows", younger=True)
+    """Held-out windows in which attention itself is looked at after training; 0 for none. It says how its
+    weights are spread and how far the layer is from what it estimates."""
+    reach: bool = knob(False, younger=True)
+    """Work out how far back the layers' patterns let the model look. Tasks that have answers at a distance
+    always do."""
+    learning_rate: float = knob(3e-3, above=0)
     """The highest, after warm-up."""
-    checkpoint_seconds: float = 30.0
-    """Wall clock of training between checkpoints, at least; what a cell that is killed loses at most."""
-    budget: Any = None
-    """Memory that a training step may take, such as 80GiB: what fits into it is found by prediction."""
-    limit_bytes: Any = None
-    """Memory that the cell may take on its device, such as 8GiB; what asks for more is out of memory. null is
-    what the device has free."""
-    limit_seconds: float = 600.0
-    """Wall-clock limit of the cell; past it the cell is stopped and its status is timeout."""
+    checkpoint_seconds: float = knob(30.0, least=0, unit="seconds", decides=False)
+    """Wall clock of training between checkpoints, at least. It is what a cell that is killed loses at
+    most."""
+    budget: int | None = knob(None, least=1, unit="bytes")
+    """Memory that a training step may take, such as 80GiB. What fits into it is found by prediction."""
+    limit_bytes: int | None = knob(None, least=1, unit="bytes", decides=False)
+    """Memory that the cell may take on its device, such as 8GiB; null is what the device has free. A cell
+    that asks for more is out of memory."""
+    limit_seconds: float = knob(600.0, above=0, unit="seconds", decides=False)
+    """Wall-clock limit of the cell. Past it the cell is stopped and its status is timeout."""
+
+    def __post_init__(self) -> None:
+        finite = "a finite number: training has to end"
+        self.require("train_flops", self.train_flops < math.inf, finite)
+        self.require("train_seconds", self.train_seconds < math.inf, finite)
+        several = "0 for none, or 2 or more: one has no spread"
+        self.require("history_targets", self.history_targets != 1, several)
+        if given := [name for name, spent in self._amounts().items() if spent]:
+            unspent = f"train_budget={self.train_budget} has nothing to spend"
+            allowed = f"more than 0: {unspent}; give it, or take train_budget={given[0]}"
+            self.require(f"train_{self.train_budget}", bool(self.train_amount), allowed)
+        if self.train_amount:
+            self.require("eval_tokens", self.eval_tokens >= 1, "1 or more tokens after training")
+
+    @classmethod
+    def of(cls, values: Mapping[str, Any]) -> Self:
+        """As of every class of knobs; memory is written in units too."""
+        memory = [name for name in ("budget", "limit_bytes") if values.get(name) is not None]
+        return super().of({**values, **{name: parse_bytes(name, values[name]) for name in memory}})
+
+    def _amounts(self) -> dict[str, float]:
+        return {"tokens": self.train_tokens, "flops": self.train_flops, "seconds": self.train_seconds}
 
     @property
     def train_amount(self) -> float:
         """The training budget, in its own unit; 0 takes no quality figures."""
-        amounts = dict(
-            zip(TRAIN_BUDGETS, (self.train_tokens, self.train_flops, self.train_seconds), strict=True)
-        )
-        return amounts[self.train_budget]
+        return self._amounts()[self.train_budget]
 
     def decisive(self) -> dict[str, Any]:
-        """The knobs that can change a figure: not how long it may take, nor budgets that are not spent."""
-        unspent = [f"train_{name}" for name in TRAIN_BUDGETS if name != self.train_budget]
-        skipped = {"limit_bytes", "limit_seconds", "checkpoint_seconds", *unspent}
-        younger = ("precision", "place_period", "attention_windows", "reach")  # than cells without them
-        skipped.update(name for name in younger if getattr(self, name) == getattr(MeasureSpec, name))
-        return {key: value for key, value in dataclasses.asdict(self).items() if key not in skipped}
+        """The knobs that can change a figure: not budgets of training that are not spent."""
+        unspent = {f"train_{name}" for name in self._amounts() if name != self.train_budget}
+        values = {name: value for name, value in self.as_dict().items() if name not in unspent}
+        return decisive(MeasureSpec, values)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,27 +214,27 @@ class DataSpec:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ClusterSpec:
-    """Where cells run, and what a job of them is given there. Decides no figure; None leaves it open."""
+class ClusterSpec(Spec):
+    """Where cells run, and what a job of them is given there. Decides no figure; null leaves it open."""
 
-    name: str = "local"
+    name: str = knob("local", decides=False)
     """Name of the group's entry, for people."""
-    cells_per_job: int = 1
-    """Cells that a job measures, one after the other; the larger, the less its start costs."""
-    parallel: int | None = None
+    cells_per_job: int = knob(1, least=1, unit="cells", decides=False)
+    """Cells that a job measures, one after the other. The larger, the less its start costs."""
+    parallel: int | None = knob(None, least=1, unit="jobs", decides=False)
     """Jobs that run at the same time, at most."""
-    partition: str | None = None
-    """SLURM's."""
-    address: str | None = None
-    """Of a running Ray cluster."""
-    gpus: int | None = None
-    """Accelerators of a job: one, for one cell after the other."""
-    cpus: int | None = None
-    """Cores of a job."""
-    memory_gib: int | None = None
+    partition: str | None = knob(None, decides=False)
+    """Partition of SLURM; null is its default."""
+    address: str | None = knob(None, decides=False)
+    """Address of a running Ray cluster; auto finds it from one of its machines, null starts Ray here."""
+    gpus: int | None = knob(None, least=0, unit="devices", decides=False)
+    """Accelerators of a job; null is 1, or 0 for cells on the CPU."""
+    cpus: int | None = knob(None, least=1, unit="cores", decides=False)
+    """Cores of a job; null leaves it open."""
+    memory_gib: int | None = knob(None, least=1, unit="GiB", decides=False)
     """Memory of a job on its host."""
-    minutes: int | None = None
-    """Time limit of a job."""
+    minutes: int | None = knob(None, least=1, unit="minutes", decides=False)
+    """Time limit of a job; null is what its cells may take by measure.limit_seconds."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -206,10 +302,17 @@ class CellSpec:
 
     def cell_id(self, data_sha256: str, code_sha256: str) -> str:
         """Hash of everything that decides the figures."""
-        decisive = dataclasses.asdict(self) | {"measure": self.measure.decisive()}
-        if not self.twin:
-            del decisive["twin"]  # younger than cells that were hashed without it
-        return digest([decisive, data_sha256, code_sha256])
+        values = dataclasses.asdict(self)
+        values["variant_params"] = _decisive_params("variant", self.variant, self.variant_params)
+        values["data"]["params"] = _decisive_params("data", self.data.name, self.data.params)
+        values["model"] = decisive(ModelSpec, values["model"])
+        values["measure"] = self.measure.decisive()
+        return digest([decisive(Root, values), data_sha256, code_sha256])
+
+
+def _decisive_params(group: str, name: str, params: dict[str, Any]) -> dict[str, Any]:
+    found = chosen.declared(group, name)
+    return decisive(found.config, params) if found else params
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -222,7 +325,7 @@ class Cell:
     force: bool
     """Measure it though its record is final."""
     rerun: str = "none"
-    """Which final records do not stand, of `RERUNS`."""
+    """Which final records do not stand: a value of `Root.rerun`."""
     audit_oom: float = 0.0
     """Share of the cells that are predicted to exceed their memory which run all the same."""
     skip_after_oom: bool = True

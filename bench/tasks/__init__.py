@@ -13,6 +13,9 @@ import inspect
 import pkgutil
 from typing import TYPE_CHECKING
 
+from variants import declarations
+from variants.declarations import Declared
+
 if TYPE_CHECKING:
     from bench.tasks.base import Task
 
@@ -27,6 +30,18 @@ def names() -> list[str]:
     return sorted(name for name in found - _SHARED if not name.startswith("_"))
 
 
+def declared(name: str) -> Declared:
+    """The knobs of the task behind `data=name`, read from its source; imports nothing.
+
+    Raises declarations.Unreadable for a task whose knobs are not written in literals.
+    """
+    return declarations.declared(_module_of(name))
+
+
+def _module_of(name: str) -> str:
+    return f"{__name__}.{name if name in names() else TEXT}"
+
+
 def load(name: str) -> type[Task]:
     """Return the task for `data=name`: the one in the module of this name, or else text.
 
@@ -34,7 +49,7 @@ def load(name: str) -> type[Task]:
     """
     from bench.tasks.base import Task
 
-    module = importlib.import_module(f"{__name__}.{name if name in names() else TEXT}")
+    module = importlib.import_module(_module_of(name))
     found = [
         thing
         for thing in vars(module).values()

@@ -31,6 +31,7 @@ import torch
 from scipy.signal import fftconvolve
 
 from bench.tasks.base import IGNORED, Batch, Setting, Task, TaskConfig
+from variants.knobs import knob
 
 Ints = npt.NDArray[np.int64]
 Example = tuple[Ints, int]
@@ -58,29 +59,21 @@ class ListopsConfig(TaskConfig):
     """Knobs of ListOps. The defaults are those of Long Range Arena,
     except the lengths, which depend on the cell's."""
 
-    min_length: int | None = None
+    min_length: int | None = knob(None, least=MIN_LENGTH, unit="tokens")
     """Minimum tokens of an expression, including brackets; null is a quarter of max_length. LRA uses 501."""
-    max_length: int | None = None
+    max_length: int | None = knob(None, least=MIN_LENGTH, most=MAX_LENGTH, unit="tokens")
     """Maximum tokens of an expression; null is seq_len minus the question token. LRA uses 1,999."""
-    max_depth: int = 10
+    max_depth: int = knob(10, least=2, unit="levels")
     """Levels of the expression tree, including the digits at the bottom."""
-    max_args: int = 10
+    max_args: int = knob(10, least=2, unit="arguments")
     """Maximum arguments of an operator. The number of arguments is uniform, from 2."""
-    growth: float = 0.25
+    growth: float = knob(0.25, least=0, below=1)
     """Probability that an argument is itself an operator."""
 
     def __post_init__(self) -> None:
-        least = self.min_length
-        self.require(
-            "min_length", least is None or least >= MIN_LENGTH, f"{MIN_LENGTH} tokens or more, or null"
-        )
-        at_least = MIN_LENGTH if least is None else least
-        allowed = f"min_length or more, and {MIN_LENGTH}, up to {MAX_LENGTH:,} tokens; or null"
-        fits = self.max_length is None or at_least <= self.max_length <= MAX_LENGTH
-        self.require("max_length", fits, allowed)
-        self.require("max_depth", self.max_depth >= 2, "2 or more")
-        self.require("max_args", self.max_args >= 2, "2 or more")
-        self.require("growth", 0 <= self.growth < 1, "0 up to below 1")
+        if self.min_length is not None and self.max_length is not None:
+            allowed = f"min_length={self.min_length} or more tokens; or null"
+            self.require("max_length", self.min_length <= self.max_length, allowed)
 
     @property
     def vocabulary(self) -> int:

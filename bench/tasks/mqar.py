@@ -28,6 +28,7 @@ import numpy.typing as npt
 import torch
 
 from bench.tasks.base import IGNORED, Batch, Setting, Task, TaskConfig
+from variants.knobs import knob
 
 Ints = npt.NDArray[np.int64]
 
@@ -39,24 +40,21 @@ MIN_PAIRS = 2
 class MqarConfig(TaskConfig):
     """Knobs of the recall task."""
 
-    n_pairs: int = 4
+    n_pairs: int = knob(4, least=1, unit="pairs")
     """Pairs in a sequence, each queried once."""
-    n_symbols: int = 64
+    n_symbols: int = knob(64, least=2, multiple=2, unit="symbols")
     """Symbols without the blank; the lower half are keys, the upper half values."""
-    power_a: float = 0.01
-    """Exponent a of the power law: the relative position x of a query, in (0, 1] after the pairs, has density
-    a·x^(a − 1). Smaller values place queries closer to the pairs; 1 is uniform."""
-    curriculum: float = 0.0
-    """Share of the training during which the number of pairs grows to n_pairs;
-    0 uses all pairs from the start."""
+    power_a: float = knob(0.01, above=0, most=1)
+    """Exponent a of the power law of the positions of queries. The relative position x of a query, in (0, 1]
+    after the pairs, has density a·x^(a − 1). Smaller values place queries closer to the pairs; 1 is
+    uniform."""
+    curriculum: float = knob(0, least=0, most=1)
+    """Share of the training during which the number of pairs grows to n_pairs; 0 uses all from the start."""
 
     def __post_init__(self) -> None:
-        self.require("n_pairs", self.n_pairs >= 1, "1 or more")
-        enough = self.n_symbols >= 2 * self.n_pairs and self.n_symbols % 2 == 0
+        enough = self.n_symbols >= 2 * self.n_pairs
         least = f"an even number, 2·n_pairs={2 * self.n_pairs} or more: keys and values differ in a sequence"
         self.require("n_symbols", enough, least)
-        self.require("power_a", 0 < self.power_a <= 1, "more than 0, up to 1")
-        self.require("curriculum", 0 <= self.curriculum <= 1, "0 to 1")
 
     @property
     def vocabulary(self) -> int:

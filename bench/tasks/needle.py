@@ -23,6 +23,7 @@ import numpy.typing as npt
 import torch
 
 from bench.tasks.base import IGNORED, Batch, Setting, Task, TaskConfig
+from variants.knobs import knob
 
 Ints = npt.NDArray[np.int64]
 
@@ -34,32 +35,27 @@ START_DISTANCE = 8
 class NeedleConfig(TaskConfig):
     """Knobs of the needle task."""
 
-    n_depths: int = 8
-    """Number of distances that are tested, evenly spaced from directly
-    before the query to the first token."""
-    n_distractors: int = 0
+    n_depths: int = knob(8, least=2, unit="distances")
+    """Number of distances that are tested. They are evenly spaced from directly before the query to the first
+    token."""
+    n_distractors: int = knob(0, least=0, unit="pairs")
     """Pairs of other keys and arbitrary values in the filler. Without distractors, the context contains a
     single value and finding it is sufficient. With distractors, the model must match the key, which requires
     two layers and much more training."""
-    n_keys: int = 16
+    n_keys: int = knob(16, least=1, unit="symbols")
     """Number of key symbols; the keys of one sequence are distinct."""
-    n_values: int = 8
+    n_values: int = knob(8, least=2, unit="symbols")
     """Number of value symbols, drawn uniformly and independently of the rest of the sequence."""
-    n_filler: int = 4
+    n_filler: int = knob(4, least=1, unit="symbols")
     """Number of filler symbols, drawn independently."""
-    curriculum: float = 0.0
-    """Share of the training during which the maximum distance grows to the whole sequence; 0 uses all
+    curriculum: float = knob(0, least=0, most=1)
+    """Share of the training during which the maximum distance grows to the whole sequence. 0 uses all
     distances from the start. Retrieval over several layers is learnt sooner after retrieval within one
     layer."""
 
     def __post_init__(self) -> None:
-        self.require("n_depths", self.n_depths >= 2, "2 or more")
-        self.require("n_distractors", self.n_distractors >= 0, "0 or more")
         more = f"more than n_distractors={self.n_distractors}: the keys of a sequence differ"
         self.require("n_keys", self.n_keys > self.n_distractors, more)
-        self.require("n_values", self.n_values >= 2, "2 or more")
-        self.require("n_filler", self.n_filler >= 1, "1 or more")
-        self.require("curriculum", 0 <= self.curriculum <= 1, "0 to 1")
 
     @property
     def vocabulary(self) -> int:

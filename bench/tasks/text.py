@@ -20,6 +20,7 @@ from bench import corpora
 from bench.corpora import Corpus, Document
 from bench.tasks.base import IGNORED, Batch, Setting, Task, TaskConfig
 from bench.tasks.windows import Passage, document_batches, scored_counts, window_batches
+from variants.knobs import knob
 
 MASK = 256
 VOCABULARY = 257
@@ -35,9 +36,9 @@ class TextConfig(TaskConfig):
     """The knobs of a corpus."""
 
     path: str | None = None
-    """For data=files: a file, folder or glob.
-    For other corpora: the location of their files, if not the cache."""
-    max_bytes: int | None = None
+    """A file, folder or glob, for data=files. For other corpora: the location of their files, if not the
+    cache."""
+    max_bytes: int | None = knob(None, least=1, unit="bytes")
     """Maximum number of bytes of training documents, for corpora that are too large to use as a whole."""
 
     @property

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Protocol
 
 from bench.records import KEYS, Record, curve_path_of
+from variants.knobs import Knobs, knob
 
 NONE = "none"
 _ASKED = ("train_budget", "train_amount", "learning_rate", "eval_split", "budget_bytes")
@@ -25,13 +26,13 @@ _ASKED = ("train_budget", "train_amount", "learning_rate", "eval_split", "budget
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrackerSpec:
+class TrackerSpec(Knobs):
     """The selected tracker and its storage location."""
 
-    name: str = NONE
-    place: str | None = None
-    """A folder or another address that the tracker accepts;
-    null is a folder of the tracker's name under results_dir."""
+    name: str = knob(NONE, decides=False)
+    """Tracker that receives finished records, besides the results folder."""
+    place: str | None = knob(None, decides=False)
+    """A folder or another address that the tracker accepts; null is a folder of its name in results_dir."""
 
 
 class Tracker(Protocol):

@@ -21,7 +21,6 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from omegaconf import OmegaConf
 from oracles import EXACT, assert_same, difference, dims_for, feed, language_model, make_layer, numbers, refer
 from tiers import slow, tiered
 from torch import Tensor
@@ -29,12 +28,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_leaves
 
 import variants
+from bench.config.groups import completed
 from bench.measure import gates
 from bench.measure.flops import CountFlops
 from bench.model.language_model import LanguageModel
 from variants.base import Attention, Complexity, Dims, Flops, Out, VariantConfig
 
-ROOT = Path(__file__).resolve().parents[2]
 NAMES = variants.names()
 DEFAULT_LENGTH = 600
 """Past every default window, and no multiple of a block."""
@@ -176,15 +175,9 @@ def test_what_a_variant_is_has_been_filled_in(name: str) -> None:
         assert (documented_thing.__doc__ or "").strip(), f"{documented_thing} has no docstring"
 
 
-@pytest.mark.parametrize("name", sorted({*NAMES} - {*variants.plugins()}))
-def test_yaml_offers_exactly_the_knobs_with_their_defaults(name: str) -> None:
-    path = ROOT / "configs" / "variant" / f"{name}.yaml"
-    given_knobs = OmegaConf.to_container(OmegaConf.load(path))
-    assert given_knobs == {"name": name, **variants.load(name).Config().as_dict()}
-
-
-def test_every_yaml_has_its_variant() -> None:
-    assert {path.stem for path in (ROOT / "configs" / "variant").glob("*.yaml")} <= {*NAMES}
+@every_variant
+def test_the_configuration_offers_exactly_its_knobs_with_their_defaults(name: str) -> None:
+    assert completed("variant", name, {}) == {"name": name, **variants.load(name).Config().as_dict()}
 
 
 @every_variant

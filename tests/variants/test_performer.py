@@ -21,7 +21,7 @@ from bench.measure.memory import LiveStorage
 from bench.model.language_model import LanguageModel
 from bench.tasks.text import Batch
 from bench.train.loop import optimizer_for, training_step
-from variants.attention.performer import FEATURES, Performer, PerformerConfig
+from variants.attention.performer import Performer, PerformerConfig
 from variants.base import Dims
 from variants.ops import causal_linear_attention, linear_attention
 from variants.ops.tile_size import Sizes
@@ -29,6 +29,7 @@ from variants.ops.tile_size import Sizes
 SMALL: list[dict[str, Any]] = [{"features": "relu", "n_features": 24, "chunk": 32, "redraw": 1}]
 
 CPU = torch.device("cpu")
+FEATURES = ("softmax", "relu")
 
 
 def dims_of(seq_len: int, batch_size: int = 1) -> Dims:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from variants.attention.dense import Dense, DenseConfig
 from variants.base import Caps, Chunks, Complexity, Dims, VariantConfig
+from variants.knobs import knob
 from variants.ops import masks
 
 
@@ -18,12 +19,8 @@ from variants.ops import masks
 class ChunkedConfig(DenseConfig):
     """Knobs of chunked attention."""
 
-    chunk: int = 256
+    chunk: int = knob(256, least=1, unit="tokens")
     """Tokens of a chunk; no token reads outside its own."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.require("chunk", self.chunk >= 1, "1 or more tokens")
 
 
 class Chunked(Dense):

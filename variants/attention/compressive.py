@@ -9,13 +9,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from variants.base import Complexity, Dims, Flops, Out, Segments, VariantConfig
+from variants.knobs import knob
 from variants.ops.relative_attention import Attended, Recurrent, slide
 
 
@@ -114,23 +115,17 @@ COMPRESSIONS: dict[str, type[Compressor]] = {
 class CompressiveConfig(VariantConfig):
     """Knobs of compressed memory."""
 
-    segment: int = 256
+    segment: int = knob(256, least=1, unit="tokens")
     """Tokens that are processed, and trained on, at a time."""
-    mem_len: int = 256
+    mem_len: int = knob(256, least=0, unit="tokens")
     """Positions before the segment whose hidden states each layer keeps as they are; 0 for none."""
-    comp_len: int = 64
+    comp_len: int = knob(64, least=0, unit="memories")
     """Compressed memories that each layer keeps beyond those; 0 for none, which is Transformer-XL."""
-    rate: int = 4
+    rate: int = knob(4, least=1, unit="memories")
     """Memories that are compressed into one."""
-    compression: str = "conv"
-    """mean or max pooling, conv or dilated_conv (learnt), most_used (those that got most attention)."""
-
-    def __post_init__(self) -> None:
-        self.require("segment", self.segment >= 1, "1 or more tokens")
-        self.require("mem_len", self.mem_len >= 0, "0 or more tokens")
-        self.require("comp_len", self.comp_len >= 0, "0 or more memories")
-        self.require("rate", self.rate >= 1, "1 or more memories")
-        self.require("compression", self.compression in COMPRESSIONS, ", ".join(COMPRESSIONS))
+    compression: Literal["mean", "max", "conv", "dilated_conv", "most_used"] = "conv"
+    """How memories are compressed. mean or max pooling, conv or dilated_conv (learnt), most_used (those that
+    got most attention)."""
 
     def falls(self, memory: int, tokens: int) -> int:
         """Positions that leave a memory of this size when a segment enters it."""

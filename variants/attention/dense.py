@@ -6,7 +6,7 @@ Shapes: B batch, T tokens, C channels, H heads, D = C / H.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -16,19 +16,15 @@ from variants.base import Attention, Caps, Complexity, Dims, Flops, Out, Variant
 from variants.ops import backends, masks
 from variants.ops.projections import Projections, masked_attention
 
-IMPLS = ("sdpa", "naive", "flex", "xformers")
-
 
 @dataclass(frozen=True, kw_only=True)
 class DenseConfig(VariantConfig):
     """Knobs of dense attention."""
 
-    impl: str = "sdpa"
-    """sdpa: torch's fused kernel, which stores no T × T matrix. naive: scores, softmax and sum in turn.
-    flex: FlexAttention, compiled. xformers: its memory_efficient_attention. The last two need CUDA."""
-
-    def __post_init__(self) -> None:
-        self.require("impl", self.impl in IMPLS, " or ".join(IMPLS))
+    impl: Literal["sdpa", "naive", "flex", "xformers"] = "sdpa"
+    """Implementation of attention. sdpa: torch's fused kernel, which stores no T × T matrix. naive: scores,
+    softmax and sum in turn. flex: FlexAttention, compiled. xformers: its memory_efficient_attention. The last
+    two need CUDA."""
 
 
 class Dense(Attention):

@@ -7,33 +7,28 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from variants.base import Attention, Caps, Complexity, Dims, Flops, Out, VariantConfig
+from variants.knobs import knob
 from variants.ops import masks
 from variants.ops.projections import Projections, masked_attention
-
-SHARINGS = ("none", "headwise", "kv", "layerwise")
 
 
 @dataclass(frozen=True, kw_only=True)
 class LinformerConfig(VariantConfig):
     """Knobs of the projection along the length."""
 
-    k: int = 256
+    k: int = knob(256, least=1, unit="positions")
     """Projected keys and values that every query reads; at most the longest sequence, in positions."""
-    sharing: str = "kv"
+    sharing: Literal["none", "headwise", "kv", "layerwise"] = "kv"
     """Which length projections are one and the same (§4). none: each head of each layer has one for
     its keys (E) and one for its values (F). headwise: a layer's heads share E and F. kv: also E = F.
     layerwise: also all layers, once `Linformer.tie` has been given them."""
-
-    def __post_init__(self) -> None:
-        self.require("k", self.k >= 1, "an integer ≥ 1")
-        self.require("sharing", self.sharing in SHARINGS, " or ".join(SHARINGS))
 
 
 class Linformer(Attention):

@@ -8,43 +8,36 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from variants.base import Attention, Caps, Complexity, Dims, Flops, Out, VariantConfig
+from variants.knobs import knob
 from variants.ops import backends, masks
 from variants.ops.block_sparse import union_attention, union_impl
 from variants.ops.projections import Projections, local_attention, masked_attention, rotary
 from variants.ops.strided_parts import Cut, Part, piece_size
-
-IMPLS = ("blocks", "flex")
 
 
 @dataclass(frozen=True, kw_only=True)
 class LongformerConfig(VariantConfig):
     """Knobs of the sliding window."""
 
-    impl: str = "blocks"
-    """blocks: blocks of queries with the keys near them, by torch's fused kernel. flex: FlexAttention,
-    compiled, on CUDA; takes no global tokens."""
-    window: tuple[int, ...] = (256,)
-    """Tokens a query reads on each side, itself included: of the lowest layer, the next, …; layers
-    above the last entry use it again. The paper's two-sided w is 2·window − 1 here."""
-    dilation: tuple[int, ...] = (1,)
+    impl: Literal["blocks", "flex"] = "blocks"
+    """Implementation of the window. blocks: blocks of queries with the keys near them, by torch's fused
+    kernel. flex: FlexAttention, compiled, on CUDA; takes no global tokens."""
+    window: tuple[int, ...] = knob((256,), least=1, entries=1, unit="tokens")
+    """Tokens that a query reads on each side, itself included. One entry for each layer from the lowest;
+    layers above the last entry use it again. The paper's two-sided w is 2·window − 1 here."""
+    dilation: tuple[int, ...] = knob((1,), least=1, entries=1, unit="steps")
     """Steps between neighbours in the window, one entry a head, repeated to the number of heads."""
-    global_tokens: int = 0
-    """How many tokens at the start of the sequence read every token and are read by every token; for
+    global_tokens: int = knob(0, least=0, unit="tokens")
+    """Tokens at the start of the sequence that read every token and are read by every token. For
     bidirectional objectives alone. The paper places them by task: classification's first token, a
     question's."""
-
-    def __post_init__(self) -> None:
-        self.require("impl", self.impl in IMPLS, " or ".join(IMPLS))
-        self.require("window", bool(self.window) and min(self.window) >= 1, "one or more integers ≥ 1")
-        self.require("dilation", bool(self.dilation) and min(self.dilation) >= 1, "one or more integers ≥ 1")
-        self.require("global_tokens", self.global_tokens >= 0, "an integer ≥ 0")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from variants.attention.dense import Dense, DenseConfig
 from variants.base import Caps, Chunks, Complexity, Dims, VariantConfig
+from variants.knobs import knob
 from variants.ops import masks
 
 
@@ -20,12 +21,8 @@ from variants.ops import masks
 class OverlappingConfig(DenseConfig):
     """Knobs of overlapping chunks."""
 
-    chunk: int = 256
+    chunk: int = knob(256, least=4, multiple=4, unit="tokens")
     """Tokens of a chunk; a new one starts every chunk/2 tokens."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.require("chunk", self.chunk >= 4 and self.chunk % 4 == 0, "a positive multiple of 4")
 
 
 class Overlapping(Dense):

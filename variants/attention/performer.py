@@ -7,42 +7,35 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from variants.base import Attention, Caps, Complexity, Dims, Flops, Out, VariantConfig
+from variants.knobs import knob
 from variants.ops import masks
 from variants.ops.causal_linear_attention import causal_favor
 from variants.ops.linear_attention import RELU_FLOOR, full_favor
 from variants.ops.projections import Projections, masked_attention
-
-FEATURES = ("softmax", "relu")
 
 
 @dataclass(frozen=True, kw_only=True)
 class PerformerConfig(VariantConfig):
     """Knobs of the random features and of how they are summed."""
 
-    features: str = "softmax"
-    """softmax: exp(ω·x − |x|²/2), whose products estimate softmax's weights without bias (Lemma 1).
-    relu: max(ω·x, 0) + 0.001, which estimates no softmax (§4.3, "Performer-ReLU")."""
-    n_features: int = 256
+    features: Literal["softmax", "relu"] = "softmax"
+    """Feature map of queries and keys. softmax: exp(ω·x − |x|²/2), whose products estimate softmax's weights
+    without bias (Lemma 1). relu: max(ω·x, 0) + 0.001, which estimates no softmax (§4.3, "Performer-ReLU")."""
+    n_features: int = knob(256, least=1, unit="directions")
     """Directions ω, and so features of a query or key; all heads of a layer share them."""
     orthogonal: bool = True
-    """Draw the directions orthogonal in groups of D, each with the length of a Gaussian vector (§2.4);
-    false draws them independently."""
-    redraw: int = 0
+    """Draw the directions orthogonal in groups of D; false draws them independently. Each has the length of a
+    Gaussian vector (§2.4)."""
+    redraw: int = knob(0, least=0, unit="optimiser steps")
     """Optimiser steps between draws of new directions; 0 keeps the first ones."""
-    chunk: int = 64
+    chunk: int = knob(64, least=1, unit="tokens")
     """Tokens whose causal weights are computed pair by pair; earlier tokens come as one sum."""
-
-    def __post_init__(self) -> None:
-        self.require("features", self.features in FEATURES, " or ".join(FEATURES))
-        self.require("n_features", self.n_features >= 1, "an integer ≥ 1")
-        self.require("redraw", self.redraw >= 0, "an integer ≥ 0")
-        self.require("chunk", self.chunk >= 1, "an integer ≥ 1")
 
 
 class Performer(Attention):

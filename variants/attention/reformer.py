@@ -6,13 +6,14 @@ Shapes: B batch, T tokens, C channels, H heads, D = C / H, R rounds of hashing, 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from variants.base import Attention, Caps, Complexity, Dims, Flops, Out, VariantConfig
+from variants.knobs import knob
 from variants.ops import masks
 from variants.ops.lsh.attention import lsh_attention
 from variants.ops.lsh.hashing import (
@@ -26,36 +27,31 @@ from variants.ops.lsh.hashing import (
 from variants.ops.lsh.windows import Window
 from variants.ops.projections import masked_attention, rotary
 
-NEIGHBOURHOODS = ("band", "chunk")
-
 
 @dataclass(frozen=True, kw_only=True)
 class ReformerConfig(VariantConfig):
     """Knobs of hashed attention."""
 
-    n_hashes: int = 4
+    n_hashes: int = knob(4, least=1, unit="rounds")
     """Rounds of hashing: a token reads what any round gives it."""
-    chunk: int = 64
-    """Tokens. band: how many predecessors of its bucket a token reads in a round (and as many
-    successors, where not causal). chunk: the length of a chunk of the sorted order."""
-    n_buckets: int | None = None
+    chunk: int = knob(64, least=1, unit="tokens")
+    """Tokens that a round of hashing compares. band: how many predecessors of its bucket a token reads in a
+    round (and as many successors, where not causal). chunk: the length of a chunk of the sorted order."""
+    n_buckets: int | None = knob(None, least=1, unit="buckets")
     """Buckets of a round: 1, or even, or over 64 a multiple of 4 (the product of two rotations).
     None: as many as suit the longest sequence that the model was built for. Up to `chunk` tokens that is
     1. Beyond, it is the paper's half a chunk to a bucket, 2·T/chunk, raised to the next even number, or
     over 64 to the next product of two even numbers of which the larger is at most twice the smaller."""
-    neighbourhood: str = "band"
-    """band: the nearest tokens of the same bucket, by position. chunk: the paper's, the tokens of the
-    same bucket in the token's own chunk of the sorted order and in the one before."""
+    neighbourhood: Literal["band", "chunk"] = "band"
+    """What a token reads of its bucket in a round. band: the nearest tokens of the same bucket, by position.
+    chunk: the paper's, the tokens of the same bucket in the token's own chunk of the sorted order and in the
+    one before."""
 
     def __post_init__(self) -> None:
-        self.require("n_hashes", self.n_hashes >= 1, "an integer ≥ 1")
-        self.require("chunk", self.chunk >= 1, "an integer ≥ 1")
         allowed = f"null, 1, an even number, over {ONE_ROTATION} a multiple of 4"
         n = self.n_buckets
-        self.require(
-            "n_buckets", n is None or n == 1 or (n > 0 and n % (2 if n <= ONE_ROTATION else 4) == 0), allowed
-        )
-        self.require("neighbourhood", self.neighbourhood in NEIGHBOURHOODS, " or ".join(NEIGHBOURHOODS))
+        fits = n is None or n == 1 or n % (2 if n <= ONE_ROTATION else 4) == 0
+        self.require("n_buckets", fits, allowed)
 
     def buckets(self, seq_len: int) -> int:
         """Buckets of a round in a layer that was built for `seq_len` tokens."""

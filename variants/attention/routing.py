@@ -7,44 +7,36 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from variants.base import Attention, Caps, Complexity, Dims, Flops, Out, VariantConfig
+from variants.knobs import knob
 from variants.ops import kmeans_attention, masks
 from variants.ops.projections import Projections, local_attention, masked_attention, rotary
-
-SELECTIONS = ("auto", "nearest", "topk")
 
 
 @dataclass(frozen=True, kw_only=True)
 class RoutingConfig(VariantConfig):
     """Knobs of routing attention."""
 
-    n_clusters: int | None = None
+    n_clusters: int | None = knob(None, least=1, unit="clusters")
     """Clusters of each routed head; null: √T, rounded, for the longest sequence."""
-    window: int = 128
+    window: int = knob(128, least=1, unit="tokens")
     """Tokens a query of a local head reads on each side, itself included."""
-    cluster_window: int | None = None
-    """`nearest` alone: members of its cluster that a routed query reads on each side, itself included;
+    cluster_window: int | None = knob(None, least=1, unit="tokens")
+    """Members of its cluster that a routed query reads on each side, itself included. For `nearest` alone;
     null: T / n_clusters, rounded up, for the longest sequence."""
-    decay: float = 0.999
+    decay: float = knob(0.999, least=0, below=1)
     """Share of a centroid that stays in a training step (the paper's λ)."""
-    selection: str = "auto"
-    """topk: the paper's. Each centroid takes the T / n_clusters tokens nearest to it, whichever they are:
-    what a token may read depends on later tokens. nearest: each token joins the centroid nearest to it
-    and reads the last `cluster_window` members. auto: nearest where causal, else topk."""
-
-    def __post_init__(self) -> None:
-        self.require("n_clusters", self.n_clusters is None or self.n_clusters >= 1, "null or an integer ≥ 1")
-        self.require("window", self.window >= 1, "an integer ≥ 1")
-        some = self.cluster_window is None or self.cluster_window >= 1
-        self.require("cluster_window", some, "null or an integer ≥ 1")
-        self.require("decay", 0 <= self.decay < 1, "a number in [0, 1)")
-        self.require("selection", self.selection in SELECTIONS, " or ".join(SELECTIONS))
+    selection: Literal["auto", "nearest", "topk"] = "auto"
+    """How tokens and clusters choose each other. topk: the paper's. Each centroid takes the T / n_clusters
+    tokens nearest to it, whichever they are: what a token may read depends on later tokens. nearest: each
+    token joins the centroid nearest to it and reads the last `cluster_window` members. auto: nearest where
+    causal, else topk."""
 
 
 class Routing(Attention):

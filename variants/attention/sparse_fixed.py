@@ -6,18 +6,18 @@ Shapes: B batch, T tokens, C channels, H heads, D = C / H; l the stride, c summa
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import torch
 from torch import Tensor
 
+from variants.knobs import knob
 from variants.ops import masks
 from variants.ops.factorised import Reads, Role, SparseAttention, SparseConfig
 from variants.ops.strided_parts import Cut, Part, piece_size
 from variants.ops.tile_size import Sizes
 
 Index = TypeVar("Index", int, Tensor)
-SUBBLOCKS = ("distinct", "shared")
 STRIPS = Sizes(cpu=32, accelerator=8)
 """Strips of queries that share a rectangle of earlier summaries: of n, on average 1/n more pairs than
 allowed."""
@@ -27,20 +27,17 @@ allowed."""
 class SparseFixedConfig(SparseConfig):
     """Knobs of the fixed pattern. A stride of null is at least c."""
 
-    c: int = 8
-    """Summary positions in each block of `stride` tokens; the paper takes 8, 16 or 32, and 32 for text
+    c: int = knob(8, least=1, unit="positions")
+    """Summary positions in each block of `stride` tokens. The paper takes 8, 16 or 32, and 32 for text
     (§4.3, §7.2). Cost grows with it: at 16,384 tokens and l = 128 a quarter of dense attention's pairs
     are left with 32, a fourteenth with 8."""
-    subblocks: str = "distinct"
-    """distinct: each head has c positions of its own, which the paper prefers: the last head the end of
-    a block, the one before it the c tokens before, … and again from the end where a block is used up.
-    shared: all heads have the last c."""
+    subblocks: Literal["distinct", "shared"] = "distinct"
+    """Whether heads have summary positions of their own. distinct: each head has c positions of its own,
+    which the paper prefers: the last head the end of a block, the one before it the c tokens before, … and
+    again from the end where a block is used up. shared: all heads have the last c."""
 
     def __post_init__(self) -> None:
-        super().__post_init__()
-        self.require("c", self.c >= 1, "an integer ≥ 1")
         self.require("c", self.stride is None or self.c <= self.stride, f"at most stride={self.stride}")
-        self.require("subblocks", self.subblocks in SUBBLOCKS, " or ".join(SUBBLOCKS))
 
     def stride_for(self, seq_len: int) -> int:
         """The stride of a layer built for sequences up to seq_len."""

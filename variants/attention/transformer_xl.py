@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from variants.base import Complexity, Dims, Flops, Out, Segments, VariantConfig
+from variants.knobs import knob
 from variants.ops import masks
 from variants.ops.relative_attention import Recurrent, slide
 
@@ -19,14 +20,10 @@ from variants.ops.relative_attention import Recurrent, slide
 class TransformerXLConfig(VariantConfig):
     """Knobs of segment-level recurrence."""
 
-    segment: int = 256
+    segment: int = knob(256, least=1, unit="tokens")
     """Tokens that are processed, and trained on, at a time."""
-    mem_len: int = 256
+    mem_len: int = knob(256, least=0, unit="tokens")
     """Positions before the segment whose hidden states each layer keeps; 0 for none."""
-
-    def __post_init__(self) -> None:
-        self.require("segment", self.segment >= 1, "1 or more tokens")
-        self.require("mem_len", self.mem_len >= 0, "0 or more tokens")
 
 
 class TransformerXL(Recurrent):

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -220,14 +220,9 @@ def union_impl(device: torch.device) -> str:
 class UnionConfig(VariantConfig):
     """Knobs of every variant that is computed in parts."""
 
-    IMPLS: ClassVar[tuple[str, ...]] = ("auto", "fused", "plain")
-
-    impl: str = "auto"
-    """fused: torch's CPU attention kernel, part by part. plain: matrix products, on any device. auto:
-    fused on the CPU, plain elsewhere."""
-
-    def __post_init__(self) -> None:
-        self.require("impl", self.impl in self.IMPLS, " or ".join(self.IMPLS))
+    impl: Literal["auto", "fused", "plain"] = "auto"
+    """Implementation of the parts. fused: torch's CPU attention kernel, part by part. plain: matrix products,
+    on any device. auto: fused on the CPU, plain elsewhere."""
 
 
 class UnionAttention(Attention):

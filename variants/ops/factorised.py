@@ -8,42 +8,34 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from variants.base import Caps, Complexity, Dims, Flops, Out, VariantConfig
+from variants.knobs import knob
 from variants.ops import backends, masks
 from variants.ops.block_sparse import UnionAttention, UnionConfig
 from variants.ops.projections import Projections, masked_attention
 from variants.ops.strided_parts import Part
-
-HEAD_MODES = ("merged", "split", "interleaved")
 
 
 @dataclass(frozen=True, kw_only=True)
 class SparseConfig(UnionConfig):
     """Knobs of both patterns."""
 
-    IMPLS: ClassVar[tuple[str, ...]] = (*UnionConfig.IMPLS, "flex")
-
-    impl: str = "auto"
-    """fused: torch's CPU attention kernel, part by part. plain: matrix products, on any device. auto:
-    fused on the CPU, plain elsewhere. flex: FlexAttention, compiled, on CUDA; hardly a tile of 128 × 128 is
-    empty in these patterns, so it computes nearly all pairs of dense attention."""
-    stride: int | None = None
-    """Stride l in tokens; null: the power of two nearest to √T of the longest sequence that the layer
-    is built for (not of the one it is fed: a prefix must be read as it is within the whole)."""
-    head_mode: str = "merged"
-    """merged: each head reads the union of both factors (eq. 7), the one mode that the paper's
-    experiments name (§7.2). split: the first half of the heads reads the near factor, the rest the far
-    one (eq. 8). interleaved: even layers read the near factor, odd ones the far one (eq. 6)."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.require("stride", self.stride is None or self.stride >= 1, "null or an integer ≥ 1")
-        self.require("head_mode", self.head_mode in HEAD_MODES, " or ".join(HEAD_MODES))
+    impl: Literal["auto", "fused", "plain", "flex"] = "auto"  # type: ignore[assignment]  # one more
+    """Implementation of the parts. fused: torch's CPU attention kernel, part by part. plain: matrix products,
+    on any device. auto: fused on the CPU, plain elsewhere. flex: FlexAttention, compiled, on CUDA; hardly a
+    tile of 128 × 128 is empty in these patterns, so it computes nearly all pairs of dense attention."""
+    stride: int | None = knob(None, least=1, unit="tokens")
+    """Stride l; null: the power of two nearest to √T. T is the longest sequence that the layer is built for
+    (not the one it is fed: a prefix must be read as it is within the whole)."""
+    head_mode: Literal["merged", "split", "interleaved"] = "merged"
+    """Which head reads which factor. merged: each head reads the union of both factors (eq. 7), the one mode
+    that the paper's experiments name (§7.2). split: the first half of the heads reads the near factor, the
+    rest the far one (eq. 8). interleaved: even layers read the near factor, odd ones the far one (eq. 6)."""
 
     def stride_for(self, seq_len: int) -> int:
         """The stride of a layer built for sequences up to seq_len."""

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 from hydra._internal.core_plugins.file_config_source import FileConfigSource
 from hydra.core.config_loader import ConfigLoader
 from hydra.core.config_search_path import ConfigSearchPath
+from hydra.core.object_type import ObjectType
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override, OverrideType
 from hydra.plugins.config_source import ConfigLoadError, ConfigResult
@@ -25,7 +26,6 @@ from hydra.plugins.search_path_plugin import SearchPathPlugin
 from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, RunMode, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
-from omegaconf.errors import OmegaConfBaseException
 
 IN_THIS_PROCESS = "hydra._internal.core_plugins.basic_launcher.BasicLauncher"
 """Hydra's own launcher; the cells go to any other one as jobs."""
@@ -44,7 +44,8 @@ class CheckedConfigs(SearchPathPlugin):
 
 
 class CheckedSource(FileConfigSource):
-    """A folder of configs, each file of which holds plain values of knobs alone."""
+    """A folder of configs, each file of which holds plain values of knobs alone, and the entries of groups
+    that follow from declarations (`bench.config.groups`)."""
 
     @staticmethod
     def scheme() -> str:
@@ -54,67 +55,133 @@ class CheckedSource(FileConfigSource):
     def load_config(self, config_path: str) -> ConfigResult:
         """Raises ConfigError for a file that holds more, or that lies outside of the folder."""
         from bench.cli import presets
-        from bench.inputs.errors import ConfigError
+        from bench.config import groups
 
         name = config_path.removesuffix(".yaml")
-        path = Path(self.path, f"{name}.yaml")
-        if Path(name).is_absolute() or ".." in Path(name).parts:
-            raise ConfigError(f"{name}: not allowed; a config is the name of a file under {self.path}")
-        if not path.is_file():
-            raise ConfigLoadError(f"Config not found : {path}")
-        try:
-            text = path.read_text(encoding="utf-8")
-            header = self._get_header_dict(text)
-        except (OSError, ValueError) as error:
-            raise ConfigError(f"{name}.yaml: cannot be read: {error}") from None
+        group, _, entry = name.rpartition("/")
+        path = self._file(name)
+        text = presets.read(name, path) if path else ""
+        if path is None and entry not in groups.entries(group):
+            raise ConfigLoadError(f"Config not found : {Path(self.path, name)}.yaml")
+        header = self._get_header_dict(text)
         content = presets.load(name, header["package"], text)
         presets.check(name, header["package"], content)
+        if header["package"] is None:
+            content = groups.completed(group, entry, content)
         return ConfigResult(
             config=OmegaConf.create(content), path=self.full_path(), provider=self.provider, header=header
         )
 
+    def is_group(self, config_path: str) -> bool:
+        """Whether there is a folder or a declared group of this name."""
+        from bench.config.groups import GROUPS
+
+        return config_path in GROUPS or super().is_group(config_path)
+
+    def is_config(self, config_path: str) -> bool:
+        """Whether there is a file or a declared entry of this name."""
+        from bench.config import groups
+
+        group, _, entry = config_path.removesuffix(".yaml").rpartition("/")
+        return entry in groups.entries(group) or super().is_config(config_path)
+
+    def list(self, config_path: str, results_filter: ObjectType | None) -> list[str]:
+        """The names of files, folders and declared entries in a folder, sorted."""
+        from bench.config import groups
+
+        is_folder = super().is_group(config_path)
+        found = {*super().list(config_path, results_filter)} if is_folder else set()
+        if results_filter in (None, ObjectType.CONFIG):
+            found |= {*groups.entries(config_path)}
+        if results_filter in (None, ObjectType.GROUP) and not config_path:
+            found |= {*groups.GROUPS}
+        return sorted(found)
+
+    def _file(self, name: str) -> Path | None:
+        """The file of a config, if it has one. Raises ConfigError for one outside of the folder."""
+        from bench.config.groups import file_beside
+        from bench.inputs.errors import ConfigError
+
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            raise ConfigError(f"{name}: not allowed; a config is the name of a file under {self.path}")
+        path = Path(self.path, f"{name}.yaml")
+        group, _, entry = name.rpartition("/")
+        return path if path.is_file() else file_beside(group, entry)
+
 
 class Composer:
-    """A cell's config, without Hydra's own part, from its overrides.
+    """A cell's config in plain types, without Hydra's own part, from its overrides.
 
-    Hydra composes once for all cells that choose the same entries of the groups; what else a cell overrides
-    is put into a copy. Composing each anew would take minutes for a thousand cells.
+    Hydra composes once for each entry that cells choose of a group; what else a cell overrides is put into a
+    copy. Composing each cell anew would take minutes for a thousand of them.
     """
 
     def __init__(self, loader: ConfigLoader, composed: DictConfig) -> None:
         self.loader, self.composed = loader, composed
         self.parser = OverridesParser.create(config_loader=loader)
         self.groups = {*loader.list_groups("")}
-        self._known: dict[tuple[str, ...], DictConfig] = {}
+        self._known: dict[tuple[str, ...], dict[str, Any]] = {}
+        self._values: dict[str, Override | None] = {}
 
-    def __call__(self, job: Sequence[str]) -> DictConfig:
+    def __call__(self, job: Sequence[str]) -> dict[str, Any]:
         """Raises what Hydra raises for overrides that cannot be."""
-        choices: list[str] = []
-        values: list[Override] = []
-        for override, text in zip(self.parser.parse_overrides(list(job)), job, strict=True):
-            plain = override.type == OverrideType.CHANGE and override.package is None
-            if plain and "/" not in override.key_or_group and override.key_or_group not in self.groups:
-                values.append(override)
-            else:
-                choices.append(text)
-        copy = deepcopy(self._composed(tuple(choices)))
-        try:
-            for override in values:
-                OmegaConf.update(copy, override.key_or_group, override.value(), merge=True)
-        except OmegaConfBaseException:
-            return self._whole(job)  # raises what a mistake is explained by
-        return copy
+        values = [self._value(text) for text in job]
+        choices = tuple(text for text, value in zip(job, values, strict=True) if value is None)
+        made = deepcopy(self._composed(choices))
+        for value in values:
+            if value is not None and not _put(made, value.key_or_group, value.value()):
+                return self._whole(job)  # a reference or a mistake, which Hydra explains
+        return made
 
-    def _composed(self, choices: tuple[str, ...]) -> DictConfig:
+    def _value(self, text: str) -> Override | None:
+        """The override, if it gives one knob a plain value; None if it chooses or adds something."""
+        if text not in self._values:
+            (override,) = self.parser.parse_overrides([text])
+            key = override.key_or_group
+            is_plain = override.type == OverrideType.CHANGE and override.package is None
+            self._values[text] = override if is_plain and "/" not in key and key not in self.groups else None
+        return self._values[text]
+
+    def _composed(self, choices: tuple[str, ...]) -> dict[str, Any]:
         if choices not in self._known:
-            self._known[choices] = self._whole(choices)
+            self._known[choices] = self._joined(choices) or self._whole(choices)
         return self._known[choices]
 
-    def _whole(self, job: Sequence[str]) -> DictConfig:
-        parse = self.loader.load_sweep_config(self.composed, list(job))
-        whole: DictConfig = OmegaConf.masked_copy(parse, [str(key) for key in parse if key != "hydra"])
-        OmegaConf.set_struct(whole, True)  # as Hydra does: a knob that does not exist is refused
-        return whole
+    def _joined(self, choices: tuple[str, ...]) -> dict[str, Any] | None:
+        """The sections of several groups put together, each composed alone; None where an entry changes more
+        than the section of its group, or something else than entries is chosen."""
+        from bench.config.groups import GROUPS
+
+        if len(choices) < 2:
+            return None
+        without = self._composed(())
+        joined = dict(without)
+        for choice in choices:
+            group, alone = choice.partition("=")[0], self._composed((choice,))
+            if group not in GROUPS or alone | {group: None} != without | {group: None}:
+                return None
+            joined[group] = alone[group]
+        return joined
+
+    def _whole(self, job: Sequence[str]) -> dict[str, Any]:
+        from bench.config import parse
+
+        return parse.plain(self.loader.load_sweep_config(self.composed, list(job)))
+
+
+def _put(config: dict[str, Any], key: str, value: Any) -> bool:
+    """Give a knob that is there another value; False where Hydra has to see to it: the knob is not there,
+    holds other knobs, or the value refers to something."""
+    *sections, name = key.split(".")
+    holder: Any = config
+    for section in sections:
+        holder = holder.get(section) if isinstance(holder, dict) else None
+    if not isinstance(holder, dict) or name not in holder:
+        return False
+    if isinstance(holder[name], dict) or isinstance(value, dict) or "${" in str(value):
+        return False
+    holder[name] = value
+    return True
 
 
 class CellSweeper(Sweeper):
