@@ -157,9 +157,9 @@ show("performer")
 # A variant of another package, or a new file in `variants/`, is drawn as it stands, with its default knobs or those that `configs/gallery.yaml` gives it. What no section above has shown follows here.
 
 # %%
-for name in variants.names():
+for name in variants.mixers():
     if name not in shown:
-        print(name, "·", variants.load(name).paper)
+        print(name, "·", variants.load(name).info.paper)
         show(name)
 
 # %% [markdown]

@@ -10,8 +10,9 @@ import torch
 import variants
 from bench.evaluate.accuracy import Accuracy, measure_accuracy
 from bench.model.language_model import LanguageModel
+from bench.model.slots import ModelSpec
 from bench.tasks.base import IGNORED, Batch
-from variants.base import Dims
+from variants.base import Workload
 
 CPU = torch.device("cpu")
 VOCABULARY = 11
@@ -20,14 +21,12 @@ VOCABULARY = 11
 def model_of(name: str = "dense", **knobs: object) -> LanguageModel:
     variant = variants.load(name)
     torch.manual_seed(0)
-    dims = Dims(batch_size=1, seq_len=12, d_model=16, heads=2)
+    dims = Workload(causal=True, batch_size=1, seq_len=12, d_model=16, heads=2)
     return LanguageModel(
-        variant,
-        variant.Config.of(knobs),
+        ModelSpec.of(variant, variant.Config.of(knobs), ff_mult=2),
         dims,
         depth=2,
-        ff_mult=2,
-        dropout=0.5,  # must be off
+        dropout=0.5,
         vocabulary=VOCABULARY,
         activations="keep",
     )

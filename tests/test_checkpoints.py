@@ -22,14 +22,15 @@ from torch import Tensor
 import variants
 from bench import records
 from bench.model.language_model import LanguageModel
+from bench.model.slots import ModelSpec
 from bench.records import Record, read_all
 from bench.tasks.text import VOCABULARY, Batch
 from bench.train import checkpoints, loss_curve
 from bench.train.checkpoints import Kept
 from bench.train.loop import Budget, Training, train
-from variants.base import Dims
+from variants.base import Workload
 
-SIZES = Dims(batch_size=1, seq_len=40, d_model=32, heads=2)
+SIZES = Workload(causal=True, batch_size=1, seq_len=40, d_model=32, heads=2)
 CPU = torch.device("cpu")
 
 
@@ -39,8 +40,10 @@ CPU = torch.device("cpu")
 def model_of(name: str, seed: int, device: torch.device = CPU, **knobs: Any) -> LanguageModel:
     torch.manual_seed(seed)
     variant = variants.load(name)
-    sizes: dict[str, Any] = {"depth": 2, "ff_mult": 2, "dropout": 0.2, "vocabulary": VOCABULARY}
-    return LanguageModel(variant, variant.Config.of(knobs), SIZES, activations="keep", **sizes).to(device)
+    sizes: dict[str, Any] = {"depth": 2, "dropout": 0.2, "vocabulary": VOCABULARY}
+    return LanguageModel(
+        ModelSpec.of(variant, variant.Config.of(knobs), ff_mult=2), SIZES, activations="keep", **sizes
+    ).to(device)
 
 
 def batches_on(device: torch.device) -> Callable[[int, float], Batch]:
@@ -114,7 +117,8 @@ def assert_resumes(name: str, folder: Path, device: torch.device = CPU) -> None:
 @pytest.mark.parametrize("name", variants.names())
 def test_a_resumed_training_is_the_uninterrupted_one(name: str, tmp_path: Path) -> None:
     """With other weights and another seed to begin with; dropout, hashing and redraws included."""
-    if variants.load(name).caps.causal:
+    variant = variants.load(name)
+    if variant.info_for(variant.Config()).caps.causal:
         assert_resumes(name, tmp_path)
 
 

@@ -64,11 +64,69 @@ def test_one_cell_writes_one_record_with_the_contract_s_keys(tmp_path: Path) -> 
     assert record["flops_attention_step"] == 3 * 4 * c * (t * (t + 1) // 2) * 2
 
 
+def test_a_mixture_is_planned_trained_resumed_and_reported(tmp_path: Path) -> None:
+    """From the command line to the report, with knobs of a member; its FLOPs are the sum of its members'."""
+    mixture = ["variant=hybrid", "variant.layers=[longformer(window=16),longformer(window=16),dense]"]
+    cell = ["data=stdlib", "seq_len=64", "depth=3", "measure=quick", "measure.time_seconds=0"]
+    trained = ["measure.train_tokens=640", "measure.eval_tokens=256", "measure.checkpoint_seconds=0"]
+    done = bench(*mixture, *cell, *trained, "name=mixed", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    (record,) = records(tmp_path / "results/mixed")
+    layers = ["longformer(window=16)", "longformer(window=16)", "dense"]
+    assert (record["status"], record["variant_params"]) == ("ok", {"layers": layers})
+    assert record["impl"] == "longformer=blocks, dense=sdpa"
+    assert str(record["cost_ratio_reason"]).startswith("longformer: ")
+    assert float(str(record["leak_max_abs"])) < 1e-5
+    assert len(list((tmp_path / "results/mixed/gates").iterdir())) == 2, "one for each kind of layer"
+
+    members = ["variant=dense", "variant=longformer variant.window=16"]
+    for number, member in enumerate(members):
+        alone = bench(*member.split(), *cell, f"name=member{number}", cwd=tmp_path)
+        assert alone.returncode == 0, alone.stderr
+    (dense,), (longformer,) = (records(tmp_path / f"results/member{number}") for number in range(2))
+    for key in ("flops_attention_step", "flops_algorithmic_step"):
+        assert 3 * int(str(record[key])) == 2 * int(str(longformer[key])) + int(str(dense[key])), key
+
+    plan = bench(*mixture, *cell[:3], "measure=plan", "name=planned", cwd=tmp_path)
+    assert plan.returncode == 0, plan.stderr
+    (planned,) = records(tmp_path / "results/planned")
+    assert planned["peak_bytes"] == record["peak_bytes"]
+    assert planned["flops_executed_step"] == record["flops_executed_step"]
+
+    again = bench("-m", *mixture, *cell, *trained, "name=mixed", cwd=tmp_path)
+    assert again.returncode == 0, again.stderr
+    assert "1 of 1 cells were finished before" in again.stderr
+    report = [sys.executable, "-m", "bench.report", "results/mixed"]
+    told = subprocess.run(report, cwd=tmp_path, capture_output=True, text=True, timeout=HANG_SECONDS)
+    assert told.returncode == 0, told.stderr
+    assert "hybrid" in (tmp_path / "results/mixed/report/summary.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("layers", "said"),
+    [
+        ("[longformer,dens]", "did you mean dense?"),
+        ("[longformer(windw=5),dense]", "did you mean window?"),
+        ("[chunked,transformer_xl]", "allowed is one for all"),
+        ("[dense,dense,dense]", "depth=2: variant=hybrid has 3 layers; allowed is 3 or more"),
+    ],
+)
+def test_what_is_no_mixture_is_one_line_and_nothing_is_written(
+    layers: str, said: str, tmp_path: Path
+) -> None:
+    done = bench("variant=hybrid", f"variant.layers={layers}", "depth=2", cwd=tmp_path)
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("error: ")
+    assert said in line
+    assert not files(tmp_path)
+
+
 @pytest.mark.slow
 def test_sweep_over_all_variants_writes_a_record_a_cell(tmp_path: Path) -> None:
     import variants
 
-    sweep = ["-m", "variant=glob(*)", "seq_len=32,48", *QUICK[:3], "depth=1"]
+    sweep = ["-m", "variant=glob(*)", "seq_len=32,48", *QUICK[:3], "depth=2"]
     done = bench(*sweep, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     found = {(r["variant"], r["seq_len"], r["status"]) for r in records(tmp_path / "results/adhoc")}

@@ -26,7 +26,7 @@ from hypothesis import strategies as st
 
 from bench import CONFIGS
 from bench.config import parse
-from bench.config.spec import Cell, CellSpec, ClusterSpec, DataSpec, MeasureSpec, ModelSpec
+from bench.config.spec import Cell, CellSpec, ClusterSpec, DataSpec, MeasureSpec, ModelSizes
 from bench.records import FINAL, KEYS
 from bench.run import cluster, sweep
 
@@ -239,7 +239,7 @@ def cells(folder: Path, count: int, **changed: Any) -> list[Cell]:
     data = DataSpec(name="stdlib", params={})
     common = {"variant": "dense", "variant_params": {"impl": "sdpa"}, "depth": 1, "batch_size": 1}
     common |= {"replicate": 0, "objective": "clm", "device": "cpu", "dtype": "float32", "activations": "keep"}
-    common |= {"model": ModelSpec(), "data": data, "measure": MeasureSpec(limit_seconds=600), **changed}
+    common |= {"model": ModelSizes(), "data": data, "measure": MeasureSpec(limit_seconds=600), **changed}
     made = [CellSpec(**common, seq_len=32 * (n + 1)) for n in range(count)]  # type: ignore[arg-type]
     return [Cell(spec=spec, folder=folder / "results", name="adhoc", force=False) for spec in made]
 

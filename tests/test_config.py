@@ -19,7 +19,7 @@ import variants
 from bench.cli import errors, guard
 from bench.cli.overrides import groups
 from bench.config.parse import parse
-from bench.config.spec import ACTIVATIONS, Cell, CellSpec, DataSpec, MeasureSpec, ModelSpec, Root
+from bench.config.spec import ACTIVATIONS, Cell, CellSpec, DataSpec, MeasureSpec, ModelSizes, Root
 from bench.inputs.errors import ConfigError, choose
 from bench.measure import predict
 from bench.run import sweep
@@ -270,7 +270,7 @@ def test_knobs_that_came_later_leave_the_ids_of_older_cells_alone() -> None:
         device="cpu",
         dtype="float32",
         activations="keep",
-        model=ModelSpec(),
+        model=ModelSizes(),
         data=DataSpec(),
         measure=MeasureSpec(),
     )

@@ -18,10 +18,11 @@ from bench import corpora
 from bench.evaluate.context_use import measure_context_use
 from bench.evaluate.nll import Tally, tally
 from bench.model.language_model import LanguageModel
+from bench.model.slots import ModelSpec
 from bench.tasks import text
 from bench.tasks.windows import document_batches, window_batches
 from bench.train.loop import optimizer_for, training_step
-from variants.base import Dims
+from variants.base import Workload
 
 pytestmark = pytest.mark.slow
 
@@ -44,13 +45,11 @@ def corpus() -> corpora.Corpus:
 def trained(name: str, replicate: int, *, batch_size: int, steps: int, **knobs: Any) -> LanguageModel:
     """A small model in its last state; a replicate has its own weights and batches, which variants share."""
     torch.manual_seed(replicate)
-    variant, dims = variants.load(name), Dims(batch_size=1, seq_len=T, d_model=64, heads=2)
+    variant, dims = variants.load(name), Workload(causal=True, batch_size=1, seq_len=T, d_model=64, heads=2)
     model = LanguageModel(
-        variant,
-        variant.Config.of(knobs),
+        ModelSpec.of(variant, variant.Config.of(knobs), ff_mult=4),
         dims,
         depth=2,
-        ff_mult=4,
         dropout=0.0,
         vocabulary=text.VOCABULARY,
         activations="keep",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,8 @@ from conftest import HANG_SECONDS
 import variants
 from bench.measure import gates, nvml
 from bench.measure.flops import CountFlops
-from variants.base import Dims
+from variants.base import Context, Workload
+from variants.input_schedule import Fed
 
 pytestmark = [
     pytest.mark.cuda,
@@ -24,7 +26,7 @@ pytestmark = [
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("variant", variants.names())
+@pytest.mark.parametrize("variant", variants.mixers())
 def test_a_cell_runs_gated_and_its_predicted_peak_is_near_the_allocator_s(
     variant: str, dtype: str, tmp_path: Path
 ) -> None:
@@ -57,11 +59,11 @@ def test_the_driver_tells_of_the_device_and_of_this_process() -> None:
 HELD = """
 import torch
 from bench.run import memory_limit
-from bench.config.spec import CellSpec, DataSpec, MeasureSpec, ModelSpec
+from bench.config.spec import CellSpec, DataSpec, MeasureSpec, ModelSizes
 
 spec = CellSpec(
     variant="dense", variant_params={}, seq_len=8, depth=1, batch_size=1, replicate=0, objective="clm",
-    device="cuda", dtype="float32", activations="keep", model=ModelSpec(), data=DataSpec(),
+    device="cuda", dtype="float32", activations="keep", model=ModelSizes(), data=DataSpec(),
     measure=MeasureSpec(),
 )
 assert 2**30 < memory_limit.memory_bytes(spec) <= torch.cuda.get_device_properties(0).total_memory
@@ -94,10 +96,10 @@ KERNELS: list[tuple[str, dict[str, Any]]] = [
 every_kernel = pytest.mark.parametrize(("name", "knobs"), KERNELS)
 
 
-def dims_or_skip(name: str, knobs: dict[str, Any], tokens: int, head_dim: int = 64) -> Dims:
+def dims_or_skip(name: str, knobs: dict[str, Any], tokens: int, head_dim: int = 64) -> Workload:
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device")
-    dims = Dims(batch_size=2, seq_len=tokens, d_model=4 * head_dim, heads=4)
+    dims = Workload(causal=True, batch_size=2, seq_len=tokens, d_model=4 * head_dim, heads=4)
     variant = variants.load(name)
     device = torch.device("cuda")
     if reason := variant.missing(variant.Config(**knobs), dims, device=device, dtype=torch.float32):
@@ -126,9 +128,9 @@ def test_a_kernel_is_counted_forward_and_backward(name: str, knobs: dict[str, An
     dims, variant = dims_or_skip(name, knobs, tokens), variants.load(name)
     layer = variant(variant.Config(**knobs), dims).cuda()
     x = torch.randn(2, tokens, dims.d_model, device="cuda", requires_grad=True)
-    projections, attention = layer.flops(dims, causal=False)
+    projections, attention = layer.cost(replace(dims, causal=False))
     with CountFlops() as forward:
-        y = layer(x, causal=False).y
+        y = layer(x, Context(causal=False)).y
     with CountFlops() as backward:
         y.sum().backward()
     flex = knobs["impl"] == "flex"
@@ -147,7 +149,8 @@ def test_a_kernel_stores_no_square_matrix(name: str, knobs: dict[str, Any]) -> N
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     with CountFlops():
-        layer.plan(layer.config).apply(lambda w: layer(w, causal=True).y, x, causal=True).sum().backward()
+        feed = layer.input_schedule(layer.config).apply
+        feed(lambda w, _: Fed(layer(w, Context(causal=True)).y), x, causal=True).y.sum().backward()
     scores = 4 * 2 * dims.heads * tokens**2
     assert torch.cuda.max_memory_allocated() - before < scores / 8
 

@@ -12,6 +12,7 @@ import pytest
 
 import variants
 from bench import tasks
+from variants.base import Caps, Complexity, Info
 from variants.declarations import Unreadable, attribute, declared, first_sentence
 from variants.knobs import Knobs, knobs_of
 
@@ -38,12 +39,12 @@ def test_every_knob_has_a_meaning_in_one_line(module: str) -> None:
         assert meaning[0].isupper()
 
 
-@pytest.mark.parametrize("name", variants.names())
+@pytest.mark.parametrize("name", variants.mixers())
 def test_plain_attributes_are_read_too(name: str) -> None:
-    variant, module = variants.load(name), variants.module_of(name)
-    assert attribute(module, None, "paper") == variant.paper
-    assert type(variant.caps)(**attribute(module, None, "caps")) == variant.caps
-    assert type(variant.complexity)(**attribute(module, None, "complexity")) == variant.complexity
+    variant, module = variants.load_mixer(name), variants.module_of(name)
+    read = attribute(module, None, "info")
+    caps, complexity = Caps(**read.pop("caps")), Complexity(**read.pop("complexity"))
+    assert Info(**read, caps=caps, complexity=complexity) == variant.info
     assert attribute(module, None, "no_such") is None
 
 
@@ -144,6 +145,7 @@ def test_what_is_not_there_is_named(module: str) -> None:
 def test_reading_imports_nothing(tmp_path: Path) -> None:
     code = """
 import sys
+from variants.base import Caps, Complexity, Info
 from variants.declarations import declared
 for module in ("variants.attention.sparse_fixed", "bench.tasks.listops"):
     declared(module)

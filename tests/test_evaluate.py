@@ -199,8 +199,8 @@ def test_a_masked_models_figures_follow_from_its_logits(model: LanguageModel) ->
 
 def of_all_variants() -> list[tuple[str, str]]:
     found = []
-    for name in variants.names():
-        caps = variants.load(name).caps
+    for name in variants.mixers():
+        caps = variants.load(name).info.caps
         found += [(name, "clm")] * caps.causal + [(name, "mlm")] * caps.bidirectional
     return found
 
@@ -229,7 +229,7 @@ def test_every_variant_scores_the_same_targets(objective: str) -> None:
             continue
         model = byte_model(name, 32, **knobs.get(name, {}))
         ways = [window_batches(own, 32, stride, 2) for stride in ((32, 8) if objective == "clm" else (32,))]
-        if variants.load(name).caps.stateful:
+        if variants.load(name).info.caps.stateful:
             ways.append(document_batches(own, 2))
         for way in ways:
             found = tally(model, way, causal=objective == "clm", device=CPU)

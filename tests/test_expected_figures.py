@@ -18,6 +18,7 @@ import torch
 from hydra import compose, initialize_config_dir
 
 from bench import CONFIGS
+from bench.cli.overrides import as_typed
 from bench.config.parse import parse
 from bench.run import isolate, memory_limit, provenance
 
@@ -82,6 +83,10 @@ def cells() -> dict[str, list[str]]:
         found[f"dense {task}"] = ["variant=dense", f"data={task}", *knobs]
     found["longformer bfloat16"] = ["variant=longformer", "dtype=bfloat16", *SMALL["longformer"]]
     found["dense dropout and ff_chunks"] = ["variant=dense", "model.dropout=0.1", "model.ff_chunks=3"]
+    mixture = "variant.layers=[longformer(window=16),longformer(window=16),dense]"
+    found["hybrid clm"] = ["variant=hybrid", mixture, "depth=3"]
+    segments = "variant.layers=[transformer_xl(segment=24,mem_len=16),dense]"
+    found["hybrid segments"] = ["variant=hybrid", segments]
     found["routing topk"] = ["variant=routing", "variant.selection=topk", *SMALL["routing"]]
     found["reformer chunk"] = ["variant=reformer", "variant.neighbourhood=chunk", *SMALL["reformer"]]
     return found
@@ -100,7 +105,9 @@ def figures(overrides: list[str], folder: Path) -> dict[str, Any]:
     own = any(word.startswith("data=") for word in overrides)
     data = [] if own else ["data=files", f"data.path={corpus}"]
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-        cell = parse(compose("config", overrides=[*COMMON, *data, *overrides, f"results_dir={folder}"]))
+        cell = parse(
+            compose("config", overrides=[*COMMON, *data, *map(as_typed, overrides), f"results_dir={folder}"])
+        )
     told = _Told()
     told |= isolate._outcome(cell, "cell", "code", memory_limit.memory_bytes(cell.spec), told)  # type: ignore[arg-type]
     assert told["status"] == "ok", told["reason"]

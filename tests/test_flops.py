@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -17,35 +18,35 @@ import variants
 from bench.measure.flops import CountFlops, attention_formulas, formulas
 from bench.measure.step import Subject
 from bench.model.language_model import LanguageModel
+from bench.model.slots import ModelSpec
 from bench.tasks import text
-from variants.base import Dims
+from variants.base import Workload
+from variants.input_schedule import Fed
 
 FF_MULT = 4
 CPU = torch.device("cpu")
 FUSED = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 
 
-def dims(seq_len: int, batch_size: int = 2, d_model: int = 32, heads: int = 2) -> Dims:
-    return Dims(batch_size=batch_size, seq_len=seq_len, d_model=d_model, heads=heads)
+def dims(seq_len: int, batch_size: int = 2, d_model: int = 32, heads: int = 2) -> Workload:
+    return Workload(causal=True, batch_size=batch_size, seq_len=seq_len, d_model=d_model, heads=heads)
 
 
 def model_of(
-    name: str, sizes: Dims, *, depth: int = 2, activations: str = "keep", **knobs: Any
+    name: str, sizes: Workload, *, depth: int = 2, activations: str = "keep", **knobs: Any
 ) -> LanguageModel:
     variant = variants.load(name)
     return LanguageModel(
-        variant,
-        variant.Config(**knobs),
+        ModelSpec.of(variant, variant.Config(**knobs), ff_mult=FF_MULT),
         sizes,
         depth=depth,
-        ff_mult=FF_MULT,
         dropout=0.0,
         vocabulary=text.VOCABULARY,
         activations=activations,
     )
 
 
-def subject_of(model: LanguageModel, sizes: Dims, *, causal: bool) -> Subject:
+def subject_of(model: LanguageModel, sizes: Workload, *, causal: bool) -> Subject:
     tokens = torch.randint(0, 256, (sizes.batch_size, sizes.seq_len))
     return Subject.make(
         lambda: model,
@@ -55,14 +56,14 @@ def subject_of(model: LanguageModel, sizes: Dims, *, causal: bool) -> Subject:
     )
 
 
-def dispatched(model: LanguageModel, sizes: Dims, *, causal: bool) -> int:
+def dispatched(model: LanguageModel, sizes: Workload, *, causal: bool) -> int:
     subject = subject_of(model, sizes, causal=causal)
     with CountFlops() as counter:
         subject.step()
     return counter.total
 
 
-def sizes_for(name: str, *, causal: bool) -> Dims:
+def sizes_for(name: str, *, causal: bool) -> Workload:
     """Past every default window and chunk, and a multiple of none of them."""
     sizes, variant = dims(601, batch_size=1), variants.load(name)
     if reason := variant.unsupported(variant.Config(), sizes, causal=causal):
@@ -70,7 +71,7 @@ def sizes_for(name: str, *, causal: bool) -> Dims:
     return sizes
 
 
-def step_on_paper(sizes: Dims, depth: int, *, causal: bool) -> int:
+def step_on_paper(sizes: Workload, depth: int, *, causal: bool) -> int:
     """A dense training step, product by product. Linear layers: the output, and the gradients of the
     input and of the weight. Attention: QKᵀ and PV; then QKᵀ again, and the gradients of V, P, Q and K."""
     b, t, c = sizes.batch_size, sizes.seq_len, sizes.d_model
@@ -116,9 +117,9 @@ class Ops(TorchDispatchMode):
 PRODUCT = re.compile(r"attention|(?<!cu)(?<!ga)mm|conv(?!ert)")
 
 
-@pytest.mark.parametrize("name", variants.names())
+@pytest.mark.parametrize("name", variants.mixers())
 def test_every_product_of_a_step_has_a_formula(name: str) -> None:
-    causal = variants.load(name).caps.causal
+    causal = variants.load(name).info.caps.causal
     sizes = sizes_for(name, causal=causal)
     subject = subject_of(model_of(name, sizes), sizes, causal=causal)
     with Ops() as ops:
@@ -196,7 +197,7 @@ def test_recompute_is_executed_and_not_algorithmic() -> None:
     kept, recomputed = (
         model_of("dense", sizes, depth=depth, activations=how) for how in ("keep", "checkpoint")
     )
-    assert kept.flops(sizes, causal=True) == recomputed.flops(sizes, causal=True)
+    assert kept.cost(replace(sizes, causal=True)) == recomputed.cost(replace(sizes, causal=True))
     extra = dispatched(recomputed, sizes, causal=True) - dispatched(kept, sizes, causal=True)
     b, t, c = sizes.batch_size, sizes.seq_len, sizes.d_model
     last = 2 * b * t * FF_MULT * c * c
@@ -204,15 +205,15 @@ def test_recompute_is_executed_and_not_algorithmic() -> None:
     assert depth * (block - last) <= extra <= depth * block
 
 
-def windows_of(model: LanguageModel, sizes: Dims, *, causal: bool) -> list[int]:
+def windows_of(model: LanguageModel, sizes: Workload, *, causal: bool) -> list[int]:
     """Lengths of the windows that the network is really given."""
     lengths: list[int] = []
 
-    def network(x: torch.Tensor) -> torch.Tensor:
+    def network(x: torch.Tensor, _: Any) -> Fed:
         lengths.extend([x.shape[1]] * x.shape[0])
-        return x
+        return Fed(x)
 
-    model.plan.apply(network, torch.zeros(1, sizes.seq_len, 1), causal=causal)
+    model.input_schedule.apply(network, torch.zeros(1, sizes.seq_len, 1), causal=causal)
     return lengths
 
 
@@ -234,9 +235,9 @@ def test_algorithmic_attention_is_the_pairs_of_the_pattern(name: str, causal: bo
     model = model_of(name, sizes, **PLAIN[name])
     pairs = 0
     for length in windows_of(model, sizes, causal=causal):
-        patterns = [layer.pattern(length, causal=causal) for layer in model.layers]
+        patterns = [layer.attention_mask(length, causal=causal) for layer in model.layers]
         pairs += sum(int(pattern.sum()) for pattern in patterns if pattern is not None)
-    assert model.flops(sizes, causal=causal).attention == 4 * sizes.d_model * pairs
+    assert model.cost(replace(sizes, causal=causal)).mixing == 4 * sizes.d_model * pairs
 
 
 @pytest.mark.parametrize("name", PLAIN)
@@ -247,4 +248,4 @@ def test_algorithmic_linear_part_is_the_products_of_every_window(name: str) -> N
     tokens = sizes.batch_size * sum(windows_of(model, sizes, causal=True))
     linear = 2 * 2 * tokens * (3 * c * c + c * c + 2 * FF_MULT * c * c)
     head = 2 * sizes.batch_size * sizes.seq_len * c * text.VOCABULARY
-    assert model.flops(sizes, causal=True).projections == linear + head
+    assert model.cost(replace(sizes, causal=True)).tokenwise == linear + head

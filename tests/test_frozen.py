@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from variants.base import Dims, Out
+from variants.base import Context, Dims, MixerOut
 from variants.attention.dense import Dense, DenseConfig
 
 
@@ -40,12 +40,12 @@ class Frozen(Dense):
         self.register_buffer("rows", torch.ones(4, 5).t())
         self.register_buffer("count", torch.tensor(3))
 
-    def forward(self, x: Tensor, *, causal: bool, state: Any = None) -> Out:
-        out = super().forward((x * self.scale)[..., self.order], causal=causal, state=state)
+    def forward(self, x: Tensor, ctx: Context, state: Any = None) -> MixerOut:
+        out = super().forward((x * self.scale)[..., self.order], ctx, state)
         return out._replace(aux_loss=self.scale.square().mean())  # which trains nothing
 
-    def reference(self, x: Tensor, *, causal: bool) -> Tensor:
-        return super().reference((x * self.scale)[..., self.order], causal=causal)
+    def reference(self, x: Tensor, ctx: Context) -> Tensor:
+        return super().reference((x * self.scale)[..., self.order], ctx)
 '''
 
 
@@ -93,15 +93,17 @@ def test_a_cell_with_frozen_and_unused_parameters_is_measured_and_trained(
 TRAIN = """
 import sys, torch, variants
 from bench.model.language_model import LanguageModel
+from bench.model.slots import ModelSpec
 from bench.tasks.base import Batch
 from bench.train.loop import Budget, Training
 from variants.base import Dims
 variant = variants.load("frozen")
 def made():
     torch.manual_seed(0)
-    dims = Dims(batch_size=1, seq_len=16, d_model=8, heads=2)
-    sizes = {"depth": 1, "ff_mult": 2, "dropout": 0.0, "vocabulary": 7}
-    model = LanguageModel(variant, variant.Config(), dims, activations="reversible", **sizes)
+    dims = Dims(seq_len=16, d_model=8, heads=2)
+    sizes = {"depth": 1, "dropout": 0.0, "vocabulary": 7}
+    spec = ModelSpec.of(variant, variant.Config(), ff_mult=2)
+    model = LanguageModel(spec, dims, activations="reversible", **sizes)
     return Training(model, budget=Budget(steps=4), learning_rate=0.1, causal=True, step_tokens=16)
 def batch(step, done):
     tokens = torch.randint(7, (2, 1, 16), generator=torch.Generator().manual_seed(step))
@@ -122,7 +124,7 @@ moved = set()
 for (name, a), b in zip(whole.model.named_parameters(), rest.model.parameters()):
     assert torch.equal(a, b), name
     if not torch.equal(a, before[name]):
-        moved.add(name.removeprefix("blocks.0.attention."))
+        moved.add(name.removeprefix("blocks.0.mixer."))
 assert not {"scale", "order", "unused.weight", "unused.bias", "unused_and_frozen.weight"} & moved, moved
 assert "projections.qkv.weight" in moved
 """

@@ -20,7 +20,7 @@ from bench.tools.gallery import draw, reads
 from bench.tools.gallery.reads import Panel, Picture, Sizes
 from bench.tools.gallery.sheet import sheet
 from variants.attention.longformer import Longformer
-from variants.base import Chunks
+from variants.input_schedule import Chunks
 from variants.ops import masks
 
 SIZES = Sizes.configured(seq_len=24, layers=2, inputs=3)
@@ -37,9 +37,9 @@ def panels(picture: Picture) -> list[Panel]:
 
 
 def test_every_variant_has_a_picture_and_every_direction_panels_or_a_reason(gallery: list[Picture]) -> None:
-    assert {picture.variant for picture in gallery} == set(variants.names())
+    assert {picture.variant for picture in gallery} == set(variants.mixers())
     for picture in gallery:
-        caps = variants.load(picture.variant).caps
+        caps = variants.load(picture.variant).info.caps
         assert [direction.causal for direction in picture.directions] == [True, False]
         for direction in picture.directions:
             assert bool(direction.panels) != bool(direction.reason)
@@ -49,7 +49,7 @@ def test_every_variant_has_a_picture_and_every_direction_panels_or_a_reason(gall
 
 
 def test_every_knob_in_the_config_is_one_of_its_variant_s() -> None:
-    assert set(SIZES.knobs) <= set(variants.names())
+    assert set(SIZES.knobs) <= set(variants.mixers())
     for name, sets in SIZES.knobs.items():
         for knobs in sets:
             assert variants.load(name).Config.of(knobs).as_dict().items() >= knobs.items()
@@ -74,7 +74,7 @@ def test_two_layers_read_the_boolean_square_of_the_rule(gallery: list[Picture]) 
                 continue
             square = (rule.double() @ rule.double()) > 0
             two = direction.panels[1].share > 0
-            if isinstance(variant.plan(variant.Config.of(picture.knobs)), Chunks):
+            if isinstance(variant.input_schedule(variant.Config.of(picture.knobs)), Chunks):
                 assert not (two & ~square).any()
             else:
                 assert torch.equal(two, square), picture.variant
@@ -84,7 +84,7 @@ def test_two_layers_read_the_boolean_square_of_the_rule(gallery: list[Picture]) 
 
 SMALL = [
     pytest.param(name, knobs, id=f"{name}-{place}")
-    for name in variants.names()
+    for name in variants.mixers()
     for place, knobs in enumerate(small_knobs(name))
 ]
 
@@ -162,7 +162,7 @@ def written(figure: Figure) -> str:
 
 def test_figures_say_what_they_show(gallery: list[Picture]) -> None:
     for picture in (p for p in gallery if p.variant in {"dense", "longformer", "linformer", "reformer"}):
-        figure = draw.figure(picture, SIZES, variants.names())
+        figure = draw.figure(picture, SIZES, variants.mixers())
         drawn = [axis for axis in figure.axes if axis.get_visible() and axis.images]
         assert len(drawn) == 3 * sum(bool(direction.panels) for direction in picture.directions)
         assert {axis.get_xlabel() for axis in drawn} == {"key position"}
@@ -176,7 +176,7 @@ def test_figures_say_what_they_show(gallery: list[Picture]) -> None:
 
 
 def test_the_sheet_has_every_picture(gallery: list[Picture]) -> None:
-    figure = sheet(gallery, SIZES, variants.names())
+    figure = sheet(gallery, SIZES, variants.mixers())
     squares = sum(2 * bool(direction.panels) for picture in gallery for direction in picture.directions)
     assert sum(bool(axis.images) for axis in figure.axes) == squares
     names = [text.get_text().rstrip("*") for text in figure.texts]
@@ -225,7 +225,7 @@ def test_an_unknown_variant_is_one_line(tmp_path: Path, capsys: pytest.CaptureFi
 def test_variants_of_others_are_in_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     site = distribution(tmp_path / "site", {"lagged": "lagged_attention.lagged:Lagged"})
     monkeypatch.syspath_prepend(site)
-    assert "lagged" in variants.names()
+    assert "lagged" in variants.mixers()
     (picture,) = reads.pictures(Sizes.configured(), ["lagged"])
     causal, bidirectional = picture.directions
     assert bidirectional.reason == "has no bidirectional form"

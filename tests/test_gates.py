@@ -13,107 +13,108 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import variants
-from bench.config.spec import CellSpec, DataSpec, MeasureSpec, ModelSpec
-from bench.measure import gates
+from bench.config.spec import CellSpec, DataSpec, MeasureSpec, ModelSizes
+from bench.measure import gates, recompute_gate
 from bench.measure.flops import CountFlops
 from bench.measure.gates import COST_LIMIT, GateFailed, cost_ratio, leak, reference_error
-from bench.model import activations
+from bench.model import reversible
 from variants.attention.dense import Dense
-from variants.base import Dims, Out
+from variants.base import Context, Cost, MixerOut, Workload
 from variants.ops import masks
 from variants.ops.projections import masked_attention
 
 CPU = torch.device("cpu")
-DIMS = Dims(batch_size=2, seq_len=70, d_model=32, heads=2)
+COST = Cost({"projections": 100, "attention": 1000})
+DIMS = Workload(causal=True, batch_size=2, seq_len=70, d_model=32, heads=2)
 
 
 class MaskOff(Dense):
     """Reads one token ahead: j ≤ i + 1."""
 
-    def forward(self, x: Tensor, *, causal: bool, state: Any = None) -> Out:
+    def forward(self, x: Tensor, ctx: Context, state: Any = None) -> MixerOut:
         q, k, v = self.projections.split(x)
         allowed = masks.matrix(lambda i, j: j <= i + 1, x.shape[1])
-        return Out(self.projections.merge(masked_attention(q, k, v, allowed)))
+        return MixerOut(self.projections.merge(masked_attention(q, k, v, allowed)))
 
 
 class SelectsAhead(Dense):
     """Keeps keys whose norm is over half of the sequence's largest: only the selection sees the future."""
 
-    def forward(self, x: Tensor, *, causal: bool, state: Any = None) -> Out:
+    def forward(self, x: Tensor, ctx: Context, state: Any = None) -> MixerOut:
         q, k, v = self.projections.split(x)
         norms = k.norm(dim=-1)  # (B, H, T)
         chosen = norms > 0.7 * norms.amax(dim=-1, keepdim=True)
         itself = torch.eye(x.shape[1], dtype=torch.bool)
         allowed = masks.matrix(masks.causal, x.shape[1]) & chosen[:, :, None, :] | itself
-        return Out(self.projections.merge(masked_attention(q, k, v, allowed)))
+        return MixerOut(self.projections.merge(masked_attention(q, k, v, allowed)))
 
 
 class ReadsItsBlock(Dense):
     """Reads to the end of its block of 16 tokens: no cut at the end of a block shows it."""
 
-    def forward(self, x: Tensor, *, causal: bool, state: Any = None) -> Out:
+    def forward(self, x: Tensor, ctx: Context, state: Any = None) -> MixerOut:
         q, k, v = self.projections.split(x)
         allowed = masks.matrix(lambda i, j: j <= i // 16 * 16 + 15, x.shape[1])
-        return Out(self.projections.merge(masked_attention(q, k, v, allowed)))
+        return MixerOut(self.projections.merge(masked_attention(q, k, v, allowed)))
 
 
 class ReadsPastItsBlock(Dense):
     """The last token of a block of 16 reads the next: no cut but at the end of a block shows it."""
 
-    def forward(self, x: Tensor, *, causal: bool, state: Any = None) -> Out:
+    def forward(self, x: Tensor, ctx: Context, state: Any = None) -> MixerOut:
         q, k, v = self.projections.split(x)
         allowed = masks.matrix(lambda i, j: (j <= i) | ((j == i + 1) & (j % 16 == 0)), x.shape[1])
-        return Out(self.projections.merge(masked_attention(q, k, v, allowed)))
+        return MixerOut(self.projections.merge(masked_attention(q, k, v, allowed)))
 
 
 class Saturates(Dense):
     """Scaled by the largest entry of the sequence once it is over 8, as a guard against overflow is."""
 
-    def forward(self, x: Tensor, *, causal: bool, state: Any = None) -> Out:
-        out = super().forward(x, causal=causal)
-        return Out(out.y / (x.abs().amax(dim=(1, 2), keepdim=True) / 8).clamp(min=1))
+    def forward(self, x: Tensor, ctx: Context, state: Any = None) -> MixerOut:
+        out = super().forward(x, ctx)
+        return MixerOut(out.y / (x.abs().amax(dim=(1, 2), keepdim=True) / 8).clamp(min=1))
 
 
 class Faint(Dense):
     """Adds a ten-thousandth of what the last token says to every output: over rounding, under notice."""
 
-    def forward(self, x: Tensor, *, causal: bool, state: Any = None) -> Out:
-        y = super().forward(x, causal=causal).y
-        return Out(y + 1e-4 * x[:, -1:].tanh())
+    def forward(self, x: Tensor, ctx: Context, state: Any = None) -> MixerOut:
+        y = super().forward(x, ctx).y
+        return MixerOut(y + 1e-4 * x[:, -1:].tanh())
 
 
 class Second(Dense):
     """Reads ahead in every layer but the lowest."""
 
-    def forward(self, x: Tensor, *, causal: bool, state: Any = None) -> Out:
-        return super().forward(x, causal=causal and not self.layer)
+    def forward(self, x: Tensor, ctx: Context, state: Any = None) -> MixerOut:
+        return super().forward(x, Context(causal=ctx.causal and not self.layer))
 
 
 class Fourth(Dense):
     """Reads ahead in the fourth layer alone."""
 
-    def forward(self, x: Tensor, *, causal: bool, state: Any = None) -> Out:
-        return super().forward(x, causal=causal and self.layer != 3)
+    def forward(self, x: Tensor, ctx: Context, state: Any = None) -> MixerOut:
+        return super().forward(x, Context(causal=ctx.causal and self.layer != 3))
 
 
 class RoundsAhead(Dense):
     """Reads keys of its own bucket, as hashing does, and rounds otherwise by what the last token says, as a
     sum does whose order depends on it: by one unit in the last place of a float32."""
 
-    def forward(self, x: Tensor, *, causal: bool, state: Any = None) -> Out:
+    def forward(self, x: Tensor, ctx: Context, state: Any = None) -> MixerOut:
         q, k, v = self.projections.split(x)
         bucket = k.argmax(dim=-1)
         same = bucket[..., :, None] == bucket[..., None, :]
         allowed = same & masks.matrix(masks.causal, x.shape[1])
         y = self.projections.merge(masked_attention(q, k, v, allowed))
-        return Out(y * (1 + 2.0**-23 * x[:, -1:].sum(dim=-1, keepdim=True).sign()))
+        return MixerOut(y * (1 + 2.0**-23 * x[:, -1:].sum(dim=-1, keepdim=True).sign()))
 
 
 class MixesSequences(Dense):
     """Adds a thousandth of what the other sequence of the batch says at the same place."""
 
-    def forward(self, x: Tensor, *, causal: bool, state: Any = None) -> Out:
-        return Out(super().forward(x, causal=causal).y + 1e-3 * x.flip(0))
+    def forward(self, x: Tensor, ctx: Context, state: Any = None) -> MixerOut:
+        return MixerOut(super().forward(x, ctx).y + 1e-3 * x.flip(0))
 
 
 class StatedLeak(MaskOff):
@@ -127,43 +128,47 @@ class StatedLeak(MaskOff):
 class Dropped(Dense):
     """Drops outputs at random in training; what the gates look at is no training."""
 
-    def forward(self, x: Tensor, *, causal: bool, state: Any = None) -> Out:
-        return Out(F.dropout(super().forward(x, causal=causal).y, 0.5, self.training))
+    def forward(self, x: Tensor, ctx: Context, state: Any = None) -> MixerOut:
+        return MixerOut(F.dropout(super().forward(x, ctx).y, 0.5, self.training))
 
 
 class Noisy(Dense):
     """Multiplies queries by a random number that it draws in every forward pass, and its reference too."""
 
-    def forward(self, x: Tensor, *, causal: bool, state: Any = None) -> Out:
+    def forward(self, x: Tensor, ctx: Context, state: Any = None) -> MixerOut:
         q, k, v = self.projections.split(x)
         drawn = torch.rand((), dtype=torch.float32).to(q)
-        return Out(self.projections.merge(F.scaled_dot_product_attention(q * drawn, k, v, is_causal=causal)))
+        return MixerOut(
+            self.projections.merge(F.scaled_dot_product_attention(q * drawn, k, v, is_causal=ctx.causal))
+        )
 
-    def reference(self, x: Tensor, *, causal: bool) -> Tensor:
-        return self.forward(x, causal=causal).y
+    def reference(self, x: Tensor, ctx: Context) -> Tensor:
+        return self.forward(x, ctx).y
 
 
 class UnreplayedInBfloat16(Dense):
     """Draws numbers that no strategy can replay, where it runs by autocast."""
 
-    def forward(self, x: Tensor, *, causal: bool, state: Any = None) -> Out:
-        y = super().forward(x, causal=causal).y
-        return Out(y * random.random() if torch.is_autocast_enabled("cpu") else y)
+    def forward(self, x: Tensor, ctx: Context, state: Any = None) -> MixerOut:
+        y = super().forward(x, ctx).y
+        return MixerOut(y * random.random() if torch.is_autocast_enabled("cpu") else y)
 
 
 class WrongAbove(Dense):
     """Wrong in every layer but the lowest."""
 
-    def forward(self, x: Tensor, *, causal: bool, state: Any = None) -> Out:
-        return Out(super().forward(x, causal=causal).y * (1 + 0.001 * self.layer))
+    def forward(self, x: Tensor, ctx: Context, state: Any = None) -> MixerOut:
+        return MixerOut(super().forward(x, ctx).y * (1 + 0.001 * self.layer))
 
 
 class WrongValue(Dense):
     """Scores a thousandth too large: causal, and almost right."""
 
-    def forward(self, x: Tensor, *, causal: bool, state: Any = None) -> Out:
+    def forward(self, x: Tensor, ctx: Context, state: Any = None) -> MixerOut:
         q, k, v = self.projections.split(x)
-        return Out(self.projections.merge(F.scaled_dot_product_attention(q * 1.001, k, v, is_causal=causal)))
+        return MixerOut(
+            self.projections.merge(F.scaled_dot_product_attention(q * 1.001, k, v, is_causal=ctx.causal))
+        )
 
 
 class Scaled(torch.autograd.Function):
@@ -181,11 +186,10 @@ class Scaled(torch.autograd.Function):
 class WrongGradient(Dense):
     """Right outputs, wrong gradient."""
 
-    def forward(self, x: Tensor, *, causal: bool, state: Any = None) -> Out:
+    def forward(self, x: Tensor, ctx: Context, state: Any = None) -> MixerOut:
         q, k, v = self.projections.split(x)
-        return Out(
-            self.projections.merge(F.scaled_dot_product_attention(q, k, Scaled.apply(v), is_causal=causal))
-        )
+        y = F.scaled_dot_product_attention(q, k, Scaled.apply(v), is_causal=ctx.causal)
+        return MixerOut(self.projections.merge(y))
 
 
 class Poisoned(torch.autograd.Function):
@@ -203,31 +207,33 @@ class Poisoned(torch.autograd.Function):
 class NoGradient(Dense):
     """Right outputs; the gradients behind the values are NaN."""
 
-    def forward(self, x: Tensor, *, causal: bool, state: Any = None) -> Out:
+    def forward(self, x: Tensor, ctx: Context, state: Any = None) -> MixerOut:
         q, k, v = self.projections.split(x)
-        y = F.scaled_dot_product_attention(q, k, Poisoned.apply(v), is_causal=causal)
-        return Out(self.projections.merge(y))
+        y = F.scaled_dot_product_attention(q, k, Poisoned.apply(v), is_causal=ctx.causal)
+        return MixerOut(self.projections.merge(y))
 
 
 class NotANumber(Dense):
     """NaN compares with nothing, so a gate that asks `error > tolerance` lets it pass."""
 
-    def forward(self, x: Tensor, *, causal: bool, state: Any = None) -> Out:
-        return Out(super().forward(x, causal=causal).y * float("nan"))
+    def forward(self, x: Tensor, ctx: Context, state: Any = None) -> MixerOut:
+        return MixerOut(super().forward(x, ctx).y * float("nan"))
 
 
 class Silent(Dense):
     """Computes all T × T scores and says nothing of it."""
 
-    def forward(self, x: Tensor, *, causal: bool, state: Any = None) -> Out:
+    def forward(self, x: Tensor, ctx: Context, state: Any = None) -> MixerOut:
         q, k, v = self.projections.split(x)
-        return Out(self.projections.merge(masked_attention(q, k, v, self._allowed(x.shape[1], causal))))
+        return MixerOut(
+            self.projections.merge(masked_attention(q, k, v, self._allowed(x.shape[1], ctx.causal)))
+        )
 
 
 class Stated(Silent):
     """The same, stated."""
 
-    padding = "computes every score"
+    flop_overhead_reason = "computes every score"
 
 
 def run_leak(variant: type[Dense]) -> float:
@@ -243,7 +249,7 @@ def future_gradient(variant: type[Dense]) -> float:
     torch.manual_seed(0)
     layer = variant(variant.Config(), DIMS)
     x = torch.randn(2, DIMS.seq_len, DIMS.d_model, requires_grad=True)
-    layer(x, causal=True).y[:, :35].sum().backward()
+    layer(x, Context(causal=True)).y[:, :35].sum().backward()
     assert x.grad is not None
     assert x.grad[:, :35].abs().max() > 0
     return x.grad[:, 35:].abs().max().item()
@@ -293,7 +299,7 @@ def test_a_wrong_gradient_has_right_outputs() -> None:
     torch.manual_seed(0)
     layer = WrongGradient(WrongGradient.Config(), DIMS)
     x = torch.randn(2, DIMS.seq_len, DIMS.d_model)
-    torch.testing.assert_close(layer(x, causal=True).y, layer.reference(x, causal=True))
+    torch.testing.assert_close(layer(x, Context(causal=True)).y, layer.reference(x, Context(causal=True)))
 
 
 def test_a_forward_pass_that_is_no_number_does_not_pass_as_causal() -> None:
@@ -311,8 +317,8 @@ def test_randomness_is_held_fixed_and_training_is_off(variant: type[Dense]) -> N
 def ratio_of(variant: type[Dense]) -> float:
     layer = variant(variant.Config(), DIMS)
     with CountFlops() as counter, torch.no_grad():
-        layer(torch.randn(2, DIMS.seq_len, DIMS.d_model), causal=True)
-    return cost_ratio(counter.total, *layer.flops(DIMS, causal=True), layer.padding)
+        layer(torch.randn(2, DIMS.seq_len, DIMS.d_model), Context(causal=True))
+    return cost_ratio(counter.total, layer.cost(DIMS), layer.flop_overhead_reason)
 
 
 def test_more_flops_than_the_formulas_need_a_reason() -> None:
@@ -325,21 +331,21 @@ def test_more_flops_than_the_formulas_need_a_reason() -> None:
 
 def test_no_reason_excuses_any_cost() -> None:
     """Nor fewer FLOPs than the formula's: then the formula is wrong."""
-    assert cost_ratio(100 + int(COST_LIMIT * 1000), 100, 1000, "blocks") == pytest.approx(COST_LIMIT)
+    assert cost_ratio(100 + int(COST_LIMIT * 1000), COST, "blocks") == pytest.approx(COST_LIMIT)
     for dispatched in (100 + int(COST_LIMIT * 1000) + 10, 100 + 980, 100):
         with pytest.raises(GateFailed, match="cost gate"):
-            cost_ratio(dispatched, 100, 1000, "blocks")
+            cost_ratio(dispatched, COST, "blocks")
     for dispatched in (100 + 985, 100 + 1015):
         with pytest.raises(GateFailed, match="unexplained"):
-            cost_ratio(dispatched, 100, 1000, None)
+            cost_ratio(dispatched, COST, None)
 
 
 def test_a_general_kernel_may_cost_what_it_says() -> None:
     """An `impl` that computes whole tiles is measured, not refused; unexplained or too little still is."""
-    assert cost_ratio(100 + 9000, 100, 1000, "tiles", bounded=False) == 9
-    for dispatched, padding in ((100 + 9000, None), (100 + 900, "tiles")):
+    assert cost_ratio(100 + 9000, COST, "tiles", bounded=False) == 9
+    for dispatched, reason in ((100 + 9000, None), (100 + 900, "tiles")):
         with pytest.raises(GateFailed, match="cost gate"):
-            cost_ratio(dispatched, 100, 1000, padding, bounded=False)
+            cost_ratio(dispatched, COST, reason, bounded=False)
 
 
 # --- the figures kept on disk -----------------------------------------------------------------
@@ -356,7 +362,7 @@ def spec_of(variant: str = "dense", **changed: Any) -> CellSpec:
         "device": "cpu",
         "dtype": "float32",
         "activations": "keep",
-        "model": ModelSpec(),
+        "model": ModelSizes(),
         "data": DataSpec(),
         "measure": MeasureSpec(),
     }
@@ -397,7 +403,7 @@ def test_causality_is_checked_in_the_cells_depth_and_dtype(
 ) -> None:
     monkeypatch.setattr(variants, "load", lambda name: leaky)
     # nothing else is wrong with it
-    monkeypatch.setattr(gates, "reference_error", lambda *args, causal: 0.0)
+    monkeypatch.setattr(gates, "reference_error", lambda *args, **kwargs: 0.0)
     spec = spec_of(seq_len=DIMS.seq_len, depth=depth, dtype=dtype)
     if caught:
         with pytest.raises(GateFailed, match="causality gate"):
@@ -446,7 +452,7 @@ def test_a_strategy_is_checked_and_its_figure_kept(tmp_path: Path, dtype: str) -
     spec = spec_of(activations="reversible", dtype=dtype)
     figures = gates.check(spec, tmp_path, "code")
     assert figures.recompute_max_abs is not None
-    assert figures.recompute_max_abs <= gates.RECOMPUTE_TOLERANCE[dtype]
+    assert figures.recompute_max_abs <= recompute_gate.RECOMPUTE_TOLERANCE[dtype]
     assert len(kept(tmp_path)) == 2
     assert gates.check(spec, tmp_path, "code") == figures
 
@@ -455,14 +461,14 @@ def test_a_strategy_is_checked_and_its_figure_kept(tmp_path: Path, dtype: str) -
 def test_a_strategy_that_does_not_replay_randomness_is_caught(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str
 ) -> None:
-    monkeypatch.setattr(activations._Replay, "__call__", lambda self: torch.enable_grad())
+    monkeypatch.setattr(reversible._Replay, "__call__", lambda self: torch.enable_grad())
     with pytest.raises(gates.GateFailed, match="recompute gate: activations=reversible"):
         gates.check(spec_of(activations="reversible", dtype=dtype), tmp_path, "code")
 
 
 def test_recomputation_is_checked_in_the_cells_dtype(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(variants, "load", lambda name: UnreplayedInBfloat16)
-    monkeypatch.setattr(gates, "leak", lambda *args: 0.0)
+    monkeypatch.setattr(gates, "leak", lambda *args, **kwargs: 0.0)
     gates.check(spec_of(activations="checkpoint"), tmp_path, "code")
     with pytest.raises(gates.GateFailed, match="recompute gate: activations=checkpoint"):
         gates.check(spec_of(activations="checkpoint", dtype="bfloat16"), tmp_path, "code")

@@ -16,8 +16,9 @@ import variants
 from bench.evaluate import attention_stats
 from bench.evaluate.attention_stats import AttentionStats
 from bench.model.language_model import LanguageModel
+from bench.model.slots import ModelSpec
 from bench.tasks.base import Batch
-from variants.base import Dims
+from variants.base import Context, Workload
 
 CPU = torch.device("cpu")
 T = 24
@@ -28,9 +29,11 @@ def model_of(name: str, *, seq_len: int = T, scale: float = 2, **knobs: Any) -> 
     """float64, with weights of `scale`/√fan-in: at 2 some terms of a row are much larger than others."""
     torch.manual_seed(0)
     variant = variants.load(name)
-    dims = Dims(batch_size=1, seq_len=seq_len, d_model=16, heads=2)
-    sizes: dict[str, Any] = {"ff_mult": 1, "dropout": 0.5, "vocabulary": VOCABULARY, "activations": "keep"}
-    model = LanguageModel(variant, variant.Config.of(knobs), dims, depth=2, **sizes).double()
+    dims = Workload(causal=True, batch_size=1, seq_len=seq_len, d_model=16, heads=2)
+    sizes: dict[str, Any] = {"dropout": 0.5, "vocabulary": VOCABULARY, "activations": "keep"}
+    model = LanguageModel(
+        ModelSpec.of(variant, variant.Config.of(knobs), ff_mult=1), dims, depth=2, **sizes
+    ).double()
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() == 2:
@@ -55,8 +58,8 @@ def weights_of(model: LanguageModel, *, causal: bool) -> Iterator[np.ndarray]:
     for batch in batches():
         x = model.embedding(batch.inputs)
         for block in model.blocks:
-            h = block.attention_norm(x)
-            weight = block.attention.projections.qkv.weight.double().numpy().reshape(3, 2, 8, 16)
+            h = block.mixer_norm(x)
+            weight = block.mixer.projections.qkv.weight.double().numpy().reshape(3, 2, 8, 16)
             for sequence, head in itertools.product(h.numpy(), range(2)):
                 q, k = (turned(sequence @ weight[part, head].T) for part in (0, 1))
                 found = np.zeros((len(q), len(q)))
@@ -65,7 +68,7 @@ def weights_of(model: LanguageModel, *, causal: bool) -> Iterator[np.ndarray]:
                     terms = np.exp(keys @ q[i] / math.sqrt(8))
                     found[i, : len(keys)] = terms / terms.sum()
                 yield found
-            x = block(x, None, causal=causal).x
+            x = block(x, None, Context(causal=causal)).x
 
 
 def turned(x: np.ndarray) -> np.ndarray:
@@ -155,11 +158,11 @@ def errors_by_hand(model: LanguageModel, want: Any, *, causal: bool) -> float:
     for block in model.blocks:
         wrong = whole = 0.0
         for place, x in enumerate(inputs):
-            h = block.attention_norm(x)
-            y, wanted = block.attention(h, causal=causal).y, want(block.attention, h)
+            h = block.mixer_norm(x)
+            y, wanted = block.mixer(h, Context(causal=causal)).y, want(block.mixer, h)
             wrong += float((y - wanted).square().sum())
             whole += float(wanted.square().sum())
-            inputs[place] = block(x, None, causal=causal).x
+            inputs[place] = block(x, None, Context(causal=causal)).x
         off.append(math.sqrt(wrong / whole))
     return sum(off) / len(off)
 

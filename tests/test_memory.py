@@ -20,9 +20,10 @@ from bench.measure.memory import LiveStorage, reset_rss_peak, resident_bytes, te
 from bench.measure.step import StepFigures, Subject, on_host, predicted
 from bench.model.activations import STRATEGIES
 from bench.model.language_model import LanguageModel
+from bench.model.slots import ModelSpec
 from bench.records import parse
 from bench.tasks import text
-from variants.base import Dims
+from variants.base import Workload
 from variants.ops import masks
 from variants.ops.backends import Alike, flex
 
@@ -129,10 +130,12 @@ def subject_of(name: str, *, seq_len: int, causal: bool = True, **changed: Any) 
     others: dict[str, Any] = {"activations": "keep", "depth": 2, "dtype": torch.float32, "dropout": 0.0}
     others |= changed
     variant = variants.load(name)
-    dims = Dims(batch_size=2, seq_len=seq_len, d_model=32, heads=2)
+    dims = Workload(causal=True, batch_size=2, seq_len=seq_len, d_model=32, heads=2)
 
     def build() -> LanguageModel:
-        return LanguageModel(variant, variant.Config(), dims, ff_mult=4, vocabulary=text.VOCABULARY, **others)
+        return LanguageModel(
+            ModelSpec.of(variant, variant.Config(), ff_mult=4), dims, vocabulary=text.VOCABULARY, **others
+        )
 
     def batch() -> text.Batch:
         tokens = torch.zeros(2, seq_len, dtype=torch.int64)
@@ -177,12 +180,12 @@ def test_a_prediction_equals_the_real_step_in_every_figure(configuration: str) -
     "activations",
     [s if s == "checkpoint" else pytest.param(s, marks=pytest.mark.slow) for s in STRATEGIES],
 )
-@pytest.mark.parametrize("name", [*QUICK, *slow(*(name for name in variants.names() if name not in QUICK))])
+@pytest.mark.parametrize("name", [*QUICK, *slow(*(name for name in variants.mixers() if name not in QUICK))])
 def test_the_predicted_peak_is_the_measured_one_under_every_strategy(name: str, activations: str) -> None:
     """Of several segments of work, the last one shorter, where a variant cuts its work in segments."""
 
     def make() -> Subject:
-        causal = variants.load(name).caps.causal
+        causal = variants.load(name).info.caps.causal
         return subject_of(name, seq_len=417, activations=activations, depth=3, causal=causal)
 
     _, figures = on_host(make)

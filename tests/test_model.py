@@ -9,23 +9,29 @@ import torch
 
 import variants
 from bench.model.language_model import LanguageModel
+from bench.model.slots import ModelSpec
 from bench.tasks.text import IGNORED, VOCABULARY, Batch
 from bench.train.loop import optimizer_for, training_step
-from variants.base import Chunks, Dims
+from variants.base import Workload, known_leak
+from variants.input_schedule import Chunks
 
 T, C, HEADS = 301, 32, 2
 """Past every default window and chunk, and a multiple of none of them."""
-NAMES = variants.names()
+NAMES = variants.mixers()
 
 
 def model_of(name: str, *, causal: bool = True, seed: int = 0, **changed: Any) -> LanguageModel:
     """A model of this variant with its default knobs, or a skip with the variant's reason."""
-    variant, dims = variants.load(name), Dims(batch_size=1, seq_len=T, d_model=C, heads=HEADS)
+    variant, dims = (
+        variants.load(name),
+        Workload(causal=True, batch_size=1, seq_len=T, d_model=C, heads=HEADS),
+    )
     if reason := variant.unsupported(variant.Config(), dims, causal=causal):
         pytest.skip(f"{name}: {reason}")
-    others: dict[str, Any] = {"depth": 2, "ff_mult": 4, "dropout": 0.0, "activations": "keep", **changed}
+    others: dict[str, Any] = {"depth": 2, "dropout": 0.0, "activations": "keep", **changed}
+    spec = ModelSpec.of(variant, variant.Config(), ff_mult=others.pop("ff_mult", 4))
     torch.manual_seed(seed)
-    return LanguageModel(variant, variant.Config(), dims, vocabulary=VOCABULARY, **others)
+    return LanguageModel(spec, dims, vocabulary=VOCABULARY, **others)
 
 
 def random_tokens(rows: int = 2, seed: int = 0) -> torch.Tensor:
@@ -59,7 +65,9 @@ def test_what_writes_to_the_residual_stream_starts_smaller() -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_seed_decides_every_parameter(name: str) -> None:
-    first, again, other = (model_of(name, causal=variants.load(name).caps.causal, seed=s) for s in (0, 0, 1))
+    first, again, other = (
+        model_of(name, causal=variants.load(name).info.caps.causal, seed=s) for s in (0, 0, 1)
+    )
     for a, b, c in zip(first.parameters(), again.parameters(), other.parameters(), strict=True):
         assert torch.equal(a, b)
         assert a.std() == 0 or a.numel() < 2 or not torch.equal(a, c)
@@ -79,8 +87,8 @@ def test_causal_logits_do_not_depend_on_later_tokens(name: str) -> None:
     """All tokens from the cut on are other ones; nothing before it moves. What a variant states that it
     leaks, it may."""
     variant = variants.load(name)
-    if variant.leak(variant.Config()):
-        pytest.skip(f"{name}: {variant.leak(variant.Config())}")
+    if reason := known_leak(variant, variant.Config()):
+        pytest.skip(f"{name}: {reason}")
     model = model_of(name)
     tokens = random_tokens()
     before = logits_of(model, tokens, causal=True)
@@ -107,7 +115,7 @@ def test_bidirectional_logits_read_later_tokens(name: str) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_checkpointing_changes_no_gradient(name: str) -> None:
     """With dropout on: the second computation must drop what the first dropped."""
-    causal = variants.load(name).caps.causal
+    causal = variants.load(name).info.caps.causal
     tokens = random_tokens()
     targets = random_tokens(seed=1)
     targets[:, ::5] = IGNORED
@@ -139,8 +147,10 @@ def test_dropout_drops_in_training_alone() -> None:
 def test_the_plan_is_applied_around_the_whole_network(causal: bool) -> None:
     """A chunk in a sequence has the logits of that chunk alone, at any depth: positions restart too."""
     model, tokens = model_of("chunked", depth=3), random_tokens()
-    assert isinstance(model.plan, Chunks)
+    assert isinstance(model.input_schedule, Chunks)
     whole = logits_of(model, tokens, causal=causal)
-    for lo in range(0, T, model.plan.length):
-        alone = logits_of(model, tokens[:, lo : lo + model.plan.length], causal=causal)
-        torch.testing.assert_close(whole[:, lo : lo + model.plan.length], alone, rtol=1e-5, atol=1e-5)
+    for lo in range(0, T, model.input_schedule.length):
+        alone = logits_of(model, tokens[:, lo : lo + model.input_schedule.length], causal=causal)
+        torch.testing.assert_close(
+            whole[:, lo : lo + model.input_schedule.length], alone, rtol=1e-5, atol=1e-5
+        )

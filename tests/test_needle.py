@@ -15,10 +15,11 @@ import variants
 from bench import tasks
 from bench.evaluate.receptive_field import reach
 from bench.model.language_model import LanguageModel
+from bench.model.slots import ModelSpec
 from bench.tasks.base import IGNORED, Batch, Setting
 from bench.tasks.needle import START_DISTANCE, Needle, NeedleConfig
 from bench.train.loop import Budget, train
-from variants.base import Dims
+from variants.base import Workload
 
 T = 32
 
@@ -219,10 +220,14 @@ def test_batches_are_the_same_again_and_differ_where_they_should() -> None:
 def model_of(name: str, task: Needle, *, depth: int = 2, **knobs: Any) -> LanguageModel:
     torch.manual_seed(0)
     variant = variants.load(name)
-    dims = Dims(batch_size=1, seq_len=task.setting.seq_len, d_model=32, heads=2)
-    others: dict[str, Any] = {"ff_mult": 2, "dropout": 0.0, "activations": "keep"}
+    dims = Workload(causal=True, batch_size=1, seq_len=task.setting.seq_len, d_model=32, heads=2)
+    others: dict[str, Any] = {"dropout": 0.0, "activations": "keep"}
     return LanguageModel(
-        variant, variant.Config(**knobs), dims, depth=depth, vocabulary=task.vocabulary, **others
+        ModelSpec.of(variant, variant.Config(**knobs), ff_mult=2),
+        dims,
+        depth=depth,
+        vocabulary=task.vocabulary,
+        **others,
     )
 
 

@@ -189,11 +189,11 @@ def test_patterns_explains_every_variant_with_its_formula_and_its_paper() -> Non
         if heading := re.match(r"## `(\w+)`: ", cell.source):
             sections[heading[1]] = cell.source
             assert following.source == f'show("{heading[1]}")'
-    assert set(sections) == set(variants.names()) - set(variants.plugins())
+    assert set(sections) == set(variants.mixers()) - set(variants.plugins())
     for name, text in sections.items():
         assert "$" in text, name
         assert len(text.split()) > 30, name
-        paper = variants.load(name).paper
+        paper = variants.load(name).info.paper
         for number in re.findall(r"\d{4}\.\d{5}", paper):
             assert f"(https://arxiv.org/abs/{number})" in text, name
         assert "arXiv" in paper or paper in text, name

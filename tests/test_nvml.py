@@ -176,7 +176,7 @@ HARNESS = """
 import json, os, sys, threading, time
 import torch
 from bench.run import memory_limit
-from bench.config.spec import CellSpec, DataSpec, MeasureSpec, ModelSpec
+from bench.config.spec import CellSpec, DataSpec, MeasureSpec, ModelSizes
 from bench.measure import nvml, contention
 
 def say(**told):
@@ -191,7 +191,7 @@ say(used=GIB, energy=7000, reasons=0)
 def spec(limit=None):
     return CellSpec(
         variant="dense", variant_params={}, seq_len=8, depth=1, batch_size=1, replicate=0, objective="clm",
-        device="cuda", dtype="float32", activations="keep", model=ModelSpec(), data=DataSpec(),
+        device="cuda", dtype="float32", activations="keep", model=ModelSizes(), data=DataSpec(),
         measure=MeasureSpec(limit_bytes=limit),
     )
 

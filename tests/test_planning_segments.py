@@ -14,9 +14,10 @@ import variants
 from bench.measure.memory import LiveStorage
 from bench.measure.step import DistinctSegments, StepFigures, Subject, on_host, predicted
 from bench.model.language_model import LanguageModel
+from bench.model.slots import ModelSpec
 from bench.tasks import text
 from variants.attention.compressive import COMPRESSIONS
-from variants.base import Dims
+from variants.base import Workload
 
 CPU = torch.device("cpu")
 
@@ -35,11 +36,13 @@ configurations = st.one_of(
 def subject_of(name: str, knobs: dict[str, Any], *, seq_len: int, batch: int = 2, **changed: Any) -> Subject:
     others: dict[str, Any] = {"activations": "keep", "depth": 2, "dtype": torch.float32} | changed
     variant = variants.load(name)
-    dims = Dims(batch_size=batch, seq_len=seq_len, d_model=16, heads=2)
+    dims = Workload(causal=True, batch_size=batch, seq_len=seq_len, d_model=16, heads=2)
 
     def build() -> LanguageModel:
         config = variant.Config(**knobs)
-        return LanguageModel(variant, config, dims, ff_mult=2, dropout=0.0, vocabulary=11, **others)
+        return LanguageModel(
+            ModelSpec.of(variant, config, ff_mult=2), dims, dropout=0.0, vocabulary=11, **others
+        )
 
     def blank() -> text.Batch:
         tokens = torch.zeros(batch, seq_len, dtype=torch.int64)

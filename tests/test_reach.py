@@ -13,7 +13,8 @@ from torch import Tensor
 import variants
 from bench.evaluate.receptive_field import connected_share, dependence, reach
 from bench.model.language_model import LanguageModel
-from variants.base import Dims
+from bench.model.slots import ModelSpec
+from variants.base import Workload, whole_mask
 from variants.ops import masks
 
 T = 41
@@ -35,9 +36,13 @@ def model_of(name: str, knobs: dict[str, Any], *, depth: int, seq_len: int = T) 
     """float64, with weights large enough that what a token holds arrives wherever it can go."""
     torch.manual_seed(0)
     variant = variants.load(name)
-    dims = Dims(batch_size=1, seq_len=seq_len, d_model=16, heads=2)
-    given_: dict[str, Any] = {"ff_mult": 1, "dropout": 0.0, "vocabulary": 7, "activations": "keep"}
-    model = LanguageModel(variant, variant.Config(**knobs), dims, depth=depth, **given_).double().eval()
+    dims = Workload(causal=True, batch_size=1, seq_len=seq_len, d_model=16, heads=2)
+    given_: dict[str, Any] = {"dropout": 0.0, "vocabulary": 7, "activations": "keep"}
+    model = (
+        LanguageModel(ModelSpec.of(variant, variant.Config(**knobs), ff_mult=1), dims, depth=depth, **given_)
+        .double()
+        .eval()
+    )
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() == 2:
@@ -57,17 +62,17 @@ def changed_by(model: LanguageModel, seq_len: int, *, causal: bool) -> Tensor:
 
 
 @pytest.mark.parametrize("causal", [True, False])
-@pytest.mark.parametrize("name", variants.names())
+@pytest.mark.parametrize("name", variants.mixers())
 def test_dependence_is_what_changes_an_output(name: str, causal: bool) -> None:
     variant, knobs = variants.load(name), KNOBS.get(name, {})
-    dims = Dims(batch_size=1, seq_len=T, d_model=16, heads=2)
+    dims = Workload(causal=True, batch_size=1, seq_len=T, d_model=16, heads=2)
     if reason := variant.unsupported(variant.Config(**knobs), dims, causal=causal):
         pytest.skip(reason)
     for depth in (1, 3):
         model = model_of(name, knobs, depth=depth)
         found = dependence(model, T, causal=causal)
         if found is None:
-            assert model.layers[0].pattern(T, causal=causal) is None
+            assert whole_mask(model.layers[0], model.input_schedule, T, causal=causal) is None
             return
         changed = changed_by(model, T, causal=causal)
         assert not (changed & ~found).any(), "an output changed with what it is said not to see"
@@ -90,7 +95,7 @@ def test_windows_of_overlapping_chunks_do_not_chain() -> None:
     """Each window runs through all layers by itself, though the windows have tokens in common."""
     model = model_of("overlapping", {"chunk": 8}, depth=4)
     assert reach(model, 32, causal=True) == 7
-    naive = masks.composed([layer.pattern(32, causal=True) for layer in model.layers])  # type: ignore[misc]
+    naive = masks.composed([layer.attention_mask(32, causal=True) for layer in model.layers])  # type: ignore[misc]
     assert naive[-1, : 32 - 8].any(), "composing the patterns alone would say more"
 
 

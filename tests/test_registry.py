@@ -26,7 +26,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from variants.base import Attention, Caps, Complexity, Dims, Flops, Out, VariantConfig
+from variants.base import Caps, Complexity, Context, Cost, Dims, Info, MixerOut
+from variants.base import SequenceMixer, VariantConfig, Workload
 from variants.ops.projections import Projections, masked_attention
 
 
@@ -38,35 +39,39 @@ class LaggedConfig(VariantConfig):
     """Tokens back."""
 
 
-class Lagged(Attention):
+class Lagged(SequenceMixer):
     """Masked on purpose: it is a test."""
 
     Config = LaggedConfig
-    caps = Caps(causal=True, bidirectional=False)
-    paper = "Nobody 2024, Lagged"
-    complexity = Complexity(time=2, memory=2, formula="T^2", source="the loop")
-    padding = "masks a full matrix"
+    info = Info(
+        paper="Nobody 2024, Lagged",
+        family="fixed patterns",
+        complexity=Complexity(time=2, memory=2, formula="T^2", source="the loop"),
+        caps=Caps(causal=True, bidirectional=False),
+    )
+    flop_overhead_reason = "masks a full matrix"
 
     def __init__(self, config: LaggedConfig, dims: Dims, layer: int = 0) -> None:
         super().__init__(config, dims, layer)
         self.projections = Projections(dims.d_model, dims.heads)
 
-    def forward(self, x: Tensor, *, causal: bool, state: Any = None) -> Out:
-        return Out(self.reference(x, causal=causal))
+    def forward(self, x: Tensor, ctx: Context, state: Any = None) -> MixerOut:
+        return MixerOut(self.reference(x, ctx))
 
-    def reference(self, x: Tensor, *, causal: bool) -> Tensor:
-        q, k, v = self.projections.split(x)
-        allowed = self.pattern(x.shape[1], causal=causal)
+    def reference(self, x: Tensor, ctx: Context) -> Tensor:
+        q, k, v = self.projections.split(x, ctx.positions)
+        allowed = self.attention_mask(x.shape[1], causal=ctx.causal)
         return self.projections.merge(masked_attention(q, k, v, allowed))
 
-    def flops(self, dims: Dims, *, causal: bool) -> Flops:
-        attention = 4 * dims.batch_size * dims.d_model * dims.seq_len**2
-        return Flops(Projections.flops(dims.batch_size, dims.seq_len, dims.d_model), attention)
+    def cost(self, work: Workload) -> Cost:
+        attention = 4 * work.batch_size * work.d_model * work.seq_len**2
+        projections = Projections.flops(work.batch_size, work.seq_len, work.d_model)
+        return Cost({"projections": projections, "attention": attention})
 
-    def state_bytes(self, dims: Dims) -> int:
-        return 2 * dims.batch_size * self.config.lag * dims.d_model * dims.element_bytes
+    def state_bytes(self, work: Workload) -> int:
+        return 2 * work.batch_size * self.config.lag * work.d_model * work.element_bytes
 
-    def pattern(self, seq_len: int, *, causal: bool) -> Tensor:
+    def attention_mask(self, seq_len: int, *, causal: bool) -> Tensor:
         index = torch.arange(seq_len)
         back = index[:, None] - index
         return (back == 0) | (back == self.config.lag)
@@ -129,10 +134,14 @@ def test_names_are_the_sorted_modules_of_attention() -> None:
 
 @pytest.mark.parametrize("name", variants.names())
 def test_every_name_loads_a_variant_of_its_module(name: str) -> None:
-    from variants.base import Attention
+    from variants.base import SequenceMixer, Variant
 
     loaded = variants.load(name)
-    assert issubclass(loaded, Attention)
+    assert issubclass(loaded, Variant)
+    assert issubclass(loaded, SequenceMixer) == (name in variants.mixers())
+    if not issubclass(loaded, SequenceMixer):
+        with pytest.raises(TypeError, match=f"^variant={name}: is a mixture of layers; there are "):
+            variants.load_mixer(name)
     if name not in variants.plugins():
         assert loaded.__module__ == f"variants.attention.{name}"
 
@@ -180,9 +189,14 @@ def test_command_describes_every_variant(plugged: Path, tmp_path: Path) -> None:
     assert "variant.lag=1  # Tokens back (an integer)" in "\n".join(parts.pop("lagged"))
     for name, lines in parts.items():
         variant, text = variants.load(name), "\n".join(lines)
-        assert variant.paper in text
-        assert variant.complexity.formula in text
-        assert ("bidirectional" in text) == variant.caps.bidirectional
+        if name in variants.mixers():
+            info = variant.info_for(variant.Config())
+            assert info.paper in text
+            assert info.family in text
+            assert info.complexity.formula in text
+            assert ("bidirectional" in text) == info.caps.bidirectional
+        else:
+            assert "mixture" in text
         knobs = {line.split()[1].partition("=")[0] for line in lines if line.split()[0] == "knob"}
         assert knobs == {f"variant.{field.name}" for field in dataclasses.fields(variant.Config)}
 

@@ -68,7 +68,7 @@ def test_layers_after_the_first_cost_a_plan_little(variant: str, monkeypatch: py
     assert ten < 3.5 * two
 
 
-@pytest.mark.parametrize("variant", [*SOME, *slow(*(v for v in variants.names() if v not in SOME))])
+@pytest.mark.parametrize("variant", [*SOME, *slow(*(v for v in variants.mixers() if v not in SOME))])
 def test_length_does_not_cost_a_plan_more(variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Pieces grow with the sequence, and of segments a few tell what all would take."""
     given = f"variant={variant}", "depth=1"

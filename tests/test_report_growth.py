@@ -236,7 +236,7 @@ def slope(plan: pd.DataFrame, costs: pd.Series[float]) -> float:
 
 @pytest.mark.parametrize(
     "name",
-    [pytest.param(name, marks=[] if name in QUICK else [pytest.mark.slow]) for name in variants.names()],
+    [pytest.param(name, marks=[] if name in QUICK else [pytest.mark.slow]) for name in variants.mixers()],
 )
 def test_fitted_exponents_agree_with_the_formulas(tmp_path: Path, name: str) -> None:
     """Of a plan's cells: attention grows by formula as its paper claims, what is dispatched grows as the
@@ -246,7 +246,7 @@ def test_fitted_exponents_agree_with_the_formulas(tmp_path: Path, name: str) -> 
     segment by segment; and scores that a claim above 1 counts are not stored where a kernel computes them
     again. The peak itself has parameters in it, which do not grow, and the batch, which does.
     """
-    plan, claim = planned(tmp_path, name), variants.load(name).complexity
+    plan, claim = planned(tmp_path, name), variants.load(name).info.complexity
     formula = slope(plan, plan["flops_attention_step"])
     within = 0.15 if name in BESIDE else FLOPS_WITHIN
     assert formula == pytest.approx(claim.time, abs=within)

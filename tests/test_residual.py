@@ -15,10 +15,12 @@ import variants
 from bench.config.spec import ACTIVATIONS
 from bench.measure.step import StepFigures, Subject, predicted
 from bench.model import activations as strategies
+from bench.model import reversible
 from bench.model.language_model import LanguageModel
+from bench.model.slots import ModelSpec
 from bench.tasks.text import Batch
 from bench.train.loop import optimizer_for, training_step
-from variants.base import Dims
+from variants.base import Workload
 
 ON_HOST = [name for name, strategy in strategies.STRATEGIES.items() if not strategy.needs_device]
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 4e-3}
@@ -27,7 +29,7 @@ TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 4e-3}
 REPLAYED = [name for name in ON_HOST if name not in ("keep", "checkpoint", "reversible")]
 
 pytestmark = pytest.mark.xdist_group("residual")  # for what `wanted` keeps
-every_variant = pytest.mark.parametrize("name", variants.names())
+every_variant = pytest.mark.parametrize("name", variants.mixers())
 
 
 def model_of(
@@ -41,15 +43,18 @@ def model_of(
 ) -> LanguageModel:
     """A small model; the same seed gives the same weights whatever the strategy."""
     variant = variants.load(name)
-    dims = Dims(batch_size=1, seq_len=seq_len, d_model=32, heads=2)
+    dims = Workload(causal=True, batch_size=1, seq_len=seq_len, d_model=32, heads=2)
     torch.manual_seed(5)
-    options: dict[str, Any] = {"ff_mult": 2, "dropout": 0.1, "vocabulary": 17} | kwargs
+    options: dict[str, Any] = {"dropout": 0.1, "vocabulary": 17} | kwargs
+    ff_mult = options.pop("ff_mult", 2)
     config = variant.Config.of(dict(knobs))
-    return LanguageModel(variant, config, dims, depth=depth, activations=activations, **options)
+    return LanguageModel(
+        ModelSpec.of(variant, config, ff_mult=ff_mult), dims, depth=depth, activations=activations, **options
+    )
 
 
 def objective(name: str) -> bool:
-    return variants.load(name).caps.causal
+    return variants.load(name).info.caps.causal
 
 
 def batch_of(model: LanguageModel, tokens: int) -> Batch:
@@ -76,7 +81,7 @@ def wanted(name: str, *, two_streams: bool, **options: Any) -> dict[str, Tensor]
     """The gradients with every activation stored, and one feed-forward piece at a time in two streams."""
     model = model_of(name, "keep", **options)
     if two_streams:
-        model.run_blocks = strategies.two_streams
+        model.run_blocks = reversible.two_streams
     return stepped(model, 600, causal=objective(name))
 
 
@@ -92,8 +97,8 @@ def assert_same(got: dict[str, Tensor], want: dict[str, Tensor], dtype: torch.dt
 @pytest.mark.parametrize("activations", ["checkpoint", "reversible", *slow(*REPLAYED)])
 @pytest.mark.parametrize(
     ("name", "knobs"),
-    [*((name, ()) for name in variants.names()), ("linformer", (("sharing", "layerwise"),))],
-    ids=[*variants.names(), "linformer layerwise"],
+    [*((name, ()) for name in variants.mixers()), ("linformer", (("sharing", "layerwise"),))],
+    ids=[*variants.mixers(), "linformer layerwise"],
 )
 def test_gradients_are_those_of_stored_activations(
     name: str, knobs: tuple[tuple[str, Any], ...], activations: str, dtype: torch.dtype
@@ -127,7 +132,7 @@ def test_rebuilt_activations_drift_little_and_more_further_down() -> None:
     """Floats do not subtract exactly; level 1 is rebuilt last."""
     model = model_of("dense", "reversible", depth=6, dropout=0.0)
     drift: dict[int, float] = {}
-    with model.running(partial(strategies.reversible, drift=drift)):
+    with model.running(partial(reversible.reversible, drift=drift)):
         stepped(model, 200, causal=True)
     assert sorted(drift) == [1, 2, 3, 4, 5, 6]
     assert 0 < drift[6] <= drift[1] < 1e-5
@@ -135,10 +140,10 @@ def test_rebuilt_activations_drift_little_and_more_further_down() -> None:
 
 def test_drift_sees_a_branch_that_is_not_replayed(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is fed back differs from what was fed forward, as with randomness that is drawn anew."""
-    monkeypatch.setattr(strategies._Replay, "__call__", lambda self: torch.enable_grad())
+    monkeypatch.setattr(reversible._Replay, "__call__", lambda self: torch.enable_grad())
     model = model_of("dense", "reversible")
     drift: dict[int, float] = {}
-    with model.running(partial(strategies.reversible, drift=drift)):
+    with model.running(partial(reversible.reversible, drift=drift)):
         stepped(model, 200, causal=True)
     assert max(drift.values()) > 1e-2
 
@@ -157,7 +162,7 @@ def test_evaluation_of_a_reversible_network_is_that_of_its_streams() -> None:
     tokens = batch_of(model, 300).inputs
     with torch.no_grad():
         got = model(tokens, causal=True).logits
-        with model.running(strategies.two_streams):
+        with model.running(reversible.two_streams):
             assert torch.equal(got, model(tokens, causal=True).logits)
 
 

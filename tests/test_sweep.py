@@ -20,7 +20,7 @@ import pytest
 from conftest import HANG_SECONDS, wait_until
 
 from bench import records
-from bench.config.spec import Cell, CellSpec, DataSpec, MeasureSpec, ModelSpec
+from bench.config.spec import Cell, CellSpec, DataSpec, MeasureSpec, ModelSizes
 from bench.records import FINAL, Record
 from bench.run import sweep
 from bench.run.locks import CellLocks
@@ -257,7 +257,7 @@ def cell_of(seq_len: int = 8, **changed: Any) -> Cell:
         device="cpu",
         dtype="float32",
         activations="keep",
-        model=ModelSpec(),
+        model=ModelSizes(),
         data=DataSpec(name="stdlib", params={}),
         measure=MeasureSpec(),
     )

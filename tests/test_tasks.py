@@ -118,7 +118,7 @@ def test_the_models_vocabulary_is_the_tasks(name: str) -> None:
 @pytest.mark.parametrize("variant", ["dense", "linformer"])
 def test_the_objective_is_the_tasks_and_causality_follows_from_it_or_from_the_variant(variant: str) -> None:
     causal = variant == "dense"
-    assert variants.load(variant).caps.causal == causal
+    assert variants.load(variant).info.caps.causal == causal
     text, recall = spec_of(f"variant={variant}"), spec_of(f"variant={variant}", "data=mqar")
     assert (text.objective, text.causal) == (("clm", True) if causal else ("mlm", False))
     assert (recall.objective, recall.causal) == ("recall", causal)

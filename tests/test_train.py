@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 import variants
 from bench.config.spec import MeasureSpec
 from bench.model.language_model import LanguageModel
+from bench.model.slots import ModelSpec
 from bench.tasks import text
 from bench.train.loop import (
     CLIP_NORM,
@@ -28,16 +29,18 @@ from bench.train.loop import (
     train,
     training_step,
 )
-from variants.base import Dims
+from variants.base import Workload
 
-SIZES = Dims(batch_size=1, seq_len=48, d_model=32, heads=2)
+SIZES = Workload(causal=True, batch_size=1, seq_len=48, d_model=32, heads=2)
 
 
 def model_of(seed: int = 0, **changed: Any) -> LanguageModel:
     torch.manual_seed(seed)
     given_: dict[str, Any] = {"depth": 1, "dropout": 0.0, "activations": "keep", **changed}
     variant = variants.load("dense")
-    return LanguageModel(variant, variant.Config(), SIZES, ff_mult=4, vocabulary=text.VOCABULARY, **given_)
+    return LanguageModel(
+        ModelSpec.of(variant, variant.Config(), ff_mult=4), SIZES, vocabulary=text.VOCABULARY, **given_
+    )
 
 
 def batch(step: int, objective: str = "clm") -> text.Batch:
@@ -257,16 +260,14 @@ def test_of_a_plug_in_s_parameters_only_matrices_decay() -> None:
     assert shrunk(Everything()) == matrices
 
 
-@pytest.mark.parametrize("name", variants.names())
+@pytest.mark.parametrize("name", variants.mixers())
 def test_of_every_variant_only_matrices_decay(name: str) -> None:
     """Those of Linear modules; not norms, embeddings, u and v for each head, mixtures of positions."""
     variant = variants.load(name)
     model = LanguageModel(
-        variant,
-        variant.Config(),
+        ModelSpec.of(variant, variant.Config(), ff_mult=2),
         SIZES,
         depth=2,
-        ff_mult=2,
         dropout=0.0,
         vocabulary=text.VOCABULARY,
         activations="keep",
@@ -309,8 +310,8 @@ def test_an_auxiliary_loss_changes_nothing_in_the_step_of_the_task(monkeypatch: 
         """By the task and by the auxiliary loss, which is multiplied."""
         monkeypatch.setattr(variant, "_reconstruction", lambda *given_: times * plain(*given_))
         torch.manual_seed(0)
-        sizes: dict[str, Any] = {"depth": 2, "ff_mult": 4, "dropout": 0.0, "vocabulary": text.VOCABULARY}
-        model = LanguageModel(variant, config, SIZES, activations="keep", **sizes).train()
+        sizes: dict[str, Any] = {"depth": 2, "dropout": 0.0, "vocabulary": text.VOCABULARY}
+        model = LanguageModel(ModelSpec.of(variant, config), SIZES, activations="keep", **sizes).train()
         training_step(model, optimizer_for(model, 0.0), batch(0), causal=True)
         found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
         auxiliary = {name: found.pop(name) for name in list(found) if "compressor" in name}

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 import variants
-from variants.base import Attention
+from variants.base import Variant
 
 
 def slow(*cases: Any) -> list[Any]:
@@ -48,7 +48,7 @@ def variants_of(arguments: Iterable[Any]) -> set[str]:
     found = set()
     for argument in arguments:
         name = getattr(argument, "name", argument)
-        if isinstance(argument, type) and issubclass(argument, Attention):
+        if isinstance(argument, type) and issubclass(argument, Variant):
             found |= {name for name in names if variants.load(name) is argument}
         elif isinstance(name, str) and name in names:
             found.add(name)

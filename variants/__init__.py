@@ -2,7 +2,7 @@
 
 `names()` lists them and `load(name)` imports one. Every module of `variants.attention` is a variant of its
 name; other packages add theirs with an entry point in the group `longctx_bench.variants` whose value is the
-class (`my_package.my_variant:MyAttention`). Importing this package imports no variant and no torch.
+class (`my_package.my_variant:MyMixer`). Importing this package imports no variant and no torch.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from variants import attention
 
 if TYPE_CHECKING:
-    from variants.base import Attention
+    from variants.base import SequenceMixer, Variant
     from variants.declarations import Declared
 
 ENTRY_POINTS = "longctx_bench.variants"
@@ -66,13 +66,13 @@ def names() -> list[str]:
     return sorted([*_builtin(), *plugins()])
 
 
-def load(name: str) -> type[Attention]:
+def load(name: str) -> type[Variant]:
     """The variant's class.
 
     Raises UnknownVariant for a name that is none, BrokenVariant for one that cannot be imported, TypeError
     for a module that does not define exactly one variant or an entry point that is not one.
     """
-    from variants.base import Attention
+    from variants.base import Variant
 
     if name in _builtin():
         module = _imported_or_broken(
@@ -81,17 +81,37 @@ def load(name: str) -> type[Attention]:
         found = [
             thing
             for thing in vars(module).values()
-            if inspect.isclass(thing) and issubclass(thing, Attention) and thing.__module__ == module.__name__
+            if inspect.isclass(thing) and issubclass(thing, Variant) and thing.__module__ == module.__name__
         ]
         if len(found) != 1:
             raise TypeError(f"variants/attention/{name}.py defines {len(found)} variants; it must define one")
         return found[0]
     if point := plugins().get(name):
         loaded = _imported_or_broken(f"plug-in {point.value}", point.load)
-        if not (inspect.isclass(loaded) and issubclass(loaded, Attention)):
-            raise TypeError(f"plug-in {point.value} is not a subclass of variants.base.Attention")
+        if not (inspect.isclass(loaded) and issubclass(loaded, Variant)):
+            raise TypeError(f"plug-in {point.value} is not a subclass of variants.base.Variant")
         return loaded
     raise _unknown(name)
+
+
+def mixers() -> list[str]:
+    """The names of the variants that are one kind of layer, sorted. Raises what `load` raises."""
+    from variants.base import SequenceMixer
+
+    return [name for name in names() if issubclass(load(name), SequenceMixer)]
+
+
+def load_mixer(name: str) -> type[SequenceMixer]:
+    """The class of a variant that is one kind of layer.
+
+    Raises what `load` raises, and TypeError for a mixture.
+    """
+    from variants.base import SequenceMixer
+
+    variant = load(name)
+    if not issubclass(variant, SequenceMixer):
+        raise TypeError(f"variant={name}: is a mixture of layers; there are {', '.join(mixers())}")
+    return variant
 
 
 def _imported_or_broken(what: str, imported: Callable[[], Any]) -> Any:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import sys
-from contextlib import suppress
 from typing import Any
 
 import variants
@@ -32,16 +31,9 @@ def main() -> int:
 def _described(name: str) -> list[str]:
     """The lines below a variant's name."""
     try:
-        paper, caps, claim = _attributes(name)
-        declared = variants.declared(name)
+        lines, declared = _facts(name), variants.declared(name)
     except variants.BrokenVariant as error:
         return [f"  broken   {error}"]
-    exponents = f"time T^{claim['time']:g}, memory T^{claim['memory']:g}"
-    lines = [
-        f"  paper    {paper}",
-        f"  can      {', '.join(cap for cap, has in caps.items() if has)}",
-        f"  claims   {exponents}: {claim['formula']} ({claim['source']})",
-    ]
     defaults = declared.config().as_dict()
     for knob in knobs_of(declared.config).values():
         line = line_of(knob, declared.meanings.get(knob.name, ""))
@@ -49,15 +41,30 @@ def _described(name: str) -> list[str]:
     return lines
 
 
-def _attributes(name: str) -> tuple[str, dict[str, Any], dict[str, Any]]:
-    """Paper, capabilities and claimed complexity; imported if the source does not write them in literals."""
-    with suppress(Unreadable):
+def _facts(name: str) -> list[str]:
+    """Paper, family, capabilities and claims of a variant; those of a mixture are its members'."""
+    info = _info(name)
+    if info is None:
+        return ["  family   mixture: its members give papers, capabilities and claims"]
+    claim = info["complexity"]
+    exponents = f"time T^{claim['time']:g}, memory T^{claim['memory']:g}"
+    return [
+        f"  paper    {info['paper']}",
+        f"  family   {info['family']}",
+        f"  can      {', '.join(cap for cap, has in info['caps'].items() if has)}",
+        f"  claims   {exponents}: {claim['formula']} ({claim['source']})",
+    ]
+
+
+def _info(name: str) -> dict[str, Any] | None:
+    """The `info` of a variant, None for a mixture; imported if the source does not write it in literals."""
+    try:
         module, owner = variants.source_of(name)
-        paper, caps, claim = (attribute(module, owner, what) for what in ("paper", "caps", "complexity"))
-        if None not in (paper, caps, claim):
-            return paper, caps, claim
-    variant = variants.load(name)
-    return variant.paper, dataclasses.asdict(variant.caps), dataclasses.asdict(variant.complexity)
+        info = attribute(module, owner, "info")
+        return None if info is None else dict(info)
+    except Unreadable:
+        variant = variants.load(name)
+        return dataclasses.asdict(variant.info_for(variant.Config()))
 
 
 if __name__ == "__main__":

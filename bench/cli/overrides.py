@@ -146,6 +146,9 @@ def is_text(key: str) -> bool:
 _PIECES = re.compile(r"""('[^']*'|"[^"]*"|[\[\](),])""")
 _UNQUOTED = re.compile(r"[\w/+.$%*@?|: \t-]*", re.ASCII)
 """What Hydra's grammar takes outside of quotes."""
+_FUNCTIONS = ["bool", "choice", "float", "glob", "int", "interval", "range", "shuffle", "sort", "str", "tag"]
+"""What that grammar calls; any other name with brackets is text, such as the layer longformer(window=512)."""
+_CALL = re.compile(rf"""(?<![\w'"(=])(?!(?:{"|".join(_FUNCTIONS)})\()\w+\([^()'"]*\)""")
 _OF_TEXT = {"choice", "shuffle", "tag"}
 """Functions of that grammar that hand on what they are given; others compute with numbers."""
 
@@ -159,6 +162,7 @@ def as_typed(line: str) -> str:
     key, equals, value = line.partition("=")
     if not equals or not is_text(key.lstrip("+")) or set(value) & set("\\{}"):
         return line
+    value = _CALL.sub(lambda call: f"'{call[0]}'", value)
     pieces = _PIECES.split(value)
     texts, marks = pieces[::2], [*pieces[1::2], ""]
     called = {text.strip() for text, mark in zip(texts, marks, strict=True) if mark == "("}

@@ -15,7 +15,7 @@ from typing import Any
 import variants
 from bench import corpora, tasks, trackers
 from bench.config import chosen
-from bench.config.spec import ACTIVATIONS, ActivationsSpec, ClusterSpec, MeasureSpec, ModelSpec, Root
+from bench.config.spec import ACTIVATIONS, ActivationsSpec, ClusterSpec, MeasureSpec, ModelSizes, Root
 from bench.trackers import TrackerSpec
 from variants.declarations import Declared, of_class
 from variants.knobs import Knob, Knobs, knobs_of
@@ -36,7 +36,7 @@ class Group:
 GROUPS: dict[str, Group] = {
     "variant": Group(variants.names),
     "data": Group(lambda: [*corpora.SOURCES, *tasks.names()]),
-    "model": Group(lambda: [ModelSpec().size], ModelSpec, "size"),
+    "model": Group(lambda: [ModelSizes().size], ModelSizes, "size"),
     "activations": Group(lambda: ACTIVATIONS, ActivationsSpec),
     "measure": Group(list, MeasureSpec, "preset"),
     "tracker": Group(trackers.names, TrackerSpec),

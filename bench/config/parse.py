@@ -24,7 +24,7 @@ from bench.config.spec import (
     ClusterSpec,
     DataSpec,
     MeasureSpec,
-    ModelSpec,
+    ModelSizes,
     Root,
 )
 from bench.inputs.errors import ConfigError, choose
@@ -53,14 +53,15 @@ def parse(cfg: DictConfig | Mapping[str, Any]) -> Cell:
         batch_size=_batch_size(root, measure),
         replicate=root.replicate,
         twin=root.twin,
-        objective=_objective(root.objective, variant=name, data=data.name),
+        objective=_objective(root.objective, variant=name, params=params, data=data.name),
         device=root.device if root.device != "auto" else _device(),
         dtype=root.dtype,
         activations=_section(given, "activations", ActivationsSpec).name,
-        model=_section(given, "model", ModelSpec),
+        model=_section(given, "model", ModelSizes),
         data=data,
         measure=measure,
     )
+    _check_model(spec)
     return Cell(
         spec=spec,
         folder=user_path("results_dir", root.results_dir) / _name(root.name),
@@ -157,12 +158,27 @@ def _variant(given: dict[str, Any]) -> tuple[str, dict[str, Any]]:
     """The variant's name and its complete knobs, defaults filled in."""
     name = str(given.pop("name", ""))
     try:
-        config_class = variants.load(name).Config
+        return name, _knobs("variant", variants.load(name).Config, given).as_dict()
     except variants.UnknownVariant as error:
         raise ConfigError(str(error)) from None
     except variants.BrokenVariant:  # the cell's to say: others of the sweep can run
         return name, given
-    return name, _knobs("variant", config_class, given).as_dict()
+
+
+def _check_model(spec: CellSpec) -> None:
+    """Raise ConfigError for a model that cannot be built."""
+    try:
+        model = spec.model_spec()
+    except variants.BrokenVariant:  # reported by the cell
+        return
+    if len(model.layers) > spec.depth:
+        raise ConfigError(
+            f"depth={spec.depth}: variant={spec.variant} has {len(model.layers)} layers; "
+            f"allowed is {len(model.layers)} or more"
+        )
+    depth = model.depth
+    if reason := depth.layer.unsupported(depth.config, depth=spec.depth, activations=spec.activations):
+        raise ConfigError(f"activations={spec.activations}: {reason}")
 
 
 def _data(given: dict[str, Any]) -> DataSpec:
@@ -171,12 +187,14 @@ def _data(given: dict[str, Any]) -> DataSpec:
     return DataSpec(name=name, params=_knobs("data", tasks.load(name).Config, given).as_dict())
 
 
-def _objective(value: str, *, variant: str, data: str) -> str:
+def _objective(value: str, *, variant: str, params: dict[str, Any], data: str) -> str:
     """One of the task's own; auto is its causal one where the variant can be causal, or cannot be asked."""
     objectives = tasks.load(data).objectives
     if value == "auto":
         with suppress(variants.BrokenVariant):
-            return objectives[0 if variants.load(variant).caps.causal else -1]
+            loaded = variants.load(variant)
+            caps = loaded.info_for(loaded.Config.of(params)).caps
+            return objectives[0 if caps.causal else -1]
         return objectives[0]
     return choose(f"{data} objective", value, ["auto", *objectives])
 

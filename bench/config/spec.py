@@ -25,8 +25,9 @@ from variants.head_size import unusable_heads
 from variants.knobs import Knobs, decisive, knob, knobs_of
 
 if TYPE_CHECKING:
+    from bench.model.slots import ModelSpec
     from bench.tasks.base import Setting, Task, TaskConfig
-    from variants.base import Attention, Dims, VariantConfig
+    from variants.base import Dims, Variant, VariantConfig, Workload
 
 Strategy = Literal["keep", "checkpoint", "sqrt", "selective", "reversible", "offload"]
 ACTIVATIONS: tuple[str, ...] = get_args(Strategy)
@@ -85,7 +86,7 @@ class Root(Spec):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelSpec(Spec):
+class ModelSizes(Spec):
     """The transformer around the attention."""
 
     size: str = "tiny"
@@ -252,7 +253,7 @@ class CellSpec:
     device: str
     dtype: str
     activations: str
-    model: ModelSpec
+    model: ModelSizes
     data: DataSpec
     measure: MeasureSpec
     twin: int = 0
@@ -263,7 +264,8 @@ class CellSpec:
         """Whether no output may read a later token: the objective's to say, or else wherever it can be."""
         if self.objective in ("clm", "mlm"):
             return self.objective == "clm"
-        return variants.load(self.variant).caps.causal
+        variant, config, _ = self.attention()
+        return variant.info_for(config).caps.causal
 
     @property
     def label(self) -> str:
@@ -271,18 +273,45 @@ class CellSpec:
         words = f"{self.variant} T={self.seq_len} depth={self.depth} {self.activations} #{self.replicate}"
         return f"{words} twin {self.twin}" if self.twin else words
 
-    def attention(self) -> tuple[type[Attention], VariantConfig, Dims]:
+    def attention(self) -> tuple[type[Variant], VariantConfig, Dims]:
         """The variant's class, its config and the sizes of its layers (imports torch)."""
         from variants.base import Dims
 
         variant = variants.load(self.variant)
         dims = Dims(
-            batch_size=max(1, self.batch_size),
             seq_len=self.seq_len,
             d_model=self.model.d_model,
             heads=self.model.heads,
         )
         return variant, variant.Config.of(self.variant_params), dims
+
+    def variants(self) -> list[str]:
+        """The variants whose code decides the figures: the cell's own and, of a mixture, its members
+        (imports torch)."""
+        try:
+            variant, config, _ = self.attention()
+        except variants.BrokenVariant:
+            return [self.variant]
+        return [self.variant, *variant.members(config)]
+
+    def model_spec(self) -> ModelSpec:
+        """What the model is made of (imports torch)."""
+        from bench.model.slots import ModelSpec
+
+        variant, config, _ = self.attention()
+        return ModelSpec.of(variant, config, ff_mult=self.model.ff_mult)
+
+    def workload(self) -> Workload:
+        """The work of one forward pass of a step (imports torch)."""
+        from variants.base import Workload
+
+        return Workload(
+            batch_size=max(1, self.batch_size),
+            seq_len=self.seq_len,
+            d_model=self.model.d_model,
+            heads=self.model.heads,
+            causal=self.causal,
+        )
 
     def task(self) -> tuple[type[Task], TaskConfig, Setting]:
         """The task's class, its config and what the cell asks of it (imports torch)."""
@@ -305,7 +334,7 @@ class CellSpec:
         values = dataclasses.asdict(self)
         values["variant_params"] = _decisive_params("variant", self.variant, self.variant_params)
         values["data"]["params"] = _decisive_params("data", self.data.name, self.data.params)
-        values["model"] = decisive(ModelSpec, values["model"])
+        values["model"] = decisive(ModelSizes, values["model"])
         values["measure"] = self.measure.decisive()
         return digest([decisive(Root, values), data_sha256, code_sha256])
 

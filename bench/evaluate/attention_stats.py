@@ -23,7 +23,7 @@ from torch import Tensor
 from bench.evaluate.nll import evaluating
 from bench.model.language_model import LanguageModel
 from bench.tasks.base import Batch
-from variants.base import Attention
+from variants.base import Context, EstimatesSoftmax, ExposesScores, SequenceMixer
 
 KMEANS_STEPS = 10
 
@@ -58,13 +58,13 @@ class AttentionStats:
 class _Recorded(NamedTuple):
     """The inputs and outputs of a layer, each (B, T, C)."""
 
-    layer: Attention
+    layer: SequenceMixer
     x: Tensor
     y: Tensor
 
 
 @contextmanager
-def _recording(layers: Iterable[Attention]) -> Iterator[list[_Recorded]]:
+def _recording(layers: Iterable[SequenceMixer]) -> Iterator[list[_Recorded]]:
     """Record the inputs and outputs of the layers inside the context."""
     seen: list[_Recorded] = []
     hooks = [
@@ -88,18 +88,19 @@ def measure_attention(
     """
     spread: list[_MapSums] = []
     errors = {layer: [0.0, 0.0] for layer in model.layers}
+    ctx = Context(causal=causal)
     with evaluating(model):
         for batch in batches:
             with _recording(model.layers) as seen:
                 model(batch.inputs.to(device), causal=causal)
             for layer, x, y in seen:
-                want = layer.estimated(x, causal=causal)
-                if want is not None:
-                    for place, t in enumerate((y - want, want)):
+                target = layer.softmax_target(x, ctx) if isinstance(layer, EstimatesSoftmax) else None
+                if target is not None:
+                    for place, t in enumerate((y - target, target)):
                         errors[layer][place] += float(t.double().square().sum())
-                read = layer.queries_keys(x)
-                if read is not None:
-                    spread.append(_map_sums(*(t.flatten(0, 1).float() for t in read), causal=causal))
+                if isinstance(layer, ExposesScores):
+                    q, k = (t.flatten(0, 1).float() for t in layer.queries_keys(x, ctx))
+                    spread.append(_map_sums(q, k, causal=causal))
     off = [math.sqrt(wrong / whole) for wrong, whole in errors.values() if whole]
     error = sum(off) / len(off) if off else None
     found: dict[str, Any] = _means(spread)

@@ -31,7 +31,8 @@ class Quality:
         training resumes from the checkpoint of an earlier run of this cell."""
         self.spec, self.task, self.device, self.kept, self.tell = spec, task, device, kept, tell
         self.measure, self.causal = spec.measure, spec.causal
-        self.variant, _, self.dims = spec.attention()
+        variant, config, _ = spec.attention()
+        self.stateful = variant.info_for(config).caps.stateful
         self.model = predict.build_model(spec).to(device)
 
     def run(self) -> None:
@@ -45,7 +46,7 @@ class Quality:
             self._evaluate_text(text, training.step)
         else:
             self._evaluate_answers()
-        self.tell({"state_policy": "carried" if self.variant.caps.stateful else "none"})
+        self.tell({"state_policy": "carried" if self.stateful else "none"})
 
     def _train(self) -> Training:
         step_tokens = self.spec.batch_size * self.spec.seq_len
@@ -59,7 +60,7 @@ class Quality:
             budget=Budget.of(
                 self.measure,
                 step_tokens=step_tokens,
-                step_flops=3 * self.model.flops(self.dims, causal=self.causal).total,
+                step_flops=3 * self.model.cost(self.spec.workload()).total,
             ),
             learning_rate=self.measure.learning_rate,
             causal=self.causal,
@@ -72,7 +73,7 @@ class Quality:
         quality = evaluate(
             self.model,
             task.test_batches(stride),
-            documents=task.test_documents() if self.variant.caps.stateful else None,
+            documents=task.test_documents() if self.stateful else None,
             objective=task.objective,
             words_per_byte=task.corpus.words_per_byte(),
             unigram_nats=task.corpus.unigram_nats(),

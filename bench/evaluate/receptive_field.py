@@ -6,10 +6,14 @@ Shapes: T tokens, L tokens of one window of the input schedule, N windows.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from bench.model.language_model import LanguageModel
+from variants.base import SequenceMixer, mask_fed
+from variants.input_schedule import Fed
 from variants.ops.masks import composed
 
 LONGEST = 4096
@@ -24,15 +28,18 @@ def dependence(model: LanguageModel, seq_len: int, *, causal: bool) -> Tensor | 
     window before the next one. It needs O(T²) memory. An output cannot depend on an input outside this mask.
     Whether a trained model uses an input inside the mask must be measured.
     """
-    patterns = [layer.pattern(seq_len, causal=causal) for layer in model.layers]
-    if any(pattern is None for pattern in patterns):
+
+    def mask_of(layer: SequenceMixer, tokens: int) -> Tensor | None:
+        return mask_fed(layer, model.input_schedule, tokens, causal=causal)
+
+    if any(mask_of(layer, seq_len) is None for layer in model.layers):
         return None
 
-    def network(window: Tensor) -> Tensor:  # (N, L, T): the inputs on which each token of each window depends
-        drawn = (layer.pattern(window.shape[1], causal=causal) for layer in model.layers)
-        return composed([pattern for pattern in drawn if pattern is not None]).float() @ window
+    def network(window: Tensor, _: Any) -> Fed:  # (N, L, T): the inputs on which each token depends
+        masks = (mask_of(block.mixer, window.shape[1]) for block in model.visits)
+        return Fed(composed([mask for mask in masks if mask is not None]).float() @ window)
 
-    return model.plan.apply(network, torch.eye(seq_len)[None], causal=causal)[0] > 0
+    return model.input_schedule.apply(network, torch.eye(seq_len)[None], causal=causal).y[0] > 0
 
 
 def reach(model: LanguageModel, seq_len: int, *, causal: bool) -> int | None:

@@ -16,25 +16,43 @@ from __future__ import annotations
 
 import copy
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from bench.config.spec import CellSpec
 from bench.measure.cached import once
-from bench.model import activations
-from bench.model.language_model import LanguageModel
-from bench.tasks.base import Batch
-from bench.tasks.text import VOCABULARY
-from bench.train.loop import training_step
-from variants.base import Attention, Dims, VariantConfig
+from bench.measure.gate_failed import GateFailed, largest
+from bench.measure.recompute_gate import recompute_error
+from bench.model.slots import LayerSpec
+from variants.base import (
+    Context,
+    Cost,
+    Dims,
+    FeedForward,
+    FeedForwardConfig,
+    SequenceMixer,
+    SlotSpec,
+    VariantConfig,
+    dims_fed,
+    known_leak,
+    reference_fed,
+)
+from variants.input_schedule import Fed, InputSchedule
+
+Module = TypeVar("Module", bound=torch.nn.Module)
 
 GATE_TOKENS = 1000
 """Longest sequence of the gates: past the default windows, and no multiple of a block."""
 HEAD_DIM = 16
+BATCH = 2
+"""Sequences of the gates."""
+FEED_FORWARD_TOKENS = 64
+"""Tokens of the feed-forward layer's gate: each goes through by itself."""
 LEAK_LAYERS = 4
 """Layers of the causality gate, at most; never more than the cell has. A sum whose order depends on later
 tokens moves an output by a rounding, which one layer hides where it rounds to bfloat16. Each further layer
@@ -48,18 +66,9 @@ depended on later tokens, and is enough to flip a selection (a hash, a nearest c
 REFERENCE_TOLERANCE = 1e-4
 """Largest error, relative to the tensor's largest entry, of float32 against float64; sums over
 1,000 tokens lose about √1000 ulps, 4e-6, and gradients pass through several."""
-RECOMPUTE_TOLERANCE = {"float32": 1e-5, "bfloat16": torch.finfo(torch.bfloat16).eps}
-"""Largest error of a gradient, relative to the largest, that rounding explains, by dtype. Only a reversible
-network has any: it rebuilds float32 streams, 1e-7 off. In float32 the gradients are as close. In bfloat16
-some of these numbers round to the neighbouring one, and a gradient may differ by a rounding of its own: one
-unit in the last place of the largest, 2⁻⁷."""
 COST_TOLERANCE = 0.01
 COST_LIMIT = 2.2
 """Most that block-gathered patterns may dispatch, as a multiple of the allowed pairs."""
-
-
-class GateFailed(Exception):
-    """A variant did not pass; the message names the gate and its figure."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,85 +83,111 @@ class Figures:
 
 
 def check(spec: CellSpec, folder: Path, code_sha256: str) -> Figures:
-    """The figures of this variant's configuration, taken once per experiment, code and device.
+    """The largest figures of the cell's distinct layers, each taken once per experiment, code and device.
 
     Raises GateFailed.
     """
-    variant, config, _ = spec.attention()
+    model, kept = spec.model_spec(), folder / "gates"
     tokens = min(spec.seq_len, GATE_TOKENS)
-    dims = Dims(batch_size=2, seq_len=tokens, d_model=HEAD_DIM * spec.model.heads, heads=spec.model.heads)
+    dims = Dims(seq_len=tokens, d_model=HEAD_DIM * spec.model.heads, heads=spec.model.heads)
+    variant, config, _ = spec.attention()
     if variant.unsupported(config, dims, causal=spec.causal):  # a variant may need the cell's own length
-        dims = Dims(batch_size=2, seq_len=spec.seq_len, d_model=dims.d_model, heads=dims.heads)
-    layers, leak_layers = min(2, spec.depth), min(LEAK_LAYERS, spec.depth)
-    settings = [spec.variant, spec.variant_params, spec.causal, asdict(dims)]
-    decides = [*settings, leak_layers, spec.device, spec.dtype, code_sha256]
+        dims = replace(dims, seq_len=spec.seq_len)
+    settings = [spec.causal, asdict(dims), repr(model.input), spec.device, spec.dtype, code_sha256]
     device, dtype = torch.device(spec.device), getattr(torch, spec.dtype)
 
-    def attention() -> dict[str, Any]:
-        return {
-            "leak_max_abs": leak(variant, config, dims, leak_layers, device, dtype) if spec.causal else None,
-            "reference_max_abs": max(
-                reference_error(variant, config, dims, layer, device, causal=spec.causal)
-                for layer in range(layers)
-            ),
-        }
+    def of_layer(layer: LayerSpec, blocks: int) -> dict[str, float | None]:
+        """Of a kind of layer that so many blocks have."""
+        mixer, feed_forward = layer.mixer, layer.feed_forward
+        leaked = None
+        if spec.causal:
+            depth = min(LEAK_LAYERS, blocks)
+            leaked = leak(mixer.layer, mixer.config, dims, depth, device, dtype, schedule=model.input)
+        errors = [feed_forward_error(feed_forward.layer, feed_forward.config, dims.d_model, device)]
+        errors += [
+            reference_error(
+                mixer.layer, mixer.config, dims, index, device, causal=spec.causal, schedule=model.input
+            )
+            for index in range(min(2, blocks))
+        ]
+        return {"leak_max_abs": leaked, "reference_max_abs": largest(errors)}
 
-    def recompute() -> dict[str, Any]:
-        return {"recompute_max_abs": recompute_error(spec, dims, layers, device)}
+    def described(slot: SlotSpec[Any]) -> list[Any]:
+        return [slot.name, slot.params]
 
-    kept = folder / "gates"
-    figures = once(kept, decides, attention, {"leak_max_abs", "reference_max_abs"})
-    strategy = [spec.activations, spec.model.ff_chunks]
-    if spec.activations == "keep":
-        figures |= {"recompute_max_abs": None}
-    else:
-        figures |= once(kept, [*decides, *strategy], recompute, {"recompute_max_abs"})
-    return Figures(**figures)
+    found = []
+    for layer, blocks in model.kinds(spec.depth).items():
+        decides = [described(layer.mixer), described(layer.feed_forward), min(LEAK_LAYERS, blocks), *settings]
+        take = partial(of_layer, layer, blocks)
+        found.append(once(kept, decides, take, {"leak_max_abs", "reference_max_abs"}))
+    recomputed = None
+    if spec.activations != "keep":
+        layers = min(spec.depth, max(2, len(model.layers)))
+        decides = [[described(layer.mixer) for layer in model.layers], described(model.depth), layers]
+        decides += [spec.model.ff_mult, spec.activations, spec.model.ff_chunks, *settings]
+        (recomputed,) = once(
+            kept,
+            decides,
+            lambda: {"recompute_max_abs": recompute_error(spec, dims, layers, device)},
+            {"recompute_max_abs"},
+        ).values()
+    return Figures(
+        leak_max_abs=largest([one["leak_max_abs"] for one in found]) if spec.causal else None,
+        reference_max_abs=largest([one["reference_max_abs"] for one in found]),
+        recompute_max_abs=recomputed,
+    )
 
 
-def _layer(variant: type[Attention], config: VariantConfig, dims: Dims, layer: int) -> Attention:
+def _layer(variant: type[SequenceMixer], config: VariantConfig, dims: Dims, layer: int) -> SequenceMixer:
     """A layer with weights of order 1/√fan-in, so that outputs and their errors are of order 1."""
     torch.manual_seed(layer)
-    made = variant(config, dims, layer)
-    for parameter in made.parameters():
+    return _unit_weights(variant(config, dims, layer)).eval()
+
+
+def _unit_weights(layer: Module) -> Module:
+    for parameter in layer.parameters():
         if parameter.dim() == 2 and parameter.requires_grad:
             torch.nn.init.normal_(parameter, std=parameter.shape[1] ** -0.5)
-    return made.eval()
+    return layer
 
 
 def leak(
-    variant: type[Attention],
+    variant: type[SequenceMixer],
     config: VariantConfig,
     dims: Dims,
     layers: int,
     device: torch.device,
     dtype: torch.dtype = torch.float32,
+    *,
+    schedule: InputSchedule | None = None,
 ) -> float:
     """Largest move of an output before a cut when inputs from the cut on change, in float32 or, by
-    autocast, in `dtype`.
+    autocast, in `dtype`. The layers are fed by the schedule; by default, by the variant's own.
 
     Each sequence of the batch has a cut of its own, so that no sequence may move another either. Raises
     GateFailed above rounding, unless the variant states that it leaks.
     """
-    stack = [_layer(variant, config, dims, layer).to(device) for layer in range(layers)]
+    schedule = schedule or variant.input_schedule(config)
+    fed = dims_fed(variant, schedule, dims)
+    stack = [_layer(variant, config, fed, layer).to(device) for layer in range(layers)]
 
-    def network(x: Tensor, states: list[Any] | None) -> tuple[Tensor, list[Any]]:
+    def network(x: Tensor, states: list[Any] | None) -> Fed:
         after = []
         for layer, state in zip(stack, states or [None] * layers, strict=True):
-            out = layer(x, causal=True, state=state)
+            out = layer(x, Context(causal=True), state)
             x = x + out.y
             after.append(out.state)
-        return x, after
+        return Fed(x, after)
 
     @torch.no_grad()
     def run(x: Tensor) -> Tensor:
         torch.manual_seed(0)  # hashing and random features draw the same in every run
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            return variant.plan(config).stream(network, x, causal=True)
+            return schedule.stream(network, x, causal=True)
 
     # of its own, because `run` sets the other one: every change would be the same, and a multiple of x
     source = torch.Generator(device).manual_seed(0)
-    batch, tokens = dims.batch_size, dims.seq_len
+    batch, tokens = BATCH, dims.seq_len
 
     def noise() -> Tensor:
         return torch.randn(batch, tokens, dims.d_model, device=device, generator=source)
@@ -170,93 +205,64 @@ def leak(
         for where, size in zip(after, (10.0, 1.0, 1e-2), strict=True):
             changed = torch.where(where[..., None], x + size * noise(), x)
             moves.append((run(changed) - before)[position < cut].abs().max().item())
-    worst = _largest(moves)
-    if not worst <= LEAK_TOLERANCE and not variant.leak(config):
+    worst = largest(moves)
+    if not worst <= LEAK_TOLERANCE and not known_leak(variant, config):
         raise GateFailed(f"causality gate: changing later tokens moved an earlier output by {worst:.2e}")
     return worst
 
 
 def reference_error(
-    variant: type[Attention],
+    variant: type[SequenceMixer],
     config: VariantConfig,
     dims: Dims,
     layer: int,
     device: torch.device,
     *,
     causal: bool,
+    schedule: InputSchedule | None = None,
 ) -> float:
     """Largest error of the fast path in float32 against `reference` in float64, relative to each
     tensor's largest entry (or 1): outputs, gradients of the input and of every parameter.
 
     Raises GateFailed above rounding.
     """
-    fast = _layer(variant, config, dims, layer).to(device)
+    ctx, schedule = Context(causal=causal), schedule or variant.input_schedule(config)
+    fast = _layer(variant, config, dims_fed(variant, schedule, dims), layer).to(device)
     slow = copy.deepcopy(fast).double()  # on the same device, whose random numbers are the same
-    x = torch.randn(dims.batch_size, dims.seq_len, dims.d_model, device=device, requires_grad=True)
+    x = torch.randn(BATCH, dims.seq_len, dims.d_model, device=device, requires_grad=True)
     x64 = x.detach().double().requires_grad_()
     torch.manual_seed(1)
-    y = variant.plan(config).stream(
-        lambda window, state: fast(window, causal=causal, state=state)[:2], x, causal=causal
-    )
+    y = schedule.stream(lambda window, state: Fed(*fast(window, ctx, state)[:2]), x, causal=causal)
     torch.manual_seed(1)
-    y64 = slow.reference(x64, causal=causal)
+    y64 = reference_fed(slow, schedule, x64, ctx)
     direction = torch.randn_like(y64)
     roots, roots64 = ([p for p in layer.parameters() if p.requires_grad] for layer in (fast, slow))
     got = torch.autograd.grad(y, [x, *roots], direction.to(y), materialize_grads=True)
     want = torch.autograd.grad(y64, [x64, *roots64], direction, materialize_grads=True)
-    worst = _largest([_relative(a, b) for a, b in zip((y, *got), (y64, *want), strict=True)])
+    worst = largest([_relative(a, b) for a, b in zip((y, *got), (y64, *want), strict=True)])
     if not worst <= REFERENCE_TOLERANCE:
         raise GateFailed(f"reference gate: layer {layer} differs from its reference by {worst:.2e}")
     return worst
 
 
-def recompute_error(spec: CellSpec, dims: Dims, layers: int, device: torch.device) -> float:
-    """Largest error of a parameter's gradient under the cell's strategy for activations, against storing
-    them, relative to the largest entry of any; with dropout, in the cell's dtype, after one training step of
-    each.
-
-    A reversible network is compared with its own two streams. Raises GateFailed above rounding.
-    """
-    variant, config, _ = spec.attention()
-    source = torch.Generator().manual_seed(0)
-    tokens = torch.randint(VOCABULARY, (2, dims.batch_size, dims.seq_len), generator=source).to(device)
-
-    def gradients(run_blocks: activations.Run) -> list[Tensor]:
-        torch.manual_seed(0)
-        with device:
-            model = LanguageModel(
-                variant,
-                config,
-                dims,
-                depth=layers,
-                ff_mult=spec.model.ff_mult,
-                ff_chunks=spec.model.ff_chunks,
-                dropout=0.1,
-                vocabulary=VOCABULARY,
-                activations="keep",
-                dtype=getattr(torch, spec.dtype),
-            )
-        torch.manual_seed(1)
-        with model.running(run_blocks):
-            optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
-            training_step(model, optimizer, Batch(*tokens), causal=spec.causal)
-        return [torch.zeros_like(p) if p.grad is None else p.grad for p in model.parameters()]
-
-    strategy = activations.STRATEGIES[spec.activations]
-    want = gradients(strategy.stored)
-    scale = max(grad.abs().max().item() for grad in want)
-    pairs = zip(gradients(strategy.run), want, strict=True)
-    worst = _largest([(a - b).abs().max().item() / scale for a, b in pairs])
-    if not worst <= RECOMPUTE_TOLERANCE[spec.dtype]:
-        raise GateFailed(
-            f"recompute gate: activations={spec.activations} moved a gradient by {worst:.2e} of the largest"
-        )
+def feed_forward_error(
+    feed_forward: type[FeedForward], config: FeedForwardConfig, d_model: int, device: torch.device
+) -> float:
+    """`reference_error` of a feed-forward layer. Raises GateFailed above rounding."""
+    torch.manual_seed(0)
+    fast = _unit_weights(feed_forward(config, d_model)).to(device)
+    slow = copy.deepcopy(fast).double()
+    x = torch.randn(BATCH, FEED_FORWARD_TOKENS, d_model, device=device, requires_grad=True)
+    x64 = x.detach().double().requires_grad_()
+    y, y64 = fast(x).y, slow.reference(x64)
+    direction = torch.randn_like(y64)
+    roots, roots64 = ([p for p in layer.parameters() if p.requires_grad] for layer in (fast, slow))
+    got = torch.autograd.grad(y, [x, *roots], direction.to(y), materialize_grads=True)
+    want = torch.autograd.grad(y64, [x64, *roots64], direction, materialize_grads=True)
+    worst = largest([_relative(a, b) for a, b in zip((y, *got), (y64, *want), strict=True)])
+    if not worst <= REFERENCE_TOLERANCE:
+        raise GateFailed(f"reference gate: the feed-forward layer differs from its reference by {worst:.2e}")
     return worst
-
-
-def _largest(values: list[float]) -> float:
-    """The largest value; NaN where there is one, which `max` would pass over."""
-    return torch.tensor(values, dtype=torch.float64).max().item()
 
 
 def _relative(got: Tensor, want: Tensor) -> float:
@@ -264,16 +270,14 @@ def _relative(got: Tensor, want: Tensor) -> float:
     return (got.detach().double() - want).abs().max().item() / scale
 
 
-def cost_ratio(
-    dispatched: int, projections: int, attention: int, padding: str | None, *, bounded: bool = True
-) -> float:
-    """Forward FLOPs dispatched for attention as a multiple of the formula's.
+def cost_ratio(dispatched: int, cost: Cost, reason: str | None, *, bounded: bool = True) -> float:
+    """Forward FLOPs dispatched for mixing tokens as a multiple of the formula's.
 
-    Raises GateFailed where they differ by over 1 % and the variant does not say why, or by too much. Where
-    the layer is not `bounded`, any excess that it explains passes.
+    `dispatched` counts those of everything. Raises GateFailed where they differ by over 1 % and no `reason`
+    is given, or by too much. Where the overhead is not `bounded`, any excess with a reason passes.
     """
-    ratio = (dispatched - projections) / attention
-    if abs(ratio - 1) > COST_TOLERANCE and padding is None:
+    ratio = (dispatched - cost.tokenwise) / cost.mixing
+    if abs(ratio - 1) > COST_TOLERANCE and reason is None:
         raise GateFailed(f"cost gate: attention dispatched {ratio:.3f} × its formula's FLOPs, unexplained")
     limit = COST_LIMIT if bounded else math.inf
     if not 1 - COST_TOLERANCE <= ratio <= limit:

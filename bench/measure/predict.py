@@ -79,15 +79,13 @@ def _crossing(known: dict[int, int], budget: int, fitting: int, failing: int, ma
 
 def build_model(spec: CellSpec) -> LanguageModel:
     """The model of a cell, with its replicate's weights."""
-    variant, config, dims = spec.attention()
+    _, _, dims = spec.attention()
     _, task_config, _ = spec.task()
     torch.manual_seed(spec.replicate)
     return LanguageModel(
-        variant,
-        config,
-        replace(dims, batch_size=1),
+        spec.model_spec(),
+        dims,
         depth=spec.depth,
-        ff_mult=spec.model.ff_mult,
         ff_chunks=spec.model.ff_chunks,
         dropout=spec.model.dropout,
         vocabulary=task_config.vocabulary,

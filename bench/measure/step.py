@@ -104,7 +104,7 @@ class Subject:
 
     def segments(self) -> list[slice]:
         """The parts of the sequence that a step goes through."""
-        return self.model.plan.segments(self.batch.inputs.shape[1])
+        return self.model.input_schedule.segments(self.batch.inputs.shape[1])
 
     def bytes(self) -> dict[str, int]:
         """Parameters, gradients and optimiser state."""

@@ -1,79 +1,92 @@
-"""A small pre-norm transformer language model with one slot for attention.
+"""A small pre-norm transformer language model with slots for its layers.
 
 Shapes: B batch, T tokens, C channels (d_model), V vocabulary.
 
-Everything but the attention layer is the same for every variant: pre-norm blocks (Xiong 2020,
-arXiv:2002.04745), GELU feed-forward, GPT-2's initialisation (normal, 0.02; the projections that
-write to the residual stream divided by √(2·depth)). A frozen parameter keeps the values that its layer
-gave it.
+What is not a slot is the same for every variant: pre-norm blocks (Xiong 2020, arXiv:2002.04745), GPT-2's
+initialisation (normal, 0.02; the projections that write to the residual stream divided by √(2·depth)). A
+frozen parameter keeps the values that its layer gave it.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recompute
 
-from bench.model.activations import STRATEGIES, BlockOut, Run, Told
-from variants.base import Attention, Dims, Flops, Out, VariantConfig, require_tokens
-
-
-class FeedForward(nn.Module):
-    """C → mult·C → C with a GELU between."""
-
-    def __init__(self, d_model: int, mult: int) -> None:
-        super().__init__()
-        self.up = nn.Linear(d_model, mult * d_model, bias=False)
-        self.out = nn.Linear(mult * d_model, d_model, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, T, C) → (B, T, C)."""
-        y: Tensor = self.out(nn.functional.gelu(self.up(x)))
-        return y
+from bench.model.activations import STRATEGIES, Run
+from bench.model.slots import ModelSpec
+from bench.model.visits import summed
+from variants.base import (
+    Context,
+    Cost,
+    Dims,
+    FeedForward,
+    FFOut,
+    MixerOut,
+    SequenceMixer,
+    SlotSpec,
+    VisitOut,
+    Workload,
+    cost_fed,
+    dims_fed,
+    state_bytes_fed,
+    tie,
+)
+from variants.input_schedule import Fed, require_tokens
 
 
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + feed-forward(norm(x))."""
+    """x + mixer(norm(x)), then x + feed-forward(norm(x))."""
 
     def __init__(
-        self, attention: Attention, d_model: int, *, ff_mult: int, ff_chunks: int, dropout: float
+        self,
+        mixer: SequenceMixer,
+        feed_forward: FeedForward,
+        d_model: int,
+        *,
+        ff_chunks: int,
+        dropout: float,
     ) -> None:
         super().__init__()
-        self.attention_norm = nn.LayerNorm(d_model)
-        self.attention = attention
+        self.mixer_norm = nn.LayerNorm(d_model)
+        self.mixer = mixer
         self.feed_forward_norm = nn.LayerNorm(d_model)
-        self.feed_forward = FeedForward(d_model, ff_mult)
+        self.feed_forward = feed_forward
         self.dropout = nn.Dropout(dropout)
         self.ff_chunks = ff_chunks
 
-    def attend(self, x: Tensor, state: Any, *, causal: bool) -> Out:
-        """The attention branch: (B, T, C) → Out."""
-        out = self.attention(self.attention_norm(x), causal=causal, state=state)
+    def attend(self, x: Tensor, state: Any, ctx: Context) -> MixerOut:
+        """The mixer's branch: (B, T, C) → MixerOut."""
+        out = self.mixer(self.mixer_norm(x), ctx, state)
         return out._replace(y=self.dropout(out.y))
 
-    def feed(self, x: Tensor) -> Tensor:
-        """The feed-forward branch: (B, T, C) → (B, T, C), every token by itself."""
-        y: Tensor = self.dropout(self.feed_forward(self.feed_forward_norm(x)))
-        return y
+    def feed(self, x: Tensor) -> FFOut:
+        """The feed-forward branch: (B, T, C) → FFOut, every token by itself."""
+        fed: FFOut = self.feed_forward(self.feed_forward_norm(x))
+        return fed._replace(y=self.dropout(fed.y))
 
-    def forward(self, x: Tensor, state: Any, *, causal: bool) -> BlockOut:
-        """(B, T, C) → BlockOut."""
-        out = self.attend(x, state, causal=causal)
+    def _feed_in_chunks(self, x: Tensor) -> FFOut:
+        """Computed again in the backward pass, or every chunk's hidden layer would be stored."""
+        chunks = x.chunk(self.ff_chunks, dim=1)
+        fed = [recompute(self.feed, chunk, use_reentrant=False) for chunk in chunks]
+        return FFOut(torch.cat([out.y for out in fed], dim=1), summed(*(out.aux_loss for out in fed)))
+
+    def forward(self, x: Tensor, state: Any, ctx: Context) -> VisitOut:
+        """(B, T, C) → VisitOut."""
+        out = self.attend(x, state, ctx)
         x = x + out.y
-        if self.ff_chunks == 1:
-            fed = self.feed(x)
-        else:  # computed again in the backward pass, or every chunk's ff_mult·C channels would be stored
-            chunks = x.chunk(self.ff_chunks, dim=1)
-            fed = torch.cat([recompute(self.feed, chunk, use_reentrant=False) for chunk in chunks], dim=1)
-        return BlockOut(x + fed, out.state, out.aux_loss)
+        fed = self.feed(x) if self.ff_chunks == 1 else self._feed_in_chunks(x)
+        return VisitOut(x + fed.y, out.state, summed(out.aux_loss, fed.aux_loss))
 
 
 class Output(NamedTuple):
-    """Logits (B, T, V), each layer's state, and the layers' auxiliary losses where they have any."""
+    """Logits (B, T, V), each visit's state, and the layers' auxiliary losses where they have any."""
 
     logits: Tensor
     states: list[Any]
@@ -81,16 +94,14 @@ class Output(NamedTuple):
 
 
 class LanguageModel(nn.Module):
-    """Token ids (B, T) → logits (B, T, V), with the variant's plan applied around the blocks."""
+    """Token ids (B, T) → logits (B, T, V), with the input schedule applied around the blocks."""
 
     def __init__(
         self,
-        variant: type[Attention],
-        config: VariantConfig,
+        spec: ModelSpec,
         dims: Dims,
         *,
         depth: int,
-        ff_mult: int,
         dropout: float,
         vocabulary: int,
         activations: str,
@@ -99,21 +110,28 @@ class LanguageModel(nn.Module):
     ) -> None:
         """Parameters and sums are float32; `dtype` is that of matrix products, by autocast."""
         super().__init__()
-        self.plan = variant.plan(config)
+        self.spec, self.input_schedule = spec, spec.input
+        self.depth_schedule = spec.depth.layer(spec.depth.config, depth)
         self.run_blocks = STRATEGIES[activations].run
-        self.ff_mult, self.vocabulary, self.dtype = ff_mult, vocabulary, dtype
+        self.vocabulary, self.dtype = vocabulary, dtype
         self.embedding = nn.Embedding(vocabulary, dims.d_model)
-        self.blocks = nn.ModuleList(
-            Block(
-                variant(config, dims, layer),
-                dims.d_model,
-                ff_mult=ff_mult,
-                ff_chunks=ff_chunks,
-                dropout=dropout,
+        below: Counter[SlotSpec[SequenceMixer]] = Counter()
+        blocks = []
+        for layer in map(spec.at, range(depth)):
+            mixer, feed_forward = layer.mixer, layer.feed_forward
+            fed = dims_fed(mixer.layer, spec.input, dims)
+            blocks.append(
+                Block(
+                    mixer.layer(mixer.config, fed, below[mixer]),
+                    feed_forward.layer(feed_forward.config, dims.d_model),
+                    dims.d_model,
+                    ff_chunks=ff_chunks,
+                    dropout=dropout,
+                )
             )
-            for layer in range(depth)
-        )
-        variant.tie(self.layers)
+            below[mixer] += 1
+        self.blocks = nn.ModuleList(blocks)
+        tie(self.layers)
         self.norm = nn.LayerNorm(dims.d_model)
         self.head = nn.Linear(dims.d_model, vocabulary, bias=False)
         self.apply(self._initialise)
@@ -127,9 +145,14 @@ class LanguageModel(nn.Module):
             nn.init.normal_(module.weight, std=0.02)
 
     @property
-    def layers(self) -> list[Attention]:
-        """The attention layers, lowest first."""
-        return [block.attention for block in self.blocks]  # type: ignore[misc]
+    def layers(self) -> list[SequenceMixer]:
+        """The mixers of the blocks, lowest first."""
+        return [block.mixer for block in self.blocks]  # type: ignore[misc]
+
+    @property
+    def visits(self) -> list[Block]:
+        """The block of each visit, in order."""
+        return [self.blocks[index] for index in self.depth_schedule.visits()]  # type: ignore[misc]
 
     @contextmanager
     def running(self, run_blocks: Run) -> Iterator[None]:
@@ -140,27 +163,30 @@ class LanguageModel(nn.Module):
         finally:
             self.run_blocks = before
 
+    def run_visits(self, x: Tensor, states: list[Any] | None, ctx: Context) -> Fed:
+        """All blocks on one window (N, L, C), with the states that the segment before left."""
+        visits = self.visits
+        x, kept = self.run_blocks(visits, x, states or [None] * len(visits), ctx)
+        losses = tuple(out.aux_loss for out in kept if out.aux_loss is not None)
+        return Fed(x, [out.state for out in kept], losses)
+
     def forward(self, tokens: Tensor, *, causal: bool, states: list[Any] | None = None) -> Output:
-        """One segment of the plan, (B, T) → Output; `states` is what the segment before returned.
+        """One segment of the input schedule, (B, T) → Output; `states` is what the segment before returned.
 
         A causal model's logits at t depend on tokens up to t alone. Logits are float32. Raises ValueError for
         an input without a token.
         """
         require_tokens(tokens)
-        outs: list[Told] = []
+        ctx = Context(causal=causal)
 
-        def network(window: Tensor) -> Tensor:
-            nonlocal states
-            before = states or [None] * len(self.blocks)
-            x, found = self.run_blocks(self.blocks, self.embedding(window), before, causal=causal)
-            outs.extend(found)
-            states = [out.state for out in found]
-            return x
+        def network(window: Tensor, before: list[Any] | None) -> Fed:
+            return self.run_visits(self.embedding(window), before, ctx)
 
         with torch.autocast(tokens.device.type, self.dtype, enabled=self.dtype != torch.float32):
-            logits = self.head(self.norm(self.plan.apply(network, tokens, causal=causal)))
-        losses = [out.aux_loss for out in outs if out.aux_loss is not None]
-        return Output(logits.float(), states or [], losses)
+            x, after, losses = self.input_schedule.apply(network, tokens, states, causal=causal)
+            x = self.norm(x)
+            logits = self.head(x)
+        return Output(logits.float(), after or [], list(losses))
 
     def stream(self, tokens: Tensor, *, causal: bool) -> Iterator[tuple[slice, Output]]:
         """A whole sequence (B, T), segment by segment: (where in T, Output) of each, state carried along.
@@ -169,17 +195,52 @@ class LanguageModel(nn.Module):
         """
         require_tokens(tokens)
         states: list[Any] | None = None
-        for segment in self.plan.segments(tokens.shape[1]):
+        for segment in self.input_schedule.segments(tokens.shape[1]):
             out = self(tokens[:, segment], causal=causal, states=states)
             states = out.states
             yield segment, out
 
-    def flops(self, dims: Dims, *, causal: bool) -> Flops:
-        """Algorithmic forward FLOPs on (B, T) tokens: each window of the plan through every block."""
-        total = Flops(2 * dims.batch_size * dims.seq_len * dims.d_model * self.vocabulary, 0)
-        for length, count in self.plan.lengths(dims.seq_len):
-            window = Dims(batch_size=dims.batch_size, seq_len=length, d_model=dims.d_model, heads=dims.heads)
-            feed_forward = Flops(4 * dims.batch_size * length * self.ff_mult * dims.d_model**2, 0)
-            for layer in self.layers:
-                total = total + (layer.flops(window, causal=causal) + feed_forward) * count
+    def cost(self, work: Workload) -> Cost:
+        """Algorithmic forward cost on (B, T) tokens: each window of the schedule through every visit."""
+        total = Cost({"output": 2 * work.batch_size * work.seq_len * work.d_model * self.vocabulary})
+        windows = self.input_schedule.windows(work.seq_len, carried=True)
+        for block in self.visits:
+            total += cost_fed(block.mixer, self.input_schedule, work)
+            for length, count in windows:
+                total += block.feed_forward.cost(replace(work, seq_len=length)) * count
         return total
+
+    def state_bytes(self, work: Workload) -> int:
+        """Bytes to carry after `work.seq_len` tokens in order to process the next one."""
+        return sum(state_bytes_fed(block.mixer, self.input_schedule, work) for block in self.visits)
+
+    def distinct_layers(self) -> list[tuple[str, SequenceMixer]]:
+        """The lowest layer of each distinct mixer, with the mixer's name."""
+        found: dict[SlotSpec[SequenceMixer], SequenceMixer] = {}
+        for block, layer in enumerate(self.layers):
+            found.setdefault(self.spec.at(block).mixer, layer)
+        return [(slot.name, layer) for slot, layer in found.items()]
+
+    @property
+    def impl(self) -> str | None:
+        """Which implementation runs; of a mixture each member's: "longformer=blocks, dense=sdpa"."""
+        return _together([(name, layer.impl) for name, layer in self.distinct_layers()], "=", ", ")
+
+    @property
+    def flop_overhead_reason(self) -> str | None:
+        """Why a forward pass dispatches more FLOPs than `cost` counts; of a mixture, each member's reason."""
+        layers = self.distinct_layers()
+        return _together([(name, layer.flop_overhead_reason) for name, layer in layers], ": ", "; ")
+
+    @property
+    def overhead_is_bounded(self) -> bool:
+        """Whether the limit on that overhead holds: where it does for every layer."""
+        return all(layer.overhead_is_bounded for layer in self.layers)
+
+
+def _together(named: list[tuple[str, str | None]], equals: str, between: str) -> str | None:
+    """The text of a single layer, or each member's with its name, those that have none left out."""
+    if len(named) == 1:
+        return named[0][1]
+    texts = dict.fromkeys(f"{name}{equals}{text}" for name, text in named if text is not None)
+    return between.join(texts) or None

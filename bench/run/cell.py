@@ -18,8 +18,9 @@ from bench.measure import contention, gates, nvml, predict, timing
 from bench.measure import step as step_measure
 from bench.measure.predict import CPU
 from bench.measure.roofline import Roofline
-from bench.model.activations import STRATEGIES, reversible
+from bench.model.activations import STRATEGIES
 from bench.model.language_model import LanguageModel
+from bench.model.reversible import reversible
 from bench.records import Tell
 from bench.run import provenance
 from bench.run.memory_limit import UNLIMITED
@@ -105,7 +106,7 @@ class CellRun:
 
     def _claims(self) -> dict[str, Any]:
         """How cost is said to grow, so that a report can hold measurements against it."""
-        claim = self.variant.complexity
+        claim = self.variant.info_for(self.config).complexity
         return {
             "claimed_time_exponent": claim.time,
             "claimed_memory_exponent": claim.memory,
@@ -120,6 +121,10 @@ class CellRun:
             raise Unsupported(f"device={self.spec.device}: this machine, or this torch, has none")
         if reason := self.variant.unsupported(self.config, self.dims, causal=self.spec.causal):
             raise Unsupported(reason)
+        for layer in self.spec.model_spec().layers:
+            slot = layer.feed_forward
+            if reason := slot.layer.unsupported(slot.config, self.dims.d_model):
+                raise Unsupported(f"{slot.name}: {reason}")
         if reason := STRATEGIES[self.spec.activations].unsupported(self.device.type):
             raise Unsupported(f"activations={self.spec.activations}: {reason}")
         measure = self.spec.measure
@@ -150,7 +155,6 @@ class CellRun:
             self.tell({"longest_seq_len": self.plan.longest_seq_len(budget)})
         elif batch_size:
             self.spec = replace(self.spec, batch_size=batch_size)
-            self.dims = replace(self.dims, batch_size=batch_size)
             self.tell({"batch_size": batch_size})
         else:
             least = self.plan.predict(batch_size=1).peak_bytes
@@ -204,24 +208,22 @@ class CellRun:
         return subject
 
     def _tell_flops(self, model: LanguageModel, figures: step_measure.StepFigures, source: str) -> None:
-        forward = model.flops(self.dims, causal=self.spec.causal)
-        layer = model.layers[0]
-        padding = layer.padding
-        ratio = gates.cost_ratio(
-            figures.flops_forward, forward.projections, forward.attention, padding, bounded=layer.bounded
-        )
+        work = self.spec.workload()
+        forward = model.cost(work)
+        reason, bounded = model.flop_overhead_reason, model.overhead_is_bounded
+        ratio = gates.cost_ratio(figures.flops_forward, forward, reason, bounded=bounded)
         unequal = abs(ratio - 1) > gates.COST_TOLERANCE
         self.tell(
             {
-                "impl": layer.impl,
+                "impl": model.impl,
                 "params": sum(p.numel() for p in model.parameters()),
                 "flops_algorithmic_step": 3 * forward.total,
-                "flops_attention_step": 3 * forward.attention,
+                "flops_attention_step": 3 * forward.mixing,
                 "flops_executed_step": figures.flops_step,
                 "flops_source": source,
                 "cost_ratio": ratio,
-                "cost_ratio_reason": padding if unequal else None,
-                "state_bytes": sum(layer.state_bytes(self.dims) for layer in model.layers),
+                "cost_ratio_reason": reason if unequal else None,
+                "state_bytes": model.state_bytes(work),
             }
         )
 
@@ -256,7 +258,7 @@ class CellRun:
 
     def _utilisation(self, subject: step_measure.Subject, roofline: Roofline, *, seconds: float) -> None:
         """Of a step that takes so long. Tells the peaks again, which may have been raised."""
-        flops = 3 * subject.model.flops(self.dims, causal=self.spec.causal).total
+        flops = 3 * subject.model.cost(self.spec.workload()).total
         try:
             self.tell({"mfu": roofline.utilisation(flops, seconds)})
         finally:

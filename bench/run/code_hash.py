@@ -34,15 +34,15 @@ are not followed."""
 
 
 @cache
-def code_sha256(variant: str) -> str:
-    """Return 16 hex digits: the hash of the code that measures a cell, including the variant's.
+def code_sha256(*names: str) -> str:
+    """Return 16 hex digits: the hash of the code that measures a cell, including the named variants'.
 
     For a variant from another package, the modules of that package that it imports are included. For a
     variant without source code, only its name is hashed. Raises variants.UnknownVariant.
     """
-    module = variants.module_of(variant)
-    digest = hashlib.sha256(module.encode())
-    for name, sha256 in sorted(closure([ROOT, *_found_by_name(), module]).items()):
+    modules = [variants.module_of(name) for name in names]
+    digest = hashlib.sha256("\n".join(modules).encode())
+    for name, sha256 in sorted(closure([ROOT, *_found_by_name(), *modules]).items()):
         digest.update(f"\n{name}:{sha256}".encode())
     return digest.hexdigest()[:16]
 

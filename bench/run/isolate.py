@@ -156,7 +156,7 @@ def _end_with_parent() -> None:
 def _outcome(cell: Cell, cell_id: str, code_sha256: str, memory: int, theirs: Connection) -> dict[str, Any]:
     """Run the cell; returns its status and reason by record key,
     and the `traceback` of an unexpected exception."""
-    from bench.measure.gates import GateFailed
+    from bench.measure.gate_failed import GateFailed
     from bench.measure.roofline import AboveRoofline
     from bench.run.cell import CellRun, DoesNotFit, Unsupported
     from bench.train.loop import Diverged

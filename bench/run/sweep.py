@@ -50,7 +50,7 @@ def identity(cell: Cell) -> dict[str, Any]:
     spec = cell.spec
     task, task_config, _ = spec.task()
     data_sha256 = task.sha256(task_config, spec.data.name)
-    code_sha256 = code_hash.code_sha256(spec.variant)
+    code_sha256 = code_hash.code_sha256(*spec.variants())
     return {
         "cell_id": spec.cell_id(data_sha256, code_sha256),
         "name": cell.name,

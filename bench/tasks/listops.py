@@ -43,7 +43,7 @@ MAX, MIN, MED, SM, END, PADDING, QUESTION = range(DIGITS, 17)
 MIN_LENGTH = 16
 """Minimum length. There are too few shorter expressions: the test could contain most of them, and training
 must avoid test expressions."""
-MAX_LENGTH = 2**16
+MAX_LENGTH = 65_536
 """Maximum length, in tokens, for which the length distribution is computed."""
 MIN_PROBABILITY = 1e-3
 """Minimum probability of the requested lengths. If it is lower, nearly all draws would be rejected, so the

@@ -39,7 +39,7 @@ from variants.safe_output import run
 if TYPE_CHECKING:
     import torch
 
-    from variants.base import Attention
+    from variants.base import SequenceMixer
 
 SAMPLE_SECONDS = 1.0
 """Time budget of the samples of one process; at least three are taken."""
@@ -75,18 +75,18 @@ def measure(sizes: Sizes, name: str, seq_len: int, *, fake: bool) -> Figures | s
     from bench.measure.memory import LiveStorage
     from variants.base import Dims
 
-    variant = variants.load(name)
+    variant = variants.load_mixer(name)
     config = _config(sizes, name)
-    causal = variant.caps.causal
-    dims = Dims(batch_size=1, seq_len=seq_len, d_model=sizes.d_model, heads=sizes.heads)
+    causal = variant.info.caps.causal
+    dims = Dims(seq_len=seq_len, d_model=sizes.d_model, heads=sizes.heads)
     cpu = torch.device("cpu")
     if reason := variant.unsupported(config, dims, causal=causal):
         return reason
     if reason := variant.missing(config, dims, device=cpu, dtype=torch.float32):
         return reason
-    length = variant.plan(config).segments(seq_len)[:FEW_SEGMENTS][-1].stop if fake else seq_len
+    length = variant.input_schedule(config).segments(seq_len)[:FEW_SEGMENTS][-1].stop if fake else seq_len
 
-    def once() -> tuple[Attention, torch.Tensor, int]:
+    def once() -> tuple[SequenceMixer, torch.Tensor, int]:
         with LiveStorage() as storage:
             torch.manual_seed(0)
             layer = variant(config, dims)
@@ -108,27 +108,27 @@ def measure(sizes: Sizes, name: str, seq_len: int, *, fake: bool) -> Figures | s
     return Figures(samples.median, peak_bytes)
 
 
-def step(layer: Attention, x: torch.Tensor, *, causal: bool) -> None:
+def step(layer: SequenceMixer, x: torch.Tensor, *, causal: bool) -> None:
     """Run forward and backward of each segment in order, as in training,
     with gradients of x and the parameters."""
     import torch
 
-    plan, state = layer.plan(layer.config), None
-    losses: list[torch.Tensor] = []
+    from variants.base import Context
+    from variants.input_schedule import Fed
+
+    schedule, state, ctx = layer.input_schedule(layer.config), None, Context(causal=causal)
     layer.zero_grad(set_to_none=True)
 
-    def network(window: torch.Tensor) -> torch.Tensor:
-        nonlocal state
-        out = layer(window, causal=causal, state=state)
-        state = out.state
-        losses.extend(loss for loss in [out.aux_loss] if loss is not None and loss.requires_grad)
-        y: torch.Tensor = out.y
-        return y
+    def network(window: torch.Tensor, state: Any) -> Fed:
+        out = layer(window, ctx, state)
+        return Fed(out.y, out.state, () if out.aux_loss is None else (out.aux_loss,))
 
-    for segment in plan.segments(x.shape[1]):
-        y = plan.apply(network, x[:, segment].detach().requires_grad_(), causal=causal)
-        torch.autograd.backward([y, *losses], [torch.ones_like(y), *(None for _ in losses)])
-        losses.clear()
+    for segment in schedule.segments(x.shape[1]):
+        y, state, losses = schedule.apply(
+            network, x[:, segment].detach().requires_grad_(), state, causal=causal
+        )
+        trained = [loss for loss in losses if loss.requires_grad]
+        torch.autograd.backward([y, *trained], [torch.ones_like(y), *(None for _ in trained)])
 
 
 def _child(theirs: Connection, sizes: Sizes, name: str, seq_len: int, fake: bool) -> None:
@@ -174,7 +174,7 @@ def table(sizes: Sizes, names: list[str], found: Found) -> str:
     predicted = sizes.predicted_length
     columns: dict[str, list[str]] = defaultdict(list)
     for name in names:
-        variant = variants.load(name)
+        variant = variants.load_mixer(name)
         config = _config(sizes, name)
         columns["variant"].append(name)
         columns["knobs"].append(", ".join(f"{k}={v}" for k, v in sizes.knobs.get(name, {}).items()))
@@ -186,8 +186,8 @@ def table(sizes: Sizes, names: list[str], found: Found) -> str:
         grown = f"{math.log(after / before) / math.log(longest / shorter):.2f}" if before and after else ""
         columns["memory grows as T^"].append(grown)
         columns["fixed + a token"].append(_affine(before, after, shorter, longest))
-        columns["claimed"].append(f"{variant.complexity.memory:g}")
-        part = "*" if len(variant.plan(config).segments(predicted)) > FEW_SEGMENTS else ""
+        columns["claimed"].append(f"{variant.info.complexity.memory:g}")
+        part = "*" if len(variant.input_schedule(config).segments(predicted)) > FEW_SEGMENTS else ""
         columns[f"predicted peak at {units.length(predicted)}"].append(units.size(ahead) + part)
     text = ("variant", "knobs")
     return markdown.table([Column(title, cells, right=title not in text) for title, cells in columns.items()])
@@ -202,7 +202,7 @@ def _affine(before: int | None, after: int | None, shorter: int, longest: int) -
 
 
 def _config(sizes: Sizes, name: str) -> Any:
-    return variants.load(name).Config.of(sizes.knobs.get(name, {}))
+    return variants.load_mixer(name).Config.of(sizes.knobs.get(name, {}))
 
 
 def _share(pairs: list[tuple[Figures | str, Figures | str]]) -> str:
@@ -245,12 +245,12 @@ def main() -> int:
     arguments = parser.parse_args()
     loaded: Any = OmegaConf.to_container(OmegaConf.load(CONFIGS / "layers.yaml"))
     sizes = Sizes(**loaded)
-    names = list(dict.fromkeys(["dense", *(arguments.only or variants.names())]))
+    names = list(dict.fromkeys(["dense", *(arguments.only or variants.mixers())]))
     try:
         if arguments.rounds < 1:
             raise ConfigError(f"--rounds={arguments.rounds}: allowed is 1 or more")
         for name in names:
-            _config(sizes, choose("--only", name, variants.names()))
+            _config(sizes, choose("--only", name, variants.mixers()))
         out = user_path("--out", arguments.out) / "layers.md"
         out.parent.mkdir(parents=True, exist_ok=True)
     except (ConfigError, variants.BrokenVariant, OSError) as error:

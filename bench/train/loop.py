@@ -22,6 +22,7 @@ from bench.model.language_model import LanguageModel
 from bench.tasks.base import IGNORED, Batch
 from bench.train.checkpoints import Kept, generator_states, restore_generators
 from bench.train.loss_curve import Curve, Row
+from variants.base import AuxiliaryLoss, UpdatesAfterStep
 
 WARM_UP_SHARE = 0.1
 FIRST_SHARE = 0.01
@@ -78,7 +79,12 @@ Phase = Literal["forward", "backward", "optimizer"]
 
 def parameters_by_loss(model: LanguageModel) -> tuple[list[torch.nn.Parameter], list[torch.nn.Parameter]]:
     """Return the parameters that the task's loss trains, and those that only auxiliary losses train."""
-    auxiliary = {parameter for layer in model.layers for parameter in layer.auxiliary_parameters()}
+    auxiliary = {
+        parameter
+        for layer in model.layers
+        if isinstance(layer, AuxiliaryLoss)
+        for parameter in layer.auxiliary_parameters()
+    }
     both = list(model.parameters())
     return [p for p in both if p not in auxiliary], [p for p in both if p in auxiliary]
 
@@ -105,7 +111,7 @@ def training_step(
     device = batch.inputs.device
     total, scored = torch.zeros((), device=device), (batch.targets != IGNORED).sum()
     states = None
-    for segment in segments or model.plan.segments(batch.inputs.shape[1]):
+    for segment in segments or model.input_schedule.segments(batch.inputs.shape[1]):
         out = model(batch.inputs[:, segment], causal=causal, states=states)
         states, losses = out.states, out.aux_losses
         targets = batch.targets[:, segment].flatten()
@@ -119,7 +125,8 @@ def training_step(
         torch.nn.utils.clip_grad_norm_(parameters, CLIP_NORM)
     optimizer.step()
     for layer in model.layers:
-        layer.after_step()
+        if isinstance(layer, UpdatesAfterStep):
+            layer.after_step()
     done("optimizer")
     return total
 

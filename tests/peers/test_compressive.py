@@ -14,6 +14,7 @@ from torch.func import functional_call
 
 from peers import peer
 from variants.attention.compressive import Compressive, CompressiveConfig
+from variants.base import Context
 from variants.ops.relative_attention import sinusoids
 
 pytestmark = pytest.mark.peers
@@ -54,7 +55,7 @@ def test_equals_compressive_transformer_pytorch() -> None:
     def ours() -> tuple[Tensor, list[Tensor]]:
         state, ys, losses = None, [], []
         for segment in x.split(SEGMENT, dim=1):
-            y, state, loss = layer(segment, causal=True, state=state)
+            y, state, loss = layer(segment, Context(causal=True), state=state)
             ys.append(y)
             losses += [] if loss is None else [loss]
         return torch.cat(ys, dim=1), losses

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 import variants
-from variants.base import Dims
+from variants.base import Workload, whole_mask
 
 pytestmark = pytest.mark.peers
 
@@ -28,8 +28,9 @@ def biases() -> Any:
 
 def pattern(name: str, tokens: int, *, causal: bool, **knobs: Any) -> Tensor:
     variant = variants.load(name)
-    dims = Dims(batch_size=1, seq_len=tokens, d_model=8, heads=2)
-    drawn = variant(variant.Config(**knobs), dims).pattern(tokens, causal=causal)
+    dims = Workload(causal=True, batch_size=1, seq_len=tokens, d_model=8, heads=2)
+    layer = variant(variant.Config(**knobs), dims)
+    drawn = whole_mask(layer, layer.input_schedule(layer.config), tokens, causal=causal)
     assert drawn is not None
     return drawn
 

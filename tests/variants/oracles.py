@@ -6,6 +6,7 @@ Shapes: B batch, T tokens, C channels, H heads, D = C / H.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,22 +14,35 @@ from torch import Tensor, einsum, nn
 
 import variants
 from bench.model.language_model import LanguageModel
+from bench.model.slots import ModelSpec
 from bench.tasks.text import VOCABULARY
-from variants.base import Attention, Dims, VariantConfig
+from variants.base import (
+    Context,
+    Cost,
+    Dims,
+    SequenceMixer,
+    VariantConfig,
+    Workload,
+    cost_fed,
+    reference_fed,
+    state_bytes_fed,
+    whole_mask,
+)
+from variants.input_schedule import Fed
 
 D_MODEL, HEADS = 16, 2
 EXACT = 1e-9
 """Largest difference of two float64 computations of one thing, relative to the largest entry (or 1)."""
 
 
-def dims_for(seq_len: int, batch_size: int = 1) -> Dims:
+def dims_for(seq_len: int, batch_size: int = 1) -> Workload:
     """The sizes that these tests work with."""
-    return Dims(batch_size=batch_size, seq_len=seq_len, d_model=D_MODEL, heads=HEADS)
+    return Workload(causal=True, batch_size=batch_size, seq_len=seq_len, d_model=D_MODEL, heads=HEADS)
 
 
 def make_layer(
-    variant: type[Attention], config: VariantConfig, dims: Dims, *, index: int = 0, seed: int = 0
-) -> Attention:
+    variant: type[SequenceMixer], config: VariantConfig, dims: Dims, *, index: int = 0, seed: int = 0
+) -> SequenceMixer:
     """A float64 layer with weights of order 1/√fan-in, so that scores and outputs are of order 1."""
     torch.manual_seed(seed)
     layer = variant(config, dims, index).double()
@@ -45,21 +59,36 @@ def numbers(*shape: int, seed: int = 1) -> Tensor:
     return torch.randn(*shape, dtype=torch.float64, generator=source).requires_grad_()
 
 
-def feed(layer: Attention, x: Tensor, *, causal: bool, seed: int = 2) -> Tensor:
-    """The layer's outputs on whole sequences (B, T, C), fed as its plan says, randomness fixed."""
+def feed(layer: SequenceMixer, x: Tensor, *, causal: bool, seed: int = 2) -> Tensor:
+    """The layer's outputs on whole sequences (B, T, C), fed as its input schedule says, randomness fixed."""
     torch.manual_seed(seed)
 
-    def network(window: Tensor, state: Any) -> tuple[Tensor, Any]:
-        out = layer(window, causal=causal, state=state)
-        return out.y, out.state
+    def network(window: Tensor, state: Any) -> Fed:
+        return Fed(*layer(window, Context(causal=causal), state)[:2])
 
-    return layer.plan(layer.config).stream(network, x, causal=causal)
+    return layer.input_schedule(layer.config).stream(network, x, causal=causal)
 
 
-def refer(layer: Attention, x: Tensor, *, causal: bool, seed: int = 2) -> Tensor:
+def mask_of(layer: SequenceMixer, tokens: int, *, causal: bool) -> Tensor | None:
+    """(T, T) bool: what a query of a whole sequence reads, fed as its input schedule says; None: content
+    decides."""
+    return whole_mask(layer, layer.input_schedule(layer.config), tokens, causal=causal)
+
+
+def cost_of(layer: SequenceMixer, work: Workload, *, causal: bool) -> Cost:
+    """The layer's cost on whole sequences, fed as its input schedule says."""
+    return cost_fed(layer, layer.input_schedule(layer.config), replace(work, causal=causal))
+
+
+def bytes_of(layer: SequenceMixer, work: Workload) -> int:
+    """The layer's state after work.seq_len tokens, fed as its input schedule says."""
+    return state_bytes_fed(layer, layer.input_schedule(layer.config), work)
+
+
+def refer(layer: SequenceMixer, x: Tensor, *, causal: bool, seed: int = 2) -> Tensor:
     """The layer's own readable reference, with the same randomness as `feed`."""
     torch.manual_seed(seed)
-    return layer.reference(x, causal=causal)
+    return reference_fed(layer, layer.input_schedule(layer.config), x, Context(causal=causal))
 
 
 def difference(got: Tensor, want: Tensor) -> float:
@@ -92,7 +121,7 @@ def assert_same(
         assert difference(a, b) <= tolerance, f"gradients of input {index} differ"
 
 
-def assert_same_layer(got: Attention, want: Attention, x: Tensor, *, causal: bool) -> None:
+def assert_same_layer(got: SequenceMixer, want: SequenceMixer, x: Tensor, *, causal: bool) -> None:
     """Two layers are one map: given the same weights, the same outputs and gradients."""
     want.load_state_dict(got.state_dict())
     assert_same(
@@ -119,7 +148,7 @@ def softmax_attention(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor) -> Tenso
     return einsum("bhij,bjhd->bihd", weights / weights.sum(-1, keepdim=True), v)
 
 
-def oracle(layer: Attention, x: Tensor, allowed: Tensor) -> Tensor:
+def oracle(layer: SequenceMixer, x: Tensor, allowed: Tensor) -> Tensor:
     """Multi-head softmax attention with rotary positions on the pairs allowed, (B, T, C) → (B, T, C)."""
     weights = layer.get_parameter("projections.qkv.weight").chunk(3)
     shape = (*x.shape[:2], layer.dims.heads, -1)
@@ -138,15 +167,13 @@ def everything(seq_len: int, *, causal: bool) -> Tensor:
     return drawn(seq_len, lambda i, j: j <= i or not causal)
 
 
-def language_model(variant: type[Attention], config: VariantConfig, seq_len: int) -> LanguageModel:
+def language_model(variant: type[SequenceMixer], config: VariantConfig, seq_len: int) -> LanguageModel:
     """A float64 model of two blocks; the same seed gives the same weights whatever the variant."""
     torch.manual_seed(4)
     model = LanguageModel(
-        variant,
-        config,
+        ModelSpec.of(variant, config, ff_mult=2),
         dims_for(seq_len),
         depth=2,
-        ff_mult=2,
         dropout=0.0,
         vocabulary=11,
         activations="keep",
@@ -164,11 +191,9 @@ def byte_model(name: str, seq_len: int, **knobs: Any) -> LanguageModel:
     torch.manual_seed(0)
     variant = variants.load(name)
     model = LanguageModel(
-        variant,
-        variant.Config.of(knobs),
-        Dims(batch_size=1, seq_len=seq_len, d_model=32, heads=2),
+        ModelSpec.of(variant, variant.Config.of(knobs), ff_mult=2),
+        Workload(causal=True, batch_size=1, seq_len=seq_len, d_model=32, heads=2),
         depth=2,
-        ff_mult=2,
         dropout=0.5,
         vocabulary=VOCABULARY,
         activations="keep",

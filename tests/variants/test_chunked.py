@@ -12,6 +12,7 @@ from oracles import (
     EXACT,
     assert_same,
     assert_same_layer,
+    cost_of,
     difference,
     dims_for,
     drawn,
@@ -19,6 +20,7 @@ from oracles import (
     language_model,
     logits_of,
     make_layer,
+    mask_of,
     numbers,
     oracle,
 )
@@ -94,11 +96,10 @@ def test_a_model_is_the_dense_model_on_each_chunk(causal: bool, tokens: int, chu
 def test_pattern_and_flops_follow_the_chunks(causal: bool, tokens: int, chunk: int) -> None:
     layer = make_layer(Chunked, ChunkedConfig(chunk=chunk), dims_for(tokens))
     allowed = drawn(tokens, lambda i, j: i // chunk == j // chunk and (j <= i or not causal))
-    assert torch.equal(layer.pattern(tokens, causal=causal), allowed)
-    windows = layer.plan(layer.config).lengths(tokens)
+    assert torch.equal(mask_of(layer, tokens, causal=causal), allowed)
+    windows = layer.input_schedule(layer.config).windows(tokens, carried=False)
     assert sum(length * count for length, count in windows) == tokens
-    attention = sum(layer.flops(dims_for(n), causal=causal).attention * count for n, count in windows)
-    assert attention == 4 * 16 * int(allowed.sum())
+    assert cost_of(layer, dims_for(tokens), causal=causal).mixing == 4 * 16 * int(allowed.sum())
 
 
 @pytest.mark.parametrize("chunk", [0, -3])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -16,11 +17,12 @@ from bench.evaluate.nll import evaluate
 from bench.measure import gates
 from bench.measure.flops import CountFlops
 from bench.model.language_model import LanguageModel
+from bench.model.slots import ModelSpec
 from bench.tasks.text import Batch
 from bench.train.loop import optimizer_for, training_step
 from variants.attention.compressive import COMPRESSIONS, Compressive, CompressiveConfig, State
 from variants.attention.transformer_xl import TransformerXL, TransformerXLConfig
-from variants.base import Dims
+from variants.base import Context, Workload
 
 SMALL: list[dict[str, Any]] = [
     {"segment": 12, "mem_len": 9, "comp_len": 3, "rate": 4},
@@ -32,8 +34,8 @@ NAMES = sorted(COMPRESSIONS)
 LEARNT = ["conv", "dilated_conv"]
 
 
-def dims(tokens: int, batch: int = 1, channels: int = 8, heads: int = 2) -> Dims:
-    return Dims(batch_size=batch, seq_len=tokens, d_model=channels, heads=heads)
+def dims(tokens: int, batch: int = 1, channels: int = 8, heads: int = 2) -> Workload:
+    return Workload(causal=True, batch_size=batch, seq_len=tokens, d_model=channels, heads=heads)
 
 
 def make(compression: str = "conv", **knobs: int) -> Compressive:
@@ -47,8 +49,8 @@ def make(compression: str = "conv", **knobs: int) -> Compressive:
 def run(layer: Any, x: Tensor) -> tuple[Tensor, list[Tensor | None], list[Any]]:
     """Outputs, losses and states of the segments of x."""
     state, outs = None, []
-    for segment in layer.plan(layer.config).segments(x.shape[1]):
-        outs.append(layer(x[:, segment], causal=True, state=state))
+    for segment in layer.input_schedule(layer.config).segments(x.shape[1]):
+        outs.append(layer(x[:, segment], Context(causal=True), state=state))
         state = outs[-1].state
     return torch.cat([out.y for out in outs], dim=1), [out.aux_loss for out in outs], [o.state for o in outs]
 
@@ -125,7 +127,7 @@ def test_equals_the_reference(tokens: int, batch: int, compression: str, **knobs
     assert_same(
         [y, *found, *grads([y, *found], x, layer)], [want_y, *wanted, *grads([want_y, *wanted], x, layer)]
     )
-    assert torch.equal(layer.reference(x, causal=True), want_y)
+    assert torch.equal(layer.reference(x, Context(causal=True)), want_y)
 
 
 @pytest.mark.parametrize("compression", NAMES)
@@ -231,11 +233,11 @@ def test_pattern_is_what_is_read(compression: str, sizes: tuple[int, ...]) -> No
     torch.testing.assert_close(run(open_, x)[0], run(layer, x)[0])
     own = run(open_, x)[0][torch.arange(tokens), torch.arange(tokens)]  # of sequence t, the output at t
     (grad,) = torch.autograd.grad(own.sum(), x)
-    assert torch.equal(grad.ne(0).any(dim=-1), layer.pattern(tokens, causal=True))
+    assert torch.equal(grad.ne(0).any(dim=-1), layer.attention_mask(tokens, causal=True))
 
 
 def test_what_content_decides_has_no_pattern() -> None:
-    assert make("most_used").pattern(8, causal=True) is None
+    assert make("most_used").attention_mask(8, causal=True) is None
 
 
 # the gates
@@ -264,8 +266,8 @@ def test_dispatched_flops(compression: str) -> None:
     layer = Compressive(CompressiveConfig(compression=compression), size)
     with CountFlops() as counted, torch.no_grad():
         run(layer, torch.randn(2, 1000, 64))
-    formula = layer.flops(size, causal=True)
-    assert gates.cost_ratio(counted.total, formula.projections, formula.attention, layer.padding) < 1.4
+    formula = layer.cost(replace(size, causal=True))
+    assert gates.cost_ratio(counted.total, formula, layer.flop_overhead_reason) < 1.4
 
 
 @pytest.mark.parametrize("compression", NAMES)
@@ -279,7 +281,7 @@ def test_training_dispatches_the_reconstruction_besides(compression: str) -> Non
         found.append(counted.total)
     assert found[1] - found[0] == layer.reconstruction_flops(size)
     assert (layer.reconstruction_flops(size) > 0) == (compression in LEARNT)
-    assert ("reconstruction" in str(layer.padding)) == (compression in LEARNT)
+    assert ("reconstruction" in str(layer.flop_overhead_reason)) == (compression in LEARNT)
 
 
 @pytest.mark.parametrize("compression", NAMES)
@@ -298,11 +300,9 @@ def test_runs_on_fake_tensors(compression: str) -> None:
 def language_model(activations: str, **knobs: Any) -> LanguageModel:
     torch.manual_seed(0)
     return LanguageModel(
-        Compressive,
-        CompressiveConfig(segment=16, mem_len=16, comp_len=8, **knobs),
+        ModelSpec.of(Compressive, CompressiveConfig(segment=16, mem_len=16, comp_len=8, **knobs), ff_mult=2),
         dims(75, batch=3, channels=16),
         depth=2,
-        ff_mult=2,
         dropout=0.1,
         vocabulary=11,
         activations=activations,

@@ -19,7 +19,7 @@ from tiers import tiered
 from torch import Tensor
 
 import variants
-from variants.base import Attention, Out, VariantConfig
+from variants.base import Context, MixerOut, SequenceMixer, VariantConfig
 
 TOKENS = 260
 """More than a default window or block; default knobs of some variants want as many tokens."""
@@ -55,21 +55,23 @@ def settings(*, worded: bool) -> Any:
 
 
 def assert_compiles(
-    variant: type[Attention], config: VariantConfig, causal: bool, tokens: int, backend: str
+    variant: type[SequenceMixer], config: VariantConfig, causal: bool, tokens: int, backend: str
 ) -> None:
-    """A window of the plan, and where there is a state a second one with it, in one graph."""
+    """A window of the input schedule, and where there is a state a second one with it, in one graph."""
     layer = make_layer(variant, config, dims_for(tokens, 2))
-    plan = layer.plan(config)
-    length = min(plan.lengths(tokens)[0][0], plan.segments(tokens)[0].stop)
-    windows = [numbers(2, length, layer.dims.d_model, seed=seed) for seed in range(1 + variant.caps.stateful)]
+    schedule = layer.input_schedule(config)
+    length = min(schedule.windows(tokens, carried=True)[0][0], schedule.segments(tokens)[0].stop)
+    windows = [
+        numbers(2, length, layer.dims.d_model, seed=seed) for seed in range(1 + variant.info.caps.stateful)
+    ]
 
-    def network(x: Tensor, state: Any) -> Out:
-        return layer(x, causal=causal, state=state)
+    def network(x: Tensor, state: Any) -> MixerOut:
+        return layer(x, Context(causal=causal), state=state)
 
-    def run(network: Callable[[Tensor, Any], Out]) -> list[Tensor]:
+    def run(network: Callable[[Tensor, Any], MixerOut]) -> list[Tensor]:
         """Outputs, then gradients of inputs and parameters."""
         torch.manual_seed(2)
-        outs: list[Out] = []
+        outs: list[MixerOut] = []
         for window in windows:
             outs.append(network(window, outs[-1].state if outs else None))
         losses = [loss for out in outs for loss in (out.y.square().sum(), out.aux_loss) if loss is not None]
@@ -94,7 +96,7 @@ inductor = pytest.mark.skipif(not shutil.which("g++"), reason="inductor needs a 
 
 @settings(worded=False)
 def test_is_one_graph_forward_and_backward(
-    variant: type[Attention], config: VariantConfig, causal: bool, tokens: int
+    variant: type[SequenceMixer], config: VariantConfig, causal: bool, tokens: int
 ) -> None:
     assert_compiles(variant, config, causal, tokens, "aot_eager")
 
@@ -106,12 +108,12 @@ def test_evaluation_is_one_graph(name: str) -> None:
     config, dims = variant.Config(), dims_for(TOKENS, 2)
     causal = not refusal(variant, config, dims, causal=True)
     layer = make_layer(variant, config, dims).eval()
-    plan = layer.plan(config)
-    length = min(plan.lengths(TOKENS)[0][0], plan.segments(TOKENS)[0].stop)
+    schedule = layer.input_schedule(config)
+    length = min(schedule.windows(TOKENS, carried=True)[0][0], schedule.segments(TOKENS)[0].stop)
     x = numbers(2, length, layer.dims.d_model).detach()
 
     def network(x: Tensor) -> Tensor:
-        return layer(x, causal=causal).y
+        return layer(x, Context(causal=causal)).y
 
     torch.compiler.reset()
     with torch.no_grad():
@@ -122,7 +124,7 @@ def test_evaluation_is_one_graph(name: str) -> None:
 @pytest.mark.slow
 @settings(worded=True)
 def test_is_one_graph_in_every_mode(
-    variant: type[Attention], config: VariantConfig, causal: bool, tokens: int
+    variant: type[SequenceMixer], config: VariantConfig, causal: bool, tokens: int
 ) -> None:
     assert_compiles(variant, config, causal, tokens, "aot_eager")
 
@@ -131,6 +133,6 @@ def test_is_one_graph_in_every_mode(
 @inductor
 @settings(worded=False)
 def test_compiled_code_computes_the_same(
-    variant: type[Attention], config: VariantConfig, causal: bool, tokens: int
+    variant: type[SequenceMixer], config: VariantConfig, causal: bool, tokens: int
 ) -> None:
     assert_compiles(variant, config, causal, tokens, "inductor")

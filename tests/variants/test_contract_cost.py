@@ -22,11 +22,12 @@ import variants
 from bench.measure import gates, step
 from bench.measure.memory import LiveStorage
 from bench.model.language_model import LanguageModel
+from bench.model.slots import ModelSpec
 from bench.tasks.base import Batch
-from variants.base import Attention, Dims, VariantConfig
+from variants.base import Dims, SequenceMixer, VariantConfig, Workload, known_leak
 
 CPU = torch.device("cpu")
-NAMES = variants.names()
+NAMES = variants.mixers()
 LONG = 4096
 NO_WORD = "no such thing"
 
@@ -43,7 +44,7 @@ def words(name: str) -> dict[str, list[str]]:
     return found
 
 
-def refusal(variant: type[Attention], config: VariantConfig, dims: Dims, *, causal: bool) -> str | None:
+def refusal(variant: type[SequenceMixer], config: VariantConfig, dims: Dims, *, causal: bool) -> str | None:
     """Why a configuration cannot run, or cannot on a CPU."""
     return variant.unsupported(config, dims, causal=causal) or variant.missing(
         config, dims, device=CPU, dtype=torch.float32
@@ -60,7 +61,7 @@ class Mode:
     causal: bool
 
     @property
-    def variant(self) -> type[Attention]:
+    def variant(self) -> type[SequenceMixer]:
         return variants.load(self.name)
 
     @property
@@ -84,7 +85,7 @@ def modes(*directions: bool, defaults: bool = True) -> Any:
     """
     found = []
     for name in NAMES:
-        caps = variants.load(name).caps
+        caps = variants.load(name).info.caps
         settings = [("", "")] if defaults else []
         settings += [(knob, word) for knob, some in words(name).items() for word in some]
         default = variants.load(name).Config().as_dict()
@@ -130,9 +131,9 @@ class Kernels(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def storage(variant: type[Attention], config: VariantConfig, tokens: int, *, causal: bool) -> Largest:
+def storage(variant: type[SequenceMixer], config: VariantConfig, tokens: int, *, causal: bool) -> Largest:
     """What a layer's forward and backward pass hold, its parameters and inputs apart."""
-    dims = Dims(batch_size=1, seq_len=tokens, d_model=32, heads=2)
+    dims = Workload(causal=True, batch_size=1, seq_len=tokens, d_model=32, heads=2)
     with FakeTensorMode():
         layer = variant(config, dims)
         x = torch.empty(1, tokens, dims.d_model, requires_grad=True)
@@ -146,13 +147,13 @@ def storage(variant: type[Attention], config: VariantConfig, tokens: int, *, cau
 def test_what_is_cheaper_than_dense_holds_nothing_of_its_size(mode: Mode) -> None:
     """Neither scores nor a mask: no tensor of a sub-quadratic layer of two heads is near T × T numbers.
     By default, its peak grows no faster than its paper claims."""
-    mode.need(Dims(batch_size=1, seq_len=LONG, d_model=32, heads=2))
-    if mode.variant.complexity.time >= 2:
+    mode.need(Workload(causal=True, batch_size=1, seq_len=LONG, d_model=32, heads=2))
+    if mode.variant.info.complexity.time >= 2:
         pytest.skip("claims no less than T²")
     found = storage(mode.variant, mode.config, LONG, causal=mode.causal)
     assert found.numbers < LONG**2 // 2
     if not mode.knob:
-        claim = max(1, mode.variant.complexity.memory)  # inputs and outputs are T numbers in any case
+        claim = max(1, mode.variant.info.complexity.memory)  # inputs and outputs are T numbers in any case
         before = storage(mode.variant, mode.config, LONG // 4, causal=mode.causal)
         assert found.peak <= 1.1 * 4**claim * before.peak
 
@@ -204,12 +205,14 @@ def test_each_implementation_is_one_and_says_which(name: str) -> None:
 def test_a_plan_equals_the_step_in_every_figure(mode: Mode) -> None:
     """Real kernels hold what fake ones do. Some of torch's do not: the result of `mse_loss` on a CPU keeps a
     buffer as large as its operands alive, which fake tensors do not have."""
-    dims = Dims(batch_size=2, seq_len=300, d_model=32, heads=2)
+    dims = Workload(causal=True, batch_size=2, seq_len=300, d_model=32, heads=2)
     mode.need(dims)
 
     def build() -> LanguageModel:
-        sizes: dict[str, Any] = {"depth": 1, "ff_mult": 2, "dropout": 0.1, "vocabulary": 11}
-        return LanguageModel(mode.variant, mode.config, dims, activations="keep", **sizes)
+        sizes: dict[str, Any] = {"depth": 1, "dropout": 0.1, "vocabulary": 11}
+        return LanguageModel(
+            ModelSpec.of(mode.variant, mode.config, ff_mult=2), dims, activations="keep", **sizes
+        )
 
     def blank() -> Batch:
         tokens = torch.zeros(2, dims.seq_len, dtype=torch.int64)
@@ -232,7 +235,7 @@ def test_no_mode_leaks_unless_it_says_so(mode: Mode) -> None:
     mode.need(dims)
     with torch.random.fork_rng():
         worst = gates.leak(mode.variant, mode.config, dims, 2, CPU)
-    assert (worst > gates.LEAK_TOLERANCE) == bool(mode.variant.leak(mode.config))
+    assert (worst > gates.LEAK_TOLERANCE) == bool(known_leak(mode.variant, mode.config))
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -248,21 +251,19 @@ def test_a_knob_that_makes_no_sense_is_refused_by_name(name: str) -> None:
             config_class(**{field.name: bad})
 
 
-def trained_by_the_task(variant: type[Attention], dims: Dims) -> int:
+def trained_by_the_task(variant: type[SequenceMixer], dims: Dims) -> int:
     """Parameters of a small model that its outputs depend on."""
     torch.manual_seed(0)
     model = LanguageModel(
-        variant,
-        variant.Config(),
+        ModelSpec.of(variant, variant.Config(), ff_mult=4),
         dims,
         depth=1,
-        ff_mult=4,
         dropout=0.0,
         vocabulary=256,
         activations="keep",
     )
     tokens = torch.randint(256, (1, dims.seq_len))
-    causal = variant.caps.causal
+    causal = variant.info.caps.causal
     logits = [out.logits.square().sum() for _, out in model.stream(tokens, causal=causal)]
     found = torch.autograd.grad(logits, list(model.parameters()), allow_unused=True)
     return sum(grad.numel() for grad in found if grad is not None and grad.any())
@@ -272,8 +273,8 @@ def trained_by_the_task(variant: type[Attention], dims: Dims) -> int:
 def test_the_task_trains_as_many_parameters_as_in_dense(name: str) -> None:
     """Within a tenth. What an auxiliary loss trains comes on top, and what grows with the longest sequence
     is for `Caps.fixed_length` to say; the report marks either."""
-    variant, dims = variants.load(name), Dims(batch_size=1, seq_len=600, d_model=64, heads=2)
-    if variant.caps.fixed_length:
+    variant, dims = variants.load(name), Workload(causal=True, batch_size=1, seq_len=600, d_model=64, heads=2)
+    if variant.info.caps.fixed_length:
         pytest.skip("parameters grow with the longest sequence")
     dense = trained_by_the_task(variants.load("dense"), dims)
     assert abs(trained_by_the_task(variant, dims) - dense) <= 0.1 * dense

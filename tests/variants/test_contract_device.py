@@ -25,12 +25,12 @@ import variants
 from bench.config.parse import parse
 from bench.measure import predict
 from bench.run.cell import CellRun
-from variants.base import Dims
+from variants.base import Context, Workload
 from variants.ops.tile_size import planned_for
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 META = torch.device("meta")
-DIMS = Dims(batch_size=2, seq_len=1000, d_model=32, heads=2)
+DIMS = Workload(causal=True, batch_size=2, seq_len=1000, d_model=32, heads=2)
 Operations = list[tuple[str, list[torch.Size]]]
 
 
@@ -87,7 +87,7 @@ def test_a_plan_refuses_what_an_accelerator_would(name: str) -> None:
         planned_for("meta"),
         pytest.raises(ValueError, match=r"^impl=fused: .* on meta"),
     ):
-        layer(x, causal=True)
+        layer(x, Context(causal=True))
 
 
 @pytest.mark.parametrize("device", ["cuda", *slow("cpu")])

@@ -5,17 +5,17 @@ Shapes: B batch, T tokens, C channels, H heads, D = C / H.
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from oracles import EXACT, difference, dims_for, feed, make_layer, numbers
+from oracles import EXACT, bytes_of, difference, dims_for, feed, make_layer, numbers
 from torch import Tensor
 
 import variants
-from variants.base import Attention, Chunks
+from variants.base import Context, SequenceMixer, Workload
+from variants.input_schedule import Chunks, Fed
 from variants.ops.projections import Projections
 
 BATCH = 2
@@ -45,14 +45,14 @@ SCHEDULES = [("chunked", {"chunk": c}) for c in (1, 5, 8, 50)] + [
 """Variants that run the whole network on windows."""
 
 
-def project(layer: Attention, token: Tensor, position: int) -> tuple[Tensor, ...]:
+def project(layer: SequenceMixer, token: Tensor, position: int) -> tuple[Tensor, ...]:
     """Query, key and value (B, H, 1, D) of one token (B, 1, C) at a position."""
     projections = layer.get_submodule("projections")
     assert isinstance(projections, Projections)
     return tuple(part[:, :, -1:] for part in projections.split(F.pad(token, (0, 0, position, 0))))
 
 
-def merge(layer: Attention, y: Tensor) -> Tensor:
+def merge(layer: SequenceMixer, y: Tensor) -> Tensor:
     """(B, H, 1, D) → (B, 1, C)."""
     projections = layer.get_submodule("projections")
     assert isinstance(projections, Projections)
@@ -64,11 +64,20 @@ def attend(q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
     return (q @ keys.mT * q.shape[-1] ** -0.5).softmax(-1) @ values
 
 
-def bytes_after(layer: Attention, tokens: int) -> int:
-    return layer.state_bytes(replace(layer.dims, batch_size=BATCH, seq_len=tokens, element_bytes=8))
+def bytes_after(layer: SequenceMixer, tokens: int) -> int:
+    sizes = layer.dims
+    work = Workload(
+        batch_size=BATCH,
+        seq_len=tokens,
+        d_model=sizes.d_model,
+        heads=sizes.heads,
+        causal=True,
+        element_bytes=8,
+    )
+    return bytes_of(layer, work)
 
 
-def allowed_pairs(layer: Attention, tokens: int) -> Tensor:
+def allowed_pairs(layer: SequenceMixer, tokens: int) -> Tensor:
     """(H, T, T) bool: what each head reads; the outputs that follow from it are compared with `forward`."""
     for name in ("allowed", "_allowed"):
         if draw := getattr(layer, name, None):
@@ -111,16 +120,16 @@ def test_decoding_from_the_open_windows(name: str, knobs: dict[str, Any]) -> Non
     tokens = 31
     variant = variants.load(name)
     config = variant.Config(**knobs)
-    plan = variant.plan(config)
-    assert isinstance(plan, Chunks)
+    schedule = variant.input_schedule(config)
+    assert isinstance(schedule, Chunks)
     layers = [make_layer(variant, config, dims_for(tokens), index=i, seed=i) for i in range(2)]
     x = numbers(BATCH, tokens, layers[0].dims.d_model).detach()
-    lo, _ = plan.kept(causal=True)
+    lo, _ = schedule.kept(causal=True)
     state: dict[int, list[list[tuple[Tensor, Tensor]]]] = {}
     """First token of a window → layer → keys and values (B, H, 1, D) of its tokens."""
     outputs = []
     for t in range(tokens):
-        if t % plan.stride == 0:
+        if t % schedule.stride == 0:
             state[t] = [[], []]
         for start, caches in state.items():
             hidden = x[:, t : t + 1]
@@ -131,17 +140,17 @@ def test_decoding_from_the_open_windows(name: str, knobs: dict[str, Any]) -> Non
                 hidden = hidden + merge(layer, attend(q, keys, values))
             if t - start >= (lo if start else 0):
                 outputs.append(hidden)
-        state = {start: caches for start, caches in state.items() if start + plan.length > t + 1}
+        state = {start: caches for start, caches in state.items() if start + schedule.length > t + 1}
         for index, layer in enumerate(layers):
             held = sum(row.nbytes for caches in state.values() for rows in caches[index] for row in rows)
             assert bytes_after(layer, t + 1) == held, f"after {t + 1} tokens"
 
-    def network(window: Tensor) -> Tensor:
+    def network(window: Tensor, _: Any) -> Fed:
         for layer in layers:
-            window = window + layer(window, causal=True).y
-        return window
+            window = window + layer(window, Context(causal=True)).y
+        return Fed(window)
 
-    assert difference(torch.cat(outputs, dim=1), plan.apply(network, x, causal=True)) <= EXACT
+    assert difference(torch.cat(outputs, dim=1), schedule.apply(network, x, causal=True).y) <= EXACT
 
 
 @pytest.mark.parametrize("sharing", ["none", "headwise", "kv", "layerwise"])

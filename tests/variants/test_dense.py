@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 from oracles import assert_same, difference, dims_for, everything, feed, make_layer, numbers, oracle
 
 from variants.attention.dense import Dense, DenseConfig
-from variants.base import Dims
+from variants.base import Workload
 from variants.ops.projections import Projections
 
 SMALL: list[dict[str, Any]] = [{"impl": "naive"}]
@@ -31,7 +32,7 @@ every_impl = pytest.mark.parametrize("impl", ["sdpa", "naive"])  # for the other
 )
 @example(tokens=1, batch=1, heads=1, half=1)
 def test_equals_the_oracle(impl: str, causal: bool, tokens: int, batch: int, heads: int, half: int) -> None:
-    dims = Dims(batch_size=batch, seq_len=tokens, d_model=2 * half * heads, heads=heads)
+    dims = Workload(causal=True, batch_size=batch, seq_len=tokens, d_model=2 * half * heads, heads=heads)
     layer = make_layer(Dense, DenseConfig(impl=impl), dims)
     x = numbers(batch, tokens, dims.d_model)
     allowed = everything(tokens, causal=causal)
@@ -72,17 +73,17 @@ def test_order_of_the_tokens_matters(causal: bool) -> None:
 def test_flops_count_the_pairs(impl: str, causal: bool, tokens: int) -> None:
     """Four products of D multiply-accumulates' worth for each pair of each head, and four projections."""
     dims = dims_for(tokens, 3)
-    flops = make_layer(Dense, DenseConfig(impl=impl), dims).flops(dims, causal=causal)
+    flops = make_layer(Dense, DenseConfig(impl=impl), dims).cost(replace(dims, causal=causal))
     pairs = int(everything(tokens, causal=causal).sum())
-    assert flops.attention == 3 * 2 * 2 * 16 * pairs
-    assert flops.projections == 3 * 2 * 4 * 16 * 16 * tokens
+    assert flops.mixing == 3 * 2 * 2 * 16 * pairs
+    assert flops.tokenwise == 3 * 2 * 4 * 16 * 16 * tokens
 
 
 def test_state_is_the_keys_and_values_of_every_token() -> None:
     layer = make_layer(Dense, DenseConfig(), dims_for(7))
     _, k, v = layer.get_submodule("projections").split(numbers(2, 7, 16))  # type: ignore[operator]
     stored = sum(t.numel() * t.element_size() for t in (k, v))
-    dims = Dims(batch_size=2, seq_len=7, d_model=16, heads=2, element_bytes=8)
+    dims = Workload(causal=True, batch_size=2, seq_len=7, d_model=16, heads=2, element_bytes=8)
     assert layer.state_bytes(dims) == stored
 
 

@@ -13,6 +13,8 @@ from test_contract import Case, cases
 from tiers import slow
 from torch import Tensor
 
+from variants.base import known_leak
+
 POISON = {"large": 1e24, "inf": float("inf"), "nan": float("nan")}
 """What the input is multiplied with."""
 LARGE = 1e12
@@ -52,7 +54,7 @@ def test_no_number_of_another_sequence_reaches_a_sequence(case: Case, poison: st
 @pytest.mark.parametrize("later", [7, *slow(1, 32)])
 def test_no_large_number_of_a_later_token_reaches_an_earlier_one(case: Case, later: int) -> None:
     """Finite ones: the attention kernel of torch itself lets a NaN through to earlier tokens of a block."""
-    if case.variant.leak(case.config):
+    if known_leak(case.variant, case.config):
         pytest.skip("sees the future, and says so")
     x = numbers(2, case.length, dims_for(1).d_model).detach()
     poisoned, cut = x.clone(), case.length - later

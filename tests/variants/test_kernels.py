@@ -10,6 +10,7 @@ import importlib
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -24,7 +25,7 @@ import variants
 from bench.measure.flops import CountFlops
 from variants.attention.dense import Dense, DenseConfig
 from variants.attention.longformer import Longformer, LongformerConfig
-from variants.base import Attention, Dims
+from variants.base import Context, Dims, SequenceMixer, Workload
 from variants.ops import backends, masks
 from variants.ops.factorised import SparseAttention
 
@@ -57,7 +58,7 @@ def _nothing_kept() -> Iterator[None]:
         torch._dynamo.reset()
 
 
-def flex_layer(name: str, knobs: dict[str, Any], dims: Dims, *, index: int = 0) -> Attention:
+def flex_layer(name: str, knobs: dict[str, Any], dims: Dims, *, index: int = 0) -> SequenceMixer:
     variant = variants.load(name)
     return make_layer(variant, variant.Config(impl="flex", **knobs), dims, index=index)
 
@@ -107,7 +108,7 @@ def test_too_many_graphs_are_an_error_and_not_a_slow_path(monkeypatch: pytest.Mo
 def test_gradients_on_a_cpu_are_refused_by_name() -> None:
     layer = flex_layer("dense", {}, dims_for(9))
     with pytest.raises(NotImplementedError, match="impl=flex needs a CUDA device"):
-        layer(numbers(1, 9, 16), causal=True)
+        layer(numbers(1, 9, 16), Context(causal=True))
 
 
 # --- FlexAttention: what it computes --------------------------------------------------------------
@@ -123,18 +124,18 @@ def tiles(allowed: Tensor) -> tuple[Tensor, Tensor]:
     return torch.stack(some, 1), torch.stack(full, 1)
 
 
-def read(layer: Attention, tokens: int, causal: bool) -> Tensor:
+def read(layer: SequenceMixer, tokens: int, causal: bool) -> Tensor:
     """(H or 1, T, T) bool."""
     if isinstance(layer, SparseAttention):
         return layer.allowed(tokens, causal=causal)
     if isinstance(layer, Longformer):
         return layer._allowed(tokens, causal)
-    pattern = layer.pattern(tokens, causal=causal)
+    pattern = layer.attention_mask(tokens, causal=causal)
     assert pattern is not None
     return pattern[None]
 
 
-def rule_of(layer: Attention, tokens: int, causal: bool) -> backends.HeadRule:
+def rule_of(layer: SequenceMixer, tokens: int, causal: bool) -> backends.HeadRule:
     if isinstance(layer, SparseAttention):
         return layer.reads(tokens, causal=causal)
     if isinstance(layer, Longformer):
@@ -164,12 +165,12 @@ def test_flops_of_flex_are_those_of_its_tiles(name: str, causal: bool) -> None:
     """Whole, in each head, and on top of the projections."""
     layer = flex_layer(name, {}, dims_for(300, 3))
     with torch.no_grad(), CountFlops() as counter:
-        layer(numbers(3, 300, 16), causal=causal)
+        layer(numbers(3, 300, 16), Context(causal=causal))
     some, _ = tiles(read(layer, 300, causal).expand(2, -1, -1))
-    attention = counter.total - layer.flops(layer.dims, causal=causal).projections
+    attention = counter.total - layer.cost(replace(layer.dims, causal=causal)).tokenwise
     assert attention == 3 * 2 * 2 * layer.dims.head_dim * 128 * 128 * int(some.sum())
-    assert layer.padding is not None
-    assert not layer.bounded
+    assert layer.flop_overhead_reason is not None
+    assert not layer.overhead_is_bounded
 
 
 def test_masks_are_found_again_and_not_without_end() -> None:
@@ -254,7 +255,7 @@ def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 @both_directions
 @pytest.mark.parametrize(("tokens", "heads"), [(1, 2), (13, 1), (20, 4)])
 def test_xformers_is_given_what_it_takes(stand_in: ModuleType, causal: bool, tokens: int, heads: int) -> None:
-    dims = Dims(batch_size=3, seq_len=tokens, d_model=24, heads=heads)
+    dims = Workload(causal=True, batch_size=3, seq_len=tokens, d_model=24, heads=heads)
     layer = make_layer(Dense, DenseConfig(impl="xformers"), dims)
     x = numbers(3, tokens, 24)
     assert_same(
@@ -276,11 +277,11 @@ def test_xformers_counts_the_pairs(causal: bool) -> None:
     heard: list[int] = []
     dims = dims_for(21, 2)
     layer = make_layer(Dense, DenseConfig(impl="xformers"), dims)
-    attention = layer.flops(dims, causal=causal).attention
+    attention = layer.cost(replace(dims, causal=causal)).mixing
     with backends.listen(heard.append):
         feed(layer, numbers(2, 21, 16), causal=causal).sum().backward()
     assert heard == [attention, attention * 5 // 2]
-    assert layer.padding is None
+    assert layer.flop_overhead_reason is None
 
 
 @pytest.mark.usefixtures("stand_in")
@@ -300,7 +301,7 @@ EVERYWHERE = ["dense", "chunked", "overlapping"]
 
 def reason_of(name: str, impl: str, device: torch.device, *, head_dim: int = 64) -> str | None:
     variant = variants.load(name)
-    dims = Dims(batch_size=1, seq_len=64, d_model=2 * head_dim, heads=2)
+    dims = Workload(causal=True, batch_size=1, seq_len=64, d_model=2 * head_dim, heads=2)
     return variant.missing(variant.Config(impl=impl), dims, device=device, dtype=torch.float32)
 
 
@@ -335,7 +336,7 @@ def test_the_cpus_kernel_is_missing_elsewhere(name: str) -> None:
     assert "the kernel is the CPU's; on cuda" in str(reason_of(name, "fused", CUDA))
 
 
-@pytest.mark.parametrize("name", variants.names())
+@pytest.mark.parametrize("name", variants.mixers())
 def test_defaults_run_on_a_cpu(name: str) -> None:
     variant = variants.load(name)
     assert variant.missing(variant.Config(), dims_for(64), device=CPU, dtype=torch.float32) is None
@@ -348,13 +349,13 @@ def test_variants_load_no_kernel_library(tmp_path: Path) -> None:
 import sys; sys.path[:0] = [{str(tmp_path)!r}, {str(Path(variants.__file__).parents[1])!r}]
 import torch, variants
 before = {{*sys.modules}}
-for name in variants.names():
+for name in variants.mixers():
     variants.load(name)
-from variants.base import Dims
+from variants.base import Context, Dims
 from variants.attention.dense import Dense, DenseConfig
-dims = Dims(batch_size=1, seq_len=4, d_model=32, heads=2)
+dims = Dims(seq_len=4, d_model=32, heads=2)
 Dense(DenseConfig(impl="xformers"), dims)
-Dense(DenseConfig(), dims)(torch.zeros(1, 4, 32), causal=True)
+Dense(DenseConfig(), dims)(torch.zeros(1, 4, 32), Context(causal=True))
 loaded = {{*sys.modules}} - before
 found = loaded & {{"xformers", "torch.nn.attention.flex_attention"}}
 assert not found, found

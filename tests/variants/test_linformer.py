@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -15,8 +16,9 @@ import variants
 from bench.measure import gates
 from bench.measure.flops import CountFlops
 from bench.model.language_model import LanguageModel
+from bench.model.slots import ModelSpec
 from variants.attention.linformer import Linformer, LinformerConfig
-from variants.base import Dims
+from variants.base import Context, Workload
 from variants.ops import masks
 from variants.ops.projections import masked_attention
 
@@ -26,8 +28,8 @@ SHARINGS = ["none", "headwise", "kv", "layerwise"]
 CPU = torch.device("cpu")
 
 
-def dims_of(seq_len: int, batch_size: int = 1) -> Dims:
-    return Dims(batch_size=batch_size, seq_len=seq_len, d_model=24, heads=2)
+def dims_of(seq_len: int, batch_size: int = 1) -> Workload:
+    return Workload(causal=True, batch_size=batch_size, seq_len=seq_len, d_model=24, heads=2)
 
 
 def make(seq_len: int, *, k: int, sharing: str = "kv", layer: int = 0) -> Linformer:
@@ -63,7 +65,7 @@ def test_identity_projections_of_full_length_are_dense_attention(sharing: str) -
 
     x = torch.randn(3, 33, 24, dtype=torch.float64).requires_grad_()
     given = [x, *layer.projections.parameters()]
-    got, want = layer(x, causal=False).y, dense(x)
+    got, want = layer(x, Context(causal=False)).y, dense(x)
     torch.testing.assert_close(got, want)
     direction = torch.randn_like(got)
     torch.testing.assert_close(
@@ -78,8 +80,8 @@ def test_it_equals_its_reference_in_outputs_and_gradients(
 ) -> None:
     layer = make(seq_len, k=k, sharing=sharing).double()
     x = torch.randn(batch, seq_len, 24, dtype=torch.float64)
-    fast = results(layer, lambda x: layer(x, causal=False).y, x)
-    torch.testing.assert_close(fast, results(layer, lambda x: layer.reference(x, causal=False), x))
+    fast = results(layer, lambda x: layer(x, Context(causal=False)).y, x)
+    torch.testing.assert_close(fast, results(layer, lambda x: layer.reference(x, Context(causal=False)), x))
 
 
 @pytest.mark.parametrize("sharing", SHARINGS)
@@ -96,16 +98,16 @@ def test_a_shorter_sequence_reads_the_first_columns(sharing: str, seq_len: int) 
     for name in ("key_mixture", "value_mixture"):
         setattr(short, name, torch.nn.Parameter(getattr(layer, name)[..., :seq_len].detach().clone()))
     x = torch.randn(3, seq_len, 24, dtype=torch.float64)
-    got = results(layer, lambda x: layer(x, causal=False).y, x)
-    torch.testing.assert_close(got[:2], results(short, lambda x: short(x, causal=False).y, x)[:2])
-    reference = results(layer, lambda x: layer.reference(x, causal=False), x)
+    got = results(layer, lambda x: layer(x, Context(causal=False)).y, x)
+    torch.testing.assert_close(got[:2], results(short, lambda x: short(x, Context(causal=False)).y, x)[:2])
+    reference = results(layer, lambda x: layer.reference(x, Context(causal=False)), x)
     torch.testing.assert_close(got, reference)
     assert all(not g[..., seq_len:].any() for g in got if g.shape[-1] == 40)
 
 
 def test_a_longer_sequence_is_refused_with_both_lengths() -> None:
     with pytest.raises(ValueError, match=r"41 tokens.*at most 40"):
-        make(40, k=8)(torch.randn(1, 41, 24), causal=False)
+        make(40, k=8)(torch.randn(1, 41, 24), Context(causal=False))
 
 
 def test_causal_is_refused_with_the_reason() -> None:
@@ -113,7 +115,7 @@ def test_causal_is_refused_with_the_reason() -> None:
     assert reason is not None
     assert "mixes all positions" in reason
     with pytest.raises(ValueError, match="causal"):
-        make(40, k=8)(torch.randn(1, 40, 24), causal=True)
+        make(40, k=8)(torch.randn(1, 40, 24), Context(causal=True))
 
 
 def test_more_projected_positions_than_tokens_are_refused() -> None:
@@ -152,16 +154,14 @@ def test_no_longer_sequence_is_cut_to_fit(sharing: str, seq_len: int) -> None:
     Linformer.tie(layers)
     for run in (layers[1].forward, layers[1].reference):
         with pytest.raises(ValueError, match=rf"{seq_len} tokens.*at most 40"):
-            run(torch.randn(2, seq_len, 24), causal=False)
+            run(torch.randn(2, seq_len, 24), Context(causal=False))
 
 
 def test_a_model_ties_what_layerwise_sharing_asks_for() -> None:
     model = LanguageModel(
-        Linformer,
-        LinformerConfig(k=8, sharing="layerwise"),
+        ModelSpec.of(Linformer, LinformerConfig(k=8, sharing="layerwise"), ff_mult=2),
         dims_of(40),
         depth=3,
-        ff_mult=2,
         dropout=0.0,
         vocabulary=11,
         activations="keep",
@@ -173,13 +173,13 @@ def test_tied_layers_sum_their_gradients_in_one_matrix() -> None:
     x = torch.randn(1, 40, 24)
 
     def gradient(layer: Linformer) -> torch.Tensor:
-        (g,) = torch.autograd.grad(layer(x, causal=False).y.sum(), layer.key_mixture)
+        (g,) = torch.autograd.grad(layer(x, Context(causal=False)).y.sum(), layer.key_mixture)
         return g
 
     layers = [make(40, k=8, sharing="layerwise", layer=i) for i in range(2)]
     Linformer.tie(layers)
     separate = gradient(layers[0]) + gradient(layers[1])
-    torch.stack([layer(x, causal=False).y for layer in layers]).sum().backward()
+    torch.stack([layer(x, Context(causal=False)).y for layer in layers]).sum().backward()
     grad = layers[0].key_mixture.grad
     assert grad is not None
     torch.testing.assert_close(grad, separate)
@@ -190,11 +190,9 @@ def test_tied_layers_sum_their_gradients_in_one_matrix() -> None:
 def test_dispatched_flops_are_those_of_the_formula(sharing: str, seq_len: int, batch: int) -> None:
     layer = make(seq_len, k=32, sharing=sharing)
     with CountFlops() as counter:
-        layer(torch.randn(batch, seq_len, 24), causal=False)
-    flops = layer.flops(dims_of(seq_len, batch), causal=False)
-    assert gates.cost_ratio(
-        counter.total, flops.projections, flops.attention, layer.padding
-    ) == pytest.approx(1)
+        layer(torch.randn(batch, seq_len, 24), Context(causal=False))
+    flops = layer.cost(replace(dims_of(seq_len, batch), causal=False))
+    assert gates.cost_ratio(counter.total, flops, layer.flop_overhead_reason) == pytest.approx(1)
 
 
 def test_its_state_does_not_grow_with_the_sequence() -> None:
@@ -203,23 +201,23 @@ def test_its_state_does_not_grow_with_the_sequence() -> None:
 
 
 def test_its_pattern_is_every_pair() -> None:
-    assert make(40, k=8).pattern(9, causal=False).all()
+    assert make(40, k=8).attention_mask(9, causal=False).all()
 
 
 def test_it_runs_on_fake_tensors_at_any_length() -> None:
     with FakeTensorMode():
         layer = make(2**20, k=256)
         x = torch.randn(1, 2**20, 24, requires_grad=True)
-        layer(x, causal=False).y.sum().backward()
+        layer(x, Context(causal=False)).y.sum().backward()
         assert x.grad is not None
 
 
 def test_recomputation_gives_the_same_gradients() -> None:
     layer = make(65, k=16)
     x = torch.randn(2, 65, 24)
-    stored = results(layer, lambda x: layer(x, causal=False).y, x)
+    stored = results(layer, lambda x: layer(x, Context(causal=False)).y, x)
     again = results(
-        layer, lambda x: checkpoint(lambda x: layer(x, causal=False).y, x, use_reentrant=False), x
+        layer, lambda x: checkpoint(lambda x: layer(x, Context(causal=False)).y, x, use_reentrant=False), x
     )
     torch.testing.assert_close(again, stored, rtol=0, atol=0)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -28,7 +29,7 @@ from torch.utils.checkpoint import checkpoint
 from bench.measure.memory import LiveStorage
 from variants.attention.dense import Dense, DenseConfig
 from variants.attention.longformer import Longformer, LongformerConfig
-from variants.base import Dims
+from variants.base import Context, Workload
 
 SMALL: list[dict[str, Any]] = [
     {"window": (8, 3), "dilation": (1, 3)},
@@ -41,8 +42,8 @@ HEADS = 3
 both_directions = pytest.mark.parametrize("causal", [True, False])
 
 
-def dims_of(tokens: int, batch: int = 1) -> Dims:
-    return Dims(batch_size=batch, seq_len=tokens, d_model=12, heads=HEADS)
+def dims_of(tokens: int, batch: int = 1) -> Workload:
+    return Workload(causal=True, batch_size=batch, seq_len=tokens, d_model=12, heads=HEADS)
 
 
 def windows(tokens: int, window: int, dilation: tuple[int, ...], *, causal: bool) -> Tensor:
@@ -88,10 +89,10 @@ def test_equals_loops_over_the_keys(
     assert_same(
         lambda: feed(layer, x, causal=causal), lambda: oracle(layer, x, allowed), [x, *layer.parameters()]
     )
-    assert torch.equal(layer.pattern(tokens, causal=causal), allowed.any(dim=0))
-    flops = layer.flops(dims_of(tokens, batch), causal=causal)
-    assert flops.attention == batch * 4 * 4 * int(allowed.sum())  # two products of D = 4 channels a pair
-    assert flops.projections == batch * 8 * tokens * 12**2
+    assert torch.equal(layer.attention_mask(tokens, causal=causal), allowed.any(dim=0))
+    flops = layer.cost(replace(dims_of(tokens, batch), causal=causal))
+    assert flops.mixing == batch * 4 * 4 * int(allowed.sum())  # two products of D = 4 channels a pair
+    assert flops.tokenwise == batch * 8 * tokens * 12**2
 
 
 def with_globals(layer: Longformer, x: Tensor, allowed: Tensor, n: int) -> Tensor:
@@ -139,11 +140,11 @@ def test_global_tokens_read_and_are_read_by_all(
         lambda: with_globals(layer, x, allowed, n),
         [x, *layer.parameters()],
     )
-    assert torch.equal(layer.pattern(tokens, causal=False), allowed.any(dim=0))
-    flops = layer.flops(dims_of(tokens, batch), causal=False)
-    assert flops.attention == batch * 4 * 4 * int(allowed.sum())
+    assert torch.equal(layer.attention_mask(tokens, causal=False), allowed.any(dim=0))
+    flops = layer.cost(replace(dims_of(tokens, batch), causal=False))
+    assert flops.mixing == batch * 4 * 4 * int(allowed.sum())
     # four projections of every token, the globals' own keys and values, and queries for themselves
-    assert flops.projections == batch * 2 * (6 * tokens + min(n, tokens)) * 12**2
+    assert flops.tokenwise == batch * 2 * (6 * tokens + min(n, tokens)) * 12**2
 
 
 @pytest.mark.parametrize("n", [40, 41, 500])
@@ -185,7 +186,7 @@ def test_both_ways_of_putting_parts_together_agree(monkeypatch: pytest.MonkeyPat
     assert layer.impl == "fused"
     fused = feed(layer, x, causal=False)
     monkeypatch.setattr(Longformer, "impl", "plain")
-    assert_same(lambda: feed(layer, x, causal=False), lambda: layer.reference(x, causal=False), [x])
+    assert_same(lambda: feed(layer, x, causal=False), lambda: layer.reference(x, Context(causal=False)), [x])
     assert difference(feed(layer, x, causal=False), fused) <= EXACT
 
 
@@ -193,8 +194,8 @@ def test_recomputation_with_global_tokens_gives_the_same_gradients() -> None:
     layer = make_layer(Longformer, LongformerConfig(window=(6,), global_tokens=4), dims_of(50))
     x = numbers(2, 50, 12)
     assert_same(
-        lambda: checkpoint(lambda x: layer(x, causal=False).y, x, use_reentrant=False),
-        lambda: layer(x, causal=False).y,
+        lambda: checkpoint(lambda x: layer(x, Context(causal=False)).y, x, use_reentrant=False),
+        lambda: layer(x, Context(causal=False)).y,
         [x, *layer.parameters()],
     )
 
@@ -203,10 +204,10 @@ def test_recomputation_with_global_tokens_gives_the_same_gradients() -> None:
 def test_global_tokens_cost_memory_linear_in_the_length() -> None:
     def peak(tokens: int) -> int:
         with FakeTensorMode(), LiveStorage() as storage:
-            dims = Dims(batch_size=1, seq_len=tokens, d_model=256, heads=4)
+            dims = Workload(causal=True, batch_size=1, seq_len=tokens, d_model=256, heads=4)
             layer = Longformer(LongformerConfig(global_tokens=64), dims)
             x = torch.empty(1, tokens, 256, requires_grad=True)
-            y = layer(x, causal=False).y
+            y = layer(x, Context(causal=False)).y
             y.backward(torch.empty_like(y))
         return storage.peak
 
@@ -232,7 +233,7 @@ def test_global_tokens_have_no_causal_form() -> None:
     assert reason.startswith("global_tokens=2: ")
     assert Longformer.unsupported(config, dims_of(9), causal=False) is None
     with pytest.raises(ValueError, match=r"^Longformer with causal=True: global_tokens=2: "):
-        Longformer(config, dims_of(9))(torch.zeros(1, 9, 12), causal=True)
+        Longformer(config, dims_of(9))(torch.zeros(1, 9, 12), Context(causal=True))
     with pytest.raises(ValueError, match=r"^global_tokens=-1"):
         LongformerConfig(global_tokens=-1)
 

@@ -17,6 +17,7 @@ from oracles import (
     language_model,
     logits_of,
     make_layer,
+    mask_of,
     numbers,
     oracle,
 )
@@ -24,6 +25,7 @@ from torch import Tensor
 
 from variants.attention.dense import Dense, DenseConfig
 from variants.attention.overlapping import Overlapping, OverlappingConfig
+from variants.input_schedule import Fed
 
 SMALL: list[dict[str, Any]] = [{"chunk": 16}, {"chunk": 4, "impl": "naive"}]
 
@@ -106,17 +108,17 @@ def test_each_token_has_at_least_its_share_of_context(
     """clm: half a chunk of history. mlm: a quarter on each side. Less only where the sequence has no more."""
     chunk = 4 * quarter
     layer = make_layer(Overlapping, OverlappingConfig(chunk=chunk), dims_for(tokens))
-    plan, seen = layer.plan(layer.config), 0
+    schedule, seen = layer.input_schedule(layer.config), 0
 
-    def network(windows: Tensor) -> Tensor:
+    def network(windows: Tensor, _: Any) -> Fed:
         """Where a token was, in place of its hidden state: (token, first, last token of its window)."""
         nonlocal seen
         seen += windows.shape[0] * windows.shape[1]
         first, last = (windows[:, [at]].expand_as(windows) for at in (0, -1))
-        return torch.stack([windows, first, last], dim=-1)
+        return Fed(torch.stack([windows, first, last], dim=-1))
 
     ids = torch.arange(tokens).expand(batch, -1)
-    where = plan.apply(network, ids, causal=causal)
+    where = schedule.apply(network, ids, causal=causal).y
     assert torch.equal(where[..., 0], ids), "each token once, in order"
     for token, first, last in where[0].tolist():
         if causal:
@@ -125,7 +127,7 @@ def test_each_token_has_at_least_its_share_of_context(
             assert token - first >= min(token, chunk // 4)
             assert last - token >= min(tokens - 1 - token, chunk // 4 - 1)
             assert first == 0 or last == tokens - 1 or chunk // 4 <= token - first < 3 * chunk // 4
-    assert seen == batch * sum(length * count for length, count in plan.lengths(tokens))
+    assert seen == batch * sum(length * count for length, count in schedule.windows(tokens, carried=False))
     assert seen == batch * sum(end - begin for begin, end in chunks(tokens, chunk))
 
 
@@ -140,7 +142,7 @@ def test_pattern_is_the_best_chunk(causal: bool, tokens: int, quarter: int, batc
         begin, end = best_chunk(token, tokens, chunk, causal=causal)
         allowed[token, :begin] = False
         allowed[token, end:] = False
-    assert torch.equal(layer.pattern(tokens, causal=causal), allowed)
+    assert torch.equal(mask_of(layer, tokens, causal=causal), allowed)
 
 
 @both_directions

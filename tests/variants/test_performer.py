@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -19,10 +20,11 @@ from bench.measure import gates
 from bench.measure.flops import CountFlops
 from bench.measure.memory import LiveStorage
 from bench.model.language_model import LanguageModel
+from bench.model.slots import ModelSpec
 from bench.tasks.text import Batch
 from bench.train.loop import optimizer_for, training_step
 from variants.attention.performer import Performer, PerformerConfig
-from variants.base import Dims
+from variants.base import Context, Workload
 from variants.ops import causal_linear_attention, linear_attention
 from variants.ops.tile_size import Sizes
 
@@ -32,8 +34,8 @@ CPU = torch.device("cpu")
 FEATURES = ("softmax", "relu")
 
 
-def dims_of(seq_len: int, batch_size: int = 1) -> Dims:
-    return Dims(batch_size=batch_size, seq_len=seq_len, d_model=16, heads=2)
+def dims_of(seq_len: int, batch_size: int = 1) -> Workload:
+    return Workload(causal=True, batch_size=batch_size, seq_len=seq_len, d_model=16, heads=2)
 
 
 def make(seq_len: int = 64, **knobs: object) -> Performer:
@@ -52,8 +54,8 @@ def results(
 
 
 def assert_equals_reference(layer: Performer, x: torch.Tensor, causal: bool) -> None:
-    fast = results(layer, lambda x: layer(x, causal=causal).y, x)
-    torch.testing.assert_close(fast, results(layer, lambda x: layer.reference(x, causal=causal), x))
+    fast = results(layer, lambda x: layer(x, Context(causal=causal)).y, x)
+    torch.testing.assert_close(fast, results(layer, lambda x: layer.reference(x, Context(causal=causal)), x))
 
 
 def test_it_is_registered() -> None:
@@ -85,7 +87,7 @@ def test_the_running_sums_cost_no_more_a_token_in_a_long_segment(monkeypatch: py
     for seq_len in (2**14, 2**17):
         with FakeTensorMode(), CountFlops() as counter:
             layer = make(seq_len)
-            layer(torch.randn(1, seq_len, 16, requires_grad=True), causal=True).y.sum().backward()
+            layer(torch.randn(1, seq_len, 16, requires_grad=True), Context(causal=True)).y.sum().backward()
         dispatched.append(counter.total / seq_len)
     assert dispatched[1] == pytest.approx(dispatched[0], rel=0.01)
 
@@ -101,7 +103,7 @@ def test_relu_features_are_the_papers() -> None:
         weights = phi_q @ phi_k
         outputs[0, i, h] = weights @ v[0, h, : i + 1] / weights.sum()
     want = layer.projections.merge(outputs.transpose(1, 2))
-    torch.testing.assert_close(layer(x, causal=True).y, want)
+    torch.testing.assert_close(layer(x, Context(causal=True)).y, want)
 
 
 @settings(max_examples=15, deadline=None)
@@ -201,7 +203,7 @@ def test_what_is_wrong_with_one_row_reaches_no_other(features: str, causal: bool
 
     def found(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         x = x.clone().requires_grad_()
-        y = layer(x, causal=causal).y[kept]
+        y = layer(x, Context(causal=causal)).y[kept]
         torch.manual_seed(1)
         return y, torch.autograd.grad(y, x, torch.randn_like(y))[0][kept]
 
@@ -216,9 +218,9 @@ def test_what_is_wrong_with_one_row_reaches_no_other(features: str, causal: bool
 def test_what_is_wrong_with_a_token_reaches_no_earlier_one(features: str, place: int, poison: float) -> None:
     """Within its chunk, its pair and its segment."""
     layer, x = make(61, features=features), torch.randn(2, 61, 16)
-    want = layer(x, causal=True).y[:, :place]
+    want = layer(x, Context(causal=True)).y[:, :place]
     x[:, place] *= poison
-    assert torch.equal(layer(x, causal=True).y[:, :place], want)
+    assert torch.equal(layer(x, Context(causal=True)).y[:, :place], want)
 
 
 @pytest.mark.parametrize("features", FEATURES)
@@ -228,7 +230,7 @@ def test_a_huge_later_token_changes_no_gradient_of_earlier_ones(features: str) -
         changed = x.clone()
         changed[:, 39] *= size
         changed.requires_grad_()
-        y = layer(changed, causal=True).y[:, :39]
+        y = layer(changed, Context(causal=True)).y[:, :39]
         found.append(torch.autograd.grad(y, changed, torch.ones_like(y))[0][:, :39])
     assert found[0].isfinite().all()
     assert torch.equal(*found)
@@ -242,7 +244,7 @@ def test_in_bfloat16_no_later_token_moves_an_earlier_output_of_four_layers(featu
     def run(x: torch.Tensor) -> torch.Tensor:
         with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
             for layer in layers:
-                x = x + layer(x, causal=True).y
+                x = x + layer(x, Context(causal=True)).y
         return x
 
     x = 3 * torch.randn(2, 150, 16)
@@ -262,8 +264,8 @@ def test_it_compiles_in_one_graph(features: str, causal: bool) -> None:
     torch._dynamo.reset()
     layer, x = make(61, features=features), torch.randn(2, 61, 16)
     compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
-    want = results(layer, lambda x: layer(x, causal=causal).y, x)
-    torch.testing.assert_close(results(layer, lambda x: compiled(x, causal=causal).y, x), want)
+    want = results(layer, lambda x: layer(x, Context(causal=causal)).y, x)
+    torch.testing.assert_close(results(layer, lambda x: compiled(x, Context(causal=causal)).y, x), want)
 
 
 def test_a_later_key_changes_no_bit_of_an_earlier_output() -> None:
@@ -289,7 +291,7 @@ def estimate_error(m: int, orthogonal: bool, draws: int) -> float:
     for seed in range(draws):
         torch.manual_seed(seed)
         config = PerformerConfig(n_features=m, orthogonal=orthogonal)
-        layer = Performer(config, Dims(batch_size=1, seq_len=64, d_model=16, heads=1))
+        layer = Performer(config, Workload(causal=True, batch_size=1, seq_len=64, d_model=16, heads=1))
         y = linear_attention.full_favor(q, k, v, layer.directions * 16**-0.25, True)
         errors.append((y - exact).square().mean())
     return torch.stack(errors).mean().sqrt().item()
@@ -307,18 +309,18 @@ def test_the_error_to_softmax_falls_with_the_root_of_the_features(orthogonal: bo
 @pytest.mark.parametrize("causal", [True, False])
 def test_the_layer_nears_dense_attention_with_the_same_projections(causal: bool) -> None:
     """Scale, positions and all: with 64 times the features a few times closer (on average eight)."""
-    dims = Dims(batch_size=1, seq_len=40, d_model=32, heads=2)
+    dims = Workload(causal=True, batch_size=1, seq_len=40, d_model=32, heads=2)
     torch.manual_seed(0)
     dense = variants.load("dense")(variants.load("dense").Config(), dims).double()
     x = torch.randn(2, 40, 32, dtype=torch.float64)
-    want, errors = dense(x, causal=causal).y, []
+    want, errors = dense(x, Context(causal=causal)).y, []
     for m in (64, 4096):
         error = 0.0
         for seed in range(8):
             torch.manual_seed(seed)
             layer = Performer(PerformerConfig(n_features=m), dims).double()
             layer.projections.load_state_dict(dense.get_submodule("projections").state_dict())
-            error += (layer(x, causal=causal).y - want).square().mean().item() / 8
+            error += (layer(x, Context(causal=causal)).y - want).square().mean().item() / 8
         errors.append(error**0.5)
     assert errors[1] < errors[0] / 3
 
@@ -345,7 +347,7 @@ def test_orthogonal_directions_are_so_in_groups_and_as_long_as_gaussian_ones() -
 def test_directions_are_drawn_anew_after_every_redraw_steps_and_never_in_a_forward_pass() -> None:
     layer, fixed = make(redraw=2), make(redraw=0)
     first = layer.directions.clone()
-    layer(torch.randn(1, 20, 16), causal=True)
+    layer(torch.randn(1, 20, 16), Context(causal=True))
     layer.after_step()
     assert torch.equal(layer.directions, first)
     layer.after_step()
@@ -375,11 +377,9 @@ def test_redraw_counts_optimiser_steps_even_where_a_forward_pass_runs_twice() ->
     for activations in ("keep", "checkpoint"):
         torch.manual_seed(0)
         model = LanguageModel(
-            Performer,
-            PerformerConfig(n_features=12, redraw=3),
+            ModelSpec.of(Performer, PerformerConfig(n_features=12, redraw=3), ff_mult=2),
             dims_of(20, 2),
             depth=1,
-            ff_mult=2,
             dropout=0.0,
             vocabulary=11,
             activations=activations,
@@ -412,20 +412,20 @@ def test_dispatched_flops_are_those_of_the_formula_or_explained(
 ) -> None:
     layer = make(seq_len, chunk=chunk, n_features=32)
     with CountFlops() as counter:
-        layer(torch.randn(batch, seq_len, 16), causal=causal)
-    flops = layer.flops(dims_of(seq_len, batch), causal=causal)
-    ratio = gates.cost_ratio(counter.total, flops.projections, flops.attention, layer.padding)
+        layer(torch.randn(batch, seq_len, 16), Context(causal=causal))
+    flops = layer.cost(replace(dims_of(seq_len, batch), causal=causal))
+    ratio = gates.cost_ratio(counter.total, flops, layer.flop_overhead_reason)
     if not causal:
         assert ratio == pytest.approx(1)
 
 
 def test_nothing_is_padded_at_the_default_size() -> None:
-    dims = Dims(batch_size=1, seq_len=2**14, d_model=256, heads=4)
+    dims = Workload(causal=True, batch_size=1, seq_len=2**14, d_model=256, heads=4)
     with FakeTensorMode():
         layer = Performer(PerformerConfig(), dims)
         with CountFlops() as counter:
-            layer(torch.randn(1, 2**14, 256), causal=True)
-    assert counter.total == layer.flops(dims, causal=True).total
+            layer(torch.randn(1, 2**14, 256), Context(causal=True))
+    assert counter.total == layer.cost(replace(dims, causal=True)).total
 
 
 @pytest.mark.parametrize("features", FEATURES)
@@ -465,12 +465,12 @@ def test_its_state_is_all_that_the_next_tokens_need(features: str, n_features: i
             (read[:, :, None] @ state["values"])[:, :, 0] / (read * state["norms"]).sum(-1, keepdim=True)
         )
     got = layer.projections.merge(torch.stack(outputs, dim=2))
-    torch.testing.assert_close(got, layer(x, causal=True).y[:, seq_len:], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(got, layer(x, Context(causal=True)).y[:, seq_len:], rtol=1e-4, atol=1e-5)
 
 
 def test_its_pattern_is_every_pair_allowed() -> None:
-    assert make().pattern(9, causal=False).all()
-    assert torch.equal(make().pattern(9, causal=True), torch.ones(9, 9).tril().bool())
+    assert make().attention_mask(9, causal=False).all()
+    assert torch.equal(make().attention_mask(9, causal=True), torch.ones(9, 9).tril().bool())
 
 
 @pytest.mark.parametrize("causal", [True, False])
@@ -479,7 +479,7 @@ def test_features_of_a_long_sequence_are_never_all_held(causal: bool) -> None:
     with FakeTensorMode(), LiveStorage() as storage:
         layer = make(seq_len, n_features=m, chunk=128, redraw=1)
         x = torch.randn(1, seq_len, 16, requires_grad=True)
-        layer(x, causal=causal).y.sum().backward()
+        layer(x, Context(causal=causal)).y.sum().backward()
         layer.after_step()
     assert (
         storage.peak < 4 * 2 * seq_len * m
@@ -502,9 +502,9 @@ def test_segments_cover_the_sequence_in_few_whole_chunks(seq_len: int, chunk: in
 def test_recomputation_gives_the_same_gradients(causal: bool) -> None:
     layer = make()
     x = torch.randn(2, 61, 16)
-    stored = results(layer, lambda x: layer(x, causal=causal).y, x)
+    stored = results(layer, lambda x: layer(x, Context(causal=causal)).y, x)
     again = results(
-        layer, lambda x: checkpoint(lambda x: layer(x, causal=causal).y, x, use_reentrant=False), x
+        layer, lambda x: checkpoint(lambda x: layer(x, Context(causal=causal)).y, x, use_reentrant=False), x
     )
     torch.testing.assert_close(again, stored, rtol=0, atol=0)
 
@@ -516,9 +516,9 @@ def test_sums_stay_float32_under_autocast(causal: bool) -> None:
     wide = copy.deepcopy(layer).double()
     x = torch.randn(1, 1500, 16)
     with torch.autocast("cpu", torch.bfloat16):
-        y = layer(x, causal=causal).y
+        y = layer(x, Context(causal=causal)).y
     y.float().sum().backward()
-    want = wide.reference(x.double(), causal=causal)
+    want = wide.reference(x.double(), Context(causal=causal))
     assert (y - want).abs().max() < 0.02 * want.abs().max()
 
 

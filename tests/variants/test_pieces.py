@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from oracles import cost_of
 
 import variants
 from bench.measure import gates
 from bench.measure.flops import CountFlops
-from variants.base import Dims
+from variants.base import Context, Workload
+from variants.input_schedule import Fed
 from variants.ops.tile_size import Sizes, planned_for
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -29,15 +31,15 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "name" in metafunc.fixturenames:
         pairs = [
             (name, causal)
-            for name in variants.names()
+            for name in variants.mixers()
             for causal in (True, False)
-            if getattr(variants.load(name).caps, "causal" if causal else "bidirectional")
+            if getattr(variants.load(name).info.caps, "causal" if causal else "bidirectional")
         ]
         metafunc.parametrize(("name", "causal"), pairs)
 
 
-def dims_or_skip(name: str, tokens: int, causal: bool) -> Dims:
-    dims = Dims(batch_size=2, seq_len=tokens, d_model=64, heads=2)
+def dims_or_skip(name: str, tokens: int, causal: bool) -> Workload:
+    dims = Workload(causal=True, batch_size=2, seq_len=tokens, d_model=64, heads=2)
     variant = variants.load(name)
     if reason := variant.unsupported(variant.Config(), dims, causal=causal):
         pytest.skip(reason)
@@ -55,12 +57,10 @@ def test_the_cost_stays_within_its_bound(name: str, causal: bool) -> None:
     dims, variant = dims_or_skip(name, 2048, causal), variants.load(name)
     layer = variant(variant.Config(), dims).eval()
     x = torch.randn(2, dims.seq_len, dims.d_model)
-    network = lambda window, state: layer(window, causal=causal, state=state)[:2]  # noqa: E731
+    network = lambda window, state: Fed(*layer(window, Context(causal=causal), state)[:2])  # noqa: E731
     with planned_for("cuda"), torch.no_grad(), CountFlops() as counter:
-        layer.plan(layer.config).stream(network, x, causal=causal)
-    projections = attention = 0
-    for length, count in layer.plan(layer.config).lengths(dims.seq_len):
-        formula = layer.flops(Dims(batch_size=2, seq_len=length, d_model=64, heads=2), causal=causal)
-        projections += formula.projections * count
-        attention += formula.attention * count
-    gates.cost_ratio(counter.total, projections, attention, layer.padding, bounded=layer.bounded)
+        layer.input_schedule(layer.config).stream(network, x, causal=causal)
+    cost = cost_of(
+        layer, Workload(causal=causal, batch_size=2, seq_len=dims.seq_len, d_model=64, heads=2), causal=causal
+    )
+    gates.cost_ratio(counter.total, cost, layer.flop_overhead_reason, bounded=layer.overhead_is_bounded)

@@ -15,11 +15,12 @@ from torch.utils._pytree import tree_leaves
 
 import variants
 from bench.model.language_model import LanguageModel
+from bench.model.slots import ModelSpec
 from variants.attention.compressive import COMPRESSIONS
-from variants.base import Dims
+from variants.base import Context, Workload
 from variants.ops.relative_attention import Recurrent
 
-NAMES = [name for name in variants.names() if issubclass(variants.load(name), Recurrent)]
+NAMES = [name for name in variants.mixers() if issubclass(variants.load(name), Recurrent)]
 
 sizes = {"segment": st.integers(1, 12), "mem_len": st.integers(0, 15)}
 compressed = {
@@ -44,7 +45,7 @@ class Decoder:
         """(B, 1, C) → (B, 1, C)."""
         config: Any = self.layer.config
         self.open_segment = torch.cat([self.open_segment, token], dim=1)
-        out = self.layer(self.open_segment, causal=True, state=self.state)
+        out = self.layer(self.open_segment, Context(causal=True), state=self.state)
         if self.open_segment.shape[1] == config.segment:
             self.state, self.open_segment = out.state, token[:, :0].clone()
         return out.y[:, -1:]
@@ -84,7 +85,9 @@ def test_state_bytes_are_what_decoding_keeps(
         want = feed(layer, x, causal=True)
         for index in range(tokens):
             outputs.append(decoder.next(x[:, index : index + 1]))
-            size = Dims(batch_size=batch, seq_len=index + 1, d_model=16, heads=2, element_bytes=8)
+            size = Workload(
+                causal=True, batch_size=batch, seq_len=index + 1, d_model=16, heads=2, element_bytes=8
+            )
             held = sum(tensor.untyped_storage().nbytes() for tensor in decoder.kept)
             assert layer.state_bytes(size) == held, f"after {index + 1} tokens"
             decoder = copy.deepcopy(decoder)
@@ -118,13 +121,11 @@ def test_nothing_is_kept_in_vain(configuration: tuple[str, dict[str, Any]], toke
 def test_state_bytes_in_a_model_of_any_dtype(name: str, knobs: dict[str, Any], dtype: torch.dtype) -> None:
     """Hidden states stay float32 in a bfloat16 cell: autocast narrows products alone."""
     variant = variants.load(name)
-    size = Dims(batch_size=2, seq_len=40, d_model=16, heads=2)
+    size = Workload(causal=True, batch_size=2, seq_len=40, d_model=16, heads=2)
     model = LanguageModel(
-        variant,
-        variant.Config(segment=8, mem_len=12, **knobs),
+        ModelSpec.of(variant, variant.Config(segment=8, mem_len=12, **knobs), ff_mult=2),
         size,
         depth=2,
-        ff_mult=2,
         dropout=0.0,
         vocabulary=11,
         activations="keep",
@@ -146,7 +147,7 @@ def test_both_sides_are_refused(name: str) -> None:
     layer, x = built(name, {}, 8, 1), numbers(1, 8, 16).detach()
     for work in (layer, layer.reference):
         with pytest.raises(ValueError, match=r"^\w+ with causal=False: has no bidirectional form$"):
-            work(x, causal=False)
+            work(x, Context(causal=False))
 
 
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
@@ -158,8 +159,8 @@ def test_compiled_segments_are_the_layers(name: str) -> None:
     x = numbers(2, 24, 16)
 
     def segments(x: Tensor) -> list[Tensor]:
-        first = layer(x[:, :12], causal=True)
-        second = layer(x[:, 12:], causal=True, state=first.state)
+        first = layer(x[:, :12], Context(causal=True))
+        second = layer(x[:, 12:], Context(causal=True), state=first.state)
         return [t for t in (first.y, second.y, second.aux_loss) if t is not None]
 
     torch.compiler.reset()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -20,7 +21,7 @@ from bench.measure.flops import CountFlops
 from bench.measure.gates import COST_LIMIT, LEAK_TOLERANCE, GateFailed, leak, reference_error
 from bench.measure.memory import LiveStorage
 from variants.attention.reformer import Reformer, ReformerConfig
-from variants.base import Dims
+from variants.base import Context, Workload
 from variants.ops import masks
 from variants.ops.lsh import hashing, windows
 from variants.ops.lsh.attention import LshAttention
@@ -41,7 +42,7 @@ HEADS, WIDTH = 2, 16
 def made(seq_len: int = 50, dtype: torch.dtype = torch.float64, **knobs: Any) -> Reformer:
     """A layer whose outputs are of order 1."""
     torch.manual_seed(0)
-    dims = Dims(batch_size=1, seq_len=seq_len, d_model=WIDTH, heads=HEADS)
+    dims = Workload(causal=True, batch_size=1, seq_len=seq_len, d_model=WIDTH, heads=HEADS)
     layer = Reformer(ReformerConfig(**knobs), dims)
     for parameter in layer.parameters():
         torch.nn.init.normal_(parameter, std=WIDTH**-0.5)
@@ -61,12 +62,12 @@ def with_gradients(layer: Reformer, x: Tensor, y: Tensor) -> list[Tensor]:
 
 def run(layer: Reformer, x: Tensor, *, causal: bool, seed: int = 3) -> list[Tensor]:
     torch.manual_seed(seed)
-    return with_gradients(layer, x, layer(x, causal=causal).y)
+    return with_gradients(layer, x, layer(x, Context(causal=causal)).y)
 
 
 def oracle(layer: Reformer, x: Tensor, *, causal: bool, seed: int = 3) -> list[Tensor]:
     torch.manual_seed(seed)
-    return with_gradients(layer, x, layer.reference(x, causal=causal))
+    return with_gradients(layer, x, layer.reference(x, Context(causal=causal)))
 
 
 def assert_same(got: list[Tensor], want: list[Tensor], tolerance: float = 1e-10) -> None:
@@ -148,7 +149,7 @@ def test_error_to_dense_attention_falls_with_rounds() -> None:
         found = []
         for seed in range(6):
             torch.manual_seed(seed)
-            found.append((layer(x, causal=False).y - want).square().mean().item())
+            found.append((layer(x, Context(causal=False)).y - want).square().mean().item())
         errors.append(sum(found) / len(found))
     assert errors == sorted(errors, reverse=True)
     assert errors[-1] < 0.5 * errors[0]
@@ -157,7 +158,7 @@ def test_error_to_dense_attention_falls_with_rounds() -> None:
 def test_a_token_with_nothing_else_reads_itself() -> None:
     layer, x = made(chunk=4), inputs(2, 40)
     torch.manual_seed(0)
-    y = layer(x, causal=True).y
+    y = layer(x, Context(causal=True)).y
     torch.testing.assert_close(y[:, 0], layer.out(layer.value(x))[:, 0])
 
 
@@ -165,10 +166,10 @@ def test_a_token_with_nothing_else_reads_itself() -> None:
 def test_sequences_of_a_batch_do_not_meet(neighbourhood: str) -> None:
     layer, x = made(chunk=8, neighbourhood=neighbourhood), inputs(3, 37)
     torch.manual_seed(0)
-    together = layer(x, causal=True).y
+    together = layer(x, Context(causal=True)).y
     for b in range(3):
         torch.manual_seed(0)
-        torch.testing.assert_close(layer(x[b : b + 1], causal=True).y, together[b : b + 1])
+        torch.testing.assert_close(layer(x[b : b + 1], Context(causal=True)).y, together[b : b + 1])
 
 
 def test_gradients_of_the_function_are_those_of_finite_differences() -> None:
@@ -252,7 +253,7 @@ def test_buckets_are_those_of_the_length_that_the_layer_was_built_for(fed: int, 
     """So that a prefix gives a prefix of the outputs, where it is causal: the paper's chunks are not."""
     layer, x = made(1024, neighbourhood=neighbourhood).eval(), inputs(1, 1024).detach()
     assert layer.n_buckets == ReformerConfig().buckets(1024)
-    prefix, whole = layer(x[:, :fed], causal=True).y, layer(x, causal=True).y[:, :fed]
+    prefix, whole = layer(x[:, :fed], Context(causal=True)).y, layer(x, Context(causal=True)).y[:, :fed]
     if neighbourhood == "band":
         torch.testing.assert_close(prefix, whole)
     assert layer._buckets(x[:, :fed], layer._split(layer.qk(x[:, :fed]))).equal(
@@ -276,7 +277,7 @@ def test_each_head_and_each_round_hashes_by_itself() -> None:
 def test_evaluation_hashes_alike_in_every_pass_and_each_layer_in_its_own_way() -> None:
     """From no generator of others; the first rounds are the same however many there are."""
     x = inputs(1, 128)
-    dims = Dims(batch_size=1, seq_len=128, d_model=WIDTH, heads=HEADS)
+    dims = Workload(causal=True, batch_size=1, seq_len=128, d_model=WIDTH, heads=HEADS)
     found = []
     for layer, rounds in ((0, 4), (0, 2), (1, 4)):
         one = Reformer(ReformerConfig(chunk=8, n_hashes=rounds), dims, layer).eval()
@@ -303,7 +304,7 @@ def test_a_vector_and_its_multiples_share_buckets() -> None:
 
 @pytest.mark.parametrize("knobs", [{}, {"chunk": 16, "n_hashes": 2}, {"chunk": 10, "n_buckets": 4}])
 def test_the_band_sees_no_future(knobs: dict[str, Any]) -> None:
-    dims = Dims(batch_size=2, seq_len=230, d_model=32, heads=2)
+    dims = Workload(causal=True, batch_size=2, seq_len=230, d_model=32, heads=2)
     assert leak(Reformer, ReformerConfig(**knobs), dims, 2, CPU) <= LEAK_TOLERANCE
 
 
@@ -315,7 +316,7 @@ def stacked(seq_len: int, name: str, depth: int = 4, **knobs: Any) -> Callable[[
     """The residual stream after `depth` layers in evaluation."""
     layers = []
     for index in range(depth):
-        dims = Dims(batch_size=2, seq_len=seq_len, d_model=WIDTH, heads=HEADS)
+        dims = Workload(causal=True, batch_size=2, seq_len=seq_len, d_model=WIDTH, heads=HEADS)
         layer = Reformer(ReformerConfig(**knobs), dims, index).eval().to(NUMBERS[name])
         for parameter in layer.parameters():
             torch.nn.init.normal_(parameter, std=WIDTH**-0.5)
@@ -325,7 +326,7 @@ def stacked(seq_len: int, name: str, depth: int = 4, **knobs: Any) -> Callable[[
     def run(x: Tensor) -> Tensor:
         with torch.autocast("cpu", torch.bfloat16, enabled=name == "bfloat16"):
             for layer in layers:
-                x = x + layer(x, causal=True).y
+                x = x + layer(x, Context(causal=True)).y
         return x
 
     return run
@@ -409,7 +410,7 @@ def test_a_later_token_reaches_no_earlier_one(at: int, poison: float) -> None:
     x = torch.randn(2, 50, WIDTH, generator=torch.Generator().manual_seed(0)).requires_grad_()
     results = []
     for given_ in (x, poisoned(x, (slice(None), at), poison)):
-        y = layer(given_, causal=True).y[:, :at]
+        y = layer(given_, Context(causal=True)).y[:, :at]
         results.append([y, torch.autograd.grad(y.square().sum(), given_)[0][:, :at]])
     assert results[0][0].equal(results[1][0])
     torch.testing.assert_close(results[0][1], results[1][1])
@@ -430,7 +431,7 @@ def test_the_tokens_that_read_a_lost_one_are_lost_and_no_others() -> None:
 
 def test_the_chunks_of_the_paper_do_and_say_so(monkeypatch: pytest.MonkeyPatch) -> None:
     config = ReformerConfig(chunk=16, neighbourhood="chunk")
-    dims = Dims(batch_size=1, seq_len=230, d_model=32, heads=2)
+    dims = Workload(causal=True, batch_size=1, seq_len=230, d_model=32, heads=2)
     assert "later tokens" in (Reformer.leak(config) or "")
     assert Reformer.leak(ReformerConfig()) is None
     assert leak(Reformer, config, dims, 1, CPU) > 100 * LEAK_TOLERANCE
@@ -442,7 +443,7 @@ def test_the_chunks_of_the_paper_do_and_say_so(monkeypatch: pytest.MonkeyPatch) 
 @pytest.mark.parametrize("neighbourhood", ["band", "chunk"])
 @pytest.mark.parametrize("causal", [True, False])
 def test_float32_equals_the_float64_reference(causal: bool, neighbourhood: str) -> None:
-    dims = Dims(batch_size=2, seq_len=333, d_model=32, heads=2)
+    dims = Workload(causal=True, batch_size=2, seq_len=333, d_model=32, heads=2)
     config = ReformerConfig(neighbourhood=neighbourhood)
     with torch.random.fork_rng():
         reference_error(Reformer, config, dims, 0, CPU, causal=causal)
@@ -452,16 +453,16 @@ def test_float32_equals_the_float64_reference(causal: bool, neighbourhood: str) 
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("seq_len", [256, 1000, *slow(64, 4096)])
 def test_flops(seq_len: int, causal: bool, neighbourhood: str) -> None:
-    dims = Dims(batch_size=2, seq_len=seq_len, d_model=64, heads=2)
+    dims = Workload(causal=True, batch_size=2, seq_len=seq_len, d_model=64, heads=2)
     layer = Reformer(ReformerConfig(neighbourhood=neighbourhood), dims)
     with FakeTensorMode(allow_non_fake_inputs=True), CountFlops() as counter, torch.no_grad():
-        layer(torch.randn(2, seq_len, 64), causal=causal)
-    formula = layer.flops(dims, causal=causal)
+        layer(torch.randn(2, seq_len, 64), Context(causal=causal))
+    formula = layer.cost(replace(dims, causal=causal))
     window = layer._window(seq_len, causal)
     wasted = 2 * 4 * 64 * layer.rounds * (window.computed - window.admitted)
     assert counter.total == formula.total + wasted
-    assert layer.padding
-    assert 0.99 <= (counter.total - formula.projections) / formula.attention <= COST_LIMIT
+    assert layer.flop_overhead_reason
+    assert 0.99 <= (counter.total - formula.tokenwise) / formula.mixing <= COST_LIMIT
 
 
 def test_rounds_that_would_all_be_alike_run_once() -> None:
@@ -470,8 +471,8 @@ def test_rounds_that_would_all_be_alike_run_once() -> None:
     for n_hashes in (1, 4):
         layer = made(chunk=16, n_buckets=1, n_hashes=n_hashes, dtype=torch.float32)
         with CountFlops() as counter, torch.no_grad():
-            layer(torch.randn(1, 50, WIDTH), causal=True)
-        dispatched.append((counter.total, layer.flops(layer.dims, causal=True)))
+            layer(torch.randn(1, 50, WIDTH), Context(causal=True))
+        dispatched.append((counter.total, layer.cost(replace(layer.dims, causal=True))))
     assert dispatched[0] == dispatched[1]
 
 
@@ -482,10 +483,10 @@ def test_flops_count_the_pairs_that_a_bucket_of_all_tokens_has(causal: bool, nei
         layer = made(24, chunk=chunk, n_buckets=2, n_hashes=3, neighbourhood=neighbourhood)
         allowed = layer._readable(torch.zeros(seq_len, dtype=torch.int64), causal)
         allowed |= torch.eye(seq_len, dtype=torch.bool) & ~allowed.any(-1, keepdim=True)
-        dims = Dims(batch_size=2, seq_len=seq_len, d_model=WIDTH, heads=HEADS)
+        dims = Workload(causal=True, batch_size=2, seq_len=seq_len, d_model=WIDTH, heads=HEADS)
         hashing = 2 * 2 * seq_len * WIDTH * 3
         want = 2 * 3 * 4 * WIDTH * int(allowed.sum()) + hashing
-        assert layer.flops(dims, causal=causal).attention == want, (seq_len, chunk)
+        assert layer.cost(replace(dims, causal=causal)).mixing == want, (seq_len, chunk)
 
 
 # ----------------------------------------------------------------------------- recompute and cost
@@ -494,7 +495,7 @@ def test_flops_count_the_pairs_that_a_bucket_of_all_tokens_has(causal: bool, nei
 def test_recomputation_gives_the_same_gradients() -> None:
     layer, x = made(chunk=6), inputs(2, 41)
     torch.manual_seed(3)
-    y = checkpoint(lambda x: layer(x, causal=True).y, x, use_reentrant=False)
+    y = checkpoint(lambda x: layer(x, Context(causal=True)).y, x, use_reentrant=False)
     assert_same(with_gradients(layer, x, y), run(layer, x, causal=True))
 
 
@@ -503,7 +504,7 @@ def test_half_precision_hashes_alike_and_is_near() -> None:
     want = run(layer, x, causal=True)
     with torch.autocast("cpu", torch.bfloat16):
         torch.manual_seed(3)
-        y = layer(x, causal=True).y
+        y = layer(x, Context(causal=True)).y
     assert y.dtype == torch.bfloat16
     got = with_gradients(layer, x, y.float())
     for a, b in zip(got, want, strict=True):
@@ -517,10 +518,10 @@ def test_memory_grows_with_length_alone(monkeypatch: pytest.MonkeyPatch) -> None
     peaks = []
     for seq_len in (2**17, 2**19):
         with FakeTensorMode(), LiveStorage() as storage:
-            dims = Dims(batch_size=1, seq_len=seq_len, d_model=256, heads=4)
+            dims = Workload(causal=True, batch_size=1, seq_len=seq_len, d_model=256, heads=4)
             layer = Reformer(ReformerConfig(n_hashes=2), dims)
             x, grad = torch.randn(1, seq_len, 256, requires_grad=True), torch.randn(1, seq_len, 256)
-            layer(x, causal=True).y.backward(grad)
+            layer(x, Context(causal=True)).y.backward(grad)
         peaks.append(storage.peak)
     assert peaks[1] < 4.1 * peaks[0]
     assert peaks[1] / 2**19 <= 24 * 2**30 / 2**20
@@ -626,16 +627,17 @@ def test_decoding_needs_the_state_that_is_stated_and_no_more(
     for begin in (1, 7, 50):
         decoder = Decoder(layer, x[:, :begin])
         for t in range(begin, begin + 24):
-            dims = Dims(batch_size=1, seq_len=t, d_model=WIDTH, heads=HEADS, element_bytes=8)
+            dims = Workload(causal=True, batch_size=1, seq_len=t, d_model=WIDTH, heads=HEADS, element_bytes=8)
             assert sum(table.nbytes for table in decoder.tensors) == layer.state_bytes(dims), t
-            want = layer(x[:, : t + 1], causal=True).y[:, -1:]
+            want = layer(x[:, : t + 1], Context(causal=True)).y[:, -1:]
             torch.testing.assert_close(decoder.step(x[:, t : t + 1]), want, rtol=1e-9, atol=1e-9)
 
 
 def test_rotations_are_the_same_for_all_sequences_of_a_batch() -> None:
     layer = made(64, n_hashes=2)
     one, three = (
-        layer.state_bytes(Dims(batch_size=b, seq_len=30, d_model=WIDTH, heads=HEADS)) for b in (1, 3)
+        layer.state_bytes(Workload(causal=True, batch_size=b, seq_len=30, d_model=WIDTH, heads=HEADS))
+        for b in (1, 3)
     )
     rotated = 4 * 2 * WIDTH * sum(size // 2 for size in factors(layer.n_buckets))
     assert three - rotated == 3 * (one - rotated)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import shutil
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -17,10 +18,11 @@ from bench.measure import gates
 from bench.measure.flops import CountFlops
 from bench.measure.memory import LiveStorage
 from bench.model.language_model import LanguageModel
+from bench.model.slots import ModelSpec
 from bench.tasks.text import Batch
 from bench.train.loop import optimizer_for, training_step
 from variants.attention.routing import Routing, RoutingConfig
-from variants.base import Attention, Dims
+from variants.base import Context, SequenceMixer, Workload
 from variants.ops import kmeans_attention
 from variants.ops.projections import masked_attention, rotary
 from variants.ops.tile_size import Sizes
@@ -36,7 +38,9 @@ CPU = torch.device("cpu")
 def make(tokens: int, *, heads: int = 4, head_dim: int = 8, seed: int = 0, **knobs: object) -> Routing:
     torch.manual_seed(seed)
     config = RoutingConfig(**knobs)  # type: ignore[arg-type]
-    layer = Routing(config, Dims(batch_size=1, seq_len=tokens, d_model=heads * head_dim, heads=heads))
+    layer = Routing(
+        config, Workload(causal=True, batch_size=1, seq_len=tokens, d_model=heads * head_dim, heads=heads)
+    )
     for parameter in layer.parameters():
         torch.nn.init.normal_(parameter, std=parameter.shape[1] ** -0.5)
     return layer.double().eval()
@@ -78,7 +82,7 @@ def test_one_cluster_of_all_tokens_is_dense_over_normalised_queries_and_keys(
     allowed = torch.ones(tokens, tokens).tril().bool() if causal else torch.ones(tokens, tokens).bool()
     heads_out = [masked_attention(*(t.transpose(1, 2) for t in row), allowed) for row in rows]
     same_with_gradients(
-        layer, layer(x, causal=causal).y, layer.projections.merge(torch.cat(heads_out, dim=1)), x
+        layer, layer(x, Context(causal=causal)).y, layer.projections.merge(torch.cat(heads_out, dim=1)), x
     )
 
 
@@ -101,7 +105,9 @@ def test_equals_its_reference(
 ) -> None:
     layer = make(tokens, window=16, selection=selection, **knobs)
     x = torch.randn(batch, tokens, 32, dtype=torch.float64, requires_grad=True)
-    same_with_gradients(layer, layer(x, causal=causal).y, layer.reference(x, causal=causal), x)
+    same_with_gradients(
+        layer, layer(x, Context(causal=causal)).y, layer.reference(x, Context(causal=causal)), x
+    )
 
 
 def by_rank(x: Tensor, v: Tensor, cluster: Tensor, window: int, *, causal: bool) -> Tensor:
@@ -163,7 +169,7 @@ def test_gradients_are_those_of_finite_differences(causal: bool) -> None:
 def test_nearest_does_not_see_the_future(selection: str, knobs: dict[str, int]) -> None:
     config = RoutingConfig(selection=selection, **knobs)  # type: ignore[arg-type]
     assert Routing.leak(config) is None
-    dims = Dims(batch_size=2, seq_len=300, d_model=64, heads=4)
+    dims = Workload(causal=True, batch_size=2, seq_len=300, d_model=64, heads=4)
     assert gates.leak(Routing, config, dims, 2, CPU) <= gates.LEAK_TOLERANCE
 
 
@@ -186,7 +192,7 @@ def test_later_tokens_change_no_rounding(
 ) -> None:
     """By not one bit, in five layers: where a row and its keys lie, and so how sums round, is the past's."""
     config = RoutingConfig(**knobs)  # type: ignore[arg-type]
-    dims = Dims(batch_size=2, seq_len=tokens, d_model=heads * head_dim, heads=heads)
+    dims = Workload(causal=True, batch_size=2, seq_len=tokens, d_model=heads * head_dim, heads=heads)
     assert gates.leak(Routing, config, dims, 5, CPU, dtype) == 0
 
 
@@ -197,7 +203,7 @@ def test_no_later_number_reaches_an_earlier_token_of_its_cluster(poison: float) 
     x = torch.randn(2, 80, 32, dtype=torch.float64)
     poisoned = x.clone()
     poisoned[1, 50:] = poison
-    want, got = layer(x, causal=True).y, layer(poisoned, causal=True).y
+    want, got = layer(x, Context(causal=True)).y, layer(poisoned, Context(causal=True)).y
     assert torch.equal(got[0], want[0])
     assert torch.equal(got[1, :50], want[1, :50])
     assert not got[1, 50:].isfinite().any()
@@ -234,8 +240,8 @@ def test_nearest_compiles_to_one_graph(backend: str, causal: bool) -> None:
     layer = make(100, n_clusters=5, window=7, selection="nearest")
     x = torch.randn(2, 100, 32, dtype=torch.float64, requires_grad=True)
     torch.compiler.reset()
-    compiled = torch.compile(lambda x: layer(x, causal=causal).y, backend=backend, fullgraph=True)
-    same_with_gradients(layer, compiled(x), layer(x, causal=causal).y, x)
+    compiled = torch.compile(lambda x: layer(x, Context(causal=causal)).y, backend=backend, fullgraph=True)
+    same_with_gradients(layer, compiled(x), layer(x, Context(causal=causal)).y, x)
 
 
 def streamed(layer: Routing, x: Tensor, begin: int) -> tuple[Tensor, int]:
@@ -284,8 +290,8 @@ def test_state_is_what_the_next_token_needs(knobs: dict[str, int], begin: int) -
     layer = make(100, **knobs)
     x = torch.randn(1, 100, 32, dtype=torch.float64)
     got, carried = streamed(layer, x, begin)
-    torch.testing.assert_close(got, layer(x, causal=True).y[0, begin:], rtol=1e-9, atol=1e-9)
-    dims = Dims(batch_size=1, seq_len=begin, d_model=32, heads=4, element_bytes=8)
+    torch.testing.assert_close(got, layer(x, Context(causal=True)).y[0, begin:], rtol=1e-9, atol=1e-9)
+    dims = Workload(causal=True, batch_size=1, seq_len=begin, d_model=32, heads=4, element_bytes=8)
     if begin in (1, 80, 99):  # between them, a cluster may be short of members that another has too many of
         assert carried == layer.state_bytes(dims)
     assert carried <= layer.state_bytes(dims)
@@ -294,23 +300,23 @@ def test_state_is_what_the_next_token_needs(knobs: dict[str, int], begin: int) -
 def test_topk_states_the_leak_that_the_gate_finds() -> None:
     config = RoutingConfig(selection="topk")
     assert "selection=topk" in (Routing.leak(config) or "")
-    dims = Dims(batch_size=2, seq_len=300, d_model=64, heads=4)
+    dims = Workload(causal=True, batch_size=2, seq_len=300, d_model=64, heads=4)
     assert gates.leak(Routing, config, dims, 2, CPU) > 0.1
 
 
 def test_topk_attention_itself_is_causal() -> None:
     # memberships held fixed: with one centroid that takes all, nothing is left to leak
     config = RoutingConfig(selection="topk", n_clusters=1)
-    dims = Dims(batch_size=1, seq_len=100, d_model=64, heads=4)
+    dims = Workload(causal=True, batch_size=1, seq_len=100, d_model=64, heads=4)
     assert gates.leak(Routing, config, dims, 2, CPU) <= gates.LEAK_TOLERANCE
 
 
 def test_auto_is_nearest_where_causal_and_topk_where_not() -> None:
     x = torch.randn(2, 60, 32, dtype=torch.float64)
     auto, nearest, topk = (make(60, selection=s) for s in ("auto", "nearest", "topk"))
-    assert torch.equal(auto(x, causal=True).y, nearest(x, causal=True).y)
-    assert torch.equal(auto(x, causal=False).y, topk(x, causal=False).y)
-    assert not torch.allclose(nearest(x, causal=False).y, topk(x, causal=False).y)
+    assert torch.equal(auto(x, Context(causal=True)).y, nearest(x, Context(causal=True)).y)
+    assert torch.equal(auto(x, Context(causal=False)).y, topk(x, Context(causal=False)).y)
+    assert not torch.allclose(nearest(x, Context(causal=False)).y, topk(x, Context(causal=False)).y)
 
 
 def test_equal_tokens_are_taken_earliest_first_and_join_the_lowest_cluster() -> None:
@@ -345,7 +351,7 @@ def test_a_token_in_no_cluster_gets_zeros_from_routed_heads(tokens: int) -> None
     layer = make(tokens, n_clusters=4, selection="topk")
     layer.centroids.copy_(layer.centroids[:, :1].expand_as(layer.centroids).clone())  # all take the same
     q, v = (torch.randn(1, tokens, 2, 8, dtype=torch.float64) for _ in range(2))
-    y = layer._by_topk(q, None, v, True)
+    y = layer._by_topk(q, None, v, Context(causal=True))
     assert (y.abs().sum(dim=-1) == 0).sum(dim=1).tolist() == [[tokens - 10, tokens - 10]]
 
 
@@ -361,7 +367,7 @@ def test_memberships_do_not_depend_on_autocast() -> None:
         assert torch.equal(kmeans_attention.members(x, layer.centroids, 512)[0], taken)
         for causal in (True, False):
             inputs = torch.randn(1, 64, 32, requires_grad=True)
-            layer(inputs, causal=causal).y.float().sum().backward()
+            layer(inputs, Context(causal=causal)).y.float().sum().backward()
             assert inputs.grad is not None
             assert inputs.grad.isfinite().all()
 
@@ -369,11 +375,9 @@ def test_memberships_do_not_depend_on_autocast() -> None:
 def trained(activations: str, *, steps: int, causal: bool = True) -> LanguageModel:
     torch.manual_seed(0)
     model = LanguageModel(
-        Routing,
-        RoutingConfig(decay=0.5, window=8),
-        Dims(batch_size=2, seq_len=32, d_model=32, heads=4),
+        ModelSpec.of(Routing, RoutingConfig(decay=0.5, window=8), ff_mult=2),
+        Workload(causal=True, batch_size=2, seq_len=32, d_model=32, heads=4),
         depth=2,
-        ff_mult=2,
         dropout=0.0,
         vocabulary=11,
         activations=activations,
@@ -400,14 +404,14 @@ def test_a_step_moves_each_centroid_towards_its_members_once() -> None:
     layer = make(40, n_clusters=60, decay=0.9).float()  # more clusters than tokens: some have no member
     x = torch.randn(1, 40, 32)
     start = layer.centroids.clone()
-    layer(x, causal=True)
+    layer(x, Context(causal=True))
     layer.after_step()
     assert torch.equal(layer.centroids, start)  # nothing is learnt in eval mode
     layer.train()
-    layer(x, causal=True)
+    layer(x, Context(causal=True))
     sums = layer.sums.clone()
     for again in (torch.randn_like(x), x):
-        layer(again, causal=True)
+        layer(again, Context(causal=True))
     assert torch.equal(layer.sums, sums)  # the last pass overwrites what others noted
     layer.after_step()
     empty = sums.abs().sum(dim=-1) == 0
@@ -427,7 +431,7 @@ def test_queries_and_keys_both_move_the_centroids(selection: str, causal: bool) 
     layer = make(40, n_clusters=5, selection=selection, decay=0.5).train()
     x = torch.randn(2, 40, 32, dtype=torch.float64)
     start = layer.centroids.clone()
-    layer(x, causal=causal)
+    layer(x, Context(causal=causal))
     layer.after_step()
     q, _, k = F.linear(x, layer.projections.qkv.weight)[..., 48:].split(16, dim=-1)
     sums = torch.zeros_like(start)
@@ -452,37 +456,37 @@ def test_centroids_are_saved_and_what_a_pass_notes_is_not() -> None:
 @pytest.mark.parametrize(("selection", "exact"), [("topk", True), ("nearest", False)])
 @pytest.mark.parametrize("tokens", [100, 1024, 4000])
 def test_dispatched_flops(selection: str, exact: bool, causal: bool, tokens: int) -> None:
-    dims = Dims(batch_size=2, seq_len=tokens, d_model=64, heads=4)
+    dims = Workload(causal=True, batch_size=2, seq_len=tokens, d_model=64, heads=4)
     # local heads at window ≥ T are exact, so what is left is the routed half
     config = RoutingConfig(selection=selection, window=tokens if exact else 128)
     layer = Routing(config, dims)
     with FakeTensorMode(allow_non_fake_inputs=True), CountFlops() as counter:
-        layer(torch.empty(2, tokens, 64), causal=causal)
-    flops = layer.flops(dims, causal=causal)
-    ratio = gates.cost_ratio(counter.total, flops.projections, flops.attention, layer.padding)
+        layer(torch.empty(2, tokens, 64), Context(causal=causal))
+    flops = layer.cost(replace(dims, causal=causal))
+    ratio = gates.cost_ratio(counter.total, flops, layer.flop_overhead_reason)
     if exact:
         assert ratio == pytest.approx(1, abs=0.01)
 
 
 def test_flops_count_the_pairs_of_one_full_cluster() -> None:
     layer = make(50, n_clusters=1, cluster_window=9, window=5)
-    dims = Dims(batch_size=1, seq_len=50, d_model=32, heads=4)
+    dims = Workload(causal=True, batch_size=1, seq_len=50, d_model=32, heads=4)
     index = torch.arange(50)
     apart = index[:, None] - index
     pairs = 2 * int(((apart >= 0) & (apart < 9)).sum() + ((apart >= 0) & (apart < 5)).sum())
-    assert layer.flops(dims, causal=True).attention == 8 * (4 * pairs + 2 * 2 * 50)
-    assert layer.flops(dims, causal=True).projections == 2 * 50 * 32 * 32 * 7 // 2
+    assert layer.cost(replace(dims, causal=True)).mixing == 8 * (4 * pairs + 2 * 2 * 50)
+    assert layer.cost(replace(dims, causal=True)).tokenwise == 2 * 50 * 32 * 32 * 7 // 2
 
 
 @pytest.mark.parametrize(("selection", "causal"), [("nearest", True), ("topk", False)])
 def test_memory_grows_no_faster_than_claimed(selection: str, causal: bool) -> None:
     peaks = []
     for tokens in (2**14, 2**17):
-        dims = Dims(batch_size=1, seq_len=tokens, d_model=256, heads=4)
+        dims = Workload(causal=True, batch_size=1, seq_len=tokens, d_model=256, heads=4)
         with FakeTensorMode(), LiveStorage() as storage:
             layer = Routing(RoutingConfig(selection=selection), dims)
             x = torch.randn(1, tokens, 256, requires_grad=True)
-            layer(x, causal=causal).y.sum().backward()
+            layer(x, Context(causal=causal)).y.sum().backward()
         peaks.append(storage.peak)
     assert peaks[1] < 8**1.05 * peaks[0]
     if causal:
@@ -506,14 +510,14 @@ def test_a_bad_knob_is_refused_by_name(knob: str, value: object) -> None:
 
 
 def test_an_odd_number_of_heads_is_unsupported() -> None:
-    dims = Dims(batch_size=1, seq_len=8, d_model=24, heads=3)
+    dims = Workload(causal=True, batch_size=1, seq_len=8, d_model=24, heads=3)
     assert "heads=3" in (Routing.unsupported(RoutingConfig(), dims, causal=True) or "")
 
 
 def test_what_no_layer_can_be_is_asked_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Attention, "unsupported", classmethod(lambda cls, *args, causal: "no layer can"))
+    monkeypatch.setattr(SequenceMixer, "unsupported", classmethod(lambda cls, *args, causal: "no layer can"))
     assert Routing.unsupported(
-        RoutingConfig(), Dims(batch_size=1, seq_len=8, d_model=32, heads=4), causal=True
+        RoutingConfig(), Workload(causal=True, batch_size=1, seq_len=8, d_model=32, heads=4), causal=True
     )
 
 
@@ -521,5 +525,5 @@ def test_sizes_follow_the_longest_sequence() -> None:
     layer = make(1000)
     assert (layer.clusters, layer.cluster_window) == (32, 32)
     assert layer.config.as_dict()["n_clusters"] is None
-    dims = Dims(batch_size=1, seq_len=1000, d_model=32, heads=4)
+    dims = Workload(causal=True, batch_size=1, seq_len=1000, d_model=32, heads=4)
     assert layer.state_bytes(dims) == 2 * 4 * 8 * (2 * 127 + 2 * 32 * 31)

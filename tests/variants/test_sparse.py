@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -17,7 +18,7 @@ from bench.measure import gates
 from bench.measure.flops import CountFlops
 from bench.measure.memory import LiveStorage
 from variants import load
-from variants.base import Dims
+from variants.base import Context, Workload
 from variants.ops.block_sparse import union_attention
 from variants.ops.factorised import SparseAttention
 from variants.ops.projections import masked_attention
@@ -39,7 +40,7 @@ def make(
     if name == "sparse_fixed":
         knobs = {"c": min(2, knobs.get("stride") or 2), **knobs}
     variant = load(name)
-    dims = Dims(batch_size=batch, seq_len=seq_len, d_model=4 * heads, heads=heads)
+    dims = Workload(causal=True, batch_size=batch, seq_len=seq_len, d_model=4 * heads, heads=heads)
     torch.manual_seed(layer)
     made = variant(variant.Config(**knobs), dims, layer).double()
     assert isinstance(made, SparseAttention)
@@ -78,8 +79,8 @@ def test_fast_path_equals_reference(
     for index in range(2 if mode == "interleaved" else 1):
         layer = make(name, seq_len, layer=index, batch=batch, stride=stride, head_mode=mode, impl=impl)
         x = inputs(layer, seq_len)
-        fast = outputs_and_gradients(layer, layer(x, causal=causal).y, x)
-        assert_same(fast, outputs_and_gradients(layer, layer.reference(x, causal=causal), x))
+        fast = outputs_and_gradients(layer, layer(x, Context(causal=causal)).y, x)
+        assert_same(fast, outputs_and_gradients(layer, layer.reference(x, Context(causal=causal)), x))
 
 
 @both_patterns
@@ -88,9 +89,9 @@ def test_equals_oracle_under_its_pattern(name: str, causal: bool) -> None:
     layer = make(name, 29, stride=5, batch=2, **({"subblocks": "shared"} if name == "sparse_fixed" else {}))
     x = inputs(layer, 29)
     q, k, v = layer.projections.split(x)
-    oracle = layer.projections.merge(masked_attention(q, k, v, layer.pattern(29, causal=causal)))
+    oracle = layer.projections.merge(masked_attention(q, k, v, layer.attention_mask(29, causal=causal)))
     want = outputs_and_gradients(layer, oracle, x)
-    assert_same(outputs_and_gradients(layer, layer(x, causal=causal).y, x), want)
+    assert_same(outputs_and_gradients(layer, layer(x, Context(causal=causal)).y, x), want)
 
 
 @both_patterns
@@ -102,9 +103,9 @@ def test_merged_with_a_stride_of_the_whole_sequence_is_dense(name: str, causal: 
     dense = dense_type(dense_type.Config(), layer.dims).double()
     dense.load_state_dict(layer.state_dict())
     x = inputs(layer, seq_len)
-    got = outputs_and_gradients(layer, layer(x, causal=causal).y, x)
+    got = outputs_and_gradients(layer, layer(x, Context(causal=causal)).y, x)
     torch.manual_seed(5)
-    y = dense(x, causal=causal).y
+    y = dense(x, Context(causal=causal)).y
     assert_same(got, [y, *torch.autograd.grad(y, [x, *dense.parameters()], torch.randn_like(y))])
 
 
@@ -153,14 +154,14 @@ def test_flops_count_allowed_pairs_and_dispatch_explains_the_rest(
     name: str, causal: bool, mode: str, seq_len: int, stride: int, index: int
 ) -> None:
     layer = make(name, seq_len, layer=index, stride=stride, head_mode=mode)
-    flops = layer.flops(layer.dims, causal=causal)
-    assert flops.attention == 4 * 4 * int(layer.allowed(seq_len, causal=causal).sum())
+    flops = layer.cost(replace(layer.dims, causal=causal))
+    assert flops.mixing == 4 * 4 * int(layer.allowed(seq_len, causal=causal).sum())
     with CountFlops() as counter:
-        layer(torch.zeros(1, seq_len, D_MODEL, dtype=torch.float64), causal=causal)
-    if flops.attention:
-        gates.cost_ratio(counter.total, flops.projections, flops.attention, layer.padding)
+        layer(torch.zeros(1, seq_len, D_MODEL, dtype=torch.float64), Context(causal=causal))
+    if flops.mixing:
+        gates.cost_ratio(counter.total, flops, layer.flop_overhead_reason)
     else:
-        assert counter.total == flops.projections
+        assert counter.total == flops.tokenwise
 
 
 @both_patterns
@@ -168,7 +169,7 @@ def test_flops_count_allowed_pairs_and_dispatch_explains_the_rest(
 @pytest.mark.parametrize("stride", [None, 40])
 def test_causal_form_sees_no_later_token(name: str, mode: str, stride: int | None) -> None:
     variant = load(name)
-    dims = Dims(batch_size=2, seq_len=140, d_model=32, heads=2)
+    dims = Workload(causal=True, batch_size=2, seq_len=140, d_model=32, heads=2)
     config = variant.Config(stride=stride, head_mode=mode)
     assert gates.leak(variant, config, dims, 2, torch.device("cpu")) <= gates.LEAK_TOLERANCE
 
@@ -179,9 +180,9 @@ def test_causal_form_sees_no_later_token(name: str, mode: str, stride: int | Non
 def test_a_prefix_is_read_as_it_is_within_the_whole(name: str, mode: str, index: int) -> None:
     layer = make(name, 100, layer=index, head_mode=mode)
     x = inputs(layer, 100)
-    whole = layer(x, causal=True).y
+    whole = layer(x, Context(causal=True)).y
     for seq_len in (1, 37, 99):
-        torch.testing.assert_close(layer(x[:, :seq_len], causal=True).y, whole[:, :seq_len])
+        torch.testing.assert_close(layer(x[:, :seq_len], Context(causal=True)).y, whole[:, :seq_len])
 
 
 @both_patterns
@@ -193,7 +194,9 @@ def test_two_layers_connect_any_two_allowed_positions(
 ) -> None:
     lower, upper = (make(name, seq_len, layer=i, stride=stride, head_mode=mode) for i in range(2))
     # a token keeps what it has through the residual stream
-    reach = [layer.pattern(seq_len, causal=causal) | torch.eye(seq_len).bool() for layer in (lower, upper)]
+    reach = [
+        layer.attention_mask(seq_len, causal=causal) | torch.eye(seq_len).bool() for layer in (lower, upper)
+    ]
     connected = (reach[1].int() @ reach[0].int()) > 0
     everything = torch.ones(seq_len, seq_len, dtype=torch.bool)
     assert torch.equal(connected, everything.tril() if causal else everything)
@@ -237,10 +240,10 @@ def test_long_sequences_are_predicted_without_memory_for_them(name: str) -> None
     seq_len = 2**17
     variant = load(name)
     with FakeTensorMode(), LiveStorage() as storage:
-        dims = Dims(batch_size=1, seq_len=seq_len, d_model=256, heads=4)
+        dims = Workload(causal=True, batch_size=1, seq_len=seq_len, d_model=256, heads=4)
         layer = variant(variant.Config(), dims)
         x = torch.empty(1, seq_len, 256, requires_grad=True)
-        y = layer(x, causal=True).y
+        y = layer(x, Context(causal=True)).y
         y.backward(torch.empty_like(y))
     assert storage.peak <= 14 / 8 * 2**30  # 14 GiB at 2²⁰
 
@@ -250,8 +253,8 @@ def test_long_sequences_are_predicted_without_memory_for_them(name: str) -> None
 def test_recomputation_gives_the_same_gradients(name: str, mode: str) -> None:
     layer = make(name, 33, head_mode=mode)
     x = inputs(layer, 33)
-    kept = outputs_and_gradients(layer, layer(x, causal=True).y, x)
-    again = checkpoint(lambda x: layer(x, causal=True).y, x, use_reentrant=False)
+    kept = outputs_and_gradients(layer, layer(x, Context(causal=True)).y, x)
+    again = checkpoint(lambda x: layer(x, Context(causal=True)).y, x, use_reentrant=False)
     assert_same(outputs_and_gradients(layer, again, x), kept, tolerance=0.0)
 
 
@@ -260,9 +263,9 @@ def test_recomputation_gives_the_same_gradients(name: str, mode: str) -> None:
 def test_bfloat16_is_near_float64(name: str, impl: str) -> None:
     layer = make(name, 130, stride=12, impl=impl)
     x = inputs(layer, 130)
-    want = outputs_and_gradients(layer, layer(x, causal=True).y, x)
+    want = outputs_and_gradients(layer, layer(x, Context(causal=True)).y, x)
     with torch.autocast("cpu", torch.bfloat16):
-        y = layer.float()(x.float(), causal=True).y
+        y = layer.float()(x.float(), Context(causal=True)).y
     assert y.dtype == torch.bfloat16
     torch.testing.assert_close(y.double(), want[0], atol=0.05, rtol=0.05)
     torch.manual_seed(5)
@@ -289,7 +292,7 @@ def test_bad_knobs_are_refused_by_name(name: str, knobs: dict[str, Any]) -> None
 @both_patterns
 def test_splitting_one_head_is_unsupported(name: str) -> None:
     variant = load(name)
-    dims = Dims(batch_size=1, seq_len=16, d_model=8, heads=1)
+    dims = Workload(causal=True, batch_size=1, seq_len=16, d_model=8, heads=1)
     assert "heads=1" in str(variant.unsupported(variant.Config(head_mode="split"), dims, causal=True))
     assert variant.unsupported(variant.Config(), dims, causal=True) is None
 
@@ -298,6 +301,6 @@ def test_splitting_one_head_is_unsupported(name: str) -> None:
 def test_the_cpu_kernel_is_not_replaced_in_silence(name: str) -> None:
     layer = make(name, 16, impl="fused").to("meta")
     with pytest.raises(ValueError, match="impl=fused"):
-        layer(torch.empty(1, 16, D_MODEL, dtype=torch.float64, device="meta"), causal=True)
+        layer(torch.empty(1, 16, D_MODEL, dtype=torch.float64, device="meta"), Context(causal=True))
     assert make(name, 16).impl == "fused"
     assert make(name, 16).to("meta").impl == "plain"

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from variants.attention.sparse_fixed import SparseFixed, SparseFixedConfig
-from variants.base import Dims
+from variants.base import Context, Workload
 
 SMALL: list[dict[str, Any]] = [
     {"stride": 6, "c": 2},
@@ -17,7 +17,7 @@ SMALL: list[dict[str, Any]] = [
 
 
 def make(seq_len: int, heads: int = 4, index: int = 0, **knobs: Any) -> SparseFixed:
-    dims = Dims(batch_size=1, seq_len=seq_len, d_model=4 * heads, heads=heads)
+    dims = Workload(causal=True, batch_size=1, seq_len=seq_len, d_model=4 * heads, heads=heads)
     return SparseFixed(SparseFixedConfig(**knobs), dims, index)
 
 
@@ -75,7 +75,7 @@ def test_bidirectionally_a_block_cut_short_is_summarised_by_its_end() -> None:
 
 def test_a_token_with_no_summary_before_it_gets_nothing() -> None:
     layer = make(20, index=1, stride=8, c=2, head_mode="interleaved", subblocks="shared")
-    y = layer(torch.randn(1, 20, 16), causal=True).y
+    y = layer(torch.randn(1, 20, 16), Context(causal=True)).y
     assert torch.count_nonzero(y[:, :6]) == 0
     assert torch.count_nonzero(y[:, 6:]) == y[:, 6:].numel()
 
@@ -85,7 +85,7 @@ def test_many_blocks_a_strip_have_a_staircase() -> None:
     layer = make(150, heads=2, stride=4, c=1).double()
     for seq_len in (150, 148, 133):
         x = torch.randn(1, seq_len, 8, dtype=torch.float64)
-        torch.testing.assert_close(layer(x, causal=True).y, layer.reference(x, causal=True))
+        torch.testing.assert_close(layer(x, Context(causal=True)).y, layer.reference(x, Context(causal=True)))
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from variants.attention.sparse_strided import SparseStrided, SparseStridedConfig
-from variants.base import Dims
+from variants.base import Workload
 
 SMALL: list[dict[str, Any]] = [{"stride": 6}, {"stride": 6, "head_mode": "split", "impl": "plain"}]
 
@@ -22,7 +22,7 @@ def factors(query: int, stride: int) -> tuple[set[int], set[int]]:
 @pytest.mark.parametrize(("seq_len", "stride"), [(30, 4), (31, 7), (6, 9)])
 @pytest.mark.parametrize("mode", ["merged", "split", "interleaved"])
 def test_pattern_is_the_papers(seq_len: int, stride: int, mode: str) -> None:
-    dims = Dims(batch_size=1, seq_len=seq_len, d_model=16, heads=4)
+    dims = Workload(causal=True, batch_size=1, seq_len=seq_len, d_model=16, heads=4)
     config = SparseStridedConfig(stride=stride, head_mode=mode)
     layers = [SparseStrided(config, dims, index).allowed(seq_len, causal=True) for index in range(2)]
     for query in range(seq_len):
@@ -39,7 +39,7 @@ def test_pattern_is_the_papers(seq_len: int, stride: int, mode: str) -> None:
 
 @pytest.mark.parametrize("mode", ["merged", "split", "interleaved"])
 def test_bidirectional_pattern_is_symmetric_and_causal_below_its_diagonal(mode: str) -> None:
-    dims = Dims(batch_size=1, seq_len=45, d_model=8, heads=2)
+    dims = Workload(causal=True, batch_size=1, seq_len=45, d_model=8, heads=2)
     for index in range(2):
         layer = SparseStrided(SparseStridedConfig(stride=6, head_mode=mode), dims, index)
         both = layer.allowed(45, causal=False)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -17,11 +18,13 @@ from bench.evaluate.nll import evaluate
 from bench.measure import gates
 from bench.measure.flops import CountFlops
 from bench.model.language_model import LanguageModel
+from bench.model.slots import ModelSpec
 from bench.tasks.text import Batch
 from bench.train.loop import optimizer_for, training_step
 from variants import load
 from variants.attention.transformer_xl import TransformerXL, TransformerXLConfig
-from variants.base import Chunks, Dims
+from variants.base import Context, Workload
+from variants.input_schedule import Chunks, Fed
 from variants.ops.relative_attention import BLOCK, Recurrent, _RelativeAttention, plain_attention, slide
 
 SMALL: list[dict[str, Any]] = [{"segment": 12, "mem_len": 17}]
@@ -29,8 +32,8 @@ SMALL: list[dict[str, Any]] = [{"segment": 12, "mem_len": 17}]
 CPU = torch.device("cpu")
 
 
-def dims(tokens: int, batch: int = 1, channels: int = 8, heads: int = 2) -> Dims:
-    return Dims(batch_size=batch, seq_len=tokens, d_model=channels, heads=heads)
+def dims(tokens: int, batch: int = 1, channels: int = 8, heads: int = 2) -> Workload:
+    return Workload(causal=True, batch_size=batch, seq_len=tokens, d_model=channels, heads=heads)
 
 
 class Undetached(TransformerXL):
@@ -49,8 +52,8 @@ def make(segment: int, mem_len: int, cls: type[TransformerXL] = TransformerXL, *
 
 
 def run(layer: Recurrent, x: Tensor) -> Tensor:
-    return layer.plan(layer.config).stream(
-        lambda part, state: layer(part, causal=True, state=state)[:2], x, causal=True
+    return layer.input_schedule(layer.config).stream(
+        lambda part, state: Fed(*layer(part, Context(causal=True), state)[:2]), x, causal=True
     )
 
 
@@ -158,7 +161,7 @@ def test_far_positions_are_told_apart() -> None:
     values = (torch.cat([memory, x], dim=1)[0] @ layer.kv.weight[8:].T).unflatten(-1, (2, 4))
     want = layer.out(torch.einsum("hj,jhd->hd", weights, values).flatten())
     for dtype, tolerance in ((torch.float64, 1e-9), (torch.float32, 2e-5)):
-        got = layer.to(dtype)(x.to(dtype), causal=True, state=memory.to(dtype)).y[0, 0]
+        got = layer.to(dtype)(x.to(dtype), Context(causal=True), state=memory.to(dtype)).y[0, 0]
         torch.testing.assert_close(got.double(), want, rtol=tolerance, atol=tolerance)
 
 
@@ -181,7 +184,7 @@ def test_scores_of_great_size_neither_overflow_nor_leak() -> None:
 )
 def test_equals_the_reference(tokens: int, segment: int, mem_len: int, batch: int) -> None:
     layer, x = make(segment, mem_len), data(tokens, batch)
-    fast, slow = run(layer, x), layer.reference(x, causal=True)
+    fast, slow = run(layer, x), layer.reference(x, Context(causal=True))
     assert_same([fast, *gradients(fast, x, layer)], [slow, *gradients(slow, x, layer)])
 
 
@@ -189,7 +192,7 @@ def test_equals_the_reference(tokens: int, segment: int, mem_len: int, batch: in
 def test_memory_of_everything_is_one_pass(tokens: int) -> None:
     x = data(tokens, 3)
     pieces, whole = make(5, tokens, Undetached), make(tokens, 0)
-    got, want = run(pieces, x), whole(x, causal=True).y
+    got, want = run(pieces, x), whole(x, Context(causal=True)).y
     torch.testing.assert_close(run(make(5, tokens), x), want)  # detached, outputs are the same
     assert_same([got, *gradients(got, x, pieces)], [want, *gradients(want, x, whole)])
 
@@ -197,7 +200,7 @@ def test_memory_of_everything_is_one_pass(tokens: int) -> None:
 def test_no_memory_is_independent_chunks() -> None:
     layer, x = make(5, 0), data(23, 3)
     got = run(layer, x)
-    want = Chunks(5, 5).apply(lambda part: layer(part, causal=True).y, x, causal=True)
+    want = Chunks(5, 5).apply(lambda part, _: Fed(layer(part, Context(causal=True)).y), x, causal=True).y
     assert_same([got, *gradients(got, x, layer)], [want, *gradients(want, x, layer)])
 
 
@@ -206,7 +209,7 @@ def test_reach_grows_by_the_memory_a_layer(segment: int, mem_len: int) -> None:
     tokens = 36
     layers = [make(segment, mem_len, Undetached) for _ in range(3)]
     x = h = data(tokens, batch=tokens)
-    allowed = layers[0].pattern(tokens, causal=True).double()
+    allowed = layers[0].attention_mask(tokens, causal=True).double()
     reachable = torch.eye(tokens, dtype=torch.float64)
     for depth, layer in enumerate(layers, start=1):
         h = run(layer, h)
@@ -231,7 +234,7 @@ def test_state_of_a_stream_continues_it() -> None:
     layer, x = make(4, 6), data(14, 3)
     whole, state, pieces = run(layer, x), None, []
     for begin in range(0, 14, 4):
-        out = layer(x[:, begin : begin + 4], causal=True, state=state)
+        out = layer(x[:, begin : begin + 4], Context(causal=True), state=state)
         state = out.state
         assert not state.requires_grad
         assert state.shape[1] == min(begin + min(4, 14 - begin), 6)
@@ -275,8 +278,8 @@ def test_dispatched_flops(tokens: int, segment: int, mem_len: int, most: float) 
     layer = TransformerXL(TransformerXLConfig(segment=segment, mem_len=mem_len), size)
     with CountFlops() as counted, torch.no_grad():
         run(layer, torch.randn(2, tokens, 64))
-    formula = layer.flops(size, causal=True)
-    assert gates.cost_ratio(counted.total, formula.projections, formula.attention, layer.padding) < most
+    formula = layer.cost(replace(size, causal=True))
+    assert gates.cost_ratio(counted.total, formula, layer.flop_overhead_reason) < most
 
 
 def test_flops_are_exact_where_nothing_is_masked() -> None:
@@ -285,12 +288,12 @@ def test_flops_are_exact_where_nothing_is_masked() -> None:
     with CountFlops() as counted, torch.no_grad():
         run(layer, torch.randn(2, 40, 64))
     # the view of the scores costs one distance more than there are keys
-    assert counted.total == pytest.approx(layer.flops(size, causal=True).total, rel=0.03)
+    assert counted.total == pytest.approx(layer.cost(replace(size, causal=True)).total, rel=0.03)
 
 
 def test_pattern() -> None:
     layer = make(4, 3)
-    pattern = layer.pattern(10, causal=True)
+    pattern = layer.attention_mask(10, causal=True)
     assert [row.nonzero().flatten().tolist()[0] for row in pattern] == [0, 0, 0, 0, 1, 1, 1, 1, 5, 5]
     assert pattern.tril().equal(pattern)
     assert pattern.diagonal().all()
@@ -303,7 +306,7 @@ def test_runs_on_fake_tensors() -> None:
         layer = TransformerXL(config, dims(tokens, channels=256, heads=4))
         state = layer.remember(torch.randn(1, 0, 256), torch.randn(1, segment, 256))
         x = torch.randn(1, 1024, 256, requires_grad=True)
-        out = layer(x, causal=True, state=state)
+        out = layer(x, Context(causal=True), state=state)
         out.y.sum().backward()
         assert out.y.shape == (1, 1024, 256)
         assert out.state.shape == (1, segment, 256)
@@ -316,11 +319,9 @@ def language_model(variant: str, activations: str, dropout: float = 0.0, **knobs
     torch.manual_seed(0)
     cls = load(variant)
     return LanguageModel(
-        cls,
-        cls.Config(**knobs),
+        ModelSpec.of(cls, cls.Config(**knobs), ff_mult=2),
         dims(50, batch=3, channels=16),
         depth=2,
-        ff_mult=2,
         dropout=dropout,
         vocabulary=11,
         activations=activations,

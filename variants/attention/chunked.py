@@ -7,12 +7,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from torch import Tensor
-
 from variants.attention.dense import Dense, DenseConfig
-from variants.base import Caps, Chunks, Complexity, Dims, VariantConfig
+from variants.base import Caps, Complexity, Info, VariantConfig
+from variants.input_schedule import Chunks
 from variants.knobs import knob
-from variants.ops import masks
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,22 +30,15 @@ class Chunked(Dense):
 
     Config = ChunkedConfig
     config: ChunkedConfig
-    caps = Caps(causal=True, bidirectional=True)
-    paper = "engineering baseline"
-    complexity = Complexity(time=1, memory=1, formula="T·c", source="arithmetic")
+    info = Info(
+        paper="engineering baseline",
+        family="fixed patterns",
+        complexity=Complexity(time=1, memory=1, formula="T·c", source="arithmetic"),
+        caps=Caps(causal=True, bidirectional=True),
+    )
 
     @classmethod
-    def plan(cls, config: VariantConfig) -> Chunks:
+    def input_schedule(cls, config: VariantConfig) -> Chunks:
         """Chunks side by side."""
         assert isinstance(config, ChunkedConfig)
         return Chunks(config.chunk, config.chunk)
-
-    def state_bytes(self, dims: Dims) -> int:
-        """The keys and values of the chunk that has begun and not ended."""
-        tokens = dims.seq_len % self.config.chunk
-        return 2 * dims.batch_size * tokens * dims.d_model * dims.element_bytes
-
-    def pattern(self, seq_len: int, *, causal: bool) -> Tensor:
-        """The chunk, up to the query where causal."""
-        chunk = masks.same(lambda i: i // self.config.chunk)
-        return masks.matrix(masks.both(chunk, masks.causal) if causal else chunk, seq_len)

@@ -15,7 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from variants.base import Complexity, Dims, Flops, Out, Segments, VariantConfig
+from variants.base import Caps, Complexity, Context, Cost, Dims, Info, MixerOut, VariantConfig, Workload
+from variants.input_schedule import Segments
 from variants.knobs import knob
 from variants.ops.relative_attention import Attended, Recurrent, slide
 
@@ -186,8 +187,8 @@ class Compressive(Recurrent):
     The attention-reconstruction loss (§3.1, algorithm 2) is the mean squared difference between content
     attention (q·k, no positions) to what fell out and to its compression. Queries, keys' and values'
     projections and memories are detached in it, so it trains the compressor alone; compressed memories
-    are carried detached, so the task trains everything else. It is `Out.aux_loss`, computed where
-    gradients are: evaluation does without, and `flops` does not count it (`padding` says so, and
+    are carried detached, so the task trains everything else. It is `MixerOut.aux_loss`, computed where
+    gradients are: evaluation does without, and `cost` does not count it (`flop_overhead_reason` says so, and
     `reconstruction_flops` how much it is). Pooling and most_used learn nothing and have none.
 
     The default, conv, is the paper's best (§4.1), and has its rate · C² parameters: at rate 4, as many as
@@ -207,8 +208,12 @@ class Compressive(Recurrent):
 
     Config = CompressiveConfig
     config: CompressiveConfig
-    paper = "Rae et al. 2019, Compressive Transformers, arXiv:1911.05507"
-    complexity = Complexity(time=1, memory=0, formula="T·(S+M+M_c)", source="Rae 2019, §3", survey=2)
+    info = Info(
+        paper="Rae et al. 2019, Compressive Transformers, arXiv:1911.05507",
+        family="recurrence",
+        complexity=Complexity(time=1, memory=0, formula="T·(S+M+M_c)", source="Rae 2019, §3", survey=2),
+        caps=Caps(causal=True, bidirectional=False, stateful=True),
+    )
 
     def __init__(self, config: CompressiveConfig, dims: Dims, layer: int = 0) -> None:
         super().__init__(config, dims, layer)
@@ -218,20 +223,22 @@ class Compressive(Recurrent):
         self.counts = isinstance(self.compressor, MostUsed)
         self.learns = any(True for _ in self.compressor.parameters())
         if self.learns:
-            self.padding = f"{type(self).padding}; training also attends twice for the reconstruction loss"
+            self.flop_overhead_reason = (
+                f"{type(self).flop_overhead_reason}; training also attends twice for the reconstruction loss"
+            )
 
     def auxiliary_parameters(self) -> Iterator[nn.Parameter]:
         """The compressor's: the task never reaches them."""
         return self.compressor.parameters()
 
     @classmethod
-    def plan(cls, config: VariantConfig) -> Segments:
+    def input_schedule(cls, config: VariantConfig) -> Segments:
         """Segments in order, the last as long as what is left."""
         assert isinstance(config, CompressiveConfig)
         return Segments(config.segment)
 
-    def forward(self, x: Tensor, *, causal: bool, state: State | None = None) -> Out:
-        """(B, S, C) → Out. Raises ValueError where not causal."""
+    def forward(self, x: Tensor, ctx: Context, state: State | None = None) -> MixerOut:
+        """(B, S, C) → MixerOut. Raises ValueError where not causal."""
         if state is None:
             state = self._blank(x)
         found = self.attend(x, torch.cat([state.compressed, state.memory], dim=1), count=self.counts)
@@ -240,7 +247,7 @@ class Compressive(Recurrent):
         if compressed is not None and self.learns and torch.is_grad_enabled():
             keys = slice(state.compressed.shape[1], state.compressed.shape[1] + fallen)
             loss = self._reconstruction(found, keys, compressed)
-        return Out(found.y, after, loss)
+        return MixerOut(found.y, after, loss)
 
     def _blank(self, x: Tensor) -> State:
         nothing = x.new_empty(x.shape[0], 0, x.shape[2])  # not a view, which would keep x
@@ -281,9 +288,9 @@ class Compressive(Recurrent):
         # `mse_loss` computes the same, but its result keeps a buffer as large as `error` alive on the CPU
         return error.to(torch.promote_types(error.dtype, torch.float32)).square().mean()
 
-    def reference(self, x: Tensor, *, causal: bool) -> Tensor:
+    def reference(self, x: Tensor, ctx: Context) -> Tensor:
         """Segment by segment, every score written out. Raises ValueError where not causal."""
-        self.require_objective(causal=causal)
+        self.require_objective(causal=ctx.causal)
         return torch.cat([y for y, _ in self.reference_segments(x)], dim=1)
 
     def reference_segments(self, x: Tensor) -> Iterator[tuple[Tensor, Tensor | None]]:
@@ -291,7 +298,7 @@ class Compressive(Recurrent):
         c = self.config
         compressed = old = memory = x[:, :0].detach()
         usage = readers = x.new_zeros(x.shape[0], 0)
-        for segment in self.plan(c).segments(x.shape[1]):
+        for segment in self.input_schedule(c).segments(x.shape[1]):
             h = x[:, segment]
             found = self.plainly_attend(h, torch.cat([compressed, memory], dim=1))
             assert found.usage is not None
@@ -328,27 +335,27 @@ class Compressive(Recurrent):
         """The sizes at each segment of a sequence."""
         return _stretches(self.config, self.compressor.reach, seq_len)
 
-    def flops(self, dims: Dims, *, causal: bool) -> Flops:
+    def cost(self, work: Workload) -> Cost:
         """The segments of a sequence, each with the memories that exist by then, and the compression."""
-        total = Flops(0, 0)
-        for part in self.stretches(dims.seq_len):
+        total = Cost()
+        for part in self.stretches(work.seq_len):
             tokens = part.segment.stop - part.segment.start
-            total += self.segment_flops(dims, tokens, part.memory + part.compressed)
-            total += Flops(0, dims.batch_size * self.compressor.flops(part.fallen))
+            total += self.segment_cost(work, tokens, part.memory + part.compressed)
+            total += Cost({"compression": work.batch_size * self.compressor.flops(part.fallen)})
         return total
 
-    def reconstruction_flops(self, dims: Dims) -> int:
+    def reconstruction_flops(self, work: Workload) -> int:
         """Forward FLOPs of the auxiliary loss, where it is computed: two attentions without positions,
         to what fell out and to its compression, and the keys and values of the latter."""
         if not self.learns:
             return 0
         total = 0
-        for part in self.stretches(dims.seq_len):
+        for part in self.stretches(work.seq_len):
             tokens, compressed = part.segment.stop - part.segment.start, part.fallen // self.config.rate
-            total += 4 * dims.d_model * (tokens * (part.fallen + compressed) + compressed * dims.d_model)
-        return dims.batch_size * total
+            total += 4 * work.d_model * (tokens * (part.fallen + compressed) + compressed * work.d_model)
+        return work.batch_size * total
 
-    def state_bytes(self, dims: Dims) -> int:
+    def state_bytes(self, work: Workload) -> int:
         """Hidden states, not keys and values: one a memory, a compressed memory and a token of the open
         segment; where usage counts, one number a memory too.
 
@@ -356,18 +363,18 @@ class Compressive(Recurrent):
         it, and its tokens so far. What its queries add to the usage is not kept: at its end, when usage is
         first asked for, its hidden states give it again.
         """
-        part = self.stretches(dims.seq_len)[-1]
+        part = self.stretches(work.seq_len)[-1]
         memory, compressed, tokens = part.memory, part.compressed, part.segment.stop - part.segment.start
         open_tokens = tokens % self.config.segment
         if not open_tokens:
             memory += tokens - part.fallen
             if self.config.comp_len:
                 compressed = min(self.config.comp_len, compressed + part.fallen // self.config.rate)
-        hidden: int = (memory + compressed + open_tokens) * dims.d_model * dims.element_bytes
-        usage: int = memory * max(4, dims.element_bytes) if self.counts else 0  # summed in float32 at least
-        return dims.batch_size * (hidden + usage)
+        hidden: int = (memory + compressed + open_tokens) * work.d_model * work.element_bytes
+        usage: int = memory * max(4, work.element_bytes) if self.counts else 0  # summed in float32 at least
+        return work.batch_size * (hidden + usage)
 
-    def pattern(self, seq_len: int, *, causal: bool) -> Tensor | None:
+    def attention_mask(self, seq_len: int, *, causal: bool) -> Tensor | None:
         """What can be read in one layer, as it is or compressed; most_used keeps what content decides."""
         if self.counts:
             return None

@@ -12,7 +12,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from variants.base import Attention, Caps, Complexity, Dims, Flops, Out, VariantConfig
+from variants.base import (
+    Caps,
+    Complexity,
+    Context,
+    Cost,
+    Dims,
+    Info,
+    MixerOut,
+    SequenceMixer,
+    VariantConfig,
+    Workload,
+)
 from variants.ops import backends, masks
 from variants.ops.projections import Projections, masked_attention
 
@@ -27,7 +38,7 @@ class DenseConfig(VariantConfig):
     two need CUDA."""
 
 
-class Dense(Attention):
+class Dense(SequenceMixer):
     """softmax(QKᵀ/√D)V with rotary positions.
 
     Deviations from the paper: rotary instead of added sinusoidal positions, no biases.
@@ -35,17 +46,20 @@ class Dense(Attention):
 
     Config = DenseConfig
     config: DenseConfig
-    caps = Caps(causal=True, bidirectional=True, exact=True)
-    paper = "Vaswani et al. 2017, Attention Is All You Need, arXiv:1706.03762"
-    complexity = Complexity(time=2, memory=2, formula="T²", source="Vaswani 2017, Table 1")
+    info = Info(
+        paper="Vaswani et al. 2017, Attention Is All You Need, arXiv:1706.03762",
+        family="dense",
+        complexity=Complexity(time=2, memory=2, formula="T²", source="Vaswani 2017, Table 1"),
+        caps=Caps(causal=True, bidirectional=True, exact=True),
+    )
 
     def __init__(self, config: DenseConfig, dims: Dims, layer: int = 0) -> None:
         super().__init__(config, dims, layer)
         self.projections = Projections(dims.d_model, dims.heads)
         if config.impl == "naive":
-            self.padding = "naive computes every score and masks the forbidden half"
+            self.flop_overhead_reason = "naive computes every score and masks the forbidden half"
         elif config.impl == "flex":
-            self.padding, self.bounded = backends.FLEX_PADDING, False
+            self.flop_overhead_reason, self.overhead_is_bounded = backends.FLEX_PADDING, False
 
     @classmethod
     def missing(
@@ -59,10 +73,10 @@ class Dense(Attention):
             return backends.missing_xformers(device, dims.head_dim, dtype)
         return None
 
-    def forward(self, x: Tensor, *, causal: bool, state: Any = None) -> Out:
-        """(B, T, C) → Out; carries no state."""
-        q, k, v = self.projections.split(x)
-        return Out(self.projections.merge(self._attend(q, k, v, causal)))
+    def forward(self, x: Tensor, ctx: Context, state: Any = None) -> MixerOut:
+        """(B, T, C) → MixerOut; carries no state."""
+        q, k, v = self.projections.split(x, ctx.positions)
+        return MixerOut(self.projections.merge(self._attend(q, k, v, ctx.causal)))
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
         """(B, H, T, D) → (B, H, T, D) by the kernel that `impl` names."""
@@ -81,29 +95,33 @@ class Dense(Attention):
     def _allowed(self, seq_len: int, causal: bool) -> Tensor:
         return masks.matrix(self._rule(causal), seq_len)
 
-    def reference(self, x: Tensor, *, causal: bool) -> Tensor:
+    def reference(self, x: Tensor, ctx: Context) -> Tensor:
         """The oracle on the variant's pattern, plan included."""
-        q, k, v = self.projections.split(x)
-        return self.projections.merge(masked_attention(q, k, v, self.pattern(x.shape[1], causal=causal)))
-
-    def queries_keys(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Those of the projections."""
-        q, k, _ = self.projections.split(x)
-        return q, k
-
-    def flops(self, dims: Dims, *, causal: bool) -> Flops:
-        """Scores and weighted sum: 4·C for each of the T(T+1)/2 or T² pairs."""
-        t = dims.seq_len
-        pairs = t * (t + 1) // 2 if causal else t * t
-        return Flops(
-            Projections.flops(dims.batch_size, t, dims.d_model),
-            4 * dims.batch_size * dims.d_model * pairs,
+        q, k, v = self.projections.split(x, ctx.positions)
+        return self.projections.merge(
+            masked_attention(q, k, v, self.attention_mask(x.shape[1], causal=ctx.causal))
         )
 
-    def state_bytes(self, dims: Dims) -> int:
-        """The keys and values of every token."""
-        return 2 * dims.batch_size * dims.seq_len * dims.d_model * dims.element_bytes
+    def queries_keys(self, x: Tensor, ctx: Context) -> tuple[Tensor, Tensor]:
+        """Those of the projections."""
+        q, k, _ = self.projections.split(x, ctx.positions)
+        return q, k
 
-    def pattern(self, seq_len: int, *, causal: bool) -> Tensor:
+    def cost(self, work: Workload) -> Cost:
+        """Scores and weighted sum: 4·C for each of the T(T+1)/2 or T² pairs."""
+        t = work.seq_len
+        pairs = t * (t + 1) // 2 if work.causal else t * t
+        return Cost(
+            {
+                "projections": Projections.flops(work.batch_size, t, work.d_model),
+                "attention": 4 * work.batch_size * work.d_model * pairs,
+            }
+        )
+
+    def state_bytes(self, work: Workload) -> int:
+        """The keys and values of every token."""
+        return 2 * work.batch_size * work.seq_len * work.d_model * work.element_bytes
+
+    def attention_mask(self, seq_len: int, *, causal: bool) -> Tensor:
         """Everything, or everything up to the query."""
         return self._allowed(seq_len, causal)

@@ -13,7 +13,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from variants.base import Attention, Caps, Complexity, Dims, Flops, Out, VariantConfig
+from variants.base import (
+    Caps,
+    Complexity,
+    Context,
+    Cost,
+    Dims,
+    Info,
+    MixerOut,
+    SequenceMixer,
+    VariantConfig,
+    Workload,
+)
 from variants.knobs import knob
 from variants.ops import masks
 from variants.ops.projections import Projections, masked_attention
@@ -31,7 +42,7 @@ class LinformerConfig(VariantConfig):
     layerwise: also all layers, once `Linformer.tie` has been given them."""
 
 
-class Linformer(Attention):
+class Linformer(SequenceMixer):
     """softmax(Q(EK)ᵀ/√D)(FV), where E and F are learnt (k, L) matrices that mix the positions.
 
     A sequence of T < L tokens is read with the first T columns of E and F; a longer one is refused.
@@ -43,9 +54,12 @@ class Linformer(Attention):
 
     Config = LinformerConfig
     config: LinformerConfig
-    caps = Caps(causal=False, bidirectional=True, fixed_length=True)
-    paper = "Wang et al. 2020, Linformer, arXiv:2006.04768"
-    complexity = Complexity(time=1, memory=1, formula="T·k", source="Wang 2020, Table 1 and §4", survey=1)
+    info = Info(
+        paper="Wang et al. 2020, Linformer, arXiv:2006.04768",
+        family="low rank",
+        complexity=Complexity(time=1, memory=1, formula="T·k", source="Wang 2020, Table 1 and §4", survey=1),
+        caps=Caps(causal=False, bidirectional=True, fixed_length=True),
+    )
 
     def __init__(self, config: LinformerConfig, dims: Dims, layer: int = 0) -> None:
         super().__init__(config, dims, layer)
@@ -61,7 +75,7 @@ class Linformer(Attention):
         return nn.Parameter(weights.to(torch.get_default_dtype()))
 
     @classmethod
-    def tie(cls, layers: Sequence[Attention]) -> None:
+    def tie(cls, layers: Sequence[SequenceMixer]) -> None:
         """Give all layers of a network the lowest layer's mixture, where sharing=layerwise asks for it.
 
         A layer cannot see the others when it is built, so whoever builds them all calls this once.
@@ -109,16 +123,16 @@ class Linformer(Attention):
         mixed: Tensor = merged.unflatten(-1, (x.shape[1], -1)).transpose(1, 2)
         return mixed
 
-    def forward(self, x: Tensor, *, causal: bool, state: Any = None) -> Out:
-        """(B, T, C) → Out; carries no state. Raises ValueError where T > L."""
-        q, k, v = self.projections.split(x)
+    def forward(self, x: Tensor, ctx: Context, state: Any = None) -> MixerOut:
+        """(B, T, C) → MixerOut; carries no state. Raises ValueError where T > L."""
+        q, k, v = self.projections.split(x, ctx.positions)
         k, v = self._mix(self.key_mixture, k), self._mix(self.value_mixture, v)
-        return Out(self.projections.merge(F.scaled_dot_product_attention(q, k, v)))
+        return MixerOut(self.projections.merge(F.scaled_dot_product_attention(q, k, v)))
 
-    def reference(self, x: Tensor, *, causal: bool) -> Tensor:
+    def reference(self, x: Tensor, ctx: Context) -> Tensor:
         """Mix every head's keys and values, then dense attention to all mixtures."""
-        self.require_objective(causal=causal)
-        q, k, v = self.projections.split(x)
+        self.require_objective(causal=ctx.causal)
+        q, k, v = self.projections.split(x, ctx.positions)
         e, f = (
             self._columns(mixture, x.shape[1]).expand(q.shape[1], -1, -1)  # (H, k, T)
             for mixture in (self.key_mixture, self.value_mixture)
@@ -128,23 +142,27 @@ class Linformer(Attention):
         everything = torch.ones(x.shape[1], self.config.k, dtype=torch.bool)
         return self.projections.merge(masked_attention(q, k, v, everything))
 
-    def estimated(self, x: Tensor, *, causal: bool) -> Tensor:
+    def softmax_target(self, x: Tensor, ctx: Context) -> Tensor:
         """The keys and values as they are, unmixed."""
-        q, k, v = self.projections.split(x)
-        return self.projections.merge(masked_attention(q, k, v, self.pattern(x.shape[1], causal=causal)))
-
-    def flops(self, dims: Dims, *, causal: bool) -> Flops:
-        """Mixing keys and values, scores and weighted sum: each 2·C for T·k pairs."""
-        t = dims.seq_len
-        return Flops(
-            Projections.flops(dims.batch_size, t, dims.d_model),
-            8 * dims.batch_size * dims.d_model * t * self.config.k,
+        q, k, v = self.projections.split(x, ctx.positions)
+        return self.projections.merge(
+            masked_attention(q, k, v, self.attention_mask(x.shape[1], causal=ctx.causal))
         )
 
-    def state_bytes(self, dims: Dims) -> int:
-        """The k mixed keys and values: sums over the tokens, to which a next one could be added."""
-        return 2 * dims.batch_size * self.config.k * dims.d_model * dims.element_bytes
+    def cost(self, work: Workload) -> Cost:
+        """Mixing keys and values, scores and weighted sum: each 2·C for T·k pairs."""
+        t = work.seq_len
+        return Cost(
+            {
+                "projections": Projections.flops(work.batch_size, t, work.d_model),
+                "attention": 8 * work.batch_size * work.d_model * t * self.config.k,
+            }
+        )
 
-    def pattern(self, seq_len: int, *, causal: bool) -> Tensor:
+    def state_bytes(self, work: Workload) -> int:
+        """The k mixed keys and values: sums over the tokens, to which a next one could be added."""
+        return 2 * work.batch_size * self.config.k * work.d_model * work.element_bytes
+
+    def attention_mask(self, seq_len: int, *, causal: bool) -> Tensor:
         """Everything, though only through k mixtures."""
         return masks.matrix(masks.anything, seq_len)

@@ -14,7 +14,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from variants.base import Attention, Caps, Complexity, Dims, Flops, Out, VariantConfig
+from variants.base import (
+    Caps,
+    Complexity,
+    Context,
+    Cost,
+    Dims,
+    Info,
+    MixerOut,
+    SequenceMixer,
+    VariantConfig,
+    Workload,
+)
 from variants.knobs import knob
 from variants.ops import backends, masks
 from variants.ops.block_sparse import union_attention, union_impl
@@ -57,7 +68,7 @@ class _Windows:
         return allowed & masks.causal(i, j) if self.causal else allowed
 
 
-class Longformer(Attention):
+class Longformer(SequenceMixer):
     """Softmax attention within a sliding window, one-sided where causal, and of global tokens.
 
     Windows may grow by layer and be dilated by head (§3.1, §4.1). A global token's query reads every
@@ -73,10 +84,13 @@ class Longformer(Attention):
 
     Config = LongformerConfig
     config: LongformerConfig
-    caps = Caps(causal=True, bidirectional=True)
-    paper = "Beltagy et al. 2020, Longformer, arXiv:2004.05150"
-    complexity = Complexity(time=1, memory=1, formula="T·w", source="Beltagy 2020, §3.1", survey=1)
-    padding = "a block of queries is given every key that any of them reads, and masks the rest"
+    info = Info(
+        paper="Beltagy et al. 2020, Longformer, arXiv:2004.05150",
+        family="fixed patterns",
+        complexity=Complexity(time=1, memory=1, formula="T·w", source="Beltagy 2020, §3.1", survey=1),
+        caps=Caps(causal=True, bidirectional=True),
+    )
+    flop_overhead_reason = "a block of queries is given every key that any of them reads, and masks the rest"
 
     def __init__(self, config: LongformerConfig, dims: Dims, layer: int = 0) -> None:
         super().__init__(config, dims, layer)
@@ -86,7 +100,7 @@ class Longformer(Attention):
         if config.global_tokens:
             self.global_qkv = nn.Linear(dims.d_model, 3 * dims.d_model, bias=False)
         if config.impl == "flex":
-            self.padding, self.bounded = backends.FLEX_PADDING, False
+            self.flop_overhead_reason, self.overhead_is_bounded = backends.FLEX_PADDING, False
 
     @classmethod
     def no_form(cls, config: VariantConfig, *, causal: bool) -> str | None:
@@ -124,22 +138,24 @@ class Longformer(Attention):
             return self.config.impl
         return union_impl(self.projections.qkv.weight.device)
 
-    def forward(self, x: Tensor, *, causal: bool, state: Any = None) -> Out:
-        """(B, T, C) → Out; carries no state."""
-        q, k, v = self.projections.split(x)
+    def forward(self, x: Tensor, ctx: Context, state: Any = None) -> MixerOut:
+        """(B, T, C) → MixerOut; carries no state."""
+        q, k, v = self.projections.split(x, ctx.positions)
         if self.config.global_tokens:
-            return Out(self._with_globals(x, q, k, v))
+            return MixerOut(self._with_globals(x, q, k, v, ctx.positions))
         if self.config.impl == "flex":
             alike = len(set(self.dilations)) == 1
-            return Out(self.projections.merge(backends.flex(q, k, v, self.rule(causal=causal), alike=alike)))
+            return MixerOut(
+                self.projections.merge(backends.flex(q, k, v, self.rule(causal=ctx.causal), alike=alike))
+            )
         kinds = sorted(set(self.dilations))
         if len(kinds) == 1:
-            return Out(self.projections.merge(self._dilated(q, k, v, kinds[0], causal)))
+            return MixerOut(self.projections.merge(self._dilated(q, k, v, kinds[0], ctx.causal)))
         y = torch.empty_like(q)
         for dilation in kinds:
             heads = [h for h, d in enumerate(self.dilations) if d == dilation]
-            y[:, heads] = self._dilated(q[:, heads], k[:, heads], v[:, heads], dilation, causal)
-        return Out(self.projections.merge(y))
+            y[:, heads] = self._dilated(q[:, heads], k[:, heads], v[:, heads], dilation, ctx.causal)
+        return MixerOut(self.projections.merge(y))
 
     def rule(self, *, causal: bool) -> backends.HeadRule:
         """The windows of all heads, without global tokens."""
@@ -155,19 +171,20 @@ class Longformer(Attention):
             y[:, :, r::dilation] = local_attention(q_r, k_r, v_r, window=self.window, causal=causal)
         return y
 
-    def _with_globals(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def _with_globals(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, positions: Tensor | None) -> Tensor:
         """Global queries over everything; the rest over the window and the global keys at once."""
         n = min(self.config.global_tokens, x.shape[1])
         local = union_attention(q, k, v, list(self._parts(x.shape[1], n, x.device)), self.impl)
-        y = F.scaled_dot_product_attention(*self._global_split(x, n))
+        y = F.scaled_dot_product_attention(*self._global_split(x, n, positions))
         both = torch.cat([y.transpose(1, 2), local[:, :, n:].transpose(1, 2)], dim=1)  # (B, T, H, D)
         return self.projections.merge(both.transpose(1, 2))
 
-    def _global_split(self, x: Tensor, n: int) -> tuple[Tensor, Tensor, Tensor]:
+    def _global_split(self, x: Tensor, n: int, positions: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """(B, T, C) → queries (B, H, n, D) of the global tokens, keys and values (B, H, T, D) for them."""
         weights = zip((x[:, :n], x, x), self.global_qkv.weight.chunk(3), strict=True)
         q, k, v = (F.linear(part, w).unflatten(-1, (self.dims.heads, -1)) for part, w in weights)
-        return rotary(q).transpose(1, 2), rotary(k).transpose(1, 2), v.transpose(1, 2)
+        q = rotary(q, None if positions is None else positions[:n])
+        return q.transpose(1, 2), rotary(k, positions).transpose(1, 2), v.transpose(1, 2)
 
     def _parts(self, seq_len: int, n: int, device: torch.device) -> Iterator[Part]:
         """What queries [n, T) read: the n global keys, and their windows among the tokens [n, T)."""
@@ -227,41 +244,43 @@ class Longformer(Attention):
             rules = [masks.either(rule, lambda i, j: (i < n) | (j < n)) for rule in rules]
         return torch.stack([masks.matrix(rule, seq_len) for rule in rules])
 
-    def reference(self, x: Tensor, *, causal: bool) -> Tensor:
+    def reference(self, x: Tensor, ctx: Context) -> Tensor:
         """The oracle on each head's window and the globals, whose rows have projections of their own."""
         seq_len, n = x.shape[1], min(self.config.global_tokens, x.shape[1])
-        y = masked_attention(*self.projections.split(x), self._allowed(seq_len, causal))
+        y = masked_attention(*self.projections.split(x, ctx.positions), self._allowed(seq_len, ctx.causal))
         if n:
             everything = torch.ones(n, seq_len, dtype=torch.bool)
-            y = torch.cat([masked_attention(*self._global_split(x, n), everything), y[:, :, n:]], dim=2)
+            of_globals = masked_attention(*self._global_split(x, n, ctx.positions), everything)
+            y = torch.cat([of_globals, y[:, :, n:]], dim=2)
         return self.projections.merge(y)
 
-    def flops(self, dims: Dims, *, causal: bool) -> Flops:
+    def cost(self, work: Workload) -> Cost:
         """Scores and weighted sum: 4·D for each head's pairs.
 
         Global tokens take keys and values of all tokens, and queries of their own, in projections.
         """
-        t, n = dims.seq_len, min(self.config.global_tokens, dims.seq_len)
+        t, n = work.seq_len, min(self.config.global_tokens, work.seq_len)
         rest = t - n  # tokens whose windows are left when the global keys are taken out
-        pairs = dims.heads * n * (t + rest)
+        pairs = work.heads * n * (t + rest)
         for d in self.dilations:
             lengths = [(rest - r + d - 1) // d for r in range(min(d, rest))]
-            pairs += sum(masks.window_pairs(m, self.window, is_causal=causal) for m in lengths)
-        projections = Projections.flops(dims.batch_size, t, dims.d_model)
+            pairs += sum(masks.window_pairs(m, self.window, is_causal=work.causal) for m in lengths)
+        projections = Projections.flops(work.batch_size, t, work.d_model)
         if n:
-            projections += 2 * dims.batch_size * (2 * t + n) * dims.d_model**2
-        return Flops(projections, 4 * dims.batch_size * dims.head_dim * pairs)
+            projections += 2 * work.batch_size * (2 * t + n) * work.d_model**2
+        attention = 4 * work.batch_size * work.head_dim * pairs
+        return Cost({"projections": projections, "attention": attention})
 
-    def state_bytes(self, dims: Dims) -> int:
+    def state_bytes(self, work: Workload) -> int:
         """The keys and values that a later query with a window can still read, head by head.
 
         Those are the global tokens' and the last of the others'; what global queries read of the
         tokens to come is, as everywhere, not counted.
         """
-        t, n = dims.seq_len, min(self.config.global_tokens, dims.seq_len)
+        t, n = work.seq_len, min(self.config.global_tokens, work.seq_len)
         tokens = sum(n + min(t - n, (self.window - 1) * d) for d in self.dilations)
-        return 2 * dims.batch_size * tokens * dims.head_dim * dims.element_bytes
+        return 2 * work.batch_size * tokens * work.head_dim * work.element_bytes
 
-    def pattern(self, seq_len: int, *, causal: bool) -> Tensor:
+    def attention_mask(self, seq_len: int, *, causal: bool) -> Tensor:
         """What any head may read."""
         return self._allowed(seq_len, causal).any(dim=0)

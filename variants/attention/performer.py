@@ -12,7 +12,18 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from variants.base import Attention, Caps, Complexity, Dims, Flops, Out, VariantConfig
+from variants.base import (
+    Caps,
+    Complexity,
+    Context,
+    Cost,
+    Dims,
+    Info,
+    MixerOut,
+    SequenceMixer,
+    VariantConfig,
+    Workload,
+)
 from variants.knobs import knob
 from variants.ops import masks
 from variants.ops.causal_linear_attention import causal_favor
@@ -38,7 +49,7 @@ class PerformerConfig(VariantConfig):
     """Tokens whose causal weights are computed pair by pair; earlier tokens come as one sum."""
 
 
-class Performer(Attention):
+class Performer(SequenceMixer):
     """FAVOR+: Σ_s φ(q_t)·φ(k_s) v_s / Σ_s φ(q_t)·φ(k_s), at a cost linear in T.
 
     Deviations from the paper: rotary positions, applied before the features; no constant is added to
@@ -59,10 +70,13 @@ class Performer(Attention):
 
     Config = PerformerConfig
     config: PerformerConfig
-    caps = Caps(causal=True, bidirectional=True)
-    paper = "Choromanski et al. 2020, Rethinking Attention with Performers, arXiv:2009.14794"
-    complexity = Complexity(time=1, memory=1, formula="T·m·D", source="Choromanski 2020, §2.2", survey=1)
-    padding = "causal: the last chunk is filled up with zeros"
+    info = Info(
+        paper="Choromanski et al. 2020, Rethinking Attention with Performers, arXiv:2009.14794",
+        family="kernels",
+        complexity=Complexity(time=1, memory=1, formula="T·m·D", source="Choromanski 2020, §2.2", survey=1),
+        caps=Caps(causal=True, bidirectional=True),
+    )
+    flop_overhead_reason = "causal: the last chunk is filled up with zeros"
 
     directions: Tensor
 
@@ -109,20 +123,20 @@ class Performer(Attention):
         scaled: Tensor = self.directions.to(wide) * self.dims.head_dim**-0.25
         return scaled
 
-    def forward(self, x: Tensor, *, causal: bool, state: Any = None) -> Out:
-        """(B, T, C) → Out; carries no state."""
-        q, k, v = self.projections.split(x)
+    def forward(self, x: Tensor, ctx: Context, state: Any = None) -> MixerOut:
+        """(B, T, C) → MixerOut; carries no state."""
+        q, k, v = self.projections.split(x, ctx.positions)
         directions, softmax = self._scaled(q), self.config.features == "softmax"
         with torch.autocast(x.device.type, enabled=False):  # exponents and sums need float32
-            if causal:
+            if ctx.causal:
                 y = causal_favor(q, k, v, directions, softmax, self.config.chunk)
             else:
                 y = full_favor(q, k, v, directions, softmax)
-        return Out(self.projections.merge(y))
+        return MixerOut(self.projections.merge(y))
 
-    def reference(self, x: Tensor, *, causal: bool) -> Tensor:
+    def reference(self, x: Tensor, ctx: Context) -> Tensor:
         """The quadratic form: every pair's weight from the features, normalised over allowed keys."""
-        q, k, v = self.projections.split(x)
+        q, k, v = self.projections.split(x, ctx.positions)
         directions = self._scaled(q)
         h_q, h_k = q @ directions.mT, k @ directions.mT  # (B, H, T, m)
         if self.config.features == "relu":
@@ -131,40 +145,45 @@ class Performer(Attention):
             root = math.sqrt(self.dims.head_dim)
             phi_q = (h_q - q.square().sum(-1, keepdim=True) / (2 * root)).exp()
             phi_k = (h_k - k.square().sum(-1, keepdim=True) / (2 * root)).exp()
-        weights = phi_q @ phi_k.mT * self.pattern(x.shape[1], causal=causal).to(q)  # (B, H, T, T)
+        weights = phi_q @ phi_k.mT * self.attention_mask(x.shape[1], causal=ctx.causal).to(q)  # (B, H, T, T)
         return self.projections.merge(weights @ v / weights.sum(-1, keepdim=True))
 
-    def estimated(self, x: Tensor, *, causal: bool) -> Tensor | None:
+    def softmax_target(self, x: Tensor, ctx: Context) -> Tensor | None:
         """Softmax attention, of which these features are an unbiased estimate; none of relu's."""
         if self.config.features != "softmax":
             return None
-        q, k, v = self.projections.split(x)
-        return self.projections.merge(masked_attention(q, k, v, self.pattern(x.shape[1], causal=causal)))
+        q, k, v = self.projections.split(x, ctx.positions)
+        return self.projections.merge(
+            masked_attention(q, k, v, self.attention_mask(x.shape[1], causal=ctx.causal))
+        )
 
-    def flops(self, dims: Dims, *, causal: bool) -> Flops:
+    def cost(self, work: Workload) -> Cost:
         """Features of queries and keys, the sums over keys, what queries read of them, and, causal,
         the pairs within a chunk; the normaliser is one more channel of the values there. Pairs within two
         neighbouring tokens, and the values of pairs within four, take elementwise products and sums, which
         count 0 as softmax's do."""
-        t, m, d = dims.seq_len, self.config.n_features, dims.head_dim
+        t, m, d = work.seq_len, self.config.n_features, work.head_dim
         per_head = t * (4 * m * d + 4 * m * (d + 1))
-        if causal:
+        if work.causal:
             chunk = self.config.chunk
             full, rest = divmod(t, chunk)
             for number, c in ((full, chunk), (1, rest)):
                 pairs = c * (c - 1) // 2 - c // 2
                 of_values = pairs - 4 * (c // 4) - (2 if c % 4 == 3 else 0)
                 per_head += number * (pairs * 2 * m + of_values * 2 * d)
-        return Flops(
-            Projections.flops(dims.batch_size, t, dims.d_model), dims.batch_size * dims.heads * per_head
+        return Cost(
+            {
+                "projections": Projections.flops(work.batch_size, t, work.d_model),
+                "attention": work.batch_size * work.heads * per_head,
+            }
         )
 
-    def state_bytes(self, dims: Dims) -> int:
+    def state_bytes(self, work: Workload) -> int:
         """Each head's float32 sums over the keys: m by D values, m for the normaliser and, of softmax
         features, the m levels to which they are relative."""
-        each = dims.head_dim + (2 if self.config.features == "softmax" else 1)
-        return 4 * dims.batch_size * dims.heads * self.config.n_features * each
+        each = work.head_dim + (2 if self.config.features == "softmax" else 1)
+        return 4 * work.batch_size * work.heads * self.config.n_features * each
 
-    def pattern(self, seq_len: int, *, causal: bool) -> Tensor:
+    def attention_mask(self, seq_len: int, *, causal: bool) -> Tensor:
         """Everything, or everything up to the query."""
         return masks.matrix(masks.causal if causal else masks.anything, seq_len)

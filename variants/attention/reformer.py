@@ -12,7 +12,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from variants.base import Attention, Caps, Complexity, Dims, Flops, Out, VariantConfig
+from variants.base import (
+    Caps,
+    Complexity,
+    Context,
+    Cost,
+    Dims,
+    Info,
+    MixerOut,
+    SequenceMixer,
+    VariantConfig,
+    Workload,
+)
 from variants.knobs import knob
 from variants.ops import masks
 from variants.ops.lsh.attention import lsh_attention
@@ -60,7 +71,7 @@ class ReformerConfig(VariantConfig):
         return 1 if seq_len <= self.chunk else least_buckets(-(-2 * seq_len // self.chunk))
 
 
-class Reformer(Attention):
+class Reformer(SequenceMixer):
     """Softmax attention among tokens that random rotations hash to the same bucket.
 
     Queries and keys are one projection; keys have unit length; a token reads itself only where no round
@@ -91,10 +102,15 @@ class Reformer(Attention):
 
     Config = ReformerConfig
     config: ReformerConfig
-    caps = Caps(causal=True, bidirectional=True, stochastic=True)
-    paper = "Kitaev et al. 2020, Reformer, arXiv:2001.04451"
-    complexity = Complexity(time=1, memory=1, formula="T·log T", source="Kitaev 2020, Table 1", survey=1)
-    padding = "a block of queries is given every key that any of them may read, and masks the rest"
+    info = Info(
+        paper="Kitaev et al. 2020, Reformer, arXiv:2001.04451",
+        family="learned patterns",
+        complexity=Complexity(time=1, memory=1, formula="T·log T", source="Kitaev 2020, Table 1", survey=1),
+        caps=Caps(causal=True, bidirectional=True, stochastic=True),
+    )
+    flop_overhead_reason = (
+        "a block of queries is given every key that any of them may read, and masks the rest"
+    )
 
     @classmethod
     def unsupported(cls, config: VariantConfig, dims: Dims, *, causal: bool) -> str | None:
@@ -121,54 +137,54 @@ class Reformer(Attention):
             return "later tokens move the boundaries of the sorted chunks, and so choose earlier keys"
         return None
 
-    def forward(self, x: Tensor, *, causal: bool, state: Any = None) -> Out:
-        """(B, T, C) → Out; carries no state."""
-        qk = self._split(self.qk(x))
-        window = self._window(x.shape[1], causal)
-        y = lsh_attention(qk, self._heads(self.value(x)), self._buckets(x, qk), window)
-        return Out(self.out(y.flatten(2)))
+    def forward(self, x: Tensor, ctx: Context, state: Any = None) -> MixerOut:
+        """(B, T, C) → MixerOut; carries no state."""
+        qk = self._split(self.qk(x), ctx.positions)
+        window = self._window(x.shape[1], ctx.causal)
+        y = lsh_attention(qk, self._heads(self.value(x)), self._buckets(x, qk, ctx.positions), window)
+        return MixerOut(self.out(y.flatten(2)))
 
     def _heads(self, x: Tensor) -> Tensor:
         """(B, T, C) → (B, T, H, D)."""
         return x.view(*x.shape[:-1], self.dims.heads, -1)
 
-    def _split(self, projected: Tensor) -> Tensor:
-        return rotary(self._heads(projected))
+    def _split(self, projected: Tensor, positions: Tensor | None = None) -> Tensor:
+        return rotary(self._heads(projected), positions)
 
     def _window(self, seq_len: int, causal: bool) -> Window:
         band = self.config.neighbourhood == "band"
         return Window.choose(seq_len, self.n_buckets, self.config.chunk, band=band, causal=causal)
 
     @torch.no_grad()
-    def _buckets(self, x: Tensor, qk: Tensor) -> Tensor:
+    def _buckets(self, x: Tensor, qk: Tensor, positions: Tensor | None = None) -> Tensor:
         """(R, N, T) bucket of each token.
 
         A float64 layer hashes what its float32 twin would: were the projections rounded differently,
         tokens on the border of two buckets would change sides, and the two could not be compared.
         """
         if qk.dtype == torch.float64:
-            qk = self._split(F.linear(x.float(), self.qk.weight.float()))
+            qk = self._split(F.linear(x.float(), self.qk.weight.float()), positions)
         heads, head_dim = qk.shape[2:]
         sizes = factors(self.n_buckets)
         seed = None if self.training else self.layer
         return hash_rows(qk, rotations(heads, head_dim, self.rounds, sizes, x.device, seed), self.rounds)
 
-    def reference(self, x: Tensor, *, causal: bool) -> Tensor:
+    def reference(self, x: Tensor, ctx: Context) -> Tensor:
         """The oracle on the union of what the rounds read; a token with nothing to read reads itself."""
-        buckets = self._buckets(x, self._split(self.qk(x)))
+        buckets = self._buckets(x, self._split(self.qk(x), ctx.positions), ctx.positions)
         buckets = buckets.unflatten(1, (self.dims.heads, -1)).transpose(1, 2)  # (R, B, H, T)
-        return self._over(x, self._readable(buckets, causal).any(dim=0))
+        return self._over(x, self._readable(buckets, ctx.causal).any(dim=0), ctx.positions)
 
-    def estimated(self, x: Tensor, *, causal: bool) -> Tensor:
+    def softmax_target(self, x: Tensor, ctx: Context) -> Tensor:
         """Shared-QK attention to every other token that the objective allows: nothing is hashed."""
-        other = masks.both(masks.causal if causal else masks.anything, lambda i, j: i != j)
-        return self._over(x, masks.matrix(other, x.shape[1]).to(x.device))
+        other = masks.both(masks.causal if ctx.causal else masks.anything, lambda i, j: i != j)
+        return self._over(x, masks.matrix(other, x.shape[1]).to(x.device), ctx.positions)
 
-    def _over(self, x: Tensor, allowed: Tensor) -> Tensor:
+    def _over(self, x: Tensor, allowed: Tensor, positions: Tensor | None) -> Tensor:
         """Shared-QK attention over the pairs allowed, (…, T, T) bool; a token without any reads itself."""
         alone = ~allowed.any(dim=-1, keepdim=True)
         allowed = allowed | (alone & torch.eye(x.shape[1], dtype=torch.bool, device=x.device))
-        qk, value = self._split(self.qk(x)), self._heads(self.value(x))
+        qk, value = self._split(self.qk(x), positions), self._heads(self.value(x))
         q, k, v = (t.transpose(1, 2) for t in (qk, qk * inverse_length(qk), value))
         y: Tensor = self.out(masked_attention(q, k, v, allowed).transpose(1, 2).flatten(2))
         return y
@@ -189,19 +205,24 @@ class Reformer(Attention):
             near = (back == 0) | (back == 1)
         return same & near & (masks.causal(i, j) if causal else masks.anything(i, j)) & (i != j)
 
-    def flops(self, dims: Dims, *, causal: bool) -> Flops:
+    def cost(self, work: Workload) -> Cost:
         """4·D for each pair that the windows admit, were their tokens all of one bucket, and the hashing.
 
         Content decides how many of them are, so the count is an upper bound. A pair counts in each round
         that admits it. Hashing is a product with D × f/2 numbers for each factor f of the buckets.
         """
-        t, c = dims.seq_len, dims.d_model
-        pairs = self.rounds * self._window(t, causal).admitted
+        t, c = work.seq_len, work.d_model
+        pairs = self.rounds * self._window(t, work.causal).admitted
         columns = self.rounds * sum(size // 2 for size in factors(self.n_buckets))
-        attention = dims.batch_size * c * (4 * pairs + 2 * t * columns)
-        return Flops(6 * dims.batch_size * t * c * c, attention)
+        return Cost(
+            {
+                "projections": 6 * work.batch_size * t * c * c,
+                "hashing": 2 * work.batch_size * c * t * columns,
+                "attention": 4 * work.batch_size * c * pairs,
+            }
+        )
 
-    def state_bytes(self, dims: Dims) -> int:
+    def state_bytes(self, work: Workload) -> int:
         """The rotations, and for every token that a later one can still read its shared query-key, its value
         and its buckets, in tables that hold whatever content decides.
 
@@ -209,17 +230,13 @@ class Reformer(Attention):
         `neighbourhood=chunk`. Where that is fewer than all tokens, the latter also needs the number of
         tokens in each bucket, to tell where chunks begin. The position is the caller's.
         """
-        t, n_buckets, chunk = dims.seq_len, self.n_buckets, self.config.chunk
+        t, n_buckets, chunk = work.seq_len, self.n_buckets, self.config.chunk
         band = self.config.neighbourhood == "band"
         tokens = min(t, self.rounds * n_buckets * (chunk if band else 2 * chunk - 1))
-        numbers = tokens * 2 * dims.d_model * dims.element_bytes
+        numbers = tokens * 2 * work.d_model * work.element_bytes
         if n_buckets == 1:
-            return dims.batch_size * numbers
+            return work.batch_size * numbers
         integers = tokens if band or tokens == t else tokens + n_buckets  # int32, as are counts
-        indices = 4 * self.rounds * dims.heads * integers
+        indices = 4 * self.rounds * work.heads * integers
         columns = sum(size // 2 for size in factors(n_buckets))  # float32, the same for all sequences
-        return dims.batch_size * (numbers + indices) + 4 * self.rounds * dims.d_model * columns
-
-    def pattern(self, seq_len: int, *, causal: bool) -> Tensor | None:
-        """None: content decides."""
-        return None
+        return work.batch_size * (numbers + indices) + 4 * self.rounds * work.d_model * columns

@@ -13,7 +13,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from variants.base import Attention, Caps, Complexity, Dims, Flops, Out, VariantConfig
+from variants.base import (
+    Caps,
+    Complexity,
+    Context,
+    Cost,
+    Dims,
+    Info,
+    MixerOut,
+    SequenceMixer,
+    VariantConfig,
+    Workload,
+)
 from variants.knobs import knob
 from variants.ops import kmeans_attention, masks
 from variants.ops.projections import Projections, local_attention, masked_attention, rotary
@@ -39,7 +50,7 @@ class RoutingConfig(VariantConfig):
     causal, else topk."""
 
 
-class Routing(Attention):
+class Routing(SequenceMixer):
     """The lower half of the heads reads a local window; the upper half reads clusters.
 
     A routed head normalises queries and keys without scale or bias (§4.1, Algorithm 1), shares them
@@ -64,12 +75,15 @@ class Routing(Attention):
 
     Config = RoutingConfig
     config: RoutingConfig
-    caps = Caps(causal=True, bidirectional=True)
-    paper = "Roy et al. 2020, Routing Transformer, arXiv:2003.05997"
-    complexity = Complexity(
-        time=1.5, memory=1.5, formula="T·√T", source="Roy 2020, abstract and §4.1", survey=1.5
+    info = Info(
+        paper="Roy et al. 2020, Routing Transformer, arXiv:2003.05997",
+        family="learned patterns",
+        complexity=Complexity(
+            time=1.5, memory=1.5, formula="T·√T", source="Roy 2020, abstract and §4.1", survey=1.5
+        ),
+        caps=Caps(causal=True, bidirectional=True),
     )
-    padding = (
+    flop_overhead_reason = (
         "a block of queries is given every key that any of them might read, and masks the rest; a cluster "
         "takes whole blocks"
     )
@@ -124,39 +138,39 @@ class Routing(Attention):
         q, k, v, q_routed, v_routed, *rest = parts
         return q, k, v, q_routed, (rest[0] if rest else q_routed), v_routed
 
-    def forward(self, x: Tensor, *, causal: bool, state: Any = None) -> Out:
-        """(B, T, C) → Out; carries no state."""
-        selection = self._selection(causal)
-        shared = causal or selection == "nearest"
+    def forward(self, x: Tensor, ctx: Context, state: Any = None) -> MixerOut:
+        """(B, T, C) → MixerOut; carries no state."""
+        selection = self._selection(ctx.causal)
+        shared = ctx.causal or selection == "nearest"
         q, k, v, q_routed, k_routed, v_routed = self._split(x, shared)
-        q, k = rotary(q), rotary(k)
+        q, k = rotary(q, ctx.positions), rotary(k, ctx.positions)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-        local = local_attention(q, k, v, window=self.config.window, causal=causal).transpose(1, 2)
+        local = local_attention(q, k, v, window=self.config.window, causal=ctx.causal).transpose(1, 2)
         if selection == "nearest":
-            routed = self._by_nearest(q_routed, v_routed, causal)
+            routed = self._by_nearest(q_routed, v_routed, ctx)
         else:
-            routed = self._by_topk(q_routed, None if shared else k_routed, v_routed, causal)
+            routed = self._by_topk(q_routed, None if shared else k_routed, v_routed, ctx)
         y: Tensor = self.projections.out(torch.cat([local, routed], dim=2).flatten(2))
-        return Out(y)
+        return MixerOut(y)
 
     def _note(self, *sums: Tensor) -> None:
         """Keep this batch's sums for `after_step`: overwritten, since a pass may be computed again."""
         if self.training:
             self.sums.copy_(sum(sums[1:], start=sums[0]))
 
-    def _by_nearest(self, x: Tensor, v: Tensor, causal: bool) -> Tensor:
+    def _by_nearest(self, x: Tensor, v: Tensor, ctx: Context) -> Tensor:
         cluster, sums = kmeans_attention.nearest(x, self.centroids)
         self._note(sums)
-        layout = kmeans_attention.lay_out(cluster, self.clusters, self.cluster_window, is_causal=causal)
-        rows = rotary(kmeans_attention.unit(x)).to(v.dtype)
+        layout = kmeans_attention.lay_out(cluster, self.clusters, self.cluster_window, is_causal=ctx.causal)
+        rows = rotary(kmeans_attention.unit(x), ctx.positions).to(v.dtype)
         y: Tensor = kmeans_attention.Windowed.apply(rows, v, layout)  # type: ignore[no-untyped-call]
         return y
 
-    def _by_topk(self, x: Tensor, keys: Tensor | None, v: Tensor, causal: bool) -> Tensor:
+    def _by_topk(self, x: Tensor, keys: Tensor | None, v: Tensor, ctx: Context) -> Tensor:
         """Queries x, keys (None: the queries), values (B, T, H, D) → (B, T, H, D)."""
         batch, seq_len, heads, _ = v.shape
-        q = rotary(kmeans_attention.unit(x)).to(v.dtype)
-        k = q if keys is None else rotary(kmeans_attention.unit(keys)).to(v.dtype)
+        q = rotary(kmeans_attention.unit(x), ctx.positions).to(v.dtype)
+        k = q if keys is None else rotary(kmeans_attention.unit(keys), ctx.positions).to(v.dtype)
         q_taken, sums = kmeans_attention.members(x, self.centroids, self._taken(seq_len))  # (B, H, K, w)
         k_taken = q_taken
         if keys is None:
@@ -169,7 +183,7 @@ class Routing(Attention):
         reads, puts = (sequence, k_taken, head), (sequence, q_taken, head)
         # in order of position, so the triangle is causal in the tokens too
         y = F.scaled_dot_product_attention(
-            q[puts].flatten(0, 1), k[reads].flatten(0, 1), v[reads].flatten(0, 1), is_causal=causal
+            q[puts].flatten(0, 1), k[reads].flatten(0, 1), v[reads].flatten(0, 1), is_causal=ctx.causal
         )  # (BH, K, w, D)
         total = torch.zeros_like(v).index_put(puts, y.unflatten(0, (batch, heads)), accumulate=True)
         count = v.new_zeros(batch, seq_len, heads, 1).index_put(puts, v.new_ones(1), accumulate=True)
@@ -184,14 +198,18 @@ class Routing(Attention):
         self.centroids.copy_(torch.where(has_members, F.normalize(moved, dim=-1), self.centroids))
         self.sums.zero_()
 
-    def reference(self, x: Tensor, *, causal: bool) -> Tensor:
+    def reference(self, x: Tensor, ctx: Context) -> Tensor:
         """Every head by the oracle; clusters written out as (T, T) maps."""
-        selection, seq_len = self._selection(causal), x.shape[1]
-        shared = causal or selection == "nearest"
+        selection, seq_len = self._selection(ctx.causal), x.shape[1]
+        shared = ctx.causal or selection == "nearest"
         q, k, v, q_routed, k_routed, v_routed = self._split(x, shared)
         rule = masks.window(self.config.window)
-        local = masks.matrix(masks.both(rule, masks.causal) if causal else rule, seq_len)
-        q, k, v = rotary(q).transpose(1, 2), rotary(k).transpose(1, 2), v.transpose(1, 2)
+        local = masks.matrix(masks.both(rule, masks.causal) if ctx.causal else rule, seq_len)
+
+        def placed(t: Tensor) -> Tensor:
+            return rotary(t, ctx.positions)
+
+        q, k, v = (t.transpose(1, 2) for t in (placed(q), placed(k), v))
         lower = masked_attention(q, k, v, local)
 
         def normalised(t: Tensor) -> Tensor:
@@ -201,9 +219,9 @@ class Routing(Attention):
         def closeness(t: Tensor) -> Tensor:  # (B, H, T, K), in float32 as memberships are
             return normalised(t.float()).transpose(1, 2) @ self.centroids.float().transpose(1, 2)
 
-        q, k = rotary(normalised(q_routed)).transpose(1, 2), rotary(normalised(k_routed)).transpose(1, 2)
+        q, k = (placed(normalised(t)).transpose(1, 2) for t in (q_routed, k_routed))
         v = v_routed.transpose(1, 2)
-        before = masks.matrix(masks.causal if causal else masks.anything, seq_len).to(x.device)
+        before = masks.matrix(masks.causal if ctx.causal else masks.anything, seq_len).to(x.device)
         if selection == "nearest":
             cluster = closeness(q_routed).argmax(dim=-1)  # (B, H, T)
             same = cluster[..., :, None] == cluster[..., None, :]
@@ -235,35 +253,33 @@ class Routing(Attention):
         """Tokens that a centroid takes in `topk`."""
         return -(-seq_len // self.clusters)
 
-    def flops(self, dims: Dims, *, causal: bool) -> Flops:
+    def cost(self, work: Workload) -> Cost:
         """The local half by its window. The routed half: dot products with the centroids, and
         topk: all pairs within each cluster; nearest: as many pairs as its rule can allow, which it
         does where no cluster is smaller than the window."""
-        t, selection = dims.seq_len, self._selection(causal)
-        shared = causal or selection == "nearest"
-        projected = (3.5 if shared else 4) * dims.d_model**2
+        t, selection = work.seq_len, self._selection(work.causal)
+        shared = work.causal or selection == "nearest"
+        projected = (3.5 if shared else 4) * work.d_model**2
         if selection == "nearest":
-            pairs = masks.window_pairs(t, self.cluster_window, is_causal=causal)
+            pairs = masks.window_pairs(t, self.cluster_window, is_causal=work.causal)
         else:
-            pairs = self.clusters * masks.window_pairs(self._taken(t), t, is_causal=causal)
-        local = masks.window_pairs(t, self.config.window, is_causal=causal)
+            pairs = self.clusters * masks.window_pairs(self._taken(t), t, is_causal=work.causal)
+        local = masks.window_pairs(t, self.config.window, is_causal=work.causal)
         routing = (1 if shared else 2) * t * self.clusters
-        return Flops(
-            int(2 * dims.batch_size * t * projected),
-            dims.batch_size
-            * dims.head_dim
-            * (4 * self.local * local + self.routed * (4 * pairs + 2 * routing)),
+        each = work.batch_size * work.head_dim
+        return Cost(
+            {
+                "projections": int(2 * work.batch_size * t * projected),
+                "clustering": 2 * each * self.routed * routing,
+                "attention": 4 * each * (self.local * local + self.routed * pairs),
+            }
         )
 
-    def state_bytes(self, dims: Dims) -> int:
+    def state_bytes(self, work: Workload) -> int:
         """Keys and values that the next token may read beside its own: of a local head, the last window − 1
         tokens; of a routed head, as many members of each cluster. In topk a later token can bring back any
         earlier one, so all."""
         members = self.clusters * (self.cluster_window - 1)
-        routed = dims.seq_len if self.config.selection == "topk" else min(dims.seq_len, members)
-        tokens = self.local * min(dims.seq_len, self.config.window - 1) + self.routed * routed
-        return 2 * dims.batch_size * tokens * dims.head_dim * dims.element_bytes
-
-    def pattern(self, seq_len: int, *, causal: bool) -> Tensor | None:
-        """Content decides."""
-        return None
+        routed = work.seq_len if self.config.selection == "topk" else min(work.seq_len, members)
+        tokens = self.local * min(work.seq_len, self.config.window - 1) + self.routed * routed
+        return 2 * work.batch_size * tokens * work.head_dim * work.element_bytes

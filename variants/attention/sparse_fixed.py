@@ -77,7 +77,7 @@ class SparseFixed(SparseAttention):
 
     Config = SparseFixedConfig
     config: SparseFixedConfig
-    padding = (
+    flop_overhead_reason = (
         "a strip of queries is given all summaries of its blocks, or a block all of its keys, some masked"
     )
 

@@ -31,7 +31,9 @@ class SparseStrided(SparseAttention):
 
     Config = SparseStridedConfig
     config: SparseStridedConfig
-    padding = "a row of queries is given all of the neighbouring row's keys, of which it may read half"
+    flop_overhead_reason = (
+        "a row of queries is given all of the neighbouring row's keys, of which it may read half"
+    )
 
     def parts(self, seq_len: int, role: Role, *, causal: bool, device: torch.device) -> list[Part]:
         """Rows, then columns; what both hold is left to the cheaper place."""

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from variants.base import Complexity, Dims, Flops, Out, Segments, VariantConfig
+from variants.base import Caps, Complexity, Context, Cost, Info, MixerOut, VariantConfig, Workload
+from variants.input_schedule import Segments
 from variants.knobs import knob
 from variants.ops import masks
 from variants.ops.relative_attention import Recurrent, slide
@@ -41,52 +42,59 @@ class TransformerXL(Recurrent):
 
     Config = TransformerXLConfig
     config: TransformerXLConfig
-    paper = "Dai et al. 2019, Transformer-XL, arXiv:1901.02860"
-    complexity = Complexity(time=1, memory=0, formula="T·(S+M)", source="Dai 2019, §3.2", survey=2)
+    info = Info(
+        paper="Dai et al. 2019, Transformer-XL, arXiv:1901.02860",
+        family="recurrence",
+        complexity=Complexity(time=1, memory=0, formula="T·(S+M)", source="Dai 2019, §3.2", survey=2),
+        caps=Caps(causal=True, bidirectional=False, stateful=True),
+    )
 
     @classmethod
-    def plan(cls, config: VariantConfig) -> Segments:
+    def input_schedule(cls, config: VariantConfig) -> Segments:
         """Segments in order, the last as long as what is left."""
         assert isinstance(config, TransformerXLConfig)
         return Segments(config.segment)
 
-    def forward(self, x: Tensor, *, causal: bool, state: Tensor | None = None) -> Out:
-        """(B, S, C) → Out; the state is the memory (B, ≤ mem_len, C). Raises ValueError where not causal."""
+    def forward(self, x: Tensor, ctx: Context, state: Tensor | None = None) -> MixerOut:
+        """(B, S, C) → MixerOut; the state is the memory (B, ≤ mem_len, C).
+
+        Raises ValueError where not causal.
+        """
         memory = x[:, :0] if state is None else state
-        return Out(self.attend(x, memory).y, self.remember(memory, x))
+        return MixerOut(self.attend(x, memory).y, self.remember(memory, x))
 
     def remember(self, memory: Tensor, x: Tensor) -> Tensor:
         """The last mem_len positions of memory and segment."""
         return slide(memory, x, max(0, memory.shape[1] + x.shape[1] - self.config.mem_len))
 
-    def reference(self, x: Tensor, *, causal: bool) -> Tensor:
+    def reference(self, x: Tensor, ctx: Context) -> Tensor:
         """Segment by segment, every score written out. Raises ValueError where not causal."""
-        self.require_objective(causal=causal)
+        self.require_objective(causal=ctx.causal)
         memory, outputs = x[:, :0], []
-        for segment in self.plan(self.config).segments(x.shape[1]):
+        for segment in self.input_schedule(self.config).segments(x.shape[1]):
             outputs.append(self.plainly_attend(x[:, segment], memory).y)
             memory = x[:, max(0, segment.stop - self.config.mem_len) : segment.stop].detach()
         return torch.cat(outputs, dim=1)
 
-    def flops(self, dims: Dims, *, causal: bool) -> Flops:
+    def cost(self, work: Workload) -> Cost:
         """The segments of a sequence, each with the memory that exists by then."""
-        total = Flops(0, 0)
-        for segment in self.plan(self.config).segments(dims.seq_len):
+        total = Cost()
+        for segment in self.input_schedule(self.config).segments(work.seq_len):
             memory = min(segment.start, self.config.mem_len)
-            total += self.segment_flops(dims, segment.stop - segment.start, memory)
+            total += self.segment_cost(work, segment.stop - segment.start, memory)
         return total
 
-    def state_bytes(self, dims: Dims) -> int:
+    def state_bytes(self, work: Workload) -> int:
         """Hidden states, not keys and values: one a position of the memory and of the open segment.
 
         A segment of which some tokens are still to come is open: those tokens read the memory from before
         it, and its tokens so far. At its end, the memory is the last mem_len positions.
         """
-        open_tokens = dims.seq_len % self.config.segment
-        memory = min(dims.seq_len - open_tokens, self.config.mem_len)
-        return dims.batch_size * (memory + open_tokens) * dims.d_model * dims.element_bytes
+        open_tokens = work.seq_len % self.config.segment
+        memory = min(work.seq_len - open_tokens, self.config.mem_len)
+        return work.batch_size * (memory + open_tokens) * work.d_model * work.element_bytes
 
-    def pattern(self, seq_len: int, *, causal: bool) -> Tensor:
+    def attention_mask(self, seq_len: int, *, causal: bool) -> Tensor:
         """The query's segment up to the query, and mem_len positions before the segment."""
         length, mem_len = self.config.segment, self.config.mem_len
         near = masks.both(masks.causal, lambda i, j: j >= i // length * length - mem_len)

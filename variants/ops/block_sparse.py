@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from variants.base import Attention, Dims, VariantConfig
+from variants.base import Dims, SequenceMixer, VariantConfig
 from variants.ops.memoizable import repeatable
 from variants.ops.strided_parts import Part, from_plain, piece_size, to_plain
 from variants.ops.tile_size import device_type
@@ -225,7 +225,7 @@ class UnionConfig(VariantConfig):
     on any device. auto: fused on the CPU, plain elsewhere."""
 
 
-class UnionAttention(Attention):
+class UnionAttention(SequenceMixer):
     """Base of variants that are computed in parts: which implementation runs, and running it."""
 
     config: UnionConfig

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from variants.base import Caps, Complexity, Dims, Flops, Out, VariantConfig
+from variants.base import Caps, Complexity, Context, Cost, Dims, Info, MixerOut, VariantConfig, Workload
 from variants.knobs import knob
 from variants.ops import backends, masks
 from variants.ops.block_sparse import UnionAttention, UnionConfig
@@ -79,10 +79,13 @@ class SparseAttention(UnionAttention):
     """
 
     config: SparseConfig
-    caps = Caps(causal=True, bidirectional=True)
-    paper = "Child et al. 2019, Sparse Transformers, arXiv:1904.10509"
-    complexity = Complexity(
-        time=1.5, memory=1.5, formula="T·√T", source="Child 2019, abstract and §4.2", survey=1.5
+    info = Info(
+        paper="Child et al. 2019, Sparse Transformers, arXiv:1904.10509",
+        family="fixed patterns",
+        complexity=Complexity(
+            time=1.5, memory=1.5, formula="T·√T", source="Child 2019, abstract and §4.2", survey=1.5
+        ),
+        caps=Caps(causal=True, bidirectional=True),
     )
 
     def __init__(self, config: SparseConfig, dims: Dims, layer: int = 0) -> None:
@@ -98,7 +101,7 @@ class SparseAttention(UnionAttention):
         else:
             self.roles = (Role(factor="merged", first=0, last=heads),)
         if config.impl == "flex":
-            self.padding, self.bounded = backends.FLEX_PADDING, False
+            self.flop_overhead_reason, self.overhead_is_bounded = backends.FLEX_PADDING, False
 
     @classmethod
     def unsupported(cls, config: VariantConfig, dims: Dims, *, causal: bool) -> str | None:
@@ -137,18 +140,18 @@ class SparseAttention(UnionAttention):
     def carried(self, seq_len: int, role: Role, head: int) -> int:
         """Tokens whose keys and values a head of a causal model can still read after seq_len tokens."""
 
-    def forward(self, x: Tensor, *, causal: bool, state: Any = None) -> Out:
-        """(B, T, C) → Out; carries no state."""
-        q, k, v = self.projections.split(x)
+    def forward(self, x: Tensor, ctx: Context, state: Any = None) -> MixerOut:
+        """(B, T, C) → MixerOut; carries no state."""
+        q, k, v = self.projections.split(x, ctx.positions)
         if self.config.impl == "flex":
-            y = backends.flex(q, k, v, self.reads(x.shape[1], causal=causal))
-            return Out(self.projections.merge(y))
+            y = backends.flex(q, k, v, self.reads(x.shape[1], causal=ctx.causal))
+            return MixerOut(self.projections.merge(y))
         parts = [
             part
             for role in self.roles
-            for part in self.parts(x.shape[1], role, causal=causal, device=x.device)
+            for part in self.parts(x.shape[1], role, causal=ctx.causal, device=x.device)
         ]
-        return Out(self.projections.merge(self.attend(q, k, v, parts)))
+        return MixerOut(self.projections.merge(self.attend(q, k, v, parts)))
 
     def reads(self, seq_len: int, *, causal: bool) -> Reads:
         """The rule of all heads."""
@@ -168,32 +171,34 @@ class SparseAttention(UnionAttention):
         allowed = self.reads(seq_len, causal=causal)(head, index[:, None], index)
         return allowed.expand(self.dims.heads, seq_len, seq_len)
 
-    def reference(self, x: Tensor, *, causal: bool) -> Tensor:
+    def reference(self, x: Tensor, ctx: Context) -> Tensor:
         """The oracle on each head's own pattern; a query with no key gets 0."""
-        q, k, v = self.projections.split(x)
-        allowed = self.allowed(x.shape[1], causal=causal).to(x.device)
+        q, k, v = self.projections.split(x, ctx.positions)
+        allowed = self.allowed(x.shape[1], causal=ctx.causal).to(x.device)
         some = allowed.any(-1, keepdim=True)
         return self.projections.merge(masked_attention(q, k, v, allowed | ~some) * some)
 
-    def flops(self, dims: Dims, *, causal: bool) -> Flops:
+    def cost(self, work: Workload) -> Cost:
         """Scores and weighted sum: 4·D for each head's pairs."""
         pairs = sum(
-            self.pairs(dims.seq_len, role, h, causal=causal)
+            self.pairs(work.seq_len, role, h, causal=work.causal)
             for role in self.roles
             for h in range(role.first, role.last)
         )
-        return Flops(
-            Projections.flops(dims.batch_size, dims.seq_len, dims.d_model),
-            4 * dims.batch_size * dims.head_dim * pairs,
+        return Cost(
+            {
+                "projections": Projections.flops(work.batch_size, work.seq_len, work.d_model),
+                "attention": 4 * work.batch_size * work.head_dim * pairs,
+            }
         )
 
-    def state_bytes(self, dims: Dims) -> int:
+    def state_bytes(self, work: Workload) -> int:
         """The keys and values that later queries can still read, head by head."""
         tokens = sum(
-            self.carried(dims.seq_len, role, h) for role in self.roles for h in range(role.first, role.last)
+            self.carried(work.seq_len, role, h) for role in self.roles for h in range(role.first, role.last)
         )
-        return 2 * dims.batch_size * tokens * dims.head_dim * dims.element_bytes
+        return 2 * work.batch_size * tokens * work.head_dim * work.element_bytes
 
-    def pattern(self, seq_len: int, *, causal: bool) -> Tensor:
+    def attention_mask(self, seq_len: int, *, causal: bool) -> Tensor:
         """What any head may read."""
         return self.allowed(seq_len, causal=causal).any(dim=0)

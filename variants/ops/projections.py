@@ -23,9 +23,7 @@ def rotary_table(seq_len: int, head_dim: int, like: Tensor) -> tuple[Tensor, Ten
     They are exact but for one rounding to that dtype. In float32 an angle of 2²⁰ radians would be off by up
     to 0.03. Sums of two angles take one product each in place of a cosine and a sine, in float64.
     """
-    half = head_dim // 2
-    channel = torch.arange(half, device=like.device, dtype=torch.float64)
-    rate = torch.exp(channel * (-math.log(ROTARY_BASE) / half))
+    rate = _rates(head_dim, like)
     fine = torch.arange(TABLE_BLOCK, device=like.device, dtype=torch.float64)[:, None] * rate
     block = torch.arange(-(-seq_len // TABLE_BLOCK), device=like.device, dtype=torch.float64)
     coarse = (block * TABLE_BLOCK)[:, None, None] * rate
@@ -35,15 +33,32 @@ def rotary_table(seq_len: int, head_dim: int, like: Tensor) -> tuple[Tensor, Ten
     return cos.flatten(0, 1)[:seq_len], sin.flatten(0, 1)[:seq_len]
 
 
-def rotary(x: Tensor) -> Tensor:
-    """Rotary positions 0 … T−1 (Su 2021, arXiv:2104.09864) on x (B, T, …, D), D even.
+def rotary_table_at(positions: Tensor, head_dim: int, like: Tensor) -> tuple[Tensor, Tensor]:
+    """`rotary_table` at positions (T,) of any kind: cosines and sines (T, D/2), rounded once."""
+    angle = positions.to(like.device, torch.float64)[:, None] * _rates(head_dim, like)
+    return angle.cos().to(like.dtype), angle.sin().to(like.dtype)
+
+
+def _rates(head_dim: int, like: Tensor) -> Tensor:
+    """Radians a position (D/2,), float64."""
+    half = head_dim // 2
+    channel = torch.arange(half, device=like.device, dtype=torch.float64)
+    return torch.exp(channel * (-math.log(ROTARY_BASE) / half))
+
+
+def rotary(x: Tensor, positions: Tensor | None = None) -> Tensor:
+    """Rotary positions (Su 2021, arXiv:2104.09864) on x (B, T, …, D), D even; positions are 0 … T−1 or (T,).
 
     Channel i is paired with channel i + D/2, the pairing of most current code; the paper pairs
     neighbours, which is the same map after a permutation of channels.
     """
     seq_len, head_dim = x.shape[1], x.shape[-1]
     shape = (seq_len, *[1] * (x.dim() - 3), head_dim // 2)
-    cos, sin = (table.view(shape) for table in rotary_table(seq_len, head_dim, x))
+    if positions is None:
+        tables = rotary_table(seq_len, head_dim, x)
+    else:
+        tables = rotary_table_at(positions, head_dim, x)
+    cos, sin = (table.view(shape) for table in tables)
     rotated: Tensor = _Rotation.apply(x, cos, sin)  # type: ignore[no-untyped-call]
     return rotated
 
@@ -83,12 +98,15 @@ class Projections(nn.Module):
         self.qkv = nn.Linear(d_model, 3 * d_model, bias=False)
         self.out = nn.Linear(d_model, d_model, bias=False)
 
-    def split(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(B, T, C) → queries and keys with rotary positions, values: each (B, H, T, D)."""
+    def split(self, x: Tensor, positions: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """(B, T, C) → queries and keys with rotary positions, values: each (B, H, T, D).
+
+        `positions` (T,) are those of the tokens; None: 0 … T−1.
+        """
         channels = x.shape[-1]
         # two products, because v as a view of one would keep the unrotated q and k alive beside it
         w_qk, w_v = self.qkv.weight.split([2 * channels, channels])
-        qk = rotary(F.linear(x, w_qk).unflatten(-1, (2, self.heads, -1)))  # (B, T, 2, H, D)
+        qk = rotary(F.linear(x, w_qk).unflatten(-1, (2, self.heads, -1)), positions)  # (B, T, 2, H, D)
         v = F.linear(x, w_v).unflatten(-1, (self.heads, -1))
         q, k = qk.unbind(2)
         return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)

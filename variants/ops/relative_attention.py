@@ -19,7 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from variants.base import Attention, Caps, Dims, Flops, Segments, VariantConfig
+from variants.base import Cost, Dims, SequenceMixer, VariantConfig, Workload
+from variants.input_schedule import Segments
 from variants.ops.memoizable import repeatable
 from variants.ops.projections import Projections
 from variants.ops.tile_size import Sizes
@@ -253,14 +254,13 @@ class Attended(NamedTuple):
     """(B, J) attention that each position received from the segment, mean over heads; if counted."""
 
 
-class Recurrent(Attention):
+class Recurrent(SequenceMixer):
     """A layer that attends to a memory of its own earlier inputs and to its segment up to the query.
 
     The memory is detached: it takes part in the gradients of weights alone.
     """
 
-    caps = Caps(causal=True, bidirectional=False, stateful=True)
-    padding = "blocks of queries on the diagonal compute the scores that the future forbids"
+    flop_overhead_reason = "blocks of queries on the diagonal compute the scores that the future forbids"
 
     def __init__(self, config: VariantConfig, dims: Dims, layer: int = 0) -> None:
         super().__init__(config, dims, layer)
@@ -274,7 +274,7 @@ class Recurrent(Attention):
 
     @classmethod
     @abstractmethod
-    def plan(cls, config: VariantConfig) -> Segments:
+    def input_schedule(cls, config: VariantConfig) -> Segments:
         """Segments in order."""
 
     @classmethod
@@ -306,17 +306,20 @@ class Recurrent(Attention):
         y, weights = plain_attention(q, kv, r, self.u, self.v)
         return Attended(self.out(y.permute(1, 2, 0, 3).flatten(2)), q, kv, weights.sum(dim=2).mean(dim=0))
 
-    def segment_flops(self, dims: Dims, tokens: int, memory: int) -> Flops:
+    def segment_cost(self, work: Workload, tokens: int, memory: int) -> Cost:
         """Forward FLOPs of one segment: content, position and weighted sum are 2·C for each pair.
 
-        The keys and values of the memory and the projection of the positions are counted as attention.
+        The keys and values of the memory, and the projection of the positions, are parts of their own.
         """
         pairs = tokens * memory + tokens * (tokens + 1) // 2
-        channels = dims.d_model
-        again = 4 * dims.batch_size * memory * channels**2 + 2 * (tokens + memory) * channels**2
-        return Flops(
-            Projections.flops(dims.batch_size, tokens, channels),
-            6 * dims.batch_size * channels * pairs + again,
+        channels = work.d_model
+        return Cost(
+            {
+                "projections": Projections.flops(work.batch_size, tokens, channels),
+                "attention": 6 * work.batch_size * channels * pairs,
+                "memory": 4 * work.batch_size * memory * channels**2,
+                "positions": 2 * (tokens + memory) * channels**2,
+            }
         )
 
 

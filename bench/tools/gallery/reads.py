@@ -26,8 +26,10 @@ import variants
 from bench import CONFIGS
 from bench.evaluate.receptive_field import dependence
 from bench.model.language_model import LanguageModel
+from bench.model.slots import ModelSpec
 from bench.report.figures.style import variant_rank
-from variants.base import Attention, Dims, VariantConfig
+from variants.base import Context, Dims, SequenceMixer, VariantConfig, whole_mask
+from variants.input_schedule import Fed
 
 EPSILON = torch.finfo(torch.float64).eps
 """Gradients smaller than this share of a query's largest gradient count as zero."""
@@ -111,22 +113,24 @@ class _Attached(TorchFunctionMode):
 
 def picture(sizes: Sizes, name: str, knobs: Mapping[str, Any]) -> Picture:
     """Compute the picture of a variant with these knobs. Raises ValueError for an invalid knob value."""
-    variant = variants.load(name)
+    variant = variants.load_mixer(name)
     config = variant.Config.of(knobs)
     directions = tuple(_direction(sizes, variant, config, causal=causal) for causal in (True, False))
     ruled = all(panel.rule is not None for found in directions for panel in found.panels)
-    return Picture(name, knobs, variant.paper, 1 if ruled else sizes.inputs, directions)
+    return Picture(name, knobs, variant.info.paper, 1 if ruled else sizes.inputs, directions)
 
 
 def pictures(sizes: Sizes, names: Sequence[str] | None = None) -> Iterator[Picture]:
     """Yield the pictures of the gallery: of every variant, or of the named ones."""
-    for name in names or sorted(variants.names(), key=lambda name: (variant_rank(name), name)):
+    for name in names or sorted(variants.mixers(), key=lambda name: (variant_rank(name), name)):
         for knobs in sizes.knobs.get(name, [{}]):
             yield picture(sizes, name, knobs)
 
 
-def _direction(sizes: Sizes, variant: type[Attention], config: VariantConfig, *, causal: bool) -> Direction:
-    dims = Dims(batch_size=1, seq_len=sizes.seq_len, d_model=sizes.d_model, heads=sizes.heads)
+def _direction(
+    sizes: Sizes, variant: type[SequenceMixer], config: VariantConfig, *, causal: bool
+) -> Direction:
+    dims = Dims(seq_len=sizes.seq_len, d_model=sizes.d_model, heads=sizes.heads)
     reason = variant.unsupported(config, dims, causal=causal) or variant.missing(
         config, dims, device=torch.device("cpu"), dtype=torch.float64
     )
@@ -136,7 +140,7 @@ def _direction(sizes: Sizes, variant: type[Attention], config: VariantConfig, *,
     for depth in range(1, sizes.layers + 1):
         model = build(variant, config, dims, depth)
         if depth == 1:
-            rule = model.layers[0].pattern(sizes.seq_len, causal=causal)
+            rule = whole_mask(model.layers[0], model.input_schedule, sizes.seq_len, causal=causal)
         else:
             rule = dependence(model, sizes.seq_len, causal=causal)
         if rule is None and 1 < depth < sizes.layers:
@@ -147,11 +151,16 @@ def _direction(sizes: Sizes, variant: type[Attention], config: VariantConfig, *,
     return Direction(causal, tuple(panels))
 
 
-def build(variant: type[Attention], config: VariantConfig, dims: Dims, depth: int) -> LanguageModel:
+def build(variant: type[SequenceMixer], config: VariantConfig, dims: Dims, depth: int) -> LanguageModel:
     """Build a float64 model with weights large enough that read pairs have significant gradients."""
     torch.manual_seed(0)
     model = LanguageModel(
-        variant, config, dims, depth=depth, ff_mult=1, dropout=0.0, vocabulary=1, activations="keep"
+        ModelSpec.of(variant, config, ff_mult=1),
+        dims,
+        depth=depth,
+        dropout=0.0,
+        vocabulary=1,
+        activations="keep",
     )
     with torch.no_grad():
         for parameter in model.parameters():
@@ -168,22 +177,19 @@ def read(model: LanguageModel, seq_len: int, *, causal: bool, seed: int) -> Tens
     carried.
     """
     torch.manual_seed(seed)
-    channels = model.head.in_features
+    channels, ctx = model.head.in_features, Context(causal=causal)
     # a copy for each query, so that one backward pass gives the gradients of all of them
     x = torch.randn(1, seq_len, channels, dtype=torch.float64).repeat(seq_len, 1, 1).requires_grad_()
 
-    def layer(window: Tensor, state: Any) -> tuple[Tensor, Any]:
-        out = model.layers[0](window, causal=causal, state=state)
-        return out.y, out.state
+    def layer(window: Tensor, state: Any) -> Fed:
+        return Fed(*model.layers[0](window, ctx, state)[:2])
 
-    def blocks(window: Tensor, states: Any) -> tuple[Tensor, Any]:
-        before = states or [None] * len(model.blocks)
-        y, outs = model.run_blocks(model.blocks, window, before, causal=causal)
-        return y, [out.state for out in outs]
+    def blocks(window: Tensor, states: Any) -> Fed:
+        return model.run_visits(window, states, ctx)
 
     query = torch.arange(seq_len)
     with _Attached():
-        y = model.plan.stream(layer if len(model.blocks) == 1 else blocks, x, causal=causal)
+        y = model.input_schedule.stream(layer if len(model.blocks) == 1 else blocks, x, causal=causal)
         (y[query, query] @ torch.randn(channels, dtype=torch.float64)).sum().backward()
     assert x.grad is not None
     size = x.grad.abs().amax(dim=-1)

@@ -1,0 +1,64 @@
+"""The gate of recomputation: a strategy for activations gives the gradients of stored ones, randomness
+replayed."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from bench.config.spec import CellSpec
+from bench.measure.gate_failed import GateFailed, largest
+from bench.model import activations
+from bench.model.language_model import LanguageModel
+from bench.tasks.base import Batch
+from bench.tasks.text import VOCABULARY
+from bench.train.loop import training_step
+from variants.base import Dims
+
+RECOMPUTE_TOLERANCE = {"float32": 1e-5, "bfloat16": torch.finfo(torch.bfloat16).eps}
+"""Largest error of a gradient, relative to the largest, that rounding explains, by dtype. Only a reversible
+network has any: it rebuilds float32 streams, 1e-7 off. In float32 the gradients are as close. In bfloat16
+some of these numbers round to the neighbouring one, and a gradient may differ by a rounding of its own: one
+unit in the last place of the largest, 2⁻⁷."""
+SEQUENCES = 2
+
+
+def recompute_error(spec: CellSpec, dims: Dims, layers: int, device: torch.device) -> float:
+    """Largest error of a parameter's gradient under the cell's strategy for activations, against storing
+    them, relative to the largest entry of any; with dropout, in the cell's dtype, after one training step of
+    each.
+
+    A reversible network is compared with its own two streams. Raises GateFailed above rounding.
+    """
+    source = torch.Generator().manual_seed(0)
+    tokens = torch.randint(VOCABULARY, (2, SEQUENCES, dims.seq_len), generator=source).to(device)
+
+    def gradients(run_blocks: activations.Run) -> list[Tensor]:
+        torch.manual_seed(0)
+        with device:
+            model = LanguageModel(
+                spec.model_spec(),
+                dims,
+                depth=layers,
+                ff_chunks=spec.model.ff_chunks,
+                dropout=0.1,
+                vocabulary=VOCABULARY,
+                activations="keep",
+                dtype=getattr(torch, spec.dtype),
+            )
+        torch.manual_seed(1)
+        with model.running(run_blocks):
+            optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+            training_step(model, optimizer, Batch(*tokens), causal=spec.causal)
+        return [torch.zeros_like(p) if p.grad is None else p.grad for p in model.parameters()]
+
+    strategy = activations.STRATEGIES[spec.activations]
+    want = gradients(strategy.stored)
+    scale = max(grad.abs().max().item() for grad in want)
+    pairs = zip(gradients(strategy.run), want, strict=True)
+    worst = largest([(a - b).abs().max().item() / scale for a, b in pairs])
+    if not worst <= RECOMPUTE_TOLERANCE[spec.dtype]:
+        raise GateFailed(
+            f"recompute gate: activations={spec.activations} moved a gradient by {worst:.2e} of the largest"
+        )
+    return worst

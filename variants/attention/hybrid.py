@@ -1,0 +1,123 @@
+"""A mixture by layers: each layer is one of other variants, in a repeating order.
+
+Models of few dense layers among many local ones are common: every third layer of GPT-3 is dense (Brown 2020,
+arXiv:2005.14165, §2.1), every sixth of Gemma 3 (arXiv:2503.19786, §2).
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from dataclasses import dataclass, fields
+from functools import cached_property
+from typing import Any, get_origin, get_type_hints
+
+import variants
+from variants.base import Mixture, SequenceMixer, SlotSpec, VariantConfig
+from variants.base.mixture import common_schedule
+
+_MEMBER = re.compile(r"\s*(\w+)\s*(?:\((.*)\))?\s*", re.DOTALL)
+_ARGUMENT = re.compile(r"\s*(\w+)\s*=\s*(\[[^\]]*\]|[^,\[\]]*?)\s*(?:,|$)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class HybridConfig(VariantConfig):
+    """Knobs of a mixture."""
+
+    layers: tuple[str, ...] = ("longformer", "dense")
+    """Members from the lowest layer on; a deeper model begins again with the first. Knobs that are not
+    defaults stand in brackets: longformer(window=512)."""
+
+    def __post_init__(self) -> None:
+        self.require("layers", bool(self.layers), "a list of one or more variants")
+        object.__setattr__(self, "layers", tuple(_spelt(slot) for slot in self.slots))
+        try:
+            common_schedule(self.slots)
+        except ValueError as error:
+            raise ValueError(f"layers={list(self.layers)}: {error}") from None
+
+    @cached_property
+    def slots(self) -> tuple[SlotSpec[SequenceMixer], ...]:
+        """The members. Raises ValueError for one that does not exist or has no such knob."""
+        return tuple(map(_member, self.layers))
+
+
+class Hybrid(Mixture):
+    """Layers of other variants, each with its own mathematics, cost, state and leak."""
+
+    Config = HybridConfig
+
+    @classmethod
+    def mixers(cls, config: HybridConfig) -> tuple[SlotSpec[SequenceMixer], ...]:
+        """The members."""
+        return config.slots
+
+
+def _member(text: str) -> SlotSpec[SequenceMixer]:
+    """`longformer(window=512)` as a slot."""
+    match = _MEMBER.fullmatch(text)
+    if match is None:
+        raise ValueError(f"layers: {text!r} is no member; write it like dense or longformer(window=512)")
+    name, arguments = match[1], match[2] or ""
+    try:
+        variant = variants.load(name)
+    except variants.UnknownVariant as error:
+        raise ValueError(f"layers: {error}") from None
+    if not issubclass(variant, SequenceMixer):
+        raise ValueError(f"layers: {name} is itself a mixture; allowed are variants of one kind of layer")
+    try:
+        return SlotSpec(name, variant, variant.Config.of(_knobs(name, variant.Config, arguments)))
+    except ValueError as error:
+        raise ValueError(f"layers: {text}: {error}") from None
+
+
+def _knobs(name: str, config_class: type[VariantConfig], arguments: str) -> dict[str, Any]:
+    """`window=[64,128], impl=flex` as values of the config's fields."""
+    hints, known = get_type_hints(config_class), [field.name for field in fields(config_class)]
+    found: dict[str, Any] = {}
+    at = 0
+    while arguments[at:].strip():
+        match = _ARGUMENT.match(arguments, at)
+        if match is None:
+            raise ValueError(f"{arguments[at:].strip()!r} is no knob; write it like window=512")
+        knob, text = match[1], match[2]
+        if knob not in known:
+            near = difflib.get_close_matches(knob, known, n=1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise ValueError(f"{knob}: {name} has no such knob; there are {', '.join(known)}{hint}")
+        if knob in found:
+            raise ValueError(f"{knob}: given twice")
+        found[knob] = _value(text, is_list=get_origin(hints[knob]) is tuple, is_text=hints[knob] is str)
+        at = match.end()
+    return found
+
+
+def _value(text: str, *, is_list: bool, is_text: bool) -> Any:
+    """The value that a text spells for a knob."""
+    if is_list:
+        inside = text.removeprefix("[").removesuffix("]")
+        return [_value(part, is_list=False, is_text=is_text) for part in inside.split(",") if part.strip()]
+    text = text.strip().strip("'\"")
+    words: dict[str, Any] = {"null": None, "true": True, "false": False}
+    if is_text or text in words:
+        return words.get(text, text) if not is_text else text
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text
+
+
+def _spelt(slot: SlotSpec[SequenceMixer]) -> str:
+    """The member with those of its knobs that are not defaults, in one spelling."""
+    defaults = type(slot.config)().as_dict()
+    knobs = [f"{knob}={_text(value)}" for knob, value in slot.params.items() if value != defaults[knob]]
+    return f"{slot.name}({','.join(knobs)})" if knobs else slot.name
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, list):
+        return f"[{','.join(map(_text, value))}]" if len(value) != 1 else _text(value[0])
+    words = {None: "null", True: "true", False: "false"}
+    return words[value] if value is None or isinstance(value, bool) else str(value)

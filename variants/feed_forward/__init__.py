@@ -1,0 +1,1 @@
+"""One module a feed-forward layer; its name is the name of the file."""

@@ -1,0 +1,53 @@
+"""The feed-forward layer of GPT-2: two linear maps with a GELU between (Hendrycks 2016, arXiv:1606.08415).
+
+Shapes: B batch, T tokens, C channels, m the multiple.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from variants.base import Cost, FeedForward, FeedForwardConfig, FFOut, Workload
+
+
+@dataclass(frozen=True, kw_only=True)
+class MLPConfig(FeedForwardConfig):
+    """Knobs of the multilayer perceptron."""
+
+    mult: int = 4
+    """Width of the hidden layer as a multiple of the model's channels."""
+
+    def __post_init__(self) -> None:
+        self.require("mult", self.mult >= 1, "an integer ≥ 1")
+
+
+class MLP(FeedForward):
+    """W₂ gelu(W₁ x), without biases: C → m·C → C."""
+
+    Config = MLPConfig
+    config: MLPConfig
+    paper = "Vaswani et al. 2017, Attention Is All You Need, arXiv:1706.03762"
+
+    def __init__(self, config: MLPConfig, d_model: int) -> None:
+        super().__init__(config, d_model)
+        self.up = nn.Linear(d_model, config.mult * d_model, bias=False)
+        self.out = nn.Linear(config.mult * d_model, d_model, bias=False)
+
+    def forward(self, x: Tensor) -> FFOut:
+        """(B, T, C) → FFOut."""
+        return FFOut(self.out(nn.functional.gelu(self.up(x))))
+
+    def reference(self, x: Tensor) -> Tensor:
+        """Both products written out, and x·Φ(x) by the error function."""
+        hidden = torch.einsum("btc,dc->btd", x, self.up.weight)
+        hidden = hidden * (1 + torch.erf(hidden / math.sqrt(2))) / 2
+        return torch.einsum("btd,cd->btc", hidden, self.out.weight)
+
+    def cost(self, work: Workload) -> Cost:
+        """Two products of m·C² multiply-accumulates a token."""
+        flops = 4 * work.batch_size * work.seq_len * self.config.mult * work.d_model**2
+        return Cost({"feed_forward": flops})
