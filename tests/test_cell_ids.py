@@ -11,10 +11,10 @@ from bench.config.parse import parse
 
 IDS = {
     "variant=dense": "752bb6edd74c2304",
-    "variant=longformer": "c6a8f549c5e89d68",
+    "variant=longformer": "efcb442a451f7bda",
     "variant=performer": "b29312a832b61f6f",
     "variant=sparse_fixed": "517d2f024bd00c64",
-    "variant=longformer variant.window=64": "66b23d534811ae1c",
+    "variant=longformer variant.window=64": "f6ba5b35ba63aef3",
     "data=mqar": "7f04fc100fc3dbba",
     "data=needle": "3ecfb17ac43150d4",
     "data=listops": "4637e1adf20baf73",

@@ -145,7 +145,6 @@ def test_what_is_not_there_is_named(module: str) -> None:
 def test_reading_imports_nothing(tmp_path: Path) -> None:
     code = """
 import sys
-from variants.base import Caps, Complexity, Info
 from variants.declarations import declared
 for module in ("variants.attention.sparse_fixed", "bench.tasks.listops"):
     declared(module)

@@ -82,6 +82,10 @@ def test_the_page_works_as_it_is_written(project: Path) -> None:
     assert re.search(r"^\| interleaved ", text, re.M)
 
 
+def test_a_rule_that_is_a_mask_takes_forty_lines(project: Path) -> None:
+    assert len((project / "variants/attention/interleaved.py").read_text().splitlines()) <= 40
+
+
 def test_the_example_is_in_style(project: Path) -> None:
     for tool in (["ruff", "check", "--config", str(ROOT / "pyproject.toml")], ["ruff", "format", "--check"]):
         done = subprocess.run(

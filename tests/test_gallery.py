@@ -117,17 +117,17 @@ def test_content_decides_within_the_past(gallery: list[Picture]) -> None:
 
 def test_a_rule_that_lies_is_marked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def lies(self: Longformer, seq_len: int, *, causal: bool) -> torch.Tensor:
-        shifted = masks.window(3)
-        return masks.matrix(lambda i, j: shifted(i, j + 1), seq_len)
+        shifted = masks.Window(3)
+        return masks.matrix(lambda h, i, j: shifted(h, i, j + 1), seq_len)
 
-    monkeypatch.setattr(Longformer, "pattern", lies)
+    monkeypatch.setattr(Longformer, "attention_mask", lies)
     picture = reads.picture(SIZES, "longformer", {"window": [3]})
     one = picture.directions[1].panels[
         0
     ]  # it reads from 2 back to 2 ahead; the lie says from 3 back to 1 ahead
-    behind = masks.matrix(lambda i, j: i - j == 3, SIZES.seq_len).numpy()
+    behind = masks.matrix(lambda _, i, j: i - j == 3, SIZES.seq_len).numpy()
     assert np.array_equal(draw.unread(one), behind)
-    ahead = masks.matrix(lambda i, j: j - i == 2, SIZES.seq_len).numpy()
+    ahead = masks.matrix(lambda _, i, j: j - i == 2, SIZES.seq_len).numpy()
     assert np.array_equal(draw.forbidden(one), ahead)
     assert draw.disagrees(picture)
     counts = {label.split(":")[0]: label.split(": ")[1] for label in legend(draw.figure(picture, SIZES, []))}
@@ -206,9 +206,7 @@ def test_the_command_writes_pictures_and_the_sheet(
 def test_a_disagreement_is_the_command_s_status(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(
-        "variants.attention.dense.Dense._allowed", lambda self, n, causal: masks.matrix(masks.anything, n)
-    )
+    monkeypatch.setattr("variants.attention.dense.Dense.mask", lambda self, n, causal: masks.anything)
     assert command.main(["--out", str(tmp_path), "--only", "dense"]) == 1
     assert "disagree in dense" in capsys.readouterr().err
     assert (tmp_path / "dense.png").exists()
@@ -229,7 +227,7 @@ def test_variants_of_others_are_in_it(tmp_path: Path, monkeypatch: pytest.Monkey
     (picture,) = reads.pictures(Sizes.configured(), ["lagged"])
     causal, bidirectional = picture.directions
     assert bidirectional.reason == "has no bidirectional form"
-    assert torch.equal(causal.panels[0].share > 0, masks.matrix(lambda i, j: (i == j) | (i - j == 1), 16))
+    assert torch.equal(causal.panels[0].share > 0, masks.matrix(lambda _, i, j: (i == j) | (i - j == 1), 16))
     assert causal.panels[1].share.sum() == 16 + 15 + 14
     assert command.main(["--out", str(tmp_path / "out"), "--only", "lagged"]) == 0
     assert (tmp_path / "out" / "lagged.svg").exists()

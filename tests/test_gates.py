@@ -33,7 +33,7 @@ class MaskOff(Dense):
 
     def forward(self, x: Tensor, ctx: Context, state: Any = None) -> MixerOut:
         q, k, v = self.projections.split(x)
-        allowed = masks.matrix(lambda i, j: j <= i + 1, x.shape[1])
+        allowed = masks.matrix(lambda _, i, j: j <= i + 1, x.shape[1])
         return MixerOut(self.projections.merge(masked_attention(q, k, v, allowed)))
 
 
@@ -54,7 +54,7 @@ class ReadsItsBlock(Dense):
 
     def forward(self, x: Tensor, ctx: Context, state: Any = None) -> MixerOut:
         q, k, v = self.projections.split(x)
-        allowed = masks.matrix(lambda i, j: j <= i // 16 * 16 + 15, x.shape[1])
+        allowed = masks.matrix(lambda _, i, j: j <= i // 16 * 16 + 15, x.shape[1])
         return MixerOut(self.projections.merge(masked_attention(q, k, v, allowed)))
 
 
@@ -63,7 +63,7 @@ class ReadsPastItsBlock(Dense):
 
     def forward(self, x: Tensor, ctx: Context, state: Any = None) -> MixerOut:
         q, k, v = self.projections.split(x)
-        allowed = masks.matrix(lambda i, j: (j <= i) | ((j == i + 1) & (j % 16 == 0)), x.shape[1])
+        allowed = masks.matrix(lambda _, i, j: (j <= i) | ((j == i + 1) & (j % 16 == 0)), x.shape[1])
         return MixerOut(self.projections.merge(masked_attention(q, k, v, allowed)))
 
 

@@ -25,7 +25,7 @@ from bench.records import parse
 from bench.tasks import text
 from variants.base import Workload
 from variants.ops import masks
-from variants.ops.backends import Alike, flex
+from variants.ops.backends import flex
 
 CPU = torch.device("cpu")
 ROOT = Path(__file__).parents[1]
@@ -101,7 +101,7 @@ def test_live_is_the_sum_of_the_storages_that_somebody_holds(actions: list[tuple
 def test_compiled_kernels_stay_compiled_and_what_they_return_is_seen() -> None:
     """FlexAttention would run uncompiled under a mode that does not let it be, and refuses."""
     q = torch.randn(1, 2, 256, 16)
-    rule = Alike(masks.causal)
+    rule = masks.causal
     expected = flex(q, q, q, rule)  # keeps the block mask
     with LiveStorage() as storage:
         y = flex(q, q, q, rule).clone()

@@ -282,6 +282,7 @@ class CellSpec:
             seq_len=self.seq_len,
             d_model=self.model.d_model,
             heads=self.model.heads,
+            device_type=self.device.partition(":")[0],
         )
         return variant, variant.Config.of(self.variant_params), dims
 

@@ -5,14 +5,13 @@ so dense attention would count 0 there, and it counts a causal call as the full 
 kernels skip what `is_causal` forbids. A mask given as a tensor is counted in full, because nothing
 is skipped there. Softmax, norms, sorting, gathers and other elementwise work count 0.
 
-What FlexAttention and xformers compute is told by `variants.ops.backends`, tile by tile: a compiled
-kernel is not dispatched.
+Kernels of `variants.ops` that are operators of their own have their formulas in torch's registry.
+FlexAttention, which may be compiled, is counted by the operator that notes its work, and not by itself.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import ExitStack
 from functools import cache
 from typing import Any, Self
 
@@ -21,8 +20,6 @@ from torch._ops import HigherOrderOperator
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from variants.ops.backends import listen
-
 _KERNELS = (
     "_scaled_dot_product_flash_attention_for_cpu",
     "_scaled_dot_product_flash_attention",
@@ -30,7 +27,6 @@ _KERNELS = (
     "_scaled_dot_product_cudnn_attention",
 )
 _FLEX = ("flex_attention", "flex_attention_backward")
-_UNDER_XFORMERS = (torch.ops.aten._efficient_attention_forward, torch.ops.aten._efficient_attention_backward)
 FORWARD_PRODUCTS = 2
 """Products of size queries × keys × head_dim: the scores and the weighted sum."""
 BACKWARD_PRODUCTS = 5
@@ -73,13 +69,6 @@ def formulas() -> dict[Any, Callable[..., int]]:
     return FlopCounterMode(display=False, custom_mapping=attention_formulas()).flop_registry
 
 
-def _tells_by_itself(func: Any) -> bool:
-    """Whether an operation is a kernel behind `variants.ops.backends`, which says what it computes."""
-    if isinstance(func, HigherOrderOperator):
-        return func.name() in _FLEX
-    return func.namespace.startswith("xformers") or func._overloadpacket in _UNDER_XFORMERS
-
-
 @cache
 def _is_composite(func: Any) -> bool:
     """Whether an operation is made of others; they are dispatched only where it is taken apart."""
@@ -110,9 +99,9 @@ class DispatchedFlops(TorchDispatchMode):
         if func is torch.ops.prim.device.default:  # two thirds of what fake tensors dispatch
             return getattr(args[0], "fake_device", None) or func(*args)
         kwargs = kwargs or {}
-        if _tells_by_itself(func):
-            return func(*args, **kwargs)
         if isinstance(func, HigherOrderOperator):
+            if func.name() in _FLEX:
+                return func(*args, **kwargs)
             raise NotImplementedError(f"cannot count {func.name()}: what it runs is not dispatched")
         formula = self.formulas.get(func._overloadpacket)
         if formula is None and _is_composite(func):  # it may be made of operations that have one
@@ -125,19 +114,18 @@ class DispatchedFlops(TorchDispatchMode):
 
 
 class CountFlops:
-    """Context manager; `.total` holds the FLOPs dispatched, or told of, inside it."""
+    """Context manager; `.total` holds the FLOPs dispatched inside it."""
 
     def __init__(self) -> None:
         self.total = 0
-        self._inside = ExitStack()
+        self._mode = DispatchedFlops(self._count)
 
     def _count(self, flops: int) -> None:
         self.total += flops
 
     def __enter__(self) -> Self:
-        self._inside.enter_context(listen(self._count))
-        self._inside.enter_context(DispatchedFlops(self._count))
+        self._mode.__enter__()  # type: ignore[no-untyped-call]
         return self
 
-    def __exit__(self, *error: object) -> None:
-        self._inside.close()
+    def __exit__(self, *error: Any) -> None:
+        self._mode.__exit__(*error)  # type: ignore[no-untyped-call]

@@ -20,7 +20,7 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_unflat
 
 from bench.measure.flops import CountFlops, DispatchedFlops
 from bench.measure.memory import LiveStorage, Notes
-from variants.ops.backends import tell
+from variants.ops.backends import note_flops
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ class Repeats:
         return _Known(notes, flops, places, spec)
 
     def _again(self, known: _Known, leaves: list[Any]) -> Any:
-        tell(known.flops)
+        note_flops(known.flops)
         made = self.storage.replay(known.storage)
 
         def result(noted: _Argument | _View | _Value) -> Any:

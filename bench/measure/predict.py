@@ -17,7 +17,6 @@ from bench.measure import step
 from bench.measure.step import StepFigures, Subject
 from bench.model.language_model import LanguageModel
 from bench.tasks.base import Batch
-from variants.ops.tile_size import planned_for
 
 CPU = torch.device("cpu")
 TOKENS = 1024
@@ -117,8 +116,7 @@ class Plan:
                 tokens = torch.zeros(spec.batch_size, spec.seq_len, dtype=torch.int64)
                 return Batch(tokens, tokens.clone())
 
-            with planned_for(torch.device(spec.device).type):
-                self._known[key] = step.predicted(lambda: subject(spec, blank, CPU))
+            self._known[key] = step.predicted(lambda: subject(spec, blank, CPU))
         return self._known[key]
 
     def longest_seq_len(self, budget: int) -> int:

@@ -26,7 +26,6 @@ from bench.run import provenance
 from bench.run.memory_limit import UNLIMITED
 from bench.tasks.base import Task
 from bench.train.checkpoints import Kept
-from variants.ops.tile_size import planned_for
 
 LONGEST_CONNECTED = 1024
 """Tokens up to which a plan also works out what a model connects: a second would pass in longer ones."""
@@ -179,8 +178,7 @@ class CellRun:
         figures = self.plan.predict(batch_size=self.spec.batch_size)
         with torch.device("meta"):
             model = predict.build_model(self.spec)
-        with planned_for(self.device.type):  # a record names the implementation that would run there
-            self._tell_flops(model, figures, source="predicted")
+        self._tell_flops(model, figures, source="predicted")
         self._tell_bytes(figures, source="predicted")
         self.tell({"peak_bytes_predicted": figures.peak_bytes})
         if self.spec.measure.reach:

@@ -117,17 +117,19 @@ class Largest(LiveStorage):
         self.numbers = max(self.numbers, held)
 
 
-class Kernels(TorchDispatchMode):
-    """Names of the attention kernels that were dispatched."""
+class Operations(TorchDispatchMode):
+    """What was dispatched, in order, and the names of attention kernels among it."""
 
     def __init__(self) -> None:
         super().__init__()
         self.names: set[str] = set()
+        self.all: list[tuple[str, list[torch.Size]]] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func.overloadpacket.__name__
         if "attention" in name:
             self.names.add(name)
+        self.all.append((name, [arg.shape for arg in args if isinstance(arg, Tensor)]))
         return func(*args, **(kwargs or {}))
 
 
@@ -178,7 +180,7 @@ def test_the_kernel_does_not_depend_on_the_length(mode: Mode) -> None:
         if mode.refuses(dims):
             continue
         layer = mode.variant(mode.config, dims)
-        with torch.no_grad(), Kernels() as found:  # without: an auxiliary loss may have kernels of its own
+        with torch.no_grad(), Operations() as found:  # without: an auxiliary loss may have kernels of its own
             feed(layer, torch.zeros(1, tokens, dims.d_model), causal=mode.causal)
         kernels[tokens] = found.names
     assert all(names == kernels[600] for names in kernels.values()), kernels
@@ -188,17 +190,18 @@ def test_the_kernel_does_not_depend_on_the_length(mode: Mode) -> None:
 def test_each_implementation_is_one_and_says_which(name: str) -> None:
     """What `impl` says has run is what ran: two implementations do not dispatch the same operations."""
     variant, dims = variants.load(name), dims_for(64)
-    ran: dict[str | None, list[frozenset[str]]] = {}
+    ran: dict[str | None, list[list[tuple[str, list[torch.Size]]]]] = {}
     for word in words(name)["impl"]:
         config = variant.Config(impl=word)
         if refusal(variant, config, dims, causal=True):
             continue
         layer = variant(config, dims)
-        with Kernels() as found:
+        with Operations() as found:
             feed(layer, torch.zeros(1, 64, dims.d_model), causal=True)
-        ran.setdefault(layer.impl, []).append(frozenset(found.names))
-    assert all(len(set(kernels)) == 1 for kernels in ran.values()), ran
-    assert len({kernels[0] for kernels in ran.values()}) == len(ran), ran
+        ran.setdefault(layer.impl, []).append(found.all)
+    assert all(each == same[0] for same in ran.values() for each in same), [*ran]
+    different = [same[0] for same in ran.values()]
+    assert all(a != b for n, a in enumerate(different) for b in different[:n]), [*ran]
 
 
 @modes(True, False)

@@ -20,14 +20,15 @@ import torch
 from oracles import EXACT, assert_same, difference, dims_for, feed, make_layer, numbers, refer
 from tiers import tiered
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import variants
 from bench.measure.flops import CountFlops
 from variants.attention.dense import Dense, DenseConfig
 from variants.attention.longformer import Longformer, LongformerConfig
-from variants.base import Context, Dims, SequenceMixer, Workload
+from variants.base import Context, Dims, Workload
 from variants.ops import backends, masks
-from variants.ops.factorised import SparseAttention
+from variants.ops.masked_attention import MaskedAttention
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 FLEX: list[tuple[str, dict[str, Any]]] = [
@@ -58,7 +59,7 @@ def _nothing_kept() -> Iterator[None]:
         torch._dynamo.reset()
 
 
-def flex_layer(name: str, knobs: dict[str, Any], dims: Dims, *, index: int = 0) -> SequenceMixer:
+def flex_layer(name: str, knobs: dict[str, Any], dims: Dims, *, index: int = 0) -> MaskedAttention:
     variant = variants.load(name)
     return make_layer(variant, variant.Config(impl="flex", **knobs), dims, index=index)
 
@@ -98,7 +99,7 @@ def test_flex_reads_as_the_fast_path_does(causal: bool) -> None:
 def test_too_many_graphs_are_an_error_and_not_a_slow_path(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backends, "GRAPHS", 2)
     x = torch.zeros(1, 1, 5, 16)
-    rule = backends.Alike(torch.ge)
+    rule = masks.causal
     for tokens in (1, 2):
         backends.flex(*[x[:, :, :tokens]] * 3, rule)
     with pytest.raises(torch._dynamo.exc.FailOnRecompileLimitHit):
@@ -124,23 +125,13 @@ def tiles(allowed: Tensor) -> tuple[Tensor, Tensor]:
     return torch.stack(some, 1), torch.stack(full, 1)
 
 
-def read(layer: SequenceMixer, tokens: int, causal: bool) -> Tensor:
+def read(layer: MaskedAttention, tokens: int, causal: bool) -> Tensor:
     """(H or 1, T, T) bool."""
-    if isinstance(layer, SparseAttention):
-        return layer.allowed(tokens, causal=causal)
-    if isinstance(layer, Longformer):
-        return layer._allowed(tokens, causal)
-    pattern = layer.attention_mask(tokens, causal=causal)
-    assert pattern is not None
-    return pattern[None]
+    return masks.by_head(rule_of(layer, tokens, causal), tokens, layer.dims.heads)
 
 
-def rule_of(layer: SequenceMixer, tokens: int, causal: bool) -> backends.HeadRule:
-    if isinstance(layer, SparseAttention):
-        return layer.reads(tokens, causal=causal)
-    if isinstance(layer, Longformer):
-        return layer.rule(causal=causal)
-    return backends.Alike(masks.causal if causal else masks.anything)
+def rule_of(layer: MaskedAttention, tokens: int, causal: bool) -> masks.Rule:
+    return layer.mask(tokens, causal=causal)
 
 
 @every_flex
@@ -174,9 +165,9 @@ def test_flops_of_flex_are_those_of_its_tiles(name: str, causal: bool) -> None:
 
 
 def test_masks_are_found_again_and_not_without_end() -> None:
-    rule = backends.Alike(torch.ge)
+    rule = masks.causal
     first = backends._mask(rule, 1, 40, CPU)
-    assert backends._mask(backends.Alike(torch.ge), 1, 40, CPU) is first
+    assert backends._mask(masks.causal, 1, 40, CPU) is first
     dims = dims_for(40)
     one, two = (flex_layer("sparse_strided", {"stride": 5}, dims, index=index) for index in range(2))
     assert rule_of(one, 40, True) == rule_of(two, 40, True)
@@ -191,23 +182,27 @@ def test_masks_are_found_again_and_not_without_end() -> None:
     assert backends._mask.cache_info().currsize == backends.MASKS
 
 
-def test_each_pass_is_told_when_it_happens() -> None:
-    heard: list[int] = []
+def test_each_pass_is_noted_when_it_happens() -> None:
     x = torch.ones(2, requires_grad=True)
-    with backends.listen(heard.append):
-        y = backends._told(x * 2, 10, backward_products=7)
-        assert heard == [20]
+    with CountFlops() as forward:
+        y = backends.note_passes(x * 2, 10, backward_products=7)
+    assert forward.total == 20
     y.sum().backward(retain_graph=True)
-    assert heard == [20]
-    with backends.listen(heard.append):
+    assert forward.total == 20
+    with CountFlops() as backward:
         y.sum().backward()
-        assert heard == [20, 70]
-        with torch.no_grad():
-            backends._told(x * 2, 10, backward_products=7)
-    assert heard == [20, 70, 20]
-    with CountFlops() as counter:
-        backends._told(x * 2, 10, backward_products=7).sum().backward()
-    assert counter.total == 90
+    assert backward.total == 70
+    with torch.no_grad(), CountFlops() as alone:
+        backends.note_passes(x * 2, 10, backward_products=7)
+    assert alone.total == 20
+
+
+def test_noted_work_is_counted_by_every_counter_around_it_also_on_fakes() -> None:
+    with FakeTensorMode(), CountFlops() as outer:
+        with CountFlops() as inner:
+            backends.note_flops(5)
+        backends.note_flops(2)
+    assert (inner.total, outer.total) == (5, 7)
 
 
 # --- xformers -------------------------------------------------------------------------------------
@@ -223,17 +218,40 @@ class LowerTriangularMask:
     pass
 
 
-def memory_efficient_attention(query, key, value, attn_bias=None, p=0.0, scale=None, *, op=None):
+def _allowed(query, attn_bias):
+    everything = torch.ones(query.shape[1], query.shape[1], dtype=torch.bool)
+    if attn_bias is None:
+        return everything
+    assert isinstance(attn_bias, LowerTriangularMask)
+    return everything.tril()
+
+
+def _scores(query, key, attn_bias, scale):
+    scores = torch.einsum("bihd,bjhd->bhij", query, key) * scale
+    return scores.masked_fill(~_allowed(query, attn_bias), -torch.inf)
+
+
+def memory_efficient_attention_forward_requires_grad(
+    query, key, value, attn_bias=None, p=0.0, scale=None, *, op=None
+):
     calls.append({"shape": tuple(query.shape), "bias": attn_bias, "p": p, "scale": scale})
     if query.shape[-1] % 2:
         raise NotImplementedError("No operator found:\\n  `one` is not supported because:\\n    odd heads")
-    scores = torch.einsum("bihd,bjhd->bhij", query, key) * scale
-    if isinstance(attn_bias, LowerTriangularMask):
-        later = torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1)
-        scores = scores.masked_fill(later, -torch.inf)
-    else:
-        assert attn_bias is None
-    return torch.einsum("bhij,bjhd->bihd", scores.softmax(-1), value)
+    scores = _scores(query, key, attn_bias, scale)
+    return torch.einsum("bhij,bjhd->bihd", scores.softmax(-1), value), scores.logsumexp(-1)
+
+
+def memory_efficient_attention_backward(
+    grad, output, lse, query, key, value, attn_bias=None, p=0.0, scale=None, *, op=None
+):
+    weights = (_scores(query, key, attn_bias, scale) - lse[..., None]).exp()
+    share = torch.einsum("bihd,bihd->bhi", grad, output)[..., None]
+    d_scores = weights * (torch.einsum("bihd,bjhd->bhij", grad, value) - share) * scale
+    return (
+        torch.einsum("bhij,bjhd->bihd", d_scores, key),
+        torch.einsum("bhij,bihd->bjhd", d_scores, query),
+        torch.einsum("bhij,bihd->bjhd", weights, grad),
+    )
 '''
 
 
@@ -274,13 +292,15 @@ def test_xformers_is_given_what_it_takes(stand_in: ModuleType, causal: bool, tok
 @pytest.mark.usefixtures("stand_in")
 @both_directions
 def test_xformers_counts_the_pairs(causal: bool) -> None:
-    heard: list[int] = []
     dims = dims_for(21, 2)
     layer = make_layer(Dense, DenseConfig(impl="xformers"), dims)
-    attention = layer.cost(replace(dims, causal=causal)).mixing
-    with backends.listen(heard.append):
-        feed(layer, numbers(2, 21, 16), causal=causal).sum().backward()
-    assert heard == [attention, attention * 5 // 2]
+    cost, x = layer.cost(replace(dims, causal=causal)), numbers(2, 21, 16)
+    with CountFlops() as forward:
+        y = feed(layer, x, causal=causal)
+    with CountFlops() as backward:
+        y.sum().backward()
+    assert forward.total == cost.total
+    assert backward.total == 2 * cost.tokenwise + cost.mixing * 5 // 2
     assert layer.flop_overhead_reason is None
 
 

@@ -179,13 +179,21 @@ def test_equal_projections_and_a_wide_window_are_dense() -> None:
     assert_same(lambda: feed(longformer, x, causal=False), lambda: feed(dense, x, causal=False), [x])
 
 
-def test_both_ways_of_putting_parts_together_agree(monkeypatch: pytest.MonkeyPatch) -> None:
-    config = LongformerConfig(window=(6,), dilation=(1, 1, 3), global_tokens=4)
+@pytest.mark.parametrize("n", [0, 4])
+@pytest.mark.parametrize("impl", ["plain", "dense", "blocks"])
+def test_every_implementation_agrees(impl: str, n: int) -> None:
+    config = LongformerConfig(window=(6,), dilation=(1, 1, 3), global_tokens=n)
+    other = replace(config, impl=impl)
+    if reason := Longformer.unsupported(other, dims_of(61), causal=False):
+        assert (impl, n) == ("blocks", 4)
+        assert "global_tokens=4: impl=blocks has none" in reason
+        return
     layer = make_layer(Longformer, config, dims_of(61))
     x = numbers(2, 61, 12)
     assert layer.impl == "fused"
     fused = feed(layer, x, causal=False)
-    monkeypatch.setattr(Longformer, "impl", "plain")
+    layer = make_layer(Longformer, other, dims_of(61))
+    assert layer.impl == impl
     assert_same(lambda: feed(layer, x, causal=False), lambda: layer.reference(x, Context(causal=False)), [x])
     assert difference(feed(layer, x, causal=False), fused) <= EXACT
 
@@ -221,7 +229,7 @@ def test_without_global_tokens_there_is_nothing_of_them() -> None:
         "projections.qkv.weight",
         "projections.out.weight",
     }
-    assert plain.impl == "blocks"
+    assert plain.impl == "fused"
     extra = {name: p.numel() for name, p in some.named_parameters() if "projections" not in name}
     assert extra == {"global_qkv.weight": 3 * 12**2}
 

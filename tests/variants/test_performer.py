@@ -491,7 +491,9 @@ def test_features_of_a_long_sequence_are_never_all_held(causal: bool) -> None:
 def test_segments_cover_the_sequence_in_few_whole_chunks(seq_len: int, chunk: int) -> None:
     """Few, because planning a length dispatches every operation on fake tensors."""
     token = torch.arange(seq_len)
-    segments = linear_attention._segments(chunk, token.expand(1, 4, -1), -token.expand(1, 4, -1))
+    segments = linear_attention._segments(
+        linear_attention.SEGMENT.cpu, chunk, token.expand(1, 4, -1), -token.expand(1, 4, -1)
+    )
     assert len(segments) <= linear_attention.SEGMENTS
     torch.testing.assert_close(torch.cat([x[0, 0] for x, _ in segments]), token)
     assert all(torch.equal(x, -negated) for x, negated in segments)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from oracles import cost_of
@@ -9,22 +11,25 @@ from oracles import cost_of
 import variants
 from bench.measure import gates
 from bench.measure.flops import CountFlops
-from variants.base import Context, Workload
+from variants.base import Context, Dims, Workload
 from variants.input_schedule import Fed
-from variants.ops.tile_size import Sizes, planned_for
+from variants.ops.tile_size import Sizes
 
-CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+CPU = torch.device("cpu")
 
 
-def test_a_size_is_the_device_s_or_the_one_planned_for() -> None:
+def test_a_size_is_that_of_the_type_of_device() -> None:
     sizes = Sizes(cpu=1, accelerator=2)
-    assert (sizes.on(CPU), sizes.on(CUDA)) == (1, 2)
-    with planned_for("cuda"):
-        assert sizes.on(CPU) == 2
-        with planned_for("cpu"):
-            assert sizes.on(CUDA) == 1
-        assert sizes.on(CPU) == 2
-    assert sizes.on(CPU) == 1
+    assert [sizes.on(kind) for kind in ("cpu", "cuda", "meta")] == [1, 2, 2]
+
+
+@pytest.mark.parametrize("kind", ["cpu", "cuda"])
+def test_a_layer_is_cut_for_the_device_that_it_is_told_or_that_it_is_on(kind: str) -> None:
+    dims = Dims(seq_len=40, d_model=16, heads=2, device_type=kind)
+    variant = variants.load("sparse_strided")
+    (slot,) = variant.mixers(variant.Config())
+    assert slot.layer(slot.config, dims).device_type == kind
+    assert slot.layer(slot.config, replace(dims, device_type=None)).to("meta").device_type == "meta"
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -39,7 +44,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def dims_or_skip(name: str, tokens: int, causal: bool) -> Workload:
-    dims = Workload(causal=True, batch_size=2, seq_len=tokens, d_model=64, heads=2)
+    dims = Workload(causal=True, batch_size=2, seq_len=tokens, d_model=64, heads=2, device_type="cuda")
     variant = variants.load(name)
     if reason := variant.unsupported(variant.Config(), dims, causal=causal):
         pytest.skip(reason)
@@ -48,7 +53,7 @@ def dims_or_skip(name: str, tokens: int, causal: bool) -> Workload:
 
 def test_the_fast_path_equals_the_reference(name: str, causal: bool) -> None:
     dims, variant = dims_or_skip(name, 1111, causal), variants.load(name)
-    with planned_for("cuda"), torch.random.fork_rng():
+    with torch.random.fork_rng():
         worst = gates.reference_error(variant, variant.Config(), dims, 0, CPU, causal=causal)
     assert worst <= gates.REFERENCE_TOLERANCE
 
@@ -58,7 +63,7 @@ def test_the_cost_stays_within_its_bound(name: str, causal: bool) -> None:
     layer = variant(variant.Config(), dims).eval()
     x = torch.randn(2, dims.seq_len, dims.d_model)
     network = lambda window, state: Fed(*layer(window, Context(causal=causal), state)[:2])  # noqa: E731
-    with planned_for("cuda"), torch.no_grad(), CountFlops() as counter:
+    with torch.no_grad(), CountFlops() as counter:
         layer.input_schedule(layer.config).stream(network, x, causal=causal)
     cost = cost_of(
         layer, Workload(causal=causal, batch_size=2, seq_len=dims.seq_len, d_model=64, heads=2), causal=causal

@@ -125,19 +125,15 @@ def test_every_allowed_pair_is_in_exactly_one_part(
     layer = make(name, seq_len, layer=index, heads=heads, stride=stride, head_mode=mode)
     counts = torch.zeros(heads, seq_len, seq_len, dtype=torch.int)
     token = torch.arange(seq_len).view(1, 1, -1, 1).repeat(1, heads, 1, 1)
-    for role in layer.roles:
-        for part in layer.parts(seq_len, role, causal=causal, device=torch.device("cpu")):
-            of = token[:, slice(*part.heads)]
-            q, k = (
-                part.queries.gather(of)[..., 0],
-                part.keys.gather(of)[..., 0],
-            )  # (G, H, queries), (G, H, keys)
-            allowed = torch.ones(q.shape[-1], k.shape[-1], dtype=torch.bool)
-            allowed = allowed.tril() if part.causal else allowed
-            allowed = allowed if part.mask is None else allowed & part.mask
-            head = torch.arange(*part.heads)[None, :, None, None].expand(*q.shape, k.shape[-1])
-            where = (head, q[..., :, None].expand_as(head), k[..., None, :].expand_as(head))
-            counts.index_put_(where, allowed.expand_as(head).int(), accumulate=True)
+    for part in layer.parts(seq_len, causal=causal, device=torch.device("cpu")):
+        of = token[:, slice(*part.heads)]
+        q, k = part.queries.gather(of)[..., 0], part.keys.gather(of)[..., 0]  # (G, H, queries), (G, H, keys)
+        allowed = torch.ones(q.shape[-1], k.shape[-1], dtype=torch.bool)
+        allowed = allowed.tril() if part.causal else allowed
+        allowed = allowed if part.mask is None else allowed & part.mask
+        head = torch.arange(*part.heads)[None, :, None, None].expand(*q.shape, k.shape[-1])
+        where = (head, q[..., :, None].expand_as(head), k[..., None, :].expand_as(head))
+        counts.index_put_(where, allowed.expand_as(head).int(), accumulate=True)
     assert torch.equal(counts, layer.allowed(seq_len, causal=causal).int())
 
 

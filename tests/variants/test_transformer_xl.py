@@ -94,7 +94,7 @@ def operands(batch: int, queries: int, memory: int, head_dim: int = 4, heads: in
 )
 def test_blocked_attention_is_the_plain_one(batch: int, queries: int, memory: int) -> None:
     given_ = operands(batch, queries, memory)
-    fast, usage = _RelativeAttention.apply(*given_, True)
+    fast, usage = _RelativeAttention.apply(*given_, True, BLOCK.cpu)
     plain, weights = plain_attention(*given_)
     direction = torch.randn_like(plain)
     assert_same([fast, usage], [plain, weights.sum(dim=2).mean(dim=0)])
@@ -103,7 +103,9 @@ def test_blocked_attention_is_the_plain_one(batch: int, queries: int, memory: in
 
 def test_gradcheck() -> None:
     given_ = operands(2, 3, 2, head_dim=2)
-    assert torch.autograd.gradcheck(lambda *tensors: _RelativeAttention.apply(*tensors, False)[0], given_)
+    assert torch.autograd.gradcheck(
+        lambda *tensors: _RelativeAttention.apply(*tensors, False, BLOCK.cpu)[0], given_
+    )
 
 
 def test_score_has_the_four_terms() -> None:
@@ -168,7 +170,7 @@ def test_far_positions_are_told_apart() -> None:
 def test_scores_of_great_size_neither_overflow_nor_leak() -> None:
     q, kv, r, u, v = (t.detach() for t in operands(1, 9, 4))
     kv[0, :, :, -1] *= 1e4  # the last key is forbidden to all queries but the last
-    y, _ = _RelativeAttention.apply(q, kv, r, u, v, False)
+    y, _ = _RelativeAttention.apply(q, kv, r, u, v, False, BLOCK.cpu)
     torch.testing.assert_close(y, plain_attention(q, kv, r, u, v)[0])
 
 

@@ -129,9 +129,9 @@ class Performer(SequenceMixer):
         directions, softmax = self._scaled(q), self.config.features == "softmax"
         with torch.autocast(x.device.type, enabled=False):  # exponents and sums need float32
             if ctx.causal:
-                y = causal_favor(q, k, v, directions, softmax, self.config.chunk)
+                y = causal_favor(q, k, v, directions, softmax, self.config.chunk, self.device_type)
             else:
-                y = full_favor(q, k, v, directions, softmax)
+                y = full_favor(q, k, v, directions, softmax, self.device_type)
         return MixerOut(self.projections.merge(y))
 
     def reference(self, x: Tensor, ctx: Context) -> Tensor:

@@ -153,7 +153,14 @@ class Reformer(SequenceMixer):
 
     def _window(self, seq_len: int, causal: bool) -> Window:
         band = self.config.neighbourhood == "band"
-        return Window.choose(seq_len, self.n_buckets, self.config.chunk, band=band, causal=causal)
+        return Window.choose(
+            seq_len,
+            self.n_buckets,
+            self.config.chunk,
+            band=band,
+            causal=causal,
+            device_type=self.device_type,
+        )
 
     @torch.no_grad()
     def _buckets(self, x: Tensor, qk: Tensor, positions: Tensor | None = None) -> Tensor:
@@ -167,7 +174,8 @@ class Reformer(SequenceMixer):
         heads, head_dim = qk.shape[2:]
         sizes = factors(self.n_buckets)
         seed = None if self.training else self.layer
-        return hash_rows(qk, rotations(heads, head_dim, self.rounds, sizes, x.device, seed), self.rounds)
+        given = rotations(heads, head_dim, self.rounds, sizes, x.device, seed)
+        return hash_rows(qk, given, self.rounds, self.device_type)
 
     def reference(self, x: Tensor, ctx: Context) -> Tensor:
         """The oracle on the union of what the rounds read; a token with nothing to read reads itself."""
@@ -177,7 +185,7 @@ class Reformer(SequenceMixer):
 
     def softmax_target(self, x: Tensor, ctx: Context) -> Tensor:
         """Shared-QK attention to every other token that the objective allows: nothing is hashed."""
-        other = masks.both(masks.causal if ctx.causal else masks.anything, lambda i, j: i != j)
+        other = (masks.causal if ctx.causal else masks.anything) & ~masks.Window(1)
         return self._over(x, masks.matrix(other, x.shape[1]).to(x.device), ctx.positions)
 
     def _over(self, x: Tensor, allowed: Tensor, positions: Tensor | None) -> Tensor:
@@ -203,7 +211,7 @@ class Reformer(SequenceMixer):
             place = ((key < query).sum(-1) + earlier_same) // chunk
             back = place[..., :, None] - place[..., None, :]
             near = (back == 0) | (back == 1)
-        return same & near & (masks.causal(i, j) if causal else masks.anything(i, j)) & (i != j)
+        return same & near & ((j <= i) | (not causal)) & (i != j)
 
     def cost(self, work: Workload) -> Cost:
         """4·D for each pair that the windows admit, were their tokens all of one bucket, and the hashing.

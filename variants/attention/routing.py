@@ -159,9 +159,15 @@ class Routing(SequenceMixer):
             self.sums.copy_(sum(sums[1:], start=sums[0]))
 
     def _by_nearest(self, x: Tensor, v: Tensor, ctx: Context) -> Tensor:
-        cluster, sums = kmeans_attention.nearest(x, self.centroids)
+        cluster, sums = kmeans_attention.nearest(x, self.centroids, self.device_type)
         self._note(sums)
-        layout = kmeans_attention.lay_out(cluster, self.clusters, self.cluster_window, is_causal=ctx.causal)
+        layout = kmeans_attention.lay_out(
+            cluster,
+            self.clusters,
+            self.cluster_window,
+            is_causal=ctx.causal,
+            device_type=self.device_type,
+        )
         rows = rotary(kmeans_attention.unit(x), ctx.positions).to(v.dtype)
         y: Tensor = kmeans_attention.Windowed.apply(rows, v, layout)  # type: ignore[no-untyped-call]
         return y
@@ -171,12 +177,16 @@ class Routing(SequenceMixer):
         batch, seq_len, heads, _ = v.shape
         q = rotary(kmeans_attention.unit(x), ctx.positions).to(v.dtype)
         k = q if keys is None else rotary(kmeans_attention.unit(keys), ctx.positions).to(v.dtype)
-        q_taken, sums = kmeans_attention.members(x, self.centroids, self._taken(seq_len))  # (B, H, K, w)
+        q_taken, sums = kmeans_attention.members(  # (B, H, K, w)
+            x, self.centroids, self._taken(seq_len), self.device_type
+        )
         k_taken = q_taken
         if keys is None:
             self._note(sums)
         else:
-            k_taken, key_sums = kmeans_attention.members(keys, self.centroids, self._taken(seq_len))
+            k_taken, key_sums = kmeans_attention.members(
+                keys, self.centroids, self._taken(seq_len), self.device_type
+            )
             self._note(sums, key_sums)
         sequence = torch.arange(batch, device=x.device)[:, None, None, None]
         head = torch.arange(heads, device=x.device)[:, None, None]
@@ -203,8 +213,8 @@ class Routing(SequenceMixer):
         selection, seq_len = self._selection(ctx.causal), x.shape[1]
         shared = ctx.causal or selection == "nearest"
         q, k, v, q_routed, k_routed, v_routed = self._split(x, shared)
-        rule = masks.window(self.config.window)
-        local = masks.matrix(masks.both(rule, masks.causal) if ctx.causal else rule, seq_len)
+        rule = masks.Window(self.config.window)
+        local = masks.matrix(rule & masks.causal if ctx.causal else rule, seq_len)
 
         def placed(t: Tensor) -> Tensor:
             return rotary(t, ctx.positions)

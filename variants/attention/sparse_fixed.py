@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from variants.knobs import knob
-from variants.ops import masks
-from variants.ops.factorised import Reads, Role, SparseAttention, SparseConfig
+from variants.ops.factorised import Role, SparseAttention, SparseConfig
+from variants.ops.masks import Rule, SameBlock
 from variants.ops.strided_parts import Cut, Part, piece_size
 from variants.ops.tile_size import Sizes
 
@@ -66,6 +66,30 @@ def _offset(config: SparseFixedConfig, role: Role, head: Index, stride: int) -> 
     return stride - config.c * (1 + from_last)
 
 
+@dataclass(frozen=True)
+class Summaries(Rule):
+    """Keys at the summary positions of a head, in any block."""
+
+    config: SparseFixedConfig
+    role: Role
+    stride: int
+    short_block: tuple[int, int] | None
+    """Where a block that is cut short begins and ends, if its own last c tokens summarise it."""
+
+    def __call__(self, head: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        """Whatever the query."""
+        if self.config.subblocks == "shared":  # no head is asked for
+            offset: Tensor | int = self.stride - self.config.c
+        else:
+            offset = _offset(self.config, self.role, head, self.stride)
+        in_block = j % self.stride
+        regular = (in_block >= offset) & (in_block < offset + self.config.c)
+        if self.short_block is None:
+            return regular & (i == i)  # to the shape of i
+        begin, end = self.short_block
+        return ((regular & (j < begin)) | ((j >= begin) & (j >= end - self.config.c))) & (i == i)
+
+
 class SparseFixed(SparseAttention):
     """A token's own block of l tokens (near), and c summary positions of every block (far).
 
@@ -103,7 +127,15 @@ class SparseFixed(SparseAttention):
         start = first * stride + run.offset
         return Cut(start=start, rows=count, row_step=stride, run=self.config.c, head_step=run.step)
 
-    def parts(self, seq_len: int, role: Role, *, causal: bool, device: torch.device) -> list[Part]:
+    def parts(self, seq_len: int, *, causal: bool, device: torch.device) -> list[Part]:
+        """Those of each role, laid out by hand: tiles of the rule would hold summaries one by one."""
+        return [
+            part
+            for role in self.roles
+            for part in self._role_parts(seq_len, role, causal=causal, device=device)
+        ]
+
+    def _role_parts(self, seq_len: int, role: Role, *, causal: bool, device: torch.device) -> list[Part]:
         """Own blocks, then summaries; what both hold is left to the cheaper place."""
         if role.factor == "near":
             return self._blocks(seq_len, role.first, role.last, causal)
@@ -131,7 +163,7 @@ class SparseFixed(SparseAttention):
         count = blocks if rest else blocks - 1  # query block n + 1 reads key blocks 0 … n, n < count
         if count < 1:
             return []
-        width = -(-count // STRIPS.on(device))  # blocks in a strip
+        width = -(-count // STRIPS.on(self.device_type))  # blocks in a strip
         full, left = divmod(count, width)
         if rest and not left:  # the last strip ends in a cut-off block
             full, left = full - 1, width
@@ -199,7 +231,7 @@ class SparseFixed(SparseAttention):
     def _all_summaries(self, seq_len: int, role: Role, device: torch.device) -> list[Part]:
         """Bidirectionally, every summary for every token, a strip of queries at a time."""
         blocks, rest = divmod(seq_len, self.stride)
-        size = piece_size(seq_len, device)
+        size = piece_size(seq_len, self.device_type)
         parts = []
         for start in range(0, seq_len, size):
             queries = Cut(start=start, run=min(size, seq_len - start))
@@ -214,24 +246,21 @@ class SparseFixed(SparseAttention):
                 parts.append(Part(heads=(role.first, role.last), queries=queries, keys=keys))
         return parts
 
-    @staticmethod
-    def rule(layer: Reads, role: Role, head: Tensor) -> masks.Rule:
+    def role_rule(self, seq_len: int, role: Role, *, causal: bool) -> Rule:
         """The same block, a summary position, or either."""
-        assert isinstance(layer.config, SparseFixedConfig)
-        stride, seq_len, c = layer.stride, layer.seq_len, layer.config.c
-        offset = _offset(layer.config, role, head, stride)
-        cut_off = seq_len - seq_len % stride  # where the last block begins if it is short
+        short = None if causal else (seq_len - seq_len % self.stride, seq_len)
+        near, far = SameBlock(self.stride), Summaries(self.config, role, self.stride, short)
+        return {"near": near, "far": far, "merged": near | far}[role.factor]
 
-        def summary(i: Tensor, j: Tensor) -> Tensor:
-            regular = (j % stride >= offset) & (j % stride < offset + c)
-            if layer.causal:
-                return regular & (i >= 0)
-            return ((regular & (j < cut_off)) | ((j >= cut_off) & (j >= seq_len - c))) & (i >= 0)
+    def pairs(self, seq_len: int, *, causal: bool) -> int:
+        """In closed form: the rule has no period bidirectionally, and each head its own offset."""
+        return sum(
+            self._role_pairs(seq_len, role, head, causal=causal)
+            for role in self.roles
+            for head in range(role.first, role.last)
+        )
 
-        near = masks.same(lambda i: i // stride)
-        return {"near": near, "far": summary, "merged": masks.either(near, summary)}[role.factor]
-
-    def pairs(self, seq_len: int, role: Role, head: int, *, causal: bool) -> int:
+    def _role_pairs(self, seq_len: int, role: Role, head: int, *, causal: bool) -> int:
         """Blocks, summaries of other blocks, summaries of one's own."""
         stride, c = self.stride, self.config.c
         blocks, rest = divmod(seq_len, stride)
@@ -248,7 +277,15 @@ class SparseFixed(SparseAttention):
             others = seq_len * (blocks * c + short) - own
         return {"near": near, "far": others + own, "merged": near + others}[role.factor]
 
-    def carried(self, seq_len: int, role: Role, head: int) -> int:
+    def carried(self, seq_len: int) -> int:
+        """In closed form, like `pairs`."""
+        return sum(
+            self._role_carried(seq_len, role, head)
+            for role in self.roles
+            for head in range(role.first, role.last)
+        )
+
+    def _role_carried(self, seq_len: int, role: Role, head: int) -> int:
         """What the current block has so far, and the summaries of the blocks before it."""
         blocks, rest = divmod(seq_len, self.stride)
         summaries = blocks * self.config.c

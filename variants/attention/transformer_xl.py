@@ -97,5 +97,4 @@ class TransformerXL(Recurrent):
     def attention_mask(self, seq_len: int, *, causal: bool) -> Tensor:
         """The query's segment up to the query, and mem_len positions before the segment."""
         length, mem_len = self.config.segment, self.config.mem_len
-        near = masks.both(masks.causal, lambda i, j: j >= i // length * length - mem_len)
-        return masks.matrix(near, seq_len)
+        return masks.matrix(lambda head, i, j: (j <= i) & (j >= i // length * length - mem_len), seq_len)

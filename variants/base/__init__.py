@@ -3,6 +3,7 @@
 from variants.base.depth import DepthConfig, DepthSchedule, Visit, VisitOut
 from variants.base.fed import cost_fed, dims_fed, mask_fed, reference_fed, state_bytes_fed, whole_mask
 from variants.base.feed_forward import FeedForward, FeedForwardConfig, FFOut
+from variants.base.impl import Impl
 from variants.base.info import Caps, Complexity, Info
 from variants.base.mixer import MixerOut, SequenceMixer, SlotSpec, Variant, VariantConfig
 from variants.base.mixture import Mixture
@@ -35,6 +36,7 @@ __all__ = [
     "FeedForward",
     "FeedForwardConfig",
     "HasMask",
+    "Impl",
     "Info",
     "KnownLeak",
     "MixerOut",

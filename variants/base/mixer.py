@@ -10,12 +10,14 @@ subclass of `Variant`, most often a `SequenceMixer`. It imports `variants.base`,
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from variants.base.impl import Impl
 from variants.base.info import Info
 from variants.base.work import Context, Cost, Dims, Workload
 from variants.input_schedule import InputSchedule, Whole, require_tokens
@@ -105,6 +107,8 @@ class SequenceMixer(nn.Module, Variant):
     """
 
     info: ClassVar[Info]
+    IMPLS: ClassVar[Mapping[str, Impl]] = {}
+    """The words of the knob `impl`, but "auto", with what each stands for; empty for a variant without it."""
     flop_overhead_reason: str | None = None
     """Why a forward pass dispatches more FLOPs than `cost` counts, or None where it does not."""
     overhead_is_bounded: bool = True
@@ -123,6 +127,9 @@ class SequenceMixer(nn.Module, Variant):
         self.config = config
         self.dims = dims
         self.layer = layer
+        if impl := self.IMPLS.get(self.resolve_impl(config, dims.device_type or "cpu") or ""):
+            self.flop_overhead_reason = impl.flop_overhead_reason
+            self.overhead_is_bounded = impl.overhead_is_bounded
 
     def __call__(self, x: Tensor, ctx: Context, state: Any = None) -> MixerOut:
         """`forward`, for inputs and objectives that the layer has a form for.
@@ -175,13 +182,35 @@ class SequenceMixer(nn.Module, Variant):
     def missing(
         cls, config: VariantConfig, dims: Dims, *, device: torch.device, dtype: torch.dtype
     ) -> str | None:
-        """Nothing."""
-        return None
+        """What the implementation that runs there lacks."""
+        impl = cls.IMPLS.get(cls.resolve_impl(config, device.type) or "")
+        return impl.missing(device, dtype, dims.head_dim) if impl else None
+
+    @classmethod
+    def resolve_impl(cls, config: VariantConfig, device_type: str) -> str | None:
+        """The name of the implementation that runs on a type of device; None for a variant with only one."""
+        word: str | None = getattr(config, "impl", None)
+        if word != "auto":
+            return word
+        for wanted in (device_type, Impl.OTHER_DEVICES):
+            for name, impl in cls.IMPLS.items():
+                if wanted in impl.auto_on:
+                    return name
+        raise ValueError(f"impl=auto: {cls.__name__} has no implementation for {device_type}")
+
+    @property
+    def device_type(self) -> str:
+        """Type of the device that the layer's work is cut for."""
+        return self.dims.device_type or next(self.parameters()).device.type
 
     @property
     def impl(self) -> str | None:
         """Which implementation of the mathematics runs, for variants that have more than one."""
-        return getattr(self.config, "impl", None)
+        return self.resolve_impl(self.config, self.device_type)
+
+    def run_impl(self, *args: Any) -> Tensor:
+        """Call the implementation that runs."""
+        return self.IMPLS[self.impl or ""].run(*args)
 
     @abstractmethod
     def forward(self, x: Tensor, ctx: Context, state: Any = None) -> MixerOut:

@@ -21,6 +21,9 @@ class Dims:
     """Tokens of the longest sequence that it will be fed."""
     d_model: int
     heads: int
+    device_type: str | None = None
+    """Type of the device that the layer's work is cut for; None: that of its parameters. A plan for a GPU is
+    made on fake tensors of the CPU, and is cut for the GPU."""
 
     @property
     def head_dim(self) -> int:

@@ -3,24 +3,22 @@
 Shapes: B batch, T tokens, H heads, D channels of a head; n blocks of `BLOCK` tokens.
 
 Nothing here chooses: a variant's `impl` names the kernel, `missing_…` says why it cannot run, and
-neither library is imported before then. Where its kernels are compiled or foreign, no dispatched
-operation shows what they compute, so this file says it: see `listen`.
+neither library is imported before then. Each kernel's FLOPs are found in torch's registry of formulas:
+xformers' kernels are operators here, and FlexAttention's work is noted by one.
 """
 
 from __future__ import annotations
 
 import importlib.util
-import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable
 from functools import cache, lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
-from variants.ops.masks import Rule
+from variants.ops.masks import HeadRule, depends_on_head
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
@@ -32,51 +30,32 @@ SMALLEST_HEAD = 16
 MASKS, GRAPHS = 32, 64
 """Block masks and compiled kernels kept. More kernels than that in one process are an error, because
 torch's answer to too many is to run uncompiled: T × T scores and no word of it."""
-FLEX_PADDING = f"flex computes tiles of {BLOCK} × {BLOCK} pairs whole if any pair in them is allowed"
+FLEX_OVERHEAD = f"flex computes tiles of {BLOCK} × {BLOCK} pairs whole if any pair in them is allowed"
 
-HeadRule = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""(head, query index, key index) → may that head's query read the key? Block masks are kept by it, so it
-hashes by value, or is a module's function, and holds neither tensors nor layers."""
+# --- what is computed where no operation shows it ------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Alike:
-    """A pure rule for every head. It hashes as the rule does: a module's function will do, a closure not."""
-
-    rule: Rule
-
-    def __call__(self, head: Tensor, i: Tensor, j: Tensor) -> Tensor:
-        """Whatever the head."""
-        return self.rule(i, j)
+@torch.library.custom_op("longctx_bench::note_flops", mutates_args=(), schema="(int flops) -> ()")
+def note_flops(flops: int) -> None:
+    """Does nothing. Its FLOP formula is its argument, 2 per multiply-accumulate: a counter sees the work of a
+    kernel that is compiled into one piece."""
 
 
-# --- what was computed ----------------------------------------------------------------------------
-
-_listeners: list[Callable[[int], None]] = []
-
-
-@contextmanager
-def listen(listener: Callable[[int], None]) -> Iterator[None]:
-    """While inside, `listener` is given the FLOPs of each pass through a kernel of this file, forward or
-    backward: 2 per multiply-accumulate, whole tiles."""
-    _listeners.append(listener)
-    try:
-        yield
-    finally:
-        _listeners.remove(listener)
+@note_flops.register_fake
+def _(flops: int) -> None:
+    """Nor on fake tensors."""
 
 
-def tell(flops: int) -> None:
-    """FLOPs that no dispatched operation shows."""
-    for listener in _listeners:
-        listener(flops)
+@register_flop_formula(torch.ops.longctx_bench.note_flops, get_raw=True)
+def _noted(flops: int, out_val: Any = None) -> int:
+    return flops
 
 
-def _told(y: Tensor, product_flops: int, *, backward_products: int) -> Tensor:
-    """Tell of the forward pass that gave y, two products, now, and of its backward pass when it comes."""
-    tell(2 * product_flops)
+def note_passes(y: Tensor, product_flops: int, *, backward_products: int) -> Tensor:
+    """Note the forward pass that gave y, two products, now, and its backward pass when it comes."""
+    note_flops(2 * product_flops)
     if y.requires_grad:
-        y.register_hook(lambda _: tell(backward_products * product_flops))
+        y.register_hook(lambda _: note_flops(backward_products * product_flops))
     return y
 
 
@@ -100,11 +79,10 @@ def missing_flex(device: torch.device, head_dim: int) -> str | None:
     return None
 
 
-def flex(q: Tensor, k: Tensor, v: Tensor, rule: HeadRule, *, alike: bool = False) -> Tensor:
+def flex(q: Tensor, k: Tensor, v: Tensor, rule: HeadRule) -> Tensor:
     """Softmax attention over the pairs that a rule allows, (B, H, T, D) → (B, H, T, D); 0 without any.
 
-    `alike`: all heads read what head 0 does. Dong 2024, arXiv:2412.05496. On a CPU it computes T × T
-    scores, so that masks can be checked there.
+    Dong 2024, arXiv:2412.05496. On a CPU it computes T × T scores, so that masks can be checked there.
 
     Raises NotImplementedError where gradients are wanted and the device has none of them.
     """
@@ -113,12 +91,13 @@ def flex(q: Tensor, k: Tensor, v: Tensor, rule: HeadRule, *, alike: bool = False
     batch, heads, seq_len, head_dim = q.shape
     if q.device.type != "cuda" and torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v)):
         raise NotImplementedError(missing_flex(q.device, head_dim))
-    mask = _mask(rule, 1 if alike else heads, seq_len, q.device)
-    pairs = mask.pairs * (heads if alike else 1)
+    of_its_own = depends_on_head(rule)
+    mask = _mask(rule, heads if of_its_own else 1, seq_len, q.device)
+    pairs = mask.pairs * (1 if of_its_own else heads)
     with dynamo.config.patch(recompile_limit=GRAPHS):
         y = _compiled_flex(q.device.type)(q, k, v, block_mask=mask.block_mask, scale=head_dim**-0.5)
     # The backward pass computes scores and the weights' gradient once for Q and again for K and V.
-    return _told(y, 2 * batch * pairs * head_dim, backward_products=7)
+    return note_passes(y, 2 * batch * pairs * head_dim, backward_products=7)
 
 
 @cache
@@ -195,15 +174,74 @@ def xformers(q: Tensor, k: Tensor, v: Tensor, *, causal: bool) -> Tensor:
 
     Raises NotImplementedError, naming each kernel's reason, where it has none for these inputs.
     """
-    from xformers.ops import LowerTriangularMask, memory_efficient_attention
+    y, _ = _xformers(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), causal)
+    found: Tensor = y.transpose(1, 2)
+    return found
 
-    batch, heads, seq_len, head_dim = q.shape
+
+def _bias(causal: bool) -> Any:
+    from xformers.ops import LowerTriangularMask
+
+    return LowerTriangularMask() if causal else None
+
+
+@torch.library.custom_op("longctx_bench::xformers", mutates_args=())
+def _xformers(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> tuple[Tensor, Tensor]:
+    """Outputs (B, T, H, D) and logsumexp (B, H, T) of q, k and v (B, T, H, D)."""
+    from xformers.ops import memory_efficient_attention_forward_requires_grad as forward
+
+    y, lse = forward(q, k, v, attn_bias=_bias(causal), scale=q.shape[-1] ** -0.5)
+    return y, lse
+
+
+@torch.library.custom_op("longctx_bench::xformers_backward", mutates_args=())
+def _xformers_backward(
+    dy: Tensor, y: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, causal: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k and v."""
+    from xformers.ops import memory_efficient_attention_backward as backward
+
+    dq, dk, dv = backward(dy, y, lse, q, k, v, attn_bias=_bias(causal), scale=q.shape[-1] ** -0.5)
+    return dq, dk, dv
+
+
+@_xformers.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> tuple[Tensor, Tensor]:
+    batch, seq_len, heads, _ = q.shape
+    return torch.empty_like(q), q.new_empty(batch, heads, seq_len, dtype=torch.float32)
+
+
+@_xformers_backward.register_fake
+def _(dy: Tensor, y: Tensor, lse: Tensor, q: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.empty_like(q), torch.empty_like(q), torch.empty_like(q)
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    *tensors, ctx.causal = inputs
+    ctx.save_for_backward(*output, *tensors)
+
+
+def _differentiate(ctx: Any, dy: Tensor, _: Tensor) -> tuple[Any, ...]:
+    return *_xformers_backward(dy, *ctx.saved_tensors, ctx.causal), None
+
+
+_xformers.register_autograd(_differentiate, setup_context=_keep)
+
+
+def _product_flops(q: Tensor, causal: bool) -> int:
+    """FLOPs of one product of queries × keys × channels."""
+    batch, seq_len, heads, head_dim = q.shape
     pairs = seq_len * (seq_len + 1) // 2 if causal else seq_len * seq_len
-    y: Tensor = memory_efficient_attention(
-        q.transpose(1, 2),  # it takes and returns (B, T, H, D)
-        k.transpose(1, 2),
-        v.transpose(1, 2),
-        attn_bias=LowerTriangularMask() if causal else None,
-        scale=1 / math.sqrt(head_dim),
-    )
-    return _told(y, 2 * batch * heads * pairs * head_dim, backward_products=5).transpose(1, 2)
+    return 2 * batch * heads * pairs * head_dim
+
+
+@register_flop_formula(torch.ops.longctx_bench.xformers, get_raw=True)
+def _(q: Tensor, k: Tensor, v: Tensor, causal: bool, out_val: Any = None) -> int:
+    return 2 * _product_flops(q, causal)
+
+
+@register_flop_formula(torch.ops.longctx_bench.xformers_backward, get_raw=True)
+def _(
+    dy: Tensor, y: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, causal: bool, out_val: Any = None
+) -> int:
+    return 5 * _product_flops(q, causal)

@@ -2,25 +2,23 @@
 
 Shapes: B batch, T tokens, C channels, H heads, D = C / H.
 
-A pattern is given as *parts*: rectangles or triangles of (query, key) pairs that no other part has,
-each over strided views of the sequence. `UnionAttention` is the base of variants made of them.
+The pairs are given as *parts*: rectangles or triangles of (query, key) pairs that no other part has,
+each over strided views of the sequence.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.utils.flop_counter import register_flop_formula
 
-from variants.base import Dims, SequenceMixer, VariantConfig
 from variants.ops.memoizable import repeatable
-from variants.ops.strided_parts import Part, from_plain, piece_size, to_plain
-from variants.ops.tile_size import device_type
+from variants.ops.strided_parts import Part, from_plain, packed, to_plain
 
 EMPTY = -1e30
 """Logsumexp over no keys: finite, so that the difference of two of them is not NaN."""
@@ -84,59 +82,76 @@ def _rows_like(x: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.zeros(batch, seq_len, heads, channels, dtype=dtype, device=x.device).transpose(1, 2)
 
 
-def _forward(q: Tensor, k: Tensor, v: Tensor, parts: Sequence[Part], impl: str) -> tuple[Tensor, Tensor]:
+def _forward(
+    q: Tensor, k: Tensor, v: Tensor, parts: Sequence[Part], impl: str, piece: int
+) -> tuple[Tensor, Tensor]:
     """Outputs (B, H, T, D) and the logsumexp of all scores of a query (B, H, T)."""
-    attend, _ = KERNELS[impl]
     # sums over parts are float32 or wider: each part would round again
     wide = torch.promote_types(q.dtype, torch.float32)
     y = _rows_like(q, wide)
     lse = torch.full(q.shape[:3], EMPTY, dtype=wide, device=q.device)
-    size = piece_size(q.shape[2], q.device)
     for part in parts:
         bias = part.bias(q)
-        q_h, k_h, v_h, y_h, lse_h = (t[:, slice(*part.heads)] for t in (q, k, v, y, lse))
-        for queries, keys in part.pieces(size):
-            found = attend(queries.gather(q_h), keys.gather(k_h), keys.gather(v_h), bias, part.causal)
-            y_part, lse_part = (queries.scatter(t) for t in found)
-            lse_all = queries.view(lse_h)
-            share = (lse_part - lse_all).sigmoid_()
-            queries.view(y_h).lerp_(y_part.to(wide), share[..., None])
-            lse_all.copy_(torch.logaddexp(lse_all, lse_part))
+        by_query, by_key = ([t[:, slice(*part.heads)] for t in some] for some in ((q, y, lse), (k, v)))
+        for queries, keys in part.pieces(piece):
+            views = [queries.view(t) for t in by_query] + [keys.view(t) for t in by_key]
+            _attend_piece(views, bias, part.causal, impl)
     return y.to(q.dtype), lse
 
 
+@repeatable
+def _attend_piece(views: list[Tensor], bias: Tensor | None, causal: bool, impl: str) -> None:
+    """Merge the softmax over some keys into y and lse; all are views (B, G, H, rows, run, …)."""
+    q, y, lse, k, v = views
+    attend, _ = KERNELS[impl]
+    found, lse_found = attend(packed(q), packed(k), packed(v), bias, causal)
+    found, lse_found = found.reshape(y.shape), lse_found.reshape(lse.shape)
+    share = (lse_found - lse).sigmoid_()
+    y.lerp_(found.to(y.dtype), share[..., None])
+    lse.copy_(torch.logaddexp(lse, lse_found))
+
+
 def _backward(
-    dy: Tensor, q: Tensor, k: Tensor, v: Tensor, y: Tensor, lse: Tensor, parts: Sequence[Part], impl: str
+    dy: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    y: Tensor,
+    lse: Tensor,
+    parts: Sequence[Part],
+    impl: str,
+    piece: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v.
 
     No partial result is needed: they follow from the weights exp(score − logsumexp of all), so the
     sequence-sized tensors kept are q, k, v and y alone.
     """
-    _, attend_backward = KERNELS[impl]
     dy = dy if dy.stride(-1) == 1 else dy.contiguous()  # the kernel takes rows without gaps
     wide = torch.promote_types(q.dtype, torch.float32)
     grads = [_rows_like(q, wide) for _ in range(3)]
-    size = piece_size(q.shape[2], q.device)
     for part in parts:
         bias = part.bias(q)
-        heads = slice(*part.heads)
-        q_h, k_h, v_h, y_h, lse_h, dy_h = (t[:, heads] for t in (q, k, v, y, lse, dy))
-        for queries, keys in part.pieces(size):
-            found = attend_backward(
-                queries.gather(dy_h),
-                queries.gather(q_h),
-                keys.gather(k_h),
-                keys.gather(v_h),
-                queries.gather(y_h),
-                queries.gather(lse_h).contiguous(),
-                bias,
-                part.causal,
-            )
-            for total, cut, grad in zip(grads, (queries, keys, keys), found, strict=True):
-                cut.view(total[:, heads]).add_(cut.scatter(grad))
+        by_query, by_key = (
+            [t[:, slice(*part.heads)] for t in some]
+            for some in ((dy, q, y, lse, grads[0]), (k, v, grads[1], grads[2]))
+        )
+        for queries, keys in part.pieces(piece):
+            views = [queries.view(t) for t in by_query] + [keys.view(t) for t in by_key]
+            _attend_piece_backward(views, bias, part.causal, impl)
     dq, dk, dv = (grad.to(q.dtype) for grad in grads)
     return dq, dk, dv
+
+
+@repeatable
+def _attend_piece_backward(views: list[Tensor], bias: Tensor | None, causal: bool, impl: str) -> None:
+    """Add to the gradients dq, dk and dv what one piece gives; views as in `_attend_piece`."""
+    dy, q, y, lse, dq, k, v, dk, dv = views
+    _, attend_backward = KERNELS[impl]
+    lse_rows = packed(lse).contiguous()
+    found = attend_backward(packed(dy), packed(q), packed(k), packed(v), packed(y), lse_rows, bias, causal)
+    for total, grad in zip((dq, dk, dv), found, strict=True):
+        total.add_(grad.reshape(total.shape))
 
 
 @repeatable
@@ -144,35 +159,47 @@ class _UnionAttention(torch.autograd.Function):
     """One softmax over the keys of all parts, put together from each part's own by its logsumexp."""
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, parts: list[Part], impl: str) -> Tensor:
-        y, lse = _forward(q, k, v, parts, impl)
-        ctx.save_for_backward(q, k, v, y, lse)
-        ctx.parts, ctx.impl = parts, impl
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        numbers: list[int],
+        impl: str,
+        piece: int,
+        *masks: Tensor,
+    ) -> Tensor:
+        y, lse = _forward(q, k, v, from_plain(masks, numbers), impl, piece)
+        ctx.save_for_backward(q, k, v, y, lse, *masks)
+        ctx.numbers, ctx.impl, ctx.piece = numbers, impl, piece
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, y, lse = ctx.saved_tensors
-        return *_backward(dy, q, k, v, y, lse, ctx.parts, ctx.impl), None, None
+        q, k, v, y, lse, *masks = ctx.saved_tensors
+        parts = from_plain(masks, ctx.numbers)
+        grads = _backward(dy, q, k, v, y, lse, parts, ctx.impl, ctx.piece)
+        return *grads, None, None, None, *[None] * len(masks)
 
 
 # --- the same as operators, which the compiler takes whole: it cannot follow writes through `as_strided` ---
 
 _forward_operator = torch.library.custom_op(
     "longctx_bench::union_attention",
-    lambda q, k, v, masks, numbers, impl: _forward(q, k, v, from_plain(masks, numbers), impl),
+    lambda q, k, v, masks, numbers, impl, piece: _forward(q, k, v, from_plain(masks, numbers), impl, piece),
     mutates_args=(),
-    schema="(Tensor q, Tensor k, Tensor v, Tensor[] masks, SymInt[] numbers, str impl) -> (Tensor, Tensor)",
+    schema="(Tensor q, Tensor k, Tensor v, Tensor[] masks, SymInt[] numbers, str impl, SymInt piece)"
+    " -> (Tensor, Tensor)",
 )
 _backward_operator = torch.library.custom_op(
     "longctx_bench::union_attention_backward",
-    lambda dy, q, k, v, y, lse, masks, numbers, impl: _backward(
-        dy, q, k, v, y, lse, from_plain(masks, numbers), impl
+    lambda dy, q, k, v, y, lse, masks, numbers, impl, piece: _backward(
+        dy, q, k, v, y, lse, from_plain(masks, numbers), impl, piece
     ),
     mutates_args=(),
     schema="(Tensor dy, Tensor q, Tensor k, Tensor v, Tensor y, Tensor lse, Tensor[] masks, SymInt[] numbers,"
-    " str impl) -> (Tensor, Tensor, Tensor)",
+    " str impl, SymInt piece) -> (Tensor, Tensor, Tensor)",
 )
 
 
@@ -188,71 +215,66 @@ def _backward_shapes(dy: Tensor, q: Tensor, *_: Any) -> tuple[Tensor, Tensor, Te
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, masks, ctx.numbers, ctx.impl = inputs
+    q, k, v, masks, ctx.numbers, ctx.impl, ctx.piece = inputs
     ctx.save_for_backward(q, k, v, *output, *masks)
 
 
 def _operator_backward(ctx: Any, dy: Tensor, _: Tensor) -> tuple[Any, ...]:
     q, k, v, y, lse, *masks = ctx.saved_tensors
-    grads = _backward_operator(dy, q, k, v, y, lse, masks, ctx.numbers, ctx.impl)
-    return *grads, [None] * len(masks), None, None
+    grads = _backward_operator(dy, q, k, v, y, lse, masks, ctx.numbers, ctx.impl, ctx.piece)
+    return *grads, [None] * len(masks), None, None, None
 
 
 _forward_operator.register_autograd(_operator_backward, setup_context=_keep)
 
 
-def union_attention(q: Tensor, k: Tensor, v: Tensor, parts: list[Part], impl: str) -> Tensor:
-    """Softmax attention over the union of the parts' keys, (B, H, T, D) → (B, H, T, D); 0 without any."""
+def _flops(q: Tensor, numbers: Sequence[int], products: int) -> int:
+    """FLOPs of some products of queries × keys × channels in each part; causal ones in their triangle."""
+    pairs = sum(part.pairs for part in from_plain([], numbers))
+    return 2 * products * q.shape[0] * q.shape[-1] * pairs
+
+
+@register_flop_formula(torch.ops.longctx_bench.union_attention, get_raw=True)
+def _forward_flops(
+    q: Tensor, k: Tensor, v: Tensor, masks: Any, numbers: Sequence[int], *_: Any, **__: Any
+) -> int:
+    return _flops(q, numbers, 2)
+
+
+@register_flop_formula(torch.ops.longctx_bench.union_attention_backward, get_raw=True)
+def _backward_flops(
+    dy: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    y: Tensor,
+    lse: Tensor,
+    masks: Any,
+    numbers: Any,
+    *_: Any,
+    **__: Any,
+) -> int:
+    return _flops(q, numbers, 5)
+
+
+def union_attention(
+    q: Tensor, k: Tensor, v: Tensor, parts: list[Part], impl: str, piece: int = 2**12
+) -> Tensor:
+    """Softmax attention over the union of the parts' keys, (B, H, T, D) → (B, H, T, D); 0 without any.
+
+    `impl` is one of `KERNELS`; `piece` is the number of queries worked on at a time (see `piece_size`).
+    """
     y: Tensor
+    masks, numbers = to_plain(parts)
     if torch.compiler.is_compiling():
-        y, _ = _forward_operator(q, k, v, *to_plain(parts), impl)
+        y, _ = _forward_operator(q, k, v, masks, numbers, impl, piece)
     else:  # operation by operation, so that counters see what is computed and held
-        y = _UnionAttention.apply(q, k, v, parts, impl)  # type: ignore[no-untyped-call]
+        y = _UnionAttention.apply(q, k, v, numbers, impl, piece, *masks)  # type: ignore[no-untyped-call]
     return y
 
 
-def union_impl(device: torch.device) -> str:
-    """Which of `KERNELS` suits a device: fused on the CPU, plain elsewhere."""
-    return "fused" if device_type(device) == "cpu" else "plain"
-
-
-@dataclass(frozen=True, kw_only=True)
-class UnionConfig(VariantConfig):
-    """Knobs of every variant that is computed in parts."""
-
-    impl: Literal["auto", "fused", "plain"] = "auto"
-    """Implementation of the parts. fused: torch's CPU attention kernel, part by part. plain: matrix products,
-    on any device. auto: fused on the CPU, plain elsewhere."""
-
-
-class UnionAttention(SequenceMixer):
-    """Base of variants that are computed in parts: which implementation runs, and running it."""
-
-    config: UnionConfig
-
-    @property
-    def impl(self) -> str:
-        """fused or plain: what `auto` stands for where the parameters are, or where it is planned for."""
-        if self.config.impl == "auto":
-            return union_impl(next(self.parameters()).device)
-        return self.config.impl
-
-    @classmethod
-    def missing(
-        cls, config: VariantConfig, dims: Dims, *, device: torch.device, dtype: torch.dtype
-    ) -> str | None:
-        """The fused kernel anywhere but on the CPU."""
-        assert isinstance(config, UnionConfig)
-        if config.impl == "fused" and (kind := device_type(device)) != "cpu":
-            return f"impl=fused: the kernel is the CPU's; on {kind} use auto or plain"
-        return None
-
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, parts: list[Part]) -> Tensor:
-        """Softmax over the union of the parts' keys, (B, H, T, D) → (B, H, T, D).
-
-        Raises ValueError for impl=fused away from the CPU.
-        """
-        if reason := UnionAttention.missing(self.config, self.dims, device=q.device, dtype=q.dtype):
-            raise ValueError(reason)
-        y: Tensor = union_attention(q, k, v, parts, self.impl)
-        return y
+def missing_fused(device_type: str) -> str | None:
+    """Why torch's CPU attention kernel cannot run on a type of device, or None."""
+    if device_type != "cpu":
+        return f"impl=fused: the kernel is the CPU's; on {device_type} use auto or plain"
+    return None

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from variants.ops import linear_attention
 from variants.ops.linear_attention import Kernel, _cut, _doublings, _joints, _paste, _segments, _start, _Sums
 from variants.ops.memoizable import repeatable
 
@@ -126,7 +127,14 @@ class _CausalFavor(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, directions: Tensor, softmax: bool, chunk: int
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        directions: Tensor,
+        softmax: bool,
+        chunk: int,
+        tokens: int,
     ) -> Tensor:
         kernel = Kernel(directions, softmax)
         batch, heads, seq_len, head_dim = q.shape
@@ -135,11 +143,11 @@ class _CausalFavor(torch.autograd.Function):
         normaliser = directions.new_empty(batch, heads, seq_len, 1)
         carried, level = _start(directions, batch * heads, softmax)
         starts = []
-        for segment in _segments(chunk, q, k, v, y, normaliser):
+        for segment in _segments(tokens, chunk, q, k, v, y, normaliser):
             starts += [*carried, level]
             carried, level = _read_causally(kernel, chunk, carried, level, *segment)
         ctx.save_for_backward(q, k, v, directions, y, normaliser, *starts)
-        ctx.softmax, ctx.chunk = softmax, chunk
+        ctx.softmax, ctx.chunk, ctx.tokens = softmax, chunk, tokens
         return y
 
     @staticmethod
@@ -150,12 +158,12 @@ class _CausalFavor(torch.autograd.Function):
         grads = [torch.empty_like(x) for x in (q, k, v)]
         g_carried, _ = _start(directions, q.shape[0] * q.shape[1], ctx.softmax)
 
-        segments = _segments(chunk, q, k, v, y, normaliser, grad, *grads)
+        segments = _segments(ctx.tokens, chunk, q, k, v, y, normaliser, grad, *grads)
         # no start is freed early: autograd holds them until the end, or, where it would not, a plan does
         for index, segment in reversed(list(enumerate(segments))):
             *carried, level = starts[3 * index : 3 * index + 3]
             g_carried = _read_causally_backward(kernel, chunk, _Sums(*carried), level, g_carried, *segment)
-        return *grads, None, None, None
+        return *grads, None, None, None, None
 
 
 @repeatable
@@ -254,10 +262,20 @@ def _read_causally_backward(
     return _Sums(*(s.clone() for s in g_sums.at(0)))
 
 
-def causal_favor(q: Tensor, k: Tensor, v: Tensor, directions: Tensor, softmax: bool, chunk: int) -> Tensor:
+def causal_favor(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    directions: Tensor,
+    softmax: bool,
+    chunk: int,
+    device_type: str | None = None,
+) -> Tensor:
     """(B, H, T, D) queries, keys and values → (B, H, T, D), each query from the keys up to its own.
 
     `directions` (m, D) are scaled as in `Kernel` and get no gradient; `chunk`, a power of 2, is in tokens.
+    The work is cut for a type of device; None: that of q.
     """
-    y: Tensor = _CausalFavor.apply(q, k, v, directions, softmax, chunk)  # type: ignore[no-untyped-call]
+    tokens = linear_attention.SEGMENT.on(device_type or q.device.type)
+    y: Tensor = _CausalFavor.apply(q, k, v, directions, softmax, chunk, tokens)  # type: ignore[no-untyped-call]
     return y

@@ -43,17 +43,19 @@ def unit(x: Tensor) -> Tensor:
 
 @torch.no_grad()
 @repeatable
-def nearest(x: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
+def nearest(x: Tensor, centroids: Tensor, device_type: str | None = None) -> tuple[Tensor, Tensor]:
     """The cluster of each token, and each cluster's sum of members.
 
     (B, T, H, D) and (H, K, D) → (B, H, T) int64, (H, K, D). The cluster is the one whose centroid has
     the largest dot product with the normalised token; of equals, the one with the lowest index.
+    The work is cut for a type of device; None: that of x.
     """
     batch, seq_len, heads, head_dim = x.shape
     clusters = centroids.shape[1]
     sums = torch.zeros(heads, clusters, head_dim, device=x.device)
     head = torch.arange(heads, device=x.device)[:, None]
-    length = max(1, PIECE.on(x.device) // (batch * heads * clusters), -(-seq_len // MOST_PIECES))
+    wanted = PIECE.on(device_type or x.device.type) // (batch * heads * clusters)
+    length = max(1, wanted, -(-seq_len // MOST_PIECES))
     found = []
     with torch.autocast(x.device.type, enabled=False):  # half precision would change memberships
         for piece in x.split(length, dim=1):
@@ -67,7 +69,9 @@ def nearest(x: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 @repeatable
-def members(x: Tensor, centroids: Tensor, count: int) -> tuple[Tensor, Tensor]:
+def members(
+    x: Tensor, centroids: Tensor, count: int, device_type: str | None = None
+) -> tuple[Tensor, Tensor]:
     """The `count` tokens with the largest dot product with each centroid, in order of position, and
     what `nearest` gives as sums.
 
@@ -81,7 +85,7 @@ def members(x: Tensor, centroids: Tensor, count: int) -> tuple[Tensor, Tensor]:
     seen = 0
     with torch.autocast(x.device.type, enabled=False):
         content = unit(x.float()).transpose(1, 2)  # (B, H, T, D)
-        wanted = PIECE.on(x.device) // (batch * heads * seq_len)
+        wanted = PIECE.on(device_type or x.device.type) // (batch * heads * seq_len)
         some = max(1, wanted, -(-centroids.shape[1] // MOST_PIECES))
         for piece in centroids.float().split(some, dim=1):
             scores = piece @ content.transpose(2, 3)  # (B, H, k, T)
@@ -147,7 +151,7 @@ class Layout(NamedTuple):
     tiles: Tiles
 
 
-def _tiles(cluster: Tensor, clusters: int, window: int, *, is_causal: bool) -> Tiles:
+def _tiles(cluster: Tensor, clusters: int, window: int, *, is_causal: bool, device_type: str) -> Tiles:
     """Tiles for clusters of any sizes: their number follows from shapes."""
     batch, heads, seq_len = cluster.shape
     if window >= seq_len:  # one tile of all tokens, in order of position
@@ -159,7 +163,7 @@ def _tiles(cluster: Tensor, clusters: int, window: int, *, is_causal: bool) -> T
         count = (seq_len + min(clusters, seq_len) * (size - 1)) // size
     ahead = 0 if is_causal else back
     scores = count * size * (back + size + ahead)
-    most = max(SLICE.on(cluster.device), -(-batch * heads * scores // MOST_PIECES))
+    most = max(SLICE.on(device_type), -(-batch * heads * scores // MOST_PIECES))
     parts = -(-scores // most)
     step = -(-count // parts)
     count = -(-count // step) * step
@@ -209,12 +213,16 @@ def _slots_shapes(cluster: Tensor, clusters: int, tiles: list[int]) -> tuple[Ten
 
 @torch.no_grad()
 @repeatable
-def lay_out(cluster: Tensor, clusters: int, window: int, *, is_causal: bool) -> Layout:
+def lay_out(
+    cluster: Tensor, clusters: int, window: int, *, is_causal: bool, device_type: str | None = None
+) -> Layout:
     """The slots in which a window is what a token may read: its cluster's `window` last members.
 
-    `cluster` (B, H, T) is the cluster of each token.
+    `cluster` (B, H, T) is the cluster of each token. Attention is cut for a type of device; None: that of
+    `cluster`.
     """
-    tiles = _tiles(cluster, clusters, window, is_causal=is_causal)
+    kind = device_type or cluster.device.type
+    tiles = _tiles(cluster, clusters, window, is_causal=is_causal, device_type=kind)
     if torch.compiler.is_compiling():
         order, kinds, slot = _slots_operator(cluster, clusters, list(tiles))
     else:  # operation by operation, so that counters see what is computed and held

@@ -150,10 +150,10 @@ def _paste(target: Tensor, part: Tensor) -> None:
     target.copy_(chunks.movedim(0, 2).flatten(2, 3)[:, :, :seq_len])
 
 
-def _segments(chunk: int, *tensors: Tensor) -> list[tuple[Tensor, ...]]:
-    """Tensors (B, H, T, …) segment by segment, views: whole chunks but for the last."""
+def _segments(tokens: int, chunk: int, *tensors: Tensor) -> list[tuple[Tensor, ...]]:
+    """Tensors (B, H, T, …) segment by segment, views: about `tokens` of all heads, whole chunks but for the
+    last."""
     batch, heads, seq_len = tensors[0].shape[:3]
-    tokens = SEGMENT.on(tensors[0].device)
     length = -(-max(tokens // (batch * heads), -(-seq_len // SEGMENTS)) // chunk) * chunk
     return list(zip(*(x.split(length, dim=2) for x in tensors), strict=True))
 
@@ -251,7 +251,9 @@ class _FullFavor(torch.autograd.Function):
     """One sum over all keys, then one product a query; segments only bound the features that exist."""
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, directions: Tensor, softmax: bool) -> Tensor:
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, directions: Tensor, softmax: bool, tokens: int
+    ) -> Tensor:
         kernel = Kernel(directions, softmax)
         batch, heads, seq_len, head_dim = q.shape
         y = q.new_empty(batch, seq_len, heads, head_dim).transpose(1, 2)
@@ -260,7 +262,7 @@ class _FullFavor(torch.autograd.Function):
         sums = _Sums.empty(directions, 2, batch * heads)  # so far, and of a segment
         for s, zeros in zip(sums, start, strict=True):
             s[0] = zeros
-        for k_part, v_part in _segments(1, k, v):
+        for k_part, v_part in _segments(tokens, 1, k, v):
             keys, values = kernel.keys(_whole(k_part)), _whole(v_part)
             levels = torch.stack([level, torch.maximum(level, keys.amax(1)) if softmax else level])
             level = levels[1]
@@ -270,7 +272,7 @@ class _FullFavor(torch.autograd.Function):
             sums.accumulate(levels)
             for s in sums:
                 s[0] = s[1]
-        for q_part, *targets in _segments(1, q, y, normaliser):
+        for q_part, *targets in _segments(tokens, 1, q, y, normaliser):
             queries = kernel.queries(_whole(q_part))
             highest = kernel.highest(queries, level[:, None])
             features = kernel.queries_at(kernel.lower(queries, highest), level[:, None])
@@ -280,7 +282,7 @@ class _FullFavor(torch.autograd.Function):
         ctx.save_for_backward(
             q, k, v, directions, y, normaliser, *(s[:1].clone() for s in sums), level.clone()
         )
-        ctx.softmax = softmax
+        ctx.softmax, ctx.tokens = softmax, tokens
         return y
 
     @staticmethod
@@ -291,7 +293,7 @@ class _FullFavor(torch.autograd.Function):
         kernel = Kernel(directions, ctx.softmax)
         g_q, g_k, g_v = (torch.empty_like(x) for x in (q, k, v))
         g_sums, g_own = (_Sums(*(torch.zeros_like(s) for s in sums)) for _ in range(2))
-        for *parts, g_part in _segments(1, q, y, normaliser, grad, g_q):
+        for *parts, g_part in _segments(ctx.tokens, 1, q, y, normaliser, grad, g_q):
             q_part, y_part, normaliser_part, g = (_whole(x) for x in parts)
             queries = kernel.queries(q_part, normaliser_part)
             features = kernel.queries_at(queries, level[:, None])
@@ -303,7 +305,7 @@ class _FullFavor(torch.autograd.Function):
             if ctx.softmax:
                 g_queries.mul_(features)
             _paste(g_part, kernel.queries_backward(g_queries, queries, normaliser_part))
-        for k_part, v_part, g_k_part, g_v_part in _segments(1, k, v, g_k, g_v):
+        for k_part, v_part, g_k_part, g_v_part in _segments(ctx.tokens, 1, k, v, g_k, g_v):
             part, values = _whole(k_part), _whole(v_part)
             keys = kernel.keys(part)
             features = kernel.keys_at(keys, level[:, None])
@@ -312,10 +314,13 @@ class _FullFavor(torch.autograd.Function):
                 g_keys.mul_(features)
             _paste(g_k_part, kernel.keys_backward(g_keys, keys, part))
             _paste(g_v_part, g_sums.read(features)[0])
-        return g_q, g_k, g_v, None, None
+        return g_q, g_k, g_v, None, None, None
 
 
-def full_favor(q: Tensor, k: Tensor, v: Tensor, directions: Tensor, softmax: bool) -> Tensor:
-    """The same with each query from every key."""
-    y: Tensor = _FullFavor.apply(q, k, v, directions, softmax)  # type: ignore[no-untyped-call]
+def full_favor(
+    q: Tensor, k: Tensor, v: Tensor, directions: Tensor, softmax: bool, device_type: str | None = None
+) -> Tensor:
+    """The same with each query from every key. The work is cut for a type of device; None: that of q."""
+    tokens = SEGMENT.on(device_type or q.device.type)
+    y: Tensor = _FullFavor.apply(q, k, v, directions, softmax, tokens)  # type: ignore[no-untyped-call]
     return y

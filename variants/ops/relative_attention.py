@@ -75,11 +75,11 @@ def accumulate(total: Tensor, a: Tensor, b: Tensor) -> None:
 class _Terms:
     """The operands of the scores, one block of queries after the other, for forward and backward."""
 
-    def __init__(self, q: Tensor, kv: Tensor, u: Tensor, v: Tensor) -> None:
+    def __init__(self, q: Tensor, kv: Tensor, u: Tensor, v: Tensor, block: int) -> None:
         self.heads, self.batch, self.queries, self.head_dim = q.shape
         self.batches, self.keys = self.heads * self.batch, kv.shape[3]
         self.scale = self.head_dim**-0.5
-        self.block = min(BLOCK.on(q.device), self.queries)
+        self.block = min(block, self.queries)
         self.k, self.values = kv.flatten(1, 2).unbind(0)
         flat = q.flatten(0, 1).contiguous()  # (H·B, S, D); sums take its strides, as torch.compile needs
         self.content, self._position = (self._biased(flat, bias) for bias in (u, v))
@@ -101,10 +101,10 @@ class _Terms:
         return [(begin, end, past + end) for begin, end in ends]
 
 
-def _forward(q: Tensor, kv: Tensor, r: Tensor, u: Tensor, v: Tensor, count: bool) -> list[Tensor]:
+def _forward(q: Tensor, kv: Tensor, r: Tensor, u: Tensor, v: Tensor, count: bool, block: int) -> list[Tensor]:
     """Outputs (H, B, S, D), sums of the exponentials, the exponentials of each block of queries and, if
     `count`, the usage (B, J) of every key."""
-    terms = _Terms(q, kv, u, v)
+    terms = _Terms(q, kv, u, v, block)
     y = torch.empty_like(q)
     wide = torch.promote_types(q.dtype, torch.float32)
     totals = q.new_empty(terms.batches, terms.queries, 1, dtype=wide)
@@ -130,11 +130,11 @@ def _forward(q: Tensor, kv: Tensor, r: Tensor, u: Tensor, v: Tensor, count: bool
 
 
 def _backward(
-    dy: Tensor, q: Tensor, kv: Tensor, r: Tensor, u: Tensor, v: Tensor, kept: list[Tensor]
+    dy: Tensor, q: Tensor, kv: Tensor, r: Tensor, u: Tensor, v: Tensor, kept: list[Tensor], block: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, kv, r, u and v; `kept` is what `_forward` returned, without the usage."""
     y, totals, *weights_of_blocks = kept
-    terms = _Terms(q, kv, u, v)
+    terms = _Terms(q, kv, u, v, block)
     by_query = (terms.batches, terms.queries, -1)
     # weights were never divided by their sums: what they are multiplied by is
     mean = (dy * y).sum(dim=-1, keepdim=True).reshape(by_query).div(totals)
@@ -182,10 +182,11 @@ class _RelativeAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, q: Tensor, kv: Tensor, r: Tensor, u: Tensor, v: Tensor, count: bool
+        ctx: Any, q: Tensor, kv: Tensor, r: Tensor, u: Tensor, v: Tensor, count: bool, block: int
     ) -> tuple[Tensor, Tensor | None]:
-        y, *kept = _forward(q, kv, r, u, v, count)
+        y, *kept = _forward(q, kv, r, u, v, count, block)
         usage = kept.pop() if count else None
+        ctx.block = block
         ctx.save_for_backward(q, kv, r, u, v, y, *kept)
         if usage is not None:
             ctx.mark_non_differentiable(usage)
@@ -195,7 +196,7 @@ class _RelativeAttention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy: Tensor, _: Any) -> tuple[Tensor | None, ...]:
         q, kv, r, u, v, *kept = ctx.saved_tensors
-        return *_backward(dy, q, kv, r, u, v, kept), None
+        return *_backward(dy, q, kv, r, u, v, kept, ctx.block), None, None
 
 
 # --- the same as operators, which torch.compile takes whole: it would analyse the shifted views for hours ---
@@ -205,13 +206,13 @@ _forward_operator = torch.library.custom_op(
     "longctx_bench::relative_attention",
     _forward,
     mutates_args=(),
-    schema="(Tensor q, Tensor kv, Tensor r, Tensor u, Tensor v, bool count) -> Tensor[]",
+    schema="(Tensor q, Tensor kv, Tensor r, Tensor u, Tensor v, bool count, int block) -> Tensor[]",
 )
 _backward_operator = torch.library.custom_op(
     "longctx_bench::relative_attention_backward",
     _backward,
     mutates_args=(),
-    schema="(Tensor dy, Tensor q, Tensor kv, Tensor r, Tensor u, Tensor v, Tensor[] kept)"
+    schema="(Tensor dy, Tensor q, Tensor kv, Tensor r, Tensor u, Tensor v, Tensor[] kept, int block)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 _forward_operator.register_fake(_forward)
@@ -219,27 +220,28 @@ _backward_operator.register_fake(_backward)
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
-    *tensors, count = inputs
+    *tensors, count, ctx.block = inputs
     ctx.save_for_backward(*tensors, *(output[:-1] if count else output))
 
 
 def _operator_backward(ctx: Any, grads: list[Tensor]) -> tuple[Tensor | None, ...]:
     q, kv, r, u, v, *kept = ctx.saved_tensors
-    return *_backward_operator(grads[0], q, kv, r, u, v, kept), None
+    return *_backward_operator(grads[0], q, kv, r, u, v, kept, ctx.block), None, None
 
 
 _forward_operator.register_autograd(_operator_backward, setup_context=_keep)
 
 
 def relative_attention(
-    q: Tensor, kv: Tensor, r: Tensor, u: Tensor, v: Tensor, *, count: bool
+    q: Tensor, kv: Tensor, r: Tensor, u: Tensor, v: Tensor, *, count: bool, block: int
 ) -> tuple[Tensor, Tensor | None]:
-    """Outputs (H, B, S, D) and, if `count`, the usage of every key (B, J): see `_RelativeAttention`."""
+    """Outputs (H, B, S, D) and, if `count`, the usage of every key (B, J). `block` is the number of queries
+    worked on at a time; see `_RelativeAttention`."""
     if torch.compiler.is_compiling():
-        found = _forward_operator(q, kv, r, u, v, count)
+        found = _forward_operator(q, kv, r, u, v, count, block)
         return found[0], found[-1].detach() if count else None
     # operation by operation, so that counters see what is computed and held
-    return _RelativeAttention.apply(q, kv, r, u, v, count)  # type: ignore[no-any-return, no-untyped-call]
+    return _RelativeAttention.apply(q, kv, r, u, v, count, block)  # type: ignore[no-any-return, no-untyped-call]
 
 
 class Attended(NamedTuple):
@@ -297,7 +299,8 @@ class Recurrent(SequenceMixer):
         """x (B, S, C) reads all of memory (B, M, C) and itself up to the query; `count` asks for `usage`."""
         q, kv, r = self.project(x, memory)
         u, v = self.u.to(q.dtype), self.v.to(q.dtype)  # under autocast, projections are narrower
-        y, usage = relative_attention(q, kv, r, u, v, count=count)
+        block = BLOCK.on(self.device_type)
+        y, usage = relative_attention(q, kv, r, u, v, count=count, block=block)
         return Attended(self.out(y.permute(1, 2, 0, 3).flatten(2)), q, kv, usage)
 
     def plainly_attend(self, x: Tensor, memory: Tensor) -> Attended:

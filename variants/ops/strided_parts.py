@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import astuple, dataclass, fields
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
@@ -39,37 +39,58 @@ class Cut:
         """Tokens of one group."""
         return self.rows * self.run
 
+    def tokens(self, device: torch.device) -> Tensor:
+        """The tokens of the first group, for the first head."""
+        row = torch.arange(self.rows, device=device)[:, None] * self.row_step
+        return self.start + (row + torch.arange(self.run, device=device)).flatten()
+
     def piece(self, first: int, count: int) -> Cut:
         """Groups [first, first + count) alone."""
         fields = {**self.__dict__, "start": self.start + first * self.group_step, "groups": count}
         return Cut(**fields)
 
+    @property
+    def numbers(self) -> list[int]:
+        """All fields, in order; by name, because the compiler cannot follow `astuple`."""
+        rows = [self.rows, self.row_step, self.run]
+        return [self.start, self.groups, self.group_step, *rows, self.head_step]
+
     @classmethod
     def of(cls, numbers: Sequence[int]) -> Cut:
         """The cut with these fields, in their order."""
-        return cls(**{field.name: number for field, number in zip(fields(cls), numbers, strict=True)})
+        start, groups, group_step, rows, row_step, run, head_step = numbers
+        return cls(
+            start=start,
+            groups=groups,
+            group_step=group_step,
+            rows=rows,
+            row_step=row_step,
+            run=run,
+            head_step=head_step,
+        )
 
     def view(self, x: Tensor) -> Tensor:
-        """(B, H, T, …) → (B, H, G, rows, run, …), a view."""
-        x = x[:, :, self.start :]
+        """(B, H, T, …) → (B, G, H, rows, run, …), a view."""
         batch, heads, token, *rest = x.stride()
         heads, group, row = (
             base + step * token
             for base, step in ((heads, self.head_step), (0, self.group_step), (0, self.row_step))
         )
-        size = (*x.shape[:2], self.groups, self.rows, self.run, *x.shape[3:])
-        return x.as_strided(size, (batch, heads, group, row, token, *rest))
+        size = (x.shape[0], self.groups, x.shape[1], self.rows, self.run, *x.shape[3:])
+        start = x.storage_offset() + self.start * token
+        return x.as_strided(size, (batch, group, heads, row, token, *rest), start)
 
     def gather(self, x: Tensor) -> Tensor:
         """(B, H, T, …) → (B·G, H, rows·run, …), a view where strides allow."""
-        x = self.view(x).transpose(1, 2).flatten(3, 4).flatten(0, 1)
-        # rows a power of two apart fall into the same cache sets: copied once they are read faster
-        return x.contiguous() if self.run == 1 < self.rows else x
+        return packed(self.view(x))
 
-    def scatter(self, x: Tensor) -> Tensor:
-        """(B·G, H, rows·run, …) → (B, H, G, rows, run, …): what `gather` undoes."""
-        size = (-1, self.groups, x.shape[1], self.rows, self.run, *x.shape[3:])
-        return x.reshape(size).transpose(1, 2)
+
+def packed(view: Tensor) -> Tensor:
+    """(B, G, H, rows, run, …) → (B·G, H, rows·run, …), a view where strides allow."""
+    rows, run = view.shape[3:5]
+    x = view.flatten(3, 4).flatten(0, 1)
+    # rows a power of two apart fall into the same cache sets: copied once they are read faster
+    return x.contiguous() if run == 1 < rows else x
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,9 +107,17 @@ class Part:
     causal: bool = False
     mask: Tensor | None = None
 
+    @property
+    def pairs(self) -> int:
+        """Pairs that are computed: all of a rectangle, also where it has a mask."""
+        queries, keys = self.queries.length, self.keys.length
+        pairs = queries * (queries + 1) // 2 if self.causal else queries * keys
+        return (self.heads[1] - self.heads[0]) * self.queries.groups * pairs
+
     def pieces(self, size: int) -> list[tuple[Cut, Cut]]:
-        """The groups, a few at a time: about `size` queries each, so that temporaries stay small."""
-        groups, step = self.queries.groups, max(1, size // self.queries.length)
+        """The groups, a few at a time: about `size` queries or keys each, so that temporaries stay small."""
+        longer = max(self.queries.length, self.keys.length)
+        groups, step = self.queries.groups, max(1, size // longer)
         spans = [(first, min(step, groups - first)) for first in range(0, groups, step)]
         return [(self.queries.piece(*span), self.keys.piece(*span)) for span in spans]
 
@@ -101,9 +130,9 @@ class Part:
         return bias.unsqueeze(0) if bias.dim() == 3 else bias.unsqueeze(0).unsqueeze(0)
 
 
-def piece_size(seq_len: int, device: torch.device) -> int:
+def piece_size(seq_len: int, device_type: str) -> int:
     """Queries worked on at a time: more than `PIECE` where that would make too many pieces."""
-    return max(PIECE.on(device), -(-seq_len // MOST_PIECES))
+    return max(PIECE.on(device_type), -(-seq_len // MOST_PIECES))
 
 
 def to_plain(parts: Iterable[Part]) -> tuple[list[Tensor], list[int]]:
@@ -113,8 +142,8 @@ def to_plain(parts: Iterable[Part]) -> tuple[list[Tensor], list[int]]:
         masks += [] if part.mask is None else [part.mask]
         numbers += [
             *part.heads,
-            *astuple(part.queries),
-            *astuple(part.keys),
+            *part.queries.numbers,
+            *part.keys.numbers,
             part.causal,
             part.mask is not None,
         ]
@@ -127,6 +156,6 @@ def from_plain(masks: Sequence[Tensor], numbers: Sequence[int]) -> list[Part]:
     for at in range(0, len(numbers), 4 + 2 * size):
         first, last, *cuts, causal, masked = numbers[at : at + 4 + 2 * size]
         queries, keys = Cut.of(cuts[:size]), Cut.of(cuts[size:])
-        mask = next(left) if masked else None
+        mask = next(left, None) if masked else None
         parts.append(Part(heads=(first, last), queries=queries, keys=keys, causal=bool(causal), mask=mask))
     return parts

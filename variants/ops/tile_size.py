@@ -1,36 +1,15 @@
-"""What differs by device: how much is worked on at a time, and which implementation `auto` stands for.
+"""How much is worked on at a time, by type of device.
 
 On a CPU, what a piece of work makes should stay in the cache. An accelerator is given its work in launches
 of some microseconds each, and fills its cores with the large ones alone: pieces there are larger.
 
-A variant asks `device_type` and never a tensor: a plan's tensors are fakes on the CPU, whatever the device
-that is planned for.
+Functions take the type of device as an argument and never ask a tensor: a plan's tensors are fakes on the
+CPU, whatever the device that is planned for. A layer knows it (`SequenceMixer.device_type`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import NamedTuple
-
-import torch
-
-_planned: list[str] = []
-
-
-@contextmanager
-def planned_for(device_type: str) -> Iterator[None]:
-    """While inside, all work is done as on this kind of device, wherever its tensors are."""
-    _planned.append(device_type)
-    try:
-        yield
-    finally:
-        _planned.pop()
-
-
-def device_type(device: torch.device) -> str:
-    """The kind of device that work on tensors of this one is for."""
-    return _planned[-1] if _planned else device.type
 
 
 class Sizes(NamedTuple):
@@ -39,6 +18,6 @@ class Sizes(NamedTuple):
     cpu: int
     accelerator: int
 
-    def on(self, device: torch.device) -> int:
-        """The size for a device."""
-        return self.cpu if device_type(device) == "cpu" else self.accelerator
+    def on(self, device_type: str) -> int:
+        """The size for a type of device."""
+        return self.cpu if device_type == "cpu" else self.accelerator

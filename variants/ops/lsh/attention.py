@@ -63,7 +63,7 @@ class _Tiles:
         window = self.window
         self.forbidden = window.forbidden(self.unit)
         self.sequences = (self.unit.shape[0] - 1) // window.seq_len
-        self.pieces = list(window.pieces(self.sequences, self.unit.device))
+        self.pieces = list(window.pieces(self.sequences))
         most = max(count for _, count in self.pieces)
         shape = (most, window.block, window.keys)
         self._scores, self._work = self.unit.new_empty(shape), self.unit.new_empty(shape)

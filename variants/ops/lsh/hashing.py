@@ -106,20 +106,20 @@ def _(shape: Sequence[int], seed: int, device: torch.device) -> Tensor:
 
 @torch.no_grad()
 @repeatable
-def hash_rows(x: Tensor, given: list[Tensor], rounds: int) -> Tensor:
+def hash_rows(x: Tensor, given: list[Tensor], rounds: int, device_type: str | None = None) -> Tensor:
     """(B, T, H, D) → bucket of every token in every round, (R, N, T) int64 with N = (H, B).
 
     h(x) = argmax [xR; −xR] (Andoni 2015, arXiv:1509.02897), computed as the first of the largest |xR|
     and its sign, where 0 counts as positive. Float32 whatever the dtype of x: in half precision nearby
     projections tie and the bucket depends on the kernel. In pieces over the tokens, because the
-    projections are T × R × buckets numbers.
+    projections are T × R × buckets numbers. The work is cut for a type of device; None: that of x.
     """
     batch, seq_len, heads, _ = x.shape
     buckets = torch.zeros(rounds, heads, batch * seq_len, dtype=torch.int64, device=x.device)
     if given:
         by_head = x.flatten(0, 1).transpose(0, 1)  # (H, BT, D)
         width = heads * sum(r.shape[-1] for r in given)
-        step = max(HASH_TILE.on(x.device) // width, -(-batch * seq_len // MOST_PIECES), 1)
+        step = max(HASH_TILE.on(device_type or x.device.type) // width, -(-batch * seq_len // MOST_PIECES), 1)
         with torch.autocast(x.device.type, enabled=False):
             for start in range(0, batch * seq_len, step):
                 piece = by_head[:, start : start + step].float()

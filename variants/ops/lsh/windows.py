@@ -51,14 +51,25 @@ class Window:
     block: int
     back: int
     ahead: int
+    scores: int = TILE.cpu
+    """Scores that are worked on at a time."""
 
     @classmethod
-    def choose(cls, seq_len: int, n_buckets: int, chunk: int, *, band: bool, causal: bool) -> Window:
+    def choose(
+        cls,
+        seq_len: int,
+        n_buckets: int,
+        chunk: int,
+        *,
+        band: bool,
+        causal: bool,
+        device_type: str = "cpu",
+    ) -> Window:
         """The cheapest blocks. Small ones waste fewer keys; the products of large ones run faster."""
-        reach = min(chunk, seq_len)
+        reach, scores = min(chunk, seq_len), TILE.on(device_type)
 
         def made(block: int, back: int, ahead: int) -> Window:
-            return cls(seq_len, n_buckets, reach, band, causal, block, back, ahead)
+            return cls(seq_len, n_buckets, reach, band, causal, block, back, ahead, scores)
 
         if not band:
             return made(reach, reach if reach < seq_len else 0, 0)
@@ -72,7 +83,7 @@ class Window:
     def numbers(self) -> list[int]:
         """The fields in order, as an operator takes them."""
         shape = [self.seq_len, self.n_buckets, self.reach, int(self.band), int(self.causal)]
-        return [*shape, self.block, self.back, self.ahead]
+        return [*shape, self.block, self.back, self.ahead, self.scores]
 
     @property
     def keys(self) -> int:
@@ -142,10 +153,10 @@ class Window:
             allowed = allowed & (distance.abs() <= self.reach)
         return torch.where(allowed, 0.0, -FORBIDDEN).to(like.dtype)
 
-    def pieces(self, sequences: int, device: torch.device) -> Iterator[tuple[int, int]]:
+    def pieces(self, sequences: int) -> Iterator[tuple[int, int]]:
         """(first query, number of blocks) of each piece of a round, in sorted order."""
         blocks = sequences * self.padded // self.block
-        step = max(TILE.on(device) // (self.block * self.keys), -(-blocks // MOST_PIECES), 1)
+        step = max(self.scores // (self.block * self.keys), -(-blocks // MOST_PIECES), 1)
         for first in range(0, blocks, step):
             yield first * self.block, min(step, blocks - first)
 

@@ -1,0 +1,28 @@
+"""The implementations of a variant's mathematics, as its class lists them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Impl:
+    """One implementation of a variant's mathematics."""
+
+    OTHER_DEVICES: ClassVar[str] = "other"
+
+    run: Callable[..., Tensor]
+    """What it is called with is the variant's own."""
+    missing: Callable[[torch.device, torch.dtype, int], str | None] = lambda device, dtype, head_dim: None
+    """(device, dtype, channels of a head) → what it needs and a machine lacks, or None."""
+    flop_overhead_reason: str | None = None
+    """See `SequenceMixer.flop_overhead_reason`."""
+    overhead_is_bounded: bool = True
+    """See `SequenceMixer.overhead_is_bounded`."""
+    auto_on: tuple[str, ...] = ()
+    """Types of device on which `impl=auto` is this one; `OTHER_DEVICES`: those that no other Impl names."""
