@@ -74,7 +74,7 @@ def test_a_mixture_is_planned_trained_resumed_and_reported(tmp_path: Path) -> No
     (record,) = records(tmp_path / "results/mixed")
     layers = ["longformer(window=16)", "longformer(window=16)", "dense"]
     assert (record["status"], record["variant_params"]) == ("ok", {"layers": layers})
-    assert record["impl"] == "longformer=blocks, dense=sdpa"
+    assert record["impl"] == "longformer=fused, dense=sdpa"
     assert str(record["cost_ratio_reason"]).startswith("longformer: ")
     assert float(str(record["leak_max_abs"])) < 1e-5
     assert len(list((tmp_path / "results/mixed/gates").iterdir())) == 2, "one for each kind of layer"

@@ -33,7 +33,7 @@ class Frozen(Dense):
         super().__init__(config, dims, layer)
         scale = torch.linspace(0.5, 1.5, dims.d_model).expand(1, -1)  # not contiguous, two-dimensional
         self.scale = nn.Parameter(scale, requires_grad=False)
-        self.order = nn.Parameter(torch.arange(dims.d_model).flip(0), requires_grad=False)  # integers
+        self.permutation = nn.Parameter(torch.arange(dims.d_model).flip(0), requires_grad=False)  # integers
         self.unused = nn.Linear(dims.d_model, dims.d_model)
         self.unused_and_frozen = nn.Embedding(5, dims.d_model).requires_grad_(False)
         self.register_buffer("rotation", torch.ones(3, dtype=torch.complex64))
@@ -41,11 +41,11 @@ class Frozen(Dense):
         self.register_buffer("count", torch.tensor(3))
 
     def forward(self, x: Tensor, ctx: Context, state: Any = None) -> MixerOut:
-        out = super().forward((x * self.scale)[..., self.order], ctx, state)
+        out = super().forward((x * self.scale)[..., self.permutation], ctx, state)
         return out._replace(aux_loss=self.scale.square().mean())  # which trains nothing
 
     def reference(self, x: Tensor, ctx: Context) -> Tensor:
-        return super().reference((x * self.scale)[..., self.order], ctx)
+        return super().reference((x * self.scale)[..., self.permutation], ctx)
 '''
 
 
@@ -125,7 +125,7 @@ for (name, a), b in zip(whole.model.named_parameters(), rest.model.parameters())
     assert torch.equal(a, b), name
     if not torch.equal(a, before[name]):
         moved.add(name.removeprefix("blocks.0.mixer."))
-assert not {"scale", "order", "unused.weight", "unused.bias", "unused_and_frozen.weight"} & moved, moved
+assert not {"scale", "permutation", "unused.weight", "unused.bias", "unused_and_frozen.weight"} & moved, moved
 assert "projections.qkv.weight" in moved
 """
 

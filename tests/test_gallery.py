@@ -223,6 +223,7 @@ def test_an_unknown_variant_is_one_line(tmp_path: Path, capsys: pytest.CaptureFi
 def test_variants_of_others_are_in_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     site = distribution(tmp_path / "site", {"lagged": "lagged_attention.lagged:Lagged"})
     monkeypatch.syspath_prepend(site)
+    monkeypatch.setattr(variants, "_entry_points", variants._entry_points.__wrapped__)
     assert "lagged" in variants.mixers()
     (picture,) = reads.pictures(Sizes.configured(), ["lagged"])
     causal, bidirectional = picture.directions

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import random
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -18,8 +18,8 @@ from bench.measure import gates, recompute_gate
 from bench.measure.flops import CountFlops
 from bench.measure.gates import COST_LIMIT, GateFailed, cost_ratio, leak, reference_error
 from bench.model import reversible
-from variants.attention.dense import Dense
-from variants.base import Context, Cost, MixerOut, Workload
+from variants.attention.dense import Dense, naive
+from variants.base import Context, Cost, Impl, MixerOut, Workload
 from variants.ops import masks
 from variants.ops.projections import masked_attention
 
@@ -223,17 +223,13 @@ class NotANumber(Dense):
 class Silent(Dense):
     """Computes all T × T scores and says nothing of it."""
 
-    def forward(self, x: Tensor, ctx: Context, state: Any = None) -> MixerOut:
-        q, k, v = self.projections.split(x)
-        return MixerOut(
-            self.projections.merge(masked_attention(q, k, v, self._allowed(x.shape[1], ctx.causal)))
-        )
+    IMPLS: ClassVar = {**Dense.IMPLS, "sdpa": Impl(run=naive)}
 
 
-class Stated(Silent):
+class Stated(Dense):
     """The same, stated."""
 
-    flop_overhead_reason = "computes every score"
+    IMPLS: ClassVar = {**Dense.IMPLS, "sdpa": Impl(run=naive, flop_overhead_reason="computes every score")}
 
 
 def run_leak(variant: type[Dense]) -> float:

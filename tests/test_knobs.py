@@ -46,6 +46,7 @@ SUITS = {
     str | None: [None, "3"],
     int | None: [None, 3],
     tuple[int, ...]: [(), (3,)],
+    tuple[str, ...]: [(), ("3",)],
 }
 """Type of a knob → those of `VALUES` that are of it; their size may still be refused. No choice of words has
 any of them."""
@@ -57,6 +58,7 @@ TYPED = {
     str | None: "[a]",
     int | None: "2.5",
     tuple[int, ...]: "[2.5]",
+    tuple[str, ...]: "[[a]]",
 }
 """Type of a knob → what is not of it on a command line; for a choice of words a list."""
 

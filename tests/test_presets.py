@@ -20,7 +20,7 @@ import variants
 from bench import CONFIGS
 from bench.config.groups import GROUPS, SECTIONS, entries
 from bench.config.parse import parse
-from bench.config.spec import ModelSpec
+from bench.config.spec import ModelSizes
 from bench.inputs.errors import ConfigError
 
 
@@ -98,7 +98,7 @@ def test_a_file_says_what_differs_from_the_declared_defaults(tmp_path: Path) -> 
     narrow = loaded(tmp_path, "variant/narrow", "name: longformer\nwindow: [8]")
     assert narrow == {"name": "longformer", **variants.load("longformer").Config(window=(8,)).as_dict()}
     assert loaded(tmp_path, "model/wide", "d_model: 512") == {
-        **ModelSpec().as_dict(),
+        **ModelSizes().as_dict(),
         "size": "wide",
         "d_model": 512,
     }

@@ -176,17 +176,15 @@ def test_a_loss_that_is_no_number_names_its_step(poison: float) -> None:
 def test_weights_that_the_last_update_ruins_are_noticed() -> None:
     """The last loss was taken before that update, and no further step sees what it did."""
     model, updates = model_of(), 0
-    after_step = model.layers[0].after_step
 
     def ruin() -> None:
         nonlocal updates
         updates += 1
-        after_step()
         if updates == 5:
             with torch.no_grad():
                 model.head.weight[0, 0] = float("inf")
 
-    model.layers[0].after_step = ruin  # type: ignore[method-assign]
+    model.layers[0].after_step = ruin  # type: ignore[assignment]
     with pytest.raises(Diverged, match=r"the weights .* at training step 5 of 5"):
         run(model)
 

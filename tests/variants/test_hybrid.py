@@ -175,7 +175,7 @@ def test_implementations_and_reasons_name_their_members() -> None:
     model = model_of(
         ("longformer(window=8)", "longformer(window=4)", "dense", "performer(n_features=8)"), depth=8
     )
-    assert model.impl == "longformer=blocks, dense=sdpa"
+    assert model.impl == "longformer=fused, dense=sdpa"
     reason = model.flop_overhead_reason
     assert reason is not None
     assert reason.startswith("longformer: ")
@@ -258,7 +258,7 @@ def test_what_is_no_mixture_is_refused_in_one_line(layers: list[str], said: str)
 def test_one_mixture_has_one_spelling() -> None:
     """Or the same cell would have several ids: spaces, defaults and lists of one entry make no difference."""
     spellings = [
-        "longformer(window=512, impl=blocks)",
+        "longformer(window=512, impl=auto)",
         " longformer ( window = [512] )",
         "longformer(window=512,)",
     ]
