@@ -84,7 +84,7 @@ from dataclasses import replace
 from hydra import compose, initialize_config_dir
 
 from bench import CONFIGS
-from bench.config.parse.parse import parse
+from bench.config.parse import parse
 from bench.measure.predict import Plan
 
 STRATEGIES = ["keep", "checkpoint", "sqrt", "selective", "reversible"]

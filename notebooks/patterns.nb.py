@@ -163,7 +163,7 @@ for name in variants.mixers():
         show(name)
 
 # %% [markdown]
-# And in figures: the share of pairs that are read through one layer and through all of them, and how far back the last token looks. `bench.evaluate.nll.nll.nll.receptive_field` works the same out from rules alone.
+# And in figures: the share of pairs that are read through one layer and through all of them, and how far back the last token looks. `bench.evaluate.receptive_field` works the same out from rules alone.
 
 # %%
 def looks_back(panel):

@@ -23,7 +23,6 @@ COMMANDS = [
         ("bench --hydra-help", slow),
         ("bench --cfg job",),
         ("bench --info searchpath", slow),
-        ("bench data=stdlib measure=plan seq_len=32 depth=1", slow),
         ("variants", slow),
         ("variants --names",),
         ("variants --help", slow),
