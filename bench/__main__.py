@@ -2,9 +2,9 @@
 
 Exit status: 0 when every cell is ok or has a stated reason (unsupported, out of memory); 1 when a
 cell failed, with a list at the end; 2 for a mistake in the command, in one line, with nothing written;
-130 or 143 where Ctrl-C or SIGTERM stopped it, and then it says how to go on. Once cells are measured, output
-that cannot be written is dropped and changes no status. Before that, as for --help, the status is 141 or 1, as
-of every command here (variants.safe_output).
+130 or 143 where Ctrl-C or SIGTERM stopped it, and then it says how to go on. Once cells are measured,
+output that cannot be written is dropped and changes no status. Before that, as for --help, the status is
+141 or 1, as of every command here (variants.safe_output).
 """
 
 from __future__ import annotations
