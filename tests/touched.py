@@ -7,7 +7,7 @@ A test is about a changed file if
   configs/ by its path or as an override (`measure=plan`). Only by name: what a module reaches through others
   is nearly everything;
 - it is a case of the file itself, such as a page, or of the variant that the file defines or configures;
-- it is a case of any variant, and the file is shared by all: variants/base.py, variants/ops/, ….
+- it is a case of any variant, and the file is shared by all: variants/base/, variants/ops/, ….
 
 What no rule maps to a test (the Makefile) is left to the default tests.
 """
