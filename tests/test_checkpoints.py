@@ -26,7 +26,7 @@ from bench.model.slots import ModelSpec
 from bench.records import Record, read_all
 from bench.tasks.text import VOCABULARY, Batch
 from bench.train import checkpoints, loss_curve
-from bench.train.checkpoints import Kept
+from bench.train.checkpoints import CheckpointStore
 from bench.train.loop import Budget, Training, train
 from variants.base import Workload
 
@@ -55,9 +55,9 @@ def batches_on(device: torch.device) -> Callable[[int, float], Batch]:
     return batches
 
 
-def kept_in(folder: Path, **changed: Any) -> Kept:
+def store_in(folder: Path, **changed: Any) -> CheckpointStore:
     given_: dict[str, Any] = {"cell_id": "c0", "code_sha256": "code", "device_name": "chip", **changed}
-    return Kept(folder=folder, **{"every_seconds": 0.0, **given_})
+    return CheckpointStore(folder=folder, **{"every_seconds": 0.0, **given_})
 
 
 @pytest.fixture(autouse=True)
@@ -70,7 +70,7 @@ class Killed(Exception):
     """Stands for a signal."""
 
 
-def run(model: LanguageModel, kept: Kept | None = None, *, until: int = 6) -> Training:
+def run(model: LanguageModel, checkpoints: CheckpointStore | None = None, *, until: int = 6) -> Training:
     """Six steps; Killed as the batch of step `until` is asked for."""
     device = next(model.parameters()).device
 
@@ -80,7 +80,15 @@ def run(model: LanguageModel, kept: Kept | None = None, *, until: int = 6) -> Tr
         return batches_on(device)(step, done)
 
     budget = Budget(steps=6)
-    return train(model, batches, budget=budget, learning_rate=1e-2, causal=True, step_tokens=80, kept=kept)
+    return train(
+        model,
+        batches,
+        budget=budget,
+        learning_rate=1e-2,
+        causal=True,
+        step_tokens=80,
+        checkpoints=checkpoints,
+    )
 
 
 KNOBS: dict[str, dict[str, Any]] = {
@@ -107,8 +115,8 @@ def assert_resumes(name: str, folder: Path, device: torch.device = CPU) -> None:
     whole = run(model_of(name, 0, device, **knobs))
     want = all_tensors(whole, device)
     with pytest.raises(Killed):
-        run(model_of(name, 0, device, **knobs), kept_in(folder), until=3)
-    resumed = run(model_of(name, 1, device, **knobs), kept_in(folder))
+        run(model_of(name, 0, device, **knobs), store_in(folder), until=3)
+    resumed = run(model_of(name, 1, device, **knobs), store_in(folder))
     pairs = zip(all_tensors(resumed, device), want, strict=True)
     assert [row.nll for row in resumed.curve.rows] == [row.nll for row in whole.curve.rows]
     assert all(torch.equal(a, b) if isinstance(a, Tensor) else a == b for a, b in pairs)
@@ -129,8 +137,8 @@ def test_a_device_s_randomness_is_resumed_too(name: str, tmp_path: Path) -> None
     device = torch.device("cuda")
     whole = run(model_of(name, 0, device, **KNOBS.get(name, {})))
     with pytest.raises(Killed):
-        run(model_of(name, 0, device, **KNOBS.get(name, {})), kept_in(tmp_path), until=3)
-    resumed = run(model_of(name, 1, device, **KNOBS.get(name, {})), kept_in(tmp_path))
+        run(model_of(name, 0, device, **KNOBS.get(name, {})), store_in(tmp_path), until=3)
+    resumed = run(model_of(name, 1, device, **KNOBS.get(name, {})), store_in(tmp_path))
     want = pytest.approx([row.nll for row in whole.curve.rows], rel=1e-4)
     assert [row.nll for row in resumed.curve.rows] == want
 
@@ -146,17 +154,17 @@ def test_without_its_randomness_a_training_would_go_another_way(
 
 def test_a_checkpoint_holds_what_a_clock_has_counted(tmp_path: Path) -> None:
     with pytest.raises(Killed):
-        run(model_of("dense", 0), kept_in(tmp_path), until=3)
-    state = kept_in(tmp_path).read()
+        run(model_of("dense", 0), store_in(tmp_path), until=3)
+    state = store_in(tmp_path).read()
     assert state is not None
     assert (state["step"], state["seconds"] > 0) == (3, True)
-    resumed = run(model_of("dense", 0), kept_in(tmp_path))
+    resumed = run(model_of("dense", 0), store_in(tmp_path))
     assert resumed.seconds > state["seconds"]
     assert (resumed.tokens, [row.step for row in resumed.curve.rows]) == (480, [1, 2, 3, 4, 5, 6])
 
 
 def test_checkpoints_are_as_rare_as_is_asked(tmp_path: Path) -> None:
-    run(model_of("dense", 0), kept_in(tmp_path, every_seconds=60.0))
+    run(model_of("dense", 0), store_in(tmp_path, every_seconds=60.0))
     assert not checkpoints.path_of(tmp_path, "c0").exists()
     assert records.curve_path_of(tmp_path, "c0").exists(), "the curve is kept at the end"
 
@@ -183,10 +191,10 @@ def test_a_damaged_checkpoint_is_ignored_with_a_line(
     damage: Callable[[bytes], bytes], why: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(Killed):
-        run(model_of("dense", 0), kept_in(tmp_path), until=3)
+        run(model_of("dense", 0), store_in(tmp_path), until=3)
     path = checkpoints.path_of(tmp_path, "c0")
     path.write_bytes(damage(path.read_bytes()))
-    resumed = run(model_of("dense", 0), kept_in(tmp_path))
+    resumed = run(model_of("dense", 0), store_in(tmp_path))
     (line,) = capsys.readouterr().err.splitlines()
     assert str(path) in line
     assert why in line
@@ -201,10 +209,10 @@ def test_a_checkpoint_of_another_origin_is_ignored_with_a_line(
     key: str, theirs: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(Killed):
-        run(model_of("dense", 0), kept_in(tmp_path, **{key: theirs}), until=3)
+        run(model_of("dense", 0), store_in(tmp_path, **{key: theirs}), until=3)
     found = checkpoints.path_of(tmp_path, theirs if key == "cell_id" else "c0")
     found.rename(checkpoints.path_of(tmp_path, "c0"))
-    assert kept_in(tmp_path).read() is None
+    assert store_in(tmp_path).read() is None
     (line,) = capsys.readouterr().err.splitlines()
     assert f"its {key} is {theirs}" in line
 
@@ -213,13 +221,13 @@ def test_a_checkpoint_of_another_torch_or_threads_is_ignored(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(Killed):
-        run(model_of("dense", 0), kept_in(tmp_path), until=3)
+        run(model_of("dense", 0), store_in(tmp_path), until=3)
     for change, key in (("torch.get_num_threads", "threads"), ("torch.__version__", "torch_version")):
         with monkeypatch.context() as patch:
             patch.setattr(change, "0.4" if key == "torch_version" else lambda: 4096)
-            assert kept_in(tmp_path).read() is None
+            assert store_in(tmp_path).read() is None
         assert f"its {key} is" in capsys.readouterr().err
-    assert kept_in(tmp_path).read() is not None
+    assert store_in(tmp_path).read() is not None
 
 
 def test_a_checkpoint_that_would_run_code_is_not_read(
@@ -229,23 +237,23 @@ def test_a_checkpoint_that_would_run_code_is_not_read(
         def __reduce__(self) -> tuple[Any, ...]:
             return Path.touch, (tmp_path / "harm",)
 
-    kept = kept_in(tmp_path)
-    kept.write({"harm": Harm()}, loss_curve.Curve(), 1)
-    assert kept.read() is None
+    store = store_in(tmp_path)
+    store.write({"harm": Harm()}, loss_curve.Curve(), 1)
+    assert store.read() is None
     assert not (tmp_path / "harm").exists()
     (line,) = capsys.readouterr().err.splitlines()
     assert "UnpicklingError" in line
 
 
 def test_what_is_removed_leaves_nothing_of_the_cell(tmp_path: Path) -> None:
-    kept = kept_in(tmp_path)
-    kept.write({}, loss_curve.Curve(), 1)
-    other = kept_in(tmp_path, cell_id="c1")
+    store = store_in(tmp_path)
+    store.write({}, loss_curve.Curve(), 1)
+    other = store_in(tmp_path, cell_id="c1")
     other.write({}, loss_curve.Curve(), 1)
-    (kept.path.parent / ".c0-killed.tmp").touch()
+    (store.path.parent / ".c0-killed.tmp").touch()
     checkpoints.remove(tmp_path, "c0")
     checkpoints.remove(tmp_path, "c0")
-    assert list(kept.path.parent.iterdir()) == [other.path]
+    assert list(store.path.parent.iterdir()) == [other.path]
 
 
 # --- with real processes and real signals -----------------------------------------------------------

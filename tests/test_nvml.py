@@ -196,7 +196,7 @@ def spec(limit=None):
     )
 
 print(json.dumps({"free": memory_limit.memory_bytes(spec()), "asked": memory_limit.memory_bytes(spec(5))}))
-window = contention.Window(device)
+window = contention.ContentionMonitor(device)
 say(energy=9500)
 joules = window.joules()
 say(reasons=32)

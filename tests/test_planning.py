@@ -16,7 +16,7 @@ from bench.config.spec import CellSpec
 from bench.inputs.errors import ConfigError
 from bench.inputs.sizes import parse_bytes
 from bench.measure import predict
-from bench.measure.predict import Plan
+from bench.measure.predict import Prediction
 from bench.measure.step import on_host
 from bench.report.sections.budgets import data as budgets
 
@@ -90,7 +90,7 @@ def test_the_ends_of_the_search() -> None:
     ["longformer", *slow("dense", "transformer_xl")],
 )
 def test_what_is_said_to_fit_fits_and_one_more_does_not(name: str) -> None:
-    plan = Plan(spec_of(f"variant={name}", "depth=2", "activations=checkpoint", "seq_len=512"))
+    plan = Prediction(spec_of(f"variant={name}", "depth=2", "activations=checkpoint", "seq_len=512"))
     budget = 96 * MIB
 
     def peak(**changed: int) -> int:
@@ -116,11 +116,11 @@ def test_the_planned_peak_is_the_measured_one_for_every_task(variant: str, data:
     task = make_task(config, setting)
     assert task.unsupported() is None
     _, figures = on_host(lambda: predict.subject(spec, lambda: task.train_batch(0, 0.0), predict.CPU))
-    assert Plan(spec).predict().peaks == figures.peaks
+    assert Prediction(spec).predict().peaks == figures.peaks
 
 
 def test_nothing_fits_into_nothing() -> None:
-    plan = Plan(spec_of("variant=dense"))
+    plan = Prediction(spec_of("variant=dense"))
     assert plan.longest_seq_len(1000) == 0
     assert plan.largest_batch_size(1000) == 0
 
@@ -173,7 +173,7 @@ def test_a_plan_for_an_accelerator_cuts_work_as_it_would() -> None:
 
     def peak(name: str, device: str) -> int:
         spec = spec_of(f"variant={name}", "model.heads=16", "seq_len=4096", "depth=1", f"device={device}")
-        return Plan(spec).predict().peak_bytes
+        return Prediction(spec).predict().peak_bytes
 
     assert peak("reformer", "cuda") > peak("reformer", "cpu")
     assert peak("dense", "cuda") == peak("dense", "cpu")

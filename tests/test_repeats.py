@@ -42,9 +42,9 @@ def test_a_plan_is_the_same_as_without(
 ) -> None:
     """Every figure, each phase's peak and its split among them."""
     spec = spec_of(f"variant={variant}", f"activations={activations}", "seq_len=400", "depth=2")
-    got = predict.Plan(spec).predict()
+    got = predict.Prediction(spec).predict()
     monkeypatch.setattr(step, "following", lambda _: nullcontext())
-    assert got == predict.Plan(spec).predict()
+    assert got == predict.Prediction(spec).predict()
 
 
 def operations(monkeypatch: pytest.MonkeyPatch, *overrides: str) -> int:
@@ -57,7 +57,7 @@ def operations(monkeypatch: pytest.MonkeyPatch, *overrides: str) -> int:
 
     with monkeypatch.context() as patch:
         patch.setattr(LiveStorage, "__torch_dispatch__", counted)
-        predict.Plan(spec_of(*overrides)).predict()
+        predict.Prediction(spec_of(*overrides)).predict()
     return next(count)
 
 

@@ -23,7 +23,7 @@ from bench.records import Record
 from bench.records.__main__ import main
 from bench.records.check import check
 from bench.records.compact import compact
-from bench.records.files import ASIDE, abandoned, parts_of
+from bench.records.files import ASIDE, is_abandoned, parts_of
 from bench.records.migrations import MIGRATIONS, SCHEMA_VERSION, migrate
 
 ROOT = Path(__file__).parents[1]
@@ -147,7 +147,7 @@ def test_a_writer_that_is_killed_leaves_the_old_record_and_a_file_that_says_whos
     assert by_cell(tmp_path) == {"c0": record_of()}
     (left,) = records.temporary_files_of(records.path_of(tmp_path, "c0"))
     assert f".{writer.pid}." in left.name
-    assert abandoned(left)
+    assert is_abandoned(left)
     assert kinds(tmp_path) == ["unfinished"]
     assert compact(tmp_path).temporaries == 1
     assert by_cell(tmp_path) == {"c0": record_of()}
@@ -163,13 +163,13 @@ def test_whose_temporaries_are_dead(tmp_path: Path) -> None:
         os.utime(path, (time.time() - 3600 * hours,) * 2)
         return path
 
-    assert abandoned(made(f".c0-{host}.{DEAD}.0123abcd.tmp", 0)), "its process is gone"
-    assert not abandoned(made(f".c0-{host}.{os.getpid()}.0123abcd.tmp", 0.5)), "it is being written"
-    assert not abandoned(made(f".c0-{host}.1.0123abcd.tmp", 0.5)), "somebody else's process"
-    assert not abandoned(made(f".c0-elsewhere.{DEAD}.0123abcd.tmp", 0.5)), "another machine's may live"
-    assert abandoned(made(f".c0-elsewhere.{DEAD}.0123abcd.tmp", 1.5)), "but not for ever"
-    assert abandoned(made(".c0-k3jw_h2x.tmp", 1.5)), "as an earlier version named them"
-    assert not abandoned(made(".notes.tmp", 99)), "not one of ours"
+    assert is_abandoned(made(f".c0-{host}.{DEAD}.0123abcd.tmp", 0)), "its process is gone"
+    assert not is_abandoned(made(f".c0-{host}.{os.getpid()}.0123abcd.tmp", 0.5)), "it is being written"
+    assert not is_abandoned(made(f".c0-{host}.1.0123abcd.tmp", 0.5)), "somebody else's process"
+    assert not is_abandoned(made(f".c0-elsewhere.{DEAD}.0123abcd.tmp", 0.5)), "another machine's may live"
+    assert is_abandoned(made(f".c0-elsewhere.{DEAD}.0123abcd.tmp", 1.5)), "but not for ever"
+    assert is_abandoned(made(".c0-k3jw_h2x.tmp", 1.5)), "as an earlier version named them"
+    assert not is_abandoned(made(".notes.tmp", 99)), "not one of ours"
 
 
 # --- compacting -----------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from bench.measure import contention, nvml
-from bench.measure.contention import Contention, Window
+from bench.measure.contention import Contention, ContentionMonitor
 from bench.measure.nvml import DeviceState
 from bench.records import KEYS
 
@@ -78,7 +78,7 @@ def seen(
 def test_a_core_shared_with_another_process_contaminates() -> None:
     core = min(os.sched_getaffinity(0))
     with foreign(core=core), on_core(core):
-        window = Window(CPU)
+        window = ContentionMonitor(CPU)
         work(0.4)
         found = window.end()
     assert found["wait_share"] > 0.2
@@ -89,7 +89,7 @@ def test_a_core_shared_with_another_process_contaminates() -> None:
 def test_the_cores_that_others_keep_busy_are_counted() -> None:
     """More of them only where other tests run beside this one."""
     with foreign():
-        window = Window(CPU)
+        window = ContentionMonitor(CPU)
         time.sleep(0.4)
         found = window.end()
     assert 0.4 < found["foreign_cores"] <= len(os.sched_getaffinity(0)) + 0.1
@@ -114,7 +114,7 @@ def test_what_the_driver_knows_is_named_before_what_is_estimated() -> None:
 
 def test_the_time_this_process_uses_is_its_own() -> None:
     begun, used = contention.busy_seconds(), time.process_time()
-    window = Window(CPU)
+    window = ContentionMonitor(CPU)
     work(0.3)
     found = window.end()
     ended = contention.busy_seconds()
@@ -126,7 +126,7 @@ def test_the_time_this_process_uses_is_its_own() -> None:
 
 
 def test_a_window_fills_the_record_s_keys() -> None:
-    found = Window(CPU).end()
+    found = ContentionMonitor(CPU).end()
     assert set(found) <= set(KEYS)
     assert {key for key in found if key.startswith("gpu_")} >= {"gpu_clock_mhz", "gpu_foreign_processes"}
     assert all(found[key] is None for key in found if key.startswith("gpu_"))
@@ -249,7 +249,7 @@ def test_either_end_of_the_window_spoils_it(monkeypatch: pytest.MonkeyPatch) -> 
     for states in ([spoilt, fine], [fine, spoilt]):
         monkeypatch.setattr(nvml, "read", lambda _, states=states: states.pop(0))
         last = states[-1].gpu_clock_mhz
-        found = Window(CPU).end()
+        found = ContentionMonitor(CPU).end()
         assert found["gpu_clock_mhz"] == last
         assert (found["gpu_throttling"], found["gpu_foreign_processes"]) == ("heat", 2)
         assert found["contaminated"]

@@ -346,7 +346,7 @@ import time
 from bench.process.signals import Interrupts, Stopped
 try:
     with Interrupts() as interrupts:
-        with interrupts.held():
+        with interrupts.deferred():
             print("held", flush=True)
             {held}
         print("never", flush=True)
@@ -388,8 +388,8 @@ def test_one_signal_waits_for_what_is_held_and_a_second_does_not(
 
 
 def test_only_what_a_dead_writer_left_is_removed(tmp_path: Path) -> None:
-    write = "import os, sys; from pathlib import Path; from bench.records import replacing\n"
-    write += "with replacing(Path(sys.argv[1])): print(flush=True); sys.stdin.read()"
+    write = "import os, sys; from pathlib import Path; from bench.records import atomic_writer\n"
+    write += "with atomic_writer(Path(sys.argv[1])): print(flush=True); sys.stdin.read()"
     path = records.path_of(tmp_path, "c0")
     with subprocess.Popen(
         [sys.executable, "-c", write, path], stdin=subprocess.PIPE, stdout=subprocess.PIPE

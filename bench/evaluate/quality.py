@@ -15,21 +15,35 @@ from bench.evaluate.accuracy import measure_accuracy
 from bench.evaluate.nll import evaluate
 from bench.evaluate.receptive_field import reach
 from bench.measure import predict
-from bench.records import Tell
+from bench.records import Report
 from bench.tasks.base import Batch, Task
 from bench.tasks.text import Text
 from bench.tasks.windows import least_context
-from bench.train.checkpoints import Kept
+from bench.train.checkpoints import CheckpointStore
 from bench.train.loop import Budget, Diverged, Training, train
 
 
-class Quality:
+class QualityEvaluation:
     """The steps from a new model to its quality figures. `run` performs them in order."""
 
-    def __init__(self, spec: CellSpec, task: Task, device: torch.device, *, kept: Kept, tell: Tell) -> None:
-        """`kept` stores the training's checkpoints;
+    def __init__(
+        self,
+        spec: CellSpec,
+        task: Task,
+        device: torch.device,
+        *,
+        checkpoints: CheckpointStore,
+        report: Report,
+    ) -> None:
+        """`checkpoints` stores the training's checkpoints;
         training resumes from the checkpoint of an earlier run of this cell."""
-        self.spec, self.task, self.device, self.kept, self.tell = spec, task, device, kept, tell
+        self.spec, self.task, self.device, self.checkpoints, self.report = (
+            spec,
+            task,
+            device,
+            checkpoints,
+            report,
+        )
         self.measure, self.causal = spec.measure, spec.causal
         variant, config, _ = spec.attention()
         self.stateful = variant.info_for(config).caps.stateful
@@ -39,14 +53,14 @@ class Quality:
         """Train, then compute every requested figure. Raises Diverged."""
         text = self.task if isinstance(self.task, Text) else None
         if text and self.measure.attention_windows:
-            self.tell({"softmax_error_initial": self._attention_stats(text).softmax_error})
+            self.report({"softmax_error_initial": self._attention_stats(text).softmax_error})
         training = self._train()
-        self.tell({"tokens_trained": training.tokens, "train_seconds": training.seconds})
+        self.report({"tokens_trained": training.tokens, "train_seconds": training.seconds})
         if text:
             self._evaluate_text(text, training.step)
         else:
             self._evaluate_answers()
-        self.tell({"state_policy": "carried" if self.stateful else "none"})
+        self.report({"state_policy": "carried" if self.stateful else "none"})
 
     def _train(self) -> Training:
         step_tokens = self.spec.batch_size * self.spec.seq_len
@@ -65,7 +79,7 @@ class Quality:
             learning_rate=self.measure.learning_rate,
             causal=self.causal,
             step_tokens=step_tokens,
-            kept=self.kept,
+            checkpoints=self.checkpoints,
         )
 
     def _evaluate_text(self, task: Text, steps: int) -> None:
@@ -80,7 +94,7 @@ class Quality:
             device=self.device,
             place_period=self.measure.place_period,
         )
-        self.tell(
+        self.report(
             {
                 "nll": quality.nll,
                 "nll_reset": quality.nll_reset,
@@ -103,7 +117,7 @@ class Quality:
         if self.measure.reach:
             self._reach()
         if self.measure.attention_windows:
-            self.tell(asdict(self._attention_stats(task)))
+            self.report(asdict(self._attention_stats(task)))
 
     def _attention_stats(self, task: Text) -> attention_stats.AttentionStats:
         """Compute the attention statistics on the first held-out windows."""
@@ -121,7 +135,7 @@ class Quality:
             device=self.device,
         )
         if found:
-            self.tell(
+            self.report(
                 {
                     "nll_by_history": found.nll_by_history,
                     "effective_context": found.effective,
@@ -138,7 +152,7 @@ class Quality:
             distance_edges=self.task.distance_edges,
             device=self.device,
         )
-        self.tell(
+        self.report(
             {
                 "nll": found.nll,
                 "accuracy": found.accuracy,
@@ -151,4 +165,4 @@ class Quality:
         self._reach()
 
     def _reach(self) -> None:
-        self.tell({"reach": reach(self.model, self.spec.seq_len, causal=self.causal)})
+        self.report({"reach": reach(self.model, self.spec.seq_len, causal=self.causal)})

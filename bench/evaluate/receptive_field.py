@@ -16,7 +16,7 @@ from variants.base import SequenceMixer, mask_fed
 from variants.input_schedule import Fed
 from variants.ops.masks import composed
 
-LONGEST = 4096
+MAX_TOKENS = 4096
 """Maximum number of tokens for which `reach` is computed, because it needs several tensors of T² floats."""
 
 
@@ -44,8 +44,8 @@ def dependence(model: LanguageModel, seq_len: int, *, causal: bool) -> Tensor | 
 
 def reach(model: LanguageModel, seq_len: int, *, causal: bool) -> int | None:
     """Return the distance, in tokens, from the last token back to the farthest input on which its output can
-    depend; None if the mask depends on content or `seq_len` exceeds `LONGEST`."""
-    found = dependence(model, seq_len, causal=causal) if seq_len <= LONGEST else None
+    depend; None if the mask depends on content or `seq_len` exceeds `MAX_TOKENS`."""
+    found = dependence(model, seq_len, causal=causal) if seq_len <= MAX_TOKENS else None
     return None if found is None else seq_len - 1 - int(found[-1].int().argmax())
 
 

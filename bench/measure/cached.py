@@ -18,7 +18,7 @@ def path_of(folder: Path, decides: list[Any]) -> Path:
     return folder / f"{digest(decides)}.json"
 
 
-def once(
+def load_or_measure(
     folder: Path, decides: list[Any], take: Callable[[], dict[str, Any]], keys: set[str]
 ) -> dict[str, Any]:
     """Return the result of `take`, or its cached result for the same `decides`. The state of the random

@@ -89,7 +89,7 @@ class Contention:
         return None
 
 
-class Window:
+class ContentionMonitor:
     """Measures the load of this process and of others, from construction to `end`."""
 
     def __init__(self, device: torch.device) -> None:

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from bench.config.spec import CellSpec
-from bench.measure.cached import once
+from bench.measure.cached import load_or_measure
 from bench.measure.gate_failed import GateFailed, largest
 from bench.measure.recompute_gate import recompute_error
 from bench.model.slots import LayerSpec
@@ -119,13 +119,13 @@ def check(spec: CellSpec, folder: Path, code_sha256: str) -> Figures:
     for layer, blocks in model.kinds(spec.depth).items():
         decides = [described(layer.mixer), described(layer.feed_forward), min(LEAK_LAYERS, blocks), *settings]
         take = partial(of_layer, layer, blocks)
-        found.append(once(kept, decides, take, {"leak_max_abs", "reference_max_abs"}))
+        found.append(load_or_measure(kept, decides, take, {"leak_max_abs", "reference_max_abs"}))
     recomputed = None
     if spec.activations != "keep":
         layers = min(spec.depth, max(2, len(model.layers)))
         decides = [[described(layer.mixer) for layer in model.layers], described(model.depth), layers]
         decides += [spec.model.ff_mult, spec.activations, spec.model.ff_chunks, *settings]
-        (recomputed,) = once(
+        (recomputed,) = load_or_measure(
             kept,
             decides,
             lambda: {"recompute_max_abs": recompute_error(spec, dims, layers, device)},

@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_unflatten
 
 from bench.measure.flops import CountFlops, DispatchedFlops
-from bench.measure.memory import LiveStorage, Notes
+from bench.measure.memory import LiveStorage, Recording
 from variants.ops.backends import note_flops
 
 
@@ -54,7 +54,7 @@ class _Value:
 class _Known:
     """What work does."""
 
-    storage: Notes
+    storage: Recording
     flops: int
     results: list[_Argument | _View | _Value]
     spec: TreeSpec
@@ -74,13 +74,13 @@ class Repeats:
         with _counters_alone():
             if key in self._known:
                 return self._again(self._known[key], leaves)
-            with CountFlops() as counter, self.storage.noting() as notes:
+            with CountFlops() as counter, self.storage.recording() as recording:
                 results = work(*args)
-        self._known[key] = self._noted(work, notes, counter.total, results, leaves)
+        self._known[key] = self._noted(work, recording, counter.total, results, leaves)
         return results
 
     def _noted(
-        self, work: Callable[..., Any], notes: Notes, flops: int, results: Any, leaves: list[Any]
+        self, work: Callable[..., Any], recording: Recording, flops: int, results: Any, leaves: list[Any]
     ) -> _Known:
         found, spec = tree_flatten(results)
         given = {id(leaf.untyped_storage()): i for i, leaf in enumerate(leaves) if _is_tensor(leaf)}
@@ -92,7 +92,7 @@ class Repeats:
             if not _is_tensor(value):
                 return _Value(value)
             number, offset = self.storage.number(value), value.storage_offset()
-            if made := number in notes.kept:
+            if made := number in recording.kept:
                 place = number
             else:
                 place = given[id(value.untyped_storage())]
@@ -100,12 +100,12 @@ class Repeats:
             return _View(made, place, value.dtype, tuple(value.size()), value.stride(), offset)
 
         places = [noted(value) for value in found]
-        left = notes.kept.keys() - {p.number for p in places if isinstance(p, _View) and p.made}
+        left = recording.kept.keys() - {p.number for p in places if isinstance(p, _View) and p.made}
         if left:
             raise RuntimeError(
                 f"{work.__qualname__} is not repeatable: it keeps {len(left)} tensors elsewhere"
             )
-        return _Known(notes, flops, places, spec)
+        return _Known(recording, flops, places, spec)
 
     def _again(self, known: _Known, leaves: list[Any]) -> Any:
         note_flops(known.flops)

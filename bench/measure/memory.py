@@ -37,7 +37,7 @@ class _Entry:
     label: str = "workspace"
 
 
-class Notes:
+class Recording:
     """A recording of the storages that are created while it is active."""
 
     def __init__(self) -> None:
@@ -87,7 +87,7 @@ class LiveStorage(TorchDispatchMode):
         self._known: weakref.WeakKeyDictionary[torch.UntypedStorage, _Entry] = weakref.WeakKeyDictionary()
         self.labelled = dict.fromkeys(LABELS, 0)
         """The current sum by label."""
-        self._notes: list[Notes] = []
+        self._recordings: list[Recording] = []
         self._expected: _Entry | None = None
         """The already counted entry of the next storage."""
         self.reset_peak()
@@ -126,21 +126,25 @@ class LiveStorage(TorchDispatchMode):
         return self._known[tensor.untyped_storage()].number
 
     @contextmanager
-    def noting(self) -> Iterator[Notes]:
+    def recording(self) -> Iterator[Recording]:
         """Record the storages created inside the context; the recording is complete at its end."""
-        notes = Notes()
-        self._notes.append(notes)
+        recording = Recording()
+        self._recordings.append(recording)
         try:
-            yield notes
+            yield recording
         finally:
-            self._notes.remove(notes)
+            self._recordings.remove(recording)
 
-    def replay(self, notes: Notes) -> Callable[[int], torch.Tensor]:
+    def replay(self, recording: Recording) -> Callable[[int], torch.Tensor]:
         """Repeat a recording without running its operations. The returned function maps the number of a
         storage that is still live to a tensor of uninitialised bytes, always the same tensor for a number."""
-        entries = {number: self._made(size) for number, size in notes.kept.items() if number <= notes.highest}
-        self._freed(self._made(notes.peak - sum(entry.size for entry in entries.values())))
-        entries |= {number: self._made(size) for number, size in notes.kept.items() if number > notes.highest}
+        entries = {
+            number: self._made(size) for number, size in recording.kept.items() if number <= recording.highest
+        }
+        self._freed(self._made(recording.peak - sum(entry.size for entry in entries.values())))
+        entries |= {
+            number: self._made(size) for number, size in recording.kept.items() if number > recording.highest
+        }
         tensors: dict[int, torch.Tensor] = {}
 
         def tensor(number: int) -> torch.Tensor:
@@ -166,15 +170,15 @@ class LiveStorage(TorchDispatchMode):
         self.labelled[entry.label] += size
         if self.live > self.peak:
             self._take_peak()
-        for notes in self._notes:
-            notes.made(entry.number, size)
+        for recording in self._recordings:
+            recording.made(entry.number, size)
         return entry
 
     def _freed(self, entry: _Entry) -> None:
         self.live -= entry.size
         self.labelled[entry.label] -= entry.size
-        for notes in self._notes:
-            notes.freed(entry.number)
+        for recording in self._recordings:
+            recording.freed(entry.number)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.prim.device.default:  # two thirds of the operations that fake tensors dispatch

@@ -98,7 +98,7 @@ def subject(spec: CellSpec, batch: Callable[[], Batch], device: torch.device) ->
     return Subject.make(lambda: build_model(spec), batch, causal=spec.causal, device=device)
 
 
-class Plan:
+class Prediction:
     """Predictions around one cell, each length and batch of which is gone through once."""
 
     def __init__(self, spec: CellSpec) -> None:

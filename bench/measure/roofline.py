@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from bench.measure.cached import once, path_of
+from bench.measure.cached import load_or_measure, path_of
 from bench.measure.timing import synchronize
 from bench.records import write_atomically
 
@@ -103,7 +103,9 @@ class Roofline:
         self.folder = folder / "roofline"
         machine = [device.type, device_name, dtype, torch.get_num_threads(), torch.__version__]
         self.decides = [*machine, torch.get_float32_matmul_precision(), list(SIZES), COPY_BYTES]
-        found = once(self.folder, self.decides, lambda: asdict(self._measure()), {*Peaks.__annotations__})
+        found = load_or_measure(
+            self.folder, self.decides, lambda: asdict(self._measure()), {*Peaks.__annotations__}
+        )
         self.peaks = Peaks(**found)
 
     def _measure(self) -> Peaks:

@@ -89,11 +89,16 @@ class Subject:
         return cls(model=model, optimizer=optimizer, batch=batch().for_training(device), causal=causal)
 
     def step(
-        self, *, segments: Iterable[slice] | None = None, after: Callable[[Phase], None] | None = None
+        self, *, segments: Iterable[slice] | None = None, on_phase_end: Callable[[Phase], None] | None = None
     ) -> torch.Tensor:
         """One training step."""
         return training_step(
-            self.model, self.optimizer, self.batch, causal=self.causal, segments=segments, after=after
+            self.model,
+            self.optimizer,
+            self.batch,
+            causal=self.causal,
+            segments=segments,
+            on_phase_end=on_phase_end,
         )
 
     @torch.no_grad()
@@ -194,7 +199,7 @@ def _measured(
     storage: LiveStorage,
     *,
     distinct: DistinctSegments | None = None,
-    after: Callable[[Phase], None] = lambda _: None,
+    on_phase_end: Callable[[Phase], None] = lambda _: None,
 ) -> StepFigures:
     """What a step takes, found from all its segments or from `distinct` ones."""
     subject.optimizer.zero_grad(set_to_none=True)
@@ -211,9 +216,9 @@ def _measured(
 
         def both(phase: Phase) -> None:
             phases.after(phase)
-            after(phase)
+            on_phase_end(phase)
 
-        subject.step(segments=distinct, after=both)
+        subject.step(segments=distinct, on_phase_end=both)
     for hook in hooks:
         hook.remove()
     flops = {phase: sum(each) for phase, each in phases.flops.items()}
@@ -287,7 +292,7 @@ def on_device(make: Callable[[], Subject], device: torch.device) -> tuple[Subjec
         module.reset_peak_memory_stats(device)
         before = module.memory_allocated(device)
         library = before - storage.live
-        figures = _measured(subject, storage, after=after)
+        figures = _measured(subject, storage, on_phase_end=after)
     beyond = {phase: peak - figures.phase_peak_bytes(phase) for phase, peak in peaks.items()}
     return subject, replace(
         figures,

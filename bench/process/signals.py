@@ -25,15 +25,15 @@ class Stopped(KeyboardInterrupt):
 
 
 class Interrupts:
-    """Context manager in which the first of `SIGNALS` raises Stopped: immediately, or at the end of a `held`
-    block.
+    """Context manager in which the first of `SIGNALS` raises Stopped: immediately, or at the end of a
+    `deferred` block.
 
-    Code that waits inside a `held` block can watch the file descriptor `signal_fd`. Only the main thread
+    Code that waits inside a `deferred` block can watch the file descriptor `signal_fd`. Only the main thread
     receives signals; in other threads this context manager does nothing. Signals that are ignored, such as
     SIGHUP under nohup, stay ignored."""
 
     def __init__(self, work: str = "the current cell") -> None:
-        """`work` describes, for the user, the work in a `held` block."""
+        """`work` describes, for the user, the work in a `deferred` block."""
         self.work = work
 
     def __enter__(self) -> Interrupts:
@@ -55,7 +55,7 @@ class Interrupts:
         os.close(self._write_fd)
 
     @contextmanager
-    def held(self) -> Iterator[None]:
+    def deferred(self) -> Iterator[None]:
         """Context manager in which nothing is interrupted; Stopped is raised at its end."""
         self._deferring = True
         try:

@@ -10,18 +10,18 @@ from __future__ import annotations
 from bench.records.files import (
     CURVES_DIR,
     RECORDS_DIR,
+    atomic_writer,
     curve_path_of,
     make_folder,
     path_of,
     remove_abandoned,
-    replacing,
-    share,
+    share_with_group,
     temporary_files_of,
     write_atomically,
 )
 from bench.records.migrations import SCHEMA_VERSION
 from bench.records.reading import RecordError, parse
-from bench.records.record import FINAL, KEYS, STATUSES, Record, Status, Tell
+from bench.records.record import FINAL, KEYS, STATUSES, Record, Report, Status
 from bench.records.store import SequenceNumbers, columns_of, frame_of, load, read, read_all, write
 
 __all__ = [
@@ -33,9 +33,10 @@ __all__ = [
     "STATUSES",
     "Record",
     "RecordError",
+    "Report",
     "SequenceNumbers",
     "Status",
-    "Tell",
+    "atomic_writer",
     "columns_of",
     "curve_path_of",
     "frame_of",
@@ -46,8 +47,7 @@ __all__ = [
     "read",
     "read_all",
     "remove_abandoned",
-    "replacing",
-    "share",
+    "share_with_group",
     "temporary_files_of",
     "write",
     "write_atomically",

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bench.inputs.printable import printable
-from bench.records.files import ASIDE, CURVES_DIR, TEMPORARY, abandoned, path_of
+from bench.records.files import ASIDE, CURVES_DIR, TEMPORARY, is_abandoned, path_of
 from bench.records.migrations import SCHEMA_VERSION
 from bench.records.record import Record
 from bench.records.store import PART, StoredRecord, find_records, read_all
@@ -51,7 +51,7 @@ def check(folder: Path) -> list[Problem]:
     problems += [
         Problem("unfinished", f"{printable(path)}: its writer died before it was complete")
         for path in sorted(folder.rglob(f".*{TEMPORARY}"))
-        if abandoned(path)
+        if is_abandoned(path)
     ]
     problems += _left_over(folder, cells)
     return sorted(problems, key=lambda problem: not problem.loses_record)
@@ -64,7 +64,7 @@ def _of_file(folder: Path, one: StoredRecord, record: Record) -> Iterator[Proble
     if record.in_future(time.time()):
         yield Problem("future", f"{one.where}: started_at={printable(record.started_at, 40)} is ahead of now")
     if one.path.suffix == ASIDE:
-        if abandoned(one.path):
+        if is_abandoned(one.path):
             yield Problem("unfinished", f"{one.where}: moved aside by a compaction that died")
     elif one.path.suffix != PART and one.path != path_of(folder, record.cell_id):
         yield Problem("wrong name", f"{one.where}: it holds the record of cell {record.cell_id}")

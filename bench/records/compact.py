@@ -27,11 +27,11 @@ from pathlib import Path
 from bench.records.files import (
     ASIDE,
     TEMPORARY,
-    abandoned,
-    beside,
+    is_abandoned,
     parts_of,
     path_of,
     remove,
+    temporary_path,
     write_atomically,
 )
 from bench.records.record import Record
@@ -84,7 +84,7 @@ def compact(folder: Path) -> Compacted:
 
 def _is_free(path: Path) -> bool:
     """Return whether no other process works on a file."""
-    return not path.name.endswith(ASIDE) or abandoned(path)
+    return not path.name.endswith(ASIDE) or is_abandoned(path)
 
 
 def _is_full(path: Path, lines: list[StoredRecord]) -> bool:
@@ -130,7 +130,7 @@ def _write(folder: Path, text: str) -> Path:
 
 def _remove_single(folder: Path, one: StoredRecord, stored: dict[str, Record]) -> bool:
     """Remove a single file whose record is in a part, unless the file has changed since it was read."""
-    aside = one.path if one.path.name.endswith(ASIDE) else beside(one.path, ASIDE)
+    aside = one.path if one.path.name.endswith(ASIDE) else temporary_path(one.path, ASIDE)
     try:
         one.path.replace(aside)
     except FileNotFoundError:  # another process compacts too
@@ -155,7 +155,7 @@ def _restore_name(folder: Path, aside: Path, one: StoredRecord) -> bool:
 def _remove_temporaries(folder: Path) -> int:
     removed = 0
     for path in list(folder.rglob(f".*{TEMPORARY}")):
-        if abandoned(path):
+        if is_abandoned(path):
             remove(path)
             removed += 1
     return removed

@@ -64,7 +64,7 @@ def table(found: list[Record], show: Callable[[str], str] = str) -> pd.DataFrame
         columns[key] = [names[text] for text in columns[key]]
     columns["params_json"] = _as_json(columns["variant_params"])
     columns["data_json"] = _as_json(columns["data_params"])
-    columns["written"] = [record.written for record in found]
+    columns["written"] = [record.order for record in found]
     return pd.DataFrame(columns).astype(dict.fromkeys(_FIGURES, float))
 
 

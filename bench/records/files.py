@@ -5,7 +5,7 @@ Therefore a reader, even after a power failure, finds either the old or the new 
 If two writers write one file, the later one wins. No locks are used, because shared file systems often lack
 them.
 
-Folders that are writable by their group are treated as shared between users: see `share`.
+Folders that are writable by their group are treated as shared between users: see `share_with_group`.
 """
 
 from __future__ import annotations
@@ -48,13 +48,13 @@ def curve_path_of(folder: Path, cell_id: str) -> Path:
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[BufferedRandom]:
+def atomic_writer(path: Path) -> Iterator[BufferedRandom]:
     """Open a temporary file for writing, and rename it to `path` when all its data is on the disk."""
     make_folder(path.parent)
-    temporary = beside(path, TEMPORARY)
+    temporary = temporary_path(path, TEMPORARY)
     try:
         with temporary.open("x+b") as file:
-            share(temporary)
+            share_with_group(temporary)
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -67,7 +67,7 @@ def replacing(path: Path) -> Iterator[BufferedRandom]:
 
 def write_atomically(path: Path, text: str) -> None:
     """Write a text to `path` atomically."""
-    with replacing(path) as file:
+    with atomic_writer(path) as file:
         file.write(text.encode())
 
 
@@ -78,11 +78,11 @@ def make_folder(folder: Path) -> None:
     make_folder(folder.parent)
     with suppress(FileExistsError):  # another writer has just created it
         folder.mkdir()
-        share(folder)
+        share_with_group(folder)
         _sync(folder.parent)
 
 
-def share(path: Path) -> None:
+def share_with_group(path: Path) -> None:
     """Make a new file or folder writable by its group if the parent folder is writable by the same group.
 
     Otherwise the umask of one user would prevent the others from replacing, locking and reading the files.
@@ -93,7 +93,7 @@ def share(path: Path) -> None:
         path.chmod(stat.S_IMODE(own.st_mode | above.st_mode & rights))
 
 
-def beside(path: Path, suffix: str) -> Path:
+def temporary_path(path: Path, suffix: str) -> Path:
     """Return an unused, hidden name in the path's folder;
     it contains the file's name and the owner's host and process."""
     owner = f"{_host()}.{os.getpid()}.{secrets.token_hex(4)}"
@@ -105,7 +105,7 @@ def temporary_files_of(path: Path) -> list[Path]:
     return list(path.parent.glob(f".{path.stem}-*{TEMPORARY}"))
 
 
-def abandoned(path: Path) -> bool:
+def is_abandoned(path: Path) -> bool:
     """Return whether the writer of a temporary file or folder is dead: it ran on this machine and has ended,
     or it has not modified the file for `ABANDONED_SECONDS`."""
     made = _HIDDEN.fullmatch(path.name)
@@ -124,7 +124,7 @@ def remove_abandoned(folder: Path) -> None:
     """Remove the temporary files of dead processes from an experiment's folder,
     but not those of running ones."""
     for path in (*folder.glob(f".*{TEMPORARY}"), *folder.glob(f"*/.*{TEMPORARY}")):
-        if abandoned(path):
+        if is_abandoned(path):
             with suppress(OSError):  # it belongs to another user
                 remove(path)
 

@@ -24,7 +24,7 @@ FINAL: frozenset[str] = frozenset({"ok", "unsupported", "oom", "predicted_oom"})
 """Statuses that a second run of the same sweep does not measure again."""
 CLOCKS_DIFFER = 300.0
 """Difference between the clocks of machines, in seconds, that is accepted without a warning."""
-Tell = Callable[[dict[str, Any]], None]
+Report = Callable[[dict[str, Any]], None]
 """Receives figures, by record key, as soon as a cell has taken them.
 Figures that were reported survive the cell's process."""
 
@@ -226,7 +226,7 @@ class Record:
         return json.dumps(values, allow_nan=False, separators=(",", ":")) + "\n"
 
     @property
-    def written(self) -> int:
+    def order(self) -> int:
         """Sort key for the time of measurement: `sequence`, or the date of an older record without one."""
         return microseconds(self.started_at) if self.sequence is None else self.sequence
 
@@ -238,7 +238,7 @@ class Record:
     @property
     def recency(self) -> tuple[int, str, str]:
         """Sort key for records of one cell, the newest last; equal only for equal records."""
-        return self.written, self.started_at or "", self.to_line()
+        return self.order, self.started_at or "", self.to_line()
 
 
 def microseconds(date: str | None) -> int:

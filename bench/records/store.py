@@ -142,7 +142,7 @@ def read_all(folder: Path) -> tuple[list[Record], list[str]]:
                 known = newest.setdefault(one.record.cell_id, one.record)
                 if known is not one.record and one.record.recency > known.recency:
                     newest[one.record.cell_id] = one.record
-    return sorted(newest.values(), key=lambda r: (r.written, r.cell_id)), problems
+    return sorted(newest.values(), key=lambda r: (r.order, r.cell_id)), problems
 
 
 def load(folder: str | Path) -> pd.DataFrame:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.records import replacing, write_atomically
+from bench.records import atomic_writer, write_atomically
 from bench.report import page, summary
 from bench.report.comparison import matching
 from bench.report.comparison import tables as comparison_tables
@@ -70,7 +70,7 @@ def _write(report: Path, results: Results, *, plots: bool, all_plots: bool) -> N
     write_atomically(report / "summary.md", summary.text(results, pictures, notes))
     write_atomically(report / "summary.tex", summary.tex(results))
     write_atomically(report / "index.html", page.html(results))
-    with replacing(report / "cells.parquet") as file:
+    with atomic_writer(report / "cells.parquet") as file:
         file.write(parquet(collected.records, collected.stale))
 
 

@@ -9,8 +9,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from bench.process.signals import Interrupts
-from bench.records import make_folder, share
-from bench.records.files import TEMPORARY, abandoned, beside, remove
+from bench.records import make_folder, share_with_group
+from bench.records.files import TEMPORARY, is_abandoned, remove, temporary_path
 
 
 @contextmanager
@@ -23,14 +23,14 @@ def replacing_files(folder: Path, outdated: Sequence[str]) -> Iterator[Path]:
     removed last: no page lacks a picture at any time. Raises interrupts.Stopped at a signal.
     """
     for path in folder.parent.glob(f".{folder.stem}-*{TEMPORARY}"):
-        if abandoned(path):
+        if is_abandoned(path):
             remove(path)
-    new = beside(folder, TEMPORARY)
+    new = temporary_path(folder, TEMPORARY)
     with Interrupts("the report") as interrupts:
         try:
             make_folder(new)
             yield new
-            with interrupts.held():
+            with interrupts.deferred():
                 _take_over(new, folder, outdated)
         finally:
             remove(new)
@@ -43,7 +43,7 @@ def _take_over(new: Path, folder: Path, outdated: Sequence[str]) -> None:
     with _alone(folder):
         for name in sorted(made, key=lambda name: (-len(name.parts), name)):
             (new / name).replace(folder / name)
-            share(folder / name)
+            share_with_group(folder / name)
         for pattern in outdated:
             for path in folder.glob(pattern):
                 if path.relative_to(folder) not in made:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from bench.config.spec import Cell
-from bench.evaluate.quality import Quality
+from bench.evaluate.quality import QualityEvaluation
 from bench.evaluate.receptive_field import connected_share, reach
 from bench.measure import contention, gates, nvml, predict, timing
 from bench.measure import step as step_measure
@@ -21,11 +21,11 @@ from bench.measure.roofline import Roofline
 from bench.model.activations import STRATEGIES
 from bench.model.language_model import LanguageModel
 from bench.model.reversible import reversible
-from bench.records import Tell
+from bench.records import Report
 from bench.run import provenance
 from bench.run.memory_limit import UNLIMITED
 from bench.tasks.base import Task
-from bench.train.checkpoints import Kept
+from bench.train.checkpoints import CheckpointStore
 
 LONGEST_CONNECTED = 1024
 """Tokens up to which a plan also works out what a model connects: a second would pass in longer ones."""
@@ -48,16 +48,16 @@ class CellRun:
     """The steps of one cell. `run` does them in order."""
 
     def __init__(
-        self, cell: Cell, cell_id: str, code_sha256: str, tell: Tell, memory: int = UNLIMITED
+        self, cell: Cell, cell_id: str, code_sha256: str, report: Report, memory: int = UNLIMITED
     ) -> None:
         """`memory`: bytes that a step may take on the cell's device."""
         self.cell, self.cell_id, self.code_sha256 = cell, cell_id, code_sha256
-        self.spec, self.tell = cell.spec, tell
+        self.spec, self.report = cell.spec, report
         self.memory = memory
         self.seconds_work = 0.0
         self.variant, self.config, self.dims = self.spec.attention()
         self.device = torch.device(self.spec.device)
-        self.plan = predict.Plan(self.spec)
+        self.prediction = predict.Prediction(self.spec)
 
     @contextmanager
     def _work(self) -> Iterator[None]:
@@ -67,7 +67,7 @@ class CellRun:
             yield
         finally:
             self.seconds_work += time.perf_counter() - begun
-            self.tell({"seconds_work": self.seconds_work})
+            self.report({"seconds_work": self.seconds_work})
 
     def run(self) -> None:
         """Take every figure that was asked for.
@@ -75,7 +75,7 @@ class CellRun:
         Raises Unsupported, DoesNotFit, gates.GateFailed, roofline.AboveRoofline, train.Diverged, or
         whatever running out of memory raises.
         """
-        self.tell({"threads": torch.get_num_threads(), "device_name": self._device_name()} | self._claims())
+        self.report({"threads": torch.get_num_threads(), "device_name": self._device_name()} | self._claims())
         measure = self.spec.measure
         self._refuse()
         with self._work():
@@ -96,7 +96,9 @@ class CellRun:
             self._utilisation(subject, roofline, seconds=self._time(subject))
             del subject
             if measure.train_amount:
-                Quality(self.spec, task, self.device, kept=self._kept(), tell=self.tell).run()
+                QualityEvaluation(
+                    self.spec, task, self.device, checkpoints=self._checkpoints(), report=self.report
+                ).run()
 
     def _device_name(self) -> str | None:
         if self.device.type == "cpu" or not torch.accelerator.is_available():
@@ -143,20 +145,20 @@ class CellRun:
 
     def _gates(self) -> None:
         figures = gates.check(self.spec, self.cell.folder, self.code_sha256)
-        self.tell(asdict(figures))
+        self.report(asdict(figures))
 
     def _fit(self, budget: int) -> None:
         """Find what fits; where the batch is to be what fits, it is that from here on."""
-        self.tell({"budget_bytes": budget})
-        batch_size = self.plan.largest_batch_size(budget)
-        self.tell({"largest_batch_size": batch_size})
+        self.report({"budget_bytes": budget})
+        batch_size = self.prediction.largest_batch_size(budget)
+        self.report({"largest_batch_size": batch_size})
         if self.spec.batch_size:
-            self.tell({"longest_seq_len": self.plan.longest_seq_len(budget)})
+            self.report({"longest_seq_len": self.prediction.longest_seq_len(budget)})
         elif batch_size:
             self.spec = replace(self.spec, batch_size=batch_size)
-            self.tell({"batch_size": batch_size})
+            self.report({"batch_size": batch_size})
         else:
-            least = self.plan.predict(batch_size=1).peak_bytes
+            least = self.prediction.predict(batch_size=1).peak_bytes
             raise DoesNotFit(f"one sequence is predicted to need {least:,} bytes of {budget:,}")
 
     def _afford(self) -> None:
@@ -164,27 +166,27 @@ class CellRun:
         so that it is known how often that is wrong."""
         if self._missing(CPU):
             return  # nothing to predict with
-        peak = self.plan.predict(batch_size=self.spec.batch_size).peak_bytes
-        self.tell({"peak_bytes_predicted": peak})
+        peak = self.prediction.predict(batch_size=self.spec.batch_size).peak_bytes
+        self.report({"peak_bytes_predicted": peak})
         if peak > self.memory:
             audited = drawn(self.cell_id, self.cell.audit_oom)
-            self.tell({"audited": audited})
+            self.report({"audited": audited})
             if not audited:
                 raise DoesNotFit(
                     f"a step is predicted to take {peak:,} bytes, of {self.memory:,} that it may"
                 )
 
     def _predict(self) -> None:
-        figures = self.plan.predict(batch_size=self.spec.batch_size)
+        figures = self.prediction.predict(batch_size=self.spec.batch_size)
         with torch.device("meta"):
             model = predict.build_model(self.spec)
         self._tell_flops(model, figures, source="predicted")
         self._tell_bytes(figures, source="predicted")
-        self.tell({"peak_bytes_predicted": figures.peak_bytes})
+        self.report({"peak_bytes_predicted": figures.peak_bytes})
         if self.spec.measure.reach:
-            self.tell({"reach": reach(model, self.spec.seq_len, causal=self.spec.causal)})
+            self.report({"reach": reach(model, self.spec.seq_len, causal=self.spec.causal)})
         if (seq_len := self.spec.seq_len) <= LONGEST_CONNECTED:
-            self.tell({"connected_share": connected_share(model, seq_len, causal=self.spec.causal)})
+            self.report({"connected_share": connected_share(model, seq_len, causal=self.spec.causal)})
 
     def _step(self, task: Task) -> step_measure.Subject:
         def make() -> step_measure.Subject:
@@ -202,7 +204,7 @@ class CellRun:
             drift: dict[int, float] = {}
             with subject.model.running(partial(reversible, drift=drift)):
                 subject.step()
-            self.tell({"rebuild_error_by_level": [drift[level] for level in sorted(drift)]})
+            self.report({"rebuild_error_by_level": [drift[level] for level in sorted(drift)]})
         return subject
 
     def _tell_flops(self, model: LanguageModel, figures: step_measure.StepFigures, source: str) -> None:
@@ -211,7 +213,7 @@ class CellRun:
         reason, bounded = model.flop_overhead_reason, model.overhead_is_bounded
         ratio = gates.cost_ratio(figures.flops_forward, forward, reason, bounded=bounded)
         unequal = abs(ratio - 1) > gates.COST_TOLERANCE
-        self.tell(
+        self.report(
             {
                 "impl": model.impl,
                 "params": sum(p.numel() for p in model.parameters()),
@@ -226,7 +228,7 @@ class CellRun:
         )
 
     def _tell_bytes(self, figures: step_measure.StepFigures, source: str) -> None:
-        self.tell(
+        self.report(
             {
                 "peak_bytes": figures.peak_bytes,
                 "peak_bytes_source": source,
@@ -251,16 +253,16 @@ class CellRun:
         """The machine's, which the first cell of a run takes; between a cell's memory and its time, so that
         what it allocates is in neither."""
         found = Roofline(self.cell.folder, self.device, self._device_name(), self.spec.dtype)
-        self.tell(asdict(found.peaks))
+        self.report(asdict(found.peaks))
         return found
 
     def _utilisation(self, subject: step_measure.Subject, roofline: Roofline, *, seconds: float) -> None:
         """Of a step that takes so long. Tells the peaks again, which may have been raised."""
         flops = 3 * subject.model.cost(self.spec.workload()).total
         try:
-            self.tell({"mfu": roofline.utilisation(flops, seconds)})
+            self.report({"mfu": roofline.utilisation(flops, seconds)})
         finally:
-            self.tell(asdict(roofline.peaks))
+            self.report(asdict(roofline.peaks))
 
     def _time(self, subject: step_measure.Subject) -> float:
         """Times of a step and of a forward pass; returns the step's median."""
@@ -275,14 +277,14 @@ class CellRun:
                 precision=measure.precision,
             )
 
-        window = contention.Window(self.device)
+        window = contention.ContentionMonitor(self.device)
         steps = sample(subject.step)
         joules = window.joules()
         subject.optimizer.zero_grad(set_to_none=True)
         subject.model.eval()
         forwards = sample(subject.forward)
         seen = window.end()
-        self.tell(
+        self.report(
             {
                 "step_seconds_median": steps.median,
                 "step_seconds_samples": steps.seconds,
@@ -298,9 +300,9 @@ class CellRun:
         )
         return steps.median
 
-    def _kept(self) -> Kept:
+    def _checkpoints(self) -> CheckpointStore:
         """The checkpoints of the cell's training."""
-        return Kept(
+        return CheckpointStore(
             folder=self.cell.folder,
             cell_id=self.cell_id,
             code_sha256=self.code_sha256,

@@ -79,7 +79,7 @@ class CellLocks:
             new = not path.exists()
             self._handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
             if new:
-                records.share(path)
+                records.share_with_group(path)
         except OSError as error:
             why = f"{error.strerror}; its owner may give your group the right to write it"
             raise ConfigError(f"results_dir: cannot lock {printable(path)}: {why}") from None

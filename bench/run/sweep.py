@@ -276,7 +276,10 @@ def _run_job(job: Job, skip: OutOfMemorySkip, progress: Progress, interrupts: In
         progress.finished(record)
         return record
     device = cell.spec.device
-    with on_device(device, partial(progress.waiting, f"another run measures on {device}")), interrupts.held():
+    with (
+        on_device(device, partial(progress.waiting, f"another run measures on {device}")),
+        interrupts.deferred(),
+    ):
         progress.starting(cell.spec.label)
         begun = provenance.provenance()
         try:

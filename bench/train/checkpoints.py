@@ -66,7 +66,7 @@ class _CheckpointError(Exception):
 
 
 @dataclass(kw_only=True)
-class Kept:
+class CheckpointStore:
     """The checkpoint and the training curve of one cell in the experiment's folder."""
 
     folder: Path
@@ -106,7 +106,7 @@ class Kept:
 
         begun = time.monotonic()
         self.write_curve(curve, step_tokens)
-        with records.replacing(self.path) as file:
+        with records.atomic_writer(self.path) as file:
             torch.save({"origin": self._requirements(), "state": state}, file)
             file.seek(0)
             digest = hashlib.file_digest(file, "sha256").digest()

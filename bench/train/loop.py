@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from bench.config.spec import MeasureSpec
 from bench.model.language_model import LanguageModel
 from bench.tasks.base import IGNORED, Batch
-from bench.train.checkpoints import Kept, generator_states, restore_generators
+from bench.train.checkpoints import CheckpointStore, generator_states, restore_generators
 from bench.train.loss_curve import Curve, Row
 from variants.base import AuxiliaryLoss, UpdatesAfterStep
 
@@ -96,17 +96,17 @@ def training_step(
     *,
     causal: bool,
     segments: Iterable[slice] | None = None,
-    after: Callable[[Phase], None] | None = None,
+    on_phase_end: Callable[[Phase], None] | None = None,
 ) -> torch.Tensor:
     """Run forward, backward, gradient clipping and update; returns the mean nll in nats, still on the device.
 
     If the input schedule has segments, each segment runs forward and backward in turn and the gradients
     accumulate; `segments` selects segments, by default all. Auxiliary losses are additional roots of the
     backward pass. They are not part of the nll, and the gradients of parameters that only they train are
-    clipped separately. `after` is called at the end of each phase; after a forward pass, everything that the
-    backward pass needs is stored.
+    clipped separately. `on_phase_end` is called at the end of each phase; after a forward pass, everything
+    that the backward pass needs is stored.
     """
-    done = after or (lambda _: None)
+    done = on_phase_end or (lambda _: None)
     optimizer.zero_grad(set_to_none=True)
     device = batch.inputs.device
     total, scored = torch.zeros((), device=device), (batch.targets != IGNORED).sum()
@@ -243,28 +243,28 @@ def train(
     learning_rate: float,
     causal: bool,
     step_tokens: int,
-    kept: Kept | None = None,
+    checkpoints: CheckpointStore | None = None,
 ) -> Training:
     """Train until the budget is used; `batches(step, done)` returns each step's batch of `step_tokens`
     tokens.
 
-    With `kept`, resume from its checkpoint if it can be loaded, write checkpoints during training, and write
-    the training curve even if training fails. Raises Diverged.
+    With `checkpoints`, resume from the newest checkpoint if it can be loaded, write checkpoints during
+    training, and write the training curve even if training fails. Raises Diverged.
     """
     training = Training(
         model, budget=budget, learning_rate=learning_rate, causal=causal, step_tokens=step_tokens
     )
-    if kept and (state := kept.read()):
+    if checkpoints and (state := checkpoints.read()):
         training.load_state_dict(state)
-        print(f"{kept.path}: training resumes after step {training.step}", file=sys.stderr)
+        print(f"{checkpoints.path}: training resumes after step {training.step}", file=sys.stderr)
     model.train()
     try:
         while training.done < 1:
             training.advance(batches)
-            if kept and kept.is_due():
-                kept.write(training.state_dict(), training.curve, step_tokens)
+            if checkpoints and checkpoints.is_due():
+                checkpoints.write(training.state_dict(), training.curve, step_tokens)
         training.check()
     finally:
-        if kept and training.step:
-            kept.write_curve(training.curve, step_tokens)
+        if checkpoints and training.step:
+            checkpoints.write_curve(training.curve, step_tokens)
     return training
