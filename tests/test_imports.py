@@ -21,6 +21,7 @@ LAYERS = (
     "bench.tools",
     "bench.cli",
     "bench.run",
+    "bench.scenarios",
     "bench.evaluate",
     "bench.measure",
     "bench.train",

@@ -20,8 +20,9 @@ from bench.measure import gates
 from bench.model.activations import STRATEGIES
 from bench.model.language_model import LanguageModel
 from bench.model.slots import LayerSpec, ModelSpec
-from bench.run.cell import CellRun, Unsupported
+from bench.run.cell import CellRun
 from bench.run.code_hash import code_sha256
+from bench.scenarios.support import Unsupported
 from bench.tasks.base import Batch
 from bench.train.loop import optimizer_for, training_step
 from variants.base import Context, DepthConfig, DepthSchedule, Dims, FFOut, SequenceMixer, SlotSpec, Workload

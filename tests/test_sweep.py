@@ -291,15 +291,15 @@ def test_which_records_stand() -> None:
 
 
 def test_an_audit_takes_the_share_it_is_told_and_always_the_same() -> None:
-    from bench.run.cell import drawn
+    from bench.scenarios.plan import is_audited
 
     ids = [f"{random.Random(n).getrandbits(64):016x}" for n in range(2000)]
-    assert not any(drawn(cell, 0) for cell in ids)
-    assert all(drawn(cell, 1) for cell in [*ids, "f" * 16])
-    some = [cell for cell in ids if drawn(cell, 0.05)]
+    assert not any(is_audited(cell, 0) for cell in ids)
+    assert all(is_audited(cell, 1) for cell in [*ids, "f" * 16])
+    some = [cell for cell in ids if is_audited(cell, 0.05)]
     assert 60 < len(some) < 140
-    assert some == [cell for cell in ids if drawn(cell, 0.05)]
-    assert {*some} < {cell for cell in ids if drawn(cell, 0.2)}
+    assert some == [cell for cell in ids if is_audited(cell, 0.05)]
+    assert {*some} < {cell for cell in ids if is_audited(cell, 0.2)}
 
 
 CLAIM = """

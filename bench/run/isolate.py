@@ -73,10 +73,10 @@ def run(cell: Cell, cell_id: str, code_sha256: str, stop: int | None = None) -> 
         figures |= {"status": "error", "reason": "stopped by a signal to the sweep before it ended"}
     elif "status" not in figures:
         figures |= _status_of_exit(child.exitcode, tail, kills)
-    told = figures.pop("traceback", "")
+    stack = figures.pop("traceback", "")
     if figures["status"] == "error":
-        sys.stderr.write(told)
-    stderr_tail.store(cell.folder, cell_id, "" if figures["status"] == "ok" else tail.text + told)
+        sys.stderr.write(stack)
+    stderr_tail.store(cell.folder, cell_id, "" if figures["status"] == "ok" else tail.text + stack)
     tail.reader.close()
     figures["seconds_total"] = time.monotonic() - begun
     return figures
@@ -86,9 +86,9 @@ def _collect(
     ours: Connection, tail: StderrTail, child: Any, deadline: float, stop: int | None, figures: dict[str, Any]
 ) -> Literal["ended", "late", "stopped"]:
     """Collect figures until the child ends, the deadline passes, or `stop` becomes readable."""
-    telling = True
+    reporting = True
     while True:
-        pipes: list[Any] = [*([ours] if telling else []), *([tail.reader] if tail.is_open else [])]
+        pipes: list[Any] = [*([ours] if reporting else []), *([tail.reader] if tail.is_open else [])]
         stops = [stop] if stop is not None and "status" not in figures else []
         left = max(0.0, deadline - time.monotonic())
         ready = wait([*pipes, *stops, child.sentinel], timeout=min(left, LONGEST_WAIT))
@@ -101,7 +101,7 @@ def _collect(
             try:
                 figures |= ours.recv()
             except (EOFError, OSError):  # it ended, perhaps while it reported a figure
-                telling = False
+                reporting = False
         elif child.sentinel in ready:
             child.join()
             return "ended"
@@ -125,8 +125,8 @@ def _status_of_exit(exitcode: int | None, tail: StderrTail, kills_before: int | 
     kills = cgroups.oom_kills()
     if name == "SIGKILL" and kills is not None and kills_before is not None and kills > kills_before:
         return {"status": "oom", "reason": f"{what}, and the kernel counts an out-of-memory kill"}
-    if name == "SIGABRT" and (said := next((sign for sign in NO_MEMORY if sign in tail.text), None)):
-        return {"status": "oom", "reason": f"{what} after {said}"}
+    if name == "SIGABRT" and (message := next((sign for sign in NO_MEMORY if sign in tail.text), None)):
+        return {"status": "oom", "reason": f"{what} after {message}"}
     return {"status": "error"} | _reason(what, tail)
 
 
@@ -158,7 +158,9 @@ def _outcome(cell: Cell, cell_id: str, code_sha256: str, memory: int, theirs: Co
     and the `traceback` of an unexpected exception."""
     from bench.measure.gate_failed import GateFailed
     from bench.measure.roofline import AboveRoofline
-    from bench.run.cell import CellRun, DoesNotFit, Unsupported
+    from bench.run.cell import CellRun
+    from bench.scenarios.plan import DoesNotFit
+    from bench.scenarios.support import Unsupported
     from bench.train.loop import Diverged
 
     try:

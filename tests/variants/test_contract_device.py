@@ -23,7 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import variants
 from bench.config.parse import parse
-from bench.run.cell import CellRun
+from bench.scenarios.plan import Plan
 from variants.base import Context, Workload
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
@@ -95,7 +95,7 @@ def test_a_planned_record_names_the_implementation(name: str, device: str, tmp_p
         cell = parse(compose("config", overrides=[*given, f"results_dir={tmp_path}"]))
     cell = replace(cell, spec=replace(cell.spec, device=device))
     told: dict[str, Any] = {}
-    CellRun(cell, "0", "code", told.update)._predict()
+    Plan(cell.spec, told.update).run()
     variant, config, dims = cell.spec.attention()
     there = variant(config, replace(dims, device_type=None)).to("cpu" if device == "cpu" else "meta")
     assert told["impl"] == there.impl

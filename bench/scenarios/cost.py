@@ -1,0 +1,118 @@
+"""Measured cost of a training step: FLOPs, memory, time and utilisation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from bench.config.spec import CellSpec
+from bench.measure import contention, nvml, predict, timing
+from bench.measure import step as step_measure
+from bench.measure.roofline import Roofline
+from bench.model.reversible import reversible
+from bench.records import Report
+from bench.scenarios.figures import flop_figures, memory_figures
+from bench.tasks.base import Task
+
+
+class CostMeasurement:
+    """The measurements of one cell's training step. `run` performs them in order."""
+
+    def __init__(
+        self,
+        spec: CellSpec,
+        task: Task,
+        device: torch.device,
+        *,
+        folder: Path,
+        device_name: str | None,
+        report: Report,
+    ) -> None:
+        """`folder`: the experiment's folder, which caches the roofline of the device `device_name`."""
+        self.spec, self.task, self.device, self.report = spec, task, device, report
+        self.folder, self.device_name = folder, device_name
+
+    def run(self) -> None:
+        """Measure FLOPs, memory and time; the model is freed at the end.
+
+        Raises gates.GateFailed, roofline.AboveRoofline, and torch.OutOfMemoryError or RuntimeError when
+        memory runs out.
+        """
+        subject = self._step()
+        roofline = self._roofline()
+        self._utilisation(subject, roofline, seconds=self._time(subject))
+
+    def _step(self) -> step_measure.Subject:
+        def make() -> step_measure.Subject:
+            return predict.subject(self.spec, lambda: self.task.train_batch(0, 0.0), self.device)
+
+        if self.device.type == "cpu":
+            subject, figures = step_measure.on_host(make)
+            source = "live_storage"
+        else:
+            subject, figures = step_measure.on_device(make, self.device)
+            source = f"{self.device.type}_allocated"
+        self.report(flop_figures(self.spec, subject.model, figures, source="dispatched"))
+        self.report(memory_figures(figures, source=source))
+        if self.spec.activations == "reversible":
+            drift: dict[int, float] = {}
+            with subject.model.running(partial(reversible, drift=drift)):
+                subject.step()
+            self.report({"rebuild_error_by_level": [drift[level] for level in sorted(drift)]})
+        return subject
+
+    def _roofline(self) -> Roofline:
+        """Load the machine's peak rates; the first cell of an experiment measures them. This is done after
+        the memory and before the time is measured, because the measurement allocates memory."""
+        roofline = Roofline(self.folder, self.device, self.device_name, self.spec.dtype)
+        self.report(asdict(roofline.peaks))
+        return roofline
+
+    def _utilisation(self, subject: step_measure.Subject, roofline: Roofline, *, seconds: float) -> None:
+        """Report the utilisation of a step that takes `seconds`, and the peak rates again, because a cell
+        above the roofline measures them again."""
+        flops = 3 * subject.model.cost(self.spec.workload()).total
+        try:
+            self.report({"mfu": roofline.utilisation(flops, seconds)})
+        finally:
+            self.report(asdict(roofline.peaks))
+
+    def _time(self, subject: step_measure.Subject) -> float:
+        """Measure the times of a step and of a forward pass; returns the median of the step in seconds."""
+        measure, tokens = self.spec.measure, self.spec.batch_size * self.spec.seq_len
+
+        def sample(work: Callable[[], object]) -> timing.Samples:
+            return timing.sample(
+                work,
+                self.device,
+                seconds=measure.time_seconds,
+                at_least=measure.min_samples,
+                precision=measure.precision,
+            )
+
+        monitor = contention.ContentionMonitor(self.device)
+        steps = sample(subject.step)
+        joules = monitor.joules()
+        subject.optimizer.zero_grad(set_to_none=True)
+        subject.model.eval()
+        forwards = sample(subject.forward)
+        load = monitor.end()
+        self.report(
+            {
+                "step_seconds_median": steps.median,
+                "step_seconds_samples": steps.seconds,
+                "forward_seconds_median": forwards.median,
+                "forward_seconds_samples": forwards.seconds,
+                "tokens_per_second": tokens / steps.median,
+                "forward_tokens_per_second": tokens / forwards.median,
+                nvml.ENERGY: None if joules is None else joules / (steps.runs * tokens),
+                "sampling_end": steps.end,
+                "sampling_half_width": steps.half_width,
+                **load,
+            }
+        )
+        return steps.median

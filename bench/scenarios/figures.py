@@ -1,0 +1,56 @@
+"""Figures of a training step by record key, for predicted and for measured steps."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from bench.config.spec import CellSpec
+from bench.measure import gates
+from bench.measure.step import StepFigures
+from bench.model.language_model import LanguageModel
+
+
+def flop_figures(spec: CellSpec, model: LanguageModel, figures: StepFigures, source: str) -> dict[str, Any]:
+    """Return the FLOPs of the step and the properties of the model that they depend on.
+
+    `source` says how the FLOPs were counted. Raises gates.GateFailed if the executed FLOPs of attention
+    differ from the algorithmic ones without a stated reason.
+    """
+    work = spec.workload()
+    forward = model.cost(work)
+    reason, bounded = model.flop_overhead_reason, model.overhead_is_bounded
+    ratio = gates.cost_ratio(figures.flops_forward, forward, reason, bounded=bounded)
+    unequal = abs(ratio - 1) > gates.COST_TOLERANCE
+    return {
+        "impl": model.impl,
+        "params": sum(p.numel() for p in model.parameters()),
+        "flops_algorithmic_step": 3 * forward.total,
+        "flops_attention_step": 3 * forward.mixing,
+        "flops_executed_step": figures.flops_step,
+        "flops_source": source,
+        "cost_ratio": ratio,
+        "cost_ratio_reason": reason if unequal else None,
+        "state_bytes": model.state_bytes(work),
+    }
+
+
+def memory_figures(figures: StepFigures, source: str) -> dict[str, Any]:
+    """Return the peak memory of the step and its parts; `source` says how the peak was measured."""
+    return {
+        "peak_bytes": figures.peak_bytes,
+        "peak_bytes_source": source,
+        "peak_phase": figures.peak_phase,
+        "forward_peak_bytes": figures.phase_peak_bytes("forward"),
+        "backward_peak_bytes": figures.phase_peak_bytes("backward"),
+        "optimizer_peak_bytes": figures.phase_peak_bytes("optimizer"),
+        "peak_grad_bytes": figures.at_peak["gradients"],
+        "peak_activation_bytes": figures.at_peak["activations"],
+        "peak_workspace_bytes": figures.at_peak["workspace"],
+        "param_bytes": figures.param_bytes,
+        "grad_bytes": figures.grad_bytes,
+        "optimizer_bytes": figures.optimizer_bytes,
+        "activation_bytes": figures.activation_bytes,
+        "rss_peak_bytes": figures.rss_peak_bytes,
+        "cuda_reserved_bytes": figures.reserved_bytes,
+        "library_bytes": figures.library_bytes,
+    }

@@ -1,0 +1,48 @@
+"""Checks before a cell is measured: does this machine, and does each layer, support its configuration?"""
+
+from __future__ import annotations
+
+import torch
+
+from bench.config.spec import CellSpec
+from bench.measure.predict import CPU
+from bench.model.activations import STRATEGIES
+
+
+class Unsupported(Exception):
+    """The cell cannot run; the message is the reason in its record."""
+
+
+def check_supported(spec: CellSpec) -> None:
+    """Raise Unsupported for a missing device, or for a size, strategy or dtype that is not supported."""
+    device = torch.device(spec.device)
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    if device.type != "cpu" and (accelerator is None or accelerator.type != device.type):
+        raise Unsupported(
+            f"device={spec.device}: this machine has no such device, or torch does not support it"
+        )
+    variant, config, dims = spec.attention()
+    if reason := variant.unsupported(config, dims, causal=spec.causal):
+        raise Unsupported(reason)
+    for layer in spec.model_spec().layers:
+        slot = layer.feed_forward
+        if reason := slot.layer.unsupported(slot.config, dims.d_model):
+            raise Unsupported(f"{slot.name}: {reason}")
+    if reason := STRATEGIES[spec.activations].unsupported(device.type):
+        raise Unsupported(f"activations={spec.activations}: {reason}")
+    needs_plan = not spec.measure.execute or spec.measure.budget is not None
+    if needs_plan and (reason := missing_kernel(spec, CPU)):
+        raise Unsupported(f"a plan runs on fake tensors of the CPU: {reason}")
+    if reason := missing_kernel(spec, device):
+        raise Unsupported(reason)
+
+
+def missing_kernel(spec: CellSpec, device: torch.device) -> str | None:
+    """Return why the variant cannot run on the device in the cell's dtype or in float32, which the gates use;
+    None if it can."""
+    variant, config, dims = spec.attention()
+    reasons = (
+        variant.missing(config, dims, device=device, dtype=dtype)
+        for dtype in (getattr(torch, spec.dtype), torch.float32)
+    )
+    return next((reason for reason in reasons if reason), None)
