@@ -28,7 +28,7 @@ from bench import CONFIGS
 from bench.config import parse
 from bench.config.spec import Cell, CellSpec, ClusterSpec, DataSpec, MeasureSpec, ModelSizes
 from bench.records import FINAL, KEYS
-from bench.run import cluster, sweep
+from bench.run import cluster, prepare, sweep
 
 needs_submitit = pytest.mark.skipif(
     not find_spec("hydra_plugins.hydra_submitit_launcher"), reason="hydra-submitit-launcher is not installed"
@@ -300,7 +300,7 @@ def test_records_come_back_without_a_shared_folder(
     """Two machines: what the one wrote, the other is told, writes, and knows the next time."""
     far, near = cells(tmp_path / "far", 3), cells(tmp_path / "near", 3)
     measured = [
-        {**dict.fromkeys(KEYS), **sweep.identity(cell), "schema_version": version(), "status": status}
+        {**dict.fromkeys(KEYS), **prepare.identity(cell), "schema_version": version(), "status": status}
         for cell, status in zip(far, ("ok", "error", "ok"), strict=True)
     ]
     strange = {**measured[0], "cell_id": "0" * 16}
@@ -331,7 +331,7 @@ def test_a_launcher_that_gives_up_leaves_what_is_recorded(
 
     class Dies(RuntimeError):
         def __init__(self) -> None:  # a job wrote its record, another one died
-            write(one.folder, Record(**sweep.identity(one), status="ok"))
+            write(one.folder, Record(**prepare.identity(one), status="ok"))
             super().__init__("job 17 died\nand more")
 
     def launch(knobs: ClusterSpec, jobs: list[list[str]]) -> Any:
@@ -347,7 +347,7 @@ def test_a_job_that_fails_is_told_and_the_others_count(
     tmp_path: Path, handed: Handed, capsys: pytest.CaptureFixture[str]
 ) -> None:
     made = cells(tmp_path, 2)
-    record = {**dict.fromkeys(KEYS), **sweep.identity(made[1]), "schema_version": version(), "status": "ok"}
+    record = {**dict.fromkeys(KEYS), **prepare.identity(made[1]), "schema_version": version(), "status": "ok"}
     answers = [[ValueError("no corpus here"), [json.dumps(record)]]]
     got = cluster.run(made, [["n"]] * 2, ClusterSpec(), launcher(handed, answers))
     assert [r.cell_id for r in got] == [record["cell_id"]]

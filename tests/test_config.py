@@ -22,7 +22,7 @@ from bench.config.parse import parse
 from bench.config.spec import ACTIVATIONS, Cell, CellSpec, DataSpec, MeasureSpec, ModelSizes, Root
 from bench.inputs.errors import ConfigError, choose
 from bench.measure import predict
-from bench.run import sweep
+from bench.run import prepare, sweep
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 
@@ -304,9 +304,9 @@ def test_a_budget_is_of_one_kind_and_the_others_are_not_looked_at() -> None:
 
 def test_what_is_known_before_a_cell_runs_names_its_budgets() -> None:
     """So that a cell that is stopped says them too."""
-    fits = sweep.identity(cell_of("measure=fits", "measure.budget=2GiB", "data=stdlib"))
+    fits = prepare.identity(cell_of("measure=fits", "measure.budget=2GiB", "data=stdlib"))
     assert (fits["budget_bytes"], fits.get("learning_rate")) == (2 * 2**30, None)
-    trained = sweep.identity(cell_of("measure=standard", "measure.eval_split=validation", "data=stdlib"))
+    trained = prepare.identity(cell_of("measure=standard", "measure.eval_split=validation", "data=stdlib"))
     assert trained["budget_bytes"] is None
     keys = ("train_budget", "train_amount", "learning_rate", "eval_split")
     assert [trained[key] for key in keys] == ["tokens", 400_000, 0.003, "validation"]
@@ -436,7 +436,7 @@ def test_a_preset_that_compares_times_measures_a_few_cells_twice(preset: str) ->
         )
         for job in jobs_of(preset)
     ]
-    order = [cell.spec for cell in sweep.order_in_rounds(cells)]
+    order = [cell.spec for cell in prepare.order_in_rounds(cells)]
     assert [spec.replicate for spec in order] == sorted(spec.replicate for spec in order)
     twins = [spec for spec in order if spec.twin]
     assert len({spec.variant for spec in twins}) > 1

@@ -25,7 +25,7 @@ from bench.records.bounds import MAX_INT
 from bench.records.check import check
 from bench.records.compact import compact
 from bench.report.data.collect import collect
-from bench.run import cluster, sweep
+from bench.run import cluster, prepare, sweep
 
 TINY = ["data=stdlib", "measure=plan", "seq_len=16", "depth=1", "model.d_model=16", "device=cpu"]
 BEYOND = 2**63
@@ -59,7 +59,7 @@ UNSTORABLE = {
 @pytest.mark.parametrize("knob", UNSTORABLE)
 def test_what_a_record_could_not_hold_is_refused_in_a_line(knob: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as said:
-        sweep.prepare_jobs([cell_of(tmp_path, *UNSTORABLE[knob])])
+        prepare.prepare_jobs([cell_of(tmp_path, *UNSTORABLE[knob])])
     line = str(said.value)
     assert knob.split(",")[0].rpartition(".")[2] in line
     assert "allowed" in line or "lone surrogate" in line
@@ -75,7 +75,7 @@ def test_a_path_that_is_no_utf_8_is_refused(tmp_path: Path) -> None:
     params = cell_of_files(tmp_path).spec.data.params | {"path": str(path)}
     data = replace(cell.spec.data, name="files", params=params)
     with pytest.raises(ConfigError, match=r"data_params=.*udcff.*allowed are"):
-        sweep.prepare_jobs([replace(cell, spec=replace(cell.spec, data=data))])
+        prepare.prepare_jobs([replace(cell, spec=replace(cell.spec, data=data))])
 
 
 def cell_of_files(folder: Path) -> Cell:
@@ -95,7 +95,7 @@ def test_a_process_says_so_too_and_writes_nothing(arguments: list[str], tmp_path
 
 def test_the_largest_numbers_are_kept(tmp_path: Path) -> None:
     for knob in ("replicate", "twin"):
-        (job,) = sweep.prepare_jobs([cell_of(tmp_path, f"{knob}={MAX_INT}")])
+        (job,) = prepare.prepare_jobs([cell_of(tmp_path, f"{knob}={MAX_INT}")])
         sweep.store_record(job, Record(**job.known, status="ok"))
         found = records.read(tmp_path / "adhoc", job.cell_id)
         assert found
@@ -103,7 +103,7 @@ def test_the_largest_numbers_are_kept(tmp_path: Path) -> None:
 
 
 def test_words_of_an_error_are_kept_whatever_their_bytes(tmp_path: Path) -> None:
-    (job,) = sweep.prepare_jobs([cell_of(tmp_path)])
+    (job,) = prepare.prepare_jobs([cell_of(tmp_path)])
     sweep.store_record(job, Record(**job.known, status="error", reason="FileNotFoundError: 'c\udcff.txt'"))
     found = records.read(tmp_path / "adhoc", job.cell_id)
     assert found
@@ -135,7 +135,7 @@ def test_figures_that_cannot_be_are_named_and_the_cell_has_failed(
 ) -> None:
     with pytest.raises(records.RecordError, match=rf"{key}.*: allowed is "):
         records.parse(record_of(**{key: value}).to_json())
-    (job,) = sweep.prepare_jobs([cell_of(tmp_path)])
+    (job,) = prepare.prepare_jobs([cell_of(tmp_path)])
     sweep.store_record(job, Record(**job.known | {key: value}, status="ok", started_at="2026-01-01"))
     found, problems = records.read_all(tmp_path / "adhoc")
     assert not problems
@@ -204,11 +204,11 @@ BEFORE: dict[str, dict[str, Any]] = {
 def test_what_was_measured_last_counts(kind: str, gathered: bool, tmp_path: Path) -> None:
     folder = tmp_path / "adhoc"
     cell = cell_of(tmp_path, "force=true")
-    known = sweep.identity(cell)
+    known = prepare.identity(cell)
     records.write(folder, Record(**known | {"status": "ok", "params": 1} | BEFORE[kind]))
     if gathered:
         compact(folder)
-    (job,) = sweep.prepare_jobs([cell])
+    (job,) = prepare.prepare_jobs([cell])
     sweep.store_record(job, Record(**known, status="ok", params=2, started_at="2026-11-26T00:00:00+00:00"))
     for _ in range(2):
         now = records.read(folder, job.cell_id)
@@ -225,7 +225,7 @@ def test_folders_of_two_machines_are_merged_by_time(tmp_path: Path) -> None:
     cell = cell_of(tmp_path, "force=true")
     texts = []
     for params, machine in enumerate(("a", "b", "a")):
-        (job,) = sweep.prepare_jobs([replace(cell, folder=tmp_path / machine)])
+        (job,) = prepare.prepare_jobs([replace(cell, folder=tmp_path / machine)])
         kept = sweep.store_record(job, Record(**job.known, status="ok", params=params + 1))
         texts.append(kept)
     assert [one.sequence for one in texts] == sorted({one.sequence or 0 for one in texts})

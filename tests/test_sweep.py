@@ -22,7 +22,7 @@ from conftest import HANG_SECONDS, wait_until
 from bench import records
 from bench.config.spec import Cell, CellSpec, DataSpec, MeasureSpec, ModelSizes
 from bench.records import FINAL, Record
-from bench.run import sweep
+from bench.run import prepare
 from bench.run.locks import CellLocks
 from bench.run.oom_skip import OutOfMemorySkip
 
@@ -265,7 +265,7 @@ def cell_of(seq_len: int = 8, **changed: Any) -> Cell:
 
 
 def record_of(cell: Cell, status: Any, **changed: Any) -> Record:
-    return Record(**{**sweep.identity(cell), "status": status, **changed})
+    return Record(**{**prepare.identity(cell), "status": status, **changed})
 
 
 def test_longer_cells_of_a_line_are_not_tried_and_no_others() -> None:
@@ -282,7 +282,7 @@ def test_longer_cells_of_a_line_are_not_tried_and_no_others() -> None:
 def test_which_records_stand() -> None:
     def standing(**knobs: Any) -> set[str]:
         cell = cell_of(**knobs)
-        return {s for s in records.STATUSES if sweep.is_up_to_date(record_of(cell, s), cell)}
+        return {s for s in records.STATUSES if prepare.is_up_to_date(record_of(cell, s), cell)}
 
     assert standing() == FINAL
     assert standing(rerun="oom") == {"ok", "unsupported"}

@@ -17,7 +17,7 @@ from bench.config.parse import parse
 from bench.config.spec import CellSpec
 from bench.measure import predict
 from bench.records import Record, read
-from bench.run import sweep
+from bench.run import prepare, sweep
 from bench.tasks.base import IGNORED, Task
 from bench.tasks.text import MASK, VOCABULARY, Text
 
@@ -129,7 +129,7 @@ def test_the_objective_is_the_tasks_and_causality_follows_from_it_or_from_the_va
 def test_knobs_change_the_data_hash_and_the_cell_and_stand_in_the_record(tmp_path: Path) -> None:
     def identity(*overrides: str) -> dict[str, object]:
         with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-            return sweep.identity(parse(compose("config", overrides=["device=cpu", *overrides])))
+            return prepare.identity(parse(compose("config", overrides=["device=cpu", *overrides])))
 
     known = identity("data=mqar", "data.n_pairs=8")
     assert known["data"] == "mqar"

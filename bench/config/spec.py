@@ -1,8 +1,9 @@
 """What a cell is: everything that decides a record's figures, plus where the record goes.
 
 Each knob is declared here once (`variants.knobs`): the configuration's defaults, checks, help and the hash of
-a cell follow from the declaration. Knobs of a variant or a task are declared beside it. The file has over
-300 lines because every other declaration is here.
+a cell follow from the declaration. Knobs of a variant or a task are declared beside it.
+
+Over 300 lines: all other knobs are declared here.
 """
 
 from __future__ import annotations

@@ -7,8 +7,6 @@ that contains the data set's files (`data.path`): Parquet, text, or any other fo
 from __future__ import annotations
 
 import contextlib
-import logging
-import re
 import tempfile
 import zipfile
 from collections.abc import Iterable, Iterator, Sequence
@@ -18,15 +16,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from bench.corpora.base import SPLITS, Corpus, CorpusError, CorpusOptions, Document, Source, Text, cache_dir
-from bench.corpora.disk import file_type, open_file, walk
+from bench.corpora.disk import file_type, open_file
+from bench.corpora.hub_rows import first_line, link_with_safe_names, rows, tables, without_output
 from bench.inputs.paths import user_path
 
 ANSWER_SECONDS = 5.0
 """Timeout of the first request to the hub. Later requests use the retry policy of `datasets`."""
-ROWS = 64
-"""Rows read at a time. Reading one row at a time is six times slower for lines of text; a large batch may
-hold many whole books in memory."""
-COLUMN = "text"
 OFFLINE = "without the network, use data=plays (fetched once), data=stdlib or data=files"
 
 
@@ -121,7 +116,7 @@ class HubSource(Source):
             raise
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
             raise CorpusError(
-                f"{data}: {self._cache} is damaged ({_first_line(error)}); {remedy} again"
+                f"{data}: {self._cache} is damaged ({first_line(error)}); {remedy} again"
             ) from None
         corpus = self._corpus(taken)
         if corpus.sha256 != expected:
@@ -130,9 +125,9 @@ class HubSource(Source):
             )
         have = sum(map(len, corpus.train))
         if not taken.whole and (at_most is None or at_most > have):
-            asks = "all" if at_most is None else f"{at_most:,}"
+            wanted = "all" if at_most is None else f"{at_most:,}"
             raise CorpusError(
-                f"{data}: data.max_bytes asks for {asks} bytes, but {have:,} were fetched; {remedy}"
+                f"{data}: data.max_bytes asks for {wanted} bytes, but {have:,} were fetched; {remedy}"
             )
         fewer, whole = truncate_documents(at_most, corpus.train)
         return corpus if whole else self._corpus(taken._replace(train=fewer))
@@ -148,105 +143,49 @@ class HubSource(Source):
         except Exception as error:  # the exception type depends on the HTTP library of this version
             raise CorpusError(
                 f"data={self.name}: cannot get {self.repository} from {huggingface_hub.constants.ENDPOINT} "
-                f"({_first_line(error)}); {OFFLINE}"
+                f"({first_line(error)}); {OFFLINE}"
             ) from error
 
     def _stream(self, at_most: int | None, folder: str | None) -> HubSplits:
         """Read the documents from the hub, or from a folder with the data set's files."""
         where = f"data.path={folder}" if folder else f"data={self.name}"
         with contextlib.ExitStack() as until_read:
-            asked: dict[str, Any] = {
+            source: dict[str, Any] = {
                 "path": self.repository,
                 "name": self.config,
                 "revision": self.revision,
             }
             if folder:
                 temporary = Path(until_read.enter_context(tempfile.TemporaryDirectory()))
-                _link_with_safe_names(self._folder(folder), temporary / "data", where)
-                asked = {"path": str(temporary / "data"), "cache_dir": str(temporary / "cache")}
+                link_with_safe_names(self._folder(folder), temporary / "data", where)
+                source = {"path": str(temporary / "data"), "cache_dir": str(temporary / "cache")}
             try:
-                until_read.enter_context(_without_output())
-                tables = _tables(**asked)
-                if missing := [split for split in SPLITS if split not in tables]:
+                until_read.enter_context(without_output())
+                splits = tables(**source)
+                if missing := [split for split in SPLITS if split not in splits]:
                     raise CorpusError(
-                        f"{where}: the {missing[0]} split is missing; there are {', '.join(tables)}"
+                        f"{where}: the {missing[0]} split is missing; there are {', '.join(splits)}"
                     )
-                train, whole = truncate_documents(at_most, self.documents(_rows(tables["train"], where)))
-                validation = [*self.documents(_rows(tables["validation"], where))]
-                test = [*self.documents(_rows(tables["test"], where))]
+                train, whole = truncate_documents(at_most, self.documents(rows(splits["train"], where)))
+                validation = [*self.documents(rows(splits["validation"], where))]
+                test = [*self.documents(rows(splits["test"], where))]
             except CorpusError:
                 raise
             except Exception as error:  # the libraries may raise any exception
-                why = _first_line(error).replace(str(asked["path"]), folder or self.repository)
+                why = first_line(error).replace(str(source["path"]), folder or self.repository)
                 raise CorpusError(f"{where}: cannot be read as {self.repository} ({why})") from error
         return HubSplits(train, validation, test, whole)
 
-    def _folder(self, given: str) -> Path:
+    def _folder(self, path: str) -> Path:
         """Return the folder with the files:
-        the given one or, as on the hub, its subfolder of the configuration."""
-        folder = user_path("data.path", given)
-        kind = file_type(folder, f"data.path={given}")
+        `path` itself or, as on the hub, its subfolder of the configuration."""
+        folder = user_path("data.path", path)
+        kind = file_type(folder, f"data.path={path}")
         if kind != "a folder":
             found = f"is {kind}, not a folder" if kind else "no such folder"
-            raise CorpusError(f"data.path={given}: {found}; give one with the files of {self.repository}")
+            raise CorpusError(f"data.path={path}: {found}; give one with the files of {self.repository}")
         inside = folder / (self.config or "")
-        return inside if file_type(inside, f"data.path={given}") == "a folder" else folder
-
-
-Batches = Iterable[dict[str, Any]]
-"""Batches of about `ROWS` rows: column → values."""
-
-
-def _tables(**asked: Any) -> dict[str, Batches]:
-    """Return the splits that `datasets` finds.
-
-    `datasets` decides which files belong to which split. Parquet files are then read without `datasets`: it
-    reads them in Arrow's threads, and a thread that still runs when Python exits aborts the process.
-    """
-    import datasets
-
-    builder = datasets.load_dataset_builder(**asked)
-    files = {str(split): list(found) for split, found in (builder.config.data_files or {}).items()}
-    if all(file.endswith(".parquet") for found in files.values() for file in found):
-        return {split: _parquet(found) for split, found in files.items()}
-    return {str(split): table.iter(ROWS) for split, table in builder.as_streaming_dataset().items()}
-
-
-def _parquet(files: list[str]) -> Batches:
-    """Read the rows of local or remote Parquet files in this thread."""
-    import huggingface_hub
-    import pyarrow.parquet as pq
-
-    for file in files:
-        hub = file.startswith("hf://")
-        with (
-            huggingface_hub.HfFileSystem().open(file) if hub else Path(file).open("rb") as opened,
-            pq.ParquetFile(opened, pre_buffer=False) as table,
-        ):
-            columns = [name for name in table.schema_arrow.names if name == COLUMN]
-            if not columns:
-                yield {name: [] for name in table.schema_arrow.names}  # the caller's error message then lists
-                # the columns
-            for batch in table.iter_batches(ROWS, columns=columns, use_threads=False):
-                yield batch.to_pydict()
-
-
-_SPECIAL = re.compile(r"[^\w .,+=@~()&'^;-]")
-"""Characters with a special meaning to fsspec or `datasets`, such as brackets, `*` and `::`."""
-
-
-def _link_with_safe_names(folder: Path, links: Path, where: str) -> None:
-    """Create a folder of links to the files of another folder, with special characters replaced in the names:
-    `datasets` would interpret them as a pattern or an address."""
-    links.mkdir()
-    for file in sorted(walk(folder, where)):
-        if (kind := file_type(file, where)) != "a file":
-            raise CorpusError(f"{where}: {file}: is {kind}, not a file")
-        link = links.joinpath(*(_SPECIAL.sub("_", part) for part in file.relative_to(folder).parts))
-        while link.is_symlink():  # two names may differ only in special characters
-            link = link.with_name(f"{link.stem}_{link.suffix}")
-        link.parent.mkdir(parents=True, exist_ok=True)
-        link.symlink_to(file.resolve())
+        return inside if file_type(inside, f"data.path={path}") == "a folder" else folder
 
 
 def truncate_documents(at_most: int | None, documents: Iterable[Text]) -> tuple[list[Text], bool]:
@@ -263,43 +202,8 @@ def truncate_documents(at_most: int | None, documents: Iterable[Text]) -> tuple[
     return taken, True
 
 
-def _rows(batches: Batches, where: str) -> Iterator[bytes]:
-    for batch in batches:
-        if COLUMN not in batch:
-            raise CorpusError(f"{where}: has no column {COLUMN}; there are {', '.join(batch)}")
-        for text in batch[COLUMN]:
-            if not isinstance(text, str | bytes):
-                raise CorpusError(f"{where}: its column {COLUMN} holds {text!r}; expected text")
-            yield text.encode() if isinstance(text, str) else text
-
-
 def _split_at(text: Document, lengths: Any) -> list[Document]:
     ends = np.cumsum(lengths)
     if text.dtype != np.uint8 or ends[-1] != len(text):
         raise ValueError("its lengths do not add up")
     return np.split(text, ends[:-1])
-
-
-def _first_line(error: Exception) -> str:
-    """Return the type and the first line of an error."""
-    return f"{type(error).__name__}: {(str(error).strip().splitlines() or ['no reason given'])[0]}"
-
-
-@contextlib.contextmanager
-def _without_output() -> Iterator[None]:
-    """Disable the progress bars and log messages of the libraries; real problems raise exceptions."""
-    import datasets
-
-    bars = datasets.are_progress_bars_disabled()
-    loggers = [logging.getLogger(name) for name in ("datasets", "huggingface_hub")]
-    levels = [logger.level for logger in loggers]
-    datasets.disable_progress_bars()
-    for logger in loggers:
-        logger.setLevel(logging.CRITICAL)
-    try:
-        yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
-        if not bars:
-            datasets.enable_progress_bars()

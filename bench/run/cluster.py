@@ -23,9 +23,9 @@ from bench import records
 from bench.config import parse
 from bench.config.spec import Cell, ClusterSpec
 from bench.records import Record
-from bench.run import sweep
+from bench.run import prepare, sweep
+from bench.run.prepare import Job
 from bench.run.progress import describe
-from bench.run.sweep import Job
 from variants.safe_output import drop_failed_output
 
 T = TypeVar("T")
@@ -74,11 +74,11 @@ def run(
 ) -> list[Record]:
     """Run each cell without an up-to-date record through a launcher; returns the records of all cells.
 
-    `overrides` are those from which each cell was composed. Raises as `sweep.prepare_jobs` does, before the
+    `overrides` are those from which each cell was composed. Raises as `prepare.prepare_jobs` does, before the
     first job is submitted. After that, a job that fails or dies only causes a message; the next run of the
     sweep runs its cells.
     """
-    jobs = sweep.prepare_jobs(cells)
+    jobs = prepare.prepare_jobs(cells)
     drop_failed_output()
     line_of = {id(cell): line for cell, line in zip(cells, overrides, strict=True)}
     left = [job for job in jobs if job.result is None]
