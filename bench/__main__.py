@@ -1,10 +1,15 @@
-"""`python -m bench`: run one cell, or with -m a sweep of them. The only file that runs Hydra.
+"""`python -m bench`: run one cell, or with -m a sweep of cells. The only file that runs Hydra.
 
-Exit status: 0 when every cell is ok or has a stated reason (unsupported, out of memory); 1 when a
-cell failed, with a list at the end; 2 for a mistake in the command, in one line, with nothing written;
-130 or 143 where Ctrl-C or SIGTERM stopped it, and then it says how to go on. Once cells are measured,
-output that cannot be written is dropped and changes no status. Before that, as for --help, the status is
-141 or 1, as of every command here (variants.safe_output).
+Exit status:
+
+- 0: every cell is ok or has a stated reason (unsupported, out of memory).
+- 1: a cell failed; the failed cells are listed at the end.
+- 2: the command is invalid; the error is one line, and nothing is written.
+- 130 or 143: Ctrl-C or SIGTERM stopped the command, which then prints how to resume.
+
+From the first cell on, output that cannot be written is dropped and does not change the status. Before that,
+for example for --help, the status is then 141 or 1, as for all commands of this project
+(variants.safe_output).
 """
 
 from __future__ import annotations
@@ -37,7 +42,7 @@ def _task(cfg: DictConfig) -> None:
 
     try:
         sweep.run([parse.parse(cfg)])
-    except errors.KINDS as error:  # here, because Hydra prints a line of its own when a task raises
+    except errors.KINDS as error:  # handled here, because Hydra prints another line if a task raises
         sys.exit(_refuse(error))
 
 
@@ -49,8 +54,8 @@ def _refuse(error: Exception) -> int:
 
 
 def main() -> int:
-    """Run what the command line says; returns the exit status."""
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # exceptions come to us instead of being printed
+    """Run the cells of the command line, or print the help; returns the exit status."""
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises exceptions instead of printing them
     from bench.cli import errors, guard
     from bench.run import sweep
 
@@ -70,14 +75,14 @@ def main() -> int:
 
 
 def _stopped(by: signal.Signals) -> int:
-    """Say how to go on; the exit status that a shell gives to what a signal ended."""
-    print(f"stopped by {by.name}; what is finished is kept. To go on with the rest:", file=sys.stderr)
+    """Print how to resume; returns the exit status by which shells report this signal."""
+    print(f"stopped by {by.name}; finished cells are kept. To run the remaining cells:", file=sys.stderr)
     print(f"  {shlex.join(sys.orig_argv)}", file=sys.stderr)
     return 128 + by
 
 
 def _summary(finished: list[tuple[Path, Record]]) -> int:
-    """Print one cell's row, or a sweep's failures; the exit status."""
+    """Print the result of a single cell, or the failed cells of a sweep; returns the exit status."""
     failed = [record for _, record in finished if record.status not in FINAL]
     if len(finished) == 1:
         folder, record = finished[0]
@@ -87,9 +92,9 @@ def _summary(finished: list[tuple[Path, Record]]) -> int:
         print(f"{len(failed)} of {len(finished)} cells failed:", file=sys.stderr)
         for record in failed:
             print(f"  {describe(record)}", file=sys.stderr)
-    if spoilt := sum(record.contaminated is not None for _, record in finished):
+    if contaminated := sum(record.contaminated is not None for _, record in finished):
         print(
-            f"{spoilt} of {len(finished)} cells are contaminated: their times are not to be trusted; "
+            f"{contaminated} of {len(finished)} cells are contaminated, so their times are not reliable; "
             "the same command with rerun=contaminated measures them again",
             file=sys.stderr,
         )
@@ -97,9 +102,9 @@ def _summary(finished: list[tuple[Path, Record]]) -> int:
 
 
 def _lost(unrecorded: list[Cell]) -> int:
-    """Print the cells that have no record; the exit status."""
+    """Print the cells without a record; returns the exit status."""
     if unrecorded:
-        print(f"no record of {len(unrecorded)} of the cells; the same command runs them:", file=sys.stderr)
+        print(f"cells without a record: {len(unrecorded)}; the same command runs them:", file=sys.stderr)
         for cell in unrecorded:
             print(f"  {cell.spec.label}", file=sys.stderr)
     return 1 if unrecorded else 0

@@ -159,7 +159,7 @@ def test_a_task_of_ray_that_dies_takes_no_other_with_it(tmp_path: Path) -> None:
     _, said = process.communicate(timeout=HANG_SECONDS)
     assert process.returncode == 1, said
     assert "a job failed" in said
-    assert "no record of 1 of the cells; the same command runs them" in said
+    assert "cells without a record: 1; the same command runs them" in said
     assert [status for status, *_ in told(tmp_path).values()] == ["ok"]
 
 
@@ -174,7 +174,7 @@ def test_a_job_that_dies_leaves_its_cells_to_the_next_run(here: dict[str, Any], 
     _, said = process.communicate(timeout=HANG_SECONDS)
     assert process.returncode == 1, said
     assert "the launcher failed" in said
-    assert "no record of 1 of the cells; the same command runs them:\n  dense T=64 depth=1 keep #0" in said
+    assert "cells without a record: 1; the same command runs them:\n  dense T=64 depth=1 keep #0" in said
     assert told(tmp_path) == {}
 
 

@@ -359,16 +359,16 @@ def test_a_sweep_over_presets_runs_the_whole_of_each(monkeypatch: pytest.MonkeyP
 @pytest.mark.parametrize(
     ("grid", "says"),
     [
-        ("{cluster: ray}", "not in a grid"),
-        ("{experiment: smoke}", "not in a grid"),
-        ("{hydra.run.dir: x}", "not in a grid"),
-        ("{hydra.callbacks.x: y}", "not from a command line"),
+        ("{cluster: ray}", "not allowed in a grid"),
+        ("{experiment: smoke}", "not allowed in a grid"),
+        ("{hydra.run.dir: x}", "not allowed in a grid"),
+        ("{hydra.callbacks.x: y}", "not allowed; Hydra.s settings"),
         ("{variant: '../x'}", "allowed is one of"),
         ("{variant: '[dense,chunked]'}", "allowed is one of"),
-        ("{experiment@_global_: smoke}", "one place"),
+        ("{experiment@_global_: smoke}", "package of a group is fixed"),
         ("{name: '${depth}'}", "plain"),
-        ("{name: '???'}", "no value"),
-        ("{'~seq_len': 1}", "taken away"),
+        ("{name: '???'}", "not a value"),
+        ("{'~seq_len': 1}", "cannot be removed"),
     ],
 )
 def test_a_grid_holds_what_a_command_line_may(grid: str, says: str) -> None:

@@ -18,7 +18,7 @@ import torch
 from hydra import compose, initialize_config_dir
 
 from bench import CONFIGS
-from bench.cli.overrides import as_typed
+from bench.cli.overrides import quote_text
 from bench.config.parse import parse
 from bench.run import isolate, memory_limit, provenance
 
@@ -106,7 +106,9 @@ def figures(overrides: list[str], folder: Path) -> dict[str, Any]:
     data = [] if own else ["data=files", f"data.path={corpus}"]
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
         cell = parse(
-            compose("config", overrides=[*COMMON, *data, *map(as_typed, overrides), f"results_dir={folder}"])
+            compose(
+                "config", overrides=[*COMMON, *data, *map(quote_text, overrides), f"results_dir={folder}"]
+            )
         )
     told = _Told()
     told |= isolate._outcome(cell, "cell", "code", memory_limit.memory_bytes(cell.spec), told)  # type: ignore[arg-type]

@@ -100,7 +100,7 @@ def test_what_is_said_to_fit_fits_and_one_more_does_not(name: str) -> None:
     assert longest % predict.TOKENS == 0
     assert peak(seq_len=longest) <= budget
     more = max(longest + predict.TOKENS, int(longest * 1.02))
-    assert longest == predict.MOST_TOKENS or peak(seq_len=more) > budget
+    assert longest == predict.MAX_TOKENS or peak(seq_len=more) > budget
     batch = plan.largest_batch_size(budget)
     assert peak(batch_size=batch) <= budget < peak(batch_size=batch + 1)
 
@@ -126,7 +126,7 @@ def test_nothing_fits_into_nothing() -> None:
 
 
 def test_the_report_knows_where_searches_end() -> None:
-    assert (budgets.LONGEST, budgets.LARGEST) == (predict.MOST_TOKENS, predict.MOST_SEQUENCES)
+    assert (budgets.LONGEST, budgets.LARGEST) == (predict.MAX_TOKENS, predict.MAX_SEQUENCES)
 
 
 # --- sizes in memory -------------------------------------------------------------------------------

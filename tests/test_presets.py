@@ -79,7 +79,7 @@ def test_more_than_knobs_is_refused(kind: str, group: str, tmp_path: Path) -> No
 def test_only_files_of_the_folder_are_read(name: str, tmp_path: Path) -> None:
     (tmp_path / "configs/experiment").mkdir(parents=True)
     (tmp_path / "x.yaml").write_text("a: 1")
-    with pytest.raises(ConfigError, match="not allowed; a config is the name of a file under"):
+    with pytest.raises(ConfigError, match="not allowed; a config must be the name of a file under"):
         source(tmp_path / "configs").load_config(name)
 
 
@@ -202,7 +202,7 @@ def test_a_preset_that_names_code_runs_nothing(group: str, tmp_path: Path) -> No
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 2, done.stderr
     assert done.stderr == (
-        f"error: {group}=evil: hydra.job_logging: not from a preset; "
-        "it sets hydra.mode, .sweeper, .launcher\n"
+        f"error: {group}=evil: hydra.job_logging: not allowed; "
+        "a preset sets hydra.mode, .sweeper, .launcher\n"
     )
     assert [path.name for path in tmp_path.iterdir()] == ["configs"]

@@ -78,7 +78,7 @@ def test_what_fits_by_variant_strategy_and_depth(tmp_path: Path) -> None:
 
 
 def test_the_search_ends_where_the_planner_ends_it() -> None:
-    assert (budgets.LONGEST, budgets.LARGEST) == (predict.MOST_TOKENS, predict.MOST_SEQUENCES)
+    assert (budgets.LONGEST, budgets.LARGEST) == (predict.MAX_TOKENS, predict.MAX_SEQUENCES)
 
 
 def dots(axis: Axes) -> list[Line2D]:

@@ -165,7 +165,7 @@ def test_sigterm_ends_the_cell_in_hand_and_the_printed_command_goes_on(tmp_path:
     stopped.process.terminate()
     said = stopped.end().splitlines()
     assert stopped.process.returncode == 128 + signal.SIGTERM
-    assert said[-2] == "stopped by SIGTERM; what is finished is kept. To go on with the rest:"
+    assert said[-2] == "stopped by SIGTERM; finished cells are kept. To run the remaining cells:"
     final = texts(tmp_path)
     assert 0 < len(final) < 5
     for record in known(tmp_path):
@@ -199,7 +199,7 @@ def test_ctrl_c_on_a_terminal_keeps_what_is_known(tmp_path: Path) -> None:
     _, status = os.waitpid(pid, 0)
     assert os.waitstatus_to_exitcode(status) == 130
     assert "SIGINT: ending the current cell; a second signal stops at once" in said
-    assert said.split("To go on with the rest:")[1].split() == command
+    assert said.split("To run the remaining cells:")[1].split() == command
     (record,) = known(tmp_path)
     assert record.status == "error"
     assert record.step_seconds_median is not None

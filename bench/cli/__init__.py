@@ -1,1 +1,1 @@
-"""The command line: what arguments and preset files may say, and errors in one line."""
+"""The command line: valid arguments and preset files, the help, and error messages in one line."""

@@ -1,4 +1,4 @@
-"""A mistake on the command line in one line: the value, what is allowed, the nearest match."""
+"""Error messages for invalid command lines, in one line: the value, the allowed values, the nearest match."""
 
 from __future__ import annotations
 
@@ -25,11 +25,12 @@ KINDS: tuple[type[Exception], ...] = (
     HydraException,
     OmegaConfBaseException,
 )
-"""Exceptions that are the user's mistake, not ours."""
+"""Exceptions that invalid user input raises."""
 
 
 def explain(error: Exception, arguments: list[str], configs: Path) -> str:
-    """One line for any of `KINDS`; `arguments` is the command line and `configs` the config folder."""
+    """Return one line for an exception of `KINDS`; `arguments` is the command line and `configs` the config
+    folder."""
     if isinstance(error, ConfigError | CorpusError | PluginClash):
         return str(error)
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
@@ -39,32 +40,32 @@ def explain(error: Exception, arguments: list[str], configs: Path) -> str:
         return f"{error.override}: cannot be read ({text.splitlines()[0]})"
     if ambiguous := re.search(r"Ambiguous value for argument '([^']+)'", text):
         return f"{ambiguous[1]}: several values; add -m (or --multirun) to sweep over them"
-    if missed := re.search(r"Could not (?:override|append to config|delete).*?'([^']+)'", text):
-        return _unknown_knob(missed[1], arguments, configs)
+    if unknown := re.search(r"Could not (?:override|append to config|delete).*?'([^']+)'", text):
+        return _unknown_knob(unknown[1], arguments, configs)
     return " ".join(text.split())
 
 
 def _near(value: str, allowed: list[str]) -> str:
-    found = difflib.get_close_matches(value, allowed, n=1, cutoff=0.5)
-    return f"; did you mean {found[0]}?" if found else ""
+    near = difflib.get_close_matches(value, allowed, n=1, cutoff=0.5)
+    return f"; did you mean {near[0]}?" if near else ""
 
 
 def _unknown_option(error: MissingConfigException) -> str:
     group, _, value = str(error.missing_cfg_file).rpartition("/")
     allowed = sorted(str(option) for option in error.options or [])
-    extra = "; those for clusters come with the extra `cluster`" if group == "hydra/launcher" else ""
+    extra = "; launchers for clusters require the extra `cluster`" if group == "hydra/launcher" else ""
     return f"{group}={value}: unknown; allowed are {', '.join(allowed)}{_near(value, allowed)}{extra}"
 
 
 def _unknown_knob(knob: str, arguments: list[str], configs: Path) -> str:
     knobs = sorted(_knobs(arguments, configs))
     section, _, _ = knob.rpartition(".")
-    beside = [known for known in knobs if known.rpartition(".")[0] == section] or knobs
-    return f"{knob}: unknown knob; allowed are {', '.join(beside)}{_near(knob, knobs)}"
+    of_section = [known for known in knobs if known.rpartition(".")[0] == section] or knobs
+    return f"{knob}: unknown knob; allowed are {', '.join(of_section)}{_near(knob, knobs)}"
 
 
 def _knobs(arguments: list[str], configs: Path) -> set[str]:
-    """Dotted names of every knob under the groups that the command line chose."""
+    """Return the dotted names of all knobs, with the groups' entries that the command line chooses."""
     groups = overrides.groups()
     chosen = [a for a in arguments if a.partition("=")[0] in groups and re.fullmatch(r"\w+=\w+", a)]
     GlobalHydra.instance().clear()

@@ -1,9 +1,9 @@
-"""What a command line may not do: have Hydra read files of configs from elsewhere, or run code that it names.
+"""Rejects command lines that make Hydra read other config files or run code that they name.
 
-Hydra makes callbacks from `_target_`, logging handlers from the names of classes, and takes up a pickled job
-with --experimental-rerun; and a folder of configs from elsewhere could say all of that too. None of it is a
-knob of an experiment. What is refused is refused before Hydra sees it: options as Hydra's own parser of
-arguments reads them, overrides as its own grammar does.
+Hydra creates callbacks from `_target_` and logging handlers from class names, and loads a pickled job for
+--experimental-rerun. A config folder from another place could contain all of these. An experiment needs none
+of them, so they are rejected before Hydra runs. Options and overrides are parsed with Hydra's own parser and
+grammar, so that this check and Hydra read them in the same way.
 """
 
 from __future__ import annotations
@@ -20,46 +20,50 @@ from bench.cli import overrides
 from bench.inputs.errors import ConfigError
 
 _READS = ("experimental_rerun", "config_dir", "config_path", "config_name")
-"""Options that name something to read."""
+"""Options that make Hydra read a file or a folder."""
 _COMPLETION = re.compile(r"(install|uninstall|query)=(bash|fish|zsh)")
 
 
 def checked(arguments: Sequence[str]) -> list[str]:
-    """The arguments as Hydra is to have them: text as it was typed, in quotes where Hydra would spell it in
-    another way. Raises ConfigError for what is not allowed, and what Hydra raises for what cannot be read."""
+    """Return the arguments for Hydra. A value that Hydra would change, such as 1e3, is put in quotes if its
+    knob holds text.
+
+    Raises ConfigError for an argument that is not allowed, and Hydra's exception for one that cannot be
+    parsed.
+    """
     for argument in arguments:
         if not argument.isascii() and argument != argument.encode(errors="replace").decode():
             raise ConfigError(f"{argument!a}: not UTF-8")
-    given = options(arguments)
-    if given.shell_completion:
+    parsed = options(arguments)
+    if parsed.shell_completion:
         return list(arguments)
-    typed = {text: overrides.as_typed(text) for text in given.overrides}
-    for override in OverridesParser.create().parse_overrides([*typed.values()]):
+    quoted = {text: overrides.quote_text(text) for text in parsed.overrides}
+    for override in OverridesParser.create().parse_overrides([*quoted.values()]):
         overrides.check(override)
-    return [typed.get(argument, argument) for argument in arguments]
+    return [quoted.get(argument, argument) for argument in arguments]
 
 
 def options(arguments: Sequence[str]) -> argparse.Namespace:
-    """The arguments as Hydra's own parser reads them. Raises ConfigError for options that are not allowed."""
+    """Parse the arguments with Hydra's own parser. Raises ConfigError for options that are not allowed."""
     parser = get_args_parser()
-    parser.error = _refuse  # type: ignore[method-assign]  # which prints pages, and then exits
+    parser.error = _refuse  # type: ignore[method-assign]  # the original prints pages and exits
     options = parser.parse_args(arguments)
     for name in _READS:
         if getattr(options, name) is not None:
             option = "--" + name.replace("_", "-")
             raise ConfigError(
-                f"{option}: not allowed; what it reads could name code to run, as configs/ does not"
+                f"{option}: not allowed, because it reads a file that could name code to run; use configs/"
             )
     modes = ("run", "multirun", "cfg", "info", "shell_completion")
-    if len(given := [mode for mode in modes if getattr(options, mode)]) > 1:
-        both = " and ".join("--" + mode.replace("_", "-") for mode in given)
-        raise ConfigError(f"{both}: allowed is one of them")
+    if len(chosen := [mode for mode in modes if getattr(options, mode)]) > 1:
+        both = " and ".join("--" + mode.replace("_", "-") for mode in chosen)
+        raise ConfigError(f"{both}: only one of them is allowed")
     if options.resolve and not (options.cfg or options.help):
-        raise ConfigError("--resolve: allowed is with --cfg or --help")
+        raise ConfigError("--resolve: allowed only with --cfg or --help")
     if options.shell_completion and not (
         len(options.overrides) == 1 and _COMPLETION.fullmatch(options.overrides[0])
     ):
-        raise ConfigError("--shell-completion: say install=bash or uninstall=bash (or fish)")
+        raise ConfigError("--shell-completion: use install=bash or uninstall=bash (or fish)")
     return options
 
 

@@ -1,4 +1,4 @@
-"""`python -m bench --help`: the groups, and every knob of the chosen entries with its value and meaning."""
+"""`python -m bench --help`: the groups, and the knobs of the chosen entries with values and meanings."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from bench.config import groups, parse
 from variants.declarations import line_of
 from variants.knobs import knobs_of
 
-HEADER = "Long-context attention, measured: one cell, or with -m a sweep of cells."
+HEADER = "Measures long-context attention: one cell, or with -m a sweep of cells."
 FOOTER = """\
 Examples
   python -m bench variant=longformer seq_len=4096 depth=4 activations=checkpoint
@@ -27,7 +27,7 @@ Examples
 
 
 def text(lines: Sequence[str], configs: Path) -> str:
-    """The help for a command line with these overrides. Raises what Hydra raises for one that cannot be."""
+    """Return the help for a command line with these overrides. Raises Hydra's exception for invalid ones."""
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(configs), version_base="1.3"):
         config = parse.plain(compose("config", overrides=[*lines]))
@@ -42,27 +42,27 @@ def text(lines: Sequence[str], configs: Path) -> str:
 
 
 def _knobs(config: dict[str, Any]) -> Iterator[str]:
-    """The knobs outside of any group, then section by section."""
+    """Yield the knobs outside of any group, then those of each section."""
     sections = {name: value for name, value in config.items() if isinstance(value, dict)}
-    yield from _described("", {name: value for name, value in config.items() if name not in sections})
+    yield from _lines("", {name: value for name, value in config.items() if name not in sections})
     for section, values in sections.items():
         yield f"  {section}:"
-        yield from _described(section, values)
+        yield from _lines(section, values)
 
 
-def _described(section: str, values: dict[str, Any]) -> Iterator[str]:
+def _lines(section: str, values: dict[str, Any]) -> Iterator[str]:
     declared = groups.declared(section, str(values.get("name", "")))
     known = knobs_of(declared.config) if declared else {}
-    shown = {name: _shown(value) for name, value in values.items()}
-    width = max(len(f"{name}: {value}") for name, value in shown.items())
-    for name, value in shown.items():
+    texts = {name: _yaml(value) for name, value in values.items()}
+    width = max(len(f"{name}: {value}") for name, value in texts.items())
+    for name, value in texts.items():
         line = f"{'    ' if section else '  '}{f'{name}: {value}':{min(width, 30)}}"
         if declared and name in known:
             line += f"  # {line_of(known[name], declared.meanings.get(name, ''))}"
         yield line.rstrip()
 
 
-def _shown(value: Any) -> str:
-    """A value as YAML writes it on one line."""
+def _yaml(value: Any) -> str:
+    """Return a value as one line of YAML."""
     line: str = yaml.safe_dump(value, default_flow_style=True, width=10_000)
     return line.removesuffix("\n...\n").strip()

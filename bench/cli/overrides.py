@@ -1,8 +1,8 @@
-"""What one override may say, `key=value` on a command line or in the grid of a preset.
+"""Checks of an override: `key=value` on a command line or in the grid of a preset.
 
-It is looked at as Hydra's own parser reads it. The value of a group is the name of one of its entries, and
-any other value is plain: no reference to another knob, no resolver, no name of code. So an override leads
-Hydra to no file but those of the search path, and to no class but those named there.
+Overrides are parsed with Hydra's own parser. The value of a group must be the name of one of its entries. All
+other values must be plain: not a reference to another knob, not a resolver, not the name of code. Therefore
+an override can only make Hydra read files of the search path and use the classes that they name.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from bench.config.groups import GROUPS, entries, knob_of
 from bench.inputs.errors import ConfigError
 
 LAUNCHER = "hydra/launcher"
-OF_HYDRA = (
+HYDRA_SETTINGS = (
     "hydra.mode",
     "hydra.verbose",
     "hydra.output_subdir",
@@ -32,76 +32,80 @@ OF_HYDRA = (
     "hydra.sweeper.params",
     "hydra.sweeper.grids",
 )
-"""Settings of Hydra itself that may be set; those that end with a dot with all that lies below."""
+"""Settings of Hydra that may be overridden. One that ends with a dot includes all settings below it."""
 NAME = re.compile(r"\w[\w-]*")
-"""Names of entries of a group; a path is none of them."""
+"""Valid names of a group's entries; a path is not one."""
 
 
 @cache
 def groups() -> frozenset[str]:
-    """The groups that are declared and those of configs/, but for Hydra's own."""
+    """Return the declared groups and the groups in configs/, without Hydra's own."""
     return frozenset({folder.name for folder in CONFIGS.iterdir() if folder.is_dir()} - {"hydra"} | {*GROUPS})
 
 
 def options(group: str) -> list[str]:
-    """The names of a group's entries, those of plug-ins too; none where only Hydra knows them."""
+    """Return the names of a group's entries, including plug-ins; empty if only Hydra knows the group."""
     files = {path.stem for path in (CONFIGS / group).glob("*.yaml")} if group in groups() else set()
     return sorted(files | {*entries(group)})
 
 
 def check(override: Override) -> None:
-    """Raises ConfigError for an override that takes something away, that puts a group elsewhere, whose group
-    has no such name, or that refers to anything else than plain values."""
+    """Raise ConfigError for an override that deletes a key, that moves a group to another package, that
+    chooses an entry by anything but a name, or whose value is not plain."""
     key, text = override.key_or_group, str(override.input_line)
     if override.is_delete():
-        raise ConfigError(f"{text}: a knob cannot be taken away; give it a value")
+        raise ConfigError(f"{text}: a knob cannot be removed; give it a value")
     if override.package is not None:
-        raise ConfigError(f"{text}: not allowed; a group has one place, leave @{override.package} out")
+        raise ConfigError(f"{text}: not allowed; the package of a group is fixed, remove @{override.package}")
     if any(part.startswith("_") for part in re.split(r"[./]", key)):
-        raise ConfigError(f"{text}: a command line does not name code; {key} is no knob")
-    if (key == "hydra" or key.startswith(("hydra.", "hydra/"))) and not _may_be_set(key):
-        allowed = ", ".join(known + "*" if known.endswith(".") else known for known in (LAUNCHER, *OF_HYDRA))
-        raise ConfigError(f"{key}: not from a command line; of Hydra's own settings allowed are {allowed}")
+        raise ConfigError(f"{text}: a command line must not name code; {key} is not a knob")
+    if (key == "hydra" or key.startswith(("hydra.", "hydra/"))) and not _is_allowed(key):
+        allowed = ", ".join(
+            known + "*" if known.endswith(".") else known for known in (LAUNCHER, *HYDRA_SETTINGS)
+        )
+        raise ConfigError(f"{key}: not allowed; Hydra's settings that may be overridden are {allowed}")
     for value in _values(override):
         check_plain(text, value)
     if key in groups() or "/" in key:
         _check_choice(override)
     if key.partition(".")[0] == "cluster" and override.is_sweep_override():
-        raise ConfigError(f"{text}: all cells of a command run in one place; give it one value")
+        raise ConfigError(f"{text}: all cells of a command run on the same cluster; give one value")
 
 
 def check_swept(override: Override) -> None:
-    """Raises ConfigError for a line of a grid that no cell can have for itself."""
+    """Raise ConfigError for a line of a grid that cannot differ between cells."""
     key = override.key_or_group
     if key == "experiment" or key.partition(".")[0] == "cluster" or key.startswith("hydra"):
-        raise ConfigError(f"{override.input_line}: not in a grid; it is of the whole command")
+        raise ConfigError(f"{override.input_line}: not allowed in a grid; it applies to the whole command")
 
 
 def check_plain(where: str, value: Any) -> None:
-    """Raises ConfigError for a value that refers to something else, or leaves open what it is."""
+    """Raise ConfigError for a value that contains a reference, the name of code, or `???`; `where` begins the
+    message."""
     if isinstance(value, dict):
         for key in value:
             if str(key).startswith("_"):
-                raise ConfigError(f"{where}: a config does not name code; {key} is no knob")
+                raise ConfigError(f"{where}: a config must not name code; {key} is not a knob")
             check_plain(where, key)
             check_plain(where, value[key])
     elif isinstance(value, list):
         for one in value:
             check_plain(where, one)
     elif isinstance(value, str) and "${" in value:
-        raise ConfigError(f"{where}: a value is plain; ${{…}} is not allowed in it")
+        raise ConfigError(f"{where}: a value must be plain; ${{…}} is not allowed")
     elif value == "???":
-        raise ConfigError(f"{where}: ??? is no value; give one")
+        raise ConfigError(f"{where}: ??? is not a value; give one")
 
 
-def _may_be_set(key: str) -> bool:
+def _is_allowed(key: str) -> bool:
     return key == LAUNCHER or any(
-        key == known or key.startswith(known if known.endswith(".") else f"{known}.") for known in OF_HYDRA
+        key == known or key.startswith(known if known.endswith(".") else f"{known}.")
+        for known in HYDRA_SETTINGS
     )
 
 
 def _values(override: Override) -> list[Any]:
-    """The values of an override, each choice of a sweep one; a range of numbers stays as it is."""
+    """Return the values of an override: each choice of a sweep; a range of numbers is one value."""
     value: Any = override.value()
     if isinstance(value, ChoiceSweep):
         return [Override._convert_value(choice) for choice in value.list]
@@ -111,19 +115,20 @@ def _values(override: Override) -> list[Any]:
 
 
 def _check_choice(override: Override) -> None:
-    """Raises ConfigError for a group's value that is no name: a list, nothing, a path, a range of numbers."""
+    """Raise ConfigError for an unknown group, or if the value of a group is not a name but a list, empty, a
+    path or a range of numbers."""
     key, text = override.key_or_group, str(override.input_line)
     if key not in groups() and key != LAUNCHER:
         known = ", ".join(sorted({*groups(), LAUNCHER}))
-        raise ConfigError(f"{text}: no such group; there are {known}")
-    if isinstance(override.value(), Glob):  # it only chooses among the names
+        raise ConfigError(f"{text}: unknown group; allowed are {known}")
+    if isinstance(override.value(), Glob):  # a pattern can only match existing names
         return
     for value in _values(override):
         name = str(value) if isinstance(value, str | int) and not isinstance(value, bool) else ""
         if not NAME.fullmatch(name):
             names = options(key)
-            allowed = f"one of {', '.join(names)}" if names else "the name of an installed one"
-            several = f"; -m {key}=… with commas in between runs several" if isinstance(value, list) else ""
+            allowed = f"one of {', '.join(names)}" if names else "the name of an installed launcher"
+            several = f"; to run several, use -m {key}=… with commas" if isinstance(value, list) else ""
             near = difflib.get_close_matches(str(value), names, n=1, cutoff=0.5)
             hint = f"; did you mean {near[0]}?" if near else ""
             raise ConfigError(f"{text}: allowed is {allowed}{several}{hint}")
@@ -134,8 +139,8 @@ def _check_choice(override: Override) -> None:
 
 @cache
 def is_text(key: str) -> bool:
-    """Whether the knob of this dotted name may hold text: by its type, or where its type is known only when
-    the variant or task is. Groups hold names."""
+    """Return whether the knob with this dotted name may hold text. This is also the case for groups, whose
+    values are names, and for knobs of variants and tasks, whose types depend on the chosen entry."""
     section, _, knob = key.partition(".")
     if not knob and (section in groups() or key == LAUNCHER):
         return True
@@ -145,19 +150,22 @@ def is_text(key: str) -> bool:
 
 _PIECES = re.compile(r"""('[^']*'|"[^"]*"|[\[\](),])""")
 _UNQUOTED = re.compile(r"[\w/+.$%*@?|: \t-]*", re.ASCII)
-"""What Hydra's grammar takes outside of quotes."""
+"""Text that Hydra's grammar accepts without quotes."""
 _FUNCTIONS = ["bool", "choice", "float", "glob", "int", "interval", "range", "shuffle", "sort", "str", "tag"]
-"""What that grammar calls; any other name with brackets is text, such as the layer longformer(window=512)."""
+"""Functions of that grammar. Any other name with brackets is text, such as the layer
+longformer(window=512)."""
 _CALL = re.compile(rf"""(?<![\w'"(=])(?!(?:{"|".join(_FUNCTIONS)})\()\w+\([^()'"]*\)""")
-_OF_TEXT = {"choice", "shuffle", "tag"}
-"""Functions of that grammar that hand on what they are given; others compute with numbers."""
+_TEXT_FUNCTIONS = {"choice", "shuffle", "tag"}
+"""Functions of that grammar that return their arguments unchanged; the others compute with numbers."""
 
 
-def as_typed(line: str) -> str:
-    """The override with quotes around text that Hydra would not take, such as a path with a letter beyond
-    ASCII, or would take for a number or truth value that it spells in another way: 1e3 as 1000.0.
+def quote_text(line: str) -> str:
+    """Return the override with quotes around text that Hydra would reject or change, if its knob may hold
+    text.
 
-    Only where the knob may hold text. Lists, sweeps and what is in quotes already stay as they are.
+    Hydra rejects characters beyond ASCII, for example in a path, and changes numbers and truth values that
+    are not in their usual form: 1e3 becomes 1000.0. In lists and sweeps each entry is quoted by itself;
+    existing quotes are kept.
     """
     key, equals, value = line.partition("=")
     if not equals or not is_text(key.lstrip("+")) or set(value) & set("\\{}"):
@@ -166,7 +174,7 @@ def as_typed(line: str) -> str:
     pieces = _PIECES.split(value)
     texts, marks = pieces[::2], [*pieces[1::2], ""]
     called = {text.strip() for text, mark in zip(texts, marks, strict=True) if mark == "("}
-    if not called <= {*_OF_TEXT, ""}:
+    if not called <= {*_TEXT_FUNCTIONS, ""}:
         return line
     pieces[::2] = [_quoted(text) if mark != "(" else text for text, mark in zip(texts, marks, strict=True)]
     return f"{key}={''.join(pieces)}"
@@ -174,13 +182,13 @@ def as_typed(line: str) -> str:
 
 def _quoted(text: str) -> str:
     word = text.strip()
-    if set(word) & set("'\"") or (_UNQUOTED.fullmatch(word) and not _respelt(word)):
+    if set(word) & set("'\"") or (_UNQUOTED.fullmatch(word) and not _would_change(word)):
         return text
     return text.replace(word, f"'{word}'")
 
 
-def _respelt(word: str) -> bool:
-    """Whether it reads as a number or truth value, and Python spells that in another way."""
+def _would_change(word: str) -> bool:
+    """Return whether the word is a number or truth value in a form that Python would not print."""
     if word.lower() in ("true", "false"):
         return True
     try:

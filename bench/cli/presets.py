@@ -1,8 +1,8 @@
-"""What a file under configs/ may hold, checked as Hydra loads it.
+"""Checks of the files in configs/, done while Hydra loads them.
 
-The files of a group hold plain values of knobs. A preset may also choose entries of other groups by name and
-set what is swept; a cluster's file sets the launcher's knobs. None names code, or a file from elsewhere. The
-root, config.yaml, and the folder hydra/ are parts of the program.
+The file of a group contains plain values of knobs. A preset may also choose entries of other groups by name
+and define a sweep; the file of a cluster sets the launcher's options. No file may name code or a file outside
+of configs/. The root config.yaml and the folder hydra/ are not checked, because they are part of the program.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ from bench.cli import overrides
 from bench.inputs.errors import ConfigError
 
 _REFERENCE = re.compile(r"\$\{[a-z_]+(\.[a-z_]+)*\}")
-"""Another knob of the same config; what has a colon in it calls a resolver."""
+"""A reference to another knob of the same config. A reference with a colon would call a resolver."""
 _TAG = "tag:yaml.org,2002:"
 _SWEPT = ("hydra.sweeper.params.", "hydra.sweeper.grids.")
-_OF_TASK_OR_VARIANT = ("data.", "variant.")
+_CHOSEN_SECTIONS = ("data.", "variant.")
 _PACKAGES = (None, "_global_")
 
 _loader = cache(get_yaml_loader)
-"""OmegaConf's own reader of YAML, a class."""
+"""Returns the class with which OmegaConf reads YAML."""
 
 
 def read(name: str, path: Path) -> str:
-    """The text of a file of a config folder. Raises ConfigError for what is no text."""
+    """Return the text of a config file. Raises ConfigError if it cannot be read or is not UTF-8."""
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
@@ -38,9 +38,9 @@ def read(name: str, path: Path) -> str:
 
 
 def load(name: str, package: str | None, text: str) -> Any:
-    """The content of a file of a config folder: `name` is `variant/dense`, `package` its header's.
+    """Parse the text of a config file; `name` is for example `variant/dense`, `package` that of its header.
 
-    What may hold text keeps it as it was written. Raises ConfigError for what is not YAML.
+    Values of knobs that may hold text are kept as they are written. Raises ConfigError for invalid YAML.
     """
     loader = _loader()(text)
     try:
@@ -57,7 +57,8 @@ def load(name: str, package: str | None, text: str) -> Any:
 
 
 def _keep_text(node: yaml.Node, prefix: str) -> None:
-    """Make text of the numbers and truth values that text knobs, and the lines of a sweep, are given.
+    """Change the type of numbers and truth values to text if they are values of a text knob or lines of a
+    sweep.
 
     `prefix` is the dotted name of the node, with a dot at its end.
     """
@@ -67,35 +68,36 @@ def _keep_text(node: yaml.Node, prefix: str) -> None:
     elif isinstance(node, yaml.MappingNode):
         for key, value in node.value:
             _keep_text(value, prefix if key.tag == f"{_TAG}merge" else f"{prefix}{key.value}.")
-    elif isinstance(node, yaml.ScalarNode) and node.style is None and _respelt(node, prefix):
+    elif isinstance(node, yaml.ScalarNode) and node.style is None and _must_stay_text(node, prefix):
         node.tag = f"{_TAG}str"
 
 
-def _respelt(node: yaml.ScalarNode, prefix: str) -> bool:
-    """Whether YAML makes something of an unquoted scalar that is not to be made of it."""
+def _must_stay_text(node: yaml.ScalarNode, prefix: str) -> bool:
+    """Return whether YAML would wrongly convert an unquoted scalar."""
     if prefix.startswith(_SWEPT):
         return prefix not in _SWEPT
     kind = node.tag.removeprefix(_TAG)
     if kind not in ("int", "float", "bool") or not overrides.is_text(prefix.removesuffix(".")):
         return False
-    if not prefix.startswith(_OF_TASK_OR_VARIANT):
+    if not prefix.startswith(_CHOSEN_SECTIONS):
         return True
-    try:  # where the type is not known yet, a number that Python spells in the same way stays one
+    try:  # the type of the knob is not known yet: a number that Python prints in the same form is a number
         return kind != "bool" and str((int if kind == "int" else float)(node.value)) != str(node.value)
-    except ValueError:  # YAML's own, such as 0x10 or 1:30
+    except ValueError:  # a form that only YAML has, such as 0x10 or 1:30
         return True
 
 
 def check(name: str, package: str | None, content: Any) -> None:
-    """Raises ConfigError for a file of a group that holds more than it may; `package` is its header's."""
+    """Raise ConfigError if the file of a group has content that is not allowed; `package` is that of its
+    header."""
     group, _, entry = name.rpartition("/")
     if not group or group.split("/")[0] == "hydra":
         return
     where = f"{group}={entry}"
     if package not in _PACKAGES:
-        raise ConfigError(f"{where}: not allowed; @package {package} is no place for knobs")
+        raise ConfigError(f"{where}: @package {package}: not allowed; use @package _global_ or none")
     if not isinstance(content, dict):
-        raise ConfigError(f"{where}: a config holds knobs and their values")
+        raise ConfigError(f"{where}: a config must be a mapping of knobs to values")
     content = dict(content)
     _check_defaults(where, content.pop("defaults", []))
     hydra = dict(content.pop("hydra", None) or {})
@@ -103,36 +105,37 @@ def check(name: str, package: str | None, content: Any) -> None:
     overrides.check_plain(where, _without_references(hydra.pop("launcher", {})))
     if hydra:
         raise ConfigError(
-            f"{where}: hydra.{next(iter(hydra))}: not from a preset; it sets hydra.mode, .sweeper, .launcher"
+            f"{where}: hydra.{next(iter(hydra))}: not allowed; a preset sets hydra.mode, .sweeper, .launcher"
         )
     overrides.check_plain(where, content)
 
 
 def _check_defaults(where: str, defaults: Any) -> None:
-    """Entries of groups, each by its name."""
+    """Raise ConfigError unless the defaults choose entries of groups by name."""
     for line in defaults if isinstance(defaults, list) else [defaults]:
         ((key, value),) = line.items() if isinstance(line, dict) and len(line) == 1 else [("", line)]
         group = str(key).removeprefix("override ").removeprefix("/")
         known = not key or group == overrides.LAUNCHER or group in overrides.groups()
         if not known or not isinstance(value, str) or not overrides.NAME.fullmatch(value):
             raise ConfigError(
-                f"{where}: defaults: {line}: not allowed; a group is given the name of an entry"
+                f"{where}: defaults: {line}: not allowed; choose an entry of a group by its name"
             )
 
 
 def _check_sweep(where: str, hydra: dict[Any, Any]) -> None:
-    """The mode and what is swept; each line of a sweep is checked again where the sweep takes it up."""
+    """Remove the mode and the sweep from `hydra` and check the sweep. Each line of it is checked again when
+    the sweep is run (`overrides.check_swept`)."""
     hydra.pop("mode", None)
     sweeper = hydra.pop("sweeper", None) or {}
     if unknown := sweeper.keys() - {"params", "grids"}:
         raise ConfigError(
-            f"{where}: hydra.sweeper.{unknown.pop()}: not from a preset; allowed are params, grids"
+            f"{where}: hydra.sweeper.{unknown.pop()}: not allowed in a preset; allowed are params, grids"
         )
     overrides.check_plain(where, sweeper)
 
 
 def _without_references(value: Any) -> Any:
-    """The same with each reference to a knob left out."""
+    """Return the value without its references to knobs."""
     if isinstance(value, dict):
         return {key: _without_references(one) for key, one in value.items()}
     if isinstance(value, list):

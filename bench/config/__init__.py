@@ -1,1 +1,1 @@
-"""From composed values to a checked cell."""
+"""Configuration of a cell: declared knobs, groups, parsing and validation."""

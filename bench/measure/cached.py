@@ -30,16 +30,16 @@ def load_or_measure(
     if cached := _cached(path, keys):
         return cached
     with torch.random.fork_rng():
-        found = take()
+        measured = take()
     if other := _cached(path, keys):  # a cell on another device was faster; all cells use one value
         return other
-    write_atomically(path, json.dumps(found))
-    return found
+    write_atomically(path, json.dumps(measured))
+    return measured
 
 
 def _cached(path: Path, keys: set[str]) -> dict[str, Any] | None:
     try:
-        kept = json.loads(path.read_text())
+        stored = json.loads(path.read_text())
     except (FileNotFoundError, ValueError):
         return None
-    return kept if isinstance(kept, dict) and kept.keys() == keys else None
+    return stored if isinstance(stored, dict) and stored.keys() == keys else None

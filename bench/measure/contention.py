@@ -108,7 +108,7 @@ class ContentionMonitor:
         begun, ended = self.begun, Counters()
         seconds, used = ended.clock - begun.clock, ended.used - begun.used
         threads = torch.get_num_threads()
-        seen = Contention(
+        load = Contention(
             load_before=self.load,
             load_after=os.getloadavg()[0],
             cpu_share=used / (seconds * threads),
@@ -117,7 +117,7 @@ class ContentionMonitor:
             device=_worst_of(self.state, nvml.read(self.device)),
         )
         on_host = threads if self.device.type == "cpu" else 1
-        return seen.figures() | {"contaminated": seen.contaminated(threads=on_host, cores=len(_cores()))}
+        return load.figures() | {"contaminated": load.contaminated(threads=on_host, cores=len(_cores()))}
 
 
 class Counters:

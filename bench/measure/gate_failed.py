@@ -1,4 +1,4 @@
-"""How a gate fails, and the figure that it fails by."""
+"""The exception of a failed gate, and the maximum of a gate's errors."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import torch
 
 
 class GateFailed(Exception):
-    """A variant did not pass; the message names the gate and its figure."""
+    """A variant did not pass a gate; the message contains the gate and the error."""
 
 
 def largest(values: list[float]) -> float:
-    """The largest value; NaN where there is one, which `max` would pass over."""
+    """Return the largest value, or NaN if a value is NaN, which Python's `max` may ignore."""
     return torch.tensor(values, dtype=torch.float64).max().item()

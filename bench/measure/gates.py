@@ -1,15 +1,15 @@
-"""Gates that a variant's configuration passes before any figure of it is taken.
+"""Gates: correctness checks that a variant's configuration must pass before its figures are measured.
 
-1. Causality, by perturbation: what comes after a cut is changed, and no output before it may move.
-   Gradients would not do: what leaks in published code is the *selection* of keys, which has none.
-2. Reference: the fast path equals the readable one, in outputs and in every gradient.
-3. Recompute: a strategy for activations gives the gradients of stored ones, randomness replayed.
+1. Causality, by perturbation: tokens after a cut are changed, and no output before the cut may change.
+   Gradients cannot show this, because in published code the *selection* of keys leaks, which has no gradient.
+2. Reference: the fast path equals the readable reference, in outputs and in every gradient.
+3. Recomputation: a strategy for activations gives the same gradients as stored activations, with the same
+   random numbers.
+4. Cost: the dispatched FLOPs equal those of the formula. It depends on the cell's sizes, so it is checked in
+   every cell (`cost_ratio`); the results of the other gates are reused.
 
-Causality and recomputation are checked in the cell's dtype, by autocast as in the cell; the reference in
-float32, where an error of the mathematics is not hidden by rounding.
-
-The last, that the dispatched FLOPs are those of the formula, is checked in every cell, because it
-depends on the cell's sizes: see `cost_ratio`.
+Causality and recomputation are checked in the cell's dtype, with autocast as in the cell. The reference is
+checked in float32, where rounding does not hide mathematical errors.
 """
 
 from __future__ import annotations
@@ -47,47 +47,50 @@ from variants.input_schedule import Fed, InputSchedule
 Module = TypeVar("Module", bound=torch.nn.Module)
 
 GATE_TOKENS = 1000
-"""Longest sequence of the gates: past the default windows, and no multiple of a block."""
+"""Maximum sequence length in the gates: longer than the default windows, and not a multiple of a block."""
 HEAD_DIM = 16
 BATCH = 2
-"""Sequences of the gates."""
+"""Batch size in the gates."""
 FEED_FORWARD_TOKENS = 64
-"""Tokens of the feed-forward layer's gate: each goes through by itself."""
+"""Sequence length in the gate of the feed-forward layer. It is short because tokens are independent there."""
 LEAK_LAYERS = 4
-"""Layers of the causality gate, at most; never more than the cell has. A sum whose order depends on later
-tokens moves an output by a rounding, which one layer hides where it rounds to bfloat16. Each further layer
-gives the difference another chance to change a rounding, or a selection, and to be seen. In 4 layers no
-known leak stays hidden, and a cell of fewer layers is not blamed for what only a deeper one would do."""
+"""Maximum number of layers in the causality gate; never more than the cell has. If the order of a sum depends
+on later tokens, an output changes by a rounding error, which one layer hides when it rounds to bfloat16. With
+each further layer, the difference is more likely to change a rounding or a selection, and so to be detected.
+With 4 layers all known leaks are detected. A cell with fewer layers does not fail for a leak that only a
+deeper model would show."""
 LEAK_TOLERANCE = 1e-5
-"""Largest move of an output of order 1 that float32 rounding explains: 84 units in the last place. Lower
-precision gets no more. The sums between layers are float32 in every dtype, and a number rounds to the same
-bfloat16 whatever comes later. One rounding to bfloat16 that changes (2⁻⁹, 2e-3) shows that an input of it
-depended on later tokens, and is enough to flip a selection (a hash, a nearest centroid) in a layer above."""
+"""Maximum change of an output of order 1 that float32 rounding explains: 84 units in the last place. The same
+limit applies to lower precision: the residual sums are float32 in every dtype, and later tokens do not affect
+how a number rounds to bfloat16. If one rounding to bfloat16 changes (2⁻⁹, 2e-3), its input depended
+on later tokens, and this is enough to change a selection (a hash, a nearest centroid) in a later layer."""
 REFERENCE_TOLERANCE = 1e-4
-"""Largest error, relative to the tensor's largest entry, of float32 against float64; sums over
-1,000 tokens lose about √1000 ulps, 4e-6, and gradients pass through several."""
+"""Maximum error of float32 against float64, relative to the largest entry of the tensor. A sum over 1,000
+tokens loses about √1000 units in the last place, 4e-6, and a gradient passes through several sums."""
 COST_TOLERANCE = 0.01
+"""Maximum relative difference of dispatched FLOPs and formula without a stated reason."""
 COST_LIMIT = 2.2
-"""Most that block-gathered patterns may dispatch, as a multiple of the allowed pairs."""
+"""Maximum ratio of dispatched FLOPs to the formula for masks that are gathered in blocks."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Figures:
-    """What the gates measured."""
+    """Errors that the gates measured, by record key."""
 
     leak_max_abs: float | None
-    """None where the model is not causal."""
+    """None if the model is not causal."""
     reference_max_abs: float
     recompute_max_abs: float | None
-    """None where every activation is kept."""
+    """None if all activations are stored."""
 
 
 def check(spec: CellSpec, folder: Path, code_sha256: str) -> Figures:
-    """The largest figures of the cell's distinct layers, each taken once per experiment, code and device.
+    """Return the largest errors over the cell's distinct layers. Each is measured once for each experiment,
+    code and device, and cached in `folder`.
 
     Raises GateFailed.
     """
-    model, kept = spec.model_spec(), folder / "gates"
+    model, cache = spec.model_spec(), folder / "gates"
     tokens = min(spec.seq_len, GATE_TOKENS)
     dims = Dims(seq_len=tokens, d_model=HEAD_DIM * spec.model.heads, heads=spec.model.heads)
     variant, config, _ = spec.attention()
@@ -97,7 +100,7 @@ def check(spec: CellSpec, folder: Path, code_sha256: str) -> Figures:
     device, dtype = torch.device(spec.device), getattr(torch, spec.dtype)
 
     def of_layer(layer: LayerSpec, blocks: int) -> dict[str, float | None]:
-        """Of a kind of layer that so many blocks have."""
+        """Return the errors of a distinct layer that occurs in this number of blocks."""
         mixer, feed_forward = layer.mixer, layer.feed_forward
         leaked = None
         if spec.causal:
@@ -112,34 +115,34 @@ def check(spec: CellSpec, folder: Path, code_sha256: str) -> Figures:
         ]
         return {"leak_max_abs": leaked, "reference_max_abs": largest(errors)}
 
-    def described(slot: SlotSpec[Any]) -> list[Any]:
+    def identity(slot: SlotSpec[Any]) -> list[Any]:
         return [slot.name, slot.params]
 
-    found = []
+    errors = []
     for layer, blocks in model.kinds(spec.depth).items():
-        decides = [described(layer.mixer), described(layer.feed_forward), min(LEAK_LAYERS, blocks), *settings]
+        decides = [identity(layer.mixer), identity(layer.feed_forward), min(LEAK_LAYERS, blocks), *settings]
         take = partial(of_layer, layer, blocks)
-        found.append(load_or_measure(kept, decides, take, {"leak_max_abs", "reference_max_abs"}))
+        errors.append(load_or_measure(cache, decides, take, {"leak_max_abs", "reference_max_abs"}))
     recomputed = None
     if spec.activations != "keep":
         layers = min(spec.depth, max(2, len(model.layers)))
-        decides = [[described(layer.mixer) for layer in model.layers], described(model.depth), layers]
+        decides = [[identity(layer.mixer) for layer in model.layers], identity(model.depth), layers]
         decides += [spec.model.ff_mult, spec.activations, spec.model.ff_chunks, *settings]
         (recomputed,) = load_or_measure(
-            kept,
+            cache,
             decides,
             lambda: {"recompute_max_abs": recompute_error(spec, dims, layers, device)},
             {"recompute_max_abs"},
         ).values()
     return Figures(
-        leak_max_abs=largest([one["leak_max_abs"] for one in found]) if spec.causal else None,
-        reference_max_abs=largest([one["reference_max_abs"] for one in found]),
+        leak_max_abs=largest([error["leak_max_abs"] for error in errors]) if spec.causal else None,
+        reference_max_abs=largest([error["reference_max_abs"] for error in errors]),
         recompute_max_abs=recomputed,
     )
 
 
 def _layer(variant: type[SequenceMixer], config: VariantConfig, dims: Dims, layer: int) -> SequenceMixer:
-    """A layer with weights of order 1/√fan-in, so that outputs and their errors are of order 1."""
+    """Return a layer with weights of order 1/√fan-in, so that outputs and their errors are of order 1."""
     torch.manual_seed(layer)
     return _unit_weights(variant(config, dims, layer)).eval()
 
@@ -161,11 +164,11 @@ def leak(
     *,
     schedule: InputSchedule | None = None,
 ) -> float:
-    """Largest move of an output before a cut when inputs from the cut on change, in float32 or, by
-    autocast, in `dtype`. The layers are fed by the schedule; by default, by the variant's own.
+    """Return the maximum change of an output before a cut when the inputs from the cut on change, in float32
+    or in `dtype` with autocast. `schedule` feeds the layers; the default is the variant's own.
 
-    Each sequence of the batch has a cut of its own, so that no sequence may move another either. Raises
-    GateFailed above rounding, unless the variant states that it leaks.
+    Each sequence of the batch has a different cut, so that an influence between sequences is also detected.
+    Raises GateFailed if rounding cannot explain the change, unless the variant states that it leaks.
     """
     schedule = schedule or variant.input_schedule(config)
     fed = dims_fed(variant, schedule, dims)
@@ -181,11 +184,11 @@ def leak(
 
     @torch.no_grad()
     def run(x: Tensor) -> Tensor:
-        torch.manual_seed(0)  # hashing and random features draw the same in every run
+        torch.manual_seed(0)  # so that hashing and random features are the same in every run
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             return schedule.stream(network, x, causal=True)
 
-    # of its own, because `run` sets the other one: every change would be the same, and a multiple of x
+    # a separate generator, because `run` seeds the global one: every change would be the same multiple of x
     source = torch.Generator(device).manual_seed(0)
     batch, tokens = BATCH, dims.seq_len
 
@@ -197,17 +200,17 @@ def leak(
     unaligned = {1, tokens // 3, tokens // 2, tokens // 2 + 1, tokens - 2, tokens - 1}
     cuts = sorted(cut for cut in unaligned | {2**k for k in range(4, 10)} if 0 < cut < tokens)
     position = torch.arange(tokens, device=device)
-    moves = [0.0]
+    changes = [0.0]
     for group in (cuts[i : i + batch] for i in range(0, len(cuts), batch)):
-        # sequences that are one too many repeat the last cut
+        # the last group may be smaller than the batch; the remaining sequences repeat its last cut
         cut = torch.tensor([*group, *group[-1:] * (batch - len(group))], device=device)[:, None]
-        after = position >= cut, position == cut, (position == tokens - 1).expand(batch, -1)
-        for where, size in zip(after, (10.0, 1.0, 1e-2), strict=True):
-            changed = torch.where(where[..., None], x + size * noise(), x)
-            moves.append((run(changed) - before)[position < cut].abs().max().item())
-    worst = largest(moves)
+        masks = position >= cut, position == cut, (position == tokens - 1).expand(batch, -1)
+        for mask, size in zip(masks, (10.0, 1.0, 1e-2), strict=True):
+            changed = torch.where(mask[..., None], x + size * noise(), x)
+            changes.append((run(changed) - before)[position < cut].abs().max().item())
+    worst = largest(changes)
     if not worst <= LEAK_TOLERANCE and not known_leak(variant, config):
-        raise GateFailed(f"causality gate: changing later tokens moved an earlier output by {worst:.2e}")
+        raise GateFailed(f"causality gate: changing later tokens changed an earlier output by {worst:.2e}")
     return worst
 
 
@@ -221,14 +224,15 @@ def reference_error(
     causal: bool,
     schedule: InputSchedule | None = None,
 ) -> float:
-    """Largest error of the fast path in float32 against `reference` in float64, relative to each
-    tensor's largest entry (or 1): outputs, gradients of the input and of every parameter.
+    """Return the maximum error of the fast path in float32 against `reference` in float64, over the outputs
+    and the gradients of the input and of every parameter, relative to the largest entry of each tensor (or to
+    1).
 
-    Raises GateFailed above rounding.
+    Raises GateFailed if rounding cannot explain it.
     """
     ctx, schedule = Context(causal=causal), schedule or variant.input_schedule(config)
     fast = _layer(variant, config, dims_fed(variant, schedule, dims), layer).to(device)
-    slow = copy.deepcopy(fast).double()  # on the same device, whose random numbers are the same
+    slow = copy.deepcopy(fast).double()  # on the same device, so that its random numbers are the same
     x = torch.randn(BATCH, dims.seq_len, dims.d_model, device=device, requires_grad=True)
     x64 = x.detach().double().requires_grad_()
     torch.manual_seed(1)
@@ -248,7 +252,7 @@ def reference_error(
 def feed_forward_error(
     feed_forward: type[FeedForward], config: FeedForwardConfig, d_model: int, device: torch.device
 ) -> float:
-    """`reference_error` of a feed-forward layer. Raises GateFailed above rounding."""
+    """Return the same error as `reference_error`, for a feed-forward layer. Raises GateFailed."""
     torch.manual_seed(0)
     fast = _unit_weights(feed_forward(config, d_model)).to(device)
     slow = copy.deepcopy(fast).double()
@@ -271,14 +275,17 @@ def _relative(got: Tensor, want: Tensor) -> float:
 
 
 def cost_ratio(dispatched: int, cost: Cost, reason: str | None, *, bounded: bool = True) -> float:
-    """Forward FLOPs dispatched for mixing tokens as a multiple of the formula's.
+    """Return the dispatched forward FLOPs of mixing tokens, divided by those of the formula.
 
-    `dispatched` counts those of everything. Raises GateFailed where they differ by over 1 % and no `reason`
-    is given, or by too much. Where the overhead is not `bounded`, any excess with a reason passes.
+    `dispatched` is the total of a forward pass. Raises GateFailed if the ratio differs from 1 by more than
+    `COST_TOLERANCE` without a `reason`, or exceeds `COST_LIMIT`. If the overhead is not `bounded`, any excess
+    with a reason passes.
     """
     ratio = (dispatched - cost.tokenwise) / cost.mixing
     if abs(ratio - 1) > COST_TOLERANCE and reason is None:
-        raise GateFailed(f"cost gate: attention dispatched {ratio:.3f} × its formula's FLOPs, unexplained")
+        raise GateFailed(
+            f"cost gate: attention dispatched {ratio:.3f} × its formula's FLOPs, without a reason"
+        )
     limit = COST_LIMIT if bounded else math.inf
     if not 1 - COST_TOLERANCE <= ratio <= limit:
         raise GateFailed(f"cost gate: attention dispatched {ratio:.3f} × its formula's FLOPs, over {limit}")

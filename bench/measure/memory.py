@@ -205,10 +205,10 @@ def reset_rss_peak() -> bool:
 
 
 def resident_bytes(key: str) -> int | None:
-    """Return a size from /proc/self/status (VmHWM: peak resident, VmRSS:
-    resident), or None if not available."""
+    """Return a size from /proc/self/status (VmHWM: peak resident, VmRSS: resident), in bytes; None if it is
+    not available."""
     try:
-        found = re.search(rf"^{key}:\s+(\d+) kB", STATUS.read_text(), re.MULTILINE)
+        match = re.search(rf"^{key}:\s+(\d+) kB", STATUS.read_text(), re.MULTILINE)
     except OSError:
         return None
-    return int(found[1]) * 1024 if found else None
+    return int(match[1]) * 1024 if match else None

@@ -161,17 +161,17 @@ def _processes(nvml: Any, handle: Any, missing: dict[str, str]) -> tuple[int | N
         return None, None
     # One of them is this process, although in a container the driver may list it under another id.
     ours = [process for process in listed if process.pid == os.getpid()]
-    held = ours[0].usedGpuMemory if ours else None
-    if held is None:
+    used = ours[0].usedGpuMemory if ours else None
+    if used is None:
         missing["nvml_process_bytes"] = NOT_AVAILABLE if ours else NOT_LISTED
-    return len(listed) - 1, held
+    return len(listed) - 1, used
 
 
 def _throttling_reasons(nvml: Any, reasons: int) -> str:
-    given = [
-        words for name, words in REASONS.items() if reasons & getattr(nvml, f"nvmlClocksEventReason{name}")
+    active = [
+        text for name, text in REASONS.items() if reasons & getattr(nvml, f"nvmlClocksEventReason{name}")
     ]
-    return ", ".join(given) or "none"
+    return ", ".join(active) or "none"
 
 
 def memory(uuid: str) -> Memory | None:

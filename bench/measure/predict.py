@@ -1,7 +1,8 @@
-"""What a cell will take, without its hardware, and the largest that fits into a memory budget.
+"""Prediction of a cell's memory and FLOPs without its hardware, and search for the largest size within a
+memory budget.
 
-A peak is close to affine in the length of a sequence and in the number of sequences, so a search needs
-few predictions: two say where to look, a third and a fourth confirm it.
+Peak memory is almost affine in the sequence length and in the batch size, so a search needs few predictions:
+two determine a line, and one or two more confirm the size that it suggests.
 """
 
 from __future__ import annotations
@@ -20,17 +21,19 @@ from bench.tasks.base import Batch
 
 CPU = torch.device("cpu")
 TOKENS = 1024
-"""Lengths are searched in multiples of this."""
-MOST_TOKENS, MOST_SEQUENCES = 2**22, 2**16
-"""Where the searches end."""
-CLOSE = 0.01
-"""A size is the largest where one larger by this share, or by one, does not fit."""
+"""Step of the search for the longest sequence, in tokens."""
+MAX_TOKENS, MAX_SEQUENCES = 2**22, 2**16
+"""Upper limits of the searches."""
+SEARCH_TOLERANCE = 0.01
+"""Relative tolerance of a search: it ends when a size that is larger by this share, or by one, does not
+fit."""
 
 
-def largest(peak: Callable[[int], int], budget: int, most: int) -> int:
-    """The largest n from 1 to `most` with peak(n) ≤ budget, to within `CLOSE`; 0 where there is none.
+def largest(peak: Callable[[int], int], budget: int, maximum: int) -> int:
+    """Return the largest n from 1 to `maximum` with peak(n) ≤ budget, within `SEARCH_TOLERANCE`; 0 if even
+    n = 1 does not fit.
 
-    `peak` must not fall with n. An affine one is called four times, any other O(log n) times.
+    `peak` must not decrease with n. If it is affine it is called four times, otherwise O(log n) times.
     """
     known: dict[int, int] = {}
 
@@ -41,43 +44,43 @@ def largest(peak: Callable[[int], int], budget: int, most: int) -> int:
 
     if not fits(1):
         return 0
-    fitting, failing = 1, most + 1
-    guess, slow = max(math.isqrt(most), min(2, most)), 0  # far enough for a line through both
-    while failing - fitting > (margin := max(1, int(CLOSE * fitting))):
+    fitting, failing = 1, maximum + 1
+    guess, slow = max(math.isqrt(maximum), min(2, maximum)), 0  # far enough from 1 to determine a line
+    while failing - fitting > (margin := max(1, int(SEARCH_TOLERANCE * fitting))):
         before = failing - fitting
         if fits(guess):
             fitting = guess
         else:
             failing = guess
         slow = slow + 1 if 2 * (failing - fitting) > before else 0
-        if slow == 3:  # of a line's guesses two in a row may leave the bracket wide, and then it shrinks
-            slow, guess = 0, _middle(fitting, failing)
+        if slow == 3:  # two interpolations in a row may leave the bracket wide; after a third one, bisect
+            slow, guess = 0, _geometric_mean(fitting, failing)
         else:
-            guess = _crossing(known, budget, fitting, failing, margin)
+            guess = _interpolated(known, budget, fitting, failing, margin)
         guess = min(max(guess, fitting + 1), failing - 1)
     return fitting
 
 
-def _middle(fitting: int, failing: int) -> int:
-    """Halfway, as factors go."""
+def _geometric_mean(fitting: int, failing: int) -> int:
     return int((fitting * failing) ** 0.5)
 
 
-def _crossing(known: dict[int, int], budget: int, fitting: int, failing: int, margin: int) -> int:
-    """Where the line through the two largest sizes that fit, or the bracket's ends, meets the budget.
+def _interpolated(known: dict[int, int], budget: int, fitting: int, failing: int, margin: int) -> int:
+    """Return the size at which a line meets the budget: the line through the ends of the bracket, or through
+    the two largest sizes that fit if the upper end is not known.
 
-    Just above the size that fits, if it is there: what fails there ends the search.
+    The result is at least `margin` above the largest size that fits: if it does not fit, the search ends.
     """
     below = sorted(n for n in known if n <= fitting)[-2:]
     a, b = (fitting, failing) if failing in known else (below[0], below[-1])
     if known[b] == known[a]:
-        return _middle(fitting, failing)
-    found = a + int((budget - known[a]) * (b - a) / (known[b] - known[a]))
-    return found if found > fitting + margin else fitting + margin
+        return _geometric_mean(fitting, failing)
+    size = a + int((budget - known[a]) * (b - a) / (known[b] - known[a]))
+    return max(size, fitting + margin)
 
 
 def build_model(spec: CellSpec) -> LanguageModel:
-    """The model of a cell, with its replicate's weights."""
+    """Return the cell's model, with the initial weights of its replicate."""
     _, _, dims = spec.attention()
     _, task_config, _ = spec.task()
     torch.manual_seed(spec.replicate)
@@ -94,39 +97,41 @@ def build_model(spec: CellSpec) -> LanguageModel:
 
 
 def subject(spec: CellSpec, batch: Callable[[], Batch], device: torch.device) -> Subject:
-    """A cell's model in training, with the batch of its steps."""
+    """Return the cell's model, its optimiser and a batch, ready for a training step."""
     return Subject.make(lambda: build_model(spec), batch, causal=spec.causal, device=device)
 
 
 class Prediction:
-    """Predictions around one cell, each length and batch of which is gone through once."""
+    """Predictions for one cell at any length and batch size; each combination is computed once."""
 
     def __init__(self, spec: CellSpec) -> None:
         self.spec = spec
         self._known: dict[tuple[int, int], StepFigures] = {}
 
     def predict(self, *, seq_len: int | None = None, batch_size: int | None = None) -> StepFigures:
-        """What a training step of the cell takes, from fake tensors on the CPU's kernels, cut as its own
-        device's work is."""
+        """Return the figures of a training step. It runs on fake tensors with the CPU's kernels, and divides
+        its work into tiles as on the cell's own device."""
         key = seq_len or self.spec.seq_len, batch_size or self.spec.batch_size
         if key not in self._known:
             spec = replace(self.spec, seq_len=key[0], batch_size=key[1])
 
-            def blank() -> Batch:
+            def empty_batch() -> Batch:
                 tokens = torch.zeros(spec.batch_size, spec.seq_len, dtype=torch.int64)
                 return Batch(tokens, tokens.clone())
 
-            self._known[key] = step.predicted(lambda: subject(spec, blank, CPU))
+            self._known[key] = step.predicted(lambda: subject(spec, empty_batch, CPU))
         return self._known[key]
 
     def longest_seq_len(self, budget: int) -> int:
-        """The longest sequence, in whole `TOKENS` up to `MOST_TOKENS`, whose step fits; 0 for none."""
+        """Return the largest multiple of `TOKENS`, up to `MAX_TOKENS`, whose step fits into `budget` bytes;
+        0 if none does."""
 
         def peak(n: int) -> int:
             return self.predict(seq_len=n * TOKENS).peak_bytes
 
-        return TOKENS * largest(peak, budget, MOST_TOKENS // TOKENS)
+        return TOKENS * largest(peak, budget, MAX_TOKENS // TOKENS)
 
     def largest_batch_size(self, budget: int) -> int:
-        """The most sequences, up to `MOST_SEQUENCES`, whose step fits; 0 for none."""
-        return largest(lambda n: self.predict(batch_size=n).peak_bytes, budget, MOST_SEQUENCES)
+        """Return the largest batch size, up to `MAX_SEQUENCES`, whose step fits into `budget` bytes; 0 if
+        none does."""
+        return largest(lambda n: self.predict(batch_size=n).peak_bytes, budget, MAX_SEQUENCES)

@@ -1,5 +1,5 @@
-"""The gate of recomputation: a strategy for activations gives the gradients of stored ones, randomness
-replayed."""
+"""The recomputation gate: a strategy for activations gives the same gradients as stored activations, with the
+same random numbers."""
 
 from __future__ import annotations
 
@@ -16,19 +16,21 @@ from bench.train.loop import training_step
 from variants.base import Dims
 
 RECOMPUTE_TOLERANCE = {"float32": 1e-5, "bfloat16": torch.finfo(torch.bfloat16).eps}
-"""Largest error of a gradient, relative to the largest, that rounding explains, by dtype. Only a reversible
-network has any: it rebuilds float32 streams, 1e-7 off. In float32 the gradients are as close. In bfloat16
-some of these numbers round to the neighbouring one, and a gradient may differ by a rounding of its own: one
-unit in the last place of the largest, 2⁻⁷."""
+"""Maximum error of a gradient that rounding explains, relative to the largest gradient, by dtype. Only a
+reversible network has such an error, because it rebuilds its float32 streams with an error of 1e-7. The error
+of float32 gradients is of the same order. In bfloat16 some of the rebuilt numbers round to a neighbouring
+one, so a gradient may differ by one rounding: one unit in the last place of the largest gradient, 2⁻⁷."""
 SEQUENCES = 2
+"""Batch size of the gate."""
 
 
 def recompute_error(spec: CellSpec, dims: Dims, layers: int, device: torch.device) -> float:
-    """Largest error of a parameter's gradient under the cell's strategy for activations, against storing
-    them, relative to the largest entry of any; with dropout, in the cell's dtype, after one training step of
-    each.
+    """Return the maximum error of a parameter's gradient with the cell's strategy for activations, compared
+    with stored activations, relative to the largest entry of all gradients.
 
-    A reversible network is compared with its own two streams. Raises GateFailed above rounding.
+    Both models run one training step with dropout, in the cell's dtype. A reversible network is compared with
+    the same two-stream network whose activations are stored. Raises GateFailed if rounding cannot explain the
+    error.
     """
     source = torch.Generator().manual_seed(0)
     tokens = torch.randint(VOCABULARY, (2, SEQUENCES, dims.seq_len), generator=source).to(device)
@@ -59,6 +61,6 @@ def recompute_error(spec: CellSpec, dims: Dims, layers: int, device: torch.devic
     worst = largest([(a - b).abs().max().item() / scale for a, b in pairs])
     if not worst <= RECOMPUTE_TOLERANCE[spec.dtype]:
         raise GateFailed(
-            f"recompute gate: activations={spec.activations} moved a gradient by {worst:.2e} of the largest"
+            f"recompute gate: activations={spec.activations} changed a gradient by {worst:.2e} of the largest"
         )
     return worst

@@ -78,8 +78,8 @@ def product_rate(device: torch.device, dtype: torch.dtype) -> float:
 
 def copy_rate(device: torch.device) -> float:
     """Return the bytes per second, read plus written, of a copy within the device's memory."""
-    source = torch.ones(COPY_BYTES, dtype=torch.uint8, device=device)  # initialised, so that its pages are
-    # not shared
+    # initialised, because the pages of uninitialised memory are shared
+    source = torch.ones(COPY_BYTES, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     return 2 * COPY_BYTES / fastest(partial(target.copy_, source), device)
 
@@ -103,10 +103,10 @@ class Roofline:
         self.folder = folder / "roofline"
         machine = [device.type, device_name, dtype, torch.get_num_threads(), torch.__version__]
         self.decides = [*machine, torch.get_float32_matmul_precision(), list(SIZES), COPY_BYTES]
-        found = load_or_measure(
+        peaks = load_or_measure(
             self.folder, self.decides, lambda: asdict(self._measure()), {*Peaks.__annotations__}
         )
-        self.peaks = Peaks(**found)
+        self.peaks = Peaks(**peaks)
 
     def _measure(self) -> Peaks:
         return measure(self.device, self.dtype)

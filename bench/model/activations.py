@@ -1,6 +1,6 @@
-"""What happens to activations between forward and backward.
+"""Strategies that store or recompute activations between the forward and the backward pass.
 
-A strategy runs the visits of blocks in order; `STRATEGIES` maps the name of `activations=` to it.
+A strategy runs the visits of blocks in order; `STRATEGIES` maps the values of `activations=` to strategies.
 
 Shapes: B batch, T tokens, C channels.
 """
@@ -26,23 +26,23 @@ from bench.model.visits import VisitResult
 from variants.base import Context, Visit
 
 Run = Callable[..., tuple[Tensor, list[VisitResult]]]
-"""(visits, x, states, ctx) → hidden states and what is kept of each visit."""
+"""(visits, x, states, ctx) → hidden states (B, T, C) and the result of each visit."""
 
 
 def _in_order(
     visits: Sequence[Visit], x: Tensor, states: Sequence[Any], ctx: Context
 ) -> tuple[Tensor, list[VisitResult]]:
-    outs = []
+    results = []
     for visit, state in zip(visits, states, strict=True):
-        x, *kept = visit(x, state, ctx)
-        outs.append(VisitResult(*kept))
-    return x, outs
+        x, *result = visit(x, state, ctx)
+        results.append(VisitResult(*result))
+    return x, results
 
 
 def keep(
     visits: Sequence[Visit], x: Tensor, states: Sequence[Any], ctx: Context
 ) -> tuple[Tensor, list[VisitResult]]:
-    """Every activation is stored, as autograd does by itself."""
+    """Store all activations, as autograd does by default."""
     return _in_order(visits, x, states, ctx)
 
 
@@ -54,23 +54,25 @@ def _recomputed(
     ctx: Context,
     **options: Any,
 ) -> tuple[Tensor, list[VisitResult]]:
-    """Groups of `size` blocks, each computed again from its input in the backward pass."""
-    outs: list[VisitResult] = []
+    """Store only the input of each group of `size` blocks; the backward pass recomputes the group from it."""
+    results: list[VisitResult] = []
     for begin in range(0, len(visits), size):
-        group, entering = visits[begin : begin + size], states[begin : begin + size]
-        x, found = recompute(_from_cold, group, x, entering, ctx, use_reentrant=False, **options)
-        outs += found
-    return x, outs
+        group, group_states = visits[begin : begin + size], states[begin : begin + size]
+        x, group_results = recompute(
+            _without_autocast_cache, group, x, group_states, ctx, use_reentrant=False, **options
+        )
+        results += group_results
+    return x, results
 
 
-def _from_cold(
+def _without_autocast_cache(
     visits: Sequence[Visit], x: Tensor, states: Sequence[Any], ctx: Context
 ) -> tuple[Tensor, list[VisitResult]]:
-    """`_in_order` with an empty autocast cache, as a recomputation starts with.
+    """Run the visits in order with an empty autocast cache, as in a recomputation.
 
-    Autocast casts a weight once and reuses the copy. Without this, a weight that an earlier window or layer
-    used would not be cast again in the forward pass, but would be in the recomputation, which must dispatch
-    the same operations. The copies of one group are also freed when the next one begins.
+    Autocast casts a weight once and reuses the copy. Without this function, a weight that an earlier window
+    or layer used would not be cast again in the forward pass, but in the recomputation, which must dispatch
+    the same operations. The copies of one group are also freed when the next group begins.
     """
     torch.clear_autocast_cache()
     return _in_order(visits, x, states, ctx)
@@ -79,10 +81,10 @@ def _from_cold(
 def checkpoint(
     visits: Sequence[Visit], x: Tensor, states: Sequence[Any], ctx: Context
 ) -> tuple[Tensor, list[VisitResult]]:
-    """Only each block's input is stored; the rest is computed again in the backward pass.
+    """Store only the input of each block; the backward pass recomputes the other activations.
 
     Chen et al. 2016, Training Deep Nets with Sublinear Memory Cost, arXiv:1604.06174, with one
-    block a segment. The random state is put back for the second computation.
+    block per segment. The recomputation restores the random state.
     """
     return _recomputed(1, visits, x, states, ctx)
 
@@ -90,9 +92,9 @@ def checkpoint(
 def sqrt(
     visits: Sequence[Visit], x: Tensor, states: Sequence[Any], ctx: Context
 ) -> tuple[Tensor, list[VisitResult]]:
-    """Only the input of every ⌈√L⌉-th of L blocks is stored (Chen et al. 2016, §4.1).
+    """Store only the input of every ⌈√L⌉-th of L blocks (Chen et al. 2016, §4.1).
 
-    Backward stores the activations of one such group at a time, so both grow as √L.
+    The backward pass holds the activations of one such group at a time, so both terms grow as √L.
     """
     return _recomputed(max(1, math.isqrt(len(visits) - 1) + 1), visits, x, states, ctx)
 
@@ -113,19 +115,19 @@ _PRODUCTS = {
 
 
 def _keeps_products(_context: Any, op: Any, *_: Any, **__: Any) -> CheckpointPolicy:
-    # Inside an autograd.Function, where gradients are off, results are overwritten in place and what is
-    # worth storing is the function's own choice.
-    kept = op in _PRODUCTS and torch.is_grad_enabled()
-    return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
+    # Inside an autograd.Function gradients are disabled: results are overwritten in place, and the function
+    # itself chooses what to store.
+    stored = op in _PRODUCTS and torch.is_grad_enabled()
+    return CheckpointPolicy.MUST_SAVE if stored else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 def selective(
     visits: Sequence[Visit], x: Tensor, states: Sequence[Any], ctx: Context
 ) -> tuple[Tensor, list[VisitResult]]:
-    """Of each block, the results of matrix products and attention kernels are stored; norms, activation
-    functions and what else is cheap are computed again (torch's selective checkpointing).
+    """Store the results of matrix products and attention kernels; the backward pass recomputes cheap
+    operations, such as norms and activation functions (torch's selective checkpointing).
 
-    Variants with an autograd.Function of their own run it twice, because torch sees no kernel in it.
+    A variant with its own autograd.Function runs it twice, because torch sees no kernel in it.
     """
     contexts = partial(create_selective_checkpoint_contexts, _keeps_products)
     return _recomputed(1, visits, x, states, ctx, context_fn=contexts)
@@ -134,30 +136,30 @@ def selective(
 def offload(
     visits: Sequence[Visit], x: Tensor, states: Sequence[Any], ctx: Context
 ) -> tuple[Tensor, list[VisitResult]]:
-    """Every activation is stored, in the host's pinned memory instead of the device's."""
+    """Store all activations, in the host's pinned memory instead of the device's memory."""
     with torch.autograd.graph.save_on_cpu(pin_memory=True):
         return _in_order(visits, x, states, ctx)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Strategy:
-    """One way of saving activation memory."""
+    """A way to reduce activation memory."""
 
     run: Run
     stored: Run = keep
-    """The same network with every activation stored."""
+    """The same network with all activations stored."""
     needs_device: bool = False
-    """It moves activations away from the device, so there has to be one."""
+    """It moves activations from the device to the host, so it needs an accelerator."""
     depth_exponent: float | None = None
-    """The exponent of depth with which what is saved for the backward pass is said to grow on the device:
-    n of n layers, be it all or their inputs; √n where every √n-th is stored (Chen 2016, arXiv:1604.06174,
-    abstract); nothing that depends on n where inputs are rebuilt (Gomez 2017, arXiv:1707.04585, abstract).
-    None where nobody says."""
+    """Claimed growth of the memory that is stored on the device for the backward pass, as an exponent of the
+    depth n. 1: the activations or the inputs of all n layers are stored. 0.5: every √n-th input is stored
+    (Chen 2016, arXiv:1604.06174, abstract). 0: inputs are rebuilt (Gomez 2017, arXiv:1707.04585, abstract).
+    None: no source states it."""
 
     def unsupported(self, device: str) -> str | None:
-        """Why it cannot be used on this type of device, or None."""
+        """Return why the strategy cannot be used on this type of device, or None."""
         if self.needs_device and device == "cpu":
-            return "moves activations from the device to the host, and on cpu they are there already"
+            return "moves activations from the device to the host, but on cpu they are already there"
         return None
 
 

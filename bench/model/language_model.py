@@ -2,9 +2,9 @@
 
 Shapes: B batch, T tokens, C channels (d_model), V vocabulary.
 
-What is not a slot is the same for every variant: pre-norm blocks (Xiong 2020, arXiv:2002.04745), GPT-2's
-initialisation (normal, 0.02; the projections that write to the residual stream divided by √(2·depth)). A
-frozen parameter keeps the values that its layer gave it.
+All other parts are the same for every variant: pre-norm blocks (Xiong 2020, arXiv:2002.04745) and GPT-2's
+initialisation (normal with standard deviation 0.02, divided by √(2·depth) for projections that write to the
+residual stream). Frozen parameters keep the values that their layer gives them.
 """
 
 from __future__ import annotations
@@ -67,12 +67,13 @@ class Block(nn.Module):
         return out._replace(y=self.dropout(out.y))
 
     def feed(self, x: Tensor) -> FFOut:
-        """The feed-forward branch: (B, T, C) → FFOut, every token by itself."""
+        """The feed-forward branch: (B, T, C) → FFOut; tokens are independent."""
         fed: FFOut = self.feed_forward(self.feed_forward_norm(x))
         return fed._replace(y=self.dropout(fed.y))
 
     def _feed_in_chunks(self, x: Tensor) -> FFOut:
-        """Computed again in the backward pass, or every chunk's hidden layer would be stored."""
+        """`feed` in chunks of the sequence. The backward pass recomputes each chunk; otherwise the hidden
+        layers of all chunks would be stored."""
         chunks = x.chunk(self.ff_chunks, dim=1)
         fed = [recompute(self.feed, chunk, use_reentrant=False) for chunk in chunks]
         return FFOut(torch.cat([out.y for out in fed], dim=1), summed(*(out.aux_loss for out in fed)))
@@ -86,7 +87,7 @@ class Block(nn.Module):
 
 
 class Output(NamedTuple):
-    """Logits (B, T, V), each visit's state, and the layers' auxiliary losses where they have any."""
+    """Logits (B, T, V), the state of each visit, and the auxiliary losses of the layers that have one."""
 
     logits: Tensor
     states: list[Any]
@@ -94,7 +95,7 @@ class Output(NamedTuple):
 
 
 class LanguageModel(nn.Module):
-    """Token ids (B, T) → logits (B, T, V), with the input schedule applied around the blocks."""
+    """Token ids (B, T) → logits (B, T, V); the input schedule feeds the blocks."""
 
     def __init__(
         self,
@@ -108,35 +109,35 @@ class LanguageModel(nn.Module):
         ff_chunks: int = 1,
         dtype: torch.dtype = torch.float32,
     ) -> None:
-        """Parameters and sums are float32; `dtype` is that of matrix products, by autocast."""
+        """`dtype` is the autocast dtype of matrix products; parameters and sums are float32."""
         super().__init__()
         self.spec, self.input_schedule = spec, spec.input
         self.depth_schedule = spec.depth.layer(spec.depth.config, depth)
         self.run_blocks = STRATEGIES[activations].run
         self.vocabulary, self.dtype = vocabulary, dtype
         self.embedding = nn.Embedding(vocabulary, dims.d_model)
-        below: Counter[SlotSpec[SequenceMixer]] = Counter()
+        lower_layers: Counter[SlotSpec[SequenceMixer]] = Counter()
         blocks = []
         for layer in map(spec.at, range(depth)):
             mixer, feed_forward = layer.mixer, layer.feed_forward
             fed = dims_fed(mixer.layer, spec.input, dims)
             blocks.append(
                 Block(
-                    mixer.layer(mixer.config, fed, below[mixer]),
+                    mixer.layer(mixer.config, fed, lower_layers[mixer]),
                     feed_forward.layer(feed_forward.config, dims.d_model),
                     dims.d_model,
                     ff_chunks=ff_chunks,
                     dropout=dropout,
                 )
             )
-            below[mixer] += 1
+            lower_layers[mixer] += 1
         self.blocks = nn.ModuleList(blocks)
         tie(self.layers)
         self.norm = nn.LayerNorm(dims.d_model)
         self.head = nn.Linear(dims.d_model, vocabulary, bias=False)
         self.apply(self._initialise)
         for name, parameter in self.named_parameters():
-            if name.endswith("out.weight") and parameter.requires_grad:  # what writes to the residual stream
+            if name.endswith("out.weight") and parameter.requires_grad:  # writes to the residual stream
                 nn.init.normal_(parameter, std=0.02 / (2 * depth) ** 0.5)
 
     @staticmethod
@@ -146,7 +147,7 @@ class LanguageModel(nn.Module):
 
     @property
     def layers(self) -> list[SequenceMixer]:
-        """The mixers of the blocks, lowest first."""
+        """The mixers of the blocks, from the lowest."""
         return [block.mixer for block in self.blocks]  # type: ignore[misc]
 
     @property
@@ -156,7 +157,7 @@ class LanguageModel(nn.Module):
 
     @contextmanager
     def running(self, run_blocks: Run) -> Iterator[None]:
-        """Run the blocks in another way while inside."""
+        """Use another strategy for activations inside the context."""
         before, self.run_blocks = self.run_blocks, run_blocks
         try:
             yield
@@ -164,17 +165,18 @@ class LanguageModel(nn.Module):
             self.run_blocks = before
 
     def run_visits(self, x: Tensor, states: list[Any] | None, ctx: Context) -> Fed:
-        """All blocks on one window (N, L, C), with the states that the segment before left."""
+        """Run all visits on one window (N, L, C); `states` are those that the previous segment returned."""
         visits = self.visits
-        x, kept = self.run_blocks(visits, x, states or [None] * len(visits), ctx)
-        losses = tuple(out.aux_loss for out in kept if out.aux_loss is not None)
-        return Fed(x, [out.state for out in kept], losses)
+        x, results = self.run_blocks(visits, x, states or [None] * len(visits), ctx)
+        losses = tuple(out.aux_loss for out in results if out.aux_loss is not None)
+        return Fed(x, [out.state for out in results], losses)
 
     def forward(self, tokens: Tensor, *, causal: bool, states: list[Any] | None = None) -> Output:
-        """One segment of the input schedule, (B, T) → Output; `states` is what the segment before returned.
+        """Run one segment of the input schedule, (B, T) → Output; `states` are those that the previous
+        segment returned.
 
-        A causal model's logits at t depend on tokens up to t alone. Logits are float32. Raises ValueError for
-        an input without a token.
+        In a causal model the logits at t depend only on tokens up to t. Logits are float32. Raises ValueError
+        for an input without a token.
         """
         require_tokens(tokens)
         ctx = Context(causal=causal)
@@ -189,7 +191,7 @@ class LanguageModel(nn.Module):
         return Output(logits.float(), after or [], list(losses))
 
     def stream(self, tokens: Tensor, *, causal: bool) -> Iterator[tuple[slice, Output]]:
-        """A whole sequence (B, T), segment by segment: (where in T, Output) of each, state carried along.
+        """Run a whole sequence (B, T) by segments, with carried states; yields (slice of T, Output) for each.
 
         Raises ValueError for an input without a token.
         """
@@ -201,7 +203,7 @@ class LanguageModel(nn.Module):
             yield segment, out
 
     def cost(self, work: Workload) -> Cost:
-        """Algorithmic forward cost on (B, T) tokens: each window of the schedule through every visit."""
+        """Algorithmic FLOPs of a forward pass on (B, T) tokens: all visits on all windows of the schedule."""
         total = Cost({"output": 2 * work.batch_size * work.seq_len * work.d_model * self.vocabulary})
         windows = self.input_schedule.windows(work.seq_len, carried=True)
         for block in self.visits:
@@ -211,36 +213,37 @@ class LanguageModel(nn.Module):
         return total
 
     def state_bytes(self, work: Workload) -> int:
-        """Bytes to carry after `work.seq_len` tokens in order to process the next one."""
+        """Bytes of state after `work.seq_len` tokens that are necessary to process the next token."""
         return sum(state_bytes_fed(block.mixer, self.input_schedule, work) for block in self.visits)
 
     def distinct_layers(self) -> list[tuple[str, SequenceMixer]]:
         """The lowest layer of each distinct mixer, with the mixer's name."""
-        found: dict[SlotSpec[SequenceMixer], SequenceMixer] = {}
+        lowest: dict[SlotSpec[SequenceMixer], SequenceMixer] = {}
         for block, layer in enumerate(self.layers):
-            found.setdefault(self.spec.at(block).mixer, layer)
-        return [(slot.name, layer) for slot, layer in found.items()]
+            lowest.setdefault(self.spec.at(block).mixer, layer)
+        return [(slot.name, layer) for slot, layer in lowest.items()]
 
     @property
     def impl(self) -> str | None:
-        """Which implementation runs; of a mixture each member's: "longformer=blocks, dense=sdpa"."""
-        return _together([(name, layer.impl) for name, layer in self.distinct_layers()], "=", ", ")
+        """The implementation that runs; for a mixture, of each member: "longformer=blocks, dense=sdpa"."""
+        return _joined([(name, layer.impl) for name, layer in self.distinct_layers()], "=", ", ")
 
     @property
     def flop_overhead_reason(self) -> str | None:
-        """Why a forward pass dispatches more FLOPs than `cost` counts; of a mixture, each member's reason."""
+        """Why a forward pass dispatches more FLOPs than `cost` counts; for a mixture the reason of each
+        member."""
         layers = self.distinct_layers()
-        return _together([(name, layer.flop_overhead_reason) for name, layer in layers], ": ", "; ")
+        return _joined([(name, layer.flop_overhead_reason) for name, layer in layers], ": ", "; ")
 
     @property
     def overhead_is_bounded(self) -> bool:
-        """Whether the limit on that overhead holds: where it does for every layer."""
+        """Whether the limit of this overhead applies, which it does if it applies to every layer."""
         return all(layer.overhead_is_bounded for layer in self.layers)
 
 
-def _together(named: list[tuple[str, str | None]], equals: str, between: str) -> str | None:
-    """The text of a single layer, or each member's with its name, those that have none left out."""
+def _joined(named: list[tuple[str, str | None]], equals: str, separator: str) -> str | None:
+    """Return the text of a single layer; for several layers, name and text of those that have a text."""
     if len(named) == 1:
         return named[0][1]
     texts = dict.fromkeys(f"{name}{equals}{text}" for name, text in named if text is not None)
-    return between.join(texts) or None
+    return separator.join(texts) or None

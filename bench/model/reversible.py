@@ -1,4 +1,4 @@
-"""Reversible networks: no block stores its activations (Gomez 2017, The Reversible Residual Network,
+"""Reversible networks, whose blocks store no activations (Gomez 2017, The Reversible Residual Network,
 arXiv:1707.04585).
 
 Shapes: B batch, T tokens, C channels.
@@ -27,7 +27,7 @@ class Streams(NamedTuple):
 
 
 class _Replay:
-    """Randomness and autocast as they are now, for later."""
+    """Context manager that restores the random state and the autocast settings of its construction."""
 
     def __init__(self, x: Tensor) -> None:
         self.device = x.device.type
@@ -45,32 +45,37 @@ class _Replay:
             yield
 
 
-class _Border:
-    """How far down the backward pass of a network has come, and the streams there."""
+class _BackwardState:
+    """The level that the backward pass of a network has reached, and the streams at this level."""
 
     def __init__(self, drift: dict[int, float] | None) -> None:
         self.level = 0
         self.streams: Streams | None = None
         self.drift = drift
         self.stored: list[Streams] = []
-        """What the streams were below each block, kept only where drift is asked for."""
+        """The streams below each block; stored only to measure the drift."""
 
-    def up(self, entered: Streams, left: Streams) -> int:
-        """A block was run; returns its level, from 1."""
+    def push(self, inputs: Streams, outputs: Streams) -> int:
+        """Register the forward pass of a block; returns its level, from 1."""
         self.level += 1
-        self.streams = Streams(*(s.detach() for s in left))
+        self.streams = Streams(*(s.detach() for s in outputs))
         if self.drift is not None:
-            self.stored.append(Streams(*(s.detach() for s in entered)))
+            self.stored.append(Streams(*(s.detach() for s in inputs)))
         return self.level
 
-    def at(self, level: int) -> Streams:
-        """The streams above the block of this level, which the block is to overwrite."""
+    def outputs_of(self, level: int) -> Streams:
+        """Return the output streams of the block at this level, which the block overwrites with its inputs.
+
+        Raises RuntimeError if the blocks do not run backward in order.
+        """
         if self.level != level or self.streams is None:
-            raise RuntimeError("a reversible network runs backward once, from its top, all blocks in order")
+            raise RuntimeError(
+                "a reversible network must run backward once, through all blocks, from the last to the first"
+            )
         return self.streams
 
-    def down(self) -> None:
-        """The block's inputs have been rebuilt."""
+    def pop(self) -> None:
+        """Register that the inputs of the current block have been rebuilt."""
         assert self.streams is not None
         if self.drift is not None:
             pairs = zip(self.streams, self.stored.pop(), strict=True)
@@ -82,7 +87,7 @@ class _Border:
 
 
 class _ReversibleBlock(torch.autograd.Function):
-    """One block that stores neither stream: backward rebuilds its inputs from its outputs, in place.
+    """One block that stores neither stream: the backward pass rebuilds the inputs from the outputs, in place.
 
     y₁ = x₁ + attend(x₂), y₂ = x₂ + feed(y₁); backward: x₂ = y₂ − feed(y₁), x₁ = y₁ − attend(x₂).
     """
@@ -90,7 +95,7 @@ class _ReversibleBlock(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        border: _Border,
+        progress: _BackwardState,
         block: Visit,
         state: Any,
         context: Context,
@@ -105,24 +110,25 @@ class _ReversibleBlock(torch.autograd.Function):
         feed_replay = _Replay(first)
         y_second, aux_loss = _fed(block, second, y_first)
         keep_state(out.state)
-        ctx.border, ctx.level = border, border.up(Streams(first, second), Streams(y_first, y_second))
+        ctx.progress = progress
+        ctx.level = progress.push(Streams(first, second), Streams(y_first, y_second))
         ctx.block, ctx.state, ctx.context, ctx.replays = block, state, context, (attend_replay, feed_replay)
         return y_first, y_second, summed(out.aux_loss, aux_loss)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_first: Tensor, d_second: Tensor, d_aux: Tensor) -> tuple[Tensor | None, ...]:
-        block, border = ctx.block, ctx.border
+        block, progress = ctx.block, ctx.progress
         attend_replay, feed_replay = ctx.replays
-        first, second = border.at(ctx.level)
+        first, second = progress.outputs_of(ctx.level)
         parameters = _trained(block)
         totals: list[Tensor | None] = [None] * len(parameters)
 
         def through(outputs: list[Tensor], x: Tensor, grads: list[Tensor]) -> Tensor:
-            """The gradient of x; those of the parameters are added to `totals`."""
+            """Return the gradient of x, and add the gradients of the parameters to `totals`."""
             with torch.autocast(x.device.type, enabled=False):
-                d_x, *found = torch.autograd.grad(outputs, [x, *parameters], grads, allow_unused=True)
-            for i, grad in enumerate(found):
+                d_x, *d_parameters = torch.autograd.grad(outputs, [x, *parameters], grads, allow_unused=True)
+            for i, grad in enumerate(d_parameters):
                 if grad is not None:
                     before = totals[i]
                     totals[i] = grad if before is None else before + grad
@@ -146,21 +152,21 @@ class _ReversibleBlock(torch.autograd.Function):
                 first.sub_(out.y)
             roots, grads = _with_loss([out.y], [d_first.to(out.y.dtype)], out.aux_loss, d_aux)
             d_second = d_second + through(roots, x, grads)
-        border.down()
+        progress.pop()
         return None, None, None, None, None, d_first, d_second, *totals
 
 
 def _with_loss(
     roots: list[Tensor], grads: list[Tensor], aux_loss: Tensor | None, d_aux: Tensor
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """The roots of a backward pass and their gradients, with the auxiliary loss if it has one."""
+    """Return the roots of a backward pass and their gradients, with the auxiliary loss if there is one."""
     if aux_loss is None or not aux_loss.requires_grad:
         return roots, grads
     return [*roots, aux_loss], [*grads, d_aux]
 
 
 def _trained(block: Visit) -> list[torch.nn.Parameter]:
-    """Its parameters that have gradients."""
+    """Return the parameters of the block that have gradients."""
     return [parameter for parameter in block.parameters() if parameter.requires_grad]
 
 
@@ -169,18 +175,18 @@ def _pieces(block: Visit, x: Tensor) -> tuple[Tensor, ...]:
 
 
 def _fed(block: Visit, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor | None]:
-    """x + feed(y), piece by piece, and the sum of the auxiliary losses."""
+    """Return x + feed(y), computed by pieces of the sequence, and the sum of the auxiliary losses."""
     sums, losses = [], []
     for x_piece, y_piece in zip(_pieces(block, x), _pieces(block, y), strict=True):
         total, aux_loss = _fed_piece(block, x_piece, y_piece)
         sums.append(total)
         losses.append(aux_loss)
-    del total  # or it would be held beside the result
+    del total  # otherwise it would be alive together with the result
     return torch.cat(sums, dim=1), summed(*losses)
 
 
 def _fed_piece(block: Visit, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor | None]:
-    """A function, so that what the branch puts out is freed before the next piece."""
+    """A separate function, so that the output of the branch is freed before the next piece."""
     fed = block.feed(y)
     return x + fed.y, fed.aux_loss
 
@@ -188,16 +194,16 @@ def _fed_piece(block: Visit, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor | Non
 def two_streams(
     visits: Sequence[Visit], x: Tensor, states: Sequence[Any], ctx: Context
 ) -> tuple[Tensor, list[VisitResult]]:
-    """The network that `reversible` computes, with every activation stored, to compare it with."""
+    """The same network as `reversible` with all activations stored, as its reference."""
     first = second = x
-    outs = []
+    results = []
     for block, state in zip(visits, states, strict=True):
         out = block.attend(second, state, ctx)
         first = first + out.y
         fed = [block.feed(piece) for piece in _pieces(block, first)]
         second = second + torch.cat([piece.y for piece in fed], dim=1)
-        outs.append(VisitResult(out.state, summed(out.aux_loss, *(piece.aux_loss for piece in fed))))
-    return (first + second) / 2, outs
+        results.append(VisitResult(out.state, summed(out.aux_loss, *(piece.aux_loss for piece in fed))))
+    return (first + second) / 2, results
 
 
 def reversible(
@@ -208,22 +214,23 @@ def reversible(
     *,
     drift: dict[int, float] | None = None,
 ) -> tuple[Tensor, list[VisitResult]]:
-    """No block stores its activations: each one's input is computed from its output (Gomez 2017, §3).
+    """Store no activations of a block: the backward pass computes its input from its output (Gomez 2017, §3).
 
-    The pairing is the Reformer's (Kitaev 2020, arXiv:2001.04451, §3): attention and feed-forward are
-    the two residual functions, both streams start as x, and x comes out as their mean, which the paper
-    leaves open. This is another network than `keep` computes, of the same size.
+    The two residual functions are attention and feed-forward, as in the Reformer (Kitaev 2020,
+    arXiv:2001.04451, §3). Both streams start as x; the output is their mean, which the paper does not
+    specify. This network differs from the one that `keep` computes, and has the same size.
 
-    `drift` is filled in by the backward pass: level of a block from the bottom → largest error of its
-    rebuilt input, relative to the input's largest entry; floats do not subtract exactly.
+    The backward pass writes to `drift`: level of a block, from the bottom → maximum error of its rebuilt
+    input, relative to the largest entry of the input. The error exists because floating-point subtraction is
+    not exact.
     """
-    border = _Border(drift)
+    progress = _BackwardState(drift)
     first = second = x
-    outs = []
+    results = []
     for block, state in zip(visits, states, strict=True):
         new_state: list[Any] = []
         first, second, aux_loss = _ReversibleBlock.apply(  # type: ignore[no-untyped-call]
-            border, block, state, ctx, new_state.append, first, second, *_trained(block)
+            progress, block, state, ctx, new_state.append, first, second, *_trained(block)
         )
-        outs.append(VisitResult(new_state[0], aux_loss))
-    return (first + second) / 2, outs
+        results.append(VisitResult(new_state[0], aux_loss))
+    return (first + second) / 2, results

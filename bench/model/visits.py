@@ -1,7 +1,4 @@
-"""What is kept of a visit of a block.
-
-Shapes: B batch, T tokens, C channels.
-"""
+"""The result of a visit of a block, and sums of auxiliary losses."""
 
 from __future__ import annotations
 
@@ -11,14 +8,14 @@ from torch import Tensor
 
 
 class VisitResult(NamedTuple):
-    """Outputs of a visit kept after the next one has run: state and auxiliary loss. Keeping every `x` would
-    make the forward pass grow with depth, whatever is stored for the backward pass."""
+    """Outputs of a visit that are kept after the forward pass: state and auxiliary loss. The hidden states
+    are not kept: with them the memory of the forward pass would grow with depth under every strategy."""
 
     state: Any
     aux_loss: Tensor | None
 
 
 def summed(*losses: Tensor | None) -> Tensor | None:
-    """The sum of the losses that there are; None where there is none."""
-    known = [loss for loss in losses if loss is not None]
-    return sum(known[1:], known[0]) if known else None
+    """Return the sum of the losses that are not None; None if all are."""
+    present = [loss for loss in losses if loss is not None]
+    return sum(present[1:], present[0]) if present else None

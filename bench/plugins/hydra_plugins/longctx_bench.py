@@ -1,10 +1,10 @@
-"""Hydra's parts of this harness: where its configs are read, and its multirun mode.
+"""Hydra plug-ins: the config source of configs/ and the sweeper of the multirun mode.
 
-Every file of configs/ is checked as Hydra loads it, and every cell is composed and checked before the first
-one runs.
+Every file of configs/ is checked when Hydra loads it. All cells are composed and checked before the first
+cell runs.
 
-Hydra finds plug-ins in the namespace package `hydra_plugins`, scans them at every start, and
-instantiates them only from there; so the class lives here and imports what it needs when it runs.
+Hydra finds plug-ins only in the namespace package `hydra_plugins`, and imports them at every start. Therefore
+these classes are here, and their functions import other modules only when they run.
 """
 
 from __future__ import annotations
@@ -28,14 +28,15 @@ from hydra.types import HydraContext, RunMode, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
 IN_THIS_PROCESS = "hydra._internal.core_plugins.basic_launcher.BasicLauncher"
-"""Hydra's own launcher; the cells go to any other one as jobs."""
+"""Hydra's default launcher. With it, cells run in this process; to any other launcher they are given as
+jobs."""
 
 
 class CheckedConfigs(SearchPathPlugin):
-    """Has the files of configs/, and of no other folder, read by `CheckedSource`."""
+    """Makes `CheckedSource` read the files of configs/, and only those."""
 
     def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
-        """Change the way in which the folder is read, not the order of the search path."""
+        """Change the reader of configs/ in the search path, but not the order of the path."""
         from bench import CONFIGS
 
         for element in search_path.get_path():
@@ -44,16 +45,17 @@ class CheckedConfigs(SearchPathPlugin):
 
 
 class CheckedSource(FileConfigSource):
-    """A folder of configs, each file of which holds plain values of knobs alone, and the entries of groups
-    that follow from declarations (`bench.config.groups`)."""
+    """A folder of config files that contain only plain values of knobs, and the entries of groups that are
+    derived from declarations (`bench.config.groups`)."""
 
     @staticmethod
     def scheme() -> str:
-        """What the search path calls it."""
+        """The scheme of this source in the search path."""
         return "longctx-bench"
 
     def load_config(self, config_path: str) -> ConfigResult:
-        """Raises ConfigError for a file that holds more, or that lies outside of the folder."""
+        """Load a file or a declared entry. Raises ConfigError for a file with content that is not allowed or
+        outside of the folder, and ConfigLoadError if there is neither."""
         from bench.cli import presets
         from bench.config import groups
 
@@ -73,68 +75,69 @@ class CheckedSource(FileConfigSource):
         )
 
     def is_group(self, config_path: str) -> bool:
-        """Whether there is a folder or a declared group of this name."""
+        """Return whether there is a folder or a declared group with this name."""
         from bench.config.groups import GROUPS
 
         return config_path in GROUPS or super().is_group(config_path)
 
     def is_config(self, config_path: str) -> bool:
-        """Whether there is a file or a declared entry of this name."""
+        """Return whether there is a file or a declared entry with this name."""
         from bench.config import groups
 
         group, _, entry = config_path.removesuffix(".yaml").rpartition("/")
         return entry in groups.entries(group) or super().is_config(config_path)
 
     def list(self, config_path: str, results_filter: ObjectType | None) -> list[str]:
-        """The names of files, folders and declared entries in a folder, sorted."""
+        """Return the names of files, folders and declared entries in a folder, sorted."""
         from bench.config import groups
 
         is_folder = super().is_group(config_path)
-        found = {*super().list(config_path, results_filter)} if is_folder else set()
+        names = {*super().list(config_path, results_filter)} if is_folder else set()
         if results_filter in (None, ObjectType.CONFIG):
-            found |= {*groups.entries(config_path)}
+            names |= {*groups.entries(config_path)}
         if results_filter in (None, ObjectType.GROUP) and not config_path:
-            found |= {*groups.GROUPS}
-        return sorted(found)
+            names |= {*groups.GROUPS}
+        return sorted(names)
 
     def _file(self, name: str) -> Path | None:
-        """The file of a config, if it has one. Raises ConfigError for one outside of the folder."""
+        """Return the file of a config, or None. Raises ConfigError for a path outside of the folder."""
         from bench.config.groups import file_beside
         from bench.inputs.errors import ConfigError
 
         if Path(name).is_absolute() or ".." in Path(name).parts:
-            raise ConfigError(f"{name}: not allowed; a config is the name of a file under {self.path}")
+            raise ConfigError(f"{name}: not allowed; a config must be the name of a file under {self.path}")
         path = Path(self.path, f"{name}.yaml")
         group, _, entry = name.rpartition("/")
         return path if path.is_file() else file_beside(group, entry)
 
 
 class Composer:
-    """A cell's config in plain types, without Hydra's own part, from its overrides.
+    """Composes the config of a cell from its overrides, in plain types and without Hydra's own settings.
 
-    Hydra composes once for each entry that cells choose of a group; what else a cell overrides is put into a
-    copy. Composing each cell anew would take minutes for a thousand of them.
+    Hydra composes each chosen entry of a group only once; the other overrides of a cell are set in a copy of
+    the result. If Hydra composed each cell, a thousand cells would take minutes.
     """
 
     def __init__(self, loader: ConfigLoader, composed: DictConfig) -> None:
         self.loader, self.composed = loader, composed
         self.parser = OverridesParser.create(config_loader=loader)
         self.groups = {*loader.list_groups("")}
-        self._known: dict[tuple[str, ...], dict[str, Any]] = {}
+        self._by_choices: dict[tuple[str, ...], dict[str, Any]] = {}
         self._values: dict[str, Override | None] = {}
 
     def __call__(self, job: Sequence[str]) -> dict[str, Any]:
-        """Raises what Hydra raises for overrides that cannot be."""
+        """Return the config of one cell. Raises Hydra's exception for invalid overrides."""
         values = [self._value(text) for text in job]
         choices = tuple(text for text, value in zip(job, values, strict=True) if value is None)
-        made = deepcopy(self._composed(choices))
+        config = deepcopy(self._composed(choices))
         for value in values:
-            if value is not None and not _put(made, value.key_or_group, value.value()):
-                return self._whole(job)  # a reference or a mistake, which Hydra explains
-        return made
+            if value is not None and not _set_value(config, value.key_or_group, value.value()):
+                return self._compose(job)  # a reference, or a mistake that Hydra's exception explains
+        return config
 
     def _value(self, text: str) -> Override | None:
-        """The override, if it gives one knob a plain value; None if it chooses or adds something."""
+        """Return the override if it sets a plain value of one knob; None if it chooses an entry or adds a
+        key."""
         if text not in self._values:
             (override,) = self.parser.parse_overrides([text])
             key = override.key_or_group
@@ -143,59 +146,62 @@ class Composer:
         return self._values[text]
 
     def _composed(self, choices: tuple[str, ...]) -> dict[str, Any]:
-        if choices not in self._known:
-            self._known[choices] = self._joined(choices) or self._whole(choices)
-        return self._known[choices]
+        if choices not in self._by_choices:
+            self._by_choices[choices] = self._merged(choices) or self._compose(choices)
+        return self._by_choices[choices]
 
-    def _joined(self, choices: tuple[str, ...]) -> dict[str, Any] | None:
-        """The sections of several groups put together, each composed alone; None where an entry changes more
-        than the section of its group, or something else than entries is chosen."""
+    def _merged(self, choices: tuple[str, ...]) -> dict[str, Any] | None:
+        """Merge the sections of several groups, each of which is composed separately. None if an entry
+        changes more than the section of its group, or if a choice is not an entry of a group."""
         from bench.config.groups import GROUPS
 
         if len(choices) < 2:
             return None
-        without = self._composed(())
-        joined = dict(without)
+        default = self._composed(())
+        merged = dict(default)
         for choice in choices:
-            group, alone = choice.partition("=")[0], self._composed((choice,))
-            if group not in GROUPS or alone | {group: None} != without | {group: None}:
+            group, single = choice.partition("=")[0], self._composed((choice,))
+            if group not in GROUPS or single | {group: None} != default | {group: None}:
                 return None
-            joined[group] = alone[group]
-        return joined
+            merged[group] = single[group]
+        return merged
 
-    def _whole(self, job: Sequence[str]) -> dict[str, Any]:
+    def _compose(self, job: Sequence[str]) -> dict[str, Any]:
         from bench.config import parse
 
         return parse.plain(self.loader.load_sweep_config(self.composed, list(job)))
 
 
-def _put(config: dict[str, Any], key: str, value: Any) -> bool:
-    """Give a knob that is there another value; False where Hydra has to see to it: the knob is not there,
-    holds other knobs, or the value refers to something."""
+def _set_value(config: dict[str, Any], key: str, value: Any) -> bool:
+    """Set the value of an existing knob. Returns False if Hydra must do it: the knob does not exist or is a
+    section, or the value is a mapping or contains a reference."""
     *sections, name = key.split(".")
-    holder: Any = config
-    for section in sections:
-        holder = holder.get(section) if isinstance(holder, dict) else None
-    if not isinstance(holder, dict) or name not in holder:
+    section: Any = config
+    for part in sections:
+        section = section.get(part) if isinstance(section, dict) else None
+    if not isinstance(section, dict) or name not in section:
         return False
-    if isinstance(holder[name], dict) or isinstance(value, dict) or "${" in str(value):
+    if isinstance(section[name], dict) or isinstance(value, dict) or "${" in str(value):
         return False
-    holder[name] = value
+    section[name] = value
     return True
 
 
 class CellSweeper(Sweeper):
-    """Hydra's grid sweep with three additions. `grids` is a list of parameter dictionaries whose products are
-    run one after the other in each round of replicates, so that a preset can hold more than one question;
-    `params` is the same with one grid, and an override on the command line beats both. A sweep over presets
-    runs the whole of each. And cells that are finished are not handed to the launcher, where one is chosen.
+    """Hydra's grid sweep with three additions.
+
+    - `grids` is a list of parameter dictionaries. Their products run one after the other in each round of
+      replicates, so that a preset can contain several questions. `params` is a single grid. Overrides on the
+      command line have priority over both.
+    - A sweep over presets runs all grids of each preset.
+    - Finished cells are not given to the launcher.
     """
 
     def __init__(self, params: DictConfig | None = None, grids: Sequence[DictConfig] | None = None) -> None:
         self.grids = grids_of(params, grids)
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
-        """Keep what `sweep` needs."""
+        """Store the arguments for `sweep`."""
         self.context, self.composed = hydra_context, config
 
     def sweep(self, arguments: list[str]) -> Any:
@@ -221,7 +227,7 @@ class CellSweeper(Sweeper):
         return cluster.run(cells, overrides, parse.parse_cluster(self.composed), launch)
 
     def _presets(self, arguments: list[str]) -> Iterator[Preset]:
-        """What is swept: one preset, or none, or each of those that the sweep is over with its own grids."""
+        """Yield the swept config, or for a sweep over presets the config and the grids of each."""
         loader = self.context.config_loader
         parsed = OverridesParser.create(config_loader=loader).parse_overrides(arguments)
         swept = {o.key_or_group: o for o in parsed if o.is_sweep_override()}.get("experiment")
@@ -238,7 +244,7 @@ class CellSweeper(Sweeper):
             yield Preset(composed, grids_of(sweeper.params, sweeper.grids), chosen)
 
     def _launch(self, task: TaskFunction, knobs: Any, jobs: list[list[str]]) -> list[list[str] | Exception]:
-        """Have the chosen launcher, to which the knobs are known, call the task for each job."""
+        """Call the task for each job through the chosen launcher, whose options refer to the knobs."""
         from hydra.core.plugins import Plugins
         from hydra.core.utils import JobStatus
 
@@ -251,7 +257,7 @@ class CellSweeper(Sweeper):
 
 
 class Preset(NamedTuple):
-    """What a sweep runs of one preset."""
+    """The part of a sweep that one preset defines."""
 
     composed: DictConfig
     """The config of the sweep."""
@@ -261,29 +267,29 @@ class Preset(NamedTuple):
 
 
 def grids_of(params: DictConfig | None, grids: Sequence[DictConfig] | None) -> Sequence[DictConfig]:
-    """The grids that a sweeper's settings ask for."""
+    """Return the grids of a sweeper's settings."""
     return grids or [params or OmegaConf.create({})]
 
 
 def product(loader: ConfigLoader, grid: DictConfig, arguments: list[str]) -> list[list[str]]:
-    """The overrides of each cell of a grid. Raises ConfigError for a line of the grid that is not allowed."""
+    """Return the overrides of each cell of a grid. Raises ConfigError for a line that is not allowed."""
     from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 
     from bench.cli import overrides
 
     parser = OverridesParser.create(config_loader=loader)
-    as_given = OmegaConf.to_container(grid, resolve=False)
-    assert isinstance(as_given, dict)
-    lines = [overrides.as_typed(f"{key!s}={value}") for key, value in as_given.items()]
+    values = OmegaConf.to_container(grid, resolve=False)
+    assert isinstance(values, dict)
+    lines = [overrides.quote_text(f"{key!s}={value}") for key, value in values.items()]
     swept = parser.parse_overrides(lines)
     for override in swept:
         overrides.check(override)
         overrides.check_swept(override)
-    given = parser.parse_overrides(arguments)
-    (jobs,) = BasicSweeper.split_arguments([*swept, *given], max_batch_size=None)
+    fixed = parser.parse_overrides(arguments)
+    (jobs,) = BasicSweeper.split_arguments([*swept, *fixed], max_batch_size=None)
     return jobs
 
 
 def _failure(job: Any) -> Exception:
-    """What a job failed of; Hydra's JobReturn keeps the exception as what it returned."""
+    """Return the exception of a failed job, which Hydra's JobReturn stores as the return value."""
     return job._return_value if isinstance(job._return_value, Exception) else RuntimeError(str(job.status))

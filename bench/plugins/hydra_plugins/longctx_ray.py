@@ -1,4 +1,4 @@
-"""A Hydra launcher over Ray's core: a job is a task of Ray's, and one that dies takes no other with it."""
+"""A Hydra launcher based on Ray's core: each job is a Ray task; one that dies does not affect the others."""
 
 from __future__ import annotations
 
@@ -12,19 +12,20 @@ from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-AS_WITHOUT = {
-    "RAY_worker_niceness": "0",  # by default 15: whatever else runs would come before what is measured
-    "RAY_worker_oom_score_adjustment": "0",  # by default as high as a cell's own, which is the one to go
-    "RAY_memory_monitor_refresh_ms": "0",  # it ends workers at 95 % of the memory, which a cell may well take
+RAY_SETTINGS = {
+    "RAY_worker_niceness": "0",  # default 15: other processes would have priority over the measurement
+    "RAY_worker_oom_score_adjustment": "0",  # default: as high as a cell's, which must be killed first
+    "RAY_memory_monitor_refresh_ms": "0",  # it kills workers at 95 % of memory, which a cell may use
 }
-"""Settings of a Ray that is started here, under which a cell fares as it does without; the environment's
-own count before these."""
+"""Settings of a Ray that is started here, so that a cell runs as it does without Ray. Variables of the
+environment have priority."""
 
 
 class RayLauncher(Launcher):
-    """Runs jobs on the machines of a Ray cluster, or on one that is started here for as long as they run.
+    """Runs jobs on the machines of a Ray cluster, or on a Ray that is started on this machine until the jobs
+    end.
 
-    `init` is what ray.init takes, `remote` what ray.remote does: what each job occupies.
+    `init` holds the arguments of ray.init, `remote` those of ray.remote: the resources of each job.
     """
 
     def __init__(self, init: DictConfig, remote: DictConfig) -> None:
@@ -32,15 +33,15 @@ class RayLauncher(Launcher):
         self.remote: Any = OmegaConf.to_container(remote, resolve=True)
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
-        """Keep what `launch` needs."""
+        """Store the arguments for `launch`."""
         self.common = (hydra_context, task_function, config)
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
-        """Run the jobs; returns when the last one has ended, in their order."""
+        """Run the jobs and wait for all of them; returns their results in the order of the jobs."""
         import ray
         from ray.exceptions import RayError
 
-        os.environ.update({name: value for name, value in AS_WITHOUT.items() if name not in os.environ})
+        os.environ.update({name: value for name, value in RAY_SETTINGS.items() if name not in os.environ})
         with ray.init(**self.init):
             common = ray.put((*self.common, Singleton.get_state()))
             task = ray.remote(**self.remote)(_work)
@@ -60,7 +61,7 @@ class RayLauncher(Launcher):
 
 
 def _work(common: Any, overrides: list[str], number: int) -> JobReturn:
-    """One job, in a process of Ray's."""
+    """Run one job in a Ray worker process."""
     context, task, config, singletons = common
     setup_globals()
     Singleton.set_state(singletons)
