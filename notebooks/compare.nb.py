@@ -1,7 +1,7 @@
 # %% [markdown]
 # # Comparing variants
 #
-# A sweep leaves one record a *cell*: one variant at one length, depth and so on, run once, in a process of its own. Two lines turn them into a data frame; the rest of this notebook is what one asks of it. It reads the reference run that comes with the repository (`make bench` on two CPU cores). To read yours instead, set `RESULTS` to its folder before you start Jupyter, such as `RESULTS=$PWD/results/gpu`.
+# A sweep writes one record for each *cell*: one variant at one length, depth and so on, run once, in a separate process. Two lines load the records into a data frame; the rest of this notebook analyses it. It reads the reference run of the repository (`make bench` on two CPU cores). To read yours instead, set `RESULTS` to its folder before you start Jupyter, such as `RESULTS=$PWD/results/gpu`.
 
 # %%
 import os
@@ -11,7 +11,7 @@ from bench.records import load
 records = load(os.environ.get("RESULTS", "../results/reference-cpu"))
 
 # %% [markdown]
-# Every key is explained in `results/README.md`. Units stand in the names: `_bytes`, `_seconds`; a figure that was not taken is missing, never 0. First, what is in it, and did it all finish?
+# `results/README.md` explains every key. Units are part of the names: `_bytes`, `_seconds`. A figure that was not measured is missing, never 0. First, which cells are there, and did all of them finish?
 
 # %%
 import matplotlib.pyplot as plt
@@ -33,9 +33,9 @@ pd.DataFrame(
 records.groupby("status")["reason"].agg(["size", "first"])
 
 # %% [markdown]
-# ## What does a step cost beside dense attention?
+# ## How much does a step cost, compared with dense attention?
 #
-# A *step* is one forward and one backward pass. Times of different processes differ by more than samples of one, so take the ratio to dense **within a replicate**, where both ran in the same round, and then the median over replicates.
+# A *step* is one forward and one backward pass. The times of different processes differ by more than the samples of one process. Therefore take the ratio to dense **within a replicate**, because both ran in the same round, and then the median over replicates.
 
 # %%
 SETTING = ["objective", "d_model", "activations", "batch_size", "device_name"]
@@ -54,23 +54,23 @@ table.style.format("{:.2f}×", na_rep="–").background_gradient(
 )
 
 # %% [markdown]
-# Below 1× a variant is cheaper than dense (purple), above it dearer (orange). Look for the length at which a row changes colour: what is linear in the length on paper is not cheap at 512 tokens. A variant whose objective no dense model of the experiment has, such as Linformer (bidirectional only) in the reference run, has no ratio and no row.
+# Below 1× a variant is cheaper than dense (purple), above it more expensive (orange). Find the length at which the colour of a row changes: a variant whose cost is linear in the length is not necessarily cheap at 512 tokens. If no dense model of the experiment has the same objective, a variant has no ratio and no row: in the reference run this is the case for Linformer, which is bidirectional only.
 #
 # ## Time and memory against length
 #
-# Both axes are logarithmic, so a power of the length is a line and its exponent the slope; dense attention bends up towards 2. A dot is a median over replicates, the line through it connects one variant, and colours and markers are those of every plot of this project.
+# Both axes are logarithmic, so a power of the length is a straight line whose slope is the exponent; the slope of dense attention increases towards 2. A marker is a median over replicates, and a line connects the markers of one variant. Colours and markers are the same as in all plots of this project.
 
 
 # %%
 def source(cells):
-    """Machine, days and replicates, which every plot should say."""
+    """Return the machine, the days and the number of replicates, which every plot should state."""
     days = sorted(set(cells["started_at"].str[:10]))
     dates = days[0] if len(days) == 1 else f"{days[0]} to {days[-1]}"
     return f"{cells['device_name'].iloc[0]} · {dates} · {cells['replicate'].nunique()} replicates"
 
 
 def against_length(cells, column, title, show, *, binary=False):
-    """One panel a depth; a line a variant, a band from the least to the most of the replicates."""
+    """One panel per depth, one line per variant, and a band from minimum to maximum of its replicates."""
     depths = sorted(cells["depth"].unique())
     figure, panels = plt.subplots(
         1, len(depths), figsize=(4.2 * len(depths) + 1.6, 3.6), sharey=True, squeeze=False
@@ -95,7 +95,7 @@ def against_length(cells, column, title, show, *, binary=False):
     plt.show()
 
 
-# of the settings, the one that was run at most lengths
+# the setting with the most cells
 setting = lengths.groupby(SETTING).size().idxmax()
 one = lengths.set_index(SETTING).loc[[setting]].reset_index()
 with look():
@@ -103,11 +103,11 @@ with look():
     against_length(one, "peak_bytes", "peak memory", units.size, binary=True)
 
 # %% [markdown]
-# The memory is that of a whole training step: parameters, gradients, optimiser and activations. The kernel of dense attention stores no length × length matrix, so on this plot dense is a line too, and a variant that saves *time* need not save memory. What makes up the peak, and what to do about it, is in [memory.ipynb](memory.ipynb).
+# The memory is that of a whole training step: parameters, gradients, optimiser and activations. The kernel of dense attention stores no length × length matrix, so dense attention is also a straight line in this plot, and a variant that saves *time* does not necessarily save memory. [memory.ipynb](memory.ipynb) shows the parts of the peak and how to reduce it.
 #
 # ## How fast does a cost grow?
 #
-# The slope between the two longest lengths, beside what the paper says of attention alone. Projections and feed-forward are linear in the length and in every step, so at lengths like these a slope lies between 1 and the claim.
+# The slope between the two longest lengths, next to the claim of the paper, which is for attention alone. A step also contains projections and feed-forward layers, which are linear in the length, so at such lengths a slope is between 1 and the claim.
 
 # %%
 medians = one.groupby(["variant", "depth", "seq_len"])[
@@ -128,7 +128,7 @@ growth.sort_values("time grows as T^").style.format("{:.2f}", na_rep="–")
 # %% [markdown]
 # ## Quality against cost
 #
-# All models saw the same number of tokens. Lower is better on both axes, so what matters is the lower left: a variant is on the *front* (ringed) if no other is both quicker and better. Models with bidirectional attention fill in masked tokens, which is another task: they are not on the same plot. A variant that is known to see the future is left out.
+# All models were trained on the same number of tokens. Lower is better on both axes, so the best models are at the lower left: a variant is on the *front* (with a ring) if no other variant is both faster and better. Bidirectional models predict masked tokens, which is another task, so they are not in the same plot. Variants that are known to read later tokens are excluded.
 
 # %%
 trained = finished[finished["nll"].notna() & ~(finished["leak_max_abs"] > 1e-3)]
@@ -164,11 +164,11 @@ else:
     print("nothing was trained in this experiment")
 
 # %% [markdown]
-# How to read it: bars that overlap are not told apart by this many replicates, and a small model after a short training says how variants *learn at the start*, not where they end. `report/summary.md` has intervals and ranks; [statistics.ipynb](statistics.ipynb) makes them from the records step by step.
+# How to read it: if bars overlap, this number of replicates does not show a difference. A small model after a short training shows how fast variants *learn at the start*, not their final quality. `report/summary.md` has intervals and ranks; [statistics.ipynb](statistics.ipynb) computes them from the records step by step.
 #
 # ## Does a long context help?
 #
-# Loss by position in the window: if a model uses what it has read, later tokens are predicted better. Element *k* covers the positions from 2ᵏ − 1 to 2ᵏ⁺¹ − 2, counted from 0, of a window; the last dot may stand for a single position, the window's end, and then says little.
+# The loss by position in the window: if a model uses its context, later tokens have a lower loss. Element *k* covers the positions from 2ᵏ − 1 to 2ᵏ⁺¹ − 2 of a window, counted from 0. The last marker may cover only one position, the end of the window, and is then not reliable.
 
 # %%
 if len(trained):
@@ -190,7 +190,7 @@ if len(trained):
 # %% [markdown]
 # ## Your own question
 #
-# It is a data frame: group it. For instance, which variant carries how much from one token to the next, and how many floating-point operations it spends on attention alone:
+# The records are a data frame, so group it by any key. For example: how many bytes of state does each variant carry from one token to the next, and how many FLOPs does attention alone take?
 
 # %%
 longest = one[one["seq_len"] == one["seq_len"].max()]

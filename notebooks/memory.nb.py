@@ -1,11 +1,11 @@
 # %% [markdown]
-# # Memory: what fills it, and what fits
+# # Memory: the parts of the peak, and the sizes that fit
 #
-# Out of memory is how most long-context experiments end. This notebook answers three questions. What is the peak of a training step made of? What does each way of saving activations (`activations=`) take off it, and at what price? And how long a sequence fits into the memory you have?
+# Most long-context experiments fail because memory runs out. This notebook answers three questions. What are the parts of the peak memory of a training step? How much memory does each strategy for activations (`activations=`) save, and at what cost? How long a sequence fits into a given memory?
 #
-# The first part reads records; `RESULTS` names another experiment's folder. The others *predict*, on any machine, in seconds: the step runs on fake tensors, which have shapes and no numbers, while every allocation is counted. It is what `measure=plan` does.
+# The first part reads records; the environment variable `RESULTS` sets another experiment's folder. The other parts *predict*, in seconds and on any machine: the step runs on fake tensors, which have shapes but no numbers, and every allocation is counted. `measure=plan` does the same.
 #
-# ## What the peak is made of
+# ## The parts of the peak
 
 # %%
 import os
@@ -55,9 +55,9 @@ with look():
     plt.show()
 
 # %% [markdown]
-# *Parameters*, *optimizer* (two moments in Adam) and *gradients* depend on the model alone: no attention variant changes them. What grows with the length is *activations*, which the forward pass leaves for the backward pass, and *workspace*, what operations need while they run. Two things stand out in the reference run. Fused dense attention stores no length × length matrix, so exact attention needs no more memory than a window does. And variants that train segment by segment (Transformer-XL, Compressive Transformer) hold one segment's activations at a time, whatever the length.
+# *Parameters*, *optimizer* (two moments in Adam) and *gradients* depend only on the model; the attention variant does not change them. Two parts grow with the length: *activations*, which the forward pass stores for the backward pass, and *workspace*, the memory of operations while they run. The reference run shows two facts. Fused dense attention stores no length × length matrix, so exact attention needs no more memory than a window. Variants that train on one segment after the other (Transformer-XL, Compressive Transformer) hold the activations of only one segment at a time, at every length.
 #
-# Can a prediction be trusted? Every record has both figures.
+# How accurate is a prediction? Every record has both figures.
 
 # %%
 both = measured.dropna(subset=["peak_bytes_predicted"])
@@ -65,18 +65,18 @@ error = (both["peak_bytes_predicted"] / both["peak_bytes"] - 1).abs()
 print(f"{len(both)} cells: median error {units.percent(error.median())}, worst {units.percent(error.max())}")
 
 # %% [markdown]
-# ## What the ways of saving activations save
+# ## How much memory each strategy saves
 #
-# | `activations=` | what is kept from the forward pass | what the backward pass does for it |
+# | `activations=` | stored in the forward pass | additional work in the backward pass |
 # |---|---|---|
-# | `keep` | everything | nothing |
-# | `checkpoint` | each block's input ([Chen 2016](https://arxiv.org/abs/1604.06174)) | runs every block's forward again |
-# | `sqrt` | the input of every √depth-th block | runs segments of √depth blocks again |
-# | `selective` | products of matrices and attention, not what is cheap between them | computes the cheap rest again |
-# | `reversible` | the last block's output alone ([Gomez 2017](https://arxiv.org/abs/1707.04585)) | rebuilds each block's input from its output |
-# | `offload` | everything, in the host's memory | copies it back; saves on an accelerator alone |
+# | `keep` | all activations | none |
+# | `checkpoint` | each block's input ([Chen 2016](https://arxiv.org/abs/1604.06174)) | recomputes the forward pass of every block |
+# | `sqrt` | the input of every √depth-th block | recomputes segments of √depth blocks |
+# | `selective` | results of matrix products and attention kernels | recomputes the cheap operations between them |
+# | `reversible` | only the output of the last block ([Gomez 2017](https://arxiv.org/abs/1707.04585)) | rebuilds each block's input from its output |
+# | `offload` | all activations, in the host's memory | copies them back; saves memory only on an accelerator |
 #
-# So with `keep` what is saved grows with the depth, with `checkpoint` it grows with a smaller factor, and with `reversible` it does not grow. (What `sqrt` computes again, a whole segment, counts as workspace, not as saved.) The following takes the same words as the command line does (`python -m bench measure=plan model=small …`).
+# Therefore the stored activations grow with the depth with `keep`, grow with a smaller factor with `checkpoint`, and do not grow with `reversible`. (The segment that `sqrt` recomputes counts as workspace, not as stored activations.) The next cells use the same overrides as the command line (`python -m bench measure=plan model=small …`).
 
 # %%
 from dataclasses import replace
@@ -85,20 +85,20 @@ from hydra import compose, initialize_config_dir
 
 from bench import CONFIGS
 from bench.config.parse import parse
-from bench.measure.predict import Plan
+from bench.measure.predict import Prediction
 
 STRATEGIES = ["keep", "checkpoint", "sqrt", "selective", "reversible"]
 
 
 def cell(*overrides):
-    """One cell, by the words that the command line takes."""
+    """Return the spec of a cell from overrides, as on the command line."""
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
         return parse(compose("config", overrides=["measure=plan", "device=cpu", *overrides])).spec
 
 
 base = cell("variant=dense", "model=small", "seq_len=4096", "depth=1")
 steps = {
-    (strategy, depth): Plan(replace(base, activations=strategy, depth=depth)).predict()
+    (strategy, depth): Prediction(replace(base, activations=strategy, depth=depth)).predict()
     for strategy in STRATEGIES
     for depth in (2, 4, 8)
 }
@@ -119,7 +119,10 @@ title = f"dense, length {units.length(base.seq_len)}, width {base.model.d_model}
 with look():
     figure, panels = plt.subplots(1, 2, figsize=(9.4, 3.6))
     for panel, column, label in zip(
-        panels, ("peak_bytes", "saved_bytes"), ("peak of a step", "of it, saved activations"), strict=True
+        panels,
+        ("peak_bytes", "saved_bytes"),
+        ("peak of a step", "stored activations at the peak"),
+        strict=True,
     ):
         for strategy, style in strategy_styles(STRATEGIES).items():
             line = plan[plan["strategy"] == strategy]
@@ -133,9 +136,9 @@ with look():
     plt.show()
 
 # %% [markdown]
-# ## What they cost
+# ## The cost of recomputation
 #
-# Recomputation is work: a plain step is about one part forward and two backward, so running every forward again makes 4/3 of it. `reversible` runs each forward again too. What is left of the peak is as telling: at depth 8 the optimiser and the parameters, which no strategy touches, are a large part of it.
+# A backward pass has about twice the FLOPs of a forward pass, so a step that recomputes every forward pass has 4/3 of the FLOPs of a normal step. This is also the case for `reversible`. The table also shows the remaining peak: at depth 8 the optimiser and the parameters, which no strategy changes, are a large part of it.
 
 # %%
 deep = plan[plan["depth"] == plan["depth"].max()].set_index("strategy").loc[STRATEGIES]
@@ -148,16 +151,16 @@ pd.DataFrame(
 )
 
 # %% [markdown]
-# ## What fits
+# ## The sizes that fit
 #
-# The longest sequence whose training step fits into 8 GiB, found with a handful of predictions each. Swap in your variant, model and budget; `make plan GPU_MEM=24GiB` does it for every variant and writes a report.
+# The longest sequence whose training step fits into 8 GiB; a few predictions are sufficient to find it. Change the variant, the model and the budget to yours. `make plan GPU_MEM=24GiB` does the same for every variant and writes a report.
 
 # %%
 BUDGET = 8 * 2**30
 
 spec = cell("variant=dense", "model=small", "depth=4")
 fits = {
-    strategy: Plan(replace(spec, activations=strategy)).longest_seq_len(BUDGET)
+    strategy: Prediction(replace(spec, activations=strategy)).longest_seq_len(BUDGET)
     for strategy in ("keep", "checkpoint", "reversible")
 }
 print(f"longest sequence in {units.size(BUDGET)}: dense, width 256, depth 4, batch 1, float32")
@@ -166,11 +169,11 @@ pd.DataFrame(
 )
 
 # %% [markdown]
-# The kernel has a word in it too. `impl=naive` is the same attention, which stores its scores, length × length a head:
+# The kernel also matters. `impl=naive` computes the same attention but stores the scores, a length × length matrix for each head:
 
 # %%
 kernels = {
-    impl: Plan(
+    impl: Prediction(
         cell("variant=dense", f"variant.impl={impl}", "model=small", "depth=4", "seq_len=4096")
     ).predict()
     for impl in ("naive", "sdpa")
@@ -178,4 +181,4 @@ kernels = {
 print("4,096 tokens:", ", ".join(f"{impl} {units.size(step.peak_bytes)}" for impl, step in kernels.items()))
 
 # %% [markdown]
-# So the order in which to look for memory is: first a kernel that does not store the scores; then a way of saving activations, which is worth a factor of several in length, the more the deeper the model; and only then another variant, which has to be chosen for its *time*. Predictions leave out what the device's libraries hold, and fragmentation: leave a margin of a tenth.
+# Therefore, reduce memory in this order: first use a kernel that does not store the scores. Then use a strategy for activations, which makes the longest sequence several times longer, and more so for a deeper model. Only then consider another variant, which should be chosen for its *time*. Predictions do not include the memory of the device's libraries and fragmentation: plan a margin of a tenth.

@@ -1,7 +1,7 @@
 # %% [markdown]
-# # The statistics of the tables, rebuilt from the records
+# # The statistics of the tables, computed from the records
 #
-# `report/cells.parquet` has every record, one row each. Each cell below makes some of the figures of `report/summary.csv` and `report/noise.csv` from it, in the way that the report describes; the last one compares. `RESULTS` names another experiment's folder; its report must have been built by this version of the code, and a task must have been given one setting.
+# `report/cells.parquet` has one row for each record. Each cell below computes some figures of `report/summary.csv` and `report/noise.csv` from it, as the report describes; the last cell compares them with those files. The environment variable `RESULTS` sets another experiment's folder. Its report must have been built by this version of the code, and each of its tasks must have a single setting.
 
 # %%
 import os
@@ -17,9 +17,9 @@ FOLDER = Path(os.environ.get("RESULTS", "../results/reference-cpu"))
 records = pd.read_parquet(FOLDER / "report" / "cells.parquet")
 
 # %% [markdown]
-# ## Which records count
+# ## Records that are used
 #
-# A cell that failed early may not know its device's name, its threads or its implementation: it has those of its peers. A variant is told apart from itself by the parameters in its label. Where newer code measured a configuration again, in whatever replicate, that code's records count; cells with a memory budget stand in other tables.
+# A cell that failed early may have no device name, number of threads or implementation; it gets those of the other cells. The parameters in its label distinguish different settings of a variant. If newer code measured a configuration again, in any replicate, only the records of that code are used. Cells with a memory budget are in other tables.
 
 # %%
 PEERS = {"device_name": ["device"], "threads": ["device"], "impl": ["variant", "variant_params"]}
@@ -42,7 +42,7 @@ ok = cells[cells["status"] == "ok"]
 # %% [markdown]
 # ## Median and interval over replicates
 #
-# Of logarithms: the range of two, Student's t of more.
+# Both are computed from logarithms. For two replicates the interval is their range, for more it is Student's t interval.
 
 # %%
 def interval(values):
@@ -85,7 +85,7 @@ cost
 # %% [markdown]
 # ## Figures without an interval
 #
-# What was measured beside them, from finished cells; what follows from the configuration, from all; the gates' worst.
+# Other measured figures are from finished cells, figures that follow from the configuration are from all cells, and the errors of the gates are maxima.
 
 # %%
 MEASURED = ["mfu", "rss_peak_bytes", "param_bytes", "optimizer_bytes", "peak_grad_bytes"]
@@ -109,7 +109,7 @@ others
 # %% [markdown]
 # ## Ratios to dense
 #
-# Of times and rates within a replicate; of the others, of the medians. The dense that is compared with is `impl=sdpa`.
+# Ratios of times and rates are computed within a replicate; those of other figures from the medians. The reference is dense attention with `impl=sdpa`.
 
 # %%
 WHERE = [*GROUP, "seq_len", "replicate"]
@@ -137,7 +137,7 @@ ratios
 # %% [markdown]
 # ## The noise floor
 #
-# Twin 1 over twin 0 of the same cell and replicate. With 19 pairs or more the floor is their 95th percentile, with fewer Student's bound for one more pair.
+# The noise is the ratio of twin 1 to twin 0 of the same cell and replicate. With 19 pairs or more the floor is their 95th percentile, with fewer pairs it is Student's bound for one additional pair.
 
 # %%
 timed = records[(records["status"] == "ok") & records["step_seconds_median"].notna()]
@@ -160,9 +160,9 @@ noise["median"] = np.exp(aa.abs().groupby("device_name").median())
 noise
 
 # %% [markdown]
-# ## What is told apart from dense
+# ## Significant differences from dense
 #
-# The interval of the ratio must leave out 1 and reach beyond the noise floor, which is of one pair, and of n ≥ 3 replicates over √n. One replicate says nothing, nor do two where the floor is not known.
+# A difference is significant if the interval of the ratio excludes 1 and extends beyond the noise floor. The floor is that of one pair, divided by √n for n ≥ 3 replicates. With one replicate, or with two if the floor is not known, there is no decision.
 
 # %%
 pair = floors.reindex(ratios.index.get_level_values("device_name")).to_numpy(dtype=float)
@@ -177,12 +177,12 @@ ratios["differs"].value_counts(dropna=False)
 
 
 # %% [markdown]
-# ## The least slowdown that is found
+# ## The smallest slowdown that is detected
 #
-# A repeat draws its replicates from the A/A pairs, either twin first. The shift after which it is called different follows from its interval; 95 % of repeats need less than the percentile.
+# Each repetition samples its replicates from the A/A pairs, in either order of the twins. Its interval determines the shift from which it would be called different; in 95 % of the repetitions this shift is smaller than the percentile.
 
 # %%
-def smallest_found(logs, replicates):  # of three or more
+def smallest_found(logs, replicates):  # for three or more replicates
     either = np.sort(np.concatenate([logs, -logs]))
     draws = np.random.default_rng(0).choice(either, size=(4000, replicates))
     ends = np.array([np.log(interval(pd.Series(np.exp(draw)))) for draw in draws])
@@ -196,7 +196,7 @@ noise
 # %% [markdown]
 # ## Quality
 #
-# Mean and standard deviation over replicates, of each training apart. Ranks are among cells without a leak that spent one budget and were scored alike; their learning rates may differ.
+# Mean and standard deviation over replicates, for each training setting. Ranks compare cells without a leak that have the same training budget and the same evaluation; their learning rates may differ.
 
 # %%
 SCORES = ["nll", "perplexity", "perplexity_reset", "bits_per_byte", "word_perplexity", "accuracy"]
@@ -217,9 +217,9 @@ quality["rank"] = sound.groupby(BUDGET, dropna=False)["perplexity_mean"].rank(me
 quality.sort_values("rank")
 
 # %% [markdown]
-# ## Beside the report's own
+# ## Comparison with the report
 #
-# The largest difference of any row, relative to the report's figure.
+# The largest difference over all rows, relative to the report's figure.
 
 # %%
 KEYS = [key if key != "device_name" else "machine" for key in CELL]

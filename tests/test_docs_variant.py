@@ -60,7 +60,7 @@ def test_the_page_works_as_it_is_written(project: Path) -> None:
     (listed,) = [out for line, out in said.items() if line == "python -m variants"]
     assert "variant.stride=16" in listed
     (helped,) = [out for line, out in said.items() if "--help" in line]
-    described = r"stride: 16 +# Tokens between one that is read and the next \(an integer, 1 or more tokens\)"
+    described = r"stride: 16 +# Distance between two tokens that are read \(an integer, 1 or more tokens\)"
     assert re.search(described, helped)
     (tests,) = [out for line, out in said.items() if "pytest" in line]
     passed = re.search(r"(\d+) passed", tests)
