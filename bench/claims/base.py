@@ -67,13 +67,13 @@ class Claim(Protocol):
 
 def claims() -> Iterator[tuple[int, Claim]]:
     """Yield every claim with its number, in order. Raises ValueError if two claims have the same number."""
-    found: dict[int, str] = {}
+    by_number: dict[int, str] = {}
     for module in sorted(pkgutil.iter_modules(bench.claims.__path__), key=lambda module: module.name):
         if match := _NAME.fullmatch(module.name):
-            other = found.setdefault(number := int(match[1]), module.name)
+            other = by_number.setdefault(number := int(match[1]), module.name)
             if other != module.name:
                 raise ValueError(f"claim {number} is in two files: {other}.py and {module.name}.py")
-    for number, name in sorted(found.items()):
+    for number, name in sorted(by_number.items()):
         yield number, importlib.import_module(f"{bench.claims.__name__}.{name}")
 
 

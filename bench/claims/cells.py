@@ -25,46 +25,46 @@ def finished(frame: pd.DataFrame, *, knobs: Mapping[str, Any] | None = None, **k
     columns = {name: frame[name] for name in keys}
     for name in knobs or {}:
         columns[name] = frame["variant_params"].map(lambda own, name=name: own.get(name))
-    asked = {**keys, **(knobs or {})}
+    query = {**keys, **(knobs or {})}
     fits = np.ones(len(frame), dtype=bool)
     for name, column in columns.items():
-        fits &= _among(column, asked[name]).to_numpy(dtype=bool)
-    found = frame[fits]
-    ok = found[found["status"] == "ok"]
+        fits &= _among(column, query[name]).to_numpy(dtype=bool)
+    matching = frame[fits]
+    ok = matching[matching["status"] == "ok"]
     if ok.empty:
-        raise Missing(f"{_words(asked)}: {_why(found)}")
+        raise Missing(f"{_words(query)}: {_why(matching)}")
     return ok
 
 
-def _among(column: pd.Series[Any], wanted: Any) -> pd.Series[bool]:
+def _among(column: pd.Series[Any], value: Any) -> pd.Series[bool]:
     """Return where a column has the value, or one of the values."""
-    if wanted is None:
+    if value is None:
         return column.isna()
-    several = isinstance(wanted, Collection) and not isinstance(wanted, str)
-    return column.isin(list(wanted) if several else [wanted])
+    several = isinstance(value, Collection) and not isinstance(value, str)
+    return column.isin(list(value) if several else [value])
 
 
-def _words(asked: Mapping[str, Any]) -> str:
+def _words(query: Mapping[str, Any]) -> str:
     """Return the query as on the command line: 'variant=dense seq_len=512'."""
     return " ".join(
         f"{name}={spoken(list(value) if isinstance(value, tuple | set | frozenset) else value)}"
-        for name, value in asked.items()
+        for name, value in query.items()
     )
 
 
-def _why(found: pd.DataFrame) -> str:
-    if found.empty:
+def _why(matching: pd.DataFrame) -> str:
+    if matching.empty:
         return "no such cell"
-    status, reason = found.iloc[0][["status", "reason"]]
+    status, reason = matching.iloc[0][["status", "reason"]]
     return f"{status}" + (f" ({reason})" if reason else "")
 
 
 def has(rows: pd.DataFrame, *names: str) -> pd.DataFrame:
     """Return the rows that have all of these figures. Raises Missing if there are none."""
-    found = rows.dropna(subset=list(names))
-    if found.empty:
+    complete = rows.dropna(subset=list(names))
+    if complete.empty:
         raise Missing(f"no {' or '.join(names)} in {len(rows)} cells, such as {rows.iloc[0]['cell_id']}")
-    return found
+    return complete
 
 
 def figure(rows: pd.DataFrame, name: str) -> float:
@@ -103,7 +103,7 @@ class Spread:
             raise Missing(f"{self.count} replicate of the compared cells; a verdict requires two or more")
         return self
 
-    def said(self, show: Callable[[float], str]) -> str:
+    def text(self, show: Callable[[float], str]) -> str:
         """Return the spread as text: '1.32× (1.28× to 1.36×, 3 replicates)'."""
         if self.count < 2:
             return f"{show(self.middle)} (1 replicate)"
@@ -130,10 +130,10 @@ def difference(rows: pd.DataFrame, base: pd.DataFrame, name: str) -> Spread:
 def _paired(
     rows: pd.DataFrame, base: pd.DataFrame, name: str, of: Callable[[Any, Any], pd.Series[float]]
 ) -> pd.Series[float]:
-    found = of(by_replicate(rows, name), by_replicate(base, name)).dropna()
-    if found.empty:
+    pairs = of(by_replicate(rows, name), by_replicate(base, name)).dropna()
+    if pairs.empty:
         raise Missing(f"{name}: no replicate has both {_label(rows)} and {_label(base)}")
-    return found
+    return pairs
 
 
 def disturbed(*cells: pd.DataFrame) -> str:

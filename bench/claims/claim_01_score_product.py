@@ -15,7 +15,7 @@ SOURCE = (
     "As stated in popular accounts, at the sizes of BERT-base (Devlin 2018, arXiv:1810.04805, §3); it "
     "follows from the T²·C of Vaswani 2017, arXiv:1706.03762, Table 1"
 )
-SAID = {512: 200e6, 8192: 50e9}
+CLAIMED = {512: 200e6, 8192: 50e9}
 """Tokens → claimed multiplications."""
 WIDTH = 768
 ABOUT = 0.05
@@ -43,11 +43,11 @@ def multiplies(frame: pd.DataFrame, seq_len: int, objective: str, impl: str) -> 
 
 def judge(frame: pd.DataFrame) -> Finding:
     """Judge full attention as in BERT; causal attention is reported in addition."""
-    full = {t: multiplies(frame, t, "mlm", "naive") for t in SAID}
-    masked = {t: multiplies(frame, t, "clm", "naive") for t in SAID}
-    skipped = {t: multiplies(frame, t, "clm", "sdpa") for t in SAID}
-    holds = all(abs(full[t] / said - 1) <= ABOUT for t, said in SAID.items())
-    halved = any(abs(skipped[t] / said - 1) > ABOUT for t, said in SAID.items())
+    full = {t: multiplies(frame, t, "mlm", "naive") for t in CLAIMED}
+    masked = {t: multiplies(frame, t, "clm", "naive") for t in CLAIMED}
+    skipped = {t: multiplies(frame, t, "clm", "sdpa") for t in CLAIMED}
+    holds = all(abs(full[t] / claimed - 1) <= ABOUT for t, claimed in CLAIMED.items())
+    halved = any(abs(skipped[t] / claimed - 1) > ABOUT for t, claimed in CLAIMED.items())
 
     def listed(counts: dict[int, float]) -> str:
         return " and ".join(f"{large(count)} at {t:,}" for t, count in counts.items())
@@ -66,7 +66,7 @@ def judge(frame: pd.DataFrame) -> Finding:
     else:
         verdict, condition = "holds", ""
     return Finding(
-        predicted=f"T²·C: {listed({t: float(t * t * WIDTH) for t in SAID})}",
+        predicted=f"T²·C: {listed({t: float(t * t * WIDTH) for t in CLAIMED})}",
         measured=measured,
         verdict=verdict,
         condition=condition,

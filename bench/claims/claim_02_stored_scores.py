@@ -18,9 +18,9 @@ SOURCE = (
     "As stated in popular accounts, at the sizes of BERT-base (Devlin 2018, arXiv:1810.04805, §3); what a "
     "fused kernel stores is Dao 2022, arXiv:2205.14135, §3.1"
 )
-SAID = {512: 12 * 2.0**20, 8192: 3 * 2.0**30}
+CLAIMED = {512: 12 * 2.0**20, 8192: 3 * 2.0**30}
 """Tokens → claimed bytes per layer."""
-SAID_IN_ALL = 36 * 2.0**30
+CLAIMED_IN_ALL = 36 * 2.0**30
 LAYERS = 12
 ABOUT = 0.05
 """Relative tolerance of *about*."""
@@ -54,26 +54,26 @@ def stored(frame: pd.DataFrame, seq_len: int, impl: str, depths: tuple[int, int]
 def judge(frame: pd.DataFrame) -> Finding:
     """Compare the same network with stored scores and with the fused kernel; the difference is the scores."""
     plans = {
-        t: {impl: stored(frame, t, impl, (1, LAYERS), "plan") for impl in ("naive", "sdpa")} for t in SAID
+        t: {impl: stored(frame, t, impl, (1, LAYERS), "plan") for impl in ("naive", "sdpa")} for t in CLAIMED
     }
     more = {t: layer["naive"] - layer["sdpa"] for t, layer in plans.items()}
-    shortest, longest = min(SAID), max(SAID)
+    shortest, longest = min(CLAIMED), max(CLAIMED)
     run = stored(frame, shortest, "naive", (1, 2), "quick") - stored(frame, shortest, "sdpa", (1, 2), "quick")
     at = {"variant": "dense", "objective": "mlm", "seq_len": longest, "depth": LAYERS, "measure": "plan"}
     naive, sdpa = (finished(frame, **at, d_model=768, knobs={"impl": impl}) for impl in ("naive", "sdpa"))
     in_all = figure(naive, "activation_bytes") - figure(sdpa, "activation_bytes")
     heads = figure(naive, "heads")
-    scores = {t: heads * t * t for t in SAID}
-    holds = all(abs(got / said - 1) <= ABOUT for got, said in [(more[t], SAID[t]) for t in SAID]) and (
-        abs(in_all / SAID_IN_ALL - 1) <= ABOUT and abs(run / SAID[shortest] - 1) <= ABOUT
-    )
+    scores = {t: heads * t * t for t in CLAIMED}
+    holds = all(
+        abs(measured / claimed - 1) <= ABOUT for measured, claimed in [(more[t], CLAIMED[t]) for t in CLAIMED]
+    ) and (abs(in_all / CLAIMED_IN_ALL - 1) <= ABOUT and abs(run / CLAIMED[shortest] - 1) <= ABOUT)
     rest = more[longest] - (scores[longest] - heads * longest) * FLOAT
     mask = longest**2  # naive stores its mask, one byte per pair
     with_mask = f" (and a mask, {units.size(mask)} at {longest:,})" if abs(rest / mask - 1) < ABOUT else ""
     whole = [plans[t]["sdpa"] for t in (shortest, longest)]
     slope = math.log(whole[1] / whole[0]) / math.log(longest / shortest)
     verdict: Verdict = "holds" if holds else "does not hold here"
-    instead = {t: heads * t * FLOAT for t in SAID}
+    instead = {t: heads * t * FLOAT for t in CLAIMED}
     sizes = [f"{large(count)} floats, {units.size(count * FLOAT)}, at {t:,}" for t, count in scores.items()]
     return Finding(
         predicted=f"H·T² scores of {FLOAT} bytes: {' and '.join(sizes)} a layer; in {LAYERS} layers "

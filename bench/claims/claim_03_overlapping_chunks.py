@@ -57,11 +57,11 @@ def _trained(frame: pd.DataFrame) -> Trained:
     own = one_setting(own)
     chunk = {"chunk": int(knob(own, "chunk").iloc[0])}
     setting = {**like(own), "place_period": chunk["chunk"]}
-    found = (
+    cells_of_each = (
         finished(frame, variant=name, knobs=knobs, **setting)
         for name, knobs in (("chunked", chunk), ("overlapping", chunk), ("dense", {}))
     )
-    each = (has(rows, "nll_by_place") for rows in found)
+    each = (has(rows, "nll_by_place") for rows in cells_of_each)
     rows = [
         part.assign(edge=part["nll_by_place"].map(halves), start=[nll[0] for nll in part["nll_by_place"]])
         for part in each
@@ -90,7 +90,7 @@ def _cost(frame: pd.DataFrame, trained: Trained) -> Part:
         "token in both.",
         measured=f"At {longest:,} tokens {units.ratio(attention)} the FLOPs of attention and "
         f"{units.ratio(step)} the FLOPs of a step; at {short:,} tokens {units.ratio(counted.middle)} the "
-        f"FLOPs of a step and {timed.said(units.ratio)} its time.",
+        f"FLOPs of a step and {timed.text(units.ratio)} its time.",
         verdict="holds" if right else "does not hold here",
         but=f"attention costs {units.ratio(attention)} and a step {units.ratio(step)}",
     )
@@ -108,9 +108,9 @@ def _edges(trained: Trained) -> Part:
         predicted=f"The first {period // 2} positions of a chunk have 0 to {period // 2 - 1} tokens of "
         f"context; with overlap every position has {period // 2} or more.",
         measured=f"Excess loss of the first half of a chunk of {period} over the second, minus that of "
-        f"dense: chunked {lost.said(points)} nats per token, overlapping {left.said(points)}; recovered: "
-        f"{back.said(share)}. Loss at the first position of a chunk: {starts}. Over all positions, "
-        f"overlapping minus chunked: {whole.said(points)}.",
+        f"dense: chunked {lost.text(points)} nats per token, overlapping {left.text(points)}; recovered: "
+        f"{back.text(share)}. Loss at the first position of a chunk: {starts}. Over all positions, "
+        f"overlapping minus chunked: {whole.text(points)}.",
         verdict=verdict,
         but=but,
     )

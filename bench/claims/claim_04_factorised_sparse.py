@@ -39,13 +39,13 @@ def savings(frame: pd.DataFrame, variant: str, mode: str) -> dict[int, float]:
         "d_model": 64,
         "batch_size": 1,
     }
-    found = {}
+    factors = {}
     for t in LENGTHS:
         dense = figure(finished(frame, variant="dense", seq_len=t, **plans), "flops_attention_step")
         knobs = {"head_mode": mode, "stride": round(math.sqrt(t))}
         sparse = finished(frame, variant=variant, seq_len=t, **plans, knobs=knobs)
-        found[t] = dense / figure(sparse, "flops_attention_step")
-    return found
+        factors[t] = dense / figure(sparse, "flops_attention_step")
+    return factors
 
 
 def connected(frame: pd.DataFrame, depth: int) -> tuple[float, float]:
@@ -104,7 +104,7 @@ def judge(frame: pd.DataFrame) -> Finding:
     time, spoilt = timed(frame)
     root = math.sqrt(LONGEST)
     factors = {name: own[LONGEST] / root for name, own in saved.items()}
-    least, most = min(factors, key=factors.__getitem__), max(factors, key=factors.__getitem__)
+    smallest, largest = min(factors, key=factors.__getitem__), max(factors, key=factors.__getitem__)
     verdict: Verdict = "does not hold here"
     condition = ""
     if two[0] < 1:
@@ -116,8 +116,8 @@ def judge(frame: pd.DataFrame) -> Finding:
     else:
         verdict = "holds with a condition"
         condition = (
-            f"the saving grows as √T, but is {units.digits(factors[least])}·√T "
-            f"({_name(least)}) to {units.digits(factors[most])}·√T ({_name(most)}), of the FLOPs of "
+            f"the saving grows as √T, but is {units.digits(factors[smallest])}·√T "
+            f"({_name(smallest)}) to {units.digits(factors[largest])}·√T ({_name(largest)}), of the FLOPs of "
             "attention only"
         )
     dense = (LONGEST + 1) / 2
@@ -140,7 +140,7 @@ def judge(frame: pd.DataFrame) -> Finding:
         "A far step followed by a near step connects any token to any later one",
         measured=f"FLOPs of attention saved at {LONGEST:,}: {listed}; they grow as T^{min(exponents):.2f} to "
         f"T^{max(exponents):.2f} from {min(LENGTHS):,} tokens on. A whole step with one layer of width 256 "
-        f"is {time.said(units.ratio)} as fast with strided attention as with dense{spoilt}. "
+        f"is {time.text(units.ratio)} as fast with strided attention as with dense{spoilt}. "
         f"At {CONNECTED_AT:,} tokens one layer connects {units.share(one[0])} to {units.share(one[1])} of "
         f"the pairs, two connect {' to '.join(dict.fromkeys(map(units.share, two)))}",
         verdict=verdict,

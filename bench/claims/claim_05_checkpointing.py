@@ -36,15 +36,15 @@ def costs(frame: pd.DataFrame) -> list[tuple[str, Spread, Spread, float]]:
         "budget_bytes": None,
     }
     every = finished(frame, **keys, activations="checkpoint")
-    found = []
+    by_length = []
     for seq_len, cells in every.groupby("seq_len", sort=True):
         keep = finished(frame, **keys, activations="keep", seq_len=seq_len)
         more = ratio(cells, keep, "step_seconds_median")
         step, base = (by_replicate(own, "step_seconds_median") for own in (cells, keep))
         added = ((step - base) / by_replicate(keep, "forward_seconds_median")).dropna()
         flops = figure(cells, "flops_executed_step") / figure(keep, "flops_executed_step")
-        found.append((f"{seq_len:,} tokens", more.judged(), Spread.plain(added).judged(), flops))
-    return found
+        by_length.append((f"{seq_len:,} tokens", more.judged(), Spread.plain(added).judged(), flops))
+    return by_length
 
 
 def gains(frame: pd.DataFrame) -> list[tuple[dict[str, Any], Spread, int, int]]:
@@ -57,13 +57,13 @@ def gains(frame: pd.DataFrame) -> list[tuple[dict[str, Any], Spread, int, int]]:
     cells = payoff[payoff["variant"] == "dense"]
     if cells.empty:
         raise Missing("variant=dense batch_size=fit: no such cell")
-    found = []
+    by_setting = []
     for values, own in split(cells, SETTING):
         keep, checkpoint = (finished(own, activations=name) for name in ("keep", "checkpoint"))
         batches = [int(figure(rows, "largest_batch_size")) for rows in (keep, checkpoint)]
         gain = ratio(checkpoint, keep, "tokens_per_second").judged()
-        found.append((values, gain, batches[0], batches[1]))
-    return found
+        by_setting.append((values, gain, batches[0], batches[1]))
+    return by_setting
 
 
 def judge(frame: pd.DataFrame) -> Finding:
@@ -89,14 +89,14 @@ def judge(frame: pd.DataFrame) -> Finding:
         "optimiser",
         measured="At equal batch: "
         + "; ".join(
-            f"at {name} the step takes {more.said(units.ratio)} the time, which adds "
-            f"{added.said(units.digits)} forward passes, and {units.ratio(flops)} the FLOPs"
+            f"at {name} the step takes {more.text(units.ratio)} the time, which adds "
+            f"{added.text(units.digits)} forward passes, and {units.ratio(flops)} the FLOPs"
             for name, more, added, flops in cost
         )
         + ". With as many sequences as fit: "
         + "; ".join(
             f"{_setting(values)}: {many} with checkpointing, {few} with everything kept, and "
-            f"{own.said(units.ratio)} its tokens/s"
+            f"{own.text(units.ratio)} its tokens/s"
             for values, own, few, many in gain
         )
         + disturbed(finished(frame, variant="dense", measure="quick", activations=("keep", "checkpoint"))),

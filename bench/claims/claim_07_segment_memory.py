@@ -25,33 +25,33 @@ def judge(frame: pd.DataFrame) -> Finding:
 
 def _quality(frame: pd.DataFrame) -> list[Part]:
     memory = has(finished(frame, variant="transformer_xl"), "nll")
-    kept = memory[knob(memory, "mem_len") == knob(memory, "segment")]
-    if kept.empty:
+    with_memory = memory[knob(memory, "mem_len") == knob(memory, "segment")]
+    if with_memory.empty:
         raise Missing("variant=transformer_xl: none trained with mem_len = segment")
-    kept = one_setting(kept)
-    length, setting = int(knob(kept, "segment").iloc[0]), like(kept)
-    kept = finished(kept, knobs={"segment": length}, **setting)
+    with_memory = one_setting(with_memory)
+    length, setting = int(knob(with_memory, "segment").iloc[0]), like(with_memory)
+    with_memory = finished(with_memory, knobs={"segment": length}, **setting)
     without = finished(frame, variant="transformer_xl", knobs={"segment": length, "mem_len": 0}, **setting)
     chunks = finished(frame, variant="chunked", knobs={"chunk": length}, **setting)
     dense = finished(frame, variant="dense", **setting)
 
-    hurt = difference(without, kept, "nll")
-    reset = difference(without, kept, "nll_reset")
+    hurt = difference(without, with_memory, "nll")
+    reset = difference(without, with_memory, "nll_reset")
     rotary = difference(chunks, dense, "nll")
-    window, trained = int(kept.iloc[0]["seq_len"]), kept.iloc[0]["tokens_trained"]
+    window, trained = int(with_memory.iloc[0]["seq_len"]), with_memory.iloc[0]["tokens_trained"]
     return [
         Part(
             predicted=f"The first token of a chunk has no context; with memory it has {length} positions, "
             "and the information that lower layers store in them.",
             measured=f"Loss of transformer_xl without memory minus that with {length} positions, "
-            f"after {trained:,.0f} tokens of training: {hurt.said(points)} nats per token; with the "
-            f"memory reset every {window} tokens: {reset.said(points)}.",
+            f"after {trained:,.0f} tokens of training: {hurt.text(points)} nats per token; with the "
+            f"memory reset every {window} tokens: {reset.text(points)}.",
             verdict=beyond(hurt),
             but=_instead(hurt, "transformer_xl gains from its memory", "its memory gains nothing"),
         ),
         Part(
             predicted="",
-            measured=f"Loss of chunks of {length} minus that of dense over {window}: {rotary.said(points)} "
+            measured=f"Loss of chunks of {length} minus that of dense over {window}: {rotary.text(points)} "
             "nats per token.",
             verdict=beyond(rotary),
             but=_instead(
@@ -63,5 +63,5 @@ def _quality(frame: pd.DataFrame) -> list[Part]:
     ]
 
 
-def _instead(found: Spread, gained: str, otherwise: str) -> str:
-    return f"{gained}, but {unsure(found)}" if found.middle > 0 else otherwise
+def _instead(gain: Spread, gained: str, otherwise: str) -> str:
+    return f"{gained}, but {unsure(gain)}" if gain.middle > 0 else otherwise

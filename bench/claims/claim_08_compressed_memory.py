@@ -34,10 +34,10 @@ def _against(trained: pd.DataFrame, conv: pd.DataFrame, pooling: str) -> Part:
     knobs = {**conv.iloc[0]["variant_params"]}
     own = finished(conv, knobs=knobs, **like(conv))
     other = finished(trained, knobs={**knobs, "compression": pooling}, **like(conv))
-    found = difference(other, own, "nll")
-    if found.middle > 0:
-        but = f"a convolution is better than {pooling} pooling, but {unsure(found)}"
-    elif found.low < 0 < found.high or found.count < 2:
+    advantage = difference(other, own, "nll")
+    if advantage.middle > 0:
+        but = f"a convolution is better than {pooling} pooling, but {unsure(advantage)}"
+    elif advantage.low < 0 < advantage.high or advantage.count < 2:
         but = f"a convolution cannot be distinguished from {pooling} pooling"
     else:
         but = f"{pooling} pooling is better than a convolution"
@@ -48,7 +48,7 @@ def _against(trained: pd.DataFrame, conv: pd.DataFrame, pooling: str) -> Part:
             else ""
         ),
         measured=f"Loss of {pooling} pooling minus that of a convolution, after "
-        f"{own.iloc[0]['tokens_trained']:,.0f} tokens of training: {found.said(points)} nats per token.",
-        verdict=beyond(found),
+        f"{own.iloc[0]['tokens_trained']:,.0f} tokens of training: {advantage.text(points)} nats per token.",
+        verdict=beyond(advantage),
         but=but,
     )

@@ -42,19 +42,19 @@ def judge(frame: pd.DataFrame) -> Finding:
 
 def _sharing(frame: pd.DataFrame, full: pd.DataFrame) -> Part:
     dense = has(finished(frame, variant="dense", **like(full)), "nll")
-    found = difference(full, dense, "nll")
+    loss = difference(full, dense, "nll")
     fewer = 1 - full["params"].median() / dense["params"].median()
-    most = math.log1p(LITTLE)
+    limit = math.log1p(LITTLE)
     verdict: Verdict = "does not hold here"
-    but = f"it costs {share(math.expm1(found.middle))} of perplexity"
-    if found.count > 1 and found.high <= most:
+    but = f"it costs {share(math.expm1(loss.middle))} of perplexity"
+    if loss.count > 1 and loss.high <= limit:
         verdict = "holds"
-    elif found.middle <= most:
-        verdict, but = "holds with a condition", f"it costs little, but {unsure(found)}"
+    elif loss.middle <= limit:
+        verdict, but = "holds with a condition", f"it costs little, but {unsure(loss)}"
     return Part(
         predicted=f"A layer has three projections instead of four: {share(fewer)} fewer parameters.",
         measured="Perplexity of full attention with shared queries and keys, relative to dense: "
-        f"{found.said(lambda nats: f'{100 * math.expm1(nats):+.1f} %')}.",
+        f"{loss.text(lambda nats: f'{100 * math.expm1(nats):+.1f} %')}.",
         verdict=verdict,
         but=but,
     )
@@ -90,22 +90,22 @@ def _rounds(hashed: pd.DataFrame, full: pd.DataFrame) -> Part:
         measured=f"With {', '.join(map(str, rounds))} rounds, the relative error of a layer's outputs to "
         f"full attention with the same weights is {', '.join(map(share, errors))}, and the loss exceeds "
         f"that of full attention by {', '.join(points(one.middle) for one in losses)} nats "
-        f"per token (with {rounds[-1]}: {losses[-1].said(points)}).",
+        f"per token (with {rounds[-1]}: {losses[-1].text(points)}).",
         verdict=verdict,
         but=but,
     )
 
 
 def _growth(hashed: pd.DataFrame) -> Part:
-    found, sizes = exponent(hashed, "flops_attention_step")
+    growth, sizes = exponent(hashed, "flops_attention_step")
     claimed = fit(sizes, [size * math.log2(size) for size in sizes])
     assert claimed is not None  # the sizes have just been fitted
     return Part(
         predicted=f"From {sizes[0]:,} to {sizes[-1]:,} tokens T log T grows as T to the power "
         f"{claimed.exponent:.2f}.",
-        measured=f"FLOPs of attention grow there as T to the power {found.exponent:.2f}. They consist of "
+        measured=f"FLOPs of attention grow there as T to the power {growth.exponent:.2f}. They consist of "
         "hashing and of pairs; sorting, the source of T log T, has no FLOPs.",
-        verdict="holds" if abs(found.exponent - claimed.exponent) <= TOLERANCE else "does not hold here",
-        but=f"FLOPs grow as T to the power {found.exponent:.2f}: the number of buckets grows with T, "
+        verdict="holds" if abs(growth.exponent - claimed.exponent) <= TOLERANCE else "does not hold here",
+        but=f"FLOPs grow as T to the power {growth.exponent:.2f}: the number of buckets grows with T, "
         "and each token is projected to find its bucket",
     )

@@ -27,7 +27,7 @@ SAME = 0.01
 def held(frame: pd.DataFrame, activations: str) -> dict[int, float]:
     """Return depth → bytes at a step's peak, without parameters,
     their gradients and the optimiser's state."""
-    found = {}
+    by_depth = {}
     for depth in DEPTHS:
         cells = finished(
             frame,
@@ -42,13 +42,13 @@ def held(frame: pd.DataFrame, activations: str) -> dict[int, float]:
         )
         if (cells["peak_phase"] == "optimizer").any():
             raise Missing(f"activations={activations} depth={depth}: its peak is in the optimiser's step")
-        found[depth] = figure(cells, "peak_activation_bytes") + figure(cells, "peak_workspace_bytes")
-    return found
+        by_depth[depth] = figure(cells, "peak_activation_bytes") + figure(cells, "peak_workspace_bytes")
+    return by_depth
 
 
 def drift(frame: pd.DataFrame, dtype: str) -> dict[int, float]:
     """Return depth → the largest error of a rebuilt input, relative to the largest entry of that input."""
-    found = {}
+    by_depth = {}
     for depth in DEPTHS:
         cells = finished(
             frame,
@@ -61,8 +61,8 @@ def drift(frame: pd.DataFrame, dtype: str) -> dict[int, float]:
             depth=depth,
         )
         levels = has(cells, "rebuild_error_by_level")["rebuild_error_by_level"]
-        found[depth] = float(levels.map(max).median())
-    return found
+        by_depth[depth] = float(levels.map(max).median())
+    return by_depth
 
 
 def quality(frame: pd.DataFrame) -> tuple[Spread, float]:
@@ -105,7 +105,7 @@ def judge(frame: pd.DataFrame) -> Finding:
         measured=f"Activations at the peak: {', '.join(units.size(size) for size in memory.values())} at "
         f"{', '.join(str(depth) for depth in memory)} layers, with everything kept "
         f"{', '.join(units.size(size) for size in kept.values())}. Loss after the same training: "
-        f"{lost.said(_nats)} relative to {units.score(loss)} nats per token with everything kept. "
+        f"{lost.text(_nats)} relative to {units.score(loss)} nats per token with everything kept. "
         f"Largest error of a rebuilt input, relative to its largest entry, before training: {by_depth}",
         verdict=verdict,
         condition="; ".join(failed),

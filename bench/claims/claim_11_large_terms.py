@@ -42,7 +42,7 @@ def _mass(rows: pd.DataFrame) -> Part:
         predicted=f"With uniform weights, the {few} largest of a row would have {share(alike.middle)} "
         "of its mass.",
         measured=f"Dense attention after {trained:,.0f} tokens of training, held-out text, rows of more than "
-        f"{length // 2} terms: the largest have {', '.join(masses)} and {found.said(share)} in {few}.",
+        f"{length // 2} terms: the largest have {', '.join(masses)} and {found.text(share)} in {few}.",
         verdict=beyond(found, MOST),
         but=f"the {few} largest terms have {share(found.middle)} of a row's mass, "
         f"{found.middle / alike.middle:.1f} times the share with uniform weights",
@@ -58,7 +58,7 @@ def _clusters(rows: pd.DataFrame) -> Part:
     return Part(
         predicted=f"With uniform weights, a query's cluster, one of √T, would have {share(alike.middle)} of "
         "the mass, its share of the keys.",
-        measured=f"The cluster has {caught.said(share)}, by spherical k-means over queries and keys; the "
+        measured=f"The cluster has {caught.text(share)}, by spherical k-means over queries and keys; the "
         f"same number of largest terms has {share(best.middle)}.",
         verdict=beyond(caught, MOST),
         but=f"clusters capture {share(caught.middle)} of a row's mass, {times:.1f} times the share with "

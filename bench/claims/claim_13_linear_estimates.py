@@ -51,21 +51,23 @@ def judge(frame: pd.DataFrame) -> Finding:
 
 
 def _linear(frame: pd.DataFrame) -> Part:
-    said, off = [], []
+    measured, off = [], []
     for name in ("linformer", "performer"):
-        found, sizes = exponent(finished(frame, variant=name), "flops_attention_step")
-        said.append(f"{name} T to the power {found.exponent:.3f} from {sizes[0]:,} to {sizes[-1]:,} tokens")
-        off.append(abs(found.exponent - 1))
+        growth, sizes = exponent(finished(frame, variant=name), "flops_attention_step")
+        measured.append(
+            f"{name} T to the power {growth.exponent:.3f} from {sizes[0]:,} to {sizes[-1]:,} tokens"
+        )
+        off.append(abs(growth.exponent - 1))
     return Part(
         predicted="FLOPs of attention grow as T.",
-        measured=f"FLOPs of attention grow as: {', '.join(said)}.",
+        measured=f"FLOPs of attention grow as: {', '.join(measured)}.",
         verdict="holds" if max(off) <= LINEAR else "does not hold here",
         but="FLOPs of attention do not grow linearly",
     )
 
 
 def _estimate(
-    frame: pd.DataFrame, name: str, size: str, what: str, predicted: str, *, slope: float | None
+    frame: pd.DataFrame, name: str, size: str, unit: str, predicted: str, *, slope: float | None
 ) -> Part:
     rows = one_setting(has(finished(frame, variant=name), "softmax_error", "softmax_error_initial"))
     before, after = (_by_size(rows, key, size) for key in ("softmax_error_initial", "softmax_error"))
@@ -76,8 +78,8 @@ def _estimate(
         but = ", ".join(filter(None, [but, f"the measured {name}s have hardly learnt to attend"]))
     return Part(
         predicted=predicted,
-        measured=f"Relative error of a {name} with {', '.join(map(str, before.sizes))} {what} to softmax "
-        f"attention: {before.said()} before training, and {after.said()} after its own training, "
+        measured=f"Relative error of a {name} with {', '.join(map(str, before.sizes))} {unit} to softmax "
+        f"attention: {before.text()} before training, and {after.text()} after its own training, "
         f"at a perplexity of {perplexity:.3g} ({blind:.3g} without context).",
         verdict=verdict,
         but=but,
@@ -92,19 +94,19 @@ class Errors:
     spreads: list[Spread]
     exponent: float
 
-    def said(self) -> str:
+    def text(self) -> str:
         """Return the errors as text: '40 %, 20 %, 10 % (exponent -0.50)'."""
-        listed = ", ".join(share(found.middle) for found in self.spreads)
+        listed = ", ".join(share(spread.middle) for spread in self.spreads)
         return f"{listed} (exponent {self.exponent:.2f})"
 
     @property
     def falls(self) -> bool:
         """Whether the error decreases with every larger size."""
-        middles = [found.middle for found in self.spreads]
+        middles = [spread.middle for spread in self.spreads]
         return middles == sorted(middles, reverse=True)
 
     @property
-    def least(self) -> Spread:
+    def of_largest(self) -> Spread:
         """The error of the largest size."""
         return self.spreads[-1]
 
@@ -112,7 +114,7 @@ class Errors:
 def _by_size(rows: pd.DataFrame, key: str, size: str) -> Errors:
     sizes = [int(n) for n in sorted(knob(rows, size).unique())]
     spreads = [Spread.of(by_replicate(rows[knob(rows, size) == n], key)) for n in sizes]
-    line = fit(sizes, [found.middle for found in spreads])
+    line = fit(sizes, [spread.middle for spread in spreads])
     if line is None:
         variant = rows.iloc[0]["variant"]
         raise Missing(f"variant={variant}: needs {key} at three values of {size}")
@@ -129,12 +131,12 @@ def _judged(name: str, before: Errors, after: Errors, slope: float | None) -> tu
         words.append(f"{name}'s error does not decrease as 1/√m")
     if not after.falls:
         words.append(f"the error of trained {name}s does not decrease with their size")
-    most = after.least.high if after.least.count > 1 else after.least.middle
-    if most > WELL:
-        words.append(f"the error of the largest trained {name}s is {share(after.least.middle)}")
+    upper = after.of_largest.high if after.of_largest.count > 1 else after.of_largest.middle
+    if upper > WELL:
+        words.append(f"the error of the largest trained {name}s is {share(after.of_largest.middle)}")
     if not words:
         return "holds", ""
-    near = min(before.least.middle, after.least.middle) <= BADLY
+    near = min(before.of_largest.middle, after.of_largest.middle) <= BADLY
     return "holds with a condition" if near else "does not hold here", ", ".join(words)
 
 

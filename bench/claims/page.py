@@ -63,10 +63,10 @@ def _texts(title: str, cells: Sequence[str]) -> Column:
 def _lead(rows: Sequence[Row], frame: pd.DataFrame) -> str:
     """Return the introduction: where and when the cells were measured, and the meaning of the verdicts."""
     counts = {verdict: sum(row.finding.verdict == verdict for row in rows) for verdict in MEANINGS}
-    said = ", ".join(f"{count} {verdict}" for verdict, count in counts.items() if count)
+    verdicts = ", ".join(f"{count} {verdict}" for verdict, count in counts.items() if count)
     lines = [
-        f"{len(rows)} claims about long-context attention, each checked against records: {said}. The whole "
-        "page is generated from the records and from formulas over their sizes.\n",
+        f"{len(rows)} claims about long-context attention, each checked against records: {verdicts}. The "
+        "whole page is generated from the records and from formulas over their sizes.\n",
         *(f"- {fact}" for fact in _facts(frame)),
         "- Intervals are 95 % intervals over replicates, or the range for two replicates; ratios are taken "
         "within a replicate. FLOPs and memory hardly vary and have no interval.",

@@ -49,20 +49,20 @@ def together(parts: Sequence[Part]) -> Finding:
     )
 
 
-def beyond(found: Spread, threshold: float = 0.0) -> Verdict:
+def beyond(spread: Spread, threshold: float = 0.0) -> Verdict:
     """Judge whether a figure is above a threshold: it holds if its whole interval is above, and does not hold
     if its median is not. Otherwise, and for a single replicate, it holds with a condition: that the result is
     not due to chance."""
-    if found.middle <= threshold:
+    if spread.middle <= threshold:
         return "does not hold here"
-    return "holds" if found.count > 1 and found.low > threshold else "holds with a condition"
+    return "holds" if spread.count > 1 and spread.low > threshold else "holds with a condition"
 
 
-def unsure(found: Spread) -> str:
+def unsure(spread: Spread) -> str:
     """Return why a figure is not conclusive although its median supports the claim; follows 'but'."""
     return (
         "not beyond the spread of the replicates"
-        if found.count > 1
+        if spread.count > 1
         else "a single replicate is not conclusive"
     )
 
@@ -107,11 +107,11 @@ def exponent(rows: pd.DataFrame, name: str) -> tuple[Fit, list[int]]:
     groups = planned.groupby(["params_json", "depth", "d_model", "heads", "batch_size", "objective"])
     lengths = [group.groupby("seq_len")[name].median() for _, group in groups]
     each = max(lengths, key=lambda own: (len(own), own.index.max()), default=pd.Series(dtype=float))
-    found = fit(list(each.index), list(each))
-    if found is None:
+    law = fit(list(each.index), list(each))
+    if law is None:
         variant = rows.iloc[0]["variant"]
         raise Missing(f"variant={variant} measure=plan: needs {name} at more than {len(each)} lengths")
-    return found, [int(size) for size in each.index if found.first <= size <= found.last]
+    return law, [int(size) for size in each.index if law.first <= size <= law.last]
 
 
 def reaches(
@@ -130,13 +130,13 @@ def reaches(
         own = {name: int(same.iloc[0]["variant_params"][name]) for name in knobs}
         by_depth = same.drop_duplicates("depth")
         depths = [int(depth) for depth in by_depth["depth"]]
-        found = [int(reach) for reach in by_depth["reach"]]
+        measured = [int(reach) for reach in by_depth["reach"]]
         starts = [int(length - 1) % own["segment"] for length in by_depth["seq_len"]]
-        wanted = [start + depth * adds(own) for start, depth in zip(starts, depths, strict=True)]
-        right &= found == wanted
+        expected = [start + depth * adds(own) for start, depth in zip(starts, depths, strict=True)]
+        right &= measured == expected
         words = ", ".join(f"{name} {value}" for name, value in own.items())
-        instead = "" if found == wanted else f" (formula: {_listed(wanted)})"
-        lines.append(f"{words}: {_listed(found)} tokens at depth {_listed(depths)}{instead}")
+        instead = "" if measured == expected else f" (formula: {_listed(expected)})"
+        lines.append(f"{words}: {_listed(measured)} tokens at depth {_listed(depths)}{instead}")
     return Part(
         predicted=f"The last token reaches back (its position in its segment) + depth × {formula} tokens.",
         measured=f"Reach by the layers' masks; {'; '.join(lines)}.",

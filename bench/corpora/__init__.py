@@ -36,12 +36,12 @@ def source(name: str, options: CorpusOptions) -> Source:
         hint = f"; did you mean {near[0]}?" if near else ""
         raise CorpusError(f"data={name}: unknown; there are {', '.join(SOURCES)}{hint}")
     module = importlib.import_module(f"{__name__}.{name}")
-    (found,) = (
+    (source_class,) = (
         thing
         for thing in vars(module).values()
         if inspect.isclass(thing) and issubclass(thing, Source) and thing.__module__ == module.__name__
     )
-    made: Source = found(name)
+    made: Source = source_class(name)
     for knob in fields(options):
         value = getattr(options, knob.name)
         if value is not None and knob.name not in made.knobs:

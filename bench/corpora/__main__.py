@@ -35,11 +35,11 @@ def main() -> int:
 
 
 def _fetch(name: str, options: CorpusOptions) -> None:
-    found = source(name, options)
+    corpus_source = source(name, options)
     folder = cache_dir()
     file_type(folder, "LONGCTX_BENCH_CACHE")  # reports a broken link clearly, which mkdir does not
     try:
-        print(f"{name}: {found.fetch(options)}")
+        print(f"{name}: {corpus_source.fetch(options)}")
     except OSError as error:
         raise CorpusError(f"cannot write to the cache, {folder}: {error.strerror or error}") from None
 

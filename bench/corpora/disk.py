@@ -64,10 +64,10 @@ def read_file(path: Path, setting: str) -> bytes:
         return read(file, setting)
 
 
-def read(file: BinaryIO, setting: str, most: int = -1) -> bytes:
-    """Read up to `most` bytes of an open file; by default all remaining bytes. Raises CorpusError."""
+def read(file: BinaryIO, setting: str, max_bytes: int = -1) -> bytes:
+    """Read up to `max_bytes` bytes of an open file; by default all remaining bytes. Raises CorpusError."""
     try:
-        return file.read(most)
+        return file.read(max_bytes)
     except OSError as error:
         raise CorpusError(f"{setting}: {file.name}: {error.strerror}") from None
 

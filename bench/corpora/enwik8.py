@@ -36,10 +36,10 @@ class Enwik8(Source):
         if file_type(path, setting) is None:
             raise CorpusError(f"{setting}: there is no file {path}; {self._remedy()}")
         content = read_file(path, setting)
-        found = sha256(content)
-        if found != SHA256:
+        actual = sha256(content)
+        if actual != SHA256:
             raise CorpusError(
-                f"{setting}: {path} has {len(content):,} bytes and sha256 {found}, expected {SHA256}; "
+                f"{setting}: {path} has {len(content):,} bytes and sha256 {actual}, expected {SHA256}; "
                 f"{self._remedy()}"
             )
         cuts = [round(len(content) * share) for share in (TRAIN_SHARE, TRAIN_SHARE + VALIDATION_SHARE)]

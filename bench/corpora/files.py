@@ -25,7 +25,7 @@ class Files(Source):
                 "data=files: data.path is missing; give a file, a folder or a glob ('books/*.txt')"
             )
         setting = f"data.path={options.path}"
-        files = _found(user_path("data.path", options.path), setting)
+        files = _files_at(user_path("data.path", options.path), setting)
         documents: dict[str, bytes] = {}
         others: dict[Path, str] = {}
         for file in files:
@@ -39,16 +39,16 @@ class Files(Source):
         return self.split_documents(documents)
 
 
-def _found(path: Path, setting: str) -> Sequence[Path]:
+def _files_at(path: Path, setting: str) -> Sequence[Path]:
     """Return the sorted files that a path or a glob names. Raises CorpusError if there are none."""
     kind = file_type(path, setting)
     if kind is None:
-        found = {file for file in expand(str(path), setting) if file_type(file, setting) != "a folder"}
+        files = {file for file in expand(str(path), setting) if file_type(file, setting) != "a folder"}
     else:
-        found = {*walk(path, setting)} if kind == "a folder" else {path}
-    if not found:
+        files = {*walk(path, setting)} if kind == "a folder" else {path}
+    if not files:
         raise CorpusError(f"{setting}: no such file, folder or glob")
-    return sorted(found)
+    return sorted(files)
 
 
 def _content(file: Path, setting: str) -> tuple[bytes, str | None]:

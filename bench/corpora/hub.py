@@ -74,17 +74,17 @@ class HubSource(Source):
     def _cache(self) -> Path:
         return cache_dir() / f"{self.name}-{self.revision[:12]}.npz"
 
-    def _corpus(self, taken: HubSplits) -> Corpus:
+    def _corpus(self, splits: HubSplits) -> Corpus:
         return self.corpus(
-            train=taken.train,
-            validation=taken.validation,
-            test=taken.test,
-            published_test_words=self.published_test_words([bytes(text) for text in taken.test]),
+            train=splits.train,
+            validation=splits.validation,
+            test=splits.test,
+            published_test_words=self.published_test_words([bytes(text) for text in splits.test]),
         )
 
-    def _store(self, taken: HubSplits) -> None:
+    def _store(self, splits: HubSplits) -> None:
         """Write the documents to the cache atomically."""
-        corpus = self._corpus(taken)
+        corpus = self._corpus(splits)
         arrays = {}
         for split in SPLITS:
             documents = corpus.split(split)
@@ -93,7 +93,7 @@ class HubSource(Source):
         self._cache.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=self._cache.parent) as folder:
             file = Path(folder) / self._cache.name
-            np.savez(file, allow_pickle=False, sha256=corpus.sha256, whole=taken.whole, **arrays)
+            np.savez(file, allow_pickle=False, sha256=corpus.sha256, whole=splits.whole, **arrays)
             file.replace(self._cache)
 
     def _cached(self, at_most: int | None) -> Corpus:
@@ -106,31 +106,31 @@ class HubSource(Source):
         if file_type(self._cache, data) is None:
             raise CorpusError(f"{data}: not fetched yet; {remedy} once; {OFFLINE}")
         try:
-            with open_file(self._cache, data) as file, np.load(file) as kept:
+            with open_file(self._cache, data) as file, np.load(file) as arrays:
                 train, validation, test = (
-                    _split_at(kept[split], kept[f"{split}_lengths"]) for split in SPLITS
+                    _split_at(arrays[split], arrays[f"{split}_lengths"]) for split in SPLITS
                 )
-                taken = HubSplits(train, validation, test, bool(kept["whole"]))
-                expected = str(kept["sha256"])
+                splits = HubSplits(train, validation, test, bool(arrays["whole"]))
+                expected = str(arrays["sha256"])
         except CorpusError:
             raise
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
             raise CorpusError(
                 f"{data}: {self._cache} is damaged ({first_line(error)}); {remedy} again"
             ) from None
-        corpus = self._corpus(taken)
+        corpus = self._corpus(splits)
         if corpus.sha256 != expected:
             raise CorpusError(
                 f"{data}: {self._cache} has sha256 {corpus.sha256}, expected {expected}; {remedy} again"
             )
         have = sum(map(len, corpus.train))
-        if not taken.whole and (at_most is None or at_most > have):
+        if not splits.whole and (at_most is None or at_most > have):
             wanted = "all" if at_most is None else f"{at_most:,}"
             raise CorpusError(
                 f"{data}: data.max_bytes asks for {wanted} bytes, but {have:,} were fetched; {remedy}"
             )
         fewer, whole = truncate_documents(at_most, corpus.train)
-        return corpus if whole else self._corpus(taken._replace(train=fewer))
+        return corpus if whole else self._corpus(splits._replace(train=fewer))
 
     def _check_reachable(self) -> None:
         """Request the commit from the hub once, because later requests would be retried for half a minute."""
@@ -182,8 +182,8 @@ class HubSource(Source):
         folder = user_path("data.path", path)
         kind = file_type(folder, f"data.path={path}")
         if kind != "a folder":
-            found = f"is {kind}, not a folder" if kind else "no such folder"
-            raise CorpusError(f"data.path={path}: {found}; give one with the files of {self.repository}")
+            problem = f"is {kind}, not a folder" if kind else "no such folder"
+            raise CorpusError(f"data.path={path}: {problem}; give one with the files of {self.repository}")
         inside = folder / (self.config or "")
         return inside if file_type(inside, f"data.path={path}") == "a folder" else folder
 
@@ -193,13 +193,13 @@ def truncate_documents(at_most: int | None, documents: Iterable[Text]) -> tuple[
     is truncated to fit."""
     if at_most is None:
         return [*documents], True
-    taken: list[Text] = []
+    result: list[Text] = []
     for document in documents:
         if len(document) > at_most:
-            return ([*taken, document[:at_most]] if at_most else taken), False
-        taken.append(document)
+            return ([*result, document[:at_most]] if at_most else result), False
+        result.append(document)
         at_most -= len(document)
-    return taken, True
+    return result, True
 
 
 def _split_at(text: Document, lengths: Any) -> list[Document]:

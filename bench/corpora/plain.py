@@ -53,9 +53,9 @@ _CONTROL = bytes({*range(32), 127} - {*b"\a\b\t\n\v\f\r\x1b"})
 
 def not_text(head: bytes) -> str | None:
     """Return the apparent format of a file's beginning and the remedy; None if it is text or empty."""
-    for pattern, found in _PATTERNS:
+    for pattern, description in _PATTERNS:
         if pattern.match(head):
-            return found
+            return description
     if b"\0" in head:
         return nul_at(head.index(b"\0"))
     control = len(head) - len(head.translate(None, _CONTROL))

@@ -78,6 +78,6 @@ class Plays(Source):
 
 
 def _check(content: bytes, path: Path) -> None:
-    found = sha256(content)
-    if found != SHA256:
-        raise CorpusError(f"plays: {path} has sha256 {found}, expected {SHA256}; delete it and fetch again")
+    actual = sha256(content)
+    if actual != SHA256:
+        raise CorpusError(f"plays: {path} has sha256 {actual}, expected {SHA256}; delete it and fetch again")

@@ -17,6 +17,6 @@ class Stdlib(Source):
     def read(self, options: CorpusOptions) -> Corpus:
         root = Path(sysconfig.get_paths()["stdlib"])
         setting = f"data={self.name}"
-        found = walk(root, setting, enter=lambda name: name not in SKIPPED)
-        files = sorted(file for file in found if file.suffix == ".py")
+        paths = walk(root, setting, enter=lambda name: name not in SKIPPED)
+        files = sorted(file for file in paths if file.suffix == ".py")
         return self.split_documents({str(file.relative_to(root)): read_file(file, setting) for file in files})

@@ -48,10 +48,10 @@ def measure_accuracy(
         for segment, out in model.stream(batch.inputs.to(device), causal=causal):
             targets = batch.targets[:, segment]
             scored = targets != IGNORED
-            wanted = targets[scored].to(device)
+            answers = targets[scored].to(device)
             logits = out.logits[scored.to(device)]
-            nats += F.cross_entropy(logits, wanted, reduction="none").double().sum().item()
-            hits.append((logits.argmax(dim=-1) == wanted).cpu())
+            nats += F.cross_entropy(logits, answers, reduction="none").double().sum().item()
+            hits.append((logits.argmax(dim=-1) == answers).cpu())
             if batch.distances is not None:
                 distances.append(batch.distances[:, segment][scored])
     right = torch.cat(hits).numpy()

@@ -63,17 +63,17 @@ def nll_after(
     device: torch.device,
 ) -> Floats:
     """(n,) −ln p of each target, given only the L tokens before it."""
-    found = []
+    parts = []
     with evaluating(model):
         for i in range(0, len(targets), batch_size):
             batch = targets[i : i + batch_size]
             read = np.stack([documents[document][at - length : at] for document, at in batch])
             inputs = torch.from_numpy(read.astype(np.int64)).to(device)
             *_, (_, out) = model.stream(inputs, causal=True)
-            wanted = torch.tensor([int(documents[document][at]) for document, at in batch])
+            answers = torch.tensor([int(documents[document][at]) for document, at in batch])
             rows = torch.arange(len(batch))
-            found.append(token_nll(out.logits, wanted, rows, torch.full_like(rows, out.logits.shape[1] - 1)))
-    return np.concatenate(found)
+            parts.append(token_nll(out.logits, answers, rows, torch.full_like(rows, out.logits.shape[1] - 1)))
+    return np.concatenate(parts)
 
 
 def measure_context_use(

@@ -106,12 +106,12 @@ def tally(model: LanguageModel, batches: Iterable[Batch], *, causal: bool, devic
                 row, column = (targets != IGNORED).nonzero(as_tuple=True)
                 if not len(row):
                     continue
-                wanted = targets[row, column]
-                nll = token_nll(out.logits, wanted, row, column)
+                answers = targets[row, column]
+                nll = token_nll(out.logits, answers, row, column)
                 place = segment.start + column.numpy()
                 nats += np.bincount(place, nll, minlength=len(nats))
                 counts += np.bincount(place, minlength=len(counts))
-                symbols += np.bincount(wanted.numpy(), minlength=len(symbols))
+                symbols += np.bincount(answers.numpy(), minlength=len(symbols))
     return Tally(nats, counts, symbols)
 
 

@@ -45,15 +45,15 @@ def dependence(model: LanguageModel, seq_len: int, *, causal: bool) -> Tensor | 
 def reach(model: LanguageModel, seq_len: int, *, causal: bool) -> int | None:
     """Return the distance, in tokens, from the last token back to the farthest input on which its output can
     depend; None if the mask depends on content or `seq_len` exceeds `MAX_TOKENS`."""
-    found = dependence(model, seq_len, causal=causal) if seq_len <= MAX_TOKENS else None
-    return None if found is None else seq_len - 1 - int(found[-1].int().argmax())
+    depends = dependence(model, seq_len, causal=causal) if seq_len <= MAX_TOKENS else None
+    return None if depends is None else seq_len - 1 - int(depends[-1].int().argmax())
 
 
 def connected_share(model: LanguageModel, seq_len: int, *, causal: bool) -> float | None:
     """Return the share of the (output, input) pairs that all layers together connect, of all pairs allowed by
     causality; None if the mask depends on content."""
-    found = dependence(model, seq_len, causal=causal)
-    if found is None:
+    depends = dependence(model, seq_len, causal=causal)
+    if depends is None:
         return None
-    allowed = torch.ones_like(found)
-    return found[allowed.tril() if causal else allowed].float().mean().item()
+    allowed = torch.ones_like(depends)
+    return depends[allowed.tril() if causal else allowed].float().mean().item()

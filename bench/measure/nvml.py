@@ -137,13 +137,13 @@ def _state(nvml: Any, handle: Any) -> DeviceState:
         ),
         "nvml_device_bytes": query("nvml_device_bytes", used),
     }
-    foreign, ours = _processes(nvml, handle, missing)
+    foreign, own_bytes = _processes(nvml, handle, missing)
     return DeviceState(
         **reported,
         gpu_power_watts=None if milliwatts is None else milliwatts / 1000,
         gpu_throttling=None if reasons is None else _throttling_reasons(nvml, reasons),
         gpu_foreign_processes=foreign,
-        nvml_process_bytes=ours,
+        nvml_process_bytes=own_bytes,
         joules=None if millijoules is None else millijoules / 1000,
         gpu_reason="; ".join(f"{key}: {why}" for key, why in missing.items()) or None,
     )

@@ -21,7 +21,7 @@ def groups(proc: Path = PROC) -> list[Path]:
         memberships = (proc / "self/cgroup").read_text().splitlines()
     except OSError:
         return []
-    found = []
+    folders = []
     for membership in memberships:
         _, controllers, path = membership.split(":", 2)
         if controllers and "memory" not in controllers.split(","):
@@ -29,8 +29,8 @@ def groups(proc: Path = PROC) -> list[Path]:
         for root, point in _mounts(mounts, "cgroup" if controllers else "cgroup2"):
             inside = os.path.relpath(path, root)  # a container's mount may begin at its own group
             own = point if inside.startswith("..") else Path(os.path.normpath(point / inside))
-            found += [folder for folder in (own, *own.parents) if folder.is_relative_to(point)]
-    return found
+            folders += [folder for folder in (own, *own.parents) if folder.is_relative_to(point)]
+    return folders
 
 
 def _mounts(mounts: list[str], kind: str) -> Iterator[tuple[str, Path]]:
@@ -45,7 +45,7 @@ def _mounts(mounts: list[str], kind: str) -> Iterator[tuple[str, Path]]:
 def free_bytes(proc: Path = PROC) -> int | None:
     """Return the least free memory of all groups: the limit minus the memory in use, not counting reclaimable
     cached files. None if no group has a limit."""
-    left = []
+    free = []
     for folder in groups(proc):
         limit = _number(folder, "memory.max") or _number(folder, "memory.limit_in_bytes")
         used = _number(folder, "memory.current") or _number(folder, "memory.usage_in_bytes")
@@ -53,8 +53,8 @@ def free_bytes(proc: Path = PROC) -> int | None:
         if cached is None:
             cached = _number(folder, "memory.stat", "inactive_file")
         if limit is not None and used is not None:
-            left.append(max(0, limit - used + (cached or 0)))
-    return min(left, default=None)
+            free.append(max(0, limit - used + (cached or 0)))
+    return min(free, default=None)
 
 
 def oom_kills(proc: Path = PROC) -> int | None:
@@ -70,7 +70,7 @@ def oom_kills(proc: Path = PROC) -> int | None:
 def _number(folder: Path, name: str, key: str = "") -> int | None:
     """Return the number in a file, or the number after a key at the beginning of a line."""
     try:
-        found = re.search(rf"^{key}\s*(\d+)$", (folder / name).read_text(), re.MULTILINE)
+        match = re.search(rf"^{key}\s*(\d+)$", (folder / name).read_text(), re.MULTILINE)
     except OSError:
         return None
-    return int(found[1]) if found else None
+    return int(match[1]) if match else None

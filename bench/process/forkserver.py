@@ -32,14 +32,14 @@ _PRELOAD = [
 def _find_room_for_sockets() -> None:
     """Make multiprocessing create its sockets in /tmp if the path of the temporary folder is too long for a
     socket, as on some clusters. multiprocessing keeps its first choice."""
-    given = tempfile.gettempdir()
-    if len(os.fsencode(given)) <= _LONGEST_FOLDER:
+    folder = tempfile.gettempdir()
+    if len(os.fsencode(folder)) <= _LONGEST_FOLDER:
         return
     tempfile.tempdir = "/tmp"
     try:
         multiprocessing.util.get_temp_dir()
     finally:
-        tempfile.tempdir = given
+        tempfile.tempdir = folder
 
 
 def context() -> Any:

@@ -93,9 +93,9 @@ def _is_full(path: Path, lines: list[StoredRecord]) -> bool:
     return large and all(one.record and one.record.to_line() == one.text + "\n" for one in lines)
 
 
-def _newest(found: Iterable[Record | None]) -> dict[str, Record]:
+def _newest(records: Iterable[Record | None]) -> dict[str, Record]:
     newest: dict[str, Record] = {}
-    for record in found:
+    for record in records:
         if record and (record.cell_id not in newest or record.recency > newest[record.cell_id].recency):
             newest[record.cell_id] = record
     return newest

@@ -52,19 +52,19 @@ _SENTENCES = {"reason", "cost_ratio_reason", "claim_source", "contaminated", "ce
 _TEXTS = [k for k, hint in _HINTS.items() if hint in (str, str | None) and k not in _SENTENCES]
 
 
-def table(found: list[Record], show: Callable[[str], str] = str) -> pd.DataFrame:
+def table(records: list[Record], show: Callable[[str], str] = str) -> pd.DataFrame:
     """One row a record: its keys, `params_json`, `data_json` and `written`.
 
     Figures are floats with NaN for null, because FLOPs can exceed 64 bits. `show` changes the texts that are
     names; it must keep different names different.
     """
-    columns = columns_of(found)
+    columns = columns_of(records)
     for key in _TEXTS:
         names = {text: None if text is None else show(text) for text in set(columns[key])}
         columns[key] = [names[text] for text in columns[key]]
     columns["params_json"] = _as_json(columns["variant_params"])
     columns["data_json"] = _as_json(columns["data_params"])
-    columns["written"] = [record.order for record in found]
+    columns["written"] = [record.order for record in records]
     return pd.DataFrame(columns).astype(dict.fromkeys(_FIGURES, float))
 
 

@@ -52,14 +52,14 @@ _KNOBS = [key for key, allowed in _TYPES.items() if dict in allowed]
 def _bounds(hint: Any) -> Bounds | None:
     """Return the bounds in a key's type hint; for a list, those of its elements."""
     own = (part for part in getattr(hint, "__metadata__", ()) if isinstance(part, Bounds))
-    inner = (found for part in typing.get_args(hint) if (found := _bounds(part)))
+    inner = (bounds for part in typing.get_args(hint) if (bounds := _bounds(part)))
     return next(own, None) or next(inner, None)
 
 
 _ANNOTATED = typing.get_type_hints(Record, include_extras=True)
-_BOUNDS = {key: found for key, hint in _ANNOTATED.items() if (found := _bounds(hint))}
-_LISTS = {key: found for key, found in _BOUNDS.items() if list in _TYPES[key]}
-_FIGURES = {key: found for key, found in _BOUNDS.items() if key not in _LISTS}
+_BOUNDS = {key: bounds for key, hint in _ANNOTATED.items() if (bounds := _bounds(hint))}
+_LISTS = {key: bounds for key, bounds in _BOUNDS.items() if list in _TYPES[key]}
+_FIGURES = {key: bounds for key, bounds in _BOUNDS.items() if key not in _LISTS}
 
 
 def parse(text: str, source: str = "record") -> Record:
@@ -99,11 +99,11 @@ def _encodable(data: dict[str, Any]) -> bool:
 
 
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
+    data = dict(pairs)
+    if len(data) < len(pairs):
         names = [name for name, _ in pairs]
         raise ValueError(f"{max(names, key=names.count)!r:.100} appears twice")
-    return found
+    return data
 
 
 def _refuse_constant(name: str) -> None:

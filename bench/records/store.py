@@ -67,15 +67,15 @@ def read(folder: Path, cell_id: str) -> Record | None:
 
     Raises PermissionError if this user has no permission to read a file that may hold one.
     """
-    found = [one.record for one in _allowed(read_file(path_of(folder, cell_id)))]
+    records = [one.record for one in _allowed(read_file(path_of(folder, cell_id)))]
     for path in part_files(folder):
         try:
             stat = path.stat()
         except OSError:  # removed since it was listed: its records are in a larger part
             continue
         if line := _part_index(path, stat.st_mtime_ns, stat.st_size).get(cell_id):
-            found.append(_parsed(path, line, None).record)
-    same = [record for record in found if record and record.cell_id == cell_id]
+            records.append(_parsed(path, line, None).record)
+    same = [record for record in records if record and record.cell_id == cell_id]
     return max(same, key=lambda record: record.recency, default=None)
 
 
@@ -89,11 +89,11 @@ def _part_index(path: Path, modified: int, size: int) -> dict[str, str]:
     return index
 
 
-def _allowed(found: list[StoredRecord]) -> list[StoredRecord]:
-    for one in found:
+def _allowed(records: list[StoredRecord]) -> list[StoredRecord]:
+    for one in records:
         if one.denied:
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(one.path))
-    return found
+    return records
 
 
 _DATED = re.compile(rb'"(?:sequence": ?(\d{1,19})|started_at": ?"([^"]{1,40})")')
@@ -126,8 +126,8 @@ def _latest_in(path: Path) -> int:
         text = _text(path).encode()
     except (OSError, UnicodeDecodeError):
         return 0
-    found = _DATED.findall(text)
-    return max((int(number or microseconds(date.decode())) for number, date in found), default=0)
+    matches = _DATED.findall(text)
+    return max((int(number or microseconds(date.decode())) for number, date in matches), default=0)
 
 
 def read_all(folder: Path) -> tuple[list[Record], list[str]]:

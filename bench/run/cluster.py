@@ -81,11 +81,11 @@ def run(
     jobs = prepare.prepare_jobs(cells)
     drop_failed_output()
     line_of = {id(cell): line for cell, line in zip(cells, overrides, strict=True)}
-    left = [job for job in jobs if job.result is None]
-    if before := len(jobs) - len(left):
+    missing = [job for job in jobs if job.result is None]
+    if before := len(jobs) - len(missing):
         _print(f"{before} of {len(jobs)} cells were finished before and are not run again")
-    for device in dict.fromkeys(job.cell.spec.device for job in left):
-        groups = _chunked([job for job in left if job.cell.spec.device == device], cluster.cells_per_job)
+    for device in dict.fromkeys(job.cell.spec.device for job in missing):
+        groups = _chunked([job for job in missing if job.cell.spec.device == device], cluster.cells_per_job)
         for batch in _chunked(groups, MOST_JOBS):
             handed = [job for group in batch for job in group]
             _print(f"jobs: {len(batch)}, for {len(handed)} of {len(jobs)} cells")
@@ -118,7 +118,7 @@ def quote(lines: Sequence[Sequence[str]]) -> str:
     """Return lists of overrides as a value in Hydra's grammar."""
 
     def quoted(text: str) -> str:  # a backslash is literal, except before a quote
-        escaped = re.sub(r"(\\*)('|$)", lambda found: found[1] * 2 + found[2].replace("'", "\\'"), text)
+        escaped = re.sub(r"(\\*)('|$)", lambda match: match[1] * 2 + match[2].replace("'", "\\'"), text)
         return f"'{escaped}'"
 
     return "[" + ",".join("[" + ",".join(map(quoted, line)) + "]" for line in lines) + "]"

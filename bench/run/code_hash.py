@@ -56,19 +56,19 @@ def closure(roots: Iterable[str]) -> dict[str, str]:
     """
     todo = list(roots)
     packages = {root.partition(".")[0] for root in todo}
-    found: dict[str, str] = {}
+    hashes: dict[str, str] = {}
     while todo:
         module = todo.pop()
-        if module in found or module.partition(".")[0] not in packages or _is_excluded(module):
+        if module in hashes or module.partition(".")[0] not in packages or _is_excluded(module):
             continue
         container = module.rpartition(".")[0]
         if file := _file_of(module):
             package = module if file.name == "__init__.py" else container
-            imports, found[module] = _read(file.read_bytes(), package)
+            imports, hashes[module] = _read(file.read_bytes(), package)
             todo += imports
         if container:
             todo.append(container)
-    return found
+    return hashes
 
 
 def _is_excluded(module: str) -> bool:

@@ -109,9 +109,9 @@ def _collect(
             return "stopped"
 
 
-def _reason(what: str, tail: StderrTail) -> dict[str, str]:
+def _reason(event: str, tail: StderrTail) -> dict[str, str]:
     line = tail.key_line()
-    return {"reason": f"{what}: {line}" if line else what}
+    return {"reason": f"{event}: {line}" if line else event}
 
 
 def _status_of_exit(exitcode: int | None, tail: StderrTail, kills_before: int | None) -> dict[str, Any]:
@@ -121,13 +121,13 @@ def _status_of_exit(exitcode: int | None, tail: StderrTail, kills_before: int | 
             f"the cell's process ended with exit status {exitcode} and no result", tail
         )
     name = signal.Signals(-exitcode).name
-    what = f"the cell's process was killed by {name}"
+    event = f"the cell's process was killed by {name}"
     kills = cgroups.oom_kills()
     if name == "SIGKILL" and kills is not None and kills_before is not None and kills > kills_before:
-        return {"status": "oom", "reason": f"{what}, and the kernel counts an out-of-memory kill"}
+        return {"status": "oom", "reason": f"{event}, and the kernel counts an out-of-memory kill"}
     if name == "SIGABRT" and (message := next((sign for sign in NO_MEMORY if sign in tail.text), None)):
-        return {"status": "oom", "reason": f"{what} after {message}"}
-    return {"status": "error"} | _reason(what, tail)
+        return {"status": "oom", "reason": f"{event} after {message}"}
+    return {"status": "error"} | _reason(event, tail)
 
 
 def _child(

@@ -40,18 +40,18 @@ def memory_bytes(spec: CellSpec) -> int:
         return int(spec.measure.limit_bytes)
     if spec.device != "cpu":
         return _free_on(spec.device)
-    left = [size for size in (available_bytes(), cgroups.free_bytes()) if size is not None]
-    return min(left, default=UNLIMITED)
+    available = [size for size in (available_bytes(), cgroups.free_bytes()) if size is not None]
+    return min(available, default=UNLIMITED)
 
 
 def available_bytes(proc: Path = cgroups.PROC) -> int | None:
     """Return the machine's memory that is available without swapping (MemAvailable in proc.rst of the
     kernel's documentation), or None if the system does not report it."""
     try:
-        found = re.search(r"^MemAvailable:\s+(\d+) kB$", (proc / "meminfo").read_text(), re.MULTILINE)
+        match = re.search(r"^MemAvailable:\s+(\d+) kB$", (proc / "meminfo").read_text(), re.MULTILINE)
     except OSError:
         return None
-    return int(found[1]) * 1024 if found else None
+    return int(match[1]) * 1024 if match else None
 
 
 def enforce(spec: CellSpec, limit: int) -> None:
@@ -70,13 +70,13 @@ def enforce(spec: CellSpec, limit: int) -> None:
     if spec.device == "cpu":
         from bench.measure.memory import resident_bytes
 
-        _, most = resource.getrlimit(resource.RLIMIT_DATA)
+        _, hard_limit = resource.getrlimit(resource.RLIMIT_DATA)
         total = (resident_bytes("VmData") or 0) + _stack_bytes(torch.get_num_threads()) + limit
-        within = min(total, UNLIMITED if most == resource.RLIM_INFINITY else most)
-        resource.setrlimit(resource.RLIMIT_DATA, (within, most))
+        within = min(total, UNLIMITED if hard_limit == resource.RLIM_INFINITY else hard_limit)
+        resource.setrlimit(resource.RLIMIT_DATA, (within, hard_limit))
     elif torch.cuda.is_available():
-        whole = torch.cuda.get_device_properties(spec.device).total_memory
-        torch.cuda.set_per_process_memory_fraction(min(1.0, limit / whole), spec.device)
+        total = torch.cuda.get_device_properties(spec.device).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, limit / total), spec.device)
 
 
 def _stack_bytes(threads: int) -> int:
@@ -112,8 +112,8 @@ def leftover_bytes(uuid: str, seconds: float = RELEASE_SECONDS) -> int | None:
     """
     deadline = time.monotonic() + seconds
     while (memory := nvml.memory(uuid)) is not None:
-        least = _least_used[uuid] = min(memory.used_bytes, _least_used.get(uuid, memory.used_bytes))
-        beyond = memory.used_bytes - least
+        idle = _least_used[uuid] = min(memory.used_bytes, _least_used.get(uuid, memory.used_bytes))
+        beyond = memory.used_bytes - idle
         if beyond <= RELEASED_BYTES:
             return 0
         if time.monotonic() > deadline:

@@ -22,8 +22,8 @@ class OutOfMemorySkip:
         """Register the result of a cell.
         Only cells that ran are considered, because each length is predicted separately."""
         if record.status == "oom":
-            group, found = _group(cell), (cell.spec.seq_len, record.cell_id)
-            self._shortest[group] = min(found, self._shortest.get(group, found))
+            group, shortest = _group(cell), (cell.spec.seq_len, record.cell_id)
+            self._shortest[group] = min(shortest, self._shortest.get(group, shortest))
 
     def reason(self, cell: Cell) -> str | None:
         """Return why a cell is skipped, or None if it is not."""

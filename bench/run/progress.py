@@ -19,12 +19,12 @@ MOST = 2000
 
 def describe(record: Record) -> str:
     """Describe a finished cell in one line: its identity, its cost and its quality."""
-    what = (
+    cell = (
         f"{record.variant} T={record.seq_len} depth={record.depth} d={record.d_model} "
         f"{record.activations} #{record.replicate}" + (f" twin {record.twin}" if record.twin else "")
     )
     if record.status != "ok":
-        return f"{record.status:11} {printable(f'{what}: {record.reason}', MOST)}"
+        return f"{record.status:11} {printable(f'{cell}: {record.reason}', MOST)}"
     figures = [
         f"step {record.step_seconds_median * 1e3:,.1f} ms" if record.step_seconds_median else None,
         f"peak {record.peak_bytes / 2**20:,.1f} MiB" if record.peak_bytes else None,
@@ -35,7 +35,7 @@ def describe(record: Record) -> str:
         f"{record.objective} accuracy {record.accuracy:.1%}" if record.accuracy is not None else None,
         f"contaminated: {record.contaminated}" if record.contaminated else None,
     ]
-    return f"{record.status:11} {printable(f'{what}: ' + ', '.join(filter(None, figures)), MOST)}"
+    return f"{record.status:11} {printable(f'{cell}: ' + ', '.join(filter(None, figures)), MOST)}"
 
 
 def duration(seconds: float) -> str:

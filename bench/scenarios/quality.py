@@ -126,7 +126,7 @@ class QualityEvaluation:
         return attention_stats.measure_attention(self.model, held_out, causal=self.causal, device=self.device)
 
     def _context_use(self, task: Text) -> None:
-        found = context_use.measure_context_use(
+        use = context_use.measure_context_use(
             self.model,
             task.documents,
             seq_len=self.spec.seq_len,
@@ -134,18 +134,18 @@ class QualityEvaluation:
             batch_size=self.spec.batch_size,
             device=self.device,
         )
-        if found:
+        if use:
             self.report(
                 {
-                    "nll_by_history": found.nll_by_history,
-                    "effective_context": found.effective,
-                    "effective_context_low": found.low,
-                    "effective_context_high": found.high,
+                    "nll_by_history": use.nll_by_history,
+                    "effective_context": use.effective,
+                    "effective_context_low": use.low,
+                    "effective_context_high": use.high,
                 }
             )
 
     def _evaluate_answers(self) -> None:
-        found = measure_accuracy(
+        accuracy = measure_accuracy(
             self.model,
             self.task.test_batches(),
             causal=self.causal,
@@ -154,12 +154,12 @@ class QualityEvaluation:
         )
         self.report(
             {
-                "nll": found.nll,
-                "accuracy": found.accuracy,
+                "nll": accuracy.nll,
+                "accuracy": accuracy.accuracy,
                 "guess_accuracy": self.task.guess_accuracy,
-                "accuracy_by_distance": found.by_distance,
+                "accuracy_by_distance": accuracy.by_distance,
                 "distance_edges": list(self.task.distance_edges) or None,
-                "tokens_evaluated": found.tokens,
+                "tokens_evaluated": accuracy.tokens,
             }
         )
         self._reach()

@@ -150,24 +150,24 @@ def in_child(sizes: Sizes, name: str, seq_len: int, *, fake: bool) -> Figures | 
     return figures
 
 
-Found = dict[tuple[str, int], list[Figures | str]]
+Results = dict[tuple[str, int], list[Figures | str]]
 """(variant, length) → the result of each round."""
 
 
-def collect(sizes: Sizes, names: list[str], rounds: int, keep: Callable[[Found], None]) -> None:
+def collect(sizes: Sizes, names: list[str], rounds: int, keep: Callable[[Results], None]) -> None:
     """Measure every variant at every length in each round, then make the predictions; `keep` is called with
     all results so far after each figure."""
-    found: Found = defaultdict(list)
+    results: Results = defaultdict(list)
     todo = [(length, name, False) for _ in range(rounds) for length in sizes.lengths for name in names]
     todo += [(sizes.predicted_length, name, True) for name in names]
     for done, (length, name, fake) in enumerate(todo, 1):
         figures = in_child(sizes, name, length, fake=fake)
-        found[name, length].append(figures)
-        keep(found)
+        results[name, length].append(figures)
+        keep(results)
         print(f"[{done}/{len(todo)}] {name} T={length}: {figures}", file=sys.stderr, flush=True)
 
 
-def table(sizes: Sizes, names: list[str], found: Found) -> str:
+def table(sizes: Sizes, names: list[str], results: Results) -> str:
     """Return a table with a row per variant: time relative to dense, peak memory, its growth, the claimed
     growth and the prediction."""
     shorter, longest = sizes.lengths[-2:]
@@ -179,9 +179,9 @@ def table(sizes: Sizes, names: list[str], found: Found) -> str:
         columns["variant"].append(name)
         columns["knobs"].append(", ".join(f"{k}={v}" for k, v in sizes.knobs.get(name, {}).items()))
         for length in sizes.lengths:
-            pairs = list(zip(found[name, length], found["dense", length], strict=False))
+            pairs = list(zip(results[name, length], results["dense", length], strict=False))
             columns[f"time / dense at {units.length(length)}"].append(_share(pairs))
-        before, after, ahead = (_peak(found[name, length]) for length in (shorter, longest, predicted))
+        before, after, ahead = (_peak(results[name, length]) for length in (shorter, longest, predicted))
         columns[f"peak at {units.length(longest)}"].append(units.size(after))
         grown = f"{math.log(after / before) / math.log(longest / shorter):.2f}" if before and after else ""
         columns["memory grows as T^"].append(grown)
@@ -208,21 +208,21 @@ def _config(sizes: Sizes, name: str) -> Any:
 def _share(pairs: list[tuple[Figures | str, Figures | str]]) -> str:
     """Return the median and range of the time ratio over rounds, or the reason why there is none."""
     shares = [
-        mine.seconds / dense.seconds
-        for mine, dense in pairs
-        if isinstance(mine, Figures) and isinstance(dense, Figures) and mine.seconds and dense.seconds
+        own.seconds / dense.seconds
+        for own, dense in pairs
+        if isinstance(own, Figures) and isinstance(dense, Figures) and own.seconds and dense.seconds
     ]
     if not shares:
         return markdown.escape(pairs[0][0]) if pairs else ""
     return f"{statistics.median(shares):.3f} ({min(shares):.3f}–{max(shares):.3f})"
 
 
-def _peak(found: list[Figures | str]) -> int | None:
-    peaks = [figures.peak_bytes for figures in found if isinstance(figures, Figures)]
+def _peak(results: list[Figures | str]) -> int | None:
+    peaks = [figures.peak_bytes for figures in results if isinstance(figures, Figures)]
     return max(peaks, default=None)
 
 
-def page(sizes: Sizes, names: list[str], rounds: int, found: Found) -> str:
+def page(sizes: Sizes, names: list[str], rounds: int, results: Results) -> str:
     """Return the page with the table of all results so far and its description."""
     return f"""# One layer compared with dense attention
 
@@ -232,7 +232,7 @@ ratio to dense sdpa in the same round. A star marks a prediction over {FEW_SEGME
 keeps no memory of finished segments. If memory grows more slowly than claimed, part of it is a
 workspace of a fixed size, or scores that the claim includes are not stored.
 
-{table(sizes, names, found)}"""
+{table(sizes, names, results)}"""
 
 
 def main() -> int:
@@ -260,7 +260,7 @@ def main() -> int:
         sizes,
         names,
         arguments.rounds,
-        lambda found: write_atomically(out, page(sizes, names, arguments.rounds, found)),
+        lambda results: write_atomically(out, page(sizes, names, arguments.rounds, results)),
     )
     print(out.read_text())
     print(out)

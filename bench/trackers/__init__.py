@@ -77,10 +77,10 @@ def log(spec: TrackerSpec, folder: Path, record: Record) -> None:
 
 def settings(record: Record) -> dict[str, str]:
     """Return a cell's settings as text: its identity, and each knob of its variant and data by name."""
-    found = {key: getattr(record, key) for key in (*KEYS[: KEYS.index("status")], *_ASKED)}
+    values = {key: getattr(record, key) for key in (*KEYS[: KEYS.index("status")], *_ASKED)}
     for group in ("variant_params", "data_params"):
-        found |= {f"{group.removesuffix('_params')}.{k}": v for k, v in (found.pop(group) or {}).items()}
-    return {key: str(value) for key, value in found.items() if value is not None}
+        values |= {f"{group.removesuffix('_params')}.{k}": v for k, v in (values.pop(group) or {}).items()}
+    return {key: str(value) for key, value in values.items() if value is not None}
 
 
 def figures(record: Record) -> dict[str, float]:
@@ -103,5 +103,5 @@ def steps(curve: Path) -> list[dict[str, float]]:
 
 
 def _class(name: str) -> type[Tracker]:
-    found: type[Tracker] = importlib.import_module(f"{__name__}.{name}").Tracker
-    return found
+    tracker: type[Tracker] = importlib.import_module(f"{__name__}.{name}").Tracker
+    return tracker

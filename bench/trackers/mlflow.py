@@ -26,8 +26,8 @@ class Tracker:
         from mlflow import MlflowClient
 
         self.client = MlflowClient(tracking_uri=place)
-        found = self.client.get_experiment_by_name(experiment)
-        self.experiment = found.experiment_id if found else self.client.create_experiment(experiment)
+        existing = self.client.get_experiment_by_name(experiment)
+        self.experiment = existing.experiment_id if existing else self.client.create_experiment(experiment)
 
     def log(self, record: Record, curve: Path) -> None:
         """Log the settings as parameters, the figures as metrics and

@@ -138,13 +138,13 @@ class CheckpointStore:
         if hashlib.sha256(body).digest() != digest:
             raise _CheckpointError("it is truncated or damaged")
         try:
-            kept = torch.load(io.BytesIO(body), map_location="cpu", weights_only=True)
-            origin, state = kept["origin"], kept["state"]
+            loaded = torch.load(io.BytesIO(body), map_location="cpu", weights_only=True)
+            origin, state = loaded["origin"], loaded["state"]
         except (RuntimeError, KeyError, TypeError, pickle.UnpicklingError) as error:
             reason = (str(error).splitlines() or [""])[0]
             raise _CheckpointError(f"it cannot be read ({type(error).__name__}: {reason})") from None
-        for key, ours in self._requirements().items():
-            if origin.get(key) != ours:
-                raise _CheckpointError(f"its {key} is {origin.get(key)}, that of this run {ours}")
-        found: dict[str, Any] = state
-        return found
+        for key, expected in self._requirements().items():
+            if origin.get(key) != expected:
+                raise _CheckpointError(f"its {key} is {origin.get(key)}, that of this run {expected}")
+        result: dict[str, Any] = state
+        return result

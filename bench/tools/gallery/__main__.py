@@ -35,21 +35,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     torch.set_num_threads(1)  # the tensors are too small for several threads
     sizes = reads.Sizes.configured()
-    drawn, wrong = [], []
+    pictures, wrong = [], []
     try:
         out = user_path("--out", options.out)
         with canvas.look():
             for picture in reads.pictures(sizes, options.only):
-                drawn.append(picture)
-                name = draw.stem(picture, drawn)
+                pictures.append(picture)
+                name = draw.stem(picture, pictures)
                 canvas.save(draw.figure(picture, sizes, variants.names()), out, name)
                 wrong += [name] if draw.disagrees(picture) else []
                 print(f"{name}.png", flush=True)
-            canvas.save(sheet(drawn, sizes, variants.names()), out, "sheet")
+            canvas.save(sheet(pictures, sizes, variants.names()), out, "sheet")
     except (ValueError, OSError) as error:
         print(f"bench.tools.gallery: {error}", file=sys.stderr)
         return 2
-    print(f"gallery: {out / 'sheet.png'}, {len(drawn)} pictures in the same folder (png, svg)")
+    print(f"gallery: {out / 'sheet.png'}, {len(pictures)} pictures in the same folder (png, svg)")
     if wrong:
         print(f"bench.tools.gallery: gradients and mask disagree in {', '.join(wrong)}", file=sys.stderr)
     return 1 if wrong else 0

@@ -64,15 +64,15 @@ def disagrees(picture: Picture) -> bool:
     return any(unread(panel).any() or forbidden(panel).any() for panel in panels)
 
 
-def stem(picture: Picture, drawn: Sequence[Picture]) -> str:
+def stem(picture: Picture, pictures: Sequence[Picture]) -> str:
     """Return the file name of a picture: the variant's name, with a number from its second picture on."""
-    count = sum(other.variant == picture.variant for other in drawn)
+    count = sum(other.variant == picture.variant for other in pictures)
     return picture.variant if count < 2 else f"{picture.variant}-{count}"
 
 
-def fade(layers: int, most: int) -> float:
-    """Return the lightness of a pair that is read through `layers` layers, of `most` drawn."""
-    return FADE * (layers - 1) / max(1, most - 1)
+def fade(layers: int, total: int) -> float:
+    """Return the lightness of a pair that is read through `layers` layers, of `total` drawn."""
+    return FADE * (layers - 1) / max(1, total - 1)
 
 
 def _white(size: int) -> np.ndarray:
@@ -105,8 +105,8 @@ def square(axis: Axes, shade: np.ndarray, panel: Panel | None = None, *, marks: 
     axis.grid(False)
     for spine in axis.spines.values():
         spine.set(visible=True, color="#999999", linewidth=0.6)
-    for found, (colour, marker) in ((unread, UNREAD), (forbidden, FORBIDDEN)):
-        if panel is not None and (pairs := np.argwhere(found(panel))).size:
+    for select, (colour, marker) in ((unread, UNREAD), (forbidden, FORBIDDEN)):
+        if panel is not None and (pairs := np.argwhere(select(panel))).size:
             axis.plot(pairs[:, 1], pairs[:, 0], marker, color=colour, markersize=marks, markeredgewidth=0.8)
 
 
@@ -134,8 +134,8 @@ def marks(picture_panels: Sequence[Panel]) -> list[Artist]:
         (FORBIDDEN, "mask forbids,\ngradient not zero", forbidden),
     )
     handles: list[Artist] = []
-    for (colour, marker), label, found in entries:
-        count = sum(int(found(panel).sum()) for panel in ruled)
+    for (colour, marker), label, select in entries:
+        count = sum(int(select(panel).sum()) for panel in ruled)
         handles.append(
             Line2D([], [], linestyle="", marker=marker, color=colour, label=f"{label}: {count or 'none'}")
         )
@@ -169,14 +169,14 @@ def figure(picture: Picture, sizes: Sizes, variants: Sequence[str]) -> Figure:
     fixed colour.
     """
     colour = looks(picture.variant, variants)[0]
-    drawn = [direction for direction in picture.directions if direction.panels]
-    fig, axes = canvas.panels(3 * max(1, len(drawn)), width=2.5, height=2.75, columns=3)
-    for row, direction in enumerate(drawn):
+    shown = [direction for direction in picture.directions if direction.panels]
+    fig, axes = canvas.panels(3 * max(1, len(shown)), width=2.5, height=2.75, columns=3)
+    for row, direction in enumerate(shown):
         _row(axes[3 * row : 3 * row + 3], direction, colour)
-    for axis in axes[3 * len(drawn) :]:
+    for axis in axes[3 * len(shown) :]:
         message(axis, "nothing to draw", width=20, size=8)
-    panels = [panel for direction in drawn for panel in direction.panels]
-    handles = [*legend(drawn[0].panels, colour), *marks(panels)] if drawn else []
+    panels = [panel for direction in shown for panel in direction.panels]
+    handles = [*legend(shown[0].panels, colour), *marks(panels)] if shown else []
     absent = [f"{objective(d)}: {d.reason}" for d in picture.directions if d.reason]
     knobs = f" ({words(picture)})" if picture.knobs else ""
     averaged = (

@@ -116,7 +116,7 @@ def picture(sizes: Sizes, name: str, knobs: Mapping[str, Any]) -> Picture:
     variant = variants.load_mixer(name)
     config = variant.Config.of(knobs)
     directions = tuple(_direction(sizes, variant, config, causal=causal) for causal in (True, False))
-    ruled = all(panel.rule is not None for found in directions for panel in found.panels)
+    ruled = all(panel.rule is not None for direction in directions for panel in direction.panels)
     return Picture(name, knobs, variant.info.paper, 1 if ruled else sizes.inputs, directions)
 
 
@@ -146,8 +146,8 @@ def _direction(
         if rule is None and 1 < depth < sizes.layers:
             continue  # intermediate depths are only shown for masks
         inputs = sizes.inputs if rule is None else 1
-        found = [read(model, sizes.seq_len, causal=causal, seed=seed) for seed in range(inputs)]
-        panels.append(Panel(depth, torch.stack(found).double().mean(dim=0), found[0], rule))
+        samples = [read(model, sizes.seq_len, causal=causal, seed=seed) for seed in range(inputs)]
+        panels.append(Panel(depth, torch.stack(samples).double().mean(dim=0), samples[0], rule))
     return Direction(causal, tuple(panels))
 
 
