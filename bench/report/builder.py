@@ -54,13 +54,13 @@ def _write(report: Path, results: Results, *, plots: bool, all_plots: bool) -> N
         from bench.report.figures.drawing import draw_all
 
         many = len(collected.frame) > MANY and not all_plots
-        wanted = {section.name: section.figures(data) for section, data in results}
+        figures = {section.name: section.figures(data) for section, data in results}
         kinds = results.records.kinds
-        pictures, left = draw_all(wanted, collected.frame, kinds, report, 1 if many else None)
-        if left:
+        pictures, undrawn = draw_all(figures, collected.frame, kinds, report, 1 if many else None)
+        if undrawn:
             notes.append(
-                f"{left} plots are not drawn: with more than {MANY:,} records there is one of each kind, of "
-                "the setting with the most cells; python -m bench.report --all-plots draws them all"
+                f"{undrawn} plots are not drawn: with more than {MANY:,} records there is one of each kind, "
+                "of the setting with the most cells; python -m bench.report --all-plots draws them all"
             )
     for section, data in results:
         for name, table in section.csv_tables(data).items():
@@ -77,14 +77,14 @@ def _write(report: Path, results: Results, *, plots: bool, all_plots: bool) -> N
 def build_comparison(first: Path, second: Path, *, plots: bool = True) -> Path:
     """See `bench.report.compare`."""
     runs = matching.load(first), matching.load(second)
-    found = matching.compare(*runs)
+    comparison = matching.compare(*runs)
     folder = second / "report" / f"against-{runs[0].name}"
     with replacing_files(folder, PICTURES) as new:
         pictures: Plots = {}
-        if plots and len(found.cells):
+        if plots and len(comparison.cells):
             from bench.report.comparison.plots import draw
 
-            pictures = draw(found, new)
-        write_atomically(new / "compare.csv", csv(found.cells))
-        write_atomically(new / "compare.md", comparison_tables.text(found, pictures))
+            pictures = draw(comparison, new)
+        write_atomically(new / "compare.csv", csv(comparison.cells))
+        write_atomically(new / "compare.md", comparison_tables.text(comparison, pictures))
     return folder

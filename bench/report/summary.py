@@ -32,10 +32,10 @@ def _section(section: Section[Any], data: Any, plots: Sequence[Drawn]) -> str:
     for words in dict.fromkeys(one.linked for one in plots if one.linked):
         links = (f"[{escape(one.title)}]({one.path}.png)" for one in plots if one.linked == words)
         figures.append(f"{words}: {', '.join(links)}.\n")
-    found = sorted(section.tables(data), key=lambda table: table.folded)
-    if not found and not section.figures_alone:
+    ordered = sorted(section.tables(data), key=lambda table: table.folded)
+    if not ordered and not section.figures_alone:
         return ""
-    tables = [markdown.block(table) for table in found]
+    tables = [markdown.block(table) for table in ordered]
     body = [*figures, *tables] if section.figures_first else [*tables, *figures]
     return markdown.section(section.title, "\n".join(body), section.marks, section.lead)
 
@@ -68,7 +68,7 @@ def facts(results: Results) -> dict[str, str]:
     counts = frame["status"].value_counts()
     statuses = ", ".join(f"{counts[s]} {s}" for s in STATUSES if s in counts)
     replicates = frame["replicate"].nunique()
-    found = {
+    result = {
         "machine": machines(frame),
         "dates": dates(frame),
         "torch": ", ".join(sorted(frame["torch_version"].dropna().unique())) or UNKNOWN,
@@ -76,8 +76,8 @@ def facts(results: Results) -> dict[str, str]:
         "statuses": statuses,
     }
     for section, data in results:
-        found.update(section.facts(data))
-    return found
+        result.update(section.facts(data))
+    return result
 
 
 def _head(results: Results, notes: Sequence[str]) -> str:
@@ -95,28 +95,28 @@ def _head(results: Results, notes: Sequence[str]) -> str:
 def warnings(results: Results) -> list[str]:
     """Warnings about comparisons, for the head; unread files come last."""
     collected = results.records.collected
-    frame, found = collected.frame, []
+    frame, lines = collected.frame, []
     mixed = frame.groupby("variant")["code_sha256"].nunique()
     names = [str(name) for name in mixed.index[mixed > 1]]
     if names:
-        found.append(f"measured by several versions of the code: {', '.join(names)}")
+        lines.append(f"measured by several versions of the code: {', '.join(names)}")
     if collected.stale:
-        found.append(_stale(collected))
+        lines.append(_stale(collected))
     if ahead := sum(record.in_future(time.time()) for record in collected.records):
-        found.append(
+        lines.append(
             f"{ahead} records are dated in the future: a clock ran ahead as they were measured; "
             "python -m bench.records check lists them"
         )
     if collected.alike:
-        found.append(
+        lines.append(
             f"{collected.alike} records share every key and the replicate with another: they differ in a "
             "setting that a record does not name, and are aggregated together"
         )
     for section, data in results:
-        found += section.warnings(data)
+        lines += section.warnings(data)
     if collected.problems:
-        found.append(f"{len(collected.problems)} files that cannot be read were left out:")
-    return found
+        lines.append(f"{len(collected.problems)} files that cannot be read were left out:")
+    return lines
 
 
 def _stale(collected: Collected) -> str:

@@ -82,12 +82,12 @@ def compare(first: Run, second: Run) -> Comparison:
     figures = [*FIGURES, "nll"]
     measured = [figure for figure in figures if figure != "flops_executed_step"]
     both[measured] = both[measured].where(both["status"] == "ok")
-    found = both.groupby([*CELL, "run"], sort=False, dropna=False)
-    medians = found[FIGURES].median().unstack("run")
-    statuses = found["status"].agg(lambda values: ", ".join(sorted(values.unique()))).unstack("run")
+    groups = both.groupby([*CELL, "run"], sort=False, dropna=False)
+    medians = groups[FIGURES].median().unstack("run")
+    statuses = groups["status"].agg(lambda values: ", ".join(sorted(values.unique()))).unstack("run")
     matched = statuses.notna().all(axis=1)
     columns = {f"status_{end}": statuses[run] for run, end in enumerate(("first", "second"))}
-    columns["same_data"] = found["hash"].first().unstack("run").nunique(axis=1) == 1
+    columns["same_data"] = groups["hash"].first().unstack("run").nunique(axis=1) == 1
     columns |= {
         f"{figure}_{end}": medians[figure, run]
         for figure in FIGURES
@@ -99,11 +99,11 @@ def compare(first: Run, second: Run) -> Comparison:
     cells["rounds"] = cells["rounds"].fillna(0).astype(int)
     low, high = (np.log(cells[f"step_seconds_ratio_{end}"].to_numpy(dtype=float)) for end in ("low", "high"))
     floor = float(np.max([first.floor, second.floor]))  # NaN where either is not known
-    said = differs(low, high, replicates=cells["rounds"], floor=floor)
-    cells["differs"] = pd.Series(said).astype("boolean")
-    alone = statuses[~matched]
-    names = np.where(alone[0].notna(), 0, 1)
-    unmatched = alone.reset_index()[CELL].assign(run=names)
+    differing = differs(low, high, replicates=cells["rounds"], floor=floor)
+    cells["differs"] = pd.Series(differing).astype("boolean")
+    unmatched = statuses[~matched]
+    names = np.where(unmatched[0].notna(), 0, 1)
+    unmatched = unmatched.reset_index()[CELL].assign(run=names)
     order = [*SETTING, "variant", "label", "seq_len"]
     return Comparison(
         (first, second),

@@ -18,23 +18,23 @@ from bench.report.text.phrases import describe
 TITLE = "Cost of the second run over that of the first"
 
 
-def draw(found: Comparison, folder: Path) -> Plots:
+def draw(comparison: Comparison, folder: Path) -> Plots:
     """Write the figures into `folder`/plots; returns their titles and relative paths, by section."""
-    cells = found.cells.assign(replicates=found.cells["rounds"])
+    cells = comparison.cells.assign(replicates=comparison.cells["rounds"])
     keys = [key for key in SETTING if key != "depth"]
-    first, second = (run.collected.frame for run in found.runs)
+    first, second = (run.collected.frame for run in comparison.runs)
     footer = f"{machines(first)}, {dates(first)} and {machines(second)}, {dates(second)}"
     looks = styles(zip(cells["variant"], cells["label"], strict=True))
     drawn: list[Drawn] = []
     with canvas.look():
         for values, part in split(cells, keys):
             look = Look(looks, describe(values, keys), footer)
-            figure = ratios(part, look, TITLE, f"{found.runs[1].name} / {found.runs[0].name}")
+            figure = ratios(part, look, TITLE, f"{comparison.runs[1].name} / {comparison.runs[0].name}")
             if figure is None:
                 continue
-            apart = varying(cells, keys)
-            name = f"compare{suffix(values, apart)}"
+            varying_keys = varying(cells, keys)
+            name = f"compare{suffix(values, varying_keys)}"
             canvas.save(figure, folder / "plots", name)
-            words = describe(values, apart)
+            words = describe(values, varying_keys)
             drawn.append(Drawn(f"{TITLE} ({words})" if words else TITLE, f"plots/{name}"))
     return {"compare": drawn}

@@ -32,33 +32,33 @@ LEAD = (
 )
 
 
-def text(found: Comparison, plots: Plots) -> str:
+def text(comparison: Comparison, plots: Plots) -> str:
     """The whole of compare.md."""
-    first, second = found.runs
-    parts = [f"# {escape(first.name)} and {escape(second.name)}\n", markdown.table(_head(found))]
+    first, second = comparison.runs
+    parts = [f"# {escape(first.name)} and {escape(second.name)}\n", markdown.table(_head(comparison))]
     parts += [markdown.image(plot.title, plot.path) for plot in plots.get("compare", ())]
     tables = [
         f"### {escape(heading)}\n\n{escape(words)}\n\n{_cells(group)}"
-        for heading, words, group in (headed(found.cells, SETTING) if len(found.cells) else ())
+        for heading, words, group in (headed(comparison.cells, SETTING) if len(comparison.cells) else ())
     ]
     body = "\n".join(tables) or "No cell of one run is also in the other.\n"
     parts.append(markdown.section("Side by side", body, NOTES, LEAD))
-    for place, run in enumerate(found.runs):
-        alone = found.unmatched[found.unmatched["run"] == place]
-        if len(alone):
-            parts.append(markdown.section(f"Only in {escape(run.name)}", _alone(alone), {}))
+    for place, run in enumerate(comparison.runs):
+        unmatched = comparison.unmatched[comparison.unmatched["run"] == place]
+        if len(unmatched):
+            parts.append(markdown.section(f"Only in {escape(run.name)}", _alone(unmatched), {}))
     return "\n".join(parts)
 
 
-def _head(found: Comparison) -> list[Column]:
+def _head(comparison: Comparison) -> list[Column]:
     """A row a fact, a column a run."""
-    facts = [_facts(run) for run in found.runs]
+    facts = [_facts(run) for run in comparison.runs]
     names = ("first", "second")
     return [
         Column("", list(facts[0]), right=False, optional=False),
         *(
             Column(f"{name}: {run.name}", list(of.values()), right=False, optional=False)
-            for name, run, of in zip(names, found.runs, facts, strict=True)
+            for name, run, of in zip(names, comparison.runs, facts, strict=True)
         ),
     ]
 
@@ -130,13 +130,13 @@ def _change(row: pd.Series[Any]) -> str:
 
 
 def _alone(cells: pd.DataFrame) -> str:
-    apart = [key for key in varying(cells, SETTING) if key != "depth"]
+    varying_keys = [key for key in varying(cells, SETTING) if key != "depth"]
     return markdown.table(
         [
             each(cells, "variant", "label", str, right=False, optional=False),
             each(cells, "length", "seq_len", str, optional=False),
             each(cells, "depth", "depth", str, optional=False),
-            *(each(cells, key, key, str, right=False) for key in apart),
+            *(each(cells, key, key, str, right=False) for key in varying_keys),
             *training_columns(cells, varying(cells, TRAINING)),
         ]
     )

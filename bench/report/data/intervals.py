@@ -88,9 +88,9 @@ def differs(low: Floats, high: Floats, *, replicates: npt.ArrayLike, floor: npt.
     """
     known = ~np.isnan(floor)
     least = np.where(known, floor_for(replicates, floor), 0.0)
-    apart = (low > 0) & (high > least) | (high < 0) & (low < -least)
+    is_different = (low > 0) & (high > least) | (high < 0) & (low < -least)
     enough = (np.asarray(replicates) > 2) | ((np.asarray(replicates) == 2) & known)
-    return np.where(enough & ~np.isnan(low), apart, np.nan)
+    return np.where(enough & ~np.isnan(low), is_different, np.nan)
 
 
 def by_cell(values: pd.Series[float], cell: list[str]) -> pd.DataFrame:
@@ -99,9 +99,9 @@ def by_cell(values: pd.Series[float], cell: list[str]) -> pd.DataFrame:
     `values` are positive and have an index with the levels `cell`.
     """
     values = values[values > 0]
-    found = values.groupby(level=cell, sort=False, dropna=False)
-    each = pd.DataFrame({"low": np.nan, "high": np.nan, "count": found.size()})
-    number = found.ngroup().to_numpy()
+    groups = values.groupby(level=cell, sort=False, dropna=False)
+    each = pd.DataFrame({"low": np.nan, "high": np.nan, "count": groups.size()})
+    number = groups.ngroup().to_numpy()
     order = np.argsort(number, kind="stable")
     figures = values.to_numpy(dtype=float)[order]
     counts = each["count"].to_numpy()

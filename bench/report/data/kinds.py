@@ -32,8 +32,8 @@ class Kinds:
 def kinds(frame: pd.DataFrame) -> Kinds:
     """The records by kind; `budget_bytes` is filled in for a cell that stopped before it was known."""
     # A batch that is to be found is 0 until it is.
-    found = (frame["batch_size"] == frame["largest_batch_size"]) & frame["longest_seq_len"].isna()
-    payoff = found | (frame["batch_size"] == 0)
+    fitted = (frame["batch_size"] == frame["largest_batch_size"]) & frame["longest_seq_len"].isna()
+    payoff = fitted | (frame["batch_size"] == 0)
     frame = frame.assign(budget_bytes=_budget(frame, payoff))
     fits = frame["budget_bytes"].notna() & ~payoff
     measured = frame["peak_bytes"].notna() & ~predicted(frame["peak_bytes_source"])

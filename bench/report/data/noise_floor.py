@@ -27,8 +27,8 @@ def pairs(every: pd.DataFrame) -> pd.DataFrame:
     the records of both twins.
     """
     ok = every[(every["status"] == "ok") & (every[FIGURE] > 0)]
-    found = ok.groupby([*SAME, "replicate", "twin"], sort=False, dropna=False)
-    each = found.agg(seconds=(FIGURE, "median"), contaminated=("contaminated", "count")).reset_index()
+    groups = ok.groupby([*SAME, "replicate", "twin"], sort=False, dropna=False)
+    each = groups.agg(seconds=(FIGURE, "median"), contaminated=("contaminated", "count")).reset_index()
     first, second = (each[each["twin"] == twin].drop(columns="twin") for twin in (0, 1))
     both = first.merge(second, on=[*SAME, "replicate"], suffixes=("", "_again"))
     return both[[*SAME, "replicate"]].assign(
@@ -52,6 +52,6 @@ def floor_of(log_ratios: Floats) -> float:
     return student(sizes.size) * float(np.sqrt(np.mean(sizes**2)))
 
 
-def floors(found: pd.DataFrame) -> dict[str, float]:
+def floors(twins: pd.DataFrame) -> dict[str, float]:
     """Machine → its noise floor, a |log ratio|; takes `pairs`."""
-    return {str(name): floor_of(own.to_numpy()) for name, own in found.groupby("machine")["log_ratio"]}
+    return {str(name): floor_of(own.to_numpy()) for name, own in twins.groupby("machine")["log_ratio"]}

@@ -51,10 +51,10 @@ def fit(sizes: Sequence[float], costs: Sequence[float]) -> Fit | None:
     return Fit(slope, slope - off, slope + off, len(taken), float(taken[0, 0]), float(taken[-1, 0]))
 
 
-def verdict(found: Fit, claim: float | None) -> str:
+def verdict(measured: Fit, claim: float | None) -> str:
     """'above' or 'below' where the interval excludes the claim by more than `TOLERANCE`; else ''."""
     if claim is None or np.isnan(claim):
         return ""
-    if found.low > claim + TOLERANCE:
+    if measured.low > claim + TOLERANCE:
         return "above"
-    return "below" if found.high < claim - TOLERANCE else ""
+    return "below" if measured.high < claim - TOLERANCE else ""

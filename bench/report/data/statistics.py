@@ -122,8 +122,8 @@ def cost_cells(frame: pd.DataFrame, floors: Mapping[str, float] = UNKNOWN_FLOORS
     floor = cells["machine"].map(dict(floors)).astype(float)
     cells["noise_floor"] = np.exp(floor)
     low, high = (np.log(cells[f"step_seconds_ratio_{end}"].to_numpy(dtype=float)) for end in ("low", "high"))
-    said = differs(low, high, replicates=cells["rounds"], floor=floor)
-    cells["differs"] = pd.Series(said).astype("boolean")
+    differing = differs(low, high, replicates=cells["rounds"], floor=floor)
+    cells["differs"] = pd.Series(differing).astype("boolean")
     return cells
 
 
@@ -228,12 +228,12 @@ def _paired(cells: pd.DataFrame, rounds: pd.DataFrame) -> pd.DataFrame:
     itself = cells.index.get_level_values("label") == cells["baseline"]
     for source, name in _PAIRED.items():
         ratios = both.set_index(list(CELL))[source] / both.set_index(list(CELL))[f"{source}_dense"]
-        found = by_cell(ratios, list(CELL))
+        intervals = by_cell(ratios, list(CELL))
         cells[f"{name}_ratio"] = ratios.groupby(level=list(CELL), sort=False).median()
         for end in ("low", "high"):
-            cells[f"{name}_ratio_{end}"] = found[end].where(~itself)
+            cells[f"{name}_ratio_{end}"] = intervals[end].where(~itself)
         if name == "step_seconds":
-            cells["rounds"] = found["count"]
+            cells["rounds"] = intervals["count"]
     cells["rounds"] = cells["rounds"].fillna(0).astype(int)
     return cells.reset_index()
 
@@ -241,6 +241,6 @@ def _paired(cells: pd.DataFrame, rounds: pd.DataFrame) -> pd.DataFrame:
 def at_best_rate(frame: pd.DataFrame, keys: Sequence[str]) -> pd.DataFrame:
     """The records of each model, identified by the keys, at its learning rate of the least mean loss."""
     by_rate = frame.groupby([*keys, "learning_rate"], dropna=False)["nll"].transform("mean")
-    least = by_rate.groupby([frame[key] for key in keys], dropna=False).transform("min")
-    best: pd.Series[bool] = by_rate == least
+    lowest = by_rate.groupby([frame[key] for key in keys], dropna=False).transform("min")
+    best: pd.Series[bool] = by_rate == lowest
     return frame[best]

@@ -76,9 +76,9 @@ def small_panels(count: int) -> tuple[Figure, list[Axes]]:
 
 def lengths_axis(axis: Axis, values: Iterable[float]) -> None:
     """Ticks at the lengths themselves, thinned from the longest down where there are too many."""
-    found = sorted(set(values), reverse=True)
-    step = -(-len(found) // MOST_TICKS)
-    _set_ticks(axis, found[::step][::-1], units.length)
+    descending = sorted(set(values), reverse=True)
+    step = -(-len(descending) // MOST_TICKS)
+    _set_ticks(axis, descending[::step][::-1], units.length)
 
 
 def human_axis(
@@ -108,10 +108,10 @@ def human_axis(
     _set_ticks(axis, [0.0, *ticks] if zero else ticks, show)
 
 
-def even_ticks(high: float, most: int = 4) -> list[float]:
+def even_ticks(high: float, max_ticks: int = 4) -> list[float]:
     """Round numbers of bytes from 0 to `high` at even distances, in the unit that suits `high`."""
     unit = 1024.0 ** (np.log2(max(high, 1.0)) // 10)
-    ticks = MaxNLocator(most, steps=[1, 2, 2.5, 5, 10]).tick_values(0, high / unit)
+    ticks = MaxNLocator(max_ticks, steps=[1, 2, 2.5, 5, 10]).tick_values(0, high / unit)
     return [float(t) * unit for t in ticks if t * unit <= high]
 
 
@@ -141,10 +141,10 @@ def dress(figure: Figure, title: str, setting: str, footer: str, handles: Sequen
 def save(figure: Figure, folder: Path, stem: str) -> None:
     """Write stem.png and stem.svg; equal data gives equal SVG files on any date."""
     folder.mkdir(parents=True, exist_ok=True)
-    drawn = io.BytesIO()
-    figure.savefig(drawn, format="png", dpi=130, pil_kwargs={"compress_level": 0})
+    png = io.BytesIO()
+    figure.savefig(png, format="png", dpi=130, pil_kwargs={"compress_level": 0})
     # Flat colours with soft edges: a palette shows the same in a third of the bytes.
-    picture = Image.open(drawn).convert("RGB")
+    picture = Image.open(png).convert("RGB")
     picture.quantize(256, method=Image.Quantize.FASTOCTREE).save(folder / f"{stem}.png")
     figure.set_layout_engine(None)  # laid out by now; doing it again takes as long as drawing
     figure.savefig(folder / f"{stem}.svg", metadata={"Date": None})

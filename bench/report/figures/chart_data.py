@@ -39,12 +39,12 @@ def numbers(values: pd.Series[Any]) -> list[float | int | None]:
 def ticks(
     low: float, high: float, show: Callable[[float], str], *, binary: bool
 ) -> list[list[tuple[float, str]]]:
-    found = []
+    labels = []
     for base, multiples in _BINARY if binary else _DECIMAL:
         powers = range(math.floor(math.log(low, base)) - 1, math.ceil(math.log(high, base)) + 2)
         places = [multiple * base**power for power in powers for multiple in multiples]
-        found.append([(number(v) or 0.0, show(v)) for v in places if low / 4 <= v <= high * 4])
-    return found
+        labels.append([(number(v) or 0.0, show(v)) for v in places if low / 4 <= v <= high * 4])
+    return labels
 
 
 def lengths(values: Sequence[int]) -> list[tuple[int, str]]:

@@ -26,53 +26,54 @@ Plots = Mapping[str, Sequence[Drawn]]
 
 
 def draw_all(
-    wanted: Mapping[str, Sequence[FigureSpec]],
+    specs_of: Mapping[str, Sequence[FigureSpec]],
     frame: pd.DataFrame,
     kinds: Kinds,
     report: Path,
-    most: int | None = None,
+    max_settings: int | None = None,
 ) -> tuple[dict[str, list[Drawn]], int]:
     """Write every figure that has data into `report`/plots, as PNG and SVG.
 
-    `wanted` has the figures of each section by its name; `frame` has all records, so that a variant looks the
-    same in every figure. With `most`, of each kind only the settings with the most cells are drawn. Returns
-    the figures by section, and how many were left out.
+    `specs_of` has the figures of each section by its name; `frame` has all records, so that a variant looks
+    the same in every figure. With `max_settings`, only that number of settings is drawn for each kind of
+    figure: those with the most cells. Returns the figures by section, and the number of figures that were not
+    drawn.
     """
     looks = styles(zip(frame["variant"], frame["label"], strict=True))
     drawn: dict[str, list[Drawn]] = {}
-    left = 0
-    taken: set[str] = set()
+    undrawn = 0
+    used_names: set[str] = set()
     with canvas.look():
-        for section, spec in ((name, spec) for name, specs in wanted.items() for spec in specs):
+        for section, spec in ((name, spec) for name, specs in specs_of.items() for spec in specs):
             if spec.cells.empty:
                 continue
-            records: pd.DataFrame = getattr(kinds, spec.asked)
-            apart = varying(records, spec.keys)
+            records: pd.DataFrame = getattr(kinds, spec.kind)
+            varying_keys = varying(records, spec.keys)
             settings = [
                 (spec.linked(values), values, part)
                 for values, part in split(spec.cells, spec.keys)
-                if spec.wanted(values, part)
+                if spec.condition(values, part)
             ]
-            shown = settings if most is None else _fullest(settings, most)
-            left += len(settings) - len(shown)
+            shown = settings if max_settings is None else _fullest(settings, max_settings)
+            undrawn += len(settings) - len(shown)
             for linked, values, part in shown:
                 same = _same(records, values)
                 setting = describe(values, [k for k in spec.keys if k not in ("machine", "threads")])
                 figure = spec.draw(part, Look(looks, setting, f"{machines(same)} · {dates(same)}"))
                 if figure is None:
                     continue
-                name = _free((spec.stem + suffix(values, apart))[:MOST_NAME], taken)
+                name = _free((spec.stem + suffix(values, varying_keys))[:MOST_NAME], used_names)
                 canvas.save(figure, report / "plots", name)
-                words = describe(values, apart)
+                words = describe(values, varying_keys)
                 title = f"{spec.title} ({words})" if words else spec.title
                 drawn.setdefault(section, []).append(Drawn(title, f"plots/{name}", linked))
-    return drawn, left
+    return drawn, undrawn
 
 
-def _fullest(settings: list[Setting], most: int) -> list[Setting]:
+def _fullest(settings: list[Setting], count: int) -> list[Setting]:
     """Those with the most rows, figures that are shown before those that are linked; in their order."""
     ranked = sorted(settings, key=lambda one: (bool(one[0]), -len(one[2])))
-    shown = {id(one) for one in ranked[:most]}
+    shown = {id(one) for one in ranked[:count]}
     return [one for one in settings if id(one) in shown]
 
 
@@ -81,11 +82,11 @@ def _same(frame: pd.DataFrame, values: dict[str, Any]) -> pd.DataFrame:
     return frame[(frame[list(values)] == pd.Series(values)).all(axis=1)]
 
 
-def _free(name: str, taken: set[str]) -> str:
+def _free(name: str, used: set[str]) -> str:
     """The name, with a number where two settings differ only in characters a file name cannot hold."""
     number, free = 1, name
-    while free in taken:
+    while free in used:
         number += 1
         free = f"{name}-{number}"
-    taken.add(free)
+    used.add(free)
     return free

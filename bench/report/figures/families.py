@@ -44,7 +44,7 @@ class Family:
     title: str
     x: str
     y: str
-    said: str
+    footer: str
     """Meaning of a point and of the band, for the footer."""
     line: Callable[[pd.DataFrame], Line | None]
     axis: Callable[[Axes, float], None]
@@ -81,7 +81,7 @@ def draw_family(frame: pd.DataFrame, look: Look, family: Family) -> Figure | Non
         if number % canvas.SMALL_COLUMNS == 0:
             axis.set_ylabel(family.y, fontsize=8)
     counts = frame.groupby([*keys, "label"], dropna=False)["replicate"].nunique()
-    footer = f"{look.footer} · {family.said.format(replicates(counts))}"
+    footer = f"{look.footer} · {family.footer.format(replicates(counts))}"
     handles = [*label_handles(frame, look), *family.handles]
     canvas.dress(figure, family.title, look.setting, footer, handles)
     return figure
@@ -133,8 +133,8 @@ def octaves(axis: Axes, largest: float) -> None:
 def over_replicates(values: Sequence[Sequence[float]], x: Floats) -> Line | None:
     """Mean and range of lists by replicate, at the x of each element that any replicate has."""
     table = pd.DataFrame(list(values)).astype(float)
-    kept = table.notna().any().to_numpy()
-    if not kept.any():
+    has_value = table.notna().any().to_numpy()
+    if not has_value.any():
         return None
     statistics = (table.mean(), table.min(), table.max())
-    return Line(x[: table.shape[1]][kept], *(s.to_numpy()[kept] for s in statistics))
+    return Line(x[: table.shape[1]][has_value], *(s.to_numpy()[has_value] for s in statistics))

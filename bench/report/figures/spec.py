@@ -26,11 +26,11 @@ def _shown(_values: Mapping[str, Any]) -> str:
 class FigureSpec:
     """One kind of figure; there is one figure for each value of `keys` among `cells`.
 
-    `stem` begins the file's name. `draw` makes a figure of the cells of one setting, or returns None where
-    there is nothing to draw. `asked` names the records (a field of `bench.report.data.kinds.Kinds`) whose
-    machines and dates stand in the footer, and whose differing keys are part of the file's name. A setting is
-    left out where `wanted` is False for its keys and cells. Where `linked` returns words, summary.md has a
-    link under these words in place of the image.
+    `stem` is the beginning of the file name. `draw` makes a figure of the cells of one setting, or returns
+    None if there is nothing to draw. `kind` names the records (a field of `bench.report.data.kinds.Kinds`)
+    whose machines and dates are in the footer, and whose differing keys are part of the file name. A
+    setting is omitted if `condition` returns False for its keys and cells. If `linked` returns a text,
+    summary.md has a link with this text instead of the image.
     """
 
     stem: str
@@ -38,8 +38,8 @@ class FigureSpec:
     cells: pd.DataFrame
     draw: Draw
     keys: Sequence[str]
-    asked: Literal["plain", "fits", "payoff"] = "plain"
-    wanted: Callable[[Mapping[str, Any], pd.DataFrame], bool] = _always
+    kind: Literal["plain", "fits", "payoff"] = "plain"
+    condition: Callable[[Mapping[str, Any], pd.DataFrame], bool] = _always
     linked: Callable[[Mapping[str, Any]], str] = _shown
 
 

@@ -88,10 +88,10 @@ def strategy_rank(strategy: str) -> int:
 
 def strategy_styles(strategies: Iterable[str]) -> dict[str, Style]:
     """Strategy → style, in order; unknown ones take theirs by sorted name."""
-    found = sorted(set(strategies), key=lambda name: (strategy_rank(name), name))
-    unknown = [name for name in found if name not in STRATEGIES]
+    ordered = sorted(set(strategies), key=lambda name: (strategy_rank(name), name))
+    unknown = [name for name in ordered if name not in STRATEGIES]
     result = {}
-    for name in found:
+    for name in ordered:
         colour, marker = STRATEGIES.get(name) or OTHERS[unknown.index(name) % len(OTHERS)]
         result[name] = Style(colour, marker, "full")
     return result

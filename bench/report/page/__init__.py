@@ -42,7 +42,7 @@ def html(results: Results) -> str:
     scripts = ["\n".join(_file(name) for name in SCRIPTS)]
     if any(charts.values()):
         scripts.insert(0, charts_library())
-    said = "".join(text for column in contents["table"] for text in column["text"])
+    texts = "".join(text for column in contents["table"] for text in column["text"])
     lists = [one for section, data in results for one in section.page_lists(data) if one.table.rows]
     return page.from_string(_file("template.html")).render(
         names=", ".join(sorted(frame["name"].unique())),
@@ -58,7 +58,7 @@ def html(results: Results) -> str:
         environment=environments(frame),
         lists=[one for one in lists if not one.about_noise],
         about_noise=[one for one in lists if one.about_noise],
-        notes={mark: words.replace("*", "") for mark, words in NOTES.items() if mark in said},
+        notes={mark: words.replace("*", "") for mark, words in NOTES.items() if mark in texts},
     )
 
 

@@ -122,13 +122,13 @@ def compute(records: Experiment, sections: Sequence[Section[Any]]) -> Results:
 def discover() -> tuple[Section[Any], ...]:
     """The sections of every module in this package, in order. Raises ValueError as `in_order`, and for a
     module that names no sections."""
-    found: list[Section[Any]] = []
+    every: list[Section[Any]] = []
     for module in pkgutil.iter_modules(__path__, f"{__name__}."):
         sections = getattr(importlib.import_module(module.name), "SECTIONS", None)
         if not sections:
             raise ValueError(f"{module.name} has no SECTIONS; it must name its sections in a tuple")
-        found.extend(sections)
-    return in_order(found)
+        every.extend(sections)
+    return in_order(every)
 
 
 def in_order(sections: Sequence[Section[Any]]) -> tuple[Section[Any], ...]:

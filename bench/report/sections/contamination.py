@@ -49,18 +49,18 @@ class Contamination(Section[pd.DataFrame]):
 
 def _columns(frame: pd.DataFrame) -> list[Column]:
     """Every finished record whose samples another process disturbed, with the reason."""
-    found = disturbed(frame)
-    if found.empty:
+    contaminated = disturbed(frame)
+    if contaminated.empty:
         return []
-    found = found.sort_values([*GROUP, "label", "seq_len", "replicate"])
-    apart = [key for key in varying(frame, GROUP) if key != "depth"]
+    contaminated = contaminated.sort_values([*GROUP, "label", "seq_len", "replicate"])
+    varying_keys = [key for key in varying(frame, GROUP) if key != "depth"]
     return [
-        each(found, "variant", "label", str, right=False, optional=False),
-        each(found, "length", "seq_len", str, optional=False),
-        each(found, "depth", "depth", str, optional=False),
-        *(each(found, key, key, str, right=False) for key in apart),
-        each(found, "replicate", "replicate", str, optional=False),
-        each(found, "because", "contaminated", or_dash, right=False, optional=False),
+        each(contaminated, "variant", "label", str, right=False, optional=False),
+        each(contaminated, "length", "seq_len", str, optional=False),
+        each(contaminated, "depth", "depth", str, optional=False),
+        *(each(contaminated, key, key, str, right=False) for key in varying_keys),
+        each(contaminated, "replicate", "replicate", str, optional=False),
+        each(contaminated, "because", "contaminated", or_dash, right=False, optional=False),
     ]
 
 
@@ -72,8 +72,8 @@ def disturbed(frame: pd.DataFrame) -> pd.DataFrame:
 def _listed(frame: pd.DataFrame) -> Listed:
     rows = disturbed(frame).sort_values([*GROUP, "label", "seq_len", "replicate"])
     rows = rows.assign(because=rows["contaminated"])
-    apart = [key for key in varying(frame, GROUP) if key != "depth"]
-    return listed(rows, ["label", "seq_len", "depth", *apart, "replicate", "because"])
+    varying_keys = [key for key in varying(frame, GROUP) if key != "depth"]
+    return listed(rows, ["label", "seq_len", "depth", *varying_keys, "replicate", "because"])
 
 
 SECTIONS: Sequence[Section[Any]] = (Contamination(),)

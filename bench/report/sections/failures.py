@@ -43,10 +43,10 @@ def failed(frame: pd.DataFrame) -> pd.DataFrame:
     rows = frame[frame["status"] != "ok"]
     rows = rows.assign(reason=rows["reason"].fillna("no reason recorded"))
     keys = [*GROUP, *TRAINING, "label", "seq_len", "status", "reason"]
-    found = rows.groupby(keys, sort=True, dropna=False)["replicate"].agg(
+    groups = rows.groupby(keys, sort=True, dropna=False)["replicate"].agg(
         lambda v: ", ".join(str(r) for r in sorted(v))
     )
-    return found.reset_index()
+    return groups.reset_index()
 
 
 def _columns(frame: pd.DataFrame) -> list[Column]:
@@ -54,13 +54,13 @@ def _columns(frame: pd.DataFrame) -> list[Column]:
     table = failed(frame)
     if table.empty:
         return []
-    apart = [key for key in TRAINING if frame[key].nunique() > 1]
+    varying_keys = [key for key in TRAINING if frame[key].nunique() > 1]
     return [
         each(table, "variant", "label", str, right=False, optional=False),
         each(table, "length", "seq_len", str, optional=False),
         each(table, "depth", "depth", str, optional=False),
         *(each(table, key, key, str, right=False) for key in varying(frame, SETTING)),
-        *training_columns(table, apart),
+        *training_columns(table, varying_keys),
         each(table, "replicates", "replicate", str, optional=False),
         each(table, "status", "status", str, right=False, optional=False),
         each(table, "reason", "reason", or_dash, right=False, optional=False),
@@ -69,11 +69,11 @@ def _columns(frame: pd.DataFrame) -> list[Column]:
 
 def _listed(frame: pd.DataFrame) -> Listed:
     rows = failed(frame).rename(columns={"replicate": "replicates"})
-    apart = varying(frame, SETTING)
+    varying_keys = varying(frame, SETTING)
     if any(frame[key].nunique() > 1 for key in TRAINING):
         rows["training"] = [trained(row) for _, row in rows.iterrows()]
-        apart = [*apart, "training"]
-    return listed(rows, ["label", "seq_len", "depth", *apart, "replicates", "status", "reason"])
+        varying_keys = [*varying_keys, "training"]
+    return listed(rows, ["label", "seq_len", "depth", *varying_keys, "replicates", "status", "reason"])
 
 
 SECTIONS: Sequence[Section[Any]] = (Failures(),)

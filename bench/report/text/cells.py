@@ -33,15 +33,15 @@ def plus_minus(mean: Any, std: Any) -> str:
     return f"{units.score(mean)} ± {std:,.{places}f}"
 
 
-def training_columns(cells: pd.DataFrame, apart: Sequence[str]) -> list[Column]:
+def training_columns(cells: pd.DataFrame, varying_keys: Sequence[str]) -> list[Column]:
     """Columns for those keys of `TRAINING`."""
     columns = []
-    if {"train_budget", "train_amount"} & set(apart):
+    if {"train_budget", "train_amount"} & set(varying_keys):
         pairs = zip(cells["train_budget"], cells["train_amount"], strict=True)
         columns.append(Column("budget", [units.budget(kind, amount) for kind, amount in pairs]))
-    if "learning_rate" in apart:
+    if "learning_rate" in varying_keys:
         columns.append(each(cells, "learning rate", "learning_rate", units.learning_rate))
-    if "eval_split" in apart:
+    if "eval_split" in varying_keys:
         columns.append(each(cells, "split", "eval_split", or_dash, right=False))
     return columns
 

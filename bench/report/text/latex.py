@@ -48,9 +48,13 @@ def table(columns: Sequence[Column], *, caption: str, label: str, notes: Mapping
 
     All cells, titles, caption and notes are escaped. Needs the packages booktabs and graphicx.
     """
-    kept = shown(columns)
-    rows = [[escape(text) for text in row] for row in zip(*(c.cells for c in kept), strict=True)]
-    used = {mark: meaning for mark, meaning in notes.items() if any(mark in t for c in kept for t in c.cells)}
+    shown_columns = shown(columns)
+    rows = [[escape(text) for text in row] for row in zip(*(c.cells for c in shown_columns), strict=True)]
+    used = {
+        mark: meaning
+        for mark, meaning in notes.items()
+        if any(mark in t for c in shown_columns for t in c.cells)
+    }
     beneath = [rf"{escape(mark)} {escape(meaning)}.\par" for mark, meaning in used.items()]
     lines = [
         r"\begin{table}[p]",
@@ -58,9 +62,9 @@ def table(columns: Sequence[Column], *, caption: str, label: str, notes: Mapping
         rf"\caption{{{escape(caption)}}}",
         rf"\label{{{label}}}",
         r"\resizebox{\textwidth}{!}{%",
-        rf"\begin{{tabular}}{{@{{}}{''.join('r' if c.right else 'l' for c in kept)}@{{}}}}",
+        rf"\begin{{tabular}}{{@{{}}{''.join('r' if c.right else 'l' for c in shown_columns)}@{{}}}}",
         r"\toprule",
-        _row([escape(c.title) for c in kept]),
+        _row([escape(c.title) for c in shown_columns]),
         r"\midrule",
         *(_row(row) for row in rows),
         r"\bottomrule",

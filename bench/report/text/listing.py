@@ -50,8 +50,11 @@ def listed(frame: pd.DataFrame, columns: Sequence[str]) -> Listed:
 
 def listed_columns(columns: Sequence[Column]) -> Listed:
     """The columns of a table of summary.md."""
-    kept = shown(columns)
-    return Listed([c.title for c in kept], [list(row) for row in zip(*(c.cells for c in kept), strict=True)])
+    shown_columns = shown(columns)
+    return Listed(
+        [c.title for c in shown_columns],
+        [list(row) for row in zip(*(c.cells for c in shown_columns), strict=True)],
+    )
 
 
 def _text(value: Any) -> str:

@@ -17,11 +17,11 @@ def dates(frame: pd.DataFrame) -> str:
 
 def machines(frame: pd.DataFrame) -> str:
     """Each machine in a phrase: the device's name, the CPU and the threads."""
-    found = frame.assign(cpu_model=frame["cpu_model"].fillna(UNKNOWN))
+    labelled = frame.assign(cpu_model=frame["cpu_model"].fillna(UNKNOWN))
     phrases = []
-    each = zip(found["machine"], found["cpu_model"], found["threads"], strict=True)
+    each = zip(labelled["machine"], labelled["cpu_model"], labelled["threads"], strict=True)
     for machine, cpu, threads in sorted(set(each)):
-        same = found[found["machine"] == machine]
+        same = labelled[labelled["machine"] == machine]
         if cpu == UNKNOWN and (same["cpu_model"] != UNKNOWN).any():
             continue  # a cell that failed early on a machine that others name
         words = [machine, *([f"CPU {cpu}"] if cpu not in (UNKNOWN, machine) else []), f"{threads} threads"]

@@ -30,11 +30,11 @@ def table(columns: Sequence[Column]) -> str:
 
     All titles and cells are escaped. Ends with a newline.
     """
-    kept = shown(columns)
-    texts = [[escape(text) for text in (c.title, *c.cells)] for c in kept]
+    shown_columns = shown(columns)
+    texts = [[escape(text) for text in (c.title, *c.cells)] for c in shown_columns]
     widths = [max(3, *(len(text) for text in column)) for column in texts]
-    rules = ["-" * (w - 1) + ":" if c.right else "-" * w for c, w in zip(kept, widths, strict=True)]
-    title, *lines = [_row(texts_of_row, widths, kept) for texts_of_row in zip(*texts, strict=True)]
+    rules = ["-" * (w - 1) + ":" if c.right else "-" * w for c, w in zip(shown_columns, widths, strict=True)]
+    title, *lines = [_row(texts_of_row, widths, shown_columns) for texts_of_row in zip(*texts, strict=True)]
     return "\n".join([title, "| " + " | ".join(rules) + " |", *lines]) + "\n"
 
 

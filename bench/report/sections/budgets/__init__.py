@@ -102,13 +102,13 @@ def _by_budget(
     """A table for each value of the keys, with the budget and the length in every heading."""
     if cells.empty:
         return []
-    found = []
+    tables = []
     for heading, words, group in headed(cells, keys):
         fixed = [k for k in ("budget_bytes", "seq_len") if cells[k].nunique() == 1]
         first = {k: group[k].iloc[0] for k in fixed}
         whole = ", ".join(w for w in (heading, describe(first, fixed)) if w)
-        found.append(Table(show(group), whole, setting=words))
-    return found
+        tables.append(Table(show(group), whole, setting=words))
+    return tables
 
 
 SECTIONS: Sequence[Section[Any]] = (Fits(), Payoff())

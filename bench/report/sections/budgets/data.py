@@ -22,9 +22,9 @@ def fits_cells(frame: pd.DataFrame) -> pd.DataFrame:
     Of several replicates the smallest result counts: it must fit for all of them.
     """
     keys = [*FIT, "depth", "variant", "label", "activations"]
-    found = frame.groupby(keys, sort=False, dropna=False)
-    cells = found[["longest_seq_len", "largest_batch_size"]].min()
-    cells["status"] = found["status"].agg(status_counts)
+    groups = frame.groupby(keys, sort=False, dropna=False)
+    cells = groups[["longest_seq_len", "largest_batch_size"]].min()
+    cells["status"] = groups["status"].agg(status_counts)
     return ordered(cells.reset_index())
 
 
@@ -40,21 +40,21 @@ def payoff_cells(frame: pd.DataFrame) -> pd.DataFrame:
     figures = ["tokens_per_second", "peak_bytes"]
     frame = frame.assign(**{name: frame[name].where(ok) for name in figures})
     peers = [key for key in (*keys, "replicate") if key != "activations"]
-    kept = frame[frame["activations"] == KEEP].groupby(peers)["tokens_per_second"].median()
-    against = kept.reindex(pd.MultiIndex.from_frame(frame[peers])).to_numpy()
+    reference = frame[frame["activations"] == KEEP].groupby(peers)["tokens_per_second"].median()
+    against = reference.reindex(pd.MultiIndex.from_frame(frame[peers])).to_numpy()
     frame = frame.assign(gain=frame["tokens_per_second"] / against)
-    found = frame.groupby(keys, sort=False, dropna=False)
+    groups = frame.groupby(keys, sort=False, dropna=False)
     ends = by_cell(frame.set_index(keys)["tokens_per_second"], keys)
     columns: dict[str, pd.Series[Any]] = {
-        "largest_batch_size": found["largest_batch_size"].min(),
-        "tokens_per_second": found["tokens_per_second"].median(),
+        "largest_batch_size": groups["largest_batch_size"].min(),
+        "tokens_per_second": groups["tokens_per_second"].median(),
         "tokens_per_second_low": ends["low"],
         "tokens_per_second_high": ends["high"],
-        "gain": found["gain"].median(),
-        "peak_bytes": found["peak_bytes"].median(),
-        "peak_bytes_source": found["peak_bytes_source"].agg(distinct),
+        "gain": groups["gain"].median(),
+        "peak_bytes": groups["peak_bytes"].median(),
+        "peak_bytes_source": groups["peak_bytes_source"].agg(distinct),
         "contaminated": frame["contaminated"].where(ok).groupby([frame[k] for k in keys]).count(),
         "replicates": frame["replicate"].where(ok).groupby([frame[k] for k in keys]).nunique(),
-        "status": found["status"].agg(status_counts),
+        "status": groups["status"].agg(status_counts),
     }
     return ordered(pd.DataFrame(columns).reset_index())

@@ -22,8 +22,10 @@ def listed_fits(cells: pd.DataFrame) -> Listed:
             "largest batch": [largest(row) for _, row in cells.iterrows()],
         },
     )
-    apart = [key for key in varying(cells, FIT) if key not in ("budget_bytes", "seq_len", "batch_size")]
-    names = ["label", "activations", "depth", *apart, "budget"]
+    varying_keys = [
+        key for key in varying(cells, FIT) if key not in ("budget_bytes", "seq_len", "batch_size")
+    ]
+    names = ["label", "activations", "depth", *varying_keys, "budget"]
     return listed(rows, [*names, "batch_size", "longest sequence", "seq_len", "largest batch"])
 
 

@@ -79,8 +79,8 @@ def _axis(axis: Axes, cells: pd.DataFrame, dots: Dots) -> None:
     """The scale over the figure in all panels; a logarithmic one has room for notes to the right."""
     columns = [dots.column, *(dots.spread or ())]
     values = cells[columns].where(cells[columns] > 0).to_numpy(dtype=float)
-    found = values[~pd.isna(values)]
-    low, high = (float(found.min()), float(found.max())) if found.size else (1.0, 2.0)
+    present = values[~pd.isna(values)]
+    low, high = (float(present.min()), float(present.max())) if present.size else (1.0, 2.0)
     if dots.linear:
         room = max(high - low, 0.2)
         axis.set_xlim(low - 0.08 * room, high + 0.08 * room)

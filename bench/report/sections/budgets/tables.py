@@ -27,9 +27,9 @@ def fits(cells: pd.DataFrame) -> list[Column]:
     ]
     for depth in sorted(cells["depth"].unique()):
         at = {(c["label"], c["activations"]): c for _, c in cells[cells["depth"] == depth].iterrows()}
-        found = [at.get(row) for row in rows]
-        columns.append(Column(f"depth {depth}: longest", [longest(cell) for cell in found]))
-        columns.append(Column(f"depth {depth}: batch", [largest(cell) for cell in found]))
+        cells_of_rows = [at.get(row) for row in rows]
+        columns.append(Column(f"depth {depth}: longest", [longest(cell) for cell in cells_of_rows]))
+        columns.append(Column(f"depth {depth}: batch", [largest(cell) for cell in cells_of_rows]))
     return columns
 
 

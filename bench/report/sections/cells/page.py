@@ -117,14 +117,14 @@ def table(cells: pd.DataFrame) -> list[Json]:
     Columns that are empty for all cells are left out, and `activations` if all cells have the same.
     """
     every = [row for _, row in cells.iterrows()]
-    found = []
+    columns = []
     for column in COLUMNS:
         text = [column.text(row) for row in every]
         if all(t == units.MISSING for t in text) or (column.title == "activations" and len(set(text)) < 2):
             continue
         sort = list(cells[column.sort]) if column.words else numbers(cells[column.sort])
-        found.append({"title": column.title, "about": column.about, "text": text, "sort": sort})
-    return found
+        columns.append({"title": column.title, "about": column.about, "text": text, "sort": sort})
+    return columns
 
 
 def document(cells: Cells) -> Json:
@@ -135,10 +135,10 @@ def document(cells: Cells) -> Json:
     `table` see there.
     """
     rows, settings, places = cells.rows, cells.settings, cells.places
-    apart = varying(rows, COMMON) if len(rows) else []
+    varying_keys = varying(rows, COMMON) if len(rows) else []
     peaks = [peak(row) for _, row in rows.iterrows()]
     return {
-        "settings": [describe(values, apart) or describe(values, COMMON) for values in settings],
+        "settings": [describe(values, varying_keys) or describe(values, COMMON) for values in settings],
         "tasks": [describe(values, ("objective", "corpus")) for values in settings],
         "setting": [places[key] for key in rows[list(COMMON)].itertuples(index=False, name=None)],
         "label": list(rows["label"]),

@@ -44,13 +44,13 @@ class Cost(Section[pd.DataFrame]):
         """A table a setting and depth, folded where it repeats what another shows."""
         several = data["activations"].nunique() > 1
         tables: list[Table] = []
-        seen: dict[str, str] = {}
+        corpus_of_data: dict[str, str] = {}
         for heading, keys, group in headed(data):
             baseline = group["baseline"].dropna().unique()
             renamed = len(baseline) and baseline[0] != BASELINE
             first = group.iloc[0]
             # The costs of a task hardly depend on its knobs.
-            repeated = seen.setdefault(first["data"], first["corpus"]) != first["corpus"]
+            repeated = corpus_of_data.setdefault(first["data"], first["corpus"]) != first["corpus"]
             fold = repeated or (several and first["activations"] != KEEP)
             table = Table(
                 cost(group),
@@ -73,23 +73,29 @@ class Cost(Section[pd.DataFrame]):
         several = data["activations"].nunique() > 1
         corpora = data["corpus"].nunique() > 1
 
-        def kept(values: Mapping[str, Any], _: pd.DataFrame) -> bool:
+        def keeps_activations(values: Mapping[str, Any], _: pd.DataFrame) -> bool:
             return not several or values["activations"] == KEEP
 
         def long(_: Mapping[str, Any], part: pd.DataFrame) -> bool:
             return not (corpora and one_point(part)) and not (several and part["seq_len"].nunique() < 2)
 
         def linked(values: Mapping[str, Any]) -> str:
-            return "" if kept(values, data) else "The same with activations saved otherwise"
+            return "" if keeps_activations(values, data) else "The same with activations saved otherwise"
 
         by_depth = [
             FigureSpec(
-                plot.stem, plot.title, data, plot.draw, SETTING, wanted=kept, linked=lambda _: "Against depth"
+                plot.stem,
+                plot.title,
+                data,
+                plot.draw,
+                SETTING,
+                condition=keeps_activations,
+                linked=lambda _: "Against depth",
             )
             for plot in BY_DEPTH
         ]
         by_length = [
-            FigureSpec(plot.stem, plot.title, data, plot.draw, SETTING, wanted=long, linked=linked)
+            FigureSpec(plot.stem, plot.title, data, plot.draw, SETTING, condition=long, linked=linked)
             for plot in BY_LENGTH
         ]
         return [*by_depth, *by_length]

@@ -19,20 +19,20 @@ def cost_figures(cells: pd.DataFrame) -> list[Json]:
     if cells.empty:
         return []
     cells = with_predictions(cells)
-    found = []
+    charts = []
     for plot in BY_LENGTH:
         columns = [c for curve in plot.curves for c in (curve.column, *(curve.spread or ()))]
         values = cells[columns].where(cells[columns] > 0).to_numpy(dtype=float)
         if np.isfinite(values).any():
             ends = float(np.nanmin(values)), float(np.nanmax(values))
-            found.append(
+            charts.append(
                 {
                     **_head(plot),
                     "curves": _curves(plot, cells),
                     "ticks": ticks(*ends, partial(plot.unit, short=True), binary=plot.binary),
                 }
             )
-    return found
+    return charts
 
 
 def _head(plot: CostPlot) -> Json:

@@ -43,7 +43,7 @@ class CostPlot:
     """One kind of figure. `unit` shows a value, `short` for a tick; `binary` asks for powers of two."""
 
     name: str
-    what: str
+    quantity: str
     axis: str
     curves: tuple[Curve, ...]
     unit: Callable[..., str]
@@ -59,7 +59,7 @@ class CostPlot:
     @property
     def title(self) -> str:
         """The cost and its axis."""
-        return f"{self.what} against {self.along.name}"
+        return f"{self.quantity} against {self.along.name}"
 
     def draw(self, cells: pd.DataFrame, look: Look) -> Figure | None:
         """The figure, or None where no cell has any of its figures, or all have one depth to draw against."""
@@ -115,7 +115,7 @@ class CostPlot:
     def _legend(self, cells: pd.DataFrame, look: Look) -> list[Artist]:
         shown = cells["label"].unique()
         handles: list[Artist] = [line_of(look.styles[label], label=str(label)) for label in shown]
-        drawn = [c for c in self.curves if c.name and cells[c.column].notna().any()]
+        named = [c for c in self.curves if c.name and cells[c.column].notna().any()]
         handles += [
             Line2D(
                 [],
@@ -126,7 +126,7 @@ class CostPlot:
                 markerfacecolor="white",
                 label=curve.name,
             )
-            for curve in drawn
+            for curve in named
         ]
         part = (cells["finished"] > 0) & (cells["finished"] < cells["records"])
         if (cells["finished"] == 0).any():

@@ -38,15 +38,15 @@ def _outcome(row: Row, figure: str) -> str:
     """'from 1,870 on (1,610 to 2,240)', 'never up to 4k (perhaps from 3,800)', 'up to 900 alone'."""
     if figure not in row:
         return units.MISSING
-    found = row[figure]
-    length = units.digits(found["length"])
+    crossover = row[figure]
+    length = units.digits(crossover["length"])
     words = {
-        "always": f"from {units.length(found['first'])} on, the shortest",
-        "never": f"never up to {units.length(found['last'])}",
+        "always": f"from {units.length(crossover['first'])} on, the shortest",
+        "never": f"never up to {units.length(crossover['last'])}",
         "from": f"from {length} on",
         "until": f"up to {length} alone",
     }
-    return words[found["outcome"]] + _interval(found)
+    return words[crossover["outcome"]] + _interval(crossover)
 
 
 def _interval(row: pd.Series[Any]) -> str:
@@ -55,9 +55,9 @@ def _interval(row: pd.Series[Any]) -> str:
     if units.missing(low) or units.missing(high) or low == high:
         return ""
     if row["outcome"] == "from":
-        least = f"≤ {units.length(row['first'])}" if low == 0 else units.digits(low)
-        most = f"> {units.length(row['last'])}" if np.isinf(high) else units.digits(high)
-        return f" ({least} to {most})"
+        lower = f"≤ {units.length(row['first'])}" if low == 0 else units.digits(low)
+        upper = f"> {units.length(row['last'])}" if np.isinf(high) else units.digits(high)
+        return f" ({lower} to {upper})"
     if row["outcome"] == "always":
         return " (perhaps never)" if np.isinf(high) else f" (perhaps only from {units.digits(high)})"
     return " (perhaps at all lengths)" if low == 0 else f" (perhaps from {units.digits(low)})"

@@ -61,8 +61,8 @@ def _along(cells: pd.DataFrame, axis: str, keys: Sequence[str]) -> Iterator[dict
     """The fits of one axis, all else that decides a cell fixed."""
     for values, own in split(cells, keys):
         for figure in FIGURES:
-            found = fit(list(own[axis]), list(own[figure.column]))
-            if found is None:
+            law = fit(list(own[axis]), list(own[figure.column]))
+            if law is None:
                 continue
             by_length = axis == "seq_len"
             name = figure.by_length if by_length else figure.by_depth
@@ -73,10 +73,10 @@ def _along(cells: pd.DataFrame, axis: str, keys: Sequence[str]) -> Iterator[dict
                 axis: None,
                 **values,
                 "figure": figure.name,
-                **vars(found),
+                **vars(law),
                 "claim": claim,
                 "claim_source": own["claim_source"].iloc[0] if by_length else None,
-                "verdict": verdict(found, claim),
+                "verdict": verdict(law, claim),
                 "survey": survey,
-                "survey_verdict": verdict(found, survey),
+                "survey_verdict": verdict(law, survey),
             }

@@ -59,12 +59,12 @@ def _rows(fits: pd.DataFrame) -> tuple[list[str], list[Row]]:
 
 def _range(row: Row, show: Callable[[float], str]) -> str:
     """The sizes fitted: '1k–8k'; where figures were taken at different ones, which at which."""
-    found: dict[str, list[str]] = {}
+    figures_by_range: dict[str, list[str]] = {}
     for name, fit in row.items():
-        found.setdefault(f"{show(fit['first'])}–{show(fit['last'])}", []).append(name)
-    if len(found) == 1:
-        return next(iter(found))
-    return "; ".join(f"{', '.join(names)} {sizes}" for sizes, names in found.items())
+        figures_by_range.setdefault(f"{show(fit['first'])}–{show(fit['last'])}", []).append(name)
+    if len(figures_by_range) == 1:
+        return next(iter(figures_by_range))
+    return "; ".join(f"{', '.join(names)} {sizes}" for sizes, names in figures_by_range.items())
 
 
 def _exponent(row: Row, figure: str) -> str:
@@ -78,8 +78,8 @@ def _exponent(row: Row, figure: str) -> str:
 
 
 def _claim(row: Row, *figures: str) -> str:
-    found = next((row[name]["claim"] for name in figures if name in row), None)
-    return units.MISSING if units.missing(found) else f"{found:g}"
+    claim = next((row[name]["claim"] for name in figures if name in row), None)
+    return units.MISSING if units.missing(claim) else f"{claim:g}"
 
 
 def _survey(row: Row) -> str:
@@ -90,5 +90,5 @@ def _survey(row: Row) -> str:
 
 
 def _source(row: Row) -> str:
-    found = next(iter(row.values()))["claim_source"]
-    return found if isinstance(found, str) else units.MISSING
+    source = next(iter(row.values()))["claim_source"]
+    return source if isinstance(source, str) else units.MISSING

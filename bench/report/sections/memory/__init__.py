@@ -62,7 +62,7 @@ class Memory(Section[Peaks]):
         depth of each."""
         corpora = data.cost["corpus"].nunique() > 1
 
-        def wanted(_: Mapping[str, Any], part: pd.DataFrame) -> bool:
+        def is_shown(_: Mapping[str, Any], part: pd.DataFrame) -> bool:
             return not (corpora and one_point(part))
 
         kinds = (
@@ -76,7 +76,8 @@ class Memory(Section[Peaks]):
             ("peak_by_depth", "Peak memory against depth", data.cost, plots.peak_by_depth),
         )
         return [
-            FigureSpec(stem, title, cells, draw, COMMON, wanted=wanted) for stem, title, cells, draw in kinds
+            FigureSpec(stem, title, cells, draw, COMMON, condition=is_shown)
+            for stem, title, cells, draw in kinds
         ]
 
     def csv_tables(self, data: Peaks) -> dict[str, pd.DataFrame]:
@@ -95,16 +96,16 @@ def _recomputation(cells: pd.DataFrame) -> list[Table]:
         "all blocks. *gradient error*: the largest difference of a gradient from what stored activations "
         "give, relative to the largest entry of any."
     )
-    found = []
+    result = []
     for place, (_, keys, group) in enumerate(headed(cells, COMMON)):
         at = cells_of.shared(group)
         where = f"{keys}, length {at['seq_len'].iloc[0]}, depth {at['depth'].iloc[0]}"
-        found.append(
+        result.append(
             Table(tables.recomputation(at), setting=where)
             if place
             else Table(tables.recomputation(at), "Cost of recomputation", lead, where)
         )
-    return found
+    return result
 
 
 def _predictions(errors: pd.DataFrame) -> list[Table]:
@@ -116,8 +117,8 @@ def _predictions(errors: pd.DataFrame) -> list[Table]:
     )
     far = tables.far_off(errors)
     none = "" if far else f"No cell is off by more than {cells_of.FAR:.0%}."
-    found = [Table(tables.predictions(errors), "Prediction against measurement", lead, note=none)]
-    return [*found, Table(far, lead=f"Further off than {cells_of.FAR:.0%}:")] if far else found
+    result = [Table(tables.predictions(errors), "Prediction against measurement", lead, note=none)]
+    return [*result, Table(far, lead=f"Further off than {cells_of.FAR:.0%}:")] if far else result
 
 
 SECTIONS: Sequence[Section[Any]] = (Memory(),)

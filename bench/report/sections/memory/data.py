@@ -37,14 +37,14 @@ def peak_parts(frame: pd.DataFrame) -> pd.DataFrame:
 
     Bytes are means over replicates, so that the parts still add up.
     """
-    taken = frame[(frame["status"] == "ok") & frame[[*PARTS, "peak_bytes"]].notna().all(axis=1)]
-    taken = taken.assign(predicted=predicted(taken["peak_bytes_source"]))
-    found = taken.groupby(list(CELL), sort=False, dropna=False)
-    cells = found[[*PARTS, "peak_bytes"]].mean()
-    cells["peak_phase"] = found["peak_phase"].agg(
+    complete = frame[(frame["status"] == "ok") & frame[[*PARTS, "peak_bytes"]].notna().all(axis=1)]
+    complete = complete.assign(predicted=predicted(complete["peak_bytes_source"]))
+    groups = complete.groupby(list(CELL), sort=False, dropna=False)
+    cells = groups[[*PARTS, "peak_bytes"]].mean()
+    cells["peak_phase"] = groups["peak_phase"].agg(
         lambda phases: " or ".join(sorted(phases.dropna().unique()))
     )
-    cells["predicted"] = found["predicted"].any()
+    cells["predicted"] = groups["predicted"].any()
     return ordered(cells.reset_index())
 
 
@@ -72,16 +72,16 @@ def recomputation(frame: pd.DataFrame) -> pd.DataFrame:
         predicted=predicted(ok["peak_bytes_source"]),
     )
     peers = [key for key in (*CELL, "replicate") if key != "activations"]
-    kept = ok[ok["activations"] == KEEP].groupby(peers)[list(_COMPARED)].median()
-    against = kept.reindex(pd.MultiIndex.from_frame(ok[peers]))
+    reference = ok[ok["activations"] == KEEP].groupby(peers)[list(_COMPARED)].median()
+    against = reference.reindex(pd.MultiIndex.from_frame(ok[peers]))
     for figure, ratio in _COMPARED.items():
         ok[ratio] = ok[figure].to_numpy() / against[figure].where(against[figure] > 0).to_numpy()
-    found = ok.groupby(list(CELL), sort=False, dropna=False)
-    cells = found[[*_COMPARED, *_COMPARED.values()]].median()
-    cells["replicates"] = found["replicate"].nunique()
-    cells["contaminated"] = found["contaminated"].count()
-    cells["predicted"] = found["predicted"].any()
-    cells[["rebuild_error", "recompute_max_abs"]] = found[["rebuild_error", "recompute_max_abs"]].max()
+    groups = ok.groupby(list(CELL), sort=False, dropna=False)
+    cells = groups[[*_COMPARED, *_COMPARED.values()]].median()
+    cells["replicates"] = groups["replicate"].nunique()
+    cells["contaminated"] = groups["contaminated"].count()
+    cells["predicted"] = groups["predicted"].any()
+    cells[["rebuild_error", "recompute_max_abs"]] = groups[["rebuild_error", "recompute_max_abs"]].max()
     return ordered(cells.reset_index())
 
 

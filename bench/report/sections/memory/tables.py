@@ -44,16 +44,16 @@ def predictions(errors: pd.DataFrame) -> list[Column]:
     """How far the predicted peaks are off: over all cells, then by variant and strategy."""
     if errors.empty:
         return []
-    found = prediction_summary(errors)
-    devices = [v or "all" for v in found["device"]]
+    summary = prediction_summary(errors)
+    devices = [v or "all" for v in summary["device"]]
     return [
         *([Column("device", devices, right=False)] if errors["device"].nunique() > 1 else []),
-        each(found, "variant", "label", lambda v: v or "all", right=False, optional=False),
-        each(found, "activations", "activations", lambda v: v or "all", right=False),
-        each(found, "cells", "cells", str),
-        each(found, "median error", "median", units.percent),
-        each(found, "95th percentile", "p95", units.percent),
-        each(found, "largest", "largest", units.percent),
+        each(summary, "variant", "label", lambda v: v or "all", right=False, optional=False),
+        each(summary, "activations", "activations", lambda v: v or "all", right=False),
+        each(summary, "cells", "cells", str),
+        each(summary, "median error", "median", units.percent),
+        each(summary, "95th percentile", "p95", units.percent),
+        each(summary, "largest", "largest", units.percent),
     ]
 
 
@@ -63,13 +63,13 @@ def far_off(errors: pd.DataFrame) -> list[Column]:
     if far.empty:
         return []
     far = far.loc[far["error"].abs().sort_values(ascending=False, kind="stable").index]
-    apart = [k for k in varying(errors, [*COMMON, "replicate"]) if k != "variant"]
+    varying_keys = [k for k in varying(errors, [*COMMON, "replicate"]) if k != "variant"]
     return [
         each(far, "variant", "label", str, right=False, optional=False),
         each(far, "activations", "activations", str, right=False, optional=False),
         each(far, "length", "seq_len", str),
         each(far, "depth", "depth", str),
-        *(each(far, key, key, str, right=False) for key in apart),
+        *(each(far, key, key, str, right=False) for key in varying_keys),
         each(far, "measured", "peak_bytes", units.size),
         each(far, "predicted", "peak_bytes_predicted", units.size),
         each(far, "error", "error", units.percent),

@@ -17,19 +17,19 @@ SUGGESTED = 5
 """A number of replicates for which the report adds the slowdown that they would find."""
 
 
-def called_different(found: pd.DataFrame) -> Floats:
+def called_different(pairs: pd.DataFrame) -> Floats:
     """For each A/A cell of a machine, over its replicates: whether the report would call twin 1 different
     from twin 0.
 
     1 for different, 0 for not distinguishable, NaN for undecided. The floor is that of the other cells: with
     its own pairs in it, a cell would take part in judging itself.
     """
-    said = []
-    for _, own in found.groupby(SAME, sort=False, dropna=False):
+    verdicts = []
+    for _, own in pairs.groupby(SAME, sort=False, dropna=False):
         low, high = interval(own["log_ratio"].to_numpy(dtype=float))
-        others = found["log_ratio"].drop(own.index).to_numpy(dtype=float)
-        said.append(differs(low, high, replicates=len(own), floor=floor_of(others)))
-    return np.array(said, dtype=float)
+        others = pairs["log_ratio"].drop(own.index).to_numpy(dtype=float)
+        verdicts.append(differs(low, high, replicates=len(own), floor=floor_of(others)))
+    return np.array(verdicts, dtype=float)
 
 
 def smallest_found(log_ratios: Floats, replicates: int, floor: float) -> float:
@@ -48,17 +48,17 @@ def smallest_found(log_ratios: Floats, replicates: int, floor: float) -> float:
     return float(np.exp(np.quantile(shift, FOUND)))
 
 
-def summary(found: pd.DataFrame, cost: pd.DataFrame) -> pd.DataFrame:
+def summary(pairs: pd.DataFrame, cost: pd.DataFrame) -> pd.DataFrame:
     """One row a machine of the cost cells; takes `pairs` and `statistics.cost_cells`.
 
     Columns: `machine`; `pairs` and how many of them are `contaminated`; `median` and `floor`, of |log ratio|
     as ratios; `judged` A/A cells and how many are `called` different; `replicates`, the most usual number
-    that is compared with dense, with the least slowdown `found` with them, and `found_suggested` with
+    that is compared with dense, with the smallest slowdown `found` with them, and `found_suggested` with
     `SUGGESTED`. NaN where there are no pairs.
     """
     rows: list[dict[str, Any]] = []
     for machine, cells in cost.groupby("machine", sort=True):
-        own = found[found["machine"] == machine]
+        own = pairs[pairs["machine"] == machine]
         logs = own["log_ratio"].to_numpy(dtype=float)
         called, floor = called_different(own), floor_of(logs)
         usual = cells["rounds"][cells["rounds"] > 0].mode()

@@ -11,14 +11,14 @@ from bench.report.sections.noise.data import SUGGESTED
 from bench.report.text import units
 
 
-def facts(found: pd.DataFrame) -> dict[str, str]:
+def facts(noise: pd.DataFrame) -> dict[str, str]:
     """Lines of the head, by name; takes `data.summary`."""
     lines: dict[str, list[str]] = {"noise floor": [], "A/A called different": [], "slowdowns found": []}
-    for _, row in found.iterrows():
-        of = f"{row['machine']}: " if len(found) > 1 else ""
-        for name, said in zip(lines, (_floor(row), _called(row), _found(row)), strict=True):
-            lines[name] += [of + said] if said else []
-    return {name: "; ".join(said) for name, said in lines.items() if said}
+    for _, row in noise.iterrows():
+        of = f"{row['machine']}: " if len(noise) > 1 else ""
+        for name, phrase in zip(lines, (_floor(row), _called(row), _found(row)), strict=True):
+            lines[name] += [of + phrase] if phrase else []
+    return {name: "; ".join(phrases) for name, phrases in lines.items() if phrases}
 
 
 def _floor(row: pd.Series[Any]) -> str:
@@ -49,5 +49,5 @@ def _found(row: pd.Series[Any]) -> str:
     with_n = {int(row["replicates"]): row["found"]}
     if row["replicates"] < SUGGESTED:
         with_n[SUGGESTED] = row["found_suggested"]
-    said = [f"with {n} replicates from {units.percent(ratio - 1)}" for n, ratio in with_n.items() if n > 1]
-    return f"{', '.join(said)} (in 95 % of repeats, resampled from these pairs)"
+    phrases = [f"with {n} replicates from {units.percent(ratio - 1)}" for n, ratio in with_n.items() if n > 1]
+    return f"{', '.join(phrases)} (in 95 % of repeats, resampled from these pairs)"

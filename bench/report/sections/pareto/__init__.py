@@ -66,20 +66,20 @@ class Pareto(Section[Fronts]):
         keys = [key for key in POOL if key not in (*TRAINING, "tokens_trained")]
         tables = []
         for values, own in pools(data.models):
-            asked = [key for key in TRAINING if key != "learning_rate" and not pd.isna(values[key])]
+            training_keys = [key for key in TRAINING if key != "learning_rate" and not pd.isna(values[key])]
             heading = describe(values, ["objective", "corpus", "seq_len", "depth"])
-            setting = ", ".join([describe(values, keys), *training(values, asked)])
+            setting = ", ".join([describe(values, keys), *training(values, training_keys)])
             tables.append(Table(models(own), heading, setting=setting))
         return first_open(tables)
 
     def figures(self, data: Fronts) -> list[FigureSpec]:
         """Quality against each cost; with several data sets, not for a single length and depth of each."""
 
-        def wanted(_: Mapping[str, Any], part: pd.DataFrame) -> bool:
+        def is_shown(_: Mapping[str, Any], part: pd.DataFrame) -> bool:
             return not (data.corpora and one_point(part))
 
         keys = (*COMMON, "depth")
-        return [FigureSpec("pareto", "Quality against cost", data.models, pareto, keys, wanted=wanted)]
+        return [FigureSpec("pareto", "Quality against cost", data.models, pareto, keys, condition=is_shown)]
 
     def csv_tables(self, data: Fronts) -> dict[str, pd.DataFrame]:
         """The models, where there are any."""

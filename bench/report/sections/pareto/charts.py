@@ -23,14 +23,14 @@ def pareto_figures(cells: pd.DataFrame, settings: Mapping[tuple[Any, ...], int])
     """
     if cells.empty:
         return []
-    found = []
+    charts = []
     for values, own in pools(cells):
-        asked = [key for key in TRAINING if key != "learning_rate" and not pd.isna(values[key])]
+        training_keys = [key for key in TRAINING if key != "learning_rate" and not pd.isna(values[key])]
         accuracy = bool((own["score"] == "accuracy").all())
         show = units.share if accuracy else units.score
-        found.append(
+        charts.append(
             {
-                "pool": f"{describe(values, ['seq_len', 'depth'])}, {', '.join(training(values, asked))}",
+                "pool": ", ".join([describe(values, ["seq_len", "depth"]), *training(values, training_keys)]),
                 "setting": settings[tuple(values[key] for key in COMMON)],
                 "axis": "accuracy (higher is better)" if accuracy else "nats a token (lower is better)",
                 "label": list(own["label"]),
@@ -49,7 +49,7 @@ def pareto_figures(cells: pd.DataFrame, settings: Mapping[tuple[Any, ...], int])
                 ],
             }
         )
-    return found
+    return charts
 
 
 def _cost_ticks(own: pd.DataFrame, cost: str) -> list[list[tuple[float, str]]]:

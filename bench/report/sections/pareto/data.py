@@ -41,8 +41,8 @@ def pareto_cells(summary: pd.DataFrame) -> pd.DataFrame:
     trained = summary[(summary["tokens_trained"] > 0) & summary["nll_mean"].notna()]
     if trained.empty:
         return pd.DataFrame()
-    least = trained.groupby(_MODEL, dropna=False)["nll_mean"].transform("min")
-    cells = _scored(trained[trained["nll_mean"] == least])
+    lowest = trained.groupby(_MODEL, dropna=False)["nll_mean"].transform("min")
+    cells = _scored(trained[trained["nll_mean"] == lowest])
     several = [_fronts(pool) for _, pool in split(cells, POOL) if len(pool) > 1]
     if not several:
         return pd.DataFrame()
@@ -113,12 +113,12 @@ def _fronts(pool: pd.DataFrame) -> pd.DataFrame:
     return pool.assign(**marks)
 
 
-def _place(mine: tuple[_Span, _Span], others: list[tuple[_Span, _Span]]) -> str:
+def _place(own_spans: tuple[_Span, _Span], others: list[tuple[_Span, _Span]]) -> str:
     """A model's place among the others of its pool, by quality and a cost; '' without the cost."""
-    if np.isnan(mine[1].middle):
+    if np.isnan(own_spans[1].middle):
         return BEATEN
-    better = [theirs for theirs in others if _beats(theirs, mine)]
-    if any(all(one.high <= own.low for one, own in zip(theirs, mine, strict=True)) for theirs in better):
+    better = [other for other in others if _beats(other, own_spans)]
+    if any(all(one.high <= own.low for one, own in zip(other, own_spans, strict=True)) for other in better):
         return BEATEN
     return NOISE if better else FRONT
 

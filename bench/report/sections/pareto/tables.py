@@ -47,5 +47,5 @@ def _spread(row: pd.Series[Any], name: str, show: Callable[[float], str]) -> str
 def _fronts(row: pd.Series[Any]) -> str:
     """The costs by which no other model dominates it, those within the intervals marked."""
     marks = {FRONT: "", NOISE: MAYBE}
-    found = [NAMES[name] + marks[row[f"{name}_front"]] for name in COSTS if row[f"{name}_front"] in marks]
-    return ", ".join(found) or units.MISSING
+    fronts = [NAMES[name] + marks[row[f"{name}_front"]] for name in COSTS if row[f"{name}_front"] in marks]
+    return ", ".join(fronts) or units.MISSING

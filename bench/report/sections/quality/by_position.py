@@ -14,8 +14,8 @@ from bench.report.figures.style import Style
 
 def _with_list(frame: pd.DataFrame, key: str) -> pd.DataFrame:
     """The finished records that have the list."""
-    taken = [isinstance(value, list) and len(value) > 0 for value in frame[key]]
-    return frame[(frame["status"] == "ok") & np.array(taken, dtype=bool)]
+    has_list = [isinstance(value, list) and len(value) > 0 for value in frame[key]]
+    return frame[(frame["status"] == "ok") & np.array(has_list, dtype=bool)]
 
 
 def by_position(frame: pd.DataFrame, look: Look) -> Figure | None:
@@ -32,7 +32,7 @@ def by_position(frame: pd.DataFrame, look: Look) -> Figure | None:
         title="Loss by position in the sequence",
         x="position (from 1, log₂ buckets)",
         y="nats per token",
-        said="mean and min–max over {}; a point at x covers [x, 2x)",
+        footer="mean and min–max over {}; a point at x covers [x, 2x)",
         line=line,
         axis=octaves,
     )
@@ -63,7 +63,7 @@ def by_history(frame: pd.DataFrame, look: Look) -> Figure | None:
         title="Loss by how far back is read",
         x="tokens of history that are read",
         y="nats per token",
-        said="mean and min–max over {}; the same targets at every history",
+        footer="mean and min–max over {}; the same targets at every history",
         line=line,
         axis=octaves,
         mark=mark,

@@ -75,12 +75,12 @@ def _dotted(cells: pd.DataFrame, look: Look, x: str) -> tuple[Figure, list[Axes]
 
 def _rows(cells: pd.DataFrame) -> list[str]:
     """Each cell's row name: label and length, and training and state policy where there are several."""
-    apart = varying(cells, TRAINING)
+    varying_keys = varying(cells, TRAINING)
     policies = cells.groupby("label")["state_policy"].nunique(dropna=False)
     names = []
     for _, cell in cells.iterrows():
         words = [f"{cell['label']}{'†' if cell['leaks'] else ''}", units.length(cell["seq_len"])]
-        words += training({str(key): value for key, value in cell.items()}, apart)
+        words += training({str(key): value for key, value in cell.items()}, varying_keys)
         if policies[cell["label"]] > 1:
             words.append(str(cell["state_policy"]))
         names.append(" · ".join(words))

@@ -23,8 +23,8 @@ def rate_cells(frame: pd.DataFrame, quality: pd.DataFrame) -> pd.DataFrame:
     if tried.empty:
         return pd.DataFrame()
     keys = [*SEARCH, "learning_rate"]
-    found = tried.assign(diverged=tried["status"] == "diverged").groupby(keys, sort=False, dropna=False)
-    cells = found["diverged"].sum().reset_index()
+    groups = tried.assign(diverged=tried["status"] == "diverged").groupby(keys, sort=False, dropna=False)
+    cells = groups["diverged"].sum().reset_index()
     figures = [
         "nll_mean",
         "nll_std",
@@ -38,8 +38,8 @@ def rate_cells(frame: pd.DataFrame, quality: pd.DataFrame) -> pd.DataFrame:
     cells = cells.rename(columns={"quality_replicates": "replicates"})
     cells["leaks"] = cells["leaks"].eq(True)
     sound = cells["nll_mean"].where(cells["diverged"] == 0)
-    least = sound.groupby([cells[key] for key in SEARCH], dropna=False).transform("min")
-    cells["best"] = sound == least
+    lowest = sound.groupby([cells[key] for key in SEARCH], dropna=False).transform("min")
+    cells["best"] = sound == lowest
     cells = cells.assign(later=cells["variant"] != BASELINE)
     order = [*(key for key in SEARCH if key not in ("variant", "label")), "later", "label", "learning_rate"]
     return cells.sort_values(order, ignore_index=True).drop(columns="later")

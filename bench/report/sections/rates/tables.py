@@ -17,11 +17,11 @@ def rates(cells: pd.DataFrame) -> list[Column]:
     """A row a search; takes `rates.rate_cells`."""
     table = best_rates(cells)
     rows = [row for _, row in table.iterrows()]
-    apart = [key for key in varying(table, SETTING) if key not in ("objective", "corpus")]
+    varying_keys = [key for key in varying(table, SETTING) if key not in ("objective", "corpus")]
     other = ["eval_split", *(key for key in varying(table, TRAINING) if key != "learning_rate")]
     return [
         Column("variant", [label_of(row) for row in rows], right=False, optional=False),
-        *(each(table, key, key, str, right=False) for key in apart),
+        *(each(table, key, key, str, right=False) for key in varying_keys),
         each(table, "length", "seq_len", str, optional=False),
         each(table, "depth", "depth", str, optional=False),
         *training_columns(table, other),

@@ -52,18 +52,18 @@ class Recall(Section[pd.DataFrame]):
         """Accuracy against each knob of a task, against the state, and by distance."""
         best = _best(data)
         tasks = {} if best.empty else {task: axes_of(own) for task, own in best.groupby("data")}
-        found = []
+        specs = []
         for name in sorted({name for axes in tasks.values() for name in axes}):
             of = best[[name in tasks[task] for task in best["data"]]]
             title = f"Accuracy against {name}"
-            found.append(FigureSpec(f"accuracy_by_{name}", title, of, plots.against(name), TASK))
+            specs.append(FigureSpec(f"accuracy_by_{name}", title, of, plots.against(name), TASK))
         for stem, title, draw in (
             ("accuracy_by_state", "Accuracy against the state that is carried", plots.by_state),
             ("accuracy_by_distance", "Accuracy by distance", plots.by_distance),
             ("accuracy_map", "Accuracy by distance, as a map", plots.distance_map),
         ):
-            found.append(FigureSpec(stem, title, best, draw, TASK))
-        return found
+            specs.append(FigureSpec(stem, title, best, draw, TASK))
+        return specs
 
     def csv_tables(self, data: pd.DataFrame) -> dict[str, pd.DataFrame]:
         """The cells at every rate, without the columns that are lists."""

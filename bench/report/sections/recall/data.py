@@ -28,20 +28,20 @@ def recall_cells(frame: pd.DataFrame, rates: pd.DataFrame) -> pd.DataFrame:
     ok = frame[(frame["status"] == "ok") & frame["accuracy"].notna()]
     if ok.empty:
         return pd.DataFrame()
-    found = ok.groupby(_KEYS, sort=False, dropna=False)
-    columns: dict[str, pd.Series[Any]] = {"replicates": found["replicate"].nunique()}
+    groups = ok.groupby(_KEYS, sort=False, dropna=False)
+    columns: dict[str, pd.Series[Any]] = {"replicates": groups["replicate"].nunique()}
     for statistic in ("mean", "std", "min", "max"):
-        columns[f"accuracy_{statistic}"] = found["accuracy"].agg(statistic)
+        columns[f"accuracy_{statistic}"] = groups["accuracy"].agg(statistic)
     for name in ("guess_accuracy", "state_bytes", "reach", "tokens_trained"):
-        columns[name] = found[name].median()
-    columns["nll_mean"] = found["nll"].mean()
-    columns["leaks"] = found["leak_max_abs"].max() > LEAK_LIMIT
+        columns[name] = groups[name].median()
+    columns["nll_mean"] = groups["nll"].mean()
+    columns["leaks"] = groups["leak_max_abs"].max() > LEAK_LIMIT
     for name, pick in (
         ("data_params", _first),
         ("distance_edges", _first),
         ("accuracy_by_distance", _mean_by_bucket),
     ):
-        columns[name] = found[name].agg(pick)
+        columns[name] = groups[name].agg(pick)
     cells = pd.DataFrame(columns).reset_index()
     cells["best"] = True
     if not rates.empty:
@@ -68,16 +68,16 @@ def _first(values: pd.Series[Any]) -> Any:
 
 def _mean_by_bucket(values: pd.Series[Any]) -> list[float] | None:
     """The mean of each bucket over the replicates that have it; NaN where none has."""
-    taken = [value for value in values if isinstance(value, list)]
-    if not taken:
+    lists = [value for value in values if isinstance(value, list)]
+    if not lists:
         return None
-    return [float(mean) for mean in pd.DataFrame(taken).astype(float).mean()]
+    return [float(mean) for mean in pd.DataFrame(lists).astype(float).mean()]
 
 
 def beyond(cells: pd.DataFrame, keys: Sequence[str], by: Sequence[str]) -> list[str]:
     """Those of the keys that differ among cells which agree in `by`: that do not just follow from it."""
-    found = cells.groupby(list(by), dropna=False)
-    return [key for key in keys if (found[key].nunique(dropna=False) > 1).any()]
+    groups = cells.groupby(list(by), dropna=False)
+    return [key for key in keys if (groups[key].nunique(dropna=False) > 1).any()]
 
 
 def trained_apart(cells: pd.DataFrame) -> list[str]:
@@ -90,13 +90,13 @@ def axes_of(cells: pd.DataFrame) -> list[str]:
     follows from them."""
     params = list(cells["data_params"])
     names = sorted({name for values in params for name in values})
-    found = []
+    axes = []
     for name in names:
-        given = [values[name] for values in params if name in values]
-        numeric = all(isinstance(v, int | float) and not isinstance(v, bool) for v in given)
-        if numeric and len(set(given)) > 1:
-            found.append(name)
-    return [*found, *beyond(cells, ["seq_len"], ["knobs"])]
+        present = [values[name] for values in params if name in values]
+        numeric = all(isinstance(v, int | float) and not isinstance(v, bool) for v in present)
+        if numeric and len(set(present)) > 1:
+            axes.append(name)
+    return [*axes, *beyond(cells, ["seq_len"], ["knobs"])]
 
 
 def along(cells: pd.DataFrame, axis: str) -> pd.DataFrame:
@@ -104,9 +104,9 @@ def along(cells: pd.DataFrame, axis: str) -> pd.DataFrame:
     params = list(cells["data_params"])
     names = sorted({name for values in params for name in values} - {axis})
     texts = {name: [spoken(values[name]) if name in values else None for values in params] for name in names}
-    apart = [name for name in names if len(set(texts[name])) > 1]
+    varying_names = [name for name in names if len(set(texts[name])) > 1]
     rest = [
-        ", ".join(f"{name}={texts[name][row]}" for name in apart if texts[name][row])
+        ", ".join(f"{name}={texts[name][row]}" for name in varying_names if texts[name][row])
         for row in range(len(params))
     ]
     x = cells["seq_len"] if axis == "seq_len" else [values.get(axis, math.nan) for values in params]

@@ -61,8 +61,8 @@ def by_state(cells: pd.DataFrame, look: Look) -> Figure | None:
     cells = cells[cells["state_bytes"].notna()]
     if cells["state_bytes"].nunique() < 2:
         return None
-    least = cells.loc[cells["state_bytes"] > 0, "state_bytes"].min()
-    low, high = least / 1.4, cells["state_bytes"].max() * 1.4
+    smallest = cells.loc[cells["state_bytes"] > 0, "state_bytes"].min()
+    low, high = smallest / 1.4, cells["state_bytes"].max() * 1.4
     nothing = (cells["state_bytes"] == 0).any()  # as of chunks, where one has just ended
 
     def draw(axis: Axes, part: pd.DataFrame) -> None:
@@ -70,10 +70,10 @@ def by_state(cells: pd.DataFrame, look: Look) -> Figure | None:
             _point(axis, cell, look.styles[str(cell["label"])])
         _guessing(axis, part)
         if nothing:  # 0 has a place of its own, left of the least that is more
-            axis.set_xscale("symlog", base=2, linthresh=least / 2, linscale=0.5)
+            axis.set_xscale("symlog", base=2, linthresh=smallest / 2, linscale=0.5)
         else:
             axis.set_xscale("log", base=2)
-        axis.set_xlim(-least / 8 if nothing else low, high)
+        axis.set_xlim(-smallest / 8 if nothing else low, high)
         canvas.human_axis(
             axis.xaxis, low, high, lambda v: units.size(v, short=True), binary=True, zero=bool(nothing)
         )
@@ -120,7 +120,7 @@ def by_distance(cells: pd.DataFrame, look: Look) -> Figure | None:
     if inside.any():
         handles.append(Line2D([], [], color=GREY, linestyle=":", linewidth=1.4, label="reach of the pattern"))
     title, x = "Accuracy by distance", "tokens back to what is asked for"
-    said = "mean over {}"
+    spread = "mean over {}"
     return _figure(
         cells,
         look,
@@ -128,7 +128,7 @@ def by_distance(cells: pd.DataFrame, look: Look) -> Figure | None:
         draw,
         title,
         x,
-        said=said,
+        spread=spread,
         handles=handles,
     )
 
@@ -144,13 +144,13 @@ def distance_map(cells: pd.DataFrame, look: Look) -> Figure | None:
         for values, part in split(cells, keys)
         for _, own in part.groupby(part["distance_edges"].map(tuple), sort=False)
     ]
-    most = max(len(part) for _, part in parts)
-    figure, axes = canvas.panels(len(parts), width=5.0, height=0.9 + 0.28 * most, columns=2, sharey=False)
+    longest = max(len(part) for _, part in parts)
+    figure, axes = canvas.panels(len(parts), width=5.0, height=0.9 + 0.28 * longest, columns=2, sharey=False)
     for axis, (values, part) in zip(axes, parts, strict=True):
         axis.set_title(panel_title(values), fontsize=8)
         edges = [int(edge) for edge in part["distance_edges"].iloc[0]]
         shares = np.array([_shares(cell) for _, cell in part.iterrows()])
-        drawn = axis.imshow(shares, cmap="cividis", vmin=0.0, vmax=1.0, aspect="auto")
+        image = axis.imshow(shares, cmap="cividis", vmin=0.0, vmax=1.0, aspect="auto")
         for row, (_, cell) in enumerate(part.iterrows()):
             for column, share in enumerate(shares[row]):
                 if np.isfinite(share):
@@ -165,7 +165,7 @@ def distance_map(cells: pd.DataFrame, look: Look) -> Figure | None:
         axis.set_yticks(range(len(part)), [str(label) for label in part["label"]], fontsize=7)
         axis.set_xlabel("tokens back to what is asked for", fontsize=8)
         axis.grid(visible=False)
-    bar = figure.colorbar(drawn, ax=axes, format=PercentFormatter(1.0, decimals=0), shrink=0.8)
+    bar = figure.colorbar(image, ax=axes, format=PercentFormatter(1.0, decimals=0), shrink=0.8)
     bar.set_label("accuracy", fontsize=8)
     handles: list[Artist] = []
     if (cells["reach"] < cells["seq_len"] - 1).any():
@@ -205,7 +205,7 @@ def _figure(
     x: str,
     *,
     line: str = "-",
-    said: str = "mean and min–max over {}",
+    spread: str = "mean and min–max over {}",
     handles: list[Artist] | None = None,
 ) -> Figure | None:
     """A panel for each value of `keys`, drawn by `draw`; None without cells."""
@@ -225,7 +225,7 @@ def _figure(
     shown: list[Artist] = [*label_handles(cells, look, line="" if not line else "-"), *(handles or [])]
     if cells["guess_accuracy"].notna().any():
         shown.append(Line2D([], [], color=GREY, linestyle="--", linewidth=1, label="guessing"))
-    footer = f"{look.footer} · {said.format(replicates(cells['replicates']))}"
+    footer = f"{look.footer} · {spread.format(replicates(cells['replicates']))}"
     canvas.dress(figure, title, look.setting, footer, shown)
     return figure
 

@@ -23,9 +23,17 @@ def accuracies(cells: pd.DataFrame) -> list[Column]:
     """
     follows = cells["seq_len"].nunique() > 1 and not beyond(cells, ["seq_len"], ["knobs"])
     columns = sorted(cells["knobs"].unique(), key=natural)
-    apart = [key for key in varying(cells, SETTING) if key not in ("objective", "corpus")]
+    varying_keys = [key for key in varying(cells, SETTING) if key not in ("objective", "corpus")]
     trained = trained_apart(cells)
-    keys = [*apart, "depth", "variant", "label", *([] if follows else ["seq_len"]), *trained, "state_policy"]
+    keys = [
+        *varying_keys,
+        "depth",
+        "variant",
+        "label",
+        *([] if follows else ["seq_len"]),
+        *trained,
+        "state_policy",
+    ]
     rows: list[pd.Series[Any]] = []
     values: list[list[str]] = []
     for _, same in [(0, cells)] if follows else cells.groupby("seq_len", sort=True):
@@ -43,7 +51,7 @@ def accuracies(cells: pd.DataFrame) -> list[Column]:
     ]
     return [
         each(table, "variant", "shown", str, right=False, optional=False),
-        *(each(table, key, key, _or_dash, right=False) for key in apart),
+        *(each(table, key, key, _or_dash, right=False) for key in varying_keys),
         *([] if follows else [each(table, "length", "seq_len", str, optional=False)]),
         each(table, "depth", "depth", units.whole, optional=False),
         *training_columns(table, trained),

@@ -16,7 +16,7 @@ def training_curves(frame: pd.DataFrame, folder: Path) -> tuple[pd.DataFrame, li
 
     A file that is not a curve is a line in the problems, and its cell is left out.
     """
-    kept, found, problems = [], [], []
+    rows, curves, problems = [], [], []
     for row, cell_id in frame.loc[frame["status"] == "ok", "cell_id"].items():
         path = records.curve_path_of(folder, str(cell_id))
         if not path.exists():
@@ -27,6 +27,6 @@ def training_curves(frame: pd.DataFrame, folder: Path) -> tuple[pd.DataFrame, li
             problems.append(f"{path}: not a training curve ({' '.join(str(error).split())})")
             continue
         if len(curve):
-            kept.append(row)
-            found.append(curve)
-    return frame.loc[kept].assign(curve=pd.Series(found, index=kept, dtype=object)), problems
+            rows.append(row)
+            curves.append(curve)
+    return frame.loc[rows].assign(curve=pd.Series(curves, index=rows, dtype=object)), problems

@@ -21,7 +21,7 @@ def training_loss(frame: pd.DataFrame, look: Look) -> Figure | None:
         title="Training loss",
         x="tokens trained on",
         y="nats per target",
-        said="median and min–max over {}; a point is the mean of the steps since the one before",
+        footer="median and min–max over {}; a point is the mean of the steps since the one before",
         line=_binned,
         axis=_tokens,
         markers=False,
@@ -37,13 +37,13 @@ def _tokens(axis: Axes, largest: float) -> None:
 
 def _binned(own: pd.DataFrame) -> Line | None:
     """Each curve's mean in equal parts of the tokens of the shortest, then the median over the curves."""
-    most = min(float(curve["tokens"].iloc[-1]) for curve in own["curve"])
-    edges = np.linspace(0, most, BINS + 1)
+    end = min(float(curve["tokens"].iloc[-1]) for curve in own["curve"])
+    edges = np.linspace(0, end, BINS + 1)
     means = []
     for curve in own["curve"]:
         bins = pd.cut(curve["tokens"], edges.tolist(), labels=False)
         means.append(curve["nll"].groupby(bins).mean().reindex(range(BINS)))
     table = pd.DataFrame(means)
-    kept = table.notna().any().to_numpy()
+    has_value = table.notna().any().to_numpy()
     statistics = (table.median(), table.min(), table.max())
-    return Line(edges[1:][kept], *(s.to_numpy()[kept] for s in statistics))
+    return Line(edges[1:][has_value], *(s.to_numpy()[has_value] for s in statistics))
