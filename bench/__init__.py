@@ -3,5 +3,5 @@
 from pathlib import Path
 
 _HERE = Path(__file__).parent
-# a wheel carries the configs inside the package, a checkout beside it
+# in a wheel the configs are inside the package, in a checkout next to it
 CONFIGS = _HERE / "configs" if (_HERE / "configs").is_dir() else _HERE.parent / "configs"

@@ -12,7 +12,7 @@ from bench.report.text import units
 
 STATEMENT = (
     "12 heads × 512² scores are about 3 million floats, 12 MiB a layer; at 8,192 tokens 3 GiB a layer, and "
-    "36 GiB in 12 layers if they are stored. (And what a fused kernel stores instead.)"
+    "36 GiB in 12 layers if they are stored. (And the memory of a fused kernel.)"
 )
 SOURCE = (
     "As stated in popular accounts, at the sizes of BERT-base (Devlin 2018, arXiv:1810.04805, §3); what a "

@@ -25,12 +25,13 @@ class Part:
     measured: str
     verdict: Verdict
     but: str = ""
-    """The condition under which the part holds, or what the cells show instead; required unless it holds."""
+    """The condition under which the part holds, or the result that the cells show instead; required unless it
+    holds."""
 
     def __post_init__(self) -> None:
         """Raises ValueError if the verdict requires `but` and it is empty."""
         if self.verdict != "holds" and not self.but.strip():
-            raise ValueError(f"verdict {self.verdict!r}: needs what is so instead")
+            raise ValueError(f"verdict {self.verdict!r}: needs the result that the cells show instead")
 
 
 def together(parts: Sequence[Part]) -> Finding:

@@ -21,7 +21,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.records", description="Maintain records.")
     commands = parser.add_subparsers(dest="command", required=True)
     for name, help_text in (
-        ("check", "list what is wrong: unreadable, older, stale, duplicate or misnamed records, leftovers"),
+        ("check", "list problems: unreadable, older, stale, duplicate or misnamed records, leftover files"),
         ("compact", "combine single files into a few large ones, and remove the leftovers of dead processes"),
     ):
         command = commands.add_parser(name, help=help_text, description=help_text)

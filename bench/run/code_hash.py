@@ -2,7 +2,7 @@
 
 The modules are found by following import statements, also those inside functions, from the module that runs a
 cell and from the variant's own module. A module that is moved or newly imported is therefore never missed.
-What is hashed of a module is its syntax tree without docstrings; comments and formatting are not part of one.
+The hash of a module is that of its syntax tree without docstrings, so comments and formatting do not matter.
 Nothing is imported, so hashing needs no torch.
 """
 

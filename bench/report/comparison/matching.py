@@ -42,7 +42,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Both runs and `cells`, a row a matched cell; `unmatched` are the cells of one run alone, with `run`."""
+    """Both runs; `cells` has a row per matched cell, `unmatched` one per cell of only one run, with `run`."""
 
     runs: tuple[Run, Run]
     cells: pd.DataFrame

@@ -1,4 +1,4 @@
-"""Records by the question of their cell: an ordinary cell, what fits a budget, or the batch that fits."""
+"""Records by kind of cell: ordinary cells, searches for the sizes that fit, and runs at the largest batch."""
 
 from __future__ import annotations
 

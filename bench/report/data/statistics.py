@@ -82,7 +82,7 @@ def distinct(values: pd.Series[str]) -> str | None:
 
 
 def cost_cells(frame: pd.DataFrame, floors: Mapping[str, float] = UNKNOWN_FLOORS) -> pd.DataFrame:
-    """One row a cell (every key but the replicate): what it costs and whether it finished.
+    """One row per cell (all keys except the replicate): its cost and whether it finished.
 
     Columns: the keys of `groups.CELL`; `data`, `records`, `finished`, `contaminated` (how many of those
     finished), `replicates` (with a finished record), `status`, `reason`; `X_median` (of the replicates'
@@ -239,7 +239,7 @@ def _paired(cells: pd.DataFrame, rounds: pd.DataFrame) -> pd.DataFrame:
 
 
 def at_best_rate(frame: pd.DataFrame, keys: Sequence[str]) -> pd.DataFrame:
-    """The records of each model, identified by the keys, at its learning rate of the least mean loss."""
+    """The records of each model, identified by the keys, at the learning rate with its lowest mean loss."""
     by_rate = frame.groupby([*keys, "learning_rate"], dropna=False)["nll"].transform("mean")
     lowest = by_rate.groupby([frame[key] for key in keys], dropna=False).transform("min")
     best: pd.Series[bool] = by_rate == lowest

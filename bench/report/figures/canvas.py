@@ -75,7 +75,7 @@ def small_panels(count: int) -> tuple[Figure, list[Axes]]:
 
 
 def lengths_axis(axis: Axis, values: Iterable[float]) -> None:
-    """Ticks at the lengths themselves, thinned from the longest down where there are too many."""
+    """Set ticks at the lengths; if there are too many, keep every n-th, counted from the longest."""
     descending = sorted(set(values), reverse=True)
     step = -(-len(descending) // MOST_TICKS)
     _set_ticks(axis, descending[::step][::-1], units.length)

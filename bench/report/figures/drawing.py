@@ -71,7 +71,7 @@ def draw_all(
 
 
 def _fullest(settings: list[Setting], count: int) -> list[Setting]:
-    """Those with the most rows, figures that are shown before those that are linked; in their order."""
+    """Return the `count` settings with the most rows, in their order; shown figures precede linked ones."""
     ranked = sorted(settings, key=lambda one: (bool(one[0]), -len(one[2])))
     shown = {id(one) for one in ranked[:count]}
     return [one for one in settings if id(one) in shown]

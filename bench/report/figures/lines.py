@@ -61,7 +61,7 @@ def label_handles(cells: pd.DataFrame, look: Look, line: Literal["-", ""] = "-")
 
 
 def draw_curve(axis: Axes, own: pd.DataFrame, curve: Curve, style: Style, *, x: str = "seq_len") -> None:
-    """A line through the cells that have the figure; one alone is a marker. A band shows the interval."""
+    """A line through the cells that have the figure; a single cell is a marker. A band is the interval."""
     own = own[own[curve.column] > 0].sort_values(x)
     if own.empty:
         return

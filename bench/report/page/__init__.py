@@ -63,7 +63,7 @@ def html(results: Results) -> str:
 
 
 def document(results: Results, charts: Json) -> Json:
-    """What the page's scripts work on: the data and the charts of all sections, and each variant's `styles`.
+    """The data of the page's scripts: data and charts of all sections, and the `styles` of the variants.
 
     The scripts expect the keys that the section of cells gives, of which `table` and `label` are used here.
     """

@@ -15,7 +15,7 @@ from bench.report.figures.style import Style, lighter
 DARK = "#14181f"
 """The page's background in dark mode."""
 LEAST = 3.5
-"""The least contrast of a mark with the background; WCAG 2.2 asks for 3 (1.4.11)."""
+"""Minimum contrast of a mark with the background; WCAG 2.2 requires 3 (1.4.11)."""
 _LETTERS = {Path.MOVETO: "M", Path.LINETO: "L", Path.CURVE3: "Q", Path.CURVE4: "C", Path.CLOSEPOLY: "Z"}
 
 

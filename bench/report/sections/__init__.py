@@ -1,4 +1,4 @@
-"""The sections of a report: one object a topic, found in this package, computed in the order of their needs.
+"""The sections of a report: one object per topic, found in this package and computed in the order of `needs`.
 
 A section is a subclass of `Section`; each module or package in here names its sections in `SECTIONS`. Nothing
 else knows a topic by its name: summary.md, summary.tex, the CSV files, the plots and the page are made
@@ -50,7 +50,7 @@ class Section(Protocol[Data]):
     """Names, without suffix, of the CSV files that the section may write; an earlier report's files of these
     names are removed."""
     figures_first: bool = True
-    """Whether the figures stand above the tables."""
+    """Whether the figures are above the tables."""
     figures_alone: bool = True
     """Whether summary.md has the section where it has figures and no table."""
 

@@ -41,7 +41,7 @@ class Contamination(Section[pd.DataFrame]):
         return [words] if count else []
 
     def page_lists(self, data: pd.DataFrame) -> list[PageList]:
-        """The same table, beside the machine's noise."""
+        """The same table, next to the noise of the machine."""
         lead = "Timed while something else ran."
         cells = _listed(data)
         return [PageList("contaminated", "Contaminated", "Contaminated cells", cells, lead, about_noise=True)]

@@ -26,7 +26,7 @@ def peak(row: pd.Series[Any]) -> str:
 
 
 def plus_minus(mean: Any, std: Any) -> str:
-    """Mean ± deviation; the mean alone where one replicate gives no deviation."""
+    """Mean ± deviation; only the mean if there is a single replicate."""
     if pd.isna(mean) or pd.isna(std):
         return units.score(mean)
     places = len(units.score(mean).partition(".")[2])

@@ -64,7 +64,7 @@ def folded(title: str, body: str) -> str:
 
 
 def image(title: str, path: str) -> str:
-    """A picture by its relative path, with a link to the scalable one beside it."""
+    """A picture by its relative path, with a link to its SVG version."""
     return f"[![{escape(title)}]({path}.png)]({path}.svg)\n"
 
 

@@ -114,7 +114,7 @@ def percent(value: float | None) -> str:
 
 
 def share(mean: float | None, deviation: float | None = None) -> str:
-    """A share in percent with its deviation where there is one: 98.4 %, 98.4 ± 0.3 %."""
+    """A share in percent, with its deviation if there is one: 98.4 %, 98.4 ± 0.3 %."""
     if mean is None or math.isnan(mean):
         return MISSING
     spread = "" if deviation is None or math.isnan(deviation) else f" ± {deviation * 100:.1f}"

@@ -1,4 +1,4 @@
-"""What fits into a memory budget, and whether saved memory buys speed."""
+"""The sizes that fit into a memory budget, and whether saved memory increases speed."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from bench.report.text.tables import Table
 
 
 class Fits(Section[pd.DataFrame]):
-    """Its data are `fits_cells` of the records that were asked what fits."""
+    """Data: `fits_cells` of the records that search for the sizes that fit."""
 
     name = "fits"
     order = 80

@@ -1,4 +1,4 @@
-"""Cells that search for what fits into a memory budget, aggregated over replicates."""
+"""Cells that search for the sizes that fit into a memory budget, aggregated over replicates."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def fits_cells(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def payoff_cells(frame: pd.DataFrame) -> pd.DataFrame:
-    """One row a depth, variant and strategy: the batch that fits and what training at it yields.
+    """One row per depth, variant and strategy: the largest batch that fits, and its training throughput.
 
     Columns: the keys, `largest_batch_size`, `tokens_per_second` with its interval as `_low` and
     `_high`, `gain` (median over replicates of the throughput over that of `keep` in the same

@@ -1,4 +1,4 @@
-"""What fits, and what the largest batch yields, as plain tables of the page."""
+"""The sizes that fit, and the throughput at the largest batch, as plain tables of the page."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from bench.report.text.marks import interval, timed
 
 
 def listed_fits(cells: pd.DataFrame) -> Listed:
-    """What is predicted to fit into a memory budget; takes `fits_cells`."""
+    """The sizes that are predicted to fit into a memory budget; takes `fits_cells`."""
     if cells.empty:
         return Listed([], [])
     rows = cells.assign(
@@ -30,7 +30,7 @@ def listed_fits(cells: pd.DataFrame) -> Listed:
 
 
 def listed_payoff(cells: pd.DataFrame) -> Listed:
-    """What training at the largest batch that fits yields; takes `payoff_cells`."""
+    """The throughput of training at the largest batch that fits; takes `payoff_cells`."""
     if cells.empty:
         return Listed([], [])
     rows = [row for _, row in cells.iterrows()]

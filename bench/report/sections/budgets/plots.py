@@ -1,4 +1,4 @@
-"""What fits into a memory budget, and what training at the largest batch yields: dots, a row a variant."""
+"""Dot plots of the sizes that fit into a memory budget, and of the throughput at the largest batch."""
 
 from __future__ import annotations
 

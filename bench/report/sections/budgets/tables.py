@@ -1,4 +1,4 @@
-"""Tables of what fits into a memory budget, and of what training at the largest batch yields."""
+"""Tables of the sizes that fit into a memory budget, and of the throughput at the largest batch."""
 
 from __future__ import annotations
 

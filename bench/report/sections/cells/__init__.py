@@ -1,4 +1,4 @@
-"""One row a cell, cost beside quality: summary.csv, and the page's chooser, table and charts."""
+"""One row per cell with cost and quality: summary.csv, and the page's chooser, table and charts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a training step costs: time, memory and FLOPs, against length and against depth."""
+"""The cost of a training step: time, memory and FLOPs, by length and by depth."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Cost(Section[pd.DataFrame]):
         return cost_cells(records.kinds.plain, floors(pairs(records.collected.every)))
 
     def tables(self, data: pd.DataFrame) -> list[Table]:
-        """A table a setting and depth, folded where it repeats what another shows."""
+        """One table per setting and depth, folded if another table shows the same."""
         several = data["activations"].nunique() > 1
         tables: list[Table] = []
         corpus_of_data: dict[str, str] = {}

@@ -1,4 +1,4 @@
-"""What each variant costs at each length, as a table."""
+"""Tables of the cost of each variant at each length."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from bench.report.text.marks import against, interval, marked_range, timed
 
 
 def cost(cells: pd.DataFrame) -> list[Column]:
-    """What each variant costs at each length, within one group."""
+    """The cost of each variant at each length, within one group."""
     rows = [row for _, row in cells.iterrows()]
     ratio_ends = [units.ratios(r["step_seconds_ratio_low"], r["step_seconds_ratio_high"]) for r in rows]
     return [

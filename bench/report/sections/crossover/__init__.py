@@ -1,4 +1,4 @@
-"""From which length on a variant is cheaper than dense attention, and what it loses in quality."""
+"""The length from which on a variant is cheaper than dense attention, and its loss of quality."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ class Crossover(Section[Crossings]):
         return [FigureSpec("crossover", "Cost over dense's", data.compared, crossover, SETTING)]
 
     def csv_tables(self, data: Crossings) -> dict[str, pd.DataFrame]:
-        """The crossovers, where there are any."""
+        """The crossovers, if there are any."""
         return {"crossovers": data.crossovers} if len(data.crossovers) else {}
 
 

@@ -74,7 +74,7 @@ def _onset(cells: pd.DataFrame, column: str) -> float:
 _LOSS = ("nll_lost", "nll_lost_low", "nll_lost_high", "quality_seq_len", "quality_width", "quality_depth")
 _MODEL = ("objective", "corpus", "label")
 _RUN = ("objective", "corpus", "d_model", "heads", "depth", "activations", "seq_len", "replicate")
-"""Keys that a trained model and the dense one it is compared with share, besides their training."""
+"""Keys that must be equal for a trained model and its dense reference, in addition to the training."""
 
 
 def quality_loss(frame: pd.DataFrame) -> pd.DataFrame:

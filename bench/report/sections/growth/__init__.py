@@ -1,4 +1,4 @@
-"""How cost grows with length and with depth, beside the growth that papers claim."""
+"""Growth of cost with length and with depth, compared with the claims of papers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Fitted exponents as tables: one of the length, one of the depth, claims beside them."""
+"""Tables of fitted exponents, one for the length and one for the depth, with the claims."""
 
 from __future__ import annotations
 

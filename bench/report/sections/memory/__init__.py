@@ -54,7 +54,7 @@ class Memory(Section[Peaks]):
         )
 
     def tables(self, data: Peaks) -> list[Table]:
-        """What recomputation costs, then how far predictions are off."""
+        """The cost of recomputation, then the error of predictions."""
         return [*_recomputation(data.recomputation), *_predictions(data.predictions)]
 
     def figures(self, data: Peaks) -> list[FigureSpec]:
@@ -81,7 +81,7 @@ class Memory(Section[Peaks]):
         ]
 
     def csv_tables(self, data: Peaks) -> dict[str, pd.DataFrame]:
-        """The cost of recomputation, where there are several strategies."""
+        """The cost of recomputation, if there are several strategies."""
         return {"recomputation": data.recomputation} if len(data.recomputation) else {}
 
 

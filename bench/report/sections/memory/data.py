@@ -33,7 +33,8 @@ _COMPARED = {
 
 
 def peak_parts(frame: pd.DataFrame) -> pd.DataFrame:
-    """One row a cell whose peak was taken apart: the keys, `PARTS`, `peak_bytes`, `peak_phase`, `predicted`.
+    """One row per cell whose peak is divided into parts: keys, `PARTS`, `peak_bytes`, `peak_phase`,
+    `predicted`.
 
     Bytes are means over replicates, so that the parts still add up.
     """
@@ -49,7 +50,7 @@ def peak_parts(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def shared(cells: pd.DataFrame) -> pd.DataFrame:
-    """The cells at the longest length, and there the greatest depth, that the most strategies have."""
+    """The cells at the longest length, and at the greatest depth there, that most strategies share."""
     counts = cells.groupby(["seq_len", "depth"])["activations"].nunique().reset_index()
     best = counts.sort_values(["activations", "seq_len", "depth"]).iloc[-1]
     here: pd.Series[bool] = (cells["seq_len"] == best["seq_len"]) & (cells["depth"] == best["depth"])

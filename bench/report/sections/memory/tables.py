@@ -14,7 +14,7 @@ from bench.report.text.marks import PREDICTED, timed
 
 
 def recomputation(cells: pd.DataFrame) -> list[Column]:
-    """Each variant's strategies beside `keep`: the cells of one setting, depth and length."""
+    """The strategies of each variant, compared with `keep`: the cells of one setting, depth and length."""
     return [
         each(cells, "variant", "label", str, right=False, optional=False),
         each(cells, "activations", "activations", str, right=False, optional=False),

@@ -1,4 +1,4 @@
-"""A machine's noise: the difference of two measurements of a cell, and the slowdowns that can be found."""
+"""A machine's noise: the difference of two measurements of a cell, and the slowdowns that can be detected."""
 
 from __future__ import annotations
 

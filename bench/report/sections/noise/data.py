@@ -11,7 +11,7 @@ from bench.report.data.intervals import Floats, differs, floor_for, interval
 from bench.report.data.noise_floor import SAME, floor_of
 
 FOUND = 0.95
-"""The share of repeats in which a slowdown must be found to count as one that can be found."""
+"""The share of repetitions in which a slowdown must be detected to count as detectable."""
 REPEATS, SEED = 4000, 0
 SUGGESTED = 5
 """A number of replicates for which the report adds the slowdown that they would find."""
@@ -33,7 +33,7 @@ def called_different(pairs: pd.DataFrame) -> Floats:
 
 
 def smallest_found(log_ratios: Floats, replicates: int, floor: float) -> float:
-    """The least slowdown, as a ratio, that is found in 95 % of repeats; NaN where none ever is.
+    """The smallest slowdown, as a ratio, that is detected in 95 % of repetitions; NaN if there is none.
 
     By resampling: a repeat draws its replicates from the A/A pairs' log ratios, either twin first, and
     the slowdown shifts them all. How far each repeat must be shifted to be called different follows from

@@ -82,7 +82,7 @@ class Pareto(Section[Fronts]):
         return [FigureSpec("pareto", "Quality against cost", data.models, pareto, keys, condition=is_shown)]
 
     def csv_tables(self, data: Fronts) -> dict[str, pd.DataFrame]:
-        """The models, where there are any."""
+        """The models, if there are any."""
         return {"pareto": data.models} if len(data.models) else {}
 
     def page_charts(self, data: Fronts) -> dict[str, list[Json]]:

@@ -15,7 +15,7 @@ from bench.report.data.statistics import BASELINE
 from bench.report.figures.style import strategy_rank
 
 COSTS = {"time": "step_seconds", "memory": "peak_bytes", "flops": "flops_executed_step"}
-"""Name of a cost → its column in the summary, or what its columns begin with."""
+"""Name of a cost → its column in the summary, or the prefix of its columns."""
 POOL = (
     *COMMON,
     "depth",

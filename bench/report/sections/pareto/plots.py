@@ -83,7 +83,7 @@ def _models(axis: Axes, part: pd.DataFrame, cost: str, look: Look) -> None:
 
 
 def _reach(models: pd.DataFrame, name: str) -> Floats:
-    """(2, models): how far each interval reaches down and up from its figure, 0 where there is none."""
+    """(2, models): the distance of each interval's ends from its figure; 0 if there is no interval."""
     low, middle, high = (models[f"{name}{end}"].to_numpy(dtype=float) for end in ("_low", "", "_high"))
     return np.nan_to_num(np.maximum([middle - low, high - middle], 0.0))
 

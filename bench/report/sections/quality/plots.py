@@ -74,7 +74,7 @@ def _dotted(cells: pd.DataFrame, look: Look, x: str) -> tuple[Figure, list[Axes]
 
 
 def _rows(cells: pd.DataFrame) -> list[str]:
-    """Each cell's row name: label and length, and training and state policy where there are several."""
+    """Each cell's row name: label and length, and training and state policy if there are several."""
     varying_keys = varying(cells, TRAINING)
     policies = cells.groupby("label")["state_policy"].nunique(dropna=False)
     names = []

@@ -18,7 +18,7 @@ from bench.report.figures.style import Style
 from bench.report.text import units
 
 WIDE = 3.0
-"""Perplexities further apart than this factor are drawn on a logarithmic axis."""
+"""Perplexities that differ by more than this factor are drawn on a logarithmic axis."""
 
 
 def by_rate(cells: pd.DataFrame, look: Look) -> Figure | None:

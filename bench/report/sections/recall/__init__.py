@@ -1,4 +1,4 @@
-"""Tasks that ask for an answer: the share that is right, beside guessing."""
+"""Tasks with answers: the share of correct answers, compared with guessing."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tasks that ask for an answer: accuracy by variant and by the task's knobs, beside guessing."""
+"""Tasks with answers: accuracy by variant and by the task's knobs, compared with guessing."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ class Curves:
 
 
 class Training(Section[Curves]):
-    """Figures alone: the curves themselves are files beside the records."""
+    """Only figures, because the curves are already files next to the records."""
 
     name = "training"
     order = 130

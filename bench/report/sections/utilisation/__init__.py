@@ -1,4 +1,4 @@
-"""What share of the machine's best matrix-product rate a training step reaches."""
+"""The rate of a training step as a share of the machine's best rate of a matrix product."""
 
 from __future__ import annotations
 
