@@ -230,6 +230,15 @@ def test_auto_is_decided_before_the_cell_is_hashed() -> None:
     assert auto.cell_id("data", "code") == said.cell_id("data", "code")
 
 
+@pytest.mark.parametrize("release", ["2.13.0+cpu", "2.13.0", "2.13.0+cu128"])
+def test_torch_says_which_device_auto_is_unless_it_was_built_for_cpus(
+    release: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("bench.config.parse.version", {"torch": release}.__getitem__)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert cell_of("device=auto").spec.device == ("cpu" if release.endswith("+cpu") else "cuda")
+
+
 def test_every_figures_knob_changes_the_cells_id_and_no_other_does() -> None:
     def cell_id(*overrides: str) -> str:
         return cell_of(*overrides).spec.cell_id("data", "code")

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -158,7 +159,9 @@ def _variant(given: dict[str, Any]) -> tuple[str, dict[str, Any]]:
     """The variant's name and its complete knobs, defaults filled in."""
     name = str(given.pop("name", ""))
     try:
-        return name, _knobs("variant", variants.load(name).Config, given).as_dict()
+        outline = variants.outline(name)  # without torch
+        config = outline.config if outline else variants.load(name).Config
+        return name, _knobs("variant", config, given).as_dict()
     except variants.UnknownVariant as error:
         raise ConfigError(str(error)) from None
     except variants.BrokenVariant:  # the cell's to say: others of the sweep can run
@@ -167,6 +170,8 @@ def _variant(given: dict[str, Any]) -> tuple[str, dict[str, Any]]:
 
 def _check_model(spec: CellSpec) -> None:
     """Raise ConfigError for a model that cannot be built."""
+    if variants.outline(spec.variant):  # equal layers in a stack: allowed for every depth and strategy
+        return
     try:
         model = spec.model_spec()
     except variants.BrokenVariant:  # reported by the cell
@@ -191,6 +196,8 @@ def _objective(value: str, *, variant: str, params: dict[str, Any], data: str) -
     """One of the task's own; auto is its causal one where the variant can be causal, or cannot be asked."""
     objectives = tasks.load(data).objectives
     if value == "auto":
+        if outline := variants.outline(variant):
+            return objectives[0 if outline.causal else -1]
         with suppress(variants.BrokenVariant):
             loaded = variants.load(variant)
             caps = loaded.info_for(loaded.Config.of(params)).caps
@@ -200,6 +207,8 @@ def _objective(value: str, *, variant: str, params: dict[str, Any], data: str) -
 
 
 def _device() -> str:
+    if version("torch").endswith("+cpu"):  # a build without CUDA: importing it would say the same
+        return "cpu"
     import torch
 
     return "cuda" if torch.cuda.is_available() else "cpu"

@@ -287,8 +287,9 @@ class CellSpec:
         return variant, variant.Config.of(self.variant_params), dims
 
     def variants(self) -> list[str]:
-        """The variants whose code decides the figures: the cell's own and, of a mixture, its members
-        (imports torch)."""
+        """The variants whose code decides the figures: the cell's own and, of a mixture, its members."""
+        if variants.outline(self.variant):
+            return [self.variant]
         try:
             variant, config, _ = self.attention()
         except variants.BrokenVariant:
@@ -315,7 +316,7 @@ class CellSpec:
         )
 
     def task(self) -> tuple[type[Task], TaskConfig, Setting]:
-        """The task's class, its config and what the cell asks of it (imports torch)."""
+        """The task's class, its config and what the cell asks of it."""
         from bench.tasks.base import Setting
 
         task = tasks.load(self.data.name)
