@@ -28,7 +28,6 @@ TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 4e-3}
 
 REPLAYED = [name for name in ON_HOST if name not in ("keep", "checkpoint", "reversible")]
 
-pytestmark = pytest.mark.xdist_group("residual")  # for what `wanted` keeps
 every_variant = pytest.mark.parametrize("name", variants.mixers())
 
 
