@@ -28,8 +28,12 @@ for key, same in PEERS.items():
 records["impl"] = records["impl"].fillna("unknown")
 records["label"] = labels(records.rename(columns={"variant_params": "params_json"}))
 
-GROUP = ["objective", "data", "d_model", "heads", "ff_chunks", "batch_size", "dtype", "device"]
-GROUP += ["device_name", "threads", "activations", "depth"]
+SLOTS = ["feed_forward", "feed_forward_params", "stack", "stack_params"]
+SLOTS = [key for key in SLOTS if key in records]  # reports of older versions have no such columns
+records[SLOTS] = records[SLOTS].fillna("{}")
+
+GROUP = ["objective", "data", "d_model", "heads", *SLOTS, "ff_chunks", "batch_size"]
+GROUP += ["dtype", "device", "device_name", "threads", "activations", "depth"]
 CELL = [*GROUP, "variant", "label", "seq_len"]
 TRAINING = ["train_budget", "train_amount", "learning_rate", "eval_split", "eval_stride"]
 one = records.sort_values(["started_at", "cell_id"]).groupby([*CELL, *TRAINING, "measure"], dropna=False)

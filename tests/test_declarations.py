@@ -16,10 +16,12 @@ from variants.base import Caps, Complexity, DepthSchedule, Info
 from variants.declarations import Unreadable, attribute, declared, first_sentence, overrides
 from variants.depth.stack import Stack
 from variants.knobs import Knobs, knobs_of
+from variants.slots import SLOTS
 
 MODULES = {
     **{variants.module_of(name): variants.load(name) for name in variants.names()},
     **{f"bench.tasks.{name}": tasks.load(name) for name in (*tasks.names(), tasks.TEXT)},
+    **{slot.module_of(name): slot.load(name) for slot in SLOTS.values() for name in slot.names()},
 }
 
 

@@ -38,6 +38,7 @@ LAYERS = (
     "bench.inputs",
     "bench",
     "variants.__main__",
+    "variants.slots",
     "variants",
     "variants.attention",
     "variants.feed_forward",
@@ -204,13 +205,15 @@ def test_every_command_ends_through_the_same_guard() -> None:
 
 
 def test_variants_know_nothing_of_the_harness() -> None:
-    """A variant builds on shared code, on other variants and on torch. Only the command, and the mixture that
-    names its members, ask the registry."""
+    """A variant builds on shared code, on other variants and on torch. Only the command, the registry of the
+    other slots, and the mixture that names its members, use the registry."""
     for module in of_variants:
         assert not ours(module, "bench"), module
-        assert not names_registry(module) or module in {"variants.__main__", "variants.attention.hybrid"}, (
-            module
-        )
+        assert not names_registry(module) or module in {
+            "variants.__main__",
+            "variants.slots",
+            "variants.attention.hybrid",
+        }, module
         optional = {a.target for a in arrows(module) if a.lazy} & KERNELS
         assert outside(module) - optional <= {"torch"}, module
 

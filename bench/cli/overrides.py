@@ -16,7 +16,7 @@ from hydra.core.override_parser.types import ChoiceSweep, Glob, Override
 
 from bench import CONFIGS
 from bench.config.chosen import CHOSEN
-from bench.config.groups import GROUPS, entries, knob_of
+from bench.config.groups import GROUPS, RENAMED, entries, knob_of
 from bench.inputs.errors import ConfigError
 
 LAUNCHER = "hydra/launcher"
@@ -62,6 +62,8 @@ def check(override: Override) -> None:
     if (key == "hydra" or key.startswith(("hydra.", "hydra/"))) and not _may_be_set(key):
         allowed = ", ".join(known + "*" if known.endswith(".") else known for known in (LAUNCHER, *OF_HYDRA))
         raise ConfigError(f"{key}: not from a command line; of Hydra's own settings allowed are {allowed}")
+    if key in RENAMED:
+        raise ConfigError(f"{text}: unknown knob; it is now {RENAMED[key]}")
     for value in _values(override):
         check_plain(text, value)
     if key in groups() or "/" in key:

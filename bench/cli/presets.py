@@ -16,13 +16,14 @@ import yaml
 from omegaconf._utils import get_yaml_loader
 
 from bench.cli import overrides
+from bench.config.chosen import CHOSEN
 from bench.inputs.errors import ConfigError
 
 _REFERENCE = re.compile(r"\$\{[a-z_]+(\.[a-z_]+)*\}")
 """Another knob of the same config; what has a colon in it calls a resolver."""
 _TAG = "tag:yaml.org,2002:"
 _SWEPT = ("hydra.sweeper.params.", "hydra.sweeper.grids.")
-_OF_TASK_OR_VARIANT = ("data.", "variant.")
+_OF_ENTRIES = tuple(f"{group}." for group in CHOSEN)
 _PACKAGES = (None, "_global_")
 
 _loader = cache(get_yaml_loader)
@@ -78,7 +79,7 @@ def _respelt(node: yaml.ScalarNode, prefix: str) -> bool:
     kind = node.tag.removeprefix(_TAG)
     if kind not in ("int", "float", "bool") or not overrides.is_text(prefix.removesuffix(".")):
         return False
-    if not prefix.startswith(_OF_TASK_OR_VARIANT):
+    if not prefix.startswith(_OF_ENTRIES):
         return True
     try:  # where the type is not known yet, a number that Python spells in the same way stays one
         return kind != "bool" and str((int if kind == "int" else float)(node.value)) != str(node.value)

@@ -17,7 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 import variants
 from bench import corpora, tasks, trackers
-from bench.config.groups import GROUPS, SECTIONS
+from bench.config.groups import GROUPS, RENAMED, SECTIONS
 from bench.config.spec import (
     ActivationsSpec,
     Cell,
@@ -27,11 +27,13 @@ from bench.config.spec import (
     MeasureSpec,
     ModelSizes,
     Root,
+    SlotChoice,
 )
 from bench.inputs.errors import ConfigError, choose
 from bench.inputs.paths import user_path
 from bench.trackers import TrackerSpec
 from variants.knobs import Knobs, knobs_of
+from variants.slots import FEED_FORWARD, STACK, Slot
 
 K = TypeVar("K", bound=Knobs)
 _NOT_OF_A_CELL = ("hydra", "experiment")
@@ -61,6 +63,8 @@ def parse(cfg: DictConfig | Mapping[str, Any]) -> Cell:
         model=_section(given, "model", ModelSizes),
         data=data,
         measure=measure,
+        feed_forward=_slot(FEED_FORWARD, _mapping(given, FEED_FORWARD.group)),
+        stack=_slot(STACK, _mapping(given, STACK.group)),
     )
     _check_model(spec)
     return Cell(
@@ -113,6 +117,9 @@ def _section(given: dict[str, Any], section: str, config: type[K]) -> K:
 
 def _knobs(section: str, config: type[K], given: Mapping[str, Any]) -> K:
     """The complete knobs of a section, checked by their class."""
+    for name in given:
+        if new := RENAMED.get(key := f"{section}.{name}"):
+            raise ConfigError(f"{key}: unknown knob; it is now {new}")
     try:
         return config.of(given)
     except ValueError as error:
@@ -168,6 +175,15 @@ def _variant(given: dict[str, Any]) -> tuple[str, dict[str, Any]]:
         return name, given
 
 
+def _slot(slot: Slot[Any], given: dict[str, Any]) -> SlotChoice:
+    """The entry of a slot and its complete knobs, defaults filled in."""
+    name = choose(slot.group, str(given.pop("name", "")), slot.names())
+    try:
+        return SlotChoice(name=name, params=_knobs(slot.group, slot.load(name).Config, given).as_dict())
+    except variants.BrokenVariant:  # the cell reports it: others of the sweep can run
+        return SlotChoice(name=name, params=given)
+
+
 def _check_model(spec: CellSpec) -> None:
     """Raise ConfigError for a model that cannot be built."""
     if variants.outline(spec.variant):  # equal layers in a stack: allowed for every depth and strategy
@@ -176,14 +192,8 @@ def _check_model(spec: CellSpec) -> None:
         model = spec.model_spec()
     except variants.BrokenVariant:  # reported by the cell
         return
-    if len(model.layers) > spec.depth:
-        raise ConfigError(
-            f"depth={spec.depth}: variant={spec.variant} has {len(model.layers)} layers; "
-            f"allowed is {len(model.layers)} or more"
-        )
-    depth = model.depth
-    if reason := depth.layer.unsupported(depth.config, depth=spec.depth, activations=spec.activations):
-        raise ConfigError(f"activations={spec.activations}: {reason}")
+    if reason := model.unsupported(spec.depth, spec.activations):
+        raise ConfigError(reason)
 
 
 def _data(given: dict[str, Any]) -> DataSpec:

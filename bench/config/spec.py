@@ -23,6 +23,7 @@ from bench.inputs.sizes import parse_bytes
 from bench.trackers import TrackerSpec
 from variants.head_size import unusable_heads
 from variants.knobs import Knobs, decisive, knob, knobs_of
+from variants.slots import FEED_FORWARD, SLOTS, STACK, Slot
 
 if TYPE_CHECKING:
     from bench.model.slots import ModelSpec
@@ -56,7 +57,7 @@ class Root(Spec):
 
     seq_len: int = knob(1024, least=1, unit="tokens")
     """Length of a sequence."""
-    depth: int = knob(2, least=1, unit="blocks")
+    depth: int = knob(2, least=1, most=2**16, unit="blocks")
     """Blocks of the model."""
     batch_size: int | Literal["fit"] = knob(1, least=1, unit="sequences")
     """Sequences in a step; fit is as many as fit into measure.budget."""
@@ -95,8 +96,6 @@ class ModelSizes(Spec):
     """Width of the model."""
     heads: int = knob(2, least=1, unit="heads")
     """Attention heads of a layer; they divide d_model."""
-    ff_mult: int = knob(4, least=1)
-    """Width of the feed-forward layer as a multiple of d_model."""
     ff_chunks: int = knob(1, least=1, unit="pieces")
     """Pieces of the sequence that go through the feed-forward layer one at a time."""
     dropout: float = knob(0.0, least=0, below=1)
@@ -215,6 +214,20 @@ class DataSpec:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SlotChoice:
+    """The entry that fills a slot of the model: a feed-forward layer or a depth schedule."""
+
+    name: str
+    params: dict[str, Any] = field(default_factory=dict)
+    """All of its knobs."""
+
+    @classmethod
+    def default(cls, slot: Slot[Any]) -> Self:
+        """Return the slot's default entry with its default knobs."""
+        return cls(name=slot.default, params=slot.declared(slot.default).config().as_dict())
+
+
+@dataclass(frozen=True, kw_only=True)
 class ClusterSpec(Spec):
     """Where cells run, and what a job of them is given there. Decides no figure; null leaves it open."""
 
@@ -256,6 +269,9 @@ class CellSpec:
     model: ModelSizes
     data: DataSpec
     measure: MeasureSpec
+    feed_forward: SlotChoice = field(default_factory=lambda: SlotChoice.default(FEED_FORWARD))
+    stack: SlotChoice = field(default_factory=lambda: SlotChoice.default(STACK))
+    """The depth schedule."""
     twin: int = 0
     """Above 0: the very cell again, to see by how much two measurements of the same differ."""
 
@@ -270,8 +286,10 @@ class CellSpec:
     @property
     def label(self) -> str:
         """The cell in a few words, for people."""
-        words = f"{self.variant} T={self.seq_len} depth={self.depth} {self.activations} #{self.replicate}"
-        return f"{words} twin {self.twin}" if self.twin else words
+        own = [f"{group}={c.name}" for group, c in self.slots().items() if c.name != SLOTS[group].default]
+        words = [self.variant, *own, f"T={self.seq_len}", f"depth={self.depth}", self.activations]
+        words += [f"#{self.replicate}", *([f"twin {self.twin}"] if self.twin else [])]
+        return " ".join(words)
 
     def attention(self) -> tuple[type[Variant], VariantConfig, Dims]:
         """The variant's class, its config and the sizes of its layers (imports torch)."""
@@ -296,12 +314,25 @@ class CellSpec:
             return [self.variant]
         return [self.variant, *variant.members(config)]
 
+    def slots(self) -> dict[str, SlotChoice]:
+        """Return the entries that fill the slots, by group."""
+        return {FEED_FORWARD.group: self.feed_forward, STACK.group: self.stack}
+
+    def slot_modules(self) -> list[str]:
+        """Return the modules of these entries, whose code decides the figures."""
+        return [SLOTS[group].module_of(choice.name) for group, choice in self.slots().items()]
+
     def model_spec(self) -> ModelSpec:
-        """What the model is made of (imports torch)."""
-        from bench.model.slots import ModelSpec
+        """Return the parts of the model (imports torch)."""
+        from bench.model.slots import ModelSpec, depth_schedule, feed_forward
 
         variant, config, _ = self.attention()
-        return ModelSpec.of(variant, config, ff_mult=self.model.ff_mult)
+        return ModelSpec.of(
+            variant,
+            config,
+            feed_forward=feed_forward(self.feed_forward.name, **self.feed_forward.params),
+            depth=depth_schedule(self.stack.name, **self.stack.params),
+        )
 
     def workload(self) -> Workload:
         """The work of one forward pass of a step (imports torch)."""
@@ -336,9 +367,19 @@ class CellSpec:
         values = dataclasses.asdict(self)
         values["variant_params"] = _decisive_params("variant", self.variant, self.variant_params)
         values["data"]["params"] = _decisive_params("data", self.data.name, self.data.params)
-        values["model"] = decisive(ModelSizes, values["model"])
+        values["model"] = decisive(ModelSizes, values["model"]) | _HASHED_BEFORE_SLOTS
+        for group, choice in self.slots().items():
+            params = _decisive_params(group, choice.name, choice.params)
+            values[group]["params"] = params
+            if choice.name == SLOTS[group].default and not params:  # older cells had no other
+                del values[group]
         values["measure"] = self.measure.decisive()
         return digest([decisive(Root, values), data_sha256, code_sha256])
+
+
+_HASHED_BEFORE_SLOTS = {"ff_mult": 4}
+"""A knob of the model that became `feed_forward.mult`. Its default stays in the hash, so that older records
+are found."""
 
 
 def _decisive_params(group: str, name: str, params: dict[str, Any]) -> dict[str, Any]:

@@ -3,8 +3,8 @@
 Shapes: B batch, T tokens, C channels (d_model), V vocabulary.
 
 What is not a slot is the same for every variant: pre-norm blocks (Xiong 2020, arXiv:2002.04745), GPT-2's
-initialisation (normal, 0.02; the projections that write to the residual stream divided by √(2·depth)). A
-frozen parameter keeps the values that its layer gave it.
+initialisation (normal, 0.02; the projections that write to the residual stream divided by √(2·visits), where
+a stack visits each of its blocks once). A frozen parameter keeps the values that its layer gave it.
 """
 
 from __future__ import annotations
@@ -117,7 +117,7 @@ class LanguageModel(nn.Module):
         self.embedding = nn.Embedding(vocabulary, dims.d_model)
         below: Counter[SlotSpec[SequenceMixer]] = Counter()
         blocks = []
-        for layer in map(spec.at, range(depth)):
+        for layer in map(spec.at, range(self.depth_schedule.blocks)):
             mixer, feed_forward = layer.mixer, layer.feed_forward
             fed = dims_fed(mixer.layer, spec.input, dims)
             blocks.append(
@@ -137,7 +137,7 @@ class LanguageModel(nn.Module):
         self.apply(self._initialise)
         for name, parameter in self.named_parameters():
             if name.endswith("out.weight") and parameter.requires_grad:  # what writes to the residual stream
-                nn.init.normal_(parameter, std=0.02 / (2 * depth) ** 0.5)
+                nn.init.normal_(parameter, std=0.02 / (2 * len(self.visits)) ** 0.5)
 
     @staticmethod
     def _initialise(module: nn.Module) -> None:

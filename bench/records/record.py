@@ -58,6 +58,10 @@ class Record:
     depth: Size
     d_model: Size
     heads: Size
+    feed_forward: str = "mlp"
+    feed_forward_params: dict[str, Any] | None = None
+    stack: str = "stack"
+    stack_params: dict[str, Any] | None = None
     ff_chunks: Size = 1
     batch_size: Count
     activations: str

@@ -76,10 +76,10 @@ def log(spec: TrackerSpec, folder: Path, record: Record) -> None:
 
 
 def settings(record: Record) -> dict[str, str]:
-    """Return a cell's settings as text: its identity, and each knob of its variant and data by name."""
+    """Return a cell's settings as text: its identity, and each knob of its variant, slots and data."""
     found = {key: getattr(record, key) for key in (*KEYS[: KEYS.index("status")], *_ASKED)}
-    for group in ("variant_params", "data_params"):
-        found |= {f"{group.removesuffix('_params')}.{k}": v for k, v in (found.pop(group) or {}).items()}
+    for key in [key for key in found if key.endswith("_params")]:
+        found |= {f"{key.removesuffix('_params')}.{k}": v for k, v in (found.pop(key) or {}).items()}
     return {key: str(value) for key, value in found.items() if value is not None}
 
 

@@ -15,6 +15,8 @@ _PHRASES = {
     "data": "data {}",
     "d_model": "width {}",
     "heads": "{} heads",
+    "feed_forward_layer": "feed-forward {}",
+    "depth_schedule": "{}",
     "ff_chunks": "feed-forward in {} pieces",
     "batch_size": "batch {}",
     "threads": "{} threads",
@@ -24,6 +26,9 @@ _PHRASES = {
 }
 
 
+_USUAL = {"feed_forward_layer": "mlp", "depth_schedule": "stack", "ff_chunks": 1}
+
+
 def describe(values: Mapping[str, Any], keys: Sequence[str]) -> str:
     """The keys' values in words: 'clm, width 64, 4 heads, batch 4'."""
     return ", ".join(_phrase(key, values[key]) for key in keys if not _usual(key, values[key]))
@@ -31,7 +36,7 @@ def describe(values: Mapping[str, Any], keys: Sequence[str]) -> str:
 
 def _usual(key: str, value: Any) -> bool:
     """Whether the key's value is the usual one, which is not mentioned."""
-    return key == "ff_chunks" and value == 1
+    return key in _USUAL and value == _USUAL[key]
 
 
 def _phrase(key: str, value: Any) -> str:
