@@ -206,6 +206,26 @@ def test_null_is_no_path_where_there_may_be_none() -> None:
         (("variant=longformer", "variant.window=[]"), ("variant.window=[]", "a list of 1 or more integers")),
         (("variant=longformer", "variant.chunk=5"), ("variant.chunk", "variant.window")),
         (("variant=longformer", "+variant.windows=5"), ("windows", "did you mean window?")),
+        (("feed_forward=glu", "feed_forward.activation=silo"), ("'silo'", "gelu", "did you mean silu?")),
+        (("feed_forward=glu", "feed_forward.mult=0"), ("feed_forward.mult=0", "1 or more")),
+        (("feed_forward=glu", "feed_forward.mul=2"), ("feed_forward.mul", "did you mean feed_forward.mult?")),
+        (("feed_forward=glu", "+feed_forward.mul=2"), ("feed_forward.mul", "did you mean mult?")),
+        (("stack=universal", "stack.blocks=2"), ("stack.blocks: unknown knob", "stack.name")),
+        (("variant=hybrid", "variant.layers=[longformer,dens]"), ("variant=dens", "did you mean dense?")),
+        (("variant=hybrid", "variant.layers=[dense,hybrid]"), ("hybrid is itself a mixture",)),
+        (("variant=hybrid", "variant.layers=[chunked,transformer_xl]"), ("allowed is one for all",)),
+        (
+            ("variant=hybrid", "depth=1"),
+            ("depth=1: the variant has 2 layers", "allowed are 2 blocks or more"),
+        ),
+        (
+            ("variant=hybrid", "stack=universal"),
+            ("depth=2", "stack=universal makes 1 block", "2 blocks or more"),
+        ),
+        (
+            ("variant=routing", "stack=universal", "activations=checkpoint"),
+            ("stack=universal", "a block of routing 2 times", "allowed is once"),
+        ),
     ],
 )
 def test_a_variants_own_knobs_are_checked(overrides: tuple[str, ...], parts: tuple[str, ...]) -> None:

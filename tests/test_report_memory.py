@@ -340,6 +340,38 @@ def test_cells_that_were_predicted_badly_are_named(tmp_path: Path) -> None:
     assert "No cell is off by more than 5%." in fine
 
 
+def test_feed_forward_layers_and_depth_schedules_are_never_mixed(tmp_path: Path) -> None:
+    """Nor layers of one name with other knobs. What an older record does not say is what its peers say."""
+    slots = [
+        {"feed_forward_params": {"mult": 4}},
+        {"feed_forward_params": {"mult": 8}},
+        {"feed_forward": "glu", "feed_forward_params": {"activation": "silu", "mult": 4}},
+        {"feed_forward_params": {"mult": 4}, "stack": "universal"},
+    ]
+    names = ["mlp (mult=4)", "mlp (mult=8)", "glu", "mlp (mult=4)"]
+    schedules = ["stack", "stack", "stack", "universal"]
+    found = [
+        record(cell_id=f"c{n}-{r}", replicate=r, step_seconds_median=float(n), params=1000 * n, **slot)
+        for n, slot in enumerate(slots, 1)
+        for r in range(2)
+    ]
+    text = text_of(tmp_path / "e", found)
+    summary = pd.read_csv(tmp_path / "e" / "report" / "summary.csv")
+    keys = ["feed_forward_layer", "depth_schedule"]
+    want = {pair: float(n) for n, pair in enumerate(zip(names, schedules, strict=True), 1)}
+    assert summary.set_index(keys).step_seconds_median.to_dict() == want
+    assert (summary.step_seconds_ratio.dropna() == 1).all(), "each beside dense with the same slots"
+    assert "feed-forward glu" in text
+    assert "universal" in text
+    parameters = table(text, "## Parameters")
+    assert sorted(row["parameters"] for row in parameters) == ["1,000", "2,000", "3,000", "4,000"]
+
+    older = [record(cell_id="old", feed_forward_params=None), record(cell_id="new", replicate=1, **slots[0])]
+    text_of(tmp_path / "old", older)
+    (row,) = pd.read_csv(tmp_path / "old" / "report" / "summary.csv").to_dict("records")
+    assert (row["feed_forward_layer"], row["depth_schedule"], row["replicates"]) == ("mlp", "stack", 2)
+
+
 def test_ff_chunks_are_never_mixed(tmp_path: Path) -> None:
     found = [record(cell_id=f"c{c}", ff_chunks=c, step_seconds_median=float(c)) for c in (1, 8)]
     text = text_of(tmp_path / "e", found)

@@ -25,6 +25,7 @@ from bench.run.code_hash import code_sha256
 from bench.tasks.base import Batch
 from bench.train.loop import optimizer_for, training_step
 from variants.base import Context, DepthConfig, DepthSchedule, Dims, FFOut, SequenceMixer, SlotSpec, Workload
+from variants.declarations import Declared
 from variants.depth.universal import Universal, UniversalConfig
 from variants.feed_forward.glu import GLU, GLUConfig
 from variants.feed_forward.mlp import MLP, MLPConfig
@@ -154,9 +155,9 @@ def test_a_strategy_that_the_schedule_cannot_carry_is_refused_in_one_line(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(CellSpec, "model_spec", lambda self: twice())
-    assert cell("activations=checkpoint").activations == "checkpoint"
+    assert cell("stack=universal", "activations=checkpoint").activations == "checkpoint"
     with pytest.raises(ConfigError, match=r"^activations=reversible: .* visited twice; allowed is keep$"):
-        cell("activations=reversible")
+        cell("stack=universal", "activations=reversible")
 
 
 def test_more_layers_than_the_depth_are_refused_in_one_line() -> None:
@@ -195,6 +196,7 @@ def test_a_layer_that_no_cell_could_have_is_refused_where_two_knobs_are_related(
             self.require("mult", self.mult != 5, "any number but 5")
 
     monkeypatch.setattr(MLP, "Config", Related)
+    monkeypatch.setattr(Slot, "declared", lambda self, name: Declared(MLPConfig, {}, complete=False))
     assert cell("feed_forward.mult=6").feed_forward.params == {"mult": 6}
     with pytest.raises(ConfigError, match=r"^feed_forward.mult=5: allowed is any number but 5$"):
         cell("feed_forward.mult=5")
@@ -207,6 +209,7 @@ def test_a_broken_layer_is_for_its_cell_to_report(monkeypatch: pytest.MonkeyPatc
         raise variants.BrokenVariant(f"{name} cannot be imported: SyntaxError: x")
 
     monkeypatch.setattr(Slot, "load", broken)
+    assert cell("feed_forward=glu", "stack=universal").stack.name == "universal"
     spec = cell("feed_forward=glu")
     assert spec.feed_forward.name == "glu"
     with pytest.raises(variants.BrokenVariant, match="glu cannot be imported"):

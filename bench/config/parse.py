@@ -176,17 +176,20 @@ def _variant(given: dict[str, Any]) -> tuple[str, dict[str, Any]]:
 
 
 def _slot(slot: Slot[Any], given: dict[str, Any]) -> SlotChoice:
-    """The entry of a slot and its complete knobs, defaults filled in."""
+    """Return the entry of a slot and its complete knobs, defaults filled in."""
     name = choose(slot.group, str(given.pop("name", "")), slot.names())
     try:
-        return SlotChoice(name=name, params=_knobs(slot.group, slot.load(name).Config, given).as_dict())
+        declared = slot.declared(name)
+        config = declared.config if declared.complete else slot.load(name).Config
+        return SlotChoice(name=name, params=_knobs(slot.group, config, given).as_dict())
     except variants.BrokenVariant:  # the cell reports it: others of the sweep can run
         return SlotChoice(name=name, params=given)
 
 
 def _check_model(spec: CellSpec) -> None:
     """Raise ConfigError for a model that cannot be built."""
-    if variants.outline(spec.variant):  # equal layers in a stack: allowed for every depth and strategy
+    # equal layers in a stack are allowed for every depth and strategy
+    if variants.outline(spec.variant) and spec.stack.name == STACK.default:
         return
     try:
         model = spec.model_spec()
