@@ -222,10 +222,6 @@ def test_null_is_no_path_where_there_may_be_none() -> None:
             ("variant=hybrid", "stack=universal"),
             ("depth=2", "stack=universal makes 1 block", "2 blocks or more"),
         ),
-        (
-            ("variant=routing", "stack=universal", "activations=checkpoint"),
-            ("stack=universal", "a block of routing 2 times", "allowed is once"),
-        ),
     ],
 )
 def test_a_variants_own_knobs_are_checked(overrides: tuple[str, ...], parts: tuple[str, ...]) -> None:

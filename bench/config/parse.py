@@ -195,7 +195,7 @@ def _check_model(spec: CellSpec) -> None:
         model = spec.model_spec()
     except variants.BrokenVariant:  # reported by the cell
         return
-    if reason := model.unsupported(spec.depth, spec.activations):
+    if reason := model.conflict(spec.depth, spec.activations):
         raise ConfigError(reason)
 
 

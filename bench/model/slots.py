@@ -74,18 +74,26 @@ class ModelSpec:
         of its visits."""
         return dict(Counter(map(self.at, self.visits(depth))))
 
-    def unsupported(self, depth: int, activations: str) -> str | None:
-        """Return why the depth schedule cannot run this model, beginning with the knob; None if it can."""
-        visits = Counter(self.visits(depth))
-        layers, blocks, stack = len(self.layers), len(visits), f"stack={self.depth.name}"
+    def conflict(self, depth: int, activations: str) -> str | None:
+        """Return the conflict between knobs because of which there is no such model, beginning with the knob;
+        None if there is none."""
+        layers, blocks, stack = len(self.layers), len({*self.visits(depth)}), f"stack={self.depth.name}"
         if blocks < layers:
             makes = f"the variant has {layers} layers and {stack} makes {blocks}"
             return f"depth={depth}: {makes} block{'s' * (blocks > 1)}; allowed are {layers} blocks or more"
-        for block, times in visits.items():
+        reason = self.depth.layer.unsupported(self.depth.config, depth=depth, activations=activations)
+        return f"activations={activations}: {reason}" if reason else None
+
+    def unsupported(self, depth: int, d_model: int) -> str | None:
+        """Return why these layers cannot fill the slots of a model of these sizes; None if they can."""
+        for layer in self.layers:
+            slot = layer.feed_forward
+            if reason := slot.layer.unsupported(slot.config, d_model):
+                return f"{slot.name}: {reason}"
+        for block, times in Counter(self.visits(depth)).items():
             mixer = self.at(block).mixer
             # Such an update may read the last visit. If activations are computed again, that is another one.
             if times > 1 and issubclass(mixer.layer, UpdatesAfterStep):
-                again = f"{stack}: visits a block of {mixer.name} {times} times in a step"
-                return f"{again}; allowed is once for layers that are updated after a step"
-        reason = self.depth.layer.unsupported(self.depth.config, depth=depth, activations=activations)
-        return f"activations={activations}: {reason}" if reason else None
+                visits = f"stack={self.depth.name} visits a block {times} times in a step"
+                return f"{mixer.name}: is updated after a step, and {visits}; allowed is once"
+        return None

@@ -13,15 +13,13 @@ from typing import Any
 
 import pandas as pd
 
-from bench.records.record import Record
+from bench.records.record import SLOTS, Record
 from bench.records.store import columns_of
 
 UNKNOWN = "unknown"
 """A text that no record of the same kind has."""
 TRAINING_KEYS = ("train_budget", "train_amount", "learning_rate", "eval_split", "eval_stride")
 """How a model was trained and scored."""
-SLOTS = ("feed_forward", "stack")
-"""Parts of a model, beside its variant, that are chosen by name and have knobs of their own."""
 OTHER_PARAMS = (*SLOTS, "data")
 """What has knobs in a record, `<name>_params`, beside the variant."""
 CONFIGURATION = (

@@ -122,10 +122,8 @@ class CellRun:
             raise Unsupported(f"device={self.spec.device}: this machine, or this torch, has none")
         if reason := self.variant.unsupported(self.config, self.dims, causal=self.spec.causal):
             raise Unsupported(reason)
-        for layer in self.spec.model_spec().layers:
-            slot = layer.feed_forward
-            if reason := slot.layer.unsupported(slot.config, self.dims.d_model):
-                raise Unsupported(f"{slot.name}: {reason}")
+        if reason := self.spec.model_spec().unsupported(self.spec.depth, self.dims.d_model):
+            raise Unsupported(reason)
         if reason := STRATEGIES[self.spec.activations].unsupported(self.device.type):
             raise Unsupported(f"activations={self.spec.activations}: {reason}")
         measure = self.spec.measure

@@ -16,7 +16,7 @@ _PHRASES = {
     "d_model": "width {}",
     "heads": "{} heads",
     "feed_forward_layer": "feed-forward {}",
-    "depth_schedule": "{}",
+    "depth_schedule": "depth schedule {}",
     "ff_chunks": "feed-forward in {} pieces",
     "batch_size": "batch {}",
     "threads": "{} threads",
