@@ -7,7 +7,8 @@ from typing import Any
 
 import pandas as pd
 
-from bench.report.data.groups import GROUP, TRAINING, split, varying
+from bench.records import Record
+from bench.report.data.groups import GROUP, SLOT_COLUMNS, TRAINING, split, varying
 from bench.report.text import units
 
 _PHRASES = {
@@ -26,7 +27,9 @@ _PHRASES = {
 }
 
 
-_USUAL = {"feed_forward_layer": "mlp", "depth_schedule": "stack", "ff_chunks": 1}
+_USUAL = {column: getattr(Record, key) for key, column in SLOT_COLUMNS.items()} | {
+    "ff_chunks": Record.ff_chunks
+}
 
 
 def describe(values: Mapping[str, Any], keys: Sequence[str]) -> str:
