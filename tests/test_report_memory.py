@@ -20,7 +20,7 @@ from test_report import failed, number, record, table, write
 
 from bench.records import Record
 from bench.report import build
-from bench.report.data.collect import collect
+from bench.report.data.collect import collect, relabelled
 from bench.report.data.statistics import cost_cells
 from bench.report.figures import canvas
 from bench.report.figures.lines import Look
@@ -370,6 +370,17 @@ def test_feed_forward_layers_and_depth_schedules_are_never_mixed(tmp_path: Path)
     text_of(tmp_path / "old", older)
     (row,) = pd.read_csv(tmp_path / "old" / "report" / "summary.csv").to_dict("records")
     assert (row["feed_forward_layer"], row["depth_schedule"], row["replicates"]) == ("mlp", "stack", 2)
+
+
+def test_a_run_of_an_older_version_is_compared_with_a_new_one(tmp_path: Path) -> None:
+    """It does not say how wide its MLP was; the other run does."""
+    runs = [
+        collect(write(tmp_path / str(n), [record(feed_forward_params=knobs)]))
+        for n, knobs in enumerate([None, {"mult": 4}])
+    ]
+    both = relabelled(pd.concat([run.frame for run in runs], ignore_index=True))
+    assert both.feed_forward_layer.tolist() == ["mlp", "mlp"]
+    assert both.feed_forward_json.nunique(dropna=False) == 1
 
 
 def test_ff_chunks_are_never_mixed(tmp_path: Path) -> None:

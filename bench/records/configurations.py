@@ -95,8 +95,8 @@ def filled_in(frame: pd.DataFrame) -> pd.DataFrame:
     frame["train_amount"] = frame["train_amount"].fillna(frame["tokens_trained"])
     frame["impl"] = _filled(frame, "impl", ["variant", "params_json"])
     frame["data_json"] = _only(frame["data_json"], [frame["data"], frame["data_sha256"]]).fillna("{}")
-    for slot in SLOTS:  # older records do not contain the knobs
-        frame[f"{slot}_json"] = _only(frame[f"{slot}_json"], [frame[slot]]).fillna("{}")
+    for slot in SLOTS:  # older records do not contain the knobs; null if their peers have several values
+        frame[f"{slot}_json"] = _only(frame[f"{slot}_json"], [frame[slot]])
     return frame
 
 

@@ -89,7 +89,8 @@ def _labelled(frame: pd.DataFrame) -> pd.DataFrame:
     hashes = frame.groupby("corpus")["data_sha256"].transform("nunique")
     frame["corpus"] = frame["corpus"].where(hashes <= 1, frame["corpus"] + "@" + frame["data_sha256"].str[:8])
     for slot, column in SLOT_COLUMNS.items():
-        words = _differing(frame[slot], [json.loads(text) for text in frame[f"{slot}_json"]])
+        params = [{} if pd.isna(text) else json.loads(text) for text in frame[f"{slot}_json"]]
+        words = _differing(frame[slot], params)
         frame[column] = [
             f"{name} ({own})" if own else name for name, own in zip(frame[slot], words, strict=True)
         ]

@@ -27,9 +27,11 @@ _PHRASES = {
 }
 
 
-_USUAL = {column: getattr(Record, key) for key, column in SLOT_COLUMNS.items()} | {
-    "ff_chunks": Record.ff_chunks
+_USUAL = {
+    "ff_chunks": Record.ff_chunks,
+    **{column: getattr(Record, key) for key, column in SLOT_COLUMNS.items()},
 }
+"""Values that are not mentioned."""
 
 
 def describe(values: Mapping[str, Any], keys: Sequence[str]) -> str:
