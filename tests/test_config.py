@@ -67,7 +67,7 @@ REFUSED: dict[str, tuple[str, ...]] = {
     # wrong types
     "seq_len=abc": ("seq_len='abc'", "an integer"),
     "seq_len=1.5": ("seq_len=1.5", "an integer"),
-    "depth=null": ("depth=null", "an integer, 1 or more blocks"),
+    "depth=null": ("depth=null", "an integer, 1 to 65,536 blocks"),
     "depth={a: 1}": ("depth",),
     "variant=": ("variant=", "allowed is one of"),
     "variant={name: dense}": ("variant={name: dense}", "allowed is one of"),
@@ -82,7 +82,7 @@ REFUSED: dict[str, tuple[str, ...]] = {
     # out of bounds
     "seq_len=0": ("seq_len=0", "1 or more"),
     "seq_len=-5": ("seq_len=-5", "1 or more"),
-    "depth=0": ("depth=0", "1 or more"),
+    "depth=0": ("depth=0", "1 to 65,536 blocks"),
     "audit_oom=1.5": ("audit_oom=1.5", "0 to 1"),
     "audit_oom=-0.1": ("audit_oom=-0.1", "0 to 1"),
     "audit_oom=nan": ("audit_oom=nan", "0 to 1"),

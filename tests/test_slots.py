@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -29,7 +30,7 @@ from variants.declarations import Declared
 from variants.depth.universal import Universal, UniversalConfig
 from variants.feed_forward.glu import GLU, GLUConfig
 from variants.feed_forward.mlp import MLP, MLPConfig
-from variants.slots import Slot
+from variants.slots import FEED_FORWARD, Slot
 
 T, VOCABULARY = 24, 11
 SIZES = Dims(seq_len=T, d_model=16, heads=2)
@@ -214,6 +215,44 @@ def test_a_broken_layer_is_for_its_cell_to_report(monkeypatch: pytest.MonkeyPatc
     assert spec.feed_forward.name == "glu"
     with pytest.raises(variants.BrokenVariant, match="glu cannot be imported"):
         spec.model_spec()
+
+
+TWO = """
+from variants.feed_forward.mlp import MLP, MLPConfig
+
+class One(MLP):
+    Config = MLPConfig
+
+class Other(MLP):
+    Config = MLPConfig
+"""
+
+
+@pytest.mark.parametrize(
+    ("source", "error", "said"),
+    [
+        (
+            TWO,
+            TypeError,
+            r"^variants\.feed_forward\.mine defines 2 classes with a Config; it must define one$",
+        ),
+        ("x = 1", TypeError, "defines 0 classes"),
+        ("raise SystemExit(3)", variants.BrokenVariant, r"cannot be imported: SystemExit: 3$"),
+        ("def (", variants.BrokenVariant, r"cannot be imported: SyntaxError"),
+    ],
+)
+def test_a_file_that_is_no_layer_is_named(
+    source: str, error: type[Exception], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "mine.py").write_text(source)
+    package = FEED_FORWARD.package
+    monkeypatch.setattr(package, "__path__", [*package.__path__, str(tmp_path)])
+    assert FEED_FORWARD.names() == ["glu", "mine", "mlp"]
+    try:
+        with pytest.raises(error, match=said):
+            FEED_FORWARD.load("mine")
+    finally:
+        sys.modules.pop(f"{package.__name__}.mine", None)
 
 
 def test_what_fills_the_slots_decides_a_cells_id() -> None:

@@ -89,11 +89,7 @@ def _labelled(frame: pd.DataFrame) -> pd.DataFrame:
     hashes = frame.groupby("corpus")["data_sha256"].transform("nunique")
     frame["corpus"] = frame["corpus"].where(hashes <= 1, frame["corpus"] + "@" + frame["data_sha256"].str[:8])
     for slot, column in SLOT_COLUMNS.items():
-        params = [{} if pd.isna(text) else json.loads(text) for text in frame[f"{slot}_json"]]
-        words = _differing(frame[slot], params)
-        frame[column] = [
-            f"{name} ({own})" if own else name for name, own in zip(frame[slot], words, strict=True)
-        ]
+        frame[column] = slot_names(frame[slot], frame[f"{slot}_json"])
     frame["label"] = labels(frame)
     return frame
 
@@ -114,6 +110,14 @@ def labels(frame: pd.DataFrame) -> list[str]:
         f"{variant} ({words})" if words else str(variant)
         for variant, words in zip(frame["variant"], shown, strict=True)
     ]
+
+
+def slot_names(names: Iterable[str], params: Iterable[str | None]) -> list[str]:
+    """Each row's entry of a slot, with those of its knobs (JSON, or null) that differ among the entry's rows:
+    'mlp (mult=8)'."""
+    rows = list(names)
+    words = _differing(rows, [{} if pd.isna(text) else json.loads(text) for text in params])
+    return [f"{name} ({own})" if own else str(name) for name, own in zip(rows, words, strict=True)]
 
 
 def _differing(names: Iterable[str], knobs: Iterable[dict[str, Any]]) -> list[str]:
