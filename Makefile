@@ -115,9 +115,12 @@ notebooks: $(STAMP) ## run the notebooks on results/NAME or the reference run; w
 		--output='../outputs/notebooks/{notebook_name}' $(wildcard notebooks/*.ipynb)
 	@echo "notebooks with outputs: outputs/notebooks"
 
-# One worker per core, at most four, because each loads torch. Tests that share a fixture run on one worker.
+# One worker per core, at most four, because each loads torch. A file's tests run on one worker, so that they share
+# its fixtures. In the files' own order: the one with most tests is not the one that takes longest.
 test: corpus ## run the short tier of the tests; ARGS='-k name' selects some
-	@$(PY) -m pytest -n auto --maxprocesses 4 --dist loadgroup $(ARGS)
+	@$(PY) -m pytest $(PARALLEL) $(ARGS)
+
+PARALLEL := -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 test-slow: corpus ## run all other cases, and the tests that take minutes
 	@$(PY) -m pytest -m $(SLOW) $(ARGS)

@@ -38,7 +38,7 @@ records.groupby("status")["reason"].agg(["size", "first"])
 # A *step* is one forward and one backward pass. The times of different processes differ by more than the samples of one process. Therefore take the ratio to dense **within a replicate**, because both ran in the same round, and then the median over replicates.
 
 # %%
-SETTING = ["objective", "d_model", "activations", "batch_size", "device_name"]
+SETTING = ["objective", "d_model", "feed_forward", "stack", "activations", "batch_size", "device_name"]
 finished = records[records["status"] == "ok"]
 timed = finished[finished["step_seconds_median"].notna()]
 rounds = [*SETTING, "depth", "seq_len", "replicate"]
@@ -132,7 +132,8 @@ growth.sort_values("time grows as T^").style.format("{:.2f}", na_rep="–")
 
 # %%
 trained = finished[finished["nll"].notna() & ~(finished["leak_max_abs"] > 1e-3)]
-SAME = ["objective", "data", "d_model", "depth", "seq_len", "train_budget", "train_amount"]
+SAME = ["objective", "data", "d_model", "feed_forward", "stack", "depth", "seq_len"]
+SAME += ["train_budget", "train_amount"]
 if len(trained):
     pool = trained.groupby(SAME, dropna=False)["variant"].nunique().idxmax()
     models = trained.set_index(SAME).loc[[pool]].reset_index()

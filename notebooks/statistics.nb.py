@@ -11,7 +11,8 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from bench.report.data.collect import labels
+from bench.report.data.collect import labels, slot_names
+from bench.report.data.groups import SLOT_COLUMNS
 
 FOLDER = Path(os.environ.get("RESULTS", "../results/reference-cpu"))
 records = pd.read_parquet(FOLDER / "report" / "cells.parquet")
@@ -28,8 +29,13 @@ for key, same in PEERS.items():
 records["impl"] = records["impl"].fillna("unknown")
 records["label"] = labels(records.rename(columns={"variant_params": "params_json"}))
 
-GROUP = ["objective", "data", "d_model", "heads", "ff_chunks", "batch_size", "dtype", "device"]
-GROUP += ["device_name", "threads", "activations", "depth"]
+SLOTS = {key: column for key, column in SLOT_COLUMNS.items() if key in records}  # older reports have none
+for key, column in SLOTS.items():
+    params = records[f"{key}_params"].fillna(records.groupby(key)[f"{key}_params"].transform("first"))
+    records[column] = slot_names(records[key], params)
+
+GROUP = ["objective", "data", "d_model", "heads", *SLOTS.values(), "ff_chunks", "batch_size"]
+GROUP += ["dtype", "device", "device_name", "threads", "activations", "depth"]
 CELL = [*GROUP, "variant", "label", "seq_len"]
 TRAINING = ["train_budget", "train_amount", "learning_rate", "eval_split", "eval_stride"]
 one = records.sort_values(["started_at", "cell_id"]).groupby([*CELL, *TRAINING, "measure"], dropna=False)

@@ -10,7 +10,7 @@ import torch
 import variants
 from bench.evaluate.accuracy import Accuracy, measure_accuracy
 from bench.model.language_model import LanguageModel
-from bench.model.slots import ModelSpec
+from bench.model.slots import ModelSpec, feed_forward
 from bench.tasks.base import IGNORED, Batch
 from variants.base import Workload
 
@@ -23,7 +23,7 @@ def model_of(name: str = "dense", **knobs: object) -> LanguageModel:
     torch.manual_seed(0)
     dims = Workload(causal=True, batch_size=1, seq_len=12, d_model=16, heads=2)
     return LanguageModel(
-        ModelSpec.of(variant, variant.Config.of(knobs), ff_mult=2),
+        ModelSpec.of(variant, variant.Config.of(knobs), feed_forward=feed_forward(mult=2)),
         dims,
         depth=2,
         dropout=0.5,

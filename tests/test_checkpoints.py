@@ -22,7 +22,7 @@ from torch import Tensor
 import variants
 from bench import records
 from bench.model.language_model import LanguageModel
-from bench.model.slots import ModelSpec
+from bench.model.slots import ModelSpec, feed_forward
 from bench.records import Record, read_all
 from bench.tasks.text import VOCABULARY, Batch
 from bench.train import checkpoints, loss_curve
@@ -42,7 +42,10 @@ def model_of(name: str, seed: int, device: torch.device = CPU, **knobs: Any) -> 
     variant = variants.load(name)
     sizes: dict[str, Any] = {"depth": 2, "dropout": 0.2, "vocabulary": VOCABULARY}
     return LanguageModel(
-        ModelSpec.of(variant, variant.Config.of(knobs), ff_mult=2), SIZES, activations="keep", **sizes
+        ModelSpec.of(variant, variant.Config.of(knobs), feed_forward=feed_forward(mult=2)),
+        SIZES,
+        activations="keep",
+        **sizes,
     ).to(device)
 
 

@@ -108,7 +108,7 @@ def test_a_mixture_is_planned_trained_resumed_and_reported(tmp_path: Path) -> No
         ("[longformer,dens]", "did you mean dense?"),
         ("[longformer(windw=5),dense]", "did you mean window?"),
         ("[chunked,transformer_xl]", "allowed is one for all"),
-        ("[dense,dense,dense]", "depth=2: variant=hybrid has 3 layers; allowed is 3 or more"),
+        ("[dense,dense,dense]", "depth=2: the variant has 3 layers and stack=stack makes 2 blocks"),
     ],
 )
 def test_what_is_no_mixture_is_one_line_and_nothing_is_written(
@@ -422,7 +422,12 @@ def test_help_names_groups_and_knobs_and_does_not_load_torch(tmp_path: Path) -> 
 
 def test_help_describes_every_knob_of_what_is_chosen(tmp_path: Path) -> None:
     chosen = ["variant=reformer", "variant.n_hashes=2", "data=needle", "measure=quick", "tracker=mlflow"]
-    text = help.text(chosen, CONFIGS)
+    text = help.text([*chosen, "feed_forward=glu", "feed_forward.mult=2", "stack=universal"], CONFIGS)
+    assert re.search(r"^  feed_forward: glu, mlp$", text, re.M)
+    assert re.search(r"^  stack: stack, universal$", text, re.M)
+    assert re.search(r"activation: silu .*# Function of the gate \(silu, gelu, relu or sigmoid\)", text)
+    assert re.search(r"mult: 2 .*# Width of an MLP .* \(an integer, 1 or more\)", text)
+    assert re.search(r"^  stack:\n    name: universal$", text, re.M)
     for knob in (*knobs_of(MeasureSpec), *knobs_of(Root), *declared("variant", "reformer").meanings):  # type: ignore[union-attr]
         (line,) = re.findall(rf"^ +{knob}: .*# (.*)$", text, re.M)[:1]
         assert re.search(r"\w.* \(.*\w.*\)$", line), knob

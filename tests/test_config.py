@@ -51,6 +51,9 @@ REFUSED: dict[str, tuple[str, ...]] = {
     "activations=chekpoint": ("activations=chekpoint", "keep", "did you mean checkpoint?"),
     "model=tinny": ("model=tinny", "small", "did you mean tiny?"),
     "measure=quik": ("measure=quik", "standard", "did you mean quick?"),
+    "feed_forward=gluu": ("feed_forward=gluu", "mlp", "did you mean glu?"),
+    "stack=univresal": ("stack=univresal", "stack", "did you mean universal?"),
+    "feed_forward.activation=silu": ("feed_forward.activation", "unknown knob", "feed_forward.mult"),
     "data=play": ("data=play", "stdlib", "did you mean plays?"),
     "objective=clmm": ("objective=clmm", "auto", "mlm", "did you mean clm?"),
     "dtype=float16": ("dtype='float16'", "float32 or bfloat16"),
@@ -64,7 +67,7 @@ REFUSED: dict[str, tuple[str, ...]] = {
     # wrong types
     "seq_len=abc": ("seq_len='abc'", "an integer"),
     "seq_len=1.5": ("seq_len=1.5", "an integer"),
-    "depth=null": ("depth=null", "an integer, 1 or more blocks"),
+    "depth=null": ("depth=null", "an integer, 1 to 65,536 blocks"),
     "depth={a: 1}": ("depth",),
     "variant=": ("variant=", "allowed is one of"),
     "variant={name: dense}": ("variant={name: dense}", "allowed is one of"),
@@ -79,7 +82,7 @@ REFUSED: dict[str, tuple[str, ...]] = {
     # out of bounds
     "seq_len=0": ("seq_len=0", "1 or more"),
     "seq_len=-5": ("seq_len=-5", "1 or more"),
-    "depth=0": ("depth=0", "1 or more"),
+    "depth=0": ("depth=0", "1 to 65,536 blocks"),
     "audit_oom=1.5": ("audit_oom=1.5", "0 to 1"),
     "audit_oom=-0.1": ("audit_oom=-0.1", "0 to 1"),
     "audit_oom=nan": ("audit_oom=nan", "0 to 1"),
@@ -92,7 +95,10 @@ REFUSED: dict[str, tuple[str, ...]] = {
     "model.heads=0": ("model.heads=0", "1 or more"),
     "model.heads=3": ("model.heads=3", "must divide d_model=64", "nearest that does is 2"),
     "model.heads=64": ("model.heads=64", "even"),
-    "model.ff_mult=0": ("model.ff_mult=0", "1 or more"),
+    "feed_forward.mult=0": ("feed_forward.mult=0", "1 or more"),
+    "feed_forward.mult=wide": ("feed_forward.mult='wide'", "an integer"),
+    "model.ff_mult=8": ("model.ff_mult=8", "unknown knob", "it is now feed_forward.mult"),
+    "+model.ff_mult=8": ("model.ff_mult=8", "unknown knob", "it is now feed_forward.mult"),
     "model.dropout=1": ("model.dropout=1.0", "0 up to below 1"),
     "model.dropout=-0.1": ("model.dropout=-0.1", "0 up to below 1"),
     "measure.min_samples=0": ("measure.min_samples=0", "1 or more"),
@@ -200,6 +206,22 @@ def test_null_is_no_path_where_there_may_be_none() -> None:
         (("variant=longformer", "variant.window=[]"), ("variant.window=[]", "a list of 1 or more integers")),
         (("variant=longformer", "variant.chunk=5"), ("variant.chunk", "variant.window")),
         (("variant=longformer", "+variant.windows=5"), ("windows", "did you mean window?")),
+        (("feed_forward=glu", "feed_forward.activation=silo"), ("'silo'", "gelu", "did you mean silu?")),
+        (("feed_forward=glu", "feed_forward.mult=0"), ("feed_forward.mult=0", "1 or more")),
+        (("feed_forward=glu", "feed_forward.mul=2"), ("feed_forward.mul", "did you mean feed_forward.mult?")),
+        (("feed_forward=glu", "+feed_forward.mul=2"), ("feed_forward.mul", "did you mean mult?")),
+        (("stack=universal", "stack.blocks=2"), ("stack.blocks: unknown knob", "stack.name")),
+        (("variant=hybrid", "variant.layers=[longformer,dens]"), ("variant=dens", "did you mean dense?")),
+        (("variant=hybrid", "variant.layers=[dense,hybrid]"), ("hybrid is itself a mixture",)),
+        (("variant=hybrid", "variant.layers=[chunked,transformer_xl]"), ("allowed is one for all",)),
+        (
+            ("variant=hybrid", "depth=1"),
+            ("depth=1: the variant has 2 layers", "allowed are 2 blocks or more"),
+        ),
+        (
+            ("variant=hybrid", "stack=universal"),
+            ("depth=2", "stack=universal makes 1 block", "2 blocks or more"),
+        ),
     ],
 )
 def test_a_variants_own_knobs_are_checked(overrides: tuple[str, ...], parts: tuple[str, ...]) -> None:
@@ -228,6 +250,15 @@ def test_auto_is_decided_before_the_cell_is_hashed() -> None:
     auto, said = cell_of().spec, cell_of("objective=clm").spec
     assert auto.objective == "clm"
     assert auto.cell_id("data", "code") == said.cell_id("data", "code")
+
+
+@pytest.mark.parametrize("release", ["2.13.0+cpu", "2.13.0", "2.13.0+cu128"])
+def test_torch_says_which_device_auto_is_unless_it_was_built_for_cpus(
+    release: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("bench.config.parse.version", {"torch": release}.__getitem__)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert cell_of("device=auto").spec.device == ("cpu" if release.endswith("+cpu") else "cuda")
 
 
 def test_every_figures_knob_changes_the_cells_id_and_no_other_does() -> None:

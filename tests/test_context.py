@@ -18,7 +18,7 @@ from bench import corpora
 from bench.evaluate.context_use import measure_context_use
 from bench.evaluate.nll import Tally, tally
 from bench.model.language_model import LanguageModel
-from bench.model.slots import ModelSpec
+from bench.model.slots import ModelSpec, feed_forward
 from bench.tasks import text
 from bench.tasks.windows import document_batches, window_batches
 from bench.train.loop import optimizer_for, training_step
@@ -47,7 +47,7 @@ def trained(name: str, replicate: int, *, batch_size: int, steps: int, **knobs: 
     torch.manual_seed(replicate)
     variant, dims = variants.load(name), Workload(causal=True, batch_size=1, seq_len=T, d_model=64, heads=2)
     model = LanguageModel(
-        ModelSpec.of(variant, variant.Config.of(knobs), ff_mult=4),
+        ModelSpec.of(variant, variant.Config.of(knobs), feed_forward=feed_forward(mult=4)),
         dims,
         depth=2,
         dropout=0.0,

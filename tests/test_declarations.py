@@ -12,13 +12,16 @@ import pytest
 
 import variants
 from bench import tasks
-from variants.base import Caps, Complexity, Info
-from variants.declarations import Unreadable, attribute, declared, first_sentence
+from variants.base import Caps, Complexity, DepthSchedule, Info
+from variants.declarations import Unreadable, attribute, declared, first_sentence, overrides
+from variants.depth.stack import Stack
 from variants.knobs import Knobs, knobs_of
+from variants.slots import SLOTS
 
 MODULES = {
     **{variants.module_of(name): variants.load(name) for name in variants.names()},
     **{f"bench.tasks.{name}": tasks.load(name) for name in (*tasks.names(), tasks.TEXT)},
+    **{slot.module_of(name): slot.load(name) for slot in SLOTS.values() for name in slot.names()},
 }
 
 
@@ -46,6 +49,26 @@ def test_plain_attributes_are_read_too(name: str) -> None:
     caps, complexity = Caps(**read.pop("caps")), Complexity(**read.pop("complexity"))
     assert Info(**read, caps=caps, complexity=complexity) == variant.info
     assert attribute(module, None, "no_such") is None
+
+
+@pytest.mark.parametrize("name", variants.names())
+def test_an_outline_agrees_with_the_variant(name: str) -> None:
+    variant, outline = variants.load(name), variants.outline(name)
+    has_checks = "__post_init__" in {key for owner in variant.Config.__mro__ for key in vars(owner)}
+    if name not in variants.mixers() or has_checks:
+        assert outline is None
+        return
+    assert outline is not None
+    assert knobs_of(outline.config) == knobs_of(variant.Config)
+    config = variant.Config()
+    assert outline.causal == variant.info_for(config).caps.causal
+    assert len(variant.mixers(config)) == 1
+    assert variant.members(config) == ()
+
+
+def test_a_stack_allows_what_needs_no_check() -> None:
+    """Therefore a cell with an outline is checked without a `ModelSpec`."""
+    assert Stack.unsupported.__func__ is DepthSchedule.unsupported.__func__  # type: ignore[attr-defined]
 
 
 SHARED = """
@@ -116,6 +139,45 @@ def test_the_keywords_of_calls_are_read_and_what_they_compute_is_not(package: Pa
     assert attribute(module, None, "info") == {"paper": "A", "caps": {"causal": True}, "sizes": [1, 2]}
     with pytest.raises(Unreadable, match=r"title\(\) is not a literal"):
         attribute(module, "Mine", "computed")
+
+
+CHECKED = {
+    "fields": ("n: int = 1", True),
+    "a property": ("double = property(lambda self: 2 * self.size)", True),
+    "a method": ("def twice(self): return 2 * self.size", True),
+    "a check": ("def __post_init__(self): self.require('size', self.size != 2, 'not 2')", False),
+    "another constructor": ("of = classmethod(lambda cls, values: cls())", False),
+    "a conditional check": ("if True:\n        def __post_init__(self): pass", False),
+}
+
+
+@pytest.mark.parametrize("case", CHECKED)
+def test_a_class_with_checks_of_its_own_is_not_complete(case: str, package: Path) -> None:
+    field, complete = CHECKED[case]
+    assert declared(own(package, field)).complete == complete
+
+
+@pytest.mark.parametrize(
+    ("body", "overridden"),
+    [("pass", False), ("def info_for(cls, config): ...", True), ("info_for = other", True)],
+)
+def test_an_override_is_found_in_every_class_down_from_the_base(
+    body: str, overridden: bool, package: Path
+) -> None:
+    (package / "own.py").write_text(
+        f"from {package.name}.shared import Layer\n"
+        f"class Between(Layer):\n    {body}\n"
+        "class Mine(Between):\n    pass\n"
+    )
+    module, base = f"{package.name}.own", (f"{package.name}.shared", "Layer")
+    assert overrides(module, "Mine", base, {"info_for"}) == overridden
+    with pytest.raises(Unreadable, match=r"the base nn\.Module"):
+        overrides(module, "Mine", (module, "Other"), {"mixers"})
+
+
+def test_a_class_without_the_base_is_named(package: Path) -> None:
+    with pytest.raises(Unreadable, match=r"does not inherit from a\.B"):
+        overrides(own(package, "n: int = 1"), "Own", ("a", "B"), {"mixers"})
 
 
 UNREADABLE = {

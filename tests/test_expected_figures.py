@@ -20,6 +20,7 @@ from hydra import compose, initialize_config_dir
 from bench import CONFIGS
 from bench.cli.overrides import quote_text
 from bench.config.parse import parse
+from bench.config.spec import digest
 from bench.run import isolate, memory_limit, provenance
 
 TABLE = Path(__file__).parent / "data" / "expected_figures.json"
@@ -98,8 +99,9 @@ class _Told(dict[str, Any]):
     send = dict.update
 
 
-def figures(overrides: list[str], folder: Path) -> dict[str, Any]:
-    """What the cell measures, with its gates."""
+def figures(name: str, folder: Path) -> dict[str, Any]:
+    """What the cell measures. Cells with one folder share the roofline, and the gates of equal layers."""
+    overrides = cells()[name]
     corpus = folder / "corpus.txt"
     corpus.write_text("".join(f"{n} bottles of beer on the wall, {n * n} in all\n" for n in range(200)))
     own = any(word.startswith("data=") for word in overrides)
@@ -111,7 +113,7 @@ def figures(overrides: list[str], folder: Path) -> dict[str, Any]:
             )
         )
     told = _Told()
-    told |= isolate._outcome(cell, "cell", "code", memory_limit.memory_bytes(cell.spec), told)  # type: ignore[arg-type]
+    told |= isolate._outcome(cell, digest(name), "code", memory_limit.memory_bytes(cell.spec), told)  # type: ignore[arg-type]
     assert told["status"] == "ok", told["reason"]
     return {key: told.get(key) for key in (*EXACT, *BYTES, *LOSSES)}
 
@@ -134,9 +136,11 @@ def test_there_are_forty_cells_that_cover_every_variant() -> None:
 
 
 @pytest.mark.parametrize("name", cells())
-def test_figures_are_those_of_the_table(name: str, tmp_path: Path) -> None:
+def test_figures_are_those_of_the_table(name: str, tmp_path_factory: pytest.TempPathFactory) -> None:
+    folder = tmp_path_factory.getbasetemp() / Path(__file__).stem
+    folder.mkdir(exist_ok=True)
     table = json.loads(TABLE.read_text())
-    want, got = table["cells"][name], figures(cells()[name], tmp_path)
+    want, got = table["cells"][name], figures(name, folder)
     assert {key: got[key] for key in EXACT} == {key: want[key] for key in EXACT}
     tolerance = 0.0 if origin() == table["origin"] else ELSEWHERE
     for key in (*BYTES, *LOSSES):
@@ -146,8 +150,8 @@ def test_figures_are_those_of_the_table(name: str, tmp_path: Path) -> None:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     measured = {}
-    for name, words in cells().items():
-        with tempfile.TemporaryDirectory() as folder:
-            measured[name] = figures(words, Path(folder))
-        print(name, measured[name], file=sys.stderr)
+    with tempfile.TemporaryDirectory() as folder:
+        for name in cells():
+            measured[name] = figures(name, Path(folder))
+            print(name, measured[name], file=sys.stderr)
     TABLE.write_text(json.dumps({"origin": origin(), "cells": measured}, indent=1) + "\n")

@@ -18,7 +18,7 @@ import variants
 from bench.measure.flops import CountFlops, attention_formulas, formulas
 from bench.measure.step import Subject
 from bench.model.language_model import LanguageModel
-from bench.model.slots import ModelSpec
+from bench.model.slots import ModelSpec, feed_forward
 from bench.tasks import text
 from variants.base import Workload
 from variants.input_schedule import Fed
@@ -37,7 +37,7 @@ def model_of(
 ) -> LanguageModel:
     variant = variants.load(name)
     return LanguageModel(
-        ModelSpec.of(variant, variant.Config(**knobs), ff_mult=FF_MULT),
+        ModelSpec.of(variant, variant.Config(**knobs), feed_forward=feed_forward(mult=FF_MULT)),
         sizes,
         depth=depth,
         dropout=0.0,

@@ -93,7 +93,7 @@ def test_a_cell_with_frozen_and_unused_parameters_is_measured_and_trained(
 TRAIN = """
 import sys, torch, variants
 from bench.model.language_model import LanguageModel
-from bench.model.slots import ModelSpec
+from bench.model.slots import ModelSpec, feed_forward
 from bench.tasks.base import Batch
 from bench.train.loop import Budget, Training
 from variants.base import Dims
@@ -102,7 +102,7 @@ def made():
     torch.manual_seed(0)
     dims = Dims(seq_len=16, d_model=8, heads=2)
     sizes = {"depth": 1, "dropout": 0.0, "vocabulary": 7}
-    spec = ModelSpec.of(variant, variant.Config(), ff_mult=2)
+    spec = ModelSpec.of(variant, variant.Config(), feed_forward=feed_forward(mult=2))
     model = LanguageModel(spec, dims, activations="reversible", **sizes)
     return Training(model, budget=Budget(steps=4), learning_rate=0.1, causal=True, step_tokens=16)
 def batch(step, done):

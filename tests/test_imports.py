@@ -13,6 +13,8 @@ from typing import NamedTuple
 
 import pytest
 
+import variants
+
 ROOT = Path(__file__).resolve().parents[1]
 
 LAYERS = (
@@ -37,6 +39,7 @@ LAYERS = (
     "bench.inputs",
     "bench",
     "variants.__main__",
+    "variants.slots",
     "variants",
     "variants.attention",
     "variants.feed_forward",
@@ -203,13 +206,15 @@ def test_every_command_ends_through_the_same_guard() -> None:
 
 
 def test_variants_know_nothing_of_the_harness() -> None:
-    """A variant builds on shared code, on other variants and on torch. Only the command, and the mixture that
-    names its members, ask the registry."""
+    """A variant builds on shared code, on other variants and on torch. Only the command, the registry of the
+    other slots, and the mixture that names its members, use the registry."""
     for module in of_variants:
         assert not ours(module, "bench"), module
-        assert not names_registry(module) or module in {"variants.__main__", "variants.attention.hybrid"}, (
-            module
-        )
+        assert not names_registry(module) or module in {
+            "variants.__main__",
+            "variants.slots",
+            "variants.attention.hybrid",
+        }, module
         optional = {a.target for a in arrows(module) if a.lazy} & KERNELS
         assert outside(module) - optional <= {"torch"}, module
 
@@ -305,6 +310,27 @@ def test_the_parent_of_the_cells_needs_no_torch(tmp_path: Path) -> None:
         "bench.records",
     ]
     assert_imports_quietly(names, {"torch", "pandas", "matplotlib"}, tmp_path)
+
+
+def test_checking_a_cell_needs_no_torch(tmp_path: Path) -> None:
+    """Of every variant with an outline, up to the start of the cell's own process."""
+    outlined = [name for name in variants.names() if variants.outline(name)]
+    assert "dense" in outlined
+    done = fresh(
+        f"""
+import sys
+from hydra import compose, initialize_config_dir
+from bench import CONFIGS
+from bench.config.parse import parse
+from bench.run.sweep import prepare_jobs
+with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+    cells = [parse(compose("config", [f"variant={{name}}", "device=cpu"])) for name in {outlined!r}]
+prepare_jobs(cells)
+assert "torch" not in sys.modules
+""",
+        tmp_path,
+    )
+    assert done.returncode == 0, done.stderr
 
 
 def test_report_needs_no_torch_and_no_hydra(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ import variants
 from bench.evaluate import attention_stats
 from bench.evaluate.attention_stats import AttentionStats
 from bench.model.language_model import LanguageModel
-from bench.model.slots import ModelSpec
+from bench.model.slots import ModelSpec, feed_forward
 from bench.tasks.base import Batch
 from variants.base import Context, Workload
 
@@ -32,7 +32,10 @@ def model_of(name: str, *, seq_len: int = T, scale: float = 2, **knobs: Any) -> 
     dims = Workload(causal=True, batch_size=1, seq_len=seq_len, d_model=16, heads=2)
     sizes: dict[str, Any] = {"dropout": 0.5, "vocabulary": VOCABULARY, "activations": "keep"}
     model = LanguageModel(
-        ModelSpec.of(variant, variant.Config.of(knobs), ff_mult=1), dims, depth=2, **sizes
+        ModelSpec.of(variant, variant.Config.of(knobs), feed_forward=feed_forward(mult=1)),
+        dims,
+        depth=2,
+        **sizes,
     ).double()
     with torch.no_grad():
         for parameter in model.parameters():

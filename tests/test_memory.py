@@ -20,7 +20,7 @@ from bench.measure.memory import LiveStorage, reset_rss_peak, resident_bytes, te
 from bench.measure.step import StepFigures, Subject, on_host, predicted
 from bench.model.activations import STRATEGIES
 from bench.model.language_model import LanguageModel
-from bench.model.slots import ModelSpec
+from bench.model.slots import ModelSpec, feed_forward
 from bench.records import parse
 from bench.tasks import text
 from variants.base import Workload
@@ -134,7 +134,10 @@ def subject_of(name: str, *, seq_len: int, causal: bool = True, **changed: Any) 
 
     def build() -> LanguageModel:
         return LanguageModel(
-            ModelSpec.of(variant, variant.Config(), ff_mult=4), dims, vocabulary=text.VOCABULARY, **others
+            ModelSpec.of(variant, variant.Config(), feed_forward=feed_forward(mult=4)),
+            dims,
+            vocabulary=text.VOCABULARY,
+            **others,
         )
 
     def batch() -> text.Batch:

@@ -9,7 +9,7 @@ import torch
 
 import variants
 from bench.model.language_model import LanguageModel
-from bench.model.slots import ModelSpec
+from bench.model.slots import ModelSpec, feed_forward
 from bench.tasks.text import IGNORED, VOCABULARY, Batch
 from bench.train.loop import optimizer_for, training_step
 from variants.base import Workload, known_leak
@@ -29,7 +29,7 @@ def model_of(name: str, *, causal: bool = True, seed: int = 0, **changed: Any) -
     if reason := variant.unsupported(variant.Config(), dims, causal=causal):
         pytest.skip(f"{name}: {reason}")
     others: dict[str, Any] = {"depth": 2, "dropout": 0.0, "activations": "keep", **changed}
-    spec = ModelSpec.of(variant, variant.Config(), ff_mult=others.pop("ff_mult", 4))
+    spec = ModelSpec.of(variant, variant.Config(), feed_forward=feed_forward(mult=others.pop("ff_mult", 4)))
     torch.manual_seed(seed)
     return LanguageModel(spec, dims, vocabulary=VOCABULARY, **others)
 

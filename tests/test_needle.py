@@ -15,7 +15,7 @@ import variants
 from bench import tasks
 from bench.evaluate.receptive_field import reach
 from bench.model.language_model import LanguageModel
-from bench.model.slots import ModelSpec
+from bench.model.slots import ModelSpec, feed_forward
 from bench.tasks.base import IGNORED, Batch, Setting
 from bench.tasks.needle import START_DISTANCE, Needle, NeedleConfig
 from bench.train.loop import Budget, train
@@ -223,7 +223,7 @@ def model_of(name: str, task: Needle, *, depth: int = 2, **knobs: Any) -> Langua
     dims = Workload(causal=True, batch_size=1, seq_len=task.setting.seq_len, d_model=32, heads=2)
     others: dict[str, Any] = {"dropout": 0.0, "activations": "keep"}
     return LanguageModel(
-        ModelSpec.of(variant, variant.Config(**knobs), ff_mult=2),
+        ModelSpec.of(variant, variant.Config(**knobs), feed_forward=feed_forward(mult=2)),
         dims,
         depth=depth,
         vocabulary=task.vocabulary,

@@ -54,6 +54,10 @@ FEW: dict[str, list[Any]] = {
     "measure": ["standard", None, "plan"],
     "started_at": ["2026-01-01T00:00:00+00:00", "2026-01-02", None, "never", "9999-12-31T23:59:59+14:00", ""],
     "variant_params": [{}, {"chunk": 4}, {"chunk": 4.0}, {"chunk": None}, {"a": [{"b": []}]}, {"": ""}],
+    "feed_forward": ["mlp", "mlp", "glu", "|"],
+    "feed_forward_params": [None, {}, {"mult": 4}, {"mult": 4.0}, {"": ""}],
+    "stack": ["stack", "universal"],
+    "stack_params": [None, {}],
     "data_params": [None, {}, {"n_pairs": 4}, {"n_pairs": "four"}, {"n_pairs": 1e100}, {"n_pairs": [1]}],
 }
 """Values that records share, so that there are cells of several of them."""

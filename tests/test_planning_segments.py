@@ -14,7 +14,7 @@ import variants
 from bench.measure.memory import LiveStorage
 from bench.measure.step import DistinctSegments, StepFigures, Subject, on_host, predicted
 from bench.model.language_model import LanguageModel
-from bench.model.slots import ModelSpec
+from bench.model.slots import ModelSpec, feed_forward
 from bench.tasks import text
 from variants.attention.compressive import COMPRESSIONS
 from variants.base import Workload
@@ -41,7 +41,11 @@ def subject_of(name: str, knobs: dict[str, Any], *, seq_len: int, batch: int = 2
     def build() -> LanguageModel:
         config = variant.Config(**knobs)
         return LanguageModel(
-            ModelSpec.of(variant, config, ff_mult=2), dims, dropout=0.0, vocabulary=11, **others
+            ModelSpec.of(variant, config, feed_forward=feed_forward(mult=2)),
+            dims,
+            dropout=0.0,
+            vocabulary=11,
+            **others,
         )
 
     def blank() -> text.Batch:

@@ -13,7 +13,7 @@ from torch import Tensor
 import variants
 from bench.evaluate.receptive_field import connected_share, dependence, reach
 from bench.model.language_model import LanguageModel
-from bench.model.slots import ModelSpec
+from bench.model.slots import ModelSpec, feed_forward
 from variants.base import Workload, whole_mask
 from variants.ops import masks
 
@@ -39,7 +39,12 @@ def model_of(name: str, knobs: dict[str, Any], *, depth: int, seq_len: int = T) 
     dims = Workload(causal=True, batch_size=1, seq_len=seq_len, d_model=16, heads=2)
     given_: dict[str, Any] = {"dropout": 0.0, "vocabulary": 7, "activations": "keep"}
     model = (
-        LanguageModel(ModelSpec.of(variant, variant.Config(**knobs), ff_mult=1), dims, depth=depth, **given_)
+        LanguageModel(
+            ModelSpec.of(variant, variant.Config(**knobs), feed_forward=feed_forward(mult=1)),
+            dims,
+            depth=depth,
+            **given_,
+        )
         .double()
         .eval()
     )

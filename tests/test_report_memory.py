@@ -20,7 +20,7 @@ from test_report import failed, number, record, table, write
 
 from bench.records import Record
 from bench.report import build
-from bench.report.data.collect import collect
+from bench.report.data.collect import collect, relabelled
 from bench.report.data.statistics import cost_cells
 from bench.report.figures import canvas
 from bench.report.figures.lines import Look
@@ -338,6 +338,49 @@ def test_cells_that_were_predicted_badly_are_named(tmp_path: Path) -> None:
     ]
     fine = text_of(tmp_path / "fine", found[:1])
     assert "No cell is off by more than 5%." in fine
+
+
+def test_feed_forward_layers_and_depth_schedules_are_never_mixed(tmp_path: Path) -> None:
+    """Nor layers of one name with other knobs. What an older record does not say is what its peers say."""
+    slots = [
+        {"feed_forward_params": {"mult": 4}},
+        {"feed_forward_params": {"mult": 8}},
+        {"feed_forward": "glu", "feed_forward_params": {"activation": "silu", "mult": 4}},
+        {"feed_forward_params": {"mult": 4}, "stack": "universal"},
+    ]
+    names = ["mlp (mult=4)", "mlp (mult=8)", "glu", "mlp (mult=4)"]
+    schedules = ["stack", "stack", "stack", "universal"]
+    found = [
+        record(cell_id=f"c{n}-{r}", replicate=r, step_seconds_median=float(n), params=1000 * n, **slot)
+        for n, slot in enumerate(slots, 1)
+        for r in range(2)
+    ]
+    text = text_of(tmp_path / "e", found)
+    summary = pd.read_csv(tmp_path / "e" / "report" / "summary.csv")
+    keys = ["feed_forward_layer", "depth_schedule"]
+    want = {pair: float(n) for n, pair in enumerate(zip(names, schedules, strict=True), 1)}
+    assert summary.set_index(keys).step_seconds_median.to_dict() == want
+    assert (summary.step_seconds_ratio.dropna() == 1).all(), "each beside dense with the same slots"
+    assert "feed-forward glu" in text
+    assert "universal" in text
+    parameters = table(text, "## Parameters")
+    assert sorted(row["parameters"] for row in parameters) == ["1,000", "2,000", "3,000", "4,000"]
+
+    older = [record(cell_id="old", feed_forward_params=None), record(cell_id="new", replicate=1, **slots[0])]
+    text_of(tmp_path / "old", older)
+    (row,) = pd.read_csv(tmp_path / "old" / "report" / "summary.csv").to_dict("records")
+    assert (row["feed_forward_layer"], row["depth_schedule"], row["replicates"]) == ("mlp", "stack", 2)
+
+
+def test_a_run_of_an_older_version_is_compared_with_a_new_one(tmp_path: Path) -> None:
+    """It does not say how wide its MLP was; the other run does."""
+    runs = [
+        collect(write(tmp_path / str(n), [record(feed_forward_params=knobs)]))
+        for n, knobs in enumerate([None, {"mult": 4}])
+    ]
+    both = relabelled(pd.concat([run.frame for run in runs], ignore_index=True))
+    assert both.feed_forward_layer.tolist() == ["mlp", "mlp"]
+    assert both.feed_forward_json.nunique(dropna=False) == 1
 
 
 def test_ff_chunks_are_never_mixed(tmp_path: Path) -> None:

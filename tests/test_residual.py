@@ -17,7 +17,7 @@ from bench.measure.step import StepFigures, Subject, predicted
 from bench.model import activations as strategies
 from bench.model import reversible
 from bench.model.language_model import LanguageModel
-from bench.model.slots import ModelSpec
+from bench.model.slots import ModelSpec, feed_forward
 from bench.tasks.text import Batch
 from bench.train.loop import optimizer_for, training_step
 from variants.base import Workload
@@ -28,7 +28,6 @@ TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 4e-3}
 
 REPLAYED = [name for name in ON_HOST if name not in ("keep", "checkpoint", "reversible")]
 
-pytestmark = pytest.mark.xdist_group("residual")  # for what `wanted` keeps
 every_variant = pytest.mark.parametrize("name", variants.mixers())
 
 
@@ -46,10 +45,14 @@ def model_of(
     dims = Workload(causal=True, batch_size=1, seq_len=seq_len, d_model=32, heads=2)
     torch.manual_seed(5)
     options: dict[str, Any] = {"dropout": 0.1, "vocabulary": 17} | kwargs
-    ff_mult = options.pop("ff_mult", 2)
+    mult = options.pop("ff_mult", 2)
     config = variant.Config.of(dict(knobs))
     return LanguageModel(
-        ModelSpec.of(variant, config, ff_mult=ff_mult), dims, depth=depth, activations=activations, **options
+        ModelSpec.of(variant, config, feed_forward=feed_forward(mult=mult)),
+        dims,
+        depth=depth,
+        activations=activations,
+        **options,
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,14 +20,18 @@ from bench.inputs.errors import ConfigError
 from bench.measure import gates
 from bench.model.activations import STRATEGIES
 from bench.model.language_model import LanguageModel
-from bench.model.slots import LayerSpec, ModelSpec
+from bench.model.slots import LayerSpec, ModelSpec, feed_forward
 from bench.run.cell import CellRun
 from bench.run.code_hash import code_sha256
 from bench.scenarios.support import Unsupported
 from bench.tasks.base import Batch
 from bench.train.loop import optimizer_for, training_step
 from variants.base import Context, DepthConfig, DepthSchedule, Dims, FFOut, SequenceMixer, SlotSpec, Workload
+from variants.declarations import Declared
+from variants.depth.universal import Universal, UniversalConfig
+from variants.feed_forward.glu import GLU, GLUConfig
 from variants.feed_forward.mlp import MLP, MLPConfig
+from variants.slots import FEED_FORWARD, Slot
 
 T, VOCABULARY = 24, 11
 SIZES = Dims(seq_len=T, d_model=16, heads=2)
@@ -59,9 +64,9 @@ class Priced(MLP):
         return FFOut(y, y.square().mean())
 
 
-def spec_of(name: str = "dense") -> ModelSpec:
+def spec_of(name: str = "dense", mult: int = 2) -> ModelSpec:
     variant = variants.load(name)
-    return ModelSpec.of(variant, variant.Config(), ff_mult=2)
+    return ModelSpec.of(variant, variant.Config(), feed_forward=feed_forward(mult=mult))
 
 
 def twice() -> ModelSpec:
@@ -152,16 +157,129 @@ def test_a_strategy_that_the_schedule_cannot_carry_is_refused_in_one_line(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(CellSpec, "model_spec", lambda self: twice())
-    assert cell("activations=checkpoint").activations == "checkpoint"
+    assert cell("stack=universal", "activations=checkpoint").activations == "checkpoint"
     with pytest.raises(ConfigError, match=r"^activations=reversible: .* visited twice; allowed is keep$"):
-        cell("activations=reversible")
+        cell("stack=universal", "activations=reversible")
 
 
 def test_more_layers_than_the_depth_are_refused_in_one_line() -> None:
     layers = "variant.layers=[dense,dense,longformer]"
     assert cell("variant=hybrid", layers, "depth=3").depth == 3
-    with pytest.raises(ConfigError, match=r"^depth=2: variant=hybrid has 3 layers; allowed is 3 or more$"):
+    few = r"^depth=2: the variant has 3 layers and stack=stack makes 2 blocks; allowed are 3 blocks or more$"
+    with pytest.raises(ConfigError, match=few):
         cell("variant=hybrid", layers, "depth=2")
+    one = (
+        r"^depth=3: the variant has 3 layers and stack=universal makes 1 block; allowed are 3 blocks or more$"
+    )
+    with pytest.raises(ConfigError, match=one):
+        cell("variant=hybrid", layers, "depth=3", "stack=universal")
+
+
+def test_the_command_line_fills_the_slots() -> None:
+    spec = cell("feed_forward=glu", "feed_forward.activation=relu", "stack=universal", "depth=3")
+    assert spec.feed_forward.params == {"activation": "relu", "mult": 4}
+    model = spec.model_spec()
+    (layer,) = model.layers
+    assert (layer.feed_forward.layer, layer.feed_forward.config) == (GLU, GLUConfig(activation="relu"))
+    assert (model.depth.layer, model.depth.config) == (Universal, UniversalConfig())
+    assert cell().model_spec() == spec_of(mult=4), "an MLP of four times the width in a stack"
+    assert "feed_forward=glu stack=universal" in spec.label
+    assert "=mlp" not in cell().label
+
+
+def test_a_layer_that_no_cell_could_have_is_refused_where_two_knobs_are_related(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """By the class itself: what is read from its source knows no such relation."""
+
+    @dataclass(frozen=True, kw_only=True)
+    class Related(MLPConfig):
+        def __post_init__(self) -> None:
+            self.require("mult", self.mult != 5, "any number but 5")
+
+    monkeypatch.setattr(MLP, "Config", Related)
+    monkeypatch.setattr(Slot, "declared", lambda self, name: Declared(MLPConfig, {}, complete=False))
+    assert cell("feed_forward.mult=6").feed_forward.params == {"mult": 6}
+    with pytest.raises(ConfigError, match=r"^feed_forward.mult=5: allowed is any number but 5$"):
+        cell("feed_forward.mult=5")
+
+
+def test_a_broken_layer_is_for_its_cell_to_report(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Other cells of the sweep can run."""
+
+    def broken(self: Slot[Any], name: str) -> Any:
+        raise variants.BrokenVariant(f"{name} cannot be imported: SyntaxError: x")
+
+    monkeypatch.setattr(Slot, "load", broken)
+    assert cell("feed_forward=glu", "stack=universal").stack.name == "universal"
+    spec = cell("feed_forward=glu")
+    assert spec.feed_forward.name == "glu"
+    with pytest.raises(variants.BrokenVariant, match="glu cannot be imported"):
+        spec.model_spec()
+
+
+TWO = """
+from variants.feed_forward.mlp import MLP, MLPConfig
+
+class One(MLP):
+    Config = MLPConfig
+
+class Other(MLP):
+    Config = MLPConfig
+"""
+
+
+@pytest.mark.parametrize(
+    ("source", "error", "said"),
+    [
+        (
+            TWO,
+            TypeError,
+            r"^variants\.feed_forward\.mine defines 2 classes with a Config; it must define one$",
+        ),
+        ("x = 1", TypeError, "defines 0 classes"),
+        ("raise SystemExit(3)", variants.BrokenVariant, r"cannot be imported: SystemExit: 3$"),
+        ("def (", variants.BrokenVariant, r"cannot be imported: SyntaxError"),
+    ],
+)
+def test_a_file_that_is_no_layer_is_named(
+    source: str, error: type[Exception], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "mine.py").write_text(source)
+    package = FEED_FORWARD.package
+    monkeypatch.setattr(package, "__path__", [*package.__path__, str(tmp_path)])
+    assert FEED_FORWARD.names() == ["glu", "mine", "mlp"]
+    try:
+        with pytest.raises(error, match=said):
+            FEED_FORWARD.load("mine")
+    finally:
+        sys.modules.pop(f"{package.__name__}.mine", None)
+
+
+def test_what_fills_the_slots_decides_a_cells_id() -> None:
+    lines = (
+        [],
+        ["feed_forward.mult=8"],
+        ["feed_forward=glu"],
+        ["feed_forward=glu", "feed_forward.activation=gelu"],
+        ["feed_forward=glu", "feed_forward.mult=8"],
+        ["stack=universal"],
+    )
+    assert len({cell(*line).cell_id("data", "code") for line in lines}) == len(lines)
+    said = ["feed_forward=mlp", "feed_forward.mult=4", "stack=stack"]
+    assert cell(*said).cell_id("data", "code") == cell().cell_id("data", "code")
+
+
+def test_the_code_that_fills_the_slots_decides_a_cells_id() -> None:
+    assert cell("feed_forward=glu", "stack=universal").slot_modules() == [
+        GLU.__module__,
+        Universal.__module__,
+    ]
+    found = [
+        code_sha256("dense", modules=modules)
+        for modules in ((), (MLP.__module__,), (GLU.__module__,), (MLP.__module__, Universal.__module__))
+    ]
+    assert len({*found}) == 4
 
 
 def test_the_objective_of_a_mixture_is_one_that_all_members_have() -> None:

@@ -63,13 +63,13 @@ def test_committed_records_are_read_as_they_were_meant(folder: Path) -> None:
     for path in paths:
         written = json.loads(path.read_text())
         read = vars(found[path.stem])
-        assert written.pop("schema_version") in (1, SCHEMA_VERSION)
+        assert 1 <= written.pop("schema_version") <= SCHEMA_VERSION
         assert {key: read[key] for key in written} == written
         assert read["schema_version"] == SCHEMA_VERSION
         added = {key: value for key, value in read.items() if key not in written and value is not None}
-        assert added.keys() <= {"schema_version", "ff_chunks", "twin"}, "what was not known is null"
-        assert added.get("ff_chunks", 1) == 1
-        assert added.get("twin", 0) == 0
+        known = {"ff_chunks": 1, "twin": 0, "feed_forward": "mlp", "stack": "stack", "stack_params": {}}
+        assert added.keys() <= {"schema_version", *known}, "what was not known is null"
+        assert added == {key: known.get(key, SCHEMA_VERSION) for key in added}
 
 
 def test_a_key_that_is_added_and_null_needs_no_version() -> None:
@@ -86,6 +86,16 @@ def test_version_2_must_say_what_version_1_left_to_be_guessed(key: str) -> None:
         assert records.parse(json.dumps(keys | {"schema_version": 1})) == record_of()
 
 
+@pytest.mark.parametrize("key", ["feed_forward", "stack"])
+def test_version_3_must_say_what_fills_the_slots(key: str) -> None:
+    """In older versions nothing else could; the width of the MLP is not known of them."""
+    record = record_of(feed_forward_params=None, stack_params={})
+    keys = keys_of(record, **{key: "gone", "stack_params": "gone"})
+    with pytest.raises(records.RecordError, match=f"missing keys {key}"):
+        records.parse(json.dumps(keys))
+    assert records.parse(json.dumps(keys | {"schema_version": 2})) == record
+
+
 def test_every_version_leads_to_the_next() -> None:
     assert sorted(MIGRATIONS) == list(range(1, SCHEMA_VERSION))
     before = {"schema_version": 1, "depth": 1}
@@ -95,7 +105,7 @@ def test_every_version_leads_to_the_next() -> None:
 
 @pytest.mark.parametrize("version", [0, SCHEMA_VERSION + 1, True, 1.0, "2", None, [2]])
 def test_a_version_that_is_not_ours_is_named(version: object) -> None:
-    with pytest.raises(records.RecordError, match=r"^here: schema_version .* reads 1 to 2$"):
+    with pytest.raises(records.RecordError, match=r"^here: schema_version .* reads 1 to 3$"):
         records.parse(json.dumps(keys_of(record_of()) | {"schema_version": version}), "here")
 
 

@@ -28,7 +28,6 @@ DAY = 24 * 3600
         ("variants/attention/dense.py", "tests/test_residual.py", [variants.load("dense")], 1),
         ("variants/attention/dense.py", "tests/variants/test_contract.py", ["reformer", 5], None),
         ("variants/attention/dense.py", "tests/variants/test_dense.py", [], 1),
-        ("configs/variant/dense.yaml", "tests/variants/test_contract.py", ["dense"], 1),
         ("variants/ops/masks.py", "tests/variants/test_contract.py", ["dense"], 3),
         ("variants/ops/masks.py", "tests/test_residual.py", ["dense"], None),
         ("README.md", "tests/test_docs.py", [ROOT / "README.md"], 1),
@@ -38,7 +37,21 @@ DAY = 24 * 3600
 def test_how_closely_a_test_is_about_a_file(
     file: str, test: str, arguments: list[object], rank: int | None
 ) -> None:
+    assert (ROOT / file).exists()
     assert Touched([file]).rank(ROOT / test, arguments) == rank
+
+
+def test_the_folders_of_the_rules_exist_and_hold_what_they_say() -> None:
+    for folder in (touched.TESTS, touched.CONFIGS, touched.SHARED):
+        assert (ROOT / folder).is_dir()
+    each = {
+        touched.of_one_variant(file.relative_to(ROOT).as_posix())
+        for file in (ROOT / touched.SHARED).glob("*/*.py")
+    }
+    assert each - {None} == {*variants.names()}
+    assert [*(ROOT / touched.ALL_VARIANTS).glob("test_contract*.py")]
+    named = {name for test in HERE.parent.rglob("test_*.py") for name in touched.names_in(test)}
+    assert {name for name in named if name.startswith(f"{touched.CONFIGS}/") and (ROOT / name).is_file()}
 
 
 @pytest.fixture

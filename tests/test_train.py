@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 import variants
 from bench.config.spec import MeasureSpec
 from bench.model.language_model import LanguageModel
-from bench.model.slots import ModelSpec
+from bench.model.slots import ModelSpec, feed_forward
 from bench.tasks import text
 from bench.train.loop import (
     CLIP_NORM,
@@ -39,7 +39,10 @@ def model_of(seed: int = 0, **changed: Any) -> LanguageModel:
     given_: dict[str, Any] = {"depth": 1, "dropout": 0.0, "activations": "keep", **changed}
     variant = variants.load("dense")
     return LanguageModel(
-        ModelSpec.of(variant, variant.Config(), ff_mult=4), SIZES, vocabulary=text.VOCABULARY, **given_
+        ModelSpec.of(variant, variant.Config(), feed_forward=feed_forward(mult=4)),
+        SIZES,
+        vocabulary=text.VOCABULARY,
+        **given_,
     )
 
 
@@ -263,7 +266,7 @@ def test_of_every_variant_only_matrices_decay(name: str) -> None:
     """Those of Linear modules; not norms, embeddings, u and v for each head, mixtures of positions."""
     variant = variants.load(name)
     model = LanguageModel(
-        ModelSpec.of(variant, variant.Config(), ff_mult=2),
+        ModelSpec.of(variant, variant.Config(), feed_forward=feed_forward(mult=2)),
         SIZES,
         depth=2,
         dropout=0.0,

@@ -6,7 +6,7 @@ A test is about a changed file if
 - the test's file imports the module itself, or names it in a command (`bench.report`), or names a file of
   configs/ by its path or as an override (`measure=plan`). Only by name: what a module reaches through others
   is nearly everything;
-- it is a case of the file itself, such as a page, or of the variant that the file defines or configures;
+- it is a case of the file itself, such as a page, or of the variant that the file defines;
 - it is a case of any variant, and the file is shared by all: variants/base/, variants/ops/, ….
 
 What no rule maps to a test (the Makefile) is left to the default tests.
@@ -25,6 +25,10 @@ import pytest
 from tiers import variants_of
 
 ROOT = Path(__file__).resolve().parents[1]
+TESTS, CONFIGS, SHARED = "tests", "configs", "variants"
+"""Folders of the tests, of files that an override chooses, and of code that all variants share."""
+ONE_VARIANT_EACH, ALL_VARIANTS = "variants/attention", "tests/variants"
+"""The folder within SHARED with a file for each variant, and that of tests with cases for every variant."""
 BASE = "CI_BASE"
 """Environment variable: the commit that a change is compared with."""
 MAIN = ("origin/main", "main")
@@ -71,7 +75,7 @@ def names_in(path: Path) -> frozenset[str]:
     """Modules that a test file imports or names, files of configs/ that it names, and its overrides."""
     text = path.read_text()
     found = set(re.findall(r"\b(?:bench|variants)(?:\.\w+)+", text))
-    found |= set(re.findall(r"\bconfigs/[\w/.-]+\w", text))
+    found |= set(re.findall(rf"\b{CONFIGS}/[\w/.-]+\w", text))
     found |= set(re.findall(r"\b\w+=\w+", text))
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.Import):
@@ -86,15 +90,14 @@ def names_of(file: str) -> set[str]:
     path = Path(file)
     module = ".".join(path.with_suffix("").parts).removesuffix(".__init__")
     if path.suffix == ".py":
-        return {path.stem} if path.parts[0] == "tests" else {module}
-    return {file, f"{path.parent.name}={path.stem}"} if path.parts[0] == "configs" else set()
+        return {path.stem} if path.parts[0] == TESTS else {module}
+    return {file, f"{path.parent.name}={path.stem}"} if path.parts[0] == CONFIGS else set()
 
 
 def of_one_variant(file: str) -> str | None:
-    """The variant that a file defines or configures."""
+    """The variant that a file defines."""
     path = Path(file)
-    one = path.parent.as_posix() in ("variants/attention", "configs/variant") and path.stem != "__init__"
-    return path.stem if one else None
+    return path.stem if path.parent == Path(ONE_VARIANT_EACH) and path.stem != "__init__" else None
 
 
 class Touched:
@@ -105,11 +108,12 @@ class Touched:
         self.paths = {ROOT / file for file in files}
         self.variants = {name for file in files if (name := of_one_variant(file))}
         self.names = {name for file in files for name in names_of(file)}
-        self.shared = any(f.startswith("variants/") and not of_one_variant(f) for f in files)
+        self.shared = any(f.startswith(f"{SHARED}/") and not of_one_variant(f) for f in files)
 
     def rank(self, path: Path, arguments: list[object]) -> int | None:
         """How closely a test with these arguments is about the change, 0 the closest; None: not at all."""
-        if path.relative_to(ROOT).as_posix() in self.files:
+        relative = path.relative_to(ROOT)
+        if relative.as_posix() in self.files:
             return 0
         if any(isinstance(one, Path) and one in self.paths for one in arguments):
             return 1
@@ -118,7 +122,7 @@ class Touched:
             return 1
         if names_in(path) & self.names:
             return 2
-        return 3 if self.shared and about and path.parent.name == "variants" else None
+        return 3 if self.shared and about and relative.parent == Path(ALL_VARIANTS) else None
 
 
 def select(items: list[pytest.Item]) -> tuple[list[pytest.Item], list[pytest.Item]]:

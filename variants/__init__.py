@@ -14,15 +14,19 @@ import inspect
 import pkgutil
 from collections.abc import Callable
 from functools import cache, partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from variants import attention
 
 if TYPE_CHECKING:
     from variants.base import SequenceMixer, Variant
     from variants.declarations import Declared
+    from variants.knobs import Knobs
 
 ENTRY_POINTS = "longctx_bench.variants"
+_MIXER = ("variants.base.mixer", "SequenceMixer")
+_BY_CONFIG = {"info_for", "mixers", "members"}
+"""Methods of `SequenceMixer` whose results are the same for every configuration if they are inherited."""
 
 
 class UnknownVariant(ValueError):
@@ -35,6 +39,15 @@ class BrokenVariant(ImportError):
 
 class PluginClash(ValueError):
     """A plug-in takes a name that is taken; the message names both."""
+
+
+class Outline(NamedTuple):
+    """What is known of a variant without its module: all its layers are of its own class."""
+
+    config: type[Knobs]
+    """It checks all that the variant's `Config` checks."""
+    causal: bool
+    """The capability, the same for every configuration."""
 
 
 def plugins() -> dict[str, importlib.metadata.EntryPoint]:
@@ -153,6 +166,24 @@ def declared(name: str) -> Declared:
         return declarations.declared(*source_of(name))
     except declarations.Unreadable:
         return declarations.of_class(load(name).Config)
+
+
+def outline(name: str) -> Outline | None:
+    """The outline of the variant, read from its source. None if its module must be imported: because it is a
+    mixture, its `Config` has checks of its own, or its declarations are not literals.
+
+    Raises UnknownVariant.
+    """
+    from variants import declarations
+
+    source = source_of(name)
+    try:
+        found = declarations.declared(*source)
+        if not found.complete or declarations.overrides(*source, _MIXER, _BY_CONFIG):
+            return None
+        return Outline(found.config, bool(declarations.attribute(*source, "info")["caps"]["causal"]))
+    except (declarations.Unreadable, KeyError, TypeError):  # the last two: `info` is not written as usual
+        return None
 
 
 def _unknown(name: str) -> UnknownVariant:

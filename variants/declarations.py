@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import ast
 import importlib.util
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from dataclasses import make_dataclass
 from functools import cache
 from pathlib import Path
@@ -35,6 +35,7 @@ _TYPE_NODES = (
 _OURS = ("variants", "bench")
 _ROOTS = {"Knobs", "ABC", "object", "Protocol"}
 """Base classes without knobs of their own."""
+_NAMED = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
 
 
 class Unreadable(ValueError):
@@ -54,6 +55,8 @@ class Declared(NamedTuple):
     not what relates two knobs."""
     meanings: dict[str, str]
     """Knob → the string below it."""
+    complete: bool
+    """Whether `config` checks all that the class itself checks."""
 
 
 @cache
@@ -75,15 +78,16 @@ def declared(module: str, owner: str | None = None) -> Declared:
         frozen=True,
         kw_only=True,
     )
-    return Declared(made, meanings)
+    return Declared(made, meanings, complete=not _has_checks(config))
 
 
 def of_class(config: type[Knobs]) -> Declared:
     """The knobs of a class itself; their meanings as far as its source can be read."""
     try:
-        return Declared(config, meanings_of(config.__module__, config.__qualname__))
+        meanings = meanings_of(config.__module__, config.__qualname__)
     except Unreadable:
-        return Declared(config, {})
+        meanings = {}
+    return Declared(config, meanings, complete=True)
 
 
 @cache
@@ -110,6 +114,25 @@ def attribute(module: str, owner: str | None, name: str) -> Any:
     """
     value = _attribute(_owner(module, owner), name)
     return _keywords(*value) if value else None
+
+
+def overrides(module: str, owner: str | None, base: tuple[str, str], names: Set[str]) -> bool:
+    """Whether the class, or one between it and a base (module, class), sets one of the attributes.
+
+    Raises Unreadable, also if it does not inherit from the base.
+    """
+    todo, reached = [_owner(module, owner)], False
+    while todo:
+        found = todo.pop()
+        if (found.module, found.node.name) == base:
+            reached = True
+        elif names & _names(found):
+            return True
+        else:
+            todo += _bases(found)
+    if not reached:
+        raise Unreadable(f"{module}: its class does not inherit from {'.'.join(base)}")
+    return False
 
 
 def line_of(one: Knob, meaning: str) -> str:
@@ -182,6 +205,24 @@ def _bases(found: _Class) -> Iterator[_Class]:
             raise Unreadable(f"{found.module}: the base {ast.unparse(base)} of {found.node.name}")
         if base.id not in _ROOTS:
             yield _class(found.module, base.id)
+
+
+def _names(found: _Class) -> set[str]:
+    """The attributes that the body of a class sets."""
+    names = set()
+    for statement in found.node.body:
+        inside = [statement] if isinstance(statement, _NAMED) else [*ast.walk(statement)]
+        names |= {node.name for node in inside if isinstance(node, _NAMED)}
+        names |= {
+            node.id for node in inside if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)
+        }
+    return names
+
+
+def _has_checks(found: _Class) -> bool:
+    """Whether a class of knobs, or a base, has methods that run when its instances are made."""
+    own = any(name.startswith("__") or hasattr(Knobs, name) for name in _names(found))
+    return own or any(map(_has_checks, _bases(found)))
 
 
 def _attribute(found: _Class, name: str) -> tuple[str, ast.expr] | None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import pandas as pd
 
 from bench.claims.base import Claim, Finding, claims, judged
+from bench.records import Record
 from bench.report.text import markdown
 from bench.report.text.columns import Column
 from bench.report.text.markdown import escape
@@ -38,7 +39,11 @@ class Row:
 
 
 def page(name: str, frame: pd.DataFrame) -> str:
-    """Return the text of `claims.md` of an experiment."""
+    """Return the text of `claims.md` of an experiment.
+
+    The claims are about stacks of blocks with an MLP, so cells of other models are left out.
+    """
+    frame = frame[(frame["feed_forward"] == Record.feed_forward) & (frame["stack"] == Record.stack)]
     rows = [Row(number, claim, judged(claim, frame)) for number, claim in claims()]
     return "\n".join([f"# Claims: {escape(name)}\n", _lead(rows, frame), _table(rows)])
 

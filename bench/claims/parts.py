@@ -11,9 +11,13 @@ import pandas as pd
 
 from bench.claims.base import Finding, Missing, Verdict
 from bench.claims.cells import Spread
+from bench.report.data.groups import SLOT_COLUMNS
 from bench.report.data.power_law import Fit, fit
 
-ALIKE = ("seq_len", "depth", "d_model", "objective", "batch_size", "tokens_trained", "learning_rate")
+ALIKE = (
+    *("seq_len", "depth", "d_model", *SLOT_COLUMNS.values(), "objective", "batch_size"),
+    *("tokens_trained", "learning_rate"),
+)
 """The keys that must be equal for the quality of two trained models to be compared."""
 
 
@@ -105,7 +109,9 @@ def exponent(rows: pd.DataFrame, name: str) -> tuple[Fit, list[int]]:
     there are too few lengths.
     """
     planned = rows[(rows["flops_source"] == "predicted") & rows[name].notna()]
-    groups = planned.groupby(["params_json", "depth", "d_model", "heads", "batch_size", "objective"])
+    groups = planned.groupby(
+        ["params_json", "depth", "d_model", *SLOT_COLUMNS.values(), "heads", "batch_size", "objective"]
+    )
     lengths = [group.groupby("seq_len")[name].median() for _, group in groups]
     each = max(lengths, key=lambda own: (len(own), own.index.max()), default=pd.Series(dtype=float))
     law = fit(list(each.index), list(each))

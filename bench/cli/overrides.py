@@ -16,7 +16,7 @@ from hydra.core.override_parser.types import ChoiceSweep, Glob, Override
 
 from bench import CONFIGS
 from bench.config.chosen import CHOSEN
-from bench.config.groups import GROUPS, entries, knob_of
+from bench.config.groups import GROUPS, RENAMED, entries, knob_of
 from bench.inputs.errors import ConfigError
 
 LAUNCHER = "hydra/launcher"
@@ -64,6 +64,8 @@ def check(override: Override) -> None:
             known + "*" if known.endswith(".") else known for known in (LAUNCHER, *HYDRA_SETTINGS)
         )
         raise ConfigError(f"{key}: not allowed; Hydra's settings that may be overridden are {allowed}")
+    if key in RENAMED:
+        raise ConfigError(f"{text}: unknown knob; it is now {RENAMED[key]}")
     for value in _values(override):
         check_plain(text, value)
     if key in groups() or "/" in key:

@@ -16,13 +16,14 @@ import yaml
 from omegaconf._utils import get_yaml_loader
 
 from bench.cli import overrides
+from bench.config.chosen import CHOSEN
 from bench.inputs.errors import ConfigError
 
 _REFERENCE = re.compile(r"\$\{[a-z_]+(\.[a-z_]+)*\}")
 """A reference to another knob of the same config. A reference with a colon would call a resolver."""
 _TAG = "tag:yaml.org,2002:"
 _SWEPT = ("hydra.sweeper.params.", "hydra.sweeper.grids.")
-_CHOSEN_SECTIONS = ("data.", "variant.")
+_CHOSEN_SECTIONS = tuple(f"{group}." for group in CHOSEN)
 _PACKAGES = (None, "_global_")
 
 _loader = cache(get_yaml_loader)

@@ -1,4 +1,4 @@
-"""The knobs of what a configuration chooses by name: those of a variant, of a task."""
+"""The knobs of entries that are chosen by name and have knobs of their own: variants, tasks and slots."""
 
 from __future__ import annotations
 
@@ -7,22 +7,25 @@ from functools import cache
 import variants
 from bench import tasks
 from variants.declarations import Declared
+from variants.slots import SLOTS
 
-CHOSEN = ("variant", "data")
-"""Groups whose knobs depend on the chosen entry."""
+CHOSEN = ("variant", "data", *SLOTS)
+"""Groups in which each entry has its own knobs."""
 
 
 @cache
 def declared(group: str, name: str) -> Declared | None:
-    """The knobs of the variant or task of this name; None if there is none or it cannot be imported.
+    """Return the knobs of an entry of one of the groups `CHOSEN`; None if there is no such entry, or if its
+    module cannot be imported.
 
-    They are read from the sources, without torch, unless those are not written in literals.
+    They are read from the source, without torch, if they are written in literals.
     """
     if group == "data":
         return tasks.declared(name)
-    if name not in variants.names():
+    slot = SLOTS.get(group)
+    if name not in (slot.names() if slot else variants.names()):
         return None
     try:
-        return variants.declared(name)
-    except variants.BrokenVariant:  # for its cell to report
+        return slot.declared(name) if slot else variants.declared(name)
+    except variants.BrokenVariant:  # the cell reports it
         return None

@@ -1,13 +1,13 @@
-"""The groups of the configuration whose entries follow from declarations: their names and their defaults.
+"""The groups of the configuration whose entries follow from declarations: their entries and defaults.
 
-An entry of such a group needs no file. A file under configs/ with its name, or one beside the module of a
-plug-in variant, states what differs from the declared defaults.
+An entry of such a group needs no file. A file under configs/ with the entry's name, or one next to the module
+of a plug-in variant, contains only the values that differ from the declared defaults.
 """
 
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,22 +19,24 @@ from bench.config.spec import ACTIVATIONS, ActivationsSpec, ClusterSpec, Measure
 from bench.trackers import TrackerSpec
 from variants.declarations import Declared, of_class
 from variants.knobs import Knob, Knobs, knobs_of
+from variants.slots import SLOTS
 
 
 @dataclass(frozen=True)
 class Group:
-    """A group whose entries are made from declarations."""
+    """A group whose entries follow from declarations."""
 
     names: Callable[[], Iterable[str]]
-    """The entries that need no file."""
+    """Returns the entries that need no file."""
     config: type[Knobs] | None = None
-    """The knobs of every entry; None where they depend on the entry."""
+    """The knobs of every entry; None if each entry has its own knobs."""
     label: str = "name"
-    """The knob that holds the entry's name."""
+    """The knob that contains the entry's name."""
 
 
 GROUPS: dict[str, Group] = {
     "variant": Group(variants.names),
+    **{group: Group(slot.names) for group, slot in SLOTS.items()},
     "data": Group(lambda: [*corpora.SOURCES, *tasks.names()]),
     "model": Group(lambda: [ModelSizes().size], ModelSizes, "size"),
     "activations": Group(lambda: ACTIVATIONS, ActivationsSpec),
@@ -43,20 +45,22 @@ GROUPS: dict[str, Group] = {
 }
 SECTIONS: dict[str, type[Knobs]] = {
     **{name: group.config for name, group in GROUPS.items() if group.config},
-    "cluster": ClusterSpec,  # each of its files holds the knobs that its launcher reads
+    "cluster": ClusterSpec,  # each of its files contains only the knobs that its launcher reads
 }
-"""Sections of a cell's config whose knobs are the same for every entry."""
+"""Sections of the configuration whose knobs are the same for every entry."""
+RENAMED: Mapping[str, str] = {"model.ff_mult": "feed_forward.mult"}
+"""Old name of a knob → its new name. The old name is an error that states the new one."""
 
 
 def entries(group: str) -> list[str]:
-    """The entries of a group that need no file, sorted."""
+    """Return the sorted entries of a group that need no file."""
     return sorted(GROUPS[group].names()) if group in GROUPS else []
 
 
 def completed(group: str, entry: str, given: dict[str, Any]) -> dict[str, Any]:
-    """The content of an entry: the declared defaults, its name, and what a file gives.
+    """Return the content of an entry: the declared defaults and the name, updated by the values of its file.
 
-    The root of the configuration, "" with its entry "config", holds the knobs outside of any group.
+    The root of the configuration, group "" and entry "config", contains the knobs outside of all groups.
     """
     if not group and entry == "config":
         return {**Root().as_dict(), **given}
@@ -71,7 +75,8 @@ def completed(group: str, entry: str, given: dict[str, Any]) -> dict[str, Any]:
 
 
 def file_beside(group: str, entry: str) -> Path | None:
-    """The file beside the module of a plug-in variant that holds its defaults, if there is one."""
+    """Return the file next to the module of a plug-in variant that contains its defaults; None if there is
+    none."""
     point = variants.plugins().get(entry) if group == "variant" else None
     spec = importlib.util.find_spec(point.module) if point else None
     beside = Path(spec.origin).with_suffix(".yaml") if spec and spec.origin else None
@@ -79,8 +84,11 @@ def file_beside(group: str, entry: str) -> Path | None:
 
 
 def declared(section: str, name: str = "") -> Declared | None:
-    """The knobs of a section, "" for those outside of any group; `name` is the entry of one whose knobs
-    depend on it. None where that is not known."""
+    """Return the knobs of a section; None if they are not known.
+
+    "" is the section of the knobs outside of all groups. `name` is the entry, for a group in which each entry
+    has its own knobs.
+    """
     if section in chosen.CHOSEN:
         return chosen.declared(section, name)
     config = Root if not section else SECTIONS.get(section)
@@ -88,8 +96,7 @@ def declared(section: str, name: str = "") -> Declared | None:
 
 
 def knob_of(key: str) -> Knob | None:
-    """The knob of a dotted name; None for one of a variant or task, which depends on the choice, or for
-    none."""
+    """Return the knob with this dotted name; None if there is none, or if it depends on the chosen entry."""
     section, _, name = key.rpartition(".")
     config = Root if not section else SECTIONS.get(section)
     return knobs_of(config).get(name) if config else None

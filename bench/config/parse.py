@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -16,7 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 import variants
 from bench import corpora, tasks, trackers
-from bench.config.groups import GROUPS, SECTIONS
+from bench.config.groups import GROUPS, RENAMED, SECTIONS
 from bench.config.spec import (
     ActivationsSpec,
     Cell,
@@ -26,11 +27,13 @@ from bench.config.spec import (
     MeasureSpec,
     ModelSizes,
     Root,
+    SlotChoice,
 )
 from bench.inputs.errors import ConfigError, choose
 from bench.inputs.paths import user_path
 from bench.trackers import TrackerSpec
 from variants.knobs import Knobs, knobs_of
+from variants.slots import FEED_FORWARD, STACK, Slot
 
 K = TypeVar("K", bound=Knobs)
 _NOT_OF_A_CELL = ("hydra", "experiment")
@@ -60,6 +63,8 @@ def parse(cfg: DictConfig | Mapping[str, Any]) -> Cell:
         model=_section(given, "model", ModelSizes),
         data=data,
         measure=measure,
+        feed_forward=_slot(FEED_FORWARD, _mapping(given, FEED_FORWARD.group)),
+        stack=_slot(STACK, _mapping(given, STACK.group)),
     )
     _check_model(spec)
     return Cell(
@@ -112,6 +117,9 @@ def _section(given: dict[str, Any], section: str, config: type[K]) -> K:
 
 def _knobs(section: str, config: type[K], given: Mapping[str, Any]) -> K:
     """The complete knobs of a section, checked by their class."""
+    for name in given:
+        if new := RENAMED.get(key := f"{section}.{name}"):
+            raise ConfigError(f"{key}: unknown knob; it is now {new}")
     try:
         return config.of(given)
     except ValueError as error:
@@ -158,27 +166,37 @@ def _variant(given: dict[str, Any]) -> tuple[str, dict[str, Any]]:
     """The variant's name and its complete knobs, defaults filled in."""
     name = str(given.pop("name", ""))
     try:
-        return name, _knobs("variant", variants.load(name).Config, given).as_dict()
+        outline = variants.outline(name)  # without torch
+        config = outline.config if outline else variants.load(name).Config
+        return name, _knobs("variant", config, given).as_dict()
     except variants.UnknownVariant as error:
         raise ConfigError(str(error)) from None
     except variants.BrokenVariant:  # the cell's to say: others of the sweep can run
         return name, given
 
 
+def _slot(slot: Slot[Any], given: dict[str, Any]) -> SlotChoice:
+    """Return the entry of a slot and its complete knobs, defaults filled in."""
+    name = choose(slot.group, str(given.pop("name", "")), slot.names())
+    try:
+        declared = slot.declared(name)
+        config = declared.config if declared.complete else slot.load(name).Config
+        return SlotChoice(name=name, params=_knobs(slot.group, config, given).as_dict())
+    except variants.BrokenVariant:  # the cell reports it: others of the sweep can run
+        return SlotChoice(name=name, params=given)
+
+
 def _check_model(spec: CellSpec) -> None:
     """Raise ConfigError for a model that cannot be built."""
+    # equal layers in a stack are allowed for every depth and strategy
+    if variants.outline(spec.variant) and spec.stack.name == STACK.default:
+        return
     try:
         model = spec.model_spec()
     except variants.BrokenVariant:  # reported by the cell
         return
-    if len(model.layers) > spec.depth:
-        raise ConfigError(
-            f"depth={spec.depth}: variant={spec.variant} has {len(model.layers)} layers; "
-            f"allowed is {len(model.layers)} or more"
-        )
-    depth = model.depth
-    if reason := depth.layer.unsupported(depth.config, depth=spec.depth, activations=spec.activations):
-        raise ConfigError(f"activations={spec.activations}: {reason}")
+    if reason := model.conflict(spec.depth, spec.activations):
+        raise ConfigError(reason)
 
 
 def _data(given: dict[str, Any]) -> DataSpec:
@@ -191,6 +209,8 @@ def _objective(value: str, *, variant: str, params: dict[str, Any], data: str) -
     """One of the task's own; auto is its causal one where the variant can be causal, or cannot be asked."""
     objectives = tasks.load(data).objectives
     if value == "auto":
+        if outline := variants.outline(variant):
+            return objectives[0 if outline.causal else -1]
         with suppress(variants.BrokenVariant):
             loaded = variants.load(variant)
             caps = loaded.info_for(loaded.Config.of(params)).caps
@@ -200,6 +220,8 @@ def _objective(value: str, *, variant: str, params: dict[str, Any], data: str) -
 
 
 def _device() -> str:
+    if version("torch").endswith("+cpu"):  # a build without CUDA: importing it would say the same
+        return "cpu"
     import torch
 
     return "cuda" if torch.cuda.is_available() else "cpu"

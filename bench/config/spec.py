@@ -1,7 +1,8 @@
-"""What a cell is: everything that decides a record's figures, plus where the record goes.
+"""The configuration of a cell: everything on which a record's figures depend, and where the record is stored.
 
 Each knob is declared here once (`variants.knobs`): the configuration's defaults, checks, help and the hash of
-a cell follow from the declaration. Knobs of a variant or a task are declared beside it.
+a cell follow from the declaration. Knobs of a variant, a task, a feed-forward layer or a depth schedule are
+declared in its module.
 
 Over 300 lines: all other knobs are declared here.
 """
@@ -24,6 +25,7 @@ from bench.inputs.sizes import parse_bytes
 from bench.trackers import TrackerSpec
 from variants.head_size import unusable_heads
 from variants.knobs import Knobs, decisive, knob, knobs_of
+from variants.slots import FEED_FORWARD, SLOTS, STACK, Slot
 
 if TYPE_CHECKING:
     from bench.model.slots import ModelSpec
@@ -32,18 +34,18 @@ if TYPE_CHECKING:
 
 Strategy = Literal["keep", "checkpoint", "sqrt", "selective", "reversible", "offload"]
 ACTIVATIONS: tuple[str, ...] = get_args(Strategy)
-"""Ways of saving activation memory."""
+"""The names of the activation strategies."""
 TrainBudget = Literal["tokens", "flops", "seconds"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Spec(Knobs):
-    """Knobs of the harness itself. A number knob holds a float however it is written, so that 1 and 1.0 are
-    one cell."""
+    """Knobs of the harness itself. A knob of type float always contains a float, so that 1 and 1.0 give the
+    same cell."""
 
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> Self:
-        """As of every class of knobs."""
+        """Return the checked knobs, as `Knobs.of` does."""
         known = knobs_of(cls)
         floats = [name for name in values if name in known and known[name].hint is float]
         read = {name: known[name].read(values[name]) for name in floats}
@@ -57,38 +59,38 @@ class Root(Spec):
 
     seq_len: int = knob(1024, least=1, unit="tokens")
     """Length of a sequence."""
-    depth: int = knob(2, least=1, unit="blocks")
-    """Blocks of the model."""
+    depth: int = knob(2, least=1, most=2**16, unit="blocks")
+    """Blocks of the model, or visits of them if `stack` visits a block several times."""
     batch_size: int | Literal["fit"] = knob(1, least=1, unit="sequences")
-    """Sequences in a step; fit is as many as fit into measure.budget."""
+    """Sequences in a step; fit is the largest number that fits into measure.budget."""
     replicate: int = knob(0, least=0)
-    """The seed; spread comes from sweeping it."""
+    """The seed. Sweep it to measure the spread."""
     twin: int = knob(0, least=0, younger=True)
-    """1, 2, … measure the same cell again. By how much the measurements differ is the noise."""
+    """1, 2, … measure the same cell again. The difference between the measurements is noise."""
     objective: str = "auto"
-    """clm, mlm, a task's own, or auto: clm where the variant can be causal."""
+    """clm, mlm, an objective of the task, or auto: clm if the variant has a causal form."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where the cell runs; auto is cuda where there is one."""
+    """Device of the cell; auto is cuda if it is available."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Number format of parameters and activations."""
     results_dir: str = knob("results", decides=False)
-    """Folder of all experiments."""
+    """Folder that contains all experiments."""
     name: str = knob("adhoc", decides=False)
     """The experiment's folder under results_dir."""
     force: bool = knob(False, decides=False)
-    """Measure cells again that are finished."""
+    """Measure finished cells again."""
     rerun: Literal["none", "contaminated", "oom"] = knob("none", decides=False)
-    """Finished cells to measure again. contaminated: those whose samples are not to be trusted. oom: those
-    that ran out of memory."""
+    """Finished cells to measure again. contaminated: cells that were disturbed by other load. oom: cells that
+    ran out of memory."""
     audit_oom: float = knob(0.05, least=0, most=1, decides=False)
-    """Share of the cells predicted to exceed their memory that run all the same. It checks the prediction."""
+    """Share of the cells predicted to exceed their memory that run nevertheless, to check predictions."""
     skip_after_oom: bool = knob(True, decides=False)
-    """Skip a cell if a shorter one, alike in all else, ran out of memory."""
+    """Skip a cell if a shorter but otherwise equal one ran out of memory."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelSizes(Spec):
-    """The transformer around the attention."""
+    """The sizes of the transformer."""
 
     size: str = "tiny"
     """Name of the group's entry, for people."""
@@ -96,10 +98,8 @@ class ModelSizes(Spec):
     """Width of the model."""
     heads: int = knob(2, least=1, unit="heads")
     """Attention heads of a layer; they divide d_model."""
-    ff_mult: int = knob(4, least=1)
-    """Width of the feed-forward layer as a multiple of d_model."""
     ff_chunks: int = knob(1, least=1, unit="pieces")
-    """Pieces of the sequence that go through the feed-forward layer one at a time."""
+    """Pieces of the sequence to which the feed-forward layer is applied one at a time."""
     dropout: float = knob(0.0, least=0, below=1)
     """Probability that an activation is dropped in training."""
 
@@ -110,67 +110,66 @@ class ModelSizes(Spec):
 
 @dataclass(frozen=True, kw_only=True)
 class ActivationsSpec(Spec):
-    """How activations are kept for the backward pass."""
+    """How activations are stored for the backward pass."""
 
     name: Strategy = "keep"
-    """How activations are kept for the backward pass."""
+    """How activations are stored for the backward pass."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class MeasureSpec(Spec):
-    """Which figures are taken, and with what budget."""
+    """The figures to measure, and their budgets."""
 
     preset: str = "standard"
     """Name of the group's entry, for people."""
     execute: bool = True
-    """Run the cell; false predicts FLOPs and peak memory under fake tensors and runs nothing."""
+    """Run the cell; false only predicts FLOPs and peak memory, with fake tensors."""
     time_seconds: float = knob(1.0, least=0, unit="seconds")
-    """Wall-clock budget of the step samples, and again of the forward samples."""
+    """Wall-clock time for the samples of a step, and the same for those of a forward pass."""
     min_samples: int = knob(3, least=1, unit="samples")
-    """Fewest samples of each, whatever they take."""
+    """Minimum number of samples of each, regardless of the time."""
     precision: float = knob(0.03, least=0, younger=True)
-    """Half-width of the median's 95 % interval at which sampling ends before its budget. It is relative to
-    the median; 0 always spends the budget."""
+    """Half-width of the median's 95 % interval at which sampling ends early. It is relative to the median; 0
+    always uses the whole time."""
     train_budget: TrainBudget = "tokens"
-    """Which of the next three training may spend; the other two are not looked at. Of tokens and FLOPs whole
-    steps are bought, rounded up, and the same cell repeats to the bit on a CPU. Seconds buy what the machine
-    makes of them, so such a cell does not repeat."""
+    """Which of the next three knobs limits training; the other two are ignored. For tokens and FLOPs the
+    number of steps is rounded up, and the cell is reproducible to the bit on a CPU. For seconds the number of
+    steps depends on the machine, so the cell is not reproducible."""
     train_tokens: int = knob(0, least=0, unit="tokens")
-    """Tokens of training before quality is evaluated; 0 takes no quality figures."""
+    """Tokens of training before quality is evaluated; 0 measures no quality."""
     train_flops: float = knob(0.0, least=0, unit="FLOPs")
-    """The same in algorithmic FLOPs of the variant's own steps."""
+    """The same in algorithmic FLOPs of the variant's steps."""
     train_seconds: float = knob(0.0, least=0, unit="seconds")
-    """The same in seconds of wall clock, checkpoints not counted."""
+    """The same in seconds of wall-clock time, without checkpoints."""
     eval_split: Literal["test", "validation"] = "test"
-    """The documents that are scored: test or, to choose knobs by, validation."""
+    """The documents that are scored: test, or validation to choose knobs."""
     eval_tokens: int = knob(0, least=0, unit="tokens")
-    """Most held-out tokens to score."""
+    """Maximum number of held-out tokens to score."""
     eval_stride: int | None = knob(None, least=1, unit="tokens")
-    """Tokens from one evaluated window to the next; null is seq_len, so that they lie side by side. Masked
-    models read both sides and take no other."""
+    """Tokens from one evaluated window to the next; null is seq_len, without overlap. Bidirectional models
+    only allow null."""
     history_targets: int = knob(0, least=0, unit="tokens")
-    """Tokens predicted after histories of 1, 2, 4, … seq_len tokens; 0 for none. They are held out; for
-    causal models alone."""
+    """Tokens predicted after histories of 1, 2, 4, … seq_len tokens; 0 for none. The tokens are held out.
+    Only for causal models."""
     place_period: int = knob(0, least=0, unit="tokens", younger=True)
-    """Tokens of the parts of a window by the place in which the loss is also taken; 0 for none."""
+    """Length of the parts of a window for which the loss by place is measured; 0 for none."""
     attention_windows: int = knob(0, least=0, unit="windows", younger=True)
-    """Held-out windows in which attention itself is looked at after training; 0 for none. It says how its
-    weights are spread and how far the layer is from what it estimates."""
+    """Held-out windows for statistics of attention after training; 0 for none. They are the distribution of
+    the weights, and the error of a layer that estimates softmax attention."""
     reach: bool = knob(False, younger=True)
-    """Work out how far back the layers' patterns let the model look. Tasks that have answers at a distance
-    always do."""
+    """Compute how far back the attention masks let the model read. Tasks with answers at a distance always do
+    this."""
     learning_rate: float = knob(3e-3, above=0)
-    """The highest, after warm-up."""
+    """Maximum learning rate, reached after warm-up."""
     checkpoint_seconds: float = knob(30.0, least=0, unit="seconds", decides=False)
-    """Wall clock of training between checkpoints, at least. It is what a cell that is killed loses at
-    most."""
+    """Minimum wall-clock time of training between checkpoints. A killed cell loses at most this time."""
     budget: int | None = knob(None, least=1, unit="bytes")
-    """Memory that a training step may take, such as 80GiB. What fits into it is found by prediction."""
+    """Memory for a training step, such as 80GiB; predictions find what fits into it."""
     limit_bytes: int | None = knob(None, least=1, unit="bytes", decides=False)
-    """Memory that the cell may take on its device, such as 8GiB; null is what the device has free. A cell
-    that asks for more is out of memory."""
+    """Memory that the cell may use on its device, such as 8GiB; null is all free memory. A cell that needs
+    more is out of memory."""
     limit_seconds: float = knob(600.0, above=0, unit="seconds", decides=False)
-    """Wall-clock limit of the cell. Past it the cell is stopped and its status is timeout."""
+    """Wall-clock limit of the cell. After it the cell is stopped and its status is timeout."""
 
     def __post_init__(self) -> None:
         finite = "a finite number: training has to end"
@@ -187,7 +186,7 @@ class MeasureSpec(Spec):
 
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> Self:
-        """As of every class of knobs; memory is written in units too."""
+        """Return the checked knobs. Memory may be given with a unit."""
         memory = [name for name in ("budget", "limit_bytes") if values.get(name) is not None]
         return super().of({**values, **{name: parse_bytes(name, values[name]) for name in memory}})
 
@@ -196,11 +195,11 @@ class MeasureSpec(Spec):
 
     @property
     def train_amount(self) -> float:
-        """The training budget, in its own unit; 0 takes no quality figures."""
+        """The training budget, in its own unit; 0 measures no quality."""
         return self._amounts()[self.train_budget]
 
     def decisive(self) -> dict[str, Any]:
-        """The knobs that can change a figure: not budgets of training that are not spent."""
+        """Return the knobs that can change a figure, without the training budgets that are not used."""
         unspent = {f"train_{name}" for name in self._amounts() if name != self.train_budget}
         values = {name: value for name, value in self.as_dict().items() if name not in unspent}
         return decisive(MeasureSpec, values)
@@ -208,47 +207,61 @@ class MeasureSpec(Spec):
 
 @dataclass(frozen=True, kw_only=True)
 class DataSpec:
-    """What is modelled: a corpus, or a task that makes its own data."""
+    """The data: a corpus, or a task that generates its own data."""
 
     name: str = "plays"
     params: dict[str, Any] = field(default_factory=dict)
-    """Every knob of its task."""
+    """All knobs of its task."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SlotChoice:
+    """The entry that fills a slot of the model: a feed-forward layer or a depth schedule."""
+
+    name: str
+    params: dict[str, Any] = field(default_factory=dict)
+    """All of its knobs."""
+
+    @classmethod
+    def default(cls, slot: Slot[Any]) -> Self:
+        """Return the slot's default entry with its default knobs."""
+        return cls(name=slot.default, params=slot.declared(slot.default).config().as_dict())
 
 
 @dataclass(frozen=True, kw_only=True)
 class ClusterSpec(Spec):
-    """Where cells run, and what a job of them is given there. Decides no figure; null leaves it open."""
+    """Where cells run, and the resources of a job. It changes no figure; null is the cluster's default."""
 
     name: str = knob("local", decides=False)
     """Name of the group's entry, for people."""
     cells_per_job: int = knob(1, least=1, unit="cells", decides=False)
-    """Cells that a job measures, one after the other. The larger, the less its start costs."""
+    """Cells that a job measures one after the other. More cells share the cost of its start."""
     parallel: int | None = knob(None, least=1, unit="jobs", decides=False)
-    """Jobs that run at the same time, at most."""
+    """Maximum number of jobs that run at the same time."""
     partition: str | None = knob(None, decides=False)
-    """Partition of SLURM; null is its default."""
+    """Partition of SLURM; null is the default partition."""
     address: str | None = knob(None, decides=False)
-    """Address of a running Ray cluster; auto finds it from one of its machines, null starts Ray here."""
+    """Address of a running Ray cluster; auto finds it on one of its machines, null starts Ray here."""
     gpus: int | None = knob(None, least=0, unit="devices", decides=False)
     """Accelerators of a job; null is 1, or 0 for cells on the CPU."""
     cpus: int | None = knob(None, least=1, unit="cores", decides=False)
-    """Cores of a job; null leaves it open."""
+    """Cores of a job; null is the cluster's default."""
     memory_gib: int | None = knob(None, least=1, unit="GiB", decides=False)
-    """Memory of a job on its host."""
+    """Host memory of a job."""
     minutes: int | None = knob(None, least=1, unit="minutes", decides=False)
-    """Time limit of a job; null is what its cells may take by measure.limit_seconds."""
+    """Time limit of a job; null is the sum of its cells' measure.limit_seconds."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class CellSpec:
-    """What decides a cell's figures. Hashed into its id, field by field."""
+    """Everything on which a cell's figures depend. Its id is a hash of all fields."""
 
     variant: str
     variant_params: dict[str, Any]
     seq_len: int
     depth: int
     batch_size: int
-    """Sequences in a step; 0 is as many as fit into measure.budget."""
+    """Sequences in a step; 0 is the largest number that fits into measure.budget."""
     replicate: int
     objective: str
     device: str
@@ -257,12 +270,16 @@ class CellSpec:
     model: ModelSizes
     data: DataSpec
     measure: MeasureSpec
+    feed_forward: SlotChoice = field(default_factory=lambda: SlotChoice.default(FEED_FORWARD))
+    stack: SlotChoice = field(default_factory=lambda: SlotChoice.default(STACK))
+    """The depth schedule."""
     twin: int = 0
-    """Above 0: the very cell again, to see by how much two measurements of the same differ."""
+    """Above 0: the same cell again, to measure the noise."""
 
     @property
     def causal(self) -> bool:
-        """Whether no output may read a later token: the objective's to say, or else wherever it can be."""
+        """Whether no output may read a later token. For a task's own objectives: whether the variant can be
+        causal."""
         if self.objective in ("clm", "mlm"):
             return self.objective == "clm"
         variant, config, _ = self.attention()
@@ -270,12 +287,14 @@ class CellSpec:
 
     @property
     def label(self) -> str:
-        """The cell in a few words, for people."""
-        words = f"{self.variant} T={self.seq_len} depth={self.depth} {self.activations} #{self.replicate}"
-        return f"{words} twin {self.twin}" if self.twin else words
+        """A short description of the cell."""
+        own = [f"{group}={c.name}" for group, c in self.slots().items() if c.name != SLOTS[group].default]
+        words = [self.variant, *own, f"T={self.seq_len}", f"depth={self.depth}", self.activations]
+        words += [f"#{self.replicate}", *([f"twin {self.twin}"] if self.twin else [])]
+        return " ".join(words)
 
     def attention(self) -> tuple[type[Variant], VariantConfig, Dims]:
-        """The variant's class, its config and the sizes of its layers (imports torch)."""
+        """Return the variant's class, its config and the sizes of its layers (imports torch)."""
         from variants.base import Dims
 
         variant = variants.load(self.variant)
@@ -288,23 +307,37 @@ class CellSpec:
         return variant, variant.Config.of(self.variant_params), dims
 
     def variants(self) -> list[str]:
-        """The variants whose code decides the figures: the cell's own and, of a mixture, its members
-        (imports torch)."""
+        """Return the variants on whose code the figures depend: the cell's and the members of a mixture."""
+        if variants.outline(self.variant):
+            return [self.variant]
         try:
             variant, config, _ = self.attention()
         except variants.BrokenVariant:
             return [self.variant]
         return [self.variant, *variant.members(config)]
 
+    def slots(self) -> dict[str, SlotChoice]:
+        """Return the entries that fill the slots, by group."""
+        return {FEED_FORWARD.group: self.feed_forward, STACK.group: self.stack}
+
+    def slot_modules(self) -> list[str]:
+        """Return the modules of these entries; the figures depend on their code."""
+        return [SLOTS[group].module_of(choice.name) for group, choice in self.slots().items()]
+
     def model_spec(self) -> ModelSpec:
-        """What the model is made of (imports torch)."""
-        from bench.model.slots import ModelSpec
+        """Return the parts of the model (imports torch)."""
+        from bench.model.slots import ModelSpec, depth_schedule, feed_forward
 
         variant, config, _ = self.attention()
-        return ModelSpec.of(variant, config, ff_mult=self.model.ff_mult)
+        return ModelSpec.of(
+            variant,
+            config,
+            feed_forward=feed_forward(self.feed_forward.name, **self.feed_forward.params),
+            depth=depth_schedule(self.stack.name, **self.stack.params),
+        )
 
     def workload(self) -> Workload:
-        """The work of one forward pass of a step (imports torch)."""
+        """Return the work of one forward pass of a step (imports torch)."""
         from variants.base import Workload
 
         return Workload(
@@ -316,7 +349,7 @@ class CellSpec:
         )
 
     def task(self) -> tuple[type[Task], TaskConfig, Setting]:
-        """The task's class, its config and what the cell asks of it (imports torch)."""
+        """Return the task's class, its config and the cell's settings for it."""
         from bench.tasks.base import Setting
 
         task = tasks.load(self.data.name)
@@ -332,13 +365,23 @@ class CellSpec:
         return task, task.Config.of(self.data.params), setting
 
     def cell_id(self, data_sha256: str, code_sha256: str) -> str:
-        """Hash of everything that decides the figures."""
+        """Return the hash of everything on which the figures depend."""
         values = dataclasses.asdict(self)
         values["variant_params"] = _decisive_params("variant", self.variant, self.variant_params)
         values["data"]["params"] = _decisive_params("data", self.data.name, self.data.params)
-        values["model"] = decisive(ModelSizes, values["model"])
+        values["model"] = decisive(ModelSizes, values["model"]) | _HASHED_BEFORE_SLOTS
+        for group, choice in self.slots().items():
+            params = _decisive_params(group, choice.name, choice.params)
+            values[group]["params"] = params
+            if choice.name == SLOTS[group].default and not params:  # older cells had no other
+                del values[group]
         values["measure"] = self.measure.decisive()
         return digest([decisive(Root, values), data_sha256, code_sha256])
+
+
+_HASHED_BEFORE_SLOTS = {"ff_mult": 4}
+"""A knob of the model that became `feed_forward.mult`. Its default stays in the hash, so that older records
+are found."""
 
 
 def _decisive_params(group: str, name: str, params: dict[str, Any]) -> dict[str, Any]:
@@ -348,23 +391,23 @@ def _decisive_params(group: str, name: str, params: dict[str, Any]) -> dict[str,
 
 @dataclass(frozen=True, kw_only=True)
 class Cell:
-    """A cell and where its record goes."""
+    """A cell, and where and how its record is stored."""
 
     spec: CellSpec
     folder: Path
     name: str
     force: bool
-    """Measure it though its record is final."""
+    """Measure it although its record is final."""
     rerun: str = "none"
-    """Which final records do not stand: a value of `Root.rerun`."""
+    """Which final records are measured again: a value of `Root.rerun`."""
     audit_oom: float = 0.0
-    """Share of the cells that are predicted to exceed their memory which run all the same."""
+    """See `Root.audit_oom`."""
     skip_after_oom: bool = True
-    """Leave it where a shorter cell, alike in all else, ran out of memory."""
+    """See `Root.skip_after_oom`."""
     tracker: TrackerSpec = field(default_factory=TrackerSpec)
-    """Who is told of its record."""
+    """The tracker to which its record is logged."""
 
 
 def digest(value: Any) -> str:
-    """16 hex digits of the sha256 of a JSON value."""
+    """Return 16 hex digits: the sha256 of a JSON value."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]

@@ -99,19 +99,19 @@ def check(spec: CellSpec, folder: Path, code_sha256: str) -> Figures:
     settings = [spec.causal, asdict(dims), repr(model.input), spec.device, spec.dtype, code_sha256]
     device, dtype = torch.device(spec.device), getattr(torch, spec.dtype)
 
-    def of_layer(layer: LayerSpec, blocks: int) -> dict[str, float | None]:
-        """Return the errors of a distinct layer that occurs in this number of blocks."""
+    def of_layer(layer: LayerSpec, visits: int) -> dict[str, float | None]:
+        """Return the errors of a distinct layer that is visited this number of times."""
         mixer, feed_forward = layer.mixer, layer.feed_forward
         leaked = None
         if spec.causal:
-            depth = min(LEAK_LAYERS, blocks)
+            depth = min(LEAK_LAYERS, visits)
             leaked = leak(mixer.layer, mixer.config, dims, depth, device, dtype, schedule=model.input)
         errors = [feed_forward_error(feed_forward.layer, feed_forward.config, dims.d_model, device)]
         errors += [
             reference_error(
                 mixer.layer, mixer.config, dims, index, device, causal=spec.causal, schedule=model.input
             )
-            for index in range(min(2, blocks))
+            for index in range(min(2, visits))
         ]
         return {"leak_max_abs": leaked, "reference_max_abs": largest(errors)}
 
@@ -119,15 +119,15 @@ def check(spec: CellSpec, folder: Path, code_sha256: str) -> Figures:
         return [slot.name, slot.params]
 
     errors = []
-    for layer, blocks in model.kinds(spec.depth).items():
-        decides = [identity(layer.mixer), identity(layer.feed_forward), min(LEAK_LAYERS, blocks), *settings]
-        take = partial(of_layer, layer, blocks)
+    for layer, visits in model.kinds(spec.depth).items():
+        decides = [identity(layer.mixer), identity(layer.feed_forward), min(LEAK_LAYERS, visits), *settings]
+        take = partial(of_layer, layer, visits)
         errors.append(load_or_measure(cache, decides, take, {"leak_max_abs", "reference_max_abs"}))
     recomputed = None
     if spec.activations != "keep":
         layers = min(spec.depth, max(2, len(model.layers)))
-        decides = [[identity(layer.mixer) for layer in model.layers], identity(model.depth), layers]
-        decides += [spec.model.ff_mult, spec.activations, spec.model.ff_chunks, *settings]
+        decides = [[identity(layer.mixer), identity(layer.feed_forward)] for layer in model.layers]
+        decides += [identity(model.depth), layers, spec.activations, spec.model.ff_chunks, *settings]
         (recomputed,) = load_or_measure(
             cache,
             decides,

@@ -3,8 +3,9 @@
 Shapes: B batch, T tokens, C channels (d_model), V vocabulary.
 
 All other parts are the same for every variant: pre-norm blocks (Xiong 2020, arXiv:2002.04745) and GPT-2's
-initialisation (normal with standard deviation 0.02, divided by √(2·depth) for projections that write to the
-residual stream). Frozen parameters keep the values that their layer gives them.
+initialisation (normal with standard deviation 0.02, divided by √(2·visits) for projections that write to the
+residual stream; a stack visits each of its blocks once). Frozen parameters keep the values that their layer
+gives them.
 """
 
 from __future__ import annotations
@@ -118,7 +119,7 @@ class LanguageModel(nn.Module):
         self.embedding = nn.Embedding(vocabulary, dims.d_model)
         lower_layers: Counter[SlotSpec[SequenceMixer]] = Counter()
         blocks = []
-        for layer in map(spec.at, range(depth)):
+        for layer in map(spec.at, range(self.depth_schedule.blocks)):
             mixer, feed_forward = layer.mixer, layer.feed_forward
             fed = dims_fed(mixer.layer, spec.input, dims)
             blocks.append(
@@ -138,7 +139,7 @@ class LanguageModel(nn.Module):
         self.apply(self._initialise)
         for name, parameter in self.named_parameters():
             if name.endswith("out.weight") and parameter.requires_grad:  # writes to the residual stream
-                nn.init.normal_(parameter, std=0.02 / (2 * depth) ** 0.5)
+                nn.init.normal_(parameter, std=0.02 / (2 * len(self.visits)) ** 0.5)
 
     @staticmethod
     def _initialise(module: nn.Module) -> None:

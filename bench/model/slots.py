@@ -1,19 +1,35 @@
-"""What a model is made of: its layers, the way through its blocks, and how it is fed."""
+"""The parts of a model: its layers, its depth schedule and its input schedule."""
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from variants.base import DepthSchedule, FeedForward, SequenceMixer, SlotSpec, Variant
-from variants.depth.stack import Stack, StackConfig
-from variants.feed_forward.mlp import MLP, MLPConfig
+from variants.base import DepthSchedule, FeedForward, SequenceMixer, SlotSpec, UpdatesAfterStep, Variant
 from variants.input_schedule import InputSchedule
+from variants.slots import FEED_FORWARD, STACK, Slot
+
+
+def feed_forward(name: str = FEED_FORWARD.default, **knobs: Any) -> SlotSpec[FeedForward]:
+    """Return a feed-forward layer with these knobs. Raises what `Slot.load` raises, and ValueError."""
+    return _filled(FEED_FORWARD, name, knobs)
+
+
+def depth_schedule(name: str = STACK.default, **knobs: Any) -> SlotSpec[DepthSchedule]:
+    """Return a depth schedule with these knobs. Raises what `Slot.load` raises, and ValueError."""
+    return _filled(STACK, name, knobs)
+
+
+def _filled(slot: Slot[Any], name: str, knobs: Mapping[str, Any]) -> SlotSpec[Any]:
+    layer = slot.load(name)
+    return SlotSpec(name, layer, layer.Config.of(knobs))
 
 
 @dataclass(frozen=True)
 class LayerSpec:
-    """One block's layers."""
+    """The layers of one block."""
 
     mixer: SlotSpec[SequenceMixer]
     feed_forward: SlotSpec[FeedForward]
@@ -21,30 +37,63 @@ class LayerSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelSpec:
-    """A model but for its sizes."""
+    """A model without its sizes."""
 
     layers: tuple[LayerSpec, ...]
-    """From the lowest block on; a deeper model begins again with the first."""
+    """The layers of each block from the lowest one; a model with more blocks repeats them."""
     depth: SlotSpec[DepthSchedule]
     input: InputSchedule
 
     @classmethod
-    def of(cls, variant: type[Variant], config: Any, *, ff_mult: int = 4) -> ModelSpec:
-        """The variant's mixers, each with a feed-forward layer of this multiple of the width, in a stack."""
-        feed_forward = SlotSpec[FeedForward]("mlp", MLP, MLPConfig(mult=ff_mult))
+    def of(
+        cls,
+        variant: type[Variant],
+        config: Any,
+        *,
+        feed_forward: SlotSpec[FeedForward] | None = None,
+        depth: SlotSpec[DepthSchedule] | None = None,
+    ) -> ModelSpec:
+        """Return the variant's mixers, each with the same feed-forward layer. None is the slot's default."""
+        feed_forward = feed_forward or _filled(FEED_FORWARD, FEED_FORWARD.default, {})
         return cls(
             layers=tuple(LayerSpec(mixer, feed_forward) for mixer in variant.mixers(config)),
-            depth=SlotSpec[DepthSchedule]("stack", Stack, StackConfig()),
+            depth=depth or depth_schedule(),
             input=variant.input_schedule(config),
         )
 
     def at(self, block: int) -> LayerSpec:
-        """The layers of a block; 0 is the lowest."""
+        """Return the layers of a block; 0 is the lowest."""
         return self.layers[block % len(self.layers)]
 
+    def visits(self, depth: int) -> list[int]:
+        """Return the block of each visit of a model of this depth."""
+        return [*self.depth.layer(self.depth.config, depth).visits()]
+
     def kinds(self, depth: int) -> dict[LayerSpec, int]:
-        """The distinct layers of a model of this depth, lowest first, and how many blocks have each."""
-        found: dict[LayerSpec, int] = {}
-        for block in range(depth):
-            found[self.at(block)] = found.get(self.at(block), 0) + 1
-        return found
+        """Return the distinct layers of a model of this depth, in the order of visits, each with the number
+        of its visits."""
+        return dict(Counter(map(self.at, self.visits(depth))))
+
+    def conflict(self, depth: int, activations: str) -> str | None:
+        """Return the conflict between knobs because of which there is no such model, beginning with the knob;
+        None if there is none."""
+        layers, blocks, stack = len(self.layers), len({*self.visits(depth)}), f"stack={self.depth.name}"
+        if blocks < layers:
+            makes = f"the variant has {layers} layers and {stack} makes {blocks}"
+            return f"depth={depth}: {makes} block{'s' * (blocks > 1)}; allowed are {layers} blocks or more"
+        reason = self.depth.layer.unsupported(self.depth.config, depth=depth, activations=activations)
+        return f"activations={activations}: {reason}" if reason else None
+
+    def unsupported(self, depth: int, d_model: int) -> str | None:
+        """Return why these layers cannot fill the slots of a model of these sizes; None if they can."""
+        for layer in self.layers:
+            slot = layer.feed_forward
+            if reason := slot.layer.unsupported(slot.config, d_model):
+                return f"{slot.name}: {reason}"
+        for block, times in Counter(self.visits(depth)).items():
+            mixer = self.at(block).mixer
+            # Such an update may read the last visit. If activations are computed again, that is another one.
+            if times > 1 and issubclass(mixer.layer, UpdatesAfterStep):
+                visits = f"stack={self.depth.name} visits a block {times} times in a step"
+                return f"{mixer.name}: is updated after a step, and {visits}; allowed is once"
+        return None

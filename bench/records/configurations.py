@@ -13,13 +13,15 @@ from typing import Any
 
 import pandas as pd
 
-from bench.records.record import Record
+from bench.records.record import SLOTS, Record
 from bench.records.store import columns_of
 
 UNKNOWN = "unknown"
 """A text that no record of the same kind has."""
 TRAINING_KEYS = ("train_budget", "train_amount", "learning_rate", "eval_split", "eval_stride")
 """How a model was trained and scored."""
+OTHER_PARAMS = (*SLOTS, "data")
+"""What has knobs in a record, `<name>_params`, beside the variant."""
 CONFIGURATION = (
     "variant",
     "params_json",
@@ -28,6 +30,10 @@ CONFIGURATION = (
     "depth",
     "d_model",
     "heads",
+    "feed_forward",
+    "feed_forward_json",
+    "stack",
+    "stack_json",
     "ff_chunks",
     "batch_size",
     "activations",
@@ -53,7 +59,7 @@ _TEXTS = [k for k, hint in _HINTS.items() if hint in (str, str | None) and k not
 
 
 def table(records: list[Record], show: Callable[[str], str] = str) -> pd.DataFrame:
-    """One row a record: its keys, `params_json`, `data_json` and `written`.
+    """One row a record: its keys, `params_json`, `<name>_json` for each of `OTHER_PARAMS`, and `written`.
 
     Figures are floats with NaN for null, because FLOPs can exceed 64 bits. `show` changes the texts that are
     names; it must keep different names different.
@@ -63,7 +69,8 @@ def table(records: list[Record], show: Callable[[str], str] = str) -> pd.DataFra
         names = {text: None if text is None else show(text) for text in set(columns[key])}
         columns[key] = [names[text] for text in columns[key]]
     columns["params_json"] = _as_json(columns["variant_params"])
-    columns["data_json"] = _as_json(columns["data_params"])
+    for name in OTHER_PARAMS:
+        columns[f"{name}_json"] = _as_json(columns[f"{name}_params"])
     columns["written"] = [record.order for record in records]
     return pd.DataFrame(columns).astype(dict.fromkeys(_FIGURES, float))
 
@@ -88,6 +95,8 @@ def filled_in(frame: pd.DataFrame) -> pd.DataFrame:
     frame["train_amount"] = frame["train_amount"].fillna(frame["tokens_trained"])
     frame["impl"] = _filled(frame, "impl", ["variant", "params_json"])
     frame["data_json"] = _only(frame["data_json"], [frame["data"], frame["data_sha256"]]).fillna("{}")
+    for slot in SLOTS:  # older records do not contain the knobs; null if their peers have several values
+        frame[f"{slot}_json"] = _only(frame[f"{slot}_json"], [frame[slot]])
     return frame
 
 

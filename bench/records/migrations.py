@@ -25,7 +25,13 @@ def _from_1(keys: Keys) -> Keys:
     return {"ff_chunks": 1, "twin": 0} | keys
 
 
-MIGRATIONS: Mapping[int, Callable[[Keys], Keys]] = MappingProxyType({1: _from_1})
+def _from_2(keys: Keys) -> Keys:
+    """In version 2 every model was a stack of blocks with an MLP, and the file did not say so. The width of
+    the MLP was a knob that files did not contain, so `feed_forward_params` stays null."""
+    return {"feed_forward": "mlp", "stack": "stack", "stack_params": {}} | keys
+
+
+MIGRATIONS: Mapping[int, Callable[[Keys], Keys]] = MappingProxyType({1: _from_1, 2: _from_2})
 """Source version → migration to the next version."""
 
 SCHEMA_VERSION = max(MIGRATIONS) + 1

@@ -43,6 +43,11 @@ Share = Annotated[float, Bounds(0, 1)]
 Number = Annotated[float, Bounds()]
 
 
+SLOTS = ("feed_forward", "stack")
+"""Keys for the parts of a model, beside its variant, that are chosen by name. The default of a key is the
+part that all models had before there was a choice."""
+
+
 @dataclass(kw_only=True)
 class Record:
     """The results of one cell. Names contain their units; None means that a figure was not taken."""
@@ -58,6 +63,10 @@ class Record:
     depth: Size
     d_model: Size
     heads: Size
+    feed_forward: str = "mlp"
+    feed_forward_params: dict[str, Any] | None = None
+    stack: str = "stack"
+    stack_params: dict[str, Any] | None = None
     ff_chunks: Size = 1
     batch_size: Count
     activations: str

@@ -1,7 +1,8 @@
 """The hash of the code that a cell's figures depend on.
 
 The modules are found by following import statements, also those inside functions, from the module that runs a
-cell and from the variant's own module. A module that is moved or newly imported is therefore never missed.
+cell and from the modules that the cell's configuration chooses: its variant, its feed-forward layer and its
+depth schedule. A module that is moved or newly imported is therefore never missed.
 The hash of a module is that of its syntax tree without docstrings, so comments and formatting do not matter.
 Nothing is imported, so hashing needs no torch.
 """
@@ -34,15 +35,16 @@ are not followed."""
 
 
 @cache
-def code_sha256(*names: str) -> str:
-    """Return 16 hex digits: the hash of the code that measures a cell, including the named variants'.
+def code_sha256(*names: str, modules: tuple[str, ...] = ()) -> str:
+    """Return 16 hex digits: the hash of the code that measures a cell, including that of the named variants
+    and of other modules that the cell's configuration chooses.
 
     For a variant from another package, the modules of that package that it imports are included. For a
     variant without source code, only its name is hashed. Raises variants.UnknownVariant.
     """
-    modules = [variants.module_of(name) for name in names]
-    digest = hashlib.sha256("\n".join(modules).encode())
-    for name, sha256 in sorted(closure([ROOT, *_found_by_name(), *modules]).items()):
+    chosen = [*(variants.module_of(name) for name in names), *modules]
+    digest = hashlib.sha256("\n".join(chosen).encode())
+    for name, sha256 in sorted(closure([ROOT, *_found_by_name(), *chosen]).items()):
         digest.update(f"\n{name}:{sha256}".encode())
     return digest.hexdigest()[:16]
 

@@ -7,6 +7,7 @@ The parent blocks on pipes and on the end of the child, so that it takes no CPU 
 from __future__ import annotations
 
 import errno
+import gc
 import multiprocessing
 import os
 import signal
@@ -133,6 +134,7 @@ def _status_of_exit(exitcode: int | None, tail: StderrTail, kills_before: int | 
 def _child(
     cell: Cell, cell_id: str, code_sha256: str, memory: int, theirs: Connection, stderr: Connection
 ) -> None:
+    gc.freeze()  # a collection would visit all objects of torch, in pages that are shared until then
     stderr_tail.redirect_stderr(stderr)
     drop_failed_output()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C and stops this process

@@ -43,7 +43,7 @@ def identity(cell: Cell) -> dict[str, Any]:
     spec = cell.spec
     task, task_config, _ = spec.task()
     data_sha256 = task.sha256(task_config, spec.data.name)
-    code_sha256 = code_hash.code_sha256(*spec.variants())
+    code_sha256 = code_hash.code_sha256(*spec.variants(), modules=tuple(spec.slot_modules()))
     return {
         "cell_id": spec.cell_id(data_sha256, code_sha256),
         "name": cell.name,
@@ -53,6 +53,10 @@ def identity(cell: Cell) -> dict[str, Any]:
         "depth": spec.depth,
         "d_model": spec.model.d_model,
         "heads": spec.model.heads,
+        "feed_forward": spec.feed_forward.name,
+        "feed_forward_params": spec.feed_forward.params,
+        "stack": spec.stack.name,
+        "stack_params": spec.stack.params,
         "ff_chunks": spec.model.ff_chunks,
         "batch_size": spec.batch_size,
         "activations": spec.activations,

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from bench.inputs.printable import printable
 from bench.records import Record
+from bench.records.record import SLOTS
 
 if TYPE_CHECKING:
     from rich.progress import Progress as RichProgress
@@ -19,8 +20,11 @@ MOST = 2000
 
 def describe(record: Record) -> str:
     """Describe a finished cell in one line: its identity, its cost and its quality."""
+    slots = "".join(
+        f"{slot}={getattr(record, slot)} " for slot in SLOTS if getattr(record, slot) != getattr(Record, slot)
+    )
     cell = (
-        f"{record.variant} T={record.seq_len} depth={record.depth} d={record.d_model} "
+        f"{record.variant} {slots}T={record.seq_len} depth={record.depth} d={record.d_model} "
         f"{record.activations} #{record.replicate}" + (f" twin {record.twin}" if record.twin else "")
     )
     if record.status != "ok":

@@ -24,10 +24,8 @@ def check_supported(spec: CellSpec) -> None:
     variant, config, dims = spec.attention()
     if reason := variant.unsupported(config, dims, causal=spec.causal):
         raise Unsupported(reason)
-    for layer in spec.model_spec().layers:
-        slot = layer.feed_forward
-        if reason := slot.layer.unsupported(slot.config, dims.d_model):
-            raise Unsupported(f"{slot.name}: {reason}")
+    if reason := spec.model_spec().unsupported(spec.depth, dims.d_model):
+        raise Unsupported(reason)
     if reason := STRATEGIES[spec.activations].unsupported(device.type):
         raise Unsupported(f"activations={spec.activations}: {reason}")
     needs_plan = not spec.measure.execute or spec.measure.budget is not None

@@ -4,6 +4,7 @@ Shapes: B batch, T tokens.
 
 A task is one module of this package that defines one subclass of `Task` with its `Config`. It uses NumPy
 generators that it seeds itself, so that other random numbers drawn in the process do not change the batches.
+Importing a task imports no torch, because the process that checks a configuration reads the task's knobs.
 """
 
 from __future__ import annotations
@@ -13,13 +14,16 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 import numpy as np
-import torch
-from torch import Tensor
+import numpy.typing as npt
 
 from variants.knobs import Knobs
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 IGNORED = -100
 """The value of targets that are not scored."""
@@ -36,6 +40,19 @@ class Batch(NamedTuple):
     inputs: Tensor
     targets: Tensor
     distances: Tensor | None = None
+
+    @classmethod
+    def of(
+        cls,
+        inputs: npt.NDArray[np.int64],
+        targets: npt.NDArray[np.int64],
+        distances: npt.NDArray[np.int64] | None = None,
+    ) -> Batch:
+        """Make a batch of arrays (B, T); its tensors share their memory."""
+        from torch import from_numpy
+
+        known = None if distances is None else from_numpy(distances)
+        return cls(from_numpy(inputs), from_numpy(targets), known)
 
     def for_training(self, device: torch.device) -> Batch:
         """Move inputs and targets to a device for a training step,

@@ -27,7 +27,6 @@ from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from scipy.signal import fftconvolve
 
 from bench.tasks.base import IGNORED, Batch, Setting, Task, TaskConfig
@@ -278,4 +277,4 @@ class Listops(Task):
         inputs = np.stack([tokens for tokens, _ in examples])
         targets = np.full_like(inputs, IGNORED)
         targets[:, -1] = [answer for _, answer in examples]
-        return Batch(torch.from_numpy(inputs), torch.from_numpy(targets))
+        return Batch.of(inputs, targets)

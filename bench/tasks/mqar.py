@@ -25,7 +25,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from bench.tasks.base import IGNORED, Batch, Setting, Task, TaskConfig
 from variants.knobs import knob
@@ -84,7 +83,7 @@ class Mqar(Task):
 
     def train_batch(self, step: int, done: float) -> Batch:
         """The number of pairs is that of the curriculum at `done`."""
-        return self._draw(self.train_generator(step), self.setting.batch_size, self.pairs(done))
+        return Batch.of(*self._draw(self.train_generator(step), self.setting.batch_size, self.pairs(done)))
 
     def test_batches(self) -> Iterator[Batch]:
         """Sequences with all pairs, independent of the batch size."""
@@ -95,8 +94,7 @@ class Mqar(Task):
                 self._draw(self.test_generator(index), 1, self.config.n_pairs)
                 for index in range(start, min(start + size, count))
             ]
-            inputs, targets, distances = (torch.cat(parts) for parts in zip(*drawn, strict=True))
-            yield Batch(inputs, targets, distances)
+            yield Batch.of(*(np.concatenate(parts) for parts in zip(*drawn, strict=True)))
 
     def pairs(self, done: float) -> int:
         """Return the number of pairs in a training batch at the share `done` of the budget: it grows
@@ -106,8 +104,9 @@ class Mqar(Task):
             return n
         return min(n, int(MIN_PAIRS * (n / MIN_PAIRS) ** (done / share)))
 
-    def _draw(self, generator: np.random.Generator, batch: int, n: int) -> Batch:
-        """Draw sequences (B, T) of n pairs; if n < n_pairs, half of the query positions are used."""
+    def _draw(self, generator: np.random.Generator, batch: int, n: int) -> tuple[Ints, Ints, Ints]:
+        """Draw inputs, targets and distances (B, T) with n pairs; if n < n_pairs, half of the query positions
+        are used."""
         seq_len, half = self.setting.seq_len, self.config.n_symbols // 2
         slots = (seq_len - 2 * n) // 2
         keys, values = _distinct(generator, batch, n, half), half + _distinct(generator, batch, n, half)
@@ -121,7 +120,7 @@ class Mqar(Task):
         inputs[row, query] = keys[:, asked]
         targets, distances = np.full_like(inputs, IGNORED), np.zeros_like(inputs)
         targets[row, query], distances[row, query] = values[:, asked], query - (2 * asked + 1)
-        return Batch(*(torch.from_numpy(array) for array in (inputs, targets, distances)))
+        return inputs, targets, distances
 
     def _places(self, generator: np.random.Generator, batch: int, n: int, slots: int) -> Ints:
         """(B, N) distinct slots in [0, slots), drawn without replacement with power-law weights.

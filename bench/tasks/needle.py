@@ -20,7 +20,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from bench.tasks.base import IGNORED, Batch, Setting, Task, TaskConfig
 from variants.knobs import knob
@@ -165,4 +164,4 @@ class Needle(Task):
         contexts[np.arange(len(contexts)), self.farthest + 1 - distances] = answers
         targets, back = np.full_like(contexts, IGNORED), np.zeros_like(contexts)
         targets[:, -1], back[:, -1] = answers, distances
-        return Batch(*(torch.from_numpy(array) for array in (contexts, targets, back)))
+        return Batch.of(contexts, targets, back)

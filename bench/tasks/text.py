@@ -14,7 +14,6 @@ from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from bench import corpora
 from bench.corpora import Corpus, Document
@@ -114,7 +113,7 @@ def _batch(windows: list[Document], objective: str, generator: np.random.Generat
         masked[:, -1] |= ~masked.any(axis=1)  # a short window must have a target
         targets = np.where(masked, inputs, IGNORED)
         inputs = np.where(masked, MASK, inputs)
-    return Batch(torch.from_numpy(inputs), torch.from_numpy(targets))
+    return Batch.of(inputs, targets)
 
 
 def train_batch(

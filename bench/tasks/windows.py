@@ -20,7 +20,6 @@ from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from bench.tasks.base import IGNORED, Batch
 
@@ -122,4 +121,4 @@ def _batch(passages: Sequence[Passage], windows: Sequence[Window]) -> Batch:
     for row, (document, start, stop, scored) in enumerate(windows):
         inputs[row, : stop - start] = passages[document].inputs[start:stop]
         targets[row, scored - start : stop - start] = passages[document].targets[scored:stop]
-    return Batch(torch.from_numpy(inputs), torch.from_numpy(targets))
+    return Batch.of(inputs, targets)

@@ -76,10 +76,10 @@ def log(spec: TrackerSpec, folder: Path, record: Record) -> None:
 
 
 def settings(record: Record) -> dict[str, str]:
-    """Return a cell's settings as text: its identity, and each knob of its variant and data by name."""
+    """Return a cell's settings as text: its identity, and each knob of its variant, slots and data."""
     values = {key: getattr(record, key) for key in (*KEYS[: KEYS.index("status")], *_ASKED)}
-    for group in ("variant_params", "data_params"):
-        values |= {f"{group.removesuffix('_params')}.{k}": v for k, v in (values.pop(group) or {}).items()}
+    for key in [key for key in values if key.endswith("_params")]:
+        values |= {f"{key.removesuffix('_params')}.{k}": v for k, v in (values.pop(key) or {}).items()}
     return {key: str(value) for key, value in values.items() if value is not None}
 
 

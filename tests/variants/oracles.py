@@ -14,7 +14,7 @@ from torch import Tensor, einsum, nn
 
 import variants
 from bench.model.language_model import LanguageModel
-from bench.model.slots import ModelSpec
+from bench.model.slots import ModelSpec, feed_forward
 from bench.tasks.text import VOCABULARY
 from variants.base import (
     Context,
@@ -171,7 +171,7 @@ def language_model(variant: type[SequenceMixer], config: VariantConfig, seq_len:
     """A float64 model of two blocks; the same seed gives the same weights whatever the variant."""
     torch.manual_seed(4)
     model = LanguageModel(
-        ModelSpec.of(variant, config, ff_mult=2),
+        ModelSpec.of(variant, config, feed_forward=feed_forward(mult=2)),
         dims_for(seq_len),
         depth=2,
         dropout=0.0,
@@ -191,7 +191,7 @@ def byte_model(name: str, seq_len: int, **knobs: Any) -> LanguageModel:
     torch.manual_seed(0)
     variant = variants.load(name)
     model = LanguageModel(
-        ModelSpec.of(variant, variant.Config.of(knobs), ff_mult=2),
+        ModelSpec.of(variant, variant.Config.of(knobs), feed_forward=feed_forward(mult=2)),
         Workload(causal=True, batch_size=1, seq_len=seq_len, d_model=32, heads=2),
         depth=2,
         dropout=0.5,

@@ -17,7 +17,7 @@ from bench.evaluate.nll import evaluate
 from bench.measure import gates
 from bench.measure.flops import CountFlops
 from bench.model.language_model import LanguageModel
-from bench.model.slots import ModelSpec
+from bench.model.slots import ModelSpec, feed_forward
 from bench.tasks.text import Batch
 from bench.train.loop import optimizer_for, training_step
 from variants.attention.compressive import COMPRESSIONS, Compressive, CompressiveConfig, State
@@ -300,7 +300,11 @@ def test_runs_on_fake_tensors(compression: str) -> None:
 def language_model(activations: str, **knobs: Any) -> LanguageModel:
     torch.manual_seed(0)
     return LanguageModel(
-        ModelSpec.of(Compressive, CompressiveConfig(segment=16, mem_len=16, comp_len=8, **knobs), ff_mult=2),
+        ModelSpec.of(
+            Compressive,
+            CompressiveConfig(segment=16, mem_len=16, comp_len=8, **knobs),
+            feed_forward=feed_forward(mult=2),
+        ),
         dims(75, batch=3, channels=16),
         depth=2,
         dropout=0.1,

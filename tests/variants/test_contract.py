@@ -45,7 +45,7 @@ from bench.config.groups import completed
 from bench.measure import gates
 from bench.measure.flops import CountFlops
 from bench.model.language_model import LanguageModel
-from bench.model.slots import ModelSpec
+from bench.model.slots import ModelSpec, feed_forward
 from variants.base import (
     Complexity,
     Context,
@@ -619,7 +619,7 @@ def test_a_model_tells_each_layer_its_place(name: str) -> None:
     """What differs from layer to layer differs in a model: each is what it is when built by itself there."""
     variant, dims = variants.load(name), dims_for(300)
     model = LanguageModel(
-        ModelSpec.of(variant, variant.Config(), ff_mult=2),
+        ModelSpec.of(variant, variant.Config(), feed_forward=feed_forward(mult=2)),
         dims,
         depth=3,
         dropout=0.0,

@@ -22,7 +22,7 @@ import variants
 from bench.measure import gates, step
 from bench.measure.memory import LiveStorage
 from bench.model.language_model import LanguageModel
-from bench.model.slots import ModelSpec
+from bench.model.slots import ModelSpec, feed_forward
 from bench.tasks.base import Batch
 from variants.base import Dims, SequenceMixer, VariantConfig, Workload, known_leak
 
@@ -214,7 +214,10 @@ def test_a_plan_equals_the_step_in_every_figure(mode: Mode) -> None:
     def build() -> LanguageModel:
         sizes: dict[str, Any] = {"depth": 1, "dropout": 0.1, "vocabulary": 11}
         return LanguageModel(
-            ModelSpec.of(mode.variant, mode.config, ff_mult=2), dims, activations="keep", **sizes
+            ModelSpec.of(mode.variant, mode.config, feed_forward=feed_forward(mult=2)),
+            dims,
+            activations="keep",
+            **sizes,
         )
 
     def blank() -> Batch:
@@ -258,7 +261,7 @@ def trained_by_the_task(variant: type[SequenceMixer], dims: Dims) -> int:
     """Parameters of a small model that its outputs depend on."""
     torch.manual_seed(0)
     model = LanguageModel(
-        ModelSpec.of(variant, variant.Config(), ff_mult=4),
+        ModelSpec.of(variant, variant.Config(), feed_forward=feed_forward(mult=4)),
         dims,
         depth=1,
         dropout=0.0,

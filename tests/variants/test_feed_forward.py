@@ -1,49 +1,61 @@
-"""What every feed-forward layer promises. Nothing here names one but the last test."""
+"""What every feed-forward layer promises. It is found by its file; only the last tests name one."""
 
 from __future__ import annotations
 
 import dataclasses
-import importlib
-import inspect
-import pkgutil
+from collections.abc import Iterator
+from typing import Literal, NamedTuple, get_args, get_origin
 
 import pytest
 import torch
 from oracles import D_MODEL, EXACT, assert_same, difference, numbers
 
+import variants
 from bench.measure import gates
 from bench.measure.flops import CountFlops
-from variants import feed_forward
-from variants.base import Cost, FeedForward, FeedForwardConfig, FFOut, Workload
+from bench.model.language_model import Block
+from bench.model.slots import feed_forward
+from variants.base import Context, Cost, Dims, FeedForward, FeedForwardConfig, FFOut, Workload
+from variants.feed_forward.glu import GLU, GLUConfig
 from variants.feed_forward.mlp import MLP, MLPConfig
+from variants.knobs import knobs_of
+from variants.slots import FEED_FORWARD
+
+TOKENS = 9
 
 
-def layers() -> list[type[FeedForward]]:
-    """The one class of every module of `variants.feed_forward`."""
-    found = []
-    for info in pkgutil.iter_modules(feed_forward.__path__):
-        module = importlib.import_module(f"{feed_forward.__name__}.{info.name}")
-        (layer,) = (
-            thing
-            for thing in vars(module).values()
-            if inspect.isclass(thing)
-            and issubclass(thing, FeedForward)
-            and thing.__module__ == module.__name__
-        )
-        found.append(layer)
-    return found
+class Case(NamedTuple):
+    """A feed-forward layer with a configuration."""
+
+    layer: type[FeedForward]
+    config: FeedForwardConfig
+
+    def made(self) -> FeedForward:
+        torch.manual_seed(0)
+        return self.layer(self.config, D_MODEL).double()
 
 
-every_layer = pytest.mark.parametrize("layer", layers())
+def cases() -> Iterator[object]:
+    """Every layer with its defaults, and with each other word of its knobs."""
+    for name in FEED_FORWARD.names():
+        layer = FEED_FORWARD.load(name)
+        yield pytest.param(Case(layer, layer.Config()), id=name)
+        for knob in knobs_of(layer.Config).values():
+            words = get_args(knob.hint) if get_origin(knob.hint) is Literal else ()
+            for word in words:
+                if word != knob.default:
+                    config = layer.Config.of({knob.name: word})
+                    yield pytest.param(Case(layer, config), id=f"{name}-{knob.name}={word}")
 
 
-def made(layer: type[FeedForward]) -> FeedForward:
-    torch.manual_seed(0)
-    return layer(layer.Config(), D_MODEL).double()
+every_name = pytest.mark.parametrize("name", FEED_FORWARD.names())
+every_case = pytest.mark.parametrize("case", [*cases()])
 
 
-@every_layer
-def test_config_is_frozen_and_says_its_paper(layer: type[FeedForward]) -> None:
+@every_name
+def test_config_is_frozen_and_says_its_paper(name: str) -> None:
+    layer = FEED_FORWARD.load(name)
+    assert issubclass(layer, FeedForward)
     assert issubclass(layer.Config, FeedForwardConfig)
     assert layer.Config.__dataclass_params__.frozen
     assert all(field.default is not dataclasses.MISSING for field in dataclasses.fields(layer.Config))
@@ -52,30 +64,61 @@ def test_config_is_frozen_and_says_its_paper(layer: type[FeedForward]) -> None:
     assert layer.unsupported(layer.Config(), D_MODEL) is None
 
 
-@every_layer
-def test_forward_is_the_reference(layer: type[FeedForward]) -> None:
-    one, x = made(layer), numbers(2, 9, D_MODEL)
+@every_case
+def test_forward_is_the_reference(case: Case) -> None:
+    one, x = case.made(), numbers(2, TOKENS, D_MODEL)
     out = one(x)
     assert isinstance(out, FFOut)
     assert_same(lambda: one(x).y, lambda: one.reference(x), [x, *one.parameters()])
-    assert gates.feed_forward_error(layer, layer.Config(), D_MODEL, torch.device("cpu")) < 1e-5
+    assert gates.feed_forward_error(case.layer, case.config, D_MODEL, torch.device("cpu")) < 1e-5
 
 
-@every_layer
-def test_every_token_goes_through_by_itself(layer: type[FeedForward]) -> None:
-    one, x = made(layer).eval(), numbers(2, 9, D_MODEL).detach()
-    parts = torch.cat([one(x[:, t : t + 1]).y for t in range(9)], dim=1)
+@every_case
+def test_every_token_goes_through_by_itself(case: Case) -> None:
+    one, x = case.made().eval(), numbers(2, TOKENS, D_MODEL).detach()
+    parts = torch.cat([one(x[:, t : t + 1]).y for t in range(TOKENS)], dim=1)
     assert difference(one(x).y, parts) <= EXACT
 
 
-@every_layer
-def test_dispatched_flops_are_those_of_the_formula(layer: type[FeedForward]) -> None:
+@every_case
+def test_dispatched_flops_are_those_of_the_formula(case: Case) -> None:
     with CountFlops() as counter, torch.no_grad():
-        made(layer)(numbers(3, 9, D_MODEL))
-    work = Workload(batch_size=3, seq_len=9, d_model=D_MODEL, heads=1, causal=True)
-    cost = layer(layer.Config(), D_MODEL).cost(work)
+        case.made()(numbers(3, TOKENS, D_MODEL))
+    work = Workload(batch_size=3, seq_len=TOKENS, d_model=D_MODEL, heads=1, causal=True)
+    cost = case.made().cost(work)
     assert counter.total == cost.total
     assert cost.mixing == 0, "no token reads another"
+
+
+@every_case
+def test_a_forward_pass_leaves_no_state(case: Case) -> None:
+    """A pass may be computed again, and chunks of a sequence in any order."""
+    one, x = case.made().train(), numbers(2, TOKENS, D_MODEL).detach()
+    attributes = {*vars(one)}
+    before = {name: value.clone() for name, value in one.state_dict().items()}
+    first = one(x).y
+    one(numbers(1, 3, D_MODEL))
+    assert torch.equal(one(x).y, first)
+    after = one.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert {*vars(one)} == attributes
+
+
+@every_case
+def test_a_block_in_chunks_equals_the_whole_block(case: Case) -> None:
+    """In outputs and gradients, where the last chunk is shorter than the others."""
+    mixer = variants.load_mixer("dense")
+    sizes = Dims(seq_len=TOKENS, d_model=D_MODEL, heads=2)
+    block = Block(mixer(mixer.Config(), sizes), case.made(), D_MODEL, ff_chunks=1, dropout=0.0).double()
+    x = numbers(2, TOKENS, D_MODEL)
+
+    def run(chunks: int) -> torch.Tensor:
+        block.ff_chunks = chunks
+        y: torch.Tensor = block(x, None, Context(causal=True)).x
+        return y
+
+    assert_same(lambda: run(4), lambda: run(1), [x, *block.parameters()])
 
 
 def test_the_mlp_costs_two_products() -> None:
@@ -83,6 +126,32 @@ def test_the_mlp_costs_two_products() -> None:
     assert MLP(MLPConfig(mult=3), 4).cost(work) == Cost({"feed_forward": 5 * 2 * 2 * 3 * 4 * 4})
     with pytest.raises(ValueError, match=r"^mult=0: allowed is "):
         MLPConfig(mult=0)
+
+
+@pytest.mark.parametrize("d_model", [64, 256, 768, 1000])
+@pytest.mark.parametrize("mult", [1, 4, 8])
+def test_a_gated_unit_has_about_as_many_parameters_as_the_mlp(d_model: int, mult: int) -> None:
+    """Two thirds of the width, to the nearest multiple of 8: half of 8 off at most."""
+    with torch.device("meta"):
+        layers = MLP(MLPConfig(mult=mult), d_model), GLU(GLUConfig(mult=mult), d_model)
+    mlp, glu = (sum(p.numel() for p in layer.parameters()) for layer in layers)
+    assert abs(glu - mlp) <= 3 * d_model * 4
+    assert GLUConfig(mult=mult).hidden(d_model) % 8 == 0
+    assert GLUConfig(mult=1).hidden(2) == 8
+
+
+def test_a_gated_unit_with_a_sigmoid_is_half_the_values_at_a_gate_of_zero() -> None:
+    one = GLU(GLUConfig(activation="sigmoid"), D_MODEL).double()
+    x = numbers(1, 2, D_MODEL).detach()
+    with torch.no_grad():
+        gate, value = one.up.weight.chunk(2)
+        gate.zero_()
+        torch.testing.assert_close(one(x).y, x @ value.T / 2 @ one.out.weight.T)
+
+
+def test_an_unknown_layer_is_refused_with_the_nearest() -> None:
+    with pytest.raises(ValueError, match=r"^feed_forward=gluu: unknown; there are .*; did you mean glu\?$"):
+        feed_forward("gluu")
 
 
 def test_a_gate_finds_a_wrong_layer() -> None:

@@ -16,7 +16,7 @@ import variants
 from bench.measure import step
 from bench.measure.flops import CountFlops
 from bench.model.language_model import LanguageModel
-from bench.model.slots import ModelSpec
+from bench.model.slots import ModelSpec, feed_forward
 from bench.tasks.base import Batch
 from bench.train.loop import optimizer_for, training_step
 from variants.attention.hybrid import Hybrid, HybridConfig
@@ -56,7 +56,10 @@ def model_of(layers: tuple[str, ...], depth: int = 2, **changed: Any) -> Languag
     torch.manual_seed(0)
     given = {"dropout": 0.0, "vocabulary": VOCABULARY, "activations": "keep", **changed}
     return LanguageModel(
-        ModelSpec.of(Hybrid, HybridConfig(layers=layers), ff_mult=2), SIZES, depth=depth, **given
+        ModelSpec.of(Hybrid, HybridConfig(layers=layers), feed_forward=feed_forward(mult=2)),
+        SIZES,
+        depth=depth,
+        **given,
     )
 
 
@@ -103,7 +106,7 @@ def test_a_mixture_of_one_variant_is_that_variant() -> None:
     config = variant.Config(window=(4, 8))
     torch.manual_seed(0)
     plain = LanguageModel(
-        ModelSpec.of(variant, config, ff_mult=2),
+        ModelSpec.of(variant, config, feed_forward=feed_forward(mult=2)),
         SIZES,
         depth=3,
         dropout=0.0,
@@ -210,7 +213,7 @@ def test_what_is_stateful_goes_without_state_through_chunks() -> None:
     """A window of chunks must not get the state of another one, of other sequences."""
     stateful = variants.load_mixer("transformer_xl")
     config = stateful.Config(segment=16, mem_len=8)
-    spec = replace(ModelSpec.of(stateful, config, ff_mult=2), input=Chunks(16, 16))
+    spec = replace(ModelSpec.of(stateful, config, feed_forward=feed_forward(mult=2)), input=Chunks(16, 16))
     torch.manual_seed(0)
     model = LanguageModel(spec, SIZES, depth=2, dropout=0.0, vocabulary=VOCABULARY, activations="keep").eval()
     with torch.no_grad():

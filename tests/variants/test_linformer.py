@@ -16,7 +16,7 @@ import variants
 from bench.measure import gates
 from bench.measure.flops import CountFlops
 from bench.model.language_model import LanguageModel
-from bench.model.slots import ModelSpec
+from bench.model.slots import ModelSpec, feed_forward
 from variants.attention.linformer import Linformer, LinformerConfig
 from variants.base import Context, Workload
 from variants.ops import masks
@@ -159,7 +159,7 @@ def test_no_longer_sequence_is_cut_to_fit(sharing: str, seq_len: int) -> None:
 
 def test_a_model_ties_what_layerwise_sharing_asks_for() -> None:
     model = LanguageModel(
-        ModelSpec.of(Linformer, LinformerConfig(k=8, sharing="layerwise"), ff_mult=2),
+        ModelSpec.of(Linformer, LinformerConfig(k=8, sharing="layerwise"), feed_forward=feed_forward(mult=2)),
         dims_of(40),
         depth=3,
         dropout=0.0,

@@ -20,7 +20,7 @@ from bench.measure import gates
 from bench.measure.flops import CountFlops
 from bench.measure.memory import LiveStorage
 from bench.model.language_model import LanguageModel
-from bench.model.slots import ModelSpec
+from bench.model.slots import ModelSpec, feed_forward
 from bench.tasks.text import Batch
 from bench.train.loop import optimizer_for, training_step
 from variants.attention.performer import Performer, PerformerConfig
@@ -377,7 +377,9 @@ def test_redraw_counts_optimiser_steps_even_where_a_forward_pass_runs_twice() ->
     for activations in ("keep", "checkpoint"):
         torch.manual_seed(0)
         model = LanguageModel(
-            ModelSpec.of(Performer, PerformerConfig(n_features=12, redraw=3), ff_mult=2),
+            ModelSpec.of(
+                Performer, PerformerConfig(n_features=12, redraw=3), feed_forward=feed_forward(mult=2)
+            ),
             dims_of(20, 2),
             depth=1,
             dropout=0.0,

@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 
 import variants
 from bench.model.language_model import LanguageModel
-from bench.model.slots import ModelSpec
+from bench.model.slots import ModelSpec, feed_forward
 from variants.attention.compressive import COMPRESSIONS
 from variants.base import Context, Workload
 from variants.ops.relative_attention import Recurrent
@@ -123,7 +123,9 @@ def test_state_bytes_in_a_model_of_any_dtype(name: str, knobs: dict[str, Any], d
     variant = variants.load(name)
     size = Workload(causal=True, batch_size=2, seq_len=40, d_model=16, heads=2)
     model = LanguageModel(
-        ModelSpec.of(variant, variant.Config(segment=8, mem_len=12, **knobs), ff_mult=2),
+        ModelSpec.of(
+            variant, variant.Config(segment=8, mem_len=12, **knobs), feed_forward=feed_forward(mult=2)
+        ),
         size,
         depth=2,
         dropout=0.0,

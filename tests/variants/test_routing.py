@@ -18,7 +18,7 @@ from bench.measure import gates
 from bench.measure.flops import CountFlops
 from bench.measure.memory import LiveStorage
 from bench.model.language_model import LanguageModel
-from bench.model.slots import ModelSpec
+from bench.model.slots import ModelSpec, feed_forward
 from bench.tasks.text import Batch
 from bench.train.loop import optimizer_for, training_step
 from variants.attention.routing import Routing, RoutingConfig
@@ -375,7 +375,7 @@ def test_memberships_do_not_depend_on_autocast() -> None:
 def trained(activations: str, *, steps: int, causal: bool = True) -> LanguageModel:
     torch.manual_seed(0)
     model = LanguageModel(
-        ModelSpec.of(Routing, RoutingConfig(decay=0.5, window=8), ff_mult=2),
+        ModelSpec.of(Routing, RoutingConfig(decay=0.5, window=8), feed_forward=feed_forward(mult=2)),
         Workload(causal=True, batch_size=2, seq_len=32, d_model=32, heads=4),
         depth=2,
         dropout=0.0,

@@ -18,7 +18,7 @@ from bench.evaluate.nll import evaluate
 from bench.measure import gates
 from bench.measure.flops import CountFlops
 from bench.model.language_model import LanguageModel
-from bench.model.slots import ModelSpec
+from bench.model.slots import ModelSpec, feed_forward
 from bench.tasks.text import Batch
 from bench.train.loop import optimizer_for, training_step
 from variants import load
@@ -321,7 +321,7 @@ def language_model(variant: str, activations: str, dropout: float = 0.0, **knobs
     torch.manual_seed(0)
     cls = load(variant)
     return LanguageModel(
-        ModelSpec.of(cls, cls.Config(**knobs), ff_mult=2),
+        ModelSpec.of(cls, cls.Config(**knobs), feed_forward=feed_forward(mult=2)),
         dims(50, batch=3, channels=16),
         depth=2,
         dropout=dropout,

@@ -65,15 +65,23 @@ class DepthSchedule(ABC):
     """Authors, year, title's short form and arXiv number."""
 
     def __init__(self, config: DepthConfig, depth: int) -> None:
-        """A schedule of a model with `depth` blocks."""
+        """A schedule for the knob `depth`, which most schedules take as the number of visits."""
         self.config = config
         self.depth = depth
 
     @classmethod
     def unsupported(cls, config: Any, *, depth: int, activations: str) -> str | None:
-        """Why a model of so many blocks cannot run with this strategy for activations, or None."""
+        """Why a model of this depth cannot run with this strategy for activations, or None."""
         return None
 
     @abstractmethod
     def visits(self) -> Sequence[int]:
-        """The index of the block of each visit, in order; indices begin at 0, the lowest block."""
+        """The index of the block of each visit, in order.
+
+        Indices begin at 0, the lowest block, and leave none out: a model has no block without a visit.
+        """
+
+    @property
+    def blocks(self) -> int:
+        """How many blocks the model has: those that are visited."""
+        return len({*self.visits()})

@@ -12,17 +12,15 @@ import torch
 from torch import Tensor, nn
 
 from variants.base import Cost, FeedForward, FeedForwardConfig, FFOut, Workload
+from variants.knobs import knob
 
 
 @dataclass(frozen=True, kw_only=True)
 class MLPConfig(FeedForwardConfig):
     """Knobs of the multilayer perceptron."""
 
-    mult: int = 4
+    mult: int = knob(4, least=1, younger=True)
     """Width of the hidden layer as a multiple of the model's channels."""
-
-    def __post_init__(self) -> None:
-        self.require("mult", self.mult >= 1, "an integer ≥ 1")
 
 
 class MLP(FeedForward):

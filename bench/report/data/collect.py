@@ -16,6 +16,7 @@ from bench import records
 from bench.inputs.printable import printable
 from bench.records import Record
 from bench.records.configurations import CONFIGURATION, UNKNOWN, filled_in, reasons, table
+from bench.report.data.groups import SLOT_COLUMNS
 
 MOST, MOST_KNOBS = 80, 200
 """Characters of a name, and of a row's knobs, that are shown; a longer text ends with a hash of all of it."""
@@ -31,11 +32,12 @@ class Collected:
     """An experiment's records, ready to be aggregated.
 
     `frame` has one row a current record: the record's keys and `params_json`, `label`, `machine`, `knobs`
-    (those of `data_params` that differ among the rows of its data, in words) and `corpus` (the data with
-    them; where only its hash differs, with that). It leaves out twins, cells that were measured again to
-    see by how much two measurements of the same differ; `every` has them too. `records` are all that could
-    be read. `stale` says by cell why a record is in neither frame; `alike` counts records that share every
-    key of a cell, its replicate and its twin with another one.
+    (those of `data_params` that differ among the rows of its data, in words), `corpus` (the data with
+    them; where only its hash differs, with that), and the columns `feed_forward_layer` and `depth_schedule`
+    (the entry of the slot with those of its knobs that differ). It leaves out twins, cells that were
+    measured again to see by how much two measurements of the same differ; `every` has them too. `records`
+    are all that could be read. `stale` says by cell why a record is in neither frame; `alike` counts records
+    that share every key of a cell, its replicate and its twin with another one.
     """
 
     frame: pd.DataFrame
@@ -79,13 +81,15 @@ def relabelled(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def _labelled(frame: pd.DataFrame) -> pd.DataFrame:
-    """Add the names of cells: `data_params`, `knobs`, `corpus` and `label`."""
+    """Add the names of cells: `data_params`, `knobs`, `corpus`, `label` and those of `SLOT_COLUMNS`."""
     frame = frame.copy()
     frame["data_params"] = [json.loads(text) for text in frame["data_json"]]
     frame["knobs"] = _differing(frame["data"], frame["data_params"])
     frame["corpus"] = frame["data"].where(frame["knobs"] == "", frame["data"] + " (" + frame["knobs"] + ")")
     hashes = frame.groupby("corpus")["data_sha256"].transform("nunique")
     frame["corpus"] = frame["corpus"].where(hashes <= 1, frame["corpus"] + "@" + frame["data_sha256"].str[:8])
+    for slot, column in SLOT_COLUMNS.items():
+        frame[column] = slot_names(frame[slot], frame[f"{slot}_json"])
     frame["label"] = labels(frame)
     return frame
 
@@ -106,6 +110,14 @@ def labels(frame: pd.DataFrame) -> list[str]:
         f"{variant} ({words})" if words else str(variant)
         for variant, words in zip(frame["variant"], shown, strict=True)
     ]
+
+
+def slot_names(names: Iterable[str], params: Iterable[str | None]) -> list[str]:
+    """Each row's entry of a slot, with those of its knobs (JSON, or null) that differ among the entry's rows:
+    'mlp (mult=8)'."""
+    rows = list(names)
+    words = _differing(rows, [{} if pd.isna(text) else json.loads(text) for text in params])
+    return [f"{name} ({own})" if own else str(name) for name, own in zip(rows, words, strict=True)]
 
 
 def _differing(names: Iterable[str], knobs: Iterable[dict[str, Any]]) -> list[str]:

@@ -60,7 +60,7 @@ def parquet(found: list[Record], stale: Mapping[str, str]) -> bytes:
     bits) double, texts string.
     """
     columns: dict[str, Any] = records.columns_of(found)
-    for name in ("variant_params", "data_params"):
+    for name in (name for name in columns if name.endswith("_params")):
         columns[name] = [
             None if value is None else json.dumps(value, sort_keys=True, default=str)
             for value in columns[name]

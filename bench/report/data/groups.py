@@ -14,11 +14,15 @@ import pandas as pd
 
 from bench.records.configurations import TRAINING_KEYS
 
+SLOT_COLUMNS = {"feed_forward": "feed_forward_layer", "stack": "depth_schedule"}
+"""Key of a record that names what fills a slot of the model → the column with that entry and those of its
+knobs that differ, in words."""
 SETTING = (
     "objective",
     "corpus",
     "d_model",
     "heads",
+    *SLOT_COLUMNS.values(),
     "ff_chunks",
     "batch_size",
     "dtype",

@@ -11,7 +11,7 @@ import pandas as pd
 from bench.records.configurations import UNKNOWN
 from bench.report.data.collect import spoken
 from bench.report.data.experiment import Experiment
-from bench.report.data.groups import varying
+from bench.report.data.groups import SLOT_COLUMNS, varying
 from bench.report.data.statistics import LEAK_LIMIT, distinct
 from bench.report.sections import Section
 from bench.report.text import units
@@ -47,7 +47,7 @@ class Gates(Section[pd.DataFrame]):
 
 def _columns(frame: pd.DataFrame) -> list[Column]:
     """One row a variant configuration: the results of its gates, the worst over its records."""
-    where = ["objective", "dtype", "device"]
+    where = ["objective", "dtype", "device", *SLOT_COLUMNS.values()]
     found = frame.groupby([*where, "variant", "label", "params_json", "impl"], sort=True)
     table = pd.DataFrame(
         {

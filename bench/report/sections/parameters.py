@@ -8,7 +8,7 @@ from typing import Any
 import pandas as pd
 
 from bench.report.data.experiment import Experiment
-from bench.report.data.groups import varying
+from bench.report.data.groups import SLOT_COLUMNS, varying
 from bench.report.data.statistics import DRIFT_LIMIT
 from bench.report.sections import Section
 from bench.report.text import units
@@ -40,7 +40,7 @@ class Parameters(Section[pd.DataFrame]):
 def _columns(cells: pd.DataFrame) -> list[Column]:
     """Parameter counts, one row a variant and model; lengths share a row where they share a count."""
     known = cells[cells["params"].notna()]
-    keys = ["objective", "corpus", "d_model", "heads", "depth"]
+    keys = ["objective", "corpus", "d_model", "heads", *SLOT_COLUMNS.values(), "depth"]
     found = known.groupby([*keys, "variant", "label", "params"], sort=False)
     table = pd.DataFrame(
         {"params_ratio": found["params_ratio"].median(), "lengths": found["seq_len"].agg(_lengths)}
@@ -49,7 +49,7 @@ def _columns(cells: pd.DataFrame) -> list[Column]:
         return []
     drift = [DRIFT if abs(value - 1) > DRIFT_LIMIT else "" for value in table["params_ratio"]]
     ratios = [units.ratio(v) + mark for v, mark in zip(table["params_ratio"], drift, strict=True)]
-    names = {"d_model": "width"}
+    names = {"d_model": "width", "feed_forward_layer": "feed-forward", "depth_schedule": "depth schedule"}
     return [
         each(table, "variant", "label", str, right=False, optional=False),
         *(each(table, names.get(k, k), k, str) for k in keys if k in varying(table, keys)),

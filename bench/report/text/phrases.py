@@ -7,7 +7,8 @@ from typing import Any
 
 import pandas as pd
 
-from bench.report.data.groups import GROUP, TRAINING, split, varying
+from bench.records import Record
+from bench.report.data.groups import GROUP, SLOT_COLUMNS, TRAINING, split, varying
 from bench.report.text import units
 
 _PHRASES = {
@@ -15,6 +16,8 @@ _PHRASES = {
     "data": "data {}",
     "d_model": "width {}",
     "heads": "{} heads",
+    "feed_forward_layer": "feed-forward {}",
+    "depth_schedule": "depth schedule {}",
     "ff_chunks": "feed-forward in {} pieces",
     "batch_size": "batch {}",
     "threads": "{} threads",
@@ -24,6 +27,13 @@ _PHRASES = {
 }
 
 
+_USUAL = {
+    "ff_chunks": Record.ff_chunks,
+    **{column: getattr(Record, key) for key, column in SLOT_COLUMNS.items()},
+}
+"""Values that are not mentioned."""
+
+
 def describe(values: Mapping[str, Any], keys: Sequence[str]) -> str:
     """The keys' values in words: 'clm, width 64, 4 heads, batch 4'."""
     return ", ".join(_phrase(key, values[key]) for key in keys if not _usual(key, values[key]))
@@ -31,7 +41,7 @@ def describe(values: Mapping[str, Any], keys: Sequence[str]) -> str:
 
 def _usual(key: str, value: Any) -> bool:
     """Whether the key's value is the usual one, which is not mentioned."""
-    return key == "ff_chunks" and value == 1
+    return key in _USUAL and value == _USUAL[key]
 
 
 def _phrase(key: str, value: Any) -> str:

@@ -26,7 +26,7 @@ import variants
 from bench import CONFIGS
 from bench.evaluate.receptive_field import dependence
 from bench.model.language_model import LanguageModel
-from bench.model.slots import ModelSpec
+from bench.model.slots import ModelSpec, feed_forward
 from bench.report.figures.style import variant_rank
 from variants.base import Context, Dims, SequenceMixer, VariantConfig, whole_mask
 from variants.input_schedule import Fed
@@ -155,7 +155,7 @@ def build(variant: type[SequenceMixer], config: VariantConfig, dims: Dims, depth
     """Build a float64 model with weights large enough that read pairs have significant gradients."""
     torch.manual_seed(0)
     model = LanguageModel(
-        ModelSpec.of(variant, config, ff_mult=1),
+        ModelSpec.of(variant, config, feed_forward=feed_forward(mult=1)),
         dims,
         depth=depth,
         dropout=0.0,

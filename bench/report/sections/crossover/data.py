@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 
 from bench.report.data.crossing import FIGURES, crossing
-from bench.report.data.groups import GROUP, TRAINING, split
+from bench.report.data.groups import GROUP, SLOT_COLUMNS, TRAINING, split
 from bench.report.data.intervals import interval
 from bench.report.data.statistics import BASELINE, LEAK_LIMIT, at_best_rate
 
@@ -72,8 +72,18 @@ def _onset(cells: pd.DataFrame, column: str) -> float:
 
 
 _LOSS = ("nll_lost", "nll_lost_low", "nll_lost_high", "quality_seq_len", "quality_width", "quality_depth")
-_MODEL = ("objective", "corpus", "label")
-_RUN = ("objective", "corpus", "d_model", "heads", "depth", "activations", "seq_len", "replicate")
+_MODEL = ("objective", "corpus", *SLOT_COLUMNS.values(), "label")
+_RUN = (
+    "objective",
+    "corpus",
+    "d_model",
+    "heads",
+    *SLOT_COLUMNS.values(),
+    "depth",
+    "activations",
+    "seq_len",
+    "replicate",
+)
 """Keys that must be equal for a trained model and its dense reference, in addition to the training."""
 
 
@@ -81,13 +91,13 @@ def quality_loss(frame: pd.DataFrame) -> pd.DataFrame:
     """One row a variant and trained model: mean loss over replicates minus that of dense in the same
     replicate.
 
-    Columns: `objective`, `corpus`, `label`, and `_LOSS`: nats a token with their interval over replicates,
+    Columns: the keys `_MODEL`, and `_LOSS`: nats a token with their interval over replicates,
     and the length, width and depth of the trained model. Where several learning rates were tried, each model
     is at its own best. Variants that leak are left out: their loss is not comparable.
     """
     ok = frame[(frame["status"] == "ok") & frame["nll"].notna() & ~(frame["leak_max_abs"] > LEAK_LIMIT)]
     if ok.empty or not (ok["variant"] == BASELINE).any():
-        return pd.DataFrame(columns=["objective", "corpus", "label", *_LOSS])
+        return pd.DataFrame(columns=[*_MODEL, *_LOSS])
     shared = [*_RUN, *(key for key in TRAINING if key != "learning_rate")]
     run = [*shared, "variant", "label"]
     best = at_best_rate(ok, [key for key in run if key != "replicate"])
@@ -107,9 +117,9 @@ def quality_loss(frame: pd.DataFrame) -> pd.DataFrame:
             values["d_model"],
             values["depth"],
         )
-        named = {key: values[key] for key in ("objective", "corpus", "label")}
+        named = {key: values[key] for key in _MODEL}
         rows.append(named | dict(zip(_LOSS, figures, strict=True)))
-    return pd.DataFrame(rows, columns=["objective", "corpus", "label", *_LOSS])
+    return pd.DataFrame(rows, columns=[*_MODEL, *_LOSS])
 
 
 def _nearest(quality: Mapping[Any, pd.DataFrame], values: dict[str, Any], length: float) -> dict[str, Any]:
