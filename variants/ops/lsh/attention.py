@@ -26,7 +26,7 @@ from torch.autograd.function import once_differentiable
 
 from variants.ops.lsh.hashing import inverse_length
 from variants.ops.lsh.windows import FORBIDDEN, Rounds, Window, sort_rows
-from variants.ops.memoizable import Context, repeatable
+from variants.ops.memoizable import FunctionContext, repeatable
 
 FLOOR = -1e19
 """Maximum of no scores: below every score, which is at most `LONGEST`, and far above −FORBIDDEN."""
@@ -339,7 +339,7 @@ def _add_piece_backward(
 
 def _forward(qk: Tensor, value: Tensor, buckets: Tensor, window: list[int]) -> list[Tensor]:
     """What `LshAttention` keeps for its backward pass, outputs among it."""
-    ctx = Context()
+    ctx = FunctionContext()
     LshAttention.forward(ctx, qk, value, buckets, Window(*window))  # type: ignore[arg-type]
     return list(ctx.saved_tensors)
 
@@ -348,7 +348,7 @@ def _backward(
     grad: Tensor, kept: list[Tensor], window: list[int], dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     """Gradients of queries, of this dtype, and values."""
-    ctx = Context(saved_tensors=tuple(kept), window=Window(*window), dtypes=(dtype, grad.dtype))  # type: ignore[arg-type]
+    ctx = FunctionContext(saved_tensors=tuple(kept), window=Window(*window), dtypes=(dtype, grad.dtype))  # type: ignore[arg-type]
     grad_qk, grad_value, *_ = LshAttention.backward(ctx, grad)
     assert grad_qk is not None
     assert grad_value is not None
