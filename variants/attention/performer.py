@@ -27,7 +27,8 @@ from variants.base import (
 from variants.knobs import knob
 from variants.ops import masks
 from variants.ops.causal_linear_attention import causal_favor
-from variants.ops.linear_attention import RELU_FLOOR, full_favor
+from variants.ops.linear_attention import full_favor
+from variants.ops.positive_features import RELU_FLOOR
 from variants.ops.projections import Projections, masked_attention
 
 
