@@ -26,7 +26,7 @@ from variants.base import (
     Workload,
 )
 from variants.knobs import knob
-from variants.ops import kmeans_attention, masks
+from variants.ops import kmeans, kmeans_attention, masks
 from variants.ops.projections import Projections, local_attention, masked_attention, rotary
 
 
@@ -159,7 +159,7 @@ class Routing(SequenceMixer):
             self.sums.copy_(sum(sums[1:], start=sums[0]))
 
     def _by_nearest(self, x: Tensor, v: Tensor, ctx: Context) -> Tensor:
-        cluster, sums = kmeans_attention.nearest(x, self.centroids, self.device_type)
+        cluster, sums = kmeans.nearest(x, self.centroids, self.device_type)
         self._note(sums)
         layout = kmeans_attention.lay_out(
             cluster,
@@ -168,25 +168,23 @@ class Routing(SequenceMixer):
             is_causal=ctx.causal,
             device_type=self.device_type,
         )
-        rows = rotary(kmeans_attention.unit(x), ctx.positions).to(v.dtype)
+        rows = rotary(kmeans.unit(x), ctx.positions).to(v.dtype)
         y: Tensor = kmeans_attention.Windowed.apply(rows, v, layout)  # type: ignore[no-untyped-call]
         return y
 
     def _by_topk(self, x: Tensor, keys: Tensor | None, v: Tensor, ctx: Context) -> Tensor:
         """Queries x, keys (None: the queries), values (B, T, H, D) → (B, T, H, D)."""
         batch, seq_len, heads, _ = v.shape
-        q = rotary(kmeans_attention.unit(x), ctx.positions).to(v.dtype)
-        k = q if keys is None else rotary(kmeans_attention.unit(keys), ctx.positions).to(v.dtype)
-        q_taken, sums = kmeans_attention.members(  # (B, H, K, w)
+        q = rotary(kmeans.unit(x), ctx.positions).to(v.dtype)
+        k = q if keys is None else rotary(kmeans.unit(keys), ctx.positions).to(v.dtype)
+        q_taken, sums = kmeans.members(  # (B, H, K, w)
             x, self.centroids, self._taken(seq_len), self.device_type
         )
         k_taken = q_taken
         if keys is None:
             self._note(sums)
         else:
-            k_taken, key_sums = kmeans_attention.members(
-                keys, self.centroids, self._taken(seq_len), self.device_type
-            )
+            k_taken, key_sums = kmeans.members(keys, self.centroids, self._taken(seq_len), self.device_type)
             self._note(sums, key_sums)
         sequence = torch.arange(batch, device=x.device)[:, None, None, None]
         head = torch.arange(heads, device=x.device)[:, None, None]
