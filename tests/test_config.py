@@ -90,7 +90,7 @@ REFUSED: dict[str, tuple[str, ...]] = {
     "twin=-1": ("twin=-1", "0 or more"),
     "twin=second": ("twin='second'", "an integer"),
     "model.heads=0": ("model.heads=0", "1 or more"),
-    "model.heads=3": ("model.heads=3", "must divide d_model=64", "nearest that does is 2"),
+    "model.heads=3": ("model.heads=3", "must divide d_model=64", "nearest divisor is 2"),
     "model.heads=64": ("model.heads=64", "even"),
     "model.ff_mult=0": ("model.ff_mult=0", "1 or more"),
     "model.dropout=1": ("model.dropout=1.0", "0 up to below 1"),

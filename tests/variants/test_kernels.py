@@ -353,7 +353,7 @@ def test_flex_has_no_global_tokens() -> None:
 @pytest.mark.parametrize("name", ["sparse_strided", "sparse_fixed"])
 def test_the_cpus_kernel_is_missing_elsewhere(name: str) -> None:
     assert reason_of(name, "fused", CPU) is None
-    assert "the kernel is the CPU's; on cuda" in str(reason_of(name, "fused", CUDA))
+    assert "impl=fused: runs on the CPU only; on cuda" in str(reason_of(name, "fused", CUDA))
 
 
 @pytest.mark.parametrize("name", variants.mixers())
