@@ -82,8 +82,8 @@ def _knobs(name: str, config_class: type[VariantConfig], arguments: str) -> dict
             raise ValueError(f"{arguments[at:].strip()!r} is not a knob; write it like window=512")
         knob, text = match[1], match[2]
         if knob not in known:
-            near = difflib.get_close_matches(knob, known, n=1)
-            hint = f"; did you mean {near[0]}?" if near else ""
+            similar = difflib.get_close_matches(knob, known, n=1)
+            hint = f"; did you mean {similar[0]}?" if similar else ""
             raise ValueError(f"{knob}: {name} has no such knob; there are {', '.join(known)}{hint}")
         if knob in values:
             raise ValueError(f"{knob}: given twice")

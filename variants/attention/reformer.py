@@ -190,8 +190,8 @@ class Reformer(SequenceMixer):
 
     def _masked(self, x: Tensor, allowed: Tensor, positions: Tensor | None) -> Tensor:
         """Shared-QK attention to the keys in `allowed` (…, T, T) bool; a token without any reads itself."""
-        alone = ~allowed.any(dim=-1, keepdim=True)
-        allowed = allowed | (alone & torch.eye(x.shape[1], dtype=torch.bool, device=x.device))
+        isolated = ~allowed.any(dim=-1, keepdim=True)
+        allowed = allowed | (isolated & torch.eye(x.shape[1], dtype=torch.bool, device=x.device))
         qk, value = self._split(self.qk(x), positions), self._heads(self.value(x))
         q, k, v = (t.transpose(1, 2) for t in (qk, qk * inverse_length(qk), value))
         y: Tensor = self.out(masked_attention(q, k, v, allowed).transpose(1, 2).flatten(2))

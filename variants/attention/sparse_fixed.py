@@ -152,23 +152,23 @@ class SparseFixed(SparseAttention):
     def _blocks(self, seq_len: int, first: int, last: int, causal: bool) -> list[Part]:
         """Each block reads itself."""
         stride, heads = self.stride, (first, last)
-        blocks, rest = divmod(seq_len, stride)
+        blocks, remainder = divmod(seq_len, stride)
         full = StridedTokens(start=0, groups=blocks, group_step=stride, run=stride)
-        short = StridedTokens(start=blocks * stride, run=rest)
+        short = StridedTokens(start=blocks * stride, run=remainder)
         parts = [Part(heads=heads, queries=full, keys=full, causal=causal)] if blocks else []
-        return parts + ([Part(heads=heads, queries=short, keys=short, causal=causal)] if rest else [])
+        return parts + ([Part(heads=heads, queries=short, keys=short, causal=causal)] if remainder else [])
 
     def _earlier(self, seq_len: int, run: _Run, device: torch.device) -> list[Part]:
         """Summaries of earlier blocks: for each strip a staircase of its own blocks, and a rectangle of all
         blocks before the strip."""
         stride, c = self.stride, self.config.c
-        blocks, rest = divmod(seq_len, stride)
-        count = blocks if rest else blocks - 1  # query block n + 1 reads key blocks 0 … n, n < count
+        blocks, remainder = divmod(seq_len, stride)
+        count = blocks if remainder else blocks - 1  # query block n + 1 reads key blocks 0 … n, n < count
         if count < 1:
             return []
         width = -(-count // STRIPS.on(self.device_type))  # blocks in a strip
         full, last_width = divmod(count, width)
-        if rest and not last_width:  # the last strip ends in a shorter block
+        if remainder and not last_width:  # the last strip ends in a shorter block
             full, last_width = full - 1, width
         index = torch.arange(width, device=device)
         staircase = index[:, None] >= index[None, :]
@@ -194,7 +194,7 @@ class SparseFixed(SparseAttention):
     def _own_summaries(self, seq_len: int, role: Role, device: torch.device) -> list[Part]:
         """Summaries of the token's own block, up to the token itself."""
         stride, c = self.stride, self.config.c
-        blocks, rest = divmod(seq_len, stride)
+        blocks, remainder = divmod(seq_len, stride)
         index = torch.arange(stride, device=device)
         triangle = index[:, None] >= index[None, :c]
         parts = []
@@ -209,8 +209,8 @@ class SparseFixed(SparseAttention):
                     parts.append(
                         Part(heads=heads, queries=queries, keys=keys, mask=triangle[: stride - offset])
                     )
-                if rest > offset:
-                    queries = StridedTokens(start=blocks * stride + offset, run=rest - offset)
+                if remainder > offset:
+                    queries = StridedTokens(start=blocks * stride + offset, run=remainder - offset)
                     keys = StridedTokens(start=queries.start, run=min(c, queries.run))
                     mask = triangle[: queries.run, : keys.run]
                     parts.append(Part(heads=heads, queries=queries, keys=keys, mask=mask))
@@ -219,7 +219,7 @@ class SparseFixed(SparseAttention):
     def _blocks_without_summaries(self, seq_len: int, role: Role, device: torch.device) -> list[Part]:
         """Each block reads itself without its summary positions, which `_all_summaries` contains."""
         stride, c = self.stride, self.config.c
-        blocks, rest = divmod(seq_len, stride)
+        blocks, remainder = divmod(seq_len, stride)
         parts = []
         if blocks and c < stride:
             full = StridedTokens(start=0, groups=blocks, group_step=stride, run=stride)
@@ -228,14 +228,14 @@ class SparseFixed(SparseAttention):
                 begins = [self._offset(role, h) for h in range(*run.heads)]
                 mask = torch.stack([(index < b) | (index >= b + c) for b in begins])[:, None]
                 parts.append(Part(heads=run.heads, queries=full, keys=full, mask=mask))
-        if rest > c:
-            queries, keys = (StridedTokens(start=blocks * stride, run=n) for n in (rest, rest - c))
+        if remainder > c:
+            queries, keys = (StridedTokens(start=blocks * stride, run=n) for n in (remainder, remainder - c))
             parts.append(Part(heads=(role.first, role.last), queries=queries, keys=keys))
         return parts
 
     def _all_summaries(self, seq_len: int, role: Role, device: torch.device) -> list[Part]:
         """Bidirectional: every token reads all summaries, in pieces of queries."""
-        blocks, rest = divmod(seq_len, self.stride)
+        blocks, remainder = divmod(seq_len, self.stride)
         size = piece_size(seq_len, self.device_type)
         parts = []
         for start in range(0, seq_len, size):
@@ -245,8 +245,8 @@ class SparseFixed(SparseAttention):
                     Part(heads=run.heads, queries=queries, keys=self._summaries(run, 0, blocks))
                     for run in self._runs(role)
                 ]
-            if rest:
-                short = min(self.config.c, rest)
+            if remainder:
+                short = min(self.config.c, remainder)
                 keys = StridedTokens(start=seq_len - short, run=short)
                 parts.append(Part(heads=(role.first, role.last), queries=queries, keys=keys))
         return parts
@@ -268,17 +268,19 @@ class SparseFixed(SparseAttention):
     def _role_pairs(self, seq_len: int, role: Role, head: int, *, causal: bool) -> int:
         """Pairs within blocks, with summaries of other blocks, and with summaries of the own block."""
         stride, c = self.stride, self.config.c
-        blocks, rest = divmod(seq_len, stride)
+        blocks, remainder = divmod(seq_len, stride)
         if causal:
-            local = (blocks * stride * (stride + 1) + rest * (rest + 1)) // 2
-            others = c * (stride * blocks * (blocks - 1) // 2 + rest * blocks)
-            after = [n - self._offset(role, head) for n in (stride, rest)]  # queries from the first summary
+            local = (blocks * stride * (stride + 1) + remainder * (remainder + 1)) // 2
+            others = c * (stride * blocks * (blocks - 1) // 2 + remainder * blocks)
+            after = [
+                n - self._offset(role, head) for n in (stride, remainder)
+            ]  # queries from the first summary
             triangles = [min(n, c) * (min(n, c) + 1) // 2 + max(0, n - c) * c if n > 0 else 0 for n in after]
             own = blocks * triangles[0] + triangles[1]
         else:
-            short = min(c, rest)
-            local = blocks * stride**2 + rest**2
-            own = blocks * stride * c + rest * short
+            short = min(c, remainder)
+            local = blocks * stride**2 + remainder**2
+            own = blocks * stride * c + remainder * short
             others = seq_len * (blocks * c + short) - own
         return {"local": local, "long_range": others + own, "merged": local + others}[role.factor]
 
@@ -292,8 +294,8 @@ class SparseFixed(SparseAttention):
 
     def _role_carried(self, seq_len: int, role: Role, head: int) -> int:
         """The tokens of the current block so far, and the summaries of all earlier blocks."""
-        blocks, rest = divmod(seq_len, self.stride)
+        blocks, remainder = divmod(seq_len, self.stride)
         summaries = blocks * self.config.c
         if role.factor == "long_range":
-            return summaries + min(self.config.c, max(0, rest - self._offset(role, head)))
-        return rest if role.factor == "local" else summaries + rest
+            return summaries + min(self.config.c, max(0, remainder - self._offset(role, head)))
+        return remainder if role.factor == "local" else summaries + remainder

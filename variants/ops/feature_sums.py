@@ -34,9 +34,9 @@ def to_chunks(x: Tensor, chunk: int) -> Tensor:
     itself, so do not write to it.
     """
     part = x.to(torch.promote_types(x.dtype, torch.float32))
-    rest = -x.shape[2] % chunk
-    if rest:
-        part = torch.nn.functional.pad(part, (0, 0, 0, rest))
+    remainder = -x.shape[2] % chunk
+    if remainder:
+        part = torch.nn.functional.pad(part, (0, 0, 0, remainder))
     chunks: Tensor = part.unflatten(2, (-1, chunk)).movedim(2, 0)
     return chunks.reshape(-1, chunk, x.shape[-1]).contiguous()
 
@@ -80,14 +80,17 @@ def neighbours(x: Tensor, length: int, dim: int = 0) -> Iterator[tuple[Tensor, T
     """
     before, size, after = x.shape[:dim], x.shape[dim], x.shape[dim + 1 :]
     pairs = size // (2 * length)
-    whole = pairs * 2 * length
+    paired = pairs * 2 * length
     if pairs:
-        joined = x if whole == size else x.narrow(dim, 0, whole)
+        joined = x if paired == size else x.narrow(dim, 0, paired)
         left, right = joined.view(*before, pairs, 2, length, *after).unbind(dim + 1)
         yield left, right
-    rest = size - whole - length
-    if rest > 0:
-        yield x.narrow(dim, whole, length).unsqueeze(dim), x.narrow(dim, whole + length, rest).unsqueeze(dim)
+    remainder = size - paired - length
+    if remainder > 0:
+        yield (
+            x.narrow(dim, paired, length).unsqueeze(dim),
+            x.narrow(dim, paired + length, remainder).unsqueeze(dim),
+        )
 
 
 class Sums(NamedTuple):

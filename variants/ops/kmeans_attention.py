@@ -205,13 +205,13 @@ class _Slice:
         size, back, _, window, is_causal, *_ = self.tiles
         slot = torch.arange(self.tiles.keys, device=self.cluster.device)
         distance = slot[back : back + size, None] - slot
-        far = distance.abs() >= window
+        outside = distance.abs() >= window
         if is_causal:
-            far |= distance < 0
+            outside |= distance < 0
         of_query, of_key = self.queries(self.cluster), self.keys(self.cluster)
         if back:  # a tile holds one cluster, that of its first row; its empty slots read the same keys
             of_query = of_query[..., :1]
-        return (of_query[..., None] != of_key[:, :, None]) | far
+        return (of_query[..., None] != of_key[:, :, None]) | outside
 
     def attended(self, qk: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Compute attention weights from rows qk and v (N, D).

@@ -72,14 +72,14 @@ class StridedTokens:
 
     def view(self, x: Tensor) -> Tensor:
         """(B, H, T, …) → (B, G, H, rows, run, …), a view."""
-        batch, heads, token, *rest = x.stride()
+        batch, heads, token, *channel_dims = x.stride()
         heads, group, row = (
             base + step * token
             for base, step in ((heads, self.head_step), (0, self.group_step), (0, self.row_step))
         )
         size = (x.shape[0], self.groups, x.shape[1], self.rows, self.run, *x.shape[3:])
         start = x.storage_offset() + self.start * token
-        return x.as_strided(size, (batch, group, heads, row, token, *rest), start)
+        return x.as_strided(size, (batch, group, heads, row, token, *channel_dims), start)
 
     def gather(self, x: Tensor) -> Tensor:
         """(B, H, T, …) → (B·G, H, rows·run, …), a view where strides allow."""

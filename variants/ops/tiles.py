@@ -227,9 +227,9 @@ def _rectangles_of(
     The groups of a rectangle have no common key, so their gradients can be added in one operation.
     """
     length = residue.length
-    rows, whole = -(-length // side), length // side
+    rows, full_rows = -(-length // side), length // side
     first = max(run.row, run.row + -(-(-run.first - run.row) // run.apart) * run.apart)
-    stop = min(whole, whole - run.last)  # lower rows contain all tiles of the run, none shortened
+    stop = min(full_rows, full_rows - run.last)  # lower rows contain all tiles of the run, none shortened
     inner = range(first, stop, run.apart)
     apart = run.apart * -(-(run.last - run.first + 1) // run.apart)
     for start in inner[: apart // run.apart]:

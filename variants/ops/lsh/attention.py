@@ -91,7 +91,7 @@ class LshAttention(torch.autograd.Function):
             mean = _with_zeros(mean[:, None], excluded).squeeze(1)
             counted = _with_zeros(grad_y, excluded)
             grad_key, radial, grad_value = _attend_backward(workspace, counted, mean, normaliser)
-            grad_value.addcmul_(counted, rounds.alone[:, None])
+            grad_value.addcmul_(counted, rounds.isolated[:, None])
             del counted
             # grad_key is the gradient of the unit vector, as a key and as a query. Only the component of
             # the query's gradient that is parallel to the query is in `radial` instead.
@@ -135,10 +135,10 @@ def _attend(workspace: Workspace) -> tuple[Tensor, Tensor]:
     total = torch.zeros_like(workspace.scale)
     for indices in workspace.pieces():
         _add_piece(workspace, indices, y, top, total)
-    alone = workspace.rounds.alone
-    y.mul_(total.reciprocal().masked_fill_(alone, 0)[:, None])
-    y.addcmul_(workspace.value, alone[:, None])
-    normaliser = top.add_(total.log()).masked_fill_(alone, 0)
+    isolated = workspace.rounds.isolated
+    y.mul_(total.reciprocal().masked_fill_(isolated, 0)[:, None])
+    y.addcmul_(workspace.value, isolated[:, None])
+    normaliser = top.add_(total.log()).masked_fill_(isolated, 0)
     normaliser[-1].fill_(LARGE_NORMALISER)
     return y[:-1], normaliser
 

@@ -110,8 +110,8 @@ class Window:
             one_sided = reach * (reach - 1) // 2 + (total - reach) * reach
             pairs = one_sided if self.causal else 2 * one_sided
         else:
-            full, rest = divmod(total, reach)
-            sizes = [reach] * full + [rest] * (rest > 0)
+            full, remainder = divmod(total, reach)
+            sizes = [reach] * full + [remainder] * (remainder > 0)
             pairs = sum(n * (n - 1) // (2 if self.causal else 1) for n in sizes)
             pairs += sum(n * reach for n in sizes[1:])
         first_is_alone = self.causal or total == 1 or (reach == 1 and not self.band)
@@ -173,7 +173,7 @@ class Rounds(NamedTuple):
     """(R, P): the bucket of the row, different from the buckets of neighbouring sequences; −1 at padding."""
     code: Tensor
     """(R, rows + 1): the difference of two codes decides whether a round reads a pair (see `Window.same`)."""
-    alone: Tensor
+    isolated: Tensor
     """(rows + 1,) bool: rows that read no other row in any round."""
     marked: Tensor
     """(rows + 1,) bool: rows that are marked or read a marked row."""
@@ -195,7 +195,7 @@ def sort_rows(buckets: Tensor, window: Window, heads: int, mark: Tensor) -> Roun
     order = torch.full((rounds, window.back + sequences * window.padded + window.ahead), rows, device=device)
     bucket = torch.full(order.shape, -1.0, device=device, dtype=torch.float32)
     code = torch.zeros(rounds, rows + 1, device=device, dtype=exact)
-    alone, marked = torch.ones_like(mark), mark.clone()
+    isolated, marked = torch.ones_like(mark), mark.clone()
     for r in range(rounds):
         by_bucket, position = buckets[r].sort(dim=-1, stable=True)
         row = (item * seq_len + position) * heads + head
@@ -209,7 +209,7 @@ def sort_rows(buckets: Tensor, window: Window, heads: int, mark: Tensor) -> Roun
             torch.minimum(hi, end.gather(1, by_bucket)),
         )
         before = torch.nn.functional.pad(mark[row].cumsum(1), (1, 0))  # marked rows before each rank
-        alone[row] &= hi - lo == 1
+        isolated[row] &= hi - lo == 1
         marked[row] |= before.gather(1, hi) > before.gather(1, lo)
         code[r, row] = (window.code(rank) + window.gap * by_bucket).to(exact)
         where = rank
@@ -220,4 +220,4 @@ def sort_rows(buckets: Tensor, window: Window, heads: int, mark: Tensor) -> Roun
         where = where + window.padded * sequence + window.back
         order[r, where] = row
         bucket[r, where] = (by_bucket + window.n_buckets * (sequence % 2)).float()
-    return Rounds(order, bucket, code, alone, marked)
+    return Rounds(order, bucket, code, isolated, marked)
