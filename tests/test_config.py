@@ -93,7 +93,7 @@ REFUSED: dict[str, tuple[str, ...]] = {
     "twin=-1": ("twin=-1", "0 or more"),
     "twin=second": ("twin='second'", "an integer"),
     "model.heads=0": ("model.heads=0", "1 or more"),
-    "model.heads=3": ("model.heads=3", "must divide d_model=64", "nearest that does is 2"),
+    "model.heads=3": ("model.heads=3", "must divide d_model=64", "nearest divisor is 2"),
     "model.heads=64": ("model.heads=64", "even"),
     "feed_forward.mult=0": ("feed_forward.mult=0", "1 or more"),
     "feed_forward.mult=wide": ("feed_forward.mult='wide'", "an integer"),

@@ -17,7 +17,7 @@ import variants
 from bench.measure import gates, nvml
 from bench.measure.flops import CountFlops
 from variants.base import Context, Workload
-from variants.input_schedule import Fed
+from variants.input_schedule import NetworkOut
 
 pytestmark = [
     pytest.mark.cuda,
@@ -150,7 +150,7 @@ def test_a_kernel_stores_no_square_matrix(name: str, knobs: dict[str, Any]) -> N
     before = torch.cuda.memory_allocated()
     with CountFlops():
         feed = layer.input_schedule(layer.config).apply
-        feed(lambda w, _: Fed(layer(w, Context(causal=True)).y), x, causal=True).y.sum().backward()
+        feed(lambda w, _: NetworkOut(layer(w, Context(causal=True)).y), x, causal=True).y.sum().backward()
     scores = 4 * 2 * dims.heads * tokens**2
     assert torch.cuda.max_memory_allocated() - before < scores / 8
 

@@ -21,7 +21,7 @@ from bench.model.language_model import LanguageModel
 from bench.model.slots import ModelSpec, feed_forward
 from bench.tasks import text
 from variants.base import Workload
-from variants.input_schedule import Fed
+from variants.input_schedule import NetworkOut
 
 FF_MULT = 4
 CPU = torch.device("cpu")
@@ -209,9 +209,9 @@ def windows_of(model: LanguageModel, sizes: Workload, *, causal: bool) -> list[i
     """Lengths of the windows that the network is really given."""
     lengths: list[int] = []
 
-    def network(x: torch.Tensor, _: Any) -> Fed:
+    def network(x: torch.Tensor, _: Any) -> NetworkOut:
         lengths.extend([x.shape[1]] * x.shape[0])
-        return Fed(x)
+        return NetworkOut(x)
 
     model.input_schedule.apply(network, torch.zeros(1, sizes.seq_len, 1), causal=causal)
     return lengths

@@ -206,7 +206,7 @@ def test_the_command_writes_pictures_and_the_sheet(
 def test_a_disagreement_is_the_command_s_status(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("variants.attention.dense.Dense.mask", lambda self, n, causal: masks.anything)
+    monkeypatch.setattr("variants.attention.dense.Dense.mask", lambda self, n, causal: masks.all_keys)
     assert command.main(["--out", str(tmp_path), "--only", "dense"]) == 1
     assert "disagree in dense" in capsys.readouterr().err
     assert (tmp_path / "dense.png").exists()

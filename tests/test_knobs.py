@@ -108,16 +108,16 @@ def test_a_command_line_refuses_it_too(label: str, knob: Knob) -> None:
 
 @pytest.mark.parametrize(("label", "knob"), every_knob())
 def test_a_default_is_allowed_and_the_bounds_are_where_they_are_said_to_be(label: str, knob: Knob) -> None:
-    assert knob.refused(knob.default) is None
+    assert knob.reject(knob.default) is None
     declaration, step = knob.declaration, knob.declaration.multiple or 1
     for bound, towards, is_allowed in (("least", -1, True), ("most", 1, True), ("above", -1, False)):
         if (at := getattr(declaration, bound)) is None:
             continue
-        assert declaration.holds(at) == is_allowed
-        assert not declaration.holds(float("nan"))
+        assert declaration.allows(at) == is_allowed
+        assert not declaration.allows(float("nan"))
         past = at + towards * step
         assert_refused(CONFIGS[label], knob.name, (past,) if knob.is_list else past)
-        assert f"{at:,}" in str(knob.refused((past,) if knob.is_list else past))
+        assert f"{at:,}" in str(knob.reject((past,) if knob.is_list else past))
     if declaration.below is not None:
         assert_refused(CONFIGS[label], knob.name, declaration.below)
 

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from variants.ops import masks
+from variants.ops.pair_counts import window_pairs
 
 lengths = st.integers(1, 24)
 
@@ -29,7 +30,7 @@ def assert_is(rule: masks.Rule, seq_len: int, may_read: Callable[[int, int], boo
 def rules() -> st.SearchStrategy[masks.Rule]:
     """Any of the basic rules."""
     return st.one_of(
-        st.sampled_from([masks.anything, masks.causal]),
+        st.sampled_from([masks.all_keys, masks.causal]),
         st.builds(masks.Window, st.integers(1, 8), st.integers(1, 3)),
         st.builds(masks.SameBlock, st.integers(1, 8)),
         st.builds(masks.SameResidue, st.integers(1, 8)),
@@ -38,7 +39,7 @@ def rules() -> st.SearchStrategy[masks.Rule]:
 
 @given(seq_len=lengths)
 def test_anything_and_causal(seq_len: int) -> None:
-    assert_is(masks.anything, seq_len, lambda i, j: True)
+    assert_is(masks.all_keys, seq_len, lambda i, j: True)
     assert_is(masks.causal, seq_len, lambda i, j: j <= i)
 
 
@@ -95,12 +96,12 @@ def test_a_rule_is_pure_in_its_indices(seq_len: int, rule: masks.Rule, data: st.
 def test_window_pairs_counts_the_matrix(seq_len: int, size: int, is_causal: bool) -> None:
     rule = masks.Window(size)
     drawing = masks.matrix(rule & masks.causal if is_causal else rule, seq_len)
-    assert masks.window_pairs(seq_len, size, is_causal=is_causal) == int(drawing.sum())
+    assert window_pairs(seq_len, size, is_causal=is_causal) == int(drawing.sum())
 
 
 @pytest.mark.parametrize("is_causal", [True, False])
 def test_window_pairs_of_nothing(is_causal: bool) -> None:
-    assert masks.window_pairs(0, 5, is_causal=is_causal) == 0
+    assert window_pairs(0, 5, is_causal=is_causal) == 0
 
 
 @given(seq_len=st.integers(1, 12), layers=st.lists(rules(), min_size=1, max_size=4))

@@ -14,7 +14,7 @@ import variants
 from bench.evaluate.receptive_field import connected_share, dependence, reach
 from bench.model.language_model import LanguageModel
 from bench.model.slots import ModelSpec, feed_forward
-from variants.base import Workload, whole_mask
+from variants.base import Workload, sequence_mask
 from variants.ops import masks
 
 T = 41
@@ -77,7 +77,7 @@ def test_dependence_is_what_changes_an_output(name: str, causal: bool) -> None:
         model = model_of(name, knobs, depth=depth)
         found = dependence(model, T, causal=causal)
         if found is None:
-            assert whole_mask(model.layers[0], model.input_schedule, T, causal=causal) is None
+            assert sequence_mask(model.layers[0], model.input_schedule, T, causal=causal) is None
             return
         changed = changed_by(model, T, causal=causal)
         assert not (changed & ~found).any(), "an output changed with what it is said not to see"

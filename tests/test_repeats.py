@@ -1,10 +1,9 @@
-"""Work that is followed once, and played back where it comes again."""
+"""Functions that a plan runs once, and repeats afterwards."""
 
 from __future__ import annotations
 
 import itertools
 import re
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,9 +20,9 @@ from bench.config.parse import parse
 from bench.config.spec import CellSpec
 from bench.measure import predict, step
 from bench.measure.flops import CountFlops
-from bench.measure.memoize import Repeats
+from bench.measure.memoize import MemoizingStorage
 from bench.measure.memory import LiveStorage
-from variants.ops.memoizable import following, repeatable
+from variants.ops.memoizable import repeatable
 
 SOME = ("compressive", "performer")
 """One with segments and one with pieces, by default."""
@@ -43,7 +42,7 @@ def test_a_plan_is_the_same_as_without(
     """Every figure, each phase's peak and its split among them."""
     spec = spec_of(f"variant={variant}", f"activations={activations}", "seq_len=400", "depth=2")
     got = predict.Prediction(spec).predict()
-    monkeypatch.setattr(step, "following", lambda _: nullcontext())
+    monkeypatch.setattr(step, "MemoizingStorage", LiveStorage)
     assert got == predict.Prediction(spec).predict()
 
 
@@ -100,18 +99,17 @@ def work(x: Tensor, knobs: _Knobs, *, scale: float) -> tuple[Tensor, Tensor, Ten
 
 def test_work_is_done_once_and_played_back() -> None:
     CALLS.clear()
-    with FakeTensorMode(), LiveStorage() as storage, CountFlops() as counter:
+    with FakeTensorMode(), MemoizingStorage() as storage, CountFlops() as counter:
         x, knobs = torch.empty(8, 4)[2:], _Knobs(16, torch.empty(3))
         results, figures, splits = [], [], []
-        with following(Repeats(storage)):
-            for _ in range(3):
-                storage.reset_peak()
-                before, seen, workspace = storage.live, storage.seen, storage.labelled["workspace"]
-                results.append(work(x, knobs, scale=2.0))
-                storage.label_since(seen, "activations")
-                figures.append((storage.peak - before, storage.live - before))
-                splits.append(storage.at_peak["workspace"] - workspace)
-                storage.label(results[-1][0], "gradients")
+        for _ in range(3):
+            storage.reset_peak()
+            before, seen, workspace = storage.live, storage.seen, storage.labelled["workspace"]
+            results.append(work(x, knobs, scale=2.0))
+            storage.label_since(seen, "activations")
+            figures.append((storage.peak - before, storage.live - before))
+            splits.append(storage.at_peak["workspace"] - workspace)
+            storage.label(results[-1][0], "gradients")
         assert CALLS == ["work"]
         assert counter.total == 3 * 2 * 6 * 6 * 4
         large, product = 4 * 6 * 16 * 4, 4 * 6 * 6  # the product and its multiple, at the end
@@ -144,7 +142,7 @@ def test_work_is_done_once_and_played_back() -> None:
 def test_other_arguments_are_other_work(other: tuple[torch.Size, torch.dtype, int, int]) -> None:
     CALLS.clear()
     shape, dtype, width, masked = other
-    with FakeTensorMode(), LiveStorage() as storage, following(Repeats(storage)):
+    with FakeTensorMode(), MemoizingStorage():
         work(torch.empty(6, 4), _Knobs(16, torch.empty(3)), scale=2.0)
         work(torch.empty(shape, dtype=dtype), _Knobs(width, torch.empty(masked)), scale=2.0)
     assert CALLS == ["work", "work"]
@@ -157,7 +155,7 @@ def test_work_inside_work_is_played_back_too() -> None:
             x = work(x, _Knobs(16, x), scale=2.0)[0] @ x
         return x
 
-    with FakeTensorMode(), LiveStorage() as storage, following(Repeats(storage)), CountFlops() as counter:
+    with FakeTensorMode(), MemoizingStorage(), CountFlops() as counter:
         CALLS.clear()
         outer(torch.empty(6, 4), 3)
         assert CALLS == ["work"]
@@ -173,11 +171,10 @@ def test_work_that_keeps_tensors_elsewhere_is_refused() -> None:
         kept.append(x + 1)
         return x * 2
 
-    message = re.escape("hoards is not repeatable: it keeps 1 tensors elsewhere")
+    message = re.escape("hoards is not repeatable: it stores 1 tensors elsewhere")
     with (
         FakeTensorMode(),
-        LiveStorage() as storage,
-        following(Repeats(storage)),
+        MemoizingStorage(),
         pytest.raises(RuntimeError, match=message),
     ):
         hoards(torch.empty(3))
@@ -205,7 +202,7 @@ class _Halves(torch.autograd.Function):
 
 def test_a_function_that_is_played_back_says_which_outputs_have_a_gradient() -> None:
     CALLS.clear()
-    with FakeTensorMode(), LiveStorage() as storage, following(Repeats(storage)):
+    with FakeTensorMode(), MemoizingStorage():
         for _ in range(2):
             x = torch.empty(6, requires_grad=True)
             first, second = _Halves.apply(x)
@@ -216,7 +213,7 @@ def test_a_function_that_is_played_back_says_which_outputs_have_a_gradient() -> 
     assert CALLS == ["forward", "backward"]
 
 
-def test_without_a_follower_nothing_changes() -> None:
+def test_without_a_memoizer_nothing_changes() -> None:
     CALLS.clear()
     x = torch.rand(6, 4)
     for _ in range(2):

@@ -1,8 +1,8 @@
-"""Attention variants: one module each in `variants.attention`, behind the interface of `variants.base`.
+"""Registry of attention variants. Each module of `variants.attention` is a variant with the module's name.
 
-`names()` lists them and `load(name)` imports one. Every module of `variants.attention` is a variant of its
-name; other packages add theirs with an entry point in the group `longctx_bench.variants` whose value is the
-class (`my_package.my_variant:MyMixer`). Importing this package imports no variant and no torch.
+`names()` lists the variants, and `load(name)` imports one. They implement the interface of `variants.base`.
+Other packages add variants (plug-ins) by an entry point in the group `longctx_bench.variants`, whose value is
+the class (`my_package.my_variant:MyMixer`). Importing this package imports neither a variant nor torch.
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ _BY_CONFIG = {"info_for", "mixers", "members"}
 
 
 class UnknownVariant(ValueError):
-    """No variant has this name; the message says which there are and which is nearest."""
+    """No variant has this name; the message lists the variants and suggests the most similar one."""
 
 
 class BrokenVariant(ImportError):
-    """A variant's module raises as it is imported; the message names it and what it raised."""
+    """The module of a variant cannot be imported; the message contains the module and the exception."""
 
 
 class PluginClash(ValueError):
-    """A plug-in takes a name that is taken; the message names both."""
+    """A plug-in has the name of another variant; the message contains both."""
 
 
 class Outline(NamedTuple):
@@ -53,20 +53,20 @@ class Outline(NamedTuple):
 def plugins() -> dict[str, importlib.metadata.EntryPoint]:
     """The entry points of other packages by variant name.
 
-    Raises PluginClash where a plug-in takes a name that is taken.
+    Raises PluginClash if a plug-in has the name of another variant.
     """
-    found: dict[str, importlib.metadata.EntryPoint] = {}
+    points: dict[str, importlib.metadata.EntryPoint] = {}
     for point in _entry_points():
-        taken = point.name in _builtin() or found.get(point.name, point).value != point.value
+        taken = point.name in _builtin() or points.get(point.name, point).value != point.value
         if taken:
             raise PluginClash(f"plug-in {point.value} takes the name {point.name!r}, which is taken")
-        found[point.name] = point
-    return found
+        points[point.name] = point
+    return points
 
 
 @cache
 def _entry_points() -> tuple[importlib.metadata.EntryPoint, ...]:
-    """Kept, because looking through all installed packages takes long."""
+    """Cached, because searching all installed packages is slow."""
     return tuple(importlib.metadata.entry_points(group=ENTRY_POINTS))
 
 
@@ -75,32 +75,34 @@ def _builtin() -> list[str]:
 
 
 def names() -> list[str]:
-    """Every variant's name, sorted; imports none of them."""
+    """The names of all variants, sorted. Imports none of them."""
     return sorted([*_builtin(), *plugins()])
 
 
 def load(name: str) -> type[Variant]:
-    """The variant's class.
+    """Import the class of a variant.
 
-    Raises UnknownVariant for a name that is none, BrokenVariant for one that cannot be imported, TypeError
-    for a module that does not define exactly one variant or an entry point that is not one.
+    Raises UnknownVariant for an unknown name, BrokenVariant if the import fails, and TypeError for a module
+    that does not define exactly one variant, or an entry point that is not a variant.
     """
     from variants.base import Variant
 
     if name in _builtin():
-        module = _imported_or_broken(
+        module = _import_or_raise(
             f"variants/attention/{name}.py", partial(importlib.import_module, f"{attention.__name__}.{name}")
         )
-        found = [
-            thing
-            for thing in vars(module).values()
-            if inspect.isclass(thing) and issubclass(thing, Variant) and thing.__module__ == module.__name__
+        defined = [
+            value
+            for value in vars(module).values()
+            if inspect.isclass(value) and issubclass(value, Variant) and value.__module__ == module.__name__
         ]
-        if len(found) != 1:
-            raise TypeError(f"variants/attention/{name}.py defines {len(found)} variants; it must define one")
-        return found[0]
+        if len(defined) != 1:
+            raise TypeError(
+                f"variants/attention/{name}.py defines {len(defined)} variants; it must define one"
+            )
+        return defined[0]
     if point := plugins().get(name):
-        loaded = _imported_or_broken(f"plug-in {point.value}", point.load)
+        loaded = _import_or_raise(f"plug-in {point.value}", point.load)
         if not (inspect.isclass(loaded) and issubclass(loaded, Variant)):
             raise TypeError(f"plug-in {point.value} is not a subclass of variants.base.Variant")
         return loaded
@@ -108,16 +110,16 @@ def load(name: str) -> type[Variant]:
 
 
 def mixers() -> list[str]:
-    """The names of the variants that are one kind of layer, sorted. Raises what `load` raises."""
+    """The names of the variants with one kind of layer (not mixtures), sorted. Raises as `load` does."""
     from variants.base import SequenceMixer
 
     return [name for name in names() if issubclass(load(name), SequenceMixer)]
 
 
 def load_mixer(name: str) -> type[SequenceMixer]:
-    """The class of a variant that is one kind of layer.
+    """Import the class of a variant with one kind of layer.
 
-    Raises what `load` raises, and TypeError for a mixture.
+    Raises as `load` does, and TypeError for a mixture.
     """
     from variants.base import SequenceMixer
 
@@ -127,15 +129,16 @@ def load_mixer(name: str) -> type[SequenceMixer]:
     return variant
 
 
-def _imported_or_broken(what: str, imported: Callable[[], Any]) -> Any:
+def _import_or_raise(description: str, import_it: Callable[[], Any]) -> Any:
+    """Call `import_it`. Raises BrokenVariant for any exception, because the import may run arbitrary code."""
     try:
-        return imported()
-    except (Exception, SystemExit) as error:  # a module may do anything
-        raise BrokenVariant(f"{what} cannot be imported: {type(error).__name__}: {error}") from error
+        return import_it()
+    except (Exception, SystemExit) as error:
+        raise BrokenVariant(f"{description} cannot be imported: {type(error).__name__}: {error}") from error
 
 
 def module_of(name: str) -> str:
-    """The module that defines the variant or, of a plug-in, the one that its entry point names.
+    """The name of the module that defines a variant; for a plug-in, the module of its entry point.
 
     Imports nothing. Raises UnknownVariant.
     """
@@ -147,18 +150,18 @@ def module_of(name: str) -> str:
 
 
 def source_of(name: str) -> tuple[str, str | None]:
-    """The module that defines the variant, and the class if an entry point names one. Imports nothing.
+    """The names of the module and, for an entry point that names one, of the class of a variant.
 
-    Raises UnknownVariant.
+    Imports nothing. Raises UnknownVariant.
     """
     point = plugins().get(name)
     return module_of(name), (point.attr or None) if point else None
 
 
 def declared(name: str) -> Declared:
-    """The knobs of the variant, read from its source; what is not written in literals there is imported.
+    """The knobs of a variant, read from its source. If they are not literals there, the variant is imported.
 
-    Raises UnknownVariant and, where it is imported, what `load` raises.
+    Raises UnknownVariant and, if the variant is imported, as `load` does.
     """
     from variants import declarations
 
@@ -187,6 +190,6 @@ def outline(name: str) -> Outline | None:
 
 
 def _unknown(name: str) -> UnknownVariant:
-    near = difflib.get_close_matches(name, names(), n=1)
-    hint = f"; did you mean {near[0]}?" if near else ""
+    similar = difflib.get_close_matches(name, names(), n=1)
+    hint = f"; did you mean {similar[0]}?" if similar else ""
     return UnknownVariant(f"variant={name}: unknown; there are {', '.join(names())}{hint}")

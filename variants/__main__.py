@@ -1,4 +1,4 @@
-"""`python -m variants`: the variants, their papers, capabilities, claims and knobs. Waits for no torch."""
+"""`python -m variants`: list the variants with their papers, capabilities, claims and knobs."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ from variants.safe_output import run
 
 
 def main() -> int:
-    """Print the table, or with --names the names alone."""
+    """Print all variants with details or, with --names, their names only. Does not import torch."""
     parser = argparse.ArgumentParser(prog="python -m variants", description=__doc__)
-    parser.add_argument("--names", action="store_true", help="names only, one a line")
+    parser.add_argument("--names", action="store_true", help="print names only, one on each line")
     names_only = parser.parse_args().names
     try:
-        found = variants.names()
+        names = variants.names()
     except variants.PluginClash as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    for name in found:
-        print(name if names_only else "\n".join([name, *_described(name)]))
+    for name in names:
+        print(name if names_only else "\n".join([name, *_details(name)]))
     return 0
 
 
-def _described(name: str) -> list[str]:
-    """The lines below a variant's name."""
+def _details(name: str) -> list[str]:
+    """The lines below the name of a variant."""
     try:
         lines, declared = _facts(name), variants.declared(name)
     except variants.BrokenVariant as error:
@@ -42,10 +42,10 @@ def _described(name: str) -> list[str]:
 
 
 def _facts(name: str) -> list[str]:
-    """Paper, family, capabilities and claims of a variant; those of a mixture are its members'."""
+    """Paper, family, capabilities and claims of a variant. A mixture has those of its members."""
     info = _info(name)
     if info is None:
-        return ["  family   mixture: its members give papers, capabilities and claims"]
+        return ["  family   mixture: papers, capabilities and claims are those of its members"]
     claim = info["complexity"]
     exponents = f"time T^{claim['time']:g}, memory T^{claim['memory']:g}"
     return [
@@ -57,7 +57,7 @@ def _facts(name: str) -> list[str]:
 
 
 def _info(name: str) -> dict[str, Any] | None:
-    """The `info` of a variant, None for a mixture; imported if the source does not write it in literals."""
+    """The `info` of a variant; None for a mixture. Imports the variant if the source has no literals."""
     try:
         module, owner = variants.source_of(name)
         info = attribute(module, owner, "info")

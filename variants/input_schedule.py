@@ -1,9 +1,9 @@
-"""How a model feeds a sequence to its layers: whole, in segments or in chunks.
+"""Input schedules: a model processes a whole sequence at once, in segments, or in chunks.
 
-Shapes: B batch, T tokens, N independent windows, L tokens of one.
+Shapes: B batch, T tokens, N independent windows, L tokens of a window.
 
-An input schedule belongs to the model, not to a layer: it is applied once, around all layers. State goes in
-and comes out: what segments carry is returned, and a chunk never sees the state of another.
+An input schedule belongs to the model, not to a layer: it is applied once, around all layers. State is an
+argument and a return value. Segments pass their state to the next segment; chunks have no state.
 """
 
 from __future__ import annotations
@@ -18,90 +18,90 @@ from torch import Tensor
 
 
 def require_tokens(x: Tensor) -> None:
-    """Raise ValueError, in one line, for an input (B, T, …) that holds no sequence or no token."""
+    """Raise ValueError for an input (B, T, …) without sequences or without tokens."""
     if x.shape[0] < 1 or x.shape[1] < 1:
         raise ValueError(
             f"input of shape {tuple(x.shape)}: allowed is 1 or more sequences of 1 or more tokens"
         )
 
 
-class Fed(NamedTuple):
-    """What a network returns for a window, and an input schedule for a segment."""
+class NetworkOut(NamedTuple):
+    """Result of a network for a window, and of an input schedule for a segment."""
 
     y: Tensor
-    """(N, L, …)."""
+    """Outputs (N, L, …)."""
     state: Any = None
-    """What the next segment begins with."""
+    """The state for the next segment."""
     aux_losses: tuple[Tensor, ...] = ()
 
 
-Network = Callable[[Tensor, Any], Fed]
+Network = Callable[[Tensor, Any], NetworkOut]
 """A map (window (N, L, …), state) → Fed that keeps N and L."""
 
 
 class InputSchedule(ABC):
-    """How the model feeds a sequence to the network: applied once, outside the layers."""
+    """Base class of input schedules: the division of a sequence into inputs of the network."""
 
     @abstractmethod
     def windows(self, seq_len: int, *, carried: bool) -> list[tuple[int, int]]:
-        """(length, number) of the windows of a sequence that a layer is fed one by one.
+        """(length, number) of the windows of a sequence that a layer processes separately.
 
-        `carried`: the layer carries state between segments, which make one window of it.
+        `carried`: the layer carries state between segments, so all segments together are one window.
         """
 
     def segments(self, seq_len: int) -> list[slice]:
-        """The parts of a sequence that are fed one after the other, state carried from each to the next."""
+        """The parts of a sequence that are processed in order; each passes its state to the next."""
         return [slice(0, seq_len)]
 
     @abstractmethod
-    def apply(self, network: Network, x: Tensor, state: Any = None, *, causal: bool) -> Fed:
-        """Run the network over one segment x (B, T, …), with the state that the segment before returned."""
+    def apply(self, network: Network, x: Tensor, state: Any = None, *, causal: bool) -> NetworkOut:
+        """Run the network on one segment x (B, T, …), with the state that the previous segment returned."""
 
     def stream(self, network: Network, x: Tensor, *, causal: bool) -> Tensor:
-        """Run the network over a whole sequence x (B, T, …), state carried along.
+        """Run the network on a whole sequence x (B, T, …), segment by segment, with state.
 
-        Raises ValueError for an input without a token.
+        Raises ValueError for an input without tokens.
         """
         require_tokens(x)
         outputs, state = [], None
         for segment in self.segments(x.shape[1]):
-            fed = self.apply(network, x[:, segment], state, causal=causal)
-            outputs.append(fed.y)
-            state = fed.state
+            out = self.apply(network, x[:, segment], state, causal=causal)
+            outputs.append(out.y)
+            state = out.state
         return torch.cat(outputs, dim=1)
 
     def mask(self, mask_of: Callable[[int], Tensor | None], seq_len: int, *, carried: bool) -> Tensor | None:
-        """(T, T) bool: what tokens of one segment sequence read in one layer, whose own mask of n tokens is
-        `mask_of(n)`; None where content decides.
+        """(T, T) bool: the keys (columns) that a query (row) reads in one layer, where T = seq_len is the
+        length of a sequence or, for chunks, of a chunk. None if they depend on content.
 
-        Of chunks, T is the length of one.
+        `mask_of(n)` is the mask of the layer for n tokens.
         """
         return mask_of(seq_len)
 
     def open_windows(self, seq_len: int) -> list[int]:
-        """The tokens so far of each window that token T will be part of, or that has to be kept for it."""
+        """The numbers of tokens so far of all windows that the next token, T, belongs to or needs."""
         return [seq_len]
 
 
 @dataclass(frozen=True)
-class Whole(InputSchedule):
-    """The network sees the whole sequence at once."""
+class WholeSequence(InputSchedule):
+    """The network processes the whole sequence at once."""
 
     def windows(self, seq_len: int, *, carried: bool) -> list[tuple[int, int]]:
         """One window."""
         return [(seq_len, 1)]
 
-    def apply(self, network: Network, x: Tensor, state: Any = None, *, causal: bool) -> Fed:
+    def apply(self, network: Network, x: Tensor, state: Any = None, *, causal: bool) -> NetworkOut:
         """One call."""
         return network(x, state)
 
 
 @dataclass(frozen=True)
-class Segments(Whole):
-    """The network sees segments of `length` tokens in order; what it remembers is carried between them.
+class Segments(WholeSequence):
+    """The network processes segments of `length` tokens in order, and passes state from one to the next.
 
-    Each segment is trained on by itself: state is detached, so backward never leaves a segment. A layer that
-    carries no state reads its segment alone, and its positions restart there.
+    State is detached, so gradients do not cross the border of a segment. A layer without state reads only the
+    current segment, and its positions restart in each segment.
     """
 
     length: int
@@ -110,18 +110,18 @@ class Segments(Whole):
         return f"segments of {self.length} tokens"
 
     def segments(self, seq_len: int) -> list[slice]:
-        """Full segments, then what is left."""
+        """Full segments, then a shorter last one."""
         return [slice(i, min(i + self.length, seq_len)) for i in range(0, seq_len, self.length)]
 
     def windows(self, seq_len: int, *, carried: bool) -> list[tuple[int, int]]:
-        """The whole sequence of a layer that carries state; else the full segments and the last."""
+        """The whole sequence for a layer with state; else the full segments and a shorter last one."""
         if carried:
             return [(seq_len, 1)]
-        full, rest = divmod(seq_len, self.length)
-        return [(length, count) for length, count in ((self.length, full), (rest, 1)) if length and count]
+        full, last = divmod(seq_len, self.length)
+        return [(length, count) for length, count in ((self.length, full), (last, 1)) if length and count]
 
     def mask(self, mask_of: Callable[[int], Tensor | None], seq_len: int, *, carried: bool) -> Tensor | None:
-        """The layer's own where it carries state; else that of each segment by itself."""
+        """The mask of the whole sequence for a layer with state; else one block for each segment."""
         if carried:
             return mask_of(seq_len)
         masks = [mask_of(segment.stop - segment.start) for segment in self.segments(seq_len)]
@@ -129,18 +129,18 @@ class Segments(Whole):
         return torch.block_diag(*known).bool() if len(known) == len(masks) else None
 
     def open_windows(self, seq_len: int) -> list[int]:
-        """The segment that has begun and not ended."""
+        """The current segment."""
         return [seq_len % self.length]
 
 
 @dataclass(frozen=True)
 class Chunks(InputSchedule):
-    """The whole network runs on independent windows of `length` tokens that start every `stride` tokens.
+    """The network runs on independent windows of `length` tokens, of which one starts every `stride` tokens.
 
-    Each token's output is taken from exactly one window. Where windows overlap, a causal model keeps
-    the end of each window, where the most history is, and a bidirectional one the middle; the first
-    window also keeps its beginning and the last its end. No window is padded: what is left over at
-    the end of a sequence runs as one shorter window.
+    The output of each token is taken from exactly one window. If windows overlap, a causal model uses the
+    end of each window, which has the most earlier tokens, and a bidirectional model uses the middle. The
+    first window also gives its beginning, and the last window its end. Windows are not padded: tokens that
+    remain at the end of a sequence form one shorter window.
     """
 
     length: int
@@ -152,28 +152,33 @@ class Chunks(InputSchedule):
     def _full(self, seq_len: int) -> int:
         return 0 if seq_len < self.length else (seq_len - self.length) // self.stride + 1
 
-    def _rest(self, seq_len: int) -> int:
-        """Length of the shorter last window; 0 where full windows reach the end."""
+    def _last_length(self, seq_len: int) -> int:
+        """Length of the shorter last window; 0 if full windows cover the sequence."""
         full = self._full(seq_len)
         covered = (full - 1) * self.stride + self.length if full else 0
         return seq_len - full * self.stride if covered < seq_len else 0
 
     def windows(self, seq_len: int, *, carried: bool) -> list[tuple[int, int]]:
-        """The full windows and the shorter last one, where there are any."""
-        windows = [(self.length, self._full(seq_len)), (self._rest(seq_len), 1)]
+        """The full windows and the shorter last window, if they exist."""
+        windows = [(self.length, self._full(seq_len)), (self._last_length(seq_len), 1)]
         return [(length, count) for length, count in windows if length and count]
 
-    def kept(self, *, causal: bool) -> tuple[int, int]:
-        """The part [lo, hi) of an inner window whose outputs are kept; hi − lo is the stride."""
+    def used_range(self, *, causal: bool) -> tuple[int, int]:
+        """The range [lo, hi) of a window, neither the first nor the last, whose outputs are used.
+
+        hi − lo is the stride.
+        """
         hi = self.length if causal else (self.length + self.stride) // 2
         return hi - self.stride, hi
 
-    def apply(self, network: Network, x: Tensor, state: Any = None, *, causal: bool) -> Fed:
-        """Full windows as one batch, then the rest, stitched back to (B, T, …). Every window begins without
-        state and leaves none."""
+    def apply(self, network: Network, x: Tensor, state: Any = None, *, causal: bool) -> NetworkOut:
+        """Run all full windows as one batch, then the shorter last window; join the outputs to (B, T, …).
+
+        Windows have no state.
+        """
         batch, seq_len = x.shape[:2]
-        full, rest = self._full(seq_len), self._rest(seq_len)
-        lo, hi = self.kept(causal=causal)
+        full, last = self._full(seq_len), self._last_length(seq_len)
+        lo, hi = self.used_range(causal=causal)
         pieces = []
         losses: tuple[Tensor, ...] = ()
         if full:
@@ -183,17 +188,17 @@ class Chunks(InputSchedule):
             losses += aux_losses
             y = y.unflatten(0, (batch, full))
             pieces += [y[:, 0, :lo], y[:, :, lo:hi].flatten(1, 2)]
-            if not rest:
+            if not last:
                 pieces.append(y[:, -1, hi:])
-        if rest:
+        if last:
             y, _, aux_losses = network(x[:, full * self.stride :], None)
             losses += aux_losses
             pieces.append(y[:, lo:] if full else y)
         pieces = [piece for piece in pieces if piece.shape[1]]
-        return Fed(pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=1), None, losses)
+        return NetworkOut(pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=1), None, losses)
 
     def open_windows(self, seq_len: int) -> list[int]:
-        """The chunks that have begun and not ended: each keeps its own, because positions restart in a chunk,
-        and hidden states differ from chunk to chunk."""
+        """All current chunks. Each has its own state, because positions restart in a chunk, and hidden states
+        differ between chunks."""
         first = -(-max(0, seq_len - self.length + 1) // self.stride) * self.stride
         return [seq_len - start for start in range(first, seq_len, self.stride)]

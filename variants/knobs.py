@@ -1,13 +1,14 @@
-"""Knobs: values that a user may set, each declared once as a field of a frozen dataclass.
+"""Knobs: settings of a user, each declared once as a field of a frozen dataclass.
 
     window: int = knob(512, unit="tokens", least=1)
     \"\"\"Tokens that a query reads on each side, itself included.\"\"\"
 
-The annotation is the type, `Literal` for a choice of words. `knob` gives the default, the bounds, the unit
-and how the knob counts in the hash of a cell; the first sentence of the string below it is its meaning.
-Checks, error messages, help and the configuration's defaults follow from it (see `variants.declarations`).
+The annotation is the type; `Literal` is a choice of words. `knob` states the default, the bounds, the unit
+and the role of the knob in the hash of a cell. The first sentence of the string below it is its meaning.
+Validation, error messages, help and the defaults of the configuration are derived from the declaration (see
+`variants.declarations`).
 
-Imports no torch.
+Does not import torch.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ _SEVERAL = {bool: "booleans", int: "integers", float: "numbers", str: "words"}
 
 @dataclass(frozen=True, kw_only=True)
 class Declaration:
-    """What `knob` states about a field. Bounds of a list hold for each of its entries."""
+    """The arguments of `knob` for a field. The bounds of a list apply to each of its entries."""
 
     least: float | None = None
     """Smallest allowed number."""
@@ -38,16 +39,16 @@ class Declaration:
     multiple: int | None = None
     """Numbers must be a multiple of this."""
     entries: int = 0
-    """Fewest entries of a list."""
+    """Minimum number of entries of a list."""
     unit: str = ""
-    """What a number counts, in the plural."""
+    """The unit of a number, in the plural."""
     decides: bool = True
-    """Whether the knob can change a figure. If not, it is not part of a cell's hash."""
+    """Whether the knob can change a figure. If not, it is not part of the hash of a cell."""
     younger: bool = False
-    """Whether cells were hashed before the knob existed. Its default is then not part of a cell's hash."""
+    """Whether the knob is newer than some hashed cells. If so, its default is not part of the hash."""
 
-    def holds(self, number: float) -> bool:
-        """Whether a number lies within the bounds; NaN lies within none."""
+    def allows(self, number: float) -> bool:
+        """Whether a number is within the bounds. NaN is not."""
         return (
             (self.least is None or number >= self.least)
             and (self.most is None or number <= self.most)
@@ -74,7 +75,7 @@ class Declaration:
 
 
 PLAIN = Declaration()
-"""Of a field that is declared without `knob`."""
+"""The declaration of a field without `knob`."""
 
 
 def knob(
@@ -90,7 +91,7 @@ def knob(
     decides: bool = True,
     younger: bool = False,
 ) -> Any:
-    """A field of a subclass of `Knobs`: its default and what `Declaration` explains."""
+    """A field of a subclass of `Knobs`, with its default; see `Declaration` for the other arguments."""
     declaration = Declaration(
         least=least,
         most=most,
@@ -114,13 +115,13 @@ class Knob:
     default: Any
     declaration: Declaration
 
-    def refused(self, value: Any) -> str | None:
-        """What is allowed instead of a value, or None if the value is allowed."""
+    def reject(self, value: Any) -> str | None:
+        """The description of the allowed values, or None if `value` is allowed."""
         if not _is_a(value, self.hint):
-            near = difflib.get_close_matches(value, self.words, n=1) if isinstance(value, str) else []
-            return self.allowed() + (f"; did you mean {near[0]}?" if near else "")
+            similar = difflib.get_close_matches(value, self.words, n=1) if isinstance(value, str) else []
+            return self.allowed() + (f"; did you mean {similar[0]}?" if similar else "")
         numbers = value if isinstance(value, tuple) else (value,)
-        inside = all(self.declaration.holds(n) for n in numbers if type(n) in (int, float))
+        inside = all(self.declaration.allows(n) for n in numbers if type(n) in (int, float))
         if isinstance(value, tuple) and len(value) < self.declaration.entries:
             inside = False
         if inside:
@@ -128,68 +129,68 @@ class Knob:
         return self.allowed() if self.is_list else self._with_null(self.declaration.bounds())
 
     def allowed(self) -> str:
-        """What is allowed, in words: "null or an integer, 1 or more tokens"."""
-        bounds, least = self.declaration.bounds(), self.declaration.entries
-        kinds = [
-            f"a list of {f'{least} or more ' if least else ''}{_SEVERAL[get_args(kind)[0]]}"
-            if get_origin(kind) is tuple
-            else _ONE[kind]
-            for kind in self._kinds()
-            if get_origin(kind) is not Literal
+        """The allowed values in words, such as "null or an integer, 1 or more tokens"."""
+        bounds, entries = self.declaration.bounds(), self.declaration.entries
+        types_in_words = [
+            f"a list of {f'{entries} or more ' if entries else ''}{_SEVERAL[get_args(one)[0]]}"
+            if get_origin(one) is tuple
+            else _ONE[one]
+            for one in self._types()
+            if get_origin(one) is not Literal
         ]
-        if kinds and bounds:
-            kinds[-1] += f", each {bounds}" if self.is_list else f", {bounds}"
-        listed = [*kinds, *self.words]
-        words = " or ".join(filter(None, [", ".join(listed[:-1]), listed[-1]]))
+        if types_in_words and bounds:
+            types_in_words[-1] += f", each {bounds}" if self.is_list else f", {bounds}"
+        alternatives = [*types_in_words, *self.words]
+        words = " or ".join(filter(None, [", ".join(alternatives[:-1]), alternatives[-1]]))
         return self._with_null(words)
 
     @property
     def words(self) -> list[str]:
-        """The words that its `Literal` allows."""
-        return [str(word) for kind in self._kinds() if get_origin(kind) is Literal for word in get_args(kind)]
+        """The words of its `Literal`."""
+        return [str(word) for one in self._types() if get_origin(one) is Literal for word in get_args(one)]
 
     @property
     def is_list(self) -> bool:
         """Whether its values are tuples."""
-        return any(get_origin(kind) is tuple for kind in self._kinds())
+        return any(get_origin(one) is tuple for one in self._types())
 
     @property
     def is_text(self) -> bool:
-        """Whether all its values are words, so that what reads as a number is one too."""
-        return all(kind is str or get_origin(kind) is Literal for kind in self._kinds())
+        """Whether all its values are text, so that a number in a configuration is text too."""
+        return all(one is str or get_origin(one) is Literal for one in self._types())
 
     def read(self, value: Any) -> Any:
-        """A value as a configuration holds it → as the class takes it; what does not fit stays as it is.
+        """Convert a value of a configuration to the type of the field; other values are returned unchanged.
 
-        A list becomes a tuple, and so does the only entry of a list. Text stays text for a knob of words, and
-        a number written as text becomes a number for any other.
+        A list, or the only entry of a list, becomes a tuple. For a knob of text, numbers become text. For any
+        other knob, a number written as text becomes a number.
         """
         if self.is_list and value is not None:
             values = value if isinstance(value, list | tuple) else [value]
-            (kind,) = (kind for kind in self._kinds() if get_origin(kind) is tuple)
-            entry = Knob(self.name, get_args(kind)[0], None, PLAIN)
-            return tuple(entry.read(one) for one in values)
+            (tuple_type,) = (one for one in self._types() if get_origin(one) is tuple)
+            entry = Knob(self.name, get_args(tuple_type)[0], None, PLAIN)
+            return tuple(entry.read(value) for value in values)
         if self.is_text:
             return str(value) if type(value) in (int, float) else value
         if isinstance(value, str) and not _is_a(value, self.hint):
-            for kind in self._kinds():
-                if kind is bool and value.lower() in ("true", "false"):
+            for one in self._types():
+                if one is bool and value.lower() in ("true", "false"):
                     return value.lower() == "true"
-                if kind in (int, float):
+                if one in (int, float):
                     return _number(value)
         return value
 
-    def _kinds(self) -> list[Any]:
-        """The types that its annotation joins, without None."""
-        joined = get_origin(self.hint) in (Union, types.UnionType)
-        return [kind for kind in (get_args(self.hint) if joined else [self.hint]) if kind is not type(None)]
+    def _types(self) -> list[Any]:
+        """The types in the union of its annotation, without None."""
+        is_union = get_origin(self.hint) in (Union, types.UnionType)
+        return [one for one in (get_args(self.hint) if is_union else [self.hint]) if one is not type(None)]
 
     def _with_null(self, words: str) -> str:
         return f"null or {words}" if _is_a(None, self.hint) else words
 
 
 def _is_a(value: Any, hint: Any) -> bool:
-    """Whether a value has the type that an annotation names. True and False are no integers."""
+    """Whether a value has the type of an annotation. True and False are not integers."""
     if get_origin(hint) in (Union, types.UnionType):
         return any(_is_a(value, choice) for choice in get_args(hint))
     if get_origin(hint) is tuple:
@@ -203,24 +204,24 @@ def _is_a(value: Any, hint: Any) -> bool:
 
 
 def _number(text: str) -> int | float | str:
-    """The number that a text spells, or the text."""
-    for kind in (int, float):
+    """The number that is written in a text, or the text if it is not a number."""
+    for number_type in (int, float):
         try:
-            return kind(text)
+            return number_type(text)
         except ValueError:
             continue
     return text
 
 
-def _shown(value: Any) -> str:
-    """A value as a user writes it: a tuple as a list, null for None."""
+def _as_text(value: Any) -> str:
+    """A value in the syntax of a configuration: a tuple as a list, null for None."""
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
     return repr(list(value) if isinstance(value, tuple) else value)
 
 
 def knobs_of(owner: type[Knobs]) -> dict[str, Knob]:
-    """Name → knob, of a subclass of `Knobs`, in the order of its fields."""
+    """The knobs of a subclass of `Knobs` by name, in the order of its fields."""
     return _knobs_of(owner)  # type: ignore[arg-type]  # mypy does not see that a class is hashable
 
 
@@ -233,56 +234,57 @@ def _knobs_of(owner: Any) -> dict[str, Knob]:
 
 
 def decisive(owner: type[Knobs], values: Mapping[str, Any]) -> dict[str, Any]:
-    """Those of a class's values that are part of a cell's hash; a name that is no knob of the class is."""
+    """The values that are part of the hash of a cell. Names that are not knobs of the class are included."""
     known = knobs_of(owner)
-    kept = {}
+    hashed = {}
     for name, value in values.items():
-        plain = known[name].declaration if name in known else PLAIN
-        if plain.decides and not (plain.younger and known[name].read(value) == known[name].default):
-            kept[name] = value
-    return kept
+        declaration = known[name].declaration if name in known else PLAIN
+        is_default = declaration.younger and known[name].read(value) == known[name].default
+        if declaration.decides and not is_default:
+            hashed[name] = value
+    return hashed
 
 
 @dataclass(frozen=True, kw_only=True)
 class Knobs:
-    """Values that a user may set, checked when they are made.
+    """Base class of settings of a user, which are validated at construction.
 
-    The type and the bounds of each value are checked here, for every subclass; what relates two knobs is for
-    `__post_init__` of the subclass, by `require`. Fields are bool, int, float, str or a Literal of words, a
-    union of these or with None, or a tuple of one of the first four (`tuple[int, ...]`). A float field takes
-    an integer too.
+    This class validates the type and the bounds of each value. A subclass validates relations between knobs
+    in `__post_init__`, with `require`. The type of a field is bool, int, float, str or a Literal of words; or
+    a union of these, or with None; or a tuple of one of the first four (`tuple[int, ...]`). A float field
+    also accepts an integer.
 
-    Raises ValueError naming the knob, its value and what is allowed.
+    Raises ValueError with the knob, its value and the allowed values.
     """
 
     def __new__(cls, *args: Any, **values: Any) -> Self:
-        """Check the values before `__post_init__` compares them with each other."""
+        """Validate each value, before `__post_init__` compares values with each other."""
         known = knobs_of(cls)
         for name, value in values.items():
-            if name in known and (allowed := known[name].refused(value)):  # other names are for __init__
-                raise ValueError(f"{name}={_shown(value)}: allowed is {allowed}")
+            if name in known and (allowed := known[name].reject(value)):  # __init__ rejects other names
+                raise ValueError(f"{name}={_as_text(value)}: allowed is {allowed}")
         return super().__new__(cls)
 
     def require(self, name: str, ok: bool, allowed: str) -> None:
-        """Refuse a knob's value in one line."""
+        """Raise ValueError with the value of a knob and the `allowed` values, unless `ok`."""
         if not ok:
-            raise ValueError(f"{name}={_shown(getattr(self, name))}: allowed is {allowed}")
+            raise ValueError(f"{name}={_as_text(getattr(self, name))}: allowed is {allowed}")
 
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> Self:
-        """The values of a configuration, in plain types: what `as_dict` gave, or some of it.
+        """Create an instance from the values of a configuration, in plain types (see `as_dict`).
 
-        Raises ValueError for a name that is no knob too, with the nearest that is.
+        Raises ValueError also for an unknown name, with the most similar knob.
         """
         known = knobs_of(cls)
         for name in values:
             if name not in known:
-                near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-                hint = f"; did you mean {near[0]}?" if near else ""
+                similar = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+                hint = f"; did you mean {similar[0]}?" if similar else ""
                 raise ValueError(f"{name}: unknown knob; allowed are {', '.join(known)}{hint}")
         return cls(**{name: known[name].read(value) for name, value in values.items()})
 
     def as_dict(self) -> dict[str, Any]:
-        """Name → value, in plain types that JSON can hold."""
+        """The values by name, in plain types that can be stored as JSON."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}

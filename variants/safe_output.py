@@ -1,12 +1,12 @@
-"""What every command of this project (`python -m …`) does where its output cannot be written.
+"""Handling of failed writes to standard output and standard error, for all commands (`python -m …`).
 
-The reader of a pipe may leave early (`| head`): the command ends quietly with status 141, which is 128 +
+If the reader of a pipe ends early (`| head`), the command ends without a message, with status 141: 128 +
 SIGPIPE, as a shell reports for other programs. Any other failure of standard output, such as a full device,
-is one line on standard error and status 1. What standard error does not take is dropped: a message that
-nobody can read stops no work and changes no status. While cells are measured the same holds for standard
-output (`drop_failed_output`), because no screen is worth a measurement. A stream that is closed from the
-start is opened on nothing, or the next file to be opened would have its number, and with it whatever is
-written there.
+gives one line on standard error and status 1. Failed writes to standard error are ignored: they neither end
+the command nor change its status. While cells are measured, failed writes to standard output are ignored too
+(`drop_failed_output`), because a measurement is worth more than its messages. A standard stream that is
+closed at the start is opened on the null device. Otherwise the next opened file would get its number, and
+would receive the output.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ CLOSED_PIPE = 128 + signal.SIGPIPE
 
 
 class OutputError(BaseException):
-    """Standard output takes no more. It ends the command as KeyboardInterrupt does: neither code that expects
-    errors of files nor a handler of a log takes it for its own."""
+    """A write to standard output failed. A BaseException like KeyboardInterrupt, so that neither code that
+    handles errors of files nor a handler of a log catches it."""
 
 
-class _Refusing(io.FileIO):
+class _RaisingFile(io.FileIO):
     """A file whose failed writes raise OutputError."""
 
     def write(self, data: Any, /) -> int:
@@ -37,21 +37,21 @@ class _Refusing(io.FileIO):
             raise OutputError from error
 
 
-class _Dropping(io.FileIO):
-    """A file that takes whatever is written to it; what cannot be kept is lost."""
+class _DroppingFile(io.FileIO):
+    """A file whose failed writes are ignored; their data is lost."""
 
     def write(self, data: Any, /) -> int:
         with suppress(OSError):
-            if (written := super().write(data)) is not None:  # None: it would have to wait
+            if (written := super().write(data)) is not None:  # None: the write would block
                 return written
         return memoryview(data).nbytes
 
 
 def run(main: Callable[[], int]) -> NoReturn:
-    """Call `main` and exit with the status that it returns, or with that of an output which failed."""
+    """Call `main`, and exit with the status that it returns, or with the status for a failed output."""
     _open_closed()
-    sys.stdout = _through(sys.stdout, _Refusing, 1)
-    sys.stderr = _through(sys.stderr, _Dropping, 2)
+    sys.stdout = _through(sys.stdout, _RaisingFile, 1)
+    sys.stderr = _through(sys.stderr, _DroppingFile, 2)
     try:
         try:
             status: Any = main()
@@ -61,7 +61,7 @@ def run(main: Callable[[], int]) -> NoReturn:
     except OutputError as error:
         cause = error.__cause__
         assert isinstance(cause, OSError)
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # takes what is left in the buffer
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # for the rest of the buffer
         if isinstance(cause, BrokenPipeError):
             sys.exit(CLOSED_PIPE)
         print(f"error: the output cannot be written: {cause.strerror}", file=sys.stderr)
@@ -70,13 +70,13 @@ def run(main: Callable[[], int]) -> NoReturn:
 
 
 def drop_failed_output() -> None:
-    """From here on, writing to this process's standard output and error raises nothing, nor does its end.
+    """Ignore failed writes to standard output and error of this process from now on, also at its end.
 
-    Streams that a caller has put in their place are left alone.
+    Streams with which a caller has replaced them are not changed.
     """
     _open_closed()
-    sys.stdout = _through(sys.stdout, _Dropping, 1)
-    sys.stderr = _through(sys.stderr, _Dropping, 2)
+    sys.stdout = _through(sys.stdout, _DroppingFile, 1)
+    sys.stderr = _through(sys.stderr, _DroppingFile, 2)
 
 
 def _open_closed() -> None:
@@ -84,12 +84,12 @@ def _open_closed() -> None:
         try:
             os.fstat(number)
         except OSError:
-            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free, which is this one
+            os.open(os.devnull, os.O_RDWR)  # gets the lowest free number, which is this one
             os.set_inheritable(number, True)
 
 
 def _through(stream: TextIO | None, raw: type[io.FileIO], number: int) -> TextIO:
-    """The standard stream of this number, written by way of `raw`; another that a caller put there stays."""
+    """The standard stream with this number, written by `raw`. A stream of a caller is returned unchanged."""
     if stream is not None and not _writes_to(stream, number):
         return stream
     encoding, line_buffering, unbuffered = "utf-8", True, False
@@ -99,9 +99,9 @@ def _through(stream: TextIO | None, raw: type[io.FileIO], number: int) -> TextIO
             stream.flush()
     file = raw(number, "w", closefd=False)
     return io.TextIOWrapper(
-        cast(BinaryIO, file) if unbuffered else io.BufferedWriter(file),  # as Python does under -u
+        cast(BinaryIO, file) if unbuffered else io.BufferedWriter(file),  # as Python does with -u
         encoding=encoding,
-        errors="backslashreplace",  # no text fails to be shown
+        errors="backslashreplace",  # so that every text can be written
         line_buffering=line_buffering,
         write_through=unbuffered,
     )

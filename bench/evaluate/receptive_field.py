@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from bench.model.language_model import LanguageModel
-from variants.base import SequenceMixer, mask_fed
-from variants.input_schedule import Fed
+from variants.base import SequenceMixer, segment_mask
+from variants.input_schedule import NetworkOut
 from variants.ops.masks import composed
 
 MAX_TOKENS = 4096
@@ -30,14 +30,14 @@ def dependence(model: LanguageModel, seq_len: int, *, causal: bool) -> Tensor | 
     """
 
     def mask_of(layer: SequenceMixer, tokens: int) -> Tensor | None:
-        return mask_fed(layer, model.input_schedule, tokens, causal=causal)
+        return segment_mask(layer, model.input_schedule, tokens, causal=causal)
 
     if any(mask_of(layer, seq_len) is None for layer in model.layers):
         return None
 
-    def network(window: Tensor, _: Any) -> Fed:  # (N, L, T): the inputs on which each token depends
+    def network(window: Tensor, _: Any) -> NetworkOut:  # (N, L, T): the inputs on which each token depends
         masks = (mask_of(block.mixer, window.shape[1]) for block in model.visits)
-        return Fed(composed([mask for mask in masks if mask is not None]).float() @ window)
+        return NetworkOut(composed([mask for mask in masks if mask is not None]).float() @ window)
 
     return model.input_schedule.apply(network, torch.eye(seq_len)[None], causal=causal).y[0] > 0
 

@@ -38,11 +38,11 @@ from variants.base import (
     SequenceMixer,
     SlotSpec,
     VariantConfig,
-    dims_fed,
     known_leak,
-    reference_fed,
+    scheduled_dims,
+    scheduled_reference,
 )
-from variants.input_schedule import Fed, InputSchedule
+from variants.input_schedule import InputSchedule, NetworkOut
 
 Module = TypeVar("Module", bound=torch.nn.Module)
 
@@ -171,16 +171,16 @@ def leak(
     Raises GateFailed if rounding cannot explain the change, unless the variant states that it leaks.
     """
     schedule = schedule or variant.input_schedule(config)
-    fed = dims_fed(variant, schedule, dims)
+    fed = scheduled_dims(variant, schedule, dims)
     stack = [_layer(variant, config, fed, layer).to(device) for layer in range(layers)]
 
-    def network(x: Tensor, states: list[Any] | None) -> Fed:
+    def network(x: Tensor, states: list[Any] | None) -> NetworkOut:
         after = []
         for layer, state in zip(stack, states or [None] * layers, strict=True):
             out = layer(x, Context(causal=True), state)
             x = x + out.y
             after.append(out.state)
-        return Fed(x, after)
+        return NetworkOut(x, after)
 
     @torch.no_grad()
     def run(x: Tensor) -> Tensor:
@@ -231,14 +231,14 @@ def reference_error(
     Raises GateFailed if rounding cannot explain it.
     """
     ctx, schedule = Context(causal=causal), schedule or variant.input_schedule(config)
-    fast = _layer(variant, config, dims_fed(variant, schedule, dims), layer).to(device)
+    fast = _layer(variant, config, scheduled_dims(variant, schedule, dims), layer).to(device)
     slow = copy.deepcopy(fast).double()  # on the same device, so that its random numbers are the same
     x = torch.randn(BATCH, dims.seq_len, dims.d_model, device=device, requires_grad=True)
     x64 = x.detach().double().requires_grad_()
     torch.manual_seed(1)
-    y = schedule.stream(lambda window, state: Fed(*fast(window, ctx, state)[:2]), x, causal=causal)
+    y = schedule.stream(lambda window, state: NetworkOut(*fast(window, ctx, state)[:2]), x, causal=causal)
     torch.manual_seed(1)
-    y64 = reference_fed(slow, schedule, x64, ctx)
+    y64 = scheduled_reference(slow, schedule, x64, ctx)
     direction = torch.randn_like(y64)
     roots, roots64 = ([p for p in layer.parameters() if p.requires_grad] for layer in (fast, slow))
     got = torch.autograd.grad(y, [x, *roots], direction.to(y), materialize_grads=True)

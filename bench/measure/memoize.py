@@ -1,8 +1,8 @@
-"""Following repeated work once: the planner's side of `variants.ops.memoizable`.
+"""Memoization of repeatable functions in a plan (see `variants.ops.memoizable`).
 
-The first time, work is gone through under the counters, and it is noted how much was live in it at most and
-what it leaves. When it comes again with arguments of the same shapes, that is played back: the peak, its
-split and the FLOPs are the same as if each operation had been dispatched.
+The first call of a function is run under the counters, and its effects are recorded: the peak memory, the
+FLOPs and the shapes of the results. A later call with arguments of the same shapes repeats these effects. The
+peak, its division by label and the FLOPs are the same as if each operation had been dispatched.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_unflat
 from bench.measure.flops import CountFlops, DispatchedFlops
 from bench.measure.memory import LiveStorage, Recording
 from variants.ops.backends import note_flops
+from variants.ops.memoizable import Memoizer
 
 
 @dataclass(frozen=True)
@@ -32,27 +33,29 @@ class _Argument:
 
 @dataclass(frozen=True)
 class _View:
-    """Where a result lies: in the storage that the work made under that number, or in that argument's, with
-    the offset from where the argument begins."""
+    """A result that is a view of a storage."""
 
-    made: bool
+    is_new: bool
+    """Whether the function created the storage; otherwise it belongs to an argument."""
     number: int
+    """Number of the new storage in the recording, or index of the argument."""
     dtype: torch.dtype
     size: tuple[int, ...]
     stride: tuple[int, ...]
     offset: int
+    """From the start of the new storage or of the argument, in elements."""
 
 
 @dataclass(frozen=True)
 class _Value:
-    """A result that is no tensor."""
+    """A result that is not a tensor."""
 
     value: Any
 
 
 @dataclass(frozen=True)
-class _Known:
-    """What work does."""
+class _Effects:
+    """The recorded effects of a function."""
 
     storage: Recording
     flops: int
@@ -60,76 +63,83 @@ class _Known:
     spec: TreeSpec
 
 
-class Repeats:
-    """A follower for `variants.ops.memoizable.following`, on fake tensors alone: results hold no numbers."""
+class MemoizingStorage(LiveStorage, Memoizer):
+    """Live storage of a plan, which runs each repeatable function once for each combination of shapes.
 
-    def __init__(self, storage: LiveStorage) -> None:
-        self.storage = storage
-        self._known: dict[Any, _Known] = {}
+    For fake tensors only, because results that are repeated hold no numbers.
+    """
 
-    def __call__(self, work: Callable[..., Any], args: tuple[Any, ...]) -> Any:
-        """Do the work, or what is known of it."""
+    def __init__(self) -> None:
+        super().__init__()
+        self._effects: dict[Any, _Effects] = {}
+
+    def call(self, function: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+        """Run the function, or repeat its recorded effects.
+
+        Raises RuntimeError if the function stores new tensors anywhere but in its results.
+        """
         leaves = tree_leaves(args)
-        key = work, torch.is_autocast_enabled("cpu"), described(args, [])
-        with _counters_alone():
-            if key in self._known:
-                return self._again(self._known[key], leaves)
-            with CountFlops() as counter, self.storage.recording() as recording:
-                results = work(*args)
-        self._known[key] = self._noted(work, recording, counter.total, results, leaves)
+        key = function, torch.is_autocast_enabled("cpu"), described(args, [])
+        with _only_counting_modes():
+            if key in self._effects:
+                return self._repeat(self._effects[key], leaves)
+            with CountFlops() as counter, self.recording() as recording:
+                results = function(*args)
+        self._effects[key] = self._effects_of(function, recording, counter.total, results, leaves)
         return results
 
-    def _noted(
-        self, work: Callable[..., Any], recording: Recording, flops: int, results: Any, leaves: list[Any]
-    ) -> _Known:
-        found, spec = tree_flatten(results)
-        given = {id(leaf.untyped_storage()): i for i, leaf in enumerate(leaves) if _is_tensor(leaf)}
+    def _effects_of(
+        self, function: Callable[..., Any], recording: Recording, flops: int, results: Any, leaves: list[Any]
+    ) -> _Effects:
+        values, spec = tree_flatten(results)
+        argument_of = {id(leaf.untyped_storage()): i for i, leaf in enumerate(leaves) if _is_tensor(leaf)}
 
-        def noted(value: Any) -> _Argument | _View | _Value:
+        def describe(value: Any) -> _Argument | _View | _Value:
             for i, leaf in enumerate(leaves):
                 if leaf is value:
                     return _Argument(i)
             if not _is_tensor(value):
                 return _Value(value)
-            number, offset = self.storage.number(value), value.storage_offset()
-            if made := number in recording.kept:
-                place = number
-            else:
-                place = given[id(value.untyped_storage())]
-                offset -= leaves[place].storage_offset()
-            return _View(made, place, value.dtype, tuple(value.size()), value.stride(), offset)
+            number, offset = self.number(value), value.storage_offset()
+            is_new = number in recording.kept
+            if not is_new:
+                number = argument_of[id(value.untyped_storage())]
+                offset -= leaves[number].storage_offset()
+            return _View(is_new, number, value.dtype, tuple(value.size()), value.stride(), offset)
 
-        places = [noted(value) for value in found]
-        left = recording.kept.keys() - {p.number for p in places if isinstance(p, _View) and p.made}
-        if left:
+        described_results = [describe(value) for value in values]
+        returned = {view.number for view in described_results if isinstance(view, _View) and view.is_new}
+        if stored := recording.kept.keys() - returned:
             raise RuntimeError(
-                f"{work.__qualname__} is not repeatable: it keeps {len(left)} tensors elsewhere"
+                f"{function.__qualname__} is not repeatable: it stores {len(stored)} tensors elsewhere"
             )
-        return _Known(recording, flops, places, spec)
+        return _Effects(recording, flops, described_results, spec)
 
-    def _again(self, known: _Known, leaves: list[Any]) -> Any:
-        note_flops(known.flops)
-        made = self.storage.replay(known.storage)
+    def _repeat(self, effects: _Effects, leaves: list[Any]) -> Any:
+        note_flops(effects.flops)
+        new_storage = self.replay(effects.storage)
 
-        def result(noted: _Argument | _View | _Value) -> Any:
-            match noted:
+        def result(description: _Argument | _View | _Value) -> Any:
+            match description:
                 case _Argument(index):
                     return leaves[index]
                 case _Value(value):
                     return value
                 case _View(True, number, dtype, size, stride, offset):
-                    return made(number).view(dtype).as_strided(size, stride, offset)
+                    return new_storage(number).view(dtype).as_strided(size, stride, offset)
                 case _View(False, number, dtype, size, stride, offset):
-                    whole = leaves[number].view(dtype)
-                    return whole.as_strided(size, stride, whole.storage_offset() + offset)
+                    base = leaves[number].view(dtype)
+                    return base.as_strided(size, stride, base.storage_offset() + offset)
 
-        return tree_unflatten([result(noted) for noted in known.results], known.spec)
+        return tree_unflatten([result(description) for description in effects.results], effects.spec)
 
 
 @contextmanager
-def _counters_alone() -> Iterator[None]:
-    """Hide operations from whoever else watches, because there are fewer of them when work comes again:
-    selective checkpointing would miss them in its second pass."""
+def _only_counting_modes() -> Iterator[None]:
+    """Deactivate all dispatch modes but those that count.
+
+    Selective checkpointing must not see the operations: there are fewer of them in its second pass.
+    """
     with ExitStack() as inside:
         for mode in inside.enter_context(_disable_current_modes()):
             if isinstance(mode, (FakeTensorMode, LiveStorage, DispatchedFlops)):
@@ -142,7 +152,10 @@ def _is_tensor(value: Any) -> bool:
 
 
 def described(value: Any, storages: list[int]) -> Any:
-    """All that costs may depend on: shapes, which tensors share a storage, and other values as they are."""
+    """A hashable description of what the cost may depend on.
+
+    Of tensors: dtype, device, shape, strides, and which of them share a storage. Other values: themselves.
+    """
     if isinstance(value, torch.Tensor):
         storage = id(value.untyped_storage())
         if storage not in storages:

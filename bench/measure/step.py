@@ -16,13 +16,12 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from bench.measure.flops import CountFlops
-from bench.measure.memoize import Repeats, described
+from bench.measure.memoize import MemoizingStorage, described
 from bench.measure.memory import LiveStorage, reset_rss_peak, resident_bytes, tensor_bytes
 from bench.measure.timing import synchronize
 from bench.model.language_model import LanguageModel, Output
 from bench.tasks.base import Batch
 from bench.train.loop import Phase, optimizer_for, training_step
-from variants.ops.memoizable import following
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -251,7 +250,7 @@ def predicted(make: Callable[[], Subject]) -> StepFigures:
     gradient, because nothing uses them or the sequence is too short for the auxiliary loss that does, the
     step is gone through again: an optimiser keeps no state for them.
     """
-    with FakeTensorMode(), LiveStorage() as storage, following(Repeats(storage)):
+    with FakeTensorMode(), MemoizingStorage() as storage:
         subject = make()
         trained = [parameter for parameter in subject.model.parameters() if parameter.requires_grad]
         for parameter in trained:

@@ -34,12 +34,12 @@ from variants.base import (
     SlotSpec,
     VisitOut,
     Workload,
-    cost_fed,
-    dims_fed,
-    state_bytes_fed,
+    scheduled_cost,
+    scheduled_dims,
+    scheduled_state_bytes,
     tie,
 )
-from variants.input_schedule import Fed, require_tokens
+from variants.input_schedule import NetworkOut, require_tokens
 
 
 class Block(nn.Module):
@@ -121,7 +121,7 @@ class LanguageModel(nn.Module):
         blocks = []
         for layer in map(spec.at, range(self.depth_schedule.blocks)):
             mixer, feed_forward = layer.mixer, layer.feed_forward
-            fed = dims_fed(mixer.layer, spec.input, dims)
+            fed = scheduled_dims(mixer.layer, spec.input, dims)
             blocks.append(
                 Block(
                     mixer.layer(mixer.config, fed, lower_layers[mixer]),
@@ -165,12 +165,12 @@ class LanguageModel(nn.Module):
         finally:
             self.run_blocks = before
 
-    def run_visits(self, x: Tensor, states: list[Any] | None, ctx: Context) -> Fed:
+    def run_visits(self, x: Tensor, states: list[Any] | None, ctx: Context) -> NetworkOut:
         """Run all visits on one window (N, L, C); `states` are those that the previous segment returned."""
         visits = self.visits
         x, results = self.run_blocks(visits, x, states or [None] * len(visits), ctx)
         losses = tuple(out.aux_loss for out in results if out.aux_loss is not None)
-        return Fed(x, [out.state for out in results], losses)
+        return NetworkOut(x, [out.state for out in results], losses)
 
     def forward(self, tokens: Tensor, *, causal: bool, states: list[Any] | None = None) -> Output:
         """Run one segment of the input schedule, (B, T) → Output; `states` are those that the previous
@@ -182,7 +182,7 @@ class LanguageModel(nn.Module):
         require_tokens(tokens)
         ctx = Context(causal=causal)
 
-        def network(window: Tensor, before: list[Any] | None) -> Fed:
+        def network(window: Tensor, before: list[Any] | None) -> NetworkOut:
             return self.run_visits(self.embedding(window), before, ctx)
 
         with torch.autocast(tokens.device.type, self.dtype, enabled=self.dtype != torch.float32):
@@ -208,14 +208,14 @@ class LanguageModel(nn.Module):
         total = Cost({"output": 2 * work.batch_size * work.seq_len * work.d_model * self.vocabulary})
         windows = self.input_schedule.windows(work.seq_len, carried=True)
         for block in self.visits:
-            total += cost_fed(block.mixer, self.input_schedule, work)
+            total += scheduled_cost(block.mixer, self.input_schedule, work)
             for length, count in windows:
                 total += block.feed_forward.cost(replace(work, seq_len=length)) * count
         return total
 
     def state_bytes(self, work: Workload) -> int:
         """Bytes of state after `work.seq_len` tokens that are necessary to process the next token."""
-        return sum(state_bytes_fed(block.mixer, self.input_schedule, work) for block in self.visits)
+        return sum(scheduled_state_bytes(block.mixer, self.input_schedule, work) for block in self.visits)
 
     def distinct_layers(self) -> list[tuple[str, SequenceMixer]]:
         """The lowest layer of each distinct mixer, with the mixer's name."""

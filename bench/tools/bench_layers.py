@@ -114,14 +114,14 @@ def step(layer: SequenceMixer, x: torch.Tensor, *, causal: bool) -> None:
     import torch
 
     from variants.base import Context
-    from variants.input_schedule import Fed
+    from variants.input_schedule import NetworkOut
 
     schedule, state, ctx = layer.input_schedule(layer.config), None, Context(causal=causal)
     layer.zero_grad(set_to_none=True)
 
-    def network(window: torch.Tensor, state: Any) -> Fed:
+    def network(window: torch.Tensor, state: Any) -> NetworkOut:
         out = layer(window, ctx, state)
-        return Fed(out.y, out.state, () if out.aux_loss is None else (out.aux_loss,))
+        return NetworkOut(out.y, out.state, () if out.aux_loss is None else (out.aux_loss,))
 
     for segment in schedule.segments(x.shape[1]):
         y, state, losses = schedule.apply(

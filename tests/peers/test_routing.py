@@ -19,7 +19,7 @@ from torch import Tensor
 from peers import peer
 from variants.attention.routing import Routing, RoutingConfig
 from variants.base import Context
-from variants.ops.kmeans_attention import unit
+from variants.ops.kmeans import unit
 
 pytestmark = [pytest.mark.peers, pytest.mark.usefixtures("without_rotary")]
 

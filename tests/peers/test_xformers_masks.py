@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 import variants
-from variants.base import Workload, whole_mask
+from variants.base import Workload, sequence_mask
 
 pytestmark = pytest.mark.peers
 
@@ -30,7 +30,7 @@ def pattern(name: str, tokens: int, *, causal: bool, **knobs: Any) -> Tensor:
     variant = variants.load(name)
     dims = Workload(causal=True, batch_size=1, seq_len=tokens, d_model=8, heads=2)
     layer = variant(variant.Config(**knobs), dims)
-    drawn = whole_mask(layer, layer.input_schedule(layer.config), tokens, causal=causal)
+    drawn = sequence_mask(layer, layer.input_schedule(layer.config), tokens, causal=causal)
     assert drawn is not None
     return drawn
 

@@ -23,12 +23,12 @@ from variants.base import (
     SequenceMixer,
     VariantConfig,
     Workload,
-    cost_fed,
-    reference_fed,
-    state_bytes_fed,
-    whole_mask,
+    scheduled_cost,
+    scheduled_reference,
+    scheduled_state_bytes,
+    sequence_mask,
 )
-from variants.input_schedule import Fed
+from variants.input_schedule import NetworkOut
 
 D_MODEL, HEADS = 16, 2
 EXACT = 1e-9
@@ -63,8 +63,8 @@ def feed(layer: SequenceMixer, x: Tensor, *, causal: bool, seed: int = 2) -> Ten
     """The layer's outputs on whole sequences (B, T, C), fed as its input schedule says, randomness fixed."""
     torch.manual_seed(seed)
 
-    def network(window: Tensor, state: Any) -> Fed:
-        return Fed(*layer(window, Context(causal=causal), state)[:2])
+    def network(window: Tensor, state: Any) -> NetworkOut:
+        return NetworkOut(*layer(window, Context(causal=causal), state)[:2])
 
     return layer.input_schedule(layer.config).stream(network, x, causal=causal)
 
@@ -72,23 +72,23 @@ def feed(layer: SequenceMixer, x: Tensor, *, causal: bool, seed: int = 2) -> Ten
 def mask_of(layer: SequenceMixer, tokens: int, *, causal: bool) -> Tensor | None:
     """(T, T) bool: what a query of a whole sequence reads, fed as its input schedule says; None: content
     decides."""
-    return whole_mask(layer, layer.input_schedule(layer.config), tokens, causal=causal)
+    return sequence_mask(layer, layer.input_schedule(layer.config), tokens, causal=causal)
 
 
 def cost_of(layer: SequenceMixer, work: Workload, *, causal: bool) -> Cost:
     """The layer's cost on whole sequences, fed as its input schedule says."""
-    return cost_fed(layer, layer.input_schedule(layer.config), replace(work, causal=causal))
+    return scheduled_cost(layer, layer.input_schedule(layer.config), replace(work, causal=causal))
 
 
 def bytes_of(layer: SequenceMixer, work: Workload) -> int:
     """The layer's state after work.seq_len tokens, fed as its input schedule says."""
-    return state_bytes_fed(layer, layer.input_schedule(layer.config), work)
+    return scheduled_state_bytes(layer, layer.input_schedule(layer.config), work)
 
 
 def refer(layer: SequenceMixer, x: Tensor, *, causal: bool, seed: int = 2) -> Tensor:
     """The layer's own readable reference, with the same randomness as `feed`."""
     torch.manual_seed(seed)
-    return reference_fed(layer, layer.input_schedule(layer.config), x, Context(causal=causal))
+    return scheduled_reference(layer, layer.input_schedule(layer.config), x, Context(causal=causal))
 
 
 def difference(got: Tensor, want: Tensor) -> float:

@@ -220,12 +220,12 @@ def test_unsupported_agrees_with_caps(name: str) -> None:
 @pytest.mark.parametrize(
     ("d_model", "heads", "said"),
     [
-        (16, 3, "heads=3: must divide d_model=16; the nearest that does is 2"),
-        (16, 32, "heads=32: must divide d_model=16; the nearest that does is 16"),
-        (16, 0, "heads=0: must divide d_model=16; the nearest that does is 1"),
-        (64, 7, "heads=7: must divide d_model=64; the nearest that does is 8"),
-        (12, 4, "heads=4: gives heads of 3 channels of d_model=12; rotary positions need an even number"),
-        (16, 16, "heads=16: gives heads of 1 channels of d_model=16; rotary positions need an even number"),
+        (16, 3, "heads=3: must divide d_model=16; the nearest divisor is 2"),
+        (16, 32, "heads=32: must divide d_model=16; the nearest divisor is 16"),
+        (16, 0, "heads=0: must divide d_model=16; the nearest divisor is 1"),
+        (64, 7, "heads=7: must divide d_model=64; the nearest divisor is 8"),
+        (12, 4, "heads=4: each head has 3 channels of d_model=12; rotary positions need an even number"),
+        (16, 16, "heads=16: each head has 1 channels of d_model=16; rotary positions need an even number"),
     ],
 )
 def test_sizes_that_no_layer_has_are_refused(name: str, d_model: int, heads: int, said: str) -> None:

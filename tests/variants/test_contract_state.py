@@ -15,7 +15,7 @@ from torch import Tensor
 
 import variants
 from variants.base import Context, SequenceMixer, Workload
-from variants.input_schedule import Chunks, Fed
+from variants.input_schedule import Chunks, NetworkOut
 from variants.ops.projections import Projections
 
 BATCH = 2
@@ -124,7 +124,7 @@ def test_decoding_from_the_open_windows(name: str, knobs: dict[str, Any]) -> Non
     assert isinstance(schedule, Chunks)
     layers = [make_layer(variant, config, dims_for(tokens), index=i, seed=i) for i in range(2)]
     x = numbers(BATCH, tokens, layers[0].dims.d_model).detach()
-    lo, _ = schedule.kept(causal=True)
+    lo, _ = schedule.used_range(causal=True)
     state: dict[int, list[list[tuple[Tensor, Tensor]]]] = {}
     """First token of a window → layer → keys and values (B, H, 1, D) of its tokens."""
     outputs = []
@@ -145,10 +145,10 @@ def test_decoding_from_the_open_windows(name: str, knobs: dict[str, Any]) -> Non
             held = sum(row.nbytes for caches in state.values() for rows in caches[index] for row in rows)
             assert bytes_after(layer, t + 1) == held, f"after {t + 1} tokens"
 
-    def network(window: Tensor, _: Any) -> Fed:
+    def network(window: Tensor, _: Any) -> NetworkOut:
         for layer in layers:
             window = window + layer(window, Context(causal=True)).y
-        return Fed(window)
+        return NetworkOut(window)
 
     assert difference(torch.cat(outputs, dim=1), schedule.apply(network, x, causal=True).y) <= EXACT
 

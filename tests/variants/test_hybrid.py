@@ -20,8 +20,8 @@ from bench.model.slots import ModelSpec, feed_forward
 from bench.tasks.base import Batch
 from bench.train.loop import optimizer_for, training_step
 from variants.attention.hybrid import Hybrid, HybridConfig
-from variants.base import Context, Dims, Workload, cost_fed, known_leak, state_bytes_fed
-from variants.input_schedule import Chunks, Segments, Whole
+from variants.base import Context, Dims, Workload, known_leak, scheduled_cost, scheduled_state_bytes
+from variants.input_schedule import Chunks, Segments, WholeSequence
 
 VOCABULARY, T = 11, 40
 SIZES = Dims(seq_len=T, d_model=16, heads=2)
@@ -78,7 +78,7 @@ def test_any_two_variants_work_together_or_are_refused_in_one_line(one: str, oth
     """They train, in whichever direction both have; and a causal model reads no later token."""
     layers = (member(one), member(other))
     if one in FED and other in FED and FED[one] != FED[other]:
-        with pytest.raises(ValueError, match=r"^layers=.* is fed in .* and .*; allowed is one for all$"):
+        with pytest.raises(ValueError, match=r"^layers=.* needs .* and .* needs .*; allowed is one for all$"):
             HybridConfig(layers=layers)
         return
     config = HybridConfig(layers=layers)
@@ -159,11 +159,15 @@ def test_costs_and_states_are_the_sums_of_the_members(
     model = model_of(tuple(map(member, layers)), depth=4)
     dense_flops = 4 * 2 * 16 * sum(n * (n + 1) // 2 for n in windows)
     dense_bytes = 2 * 2 * open_tokens * 16 * 4
-    assert cost_fed(model.layers[1], model.input_schedule, WORK).mixing == dense_flops
-    assert state_bytes_fed(model.layers[1], model.input_schedule, WORK) == dense_bytes
+    assert scheduled_cost(model.layers[1], model.input_schedule, WORK).mixing == dense_flops
+    assert scheduled_state_bytes(model.layers[1], model.input_schedule, WORK) == dense_bytes
     other = model.layers[0]
-    assert model.cost(WORK).mixing == 2 * (dense_flops + cost_fed(other, model.input_schedule, WORK).mixing)
-    assert model.state_bytes(WORK) == 2 * (dense_bytes + state_bytes_fed(other, model.input_schedule, WORK))
+    assert model.cost(WORK).mixing == 2 * (
+        dense_flops + scheduled_cost(other, model.input_schedule, WORK).mixing
+    )
+    assert model.state_bytes(WORK) == 2 * (
+        dense_bytes + scheduled_state_bytes(other, model.input_schedule, WORK)
+    )
 
 
 def test_dispatched_flops_are_those_of_the_sum() -> None:
@@ -192,7 +196,7 @@ def test_implementations_and_reasons_name_their_members() -> None:
 @pytest.mark.parametrize(
     ("layers", "schedule"),
     [
-        (("dense", "longformer"), Whole()),
+        (("dense", "longformer"), WholeSequence()),
         (("dense", "chunked(chunk=16)", "longformer"), Chunks(16, 16)),
         (("transformer_xl(segment=16)", "dense", "compressive(segment=16)"), Segments(16)),
     ],
@@ -237,17 +241,17 @@ def test_a_plan_of_a_mixture_is_what_its_step_takes() -> None:
     ("layers", "said"),
     [
         (["dens"], r"variant=dens: unknown; there are .*; did you mean dense\?"),
-        (["hybrid"], r"hybrid is itself a mixture; allowed are variants of one kind of layer"),
+        (["hybrid"], r"hybrid is itself a mixture; allowed are variants with one kind of layer"),
         (["longformer(windw=5)"], r"windw: longformer has no such knob; there are .*; did you mean window\?"),
         (["longformer(window=0)"], r"longformer\(window=0\): window=\[0\]: allowed is "),
         (["longformer(window=two)"], r"longformer\(window=two\): window="),
         (["dense(impl=sdpa, impl=naive)"], r"impl: given twice"),
-        (["dense("], r"'dense\(' is no member; write it like dense or longformer\(window=512\)"),
-        (["dense(impl)"], r"'impl' is no knob; write it like window=512"),
+        (["dense("], r"'dense\(' is not a layer; write it like dense or longformer\(window=512\)"),
+        (["dense(impl)"], r"'impl' is not a knob; write it like window=512"),
         ([], "allowed is a list of one or more variants"),
         (
             ["chunked(chunk=64)", "transformer_xl"],
-            r"chunked is fed in chunks of 64 tokens every 64 and transformer_xl in segments of 256 tokens; "
+            r"chunked needs chunks of 64 tokens every 64 and transformer_xl needs segments of 256 tokens; "
             r"allowed is one for all",
         ),
     ],

@@ -60,7 +60,7 @@ def test_identity_projections_of_full_length_are_dense_attention(sharing: str) -
 
     def dense(x: torch.Tensor) -> torch.Tensor:
         q, k, v = layer.projections.split(x)
-        everything = masks.matrix(masks.anything, 33)
+        everything = masks.matrix(masks.all_keys, 33)
         return layer.projections.merge(masked_attention(q, k, v, everything))
 
     x = torch.randn(3, 33, 24, dtype=torch.float64).requires_grad_()

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from variants.attention.dense import Dense, DenseConfig
 from variants.attention.overlapping import Overlapping, OverlappingConfig
-from variants.input_schedule import Fed
+from variants.input_schedule import NetworkOut
 
 SMALL: list[dict[str, Any]] = [{"chunk": 16}, {"chunk": 4, "impl": "naive"}]
 
@@ -110,12 +110,12 @@ def test_each_token_has_at_least_its_share_of_context(
     layer = make_layer(Overlapping, OverlappingConfig(chunk=chunk), dims_for(tokens))
     schedule, seen = layer.input_schedule(layer.config), 0
 
-    def network(windows: Tensor, _: Any) -> Fed:
+    def network(windows: Tensor, _: Any) -> NetworkOut:
         """Where a token was, in place of its hidden state: (token, first, last token of its window)."""
         nonlocal seen
         seen += windows.shape[0] * windows.shape[1]
         first, last = (windows[:, [at]].expand_as(windows) for at in (0, -1))
-        return Fed(torch.stack([windows, first, last], dim=-1))
+        return NetworkOut(torch.stack([windows, first, last], dim=-1))
 
     ids = torch.arange(tokens).expand(batch, -1)
     where = schedule.apply(network, ids, causal=causal).y

@@ -25,7 +25,7 @@ from bench.tasks.text import Batch
 from bench.train.loop import optimizer_for, training_step
 from variants.attention.performer import Performer, PerformerConfig
 from variants.base import Context, Workload
-from variants.ops import causal_linear_attention, linear_attention
+from variants.ops import causal_linear_attention, feature_sums, linear_attention
 from variants.ops.tile_size import Sizes
 
 SMALL: list[dict[str, Any]] = [{"features": "relu", "n_features": 24, "chunk": 32, "redraw": 1}]
@@ -69,7 +69,7 @@ def test_it_is_registered() -> None:
 def test_it_equals_the_quadratic_form_in_outputs_and_gradients(
     features: str, causal: bool, seq_len: int, batch: int, segment: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(linear_attention, "SEGMENT", Sizes(segment, segment))
+    monkeypatch.setattr(feature_sums, "SEGMENT", Sizes(segment, segment))
     x = torch.randn(batch, seq_len, 16, dtype=torch.float64)
     assert_equals_reference(make(seq_len, features=features).double(), x, causal)
 
@@ -82,7 +82,7 @@ def test_running_sums_do_not_depend_on_the_number_of_chunks(features: str, chunk
 
 
 def test_the_running_sums_cost_no_more_a_token_in_a_long_segment(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(linear_attention, "SEGMENT", Sizes(2**20, 2**20))
+    monkeypatch.setattr(feature_sums, "SEGMENT", Sizes(2**20, 2**20))
     dispatched = []
     for seq_len in (2**14, 2**17):
         with FakeTensorMode(), CountFlops() as counter:
@@ -134,7 +134,7 @@ def test_the_gates_pass(features: str, causal: bool) -> None:
 def test_gradients_are_those_of_finite_differences(
     softmax: bool, causal: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(linear_attention, "SEGMENT", Sizes(4, 4))
+    monkeypatch.setattr(feature_sums, "SEGMENT", Sizes(4, 4))
     torch.manual_seed(0)
     q, k, v = (torch.randn(1, 2, 5, 3, dtype=torch.float64, requires_grad=True) for _ in range(3))
     directions = torch.randn(4, 3, dtype=torch.float64)
@@ -493,10 +493,10 @@ def test_features_of_a_long_sequence_are_never_all_held(causal: bool) -> None:
 def test_segments_cover_the_sequence_in_few_whole_chunks(seq_len: int, chunk: int) -> None:
     """Few, because planning a length dispatches every operation on fake tensors."""
     token = torch.arange(seq_len)
-    segments = linear_attention._segments(
-        linear_attention.SEGMENT.cpu, chunk, token.expand(1, 4, -1), -token.expand(1, 4, -1)
+    segments = feature_sums.split_segments(
+        feature_sums.SEGMENT.cpu, chunk, token.expand(1, 4, -1), -token.expand(1, 4, -1)
     )
-    assert len(segments) <= linear_attention.SEGMENTS
+    assert len(segments) <= feature_sums.SEGMENTS
     torch.testing.assert_close(torch.cat([x[0, 0] for x, _ in segments]), token)
     assert all(torch.equal(x, -negated) for x, negated in segments)
     assert all(x.shape[2] % chunk == 0 for x, _ in segments[:-1])

@@ -12,7 +12,7 @@ import variants
 from bench.measure import gates
 from bench.measure.flops import CountFlops
 from variants.base import Context, Dims, Workload
-from variants.input_schedule import Fed
+from variants.input_schedule import NetworkOut
 from variants.ops.tile_size import Sizes
 
 CPU = torch.device("cpu")
@@ -62,7 +62,7 @@ def test_the_cost_stays_within_its_bound(name: str, causal: bool) -> None:
     dims, variant = dims_or_skip(name, 2048, causal), variants.load(name)
     layer = variant(variant.Config(), dims).eval()
     x = torch.randn(2, dims.seq_len, dims.d_model)
-    network = lambda window, state: Fed(*layer(window, Context(causal=causal), state)[:2])  # noqa: E731
+    network = lambda window, state: NetworkOut(*layer(window, Context(causal=causal), state)[:2])  # noqa: E731
     with torch.no_grad(), CountFlops() as counter:
         layer.input_schedule(layer.config).stream(network, x, causal=causal)
     cost = cost_of(

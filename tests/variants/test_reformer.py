@@ -81,7 +81,7 @@ def dense_shared(layer: Reformer, x: Tensor, *, causal: bool) -> Tensor:
     qk = layer._split(layer.qk(x)).transpose(1, 2)
     key = qk / qk.norm(dim=-1, keepdim=True)
     value = layer._heads(layer.value(x)).transpose(1, 2)
-    allowed = masks.matrix(masks.causal if causal else masks.anything, seq_len)
+    allowed = masks.matrix(masks.causal if causal else masks.all_keys, seq_len)
     allowed &= ~torch.eye(seq_len, dtype=torch.bool)
     allowed |= torch.eye(seq_len, dtype=torch.bool) & ~allowed.any(-1, keepdim=True)
     return layer.out(masked_attention(qk, key, value, allowed).transpose(1, 2).flatten(2))

@@ -23,7 +23,7 @@ from bench.tasks.text import Batch
 from bench.train.loop import optimizer_for, training_step
 from variants.attention.routing import Routing, RoutingConfig
 from variants.base import Context, SequenceMixer, Workload
-from variants.ops import kmeans_attention
+from variants.ops import kmeans, kmeans_attention
 from variants.ops.projections import masked_attention, rotary
 from variants.ops.tile_size import Sizes
 
@@ -251,7 +251,7 @@ def streamed(layer: Routing, x: Tensor, begin: int) -> tuple[Tensor, int]:
     routed head's last cluster_window − 1 members of each cluster.
     """
     q, k, v, x_routed, _, v_routed = layer._split(x, shared=True)
-    cluster, _ = kmeans_attention.nearest(x_routed, layer.centroids)
+    cluster, _ = kmeans.nearest(x_routed, layer.centroids)
     rows = rotated(F.layer_norm(x_routed, x_routed.shape[-1:]))
     local = [(rotated(q)[0, :, h], rotated(k)[0, :, h], v[0, :, h], None) for h in range(layer.local)]
     routed = [(rows[0, :, h], rows[0, :, h], v_routed[0, :, h], cluster[0, h]) for h in range(layer.routed)]
@@ -323,22 +323,22 @@ def test_equal_tokens_are_taken_earliest_first_and_join_the_lowest_cluster() -> 
     token = torch.randn(1, 1, 1, 8)
     x = token.expand(1, 20, 1, 8)
     centroids = F.normalize(torch.randn(1, 1, 8), dim=-1).expand(1, 4, 8)
-    taken, sums = kmeans_attention.members(x, centroids, 5)
+    taken, sums = kmeans.members(x, centroids, 5)
     assert torch.equal(taken, torch.arange(5).expand(1, 1, 4, 5))
-    cluster, also = kmeans_attention.nearest(x, centroids)
+    cluster, also = kmeans.nearest(x, centroids)
     assert cluster.max() == 0
     torch.testing.assert_close(sums, also)
     assert also[:, 1:].count_nonzero() == 0
 
 
 def test_members_are_the_largest_dot_products_in_order_of_position(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kmeans_attention, "PIECE", Sizes(1, 1))  # one centroid, or one token, at a time
+    monkeypatch.setattr(kmeans, "PIECE", Sizes(1, 1))  # one centroid, or one token, at a time
     torch.manual_seed(0)
     x, centroids = torch.randn(2, 40, 3, 8), F.normalize(torch.randn(3, 6, 8), dim=-1)
     scores = torch.einsum("bthd,hkd->bhkt", F.layer_norm(x, (8,)), centroids)
-    taken, sums = kmeans_attention.members(x, centroids, 7)
+    taken, sums = kmeans.members(x, centroids, 7)
     assert torch.equal(taken, scores.topk(7).indices.sort().values)
-    cluster, also = kmeans_attention.nearest(x, centroids)
+    cluster, also = kmeans.nearest(x, centroids)
     assert torch.equal(cluster, scores.argmax(dim=2))
     torch.testing.assert_close(sums, also)
     one_hot = F.one_hot(cluster, 6).float()
@@ -359,12 +359,12 @@ def test_memberships_do_not_depend_on_autocast() -> None:
     layer = make(64).float()
     x = torch.randn(1, 4096, 2, 8)  # enough for some to lie between two clusters
     plain, taken = (
-        kmeans_attention.nearest(x, layer.centroids)[0],
-        kmeans_attention.members(x, layer.centroids, 512)[0],
+        kmeans.nearest(x, layer.centroids)[0],
+        kmeans.members(x, layer.centroids, 512)[0],
     )
     with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(kmeans_attention.nearest(x, layer.centroids)[0], plain)
-        assert torch.equal(kmeans_attention.members(x, layer.centroids, 512)[0], taken)
+        assert torch.equal(kmeans.nearest(x, layer.centroids)[0], plain)
+        assert torch.equal(kmeans.members(x, layer.centroids, 512)[0], taken)
         for causal in (True, False):
             inputs = torch.randn(1, 64, 32, requires_grad=True)
             layer(inputs, Context(causal=causal)).y.float().sum().backward()

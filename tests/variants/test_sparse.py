@@ -22,7 +22,7 @@ from variants.base import Context, Workload
 from variants.ops.block_sparse import union_attention
 from variants.ops.factorised import SparseAttention
 from variants.ops.projections import masked_attention
-from variants.ops.strided_parts import Cut, Part
+from variants.ops.strided_parts import Part, StridedTokens
 
 NAMES = ("sparse_strided", "sparse_fixed")
 MODES = ("merged", "split", "interleaved")
@@ -213,13 +213,13 @@ def test_state_is_what_later_tokens_can_read(name: str, mode: str, seq_len: int)
 def test_union_attention_has_the_gradients_of_its_outputs(impl: str) -> None:
     torch.manual_seed(0)
     q, k, v = (torch.randn(1, 2, 7, 2, dtype=torch.float64, requires_grad=True) for _ in range(3))
-    own = Cut(start=0, groups=2, group_step=3, run=3)
-    after = Cut(start=3, groups=1, run=4)
+    own = StridedTokens(start=0, groups=2, group_step=3, run=3)
+    after = StridedTokens(start=3, groups=1, run=4)
     some = torch.tensor([[1, 0, 1], [0, 0, 0], [1, 1, 1], [0, 1, 0]]).bool()
     parts = [
         Part(heads=(0, 2), queries=own, keys=own, causal=True),
-        Part(heads=(0, 1), queries=after, keys=Cut(start=0, rows=3, row_step=1), mask=some),
-        Part(heads=(1, 2), queries=after, keys=Cut(start=0, run=2)),
+        Part(heads=(0, 1), queries=after, keys=StridedTokens(start=0, rows=3, row_step=1), mask=some),
+        Part(heads=(1, 2), queries=after, keys=StridedTokens(start=0, run=2)),
     ]
     assert torch.autograd.gradcheck(lambda *qkv: union_attention(*qkv, parts, impl), (q, k, v))
     y = union_attention(q, k, v, parts, impl)

@@ -24,7 +24,7 @@ from bench.train.loop import optimizer_for, training_step
 from variants import load
 from variants.attention.transformer_xl import TransformerXL, TransformerXLConfig
 from variants.base import Context, Workload
-from variants.input_schedule import Chunks, Fed
+from variants.input_schedule import Chunks, NetworkOut
 from variants.ops.relative_attention import BLOCK, Recurrent, _RelativeAttention, plain_attention, slide
 
 SMALL: list[dict[str, Any]] = [{"segment": 12, "mem_len": 17}]
@@ -53,7 +53,7 @@ def make(segment: int, mem_len: int, cls: type[TransformerXL] = TransformerXL, *
 
 def run(layer: Recurrent, x: Tensor) -> Tensor:
     return layer.input_schedule(layer.config).stream(
-        lambda part, state: Fed(*layer(part, Context(causal=True), state)[:2]), x, causal=True
+        lambda part, state: NetworkOut(*layer(part, Context(causal=True), state)[:2]), x, causal=True
     )
 
 
@@ -202,7 +202,9 @@ def test_memory_of_everything_is_one_pass(tokens: int) -> None:
 def test_no_memory_is_independent_chunks() -> None:
     layer, x = make(5, 0), data(23, 3)
     got = run(layer, x)
-    want = Chunks(5, 5).apply(lambda part, _: Fed(layer(part, Context(causal=True)).y), x, causal=True).y
+    want = (
+        Chunks(5, 5).apply(lambda part, _: NetworkOut(layer(part, Context(causal=True)).y), x, causal=True).y
+    )
     assert_same([got, *gradients(got, x, layer)], [want, *gradients(want, x, layer)])
 
 

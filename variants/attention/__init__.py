@@ -1,1 +1,1 @@
-"""One module an attention variant: `variant=name` is the name of the file."""
+"""The attention variants, one in each module: `variant=name` selects the module of this name."""

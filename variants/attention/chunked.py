@@ -1,6 +1,6 @@
-"""Chunked attention: the whole network runs on independent chunks; positions restart in each.
+"""Chunked attention: the network runs on independent chunks, and positions restart in each chunk.
 
-An engineering baseline, and what most pipelines do with a document that is too long.
+An engineering baseline, and the usual treatment of a document that is too long.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ class ChunkedConfig(DenseConfig):
     """Knobs of chunked attention."""
 
     chunk: int = knob(256, least=1, unit="tokens")
-    """Tokens of a chunk; no token reads outside its own."""
+    """Tokens of a chunk. No token reads tokens of another chunk."""
 
 
 class Chunked(Dense):
-    """Dense attention within ⌈T/c⌉ chunks of c tokens; the last may be shorter, none is padded.
+    """Dense attention within ⌈T/c⌉ chunks of c tokens. The last chunk may be shorter; no chunk is padded.
 
-    transformers' local layer of Reformer, with neighbours before a chunk, has the first chunk read the last;
-    here a chunk reads itself alone, and `overlapping` what stands before it.
+    Difference to Hugging Face transformers: in the local layer of its Reformer a chunk also reads the chunk
+    before it, and the first chunk reads the last. Here a chunk reads only itself; see also `overlapping`.
     """
 
     Config = ChunkedConfig
@@ -39,6 +39,6 @@ class Chunked(Dense):
 
     @classmethod
     def input_schedule(cls, config: VariantConfig) -> Chunks:
-        """Chunks side by side."""
+        """Adjacent chunks."""
         assert isinstance(config, ChunkedConfig)
         return Chunks(config.chunk, config.chunk)

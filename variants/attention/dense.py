@@ -1,4 +1,4 @@
-"""Dense attention: every token reads every token it may (Vaswani 2017, arXiv:1706.03762, §3.2).
+"""Dense attention: a token reads all tokens that the objective allows (Vaswani 2017, arXiv:1706.03762, §3.2).
 
 Shapes: B batch, T tokens, C channels, H heads, D = C / H.
 """
@@ -25,8 +25,8 @@ class DenseConfig(VariantConfig):
 
     impl: Literal["sdpa", "naive", "flex", "xformers"] = "sdpa"
     """Implementation of attention. sdpa: torch's fused kernel, which stores no T × T matrix. naive: scores,
-    softmax and sum in turn. flex: FlexAttention, compiled. xformers: its memory_efficient_attention. The last
-    two need CUDA."""
+    softmax and weighted sum as separate operations. flex: FlexAttention, compiled. xformers: its
+    memory_efficient_attention. The last two need CUDA."""
 
 
 def sdpa(layer: MaskedAttention, q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
@@ -35,7 +35,7 @@ def sdpa(layer: MaskedAttention, q: Tensor, k: Tensor, v: Tensor, causal: bool) 
 
 
 def naive(layer: MaskedAttention, q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
-    """Scores, softmax and sum in turn."""
+    """Scores, softmax and weighted sum as separate operations."""
     return masked_attention(q, k, v, masks.matrix(layer.mask(q.shape[2], causal=causal), q.shape[2]))
 
 
@@ -47,7 +47,7 @@ def xformers(layer: MaskedAttention, q: Tensor, k: Tensor, v: Tensor, causal: bo
 class Dense(MaskedAttention):
     """softmax(QKᵀ/√D)V with rotary positions.
 
-    Deviations from the paper: rotary instead of added sinusoidal positions, no biases.
+    Deviations from the paper: rotary positions instead of sinusoidal embeddings; no biases.
     """
 
     Config = DenseConfig
@@ -61,7 +61,7 @@ class Dense(MaskedAttention):
     IMPLS: ClassVar[Mapping[str, Impl]] = {
         "sdpa": Impl(run=sdpa),
         "naive": Impl(
-            run=naive, flop_overhead_reason="naive computes every score and masks the forbidden half"
+            run=naive, flop_overhead_reason="naive computes all scores and masks the forbidden half"
         ),
         "flex": FLEX,
         "xformers": Impl(
@@ -71,10 +71,10 @@ class Dense(MaskedAttention):
     }
 
     def rule(self, seq_len: int, *, causal: bool) -> Rule:
-        """Every key."""
-        return masks.anything
+        """All keys."""
+        return masks.all_keys
 
     def queries_keys(self, x: Tensor, ctx: Context) -> tuple[Tensor, Tensor]:
-        """Those of the projections."""
+        """Queries and keys (B, H, T, D) of the projections."""
         q, k, _ = self.projections.split(x, ctx.positions)
         return q, k

@@ -1,7 +1,7 @@
-"""A mixture by layers: each layer is one of other variants, in a repeating order.
+"""A mixture of variants: each layer is a layer of another variant, in a repeating order.
 
-Models of few dense layers among many local ones are common: every third layer of GPT-3 is dense (Brown 2020,
-arXiv:2005.14165, §2.1), every sixth of Gemma 3 (arXiv:2503.19786, §2).
+Models with both dense and local layers are common. For example, GPT-3 alternates dense and locally banded
+layers (Brown 2020, arXiv:2005.14165, §2.1); every sixth layer of Gemma 3 is global (arXiv:2503.19786, §2).
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ class HybridConfig(VariantConfig):
     """Knobs of a mixture."""
 
     layers: tuple[str, ...] = ("longformer", "dense")
-    """Members from the lowest layer on; a deeper model begins again with the first. Knobs that are not
-    defaults stand in brackets: longformer(window=512)."""
+    """Variants of the layers, from the lowest layer on; a deeper model repeats them. Knobs that differ from
+    their defaults are given in parentheses: longformer(window=512)."""
 
     def __post_init__(self) -> None:
         self.require("layers", bool(self.layers), "a list of one or more variants")
-        object.__setattr__(self, "layers", tuple(_spelt(slot) for slot in self.slots))
+        object.__setattr__(self, "layers", tuple(_canonical(slot) for slot in self.slots))
         try:
             common_schedule(self.slots)
         except ValueError as error:
@@ -38,12 +38,12 @@ class HybridConfig(VariantConfig):
 
     @cached_property
     def slots(self) -> tuple[SlotSpec[SequenceMixer], ...]:
-        """The members. Raises ValueError for one that does not exist or has no such knob."""
+        """The members. Raises ValueError for a variant or a knob that does not exist."""
         return tuple(map(_member, self.layers))
 
 
 class Hybrid(Mixture):
-    """Layers of other variants, each with its own mathematics, cost, state and leak."""
+    """Layers of other variants, each with the mathematics, cost, state and leak of its variant."""
 
     Config = HybridConfig
 
@@ -57,14 +57,14 @@ def _member(text: str) -> SlotSpec[SequenceMixer]:
     """`longformer(window=512)` as a slot."""
     match = _MEMBER.fullmatch(text)
     if match is None:
-        raise ValueError(f"layers: {text!r} is no member; write it like dense or longformer(window=512)")
+        raise ValueError(f"layers: {text!r} is not a layer; write it like dense or longformer(window=512)")
     name, arguments = match[1], match[2] or ""
     try:
         variant = variants.load(name)
     except variants.UnknownVariant as error:
         raise ValueError(f"layers: {error}") from None
     if not issubclass(variant, SequenceMixer):
-        raise ValueError(f"layers: {name} is itself a mixture; allowed are variants of one kind of layer")
+        raise ValueError(f"layers: {name} is itself a mixture; allowed are variants with one kind of layer")
     try:
         return SlotSpec(name, variant, variant.Config.of(_knobs(name, variant.Config, arguments)))
     except ValueError as error:
@@ -72,28 +72,28 @@ def _member(text: str) -> SlotSpec[SequenceMixer]:
 
 
 def _knobs(name: str, config_class: type[VariantConfig], arguments: str) -> dict[str, Any]:
-    """`window=[64,128], impl=flex` as values of the config's fields."""
+    """Parse the text `window=[64,128], impl=flex` to values of the fields of a config class."""
     hints, known = get_type_hints(config_class), [field.name for field in fields(config_class)]
-    found: dict[str, Any] = {}
+    values: dict[str, Any] = {}
     at = 0
     while arguments[at:].strip():
         match = _ARGUMENT.match(arguments, at)
         if match is None:
-            raise ValueError(f"{arguments[at:].strip()!r} is no knob; write it like window=512")
+            raise ValueError(f"{arguments[at:].strip()!r} is not a knob; write it like window=512")
         knob, text = match[1], match[2]
         if knob not in known:
-            near = difflib.get_close_matches(knob, known, n=1)
-            hint = f"; did you mean {near[0]}?" if near else ""
+            similar = difflib.get_close_matches(knob, known, n=1)
+            hint = f"; did you mean {similar[0]}?" if similar else ""
             raise ValueError(f"{knob}: {name} has no such knob; there are {', '.join(known)}{hint}")
-        if knob in found:
+        if knob in values:
             raise ValueError(f"{knob}: given twice")
-        found[knob] = _value(text, is_list=get_origin(hints[knob]) is tuple, is_text=hints[knob] is str)
+        values[knob] = _value(text, is_list=get_origin(hints[knob]) is tuple, is_text=hints[knob] is str)
         at = match.end()
-    return found
+    return values
 
 
 def _value(text: str, *, is_list: bool, is_text: bool) -> Any:
-    """The value that a text spells for a knob."""
+    """Parse the value of a knob."""
     if is_list:
         inside = text.removeprefix("[").removesuffix("]")
         return [_value(part, is_list=False, is_text=is_text) for part in inside.split(",") if part.strip()]
@@ -109,8 +109,8 @@ def _value(text: str, *, is_list: bool, is_text: bool) -> Any:
     return text
 
 
-def _spelt(slot: SlotSpec[SequenceMixer]) -> str:
-    """The member with those of its knobs that are not defaults, in one spelling."""
+def _canonical(slot: SlotSpec[SequenceMixer]) -> str:
+    """The canonical text of a member: its name, and the knobs that differ from their defaults."""
     defaults = type(slot.config)().as_dict()
     knobs = [f"{knob}={_text(value)}" for knob, value in slot.params.items() if value != defaults[knob]]
     return f"{slot.name}({','.join(knobs)})" if knobs else slot.name

@@ -1,6 +1,6 @@
-"""Linformer: attention over k mixtures of the positions (Wang 2020, arXiv:2006.04768, §4).
+"""Linformer: attention over k linear combinations of the positions (Wang 2020, arXiv:2006.04768, §4).
 
-Shapes: B batch, T tokens, C channels, H heads, D = C / H, k projected length, L longest sequence.
+Shapes: B batch, T tokens, C channels, H heads, D = C / H, k projected length, L maximum sequence length.
 """
 
 from __future__ import annotations
@@ -35,21 +35,22 @@ class LinformerConfig(VariantConfig):
     """Knobs of the projection along the length."""
 
     k: int = knob(256, least=1, unit="positions")
-    """Projected keys and values that every query reads; at most the longest sequence, in positions."""
+    """Projected keys and values that every query reads; at most the maximum sequence length."""
     sharing: Literal["none", "headwise", "kv", "layerwise"] = "kv"
-    """Which length projections are one and the same (§4). none: each head of each layer has one for
-    its keys (E) and one for its values (F). headwise: a layer's heads share E and F. kv: also E = F.
-    layerwise: also all layers, once `Linformer.tie` has been given them."""
+    """Sharing of the length projections E (keys) and F (values) (§4). none: each head of each layer has its
+    own E and F. headwise: the heads of a layer share E and F. kv: also E = F. layerwise: also all layers
+    share them (see `Linformer.tie`)."""
 
 
 class Linformer(SequenceMixer):
-    """softmax(Q(EK)ᵀ/√D)(FV), where E and F are learnt (k, L) matrices that mix the positions.
+    """softmax(Q(EK)ᵀ/√D)(FV), where E and F are learned (k, L) matrices that combine the positions.
 
-    A sequence of T < L tokens is read with the first T columns of E and F; a longer one is refused.
-    Deviations from the paper: positions are rotary, applied to the keys before they are mixed, so a
-    projected key carries the angles of all the positions in it; E and F start at a standard deviation
-    of 1/√L, which keeps the keys' size, where §3's proofs assume 1/√k; one k serves all layers and
-    heads, and E and F are always linear maps, not pooling or convolution.
+    A sequence of T < L tokens uses the first T columns of E and F; a longer sequence raises ValueError.
+
+    Deviations from the paper: positions are rotary, and are applied to the keys before the projection, so a
+    projected key contains the angles of all positions in it. E and F are initialised with a standard
+    deviation of 1/√L, which preserves the size of the keys; the proofs in §3 assume 1/√k. All layers and
+    heads have the same k. E and F are always linear maps, not pooling or convolution.
     """
 
     Config = LinformerConfig
@@ -76,9 +77,9 @@ class Linformer(SequenceMixer):
 
     @classmethod
     def tie(cls, layers: Sequence[SequenceMixer]) -> None:
-        """Give all layers of a network the lowest layer's mixture, where sharing=layerwise asks for it.
+        """With sharing=layerwise, replace the length projections of all layers by that of the lowest layer.
 
-        A layer cannot see the others when it is built, so whoever builds them all calls this once.
+        Called once by the model, because a layer does not know the other layers when it is built.
         """
         linformers = [layer for layer in layers if isinstance(layer, cls)]
         for layer in linformers:
@@ -87,19 +88,19 @@ class Linformer(SequenceMixer):
 
     @classmethod
     def no_form(cls, config: VariantConfig, *, causal: bool) -> str | None:
-        """A causal one."""
+        """There is no causal form."""
         if causal:
             return "has no causal form: every projected key and value mixes all positions, later ones too"
         return super().no_form(config, causal=causal)
 
     @classmethod
     def unsupported(cls, config: VariantConfig, dims: Dims, *, causal: bool) -> str | None:
-        """A k that would lengthen the sequence."""
+        """k must not exceed the maximum sequence length."""
         assert isinstance(config, LinformerConfig)
         if reason := super().unsupported(config, dims, causal=causal):
             return reason
         if config.k > dims.seq_len:
-            return f"k={config.k}: projects to more positions than there are; allowed is 1 to {dims.seq_len}"
+            return f"k={config.k}: larger than the maximum sequence length; allowed is 1 to {dims.seq_len}"
         return None
 
     def _columns(self, mixture: Tensor, seq_len: int) -> Tensor:
@@ -110,7 +111,7 @@ class Linformer(SequenceMixer):
                 f"{seq_len} tokens: the length projection was built for at most {longest}; "
                 "build the layer with a longer dims.seq_len"
             )
-        # at full length no slice: its backward would fill a second gradient with zeros
+        # no slice at full length, because its backward would allocate a second gradient
         return mixture if seq_len == longest else mixture[..., :seq_len]
 
     def _mix(self, mixture: Tensor, x: Tensor) -> Tensor:
@@ -118,7 +119,7 @@ class Linformer(SequenceMixer):
         columns = self._columns(mixture, x.shape[2])
         if columns.dim() == 3:
             return columns @ x
-        # one matrix for all heads: a single product over all channels, on a view of the projections
+        # all heads share the matrix, so this is one product over all channels, on a view of the projections
         merged = columns @ x.transpose(1, 2).flatten(2)  # (B, k, C)
         mixed: Tensor = merged.unflatten(-1, (x.shape[1], -1)).transpose(1, 2)
         return mixed
@@ -130,7 +131,7 @@ class Linformer(SequenceMixer):
         return MixerOut(self.projections.merge(F.scaled_dot_product_attention(q, k, v)))
 
     def reference(self, x: Tensor, ctx: Context) -> Tensor:
-        """Mix every head's keys and values, then dense attention to all mixtures."""
+        """Project the keys and values of each head along the length, then dense attention to them."""
         self.require_objective(causal=ctx.causal)
         q, k, v = self.projections.split(x, ctx.positions)
         e, f = (
@@ -139,18 +140,18 @@ class Linformer(SequenceMixer):
         )
         k = torch.einsum("hkt,bhtd->bhkd", e, k)
         v = torch.einsum("hkt,bhtd->bhkd", f, v)
-        everything = torch.ones(x.shape[1], self.config.k, dtype=torch.bool)
-        return self.projections.merge(masked_attention(q, k, v, everything))
+        allowed = torch.ones(x.shape[1], self.config.k, dtype=torch.bool)
+        return self.projections.merge(masked_attention(q, k, v, allowed))
 
     def softmax_target(self, x: Tensor, ctx: Context) -> Tensor:
-        """The keys and values as they are, unmixed."""
+        """Softmax attention to the keys and values without the length projection."""
         q, k, v = self.projections.split(x, ctx.positions)
         return self.projections.merge(
             masked_attention(q, k, v, self.attention_mask(x.shape[1], causal=ctx.causal))
         )
 
     def cost(self, work: Workload) -> Cost:
-        """Mixing keys and values, scores and weighted sum: each 2·C for T·k pairs."""
+        """Length projections of keys and values, scores and weighted sum: each 2·C for T·k pairs."""
         t = work.seq_len
         return Cost(
             {
@@ -160,9 +161,9 @@ class Linformer(SequenceMixer):
         )
 
     def state_bytes(self, work: Workload) -> int:
-        """The k mixed keys and values: sums over the tokens, to which a next one could be added."""
+        """Bytes of the k projected keys and values: sums over tokens, to which a next token can be added."""
         return 2 * work.batch_size * self.config.k * work.d_model * work.element_bytes
 
     def attention_mask(self, seq_len: int, *, causal: bool) -> Tensor:
-        """Everything, though only through k mixtures."""
-        return masks.matrix(masks.anything, seq_len)
+        """All keys; they are read through k linear combinations."""
+        return masks.matrix(masks.all_keys, seq_len)

@@ -22,7 +22,7 @@ from variants.ops.masks import ByHead, Rule, Window
 from variants.ops.pair_counts import carried_keys
 from variants.ops.projections import local_attention, masked_attention, rotary
 from variants.ops.regions import Region
-from variants.ops.strided_parts import Cut, Part, piece_size
+from variants.ops.strided_parts import Part, StridedTokens, piece_size
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,46 +31,46 @@ class LongformerConfig(VariantConfig):
 
     impl: Literal["auto", "fused", "plain", "blocks", "dense", "flex"] = "auto"
     """Implementation of the window. fused: tiles with allowed pairs, by torch's CPU attention kernel. plain:
-    the same tiles by matrix products, on any device. blocks: blocks of queries with all the keys near them,
-    by scaled_dot_product_attention, on any device. dense: every score, masked. flex: FlexAttention, compiled,
-    on CUDA. blocks and flex take no global tokens. auto: fused on the CPU; elsewhere blocks, or plain with
-    global tokens."""
+    the same tiles by matrix products, on any device. blocks: blocks of queries with all keys of their
+    windows, by scaled_dot_product_attention, on any device. dense: all scores, masked. flex: FlexAttention,
+    compiled, on CUDA. blocks and flex do not support global tokens. auto: fused on the CPU; on other devices
+    blocks, or plain with global tokens."""
     window: tuple[int, ...] = knob((256,), least=1, entries=1, unit="tokens")
-    """Tokens that a query reads on each side, itself included. One entry for each layer from the lowest;
-    layers above the last entry use it again. The paper's two-sided w is 2·window − 1 here."""
+    """Tokens that a query reads on each side, itself included. One entry for each layer from the lowest on;
+    all higher layers use the last entry. The paper's two-sided w is 2·window − 1 here."""
     dilation: tuple[int, ...] = knob((1,), least=1, entries=1, unit="steps")
-    """Steps between neighbours in the window, one entry a head, repeated to the number of heads."""
+    """Steps between neighbours in the window. One entry for each head; fewer entries are repeated."""
     global_tokens: int = knob(0, least=0, unit="tokens")
-    """Tokens at the start of the sequence that read every token and are read by every token. For
-    bidirectional objectives alone. The paper places them by task: classification's first token, a
-    question's."""
+    """Tokens at the start of the sequence that read all tokens and are read by all tokens. Only for
+    bidirectional objectives. In the paper their place depends on the task: the first token for
+    classification, the tokens of the question for question answering."""
 
 
 @dataclass(frozen=True)
 class WithGlobals(Rule):
-    """The first n tokens read every token and are read by every token."""
+    """The first n tokens read all tokens and are read by all tokens."""
 
     n: int
 
     def __call__(self, head: Tensor, i: Tensor, j: Tensor) -> Tensor:
-        """Either is global."""
+        """True if the query or the key is global."""
         return (i < self.n) | (j < self.n)
 
 
 def blocks(layer: Longformer, q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
-    """Blocks of queries with all the keys near them, by scaled_dot_product_attention."""
-    kinds = sorted(set(layer.dilations))
-    if len(kinds) == 1:
-        return dilated(q, k, v, layer.window, kinds[0], causal)
+    """Blocks of queries with all keys of their windows, by scaled_dot_product_attention."""
+    dilations = sorted(set(layer.dilations))
+    if len(dilations) == 1:
+        return dilated(q, k, v, layer.window, dilations[0], causal)
     y = torch.empty_like(q)
-    for dilation in kinds:
+    for dilation in dilations:
         heads = [h for h, d in enumerate(layer.dilations) if d == dilation]
         y[:, heads] = dilated(q[:, heads], k[:, heads], v[:, heads], layer.window, dilation, causal)
     return y
 
 
 def dilated(q: Tensor, k: Tensor, v: Tensor, window: int, dilation: int, causal: bool) -> Tensor:
-    """A window with dilation d is a plain window on each of the d interleaved subsequences."""
+    """Attention in a dilated window: an undilated window on each of `dilation` interleaved subsequences."""
     if dilation == 1:
         return local_attention(q, k, v, window=window, causal=causal)
     y = torch.empty_like(q)
@@ -81,17 +81,17 @@ def dilated(q: Tensor, k: Tensor, v: Tensor, window: int, dilation: int, causal:
 
 
 class Longformer(MaskedAttention):
-    """Softmax attention within a sliding window, one-sided where causal, and of global tokens.
+    """Softmax attention within a sliding window (one-sided if causal), and attention of global tokens.
 
-    Windows may grow by layer and be dilated by head (§3.1, §4.1). A global token's query reads every
-    token through projections of its own, of all tokens (§3.1, "Linear Projections for Global
-    Attention"); any other query reads the global tokens beside its window in one softmax, through the
-    common projections, as in the authors' code.
+    The window can differ by layer, and the dilation by head (§3.1, §4.1). Global attention has its own
+    projections of queries, keys and values, by which the query of a global token reads all tokens (§3.1,
+    "Linear Projections for Global Attention"). Any other query reads its window and the global tokens in one
+    softmax, with the common projections, as in the authors' code.
 
-    Deviations: positions are rotary, as for every variant here and under both sets of projections; the
-    paper's language models use Transformer-XL's, its document models learned ones. The global
-    projections are drawn like any other, where the paper's start as copies of the common ones: those
-    continue from a model that was trained without them, and here all weights start together.
+    Deviations: positions are rotary, as in every variant of this project, for both sets of projections. The
+    paper's language models use the positions of Transformer-XL, its document models learned embeddings. The
+    global projections are initialised at random. In the paper they are copies of the common projections,
+    because training continues from a model without them; here all weights are trained from the start.
     """
 
     Config = LongformerConfig
@@ -107,7 +107,7 @@ class Longformer(MaskedAttention):
         "blocks": Impl(
             run=blocks,
             flop_overhead_reason=(
-                "a block of queries is given every key that any of them reads, and masks the rest"
+                "a block of queries computes scores with all keys that any of its queries reads, some masked"
             ),
         ),
     }
@@ -121,7 +121,7 @@ class Longformer(MaskedAttention):
 
     @classmethod
     def no_form(cls, config: VariantConfig, *, causal: bool) -> str | None:
-        """Global tokens read the future."""
+        """Global tokens read later tokens, so a causal form has none."""
         assert isinstance(config, LongformerConfig)
         if causal and config.global_tokens:
             return f"global_tokens={config.global_tokens}: a global token reads later tokens; causal takes 0"
@@ -129,12 +129,13 @@ class Longformer(MaskedAttention):
 
     @classmethod
     def unsupported(cls, config: VariantConfig, dims: Dims, *, causal: bool) -> str | None:
-        """Two implementations know no global tokens; a head has one dilation."""
+        """Two implementations do not support global tokens; each head has one dilation."""
         assert isinstance(config, LongformerConfig)
         if reason := super().unsupported(config, dims, causal=causal):
             return reason
         if config.impl in ("blocks", "flex") and config.global_tokens:
-            return f"global_tokens={config.global_tokens}: impl={config.impl} has none, use impl=auto"
+            n = config.global_tokens
+            return f"global_tokens={n}: not supported by impl={config.impl}, use impl=auto"
         if len(config.dilation) > dims.heads:
             entries = f"dilation={config.dilation}: {len(config.dilation)} entries"
             return f"{entries} for {dims.heads} heads; allowed are 1 to {dims.heads}"
@@ -142,35 +143,37 @@ class Longformer(MaskedAttention):
 
     @classmethod
     def resolve_impl(cls, config: VariantConfig, device_type: str) -> str | None:
-        """Away from the CPU `auto` is blocks, which know no global tokens."""
+        """On devices other than the CPU `auto` is blocks, unless there are global tokens."""
         assert isinstance(config, LongformerConfig)
         if config.impl == "auto" and device_type != "cpu" and not config.global_tokens:
             return "blocks"
         return super().resolve_impl(config, device_type)
 
     def rule(self, seq_len: int, *, causal: bool) -> Rule:
-        """Each head's window, and the global tokens."""
+        """The window of each head, and the global tokens."""
         windows = tuple(Window(self.window, dilation) for dilation in self.config.dilation)
         rule = windows[0] if len({*windows}) == 1 else ByHead(windows)
         return rule | WithGlobals(self.config.global_tokens) if self.config.global_tokens else rule
 
     def regions(self, seq_len: int, *, causal: bool) -> tuple[Region, ...]:
-        """The windows among the tokens that are not global, by dilation."""
-        found, n = [], self.config.global_tokens
+        """The windows of the tokens that are not global, by dilation."""
+        regions, n = [], self.config.global_tokens
         for dilation, run in groupby(range(self.dims.heads), key=lambda head: self.dilations[head]):
-            members = list(run)
+            heads = list(run)
             rule: Rule = Window(self.window, dilation)
             rule = rule & masks.causal if causal else rule
-            found.append(Region(rule=rule, step=dilation, first=n, heads=(members[0], members[-1] + 1)))
-        return tuple(found)
+            regions.append(Region(rule=rule, step=dilation, first=n, heads=(heads[0], heads[-1] + 1)))
+        return tuple(regions)
 
     def parts(self, seq_len: int, *, causal: bool, device: torch.device) -> list[Part]:
-        """The windows of tokens [n, T), and for these tokens the n global keys."""
+        """The windows of tokens [n, T), and the n global keys for these tokens."""
         n, size = self.config.global_tokens, piece_size(seq_len, self.device_type)
         parts = super().parts(seq_len, causal=causal, device=device)
         for start in range(n, seq_len, size) if n else ():
-            queries = Cut(start=start, run=min(size, seq_len - start))
-            parts.append(Part(heads=(0, self.dims.heads), queries=queries, keys=Cut(start=0, run=n)))
+            queries = StridedTokens(start=start, run=min(size, seq_len - start))
+            parts.append(
+                Part(heads=(0, self.dims.heads), queries=queries, keys=StridedTokens(start=0, run=n))
+            )
         return parts
 
     def forward(self, x: Tensor, ctx: Context, state: Any = None) -> MixerOut:
@@ -192,33 +195,32 @@ class Longformer(MaskedAttention):
         return q.transpose(1, 2), rotary(k, positions).transpose(1, 2), v.transpose(1, 2)
 
     def reference(self, x: Tensor, ctx: Context) -> Tensor:
-        """The oracle on each head's window and the globals, whose rows have projections of their own."""
+        """Masked attention with the window of each head; global queries have their own projections."""
         seq_len, n = x.shape[1], min(self.config.global_tokens, x.shape[1])
         y = masked_attention(
             *self.projections.split(x, ctx.positions), self.allowed(seq_len, causal=ctx.causal)
         )
         if n:
-            everything = torch.ones(n, seq_len, dtype=torch.bool)
-            own = masked_attention(*self._global_split(x, n, ctx.positions), everything)
-            y = torch.cat([own, y[:, :, n:]], dim=2)
+            all_keys = torch.ones(n, seq_len, dtype=torch.bool)
+            global_rows = masked_attention(*self._global_split(x, n, ctx.positions), all_keys)
+            y = torch.cat([global_rows, y[:, :, n:]], dim=2)
         return self.projections.merge(y)
 
     def pairs(self, seq_len: int, *, causal: bool) -> int:
-        """The windows', and those of the global tokens: n read all, and the rest read n."""
+        """The pairs of the windows and of the global tokens: n tokens read all, all others read n."""
         n = min(self.config.global_tokens, seq_len)
         return super().pairs(seq_len, causal=causal) + self.dims.heads * n * (2 * seq_len - n)
 
     def cost(self, work: Workload) -> Cost:
-        """As for any mask; global tokens take keys and values of all tokens, and queries of their own, in
-        projections."""
+        """The cost of the mask, and the projections of the global queries and of their keys and values."""
         n = min(self.config.global_tokens, work.seq_len)
         queries_keys_values = 2 * work.batch_size * (2 * work.seq_len + n) * work.d_model**2 if n else 0
         return super().cost(work) + Cost({"projections": queries_keys_values})
 
     def carried(self, seq_len: int) -> int:
-        """The global tokens' keys, and those of the others that a later window holds.
+        """The keys of the global tokens, and the other keys that are in a later window.
 
-        What global queries read of the tokens to come is, as everywhere, not counted.
+        As for every variant, keys of later tokens are not counted, although global queries read them.
         """
         n = min(self.config.global_tokens, seq_len)
         windows = ByHead(tuple(Window(self.window, dilation) for dilation in self.dilations))

@@ -1,7 +1,7 @@
-"""Overlapping chunks: chunks of c tokens every c/2, the whole network on each.
+"""Overlapping chunks: the network runs on chunks of c tokens, of which one starts every c/2 tokens.
 
-Every token is predicted from exactly one chunk: from its second half where the model is causal, so
-that at least c/2 tokens of history are in view, and from its middle half where it reads both sides.
+Each output is taken from exactly one chunk. In a causal model it is in the second half of the chunk, so that
+at least c/2 earlier tokens can be read. In a bidirectional model it is in the middle half of the chunk.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ class OverlappingConfig(DenseConfig):
     """Knobs of overlapping chunks."""
 
     chunk: int = knob(256, least=4, multiple=4, unit="tokens")
-    """Tokens of a chunk; a new one starts every chunk/2 tokens."""
+    """Tokens of a chunk. A chunk starts every chunk/2 tokens."""
 
 
 class Overlapping(Dense):
-    """Dense attention within overlapping chunks; costs about twice what `chunked` does."""
+    """Dense attention within overlapping chunks. Costs about twice as much as `chunked`."""
 
     Config = OverlappingConfig
     config: OverlappingConfig
@@ -36,6 +36,6 @@ class Overlapping(Dense):
 
     @classmethod
     def input_schedule(cls, config: VariantConfig) -> Chunks:
-        """Chunks at half-chunk strides."""
+        """Chunks with a stride of half a chunk."""
         assert isinstance(config, OverlappingConfig)
         return Chunks(config.chunk, config.chunk // 2)

@@ -27,45 +27,49 @@ from variants.base import (
 from variants.knobs import knob
 from variants.ops import masks
 from variants.ops.causal_linear_attention import causal_favor
-from variants.ops.linear_attention import RELU_FLOOR, full_favor
+from variants.ops.linear_attention import full_favor
+from variants.ops.positive_features import RELU_FLOOR
 from variants.ops.projections import Projections, masked_attention
 
 
 @dataclass(frozen=True, kw_only=True)
 class PerformerConfig(VariantConfig):
-    """Knobs of the random features and of how they are summed."""
+    """Knobs of the random features and of their sums."""
 
     features: Literal["softmax", "relu"] = "softmax"
-    """Feature map of queries and keys. softmax: exp(ω·x − |x|²/2), whose products estimate softmax's weights
-    without bias (Lemma 1). relu: max(ω·x, 0) + 0.001, which estimates no softmax (§4.3, "Performer-ReLU")."""
+    """Feature map of queries and keys. softmax: exp(ω·x − |x|²/2), whose products are an unbiased estimate of
+    the weights of softmax (Lemma 1). relu: max(ω·x, 0) + 0.001, which does not estimate softmax (§4.3,
+    "Performer-ReLU")."""
     n_features: int = knob(256, least=1, unit="directions")
-    """Directions ω, and so features of a query or key; all heads of a layer share them."""
+    """Number of directions ω, which is the number of features. All heads of a layer share the directions."""
     orthogonal: bool = True
-    """Draw the directions orthogonal in groups of D; false draws them independently. Each has the length of a
-    Gaussian vector (§2.4)."""
+    """Draw orthogonal directions, in groups of D; false draws independent directions. The length of each is
+    that of a Gaussian vector (§2.4)."""
     redraw: int = knob(0, least=0, unit="optimiser steps")
-    """Optimiser steps between draws of new directions; 0 keeps the first ones."""
+    """Optimiser steps between draws of new directions; 0 never draws new ones."""
     chunk: int = knob(64, least=1, unit="tokens")
-    """Tokens whose causal weights are computed pair by pair; earlier tokens come as one sum."""
+    """Tokens of a chunk: causal weights are computed pair by pair within it, earlier chunks are one sum."""
 
 
 class Performer(SequenceMixer):
-    """FAVOR+: Σ_s φ(q_t)·φ(k_s) v_s / Σ_s φ(q_t)·φ(k_s), at a cost linear in T.
+    """FAVOR+: Σ_s φ(q_t)·φ(k_s) v_s / Σ_s φ(q_t)·φ(k_s), with a cost that is linear in T.
 
-    Deviations from the paper: rotary positions, applied before the features; no constant is added to
-    the softmax features, so the estimate stays unbiased; the stabiliser of the keys is a running
-    maximum of each feature in place of one over the whole sequence, which would let later keys into earlier
-    roundings, and would lose queries whose features are not those of the largest key.
-    With more context a trained model may get worse. Measured after a million bytes of training (one seed,
-    65k test bytes): the nll was 2.368 nats after 64 bytes of history and 2.621 after 1,024; dense 2.077 and
-    2.081. The number of features (m=1,024: 2.323 and 2.580), redrawing (2.492 and 2.653) and rotary positions
-    (without: 2.610 and 2.666) do not explain it. Nor does the arithmetic of the sums or of the normaliser:
-    the same features computed densely in float64 gave the same figures through a whole training of two seeds,
-    and exact softmax on the trained projections changed the loss by at most 0.01 (after 250k bytes).
-    Linear kernels that estimate no softmax show it too: relu features 2.519 and 2.617, elu + 1 2.600 and
-    2.659.
-    A layer's heads share their directions, as in the authors' code. The package performer-pytorch adds 1e-4
-    to the softmax features and takes the keys' maximum over the whole sequence where causal too.
+    The heads of a layer share their directions, as in the authors' code.
+
+    Deviations from the paper: positions are rotary, and applied before the features. No constant is added to
+    the softmax features, so the estimate is unbiased. The stabiliser of the keys is a running maximum of each
+    feature. A maximum over the whole sequence would let later keys change the rounding of earlier outputs,
+    and would underflow for queries whose features differ from those of the largest key. The package
+    performer-pytorch adds 1e-4 to the softmax features, and uses the maximum over the sequence.
+
+    The loss of a trained model may increase with more context. Measured after training on a million bytes
+    (one seed, 65k test bytes): the nll was 2.368 nats after 64 bytes of history and 2.621 after 1,024; dense
+    2.077 and 2.081. It is not explained by the number of features (m=1,024: 2.323 and 2.580), redrawing
+    (2.492 and 2.653) or rotary positions (without: 2.610 and 2.666). The arithmetic of the sums and of the
+    normaliser does not explain it either: the same features, computed densely in float64, gave the same
+    figures in complete trainings of two seeds, and exact softmax with the trained projections changed the
+    loss by at most 0.01 (after 250k bytes). Linear kernels that do not estimate softmax show the same
+    increase: relu features 2.519 and 2.617, elu + 1 2.600 and 2.659.
     """
 
     Config = PerformerConfig
@@ -76,7 +80,7 @@ class Performer(SequenceMixer):
         complexity=Complexity(time=1, memory=1, formula="T·m·D", source="Choromanski 2020, §2.2", survey=1),
         caps=Caps(causal=True, bidirectional=True),
     )
-    flop_overhead_reason = "causal: the last chunk is filled up with zeros"
+    flop_overhead_reason = "causal: the last chunk is padded with zeros"
 
     directions: Tensor
 
@@ -87,22 +91,22 @@ class Performer(SequenceMixer):
         self.steps = 0
 
     def _draw(self) -> Tensor:
-        """New directions (m, D), float32, from the global generator."""
+        """Draw directions (m, D), float32, with the global generator."""
         m, head_dim = self.config.n_features, self.dims.head_dim
         directions = torch.randn(m, head_dim, dtype=torch.float32)
         if not self.config.orthogonal:
             return directions
         groups = -(-m // head_dim)
         basis, triangle = torch.linalg.qr(torch.randn(groups, head_dim, head_dim, dtype=torch.float32))
-        # QR fixes signs its own way; with R's diagonal made positive the bases are uniform
+        # the signs of QR are arbitrary; with a positive diagonal of R the bases are uniformly distributed
         basis = basis * triangle.diagonal(dim1=-2, dim2=-1).sign().unsqueeze(-2)
         orthogonal: Tensor = basis.mT.flatten(0, 1)[:m] * directions.norm(dim=-1, keepdim=True)
         return orthogonal
 
     def after_step(self) -> None:
-        """New directions after every `redraw` steps.
+        """Draw new directions after every `redraw` steps.
 
-        The count is a number and no tensor: to branch on a tensor would wait for the device.
+        The count is not a tensor, because a branch on a tensor would wait for the device.
         """
         self.steps += 1
         if self.config.redraw and self.steps % self.config.redraw == 0:
@@ -110,7 +114,7 @@ class Performer(SequenceMixer):
                 self.directions.copy_(self._draw())
 
     def get_extra_state(self) -> dict[str, int]:
-        """What a checkpoint needs beside the tensors."""
+        """The number of steps, which a checkpoint stores in addition to the tensors."""
         return {"steps": self.steps}
 
     def set_extra_state(self, state: dict[str, int]) -> None:
@@ -118,7 +122,7 @@ class Performer(SequenceMixer):
         self.steps = state["steps"]
 
     def _scaled(self, x: Tensor) -> Tensor:
-        """The directions over D^¼, float32 or wider."""
+        """The directions divided by D^¼, float32 or wider."""
         wide = torch.promote_types(x.dtype, torch.float32)
         scaled: Tensor = self.directions.to(wide) * self.dims.head_dim**-0.25
         return scaled
@@ -135,7 +139,7 @@ class Performer(SequenceMixer):
         return MixerOut(self.projections.merge(y))
 
     def reference(self, x: Tensor, ctx: Context) -> Tensor:
-        """The quadratic form: every pair's weight from the features, normalised over allowed keys."""
+        """The quadratic form: the weight of each pair from the features, normalised over the allowed keys."""
         q, k, v = self.projections.split(x, ctx.positions)
         directions = self._scaled(q)
         h_q, h_k = q @ directions.mT, k @ directions.mT  # (B, H, T, m)
@@ -149,7 +153,7 @@ class Performer(SequenceMixer):
         return self.projections.merge(weights @ v / weights.sum(-1, keepdim=True))
 
     def softmax_target(self, x: Tensor, ctx: Context) -> Tensor | None:
-        """Softmax attention, of which these features are an unbiased estimate; none of relu's."""
+        """Softmax attention, which softmax features estimate; None for relu features."""
         if self.config.features != "softmax":
             return None
         q, k, v = self.projections.split(x, ctx.positions)
@@ -158,16 +162,18 @@ class Performer(SequenceMixer):
         )
 
     def cost(self, work: Workload) -> Cost:
-        """Features of queries and keys, the sums over keys, what queries read of them, and, causal,
-        the pairs within a chunk; the normaliser is one more channel of the values there. Pairs within two
-        neighbouring tokens, and the values of pairs within four, take elementwise products and sums, which
-        count 0 as softmax's do."""
+        """Projections, features of queries and keys, sums over keys, products of queries with the sums and,
+        if causal, pairs within a chunk. The normaliser counts as one more channel of the values.
+
+        Weights of pairs within two neighbouring tokens, and weighted values within four, are computed by
+        elementwise products and sums. These count 0, as those of softmax do.
+        """
         t, m, d = work.seq_len, self.config.n_features, work.head_dim
         per_head = t * (4 * m * d + 4 * m * (d + 1))
         if work.causal:
             chunk = self.config.chunk
-            full, rest = divmod(t, chunk)
-            for number, c in ((full, chunk), (1, rest)):
+            full, remainder = divmod(t, chunk)
+            for number, c in ((full, chunk), (1, remainder)):
                 pairs = c * (c - 1) // 2 - c // 2
                 of_values = pairs - 4 * (c // 4) - (2 if c % 4 == 3 else 0)
                 per_head += number * (pairs * 2 * m + of_values * 2 * d)
@@ -179,11 +185,11 @@ class Performer(SequenceMixer):
         )
 
     def state_bytes(self, work: Workload) -> int:
-        """Each head's float32 sums over the keys: m by D values, m for the normaliser and, of softmax
-        features, the m levels to which they are relative."""
+        """Bytes of the float32 sums over keys of each head: m × D values, m normalisers and, for softmax
+        features, m levels."""
         each = work.head_dim + (2 if self.config.features == "softmax" else 1)
         return 4 * work.batch_size * work.heads * self.config.n_features * each
 
     def attention_mask(self, seq_len: int, *, causal: bool) -> Tensor:
-        """Everything, or everything up to the query."""
-        return masks.matrix(masks.causal if causal else masks.anything, seq_len)
+        """All keys or, if causal, the keys up to the query."""
+        return masks.matrix(masks.causal if causal else masks.all_keys, seq_len)

@@ -1,6 +1,6 @@
 """Routing attention: tokens read the tokens of their cluster (Roy 2020, arXiv:2003.05997, §4).
 
-Shapes: B batch, T tokens, C channels, H heads, D = C / H, K clusters a head.
+Shapes: B batch, T tokens, C channels, H heads, D = C / H, K clusters of a head.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ from variants.base import (
     Workload,
 )
 from variants.knobs import knob
-from variants.ops import kmeans_attention, masks
+from variants.ops import kmeans, kmeans_attention, masks
+from variants.ops.pair_counts import window_pairs
 from variants.ops.projections import Projections, local_attention, masked_attention, rotary
 
 
@@ -35,42 +36,42 @@ class RoutingConfig(VariantConfig):
     """Knobs of routing attention."""
 
     n_clusters: int | None = knob(None, least=1, unit="clusters")
-    """Clusters of each routed head; null: √T, rounded, for the longest sequence."""
+    """Clusters of each routed head; null: √T, rounded, for the maximum sequence length T."""
     window: int = knob(128, least=1, unit="tokens")
-    """Tokens a query of a local head reads on each side, itself included."""
+    """Tokens that a query of a local head reads on each side, itself included."""
     cluster_window: int | None = knob(None, least=1, unit="tokens")
-    """Members of its cluster that a routed query reads on each side, itself included. For `nearest` alone;
-    null: T / n_clusters, rounded up, for the longest sequence."""
+    """Members of its cluster that a routed query reads on each side, itself included. Used by `nearest` only;
+    null: T / n_clusters, rounded up, for the maximum sequence length T."""
     decay: float = knob(0.999, least=0, below=1)
-    """Share of a centroid that stays in a training step (the paper's λ)."""
+    """Weight of the old centroid in the moving average after a training step (the paper's λ)."""
     selection: Literal["auto", "nearest", "topk"] = "auto"
-    """How tokens and clusters choose each other. topk: the paper's. Each centroid takes the T / n_clusters
-    tokens nearest to it, whichever they are: what a token may read depends on later tokens. nearest: each
-    token joins the centroid nearest to it and reads the last `cluster_window` members. auto: nearest where
-    causal, else topk."""
+    """Assignment of tokens to clusters. topk: as in the paper, each centroid selects the T / n_clusters
+    tokens nearest to it, so the keys of a token depend on later tokens. nearest: each token joins the
+    centroid nearest to it, and reads the last `cluster_window` members. auto: nearest if causal, else
+    topk."""
 
 
 class Routing(SequenceMixer):
     """The lower half of the heads reads a local window; the upper half reads clusters.
 
-    A routed head normalises queries and keys without scale or bias (§4.1, Algorithm 1), shares them
-    where causal, and gives them rotary positions after clustering them. A token reads itself, as the
-    algorithm's triangular mask has it. Centroids are unit vectors, drawn at random, and buffers: a
-    forward pass in training mode notes each cluster's sum of members, and `after_step` moves the
-    centroid towards its direction. A pass that runs twice notes the same sums twice. With several
-    forward passes to a step, the last one counts.
+    A routed head normalises queries and keys without scale or bias (§4.1, Algorithm 1), shares them if
+    causal, and applies rotary positions after clustering. A token reads itself, as in the triangular mask of
+    the algorithm. Centroids are unit vectors, initialised at random, and buffers. A forward pass in training
+    mode stores the sum of the members of each cluster, and `after_step` moves the centroid towards the
+    direction of this sum. A pass that is recomputed stores the same sums again. If a step has several forward
+    passes, the last one is used.
 
-    topk: a token in several clusters puts out the mean over them, as the authors' code has it (the
-    paper says "scatter"), one in none puts out zeros. nearest shares queries and keys in both
-    directions, since one order has to serve both.
+    topk: the output of a token in several clusters is the mean over them, as in the authors' code (the paper
+    says "scatter"). The output of a token in no cluster is 0. nearest: queries and keys are shared also in
+    bidirectional models, because they need one common order.
 
-    Deviations from the paper: rotary positions; centroids have unit length and move towards the mean
-    direction of their members, where Algorithm 1 adds the sum of members unnormalised; a cluster
-    without members stays. `nearest` is ours.
-    The package routing-transformer clusters normalised tokens but attends with queries that are not, lets a
-    causal token read a learnt key, or nothing, instead of itself, and does not renormalise its centroids.
+    Deviations from the paper: positions are rotary. Centroids have unit length and move towards the mean
+    direction of their members; Algorithm 1 adds the unnormalised sum of the members. A cluster without
+    members does not move. `nearest` is not in the paper. The package routing-transformer clusters normalised
+    tokens, but computes attention with queries that are not normalised. In causal models its tokens read a
+    learned key, or nothing, instead of themselves. It does not normalise centroids again.
 
-    The key projection of a routed head is a parameter in every case and unused where keys are shared.
+    The key projection of a routed head is not used if keys are shared.
     """
 
     Config = RoutingConfig
@@ -84,8 +85,8 @@ class Routing(SequenceMixer):
         caps=Caps(causal=True, bidirectional=True),
     )
     flop_overhead_reason = (
-        "a block of queries is given every key that any of them might read, and masks the rest; a cluster "
-        "takes whole blocks"
+        "a block of queries computes scores with all keys that any of its queries may read, some masked; a "
+        "cluster is padded to whole blocks"
     )
     centroids: Tensor
     sums: Tensor
@@ -103,21 +104,21 @@ class Routing(SequenceMixer):
 
     @classmethod
     def unsupported(cls, config: VariantConfig, dims: Dims, *, causal: bool) -> str | None:
-        """Half the heads have to be a whole number of them, and clusters are of tokens."""
+        """The number of heads must be even, and there cannot be more clusters than tokens."""
         assert isinstance(config, RoutingConfig)
         if (config.n_clusters or 1) > dims.seq_len:
-            return f"n_clusters={config.n_clusters}: more than tokens; allowed is 1 to {dims.seq_len}"
+            return f"n_clusters={config.n_clusters}: larger than seq_len; allowed is 1 to {dims.seq_len}"
         if dims.heads % 2:
             return f"heads={dims.heads}: half are local and half routed, so it must be even"
         return super().unsupported(config, dims, causal=causal)
 
     @classmethod
     def leak(cls, config: VariantConfig) -> str | None:
-        """Top-k membership sees the future."""
+        """The membership of `topk` depends on later tokens."""
         assert isinstance(config, RoutingConfig)
         if config.selection != "topk":
             return None
-        return "selection=topk: a later token can take an earlier one's place in a cluster"
+        return "selection=topk: a later token can replace an earlier token in a cluster"
 
     def _selection(self, causal: bool) -> str:
         if self.config.selection == "auto":
@@ -125,18 +126,19 @@ class Routing(SequenceMixer):
         return self.config.selection
 
     def _split(self, x: Tensor, shared: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """(B, T, C) → local q, k and v, routed q, k and v, each (B, T, heads, D), without positions.
+        """(B, T, C) → q, k and v of local heads, and q, k and v of routed heads; each (B, T, heads, D).
 
-        The keys of routed heads come last among the rows of the weight, so that they can be left out.
+        Positions are not applied yet. The keys of routed heads are the last rows of the weight, so that they
+        can be left out if keys are shared.
         """
         head_dim = self.dims.head_dim
         local, routed = self.local * head_dim, self.routed * head_dim
         sizes = [2 * local, local, routed, routed, *([] if shared else [routed])]
-        # a product each, because a view of one would keep all of it alive through every backward pass
+        # separate products: views of one product would keep all of it in memory until the backward pass
         qk, *parts = (F.linear(x, w) for w in self.projections.qkv.weight[: sum(sizes)].split(sizes))
         parts = [part.unflatten(-1, (-1, head_dim)) for part in (*qk.split(local, dim=-1), *parts)]
-        q, k, v, q_routed, v_routed, *rest = parts
-        return q, k, v, q_routed, (rest[0] if rest else q_routed), v_routed
+        q, k, v, q_routed, v_routed, *k_routed = parts
+        return q, k, v, q_routed, (k_routed[0] if k_routed else q_routed), v_routed
 
     def forward(self, x: Tensor, ctx: Context, state: Any = None) -> MixerOut:
         """(B, T, C) → MixerOut; carries no state."""
@@ -153,14 +155,14 @@ class Routing(SequenceMixer):
         y: Tensor = self.projections.out(torch.cat([local, routed], dim=2).flatten(2))
         return MixerOut(y)
 
-    def _note(self, *sums: Tensor) -> None:
-        """Keep this batch's sums for `after_step`: overwritten, since a pass may be computed again."""
+    def _store(self, *sums: Tensor) -> None:
+        """Store the sums of this batch for `after_step`; not added up, because a pass may run twice."""
         if self.training:
             self.sums.copy_(sum(sums[1:], start=sums[0]))
 
     def _by_nearest(self, x: Tensor, v: Tensor, ctx: Context) -> Tensor:
-        cluster, sums = kmeans_attention.nearest(x, self.centroids, self.device_type)
-        self._note(sums)
+        cluster, sums = kmeans.nearest(x, self.centroids, self.device_type)
+        self._store(sums)
         layout = kmeans_attention.lay_out(
             cluster,
             self.clusters,
@@ -168,35 +170,35 @@ class Routing(SequenceMixer):
             is_causal=ctx.causal,
             device_type=self.device_type,
         )
-        rows = rotary(kmeans_attention.unit(x), ctx.positions).to(v.dtype)
+        rows = rotary(kmeans.unit(x), ctx.positions).to(v.dtype)
         y: Tensor = kmeans_attention.Windowed.apply(rows, v, layout)  # type: ignore[no-untyped-call]
         return y
 
     def _by_topk(self, x: Tensor, keys: Tensor | None, v: Tensor, ctx: Context) -> Tensor:
-        """Queries x, keys (None: the queries), values (B, T, H, D) → (B, T, H, D)."""
-        batch, seq_len, heads, _ = v.shape
-        q = rotary(kmeans_attention.unit(x), ctx.positions).to(v.dtype)
-        k = q if keys is None else rotary(kmeans_attention.unit(keys), ctx.positions).to(v.dtype)
-        q_taken, sums = kmeans_attention.members(  # (B, H, K, w)
-            x, self.centroids, self._taken(seq_len), self.device_type
+        """Queries x, keys (None: same as the queries) and values (B, T, H, D) → (B, T, H, D)."""
+        (batch, seq_len, heads, _), causal = v.shape, ctx.causal
+        q = rotary(kmeans.unit(x), ctx.positions).to(v.dtype)
+        k = q if keys is None else rotary(kmeans.unit(keys), ctx.positions).to(v.dtype)
+        q_members, sums = kmeans.members(  # (B, H, K, w)
+            x, self.centroids, self._cluster_size(seq_len), self.device_type
         )
-        k_taken = q_taken
+        k_members = q_members
         if keys is None:
-            self._note(sums)
+            self._store(sums)
         else:
-            k_taken, key_sums = kmeans_attention.members(
-                keys, self.centroids, self._taken(seq_len), self.device_type
+            k_members, key_sums = kmeans.members(
+                keys, self.centroids, self._cluster_size(seq_len), self.device_type
             )
-            self._note(sums, key_sums)
+            self._store(sums, key_sums)
         sequence = torch.arange(batch, device=x.device)[:, None, None, None]
         head = torch.arange(heads, device=x.device)[:, None, None]
-        reads, puts = (sequence, k_taken, head), (sequence, q_taken, head)
-        # in order of position, so the triangle is causal in the tokens too
+        keys_at, queries_at = (sequence, k_members, head), (sequence, q_members, head)
+        # members are in order of position, so the triangle of the kernel is causal in the tokens
         y = F.scaled_dot_product_attention(
-            q[puts].flatten(0, 1), k[reads].flatten(0, 1), v[reads].flatten(0, 1), is_causal=ctx.causal
+            q[queries_at].flatten(0, 1), k[keys_at].flatten(0, 1), v[keys_at].flatten(0, 1), is_causal=causal
         )  # (BH, K, w, D)
-        total = torch.zeros_like(v).index_put(puts, y.unflatten(0, (batch, heads)), accumulate=True)
-        count = v.new_zeros(batch, seq_len, heads, 1).index_put(puts, v.new_ones(1), accumulate=True)
+        total = torch.zeros_like(v).index_put(queries_at, y.unflatten(0, (batch, heads)), accumulate=True)
+        count = v.new_zeros(batch, seq_len, heads, 1).index_put(queries_at, v.new_ones(1), accumulate=True)
         return total / count.clamp(min=1)
 
     @torch.no_grad()
@@ -209,7 +211,7 @@ class Routing(SequenceMixer):
         self.sums.zero_()
 
     def reference(self, x: Tensor, ctx: Context) -> Tensor:
-        """Every head by the oracle; clusters written out as (T, T) maps."""
+        """Masked attention for every head, with clusters as (T, T) masks."""
         selection, seq_len = self._selection(ctx.causal), x.shape[1]
         shared = ctx.causal or selection == "nearest"
         q, k, v, q_routed, k_routed, v_routed = self._split(x, shared)
@@ -226,55 +228,57 @@ class Routing(SequenceMixer):
             centred = t - t.mean(dim=-1, keepdim=True)
             return centred / (centred.square().mean(dim=-1, keepdim=True) + 1e-5).sqrt()
 
-        def closeness(t: Tensor) -> Tensor:  # (B, H, T, K), in float32 as memberships are
+        def similarity(t: Tensor) -> Tensor:  # (B, H, T, K), float32, because it decides membership
             return normalised(t.float()).transpose(1, 2) @ self.centroids.float().transpose(1, 2)
 
         q, k = (placed(normalised(t)).transpose(1, 2) for t in (q_routed, k_routed))
         v = v_routed.transpose(1, 2)
-        before = masks.matrix(masks.causal if ctx.causal else masks.anything, seq_len).to(x.device)
+        before = masks.matrix(masks.causal if ctx.causal else masks.all_keys, seq_len).to(x.device)
         if selection == "nearest":
-            cluster = closeness(q_routed).argmax(dim=-1)  # (B, H, T)
+            cluster = similarity(q_routed).argmax(dim=-1)  # (B, H, T)
             same = cluster[..., :, None] == cluster[..., None, :]
             index = (same & masks.matrix(masks.causal, seq_len).to(x.device)).sum(dim=-1)
-            apart = (index[..., :, None] - index[..., None, :]).abs()  # members between two of a cluster
-            upper = masked_attention(q, k, v, same & before & (apart < self.cluster_window))
+            distance = (index[..., :, None] - index[..., None, :]).abs()  # in members of the cluster
+            upper = masked_attention(q, k, v, same & before & (distance < self.cluster_window))
         else:
             upper, memberships = torch.zeros_like(v), torch.zeros_like(v[..., :1])
             order_q, order_k = (
-                closeness(t).argsort(dim=2, descending=True, stable=True)[:, :, : self._taken(seq_len)]
+                similarity(t).argsort(dim=2, descending=True, stable=True)[
+                    :, :, : self._cluster_size(seq_len)
+                ]
                 for t in (q_routed, k_routed)
             )  # (B, H, w, K)
             for c in range(self.clusters):
-                asks, answers = (
+                is_query, is_key = (
                     torch.zeros(v.shape[:3], dtype=torch.bool, device=x.device).scatter(
                         2, order[..., c], True
                     )
                     for order in (order_q, order_k)
                 )
-                # who does not ask reads itself, so that its softmax is defined, and is then left out
-                allowed = asks[..., :, None] & answers[..., None, :] & before
-                allowed |= ~asks[..., :, None] & torch.eye(seq_len, dtype=torch.bool, device=x.device)
-                upper = upper + asks[..., None] * masked_attention(q, k, v, allowed)
-                memberships += asks[..., None]
+                # a token that is no query of this cluster reads itself, so that its softmax is defined, and
+                # its output is multiplied by 0
+                allowed = is_query[..., :, None] & is_key[..., None, :] & before
+                allowed |= ~is_query[..., :, None] & torch.eye(seq_len, dtype=torch.bool, device=x.device)
+                upper = upper + is_query[..., None] * masked_attention(q, k, v, allowed)
+                memberships += is_query[..., None]
             upper = upper / memberships.clamp(min=1)
         return self.projections.merge(torch.cat([lower, upper], dim=1))
 
-    def _taken(self, seq_len: int) -> int:
-        """Tokens that a centroid takes in `topk`."""
+    def _cluster_size(self, seq_len: int) -> int:
+        """Number of tokens that a centroid selects in `topk`."""
         return -(-seq_len // self.clusters)
 
     def cost(self, work: Workload) -> Cost:
-        """The local half by its window. The routed half: dot products with the centroids, and
-        topk: all pairs within each cluster; nearest: as many pairs as its rule can allow, which it
-        does where no cluster is smaller than the window."""
+        """Projections, windows of local heads, dot products with centroids, and pairs within clusters: for
+        topk all pairs, for nearest a maximum, which is exact if no cluster is smaller than the window."""
         t, selection = work.seq_len, self._selection(work.causal)
         shared = work.causal or selection == "nearest"
         projected = (3.5 if shared else 4) * work.d_model**2
         if selection == "nearest":
-            pairs = masks.window_pairs(t, self.cluster_window, is_causal=work.causal)
+            pairs = window_pairs(t, self.cluster_window, is_causal=work.causal)
         else:
-            pairs = self.clusters * masks.window_pairs(self._taken(t), t, is_causal=work.causal)
-        local = masks.window_pairs(t, self.config.window, is_causal=work.causal)
+            pairs = self.clusters * window_pairs(self._cluster_size(t), t, is_causal=work.causal)
+        local = window_pairs(t, self.config.window, is_causal=work.causal)
         routing = (1 if shared else 2) * t * self.clusters
         each = work.batch_size * work.head_dim
         return Cost(
@@ -286,9 +290,9 @@ class Routing(SequenceMixer):
         )
 
     def state_bytes(self, work: Workload) -> int:
-        """Keys and values that the next token may read beside its own: of a local head, the last window − 1
-        tokens; of a routed head, as many members of each cluster. In topk a later token can bring back any
-        earlier one, so all."""
+        """Bytes of the keys and values that the next token may read beside its own. Local heads: window − 1
+        tokens. Routed heads: cluster_window − 1 members of each cluster; for topk all tokens, because a later
+        token can move any earlier token into a cluster."""
         members = self.clusters * (self.cluster_window - 1)
         routed = work.seq_len if self.config.selection == "topk" else min(work.seq_len, members)
         tokens = self.local * min(work.seq_len, self.config.window - 1) + self.routed * routed

@@ -15,39 +15,41 @@ from variants.ops.regions import Region
 
 @dataclass(frozen=True, kw_only=True)
 class SparseStridedConfig(SparseConfig):
-    """Knobs of the strided pattern: those that both patterns have."""
+    """Knobs of the strided pattern: only those that both patterns have."""
 
 
 class SparseStrided(SparseAttention):
-    """The previous l tokens and itself (near), and every l-th token before (far).
+    """A token reads itself and the previous l tokens (local factor), and every l-th earlier token (long-range
+    factor).
 
-    The near factor is a window. The far factor is dense attention among the tokens of a residue, which stand
-    side by side in the order of its region. Bidirectionally both extend to later tokens, which the paper does
-    not have: l on each side, and the whole column.
+    The local factor is a window. The long-range factor is dense attention among the tokens of a residue,
+    which are contiguous in the order of its region. In bidirectional models, which are not in the paper, both
+    factors extend to later tokens: l tokens on each side, and the complete column.
     """
 
     Config = SparseStridedConfig
     config: SparseStridedConfig
 
     def role_rule(self, seq_len: int, role: Role, *, causal: bool) -> Rule:
-        """|i − j| ≤ l, i ≡ j (mod l), or either."""
-        near, far = Window(self.stride + 1), SameResidue(self.stride)
-        return {"near": near, "far": far, "merged": near | far}[role.factor]
+        """local: |i − j| ≤ l; long_range: i ≡ j (mod l); merged: either of them."""
+        local, long_range = Window(self.stride + 1), SameResidue(self.stride)
+        return {"local": local, "long_range": long_range, "merged": local | long_range}[role.factor]
 
     def regions(self, seq_len: int, *, causal: bool) -> tuple[Region, ...]:
-        """The window and the columns of each role; the pairs of both, at distances 0 and ±l, in one of them.
+        """The window and the columns of each role.
 
-        Causally the window keeps them, and the column is a triangle; bidirectionally the column is whole.
+        The pairs at distances 0 and ±l are in both factors, but must be in one region only. Causal: in the
+        window. Bidirectional: in the column.
         """
-        near, far = Window(self.stride + 1), SameResidue(self.stride)
+        local, long_range = Window(self.stride + 1), SameResidue(self.stride)
         regions = []
         for role in self.roles:
             merged, heads = role.factor == "merged", (role.first, role.last)
-            if role.factor != "far":
-                rule = near & masks.causal if causal else near - far if merged else near
+            if role.factor != "long_range":
+                rule = local & masks.causal if causal else local - long_range if merged else local
                 regions.append(Region(rule=rule, heads=heads))
-            if role.factor != "near":
-                rule = far & masks.causal if causal else far
-                rule = rule - near if causal and merged else rule
+            if role.factor != "local":
+                rule = long_range & masks.causal if causal else long_range
+                rule = rule - local if causal and merged else rule
                 regions.append(Region(rule=rule, step=self.stride, heads=heads))
         return tuple(regions)

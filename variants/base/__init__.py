@@ -1,7 +1,6 @@
-"""The interfaces of what fills a model's slots: mixers of tokens, feed-forward layers, depth schedules."""
+"""Interfaces of the slots of a model: sequence mixers, feed-forward layers and depth schedules."""
 
 from variants.base.depth import DepthConfig, DepthSchedule, Visit, VisitOut
-from variants.base.fed import cost_fed, dims_fed, mask_fed, reference_fed, state_bytes_fed, whole_mask
 from variants.base.feed_forward import FeedForward, FeedForwardConfig, FFOut
 from variants.base.impl import Impl
 from variants.base.info import Caps, Complexity, Info
@@ -17,6 +16,14 @@ from variants.base.protocols import (
     UpdatesAfterStep,
     known_leak,
     tie,
+)
+from variants.base.scheduled import (
+    scheduled_cost,
+    scheduled_dims,
+    scheduled_reference,
+    scheduled_state_bytes,
+    segment_mask,
+    sequence_mask,
 )
 from variants.base.work import TOKENWISE, Context, Cost, Dims, Workload
 
@@ -50,12 +57,12 @@ __all__ = [
     "Visit",
     "VisitOut",
     "Workload",
-    "cost_fed",
-    "dims_fed",
     "known_leak",
-    "mask_fed",
-    "reference_fed",
-    "state_bytes_fed",
+    "scheduled_cost",
+    "scheduled_dims",
+    "scheduled_reference",
+    "scheduled_state_bytes",
+    "segment_mask",
+    "sequence_mask",
     "tie",
-    "whole_mask",
 ]

@@ -1,9 +1,9 @@
-"""How the blocks of a model are visited.
+"""Interface of depth schedules: the order in which the blocks of a model are run.
 
 Shapes: B batch, T tokens, C channels (d_model).
 
-A *visit* of a block is one run of it in a forward pass. A strategy for activations stores or computes again
-what belongs to a visit, so it holds for every schedule.
+A *visit* is one run of a block in a forward pass. An activation strategy stores or recomputes the activations
+of a visit, so it works with every schedule.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from variants.knobs import Knobs
 
 
 class VisitOut(NamedTuple):
-    """What a visit returns: hidden states (B, T, C), the mixer's new state, the sum of auxiliary losses."""
+    """Result of a visit: hidden states (B, T, C), the new state of the mixer, the sum of auxiliary losses."""
 
     x: Tensor
     state: Any
@@ -30,21 +30,21 @@ class VisitOut(NamedTuple):
 
 
 class Visit(Protocol):
-    """A residual block: x + attend(x), then x + feed(x). Both branches norm their input themselves."""
+    """A residual block: x + attend(x), then x + feed(x). Both branches normalise their input."""
 
     ff_chunks: int
-    """Pieces of the sequence that `feed` may be given one at a time."""
+    """Number of pieces of the sequence for which `feed` may be called separately."""
 
     def __call__(self, x: Tensor, state: Any, ctx: Context) -> VisitOut:
-        """The whole block."""
+        """Run the block: (B, T, C) → VisitOut."""
         ...
 
     def attend(self, x: Tensor, state: Any, ctx: Context) -> MixerOut:
-        """The mixer's branch, without x added."""
+        """The branch of the mixer, without the addition of x."""
         ...
 
     def feed(self, x: Tensor) -> FFOut:
-        """The feed-forward branch, without x added; every token by itself."""
+        """The feed-forward branch, without the addition of x; it processes each token separately."""
         ...
 
     def parameters(self) -> Iterator[nn.Parameter]:
@@ -54,15 +54,15 @@ class Visit(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class DepthConfig(Knobs):
-    """Base of every depth schedule's `Config`: its knobs and nothing else."""
+    """Base class of the `Config` of every depth schedule: its knobs only."""
 
 
 class DepthSchedule(ABC):
-    """Which block is visited when."""
+    """Base class of depth schedules."""
 
     Config: ClassVar[type[DepthConfig]]
     paper: ClassVar[str]
-    """Authors, year, title's short form and arXiv number."""
+    """Authors, year, short title and arXiv number."""
 
     def __init__(self, config: DepthConfig, depth: int) -> None:
         """A schedule for the knob `depth`, which most schedules take as the number of visits."""

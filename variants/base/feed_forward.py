@@ -1,4 +1,4 @@
-"""The feed-forward layers: every token by itself.
+"""Interface of feed-forward layers, which process each token separately.
 
 Shapes: B batch, T tokens, C channels (d_model).
 """
@@ -17,11 +17,11 @@ from variants.knobs import Knobs
 
 @dataclass(frozen=True, kw_only=True)
 class FeedForwardConfig(Knobs):
-    """Base of every feed-forward layer's `Config`: its knobs and nothing else."""
+    """Base class of the `Config` of every feed-forward layer: its knobs only."""
 
 
 class FFOut(NamedTuple):
-    """What a feed-forward layer returns: outputs (B, T, C), and an auxiliary loss or None."""
+    """Result of a feed-forward layer: outputs (B, T, C), and an auxiliary loss or None."""
 
     y: Tensor
     aux_loss: Tensor | None = None
@@ -32,7 +32,7 @@ class FeedForward(nn.Module, ABC):
 
     Config: ClassVar[type[FeedForwardConfig]]
     paper: ClassVar[str]
-    """Authors, year, title's short form and arXiv number."""
+    """Authors, year, short title and arXiv number."""
 
     def __init__(self, config: FeedForwardConfig, d_model: int) -> None:
         super().__init__()
@@ -41,7 +41,7 @@ class FeedForward(nn.Module, ABC):
 
     @classmethod
     def unsupported(cls, config: Any, d_model: int) -> str | None:
-        """Why no layer can have these knobs at this width, or None."""
+        """The reason why no layer with these knobs and this width exists, or None."""
         return None
 
     @abstractmethod
@@ -50,8 +50,8 @@ class FeedForward(nn.Module, ABC):
 
     @abstractmethod
     def reference(self, x: Tensor) -> Tensor:
-        """The same mathematics for reading: (B, T, C) → (B, T, C)."""
+        """A readable implementation of the same mathematics: (B, T, C) → (B, T, C)."""
 
     @abstractmethod
     def cost(self, work: Workload) -> Cost:
-        """Algorithmic forward FLOPs."""
+        """Algorithmic FLOPs of the forward pass."""

@@ -1,4 +1,4 @@
-"""The implementations of a variant's mathematics, as its class lists them."""
+"""Declaration of the implementations of a variant."""
 
 from __future__ import annotations
 
@@ -17,12 +17,13 @@ class Impl:
     OTHER_DEVICES: ClassVar[str] = "other"
 
     run: Callable[..., Tensor]
-    """What it is called with is the variant's own."""
+    """The implementation. The variant defines its arguments."""
     missing: Callable[[torch.device, torch.dtype, int], str | None] = lambda device, dtype, head_dim: None
-    """(device, dtype, channels of a head) → what it needs and a machine lacks, or None."""
+    """(device, dtype, channels of a head) → the requirement that this machine does not meet, or None."""
     flop_overhead_reason: str | None = None
     """See `SequenceMixer.flop_overhead_reason`."""
     overhead_is_bounded: bool = True
     """See `SequenceMixer.overhead_is_bounded`."""
     auto_on: tuple[str, ...] = ()
-    """Types of device on which `impl=auto` is this one; `OTHER_DEVICES`: those that no other Impl names."""
+    """Types of device on which `impl=auto` selects this implementation. `OTHER_DEVICES`: all types that no
+    other Impl names."""

@@ -1,4 +1,4 @@
-"""What is known of a method before it runs: its source, its family, what it claims and what it can do."""
+"""Metadata of a method: source, family, claimed complexity and capabilities."""
 
 from __future__ import annotations
 
@@ -7,43 +7,44 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True)
 class Caps:
-    """What a variant can do, stated so that nobody has to try."""
+    """Capabilities of a variant."""
 
     causal: bool
-    """Has a form in which no output reads a later token."""
+    """Has a form in which no output depends on a later token."""
     bidirectional: bool
-    """Has a form in which every token may read both sides."""
+    """Has a form in which every token may read earlier and later tokens."""
     stateful: bool = False
     """Carries state from one segment of a sequence to the next."""
     exact: bool = False
-    """Equals dense softmax attention over every pair that the objective allows, up to rounding."""
+    """Equals dense softmax attention over all pairs that the objective allows, up to rounding."""
     stochastic: bool = False
     """Draws random numbers in its forward pass (hashing rotations, random features)."""
     fixed_length: bool = False
-    """Has parameters whose shape depends on the longest sequence."""
+    """Has parameters whose shape depends on the maximum sequence length."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Complexity:
-    """The exponents of T in time and memory that the paper claims, and where it does; log T counts 0."""
+    """The exponents of T in time and memory that the paper claims; factors of log T count 0."""
 
     time: float
     memory: float
     formula: str
     source: str
+    """Paper and section of the claim."""
     survey: float | None = None
-    """The exponent that the survey of Tay et al. gives (arXiv:2009.06732v3, Table 1, "Complexity", which does
-    not tell time from memory); None where it does not list the method."""
+    """The exponent in the survey of Tay et al. (arXiv:2009.06732v3, Table 1, "Complexity", which does not
+    distinguish time and memory); None if it does not list the method."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Info:
-    """What is known of a variant before it runs."""
+    """Metadata of a variant."""
 
     paper: str
-    """Authors, year, title's short form and arXiv number."""
+    """Authors, year, short title and arXiv number."""
     family: str
-    """The kind of method: dense, or one of those of the survey of Tay et al. (arXiv:2009.06732v3, §2.2):
+    """The family of the method: dense, or a family of the survey of Tay et al. (arXiv:2009.06732v3, §2.2):
     fixed patterns, learned patterns, low rank, kernels, recurrence, memory."""
     complexity: Complexity
     caps: Caps

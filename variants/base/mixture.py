@@ -1,4 +1,4 @@
-"""Variants whose layers differ: what holds for the whole follows from the members."""
+"""Base class of variants whose layers belong to several other variants (the members)."""
 
 from __future__ import annotations
 
@@ -6,58 +6,58 @@ from typing import Any
 
 import torch
 
-from variants.base.fed import dims_fed
 from variants.base.info import Caps, Complexity, Info
 from variants.base.mixer import SequenceMixer, SlotSpec, Variant
+from variants.base.scheduled import scheduled_dims
 from variants.base.work import Dims
-from variants.input_schedule import InputSchedule, Whole
+from variants.input_schedule import InputSchedule, WholeSequence
 
 
 def common_schedule(slots: tuple[SlotSpec[SequenceMixer], ...]) -> InputSchedule:
-    """The input schedule that all members can be fed by: the one that some need, or whole sequences.
+    """The input schedule of all members: the one that some members require, or whole sequences.
 
-    Raises ValueError, in one line, for members that need different ones.
+    Raises ValueError if members require different schedules.
     """
     needs = [(slot.name, slot.layer.input_schedule(slot.config)) for slot in slots]
-    own = [(name, schedule) for name, schedule in needs if schedule != Whole()]
+    own = [(name, schedule) for name, schedule in needs if schedule != WholeSequence()]
     for name, schedule in own[1:]:
-        first, wanted = own[0]
-        if schedule != wanted:
-            raise ValueError(f"{first} is fed in {wanted} and {name} in {schedule}; allowed is one for all")
-    return own[0][1] if own else Whole()
+        first, required = own[0]
+        if schedule != required:
+            raise ValueError(f"{first} needs {required} and {name} needs {schedule}; allowed is one for all")
+    return own[0][1] if own else WholeSequence()
 
 
 class Mixture(Variant):
-    """A variant of several members, one after the other from the lowest layer on.
+    """A variant with several members, which are assigned to the layers from the lowest on.
 
-    A member that needs no input schedule of its own is fed by that of the others: dense attention beside
-    Transformer-XL reads its segment alone.
+    A member that requires no input schedule uses that of the other members. For example, dense attention in
+    a mixture with Transformer-XL reads only its own segment.
     """
 
     @classmethod
     def distinct(cls, config: Any) -> tuple[SlotSpec[SequenceMixer], ...]:
-        """The members without repetition, in their order."""
+        """The members without repetition, in order."""
         return tuple(dict.fromkeys(cls.mixers(config)))
 
     @classmethod
     def members(cls, config: Any) -> tuple[str, ...]:
-        """Those of its slots."""
+        """The names of the members."""
         return tuple(slot.name for slot in cls.distinct(config))
 
     @classmethod
     def input_schedule(cls, config: Any) -> InputSchedule:
-        """The members' common one."""
+        """The common schedule of the members."""
         return common_schedule(cls.distinct(config))
 
     @classmethod
     def info_for(cls, config: Any) -> Info:
-        """What all members can do, and the growth of the most expensive one."""
-        known = [slot.layer.info_for(slot.config) for slot in cls.distinct(config)]
-        claims = [info.complexity for info in known]
+        """The capabilities that all members have, and the largest exponents of any member."""
+        infos = [slot.layer.info_for(slot.config) for slot in cls.distinct(config)]
+        claims = [info.complexity for info in infos]
         surveys = [claim.survey for claim in claims]
-        caps = [info.caps for info in known]
+        caps = [info.caps for info in infos]
         return Info(
-            paper="; ".join(dict.fromkeys(info.paper for info in known)),
+            paper="; ".join(dict.fromkeys(info.paper for info in infos)),
             family="mixture",
             complexity=Complexity(
                 time=max(claim.time for claim in claims),
@@ -70,7 +70,7 @@ class Mixture(Variant):
                 causal=all(cap.causal for cap in caps),
                 bidirectional=all(cap.bidirectional for cap in caps),
                 stateful=any(cap.stateful for cap in caps),
-                exact=all(cap.exact for cap in caps) and cls.input_schedule(config) == Whole(),
+                exact=all(cap.exact for cap in caps) and cls.input_schedule(config) == WholeSequence(),
                 stochastic=any(cap.stochastic for cap in caps),
                 fixed_length=any(cap.fixed_length for cap in caps),
             ),
@@ -78,29 +78,29 @@ class Mixture(Variant):
 
     @classmethod
     def no_form(cls, config: Any, *, causal: bool) -> str | None:
-        """The first member's reason that has one."""
-        found = (
+        """The reason of the first member that has one."""
+        reasons = (
             f"{slot.name}: {reason}"
             for slot in cls.distinct(config)
             if (reason := slot.layer.no_form(slot.config, causal=causal))
         )
-        return next(found, None)
+        return next(reasons, None)
 
     @classmethod
     def unsupported(cls, config: Any, dims: Dims, *, causal: bool) -> str | None:
-        """The first member's reason that has one, at the sizes that it is fed."""
+        """The reason of the first member that has one, for the windows of the input schedule."""
         if reason := dims.unusable():
             return reason
         schedule = cls.input_schedule(config)
         for slot in cls.distinct(config):
-            fed = dims_fed(slot.layer, schedule, dims)
-            if reason := slot.layer.unsupported(slot.config, fed, causal=causal):
+            layer_dims = scheduled_dims(slot.layer, schedule, dims)
+            if reason := slot.layer.unsupported(slot.config, layer_dims, causal=causal):
                 return f"{slot.name}: {reason}"
         return None
 
     @classmethod
     def missing(cls, config: Any, dims: Dims, *, device: torch.device, dtype: torch.dtype) -> str | None:
-        """The first member's reason that has one."""
+        """The reason of the first member that has one."""
         for slot in cls.distinct(config):
             if reason := slot.layer.missing(slot.config, dims, device=device, dtype=dtype):
                 return f"{slot.name}: {reason}"

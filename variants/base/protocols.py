@@ -1,4 +1,4 @@
-"""What only some mixers can do. A layer implements a protocol by having its methods.
+"""Optional protocols of sequence mixers. A layer implements a protocol by defining its methods.
 
 Shapes: B batch, T tokens, C channels (d_model), H heads, D = C / H.
 """
@@ -16,21 +16,21 @@ from variants.base.work import Context
 
 @runtime_checkable
 class HasMask(Protocol):
-    """Which keys a query may read follows from their positions alone."""
+    """The keys that a query may read depend on positions only."""
 
     def attention_mask(self, seq_len: int, *, causal: bool) -> Tensor | None:
-        """(T, T) bool: which keys (columns) a query (row) may read, of what the layer is fed at a time or,
-        where it carries state, of the whole sequence. None where, with this configuration, content
-        decides."""
+        """(T, T) bool: the keys (columns) that a query (row) may read, in one window of the input schedule
+        or, for a stateful layer, in a whole sequence. None if they depend on content in this configuration.
+        """
         ...
 
 
 @runtime_checkable
 class ExposesScores(Protocol):
-    """The layer's weights are softmax(QKᵀ/√D) over every key that the objective allows."""
+    """The attention weights are softmax(QKᵀ/√D) over all keys that the objective allows."""
 
     def queries_keys(self, x: Tensor, ctx: Context) -> tuple[Tensor, Tensor]:
-        """Queries and keys (B, H, T, D) of one window x (B, T, C) of the input schedule."""
+        """Return queries and keys (B, H, T, D) of one window x (B, T, C) of the input schedule."""
         ...
 
 
@@ -39,31 +39,31 @@ class EstimatesSoftmax(Protocol):
     """The layer estimates full softmax attention."""
 
     def softmax_target(self, x: Tensor, ctx: Context) -> Tensor | None:
-        """The attention that is estimated, with the layer's own projections, for one window of the input
-        schedule: (B, T, C) → (B, T, C), O(T²). None where this configuration estimates none."""
+        """Compute the estimated attention exactly, with the projections of the layer, for one window of the
+        input schedule: (B, T, C) → (B, T, C), O(T²). None if this configuration does not estimate softmax."""
         ...
 
 
 @runtime_checkable
 class KnownLeak(Protocol):
-    """Some configuration's causal form is known to see the future."""
+    """In some configurations the causal form is known to depend on later tokens."""
 
     @classmethod
     def leak(cls, config: Any) -> str | None:
-        """How this configuration's causal form sees the future, or None where it does not.
+        """The way in which the causal form of this configuration depends on later tokens, or None.
 
-        A leak that is stated here is measured, recorded and marked; any other fails the causality gate.
+        A known leak is measured, recorded and marked in reports. Any other leak fails the causality gate.
         """
         ...
 
 
 @runtime_checkable
 class UpdatesAfterStep(Protocol):
-    """The layer learns something outside the optimiser: moving averages, redraws."""
+    """The layer is updated outside the optimiser: moving averages, new random features."""
 
     def after_step(self) -> None:
-        """Called once after each optimiser step. A forward pass may run twice in a step (recomputation), so
-        it must not do this itself."""
+        """Called once after each optimiser step. A forward pass must not update the layer, because it may run
+        twice in a step (recomputation)."""
         ...
 
 
@@ -73,31 +73,31 @@ class TiesParameters(Protocol):
 
     @classmethod
     def tie(cls, layers: Sequence[Any]) -> None:
-        """Called once with all layers of this class and the same knobs in a new model, lowest first, to let
-        them share parameters."""
+        """Make layers share parameters. Called once for a new model, with all layers of this class that have
+        the same knobs, lowest first."""
         ...
 
 
 @runtime_checkable
 class AuxiliaryLoss(Protocol):
-    """`MixerOut.aux_loss` trains parameters that no other gradient reaches."""
+    """`MixerOut.aux_loss` trains parameters that have no other gradient."""
 
     def auxiliary_parameters(self) -> Iterator[nn.Parameter]:
-        """Those parameters. The norm of their gradients is limited by itself, so that how well the auxiliary
-        loss does changes nothing in the step that the task takes."""
+        """These parameters. Their gradients are clipped separately, so that the auxiliary loss does not
+        change the update of the other parameters."""
         ...
 
 
 def known_leak(mixer: type[SequenceMixer], config: VariantConfig) -> str | None:
-    """How a configuration's causal form is known to see the future, or None."""
+    """The known leak of a configuration, or None (see `KnownLeak.leak`)."""
     return mixer.leak(config) if issubclass(mixer, KnownLeak) else None
 
 
 def tie(layers: Iterable[SequenceMixer]) -> None:
-    """Let the layers of a new model, lowest first, share parameters: those of equal class and knobs."""
-    alike: dict[Any, list[SequenceMixer]] = {}
+    """Make layers of a new model with the same class and knobs share parameters; `layers`: lowest first."""
+    groups: dict[Any, list[SequenceMixer]] = {}
     for layer in layers:
-        alike.setdefault((type(layer), layer.config), []).append(layer)
-    for (mixer, _), members in alike.items():
+        groups.setdefault((type(layer), layer.config), []).append(layer)
+    for (mixer, _), group in groups.items():
         if issubclass(mixer, TiesParameters):
-            mixer.tie(members)
+            mixer.tie(group)

@@ -1,4 +1,4 @@
-"""What a layer is built for, fed and told, and what it costs.
+"""Sizes of a layer, workload and context of a forward pass, and its cost.
 
 Shapes: T tokens.
 """
@@ -15,60 +15,60 @@ from variants.head_size import unusable_heads
 
 @dataclass(frozen=True, kw_only=True)
 class Dims:
-    """The sizes that a layer is built for."""
+    """The sizes with which a layer is built."""
 
     seq_len: int
-    """Tokens of the longest sequence that it will be fed."""
+    """Maximum sequence length, in tokens."""
     d_model: int
     heads: int
     device_type: str | None = None
-    """Type of the device that the layer's work is cut for; None: that of its parameters. A plan for a GPU is
-    made on fake tensors of the CPU, and is cut for the GPU."""
+    """Type of the device for which piece sizes are chosen; None: the device of the parameters. A plan for a
+    GPU runs on fake tensors of the CPU with the piece sizes of the GPU."""
 
     @property
     def head_dim(self) -> int:
-        """Channels of one head."""
+        """Number of channels of one head."""
         return self.d_model // self.heads
 
     def unusable(self) -> str | None:
-        """Why no layer can have these sizes, or None: heads that do not divide the channels, or odd ones."""
+        """The reason why these sizes are impossible, or None. Heads must have an even number of channels."""
         return unusable_heads(self.d_model, self.heads)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Workload(Dims):
-    """The work of one forward pass, of which cost and state are asked.
+    """The work of one forward pass, for which `cost` and `state_bytes` are computed.
 
-    `seq_len` is the number of tokens that the layer is fed, after the input schedule has cut the sequence.
+    `seq_len` is the number of tokens of the input of the layer: of one window of the input schedule.
     """
 
     batch_size: int
     causal: bool
-    """No output reads a later token."""
+    """No output depends on a later token."""
     element_bytes: int = 4
-    """Size of one number of the state."""
+    """Bytes of one number of the state."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Context:
-    """What a forward pass is told about its tokens."""
+    """Context of a forward pass."""
 
     causal: bool
-    """No output may read a later token."""
+    """No output may depend on a later token."""
     positions: Tensor | None = None
-    """(T,) integers, the positions of the tokens, which are consecutive; None: 0 … T−1. A layer that encodes
-    distances between tokens does not depend on where they begin."""
+    """(T,) consecutive integers: the positions of the tokens; None: 0 … T−1. The output of a layer that
+    encodes distances does not depend on the first position."""
 
 
 TOKENWISE = ("projections", "feed_forward", "output")
-"""Parts of a cost that every implementation computes alike: products of single tokens with weights."""
+"""Parts of a cost that are the same in all implementations: products of single tokens with weights."""
 
 
 @dataclass(frozen=True)
 class Cost:
-    """Algorithmic forward FLOPs by named part: 2 per multiply-accumulate, allowed pairs only.
+    """Algorithmic FLOPs of a forward pass by named part: 2 per multiply-accumulate, allowed pairs only.
 
-    Costs add up part by part, and are multiplied by a number of times.
+    `cost + cost` adds the parts with the same name; `cost * times` multiplies all parts.
     """
 
     parts: Mapping[str, int] = field(default_factory=dict)
@@ -85,8 +85,7 @@ class Cost:
 
     @property
     def mixing(self) -> int:
-        """The sum of all other parts: scores, weighted sums and whatever else exchanges information between
-        tokens."""
+        """The sum of all other parts: scores, weighted sums and all other exchange between tokens."""
         return self.total - self.tokenwise
 
     def __add__(self, other: object) -> Cost:

@@ -1,1 +1,1 @@
-"""Mathematics that several variants share."""
+"""Mathematics that several variants use."""

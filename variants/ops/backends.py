@@ -1,10 +1,10 @@
-"""General attention kernels of others, behind one door: FlexAttention (torch) and xformers.
+"""General attention kernels of other libraries: FlexAttention (torch) and xformers.
 
 Shapes: B batch, T tokens, H heads, D channels of a head; n blocks of `BLOCK` tokens.
 
-Nothing here chooses: a variant's `impl` names the kernel, `missing_…` says why it cannot run, and
-neither library is imported before then. Each kernel's FLOPs are found in torch's registry of formulas:
-xformers' kernels are operators here, and FlexAttention's work is noted by one.
+This module does not choose a kernel: the `impl` of a variant names it, and `missing_…` returns the reason why
+it cannot run. The libraries are imported when they are used. The FLOPs of each kernel are in torch's registry
+of formulas. The kernels of xformers are wrapped in operators; for FlexAttention, `note_flops` is called.
 """
 
 from __future__ import annotations
@@ -24,35 +24,38 @@ if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
 
 BLOCK = 128
-"""Tokens a side of a tile: FlexAttention leaves out the tiles in which no pair is allowed."""
+"""Side of a tile, in tokens: FlexAttention skips tiles without an allowed pair."""
 SMALLEST_HEAD = 16
-"""Channels of a head below which FlexAttention's kernel does not compile."""
+"""Minimum number of channels of a head for which FlexAttention's kernel compiles."""
 MASKS, GRAPHS = 32, 64
-"""Block masks and compiled kernels kept. More kernels than that in one process are an error, because
-torch's answer to too many is to run uncompiled: T × T scores and no word of it."""
-FLEX_OVERHEAD = f"flex computes tiles of {BLOCK} × {BLOCK} pairs whole if any pair in them is allowed"
+"""Maximum number of cached block masks, and of compiled kernels in a process. More kernels raise an error.
+Without it, torch would silently run uncompiled and compute T × T scores."""
+FLEX_OVERHEAD = f"flex computes all pairs of a tile of {BLOCK} × {BLOCK} if any pair in it is allowed"
 
-# --- what is computed where no operation shows it ------------------------------------------------
+# --- FLOPs of compiled kernels, whose operations a counter does not see ---------------------------
 
 
 @torch.library.custom_op("longctx_bench::note_flops", mutates_args=(), schema="(int flops) -> ()")
 def note_flops(flops: int) -> None:
-    """Does nothing. Its FLOP formula is its argument, 2 per multiply-accumulate: a counter sees the work of a
-    kernel that is compiled into one piece."""
+    """Report FLOPs (2 per multiply-accumulate) to counters; does nothing else.
+
+    The FLOP formula of this operator is its argument.
+    """
 
 
 @note_flops.register_fake
 def _(flops: int) -> None:
-    """Nor on fake tensors."""
+    """Does nothing."""
 
 
 @register_flop_formula(torch.ops.longctx_bench.note_flops, get_raw=True)
-def _noted(flops: int, out_val: Any = None) -> int:
+def _reported_flops(flops: int, out_val: Any = None) -> int:
     return flops
 
 
 def note_passes(y: Tensor, product_flops: int, *, backward_products: int) -> Tensor:
-    """Note the forward pass that gave y, two products, now, and its backward pass when it comes."""
+    """Report the FLOPs of the forward pass that computed y (two products), and of the backward pass when it
+    runs. Returns y."""
     note_flops(2 * product_flops)
     if y.requires_grad:
         y.register_hook(lambda _: note_flops(backward_products * product_flops))
@@ -65,11 +68,11 @@ def note_passes(y: Tensor, product_flops: int, *, backward_products: int) -> Ten
 class _Mask(NamedTuple):
     block_mask: BlockMask
     pairs: int
-    """Pairs in the tiles that are not empty, of all heads that the mask tells apart."""
+    """Pairs in tiles that are not empty, of all heads of the mask."""
 
 
 def missing_flex(device: torch.device, head_dim: int) -> str | None:
-    """Why FlexAttention cannot train on this device, or None."""
+    """The reason why FlexAttention cannot train on this device, or None."""
     if device.type != "cuda":
         return f"impl=flex needs a CUDA device: FlexAttention has no backward pass on {device.type}"
     if importlib.util.find_spec("triton") is None:
@@ -80,23 +83,23 @@ def missing_flex(device: torch.device, head_dim: int) -> str | None:
 
 
 def flex(q: Tensor, k: Tensor, v: Tensor, rule: HeadRule) -> Tensor:
-    """Softmax attention over the pairs that a rule allows, (B, H, T, D) → (B, H, T, D); 0 without any.
+    """Softmax attention over the pairs that a rule allows: (B, H, T, D) → (B, H, T, D).
 
-    Dong 2024, arXiv:2412.05496. On a CPU it computes T × T scores, so that masks can be checked there.
-
-    Raises NotImplementedError where gradients are wanted and the device has none of them.
+    A query without an allowed key gives 0. Dong 2024, arXiv:2412.05496. On a CPU, T × T scores are computed,
+    so that masks can be tested there. Raises NotImplementedError if gradients are required on a device where
+    FlexAttention has no backward pass.
     """
     import torch._dynamo as dynamo
 
     batch, heads, seq_len, head_dim = q.shape
     if q.device.type != "cuda" and torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v)):
         raise NotImplementedError(missing_flex(q.device, head_dim))
-    of_its_own = depends_on_head(rule)
-    mask = _mask(rule, heads if of_its_own else 1, seq_len, q.device)
-    pairs = mask.pairs * (1 if of_its_own else heads)
+    by_head = depends_on_head(rule)
+    mask = _mask(rule, heads if by_head else 1, seq_len, q.device)
+    pairs = mask.pairs * (1 if by_head else heads)
     with dynamo.config.patch(recompile_limit=GRAPHS):
         y = _compiled_flex(q.device.type)(q, k, v, block_mask=mask.block_mask, scale=head_dim**-0.5)
-    # The backward pass computes scores and the weights' gradient once for Q and again for K and V.
+    # the backward pass computes scores and the gradient of the weights twice: for Q, and for K and V
     return note_passes(y, 2 * batch * pairs * head_dim, backward_products=7)
 
 
@@ -104,7 +107,8 @@ def flex(q: Tensor, k: Tensor, v: Tensor, rule: HeadRule) -> Tensor:
 def _compiled_flex(device_type: str) -> Callable[..., Tensor]:
     from torch.nn.attention.flex_attention import flex_attention
 
-    # sizes are fixed within a cell, and without `fullgraph` too many graphs would mean none
+    # static shapes, because sizes are fixed within a cell; without `fullgraph` more graphs than the limit
+    # would run uncompiled
     backend = "inductor" if device_type == "cuda" else "eager"
     compiled: Any = torch.compile(flex_attention, backend=backend, fullgraph=True, dynamic=False)
     return compiled  # type: ignore[no-any-return]
@@ -112,7 +116,7 @@ def _compiled_flex(device_type: str) -> Callable[..., Tensor]:
 
 @lru_cache(maxsize=MASKS)
 def _mask(rule: HeadRule, heads: int, seq_len: int, device: torch.device) -> _Mask:
-    """Which tiles a rule fills, cuts or leaves empty, found a strip of queries at a time: never T × T."""
+    """The full, partial and empty tiles of a rule; evaluated for BLOCK queries at a time, never T × T."""
     from torch.nn.attention.flex_attention import BlockMask
 
     def mask_mod(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
@@ -127,15 +131,20 @@ def _mask(rule: HeadRule, heads: int, seq_len: int, device: torch.device) -> _Ma
         strips.append(allowed.unflatten(-1, (blocks, BLOCK)).sum((1, 3)))
     pairs = torch.stack(strips, dim=1)  # (H, n, n)
     full = pairs == BLOCK * BLOCK
-    cut = (pairs > 0) & ~full
-    made = BlockMask.from_kv_blocks(
-        *_listed(cut), *_listed(full), BLOCK_SIZE=BLOCK, mask_mod=mask_mod, seq_lengths=(seq_len, seq_len)
+    partial = (pairs > 0) & ~full
+    block_mask = BlockMask.from_kv_blocks(
+        *_key_blocks(partial),
+        *_key_blocks(full),
+        BLOCK_SIZE=BLOCK,
+        mask_mod=mask_mod,
+        seq_lengths=(seq_len, seq_len),
     )
-    return _Mask(made, int((pairs > 0).sum()) * BLOCK * BLOCK)
+    return _Mask(block_mask, int((pairs > 0).sum()) * BLOCK * BLOCK)
 
 
-def _listed(chosen: Tensor) -> tuple[Tensor, Tensor]:
-    """(H, n, n) bool → how many key blocks a query block has (1, H, n), and all, those first (1, H, n, n)."""
+def _key_blocks(chosen: Tensor) -> tuple[Tensor, Tensor]:
+    """(H, n, n) bool → number of chosen key blocks of each query block (1, H, n), and the indices of all key
+    blocks, chosen ones first (1, H, n, n)."""
     order = chosen.to(torch.uint8).argsort(dim=-1, descending=True, stable=True)
     return chosen.sum(-1, dtype=torch.int32)[None], order.to(torch.int32)[None]
 
@@ -144,7 +153,7 @@ def _listed(chosen: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def missing_xformers(device: torch.device, head_dim: int, dtype: torch.dtype) -> str | None:
-    """Why xformers cannot train on this device with heads and numbers of this kind, or None."""
+    """The reason why xformers cannot train on this device with these heads and dtype, or None."""
     if device.type != "cuda":
         return f"impl=xformers needs a CUDA device: xformers has no kernel on {device.type}"
     if importlib.util.find_spec("xformers") is None:
@@ -153,8 +162,11 @@ def missing_xformers(device: torch.device, head_dim: int, dtype: torch.dtype) ->
 
 
 def _refused_by_xformers(device: torch.device, head_dim: int, dtype: torch.dtype) -> str | None:
-    """What xformers says to a small example: it picks among kernels that differ by device and release."""
-    what = (
+    """The reason why xformers rejects a small example, or None.
+
+    An example is run because xformers chooses among kernels that differ by device and release.
+    """
+    prefix = (
         f"impl=xformers does not run heads of {head_dim} channels in {str(dtype).removeprefix('torch.')} here"
     )
     try:
@@ -163,20 +175,19 @@ def _refused_by_xformers(device: torch.device, head_dim: int, dtype: torch.dtype
             xformers(q, q, q, causal=True).sum().backward()
     except (ImportError, NotImplementedError, ValueError) as refusal:
         lines = [line.strip() for line in str(refusal).splitlines()]
-        return f"{what}: {'; '.join(line for line in lines if line)}"
+        return f"{prefix}: {'; '.join(line for line in lines if line)}"
     return None
 
 
 def xformers(q: Tensor, k: Tensor, v: Tensor, *, causal: bool) -> Tensor:
     """Softmax attention by memory_efficient_attention, (B, H, T, D) → (B, H, T, D).
 
-    Lefaudeux 2022, github.com/facebookresearch/xformers.
-
-    Raises NotImplementedError, naming each kernel's reason, where it has none for these inputs.
+    Lefaudeux 2022, github.com/facebookresearch/xformers. Raises NotImplementedError with the reason of each
+    kernel if no kernel accepts these inputs.
     """
     y, _ = _xformers(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), causal)
-    found: Tensor = y.transpose(1, 2)
-    return found
+    by_head: Tensor = y.transpose(1, 2)
+    return by_head
 
 
 def _bias(causal: bool) -> Any:
@@ -198,7 +209,7 @@ def _xformers(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> tuple[Tensor, Te
 def _xformers_backward(
     dy: Tensor, y: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, causal: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k and v."""
+    """Gradients of q, k and v (B, T, H, D)."""
     from xformers.ops import memory_efficient_attention_backward as backward
 
     dq, dk, dv = backward(dy, y, lse, q, k, v, attn_bias=_bias(causal), scale=q.shape[-1] ** -0.5)
@@ -216,7 +227,7 @@ def _(dy: Tensor, y: Tensor, lse: Tensor, q: Tensor, *_: Any) -> tuple[Tensor, T
     return torch.empty_like(q), torch.empty_like(q), torch.empty_like(q)
 
 
-def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     *tensors, ctx.causal = inputs
     ctx.save_for_backward(*output, *tensors)
 
@@ -225,7 +236,7 @@ def _differentiate(ctx: Any, dy: Tensor, _: Tensor) -> tuple[Any, ...]:
     return *_xformers_backward(dy, *ctx.saved_tensors, ctx.causal), None
 
 
-_xformers.register_autograd(_differentiate, setup_context=_keep)
+_xformers.register_autograd(_differentiate, setup_context=_save)
 
 
 def _product_flops(q: Tensor, causal: bool) -> int:

@@ -1,9 +1,9 @@
-"""One softmax over a union of key sets, each computed by itself where its keys lie close together.
+"""One softmax over the union of several sets of keys, each of which is computed separately.
 
 Shapes: B batch, T tokens, C channels, H heads, D = C / H.
 
-The pairs are given as *parts*: rectangles or triangles of (query, key) pairs that no other part has,
-each over strided views of the sequence.
+The pairs are divided into disjoint *parts*: rectangles or triangles of (query, key) pairs over strided views
+of the sequence. The partial results are combined by their logsumexp.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ from torch.autograd.function import once_differentiable
 from torch.utils.flop_counter import register_flop_formula
 
 from variants.ops.memoizable import repeatable
-from variants.ops.strided_parts import Part, from_plain, packed, to_plain
+from variants.ops.strided_parts import Part, flatten_parts, packed, unflatten_parts
 
 EMPTY = -1e30
-"""Logsumexp over no keys: finite, so that the difference of two of them is not NaN."""
+"""The logsumexp over no keys: finite, so that the difference of two of them is not NaN."""
 
 
 def _fused(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, causal: bool) -> tuple[Tensor, Tensor]:
-    """torch's CPU kernel: outputs (N, H, queries, D) and logsumexp (N, H, queries)."""
+    """Attention by torch's CPU kernel: outputs (N, H, queries, D) and logsumexp (N, H, queries)."""
     out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
         q, k, v, 0.0, causal, attn_mask=bias
     )
-    if bias is not None:  # the kernel says 0 where there is no key
+    if bias is not None:  # the kernel returns the logsumexp 0 for a query without a key
         lse = lse.masked_fill((bias == -math.inf).all(-1), EMPTY)
     return out, lse
 
@@ -37,7 +37,7 @@ def _fused(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, causal: bool) -
 def _fused_backward(
     dy: Tensor, q: Tensor, k: Tensor, v: Tensor, y: Tensor, lse: Tensor, bias: Tensor | None, causal: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Its gradients, where y and lse may come from a softmax over more keys than these."""
+    """Gradients of q, k and v. y and lse may be those of a softmax over more keys than k."""
     grads: tuple[Tensor, Tensor, Tensor] = (
         torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
             dy, q, k, v, y, lse, 0.0, causal, attn_mask=bias
@@ -57,7 +57,7 @@ def _scores(q: Tensor, k: Tensor, bias: Tensor | None, causal: bool) -> Tensor:
 
 
 def _plain(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, causal: bool) -> tuple[Tensor, Tensor]:
-    """`_fused` by matrix products."""
+    """`_fused` as matrix products."""
     scores = _scores(q, k, bias, causal)
     lse = scores.logsumexp(-1).clamp(min=EMPTY)
     return (scores - lse[..., None]).exp_().to(v.dtype) @ v, lse
@@ -66,10 +66,10 @@ def _plain(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, causal: bool) -
 def _plain_backward(
     dy: Tensor, q: Tensor, k: Tensor, v: Tensor, y: Tensor, lse: Tensor, bias: Tensor | None, causal: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`_fused_backward` by matrix products (Dao 2022, arXiv:2205.14135, appendix B.2)."""
+    """`_fused_backward` as matrix products (Dao 2022, arXiv:2205.14135, appendix B.2)."""
     weights = (_scores(q, k, bias, causal) - lse[..., None]).exp_()
-    share = (dy * y).sum(-1, keepdim=True, dtype=weights.dtype)
-    d_scores = (weights * ((dy @ v.transpose(-1, -2)) - share) / math.sqrt(q.shape[-1])).to(q.dtype)
+    mean = (dy * y).sum(-1, keepdim=True, dtype=weights.dtype)
+    d_scores = (weights * ((dy @ v.transpose(-1, -2)) - mean) / math.sqrt(q.shape[-1])).to(q.dtype)
     return d_scores @ k, d_scores.transpose(-1, -2) @ q, weights.to(dy.dtype).transpose(-1, -2) @ dy
 
 
@@ -77,7 +77,7 @@ KERNELS = {"fused": (_fused, _fused_backward), "plain": (_plain, _plain_backward
 
 
 def _rows_like(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """Zeros of the shape of x (B, H, T, D), laid out (B, T, H, D) as projections read them."""
+    """Zeros with the shape of x (B, H, T, D), in the layout (B, T, H, D) that projections read."""
     batch, heads, seq_len, channels = x.shape
     return torch.zeros(batch, seq_len, heads, channels, dtype=dtype, device=x.device).transpose(1, 2)
 
@@ -85,8 +85,8 @@ def _rows_like(x: Tensor, dtype: torch.dtype) -> Tensor:
 def _forward(
     q: Tensor, k: Tensor, v: Tensor, parts: Sequence[Part], impl: str, piece: int
 ) -> tuple[Tensor, Tensor]:
-    """Outputs (B, H, T, D) and the logsumexp of all scores of a query (B, H, T)."""
-    # sums over parts are float32 or wider: each part would round again
+    """Return outputs (B, H, T, D) and the logsumexp of all scores of each query (B, H, T)."""
+    # sums over parts are float32 or wider, because each part adds a rounding error
     wide = torch.promote_types(q.dtype, torch.float32)
     y = _rows_like(q, wide)
     lse = torch.full(q.shape[:3], EMPTY, dtype=wide, device=q.device)
@@ -104,11 +104,11 @@ def _attend_piece(views: list[Tensor], bias: Tensor | None, causal: bool, impl: 
     """Merge the softmax over some keys into y and lse; all are views (B, G, H, rows, run, …)."""
     q, y, lse, k, v = views
     attend, _ = KERNELS[impl]
-    found, lse_found = attend(packed(q), packed(k), packed(v), bias, causal)
-    found, lse_found = found.reshape(y.shape), lse_found.reshape(lse.shape)
-    share = (lse_found - lse).sigmoid_()
-    y.lerp_(found.to(y.dtype), share[..., None])
-    lse.copy_(torch.logaddexp(lse, lse_found))
+    y_part, lse_part = attend(packed(q), packed(k), packed(v), bias, causal)
+    y_part, lse_part = y_part.reshape(y.shape), lse_part.reshape(lse.shape)
+    weight = (lse_part - lse).sigmoid_()
+    y.lerp_(y_part.to(y.dtype), weight[..., None])
+    lse.copy_(torch.logaddexp(lse, lse_part))
 
 
 def _backward(
@@ -122,12 +122,12 @@ def _backward(
     impl: str,
     piece: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k and v.
+    """Return the gradients of q, k and v (B, H, T, D).
 
-    No partial result is needed: they follow from the weights exp(score − logsumexp of all), so the
-    sequence-sized tensors kept are q, k, v and y alone.
+    They follow from the weights exp(score − logsumexp of all scores), without the partial results. So of
+    tensors as long as the sequence, only q, k, v, y and lse are saved.
     """
-    dy = dy if dy.stride(-1) == 1 else dy.contiguous()  # the kernel takes rows without gaps
+    dy = dy if dy.stride(-1) == 1 else dy.contiguous()  # the kernel needs rows without gaps
     wide = torch.promote_types(q.dtype, torch.float32)
     grads = [_rows_like(q, wide) for _ in range(3)]
     for part in parts:
@@ -145,18 +145,18 @@ def _backward(
 
 @repeatable
 def _attend_piece_backward(views: list[Tensor], bias: Tensor | None, causal: bool, impl: str) -> None:
-    """Add to the gradients dq, dk and dv what one piece gives; views as in `_attend_piece`."""
+    """Add the contribution of a piece to the gradients dq, dk and dv; views as in `_attend_piece`."""
     dy, q, y, lse, dq, k, v, dk, dv = views
     _, attend_backward = KERNELS[impl]
     lse_rows = packed(lse).contiguous()
-    found = attend_backward(packed(dy), packed(q), packed(k), packed(v), packed(y), lse_rows, bias, causal)
-    for total, grad in zip((dq, dk, dv), found, strict=True):
+    grads = attend_backward(packed(dy), packed(q), packed(k), packed(v), packed(y), lse_rows, bias, causal)
+    for total, grad in zip((dq, dk, dv), grads, strict=True):
         total.add_(grad.reshape(total.shape))
 
 
 @repeatable
 class _UnionAttention(torch.autograd.Function):
-    """One softmax over the keys of all parts, put together from each part's own by its logsumexp."""
+    """One softmax over the keys of all parts, combined from the softmax of each part by its logsumexp."""
 
     @staticmethod
     def forward(
@@ -169,7 +169,7 @@ class _UnionAttention(torch.autograd.Function):
         piece: int,
         *masks: Tensor,
     ) -> Tensor:
-        y, lse = _forward(q, k, v, from_plain(masks, numbers), impl, piece)
+        y, lse = _forward(q, k, v, unflatten_parts(masks, numbers), impl, piece)
         ctx.save_for_backward(q, k, v, y, lse, *masks)
         ctx.numbers, ctx.impl, ctx.piece = numbers, impl, piece
         return y
@@ -178,16 +178,18 @@ class _UnionAttention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, y, lse, *masks = ctx.saved_tensors
-        parts = from_plain(masks, ctx.numbers)
+        parts = unflatten_parts(masks, ctx.numbers)
         grads = _backward(dy, q, k, v, y, lse, parts, ctx.impl, ctx.piece)
         return *grads, None, None, None, *[None] * len(masks)
 
 
-# --- the same as operators, which the compiler takes whole: it cannot follow writes through `as_strided` ---
+# --- operators for torch.compile, which cannot trace writes through `as_strided` --------------------------
 
 _forward_operator = torch.library.custom_op(
     "longctx_bench::union_attention",
-    lambda q, k, v, masks, numbers, impl, piece: _forward(q, k, v, from_plain(masks, numbers), impl, piece),
+    lambda q, k, v, masks, numbers, impl, piece: _forward(
+        q, k, v, unflatten_parts(masks, numbers), impl, piece
+    ),
     mutates_args=(),
     schema="(Tensor q, Tensor k, Tensor v, Tensor[] masks, SymInt[] numbers, str impl, SymInt piece)"
     " -> (Tensor, Tensor)",
@@ -195,7 +197,7 @@ _forward_operator = torch.library.custom_op(
 _backward_operator = torch.library.custom_op(
     "longctx_bench::union_attention_backward",
     lambda dy, q, k, v, y, lse, masks, numbers, impl, piece: _backward(
-        dy, q, k, v, y, lse, from_plain(masks, numbers), impl, piece
+        dy, q, k, v, y, lse, unflatten_parts(masks, numbers), impl, piece
     ),
     mutates_args=(),
     schema="(Tensor dy, Tensor q, Tensor k, Tensor v, Tensor y, Tensor lse, Tensor[] masks, SymInt[] numbers,"
@@ -214,7 +216,7 @@ def _backward_shapes(dy: Tensor, q: Tensor, *_: Any) -> tuple[Tensor, Tensor, Te
     return _rows_like(q, q.dtype), _rows_like(q, q.dtype), _rows_like(q, q.dtype)
 
 
-def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     q, k, v, masks, ctx.numbers, ctx.impl, ctx.piece = inputs
     ctx.save_for_backward(q, k, v, *output, *masks)
 
@@ -225,12 +227,12 @@ def _operator_backward(ctx: Any, dy: Tensor, _: Tensor) -> tuple[Any, ...]:
     return *grads, [None] * len(masks), None, None, None
 
 
-_forward_operator.register_autograd(_operator_backward, setup_context=_keep)
+_forward_operator.register_autograd(_operator_backward, setup_context=_save)
 
 
 def _flops(q: Tensor, numbers: Sequence[int], products: int) -> int:
-    """FLOPs of some products of queries × keys × channels in each part; causal ones in their triangle."""
-    pairs = sum(part.pairs for part in from_plain([], numbers))
+    """FLOPs of `products` products of queries × keys × channels in each part; causal parts are triangles."""
+    pairs = sum(part.pairs for part in unflatten_parts([], numbers))
     return 2 * products * q.shape[0] * q.shape[-1] * pairs
 
 
@@ -260,21 +262,22 @@ def _backward_flops(
 def union_attention(
     q: Tensor, k: Tensor, v: Tensor, parts: list[Part], impl: str, piece: int = 2**12
 ) -> Tensor:
-    """Softmax attention over the union of the parts' keys, (B, H, T, D) → (B, H, T, D); 0 without any.
+    """Softmax attention over the union of the keys of all parts: (B, H, T, D) → (B, H, T, D).
 
-    `impl` is one of `KERNELS`; `piece` is the number of queries worked on at a time (see `piece_size`).
+    A query without a key gives 0. `impl` is one of `KERNELS`; `piece` is the number of queries computed at a
+    time (see `piece_size`).
     """
     y: Tensor
-    masks, numbers = to_plain(parts)
+    masks, numbers = flatten_parts(parts)
     if torch.compiler.is_compiling():
         y, _ = _forward_operator(q, k, v, masks, numbers, impl, piece)
-    else:  # operation by operation, so that counters see what is computed and held
+    else:  # operation by operation, so that counters see all computation and memory
         y = _UnionAttention.apply(q, k, v, numbers, impl, piece, *masks)  # type: ignore[no-untyped-call]
     return y
 
 
 def missing_fused(device_type: str) -> str | None:
-    """Why torch's CPU attention kernel cannot run on a type of device, or None."""
+    """The reason why torch's CPU attention kernel cannot run on a type of device, or None."""
     if device_type != "cpu":
-        return f"impl=fused: the kernel is the CPU's; on {device_type} use auto or plain"
+        return f"impl=fused: runs on the CPU only; on {device_type} use auto or plain"
     return None

@@ -1,4 +1,4 @@
-"""What the two patterns of Sparse Transformers share (Child 2019, arXiv:1904.10509).
+"""Base class of the two patterns of Sparse Transformers (Child 2019, arXiv:1904.10509).
 
 Shapes: B batch, T tokens, C channels, H heads, D = C / H; l the stride.
 """
@@ -21,21 +21,22 @@ class SparseConfig(MaskedConfig):
     """Knobs of both patterns."""
 
     stride: int | None = knob(None, least=1, unit="tokens")
-    """Stride l; null: the power of two nearest to √T. T is the longest sequence that the layer is built for
-    (not the one it is fed: a prefix must be read as it is within the whole)."""
+    """Stride l; null: the power of two nearest to √T. T is the maximum sequence length of the layer, not the
+    length of the current input, because a prefix must be read in the same way as the full sequence."""
     head_mode: Literal["merged", "split", "interleaved"] = "merged"
-    """Which head reads which factor. merged: each head reads the union of both factors (eq. 7), the one mode
-    that the paper's experiments name (§7.2). split: the first half of the heads reads the near factor, the
-    rest the far one (eq. 8). interleaved: even layers read the near factor, odd ones the far one (eq. 6)."""
+    """Assignment of the two factors to heads. merged: each head reads the union of both factors (eq. 7), the
+    only mode that the paper's experiments name (§7.2). split: the first half of the heads reads the local
+    factor, the second half the long-range factor (eq. 8). interleaved: even layers read the local factor, odd
+    layers the long-range factor (eq. 6)."""
 
     def stride_for(self, seq_len: int) -> int:
-        """The stride of a layer built for sequences up to seq_len."""
+        """The stride of a layer with the maximum sequence length `seq_len`."""
         return self.stride or 1 << math.floor(math.log2(seq_len) / 2 + 0.5)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Role:
-    """What heads [first, last) of a layer read: "near", "far" or "merged"."""
+    """The factor that heads [first, last) of a layer read: "local", "long_range" or "merged"."""
 
     factor: str
     first: int
@@ -43,10 +44,10 @@ class Role:
 
 
 class SparseAttention(MaskedAttention):
-    """Base of both patterns: which heads read which factor.
+    """Base class of both patterns: assigns the factors to heads.
 
-    Positions are rotary, as for every variant here; the paper adds learnt embeddings of the row and
-    the column of a token in a matrix of width l (§5.3).
+    Deviation: positions are rotary, as in every variant of this project. The paper adds learned embeddings of
+    the row and the column of a token in a matrix of width l (§5.3).
     """
 
     config: SparseConfig
@@ -64,16 +65,19 @@ class SparseAttention(MaskedAttention):
         self.stride = config.stride_for(dims.seq_len)
         heads, half = dims.heads, dims.heads // 2
         if config.head_mode == "split":
-            near, far = Role(factor="near", first=0, last=half), Role(factor="far", first=half, last=heads)
-            self.roles: tuple[Role, ...] = (near, far)
+            local, long_range = (
+                Role(factor="local", first=0, last=half),
+                Role(factor="long_range", first=half, last=heads),
+            )
+            self.roles: tuple[Role, ...] = (local, long_range)
         elif config.head_mode == "interleaved":
-            self.roles = (Role(factor="far" if layer % 2 else "near", first=0, last=heads),)
+            self.roles = (Role(factor="long_range" if layer % 2 else "local", first=0, last=heads),)
         else:
             self.roles = (Role(factor="merged", first=0, last=heads),)
 
     @classmethod
     def unsupported(cls, config: VariantConfig, dims: Dims, *, causal: bool) -> str | None:
-        """Splitting needs two heads."""
+        """`head_mode=split` needs two heads."""
         assert isinstance(config, SparseConfig)
         if reason := super().unsupported(config, dims, causal=causal):
             return reason
@@ -83,9 +87,9 @@ class SparseAttention(MaskedAttention):
 
     @abstractmethod
     def role_rule(self, seq_len: int, role: Role, *, causal: bool) -> Rule:
-        """What the heads of a role read."""
+        """The rule of the heads of a role."""
 
     def rule(self, seq_len: int, *, causal: bool) -> Rule:
-        """What the heads of each role read."""
-        first, *rest = (self.role_rule(seq_len, role, causal=causal) for role in self.roles)
-        return HeadSplit(self.roles[0].last, first, rest[0]) if rest else first
+        """The rule of each role for its heads."""
+        first, *others = (self.role_rule(seq_len, role, causal=causal) for role in self.roles)
+        return HeadSplit(self.roles[0].last, first, others[0]) if others else first

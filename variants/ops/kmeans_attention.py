@@ -1,10 +1,7 @@
-"""Spherical k-means over tokens, and attention within its clusters, for `variants.attention.routing`.
+"""Attention within the clusters of tokens, for `variants.attention.routing` (arXiv:2003.05997, §4.1).
 
-Shapes: B batch, T tokens, H heads, D channels a head, K clusters a head, w members of a cluster,
-N = B · T · H rows; S slots of a head, in n tiles of b queries and k keys each; D' ≥ D channels of a slot.
-
-Whatever decides who belongs to which cluster is float32, whatever the model's dtype, and works in
-pieces: T × K scores would be 8 GiB at a million tokens.
+Shapes: B batch, T tokens, H heads, D channels of a head, K clusters of a head, N = B · T · H rows; S slots of
+a head, in n tiles of b queries and k keys each; D' ≥ D channels of a slot.
 """
 
 from __future__ import annotations
@@ -20,96 +17,23 @@ from torch.autograd.function import once_differentiable
 from variants.ops.memoizable import repeatable
 from variants.ops.tile_size import Sizes
 
-PIECE = Sizes(cpu=2**21, accelerator=2**24)
-"""Scores held at a time: 8 MiB, so that a piece is made, used and overwritten in cache."""
 MOST_PIECES = 16
-"""Beyond them pieces grow instead, by 1/16 of what would be held at once."""
+"""Maximum number of slices; beyond it the slices grow, which bounds the number of operations."""
 SLICE = Sizes(cpu=2**18, accelerator=2**23)
-"""Scores within clusters held at a time: 1 MiB, because what they are made of and made into is larger."""
+"""Scores within clusters computed at a time. On a CPU 1 MiB, because gathered rows and gradients, which are
+larger, must stay in cache with them."""
 ALIGNED = 4
-"""Channels are filled up to a multiple, 16 bytes in float32. Products of rows that are not aligned so round
-in a way that depends on their address, and where a tile lies depends on later tokens."""
+"""Channels are padded to a multiple of this: 16 bytes in float32. Products of rows that are not aligned are
+rounded in a way that depends on their address, and the address of a tile depends on later tokens."""
 TILES = 4
-"""Tiles a cluster of mean size has: more of them compute fewer forbidden pairs, in smaller products."""
-EPSILON = 1e-5
-"""Of the layer normalisation, as torch has it."""
-
-
-def unit(x: Tensor) -> Tensor:
-    """Layer normalisation without scale or bias: on the sphere of radius √D. float32 or wider."""
-    wide = torch.promote_types(x.dtype, torch.float32)
-    return F.layer_norm(x.to(wide), x.shape[-1:], eps=EPSILON)
-
-
-@torch.no_grad()
-@repeatable
-def nearest(x: Tensor, centroids: Tensor, device_type: str | None = None) -> tuple[Tensor, Tensor]:
-    """The cluster of each token, and each cluster's sum of members.
-
-    (B, T, H, D) and (H, K, D) → (B, H, T) int64, (H, K, D). The cluster is the one whose centroid has
-    the largest dot product with the normalised token; of equals, the one with the lowest index.
-    The work is cut for a type of device; None: that of x.
-    """
-    batch, seq_len, heads, head_dim = x.shape
-    clusters = centroids.shape[1]
-    sums = torch.zeros(heads, clusters, head_dim, device=x.device)
-    head = torch.arange(heads, device=x.device)[:, None]
-    wanted = PIECE.on(device_type or x.device.type) // (batch * heads * clusters)
-    length = max(1, wanted, -(-seq_len // MOST_PIECES))
-    found = []
-    with torch.autocast(x.device.type, enabled=False):  # half precision would change memberships
-        for piece in x.split(length, dim=1):
-            content = unit(piece.float()).transpose(1, 2)  # (B, H, p, D)
-            cluster = (content @ centroids.float().transpose(1, 2)).max(dim=-1).indices
-            found.append(cluster)
-            # index_put_ adds in one order on every device; index_add_ on a GPU does not
-            sums.index_put_((head, cluster), content, accumulate=True)
-    return (found[0] if len(found) == 1 else torch.cat(found, dim=2)), sums
-
-
-@torch.no_grad()
-@repeatable
-def members(
-    x: Tensor, centroids: Tensor, count: int, device_type: str | None = None
-) -> tuple[Tensor, Tensor]:
-    """The `count` tokens with the largest dot product with each centroid, in order of position, and
-    what `nearest` gives as sums.
-
-    (B, T, H, D) and (H, K, D) → (B, H, K, w) int64, (H, K, D). Of equal tokens the earliest are taken.
-    """
-    batch, seq_len, heads, _ = x.shape
-    position = torch.arange(seq_len, device=x.device)
-    found = []
-    best = torch.full((batch, heads, seq_len), -math.inf, device=x.device)
-    cluster = torch.zeros_like(best, dtype=torch.int64)
-    seen = 0
-    with torch.autocast(x.device.type, enabled=False):
-        content = unit(x.float()).transpose(1, 2)  # (B, H, T, D)
-        wanted = PIECE.on(device_type or x.device.type) // (batch * heads * seq_len)
-        some = max(1, wanted, -(-centroids.shape[1] // MOST_PIECES))
-        for piece in centroids.float().split(some, dim=1):
-            scores = piece @ content.transpose(2, 3)  # (B, H, k, T)
-            least = scores.topk(count, dim=-1).values[..., -1:]
-            above, equal = scores > least, scores == least
-            wanted = count - above.sum(dim=-1, keepdim=True)
-            chosen = above | (equal & (equal.cumsum(dim=-1) <= wanted))
-            # the i-th chosen token goes to slot i, every other to a slot that is dropped
-            slot = torch.where(chosen, chosen.cumsum(dim=-1) - 1, count)
-            into = slot.new_zeros(*slot.shape[:-1], count + 1)
-            found.append(into.scatter_(-1, slot, position.expand_as(slot))[..., :count])
-            nearest_here = scores.max(dim=2)
-            nearer = nearest_here.values > best
-            best = torch.where(nearer, nearest_here.values, best)
-            cluster = torch.where(nearer, nearest_here.indices + seen, cluster)
-            seen += piece.shape[1]
-    sums = torch.zeros_like(centroids, dtype=torch.float32)
-    sums.index_put_((torch.arange(heads, device=x.device)[:, None], cluster), content, accumulate=True)
-    return torch.cat(found, dim=2), sums
+"""Tiles of a cluster of mean size. More tiles compute fewer forbidden pairs, in smaller products."""
 
 
 class Tiles(NamedTuple):
-    """How the slots of every head are cut. A tile of `size` queries is given the slots from `back` before
-    its first to `ahead` after its last."""
+    """Division of the slots of each head into tiles of `size` queries.
+
+    A tile's keys are its own slots, the `back` slots before them and the `ahead` slots after them.
+    """
 
     size: int
     back: int
@@ -119,13 +43,13 @@ class Tiles(NamedTuple):
     number: int
     """Tiles of a head."""
     step: int
-    """Tiles to work on at a time: a divisor of `number`, so that every product has the same sizes."""
+    """Tiles computed at a time: a divisor of `number`, so that all products have the same sizes."""
     heads: int
-    """Heads (of all sequences) to work on at a time."""
+    """Heads (of all sequences) computed at a time."""
 
     @property
     def keys(self) -> int:
-        """Slots that a tile is given."""
+        """Keys of a tile."""
         return self.back + self.size + self.ahead
 
     @property
@@ -135,31 +59,32 @@ class Tiles(NamedTuple):
 
 
 class Layout(NamedTuple):
-    """A slot for every row, by (sequence, head, cluster, position), each cluster from a tile's first slot on.
+    """Assignment of rows to slots, sorted by (sequence, head, cluster, position).
 
-    A row's slot within its tile is its rank in its cluster, modulo the size of a tile, and so are those of
-    the keys before it. Both depend on earlier tokens alone, so that sums are taken, and round, in the same
-    way whatever comes later. Tiles hold rows of one cluster of one sequence.
+    Each cluster begins at the first slot of a tile, so a tile holds rows of one cluster of one sequence. The
+    slot of a row within its tile is its rank in the cluster, modulo the size of a tile. It depends on earlier
+    tokens only, and so do the slots of the keys before it. Later tokens therefore do not change the order of
+    any sum, nor its rounding.
     """
 
     order: Tensor
-    """(B·H, S) int64: the row in each slot; in an empty one, the first row of the same head."""
+    """(B·H, S) int64: the row in each slot; in an empty slot, the first row of the same head."""
     cluster: Tensor
     """(B·H, S) int32: the cluster of each slot's row; −1 in an empty slot."""
     slot: Tensor
-    """(N,) int64: the slot of each row, among those of all heads."""
+    """(N,) int64: the slot of each row, among the slots of all heads."""
     tiles: Tiles
 
 
 def _tiles(cluster: Tensor, clusters: int, window: int, *, is_causal: bool, device_type: str) -> Tiles:
-    """Tiles for clusters of any sizes: their number follows from shapes."""
+    """Tiles that suffice for clusters of any sizes: their number depends only on shapes."""
     batch, heads, seq_len = cluster.shape
     if window >= seq_len:  # one tile of all tokens, in order of position
         window, size, back, count = seq_len, seq_len, 0, 1
     else:
         size = -(-min(window, max(1, seq_len // clusters)) // TILES)
         back = -(-(window - 1) // size) * size
-        # each cluster that is not empty may leave all but one of the slots of its last tile empty
+        # the last tile of each cluster that is not empty holds at least one row
         count = (seq_len + min(clusters, seq_len) * (size - 1)) // size
     ahead = 0 if is_causal else back
     scores = count * size * (back + size + ahead)
@@ -171,7 +96,7 @@ def _tiles(cluster: Tensor, clusters: int, window: int, *, is_causal: bool, devi
 
 
 def _slots(cluster: Tensor, clusters: int, tiles: Tiles) -> tuple[Tensor, Tensor, Tensor]:
-    """`order`, `cluster` and `slot` of a layout."""
+    """The fields `order`, `cluster` and `slot` of a Layout."""
     batch, heads, seq_len = cluster.shape
     device = cluster.device
     position = torch.arange(seq_len, device=device)
@@ -186,7 +111,7 @@ def _slots(cluster: Tensor, clusters: int, tiles: Tiles) -> tuple[Tensor, Tensor
         slot = torch.empty_like(cluster).scatter_(-1, order, first.gather(-1, by_cluster) + rank)
     slot = slot + tiles.back
     head = torch.arange(batch * heads, device=device).view(batch, heads, 1)
-    first_row = head // heads * (seq_len * heads) + head % heads  # rows lie as (B, T, H)
+    first_row = head // heads * (seq_len * heads) + head % heads  # rows are numbered as (B, T, H)
     rows = first_row.expand(batch, heads, tiles.slots).clone()
     rows.scatter_(-1, slot, first_row + position * heads)
     kinds = torch.full((batch, heads, tiles.slots), -1, dtype=torch.int32, device=device)
@@ -216,22 +141,22 @@ def _slots_shapes(cluster: Tensor, clusters: int, tiles: list[int]) -> tuple[Ten
 def lay_out(
     cluster: Tensor, clusters: int, window: int, *, is_causal: bool, device_type: str | None = None
 ) -> Layout:
-    """The slots in which a window is what a token may read: its cluster's `window` last members.
+    """Lay out the rows so that each token reads a window of slots: the last `window` members of its cluster.
 
-    `cluster` (B, H, T) is the cluster of each token. Attention is cut for a type of device; None: that of
-    `cluster`.
+    `cluster` (B, H, T) is the cluster of each token. `device_type` decides the size of the slices; None: the
+    device of `cluster`.
     """
     kind = device_type or cluster.device.type
     tiles = _tiles(cluster, clusters, window, is_causal=is_causal, device_type=kind)
     if torch.compiler.is_compiling():
         order, kinds, slot = _slots_operator(cluster, clusters, list(tiles))
-    else:  # operation by operation, so that counters see what is computed and held
+    else:  # operation by operation, so that counters see all computation and memory
         order, kinds, slot = _slots(cluster, clusters, tiles)
     return Layout(order, kinds, slot, tiles)
 
 
 def _slices(tiles: Tiles, heads: int) -> list[tuple[slice, slice]]:
-    """(heads, tiles) to work on at a time."""
+    """(heads, tiles) computed at a time."""
     return [
         (slice(head, min(head + tiles.heads, heads)), slice(tile, tile + tiles.step))
         for head in range(0, heads, tiles.heads)
@@ -240,28 +165,28 @@ def _slices(tiles: Tiles, heads: int) -> list[tuple[slice, slice]]:
 
 
 class _Slice:
-    """Some tiles of some heads, g of these: their slots, and the weights of their queries over their keys."""
+    """Some tiles of g heads: their slots, and the attention weights of their queries."""
 
     def __init__(self, layout: Layout, heads: slice, tiles: slice) -> None:
         self.tiles = layout.tiles
         size, back, ahead = self.tiles[:3]
-        self.places = slice(tiles.start * size, tiles.stop * size + back + ahead)
-        """Slots of keys, (g, L) of them."""
-        self.inner = slice(back, self.places.stop - self.places.start - ahead)
-        """Among these, slots of queries."""
-        self.order = layout.order[heads, self.places]
-        self.cluster = layout.cluster[heads, self.places]
+        self.key_slots = slice(tiles.start * size, tiles.stop * size + back + ahead)
+        """The L slots of keys in each head."""
+        self.query_slots = slice(back, self.key_slots.stop - self.key_slots.start - ahead)
+        """The slots of queries among them."""
+        self.order = layout.order[heads, self.key_slots]
+        self.cluster = layout.cluster[heads, self.key_slots]
 
     def rows(self, x: Tensor) -> Tensor:
-        """The slots' rows of x (N, D), (g, L, D'), in float32 or wider."""
-        found = x.index_select(0, self.order.flatten()).unflatten(0, self.order.shape)
-        found = found.to(torch.promote_types(x.dtype, torch.float32))
-        more = _width(x) - x.shape[-1]
-        return F.pad(found, (0, more)) if more else found
+        """Gather the rows of x (N, D) into slots (g, L, D'), in float32 or wider."""
+        rows = x.index_select(0, self.order.flatten()).unflatten(0, self.order.shape)
+        rows = rows.to(torch.promote_types(x.dtype, torch.float32))
+        padding = _width(x) - x.shape[-1]
+        return F.pad(rows, (0, padding)) if padding else rows
 
     def queries(self, slots: Tensor) -> Tensor:
         """(g, L, …) → the queries of each tile (g, n, b, …), a view."""
-        tiles: Tensor = slots[:, self.inner].unflatten(1, (-1, self.tiles.size))
+        tiles: Tensor = slots[:, self.query_slots].unflatten(1, (-1, self.tiles.size))
         return tiles
 
     def keys(self, slots: Tensor) -> Tensor:
@@ -269,31 +194,31 @@ class _Slice:
         return slots.unfold(1, self.tiles.keys, self.tiles.size).movedim(-1, 2)
 
     def add_keys(self, slots: Tensor, keys: Tensor) -> None:
-        """The transpose of `keys`: adds to each slot what it got in every tile that was given it."""
+        """The transpose of `keys`: add to each slot (g, L, D') its gradients from all tiles (g, n, k, D')."""
         parts = keys.unflatten(2, (-1, self.tiles.size)).unbind(2)  # (g, n, b, D) each
         by_tile = slots.unflatten(1, (-1, self.tiles.size))
         for i, part in enumerate(parts):
             by_tile[:, i : i + part.shape[1]] += part
 
     def forbidden(self) -> Tensor:
-        """(g, n, b, k) bool: which pairs the rule forbids. Queries in empty slots read empty slots."""
+        """(g, n, b, k) bool: the pairs that the window forbids. Queries in empty slots read empty slots."""
         size, back, _, window, is_causal, *_ = self.tiles
         slot = torch.arange(self.tiles.keys, device=self.cluster.device)
         distance = slot[back : back + size, None] - slot
-        far = distance.abs() >= window
+        outside = distance.abs() >= window
         if is_causal:
-            far |= distance < 0
+            outside |= distance < 0
         of_query, of_key = self.queries(self.cluster), self.keys(self.cluster)
-        if back:  # a tile is of one cluster, its first row's, and what is empty in it reads what that reads
+        if back:  # a tile holds one cluster, that of its first row; its empty slots read the same keys
             of_query = of_query[..., :1]
-        return (of_query[..., None] != of_key[:, :, None]) | far
+        return (of_query[..., None] != of_key[:, :, None]) | outside
 
     def attended(self, qk: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Of rows (N, D): weights (g, n, b, k), exactly 0 where forbidden; queries (g, n, b, D'), divided by
-        √D; keys and values (g, n, k, D').
+        """Compute attention weights from rows qk and v (N, D).
 
-        A value that is not finite would reach whoever gives it the weight 0. So it is taken as 0, and its
-        key as NaN, which reaches those alone that may read it.
+        Returns the weights (g, n, b, k), exactly 0 where forbidden; queries (g, n, b, D'), divided by √D;
+        keys and values (g, n, k, D'). A value that is not finite would reach queries that give it the weight
+        0. It is therefore replaced by 0, and its key by NaN, which reaches only queries that may read it.
         """
         rows, values = self.rows(qk), self.rows(v)
         rows[..., 0] += (values * 0).sum(dim=-1)
@@ -305,15 +230,15 @@ class _Slice:
 
 @repeatable
 class Windowed(torch.autograd.Function):
-    """Softmax attention of every row to the rows of its cluster in its window.
+    """Softmax attention of each row to the rows of its cluster in its window.
 
-    (B, T, H, D) shared queries and keys, and values → (B, T, H, D). Stores its inputs and nothing else;
-    backward gathers and scores again, slice by slice. Products are float32 or wider.
+    Shared queries and keys, and values (B, T, H, D) → (B, T, H, D). Saves only its inputs; backward gathers
+    rows and computes scores again, slice by slice. Products are float32 or wider.
     """
 
     @staticmethod
     def forward(ctx: Any, qk: Tensor, v: Tensor, layout: Layout) -> Tensor:
-        """Slice by slice into one buffer by slots, then back into the order of rows."""
+        """Compute outputs by slots, slice by slice, then gather them in the order of rows."""
         ctx.save_for_backward(qk, v, *layout[:3])
         ctx.tiles = layout.tiles
         flat = qk.reshape(-1, qk.shape[-1]), v.reshape(-1, v.shape[-1])
@@ -322,13 +247,13 @@ class Windowed(torch.autograd.Function):
             for heads, tiles in _slices(layout.tiles, y.shape[0]):
                 here = _Slice(layout, heads, tiles)
                 weights, _, _, values = here.attended(*flat)
-                here.queries(y[heads, here.places]).copy_(weights @ values)
+                here.queries(y[heads, here.key_slots]).copy_(weights @ values)
         return _by_row(y, layout, v)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, None]:
-        """The gradients of each slice added up by slots; what empty slots get stays there."""
+        """Add up the gradients of each slice by slots, then gather them; those of empty slots are ignored."""
         qk, v, order, cluster, slot = ctx.saved_tensors
         layout = Layout(order, cluster, slot, ctx.tiles)
         flat_qk, flat_v, flat_dy = (t.reshape(-1, t.shape[-1]) for t in (qk, v, dy))
@@ -343,25 +268,25 @@ class Windowed(torch.autograd.Function):
 
 
 def _width(x: Tensor) -> int:
-    """D', the channels of a row x (…, D) in a slot."""
+    """D': channels of a slot that holds a row of x (…, D)."""
     return -(-x.shape[-1] // ALIGNED) * ALIGNED
 
 
 def _by_row(slots: Tensor, layout: Layout, like: Tensor) -> Tensor:
-    """(B·H, S, D') → (B, T, H, D), of the dtype of what it is like."""
+    """(B·H, S, D') → (B, T, H, D), with the shape and dtype of `like`."""
     rows = slots.flatten(0, 1)[:, : like.shape[-1]].index_select(0, layout.slot)
     return rows.view(like.shape).to(like.dtype)
 
 
 def _add_gradients(here: _Slice, qk: Tensor, v: Tensor, dy: Tensor, dqk: Tensor, dv: Tensor) -> None:
-    """Adds what the queries of a slice contribute to dqk and dv of its heads, (g, S, D) each.
+    """Add the contribution of the queries of a slice to dqk and dv of its heads, (g, S, D') each.
 
-    A function, so that what a slice leaves behind is freed before the next one.
+    A function, so that the temporaries of a slice are freed before the next slice.
     """
     weights, q, k, values = here.attended(qk, v)
-    dqk, dv = dqk[:, here.places], dv[:, here.places]
-    given = here.queries(here.rows(dy) * (here.cluster >= 0)[..., None])
-    here.add_keys(dv, weights.mT @ given)
-    d_scores = torch.ops.aten._softmax_backward_data(given @ values.mT, weights, -1, weights.dtype)
+    dqk, dv = dqk[:, here.key_slots], dv[:, here.key_slots]
+    dy_queries = here.queries(here.rows(dy) * (here.cluster >= 0)[..., None])
+    here.add_keys(dv, weights.mT @ dy_queries)
+    d_scores = torch.ops.aten._softmax_backward_data(dy_queries @ values.mT, weights, -1, weights.dtype)
     here.queries(dqk).add_(d_scores @ k, alpha=qk.shape[-1] ** -0.5)
     here.add_keys(dqk, d_scores.mT @ q)

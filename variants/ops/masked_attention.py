@@ -1,12 +1,12 @@
-"""Attention whose rule is a mask: a variant states which pairs are allowed, everything else follows.
+"""Base class of attention whose rule is a mask: a variant states which pairs are allowed.
 
 Shapes: B batch, T tokens, C channels, H heads, D = C / H; (B, H, T, D) for queries, keys, values.
 
-A variant gives `rule` and, where it helps, `order`. The reference, the attention mask, the pair counts, the
-state and the implementations are derived. See docs/adding-a-variant.md.
+A variant defines `rule` and, if it makes attention faster, `order`. The reference, the attention mask, the
+numbers of pairs, the state and the implementations are derived from them. See docs/adding-a-variant.md.
 
-Measured against the implementations before (a window by blocks of queries with all their keys; strided parts
-laid out by hand): forward and backward of a layer with its projections, width 256, 4 heads, window or stride
+Comparison with the earlier implementations (a window as blocks of queries with all their keys; strided parts
+without tiles): forward and backward of a layer with its projections, width 256, 4 heads, window or stride
 128, float32, one thread, CPU seconds, medians of alternating pairs of processes on a busy machine:
 
 | layer at 16,384 tokens | before | by tiles |
@@ -16,8 +16,8 @@ laid out by hand): forward and backward of a layer with its projections, width 2
 | sparse_strided, causal | 0.70 | 0.67 |
 | sparse_strided, bidirectional | 0.79 | 0.78 |
 
-In the cells of tests/data/expected_figures.json longformer's peak falls by 4 to 7 %, its executed FLOPs by up
-to 4 %.
+In the cells of tests/data/expected_figures.json, tiles reduce the peak memory of longformer by 4 to 7 %, and
+its executed FLOPs by up to 4 %.
 """
 
 from __future__ import annotations
@@ -36,17 +36,17 @@ from variants.ops.block_sparse import missing_fused, union_attention
 from variants.ops.masks import Rule
 from variants.ops.pair_counts import carried_keys, count_pairs
 from variants.ops.projections import Projections, masked_attention
-from variants.ops.rectangles import Rectangle, parts_of
+from variants.ops.rectangles import Rectangle, to_parts
 from variants.ops.regions import Region
 from variants.ops.strided_parts import Part, piece_size
 from variants.ops.tiles import rectangles
 
-TILE_OVERHEAD = "a tile that is cut by the mask is computed whole"
+TILE_OVERHEAD = "all pairs of a tile are computed, also if the mask allows only some of them"
 
 
 @dataclass(frozen=True, kw_only=True)
 class MaskedConfig(VariantConfig):
-    """Knobs of every variant that is a mask."""
+    """Knobs of every variant whose rule is a mask."""
 
     impl: Literal["auto", "fused", "plain", "dense", "flex"] = "auto"
     """Implementation of the mask. fused: tiles with allowed pairs, by torch's CPU attention kernel. plain:
@@ -55,7 +55,7 @@ class MaskedConfig(VariantConfig):
 
 
 class MaskedAttention(SequenceMixer):
-    """Softmax attention over the pairs that a rule allows; a query with no key gives 0."""
+    """Softmax attention over the pairs that a rule allows; a query without an allowed key gives 0."""
 
     Config: ClassVar[type[VariantConfig]] = MaskedConfig
 
@@ -63,27 +63,28 @@ class MaskedAttention(SequenceMixer):
         super().__init__(config, dims, layer)
         self.projections = Projections(dims.d_model, dims.heads)
 
-    # --- what a variant states --------------------------------------------------------------------
+    # --- defined by a variant ---------------------------------------------------------------------
 
     @abstractmethod
     def rule(self, seq_len: int, *, causal: bool) -> Rule:
-        """Which pairs of a window of `seq_len` tokens are allowed; that no query of a causal model reads a
-        later key is added to it."""
+        """The allowed pairs of a window of `seq_len` tokens. Causality is added to it by `mask`."""
 
     def order(self) -> int:
-        """The tokens that are a multiple of this many apart stand side by side while attention is computed.
-        More than 1 only if no other tokens read each other."""
+        """A step s: attention is computed with the tokens r, r + s, r + 2s, … of each residue r side by side.
+
+        Larger than 1 only if tokens of different residues never read each other.
+        """
         return 1
 
     def regions(self, seq_len: int, *, causal: bool) -> tuple[Region, ...]:
-        """The rule in disjoint pieces, each with an order of its own."""
+        """The rule, divided into disjoint regions, each with its own order of the tokens."""
         rule = self.mask(seq_len, causal=causal)
         return (Region(rule=rule, step=self.order(), heads=(0, self.dims.heads)),)
 
-    # --- what follows -----------------------------------------------------------------------------
+    # --- derived ----------------------------------------------------------------------------------
 
     def mask(self, seq_len: int, *, causal: bool) -> Rule:
-        """The rule, causality included."""
+        """The rule, with causality."""
         rule = self.rule(seq_len, causal=causal)
         return rule & masks.causal if causal else rule
 
@@ -93,23 +94,23 @@ class MaskedAttention(SequenceMixer):
         return MixerOut(self.projections.merge(self.run_impl(self, q, k, v, ctx.causal)))
 
     def parts(self, seq_len: int, *, causal: bool, device: torch.device) -> list[Part]:
-        """Each allowed pair in exactly one part."""
+        """The parts of the mask; each allowed pair is in exactly one of them."""
         regions = self.regions(seq_len, causal=causal)
-        found = self._rectangles(seq_len, causal)
+        all_rectangles = self._rectangles(seq_len, causal)
         return [
             part
             for index, region in enumerate(regions)
-            for part in parts_of(
-                region, [Rectangle.of(numbers) for at, *numbers in found if at == index], device
+            for part in to_parts(
+                region, [Rectangle.of(numbers) for of, *numbers in all_rectangles if of == index], device
             )
         ]
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, parts: list[Part], kernel: str) -> Tensor:
-        """One softmax over the keys of all parts, a piece of the work at a time."""
+        """One softmax over the keys of all parts, computed in pieces: (B, H, T, D) → (B, H, T, D)."""
         return union_attention(q, k, v, parts, kernel, piece_size(q.shape[2], self.device_type))
 
     def _rectangles(self, seq_len: int, causal: bool) -> list[tuple[int, ...]]:
-        """The region and the numbers of each rectangle. The compiler takes them as constants."""
+        """The index of the region and the numbers of each rectangle; torch.compile uses them as constants."""
         return [
             (index, *rectangle.numbers)
             for index, region in enumerate(self.regions(seq_len, causal=causal))
@@ -117,32 +118,33 @@ class MaskedAttention(SequenceMixer):
         ]
 
     _rectangles._dynamo_marked_constant = True  # type: ignore[attr-defined]
-    # torch.compiler.assume_constant_result sets this, but imports the compiler, which takes a second
+    # torch.compiler.assume_constant_result sets this too, but imports the compiler, which takes a second
 
     def allowed(self, seq_len: int, *, causal: bool) -> Tensor:
-        """(H, T, T) bool: which keys (columns) a query (row) of each head may read."""
-        found = masks.by_head(self.mask(seq_len, causal=causal), seq_len, self.dims.heads)
-        return found.expand(self.dims.heads, seq_len, seq_len)
+        """(H, T, T) bool: the keys (columns) that a query (row) of each head may read."""
+        allowed = masks.by_head(self.mask(seq_len, causal=causal), seq_len, self.dims.heads)
+        return allowed.expand(self.dims.heads, seq_len, seq_len)
 
     def attention_mask(self, seq_len: int, *, causal: bool) -> Tensor:
-        """(T, T) bool: what any head may read."""
+        """(T, T) bool: the keys (columns) that a query (row) of at least one head may read."""
         return self.allowed(seq_len, causal=causal).any(dim=0)
 
     def reference(self, x: Tensor, ctx: Context) -> Tensor:
-        """The oracle on each head's mask."""
+        """Masked attention with the mask of each head."""
         q, k, v = self.projections.split(x, ctx.positions)
-        return self.projections.merge(oracle(q, k, v, self.allowed(x.shape[1], causal=ctx.causal)))
+        allowed = self.allowed(x.shape[1], causal=ctx.causal)
+        return self.projections.merge(attention_or_zero(q, k, v, allowed))
 
     def pairs(self, seq_len: int, *, causal: bool) -> int:
-        """Allowed pairs of one window, all heads together."""
+        """The number of allowed pairs of one window, summed over the heads."""
         return sum(count_pairs(region, seq_len) for region in self.regions(seq_len, causal=causal))
 
     def carried(self, seq_len: int) -> int:
-        """(head, key) pairs that a later query of a causal model may read after seq_len tokens."""
+        """The number of pairs (head, key) that queries after seq_len tokens of a causal model may read."""
         return carried_keys(self.mask(seq_len, causal=True), seq_len, self.dims.heads)
 
     def cost(self, work: Workload) -> Cost:
-        """Scores and weighted sum: 4·D for each head's pairs."""
+        """Projections; scores and weighted sum: 4·D for each allowed pair of each head."""
         pairs = self.pairs(work.seq_len, causal=work.causal)
         return Cost(
             {
@@ -152,39 +154,40 @@ class MaskedAttention(SequenceMixer):
         )
 
     def state_bytes(self, work: Workload) -> int:
-        """The keys and values that later queries may read, head by head."""
+        """Bytes of the keys and values that later queries may read, counted for each head."""
         return 2 * work.batch_size * self.carried(work.seq_len) * work.head_dim * work.element_bytes
 
 
-def oracle(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor) -> Tensor:
-    """Masked softmax over allowed (H, T, T), every score computed; a query with no key gives 0."""
+def attention_or_zero(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor) -> Tensor:
+    """`masked_attention` over allowed (H, T, T); a query without an allowed key gives 0 instead of NaN."""
     allowed = allowed.to(q.device)
-    some = allowed.any(-1, keepdim=True)
-    return masked_attention(q, k, v, allowed | ~some) * some
+    has_key = allowed.any(-1, keepdim=True)
+    return masked_attention(q, k, v, allowed | ~has_key) * has_key
 
 
 # --- implementations: (layer, q, k, v, causal) → (B, H, T, D) ---------------------------------------------
 
 
 def fused(layer: MaskedAttention, q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
-    """Parts by torch's CPU attention kernel. Raises ValueError for another device."""
+    """Parts, by torch's CPU attention kernel. Raises ValueError for another device."""
     if reason := missing_fused(layer.device_type):
         raise ValueError(reason)
     return layer.attend(q, k, v, layer.parts(q.shape[2], causal=causal, device=q.device), "fused")
 
 
 def plain(layer: MaskedAttention, q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
-    """Parts by matrix products."""
+    """Parts, by matrix products."""
     return layer.attend(q, k, v, layer.parts(q.shape[2], causal=causal, device=q.device), "plain")
 
 
 def dense(layer: MaskedAttention, q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
-    """Every score, masked."""
-    return oracle(q, k, v, masks.by_head(layer.mask(q.shape[2], causal=causal), q.shape[2], layer.dims.heads))
+    """All scores, masked."""
+    allowed = masks.by_head(layer.mask(q.shape[2], causal=causal), q.shape[2], layer.dims.heads)
+    return attention_or_zero(q, k, v, allowed)
 
 
 def flex(layer: MaskedAttention, q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
-    """FlexAttention on the rule."""
+    """FlexAttention with the rule."""
     return backends.flex(q, k, v, layer.mask(q.shape[2], causal=causal))
 
 
@@ -204,7 +207,7 @@ TILES: Mapping[str, Impl] = {
     "plain": Impl(run=plain, flop_overhead_reason=TILE_OVERHEAD, auto_on=(Impl.OTHER_DEVICES,)),
     "dense": Impl(
         run=dense,
-        flop_overhead_reason="dense computes every score and masks those that are not allowed",
+        flop_overhead_reason="dense computes all scores and masks those that are not allowed",
         overhead_is_bounded=False,
     ),
     "flex": FLEX,

@@ -1,9 +1,9 @@
-"""Attention masks as pure rules: (head, query index, key index) → may the query read the key.
+"""Attention masks as rules: pure functions (head, query index, key index) → may the query read the key.
 
-A rule takes three integer tensors that broadcast against each other and returns a bool tensor. Rules combine
-with `&`, `|`, `-` (one without the other) and `~`, and compare and hash by value. They know their period: a
-shift of the query and the key by that many tokens changes nothing. `variants.ops.tiles` finds from it which
-tiles of a mask are empty, without drawing the mask; `matrix` draws it, for oracles and pictures.
+A rule takes three integer tensors that broadcast against each other, and returns a bool tensor. Rules are
+combined with `&`, `|`, `-` (difference) and `~`. They are compared and hashed by value. The period of a rule
+is a number of tokens: shifting query and key by it does not change the result. With it, `variants.ops.tiles`
+finds the empty tiles of a mask without computing the mask; `matrix` computes it, for references and figures.
 """
 
 from __future__ import annotations
@@ -17,17 +17,19 @@ import torch
 from torch import Tensor
 
 HeadRule = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""(head, query index, key index) → bool, elementwise with broadcasting. Block masks are cached by it, so it
-compares by value (a `Rule`), or is a function of a module."""
+"""(head, query index, key index) → bool, elementwise with broadcasting. It is the key of a cache of block
+masks, so it must be compared by value (a `Rule`) or be a function of a module."""
 
 
 class Rule(ABC):
-    """Base of rules. A subclass is a frozen dataclass of numbers and rules."""
+    """Base class of rules. A subclass is a frozen dataclass of numbers and rules."""
 
     @property
     def period(self) -> int | None:
-        """Tokens by which query and key can be shifted together, in both directions, also below 0, so that
-        the rule still gives the same; None where there is no such number."""
+        """A number of tokens by which query and key can be shifted together without changing the result.
+
+        Holds in both directions, also for indices below 0. None: there is no such number.
+        """
         return None
 
     @property
@@ -48,18 +50,18 @@ class Rule(ABC):
     def __sub__(self, other: Rule) -> Rule:
         return Both(self, Not(other))
 
-    def __invert__(self) -> Rule:  # not where a rule is compiled: the compiler knows binary operators alone
+    def __invert__(self) -> Rule:  # not for compiled rules: the compiler supports binary operators only
         return Not(self)
 
 
 def common_period(*rules: Rule) -> int | None:
-    """A period that all rules have, or None."""
+    """A period of all rules, or None."""
     periods = [rule.period for rule in rules]
     return None if None in periods else math.lcm(*(p for p in periods if p is not None))
 
 
 def longest_reach(*rules: Rule) -> int | None:
-    """The largest reach of several rules; None where one of them has none."""
+    """The largest reach of several rules; None if a rule has none."""
     reaches = [rule.reach for rule in rules]
     return None if None in reaches else max(r for r in reaches if r is not None)
 
@@ -73,38 +75,38 @@ class Both(Rule):
 
     @property
     def period(self) -> int | None:
-        """Of both."""
+        """A common period of both rules."""
         return common_period(self.one, self.two)
 
     @property
     def reach(self) -> int | None:
-        """The smaller one."""
+        """The smaller reach."""
         return min((r for r in (self.one.reach, self.two.reach) if r is not None), default=None)
 
     def __call__(self, head: Tensor, i: Tensor, j: Tensor) -> Tensor:
-        """And."""
+        """Logical and."""
         return self.one(head, i, j) & self.two(head, i, j)
 
 
 @dataclass(frozen=True)
 class Either(Rule):
-    """Keys that any of two rules allows."""
+    """Keys that one of two rules allows."""
 
     one: Rule
     two: Rule
 
     @property
     def period(self) -> int | None:
-        """Of both."""
+        """A common period of both rules."""
         return common_period(self.one, self.two)
 
     @property
     def reach(self) -> int | None:
-        """The larger one."""
+        """The larger reach."""
         return longest_reach(self.one, self.two)
 
     def __call__(self, head: Tensor, i: Tensor, j: Tensor) -> Tensor:
-        """Or."""
+        """Logical or."""
         return self.one(head, i, j) | self.two(head, i, j)
 
 
@@ -116,11 +118,11 @@ class Not(Rule):
 
     @property
     def period(self) -> int | None:
-        """The rule's."""
+        """The period of the rule."""
         return self.rule.period
 
     def __call__(self, head: Tensor, i: Tensor, j: Tensor) -> Tensor:
-        """Not."""
+        """Logical not."""
         return ~self.rule(head, i, j)
 
 
@@ -130,11 +132,11 @@ class Everything(Rule):
 
     @property
     def period(self) -> int:
-        """Any."""
+        """1: the result is the same everywhere."""
         return 1
 
     def __call__(self, head: Tensor, i: Tensor, j: Tensor) -> Tensor:
-        """True."""
+        """True for all pairs."""
         return i + j == j + i
 
 
@@ -144,7 +146,7 @@ class Causal(Rule):
 
     @property
     def period(self) -> int:
-        """Any: it asks for a distance."""
+        """1: the result depends only on the distance."""
         return 1
 
     def __call__(self, head: Tensor, i: Tensor, j: Tensor) -> Tensor:
@@ -154,42 +156,42 @@ class Causal(Rule):
 
 @dataclass(frozen=True)
 class Window(Rule):
-    """Keys less than `size` steps of `dilation` tokens away, on either side: size − 1 neighbours a side."""
+    """Keys at a distance of less than `size` steps of `dilation` tokens, on both sides."""
 
     size: int
     dilation: int = 1
 
     @property
     def period(self) -> int:
-        """Any: it asks for a distance."""
+        """1: the result depends only on the distance."""
         return 1
 
     @property
     def reach(self) -> int:
-        """The farthest neighbour."""
+        """The distance of the farthest key."""
         return max(0, (self.size - 1) * self.dilation)
 
     def __call__(self, head: Tensor, i: Tensor, j: Tensor) -> Tensor:
-        """|i − j| < size · dilation, and a multiple of the dilation."""
+        """|i − j| < size · dilation, and |i − j| is a multiple of the dilation."""
         distance = (i - j).abs()
-        near = distance < self.size * self.dilation
-        return near if self.dilation == 1 else near & (distance % self.dilation == 0)
+        inside = distance < self.size * self.dilation
+        return inside if self.dilation == 1 else inside & (distance % self.dilation == 0)
 
 
 @dataclass(frozen=True)
 class SameBlock(Rule):
-    """Keys of the query's own block of `length` tokens."""
+    """Keys in the same block of `length` tokens as the query."""
 
     length: int
 
     @property
     def period(self) -> int:
-        """One block."""
+        """The length of a block."""
         return self.length
 
     @property
     def reach(self) -> int:
-        """From one end of a block to the other."""
+        """The distance between the ends of a block."""
         return self.length - 1
 
     def __call__(self, head: Tensor, i: Tensor, j: Tensor) -> Tensor:
@@ -199,13 +201,13 @@ class SameBlock(Rule):
 
 @dataclass(frozen=True)
 class SameResidue(Rule):
-    """Keys a multiple of `stride` tokens away."""
+    """Keys at a distance that is a multiple of `stride` tokens."""
 
     stride: int
 
     @property
     def period(self) -> int:
-        """Any: it asks for a distance."""
+        """1: the result depends only on the distance."""
         return 1
 
     def __call__(self, head: Tensor, i: Tensor, j: Tensor) -> Tensor:
@@ -221,16 +223,16 @@ class ByHead(Rule):
 
     @property
     def period(self) -> int | None:
-        """Of all."""
+        """A common period of all rules."""
         return common_period(*self.rules)
 
     @property
     def reach(self) -> int | None:
-        """The longest."""
+        """The longest reach."""
         return longest_reach(*self.rules)
 
     def __call__(self, head: Tensor, i: Tensor, j: Tensor) -> Tensor:
-        """Each rule where its heads are."""
+        """The result of the rule of each head."""
         allowed = self.rules[0](head, i, j)
         for n, rule in enumerate(self.rules[1:], 1):
             allowed = torch.where(head % len(self.rules) == n, rule(head, i, j), allowed)
@@ -239,7 +241,7 @@ class ByHead(Rule):
 
 @dataclass(frozen=True)
 class HeadSplit(Rule):
-    """Heads below `at` follow one rule, the others another one."""
+    """Heads below `at` follow the rule `below`, all other heads the rule `others`."""
 
     at: int
     below: Rule
@@ -247,55 +249,48 @@ class HeadSplit(Rule):
 
     @property
     def period(self) -> int | None:
-        """Of both."""
+        """A common period of both rules."""
         return common_period(self.below, self.others)
 
     @property
     def reach(self) -> int | None:
-        """The longer one."""
+        """The longer reach."""
         return longest_reach(self.below, self.others)
 
     def __call__(self, head: Tensor, i: Tensor, j: Tensor) -> Tensor:
-        """Each rule where its heads are."""
+        """The result of the rule of each head."""
         return torch.where(head < self.at, self.below(head, i, j), self.others(head, i, j))
 
 
-anything, causal = Everything(), Causal()
+all_keys, causal = Everything(), Causal()
 
 
 def depends_on_head(rule: HeadRule) -> bool:
-    """Whether a rule asks for the head, so that heads may read different keys."""
+    """Whether a rule depends on the head, so that heads may read different keys."""
     head = torch.arange(2, device="cpu")[:, None, None]
     index = torch.zeros(1, 1, dtype=torch.int64, device="cpu")
     return rule(head, index, index).dim() == 3
 
 
 def by_head(rule: HeadRule, seq_len: int, heads: int) -> Tensor:
-    """(H, T, T) bool, or (1, T, T) where all heads read the same: rows are queries, columns are keys."""
+    """(H, T, T) bool, or (1, T, T) if all heads read the same keys. Rows are queries, columns are keys."""
     head, index = torch.arange(heads), torch.arange(seq_len)
     allowed = rule(head[:, None, None], index[:, None], index)
     return allowed if allowed.dim() == 3 else allowed[None]
 
 
 def matrix(rule: HeadRule, seq_len: int) -> Tensor:
-    """(T, T) bool of head 0."""
+    """(T, T) bool: the mask of head 0. Rows are queries, columns are keys."""
     return by_head(rule, seq_len, 1)[0]
 
 
-def window_pairs(seq_len: int, size: int, *, is_causal: bool) -> int:
-    """How many (query, key) pairs an undilated window allows, in closed form."""
-    reach = min(size, seq_len)
-    one_sided = reach * (reach + 1) // 2 + (seq_len - reach) * reach
-    return one_sided if is_causal else 2 * one_sided - seq_len
-
-
 def composed(layers: Sequence[Tensor]) -> Tensor:
-    """(T, T) bool: which inputs (columns) an output (row) of a stack can depend on.
+    """(T, T) bool: the inputs (columns) on which each output (row) of a stack of layers can depend.
 
-    `layers` are the masks of its layers, lowest first. Each token also keeps what it holds, as residual
-    connections let it. A window of w tokens a side reaches L·(w − 1) tokens back through L layers.
+    `layers` are the masks (T, T) of the layers, lowest first. Residual connections are included: each token
+    also depends on itself. A window of w tokens on each side reaches L·(w − 1) tokens through L layers.
     """
-    found = torch.eye(layers[0].shape[-1])
+    reachable = torch.eye(layers[0].shape[-1])
     for allowed in layers:
-        found = (found + allowed.float() @ found).clamp(max=1)
-    return found > 0
+        reachable = (reachable + allowed.float() @ reachable).clamp(max=1)
+    return reachable > 0

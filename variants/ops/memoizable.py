@@ -1,115 +1,131 @@
-"""Functions whose cost depends only on shapes; the planner runs each once and reuses the result.
+"""Functions whose cost depends only on shapes: a planner runs each once and reuses the result.
 
-A model of many layers, planned on fake tensors, goes through the same thousands of operations in each of
-them. A function marked `repeatable` is handed to the follower while there is one, which may answer for it.
+A model with many layers dispatches the same thousands of operations in each layer. The time of a plan on
+fake tensors would therefore grow with the depth (tests/test_repeats.py). A function marked `repeatable` asks
+torch's active dispatch modes for a `Memoizer`. If there is one, it runs the function or repeats its effects.
 
-The follower is the one thing here that is reached through a global. Operators with a fake implementation
-would do without: but a fake tells the shapes of results, and not how much is live within the operator at its
-peak nor what it dispatches, which is what a plan asks for. As an argument it would pass through every layer,
-autograd Function and checkpoint between the planner and the function. Without it, the time of a plan grows
-with the depth (tests/test_repeats.py).
+A custom operator with a fake implementation cannot replace this. A fake implementation states only the shapes
+of the results, whereas a plan also needs the peak memory and the FLOPs of the operations inside.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from abc import ABC, abstractmethod
+from collections.abc import Callable
 from functools import wraps
 from types import SimpleNamespace
 from typing import Any, TypeVar
 
-Follower = Callable[[Callable[..., Any], tuple[Any, ...]], Any]
-"""(work, its arguments) → what work(*arguments) returns, or the like of it."""
-Work = TypeVar("Work", bound=Callable[..., Any])
+import torch
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
-_followers: list[Follower] = []
-
-
-@contextmanager
-def following(follower: Follower) -> Iterator[None]:
-    """While inside, `follower` is given all repeatable work instead of its being done."""
-    _followers.append(follower)
-    try:
-        yield
-    finally:
-        _followers.remove(follower)
+Decorated = TypeVar("Decorated", bound=Callable[..., Any])
 
 
-def repeatable(work: Work) -> Work:
-    """Decorates a function of tensors, or both passes of a torch.autograd.Function.
+class Memoizer(ABC):
+    """Base class of dispatch modes (`TorchDispatchMode`) that take over the calls of repeatable functions."""
 
-    What it takes must follow from the shapes of the tensors it is given and from its other arguments. It may
-    write to those tensors, and must keep none elsewhere. A Function may use of its context what `Context`
-    has: anything else is an AttributeError.
+    @abstractmethod
+    def call(self, function: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+        """Return the result of function(*args), or a result with the same shapes, strides and aliases."""
+
+
+def _active_memoizer() -> Memoizer | None:
+    """Return the innermost active dispatch mode that is a Memoizer, or None.
+
+    torch keeps the modes for each thread, and restores them in the backward pass.
     """
-    found: Work = _both_passes(work) if isinstance(work, type) else _one(work)
-    return found
+    if torch.compiler.is_compiling():  # the compiler cannot trace the stack of modes
+        return None
+    modes = reversed(_get_current_dispatch_mode_stack())
+    return next((mode for mode in modes if isinstance(mode, Memoizer)), None)
 
 
-def _one(work: Any) -> Any:
-    @wraps(work)
-    def alone(args: tuple[Any, ...], options: dict[str, Any]) -> Any:
-        return work(*args, **options)
+def repeatable(decorated: Decorated) -> Decorated:
+    """Decorator of a function of tensors, or of both passes of a torch.autograd.Function.
 
-    @wraps(work)
-    def followed(*args: Any, **options: Any) -> Any:
-        return _followers[-1](alone, (args, options)) if _followers else work(*args, **options)
+    The cost must depend only on the shapes of the tensors and on the other arguments. The function may write
+    to its tensor arguments, but must not store tensors elsewhere. An autograd Function may use only those
+    attributes of its context that `FunctionContext` has; any other raises AttributeError.
+    """
+    wrapped: Decorated = _wrap_passes(decorated) if isinstance(decorated, type) else _wrap(decorated)
+    return wrapped
 
-    return followed
+
+def _wrap(function: Any) -> Any:
+    @wraps(function)
+    def call_with(args: tuple[Any, ...], options: dict[str, Any]) -> Any:
+        return function(*args, **options)
+
+    @wraps(function)
+    def wrapper(*args: Any, **options: Any) -> Any:
+        memoizer = _active_memoizer()
+        if memoizer is None:
+            return function(*args, **options)
+        return memoizer.call(call_with, (args, options))
+
+    return wrapper
 
 
-class Context(SimpleNamespace):
-    """What a Function is given in place of torch's own context."""
+class FunctionContext(SimpleNamespace):
+    """Replacement of the context (`ctx`) of a torch.autograd.Function, usable without autograd."""
 
     saved_tensors: tuple[Any, ...] = ()
     non_differentiable: tuple[Any, ...] = ()
 
     def save_for_backward(self, *tensors: Any) -> None:
-        """Keep them here."""
+        """Store the tensors in `saved_tensors`."""
         self.saved_tensors = tensors
 
     def mark_non_differentiable(self, *outputs: Any) -> None:
-        """Keep them here."""
+        """Store the outputs in `non_differentiable`."""
         self.non_differentiable = outputs
 
 
-def _both_passes(function: Any) -> Any:
+def _wrap_passes(function: Any) -> Any:
     forward, backward = function.forward, function.backward
 
     @wraps(forward)
-    def forward_alone(*args: Any) -> tuple[Any, tuple[Any, ...], list[int], dict[str, Any]]:
-        """Outputs, saved tensors, places of the outputs without a gradient, and the context's attributes."""
-        context = Context()
+    def pure_forward(*args: Any) -> tuple[Any, tuple[Any, ...], list[int], dict[str, Any]]:
+        """Return outputs, saved tensors, indices of non-differentiable outputs, and other attributes."""
+        context = FunctionContext()
         outputs = forward(context, *args)
-        kept = vars(context)
-        saved, without = kept.pop("saved_tensors", ()), kept.pop("non_differentiable", ())
-        places = [i for i, output in enumerate(_several(outputs)) if any(output is each for each in without)]
-        return outputs, saved, places, kept
+        attributes = vars(context)
+        saved = attributes.pop("saved_tensors", ())
+        without_gradient = attributes.pop("non_differentiable", ())
+        indices = [
+            index
+            for index, output in enumerate(_as_tuple(outputs))
+            if any(output is other for other in without_gradient)
+        ]
+        return outputs, saved, indices, attributes
 
     @wraps(backward)
-    def backward_alone(kept: dict[str, Any], *grads: Any) -> Any:
-        return backward(Context(**kept), *grads)
+    def pure_backward(attributes: dict[str, Any], *grads: Any) -> Any:
+        return backward(FunctionContext(**attributes), *grads)
 
     @wraps(forward)
-    def followed_forward(ctx: Any, *args: Any) -> Any:
-        if not _followers:
+    def wrapped_forward(ctx: Any, *args: Any) -> Any:
+        memoizer = _active_memoizer()
+        if memoizer is None:
             return forward(ctx, *args)
-        outputs, saved, places, ctx.kept = _followers[-1](forward_alone, args)
+        outputs, saved, indices, ctx.attributes = memoizer.call(pure_forward, args)
         ctx.save_for_backward(*saved)
-        ctx.mark_non_differentiable(*(_several(outputs)[i] for i in places))
+        ctx.mark_non_differentiable(*(_as_tuple(outputs)[index] for index in indices))
         return outputs
 
     @wraps(backward)
-    def followed_backward(ctx: Any, *grads: Any) -> Any:
-        if not _followers:
+    def wrapped_backward(ctx: Any, *grads: Any) -> Any:
+        memoizer = _active_memoizer()
+        if memoizer is None:
             return backward(ctx, *grads)
-        kept = {"saved_tensors": ctx.saved_tensors, **ctx.kept}
-        return _followers[-1](backward_alone, (kept, *grads))
+        attributes = {"saved_tensors": ctx.saved_tensors, **ctx.attributes}
+        return memoizer.call(pure_backward, (attributes, *grads))
 
-    function.forward, function.backward = staticmethod(followed_forward), staticmethod(followed_backward)
+    function.forward, function.backward = staticmethod(wrapped_forward), staticmethod(wrapped_backward)
     return function
 
 
-def _several(outputs: Any) -> tuple[Any, ...]:
-    """The outputs of a Function, which returns one by itself."""
+def _as_tuple(outputs: Any) -> tuple[Any, ...]:
+    """The outputs of a Function as a tuple; a Function with one output may return it alone."""
     return outputs if isinstance(outputs, tuple) else (outputs,)

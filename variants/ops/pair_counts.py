@@ -1,6 +1,7 @@
-"""Numbers of pairs and of keys that follow from a rule, counted without drawing the mask.
+"""Numbers of allowed pairs and of keys to keep, counted from a rule without computing the mask.
 
-A rule with a period is asked once for each distance and each query of a period, any other once for each pair.
+A rule with a period is evaluated once for each distance and each query of one period, any other rule once for
+each pair.
 """
 
 from __future__ import annotations
@@ -12,31 +13,31 @@ from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 from variants.ops.masks import Rule
-from variants.ops.regions import Region, Residue, alike_heads, local_period, residues
+from variants.ops.regions import Region, Residue, head_groups, local_period, residues
 
 STRIP = 2**22
-"""Pairs of a rule that are evaluated at a time."""
+"""Pairs for which a rule is evaluated at a time."""
 HORIZON = 1024
-"""Least number of later queries that decide what a rule of unlimited reach carries."""
+"""Minimum number of later queries that are examined for a rule of unlimited reach."""
 CACHED = 128
-"""Counts that are kept."""
+"""Number of cached counts."""
 
 
 @lru_cache(maxsize=CACHED)
 def count_pairs(region: Region, seq_len: int) -> int:
-    """Allowed pairs of a region, all its heads together."""
+    """The number of allowed pairs of a region, summed over its heads."""
     with _disable_current_modes():
         return sum(
             residue.width * (heads[1] - heads[0]) * count_sequence(region.rule, heads[0], residue)
-            for heads in alike_heads(region.rule, *region.heads)
+            for heads in head_groups(region.rule, *region.heads)
             for residue in residues(region, seq_len)
         )
 
 
 def carried_keys(rule: Rule, seq_len: int, heads: int) -> int:
-    """(head, key) pairs among the first `seq_len` tokens that a later query may read.
+    """The number of pairs (head, key) among the first `seq_len` tokens that a later query may read.
 
-    Later queries are those within the rule's reach or, where that is unlimited, as many as there were tokens,
+    Later queries are those within the reach of the rule. If it is unlimited, `seq_len` queries are examined,
     and at least `HORIZON`.
     """
     reach = rule.reach
@@ -44,7 +45,7 @@ def carried_keys(rule: Rule, seq_len: int, heads: int) -> int:
     later = max(seq_len, HORIZON) if reach is None else reach
     with _disable_current_modes():
         head = torch.arange(heads, device="cpu")[:, None, None]
-        if rule.period == 1:  # a key is read where any distance from it to a later query is
+        if rule.period == 1:  # a key is read if the distance of any later query is allowed
             distances = torch.arange(1, max(1, seq_len - first + later), device="cpu")
             allowed = _broadcast(rule, head, distances[:, None], distances.new_zeros(1, 1))[..., 0]
             farthest = (allowed * distances).amax(-1) if len(distances) else distances.new_zeros(heads)
@@ -66,22 +67,29 @@ def _broadcast(rule: Rule, head: Tensor, i: Tensor, j: Tensor) -> Tensor:
 
 
 def count_sequence(rule: Rule, head: int, residue: Residue) -> int:
-    """Allowed pairs of one sequence: by distance where the rule repeats, pair by pair elsewhere."""
+    """The number of allowed pairs of a sequence: by distance if the rule has a period, else pair by pair."""
     length, period = residue.length, local_period(rule, residue.step)
     index = torch.arange(length, device="cpu")
     if period is None or period >= length:
         strips = index.split(_rows(length))
-        return sum(int(residue.asks(rule, head, strip[:, None], index).sum()) for strip in strips)
+        return sum(int(residue.allows(rule, head, strip[:, None], index).sum()) for strip in strips)
     reach = length - 1 if rule.reach is None else min(length - 1, rule.reach // residue.step)
     distances = torch.arange(-reach, reach + 1, device="cpu")
     total = 0
     for strip in torch.arange(period, device="cpu").split(_rows(len(distances))):
         query = strip[:, None]
-        # queries of this class whose key at that distance lies in the sequence: i = query + n·period
+        # number of queries i = query + n·period whose key at this distance lies in the sequence
         low, high = distances.clamp(min=0), (length + distances).clamp(max=length)
         queries = (high - 1 - query).div(period, rounding_mode="floor") - (low - 1 - query).div(
             period, rounding_mode="floor"
         )
-        far = query + period * length  # no index below 0
-        total += int((residue.asks(rule, head, far, far - distances) * queries).sum())
+        shifted = query + period * length  # so that no index is below 0
+        total += int((residue.allows(rule, head, shifted, shifted - distances) * queries).sum())
     return total
+
+
+def window_pairs(seq_len: int, size: int, *, is_causal: bool) -> int:
+    """The number of (query, key) pairs that an undilated window of `size` allows, in closed form."""
+    reach = min(size, seq_len)
+    one_sided = reach * (reach + 1) // 2 + (seq_len - reach) * reach
+    return one_sided if is_causal else 2 * one_sided - seq_len

@@ -1,4 +1,4 @@
-"""What variants share: projections with rotary positions, the oracle, and local attention.
+"""Projections with rotary positions, masked attention as a reference, and local attention.
 
 Shapes: B batch, T tokens, C channels, H heads, D = C / H; (B, H, T, D) for queries, keys, values.
 """
@@ -18,10 +18,10 @@ TABLE_BLOCK = 128
 
 
 def rotary_table(seq_len: int, head_dim: int, like: Tensor) -> tuple[Tensor, Tensor]:
-    """Cosines and sines (T, D/2) of the rotary angles of positions 0 … T−1, dtype and device as `like`.
+    """Cosines and sines (T, D/2) of the rotary angles of positions 0 … T−1; dtype and device of `like`.
 
-    They are exact but for one rounding to that dtype. In float32 an angle of 2²⁰ radians would be off by up
-    to 0.03. Sums of two angles take one product each in place of a cosine and a sine, in float64.
+    They are computed in float64 and rounded once; in float32 an angle of 2²⁰ radians would have an error of
+    up to 0.03. The addition theorems replace most cosines and sines by products.
     """
     rate = _rates(head_dim, like)
     fine = torch.arange(TABLE_BLOCK, device=like.device, dtype=torch.float64)[:, None] * rate
@@ -34,23 +34,23 @@ def rotary_table(seq_len: int, head_dim: int, like: Tensor) -> tuple[Tensor, Ten
 
 
 def rotary_table_at(positions: Tensor, head_dim: int, like: Tensor) -> tuple[Tensor, Tensor]:
-    """`rotary_table` at positions (T,) of any kind: cosines and sines (T, D/2), rounded once."""
+    """`rotary_table` for arbitrary positions (T,): cosines and sines (T, D/2), rounded once."""
     angle = positions.to(like.device, torch.float64)[:, None] * _rates(head_dim, like)
     return angle.cos().to(like.dtype), angle.sin().to(like.dtype)
 
 
 def _rates(head_dim: int, like: Tensor) -> Tensor:
-    """Radians a position (D/2,), float64."""
+    """Angle for each position, in radians (D/2,), float64."""
     half = head_dim // 2
     channel = torch.arange(half, device=like.device, dtype=torch.float64)
     return torch.exp(channel * (-math.log(ROTARY_BASE) / half))
 
 
 def rotary(x: Tensor, positions: Tensor | None = None) -> Tensor:
-    """Rotary positions (Su 2021, arXiv:2104.09864) on x (B, T, …, D), D even; positions are 0 … T−1 or (T,).
+    """Apply rotary positions to x (B, T, …, D), D even (Su 2021, arXiv:2104.09864).
 
-    Channel i is paired with channel i + D/2, the pairing of most current code; the paper pairs
-    neighbours, which is the same map after a permutation of channels.
+    `positions` are (T,); None: 0 … T−1. Channel i is paired with channel i + D/2, as in most current code.
+    The paper pairs neighbouring channels, which is the same map after a permutation of channels.
     """
     seq_len, head_dim = x.shape[1], x.shape[-1]
     shape = (seq_len, *[1] * (x.dim() - 3), head_dim // 2)
@@ -64,9 +64,9 @@ def rotary(x: Tensor, positions: Tensor | None = None) -> Tensor:
 
 
 class _Rotation(torch.autograd.Function):
-    """Rotate channel pairs by angles; backward rotates back, so nothing of x is kept.
+    """Rotate pairs of channels. Backward rotates by the negative angles, so x is not saved.
 
-    Written into one new tensor without temporaries: fresh memory is what this operation costs.
+    The result is written to one new tensor without temporaries, because allocation dominates the time.
     """
 
     @staticmethod
@@ -99,12 +99,12 @@ class Projections(nn.Module):
         self.out = nn.Linear(d_model, d_model, bias=False)
 
     def split(self, x: Tensor, positions: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """(B, T, C) → queries and keys with rotary positions, values: each (B, H, T, D).
+        """(B, T, C) → queries and keys with rotary positions, and values: each (B, H, T, D).
 
-        `positions` (T,) are those of the tokens; None: 0 … T−1.
+        `positions` (T,) are the positions of the tokens; None: 0 … T−1.
         """
         channels = x.shape[-1]
-        # two products, because v as a view of one would keep the unrotated q and k alive beside it
+        # two products: if v were a view of one product, it would keep the unrotated q and k in memory
         w_qk, w_v = self.qkv.weight.split([2 * channels, channels])
         qk = rotary(F.linear(x, w_qk).unflatten(-1, (2, self.heads, -1)), positions)  # (B, T, 2, H, D)
         v = F.linear(x, w_v).unflatten(-1, (self.heads, -1))
@@ -112,7 +112,7 @@ class Projections(nn.Module):
         return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
 
     def merge(self, y: Tensor) -> Tensor:
-        """(B, H, T, D) → (B, T, C) through the output projection."""
+        """(B, H, T, D) → (B, T, C), by the output projection."""
         merged: Tensor = self.out(y.transpose(1, 2).flatten(2))
         return merged
 
@@ -123,19 +123,23 @@ class Projections(nn.Module):
 
 
 def masked_attention(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor) -> Tensor:
-    """The oracle: softmax(QKᵀ/√D)V over the pairs in `allowed` (…, T, T) bool. O(T²) on purpose."""
+    """The reference of all masked attention: softmax(QKᵀ/√D)V over the pairs in `allowed` (…, T, T) bool.
+
+    O(T²) by intention. A query without an allowed key gives NaN.
+    """
     scores = q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])
     scores = scores.masked_fill(~allowed.to(q.device), float("-inf"))
     return scores.softmax(dim=-1) @ v
 
 
 def local_attention(q: Tensor, k: Tensor, v: Tensor, *, window: int, causal: bool) -> Tensor:
-    """Softmax attention to the keys less than `window` positions away, (B, H, T, D) → (B, H, T, D).
+    """Softmax attention to keys at a distance of less than `window` tokens: (B, H, T, D) → (B, H, T, D).
 
-    Queries are cut into blocks of `window`. All blocks whose keys lie inside the sequence go to one
-    `scaled_dot_product_attention` call over overlapping *views* of keys and values, so nothing is
-    gathered or padded; the blocks at the ends are calls of their own. Each query is given at most
-    2·window − 1 keys (3·window − 2 without `causal`) of which it may read about half (two thirds).
+    Queries are divided into blocks of `window`. One call of `scaled_dot_product_attention` computes all
+    blocks whose keys lie inside the sequence, on overlapping *views* of keys and values, so nothing is
+    gathered or padded. The blocks at the ends of the sequence are separate calls. Scores are computed with at
+    most 2·window − 1 keys for each query (3·window − 2 if not causal), of which it may read about half (two
+    thirds).
     """
     seq_len = q.shape[2]
     if window >= seq_len:
@@ -147,35 +151,37 @@ def local_attention(q: Tensor, k: Tensor, v: Tensor, *, window: int, causal: boo
     count = max(0, (seq_len - ahead) // block - first)
     start, stop = first * block, (first + count) * block
 
-    pieces = [_edge(q, k, v, 0, min(start, seq_len), window, causal)]
+    pieces = [_end_block(q, k, v, 0, min(start, seq_len), window, causal)]
     if count:
         keys = block + reach + ahead
         lo, hi = start - reach, stop + ahead
         q_blocks = q[:, :, start:stop].flatten(0, 1).unflatten(1, (count, block))  # (BH, n, b, D)
         k_blocks = k[:, :, lo:hi].flatten(0, 1).unfold(1, keys, block).transpose(-1, -2)  # (BH, n, keys, D)
         v_blocks = v[:, :, lo:hi].flatten(0, 1).unfold(1, keys, block).transpose(-1, -2)
-        allowed = _near(block, keys, reach, window, causal, q.device)
+        allowed = _window_mask(block, keys, reach, window, causal, q.device)
         y = F.scaled_dot_product_attention(q_blocks, k_blocks, v_blocks, attn_mask=allowed)
         pieces.append(y.flatten(1, 2).unflatten(0, q.shape[:2]))
-    # the end: block by block, so that a query is never given more keys than an inner one
+    # the end of the sequence, block by block, so that no query has more keys than in an inner block
     ends = range(stop, seq_len, block)
-    pieces += [_edge(q, k, v, begin, min(begin + block, seq_len), window, causal) for begin in ends]
+    pieces += [_end_block(q, k, v, begin, min(begin + block, seq_len), window, causal) for begin in ends]
     pieces = [piece for piece in pieces if piece.shape[2]]
     return torch.cat(pieces, dim=2)
 
 
-def _near(queries: int, keys: int, offset: int, window: int, causal: bool, device: torch.device) -> Tensor:
-    """(queries, keys) bool: query a, at position `offset` + a among the keys, may read key b."""
+def _window_mask(
+    queries: int, keys: int, offset: int, window: int, causal: bool, device: torch.device
+) -> Tensor:
+    """(queries, keys) bool: may query a, which has the position `offset` + a among the keys, read key b."""
     distance = torch.arange(queries, device=device)[:, None] + offset - torch.arange(keys, device=device)
     allowed = distance < window
     return allowed & (distance >= 0) if causal else allowed & (distance > -window)
 
 
-def _edge(q: Tensor, k: Tensor, v: Tensor, begin: int, end: int, window: int, causal: bool) -> Tensor:
-    """Attention of queries [begin, end) to the keys near them that exist."""
+def _end_block(q: Tensor, k: Tensor, v: Tensor, begin: int, end: int, window: int, causal: bool) -> Tensor:
+    """Attention of queries [begin, end) to the existing keys in their windows."""
     lo, hi = max(0, begin - window + 1), end if causal else min(q.shape[2], end + window - 1)
     q, k, v = q[:, :, begin:end], k[:, :, lo:hi], v[:, :, lo:hi]
     if causal and lo == begin:  # at most `window` queries from the start: the window forbids nothing
         return F.scaled_dot_product_attention(q, k, v, is_causal=True)
-    allowed = _near(end - begin, hi - lo, begin - lo, window, causal, q.device)
+    allowed = _window_mask(end - begin, hi - lo, begin - lo, window, causal, q.device)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=allowed)

@@ -1,6 +1,6 @@
-"""Rectangles of (query, key) pairs as plain numbers, and the parts with masks that are made of them.
+"""Rectangles of (query, key) pairs as plain numbers, and their conversion to parts with masks.
 
-Numbers are found once, for any tensors; parts hold masks on the device where attention is computed.
+Rectangles are computed once for all tensors. Parts hold masks on the device where attention is computed.
 """
 
 from __future__ import annotations
@@ -13,53 +13,55 @@ from torch import Tensor
 
 from variants.ops.masks import Rule
 from variants.ops.regions import Region
-from variants.ops.strided_parts import Cut, Part
+from variants.ops.strided_parts import Part, StridedTokens
 
 
 @dataclass(frozen=True, kw_only=True)
 class Rectangle:
-    """Queries and keys that are computed together, for each group by itself; see `Part`."""
+    """Queries and keys that are computed together, separately for each group; see `Part`."""
 
     heads: tuple[int, int]
-    queries: Cut
-    keys: Cut
+    queries: StridedTokens
+    keys: StridedTokens
     causal: bool
-    """The n-th query reads keys up to the n-th."""
+    """Whether the n-th query reads the keys up to the n-th only."""
     masked: bool
-    """Not every pair is allowed, so that the rule is asked."""
+    """Whether some pairs are forbidden, so that a mask is needed."""
 
     @property
     def pairs(self) -> int:
-        """Pairs that are computed."""
+        """Number of computed pairs."""
         return Part(heads=self.heads, queries=self.queries, keys=self.keys, causal=self.causal).pairs
 
     @property
     def numbers(self) -> tuple[int, ...]:
-        """All of it as plain numbers, which the compiler takes as constants."""
+        """All fields as plain numbers, which torch.compile accepts as constants."""
         cuts = self.queries.numbers + self.keys.numbers
         return *self.heads, int(self.causal), int(self.masked), *cuts
 
     @classmethod
     def of(cls, numbers: Sequence[int]) -> Rectangle:
-        """The rectangle with these numbers."""
+        """The rectangle with these `numbers`."""
         first, last, causal, masked, *cuts = numbers
         half = len(cuts) // 2
         return cls(
             heads=(first, last),
-            queries=Cut.of(cuts[:half]),
-            keys=Cut.of(cuts[half:]),
+            queries=StridedTokens.of(cuts[:half]),
+            keys=StridedTokens.of(cuts[half:]),
             causal=bool(causal),
             masked=bool(masked),
         )
 
     def mask(self, rule: Rule, device: torch.device) -> Tensor:
-        """(queries, keys) or (heads, queries, keys) bool: what the rule allows in the first group, and in
-        every other."""
+        """(queries, keys) or (heads, queries, keys) bool: the pairs that the rule allows in each group."""
         i, j = self.queries.tokens(device), self.keys.tokens(device)
         return rule(torch.arange(*self.heads, device=device)[:, None, None], i[:, None], j)
 
-    def within(self, other: Rectangle, step: int) -> tuple[slice, slice] | None:
-        """Where this one's mask lies in another's if distances alone decide what is allowed, or None."""
+    def mask_location(self, other: Rectangle, step: int) -> tuple[slice, slice] | None:
+        """The part of the mask of `other` that equals the mask of this rectangle, or None if there is none.
+
+        Valid only for a rule that depends on the distance alone.
+        """
         ahead = (self.keys.start - self.queries.start) - (other.keys.start - other.queries.start)
         first = ahead // step
         inside = 0 <= first <= other.keys.length - self.keys.length
@@ -68,24 +70,24 @@ class Rectangle:
         return slice(self.queries.length), slice(first, first + self.keys.length)
 
 
-def parts_of(region: Region, found: Sequence[Rectangle], device: torch.device) -> list[Part]:
-    """Rectangles of a region with their masks.
+def to_parts(region: Region, rectangles: Sequence[Rectangle], device: torch.device) -> list[Part]:
+    """Convert the rectangles of a region to parts with masks.
 
-    Masks are kept for the backward pass, so tiles that the end of a sequence cuts short are given a view of a
-    whole one's mask if distances alone decide.
+    Masks stay in memory until the backward pass. Therefore rectangles at the end of the sequence, which are
+    smaller, get a view of the mask of a larger rectangle if the rule depends on the distance alone.
     """
-    drawn: list[tuple[Rectangle, Tensor]] = []
+    computed: list[tuple[Rectangle, Tensor]] = []
     parts = []
-    for rectangle in found:
+    for rectangle in rectangles:
         mask = None
         if rectangle.masked:
-            for other, whole in drawn if region.rule.period == 1 else ():
-                where = rectangle.within(other, region.step)
-                if where is not None and mask is None:
-                    mask = whole[..., where[0], where[1]]
+            for other, larger in computed if region.rule.period == 1 else ():
+                location = rectangle.mask_location(other, region.step)
+                if location is not None and mask is None:
+                    mask = larger[..., location[0], location[1]]
             if mask is None:
                 mask = rectangle.mask(region.rule, device)
-                drawn.append((rectangle, mask))
+                computed.append((rectangle, mask))
         parts.append(
             Part(
                 heads=rectangle.heads,

@@ -1,10 +1,10 @@
-"""How much is worked on at a time, by type of device.
+"""Sizes of the pieces into which a computation is divided, by type of device.
 
-On a CPU, what a piece of work makes should stay in the cache. An accelerator is given its work in launches
-of some microseconds each, and fills its cores with the large ones alone: pieces there are larger.
+On a CPU the temporaries of a piece should stay in cache. On an accelerator each launch costs some
+microseconds, and only large pieces use all cores, so pieces are larger.
 
-Functions take the type of device as an argument and never ask a tensor: a plan's tensors are fakes on the
-CPU, whatever the device that is planned for. A layer knows it (`SequenceMixer.device_type`).
+Functions get the type of device as an argument and do not read it from a tensor: the tensors of a plan are
+fake tensors of the CPU, also if the plan is for another device. A layer has `SequenceMixer.device_type`.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from typing import NamedTuple
 
 
 class Sizes(NamedTuple):
-    """One size for the CPU, and one for anything else."""
+    """A size for the CPU, and a size for all other devices."""
 
     cpu: int
     accelerator: int
 
     def on(self, device_type: str) -> int:
-        """The size for a type of device."""
+        """The size for a type of device, such as "cuda"."""
         return self.cpu if device_type == "cpu" else self.accelerator

@@ -28,8 +28,8 @@ from bench.evaluate.receptive_field import dependence
 from bench.model.language_model import LanguageModel
 from bench.model.slots import ModelSpec, feed_forward
 from bench.report.figures.style import variant_rank
-from variants.base import Context, Dims, SequenceMixer, VariantConfig, whole_mask
-from variants.input_schedule import Fed
+from variants.base import Context, Dims, SequenceMixer, VariantConfig, sequence_mask
+from variants.input_schedule import NetworkOut
 
 EPSILON = torch.finfo(torch.float64).eps
 """Gradients smaller than this share of a query's largest gradient count as zero."""
@@ -140,7 +140,7 @@ def _direction(
     for depth in range(1, sizes.layers + 1):
         model = build(variant, config, dims, depth)
         if depth == 1:
-            rule = whole_mask(model.layers[0], model.input_schedule, sizes.seq_len, causal=causal)
+            rule = sequence_mask(model.layers[0], model.input_schedule, sizes.seq_len, causal=causal)
         else:
             rule = dependence(model, sizes.seq_len, causal=causal)
         if rule is None and 1 < depth < sizes.layers:
@@ -181,10 +181,10 @@ def read(model: LanguageModel, seq_len: int, *, causal: bool, seed: int) -> Tens
     # a copy for each query, so that one backward pass gives the gradients of all of them
     x = torch.randn(1, seq_len, channels, dtype=torch.float64).repeat(seq_len, 1, 1).requires_grad_()
 
-    def layer(window: Tensor, state: Any) -> Fed:
-        return Fed(*model.layers[0](window, ctx, state)[:2])
+    def layer(window: Tensor, state: Any) -> NetworkOut:
+        return NetworkOut(*model.layers[0](window, ctx, state)[:2])
 
-    def blocks(window: Tensor, states: Any) -> Fed:
+    def blocks(window: Tensor, states: Any) -> NetworkOut:
         return model.run_visits(window, states, ctx)
 
     query = torch.arange(seq_len)

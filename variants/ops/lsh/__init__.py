@@ -1,1 +1,1 @@
-"""Locality-sensitive hashing and attention within its buckets."""
+"""Locality-sensitive hashing, and attention within its buckets."""

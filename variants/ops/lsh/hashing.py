@@ -1,4 +1,4 @@
-"""Locality-sensitive hashing: how many buckets, random rotations, and the bucket of each token.
+"""Locality-sensitive hashing: the number of buckets, random rotations, and the bucket of each token.
 
 Shapes: B batch, T tokens, H heads, D head_dim, R rounds of hashing, N = H·B sequences.
 """
@@ -15,26 +15,26 @@ from variants.ops.memoizable import repeatable
 from variants.ops.tile_size import Sizes
 
 UNIT_EPSILON = 1e-6
-"""Added in quadrature to the length of a vector before dividing by it, so that 0 has a gradient."""
+"""ε in 1 / √(‖x‖² + ε²), so that the zero vector has a gradient."""
 ONE_ROTATION = 64
-"""Most buckets that one rotation gives; more are the product of two rotations (see `factors`)."""
+"""Maximum number of buckets of one rotation; more buckets need the product of two (see `factors`)."""
 MOST_PIECES = 16
-"""Pieces of the tokens at most: projections outgrow the cache rather than a pass its thousands of calls."""
+"""Maximum number of pieces of the tokens. Longer sequences have larger pieces, to bound the operations."""
 HASH_TILE = Sizes(cpu=2**21, accelerator=2**24)
-"""Numbers that a piece of hashing projects to: they stay in the cache."""
+"""Projections computed at a time. The CPU's value keeps them in cache."""
 
 
 def inverse_length(x: Tensor) -> Tensor:
-    """1 / √(‖x‖² + ε²) over the last dimension, which is kept."""
+    """1 / √(‖x‖² + ε²) over the last dimension: (…, D) → (…, 1)."""
     length: Tensor = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
     return (length.square() + UNIT_EPSILON**2).rsqrt()
 
 
 def factors(n_buckets: int) -> tuple[int, ...]:
-    """Buckets of each rotation, all even, with product n_buckets; () for a single bucket.
+    """Return the number of buckets of each rotation: even factors of n_buckets; () for a single bucket.
 
-    One rotation to n buckets costs T·D·n/2; the product of two, to √n each, far less.
-    Raises ValueError where n_buckets is no such product.
+    One rotation to n buckets costs T·D·n/2 multiplications. Two rotations to about √n buckets each cost less.
+    Raises ValueError if n_buckets is not such a product.
     """
     if n_buckets == 1:
         return ()
@@ -51,17 +51,17 @@ def factors(n_buckets: int) -> tuple[int, ...]:
     return 2 * small, 2 * (half // small)
 
 
-def least_buckets(wanted: int) -> int:
-    """The least number of buckets ≥ `wanted` that is cheap to hash to.
+def least_buckets(minimum: int) -> int:
+    """The smallest number of buckets ≥ `minimum` that is cheap to hash to.
 
-    That is 1, an even number up to `ONE_ROTATION`, or beyond it the product of two even numbers of which
-    the larger is at most twice the smaller.
+    It is 1, an even number up to `ONE_ROTATION`, or a larger product of two even numbers of which the larger
+    is at most twice the smaller.
     """
-    if wanted <= 1:
+    if minimum <= 1:
         return 1
-    if wanted <= ONE_ROTATION:
-        return wanted + wanted % 2
-    n = wanted + -wanted % 4
+    if minimum <= ONE_ROTATION:
+        return minimum + minimum % 2
+    n = minimum + -minimum % 4
     while True:
         small, large = factors(n)
         if large <= 2 * small:
@@ -77,10 +77,10 @@ def rotations(
     device: torch.device,
     seed: int | None = None,
 ) -> list[Tensor]:
-    """A random (H, D, R·f/2) for each factor f: normal, float32, on `device`.
+    """Draw a normal float32 tensor (H, D, R·f/2) on `device` for each factor f.
 
-    Drawn from the device's global generator, or with a seed from a generator of their own on the CPU. A
-    round's numbers are the same however many rounds come after it.
+    Without a seed, the device's global generator is used; with a seed, a new generator on the CPU. The
+    numbers of a round do not depend on the number of later rounds.
     """
     halves = [size // 2 for size in sizes]
     shape = rounds, heads, head_dim, sum(halves)
@@ -91,10 +91,10 @@ def rotations(
     return [part.permute(1, 2, 0, 3).flatten(2) for part in drawn.split(halves, dim=-1)] if sizes else []
 
 
-# An operator, because torch.compile cannot trace a generator.
+# an operator, because torch.compile cannot trace a generator
 @torch.library.custom_op("longctx_bench::seeded_normal", mutates_args=())
 def seeded_normal(shape: Sequence[int], seed: int, device: torch.device) -> Tensor:
-    """Normal float32 numbers on `device`, the same for a seed on every device."""
+    """Draw normal float32 numbers; the same seed gives the same numbers on every device."""
     source = torch.Generator().manual_seed(seed)
     return torch.randn(shape, dtype=torch.float32, generator=source).to(device)
 
@@ -107,12 +107,13 @@ def _(shape: Sequence[int], seed: int, device: torch.device) -> Tensor:
 @torch.no_grad()
 @repeatable
 def hash_rows(x: Tensor, given: list[Tensor], rounds: int, device_type: str | None = None) -> Tensor:
-    """(B, T, H, D) → bucket of every token in every round, (R, N, T) int64 with N = (H, B).
+    """Compute the bucket of each token in each round: x (B, T, H, D) → (R, N, T) int64 with N = (H, B).
 
-    h(x) = argmax [xR; −xR] (Andoni 2015, arXiv:1509.02897), computed as the first of the largest |xR|
-    and its sign, where 0 counts as positive. Float32 whatever the dtype of x: in half precision nearby
-    projections tie and the bucket depends on the kernel. In pieces over the tokens, because the
-    projections are T × R × buckets numbers. The work is cut for a type of device; None: that of x.
+    h(x) = argmax [xR; −xR] (Andoni 2015, arXiv:1509.02897), computed as the first largest |xR| and its sign,
+    where 0 counts as positive. `given` are the matrices R of `rotations`. Products are float32 for any dtype
+    of x: in half precision nearby projections are equal, and the bucket depends on the kernel. The tokens are
+    hashed in pieces, because the projections are T × R × buckets numbers. `device_type` decides the size of
+    the pieces; None: the device of x.
     """
     batch, seq_len, heads, _ = x.shape
     buckets = torch.zeros(rounds, heads, batch * seq_len, dtype=torch.int64, device=x.device)
@@ -123,11 +124,11 @@ def hash_rows(x: Tensor, given: list[Tensor], rounds: int, device_type: str | No
         with torch.autocast(x.device.type, enabled=False):
             for start in range(0, batch * seq_len, step):
                 piece = by_head[:, start : start + step].float()
-                found = buckets[:, :, start : start + step]
+                bucket = buckets[:, :, start : start + step]
                 for rotation in given:
                     half = rotation.shape[-1] // rounds
                     y = torch.bmm(piece, rotation).unflatten(-1, (rounds, half))  # (H, n, R, f/2)
                     best = y.abs().argmax(dim=-1, keepdim=True)
                     side = (y.gather(-1, best) < 0).long()
-                    found.mul_(2 * half).add_((best + half * side).squeeze(-1).permute(2, 0, 1))
+                    bucket.mul_(2 * half).add_((best + half * side).squeeze(-1).permute(2, 0, 1))
     return buckets.view(rounds, heads * batch, seq_len)
