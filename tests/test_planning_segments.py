@@ -16,8 +16,8 @@ from bench.measure.step import DistinctSegments, StepFigures, Subject, on_host, 
 from bench.model.language_model import LanguageModel
 from bench.model.slots import ModelSpec
 from bench.tasks import text
-from variants.attention.compressive import COMPRESSIONS
 from variants.base import Workload
+from variants.ops.compression import COMPRESSIONS
 
 CPU = torch.device("cpu")
 

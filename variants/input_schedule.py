@@ -82,6 +82,10 @@ class InputSchedule(ABC):
         """The tokens so far of each window that token T will be part of, or that has to be kept for it."""
         return [seq_len]
 
+    def stateless_unsupported(self) -> str | None:
+        """Return why a layer that carries no state cannot be fed in this way, or None."""
+        return None
+
 
 @dataclass(frozen=True)
 class Whole(InputSchedule):
@@ -102,16 +106,26 @@ class Segments(Whole):
 
     Each segment is trained on by itself: state is detached, so backward never leaves a segment. A layer that
     carries no state reads its segment alone, and its positions restart there.
+
+    `at_once` segments, or all segments of a sequence if it is None, are given to the network together, as one
+    window. A layer that carries state divides this window into segments itself, with the result that it has
+    segment by segment.
     """
 
     length: int
+    at_once: int | None = 1
 
     def __str__(self) -> str:
-        return f"segments of {self.length} tokens"
+        together = "" if self.at_once == 1 else f", {self.at_once or 'all'} at once"
+        return f"segments of {self.length} tokens{together}"
 
     def segments(self, seq_len: int) -> list[slice]:
-        """Full segments, then what is left."""
-        return [slice(i, min(i + self.length, seq_len)) for i in range(0, seq_len, self.length)]
+        """Return groups of `at_once` segments, then the rest."""
+        return _slices(seq_len, seq_len if self.at_once is None else self.at_once * self.length)
+
+    def split(self, seq_len: int) -> list[slice]:
+        """Return the single segments of a sequence or a group: full ones, then the rest."""
+        return _slices(seq_len, self.length)
 
     def windows(self, seq_len: int, *, carried: bool) -> list[tuple[int, int]]:
         """The whole sequence of a layer that carries state; else the full segments and the last."""
@@ -124,13 +138,23 @@ class Segments(Whole):
         """The layer's own where it carries state; else that of each segment by itself."""
         if carried:
             return mask_of(seq_len)
-        masks = [mask_of(segment.stop - segment.start) for segment in self.segments(seq_len)]
+        masks = [mask_of(segment.stop - segment.start) for segment in self.split(seq_len)]
         known = [mask for mask in masks if mask is not None]
         return torch.block_diag(*known).bool() if len(known) == len(masks) else None
 
     def open_windows(self, seq_len: int) -> list[int]:
         """The segment that has begun and not ended."""
         return [seq_len % self.length]
+
+    def stateless_unsupported(self) -> str | None:
+        """Such a layer is called once for each window, which must be one segment."""
+        if self.at_once == 1:
+            return None
+        return "reads one segment alone, because it carries no state; allowed is one segment at once"
+
+
+def _slices(seq_len: int, length: int) -> list[slice]:
+    return [slice(i, min(i + length, seq_len)) for i in range(0, seq_len, length)]
 
 
 @dataclass(frozen=True)

@@ -20,9 +20,10 @@ from bench.model.language_model import LanguageModel
 from bench.model.slots import ModelSpec
 from bench.tasks.text import Batch
 from bench.train.loop import optimizer_for, training_step
-from variants.attention.compressive import COMPRESSIONS, Compressive, CompressiveConfig, State
+from variants.attention.compressive import Compressive, CompressiveConfig, State
 from variants.attention.transformer_xl import TransformerXL, TransformerXLConfig
 from variants.base import Context, Workload
+from variants.ops.compression import COMPRESSIONS
 
 SMALL: list[dict[str, Any]] = [
     {"segment": 12, "mem_len": 9, "comp_len": 3, "rate": 4},
@@ -214,7 +215,7 @@ class Undetached(Compressive):
 
     def _advance(self, x: Tensor, state: State, received: Tensor | None) -> tuple[State, int, Tensor | None]:
         held = torch.cat([state.memory, x], dim=1)
-        fallen = self.config.falls(state.memory.shape[1], x.shape[1])
+        fallen = self.config.rule.falls(state.memory.shape[1], x.shape[1])
         queue = state.compressed
         if fallen:
             queue = torch.cat([queue, self.compressor(held[:, :fallen], None)], dim=1)

@@ -16,9 +16,9 @@ from torch.utils._pytree import tree_leaves
 import variants
 from bench.model.language_model import LanguageModel
 from bench.model.slots import ModelSpec
-from variants.attention.compressive import COMPRESSIONS
 from variants.base import Context, Workload
-from variants.ops.relative_attention import Recurrent
+from variants.ops.compression import COMPRESSIONS
+from variants.ops.recurrent import Recurrent
 
 NAMES = [name for name in variants.mixers() if issubclass(variants.load(name), Recurrent)]
 

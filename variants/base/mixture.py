@@ -16,7 +16,7 @@ from variants.input_schedule import InputSchedule, Whole
 def common_schedule(slots: tuple[SlotSpec[SequenceMixer], ...]) -> InputSchedule:
     """The input schedule that all members can be fed by: the one that some need, or whole sequences.
 
-    Raises ValueError, in one line, for members that need different ones.
+    Raises ValueError, in one line, for members that need different ones or cannot be fed so.
     """
     needs = [(slot.name, slot.layer.input_schedule(slot.config)) for slot in slots]
     own = [(name, schedule) for name, schedule in needs if schedule != Whole()]
@@ -24,7 +24,12 @@ def common_schedule(slots: tuple[SlotSpec[SequenceMixer], ...]) -> InputSchedule
         first, wanted = own[0]
         if schedule != wanted:
             raise ValueError(f"{first} is fed in {wanted} and {name} in {schedule}; allowed is one for all")
-    return own[0][1] if own else Whole()
+    schedule = own[0][1] if own else Whole()
+    for slot in slots:
+        reason = None if slot.layer.info.caps.stateful else schedule.stateless_unsupported()
+        if reason:
+            raise ValueError(f"{own[0][0]} is fed in {schedule}, but {slot.name} {reason}")
+    return schedule
 
 
 class Mixture(Variant):
