@@ -21,16 +21,28 @@ from variants.ops.compression import COMPRESSIONS
 
 CPU = torch.device("cpu")
 
-sizes = {"segment": st.integers(1, 20), "mem_len": st.integers(0, 30)}
+sizes = {
+    "segment": st.integers(1, 20),
+    "mem_len": st.integers(0, 30),
+    "segments_at_once": st.sampled_from([1, 2, "all"]),
+}
 compressed = {
     "comp_len": st.integers(0, 8),
     "rate": st.integers(1, 25),
     "compression": st.sampled_from(sorted(COMPRESSIONS)),
 }
+
+
+def one_by_one(configuration: tuple[str, dict[str, Any]]) -> tuple[str, dict[str, Any]]:
+    """most_used has no form for several segments at once."""
+    name, knobs = configuration
+    return name, knobs | ({"segments_at_once": 1} if knobs.get("compression") == "most_used" else {})
+
+
 configurations = st.one_of(
     st.tuples(st.just("transformer_xl"), st.fixed_dictionaries(sizes)),
     st.tuples(st.just("compressive"), st.fixed_dictionaries({**sizes, **compressed})),
-)
+).map(one_by_one)
 
 
 def subject_of(name: str, knobs: dict[str, Any], *, seq_len: int, batch: int = 2, **changed: Any) -> Subject:
@@ -83,6 +95,24 @@ sampled = given(
     batch=2,
     depth=1,
     activations="keep",
+    dtype=torch.float32,
+)
+@example(  # groups of two segments, the last of one and a half
+    configuration=(
+        "compressive",
+        {
+            "segment": 6,
+            "mem_len": 8,
+            "comp_len": 3,
+            "rate": 2,
+            "compression": "conv",
+            "segments_at_once": 2,
+        },
+        69,
+    ),
+    batch=2,
+    depth=2,
+    activations="checkpoint",
     dtype=torch.float32,
 )
 @example(  # a last segment of one token

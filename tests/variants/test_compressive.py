@@ -28,6 +28,7 @@ from variants.ops.compression import COMPRESSIONS
 SMALL: list[dict[str, Any]] = [
     {"segment": 12, "mem_len": 9, "comp_len": 3, "rate": 4},
     {"segment": 16, "mem_len": 16, "comp_len": 2, "rate": 3, "compression": "most_used"},
+    {"segment": 8, "mem_len": 9, "comp_len": 5, "rate": 3, "segments_at_once": 3},
 ]
 
 CPU = torch.device("cpu")
@@ -237,6 +238,18 @@ def test_pattern_is_what_is_read(compression: str, sizes: tuple[int, ...]) -> No
     assert torch.equal(grad.ne(0).any(dim=-1), layer.attention_mask(tokens, causal=True))
 
 
+def test_several_segments_at_once_are_refused_where_one_decides_the_next() -> None:
+    """most_used chooses by the attention of earlier segments."""
+    knobs: dict[str, Any] = {"segment": 4, "mem_len": 4, "segments_at_once": 2, "compression": "most_used"}
+    reason = Compressive.unsupported(CompressiveConfig(**knobs), dims(64), causal=True)
+    assert str(reason).startswith("segments_at_once=2: most_used ")
+    with pytest.raises(
+        ValueError, match=r"^input of 8 tokens: most_used .*; allowed is up to segment=4 tokens$"
+    ):
+        run(make(**knobs), data(20))
+    assert Compressive.unsupported(CompressiveConfig(**knobs, comp_len=0), dims(64), causal=True) is None
+
+
 def test_what_content_decides_has_no_pattern() -> None:
     assert make("most_used").attention_mask(8, causal=True) is None
 
@@ -261,20 +274,26 @@ def test_gates(compression: str, tokens: int, knobs: dict[str, int]) -> None:
     assert gates.reference_error(Compressive, config, size, 0, CPU, causal=True) < 1e-5
 
 
-@pytest.mark.parametrize("compression", NAMES)
-def test_dispatched_flops(compression: str) -> None:
+@pytest.mark.parametrize(
+    ("compression", "at_once"),
+    [(name, 1) for name in NAMES] + [(name, "all") for name in NAMES if name != "most_used"],
+)
+def test_dispatched_flops(compression: str, at_once: Any) -> None:
     size = dims(1000, batch=2, channels=64, heads=4)
-    layer = Compressive(CompressiveConfig(compression=compression), size)
+    layer = Compressive(CompressiveConfig(compression=compression, segments_at_once=at_once), size)
     with CountFlops() as counted, torch.no_grad():
         run(layer, torch.randn(2, 1000, 64))
     formula = layer.cost(replace(size, causal=True))
     assert gates.cost_ratio(counted.total, formula, layer.flop_overhead_reason) < 1.4
 
 
-@pytest.mark.parametrize("compression", NAMES)
-def test_training_dispatches_the_reconstruction_besides(compression: str) -> None:
+@pytest.mark.parametrize(
+    ("compression", "at_once"),
+    [(name, 1) for name in NAMES] + [(name, "all") for name in NAMES if name != "most_used"],
+)
+def test_training_dispatches_the_reconstruction_besides(compression: str, at_once: Any) -> None:
     size = dims(1000, batch=2, channels=64, heads=4)
-    layer = Compressive(CompressiveConfig(compression=compression), size)
+    layer = Compressive(CompressiveConfig(compression=compression, segments_at_once=at_once), size)
     x, found = torch.randn(2, 1000, 64), []
     for training in (False, True):
         with CountFlops() as counted, torch.set_grad_enabled(training):
