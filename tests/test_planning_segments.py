@@ -33,16 +33,10 @@ compressed = {
 }
 
 
-def one_by_one(configuration: tuple[str, dict[str, Any]]) -> tuple[str, dict[str, Any]]:
-    """most_used has no form for several segments at once."""
-    name, knobs = configuration
-    return name, knobs | ({"segments_at_once": 1} if knobs.get("compression") == "most_used" else {})
-
-
 configurations = st.one_of(
     st.tuples(st.just("transformer_xl"), st.fixed_dictionaries(sizes)),
     st.tuples(st.just("compressive"), st.fixed_dictionaries({**sizes, **compressed})),
-).map(one_by_one)
+)
 
 
 def subject_of(name: str, knobs: dict[str, Any], *, seq_len: int, batch: int = 2, **changed: Any) -> Subject:

@@ -216,7 +216,7 @@ class Undetached(Compressive):
 
     def _advance(self, x: Tensor, state: State, received: Tensor | None) -> tuple[State, int, Tensor | None]:
         held = torch.cat([state.memory, x], dim=1)
-        fallen = self.config.rule.falls(state.memory.shape[1], x.shape[1])
+        fallen = self.rule.falls(state.memory.shape[1], x.shape[1])
         queue = state.compressed
         if fallen:
             queue = torch.cat([queue, self.compressor(held[:, :fallen], None)], dim=1)
@@ -236,18 +236,6 @@ def test_pattern_is_what_is_read(compression: str, sizes: tuple[int, ...]) -> No
     own = run(open_, x)[0][torch.arange(tokens), torch.arange(tokens)]  # of sequence t, the output at t
     (grad,) = torch.autograd.grad(own.sum(), x)
     assert torch.equal(grad.ne(0).any(dim=-1), layer.attention_mask(tokens, causal=True))
-
-
-def test_several_segments_at_once_are_refused_where_one_decides_the_next() -> None:
-    """most_used chooses by the attention of earlier segments."""
-    knobs: dict[str, Any] = {"segment": 4, "mem_len": 4, "segments_at_once": 2, "compression": "most_used"}
-    reason = Compressive.unsupported(CompressiveConfig(**knobs), dims(64), causal=True)
-    assert str(reason).startswith("segments_at_once=2: most_used ")
-    with pytest.raises(
-        ValueError, match=r"^input of 8 tokens: most_used .*; allowed is up to segment=4 tokens$"
-    ):
-        run(make(**knobs), data(20))
-    assert Compressive.unsupported(CompressiveConfig(**knobs, comp_len=0), dims(64), causal=True) is None
 
 
 def test_what_content_decides_has_no_pattern() -> None:
@@ -274,10 +262,8 @@ def test_gates(compression: str, tokens: int, knobs: dict[str, int]) -> None:
     assert gates.reference_error(Compressive, config, size, 0, CPU, causal=True) < 1e-5
 
 
-@pytest.mark.parametrize(
-    ("compression", "at_once"),
-    [(name, 1) for name in NAMES] + [(name, "all") for name in NAMES if name != "most_used"],
-)
+@pytest.mark.parametrize("at_once", [1, "all"])
+@pytest.mark.parametrize("compression", NAMES)
 def test_dispatched_flops(compression: str, at_once: Any) -> None:
     size = dims(1000, batch=2, channels=64, heads=4)
     layer = Compressive(CompressiveConfig(compression=compression, segments_at_once=at_once), size)
@@ -287,10 +273,8 @@ def test_dispatched_flops(compression: str, at_once: Any) -> None:
     assert gates.cost_ratio(counted.total, formula, layer.flop_overhead_reason) < 1.4
 
 
-@pytest.mark.parametrize(
-    ("compression", "at_once"),
-    [(name, 1) for name in NAMES] + [(name, "all") for name in NAMES if name != "most_used"],
-)
+@pytest.mark.parametrize("at_once", [1, "all"])
+@pytest.mark.parametrize("compression", NAMES)
 def test_training_dispatches_the_reconstruction_besides(compression: str, at_once: Any) -> None:
     size = dims(1000, batch=2, channels=64, heads=4)
     layer = Compressive(CompressiveConfig(compression=compression, segments_at_once=at_once), size)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import assume, example, given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from oracles import EXACT, difference, dims_for, feed, make_layer, numbers
 from torch import Tensor
@@ -243,7 +243,6 @@ def test_segments_at_once_are_the_segments_in_turn(
 ) -> None:
     """Outputs, losses, state and gradients."""
     name, knobs = configuration
-    assume(knobs.get("compression") != "most_used")
     got = outcome(name, {**knobs, "segments_at_once": at_once}, tokens, batch)
     assert_equal_outcomes(got, outcome(name, knobs, tokens, batch), EXACT)
 

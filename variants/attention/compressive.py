@@ -9,14 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from variants.base import Caps, Complexity, Context, Cost, Dims, Info, MixerOut, VariantConfig, Workload
+from variants.base import Caps, Complexity, Context, Cost, Dims, Info, MixerOut, Workload
 from variants.knobs import knob
 from variants.ops.compression import (
     COMPRESSIONS,
@@ -44,7 +43,7 @@ class CompressiveConfig(RecurrentConfig):
     """How memories are compressed. mean or max pooling, conv or dilated_conv (learnt), most_used (those that
     got most attention)."""
 
-    @cached_property
+    @property
     def rule(self) -> MemoryRule:
         """The sizes of memory and compressed memory."""
         return MemoryRule(segment=self.segment, mem_len=self.mem_len, comp_len=self.comp_len, rate=self.rate)
@@ -84,7 +83,7 @@ class Compressive(Recurrent):
 
     Several segments at once: only inputs of the layer are compressed, so the compressed memories of all
     segments are known before the attention. most_used is the exception: its choice depends on the attention
-    of earlier segments.
+    of earlier segments, so the layer computes segment after segment.
 
     Cost compared with `transformer_xl`, segment = mem_len = 512 and comp_len = 128 at T = 16,384: a third
     more FLOPs, for an eighth more keys, the convolution and the loss. Most of the loss is the attention to
@@ -109,6 +108,7 @@ class Compressive(Recurrent):
 
     def __init__(self, config: CompressiveConfig, dims: Dims, layer: int = 0) -> None:
         super().__init__(config, dims, layer)
+        self.rule = config.rule
         # drawn last, and only where used, so that everything else is as in transformer_xl
         make = COMPRESSIONS[config.compression] if config.comp_len else Compressor
         self.compressor = make(dims.d_model, config.rate)
@@ -119,25 +119,13 @@ class Compressive(Recurrent):
                 f"{type(self).flop_overhead_reason}; training also attends twice for the reconstruction loss"
             )
 
-    @classmethod
-    def unsupported(cls, config: VariantConfig, dims: Dims, *, causal: bool) -> str | None:
-        """With most_used, segments are computed one by one."""
-        assert isinstance(config, CompressiveConfig)
-        one_by_one = config.comp_len and config.compression == "most_used"
-        if one_by_one and config.segments_at_once != 1:
-            return (
-                f"segments_at_once={config.segments_at_once}: most_used chooses by the attention of earlier "
-                "segments, which must be known; allowed is 1"
-            )
-        return super().unsupported(config, dims, causal=causal)
-
     def auxiliary_parameters(self) -> Iterator[nn.Parameter]:
         """The compressor's: the task never reaches them."""
         return self.compressor.parameters()
 
     def group(self, seq_len: int, memory: int, compressed: int) -> Group:
         """The sizes of a group of segments that begins with memories of these sizes."""
-        return group_of(self.config.rule, seq_len, memory, compressed)
+        return group_of(self.rule, seq_len, memory, compressed)
 
     def runs(self, seq_len: int, memory: int, compressed: int) -> tuple[SegmentRun, ...]:
         """Both memories grow up to their lengths."""
@@ -146,12 +134,12 @@ class Compressive(Recurrent):
     def forward(self, x: Tensor, ctx: Context, state: State | None = None) -> MixerOut:
         """(B, T, C) → MixerOut, for one segment or a group of them.
 
-        Raises ValueError where not causal, and for several segments with most_used.
+        Raises ValueError where not causal.
         """
         if state is None:
             state = self._blank(x)
         if x.shape[1] > self.config.segment:
-            return self._forward_group(x, state)
+            return self._forward_in_turn(x, ctx, state) if self.counts else self._forward_group(x, state)
         found = self.attend(x, torch.cat([state.compressed, state.memory], dim=1), count=self.counts)
         after, fallen, compressed = self._advance(x, state, found.usage)
         loss = None
@@ -160,17 +148,21 @@ class Compressive(Recurrent):
             loss = self._reconstruction(found.q, found.kv, keys, compressed)
         return MixerOut(found.y, after, loss)
 
+    def _forward_in_turn(self, x: Tensor, ctx: Context, state: State) -> MixerOut:
+        """The segments of a group one by one, for most_used."""
+        outputs = []
+        for segment in self.config.schedule.split(x.shape[1]):
+            out = self.forward(x[:, segment], ctx, state)
+            outputs.append(out.y)
+            state = out.state
+        return MixerOut(torch.cat(outputs, dim=1), state)
+
     def _forward_group(self, x: Tensor, state: State) -> MixerOut:
-        if self.counts:
-            raise ValueError(
-                f"input of {x.shape[1]} tokens: most_used takes one segment at a time; allowed is up to "
-                f"segment={self.config.segment} tokens"
-            )
         group = self.group(x.shape[1], state.memory.shape[1], state.compressed.shape[1])
         held = slide(state.memory, x, 0) if state.memory.shape[1] else x.detach()
         made = self._compress_group(held, group)
         stream = torch.cat([state.compressed, *(self._kept(new) for new in made if new is not None)], dim=1)
-        known = stream.shape[1] - self.config.rule.new(group.runs[-1].sizes.fallen)
+        known = stream.shape[1] - self.rule.new(group.runs[-1].sizes.fallen)
         found = self.attend_group(x, state.memory, group.runs, (stream[:, :known], group.read))
         losses = [
             run.segments * self._reconstruction(q, kv, slice(c, c + run.sizes.fallen), new.flatten(0, 1))
@@ -214,7 +206,7 @@ class Compressive(Recurrent):
         """
         tokens = x.shape[1]
         held = slide(state.memory, x, 0)
-        fallen = self.config.rule.falls(state.memory.shape[1], tokens)
+        fallen = self.rule.falls(state.memory.shape[1], tokens)
         usage = mean_usage = None
         if received is not None and state.usage is not None:
             held_tokens = held.shape[1]
@@ -287,12 +279,13 @@ class Compressive(Recurrent):
 
     def stretches(self, seq_len: int) -> tuple[Stretch, ...]:
         """The segments of a sequence."""
-        return stretches(self.config.rule, self.compressor.reach, seq_len)
+        return stretches(self.rule, self.compressor.reach, seq_len)
 
     def cost(self, work: Workload) -> Cost:
         """The groups of a sequence, each with the memories that exist by then, and the compression."""
         total, memory, compressed = Cost(), 0, 0
-        for part in self.config.schedule.segments(work.seq_len):
+        schedule = self.config.schedule
+        for part in (schedule.split if self.counts else schedule.segments)(work.seq_len):
             group = self.group(part.stop - part.start, memory, compressed)
             memory, compressed = group.memory, group.compressed
             fallen = sum(run.segments * self.compressor.flops(run.sizes.fallen) for run in group.runs)

@@ -6,13 +6,11 @@ Shapes: B batch, T tokens, S tokens of a segment, M positions of memory, C chann
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from variants.base import Caps, Complexity, Context, Cost, Info, MixerOut, Workload
-from variants.input_schedule import Segments
 from variants.ops import masks
 from variants.ops.recurrent import Recurrent, RecurrentConfig, slide
 from variants.ops.segment_windows import SegmentRun, SegmentSizes, runs_of
@@ -21,15 +19,6 @@ from variants.ops.segment_windows import SegmentRun, SegmentSizes, runs_of
 @dataclass(frozen=True, kw_only=True)
 class TransformerXLConfig(RecurrentConfig):
     """Knobs of segment-level recurrence."""
-
-
-@lru_cache(maxsize=16)
-def _runs(segment: int, mem_len: int, seq_len: int, memory: int) -> tuple[SegmentRun, ...]:
-    """Cached, because every layer of a model asks for the same runs several times."""
-    parts = Segments(segment).split(seq_len)
-    return runs_of(
-        [SegmentSizes(part.stop - part.start, min(memory + part.start, mem_len)) for part in parts]
-    )
 
 
 class TransformerXL(Recurrent):
@@ -56,7 +45,11 @@ class TransformerXL(Recurrent):
 
     def runs(self, seq_len: int, memory: int, compressed: int = 0) -> tuple[SegmentRun, ...]:
         """The memory grows up to mem_len."""
-        return _runs(self.config.segment, self.config.mem_len, seq_len, memory)
+        parts = self.config.schedule.split(seq_len)
+        reads = [min(memory + part.start, self.config.mem_len) for part in parts]
+        return runs_of(
+            [SegmentSizes(part.stop - part.start, read) for part, read in zip(parts, reads, strict=True)]
+        )
 
     def forward(self, x: Tensor, ctx: Context, state: Tensor | None = None) -> MixerOut:
         """(B, T, C) → MixerOut, for one segment or a group; the state is the memory (B, ≤ mem_len, C).

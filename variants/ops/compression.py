@@ -155,12 +155,8 @@ class Group(NamedTuple):
     """Number of compressed memories after the group."""
 
 
-@lru_cache(maxsize=16)
 def group_of(rule: MemoryRule, seq_len: int, memory: int, compressed: int) -> Group:
-    """Return the sizes of a group of `seq_len` tokens that begins with memories of these sizes.
-
-    Cached, because every layer of a model asks for the same group several times.
-    """
+    """Return the sizes of a group of `seq_len` tokens that begins with memories of these sizes."""
     sizes = rule.sizes(seq_len, memory, compressed)
     runs, read, made = runs_of(sizes), [], compressed
     for run in runs:

@@ -8,8 +8,7 @@ Shapes: B sequences, P tokens of a stream, C channels, H heads, D = C / H, N seg
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from itertools import groupby
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -51,10 +50,12 @@ class SegmentRun(NamedTuple):
 def runs_of(sizes: Sequence[SegmentSizes]) -> tuple[SegmentRun, ...]:
     """Return the runs of a group of segments, in order."""
     runs: list[SegmentRun] = []
-    start = 0
-    for equal, segments in groupby(sizes):
-        runs.append(SegmentRun(start, len(list(segments)), equal))
-        start += runs[-1].length
+    for each in sizes:  # torch.compile cannot trace itertools.groupby
+        if runs and runs[-1].sizes == each:
+            start, segments, _ = runs.pop()
+        else:
+            start, segments = runs[-1].start + runs[-1].length if runs else 0, 0
+        runs.append(SegmentRun(start, segments + 1, each))
     return tuple(runs)
 
 
@@ -73,9 +74,22 @@ class Span(NamedTuple):
 
     def parts(self) -> list[tuple[int, Span]]:
         """Return (offset, span) of the parts of each window that are as long as the stride, or shorter.
-        Windows of one part do not overlap, so a view of them can be written to."""
+        Windows of one part do not overlap, so that a view of them can be written to."""
         offsets = range(0, self.length, self.stride)
         return [(i, Span(self.start + i, min(self.stride, self.length - i), self.stride)) for i in offsets]
+
+    def writable(self, stream: Tensor, count: int) -> Iterator[tuple[slice, Tensor]]:
+        """Views (B, N', length, …) of windows that do not overlap, and the segments that each view is of.
+
+        torch.compile writes to `Tensor.unfold` as if there were nothing between the windows, hence slices.
+        """
+        before = count if self.length == self.stride else count - 1
+        stop = self.start + before * self.stride
+        if before:
+            strides = stream[:, self.start : stop].unflatten(1, (before, self.stride))
+            yield slice(0, before), strides[:, :, : self.length]
+        if before < count:
+            yield slice(before, count), stream[:, None, stop : stop + self.length]
 
 
 def fold(x: Tensor, run: SegmentRun, heads: int) -> Tensor:
@@ -106,7 +120,7 @@ class _Windows(torch.autograd.Function):
         windows = []
         for run, count in enumerate(counts):
             parts = [
-                _by_head(of_runs[run].of(stream, count), heads)
+                _by_head(of_runs[run].of(stream, count).transpose(2, 3), heads)
                 for stream, of_runs in zip(streams, spans, strict=True)
                 if of_runs[run].length
             ]
@@ -122,15 +136,16 @@ class _Windows(torch.autograd.Function):
             for total, of_runs in zip(totals, ctx.spans, strict=True):
                 span: Span = of_runs[run]
                 for offset, part in span.parts():
-                    windows = _by_head(part.of(total, count), ctx.heads)
-                    windows.add_(by_segment.narrow(4, begin + offset, part.length))
+                    new = by_segment.narrow(4, begin + offset, part.length)
+                    for segments, windows in part.writable(total, count):
+                        _by_head(windows, ctx.heads).add_(new[:, :, :, segments])
                 begin += span.length
         return None, None, None, *totals
 
 
 def _by_head(windows: Tensor, heads: int) -> Tensor:
-    """View (B, N, 2·C, J) as (2, H, B, N, J, D)."""
-    viewed: Tensor = windows.unflatten(2, (2, heads, -1)).permute(2, 3, 0, 1, 5, 4)
+    """View (B, N, J, 2·C) as (2, H, B, N, J, D)."""
+    viewed: Tensor = windows.unflatten(3, (2, heads, -1)).permute(3, 4, 0, 1, 2, 5)
     return viewed
 
 
