@@ -3,6 +3,9 @@
 Shapes: B batch, T tokens of a group of segments, S tokens of a segment, M positions of memory, M_c compressed
 memories, F positions that fall out of the memory after a segment, N segments of a run, c compression rate,
 C channels, H heads, D = C / H.
+
+Over 300 lines: the form for one segment, the form for a group of segments and the readable reference compute
+the same and are read side by side.
 """
 
 from __future__ import annotations
