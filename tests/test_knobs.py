@@ -45,11 +45,12 @@ SUITS = {
     str: ["3"],
     str | None: [None, "3"],
     int | None: [None, 3],
+    int | Literal["all"]: [3],
     tuple[int, ...]: [(), (3,)],
     tuple[str, ...]: [(), ("3",)],
 }
-"""Type of a knob → those of `VALUES` that are of it; their size may still be refused. No choice of words has
-any of them."""
+"""Type of a knob → those of `VALUES` that are of it; their size may still be refused. No word of a choice is
+among them."""
 TYPED = {
     bool: "3",
     int: "2.5",
@@ -57,6 +58,7 @@ TYPED = {
     str: "[a]",
     str | None: "[a]",
     int | None: "2.5",
+    int | Literal["all"]: "2.5",
     tuple[int, ...]: "[2.5]",
     tuple[str, ...]: "[[a]]",
 }

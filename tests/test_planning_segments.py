@@ -16,17 +16,23 @@ from bench.measure.step import DistinctSegments, StepFigures, Subject, on_host, 
 from bench.model.language_model import LanguageModel
 from bench.model.slots import ModelSpec, feed_forward
 from bench.tasks import text
-from variants.attention.compressive import COMPRESSIONS
 from variants.base import Workload
+from variants.ops.compression import COMPRESSIONS
 
 CPU = torch.device("cpu")
 
-sizes = {"segment": st.integers(1, 20), "mem_len": st.integers(0, 30)}
+sizes = {
+    "segment": st.integers(1, 20),
+    "mem_len": st.integers(0, 30),
+    "segments_at_once": st.sampled_from([1, 2, "all"]),
+}
 compressed = {
     "comp_len": st.integers(0, 8),
     "rate": st.integers(1, 25),
     "compression": st.sampled_from(sorted(COMPRESSIONS)),
 }
+
+
 configurations = st.one_of(
     st.tuples(st.just("transformer_xl"), st.fixed_dictionaries(sizes)),
     st.tuples(st.just("compressive"), st.fixed_dictionaries({**sizes, **compressed})),
@@ -87,6 +93,24 @@ sampled = given(
     batch=2,
     depth=1,
     activations="keep",
+    dtype=torch.float32,
+)
+@example(  # groups of two segments, the last of one and a half
+    configuration=(
+        "compressive",
+        {
+            "segment": 6,
+            "mem_len": 8,
+            "comp_len": 3,
+            "rate": 2,
+            "compression": "conv",
+            "segments_at_once": 2,
+        },
+        69,
+    ),
+    batch=2,
+    depth=2,
+    activations="checkpoint",
     dtype=torch.float32,
 )
 @example(  # a last segment of one token

@@ -82,6 +82,10 @@ class InputSchedule(ABC):
         """The numbers of tokens so far of all windows that the next token, T, belongs to or needs."""
         return [seq_len]
 
+    def stateless_unsupported(self) -> str | None:
+        """Return why a layer that carries no state cannot be fed in this way, or None."""
+        return None
+
 
 @dataclass(frozen=True)
 class WholeSequence(InputSchedule):
@@ -102,16 +106,26 @@ class Segments(WholeSequence):
 
     State is detached, so gradients do not cross the border of a segment. A layer without state reads only the
     current segment, and its positions restart in each segment.
+
+    `at_once` segments, or all segments of a sequence if it is None, are given to the network together, as one
+    window. A layer with state divides this window into segments itself, with the same result as segment by
+    segment.
     """
 
     length: int
+    at_once: int | None = 1
 
     def __str__(self) -> str:
-        return f"segments of {self.length} tokens"
+        together = "" if self.at_once == 1 else f", {self.at_once or 'all'} at once"
+        return f"segments of {self.length} tokens{together}"
 
     def segments(self, seq_len: int) -> list[slice]:
-        """Full segments, then a shorter last one."""
-        return [slice(i, min(i + self.length, seq_len)) for i in range(0, seq_len, self.length)]
+        """Groups of `at_once` full segments, then a shorter last one."""
+        return _slices(seq_len, seq_len if self.at_once is None else self.at_once * self.length)
+
+    def split(self, seq_len: int) -> list[slice]:
+        """The single segments of a sequence or a group: full ones, then a shorter last one."""
+        return _slices(seq_len, self.length)
 
     def windows(self, seq_len: int, *, carried: bool) -> list[tuple[int, int]]:
         """The whole sequence for a layer with state; else the full segments and a shorter last one."""
@@ -124,13 +138,23 @@ class Segments(WholeSequence):
         """The mask of the whole sequence for a layer with state; else one block for each segment."""
         if carried:
             return mask_of(seq_len)
-        masks = [mask_of(segment.stop - segment.start) for segment in self.segments(seq_len)]
+        masks = [mask_of(segment.stop - segment.start) for segment in self.split(seq_len)]
         known = [mask for mask in masks if mask is not None]
         return torch.block_diag(*known).bool() if len(known) == len(masks) else None
 
     def open_windows(self, seq_len: int) -> list[int]:
         """The current segment."""
         return [seq_len % self.length]
+
+    def stateless_unsupported(self) -> str | None:
+        """Such a layer is called once for each window, which must be one segment."""
+        if self.at_once == 1:
+            return None
+        return "reads one segment alone, because it has no state; allowed is one segment at once"
+
+
+def _slices(seq_len: int, length: int) -> list[slice]:
+    return [slice(i, min(i + length, seq_len)) for i in range(0, seq_len, length)]
 
 
 @dataclass(frozen=True)

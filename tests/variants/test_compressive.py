@@ -20,13 +20,15 @@ from bench.model.language_model import LanguageModel
 from bench.model.slots import ModelSpec, feed_forward
 from bench.tasks.text import Batch
 from bench.train.loop import optimizer_for, training_step
-from variants.attention.compressive import COMPRESSIONS, Compressive, CompressiveConfig, State
+from variants.attention.compressive import Compressive, CompressiveConfig, State
 from variants.attention.transformer_xl import TransformerXL, TransformerXLConfig
 from variants.base import Context, Workload
+from variants.ops.compression import COMPRESSIONS
 
 SMALL: list[dict[str, Any]] = [
     {"segment": 12, "mem_len": 9, "comp_len": 3, "rate": 4},
     {"segment": 16, "mem_len": 16, "comp_len": 2, "rate": 3, "compression": "most_used"},
+    {"segment": 8, "mem_len": 9, "comp_len": 5, "rate": 3, "segments_at_once": 3},
 ]
 
 CPU = torch.device("cpu")
@@ -214,7 +216,7 @@ class Undetached(Compressive):
 
     def _advance(self, x: Tensor, state: State, received: Tensor | None) -> tuple[State, int, Tensor | None]:
         held = torch.cat([state.memory, x], dim=1)
-        fallen = self.config.falls(state.memory.shape[1], x.shape[1])
+        fallen = self.rule.falls(state.memory.shape[1], x.shape[1])
         queue = state.compressed
         if fallen:
             queue = torch.cat([queue, self.compressor(held[:, :fallen], None)], dim=1)
@@ -260,20 +262,22 @@ def test_gates(compression: str, tokens: int, knobs: dict[str, int]) -> None:
     assert gates.reference_error(Compressive, config, size, 0, CPU, causal=True) < 1e-5
 
 
+@pytest.mark.parametrize("at_once", [1, "all"])
 @pytest.mark.parametrize("compression", NAMES)
-def test_dispatched_flops(compression: str) -> None:
+def test_dispatched_flops(compression: str, at_once: Any) -> None:
     size = dims(1000, batch=2, channels=64, heads=4)
-    layer = Compressive(CompressiveConfig(compression=compression), size)
+    layer = Compressive(CompressiveConfig(compression=compression, segments_at_once=at_once), size)
     with CountFlops() as counted, torch.no_grad():
         run(layer, torch.randn(2, 1000, 64))
     formula = layer.cost(replace(size, causal=True))
     assert gates.cost_ratio(counted.total, formula, layer.flop_overhead_reason) < 1.4
 
 
+@pytest.mark.parametrize("at_once", [1, "all"])
 @pytest.mark.parametrize("compression", NAMES)
-def test_training_dispatches_the_reconstruction_besides(compression: str) -> None:
+def test_training_dispatches_the_reconstruction_besides(compression: str, at_once: Any) -> None:
     size = dims(1000, batch=2, channels=64, heads=4)
-    layer = Compressive(CompressiveConfig(compression=compression), size)
+    layer = Compressive(CompressiveConfig(compression=compression, segments_at_once=at_once), size)
     x, found = torch.randn(2, 1000, 64), []
     for training in (False, True):
         with CountFlops() as counted, torch.set_grad_enabled(training):

@@ -242,6 +242,11 @@ def test_a_plan_of_a_mixture_is_what_its_step_takes() -> None:
     [
         (["dens"], r"variant=dens: unknown; there are .*; did you mean dense\?"),
         (["hybrid"], r"hybrid is itself a mixture; allowed are variants with one kind of layer"),
+        (
+            ["transformer_xl(segments_at_once=4)", "dense"],
+            r"transformer_xl needs segments of 256 tokens, 4 at once, but dense reads one segment alone, "
+            r"because it has no state; allowed is one segment at once$",
+        ),
         (["longformer(windw=5)"], r"windw: longformer has no such knob; there are .*; did you mean window\?"),
         (["longformer(window=0)"], r"longformer\(window=0\): window=\[0\]: allowed is "),
         (["longformer(window=two)"], r"longformer\(window=two\): window="),

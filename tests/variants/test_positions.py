@@ -11,7 +11,7 @@ from oracles import EXACT, difference, dims_for, make_layer, numbers
 import variants
 from variants.base import Context
 from variants.ops.projections import rotary, rotary_table, rotary_table_at
-from variants.ops.relative_attention import Recurrent
+from variants.ops.recurrent import Recurrent
 
 TOKENS = 40
 SMALL: dict[str, dict[str, Any]] = {

@@ -1,4 +1,5 @@
-"""What all variants with a memory of earlier segments promise: of their state, and of the other objective."""
+"""What all variants with a memory of earlier segments promise: of their state, of the other objective, and of
+several segments at once."""
 
 from __future__ import annotations
 
@@ -11,14 +12,19 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from oracles import EXACT, difference, dims_for, feed, make_layer, numbers
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import variants
+from bench.evaluate.nll import tally
 from bench.model.language_model import LanguageModel
 from bench.model.slots import ModelSpec, feed_forward
-from variants.attention.compressive import COMPRESSIONS
+from bench.tasks.text import Batch
+from bench.train.loop import training_step
 from variants.base import Context, Workload
-from variants.ops.relative_attention import Recurrent
+from variants.input_schedule import Segments
+from variants.ops.compression import COMPRESSIONS
+from variants.ops.recurrent import Recurrent
 
 NAMES = [name for name in variants.mixers() if issubclass(variants.load(name), Recurrent)]
 
@@ -174,3 +180,155 @@ def test_compiled_segments_are_the_layers(name: str) -> None:
         found.append([*outputs, *torch.autograd.grad(roots.sum(), inputs, materialize_grads=True)])
     for eager, compiled in zip(*found, strict=True):
         assert difference(compiled, eager) <= EXACT
+
+
+# several segments at once
+
+
+def outcome(
+    name: str, knobs: dict[str, Any], tokens: int, batch: int, dtype: torch.dtype = torch.float64
+) -> list[Tensor | None]:
+    """Outputs, the sum of the auxiliary losses, the last state, and all gradients of a random direction."""
+    layer = built(name, knobs, tokens, batch).to(dtype)
+    x = numbers(batch, tokens, layer.dims.d_model).detach().to(dtype).requires_grad_()
+    state, outputs, losses = None, [], []
+    for segment in layer.input_schedule(layer.config).segments(tokens):
+        out = layer(x[:, segment], Context(causal=True), state)
+        state = out.state
+        outputs.append(out.y)
+        losses += [out.aux_loss] if out.aux_loss is not None else []
+    y = torch.cat(outputs, dim=1)
+    loss = sum(losses[1:], losses[0]) if losses else None
+    roots, directions = [y], [numbers(*y.shape, seed=3).detach().to(dtype)]
+    if loss is not None:
+        roots, directions = [*roots, loss], [*directions, torch.full_like(loss, 2.5)]
+    gradients = torch.autograd.grad(roots, [x, *layer.parameters()], directions, materialize_grads=True)
+    return [y, loss, *tree_leaves(state), *gradients]
+
+
+def assert_equal_outcomes(got: list[Tensor | None], want: list[Tensor | None], tolerance: float) -> None:
+    for one, other in zip(got, want, strict=True):
+        assert (one is None) == (other is None)
+        if one is not None and other is not None:
+            assert difference(one, other) <= tolerance
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    configuration=configurations,
+    at_once=st.sampled_from([2, 3, 5, "all"]),
+    tokens=st.integers(1, 80),
+    batch=st.sampled_from([1, 3]),
+)
+@example(configuration=("transformer_xl", {"segment": 6, "mem_len": 0}), at_once="all", tokens=45, batch=2)
+@example(configuration=("transformer_xl", {"segment": 6, "mem_len": 15}), at_once=2, tokens=45, batch=2)
+@example(  # a memory shorter than a segment, and a segment that leaves more compressed memories than are kept
+    configuration=(
+        "compressive",
+        {"segment": 10, "mem_len": 3, "comp_len": 2, "rate": 2, "compression": "dilated_conv"},
+    ),
+    at_once=3,
+    tokens=67,
+    batch=2,
+)
+@example(  # a memory whose size changes from segment to segment
+    configuration=(
+        "compressive",
+        {"segment": 4, "mem_len": 9, "comp_len": 5, "rate": 3, "compression": "conv"},
+    ),
+    at_once="all",
+    tokens=50,
+    batch=1,
+)
+def test_segments_at_once_are_the_segments_in_turn(
+    configuration: tuple[str, dict[str, Any]], at_once: int | str, tokens: int, batch: int
+) -> None:
+    """Outputs, losses, state and gradients."""
+    name, knobs = configuration
+    got = outcome(name, {**knobs, "segments_at_once": at_once}, tokens, batch)
+    assert_equal_outcomes(got, outcome(name, knobs, tokens, batch), EXACT)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_segments_at_once_are_the_segments_in_turn_in_float32(name: str) -> None:
+    sizes = {"segment": 32, "mem_len": 40}
+    got = outcome(name, {**sizes, "segments_at_once": "all"}, 300, 2, torch.float32)
+    assert_equal_outcomes(got, outcome(name, sizes, 300, 2, torch.float32), 2e-6)
+
+
+class Operations(TorchDispatchMode):
+    """Counts the operations inside it."""
+
+    number = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.number += 1
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("name", "knobs"), [("transformer_xl", {}), ("compressive", {"comp_len": 4})])
+def test_operations_do_not_grow_with_the_segments_at_once(name: str, knobs: dict[str, Any]) -> None:
+    """Once the memories are full."""
+    found = []
+    for tokens in (64, 128):
+        with Operations() as counted:
+            outcome(name, {"segment": 8, "mem_len": 8, "segments_at_once": "all", **knobs}, tokens, 1)
+        found.append(counted.number)
+    assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("activations", ["keep", "checkpoint", "sqrt", "selective", "reversible"])
+@pytest.mark.parametrize("name", NAMES)
+def test_a_model_trains_and_is_evaluated_alike(name: str, activations: str) -> None:
+    """Loss and gradients of a training step, and the nll of each position, whatever is done at once. Logits,
+    and the gradients that begin with them, are float32."""
+    tokens = torch.randint(0, 11, (2, 60), generator=torch.Generator().manual_seed(3))
+    batch = Batch(tokens, tokens.roll(-1, 1))
+    found = []
+    for at_once in (1, 3, "all"):
+        torch.manual_seed(0)
+        variant = variants.load(name)
+        config = variant.Config(segment=8, mem_len=12, segments_at_once=at_once)
+        model = LanguageModel(
+            ModelSpec.of(variant, config, ff_mult=2),
+            dims_for(60, 2),
+            depth=2,
+            dropout=0.0,
+            vocabulary=11,
+            activations=activations,
+        ).double()
+        scored = tally(model, [batch], causal=True, device=torch.device("cpu"))
+        loss = training_step(model, torch.optim.SGD(model.parameters(), lr=0), batch, causal=True)
+        gradients = [parameter.grad for parameter in model.parameters()]
+        found.append([loss, torch.from_numpy(scored.nats), *gradients])
+    for got in found[1:]:
+        for one, other in zip(got, found[0], strict=True):
+            assert (one - other).abs().max() <= 1e-5 * other.abs().max()
+
+
+def test_memory_is_said_to_grow_where_all_segments_are_kept() -> None:
+    for name in NAMES:
+        variant = variants.load(name)
+        claimed = [
+            variant.info_for(variant.Config(segments_at_once=n)).complexity.memory for n in (1, 8, "all")
+        ]
+        assert claimed == [0, 0, 1]
+
+
+def test_known_keys_are_not_computed_again() -> None:
+    """Segments at once cost what they cost in turn, without the keys of a memory that the group contains."""
+    work = dims_for(64)
+    for name in NAMES:
+        one, all_ = (
+            built(name, {"segment": 8, "mem_len": 8, "segments_at_once": n}, 64, 1).cost(work)
+            for n in (1, "all")
+        )
+        assert all_.parts["attention"] == one.parts["attention"]
+        assert all_.parts["memory"] < one.parts["memory"]
+        assert all_.tokenwise == one.tokenwise
+
+
+def test_groups_are_cut_from_the_sequence() -> None:
+    assert Segments(4, 2).segments(19) == [slice(0, 8), slice(8, 16), slice(16, 19)]
+    assert Segments(4, None).segments(19) == [slice(0, 19)]
+    assert Segments(4, 2).split(7) == Segments(4).segments(7) == [slice(0, 4), slice(4, 7)]

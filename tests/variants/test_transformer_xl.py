@@ -25,9 +25,13 @@ from variants import load
 from variants.attention.transformer_xl import TransformerXL, TransformerXLConfig
 from variants.base import Context, Workload
 from variants.input_schedule import Chunks, NetworkOut
-from variants.ops.relative_attention import BLOCK, Recurrent, _RelativeAttention, plain_attention, slide
+from variants.ops.recurrent import Recurrent, slide
+from variants.ops.relative_attention import BLOCK, _RelativeAttention, plain_attention
 
-SMALL: list[dict[str, Any]] = [{"segment": 12, "mem_len": 17}]
+SMALL: list[dict[str, Any]] = [
+    {"segment": 12, "mem_len": 17},
+    {"segment": 8, "mem_len": 11, "segments_at_once": 3},
+]
 
 CPU = torch.device("cpu")
 
@@ -262,6 +266,7 @@ def test_slide_drops_from_the_oldest() -> None:
         (1, {}),
         (45, {"segment": 8, "mem_len": 5}),
         (45, {"segment": 64, "mem_len": 0}),
+        (45, {"segment": 8, "mem_len": 5, "segments_at_once": "all"}),
         (150, {"segment": 140}),
     ],
 )
@@ -274,12 +279,19 @@ def test_gates(tokens: int, knobs: dict[str, int]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("tokens", "segment", "mem_len", "most"),
-    [(1000, 256, 256, 1.4), (700, 512, 512, 1.5), (300, 40, 200, 1.1)],
+    ("tokens", "segment", "mem_len", "at_once", "most"),
+    [
+        (1000, 256, 256, 1, 1.4),
+        (700, 512, 512, 1, 1.5),
+        (300, 40, 200, 1, 1.1),
+        (1000, 256, 256, "all", 1.4),
+        (300, 40, 200, 3, 1.1),
+    ],
 )
-def test_dispatched_flops(tokens: int, segment: int, mem_len: int, most: float) -> None:
+def test_dispatched_flops(tokens: int, segment: int, mem_len: int, at_once: Any, most: float) -> None:
     size = dims(tokens, batch=2, channels=64, heads=4)
-    layer = TransformerXL(TransformerXLConfig(segment=segment, mem_len=mem_len), size)
+    config = TransformerXLConfig(segment=segment, mem_len=mem_len, segments_at_once=at_once)
+    layer = TransformerXL(config, size)
     with CountFlops() as counted, torch.no_grad():
         run(layer, torch.randn(2, tokens, 64))
     formula = layer.cost(replace(size, causal=True))
@@ -377,7 +389,7 @@ def test_autocast_runs_and_is_near() -> None:
     torch.testing.assert_close(got.float(), want, rtol=0.05, atol=0.05)
 
 
-@pytest.mark.parametrize(("knob", "value"), [("segment", 0), ("mem_len", -1)])
+@pytest.mark.parametrize(("knob", "value"), [("segment", 0), ("mem_len", -1), ("segments_at_once", 0)])
 def test_bad_knobs_are_refused_by_name(knob: str, value: int) -> None:
     with pytest.raises(ValueError, match=f"{knob}={value}"):
         TransformerXLConfig(**{knob: value})

@@ -1,125 +1,43 @@
 """Compressive Transformer: memories too old for Transformer-XL, compressed (Rae 2019, arXiv:1911.05507).
 
-Shapes: B batch, T tokens, S tokens of a segment, M positions of memory, M_c compressed memories, F positions
-that fall out of the memory after a segment, c compression rate, C channels.
+Shapes: B batch, T tokens of a group of segments, S tokens of a segment, M positions of memory, M_c compressed
+memories, F positions that fall out of the memory after a segment, N segments of a run, c compression rate,
+C channels, H heads, D = C / H.
+
+Over 300 lines: the form for one segment, the form for a group of segments and the readable reference compute
+the same and are read side by side.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from variants.base import Caps, Complexity, Context, Cost, Dims, Info, MixerOut, VariantConfig, Workload
-from variants.input_schedule import Segments
+from variants.base import Caps, Complexity, Context, Cost, Dims, Info, MixerOut, Workload
 from variants.knobs import knob
-from variants.ops.relative_attention import Attended, Recurrent, slide
-
-
-class Compressor(nn.Module):
-    """(B, F, C) → (B, F / c, C), F a multiple of c: the mean of each group of c."""
-
-    reach = 0
-    """Positions outside its own group, on either side, that a compressed memory depends on."""
-
-    def __init__(self, d_model: int, rate: int) -> None:
-        super().__init__()
-        self.d_model, self.rate = d_model, rate
-
-    def groups(self, x: Tensor) -> Tensor:
-        """(B, F / c, c, C)."""
-        grouped: Tensor = x.unflatten(1, (-1, self.rate))
-        return grouped
-
-    def forward(self, fallen: Tensor, usage: Tensor | None) -> Tensor:
-        """`usage` (B, F) is the mean attention that each position received, where the memory counts it."""
-        return self.groups(fallen).mean(dim=2)
-
-    def flops(self, fallen: int) -> int:
-        """Forward FLOPs of one sequence's F positions."""
-        return 0
-
-
-class MaxPool(Compressor):
-    """The largest of each group, channel by channel."""
-
-    def forward(self, fallen: Tensor, usage: Tensor | None) -> Tensor:
-        """See `Compressor`."""
-        return self.groups(fallen).amax(dim=2)
-
-
-class MostUsed(Compressor):
-    """The F / c positions that received most attention, in their order."""
-
-    def forward(self, fallen: Tensor, usage: Tensor | None) -> Tensor:
-        """See `Compressor`."""
-        assert usage is not None
-        kept = usage.topk(fallen.shape[1] // self.rate, dim=1).indices.sort(dim=1).values
-        return fallen.gather(1, kept[..., None].expand(-1, -1, fallen.shape[2]))
-
-
-class Conv(Compressor):
-    """A convolution with kernel and stride c, written as one linear map of each group."""
-
-    def __init__(self, d_model: int, rate: int) -> None:
-        super().__init__(d_model, rate)
-        self.pool = nn.Linear(rate * d_model, d_model, bias=False)
-
-    def forward(self, fallen: Tensor, usage: Tensor | None) -> Tensor:
-        """See `Compressor`."""
-        pooled: Tensor = self.pool(self.groups(fallen).flatten(2))
-        return pooled
-
-    def flops(self, fallen: int) -> int:
-        """Each position is multiplied by one C × C matrix."""
-        return 2 * fallen * self.d_model**2
-
-
-class DilatedConv(Conv):
-    """A convolution with kernel 3 and dilation 2 over what falls out together, a GELU, then `Conv`.
-
-    The paper names dilated convolutions and gives no sizes: these are ours. Ends are padded with zeros.
-    """
-
-    reach = 2
-
-    def __init__(self, d_model: int, rate: int) -> None:
-        super().__init__(d_model, rate)
-        self.spread = nn.Linear(3 * d_model, d_model, bias=False)
-
-    def forward(self, fallen: Tensor, usage: Tensor | None) -> Tensor:
-        """See `Compressor`."""
-        tokens, padded = fallen.shape[1], F.pad(fallen, (0, 0, self.reach, self.reach))
-        taps = [padded[:, i : i + tokens] for i in (0, self.reach, 2 * self.reach)]
-        return super().forward(F.gelu(self.spread(torch.cat(taps, dim=-1))), usage)
-
-    def flops(self, fallen: int) -> int:
-        """Three matrices a position more than `Conv`."""
-        return 4 * super().flops(fallen)
-
-
-COMPRESSIONS: dict[str, type[Compressor]] = {
-    "mean": Compressor,
-    "max": MaxPool,
-    "conv": Conv,
-    "dilated_conv": DilatedConv,
-    "most_used": MostUsed,
-}
+from variants.ops.compression import (
+    COMPRESSIONS,
+    Compressor,
+    Group,
+    MemoryRule,
+    MostUsed,
+    Stretch,
+    group_of,
+    stretches,
+)
+from variants.ops.recurrent import Recurrent, RecurrentConfig, slide
+from variants.ops.segment_windows import SegmentRun
 
 
 @dataclass(frozen=True, kw_only=True)
-class CompressiveConfig(VariantConfig):
+class CompressiveConfig(RecurrentConfig):
     """Knobs of compressed memory."""
 
-    segment: int = knob(256, least=1, unit="tokens")
-    """Tokens that are processed, and trained on, at a time."""
-    mem_len: int = knob(256, least=0, unit="tokens")
-    """Positions before the segment whose hidden states each layer keeps as they are; 0 for none."""
     comp_len: int = knob(64, least=0, unit="memories")
     """Compressed memories that each layer keeps beyond those; 0 for none, which is Transformer-XL."""
     rate: int = knob(4, least=1, unit="memories")
@@ -128,10 +46,10 @@ class CompressiveConfig(VariantConfig):
     """How memories are compressed. mean or max pooling, conv or dilated_conv (learnt), most_used (those that
     got most attention)."""
 
-    def falls(self, memory: int, tokens: int) -> int:
-        """Positions that leave a memory of this size when a segment enters it."""
-        over = max(0, memory + tokens - self.mem_len)
-        return over - over % self.rate if self.comp_len else over
+    @property
+    def rule(self) -> MemoryRule:
+        """The sizes of memory and compressed memory."""
+        return MemoryRule(segment=self.segment, mem_len=self.mem_len, comp_len=self.comp_len, rate=self.rate)
 
 
 class State(NamedTuple):
@@ -145,65 +63,41 @@ class State(NamedTuple):
     """(B, M) sum over the queries so far of the attention to each memory, mean over heads; for most_used."""
 
 
-class Stretch(NamedTuple):
-    """The sizes at one segment of a sequence, which its length alone decides."""
-
-    segment: slice
-    memory: int
-    compressed: int
-    first: int
-    """The earliest token that the segment can read, compressed or not."""
-    fallen: int
-    """Positions compressed after the segment."""
-
-
-@lru_cache(maxsize=16)
-def _stretches(config: CompressiveConfig, reach: int, seq_len: int) -> tuple[Stretch, ...]:
-    """Kept, because every layer of a model asks for it several times: 0.1 s at a million tokens."""
-    found, memory = [], 0
-    queue: list[int] = []  # the earliest token that each compressed memory depends on
-    for segment in Segments(config.segment).segments(seq_len):
-        oldest = segment.start - memory
-        fallen = config.falls(memory, segment.stop - segment.start)
-        found.append(Stretch(segment, memory, len(queue), min(queue, default=oldest), fallen))
-        if config.comp_len:
-            groups = range(oldest, oldest + fallen, config.rate)
-            queue += [max(oldest, group - reach) for group in groups]
-            queue = queue[-config.comp_len :]
-        memory += segment.stop - segment.start - fallen
-    return tuple(found)
-
-
 class Compressive(Recurrent):
     """Transformer-XL with a second, compressed memory beyond the first (§3).
 
-    Every query reads the compressed memories, the memory, and its segment up to itself, in this order;
-    relative positions count along it, so that a compressed memory is one position.
+    Every query reads the compressed memories, the memory, and its segment up to itself, in this order.
+    Relative positions count along it, so that a compressed memory is one position.
 
-    After a segment, what no longer fits in the memory is compressed in groups of `rate`, the oldest
-    first. Where it is no whole number of groups, the rest stays in the memory, readable, until its group
-    is full; the memory then holds up to rate − 1 positions more than mem_len.
+    After a segment, the positions that no longer fit in the memory are compressed in groups of `rate`, the
+    oldest first. If their number is not a multiple of `rate`, the rest stays in the memory, readable, until
+    its group is full; the memory then has up to rate − 1 positions more than mem_len.
 
     The attention-reconstruction loss (§3.1, algorithm 2) is the mean squared difference between content
-    attention (q·k, no positions) to what fell out and to its compression. Queries, keys' and values'
-    projections and memories are detached in it, so it trains the compressor alone; compressed memories
-    are carried detached, so the task trains everything else. It is `MixerOut.aux_loss`, computed where
-    gradients are: evaluation does without, and `cost` does not count it (`flop_overhead_reason` says so, and
-    `reconstruction_flops` how much it is). Pooling and most_used learn nothing and have none.
+    attention (q·k, no positions) to the positions that fell out and to their compression. Queries, the
+    projections of keys and values, and memories are detached in it, so it trains only the compressor.
+    Compressed memories are carried detached, so the task trains everything else. The loss is
+    `MixerOut.aux_loss`, the sum over segments. It is computed only where gradients are: evaluation does not
+    compute it, and `cost` does not count it (`flop_overhead_reason` says so, and `reconstruction_flops`
+    counts it). Pooling and most_used learn nothing and have no loss.
 
-    The default, conv, is the paper's best (§4.1), and has its rate · C² parameters: at rate 4, as many as
-    all of a dense layer's projections. Pooling has none.
+    The default, conv, is the paper's best (§4.1), and has rate · C² parameters: at rate 4, as many as all
+    projections of a dense layer. Pooling has none.
 
-    Cost beside `transformer_xl`, segment = mem_len = 512 and comp_len = 128 at T = 16,384: a third more
-    FLOPs, for the eighth more keys, the convolution and the loss, most of which is the attention to
-    what fell out; without positions, it cannot be taken from the layer's own. Measured on two cores,
-    median of three rounds: 0.39 of the time of dense attention (`transformer_xl` 0.28).
+    Several segments at once: only inputs of the layer are compressed, so the compressed memories of all
+    segments are known before the attention. most_used is the exception: its choice depends on the attention
+    of earlier segments, so the layer computes segment after segment.
+
+    Cost compared with `transformer_xl`, segment = mem_len = 512 and comp_len = 128 at T = 16,384: a third
+    more FLOPs, for an eighth more keys, the convolution and the loss. Most of the loss is the attention to
+    the positions that fell out; it has no positions, so it is not part of the layer's attention. Measured on
+    two cores, median of three rounds: 0.39 of the time of dense attention (`transformer_xl` 0.28).
 
     Deviations from the paper: those of `transformer_xl`; the loss is a mean, not a sum, over tokens and
     channels, so that it does not grow with the batch; most_used ranks by the mean attention over all
-    queries that could read a position, those of its own segment included. The package
-    compressive-transformer-pytorch reconstructs the attention to the whole memory, not only, as Algorithm 2
-    does, to what falls out.
+    queries that could read a position, including those of its own segment. The package
+    compressive-transformer-pytorch reconstructs the attention to the whole memory, whereas Algorithm 2 does
+    so only for the positions that fall out.
     """
 
     Config = CompressiveConfig
@@ -217,6 +111,7 @@ class Compressive(Recurrent):
 
     def __init__(self, config: CompressiveConfig, dims: Dims, layer: int = 0) -> None:
         super().__init__(config, dims, layer)
+        self.rule = config.rule
         # drawn last, and only where used, so that everything else is as in transformer_xl
         make = COMPRESSIONS[config.compression] if config.comp_len else Compressor
         self.compressor = make(dims.d_model, config.rate)
@@ -231,37 +126,90 @@ class Compressive(Recurrent):
         """The compressor's: the task never reaches them."""
         return self.compressor.parameters()
 
-    @classmethod
-    def input_schedule(cls, config: VariantConfig) -> Segments:
-        """Segments in order, the last as long as what is left."""
-        assert isinstance(config, CompressiveConfig)
-        return Segments(config.segment)
+    def group(self, seq_len: int, memory: int, compressed: int) -> Group:
+        """The sizes of a group of segments that begins with memories of these sizes."""
+        return group_of(self.rule, seq_len, memory, compressed)
+
+    def runs(self, seq_len: int, memory: int, compressed: int) -> tuple[SegmentRun, ...]:
+        """Both memories grow up to their lengths."""
+        return self.group(seq_len, memory, compressed).runs
 
     def forward(self, x: Tensor, ctx: Context, state: State | None = None) -> MixerOut:
-        """(B, S, C) → MixerOut. Raises ValueError where not causal."""
+        """(B, T, C) → MixerOut, for one segment or a group of them.
+
+        Raises ValueError where not causal.
+        """
         if state is None:
             state = self._blank(x)
+        if x.shape[1] > self.config.segment:
+            return self._forward_in_turn(x, ctx, state) if self.counts else self._forward_group(x, state)
         found = self.attend(x, torch.cat([state.compressed, state.memory], dim=1), count=self.counts)
         after, fallen, compressed = self._advance(x, state, found.usage)
         loss = None
         if compressed is not None and self.learns and torch.is_grad_enabled():
             keys = slice(state.compressed.shape[1], state.compressed.shape[1] + fallen)
-            loss = self._reconstruction(found, keys, compressed)
+            loss = self._reconstruction(found.q, found.kv, keys, compressed)
         return MixerOut(found.y, after, loss)
+
+    def _forward_in_turn(self, x: Tensor, ctx: Context, state: State) -> MixerOut:
+        """The segments of a group one by one, for most_used."""
+        outputs = []
+        for segment in self.config.schedule.split(x.shape[1]):
+            out = self.forward(x[:, segment], ctx, state)
+            outputs.append(out.y)
+            state = out.state
+        return MixerOut(torch.cat(outputs, dim=1), state)
+
+    def _forward_group(self, x: Tensor, state: State) -> MixerOut:
+        group = self.group(x.shape[1], state.memory.shape[1], state.compressed.shape[1])
+        held = slide(state.memory, x, 0) if state.memory.shape[1] else x.detach()
+        made = self._compress_group(held, group)
+        stream = torch.cat([state.compressed, *(self._kept(new) for new in made if new is not None)], dim=1)
+        known = stream.shape[1] - self.rule.new(group.runs[-1].sizes.fallen)
+        found = self.attend_group(x, state.memory, group.runs, (stream[:, :known], group.read))
+        losses = [
+            run.segments * self._reconstruction(q, kv, slice(c, c + run.sizes.fallen), new.flatten(0, 1))
+            for run, q, kv, new in zip(group.runs, found.q, found.kv, made, strict=True)
+            if new is not None and self.learns and torch.is_grad_enabled()
+            for c in [run.sizes.compressed]
+        ]
+        memory = held[:, held.shape[1] - group.memory :].clone()
+        queue = stream[:, stream.shape[1] - group.compressed :].clone()
+        return MixerOut(found.y, State(memory, queue, None), sum(losses[1:], losses[0]) if losses else None)
+
+    def _compress_group(self, held: Tensor, group: Group) -> list[Tensor | None]:
+        """The compressed memories (B, N, F / c, C) of each run, from memory and tokens; None if there are
+        none."""
+        made: list[Tensor | None] = []
+        begin = 0
+        for run in group.runs:
+            end = begin + run.segments * run.sizes.fallen
+            fallen = held[:, begin:end].unflatten(1, (run.segments, -1)) if end > begin else None
+            begin = end
+            if fallen is None or not self.config.comp_len:
+                made.append(None)
+            else:
+                compressed: Tensor = self.compressor(fallen.flatten(0, 1), None)
+                made.append(compressed.unflatten(0, (-1, run.segments)))
+        return made
+
+    def _kept(self, made: Tensor) -> Tensor:
+        """The compressed memories (B, P, C) of a run that enter the queue, detached."""
+        return made[:, :, -self.config.comp_len :].flatten(1, 2).detach()
 
     def _blank(self, x: Tensor) -> State:
         nothing = x.new_empty(x.shape[0], 0, x.shape[2])  # not a view, which would keep x
         return State(nothing, nothing, nothing.new_zeros(x.shape[0], 0) if self.counts else None)
 
     def _advance(self, x: Tensor, state: State, received: Tensor | None) -> tuple[State, int, Tensor | None]:
-        """The state after segment x, how many positions fell out, and their compression if there is one.
+        """The state after segment x, the number of positions that fell out, and their compression or None.
 
-        The compression carries the compressor's gradient; in the state, it is detached. The state is made of
-        copies, so that what fell out is freed.
+        The compression has the compressor's gradient; in the state, it is detached. The state consists of
+        copies, so that the memory of the positions that fell out is freed.
         """
         tokens = x.shape[1]
         held = slide(state.memory, x, 0)
-        fallen = self.config.falls(state.memory.shape[1], tokens)
+        fallen = self.rule.falls(state.memory.shape[1], tokens)
         usage = mean_usage = None
         if received is not None and state.usage is not None:
             held_tokens = held.shape[1]
@@ -277,10 +225,11 @@ class Compressive(Recurrent):
             queue = torch.cat([queue, compressed.detach()], dim=1)[:, -self.config.comp_len :].clone()
         return State(held[:, fallen:].clone(), queue, usage), fallen, compressed
 
-    def _reconstruction(self, found: Attended, keys: slice, compressed: Tensor) -> Tensor:
-        """Algorithm 2; the keys and values of what fell out are those that the segment attended to."""
-        q = found.q.detach().transpose(0, 1)
-        k, v = found.kv.detach()[..., keys, :].transpose(1, 2)  # (B, H, F, D)
+    def _reconstruction(self, q: Tensor, kv: Tensor, keys: slice, compressed: Tensor) -> Tensor:
+        """Algorithm 2, for segments with queries q (H, B, S, D), keys and values kv (2, H, B, J, D). `keys`
+        are the positions that fell out, and `compressed` (B, F / c, C) their compression."""
+        q = q.detach().transpose(0, 1)
+        k, v = kv.detach()[..., keys, :].transpose(1, 2)  # (B, H, F, D)
         shorter = F.linear(compressed, self.kv.weight.detach()).unflatten(-1, (2, self.heads, -1))
         k_short, v_short = shorter.permute(2, 0, 3, 1, 4)
         want = F.scaled_dot_product_attention(q, k, v)
@@ -294,11 +243,11 @@ class Compressive(Recurrent):
         return torch.cat([y for y, _ in self.reference_segments(x)], dim=1)
 
     def reference_segments(self, x: Tensor) -> Iterator[tuple[Tensor, Tensor | None]]:
-        """Outputs and reconstruction loss of each segment, for reading."""
+        """Outputs and reconstruction loss of each segment, in readable form."""
         c = self.config
         compressed = old = memory = x[:, :0].detach()
         usage = readers = x.new_zeros(x.shape[0], 0)
-        for segment in self.input_schedule(c).segments(x.shape[1]):
+        for segment in c.schedule.split(x.shape[1]):
             h = x[:, segment]
             found = self.plainly_attend(h, torch.cat([compressed, memory], dim=1))
             assert found.usage is not None
@@ -332,50 +281,54 @@ class Compressive(Recurrent):
         return attended
 
     def stretches(self, seq_len: int) -> tuple[Stretch, ...]:
-        """The sizes at each segment of a sequence."""
-        return _stretches(self.config, self.compressor.reach, seq_len)
+        """The segments of a sequence."""
+        return stretches(self.rule, self.compressor.reach, seq_len)
 
     def cost(self, work: Workload) -> Cost:
-        """The segments of a sequence, each with the memories that exist by then, and the compression."""
-        total = Cost()
-        for part in self.stretches(work.seq_len):
-            tokens = part.segment.stop - part.segment.start
-            total += self.segment_cost(work, tokens, part.memory + part.compressed)
-            total += Cost({"compression": work.batch_size * self.compressor.flops(part.fallen)})
+        """The groups of a sequence, each with the memories that exist by then, and the compression."""
+        total, memory, compressed = Cost(), 0, 0
+        schedule = self.config.schedule
+        for part in (schedule.split if self.counts else schedule.segments)(work.seq_len):
+            group = self.group(part.stop - part.start, memory, compressed)
+            memory, compressed = group.memory, group.compressed
+            fallen = sum(run.segments * self.compressor.flops(run.sizes.fallen) for run in group.runs)
+            total += self.group_cost(work, group.runs, group.new)
+            total += Cost({"compression": work.batch_size * fallen})
         return total
 
     def reconstruction_flops(self, work: Workload) -> int:
-        """Forward FLOPs of the auxiliary loss, where it is computed: two attentions without positions,
-        to what fell out and to its compression, and the keys and values of the latter."""
+        """Forward FLOPs of the auxiliary loss, where it is computed: two attentions without positions, to
+        the positions that fell out and to their compression, and the keys and values of the latter."""
         if not self.learns:
             return 0
         total = 0
         for part in self.stretches(work.seq_len):
-            tokens, compressed = part.segment.stop - part.segment.start, part.fallen // self.config.rate
-            total += 4 * work.d_model * (tokens * (part.fallen + compressed) + compressed * work.d_model)
+            tokens, fallen = part.sizes.tokens, part.sizes.fallen
+            compressed = fallen // self.config.rate
+            total += 4 * work.d_model * (tokens * (fallen + compressed) + compressed * work.d_model)
         return work.batch_size * total
 
     def state_bytes(self, work: Workload) -> int:
-        """Hidden states, not keys and values: one a memory, a compressed memory and a token of the open
-        segment; where usage counts, one number a memory too.
+        """Hidden states, not keys and values: one for each memory, compressed memory and token of the open
+        segment; with most_used, also one number for each memory.
 
-        A segment of which some tokens are still to come is open: those tokens read the memories from before
-        it, and its tokens so far. What its queries add to the usage is not kept: at its end, when usage is
-        first asked for, its hidden states give it again.
+        A segment is open while some of its tokens are still missing: these tokens read the memories before
+        it, and its tokens so far. What its queries add to the usage is not kept, because its hidden states
+        give it again at its end, when it is first needed.
         """
-        part = self.stretches(work.seq_len)[-1]
-        memory, compressed, tokens = part.memory, part.compressed, part.segment.stop - part.segment.start
+        sizes = self.stretches(work.seq_len)[-1].sizes
+        memory, compressed, tokens = sizes.memory, sizes.compressed, sizes.tokens
         open_tokens = tokens % self.config.segment
         if not open_tokens:
-            memory += tokens - part.fallen
-            if self.config.comp_len:
-                compressed = min(self.config.comp_len, compressed + part.fallen // self.config.rate)
+            memory += tokens - sizes.fallen
+            compressed = min(self.config.comp_len, compressed + sizes.fallen // self.config.rate)
         hidden: int = (memory + compressed + open_tokens) * work.d_model * work.element_bytes
         usage: int = memory * max(4, work.element_bytes) if self.counts else 0  # summed in float32 at least
         return work.batch_size * (hidden + usage)
 
     def attention_mask(self, seq_len: int, *, causal: bool) -> Tensor | None:
-        """What can be read in one layer, as it is or compressed; most_used keeps what content decides."""
+        """The tokens that can be read in one layer, compressed or not; None for most_used, where content
+        decides."""
         if self.counts:
             return None
         index = torch.arange(seq_len)

@@ -16,7 +16,7 @@ from variants.input_schedule import InputSchedule, WholeSequence
 def common_schedule(slots: tuple[SlotSpec[SequenceMixer], ...]) -> InputSchedule:
     """The input schedule of all members: the one that some members require, or whole sequences.
 
-    Raises ValueError if members require different schedules.
+    Raises ValueError, in one line, if members require different schedules or do not support the common one.
     """
     needs = [(slot.name, slot.layer.input_schedule(slot.config)) for slot in slots]
     own = [(name, schedule) for name, schedule in needs if schedule != WholeSequence()]
@@ -24,7 +24,12 @@ def common_schedule(slots: tuple[SlotSpec[SequenceMixer], ...]) -> InputSchedule
         first, required = own[0]
         if schedule != required:
             raise ValueError(f"{first} needs {required} and {name} needs {schedule}; allowed is one for all")
-    return own[0][1] if own else WholeSequence()
+    schedule = own[0][1] if own else WholeSequence()
+    for slot in slots:
+        reason = None if slot.layer.info.caps.stateful else schedule.stateless_unsupported()
+        if reason:
+            raise ValueError(f"{own[0][0]} needs {schedule}, but {slot.name} {reason}")
+    return schedule
 
 
 class Mixture(Variant):

@@ -1,41 +1,41 @@
-"""What variants with a memory of earlier segments share: relative positions, attention over memory.
+"""Softmax attention of a segment to itself and to a memory before it, with relative positions.
 
-Shapes: B batch, S tokens of a segment, M positions of memory before them, J = M + S keys, C channels,
-H heads, D = C / H; heads come first, (H, B, S, D), because all sequences of a batch share a head's positions.
+Shapes: B sequences, S tokens of a segment, M positions of memory before them, J = M + S keys, C channels,
+H heads, D = C / H. Heads come first, (H, B, S, D), because all sequences share the positions of a head.
 
 The score of a query at a key d positions back has four terms (Dai 2019, arXiv:1901.02860, §3.3):
-(q + u)·k + (q + v)·(W_r R_d), where R_d is a sinusoid and u and v are learnt, one of each a head.
-Positions W_r R are (H, D, J + 1), of distances J, …, 1, 0: what products with queries read fastest.
+(q + u)·k + (q + v)·(W_r R_d). R_d is a sinusoid; u and v are learnt vectors, one of each for every head.
+The positions W_r R are (H, D, J + 1), for the distances J, …, 1, 0. In this layout, products with queries
+read memory in order.
 """
 
 from __future__ import annotations
 
 import math
-from abc import abstractmethod
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from variants.base import Cost, Dims, SequenceMixer, VariantConfig, Workload
-from variants.input_schedule import Segments
 from variants.ops.memoizable import repeatable
-from variants.ops.projections import Projections
 from variants.ops.tile_size import Sizes
 
 SINUSOID_BASE = 10_000.0
 BLOCK = Sizes(cpu=128, accelerator=512)
-"""Queries that are scored at a time. On a CPU (H, B, 128, J) weights stay in the cache, and of the S × S
-scores within a segment, half of which the future forbids, only the blocks on the diagonal are computed in
-vain; elsewhere whole segments of a usual length cost less than the launches of their blocks."""
+"""Queries of a segment that are scored at a time.
+
+Half of the S × S scores within a segment are forbidden, because their keys come after the query. Small blocks
+skip most of them, and on a CPU the weights (H, B, 128, J) of a block stay in the cache. On an accelerator,
+computing these scores costs less than the launches of more blocks."""
 
 
 def sinusoids(farthest: int, channels: int, like: Tensor) -> Tensor:
-    """(farthest + 1, C) sinusoids (Vaswani 2017, §3.5) of distances farthest, …, 1, 0, dtype as `like`.
+    """Return the sinusoids (farthest + 1, C) of the distances farthest, …, 1, 0 (Vaswani 2017, §3.5), with
+    the dtype of `like`.
 
-    Angles are float64: in float32, sines at a distance of a few thousand are wrong in the fourth digit.
+    Angles are float64: with float32 angles, sines at a distance of a few thousand have errors in the fourth
+    digit.
     """
     distance = torch.arange(farthest, -1, -1, device=like.device, dtype=torch.float64)
     channel = torch.arange(channels // 2, device=like.device, dtype=torch.float64)
@@ -44,7 +44,7 @@ def sinusoids(farthest: int, channels: int, like: Tensor) -> Tensor:
 
 
 def plain_attention(q: Tensor, kv: Tensor, r: Tensor, u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """`relative_attention` for reading: outputs (H, B, S, D) and weights (H, B, S, J)."""
+    """The readable form of `relative_attention`: outputs (H, B, S, D) and weights (H, B, S, J)."""
     queries, keys = q.shape[2], kv.shape[3]
     index = torch.arange(keys, device=q.device)
     distance = (index[keys - queries :, None] - index).expand(*q.shape[:2], queries, keys)
@@ -57,23 +57,24 @@ def plain_attention(q: Tensor, kv: Tensor, r: Tensor, u: Tensor, v: Tensor) -> t
 
 
 def _shifted(by_distance: Tensor, batches: int, queries: int) -> Tensor:
-    """A view of scores by distance (…, b, J + 1) as scores by key (batches, b, J), nothing moved.
+    """View scores by distance (…, b, J + 1) as scores by key (batches, b, J), without a copy.
 
-    Column e of row i is distance J − e, and key j is at distance (J − b) + i − j, thus in column
-    e = j − i + b: the same memory, read from its b-th number on with rows of J instead of J + 1.
-    Keys after the query fall on the next row and hold its most distant scores; they are to be masked.
+    Column e of row i is distance J − e. Key j of row i is at distance (J − b) + i − j, which is column
+    e = j − i + b. So the view is the same memory, read from element b on with rows of J elements instead of
+    J + 1. Keys after the query fall on the next row and contain its most distant scores; the caller must
+    mask them.
     """
     flat = by_distance.view(batches, -1)
     return flat[:, queries:].view(batches, queries, -1)
 
 
 def accumulate(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """total += a @ b; not `baddbmm_`, because torch's FLOP counter knows no products in place."""
+    """Compute total += a @ b. `baddbmm_` is not used because torch's FLOP counter does not count it."""
     torch.baddbmm(total, a, b, out=total)
 
 
 class _Terms:
-    """The operands of the scores, one block of queries after the other, for forward and backward."""
+    """The operands of the scores of each block of queries, for forward and backward."""
 
     def __init__(self, q: Tensor, kv: Tensor, u: Tensor, v: Tensor, block: int) -> None:
         self.heads, self.batch, self.queries, self.head_dim = q.shape
@@ -85,16 +86,17 @@ class _Terms:
         self.content, self._position = (self._biased(flat, bias) for bias in (u, v))
 
     def _biased(self, flat: Tensor, bias: Tensor) -> Tensor:
-        """Scaled queries (H·B, S, D) of one term."""
+        """Return the scaled queries (H·B, S, D) of one term."""
         scaled = (bias * self.scale).repeat_interleave(self.batch, dim=0)[:, None]
         return torch.add(scaled, flat, alpha=self.scale)
 
     def position(self, begin: int, end: int) -> Tensor:
-        """Scaled queries of the position term (H, B·b, D): all sequences share a head's positions."""
+        """Return the scaled queries of the position term (H, B·b, D): all sequences share the positions of
+        a head."""
         return self._position[:, begin:end].reshape(self.heads, -1, self.head_dim)
 
     def spans(self) -> list[tuple[int, int, int]]:
-        """(begin, end, reach) of each block: its queries [begin, end) read some of the keys [0, reach)."""
+        """Return (begin, end, reach) of each block: its queries [begin, end) read keys in [0, reach)."""
         past = self.keys - self.queries
         starts = range(0, self.queries, self.block)
         ends = [(begin, min(begin + self.block, self.queries)) for begin in starts]
@@ -102,8 +104,8 @@ class _Terms:
 
 
 def _forward(q: Tensor, kv: Tensor, r: Tensor, u: Tensor, v: Tensor, count: bool, block: int) -> list[Tensor]:
-    """Outputs (H, B, S, D), sums of the exponentials, the exponentials of each block of queries and, if
-    `count`, the usage (B, J) of every key."""
+    """Return outputs (H, B, S, D), sums of the exponentials, the exponentials of each block of queries and,
+    if `count`, the usage (B, J) of every key."""
     terms = _Terms(q, kv, u, v, block)
     y = torch.empty_like(q)
     wide = torch.promote_types(q.dtype, torch.float32)
@@ -132,14 +134,14 @@ def _forward(q: Tensor, kv: Tensor, r: Tensor, u: Tensor, v: Tensor, count: bool
 def _backward(
     dy: Tensor, q: Tensor, kv: Tensor, r: Tensor, u: Tensor, v: Tensor, kept: list[Tensor], block: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of q, kv, r, u and v; `kept` is what `_forward` returned, without the usage."""
+    """Return the gradients of q, kv, r, u and v; `kept` is the result of `_forward` without the usage."""
     y, totals, *weights_of_blocks = kept
     terms = _Terms(q, kv, u, v, block)
     by_query = (terms.batches, terms.queries, -1)
-    # weights were never divided by their sums: what they are multiplied by is
+    # the weights are not divided by their sums; their factors are divided instead
     mean = (dy * y).sum(dim=-1, keepdim=True).reshape(by_query).div(totals)
     dy = dy.reshape(by_query).div(totals).to(q.dtype)
-    # (…, D, J), because products over queries are faster with a wide result than with a narrow one
+    # (…, D, J), because products over queries are faster if the result has long rows
     dkv = kv.new_zeros(*kv.shape[:3], terms.head_dim, terms.keys)
     dk, dvalues = dkv.flatten(1, 2).unbind(0)
     dr = torch.zeros_like(r)
@@ -147,7 +149,7 @@ def _backward(
     for (begin, end, reach), weights in zip(terms.spans(), weights_of_blocks, strict=True):
         here, size = slice(begin, end), end - begin
         accumulate(dvalues[:, :, :reach], dy[:, here].transpose(1, 2), weights)
-        # the gradient of the scores is made where `_shifted` makes it that of the scores by distance
+        # written through the view `_shifted`, so that it is the gradient of the scores by distance too
         by_distance = q.new_empty(terms.heads, terms.batch * size, reach + 1)
         by_distance.view(terms.batches, -1)[:, :size].zero_()  # distances that no query has
         scores = _shifted(by_distance, terms.batches, size)
@@ -165,18 +167,18 @@ def _backward(
 
 @repeatable
 class _RelativeAttention(torch.autograd.Function):
-    """Keeps the exponentials of the scores for backward: up to H·S·J numbers a sequence of the batch, of
-    one segment at a time; 8 MiB in float32 with 4 heads and S = M = 512.
+    """Stores the exponentials of the scores for backward: up to H·B·S·J numbers. That is 8 MiB in float32
+    for one sequence with 4 heads and S = M = 512.
 
-    Making them again would be two products of queries × keys beside the nine, and exponentials twice.
-    Whoever would rather have the memory lets the whole layer be computed again, as under activation
-    checkpointing; doing so here too would pay for it twice.
+    Computing them again would take two products of queries × keys in addition to the nine, and the
+    exponentials again. Use activation checkpointing if memory matters more than time: it computes the whole
+    layer again, and a recomputation here would be repeated by it.
 
-    Where the time goes on a CPU, with those sizes and C = 256: of a segment's 3.3 GFLOP, the nine
-    products are 60 % (a thirteenth of it above the diagonal); W_r R and the memory's keys and values,
-    made anew for each segment with a backward of their own, 16 %; the other projections 24 %. That
-    is 0.21 of the FLOPs of dense attention at T = 16,384. Products are 70 % of the time, and the rest
-    are passes over the scores, copies and the overhead of some four hundred calls a segment. Measured on
+    Time on a CPU, with these sizes and C = 256, for the 3.3 GFLOP of a segment: the nine products are 60 % of
+    the FLOPs (a thirteenth of this is above the diagonal); W_r R and the keys and values of the memory, which
+    are computed for each segment and have a backward pass of their own, 16 %; the other projections 24 %. The
+    total is 0.21 of the FLOPs of dense attention at T = 16,384. Products take 70 % of the time; the rest is
+    passes over the scores, copies and the overhead of some four hundred calls for each segment. Measured on
     two cores, median of three rounds: 0.28 of the time of dense attention.
     """
 
@@ -199,7 +201,7 @@ class _RelativeAttention(torch.autograd.Function):
         return *_backward(dy, q, kv, r, u, v, kept, ctx.block), None, None
 
 
-# --- the same as operators, which torch.compile takes whole: it would analyse the shifted views for hours ---
+# --- the same as operators: torch.compile would take hours to analyse the shifted views ---
 
 
 _forward_operator = torch.library.custom_op(
@@ -235,98 +237,15 @@ _forward_operator.register_autograd(_operator_backward, setup_context=_keep)
 def relative_attention(
     q: Tensor, kv: Tensor, r: Tensor, u: Tensor, v: Tensor, *, count: bool, block: int
 ) -> tuple[Tensor, Tensor | None]:
-    """Outputs (H, B, S, D) and, if `count`, the usage of every key (B, J). `block` is the number of queries
-    worked on at a time; see `_RelativeAttention`."""
+    """Return outputs (H, B, S, D) and, if `count`, the usage (B, J) of every key: the attention that it
+    received, summed over queries, mean over heads.
+
+    q (H, B, S, D) reads keys and values kv (2, H, B, J, D): the M = J − S keys of the memory and those of its
+    segment up to the query. r (H, D, J + 1) are the positions, u and v (H, D) the biases. `block` is the
+    number of queries that are scored at a time.
+    """
     if torch.compiler.is_compiling():
         found = _forward_operator(q, kv, r, u, v, count, block)
         return found[0], found[-1].detach() if count else None
-    # operation by operation, so that counters see what is computed and held
+    # not as one operator, so that counters see each operation and each tensor
     return _RelativeAttention.apply(q, kv, r, u, v, count, block)  # type: ignore[no-any-return, no-untyped-call]
-
-
-class Attended(NamedTuple):
-    """Outputs (B, S, C), and what later steps may reuse."""
-
-    y: Tensor
-    q: Tensor
-    """Queries without biases (H, B, S, D)."""
-    kv: Tensor
-    """Keys and values of memory and segment (2, H, B, J, D)."""
-    usage: Tensor | None
-    """(B, J) attention that each position received from the segment, mean over heads; if counted."""
-
-
-class Recurrent(SequenceMixer):
-    """A layer that attends to a memory of its own earlier inputs and to its segment up to the query.
-
-    The memory is detached: it takes part in the gradients of weights alone.
-    """
-
-    flop_overhead_reason = "blocks of queries on the diagonal compute the scores that the future forbids"
-
-    def __init__(self, config: VariantConfig, dims: Dims, layer: int = 0) -> None:
-        super().__init__(config, dims, layer)
-        channels, self.heads = dims.d_model, dims.heads
-        self.q = nn.Linear(channels, channels, bias=False)
-        self.kv = nn.Linear(channels, 2 * channels, bias=False)
-        self.r = nn.Linear(channels, channels, bias=False)
-        self.u = nn.Parameter(0.02 * torch.randn(dims.heads, dims.head_dim, dtype=torch.float32))
-        self.v = nn.Parameter(0.02 * torch.randn(dims.heads, dims.head_dim, dtype=torch.float32))
-        self.out = nn.Linear(channels, channels, bias=False)
-
-    @classmethod
-    @abstractmethod
-    def input_schedule(cls, config: VariantConfig) -> Segments:
-        """Segments in order."""
-
-    @classmethod
-    def unsupported(cls, config: VariantConfig, dims: Dims, *, causal: bool) -> str | None:
-        """Memories hold the past alone, and sinusoids come in pairs."""
-        if dims.d_model % 2:
-            return f"d_model={dims.d_model}: sinusoidal positions need an even number of channels"
-        return super().unsupported(config, dims, causal=causal)
-
-    def project(self, x: Tensor, memory: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries (H, B, S, D) of x (B, S, C), keys and values (2, H, B, J, D), positions (H, D, J + 1)."""
-        q = self.q(x).unflatten(-1, (self.heads, -1)).permute(2, 0, 1, 3)
-        # two products, so that backward computes no gradient of the memory, which would be dropped
-        parts = [self.kv(memory), self.kv(x)] if memory.shape[1] else [self.kv(x)]
-        kv = torch.cat([p.unflatten(-1, (2, self.heads, -1)).permute(2, 3, 0, 1, 4) for p in parts], dim=3)
-        r = F.linear(self.r.weight, sinusoids(kv.shape[3], x.shape[-1], x)).unflatten(0, (self.heads, -1))
-        return q, kv, r
-
-    def attend(self, x: Tensor, memory: Tensor, *, count: bool = False) -> Attended:
-        """x (B, S, C) reads all of memory (B, M, C) and itself up to the query; `count` asks for `usage`."""
-        q, kv, r = self.project(x, memory)
-        u, v = self.u.to(q.dtype), self.v.to(q.dtype)  # under autocast, projections are narrower
-        block = BLOCK.on(self.device_type)
-        y, usage = relative_attention(q, kv, r, u, v, count=count, block=block)
-        return Attended(self.out(y.permute(1, 2, 0, 3).flatten(2)), q, kv, usage)
-
-    def plainly_attend(self, x: Tensor, memory: Tensor) -> Attended:
-        """`attend` for reading."""
-        q, kv, r = self.project(x, memory)
-        y, weights = plain_attention(q, kv, r, self.u, self.v)
-        return Attended(self.out(y.permute(1, 2, 0, 3).flatten(2)), q, kv, weights.sum(dim=2).mean(dim=0))
-
-    def segment_cost(self, work: Workload, tokens: int, memory: int) -> Cost:
-        """Forward FLOPs of one segment: content, position and weighted sum are 2·C for each pair.
-
-        The keys and values of the memory, and the projection of the positions, are parts of their own.
-        """
-        pairs = tokens * memory + tokens * (tokens + 1) // 2
-        channels = work.d_model
-        return Cost(
-            {
-                "projections": Projections.flops(work.batch_size, tokens, channels),
-                "attention": 6 * work.batch_size * channels * pairs,
-                "memory": 4 * work.batch_size * memory * channels**2,
-                "positions": 2 * (tokens + memory) * channels**2,
-            }
-        )
-
-
-def slide(memory: Tensor, x: Tensor, drop: int) -> Tensor:
-    """The last of memory (B, M, C) and x (B, S, C) without the oldest `drop` positions, detached."""
-    kept = memory[:, drop:], x[:, max(0, drop - memory.shape[1]) :]
-    return torch.cat(kept, dim=1).detach()
