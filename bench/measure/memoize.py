@@ -2,7 +2,7 @@
 
 The first time, work is gone through under the counters, and it is noted how much was live in it at most and
 what it leaves. When it comes again with arguments of the same shapes, that is played back: the peak, its
-split and the FLOPs are the same as if each operation had been dispatched.
+split, the FLOPs, the launches and the bytes moved are the same as if each operation had been dispatched.
 """
 
 from __future__ import annotations
@@ -18,9 +18,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_unflatten
 
-from bench.measure.flops import CountFlops, DispatchedFlops
+from bench.measure.flops import CountFlops, DispatchedWork
+from bench.measure.launches import Counts
 from bench.measure.memory import LiveStorage, Recording
-from variants.ops.backends import note_flops
+from variants.ops.backends import note_work
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ class _Known:
     """What work does."""
 
     storage: Recording
-    flops: int
+    counts: Counts
     results: list[_Argument | _View | _Value]
     spec: TreeSpec
 
@@ -76,11 +77,11 @@ class Repeats:
                 return self._again(self._known[key], leaves)
             with CountFlops() as counter, self.storage.recording() as recording:
                 results = work(*args)
-        self._known[key] = self._noted(work, recording, counter.total, results, leaves)
+        self._known[key] = self._noted(work, recording, counter.counts, results, leaves)
         return results
 
     def _noted(
-        self, work: Callable[..., Any], recording: Recording, flops: int, results: Any, leaves: list[Any]
+        self, work: Callable[..., Any], recording: Recording, counts: Counts, results: Any, leaves: list[Any]
     ) -> _Known:
         found, spec = tree_flatten(results)
         given = {id(leaf.untyped_storage()): i for i, leaf in enumerate(leaves) if _is_tensor(leaf)}
@@ -105,10 +106,10 @@ class Repeats:
             raise RuntimeError(
                 f"{work.__qualname__} is not repeatable: it keeps {len(left)} tensors elsewhere"
             )
-        return _Known(recording, flops, places, spec)
+        return _Known(recording, counts, places, spec)
 
     def _again(self, known: _Known, leaves: list[Any]) -> Any:
-        note_flops(known.flops)
+        note_work(*known.counts)
         made = self.storage.replay(known.storage)
 
         def result(noted: _Argument | _View | _Value) -> Any:
@@ -132,7 +133,7 @@ def _counters_alone() -> Iterator[None]:
     selective checkpointing would miss them in its second pass."""
     with ExitStack() as inside:
         for mode in inside.enter_context(_disable_current_modes()):
-            if isinstance(mode, (FakeTensorMode, LiveStorage, DispatchedFlops)):
+            if isinstance(mode, (FakeTensorMode, LiveStorage, DispatchedWork)):
                 inside.enter_context(mode)
         yield
 

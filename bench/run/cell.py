@@ -221,6 +221,8 @@ class CellRun:
                 "flops_attention_step": 3 * forward.mixing,
                 "flops_executed_step": figures.flops_step,
                 "flops_source": source,
+                "launches_step": figures.launches_step,
+                "bytes_moved_step": figures.bytes_moved_step,
                 "cost_ratio": ratio,
                 "cost_ratio_reason": reason if unequal else None,
                 "state_bytes": model.state_bytes(work),

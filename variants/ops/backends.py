@@ -35,27 +35,35 @@ FLEX_OVERHEAD = f"flex computes tiles of {BLOCK} × {BLOCK} pairs whole if any p
 # --- what is computed where no operation shows it ------------------------------------------------
 
 
-@torch.library.custom_op("longctx_bench::note_flops", mutates_args=(), schema="(int flops) -> ()")
-def note_flops(flops: int) -> None:
-    """Does nothing. Its FLOP formula is its argument, 2 per multiply-accumulate: a counter sees the work of a
-    kernel that is compiled into one piece."""
+@torch.library.custom_op(
+    "longctx_bench::note_work", mutates_args=(), schema="(int flops, int launches, int bytes_moved) -> ()"
+)
+def note_work(flops: int, launches: int, bytes_moved: int) -> None:
+    """Does nothing. Its arguments are counted as work: a counter sees the work of a kernel that is compiled
+    into one piece. FLOPs are 2 per multiply-accumulate."""
 
 
-@note_flops.register_fake
-def _(flops: int) -> None:
+@note_work.register_fake
+def _(flops: int, launches: int, bytes_moved: int) -> None:
     """Nor on fake tensors."""
 
 
-@register_flop_formula(torch.ops.longctx_bench.note_flops, get_raw=True)
-def _noted(flops: int, out_val: Any = None) -> int:
+@register_flop_formula(torch.ops.longctx_bench.note_work, get_raw=True)
+def _noted(flops: int, launches: int, bytes_moved: int, out_val: Any = None) -> int:
     return flops
 
 
-def note_passes(y: Tensor, product_flops: int, *, backward_products: int) -> Tensor:
-    """Note the forward pass that gave y, two products, now, and its backward pass when it comes."""
-    note_flops(2 * product_flops)
+def note_passes(
+    y: Tensor, inputs: tuple[Tensor, ...], product_flops: int, *, backward_products: int
+) -> Tensor:
+    """Note the forward pass that gave y, two products in one launch, now, and its backward pass when it
+    comes: the row sums of dy · y, and all gradients. The logsumexp of a row is float32."""
+    given, made = (sum(t.numel() * t.element_size() for t in some) for some in (inputs, (y,)))
+    rows = 4 * y.numel() // y.shape[-1]
+    note_work(2 * product_flops, 1, given + made + rows)
     if y.requires_grad:
-        y.register_hook(lambda _: note_flops(backward_products * product_flops))
+        backward_bytes = 3 * made + 3 * rows + 2 * given
+        y.register_hook(lambda _: note_work(backward_products * product_flops, 2, backward_bytes))
     return y
 
 
@@ -97,7 +105,7 @@ def flex(q: Tensor, k: Tensor, v: Tensor, rule: HeadRule) -> Tensor:
     with dynamo.config.patch(recompile_limit=GRAPHS):
         y = _compiled_flex(q.device.type)(q, k, v, block_mask=mask.block_mask, scale=head_dim**-0.5)
     # The backward pass computes scores and the weights' gradient once for Q and again for K and V.
-    return note_passes(y, 2 * batch * pairs * head_dim, backward_products=7)
+    return note_passes(y, (q, k, v), 2 * batch * pairs * head_dim, backward_products=7)
 
 
 @cache

@@ -22,6 +22,7 @@ from torch.autograd.function import once_differentiable
 from variants.base import Cost, Dims, SequenceMixer, VariantConfig, Workload
 from variants.input_schedule import Segments
 from variants.ops.memoizable import repeatable
+from variants.ops.operators import operator
 from variants.ops.projections import Projections
 from variants.ops.tile_size import Sizes
 
@@ -202,16 +203,14 @@ class _RelativeAttention(torch.autograd.Function):
 # --- the same as operators, which torch.compile takes whole: it would analyse the shifted views for hours ---
 
 
-_forward_operator = torch.library.custom_op(
-    "longctx_bench::relative_attention",
+_forward_operator = operator(
+    "relative_attention",
     _forward,
-    mutates_args=(),
     schema="(Tensor q, Tensor kv, Tensor r, Tensor u, Tensor v, bool count, int block) -> Tensor[]",
 )
-_backward_operator = torch.library.custom_op(
-    "longctx_bench::relative_attention_backward",
+_backward_operator = operator(
+    "relative_attention_backward",
     _backward,
-    mutates_args=(),
     schema="(Tensor dy, Tensor q, Tensor kv, Tensor r, Tensor u, Tensor v, Tensor[] kept, int block)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
 )

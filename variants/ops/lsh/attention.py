@@ -27,6 +27,7 @@ from torch.autograd.function import once_differentiable
 from variants.ops.lsh.hashing import inverse_length
 from variants.ops.lsh.windows import FORBIDDEN, Rounds, Window, sort_rows
 from variants.ops.memoizable import Context, repeatable
+from variants.ops.operators import operator
 
 FLOOR = -1e19
 """Maximum of no scores: below every score, which is at most `LONGEST`, and far above −FORBIDDEN."""
@@ -355,16 +356,14 @@ def _backward(
     return grad_qk, grad_value
 
 
-_forward_operator = torch.library.custom_op(
-    "longctx_bench::lsh_attention",
+_forward_operator = operator(
+    "lsh_attention",
     _forward,
-    mutates_args=(),
     schema="(Tensor qk, Tensor value, Tensor buckets, SymInt[] window) -> Tensor[]",
 )
-_backward_operator = torch.library.custom_op(
-    "longctx_bench::lsh_attention_backward",
+_backward_operator = operator(
+    "lsh_attention_backward",
     _backward,
-    mutates_args=(),
     schema="(Tensor grad, Tensor[] kept, SymInt[] window, ScalarType dtype) -> (Tensor, Tensor)",
 )
 _forward_operator.register_fake(_forward)
