@@ -165,6 +165,8 @@ class MeasureSpec(Spec):
     most."""
     budget: int | None = knob(None, least=1, unit="bytes")
     """Memory that a training step may take, such as 80GiB. What fits into it is found by prediction."""
+    card: Literal["h100", "a100", "rtx4090", "b200"] | None = knob(None, younger=True)
+    """Card for which the time of a step is estimated, with device=cuda and dtype=bfloat16; null for none."""
     limit_bytes: int | None = knob(None, least=1, unit="bytes", decides=False)
     """Memory that the cell may take on its device, such as 8GiB; null is what the device has free. A cell
     that asks for more is out of memory."""

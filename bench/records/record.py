@@ -93,6 +93,8 @@ class Record:
     flops_source: str | None = None
     launches_step: Count | None = None
     bytes_moved_step: Work | None = None
+    step_seconds_estimated: Positive | None = None
+    estimate_card: str | None = None
 
     # memory
     peak_bytes: Size | None = None

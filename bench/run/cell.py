@@ -14,7 +14,7 @@ import torch
 from bench.config.spec import Cell
 from bench.evaluate.quality import QualityEvaluation
 from bench.evaluate.receptive_field import connected_share, reach
-from bench.measure import contention, gates, nvml, predict, timing
+from bench.measure import contention, estimate, gates, nvml, predict, timing
 from bench.measure import step as step_measure
 from bench.measure.predict import CPU
 from bench.measure.roofline import Roofline
@@ -118,7 +118,8 @@ class CellRun:
 
     def _refuse(self) -> None:
         accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-        if self.device.type != "cpu" and (accelerator is None or accelerator.type != self.device.type):
+        absent = accelerator is None or accelerator.type != self.device.type
+        if self.device.type != "cpu" and absent and self.spec.measure.execute:
             raise Unsupported(f"device={self.spec.device}: this machine, or this torch, has none")
         if reason := self.variant.unsupported(self.config, self.dims, causal=self.spec.causal):
             raise Unsupported(reason)
@@ -213,6 +214,11 @@ class CellRun:
         reason, bounded = model.flop_overhead_reason, model.overhead_is_bounded
         ratio = gates.cost_ratio(figures.flops_forward, forward, reason, bounded=bounded)
         unequal = abs(ratio - 1) > gates.COST_TOLERANCE
+        if card := self.spec.measure.card:
+            seconds = estimate.estimated_seconds(
+                figures.launches_step, figures.bytes_moved_step, figures.flops_step, estimate.CARDS[card]
+            )
+            self.report({"step_seconds_estimated": seconds, "estimate_card": card})
         self.report(
             {
                 "impl": model.impl,
