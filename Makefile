@@ -34,7 +34,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install corpus bench plan bench-layers claims gallery smoke report notebooks test test-slow test-touched test-cuda test-peers compare lint format clean distclean named FORCE
+.PHONY: help install corpus bench plan bench-layers launches claims gallery smoke report notebooks test test-slow test-touched test-cuda test-peers compare lint format clean distclean named FORCE
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -93,6 +93,9 @@ bench-layers: $(STAMP) ## compare single layers with dense attention in time and
 
 gallery: $(STAMP) ## draw which tokens each token reads, for every variant; writes results/gallery
 	@$(PY) -m bench.tools.gallery $(ARGS)
+
+launches: $(STAMP) ## plan what each variant launches on an accelerator, and estimate its time; writes docs/launches.md
+	@$(PY) -m bench.tools.launches --out docs/launches.md $(ARGS)
 
 claims: corpus ## check claims of the literature on this machine (15 minutes); writes results/claims/claims.md
 	@status=0; \

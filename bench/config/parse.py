@@ -45,6 +45,8 @@ def parse(cfg: DictConfig | Mapping[str, Any]) -> Cell:
     root = _knobs("", Root, {knob: given[knob] for knob in knobs_of(Root)})
     measure = _section(given, "measure", MeasureSpec)
     _check_stride(measure, root)
+    device = root.device if root.device != "auto" else "cuda" if measure.card else _device()
+    _check_card(measure, device, root.dtype)
     name, params = _variant(_mapping(given, "variant"))
     data = _data(_mapping(given, "data"))
     _section(given, "cluster", ClusterSpec)
@@ -57,7 +59,7 @@ def parse(cfg: DictConfig | Mapping[str, Any]) -> Cell:
         replicate=root.replicate,
         twin=root.twin,
         objective=_objective(root.objective, variant=name, params=params, data=data.name),
-        device=root.device if root.device != "auto" else _device(),
+        device=device,
         dtype=root.dtype,
         activations=_section(given, "activations", ActivationsSpec).name,
         model=_section(given, "model", ModelSizes),
@@ -217,6 +219,14 @@ def _objective(value: str, *, variant: str, params: dict[str, Any], data: str) -
             return objectives[0 if caps.causal else -1]
         return objectives[0]
     return choose(f"{data} objective", value, ["auto", *objectives])
+
+
+def _check_card(measure: MeasureSpec, device: str, dtype: str) -> None:
+    """An estimate needs the work as it is cut for the card, in the numbers of its data sheet."""
+    if measure.card and device != "cuda":
+        raise ConfigError(f"measure.card={measure.card}: needs device=cuda or auto, not {device}")
+    if measure.card and dtype != "bfloat16":
+        raise ConfigError(f"measure.card={measure.card}: needs dtype=bfloat16, not {dtype}")
 
 
 def _device() -> str:

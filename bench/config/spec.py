@@ -165,6 +165,8 @@ class MeasureSpec(Spec):
     """Minimum wall-clock time of training between checkpoints. A killed cell loses at most this time."""
     budget: int | None = knob(None, least=1, unit="bytes")
     """Memory for a training step, such as 80GiB; predictions find what fits into it."""
+    card: Literal["h100", "a100", "rtx4090", "b200"] | None = knob(None, younger=True)
+    """Card for which the time of a step is estimated, with device=cuda and dtype=bfloat16; null for none."""
     limit_bytes: int | None = knob(None, least=1, unit="bytes", decides=False)
     """Memory that the cell may use on its device, such as 8GiB; null is all free memory. A cell that needs
     more is out of memory."""

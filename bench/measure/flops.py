@@ -1,12 +1,14 @@
-"""FLOPs that were dispatched: 2 per multiply-accumulate, recompute and padding included.
+"""What was dispatched: FLOPs, kernels launched and bytes moved, recompute and padding included.
 
+`bench.measure.launches` says what a launch is and which bytes count. FLOPs are 2 per multiply-accumulate:
 torch's own counter with the attention kernels put right: it knows no formula for the CPU kernel,
 so dense attention would count 0 there, and it counts a causal call as the full T × T although the
 kernels skip what `is_causal` forbids. A mask given as a tensor is counted in full, because nothing
 is skipped there. Softmax, norms, sorting, gathers and other elementwise work count 0.
 
-Kernels of `variants.ops` that are operators of their own have their formulas in torch's registry.
-FlexAttention, which may be compiled, is counted by the operator that notes its work, and not by itself.
+Operators of this project are counted by the operations inside them, on fake tensors too. Kernels of other
+libraries have their formulas in torch's registry and are one launch. FlexAttention, which may be compiled, is
+counted by the operator that notes its work, and not by itself.
 """
 
 from __future__ import annotations
@@ -19,6 +21,10 @@ import torch
 from torch._ops import HigherOrderOperator
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
+
+from bench.measure import launches
+from bench.measure.launches import Counts
+from variants.ops import operators
 
 _KERNELS = (
     "_scaled_dot_product_flash_attention_for_cpu",
@@ -76,8 +82,8 @@ def _is_composite(func: Any) -> bool:
     return func.namespace != "prim" and bool(func.has_kernel_for_dispatch_key(composite))
 
 
-class DispatchedFlops(TorchDispatchMode):
-    """Gives `count` the FLOPs of each operation dispatched.
+class DispatchedWork(TorchDispatchMode):
+    """Gives `count` the FLOPs, launches and bytes of each operation dispatched.
 
     A mode of our own around torch's formulas, because torch's own has compiled code run uncompiled while
     it counts, and ever after.
@@ -85,7 +91,7 @@ class DispatchedFlops(TorchDispatchMode):
 
     supports_higher_order_operators = True
 
-    def __init__(self, count: Callable[[int], None]) -> None:
+    def __init__(self, count: Callable[[int, int, int], None]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.count, self.formulas = count, formulas()
 
@@ -103,25 +109,44 @@ class DispatchedFlops(TorchDispatchMode):
             if func.name() in _FLEX:
                 return func(*args, **kwargs)
             raise NotImplementedError(f"cannot count {func.name()}: what it runs is not dispatched")
+        if func is torch.ops.longctx_bench.note_work.default:
+            self.count(*args)
+            return func(*args)
+        if work := operators.implementation(func):
+            with self:
+                return work(*args, **kwargs)
         formula = self.formulas.get(func._overloadpacket)
         if formula is None and _is_composite(func):  # it may be made of operations that have one
             with self:
                 return func.decompose(*args, **kwargs)
         out = func(*args, **kwargs)
-        if formula is not None:
-            self.count(formula(*args, **kwargs, out_val=out))
+        if launches.is_kernel(func):
+            flops = formula(*args, **kwargs, out_val=out) if formula is not None else 0
+            self.count(flops, 1, launches.bytes_moved(func, args, kwargs, out))
         return out
 
 
 class CountFlops:
-    """Context manager; `.total` holds the FLOPs dispatched inside it."""
+    """Context manager; `.counts` holds what was dispatched inside it, and `.total` its FLOPs."""
 
     def __init__(self) -> None:
-        self.total = 0
-        self._mode = DispatchedFlops(self._count)
+        self._flops = self._launches = self._bytes = 0
+        self._mode = DispatchedWork(self._count)
 
-    def _count(self, flops: int) -> None:
-        self.total += flops
+    @property
+    def counts(self) -> Counts:
+        """FLOPs, launches and bytes so far."""
+        return Counts(self._flops, self._launches, self._bytes)
+
+    @property
+    def total(self) -> int:
+        """FLOPs so far."""
+        return self._flops
+
+    def _count(self, flops: int, launches: int, bytes_moved: int) -> None:
+        self._flops += flops
+        self._launches += launches
+        self._bytes += bytes_moved
 
     def __enter__(self) -> Self:
         self._mode.__enter__()  # type: ignore[no-untyped-call]

@@ -1,8 +1,9 @@
 """Memoization of repeatable functions in a plan (see `variants.ops.memoizable`).
 
 The first call of a function is run under the counters, and its effects are recorded: the peak memory, the
-FLOPs and the shapes of the results. A later call with arguments of the same shapes repeats these effects. The
-peak, its division by label and the FLOPs are the same as if each operation had been dispatched.
+FLOPs, launches and bytes moved, and the shapes of the results. A later call with arguments of the same shapes
+repeats these effects. The peak, its division by label and the counts are the same as if each operation had
+been dispatched.
 """
 
 from __future__ import annotations
@@ -18,9 +19,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_unflatten
 
-from bench.measure.flops import CountFlops, DispatchedFlops
+from bench.measure.flops import CountFlops, DispatchedWork
+from bench.measure.launches import Counts
 from bench.measure.memory import LiveStorage, Recording
-from variants.ops.backends import note_flops
+from variants.ops.backends import note_work
 from variants.ops.memoizable import Memoizer
 
 
@@ -58,7 +60,7 @@ class _Effects:
     """The recorded effects of a function."""
 
     storage: Recording
-    flops: int
+    counts: Counts
     results: list[_Argument | _View | _Value]
     spec: TreeSpec
 
@@ -85,11 +87,16 @@ class MemoizingStorage(LiveStorage, Memoizer):
                 return self._repeat(self._effects[key], leaves)
             with CountFlops() as counter, self.recording() as recording:
                 results = function(*args)
-        self._effects[key] = self._effects_of(function, recording, counter.total, results, leaves)
+        self._effects[key] = self._effects_of(function, recording, counter.counts, results, leaves)
         return results
 
     def _effects_of(
-        self, function: Callable[..., Any], recording: Recording, flops: int, results: Any, leaves: list[Any]
+        self,
+        function: Callable[..., Any],
+        recording: Recording,
+        counts: Counts,
+        results: Any,
+        leaves: list[Any],
     ) -> _Effects:
         values, spec = tree_flatten(results)
         argument_of = {id(leaf.untyped_storage()): i for i, leaf in enumerate(leaves) if _is_tensor(leaf)}
@@ -113,10 +120,10 @@ class MemoizingStorage(LiveStorage, Memoizer):
             raise RuntimeError(
                 f"{function.__qualname__} is not repeatable: it stores {len(stored)} tensors elsewhere"
             )
-        return _Effects(recording, flops, described_results, spec)
+        return _Effects(recording, counts, described_results, spec)
 
     def _repeat(self, effects: _Effects, leaves: list[Any]) -> Any:
-        note_flops(effects.flops)
+        note_work(*effects.counts)
         new_storage = self.replay(effects.storage)
 
         def result(description: _Argument | _View | _Value) -> Any:
@@ -142,7 +149,7 @@ def _only_counting_modes() -> Iterator[None]:
     """
     with ExitStack() as inside:
         for mode in inside.enter_context(_disable_current_modes()):
-            if isinstance(mode, (FakeTensorMode, LiveStorage, DispatchedFlops)):
+            if isinstance(mode, (FakeTensorMode, LiveStorage, DispatchedWork)):
                 inside.enter_context(mode)
         yield
 

@@ -9,13 +9,14 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
-from operator import mul
+from functools import reduce
 from typing import Any
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from bench.measure.flops import CountFlops
+from bench.measure.launches import Counts
 from bench.measure.memoize import MemoizingStorage, described
 from bench.measure.memory import LiveStorage, reset_rss_peak, resident_bytes, tensor_bytes
 from bench.measure.timing import synchronize
@@ -30,6 +31,8 @@ class StepFigures:
 
     flops_forward: int
     flops_step: int
+    launches_step: int
+    bytes_moved_step: int
     param_bytes: int
     grad_bytes: int
     optimizer_bytes: int
@@ -169,12 +172,12 @@ class DistinctSegments:
 
 
 class _Phases:
-    """FLOPs and split peaks of the phases of a step."""
+    """Counts and split peaks of the phases of a step."""
 
     def __init__(self, storage: LiveStorage, counter: CountFlops) -> None:
         self.storage, self.counter = storage, counter
-        self.counted, self.seen = counter.total, storage.seen
-        self.flops: dict[Phase, list[int]] = {"forward": [], "backward": [], "optimizer": []}
+        self.counted, self.seen = counter.counts, storage.seen
+        self.counts: dict[Phase, list[Counts]] = {"forward": [], "backward": [], "optimizer": []}
         """Of each segment in turn."""
         self.stored = 0
         self.peaks: dict[Phase, dict[str, int]] = {"forward": {}, "backward": {}, "optimizer": {}}
@@ -188,8 +191,8 @@ class _Phases:
             self.stored = max(self.stored, storage.labelled["activations"])
         if storage.peak > sum(self.peaks[phase].values()):
             self.peaks[phase] = storage.at_peak
-        self.flops[phase].append(self.counter.total - self.counted)
-        self.counted, self.seen = self.counter.total, storage.seen
+        self.counts[phase].append(self.counter.counts.minus(self.counted))
+        self.counted, self.seen = self.counter.counts, storage.seen
         storage.reset_peak()
 
 
@@ -220,13 +223,16 @@ def _measured(
         subject.step(segments=distinct, on_phase_end=both)
     for hook in hooks:
         hook.remove()
-    flops = {phase: sum(each) for phase, each in phases.flops.items()}
     if distinct:
         for phase in ("forward", "backward"):
-            flops[phase] = sum(map(mul, phases.flops[phase], distinct.counts))
+            phases.counts[phase] = list(map(Counts.times, phases.counts[phase], distinct.counts))
+    counts = {phase: reduce(Counts.plus, each) for phase, each in phases.counts.items()}
+    step = reduce(Counts.plus, counts.values())
     return StepFigures(
-        flops_forward=flops["forward"],
-        flops_step=sum(flops.values()),
+        flops_forward=counts["forward"].flops,
+        flops_step=step.flops,
+        launches_step=step.launches,
+        bytes_moved_step=step.bytes_moved,
         peaks=phases.peaks,
         activation_bytes=phases.stored,
         **subject.bytes(),

@@ -94,12 +94,16 @@ class Record:
     cost_ratio: Amount | None = None
     cost_ratio_reason: str | None = None
 
-    # FLOPs of a step: one forward and backward over batch_size × seq_len tokens
+    # FLOPs and traffic of a step: one forward and backward over batch_size × seq_len tokens
     params: Size | None = None
     flops_algorithmic_step: Work | None = None
     flops_executed_step: Work | None = None
     flops_attention_step: Work | None = None
     flops_source: str | None = None
+    launches_step: Count | None = None
+    bytes_moved_step: Work | None = None
+    step_seconds_estimated: Positive | None = None
+    estimate_card: str | None = None
 
     # memory
     peak_bytes: Size | None = None

@@ -6,12 +6,14 @@ from typing import Any
 
 from bench.config.spec import CellSpec
 from bench.measure import gates
+from bench.measure.estimate import CARDS, estimated_seconds
 from bench.measure.step import StepFigures
 from bench.model.language_model import LanguageModel
 
 
 def flop_figures(spec: CellSpec, model: LanguageModel, figures: StepFigures, source: str) -> dict[str, Any]:
-    """Return the FLOPs of the step and the properties of the model that they depend on.
+    """Return the FLOPs, launches and bytes moved of the step, the properties of the model that they depend on,
+    and the time that they lead to expect on a card, if one is named.
 
     `source` says how the FLOPs were counted. Raises gates.GateFailed if the executed FLOPs of attention
     differ from the algorithmic ones without a stated reason.
@@ -21,13 +23,21 @@ def flop_figures(spec: CellSpec, model: LanguageModel, figures: StepFigures, sou
     reason, bounded = model.flop_overhead_reason, model.overhead_is_bounded
     ratio = gates.cost_ratio(figures.flops_forward, forward, reason, bounded=bounded)
     unequal = abs(ratio - 1) > gates.COST_TOLERANCE
-    return {
+    estimated: dict[str, Any] = {}
+    if card := spec.measure.card:
+        seconds = estimated_seconds(
+            figures.launches_step, figures.bytes_moved_step, figures.flops_step, CARDS[card]
+        )
+        estimated = {"step_seconds_estimated": seconds, "estimate_card": card}
+    return estimated | {
         "impl": model.impl,
         "params": sum(p.numel() for p in model.parameters()),
         "flops_algorithmic_step": 3 * forward.total,
         "flops_attention_step": 3 * forward.mixing,
         "flops_executed_step": figures.flops_step,
         "flops_source": source,
+        "launches_step": figures.launches_step,
+        "bytes_moved_step": figures.bytes_moved_step,
         "cost_ratio": ratio,
         "cost_ratio_reason": reason if unequal else None,
         "state_bytes": model.state_bytes(work),

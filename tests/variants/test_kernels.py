@@ -183,26 +183,27 @@ def test_masks_are_found_again_and_not_without_end() -> None:
 
 
 def test_each_pass_is_noted_when_it_happens() -> None:
-    x = torch.ones(2, requires_grad=True)
+    x = torch.ones(3, 2, requires_grad=True)
+    z = x * 2
     with CountFlops() as forward:
-        y = backends.note_passes(x * 2, 10, backward_products=7)
-    assert forward.total == 20
+        y = backends.note_passes(z, (x, x), 10, backward_products=7)
+    assert forward.counts == (20, 1, 3 * 24 + 12)  # two inputs, y, and float32 for each of three rows
     y.sum().backward(retain_graph=True)
     assert forward.total == 20
     with CountFlops() as backward:
         y.sum().backward()
     assert backward.total == 70
     with torch.no_grad(), CountFlops() as alone:
-        backends.note_passes(x * 2, 10, backward_products=7)
+        backends.note_passes(z, (x, x), 10, backward_products=7)
     assert alone.total == 20
 
 
 def test_noted_work_is_counted_by_every_counter_around_it_also_on_fakes() -> None:
     with FakeTensorMode(), CountFlops() as outer:
         with CountFlops() as inner:
-            backends.note_flops(5)
-        backends.note_flops(2)
-    assert (inner.total, outer.total) == (5, 7)
+            backends.note_work(5, 1, 300)
+        backends.note_work(2, 3, 10)
+    assert (inner.counts, outer.counts) == ((5, 1, 300), (7, 4, 310))
 
 
 # --- xformers -------------------------------------------------------------------------------------

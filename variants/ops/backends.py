@@ -35,30 +35,37 @@ FLEX_OVERHEAD = f"flex computes all pairs of a tile of {BLOCK} × {BLOCK} if any
 # --- FLOPs of compiled kernels, whose operations a counter does not see ---------------------------
 
 
-@torch.library.custom_op("longctx_bench::note_flops", mutates_args=(), schema="(int flops) -> ()")
-def note_flops(flops: int) -> None:
-    """Report FLOPs (2 per multiply-accumulate) to counters; does nothing else.
-
-    The FLOP formula of this operator is its argument.
+@torch.library.custom_op(
+    "longctx_bench::note_work", mutates_args=(), schema="(int flops, int launches, int bytes_moved) -> ()"
+)
+def note_work(flops: int, launches: int, bytes_moved: int) -> None:
+    """Report the work of a compiled kernel to counters; does nothing else. FLOPs are 2 per
+    multiply-accumulate; the FLOP formula of this operator is its argument.
     """
 
 
-@note_flops.register_fake
-def _(flops: int) -> None:
+@note_work.register_fake
+def _(flops: int, launches: int, bytes_moved: int) -> None:
     """Does nothing."""
 
 
-@register_flop_formula(torch.ops.longctx_bench.note_flops, get_raw=True)
-def _reported_flops(flops: int, out_val: Any = None) -> int:
+@register_flop_formula(torch.ops.longctx_bench.note_work, get_raw=True)
+def _reported_flops(flops: int, launches: int, bytes_moved: int, out_val: Any = None) -> int:
     return flops
 
 
-def note_passes(y: Tensor, product_flops: int, *, backward_products: int) -> Tensor:
-    """Report the FLOPs of the forward pass that computed y (two products), and of the backward pass when it
-    runs. Returns y."""
-    note_flops(2 * product_flops)
+def note_passes(
+    y: Tensor, inputs: tuple[Tensor, ...], product_flops: int, *, backward_products: int
+) -> Tensor:
+    """Report the work of the forward pass that computed y from the inputs, two products in one launch, and
+    that of the backward pass when it runs: the row sums of dy · y, and all gradients. The logsumexp of a row
+    is float32. Returns y."""
+    given, made = (sum(t.numel() * t.element_size() for t in some) for some in (inputs, (y,)))
+    rows = 4 * y.numel() // y.shape[-1]
+    note_work(2 * product_flops, 1, given + made + rows)
     if y.requires_grad:
-        y.register_hook(lambda _: note_flops(backward_products * product_flops))
+        backward_bytes = 3 * made + 3 * rows + 2 * given
+        y.register_hook(lambda _: note_work(backward_products * product_flops, 2, backward_bytes))
     return y
 
 
@@ -100,7 +107,7 @@ def flex(q: Tensor, k: Tensor, v: Tensor, rule: HeadRule) -> Tensor:
     with dynamo.config.patch(recompile_limit=GRAPHS):
         y = _compiled_flex(q.device.type)(q, k, v, block_mask=mask.block_mask, scale=head_dim**-0.5)
     # the backward pass computes scores and the gradient of the weights twice: for Q, and for K and V
-    return note_passes(y, 2 * batch * pairs * head_dim, backward_products=7)
+    return note_passes(y, (q, k, v), 2 * batch * pairs * head_dim, backward_products=7)
 
 
 @cache

@@ -18,6 +18,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils.flop_counter import register_flop_formula
 
 from variants.ops.memoizable import repeatable
+from variants.ops.operators import operator
 from variants.ops.strided_parts import Part, flatten_parts, packed, unflatten_parts
 
 EMPTY = -1e30
@@ -185,21 +186,19 @@ class _UnionAttention(torch.autograd.Function):
 
 # --- operators for torch.compile, which cannot trace writes through `as_strided` --------------------------
 
-_forward_operator = torch.library.custom_op(
-    "longctx_bench::union_attention",
+_forward_operator = operator(
+    "union_attention",
     lambda q, k, v, masks, numbers, impl, piece: _forward(
         q, k, v, unflatten_parts(masks, numbers), impl, piece
     ),
-    mutates_args=(),
     schema="(Tensor q, Tensor k, Tensor v, Tensor[] masks, SymInt[] numbers, str impl, SymInt piece)"
     " -> (Tensor, Tensor)",
 )
-_backward_operator = torch.library.custom_op(
-    "longctx_bench::union_attention_backward",
+_backward_operator = operator(
+    "union_attention_backward",
     lambda dy, q, k, v, y, lse, masks, numbers, impl, piece: _backward(
         dy, q, k, v, y, lse, unflatten_parts(masks, numbers), impl, piece
     ),
-    mutates_args=(),
     schema="(Tensor dy, Tensor q, Tensor k, Tensor v, Tensor y, Tensor lse, Tensor[] masks, SymInt[] numbers,"
     " str impl, SymInt piece) -> (Tensor, Tensor, Tensor)",
 )

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from variants.ops.memoizable import repeatable
+from variants.ops.operators import operator
 from variants.ops.tile_size import Sizes
 
 MOST_PIECES = 16
@@ -121,10 +122,9 @@ def _slots(cluster: Tensor, clusters: int, tiles: Tiles) -> tuple[Tensor, Tensor
 
 
 # torch 2.13's inductor may fuse a read of `slot` into a loop that runs before the scatter that fills it
-_slots_operator = torch.library.custom_op(
-    "longctx_bench::cluster_slots",
+_slots_operator = operator(
+    "cluster_slots",
     lambda cluster, clusters, tiles: _slots(cluster, clusters, Tiles._make(tiles)),
-    mutates_args=(),
     schema="(Tensor cluster, SymInt clusters, SymInt[] tiles) -> (Tensor, Tensor, Tensor)",
 )
 

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from variants.ops.memoizable import repeatable
+from variants.ops.operators import operator
 from variants.ops.tile_size import Sizes
 
 SINUSOID_BASE = 10_000.0
@@ -204,16 +205,14 @@ class _RelativeAttention(torch.autograd.Function):
 # --- the same as operators: torch.compile would take hours to analyse the shifted views ---
 
 
-_forward_operator = torch.library.custom_op(
-    "longctx_bench::relative_attention",
+_forward_operator = operator(
+    "relative_attention",
     _forward,
-    mutates_args=(),
     schema="(Tensor q, Tensor kv, Tensor r, Tensor u, Tensor v, bool count, int block) -> Tensor[]",
 )
-_backward_operator = torch.library.custom_op(
-    "longctx_bench::relative_attention_backward",
+_backward_operator = operator(
+    "relative_attention_backward",
     _backward,
-    mutates_args=(),
     schema="(Tensor dy, Tensor q, Tensor kv, Tensor r, Tensor u, Tensor v, Tensor[] kept, int block)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
 )

@@ -53,6 +53,8 @@ _COMPUTED = (
     "flops_algorithmic_step",
     "flops_executed_step",
     "flops_attention_step",
+    "launches_step",
+    "bytes_moved_step",
     "peak_bytes_predicted",
     "state_bytes",
     "cost_ratio",

@@ -26,6 +26,7 @@ from variants.ops.lsh.hashing import inverse_length
 from variants.ops.lsh.pieces import MIN_EXPONENT, Piece, PieceIndices, Workspace
 from variants.ops.lsh.windows import Rounds, Window, sort_rows
 from variants.ops.memoizable import FunctionContext, repeatable
+from variants.ops.operators import operator
 
 NO_SCORE = -1e19
 """Maximum of no scores: below every score, which is at most `MAX_LENGTH`, and far above −FORBIDDEN."""
@@ -233,16 +234,14 @@ def _backward(
     return grad_qk, grad_value
 
 
-_forward_operator = torch.library.custom_op(
-    "longctx_bench::lsh_attention",
+_forward_operator = operator(
+    "lsh_attention",
     _forward,
-    mutates_args=(),
     schema="(Tensor qk, Tensor value, Tensor buckets, SymInt[] window) -> Tensor[]",
 )
-_backward_operator = torch.library.custom_op(
-    "longctx_bench::lsh_attention_backward",
+_backward_operator = operator(
+    "lsh_attention_backward",
     _backward,
-    mutates_args=(),
     schema="(Tensor grad, Tensor[] saved, SymInt[] window, ScalarType dtype) -> (Tensor, Tensor)",
 )
 _forward_operator.register_fake(_forward)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from variants.ops.memoizable import repeatable
+from variants.ops.operators import operator
 from variants.ops.tile_size import Sizes
 
 UNIT_EPSILON = 1e-6
@@ -91,12 +92,16 @@ def rotations(
     return [part.permute(1, 2, 0, 3).flatten(2) for part in drawn.split(halves, dim=-1)] if sizes else []
 
 
-# an operator, because torch.compile cannot trace a generator
-@torch.library.custom_op("longctx_bench::seeded_normal", mutates_args=())
-def seeded_normal(shape: Sequence[int], seed: int, device: torch.device) -> Tensor:
+def _seeded_normal(shape: Sequence[int], seed: int, device: torch.device) -> Tensor:
     """Draw normal float32 numbers; the same seed gives the same numbers on every device."""
     source = torch.Generator().manual_seed(seed)
     return torch.randn(shape, dtype=torch.float32, generator=source).to(device)
+
+
+# An operator, because torch.compile cannot trace a generator.
+seeded_normal = operator(
+    "seeded_normal", _seeded_normal, schema="(SymInt[] shape, int seed, Device device) -> Tensor"
+)
 
 
 @seeded_normal.register_fake

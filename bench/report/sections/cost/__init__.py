@@ -32,7 +32,8 @@ class Cost(Section[pd.DataFrame]):
         "each replicate a process of its own; *time / dense* is the median of the ratios within a replicate. "
         "The 95 % interval is Student's t of the logarithms. *algorithmic* FLOPs count the pairs a pattern "
         "allows, *executed* what was dispatched, recomputation and padding included, *attention* the "
-        "algorithmic part that is not a projection, feed-forward or output layer."
+        "algorithmic part that is not a projection, feed-forward or output layer. *launches* are dispatched "
+        "operations that compute something, *bytes moved* their tensor arguments and results."
     )
     marks = meanings(LEAK, *OF_INTERVALS, PREDICTED)
 

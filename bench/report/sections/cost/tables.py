@@ -28,6 +28,8 @@ def cost(cells: pd.DataFrame) -> list[Column]:
         each(cells, "algorithmic FLOPs", "flops_algorithmic_step", units.flops),
         each(cells, "executed FLOPs", "flops_executed_step", units.flops),
         each(cells, "attention FLOPs", "flops_attention_step", units.flops),
+        each(cells, "launches", "launches_step", units.count),
+        each(cells, "bytes moved", "bytes_moved_step", units.size),
         each(cells, "replicates", "replicates", str, optional=False),
         each(cells, "status", "status", str, right=False, optional=False),
     ]
