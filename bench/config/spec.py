@@ -83,6 +83,8 @@ class Root(Spec):
     """Share of the cells predicted to exceed their memory that run all the same. It checks the prediction."""
     skip_after_oom: bool = knob(True, decides=False)
     """Skip a cell if a shorter one, alike in all else, ran out of memory."""
+    devices: int | Literal["all"] = knob("all", least=1, unit="devices", decides=False)
+    """How many accelerators of this machine a sweep uses at the same time, one cell on each."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -360,6 +362,8 @@ class Cell:
     """Share of the cells that are predicted to exceed their memory which run all the same."""
     skip_after_oom: bool = True
     """Leave it where a shorter cell, alike in all else, ran out of memory."""
+    devices: int | Literal["all"] = "all"
+    """How many devices the sweep may use at the same time."""
     tracker: TrackerSpec = field(default_factory=TrackerSpec)
     """Who is told of its record."""
 
