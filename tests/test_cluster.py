@@ -370,10 +370,10 @@ def test_overrides_come_through_hydra_s_grammar_as_they_were(lines: list[list[st
 
 HOLDER = """
 import sys, time
-from bench.run import memory_limit
+from functools import cache
 from bench.run import locks
-memory_limit.device_uuid = lambda device: sys.argv[2] or None
-with locks.on_device(sys.argv[1], lambda: print("waiting", flush=True)):
+from bench.run.devices import Device
+with locks.on_device(Device(sys.argv[1], sys.argv[2] or None), cache(lambda: print("waiting", flush=True))):
     print("has it", flush=True)
     time.sleep(3600)
 """

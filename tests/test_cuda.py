@@ -58,7 +58,7 @@ def test_the_driver_tells_of_the_device_and_of_this_process() -> None:
 
 HELD = """
 import torch
-from bench.run import memory_limit
+from bench.run import devices, memory_limit
 from bench.config.spec import CellSpec, DataSpec, MeasureSpec, ModelSizes
 
 spec = CellSpec(
@@ -66,7 +66,10 @@ spec = CellSpec(
     device="cuda", dtype="float32", activations="keep", model=ModelSizes(), data=DataSpec(),
     measure=MeasureSpec(),
 )
-assert 2**30 < memory_limit.memory_bytes(spec) <= torch.cuda.get_device_properties(0).total_memory
+first = devices.devices_of("cuda")[0]
+free = memory_limit.memory_bytes(spec, first)
+assert 2**30 < free <= torch.cuda.get_device_properties(0).total_memory
+assert 0 < free - memory_limit.after_context(spec, free) < 2**31, "a context and two workspaces"
 memory_limit.enforce(spec, 2**30)
 kept = torch.empty(2**29, dtype=torch.uint8, device="cuda")
 try:

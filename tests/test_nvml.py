@@ -176,6 +176,7 @@ HARNESS = """
 import json, os, sys, threading, time
 import torch
 from bench.run import memory_limit
+from bench.run.devices import CPU, Device
 from bench.config.spec import CellSpec, DataSpec, MeasureSpec, ModelSizes
 from bench.measure import nvml, contention
 
@@ -185,7 +186,7 @@ def say(**told):
 GIB = 2**30
 device = torch.device("cuda")
 nvml.uuid = lambda name: "GPU-of-this-machine"  # torch names a device that it has
-memory_limit.device_uuid = lambda name: "GPU-of-this-machine"
+card = Device("cuda", "GPU-of-this-machine")
 say(used=GIB, energy=7000, reasons=0)
 
 def spec(limit=None):
@@ -195,25 +196,26 @@ def spec(limit=None):
         measure=MeasureSpec(limit_bytes=limit),
     )
 
-print(json.dumps({"free": memory_limit.memory_bytes(spec()), "asked": memory_limit.memory_bytes(spec(5))}))
+sizes = {"free": memory_limit.memory_bytes(spec(), card), "asked": memory_limit.memory_bytes(spec(5), card)}
+print(json.dumps(sizes))
 window = contention.ContentionMonitor(device)
 say(energy=9500)
 joules = window.joules()
 say(reasons=32)
 print(json.dumps({"joules": joules, **window.end()}))
 
-first = memory_limit.await_release("cuda")
+first = memory_limit.await_release(card)
 say(used=3 * GIB)
 threading.Timer(0.3, say, kwargs={"used": GIB + 4096}).start()
 returned = memory_limit.leftover_bytes("GPU-of-this-machine", 3600)
 say(used=3 * GIB)
 kept = memory_limit.leftover_bytes("GPU-of-this-machine", 0.2)
 say(used=GIB // 2)
-lower = memory_limit.await_release("cuda")
+lower = memory_limit.await_release(card)
 say(used="!3")
 print(json.dumps({"first": first, "returned": returned, "kept": kept, "lower": lower,
-    "untold": memory_limit.await_release("cuda"), "cpu": memory_limit.await_release("cpu"),
-    "free": memory_limit.memory_bytes(spec())}))
+    "untold": memory_limit.await_release(card), "cpu": memory_limit.await_release(CPU),
+    "free": memory_limit.memory_bytes(spec(), card)}))
 """
 
 

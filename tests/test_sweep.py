@@ -306,7 +306,7 @@ CLAIM = """
 import sys, time
 from pathlib import Path
 from bench.run.locks import CellLocks
-with CellLocks(Path(sys.argv[1])).lock(sys.argv[2], wait=True) as ours:
+with CellLocks(Path(sys.argv[1])).lock(sys.argv[2]) as ours:
     print(ours, flush=True)
     time.sleep(600)
 """
@@ -318,10 +318,11 @@ def test_a_claim_ends_with_the_process_that_has_it(tmp_path: Path) -> None:
         assert holder.stdout
         assert holder.stdout.readline() == b"True\n"
         for claimed, wanted in ((cell, False), (other, True)):
-            with ours.lock(claimed, wait=False) as got:
+            with ours.lock(claimed) as got:
                 assert got == wanted
         holder.kill()
-        with ours.lock(cell, wait=True) as got:
+        holder.wait()
+        with ours.lock(cell) as got:
             assert got
     ours.close()
 
@@ -335,7 +336,7 @@ def test_a_folder_without_locks_is_told_of_once(
     monkeypatch.setattr(fcntl, "lockf", refuse)
     locks = CellLocks(tmp_path)
     for cell in ("0" * 16, "1" * 16):
-        with locks.lock(cell, wait=True) as ours:
+        with locks.lock(cell) as ours:
             assert ours
     locks.close()
     assert capsys.readouterr().err == "no file locks here (No locks available): run one sweep at a time\n"

@@ -77,6 +77,7 @@ def parse(cfg: DictConfig | Mapping[str, Any]) -> Cell:
         rerun=root.rerun,
         audit_oom=root.audit_oom,
         skip_after_oom=root.skip_after_oom,
+        devices=root.devices,
         tracker=_tracker(_section(given, "tracker", TrackerSpec)),
     )
 

@@ -86,6 +86,8 @@ class Root(Spec):
     """Share of the cells predicted to exceed their memory that run nevertheless, to check predictions."""
     skip_after_oom: bool = knob(True, decides=False)
     """Skip a cell if a shorter but otherwise equal one ran out of memory."""
+    devices: int | Literal["all"] = knob("all", least=1, unit="devices", decides=False)
+    """Number of accelerators of this machine that a sweep uses at the same time, one cell on each."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -406,6 +408,8 @@ class Cell:
     """See `Root.audit_oom`."""
     skip_after_oom: bool = True
     """See `Root.skip_after_oom`."""
+    devices: int | Literal["all"] = "all"
+    """See `Root.devices`."""
     tracker: TrackerSpec = field(default_factory=TrackerSpec)
     """The tracker to which its record is logged."""
 

@@ -19,8 +19,11 @@ from typing import Literal
 import torch
 from scipy.stats import binom, kendalltau
 
-WARM_UP = 1
-"""Untimed runs before sampling. The step has already run before, to count FLOPs and to measure memory."""
+WARM_UP, ACCELERATOR_WARM_UP = 1, 3
+"""Untimed runs before sampling, on a CPU and on an accelerator, where libraries choose kernels and clocks
+rise during the first runs. The step has already run before, to count FLOPs and to measure memory."""
+ACCELERATOR_SAMPLES = 10
+"""Minimum samples on an accelerator, where a sample costs little."""
 MAX_SAMPLES = 100
 """More samples would only narrow the interval within one process, which is not the relevant one."""
 TREND_LEVEL = 0.05
@@ -66,11 +69,15 @@ def sample(
     precision: float,
 ) -> Samples:
     """Time runs of `work` until the half-width of the median's interval is below `precision` and there is no
-    trend, or until `seconds` or `MAX_SAMPLES` runs are used; at least `at_least` samples are taken.
+    trend, or until `seconds` or `MAX_SAMPLES` runs are used; at least `at_least` samples are taken, and at
+    least `ACCELERATOR_SAMPLES` on an accelerator.
 
     Warm-up runs count towards `seconds`: a trend reduces the number of samples but does not extend the time.
     """
-    for _ in range(WARM_UP):
+    on_host = device.type == "cpu"
+    warm_up = WARM_UP if on_host else ACCELERATOR_WARM_UP
+    at_least = at_least if on_host else max(at_least, ACCELERATOR_SAMPLES)
+    for _ in range(warm_up):
         work()
     synchronize(device)
     taken: list[float] = []
@@ -90,9 +97,9 @@ def sample(
         if spent or precise():
             taken = drop_warm_up(taken, at_least)
             if precise():
-                return Samples(seconds=taken, end="precise", runs=WARM_UP + runs)
+                return Samples(seconds=taken, end="precise", runs=warm_up + runs)
             if spent:
-                return Samples(seconds=taken, end="budget", runs=WARM_UP + runs)
+                return Samples(seconds=taken, end="budget", runs=warm_up + runs)
 
 
 def drop_warm_up(samples: Sequence[float], at_least: int) -> list[float]:

@@ -40,7 +40,8 @@ class Interrupts:
         self.signal_fd, self._write_fd = os.pipe()
         """A file descriptor that becomes readable when a signal arrives."""
         self._received: int | None = None
-        self._deferring = False
+        self._deferred_blocks = 0
+        self._counting = threading.Lock()
         caught = [n for n in SIGNALS if signal.getsignal(n) is not signal.SIG_IGN]
         main = threading.current_thread() is threading.main_thread()
         self._before = {n: signal.signal(n, self._handle) for n in caught} if main else {}
@@ -56,12 +57,19 @@ class Interrupts:
 
     @contextmanager
     def deferred(self) -> Iterator[None]:
-        """Context manager in which nothing is interrupted; Stopped is raised at its end."""
-        self._deferring = True
+        """Context manager in which nothing is interrupted; Stopped is raised at its end. Several threads may
+        be in such a block at the same time."""
+        with self._counting:
+            self._deferred_blocks += 1
         try:
             yield
         finally:
-            self._deferring = False
+            with self._counting:
+                self._deferred_blocks -= 1
+        self.check()
+
+    def check(self) -> None:
+        """Raise Stopped if a signal has arrived; for threads, in which signals raise nothing."""
         if self._received is not None:
             raise Stopped(self._received)
 
@@ -70,7 +78,7 @@ class Interrupts:
             signal.signal(caught, signal.SIG_DFL)
         self._received = number
         os.write(self._write_fd, b".")
-        if not self._deferring:
+        if not self._deferred_blocks:
             raise Stopped(number)
         shown = f"\n{_SHOW_CURSOR}" if sys.stderr.isatty() else ""
         line = f"{shown}{signal.Signals(number).name}: ending {self.work}; a second signal stops at once\n"

@@ -23,6 +23,7 @@ from bench.config.spec import Cell
 from bench.process import cgroups, forkserver, stderr_tail
 from bench.process.stderr_tail import StderrTail
 from bench.run import memory_limit
+from bench.run.devices import CPU, Device
 from variants.safe_output import drop_failed_output
 
 LONGEST_WAIT = 86_400.0
@@ -32,15 +33,23 @@ NO_MEMORY = ("can't allocate memory", "Cannot allocate memory", "std::bad_alloc"
 torch's CPU allocator, the system's, C++'s, and CUDA's libraries."""
 
 
-def run(cell: Cell, cell_id: str, code_sha256: str, stop: int | None = None) -> dict[str, Any]:
-    """Run the cell in a child process; returns its figures, with `status`, `reason` and `seconds_total`.
+_process_table = threading.Lock()
+"""One thread at a time starts or reaps a child: starting one also polls all others of this process, and two
+threads that poll the same child at the same time may lose its exit status."""
+
+
+def run(
+    cell: Cell, cell_id: str, code_sha256: str, stop: int | None = None, device: Device = CPU
+) -> dict[str, Any]:
+    """Run the cell in a child process on a device; returns its figures, with `status`, `reason` and
+    `seconds_total`.
 
     If the child dies or is stopped, the figures that it reported before are kept. It is stopped at its time
     limit, or when the file descriptor `stop` becomes readable. The end of its stderr is stored in the
     experiment's folder, unless the status is ok.
     """
-    leftover = memory_limit.await_release(cell.spec.device)
-    memory = memory_limit.memory_bytes(cell.spec)
+    leftover = memory_limit.await_release(device)
+    memory = memory_limit.memory_bytes(cell.spec, device)
     kills = cgroups.oom_kills()
     figures: dict[str, Any] = {
         "device_leftover_bytes": leftover,
@@ -51,9 +60,10 @@ def run(cell: Cell, cell_id: str, code_sha256: str, stop: int | None = None) -> 
     tail = StderrTail()
     ours, theirs = multiprocessing.Pipe(duplex=False)
     child = forkserver.context().Process(
-        target=_child, args=(cell, cell_id, code_sha256, memory, theirs, tail.writer), daemon=True
+        target=_child, args=(cell, cell_id, code_sha256, device, memory, theirs, tail.writer), daemon=True
     )
-    child.start()
+    with _process_table:
+        child.start()
     theirs.close()
     tail.writer.close()
     try:
@@ -61,9 +71,10 @@ def run(cell: Cell, cell_id: str, code_sha256: str, stop: int | None = None) -> 
         if end == "late":
             tail.request_stacks(child.pid)
     finally:
-        if child.is_alive():
-            child.kill()
-        child.join()
+        with _process_table:
+            if child.is_alive():
+                child.kill()
+            child.join()
         tail.forward()
         ours.close()
     if end == "late":
@@ -104,7 +115,6 @@ def _collect(
             except (EOFError, OSError):  # it ended, perhaps while it reported a figure
                 reporting = False
         elif child.sentinel in ready:
-            child.join()
             return "ended"
         elif stop in ready:
             return "stopped"
@@ -132,9 +142,16 @@ def _status_of_exit(exitcode: int | None, tail: StderrTail, kills_before: int | 
 
 
 def _child(
-    cell: Cell, cell_id: str, code_sha256: str, memory: int, theirs: Connection, stderr: Connection
+    cell: Cell,
+    cell_id: str,
+    code_sha256: str,
+    device: Device,
+    memory: int,
+    theirs: Connection,
+    stderr: Connection,
 ) -> None:
     gc.freeze()  # a collection would visit all objects of torch, in pages that are shared until then
+    device.select()
     stderr_tail.redirect_stderr(stderr)
     drop_failed_output()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C and stops this process
@@ -166,6 +183,9 @@ def _outcome(cell: Cell, cell_id: str, code_sha256: str, memory: int, theirs: Co
     from bench.train.loop import Diverged
 
     try:
+        if (free := memory_limit.after_context(cell.spec, memory)) != memory:
+            memory = free
+            theirs.send({"memory_limit_bytes": memory})
         memory_limit.enforce(cell.spec, memory)
         CellRun(cell, cell_id, code_sha256, theirs.send, memory).run()
     except Unsupported as reason:

@@ -16,7 +16,7 @@ from bench import records
 from bench.config.spec import digest
 from bench.inputs.errors import ConfigError
 from bench.inputs.printable import printable
-from bench.run import memory_limit
+from bench.run.devices import Device
 
 LOCKS = "LONGCTX_BENCH_LOCKS"
 """Environment variable: runs with different values do not share device locks. Tests set it."""
@@ -27,19 +27,17 @@ _CANNOT_LOCK = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}
 
 
 @contextmanager
-def on_device(device: str, waiting: Callable[[], None] = lambda: None) -> Iterator[None]:
-    """Lock a device of this machine inside the context; `waiting` is called if another run holds the lock.
+def on_device(device: Device, waiting: Callable[[], None] = lambda: None) -> Iterator[None]:
+    """Lock a device of this machine inside the context; `waiting` is called repeatedly while another run
+    holds the lock, and may raise.
 
     An accelerator is identified by its UUID, independent of its index under CUDA_VISIBLE_DEVICES in this
     process. Runs on different accelerators of one machine do not wait for each other.
     """
-    uuid = memory_limit.device_uuid(device) if device != "cpu" else None
-    name = f"longctx-bench-{digest([os.environ.get(LOCKS), uuid or device])}"  # names of sockets are short
-    held = _bind(name)
-    if held is None:
+    name = f"longctx-bench-{digest([os.environ.get(LOCKS), device.identity])}"  # names of sockets are short
+    while (held := _bind(name)) is None:
         waiting()
-        while (held := _bind(name)) is None:
-            time.sleep(POLL_SECONDS)
+        time.sleep(POLL_SECONDS)
     with held:
         yield
 
@@ -90,10 +88,9 @@ class CellLocks:
         os.close(self._handle)
 
     @contextmanager
-    def lock(self, cell_id: str, *, wait: bool) -> Iterator[bool]:
-        """Lock a cell inside the context;
-        yields False if another process holds the lock and `wait` is false."""
-        if not self._lock(cell_id, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB)):
+    def lock(self, cell_id: str) -> Iterator[bool]:
+        """Lock a cell inside the context; yields False if another process holds the lock."""
+        if not self._lock(cell_id, fcntl.LOCK_EX | fcntl.LOCK_NB):
             yield False
             return
         try:

@@ -10,12 +10,12 @@ import re
 import resource
 import sys
 import time
-from functools import cache
 from pathlib import Path
 
 from bench.config.spec import CellSpec
 from bench.measure import nvml
-from bench.process import cgroups, forkserver
+from bench.process import cgroups
+from bench.run.devices import CPU, Device
 
 UNLIMITED = sys.maxsize
 """The limit if none is set and the device does not report its memory."""
@@ -29,8 +29,8 @@ RELEASED_BYTES = 2**24
 """Tolerated change of a device's memory in use, because the driver's own memory varies."""
 
 
-def memory_bytes(spec: CellSpec) -> int:
-    """Return the bytes that a cell may allocate on its device, in addition to what its process has at the
+def memory_bytes(spec: CellSpec, device: Device = CPU) -> int:
+    """Return the bytes that a cell may allocate on a device, in addition to what its process has at the
     start.
 
     This is `measure.limit_bytes`, or the memory that is free on the device now; on the CPU, at most the free
@@ -38,8 +38,8 @@ def memory_bytes(spec: CellSpec) -> int:
     """
     if spec.measure.limit_bytes is not None:
         return int(spec.measure.limit_bytes)
-    if spec.device != "cpu":
-        return _free_on(spec.device)
+    if device.kind != CPU.kind:
+        return _free_on(device)
     available = [size for size in (available_bytes(), cgroups.free_bytes()) if size is not None]
     return min(available, default=UNLIMITED)
 
@@ -79,6 +79,28 @@ def enforce(spec: CellSpec, limit: int) -> None:
         torch.cuda.set_per_process_memory_fraction(min(1.0, limit / total), spec.device)
 
 
+def after_context(spec: CellSpec, limit: int) -> int:
+    """Return the bytes that this process, which must be the cell's own, may allocate on the cell's device.
+
+    That is `limit`, or the memory that is free once the process has what it cannot do without: the device's
+    context and the workspaces of the library for matrix products, together several hundred MiB. The parent
+    process cannot know them, because they belong to each process.
+    """
+    if spec.device == CPU.kind or not spec.measure.execute:
+        return limit
+    import torch
+
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    if accelerator is None or accelerator.type != spec.device:  # the cell reports it
+        return limit
+    module = torch.get_device_module(spec.device)
+    square = torch.ones(64, 64, device=spec.device, requires_grad=True)
+    (square @ square).sum().backward()  # autograd's thread has a workspace of its own
+    module.synchronize(spec.device)
+    free, _ = module.mem_get_info(spec.device)
+    return min(limit, int(free))
+
+
 def _stack_bytes(threads: int) -> int:
     """Return the size of the stacks of torch's threads:
     two pools, because the backward pass may have its own."""
@@ -86,22 +108,20 @@ def _stack_bytes(threads: int) -> int:
     return (2 * threads + 2) * (2**23 if size == resource.RLIM_INFINITY else size)
 
 
-def _free_on(device: str) -> int:
+def _free_on(device: Device) -> int:
     """Return the free memory of an accelerator, queried from its driver without allocating any."""
-    uuid = device_uuid(device)
-    memory = nvml.memory(uuid) if uuid else None
+    memory = nvml.memory(device.uuid) if device.uuid else None
     return UNLIMITED if memory is None else memory.free_bytes
 
 
-def await_release(device: str) -> int | None:
+def await_release(device: Device) -> int | None:
     """Wait until a device's memory is released by the previous cell; returns `leftover_bytes`. None for the
     CPU, where the memory of a process is released when it ends."""
-    uuid = device_uuid(device) if device != "cpu" else None
-    return leftover_bytes(uuid) if uuid else None
+    return leftover_bytes(device.uuid) if device.uuid else None
 
 
 _least_used: dict[str, int] = {}
-"""Device → the minimum of its memory in use before any cell of this process."""
+"""UUID of a device → the minimum of its memory in use before any cell of this process."""
 
 
 def leftover_bytes(uuid: str, seconds: float = RELEASE_SECONDS) -> int | None:
@@ -120,11 +140,3 @@ def leftover_bytes(uuid: str, seconds: float = RELEASE_SECONDS) -> int | None:
             return beyond
         time.sleep(0.05)
     return None
-
-
-@cache
-def device_uuid(device: str) -> str | None:
-    """Return the driver's UUID of an accelerator, or None if there is none. A child process queries it,
-    because torch initialises the device for this query and would keep memory on it while this process
-    lives."""
-    return forkserver.run_in_child(nvml.uuid, device)

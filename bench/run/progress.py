@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import threading
 import time
 from types import TracebackType
 from typing import TYPE_CHECKING
@@ -51,13 +52,14 @@ def duration(seconds: float) -> str:
 
 class Progress:
     """Context manager that shows the progress of a sweep of `total` cells,
-    some of which may already be finished."""
+    some of which may already be finished. Threads that run cells on several devices share it."""
 
     def __init__(self, total: int) -> None:
         self.total, self.done, self.measured = total, 0, 0
         self.begun = time.monotonic()
         self.bar: RichProgress | None = None
         self.waited = False
+        self._counting = threading.Lock()
 
     def __enter__(self) -> Progress:
         if sys.stderr.isatty():
@@ -93,6 +95,7 @@ class Progress:
     def starting(self, label: str) -> None:
         """Show that a cell starts."""
         if self.bar:
+            self.waited = False
             self.bar.update(self.bar.task_ids[0], description=f"{self.eta()}  {label}", refresh=True)
 
     def skipped(self, count: int) -> None:
@@ -102,25 +105,30 @@ class Progress:
             self._say(f"{count} of {self.total} cells were finished before and are not run again")
 
     def waiting(self, what: str) -> None:
-        """Show that the sweep waits for another sweep; plain output shows it once."""
+        """Show that the sweep waits for another sweep: on a terminal until the next cell starts; plain output
+        shows it once."""
+        if self.waited:
+            return
+        self.waited = True
         if self.bar:
             self.bar.update(self.bar.task_ids[0], description=f"waiting: {what}", refresh=True)
-        elif not self.waited:
+        else:
             print(f"waiting: {what}", file=sys.stderr, flush=True)
-        self.waited = True
 
     def elsewhere(self, record: Record) -> None:
         """Show a cell that another sweep has measured."""
-        self.done += 1
-        self._say(f"[{self.done}/{self.total}] by another sweep: {describe(record)}")
+        with self._counting:
+            self.done += 1
+            self._say(f"[{self.done}/{self.total}] by another sweep: {describe(record)}")
 
     def finished(self, record: Record) -> None:
         """Show a finished cell."""
-        self.done += 1
-        self.measured += 1
-        if self.total > 1:  # a single cell is printed as the command's result
-            eta = "" if self.bar else f"  ({self.eta()})"
-            self._say(f"[{self.done}/{self.total}] {describe(record)}{eta}")
+        with self._counting:
+            self.done += 1
+            self.measured += 1
+            if self.total > 1:  # a single cell is printed as the command's result
+                eta = "" if self.bar else f"  ({self.eta()})"
+                self._say(f"[{self.done}/{self.total}] {describe(record)}{eta}")
 
     def _say(self, line: str) -> None:
         if self.bar:

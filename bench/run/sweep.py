@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import threading
+import time
+from collections import defaultdict, deque
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +18,8 @@ from bench.inputs.errors import ConfigError
 from bench.process.signals import Interrupts
 from bench.records import Record, RecordError
 from bench.run import isolate, provenance
-from bench.run.locks import CellLocks, on_device
+from bench.run.devices import Device, devices_of
+from bench.run.locks import POLL_SECONDS, CellLocks, on_device
 from bench.run.oom_skip import OutOfMemorySkip
 from bench.run.prepare import Job, make_folder, prepare_jobs, to_run
 from bench.run.progress import Progress
@@ -25,6 +29,8 @@ from variants.safe_output import drop_failed_output
 finished: list[tuple[Path, Record]] = []
 """(experiment's folder, record) of every cell that this process was asked to run. It is global because Hydra
 does not return the task's result to its caller."""
+_storing = threading.Lock()
+"""One thread at a time stores a record and informs the experiment tracker, which may not support threads."""
 unrecorded: list[Cell] = []
 """Cells without a record, because their remote worker died."""
 
@@ -44,17 +50,77 @@ def run(cells: Sequence[Cell]) -> list[Record]:
         folders = to_run(jobs)
         locks = {folder: stack.enter_context(closing(CellLocks(folder))) for folder in folders}
         progress.skipped(sum(job.result is not None for job in jobs))
-        for wait in (False, True):  # cells that another sweep measures come last: it may then have finished
-            for job in [job for job in jobs if job.result is None]:
-                if wait:
-                    progress.waiting("another sweep measures the remaining cells")
-                with locks[job.cell.folder].lock(job.cell_id, wait=wait) as ours:
-                    if ours:
-                        job.result = _run_job(job, skip, progress, interrupts)
-                        skip.add(job.cell, job.result)
+        _run_all(jobs, locks, skip, progress, interrupts)
     for folder in folders:
         records.remove_abandoned(folder)  # again: a killed sweep's cell may have been running at the start
     return publish(jobs)
+
+
+def _run_all(
+    jobs: Sequence[Job],
+    locks: Mapping[Path, CellLocks],
+    skip: OutOfMemorySkip,
+    progress: Progress,
+    interrupts: Interrupts,
+) -> None:
+    """Run the jobs without a result, on several devices at a time if the machine has them."""
+
+    def work(queue: JobQueue, device: Device) -> None:
+        while taken := queue.take():
+            interrupts.check()
+            job, postponed = taken
+            if postponed:
+                progress.waiting("another sweep measures the remaining cells")
+                time.sleep(POLL_SECONDS)
+            with locks[job.cell.folder].lock(job.cell_id) as ours:
+                if ours:
+                    job.result = _run_job(job, device, skip, progress, interrupts)
+                    skip.add(job.cell, job.result)
+                else:
+                    queue.postpone(job)
+
+    for kind, queue in _queues(jobs).items():
+        devices = devices_of(kind)[: queue.max_devices]
+        if len(devices) == 1:
+            work(queue, devices[0])
+            continue
+        # A thread for each device waits for the processes of its cells; this thread receives signals.
+        with interrupts.deferred(), ThreadPoolExecutor(len(devices)) as pool:
+            ended = [pool.submit(work, queue, device) for device in devices]
+        for each in ended:
+            each.result()
+
+
+class JobQueue:
+    """Jobs for one kind of device, in order. Several threads take them, each for a device of its own.
+
+    Jobs that another sweep measures are postponed to the end: it may then have finished."""
+
+    def __init__(self, jobs: Sequence[Job]) -> None:
+        self._jobs = deque((job, False) for job in jobs)
+        limits = (job.cell.devices for job in jobs)
+        self.max_devices = min([len(jobs), *(limit for limit in limits if limit != "all")])
+        """The number of devices that may be in use at the same time."""
+
+    def postpone(self, job: Job) -> None:
+        """Put back a job that another sweep measures."""
+        self._jobs.append((job, True))
+
+    def take(self) -> tuple[Job, bool] | None:
+        """Return the next job, and whether it was postponed; None at the end."""
+        try:
+            return self._jobs.popleft()
+        except IndexError:
+            return None
+
+
+def _queues(jobs: Sequence[Job]) -> dict[str, JobQueue]:
+    """Return the jobs without a result by the kind of their device."""
+    by_kind: dict[str, list[Job]] = defaultdict(list)
+    for job in jobs:
+        if job.result is None:
+            by_kind[job.cell.spec.device].append(job)
+    return {kind: JobQueue(jobs) for kind, jobs in by_kind.items()}
 
 
 def publish(jobs: Sequence[Job]) -> list[Record]:
@@ -64,7 +130,9 @@ def publish(jobs: Sequence[Job]) -> list[Record]:
     return [job.result for job in jobs if job.result]
 
 
-def _run_job(job: Job, skip: OutOfMemorySkip, progress: Progress, interrupts: Interrupts) -> Record:
+def _run_job(
+    job: Job, device: Device, skip: OutOfMemorySkip, progress: Progress, interrupts: Interrupts
+) -> Record:
     """Return the record of a cell that this process has locked:
     an existing one, a skipped or a measured cell."""
     if record := job.reload_record():
@@ -75,9 +143,13 @@ def _run_job(job: Job, skip: OutOfMemorySkip, progress: Progress, interrupts: In
         record = _store_figures(job, provenance.provenance() | {"status": "predicted_oom", "reason": reason})
         progress.finished(record)
         return record
-    device = cell.spec.device
+
+    def waiting() -> None:
+        interrupts.check()
+        progress.waiting(f"another run measures on {device.kind}")
+
     with (
-        on_device(device, partial(progress.waiting, f"another run measures on {device}")),
+        on_device(device, waiting),
         interrupts.deferred(),
     ):
         progress.starting(cell.spec.label)
@@ -90,14 +162,17 @@ def _run_job(job: Job, skip: OutOfMemorySkip, progress: Progress, interrupts: In
             if cell.force:
                 checkpoints.remove(cell.folder, job.cell_id)
             record = _store_figures(
-                job, begun | isolate.run(cell, job.cell_id, job.known["code_sha256"], interrupts.signal_fd)
+                job,
+                begun
+                | isolate.run(cell, job.cell_id, job.known["code_sha256"], interrupts.signal_fd, device),
             )
         progress.finished(record)
     return record
 
 
 def _store_figures(job: Job, figures: dict[str, Any]) -> Record:
-    return store_record(job, Record(**(job.known | figures), ended_at=provenance.now()))
+    with _storing:
+        return store_record(job, Record(**(job.known | figures), ended_at=provenance.now()))
 
 
 def store_record(job: Job, record: Record) -> Record:

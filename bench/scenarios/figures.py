@@ -12,8 +12,8 @@ from bench.model.language_model import LanguageModel
 
 
 def flop_figures(spec: CellSpec, model: LanguageModel, figures: StepFigures, source: str) -> dict[str, Any]:
-    """Return the FLOPs, launches and bytes moved of the step, the properties of the model that they depend on,
-    and the time that they lead to expect on a card, if one is named.
+    """Return the FLOPs, launches and bytes moved of the step, the properties of the model that they depend
+    on, and the estimated time on a card, if the cell names one.
 
     `source` says how the FLOPs were counted. Raises gates.GateFailed if the executed FLOPs of attention
     differ from the algorithmic ones without a stated reason.

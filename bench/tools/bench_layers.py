@@ -32,7 +32,7 @@ from bench.process import forkserver
 from bench.records import write_atomically
 from bench.report.text import markdown, units
 from bench.report.text.columns import Column
-from bench.run import provenance
+from bench.run import devices, provenance
 from bench.run.locks import on_device
 from variants.safe_output import run
 
@@ -138,7 +138,7 @@ def _child(theirs: Connection, sizes: Sizes, name: str, seq_len: int, fake: bool
 def in_child(sizes: Sizes, name: str, seq_len: int, *, fake: bool) -> Figures | str:
     """Run `measure` in a separate process that has exclusive use of the device."""
     ours, theirs = Pipe(duplex=False)
-    with on_device("cpu"):
+    with on_device(devices.CPU):
         child = forkserver.context().Process(target=_child, args=(theirs, sizes, name, seq_len, fake))
         child.start()
         theirs.close()

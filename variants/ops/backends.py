@@ -4,7 +4,7 @@ Shapes: B batch, T tokens, H heads, D channels of a head; n blocks of `BLOCK` to
 
 This module does not choose a kernel: the `impl` of a variant names it, and `missing_…` returns the reason why
 it cannot run. The libraries are imported when they are used. The FLOPs of each kernel are in torch's registry
-of formulas. The kernels of xformers are wrapped in operators; for FlexAttention, `note_flops` is called.
+of formulas. The kernels of xformers are wrapped in operators; for FlexAttention, `note_work` is called.
 """
 
 from __future__ import annotations
