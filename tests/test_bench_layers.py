@@ -13,7 +13,7 @@ from tiers import slow
 
 import variants
 from bench import CONFIGS
-from bench.tools.bench_layers import Figures, Found, Sizes, collect, page, table
+from bench.tools.bench_layers import Figures, Results, Sizes, collect, page, table
 
 SIZES = Sizes(d_model=32, heads=2, lengths=[64, 128], predicted_length=4096, knobs={"chunked": {"chunk": 16}})
 
@@ -30,7 +30,7 @@ def test_figures_of_each_variant_and_length_and_their_table() -> None:
     kept: list[str] = []
     found = defaultdict(list)
 
-    def keep(so_far: Found) -> None:
+    def keep(so_far: Results) -> None:
         found.update({key: list(figures) for key, figures in so_far.items()})
         kept.append(page(SIZES, names, 2, so_far))
 

@@ -28,7 +28,7 @@ from bench.tasks.base import Batch
 from variants.ops import block_sparse, kmeans_attention, operators, relative_attention
 from variants.ops.lsh import attention as lsh_attention
 from variants.ops.lsh import hashing, windows
-from variants.ops.strided_parts import Cut, Part, to_plain
+from variants.ops.strided_parts import Part, StridedTokens, flatten_parts
 
 TABLE = Path(__file__).parent / "data" / "launches.json"
 SMALL = {
@@ -114,8 +114,10 @@ def test_metadata_is_no_kernel() -> None:
 
 def _union() -> tuple[Callable[[], Any], Callable[[], Any]]:
     q, k, v = (torch.randn(1, 2, 32, 8) for _ in range(3))
-    part = Part(heads=(0, 2), queries=Cut(start=0, run=32), keys=Cut(start=0, run=32), causal=True)
-    masks, numbers = to_plain([part])
+    part = Part(
+        heads=(0, 2), queries=StridedTokens(start=0, run=32), keys=StridedTokens(start=0, run=32), causal=True
+    )
+    masks, numbers = flatten_parts([part])
     given = q, k, v, masks, numbers, "plain", 16
     return lambda: block_sparse._forward_operator(*given), lambda: block_sparse._forward(
         q, k, v, [part], "plain", 16

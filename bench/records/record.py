@@ -143,6 +143,9 @@ class Record:
     forward_seconds_samples: list[Positive] | None = None
     tokens_per_second: Positive | None = None
     forward_tokens_per_second: Positive | None = None
+    device_seconds_step: Positive | None = None
+    launch_seconds: Positive | None = None
+    launch_bound: bool | None = None
     sampling_end: str | None = None
     sampling_half_width: Amount | None = None
     energy_joules_per_token: Amount | None = None

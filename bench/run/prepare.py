@@ -34,6 +34,7 @@ FOLDERS = (
     stderr_tail.LOGS_DIR,
     "gates",
     "roofline",
+    "launch",
 )
 """Folders of an experiment into which a cell writes."""
 

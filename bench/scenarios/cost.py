@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from bench.config.spec import CellSpec
-from bench.measure import contention, nvml, predict, timing
+from bench.measure import contention, device_time, nvml, predict, timing
 from bench.measure import step as step_measure
 from bench.measure.roofline import Roofline
 from bench.model.reversible import reversible
@@ -97,6 +97,7 @@ class CostMeasurement:
         monitor = contention.ContentionMonitor(self.device)
         steps = sample(subject.step)
         joules = monitor.joules()
+        busy = device_time.busy_seconds(subject.step, self.device)
         subject.optimizer.zero_grad(set_to_none=True)
         subject.model.eval()
         forwards = sample(subject.forward)
@@ -110,6 +111,9 @@ class CostMeasurement:
                 "tokens_per_second": tokens / steps.median,
                 "forward_tokens_per_second": tokens / forwards.median,
                 nvml.ENERGY: None if joules is None else joules / (steps.runs * tokens),
+                "device_seconds_step": busy,
+                "launch_seconds": device_time.launch_seconds(self.folder, self.device, self.device_name),
+                "launch_bound": device_time.is_launch_bound(busy, steps.median),
                 "sampling_end": steps.end,
                 "sampling_half_width": steps.half_width,
                 **load,
