@@ -108,7 +108,7 @@ def test_a_verdict_is_of_all_parts(verdicts: list[str], whole: str) -> None:
 
 
 def test_a_part_that_does_not_hold_says_what_is_so() -> None:
-    with pytest.raises(ValueError, match="needs what is so instead"):
+    with pytest.raises(ValueError, match="needs the result that the cells show instead"):
         part(FAILS, but=" ")
 
 

@@ -301,7 +301,7 @@ def test_a_plugin_needs_no_yaml(plugged: Path, tmp_path: Path) -> None:
         assert "variant:\n  name: lagged\n  lag: 1\n" in done.stdout
     (package / "lagged.py").write_text("1 / 0")
     done = python("-m", "bench", "variant=lagged", "--cfg", "job", path=plugged, cwd=tmp_path)
-    assert "variant:\n  name: lagged\nmodel:" in done.stdout
+    assert "variant:\n  name: lagged\nfeed_forward:" in done.stdout
     listed = python("-m", "variants", path=plugged, cwd=tmp_path)
     assert "lagged\n  broken   plug-in lagged_attention.lagged:Lagged cannot be imported" in listed.stdout
 

@@ -156,7 +156,7 @@ def test_a_reversible_network_runs_backward_once() -> None:
     model = model_of("dense", "reversible")
     loss = model(batch_of(model, 50).inputs, causal=True).logits.square().mean()
     loss.backward(retain_graph=True)
-    with pytest.raises(RuntimeError, match="runs backward once"):
+    with pytest.raises(RuntimeError, match="must run backward once"):
         loss.backward()
 
 

@@ -24,7 +24,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from bench.measure import launches
 from bench.measure.launches import Counts
-from variants.ops import operators
+from variants.ops import backends, operators
 
 _KERNELS = (
     "_scaled_dot_product_flash_attention_for_cpu",
@@ -32,6 +32,7 @@ _KERNELS = (
     "_scaled_dot_product_efficient_attention",
     "_scaled_dot_product_cudnn_attention",
 )
+_NOTE_WORK = backends.note_work._opoverload
 _FLEX = ("flex_attention", "flex_attention_backward")
 FORWARD_PRODUCTS = 2
 """Products of size queries × keys × head_dim: the scores and the weighted sum."""
@@ -109,7 +110,7 @@ class DispatchedWork(TorchDispatchMode):
             if func.name() in _FLEX:
                 return func(*args, **kwargs)
             raise NotImplementedError(f"cannot count {func.name()}: what it runs is not dispatched")
-        if func is torch.ops.longctx_bench.note_work.default:
+        if func is _NOTE_WORK:
             self.count(*args)
             return func(*args)
         if work := operators.implementation(func):

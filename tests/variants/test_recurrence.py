@@ -290,7 +290,7 @@ def test_a_model_trains_and_is_evaluated_alike(name: str, activations: str) -> N
         variant = variants.load(name)
         config = variant.Config(segment=8, mem_len=12, segments_at_once=at_once)
         model = LanguageModel(
-            ModelSpec.of(variant, config, ff_mult=2),
+            ModelSpec.of(variant, config, feed_forward=feed_forward(mult=2)),
             dims_for(60, 2),
             depth=2,
             dropout=0.0,

@@ -19,8 +19,7 @@ from variants.ops.tile_size import Sizes
 
 Index = TypeVar("Index", int, Tensor)
 STRIPS = Sizes(cpu=32, accelerator=8)
-"""Number of strips of queries; the queries of a strip share a rectangle of earlier summaries. With n strips,
-about 1/n more pairs are computed than are allowed."""
+"""Strips of queries, each with one rectangle of earlier summaries; n strips compute about 1/n more pairs."""
 
 
 @dataclass(frozen=True, kw_only=True)

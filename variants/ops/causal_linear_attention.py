@@ -1,17 +1,15 @@
 """Causal linear attention over positive features, for `variants.attention.performer`.
 
-Shapes: as in `variants.ops.feature_sums`. Features and levels: as in `variants.ops.positive_features`.
-
-The level of a causal sum is R_tj, the largest exponent b_sj of the keys s ≤ t. A weight is computed as
+Shapes: see `feature_sums`; features and levels: see `positive_features`. The level of a causal sum is R_tj,
+the largest exponent b_sj of the keys s ≤ t. A weight is computed as
 
     2^{a_tj + R_ej − Λ_t} · 2^{b_sj − R_ej},    s ≤ e ≤ t.
 
 Each border e divides the tokens into keys up to e and queries after e. The keys before a chunk share one
 border and are read as one sum. The tokens of a chunk form blocks of 1, 2, 4, … tokens. Two neighbouring
-blocks have the border between them, so no forbidden pair is computed. Therefore no mask is needed, no R
-depends on a later key, and no value of a later token (including NaN and infinity) reaches an earlier query.
-When two blocks are joined, half of the features are multiplied by a power 2^{R − R'} ≤ 1 of each block and
-feature, so exponentials are computed once for each token and not once for each block size.
+blocks have the border between them, so no forbidden pair is computed: no mask is needed, no R depends on a
+later key, and no value of a later token, not even NaN, reaches an earlier query. Where two blocks are joined,
+half of the features are multiplied by a power 2^{R − R'} ≤ 1, so exponentials are computed once a token.
 """
 
 from __future__ import annotations

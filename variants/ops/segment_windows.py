@@ -172,10 +172,11 @@ class _KnownProduct(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[None, None, Tensor]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, Tensor]:
         (x,) = ctx.saved_tensors
         d_weight = grad.flatten(0, 1).T @ x.flatten(0, 1).to(grad.dtype)
-        return None, None, d_weight.to(ctx.dtype)
+        # in training the product is detached; a tool that ignores `detach` sees which tokens are read
+        return grad if ctx.needs_input_grad[0] else None, None, d_weight.to(ctx.dtype)
 
 
 def known_product(product: Tensor, x: Tensor, weight: Tensor) -> Tensor:
