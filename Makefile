@@ -118,14 +118,12 @@ notebooks: $(STAMP) ## run the notebooks on results/NAME or the reference run; w
 		--output='../outputs/notebooks/{notebook_name}' $(wildcard notebooks/*.ipynb)
 	@echo "notebooks with outputs: outputs/notebooks"
 
-# One worker more than cores, because many tests wait for processes, but at most four, because each loads torch. A
-# file's tests run on one worker, so that they share its fixtures. The files are in their own order: the one with most
-# tests is not the one that takes longest.
+# One worker per core, at most four, because each loads torch. A file's tests run on one worker, so that they share
+# its fixtures. In the files' own order: the one with most tests is not the one that takes longest.
 test: corpus ## run the short tier of the tests; ARGS='-k name' selects some
 	@$(PY) -m pytest $(PARALLEL) $(ARGS)
 
-WORKERS = $(shell $(PY) -c 'import os; print(min(4, (os.cpu_count() or 1) + 1))')
-PARALLEL = -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+PARALLEL := -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 test-slow: corpus ## run all other cases, and the tests that take minutes
 	@$(PY) -m pytest -m $(SLOW) $(ARGS)

@@ -26,11 +26,11 @@ def test_case(shared, case):
 
 def test_a_fixture_of_a_file_is_made_once(tmp_path: Path) -> None:
     """On several workers, with the options of the Makefile."""
-    (options,) = re.findall(r"^PARALLEL = (.*)$", (ROOT / "Makefile").read_text(), re.M)
+    (options,) = re.findall(r"^PARALLEL := (.*)$", (ROOT / "Makefile").read_text(), re.M)
     (tmp_path / "pytest.ini").touch()
     for name in ("test_a", "test_b"):
         (tmp_path / f"{name}.py").write_text(FILE)
-    command = [sys.executable, "-m", "pytest", *shlex.split(options.replace("-n $(WORKERS)", "-n 2"))]
+    command = [sys.executable, "-m", "pytest", *shlex.split(options.replace("-n auto", "-n 2"))]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert "16 passed" in done.stdout, done.stdout
     assert sorted((tmp_path / "made.txt").read_text().split()) == ["test_a", "test_b"]

@@ -101,7 +101,7 @@ class Record:
     flops_attention_step: Work | None = None
     flops_source: str | None = None
     launches_step: Count | None = None
-    bytes_moved_step: Work | None = None
+    bytes_moved_step: Count | None = None
     step_seconds_estimated: Positive | None = None
     estimate_card: str | None = None
 

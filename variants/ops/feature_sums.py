@@ -18,7 +18,7 @@ from torch import Tensor
 
 from variants.ops.tile_size import Sizes
 
-SEGMENT = Sizes(cpu=1536, accelerator=2**15)
+SEGMENT = Sizes(cpu=1536, accelerator=2**18)
 """Tokens of all sequences together whose features exist at a time, rounded up to whole chunks. The CPU's
 value keeps the features in cache."""
 SEGMENTS = 48

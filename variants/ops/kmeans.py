@@ -17,7 +17,7 @@ from torch import Tensor
 from variants.ops.memoizable import repeatable
 from variants.ops.tile_size import Sizes
 
-PIECE = Sizes(cpu=2**21, accelerator=2**24)
+PIECE = Sizes(cpu=2**21, accelerator=2**27)
 """Scores computed at a time. On a CPU 8 MiB, so that a piece stays in cache."""
 MOST_PIECES = 16
 """Maximum number of pieces of a sequence. Longer sequences have larger pieces, to bound the operations."""

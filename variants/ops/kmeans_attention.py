@@ -20,7 +20,7 @@ from variants.ops.tile_size import Sizes
 
 MOST_PIECES = 16
 """Maximum number of slices; beyond it the slices grow, which bounds the number of operations."""
-SLICE = Sizes(cpu=2**18, accelerator=2**23)
+SLICE = Sizes(cpu=2**18, accelerator=2**26)
 """Scores within clusters computed at a time. On a CPU 1 MiB, because gathered rows and gradients, which are
 larger, must stay in cache with them."""
 ALIGNED = 4

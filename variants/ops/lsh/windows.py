@@ -25,7 +25,7 @@ from variants.ops.tile_size import Sizes
 
 MOST_PIECES = 16
 """Maximum number of pieces of a round; beyond it the pieces grow, which bounds the number of operations."""
-TILE = Sizes(cpu=2**18, accelerator=2**23)
+TILE = Sizes(cpu=2**18, accelerator=2**25)
 """Pairs (query, key) of a piece, unless `MOST_PIECES` asks for more. The CPU's value keeps them in cache."""
 FORBIDDEN = 1e20
 """Subtracted from the score of a forbidden pair: once for its position, and once or more for its bucket."""
