@@ -250,7 +250,7 @@ BAD = [
     ("rerun=contaminate", "rerun='contaminate'", "did you mean contaminated?"),
     ("force=maybe", "force='maybe'", "true or false"),
     ("seq_len=0", "seq_len=0", "1 or more"),
-    ("depth=-1", "depth=-1", "1 or more"),
+    ("depth=-1", "depth=-1", "1 to 65,536"),
     ("model.heads=3", "model.heads=3", "2"),
     ("model.heads=64", "model.heads=64", "even"),
     ("objective=clmm", "objective=clmm", "clm"),
