@@ -69,7 +69,7 @@ class Sweep:
 def test_two_devices_measure_two_cells_at_once_and_a_signal_ends_both(tmp_path: Path) -> None:
     sweep = Sweep(tmp_path, "replicate=range(4)", "measure.time_seconds=100000")
     try:
-        wait_until(lambda: sweep.cards() == ["0", "1"])
+        wait_until(lambda: sweep.cards() == ["0", "1"] or sweep.process.poll() is not None)
         sweep.process.terminate()
         errors = sweep.end()
     finally:
