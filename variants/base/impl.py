@@ -24,6 +24,15 @@ class Impl:
     """See `SequenceMixer.flop_overhead_reason`."""
     overhead_is_bounded: bool = True
     """See `SequenceMixer.overhead_is_bounded`."""
+    has_shape_functions: bool = False
+    """Whether every kernel is an operator with a shape function, so that fake tensors suffice to plan it on a
+    machine without the kernel."""
+    untried: bool = False
+    """Whether no device has run it yet. Its outputs and gradients are tested with stand-ins on the CPU only,
+    so `auto` does not select it."""
     auto_on: tuple[str, ...] = ()
     """Types of device on which `impl=auto` selects this implementation. `OTHER_DEVICES`: all types that no
     other Impl names."""
+
+    def __post_init__(self) -> None:
+        assert not (self.untried and self.auto_on), "auto selects only what a device has run"

@@ -183,8 +183,11 @@ class SequenceMixer(nn.Module, Variant):
         cls, config: VariantConfig, dims: Dims, *, device: torch.device, dtype: torch.dtype
     ) -> str | None:
         """The requirement of the selected implementation that this machine does not meet."""
-        impl = cls.IMPLS.get(cls.resolve_impl(config, device.type) or "")
-        return impl.missing(device, dtype, dims.head_dim) if impl else None
+        planned_for = dims.device_type or device.type
+        impl = cls.IMPLS.get(cls.resolve_impl(config, planned_for) or "")
+        if impl is None or (planned_for != device.type and impl.has_shape_functions):
+            return None
+        return impl.missing(device, dtype, dims.head_dim)
 
     @classmethod
     def resolve_impl(cls, config: VariantConfig, device_type: str) -> str | None:
