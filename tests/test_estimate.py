@@ -33,7 +33,7 @@ def counts() -> dict[tuple[str, int], dict[str, int]]:
 
 
 def test_the_law_fits_the_measured_round() -> None:
-    """Found: a root mean square of 16.4 %, and at most 10 % for half of the cells. Nothing is fitted here."""
+    """Measured: a root mean square of 12.8 %, at most 9 % for half of the cells. Nothing is fitted here."""
     frame = records.load(ROOT / "results" / "h100")
     known, errors = counts(), []
     for record in frame.to_dict("records"):
@@ -41,14 +41,19 @@ def test_the_law_fits_the_measured_round() -> None:
         assert found["flops"] == record["flops_executed_step"], "counted with other code than was measured"
         errors.append(estimated_seconds(**found, card=CARDS["h100"]) / record["step_seconds_median"] - 1)
     assert len(errors) == 40
-    assert launches.rms(errors) < 0.17
-    assert sorted(map(abs, errors))[20] < 0.12
-    assert max(map(abs, errors)) < 0.4
+    assert launches.rms(errors) < 0.135
+    assert sorted(map(abs, errors))[20] < 0.1
+    assert max(map(abs, errors)) < 0.3
 
 
 def test_the_longer_of_two_times() -> None:
     card = Card(
-        title="", teraflops_per_second=989, terabytes_per_second=3.35, seconds_per_launch=1e-5, source=""
+        title="",
+        teraflops_per_second=989,
+        terabytes_per_second=3.35,
+        seconds_per_launch=1e-5,
+        seconds_per_step=0,
+        source="",
     )
     assert (card.flops_per_second, card.bytes_per_second) == (pytest.approx(500e12), pytest.approx(2.4e12))
     assert estimated_seconds(100, 0, 0, card) == pytest.approx(1e-3)
@@ -77,7 +82,7 @@ def test_a_plan_for_a_card_is_cut_for_it_and_records_an_estimate(tmp_path: Path)
     told: dict[str, Any] = {}
     CellRun(cell, "id", "code", told.update).run()
     assert told["estimate_card"] == "h100"
-    assert told["step_seconds_estimated"] == pytest.approx(37e-6 * told["launches_step"])
+    assert told["step_seconds_estimated"] == pytest.approx(4e-3 + 34e-6 * told["launches_step"])
     assert told["impl"] == "blocks", "the implementation of accelerators"
     assert "step_seconds_median" not in told
 

@@ -127,7 +127,7 @@ def limit(planned: Planned, card: Card) -> str:
     """Return which of the three times is the longest."""
     found = planned.figures
     times = {
-        "launches": found.launches_step * card.seconds_per_launch,
+        "launches": card.seconds_per_step + found.launches_step * card.seconds_per_launch,
         "bytes": found.bytes_moved_step / card.bytes_per_second,
         "FLOPs": found.flops_step / card.flops_per_second,
     }
@@ -139,6 +139,7 @@ def limit(planned: Planned, card: Card) -> str:
 def page(names: Sequence[str], lengths: Sequence[int], card: Card) -> str:
     """Return the page: the table and what it means."""
     launch, rate = units.seconds(card.seconds_per_launch), units.flops(card.flops_per_second)
+    fixed = units.seconds(card.seconds_per_step)
     moved = f"{card.bytes_per_second / 1e12:.2f} TB"
     return f"""# Launches, bytes and estimated time of a training step
 
@@ -146,9 +147,10 @@ Forward, backward and optimiser: depth {DEPTH}, width {SIZES.d_model}, {SIZES.he
 default knobs, work cut as for an accelerator. Counted on fake tensors; `results/README.md` defines
 `launches_step` and `bytes_moved_step`. *launches a layer* is what one more layer adds.
 
-**The times are estimates for {card.title}**, not measurements: the longer of launches × {launch} and
-bytes ÷ {moved}/s + FLOPs ÷ {rate}/s; *limit* is the term that decides. The constants were fitted to one round
-on a virtual machine with an H100, where single cells were off by −29 to +38 %. Data sheet: {card.source}.
+**The times are estimates for {card.title}**, not measurements: the longer of {fixed} + launches × {launch}
+and bytes ÷ {moved}/s + FLOPs ÷ {rate}/s; *limit* is the term that decides. The constants were fitted to one
+round on a virtual machine with an H100, where single cells were off by −28 to +29 %. Data sheet:
+{card.source}.
 
 `make launches` writes this page.
 
