@@ -3,7 +3,7 @@
 An eager step takes the longer of two times: the host prepares the step and launches every kernel, and the
 card moves the bytes and multiplies. For the 40 cells of the committed round on an H100 (results/h100) the
 constants below give the measured times with a root mean square error of 13 %, counted with the code of that
-round. With constants fitted without a variant, the error for that variant's cells is 15 %. The error of single
+round. Fitted without a variant, the error for that variant's cells is 15 %. The error of single
 cells is −28 to +29 %, partly because the cells were measured once, on a virtual machine. So an estimate says
 what limits a step and by how much; it does not rank variants that are close.
 
