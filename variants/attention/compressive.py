@@ -148,7 +148,7 @@ class Compressive(Recurrent):
         loss = None
         if compressed is not None and self.learns and torch.is_grad_enabled():
             keys = slice(state.compressed.shape[1], state.compressed.shape[1] + fallen)
-            loss = self._reconstruction(found.q, found.kv, keys, compressed)
+            loss = self._reconstruction(found.q, found.kv, keys, compressed, self.kv.weight.detach())
         return MixerOut(found.y, after, loss)
 
     def _forward_in_turn(self, x: Tensor, ctx: Context, state: State) -> MixerOut:
@@ -167,8 +167,10 @@ class Compressive(Recurrent):
         stream = torch.cat([state.compressed, *(self._kept(new) for new in made if new is not None)], dim=1)
         known = stream.shape[1] - self.rule.new(group.runs[-1].sizes.fallen)
         found = self.attend_group(x, state.memory, group.runs, (stream[:, :known], group.read))
+        weight = self.kv.weight.detach().to(found.kv[0].dtype)  # once, not in each run
         losses = [
-            run.segments * self._reconstruction(q, kv, slice(c, c + run.sizes.fallen), new.flatten(0, 1))
+            run.segments
+            * self._reconstruction(q, kv, slice(c, c + run.sizes.fallen), new.flatten(0, 1), weight)
             for run, q, kv, new in zip(group.runs, found.q, found.kv, made, strict=True)
             if new is not None and self.learns and torch.is_grad_enabled()
             for c in [run.sizes.compressed]
@@ -225,12 +227,15 @@ class Compressive(Recurrent):
             queue = torch.cat([queue, compressed.detach()], dim=1)[:, -self.config.comp_len :].clone()
         return State(held[:, fallen:].clone(), queue, usage), fallen, compressed
 
-    def _reconstruction(self, q: Tensor, kv: Tensor, keys: slice, compressed: Tensor) -> Tensor:
+    def _reconstruction(
+        self, q: Tensor, kv: Tensor, keys: slice, compressed: Tensor, weight: Tensor
+    ) -> Tensor:
         """Algorithm 2, for segments with queries q (H, B, S, D), keys and values kv (2, H, B, J, D). `keys`
-        are the positions that fell out, and `compressed` (B, F / c, C) their compression."""
+        are the positions that fell out, and `compressed` (B, F / c, C) their compression. `weight` (2·C, C)
+        is that of keys and values, detached."""
         q = q.detach().transpose(0, 1)
         k, v = kv.detach()[..., keys, :].transpose(1, 2)  # (B, H, F, D)
-        shorter = F.linear(compressed, self.kv.weight.detach()).unflatten(-1, (2, self.heads, -1))
+        shorter = F.linear(compressed, weight).unflatten(-1, (2, self.heads, -1))
         k_short, v_short = shorter.permute(2, 0, 3, 1, 4)
         want = F.scaled_dot_product_attention(q, k, v)
         error = F.scaled_dot_product_attention(q, k_short, v_short) - want

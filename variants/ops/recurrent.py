@@ -164,7 +164,8 @@ class Recurrent(SequenceMixer):
         windows = windows_of(runs, streams, self.heads)
         longest = max(run.keys for run in runs)
         r = self.positions(longest, x)
-        block, dtype = BLOCK.on(self.device_type), kv.dtype
+        u, v = self.u.to(kv.dtype), self.v.to(kv.dtype)  # once, not in each run
+        block = BLOCK.on(self.device_type)
         queries, outputs = [], []
         for run, part, keys in zip(runs, self.q(x).split([r.length for r in runs], 1), windows, strict=True):
             queries.append(fold(part, run, self.heads))
@@ -172,8 +173,8 @@ class Recurrent(SequenceMixer):
                 queries[-1],
                 keys,
                 r[:, :, longest - run.keys :],
-                self.u.to(dtype),
-                self.v.to(dtype),
+                u,
+                v,
                 count=False,
                 block=block,
             )
