@@ -75,7 +75,7 @@ class CostMeasurement:
     def _utilisation(self, subject: step_measure.Subject, roofline: Roofline, *, seconds: float) -> None:
         """Report the utilisation of a step that takes `seconds`, and the peak rates again, because a cell
         above the roofline measures them again."""
-        flops = 3 * subject.model.cost(self.spec.workload()).total
+        flops = subject.model.cost(self.spec.workload()).step
         try:
             self.report({"mfu": roofline.utilisation(flops, seconds)})
         finally:

@@ -19,9 +19,9 @@ def flop_figures(spec: CellSpec, model: LanguageModel, figures: StepFigures, sou
     differ from the algorithmic ones without a stated reason.
     """
     work = spec.workload()
-    forward = model.cost(work)
+    cost = model.cost(work)
     reason, bounded = model.flop_overhead_reason, model.overhead_is_bounded
-    ratio = gates.cost_ratio(figures.flops_forward, forward, reason, bounded=bounded)
+    ratio = gates.cost_ratio(figures.flops_forward, cost, reason, bounded=bounded)
     unequal = abs(ratio - 1) > gates.COST_TOLERANCE
     estimated: dict[str, Any] = {}
     if card := spec.measure.card:
@@ -32,8 +32,8 @@ def flop_figures(spec: CellSpec, model: LanguageModel, figures: StepFigures, sou
     return estimated | {
         "impl": model.impl,
         "params": sum(p.numel() for p in model.parameters()),
-        "flops_algorithmic_step": 3 * forward.total,
-        "flops_attention_step": 3 * forward.mixing,
+        "flops_algorithmic_step": cost.step,
+        "flops_attention_step": cost.mixing_step,
         "flops_executed_step": figures.flops_step,
         "flops_source": source,
         "launches_step": figures.launches_step,

@@ -74,7 +74,7 @@ class QualityEvaluation:
             budget=Budget.of(
                 self.measure,
                 step_tokens=step_tokens,
-                step_flops=3 * self.model.cost(self.spec.workload()).total,
+                step_flops=self.model.cost(self.spec.workload()).step,
             ),
             learning_rate=self.measure.learning_rate,
             causal=self.causal,

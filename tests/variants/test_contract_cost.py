@@ -231,6 +231,30 @@ def test_a_plan_equals_the_step_in_every_figure(mode: Mode) -> None:
     assert dataclasses.replace(figures, rss_peak_bytes=None) == step.predicted(make)
 
 
+@modes(True, False)
+def test_a_step_executes_at_least_its_formula(mode: Mode) -> None:
+    """Forward and backward: a formula that counts a gradient which nobody computes is too high.
+
+    In a wide layer, so that projections outweigh the overhead of tiles: some have only one gradient.
+    """
+    dims = Workload(causal=mode.causal, batch_size=1, seq_len=1024, d_model=512, heads=2)
+    mode.need(dims)
+
+    def build() -> LanguageModel:
+        spec = ModelSpec.of(mode.variant, mode.config, feed_forward=feed_forward(mult=1))
+        return LanguageModel(spec, dims, depth=1, dropout=0.0, vocabulary=11, activations="keep")
+
+    def blank() -> Batch:
+        tokens = torch.zeros(1, dims.seq_len, dtype=torch.int64)
+        return Batch(tokens, tokens.clone())
+
+    figures = step.predicted(lambda: step.Subject.make(build, blank, causal=mode.causal, device=CPU))
+    with torch.device("meta"):
+        cost = build().cost(dims)
+    assert figures.flops_forward >= cost.total
+    assert figures.flops_step >= cost.step
+
+
 @modes(True, defaults=False)
 def test_no_mode_leaks_unless_it_says_so(mode: Mode) -> None:
     """The causality gate through two layers; a leak that is stated is there. The defaults: test_contract.

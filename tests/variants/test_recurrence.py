@@ -325,7 +325,7 @@ def test_known_keys_are_not_computed_again() -> None:
         )
         assert all_.parts["attention"] == one.parts["attention"]
         assert all_.parts["memory"] < one.parts["memory"]
-        assert all_.tokenwise == one.tokenwise
+        assert all_.parts["projections"] == one.parts["projections"]
 
 
 def test_groups_are_cut_from_the_sequence() -> None:

@@ -283,9 +283,9 @@ def test_gates(tokens: int, knobs: dict[str, int]) -> None:
     [
         (1000, 256, 256, 1, 1.4),
         (700, 512, 512, 1, 1.5),
-        (300, 40, 200, 1, 1.1),
+        (300, 40, 200, 1, 1.2),
         (1000, 256, 256, "all", 1.4),
-        (300, 40, 200, 3, 1.1),
+        (300, 40, 200, 3, 1.2),
     ],
 )
 def test_dispatched_flops(tokens: int, segment: int, mem_len: int, at_once: Any, most: float) -> None:

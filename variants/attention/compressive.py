@@ -296,9 +296,9 @@ class Compressive(Recurrent):
         for part in (schedule.split if self.counts else schedule.segments)(work.seq_len):
             group = self.group(part.stop - part.start, memory, compressed)
             memory, compressed = group.memory, group.compressed
-            fallen = sum(run.segments * self.compressor.flops(run.sizes.fallen) for run in group.runs)
+            fallen = sum(run.segments * run.sizes.fallen for run in group.runs)
             total += self.group_cost(work, group.runs, group.new)
-            total += Cost({"compression": work.batch_size * fallen})
+            total += self.compressor.cost(work.batch_size * fallen)
         return total
 
     def reconstruction_flops(self, work: Workload) -> int:

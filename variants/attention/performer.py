@@ -166,10 +166,10 @@ class Performer(SequenceMixer):
         if causal, pairs within a chunk. The normaliser counts as one more channel of the values.
 
         Weights of pairs within two neighbouring tokens, and weighted values within four, are computed by
-        elementwise products and sums. These count 0, as those of softmax do.
+        elementwise products and sums. These count 0, as those of softmax do. Random projections are constant.
         """
         t, m, d = work.seq_len, self.config.n_features, work.head_dim
-        per_head = t * (4 * m * d + 4 * m * (d + 1))
+        per_head = 4 * t * m * (d + 1)
         if work.causal:
             chunk = self.config.chunk
             full, remainder = divmod(t, chunk)
@@ -180,8 +180,10 @@ class Performer(SequenceMixer):
         return Cost(
             {
                 "projections": Projections.flops(work.batch_size, t, work.d_model),
+                "features": work.batch_size * work.heads * 4 * t * m * d,
                 "attention": work.batch_size * work.heads * per_head,
-            }
+            },
+            gradients={"features": 1},
         )
 
     def state_bytes(self, work: Workload) -> int:

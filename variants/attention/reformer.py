@@ -227,7 +227,8 @@ class Reformer(SequenceMixer):
                 "projections": 6 * work.batch_size * t * c * c,
                 "hashing": 2 * work.batch_size * c * t * columns,
                 "attention": 4 * work.batch_size * c * pairs,
-            }
+            },
+            gradients={"hashing": 0},
         )
 
     def state_bytes(self, work: Workload) -> int:

@@ -286,7 +286,8 @@ class Routing(SequenceMixer):
                 "projections": int(2 * work.batch_size * t * projected),
                 "clustering": 2 * each * self.routed * routing,
                 "attention": 4 * each * (self.local * local + self.routed * pairs),
-            }
+            },
+            gradients={"clustering": 0},
         )
 
     def state_bytes(self, work: Workload) -> int:

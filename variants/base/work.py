@@ -60,41 +60,63 @@ class Context:
     encodes distances does not depend on the first position."""
 
 
-TOKENWISE = ("projections", "feed_forward", "output")
-"""Parts of a cost that are the same in all implementations: products of single tokens with weights."""
+TOKENWISE = ("projections", "memory", "positions", "feed_forward", "output")
+"""Parts of a cost that are products of single tokens, or of single positions, with weights."""
 
 
 @dataclass(frozen=True)
 class Cost:
-    """Algorithmic FLOPs of a forward pass by named part: 2 per multiply-accumulate, allowed pairs only.
+    """Algorithmic FLOPs by named part: 2 per multiply-accumulate, allowed pairs only.
 
     `cost + cost` adds the parts with the same name; `cost * times` multiplies all parts.
     """
 
     parts: Mapping[str, int] = field(default_factory=dict)
+    """Of the forward pass."""
+    gradients: Mapping[str, int] = field(default_factory=dict)
+    """Number of gradients that the backward pass computes for a product of a part, each with the FLOPs of the
+    product. 2, of both factors, for a part that is not named here; 1 if a factor is constant or detached; 0
+    if only a selection depends on the product."""
 
     @property
     def total(self) -> int:
-        """The sum of all parts."""
+        """FLOPs of the forward pass."""
         return sum(self.parts.values())
 
     @property
     def tokenwise(self) -> int:
-        """The sum of the parts named in `TOKENWISE`."""
+        """FLOPs of the forward pass of the parts named in `TOKENWISE`."""
         return sum(flops for part, flops in self.parts.items() if part in TOKENWISE)
 
     @property
     def mixing(self) -> int:
-        """The sum of all other parts: scores, weighted sums and all other exchange between tokens."""
+        """FLOPs of the forward pass of all other parts: scores, weighted sums and all other exchange between
+        tokens."""
         return self.total - self.tokenwise
+
+    @property
+    def step(self) -> int:
+        """FLOPs of the forward and backward pass."""
+        return sum(self._step(part) for part in self.parts)
+
+    @property
+    def mixing_step(self) -> int:
+        """FLOPs of `mixing` in the forward and backward pass."""
+        return sum(self._step(part) for part in self.parts if part not in TOKENWISE)
+
+    def _step(self, part: str) -> int:
+        return self.parts[part] * (1 + self.gradients.get(part, 2))
 
     def __add__(self, other: object) -> Cost:
         if not isinstance(other, Cost):
             return NotImplemented
+        shared = self.parts.keys() & other.parts.keys()
+        assert all(self.gradients.get(part, 2) == other.gradients.get(part, 2) for part in shared)
         names = [*self.parts, *(name for name in other.parts if name not in self.parts)]
-        return Cost({name: self.parts.get(name, 0) + other.parts.get(name, 0) for name in names})
+        parts = {name: self.parts.get(name, 0) + other.parts.get(name, 0) for name in names}
+        return Cost(parts, {**self.gradients, **other.gradients})
 
     def __mul__(self, times: object) -> Cost:
         if not isinstance(times, int):
             return NotImplemented
-        return Cost({name: flops * times for name, flops in self.parts.items()})
+        return Cost({name: flops * times for name, flops in self.parts.items()}, self.gradients)

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from variants.base import Cost
 from variants.input_schedule import Segments
 from variants.ops.segment_windows import SegmentRun, SegmentSizes, Span, runs_of
 
@@ -37,9 +38,9 @@ class Compressor(nn.Module):
         """`usage` (B, F) is the mean attention that each position received; None if it is not counted."""
         return self.groups(fallen).mean(dim=2)
 
-    def flops(self, fallen: int) -> int:
-        """Forward FLOPs for F positions of one sequence."""
-        return 0
+    def cost(self, fallen: int) -> Cost:
+        """Of F positions in all, which are detached."""
+        return Cost()
 
 
 class MaxPool(Compressor):
@@ -72,9 +73,9 @@ class Conv(Compressor):
         pooled: Tensor = self.pool(self.groups(fallen).flatten(2))
         return pooled
 
-    def flops(self, fallen: int) -> int:
+    def cost(self, fallen: int) -> Cost:
         """Each position is multiplied by one C × C matrix."""
-        return 2 * fallen * self.d_model**2
+        return Cost({"compression": 2 * fallen * self.d_model**2}, gradients={"compression": 1})
 
 
 class DilatedConv(Conv):
@@ -96,9 +97,10 @@ class DilatedConv(Conv):
         taps = [padded[:, i : i + tokens] for i in (0, self.reach, 2 * self.reach)]
         return super().forward(F.gelu(self.spread(torch.cat(taps, dim=-1))), usage)
 
-    def flops(self, fallen: int) -> int:
-        """Three matrices for each position, in addition to those of `Conv`."""
-        return 4 * super().flops(fallen)
+    def cost(self, fallen: int) -> Cost:
+        """Three matrices for each position, then that of `Conv`, whose input is not detached here."""
+        each = 2 * fallen * self.d_model**2
+        return Cost({"compression": 3 * each, "pooling": each}, gradients={"compression": 1})
 
 
 COMPRESSIONS: dict[str, type[Compressor]] = {

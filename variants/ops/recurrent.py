@@ -193,7 +193,7 @@ class Recurrent(SequenceMixer):
 
         Keys and values are computed for the memories that exist before the group, and for `new_memories` of
         its own that its segments read; those of its tokens are part of the projections. Positions are
-        projected once.
+        projected once. Memories are detached and positions constant, so both have gradients of weights only.
         """
         channels = work.d_model
         tokens = sum(run.length for run in runs)
@@ -205,7 +205,8 @@ class Recurrent(SequenceMixer):
                 "attention": 6 * work.batch_size * channels * pairs,
                 "memory": 4 * work.batch_size * (carried + new_memories) * channels**2,
                 "positions": 2 * max(run.keys for run in runs) * channels**2,
-            }
+            },
+            gradients={"memory": 1, "positions": 1},
         )
 
 
