@@ -1,0 +1,122 @@
+"""Figures that README.md and docs/ state are those of the committed records, recomputed here."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from bench import records
+
+ROOT = Path(__file__).resolve().parents[1]
+README, CHOOSING = (ROOT / "README.md").read_text(), (ROOT / "docs" / "choosing.md").read_text()
+CPU = {"depth": 4, "d_model": 256, "objective": "clm", "twin": 0}
+"""The setting of the README's costs."""
+
+
+@pytest.fixture(scope="module")
+def cpu() -> pd.DataFrame:
+    """The records of the reference run on a CPU."""
+    return records.load(ROOT / "results" / "reference-cpu")
+
+
+@pytest.fixture(scope="module")
+def relative() -> pd.DataFrame:
+    """Step times of the round on a GPU ÷ those of dense, a row a variant and a column a length."""
+    frame = records.load(ROOT / "results" / "h100")
+    seconds = frame.pivot_table(index="variant", columns="seq_len", values="step_seconds_median")
+    return seconds / seconds.loc["dense"]
+
+
+def cells(frame: pd.DataFrame, **keys: object) -> pd.DataFrame:
+    for name, value in keys.items():
+        frame = frame[frame[name] == value]
+    return frame
+
+
+def over_dense(frame: pd.DataFrame, figure: str) -> pd.Series[float]:
+    """The median over replicates of the ratio to dense."""
+    table = frame.pivot_table(index="replicate", columns="variant", values=figure)
+    return table.div(table["dense"], axis=0).median()
+
+
+def test_the_table_of_the_readme(cpu: pd.DataFrame) -> None:
+    at = cells(cpu, **CPU, seq_len=4096)
+    trained = cpu[cpu["nll"].notna() & (cpu["objective"] == "clm")]
+    perplexity = np.exp(trained["nll"]).groupby(trained["variant"])
+    figures = ("step_seconds_median", "peak_bytes", "flops_executed_step")
+    times, memory, flops = (over_dense(at, figure) for figure in figures)
+    seconds = at.groupby("variant")["step_seconds_median"].median()
+    peaks = at.groupby("variant")["peak_bytes"].median()
+    rows = re.findall(r"^\| (\w+) \| (.*) \|$", README.partition("reference:end")[0], re.M)
+    found = {name: [cell.strip(" ≈") for cell in cells.split("|")] for name, cells in rows}
+    del found["variant"]
+    assert found.keys() == set(seconds.index)
+    for name, stated in found.items():
+        assert stated == [
+            f"{1e3 * seconds[name]:.0f} ms",
+            f"{times[name]:.2f}×",
+            f"{peaks[name] / 2**20:.0f} MiB",
+            f"{memory[name]:.2f}×",
+            f"{flops[name]:.2f}×",
+            f"{perplexity.mean()[name]:.2f} ± {perplexity.std()[name]:.2f}",
+        ]
+
+
+def test_the_conclusions_of_the_readme(cpu: pd.DataFrame) -> None:
+    short, long = (over_dense(cells(cpu, **CPU, seq_len=n), "step_seconds_median") for n in (512, 4096))
+    assert short.idxmin() == "chunked"
+    assert f"`chunked` {short.min():.2f}×≈" in README
+    assert (short > 1).sum() > len(short) / 2
+    assert f"cost {long['overlapping'] / long['chunked']:.1f} times as much as chunks" in README
+    costs, trained = (cpu[cpu["d_model"] == width] for width in (256, 64))
+    here, there = (frame.groupby("variant")["params"].median() for frame in (cells(costs, depth=4), trained))
+    wide, narrow = (sizes["compressive"] / sizes["dense"] for sizes in (here, there))
+    assert f"{wide:.2f} times the parameters of `dense` here, and {narrow:.2f} times" in README
+
+
+def test_the_round_on_a_gpu(relative: pd.DataFrame) -> None:
+    at, far = relative[4096].dropna(), relative[65536]
+    assert at.idxmin() == "dense"
+    stated = (
+        f"`chunked` takes {at['chunked']:.2f} times its time, "
+        f"`linformer` (masked only) {at['linformer']:.2f}, "
+        f"`longformer` {at['longformer']:.2f}, `performer` {at['performer']:.2f} and "
+        f"`compressive` {at['compressive']:.1f},"
+    )
+    assert stated in CHOOSING
+    stated = (
+        f"`chunked` takes {far['chunked']:.2f} times the time of `dense`, "
+        f"`linformer` {far['linformer']:.2f}, "
+        f"`longformer` {far['longformer']:.2f}, `routing` {far['routing']:.2f} and "
+        f"`performer` {far['performer']:.2f}."
+    )
+    assert stated in CHOOSING
+    frame = records.load(ROOT / "results" / "h100")
+    seconds = cells(frame, seq_len=65536).set_index("variant")["step_seconds_median"]
+    for name in ("chunked", "longformer", "routing", "sparse_strided", "reformer", "performer", "linformer"):
+        assert re.search(rf"`{name}`[^`.;]*?\(?\b{1e3 * seconds[name]:.0f}\b", README), name
+
+
+def test_the_crossovers_on_two_cores() -> None:
+    table = pd.read_csv(ROOT / "results" / "reference-cpu" / "report" / "crossovers.csv")
+    own = cells(table, figure="time", depth=4, d_model=256, objective="clm").set_index("variant")
+    first, last = int(own["first"].iloc[0]), int(own["last"].iloc[0])
+    sentences = CHOOSING.partition("is faster than that of `dense` from these lengths on: ")[2].split(". ")[
+        :2
+    ]
+    stated = {
+        name: int(length.replace(",", ""))
+        for names, length in re.findall(r"((?:`\w+`(?: and )?)+) ([\d,]+)", sentences[0])
+        for name in re.findall(r"\w+", names.replace(" and ", " "))
+    }
+    outcomes = own["outcome"].to_dict()
+    expected = {name: first for name, outcome in outcomes.items() if outcome == "always"}
+    expected |= {name: round(own["length"][name]) for name, outcome in outcomes.items() if outcome == "from"}
+    assert stated == expected
+    never = [name for name, outcome in outcomes.items() if outcome == "never"]
+    assert sentences[1] == f"`{never[0]}` is not faster up to {last:,}"
+    assert len(never) + len(stated) == len(own)
