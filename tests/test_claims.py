@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import subprocess
 import sys
 import zlib
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pandas as pd
@@ -29,8 +30,10 @@ import bench.claims
 from bench import CONFIGS
 from bench.claims import base, cells, claim_10_reversible
 from bench.claims.__main__ import main
-from bench.claims.base import Finding, Missing, Verdict
+from bench.claims.base import Finding, Judgement, Missing, Verdict
+from bench.claims.cells import Spread
 from bench.claims.page import page
+from bench.claims.parts import above, below, every, some
 from bench.config import parse
 from bench.config.spec import CellSpec
 from bench.records import Record
@@ -154,10 +157,15 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> pd.DataFrame:
 
 
 NUMBERED = dict(base.claims())
+SHOWN, CONTRADICTED, OPEN = get_args(Verdict)
 
 
-def verdict(number: int, frame: pd.DataFrame) -> Verdict:
-    return base.judged(NUMBERED[number], frame).verdict
+def judge(number: int, frame: pd.DataFrame) -> Finding:
+    return base.judge(NUMBERED[number], frame)
+
+
+def part(number: int, place: int, frame: pd.DataFrame) -> Judgement:
+    return [*judge(number, frame).parts.values()][place]
 
 
 def bent(frame: pd.DataFrame, where: Callable[[pd.DataFrame], Any], **changes: Any) -> pd.DataFrame:
@@ -190,129 +198,123 @@ def times(factor: float) -> Callable[[float], float]:
 
 # --- verdicts -------------------------------------------------------------------------------------
 
-ARITHMETIC: dict[int, Verdict] = {
-    1: "holds with a condition",
-    2: "holds",
-    4: "holds with a condition",
-    5: "holds with a condition",
-    6: "holds",
-    10: "holds",
-    12: "holds with a condition",
+ARITHMETIC: dict[int, list[Verdict]] = {
+    1: [SHOWN],
+    2: [SHOWN, SHOWN],
+    4: [SHOWN, CONTRADICTED, SHOWN],
+    5: [OPEN, SHOWN],
+    6: [SHOWN, SHOWN],
+    10: [SHOWN, OPEN, SHOWN],
+    12: [SHOWN, CONTRADICTED],
 }
-"""What each claim comes to where arithmetic is right and nothing else costs anything."""
+"""The verdicts of each claim's parts where arithmetic is right and nothing else costs anything."""
 
 
 @pytest.mark.parametrize("number", ARITHMETIC)
 def test_the_preset_has_the_cells_of_every_claim(number: int, world: pd.DataFrame) -> None:
-    finding = base.judged(NUMBERED[number], world)
-    assert finding.verdict == ARITHMETIC[number], finding
+    parts = judge(number, world).parts.values()
+    assert [part.verdict for part in parts] == ARITHMETIC[number], parts
+    assert not [part for part in parts if part.reason.startswith("needs")]
 
 
-@pytest.mark.parametrize("number", ARITHMETIC)
+@pytest.mark.parametrize("number", NUMBERED)
 def test_a_claim_says_which_cell_is_missing_and_why(number: int, world: pd.DataFrame) -> None:
-    finding = base.judged(NUMBERED[number], world.iloc[:0])
-    assert finding.verdict == "not measured"
-    assert "variant=dense" in finding.condition
-    assert "no such cell" in finding.condition
+    finding = judge(number, world.iloc[:0])
+    assert finding.verdict == OPEN
+    for judged in finding.parts.values():
+        assert re.match(r"needs variant=\w+", judged.reason)
+        assert "no such cell" in judged.reason
     failing = world.assign(status="timeout", reason="no result after 600 s")
-    assert "timeout (no result after 600 s)" in base.judged(NUMBERED[number], failing).condition
+    assert all(
+        "timeout (no result after 600 s)" in one.reason for one in judge(number, failing).parts.values()
+    )
 
 
 NAIVE = {"impl": "naive", "measure": "plan"}
 TIMED = {"variant": "dense", "measure": "quick", "depth": 4, "d_model": 256, "batch_size": 1}
-BENT: list[tuple[str, int, Verdict, Callable[[pd.DataFrame], Any], dict[str, Any]]] = [
-    ("half of the scores", 1, "does not hold here", of(**NAIVE, objective="mlm"), {"cost_ratio": 0.5}),
-    ("nothing is skipped", 1, "holds", of(impl="sdpa", objective="clm"), {"cost_ratio": 2.0}),
-    ("stored in half", 2, "does not hold here", of(impl="naive"), {"activation_bytes": times(0.5)}),
+STANDARD = {"activations": "reversible", "measure": "standard"}
+
+
+def paid(frame: pd.DataFrame) -> Any:
+    return frame["budget_bytes"].notna() & (frame["activations"] == "checkpoint")
+
+
+def checkpointed(frame: pd.DataFrame, **keys: Any) -> Any:
+    return of(**TIMED, activations="checkpoint", **keys)(frame) & frame["budget_bytes"].isna()
+
+
+BENT: list[tuple[str, int, int, Verdict, Callable[[pd.DataFrame], Any], dict[str, Any]]] = [
+    ("half of the scores", 1, 0, CONTRADICTED, of(**NAIVE, objective="mlm"), {"cost_ratio": 0.5}),
+    ("stored in half", 2, 0, CONTRADICTED, of(impl="naive"), {"activation_bytes": times(0.5)}),
+    ("all stored in half", 2, 1, CONTRADICTED, of(impl="naive"), {"activation_bytes": times(0.5)}),
     (
         "stored in half as run",
         2,
-        "does not hold here",
+        0,
+        CONTRADICTED,
         of(impl="naive", measure="quick"),
         {"activation_bytes": times(0.5)},
     ),
     (
-        "pairs without a way",
-        4,
-        "does not hold here",
-        of(variant="sparse_fixed", depth=2),
-        {"connected_share": times(0.99)},
-    ),
-    (
         "saves nothing more in longer ones",
         4,
-        "does not hold here",
+        0,
+        CONTRADICTED,
         of(variant="sparse_strided", seq_len=8096, depth=2),
         {"flops_attention_step": times(1.5)},
     ),
     (
-        "two forward passes more",
-        5,
-        "does not hold here",
-        lambda frame: of(**TIMED, activations="checkpoint")(frame) & frame["budget_bytes"].isna(),
-        {"step_seconds_median": times(1.5)},
+        "pairs without a way",
+        4,
+        2,
+        CONTRADICTED,
+        of(variant="sparse_fixed", depth=2),
+        {"connected_share": times(0.99)},
     ),
-    (
-        "no batch pays",
-        5,
-        "does not hold here",
-        lambda frame: frame["budget_bytes"].notna() & (frame["activations"] == "checkpoint"),
-        {"tokens_per_second": times(0.3)},
-    ),
-    (
-        "every batch pays",
-        5,
-        "holds",
-        lambda frame: frame["budget_bytes"].notna() & (frame["activations"] == "checkpoint"),
-        {"tokens_per_second": times(3.0)},
-    ),
+    ("half a forward pass more", 5, 0, SHOWN, checkpointed, {"step_seconds_median": times(0.9)}),
+    ("two forward passes more", 5, 0, CONTRADICTED, checkpointed, {"step_seconds_median": times(1.5)}),
+    ("no batch pays", 5, 1, CONTRADICTED, paid, {"tokens_per_second": times(0.3)}),
     (
         "groups are not √L",
         6,
-        "holds with a condition",
+        1,
+        CONTRADICTED,
         of(activations="sqrt", depth=64),
         {"peak_workspace_bytes": times(2.0)},
     ),
     (
-        "neither are inputs",
+        "inputs are not √L",
         6,
-        "does not hold here",
+        0,
+        CONTRADICTED,
         of(activations="sqrt", depth=64),
-        {"peak_workspace_bytes": times(2.0), "activation_bytes": times(2.0)},
+        {"activation_bytes": times(2.0)},
     ),
     (
         "held with depth",
         10,
-        "does not hold here",
+        0,
+        CONTRADICTED,
         of(activations="reversible", depth=64, measure="plan"),
         {"peak_workspace_bytes": times(1.5)},
     ),
-    (
-        "quality lost",
-        10,
-        "does not hold here",
-        of(activations="reversible", measure="standard"),
-        {"nll": lambda old: old + 0.1},
-    ),
+    ("quality lost", 10, 1, CONTRADICTED, of(**STANDARD), {"nll": lambda old: old + 0.2}),
+    ("quality gained", 10, 1, SHOWN, of(**STANDARD), {"nll": lambda old: old - 0.2}),
     (
         "exact",
         10,
-        "does not hold here",
+        2,
+        CONTRADICTED,
         of(activations="reversible", dtype="float32", depth=4),
         {"rebuild_error_by_level": lambda old: [0.0 for _ in old] if isinstance(old, list) else old},
     ),
-    (
-        "room at the width that is said",
-        12,
-        "holds",
-        of(variant="reformer", d_model=512),
-        {"peak_bytes": 15 * 2**30},
-    ),
-    ("too much", 12, "does not hold here", of(variant="reformer"), {"peak_bytes": 17 * 2**30}),
+    ("room", 12, 1, SHOWN, of(variant="reformer", d_model=512), {"peak_bytes": 15 * 10**9}),
+    ("room in GiB only", 12, 1, CONTRADICTED, of(variant="reformer"), {"peak_bytes": 16 * 2**30}),
     (
         "half a tensor",
         12,
-        "does not hold here",
+        0,
+        CONTRADICTED,
         of(activations="checkpoint", d_model=512),
         {"activation_bytes": times(0.5)},
     ),
@@ -320,80 +322,92 @@ BENT: list[tuple[str, int, Verdict, Callable[[pd.DataFrame], Any], dict[str, Any
 
 
 @pytest.mark.parametrize(
-    ("number", "want", "where", "changes"), [case[1:] for case in BENT], ids=[case[0] for case in BENT]
+    ("number", "place", "want", "where", "changes"),
+    [case[1:] for case in BENT],
+    ids=[case[0] for case in BENT],
 )
 def test_other_figures_come_to_another_verdict(
     number: int,
+    place: int,
     want: Verdict,
     where: Callable[[pd.DataFrame], Any],
     changes: dict[str, Any],
     world: pd.DataFrame,
 ) -> None:
-    assert want != ARITHMETIC[number]
-    assert verdict(number, bent(world, where, **changes)) == want
+    judged = part(number, place, bent(world, where, **changes))
+    assert judged.verdict == want
+    assert judged.reason or want == SHOWN
 
 
-def test_a_bound_that_breaks_at_one_length_is_a_condition(world: pd.DataFrame) -> None:
-    def paid(frame: pd.DataFrame) -> Any:
-        return frame["budget_bytes"].notna() & (frame["activations"] == "checkpoint")
+def test_a_saving_of_the_root_itself_is_shown(world: pd.DataFrame) -> None:
+    for mode, factor in {"merged": 1 / 3, "split": 2 / 3, "interleaved": 2 / 3}.items():
 
-    def short(frame: pd.DataFrame) -> Any:
-        return of(**TIMED, activations="checkpoint", seq_len=128)(frame) & frame["budget_bytes"].isna()
+        def one(frame: pd.DataFrame, mode: str = mode) -> Any:
+            sparse = frame["variant"].str.startswith("sparse")
+            return sparse & frame["variant_params"].map(lambda own: own.get("head_mode") == mode)
 
-    paying = bent(world, paid, tokens_per_second=times(3.0))
-    found = base.judged(NUMBERED[5], bent(paying, short, step_seconds_median=times(1.5)))
-    assert found.verdict == "holds with a condition"
-    assert found.condition == "more than a forward pass, or 50 %, at 128 tokens"
+        world = bent(world, one, flops_attention_step=times(factor))
+    assert judge(4, world).verdict == SHOWN
 
 
-def test_noise_alone_refutes_nothing(world: pd.DataFrame) -> None:
-    """One slow replicate of three: the interval still holds the bound."""
-    slow = bent(
-        world,
-        lambda frame: (
-            of(**TIMED, activations="checkpoint", replicate=1)(frame) & frame["budget_bytes"].isna()
-        ),
-        step_seconds_median=times(1.6),
-    )
-    assert verdict(5, slow) == ARITHMETIC[5]
-    worse = bent(
-        world, of(activations="reversible", measure="standard", replicate=1), nll=lambda old: old + 0.1
-    )
-    assert verdict(10, worse) == ARITHMETIC[10]
+def test_a_bound_that_breaks_at_one_length_is_contradicted(world: pd.DataFrame) -> None:
+    slow = bent(world, lambda frame: checkpointed(frame, seq_len=128), step_seconds_median=times(1.5))
+    judged = part(5, 0, slow)
+    assert judged.verdict == CONTRADICTED
+    assert judged.reason == "more than a forward pass, or 50 %, at 128 tokens"
 
 
-@pytest.mark.parametrize("number", [5, 10])
-def test_of_one_replicate_nothing_is_compared(number: int, world: pd.DataFrame) -> None:
-    finding = base.judged(NUMBERED[number], world[world["replicate"] == 0])
-    assert finding.verdict == "not measured"
-    assert "1 replicate" in finding.condition
+def test_noise_alone_decides_nothing(world: pd.DataFrame) -> None:
+    """One slow replicate of three: the interval contains the bound."""
+    slow = bent(world, lambda frame: checkpointed(frame, replicate=1), step_seconds_median=times(1.6))
+    worse = bent(world, of(**STANDARD, replicate=1), nll=lambda old: old + 0.1)
+    paying = bent(world, lambda frame: paid(frame) & (frame["replicate"] == 1), tokens_per_second=times(0.1))
+    for number, place, frame in ((5, 0, slow), (10, 1, worse), (5, 1, paying)):
+        judged = part(number, place, frame)
+        assert judged.verdict == OPEN
+        assert "contains the limit" in judged.reason
+
+
+@pytest.mark.parametrize(("number", "place"), [(5, 0), (5, 1), (10, 1)])
+@pytest.mark.parametrize("count", [1, 2])
+def test_fewer_than_three_replicates_decide_nothing(
+    number: int, place: int, count: int, world: pd.DataFrame
+) -> None:
+    judged = part(number, place, world[world["replicate"] < count])
+    assert judged.verdict == OPEN
+    assert judged.reason == f"would need 3 replicates or more; there are {count}"
 
 
 def test_what_disturbed_the_times_is_said(world: pd.DataFrame) -> None:
     timed = (world["variant"] == "sparse_strided") & (world["measure"] == "quick")
-    finding = base.judged(NUMBERED[4], bent(world, lambda _: timed, contaminated="no core 40% of the time"))
-    assert f"({timed.sum()} of {2 * timed.sum()} cells were contaminated by" in finding.measured
+    judged = part(4, 1, bent(world, lambda _: timed, contaminated="no core 40% of the time"))
+    assert f"({timed.sum()} of {2 * timed.sum()} cells were contaminated by" in judged.measured
 
 
 def test_figures_in_the_table_follow_the_records(world: pd.DataFrame) -> None:
     """Nothing measured is typed."""
-    before = base.judged(NUMBERED[2], world).measured
+    before = part(2, 1, world).measured
     more = bent(world, of(impl="naive", seq_len=8192, depth=12), activation_bytes=times(1.01))
     assert "36.0 GiB" in before
-    assert "36.0 GiB" not in base.judged(NUMBERED[2], more).measured
+    assert "36.0 GiB" not in part(2, 1, more).measured
 
 
 # --- the framework --------------------------------------------------------------------------------
 
 
 def test_claims_are_found_by_their_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    text = "STATEMENT = 'A | b'\nSOURCE = 'Nobody'\ndef judge(frame):\n    raise LookupError('a bug')\n"
+    text = """STATEMENT = 'A | b'
+SOURCE = 'Nobody'
+def broken(frame):
+    raise LookupError('a bug')
+PARTS = {'It works': broken}
+"""
     (tmp_path / "claim_77_planted.py").write_text(text)
     monkeypatch.setattr(bench.claims, "__path__", [*bench.claims.__path__, str(tmp_path)])
     found = dict(base.claims())
     assert set(found) == {*NUMBERED, 77}
     with pytest.raises(LookupError, match="a bug"):
-        base.judged(found[77], pd.DataFrame())
+        base.judge(found[77], pd.DataFrame())
     (tmp_path / "claim_77_again.py").write_text(text)
     with pytest.raises(ValueError, match=r"claim 77 .*claim_77_again.py and claim_77_planted.py"):
         list(base.claims())
@@ -405,11 +419,59 @@ def test_a_claim_says_what_and_who(number: int) -> None:
     assert NUMBERED[number].SOURCE
 
 
-@pytest.mark.parametrize("name", ["predicted", "measured", "condition"])
-def test_a_finding_has_no_empty_text(name: str) -> None:
-    texts = {"predicted": "1", "measured": "1", "condition": "where so"}
+@pytest.mark.parametrize(
+    ("name", "verdict"),
+    [
+        ("predicted", SHOWN),
+        ("measured", SHOWN),
+        ("measured", CONTRADICTED),
+        ("reason", CONTRADICTED),
+        ("reason", OPEN),
+    ],
+)
+def test_a_judgement_has_no_empty_text(name: str, verdict: Verdict) -> None:
+    texts = {"predicted": "1", "measured": "1", "reason": "so"}
     with pytest.raises(ValueError, match=name):
-        Finding(**texts | {name: " "}, verdict="holds with a condition")
+        Judgement(**texts | {name: " "}, verdict=verdict)
+
+
+@pytest.mark.parametrize(
+    ("verdicts", "whole"),
+    [
+        ([SHOWN, SHOWN], SHOWN),
+        ([SHOWN, CONTRADICTED, OPEN], CONTRADICTED),
+        ([SHOWN, OPEN], OPEN),
+        ([OPEN, OPEN], OPEN),
+        ([CONTRADICTED], CONTRADICTED),
+    ],
+)
+def test_a_verdict_is_of_all_parts(verdicts: list[Verdict], whole: Verdict) -> None:
+    texts = {"predicted": "1", "measured": "1", "reason": "so"}
+    parts = {str(place): Judgement(**texts, verdict=verdict) for place, verdict in enumerate(verdicts)}
+    assert Finding(parts).verdict == whole
+
+
+@pytest.mark.parametrize(
+    ("spread", "verdict"),
+    [
+        (Spread(2.0, 1.5, 2.5, 3), SHOWN),
+        (Spread(2.0, 0.5, 3.5, 3), OPEN),
+        (Spread(2.0, 1.9, 2.1, 2), OPEN),
+        (Spread(2.0, math.nan, math.nan, 1), OPEN),
+        (Spread(0.5, 0.4, 2.0, 3), OPEN),
+        (Spread(0.5, 0.4, 0.6, 3), CONTRADICTED),
+    ],
+)
+def test_an_interval_decides(spread: Spread, verdict: str) -> None:
+    assert above(spread, 1.0) == verdict
+    opposite = {SHOWN: CONTRADICTED, CONTRADICTED: SHOWN, OPEN: OPEN}
+    assert below(spread, 1.0) == opposite[verdict]
+
+
+def test_all_and_some_cases() -> None:
+    assert every([SHOWN, SHOWN]) == some([SHOWN, CONTRADICTED]) == SHOWN
+    assert every([SHOWN, CONTRADICTED, OPEN]) == some([CONTRADICTED, CONTRADICTED]) == CONTRADICTED
+    assert every([SHOWN, OPEN]) == some([CONTRADICTED, OPEN]) == OPEN
 
 
 def test_cells_are_found_by_columns_and_knobs(tmp_path: Path) -> None:
@@ -450,17 +512,22 @@ def test_growth_sets_aside_what_does_not_grow(power: float) -> None:
     assert math.isnan(cells.growth((4, 16, 64), (1.0, 1.0, 1.0)))
 
 
-def test_the_page_has_a_row_a_claim_and_no_empty_verdict(world: pd.DataFrame) -> None:
+def test_the_page_has_a_row_and_a_section_a_claim(world: pd.DataFrame) -> None:
     text = page("claims", world[world["depth"] != 64])
     rows = [line for line in text.splitlines() if line.startswith("| ")][2:]
     assert [int(row.split("|")[1]) for row in rows] == sorted(NUMBERED)
     for row in rows:
-        parts = row.replace("\\|", "").strip("| ").split(" | ")
-        assert len(parts) == 6
-        assert all(part.strip() for part in parts)
-    (six,) = [row for row in rows if row.startswith("|   6 |")]
-    assert "not measured: variant=dense" in six
-    assert "depth=64: no such cell" in six
+        cells_ = row.replace("\\|", "").strip("| ").split(" | ")
+        assert len(cells_) == 4
+        assert all(cell.strip() for cell in cells_)
+    sections = dict(re.findall(r"^## (\d+)\. (.*?)(?=^## |\Z)", text, re.M | re.S))
+    assert [*map(int, sections)] == sorted(NUMBERED)
+    for number, claim in NUMBERED.items():
+        said = re.findall(r"^- .*\*\*(.+)\*\*", sections[str(number)], re.M)
+        assert len(said) == len(claim.PARTS)
+        assert {*said} <= {SHOWN, CONTRADICTED, OPEN}
+    assert "needs variant=dense" in sections["6"]
+    assert "depth=64: no such cell" in sections["6"]
 
 
 def test_the_command_refuses_in_one_line_what_holds_nothing(
@@ -497,7 +564,7 @@ def test_real_cells_come_to_a_verdict(tmp_path: Path, monkeypatch: pytest.Monkey
     folder = tmp_path / "results" / "claims"
     assert main([str(folder)]) == 0
     text = (folder / "claims.md").read_text()
-    assert "1 holds with a condition" in text
+    assert "1 shown" in text
     assert "201 million at 512 and 51.5 billion at 8,192" in text
     monkeypatch.setattr(claim_10_reversible, "DEPTHS", (1, 3))
     frame = collect(folder).frame

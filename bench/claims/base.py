@@ -4,11 +4,11 @@ A claim is a module of this package named `claim_NN_words`, with
 
 - `STATEMENT`: the claim, as a sentence in plain text;
 - `SOURCE`: its source, as a citation in plain text;
-- `judge(frame) -> Finding`: the prediction by arithmetic, the measurement and the verdict. `frame` is
-  `bench.report.data.collect.Collected.frame`: one row per cell, without twins. It raises `Missing` if the
-  cells that it needs do not exist or did not finish.
+- `PARTS`: what it says, each part in words → a function that judges the part.
 
-Figures in a finding are never literals: each comes from a record, or from a formula over a record's sizes.
+A part is judged from `bench.report.data.collect.Collected.frame`: one row per cell, without twins. The
+function returns a `Judgement`, or raises `Missing` if the cells that it needs do not exist or did not finish.
+Figures in a judgement are never literals: each comes from a record, or from a formula over a record's sizes.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from __future__ import annotations
 import importlib
 import pkgutil
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -24,7 +24,7 @@ import pandas as pd
 
 import bench.claims
 
-Verdict = Literal["holds", "holds with a condition", "does not hold here", "not measured"]
+Verdict = Literal["shown", "contradicted", "not decided here"]
 
 _NAME = re.compile(r"claim_(\d\d)_\w+")
 
@@ -34,25 +34,28 @@ class Missing(LookupError):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Finding:
-    """The result of judging a claim, as plain text of any number of lines."""
+class Judgement:
+    """The result of judging a part of a claim, as plain text."""
 
-    predicted: str
-    """The prediction by arithmetic."""
-    measured: str
-    """The measurement in the records."""
+    predicted: str = ""
+    """The prediction by arithmetic; optional if nothing is decided."""
+    measured: str = ""
+    """The measurement in the records; optional if nothing is decided."""
     verdict: Verdict
-    condition: str = ""
-    """The condition under which the claim holds, or why it was not measured;
-    optional for the other verdicts."""
+    reason: str = ""
+    """The result that the cells show instead of the claim, or what would decide it; required unless the part
+    is shown."""
 
     def __post_init__(self) -> None:
         """Raises ValueError if a required text is missing."""
-        texts = {"predicted": self.predicted, "measured": self.measured}
-        if self.verdict in ("holds with a condition", "not measured"):
-            texts["condition"] = self.condition
+        texts = {} if self.verdict == "shown" else {"reason": self.reason}
+        if self.verdict != "not decided here":
+            texts |= {"predicted": self.predicted, "measured": self.measured}
         if empty := [name for name, text in texts.items() if not text.strip()]:
             raise ValueError(f"verdict {self.verdict!r}: needs {' and '.join(empty)}")
+
+
+Judge = Callable[[pd.DataFrame], Judgement]
 
 
 class Claim(Protocol):
@@ -60,9 +63,23 @@ class Claim(Protocol):
 
     STATEMENT: str
     SOURCE: str
+    PARTS: Mapping[str, Judge]
 
-    def judge(self, frame: pd.DataFrame, /) -> Finding:
-        """Raises Missing."""
+
+@dataclass(frozen=True)
+class Finding:
+    """The judgements of all parts of a claim, by what each part says."""
+
+    parts: Mapping[str, Judgement]
+
+    @property
+    def verdict(self) -> Verdict:
+        """Contradicted if one part is; else not decided if one part is not; else shown."""
+        verdicts = [part.verdict for part in self.parts.values()]
+        for verdict in ("contradicted", "not decided here"):
+            if verdict in verdicts:
+                return verdict
+        return "shown"
 
 
 def claims() -> Iterator[tuple[int, Claim]]:
@@ -77,9 +94,13 @@ def claims() -> Iterator[tuple[int, Claim]]:
         yield number, importlib.import_module(f"{bench.claims.__name__}.{name}")
 
 
-def judged(claim: Claim, frame: pd.DataFrame) -> Finding:
-    """Return the claim's finding; if its cells are missing, a finding that names them."""
+def judge(claim: Claim, frame: pd.DataFrame) -> Finding:
+    """Judge every part of a claim. A part whose cells are missing is not decided; its reason names them."""
+    return Finding({says: _judged(part, frame) for says, part in claim.PARTS.items()})
+
+
+def _judged(part: Judge, frame: pd.DataFrame) -> Judgement:
     try:
-        return claim.judge(frame)
+        return part(frame)
     except Missing as error:
-        return Finding(predicted="–", measured="–", verdict="not measured", condition=str(error))
+        return Judgement(verdict="not decided here", reason=f"needs {error}")

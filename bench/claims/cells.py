@@ -97,12 +97,6 @@ class Spread:
         low, high = (float(end) for end in interval(figures))
         return cls(float(np.median(figures)), low, high, len(figures))
 
-    def judged(self) -> Spread:
-        """Return self if there are enough replicates for a verdict. Raises Missing for a single replicate."""
-        if self.count < 2:
-            raise Missing(f"{self.count} replicate of the compared cells; a verdict requires two or more")
-        return self
-
     def text(self, show: Callable[[float], str]) -> str:
         """Return the spread as text: '1.32× (1.28× to 1.36×, 3 replicates)'."""
         if self.count < 2:

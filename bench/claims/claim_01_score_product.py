@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pandas as pd
 
-from bench.claims.base import Finding, Verdict
+from bench.claims.base import Judgement
 from bench.claims.cells import figure, finished, large
+from bench.claims.parts import exactly
 
 STATEMENT = (
     "The score product of one layer costs about 200 million multiplies at 512 tokens of 768 channels, and "
@@ -41,33 +42,23 @@ def multiplies(frame: pd.DataFrame, seq_len: int, objective: str, impl: str) -> 
     return figure(cells, "flops_attention_step") * figure(cells, "cost_ratio") * SHARE_OF_STEP
 
 
-def judge(frame: pd.DataFrame) -> Finding:
+def scores(frame: pd.DataFrame) -> Judgement:
     """Judge full attention as in BERT; causal attention is reported in addition."""
     full = {t: multiplies(frame, t, "mlm", "naive") for t in CLAIMED}
     masked = {t: multiplies(frame, t, "clm", "naive") for t in CLAIMED}
     skipped = {t: multiplies(frame, t, "clm", "sdpa") for t in CLAIMED}
-    holds = all(abs(full[t] / claimed - 1) <= ABOUT for t, claimed in CLAIMED.items())
-    halved = any(abs(skipped[t] / claimed - 1) > ABOUT for t, claimed in CLAIMED.items())
 
     def listed(counts: dict[int, float]) -> str:
         return " and ".join(f"{large(count)} at {t:,}" for t, count in counts.items())
 
-    measured = (
-        f"Dispatched, bidirectional: {listed(full)}. Causal: {listed(masked)} by a layer that masks its "
-        f"scores, {listed(skipped)} by the kernel that skips masked blocks. The product with the values "
-        "costs the same again"
+    return Judgement(
+        predicted=f"T²·C: {listed({t: float(t * t * WIDTH) for t in CLAIMED})}.",
+        measured=f"Dispatched, bidirectional: {listed(full)}. Causal: {listed(masked)} by a layer that masks "
+        f"its scores, {listed(skipped)} by the kernel that skips masked blocks. The product with the values "
+        "costs the same again.",
+        verdict=exactly(all(abs(full[t] / claimed - 1) <= ABOUT for t, claimed in CLAIMED.items())),
+        reason=f"a layer multiplies {listed(full)}",
     )
-    verdict: Verdict
-    if not holds:
-        verdict, condition = "does not hold here", ""
-    elif halved:
-        verdict = "holds with a condition"
-        condition = "if all scores are computed; a causal kernel computes half of them"
-    else:
-        verdict, condition = "holds", ""
-    return Finding(
-        predicted=f"T²·C: {listed({t: float(t * t * WIDTH) for t in CLAIMED})}",
-        measured=measured,
-        verdict=verdict,
-        condition=condition,
-    )
+
+
+PARTS = {"If all scores are computed: 200 million multiplies at 512 tokens, 50 billion at 8,192": scores}

@@ -13,9 +13,9 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
-from bench.claims.base import Finding, Missing, Verdict
-from bench.claims.cells import Spread, by_replicate, difference, figure, finished, has, ratio
-from bench.claims.parts import Part, knob, like, one_setting, points, share, together, unsure
+from bench.claims.base import Judgement, Missing
+from bench.claims.cells import Spread, by_replicate, difference, disturbed, figure, finished, has, ratio
+from bench.claims.parts import above, exactly, knob, like, one_setting, points, reason, share, within
 from bench.report.text import units
 
 STATEMENT = (
@@ -34,12 +34,6 @@ class Trained(NamedTuple):
     chunked: pd.DataFrame
     overlapping: pd.DataFrame
     dense: pd.DataFrame
-
-
-def judge(frame: pd.DataFrame) -> Finding:
-    """Judge the cost at the longest common length, and the quality from the cells with a loss by position."""
-    trained = _trained(frame)
-    return together([_cost(frame, trained), _edges(trained)])
 
 
 def halves(nll_by_place: list[float]) -> float:
@@ -69,9 +63,13 @@ def _trained(frame: pd.DataFrame) -> Trained:
     return Trained(*rows)
 
 
-def _cost(frame: pd.DataFrame, trained: Trained) -> Part:
+def flops(frame: pd.DataFrame) -> Judgement:
+    """Judge the FLOPs at the longest common length."""
     chunks, overlaps = (finished(frame, variant=name) for name in ("chunked", "overlapping"))
-    longest = int(max(set(chunks["seq_len"]) & set(overlaps["seq_len"])))
+    lengths = set(chunks["seq_len"]) & set(overlaps["seq_len"])
+    if not lengths:
+        raise Missing("variant=chunked and variant=overlapping at one length")
+    longest = int(max(lengths))
     own = chunks[chunks["seq_len"] == longest]
     chunk, depth = int(knob(own, "chunk").iloc[0]), own.iloc[0]["depth"]
     own, other = (
@@ -80,39 +78,70 @@ def _cost(frame: pd.DataFrame, trained: Trained) -> Part:
     attention, step = (
         figure(other, name) / figure(own, name) for name in ("flops_attention_step", "flops_algorithmic_step")
     )
-    timed = ratio(trained.overlapping, trained.chunked, "step_seconds_median")
-    counted = ratio(trained.overlapping, trained.chunked, "flops_algorithmic_step")
-    short, size = trained.chunked.iloc[0]["seq_len"], int(knob(trained.chunked, "chunk").iloc[0])
-    right = abs(attention / 2 - 1) <= NEAR and abs(step / 2 - 1) <= NEAR
-    return Part(
+    return Judgement(
         predicted=f"2 − c/T times the windows: {2 - chunk / longest:.4f} for chunks of {chunk} in "
-        f"{longest:,} tokens, {2 - size / short:.4f} for {size} in {short:,}. The output layer runs once per "
-        "token in both.",
+        f"{longest:,} tokens. The output layer runs once per token in both.",
         measured=f"At {longest:,} tokens {units.ratio(attention)} the FLOPs of attention and "
-        f"{units.ratio(step)} the FLOPs of a step; at {short:,} tokens {units.ratio(counted.middle)} the "
-        f"FLOPs of a step and {timed.text(units.ratio)} its time.",
-        verdict="holds" if right else "does not hold here",
-        but=f"attention costs {units.ratio(attention)} and a step {units.ratio(step)}",
+        f"{units.ratio(step)} the FLOPs of a step.",
+        verdict=exactly(abs(attention / 2 - 1) <= NEAR and abs(step / 2 - 1) <= NEAR),
+        reason=f"attention costs {units.ratio(attention)} and a step {units.ratio(step)}",
     )
 
 
-def _edges(trained: Trained) -> Part:
-    own, other, dense = trained
-    lost, left = difference(own, dense, "edge"), difference(other, dense, "edge")
-    back, whole = _recovered(trained), difference(other, own, "nll")
-    verdict, but = _judged(lost, back, whole)
-    period = int(own["place_period"].iloc[0])
+def time(frame: pd.DataFrame) -> Judgement:
+    """Judge the time of the trained cells' steps."""
+    chunked, overlapping, _ = _trained(frame)
+    timed = ratio(overlapping, chunked, "step_seconds_median")
+    counted = ratio(overlapping, chunked, "flops_algorithmic_step")
+    verdict = within(timed, 2 * (1 - NEAR), 2 * (1 + NEAR))
+    length, size = chunked.iloc[0]["seq_len"], int(knob(chunked, "chunk").iloc[0])
+    return Judgement(
+        predicted=f"2 − c/T: {2 - size / length:.4f} for chunks of {size} in {length:,} tokens.",
+        measured=f"At {length:,} tokens a step takes {timed.text(units.ratio)} the time and "
+        f"{units.ratio(counted.middle)} the FLOPs{disturbed(chunked, overlapping)}.",
+        verdict=verdict,
+        reason=reason(verdict, f"a step takes {units.ratio(timed.middle)} the time", timed),
+    )
+
+
+def edges(frame: pd.DataFrame) -> Judgement:
+    """Judge whether the first half of a chunk loses more than dense attention does in the same places."""
+    trained = _trained(frame)
+    own, _, dense = trained
+    lost = difference(own, dense, "edge")
+    verdict, period = above(lost), int(own["place_period"].iloc[0])
     named = zip(trained._fields, trained, strict=True)
     starts = ", ".join(f"{name} {by_replicate(rows, 'start').median():.2f}" for name, rows in named)
-    return Part(
+    return Judgement(
         predicted=f"The first {period // 2} positions of a chunk have 0 to {period // 2 - 1} tokens of "
-        f"context; with overlap every position has {period // 2} or more.",
+        "context.",
         measured=f"Excess loss of the first half of a chunk of {period} over the second, minus that of "
-        f"dense: chunked {lost.text(points)} nats per token, overlapping {left.text(points)}; recovered: "
-        f"{back.text(share)}. Loss at the first position of a chunk: {starts}. Over all positions, "
-        f"overlapping minus chunked: {whole.text(points)}.",
+        f"dense: {lost.text(points)} nats per token. Loss at the first position of a chunk: {starts}.",
         verdict=verdict,
-        but=but,
+        reason=reason(verdict, "chunk edges do not increase the loss", lost),
+    )
+
+
+def recovery(frame: pd.DataFrame) -> Judgement:
+    """Judge how much of the loss at edges overlap recovers; without such a loss, nothing is decided."""
+    trained = _trained(frame)
+    own, other, dense = trained
+    lost, left, whole = (
+        difference(own, dense, "edge"),
+        difference(other, dense, "edge"),
+        difference(other, own, "nll"),
+    )
+    back, period = _recovered(trained), int(own["place_period"].iloc[0])
+    verdict = above(back, 1 - NEAR) if above(lost) == "shown" else "not decided here"
+    instead = f"{share(back.middle)} of the loss at the edges is recovered"
+    return Judgement(
+        predicted=f"With overlap every position has {period // 2} or more tokens of context.",
+        measured=f"Excess loss that remains: {left.text(points)} nats per token; recovered: "
+        f"{back.text(share)}. Over all positions, overlapping minus chunked: {whole.text(points)}.",
+        verdict=verdict,
+        reason=reason(verdict, instead, back)
+        if above(lost) == "shown"
+        else "would need a loss at the edges of chunks",
     )
 
 
@@ -122,17 +151,9 @@ def _recovered(trained: Trained) -> Spread:
     return Spread.plain((1 - (overlapping - dense) / (chunked - dense)).dropna())
 
 
-def _judged(lost: Spread, back: Spread, whole: Spread) -> tuple[Verdict, str]:
-    """Return the verdict and its condition."""
-    if lost.middle <= 0:
-        return "does not hold here", "chunk edges do not increase the loss"
-    if lost.count < 2 or lost.low <= 0:
-        return "holds with a condition", f"chunk edges increase the loss, but {unsure(lost)}"
-    if back.low < 1 - NEAR:
-        verdict: Verdict = "holds with a condition" if back.low > 0.5 else "does not hold here"
-        return verdict, f"possibly only {share(back.low)} of the loss at the edges is recovered"
-    if whole.low > 0:
-        words = "the loss at the edges is recovered, but the rest of a chunk is worse by more: over all"
-        more = f"positions, overlapping minus chunked is {points(whole.middle)} nats per token"
-        return "holds with a condition", f"{words} {more}"
-    return "holds", ""
+PARTS = {
+    "Overlapping half-chunks cost twice the FLOPs": flops,
+    "They cost twice the time": time,
+    "Chunk edges increase the loss": edges,
+    "Overlap recovers what the edges lose": recovery,
+}

@@ -9,8 +9,9 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from bench.claims.base import Finding, Verdict
+from bench.claims.base import Judgement
 from bench.claims.cells import Spread, disturbed, figure, finished, has, ratio
+from bench.claims.parts import exactly
 from bench.report.text import units
 
 STATEMENT = (
@@ -94,34 +95,32 @@ def timed(frame: pd.DataFrame) -> tuple[Spread, str]:
     return ratio(dense, sparse, "step_seconds_median"), disturbed(dense, sparse)
 
 
-def judge(frame: pd.DataFrame) -> Finding:
-    """Judge both patterns in all three modes of assigning the factors to heads and layers."""
-    saved = {(variant, mode): savings(frame, variant, mode) for variant in VARIANTS for mode in MODES}
+def _saved(frame: pd.DataFrame) -> dict[tuple[str, str], dict[int, float]]:
+    return {(variant, mode): savings(frame, variant, mode) for variant in VARIANTS for mode in MODES}
+
+
+def growth(frame: pd.DataFrame) -> Judgement:
+    """Judge how the saving grows with the length, for both patterns and all modes of the heads."""
     exponents = [
-        float(stats.linregress(np.log(list(own)), np.log(list(own.values()))).slope) for own in saved.values()
+        float(stats.linregress(np.log(list(own)), np.log(list(own.values()))).slope)
+        for own in _saved(frame).values()
     ]
-    one, two = connected(frame, 1), connected(frame, 2)
-    time, spoilt = timed(frame)
-    root = math.sqrt(LONGEST)
+    grows = f"the saving grows as T^{min(exponents):.2f} to T^{max(exponents):.2f}"
+    return Judgement(
+        predicted="Causal, a token reads (T + 1) / 2 keys on average in dense attention, and about √T near "
+        "and √T / 2 far keys with a stride of √T: the saving grows as √T.",
+        measured=f"FLOPs of attention, from {min(LENGTHS):,} to {LONGEST:,} tokens: {grows}.",
+        verdict=exactly(all(abs(exponent - EXPONENT) <= CLOSE for exponent in exponents)),
+        reason=grows,
+    )
+
+
+def factor(frame: pd.DataFrame) -> Judgement:
+    """Judge the saving at the longest sequence."""
+    saved, (time, spoilt), root = _saved(frame), timed(frame), math.sqrt(LONGEST)
     factors = {name: own[LONGEST] / root for name, own in saved.items()}
     smallest, largest = min(factors, key=factors.__getitem__), max(factors, key=factors.__getitem__)
-    verdict: Verdict = "does not hold here"
-    condition = ""
-    if two[0] < 1:
-        condition = f"two layers connect as little as {units.share(two[0])} of the pairs"
-    elif any(abs(exponent - EXPONENT) > CLOSE for exponent in exponents):
-        condition = f"the saving grows as T^{min(exponents):.2f} to T^{max(exponents):.2f}"
-    elif all(abs(factor - 1) <= ABOUT for factor in factors.values()):
-        verdict = "holds"
-    else:
-        verdict = "holds with a condition"
-        condition = (
-            f"the saving grows as √T, but is {units.digits(factors[smallest])}·√T "
-            f"({_name(smallest)}) to {units.digits(factors[largest])}·√T ({_name(largest)}), of the FLOPs of "
-            "attention only"
-        )
-    dense = (LONGEST + 1) / 2
-    near, far = root, root / 2
+    dense, near, far = (LONGEST + 1) / 2, root, root / 2
     # the fixed pattern: the current block so far, and c summaries of each earlier block
     some = finished(frame, variant="sparse_fixed", seq_len=LONGEST)
     summaries = int(some.iloc[0]["variant_params"]["c"])
@@ -130,23 +129,39 @@ def judge(frame: pd.DataFrame) -> Finding:
         f"{variant} " + ", ".join(f"{units.digits(saved[variant, mode][LONGEST])} {mode}" for mode in MODES)
         for variant in VARIANTS
     )
-    return Finding(
-        predicted=f"√T = {units.digits(root)} at {LONGEST:,}. Causal, a token reads {dense:,.0f} keys on "
-        f"average in dense attention, and {near:.0f} near and {far:.0f} far keys with a stride of √T: "
-        f"{units.ratio(dense / (near + far))} if each head reads both (merged), "
+    return Judgement(
+        predicted=f"√T = {units.digits(root)} at {LONGEST:,}. The strided pattern saves "
+        f"{units.ratio(dense / (near + far))} if each head reads both kinds (merged), "
         f"{units.ratio(dense / (near + far) * 2)} if each head reads one kind (split, interleaved). "
         f"The fixed pattern reads half of the near keys and {summaries} summaries for each far key: "
-        f"{units.ratio(fixed)} and {units.ratio(2 * fixed)}. "
-        "A far step followed by a near step connects any token to any later one",
-        measured=f"FLOPs of attention saved at {LONGEST:,}: {listed}; they grow as T^{min(exponents):.2f} to "
-        f"T^{max(exponents):.2f} from {min(LENGTHS):,} tokens on. A whole step with one layer of width 256 "
-        f"is {time.text(units.ratio)} as fast with strided attention as with dense{spoilt}. "
-        f"At {CONNECTED_AT:,} tokens one layer connects {units.share(one[0])} to {units.share(one[1])} of "
-        f"the pairs, two connect {' to '.join(dict.fromkeys(map(units.share, two)))}",
-        verdict=verdict,
-        condition=condition,
+        f"{units.ratio(fixed)} and {units.ratio(2 * fixed)}.",
+        measured=f"FLOPs of attention saved at {LONGEST:,}: {listed}. A whole step with one layer of width "
+        f"256 is {time.text(units.ratio)} as fast with strided attention as with dense{spoilt}.",
+        verdict=exactly(all(abs(own - 1) <= ABOUT for own in factors.values())),
+        reason=f"the saving is {units.digits(factors[smallest])}·√T ({_name(smallest)}) to "
+        f"{units.digits(factors[largest])}·√T ({_name(largest)}), of the FLOPs of attention only",
+    )
+
+
+def connection(frame: pd.DataFrame) -> Judgement:
+    """Judge whether two layers connect all allowed pairs, in both patterns and all modes."""
+    one, two = connected(frame, 1), connected(frame, 2)
+    return Judgement(
+        predicted="A far step followed by a near step connects any token to any later one.",
+        measured=f"At {CONNECTED_AT:,} tokens one layer connects {units.share(one[0])} to "
+        f"{units.share(one[1])} of the pairs, two connect "
+        f"{' to '.join(dict.fromkeys(map(units.share, two)))}.",
+        verdict=exactly(two[0] == 1),
+        reason=f"two layers connect as little as {units.share(two[0])} of the pairs",
     )
 
 
 def _name(pattern: tuple[str, str]) -> str:
     return f"{pattern[0]} {pattern[1]}"
+
+
+PARTS = {
+    "The saving grows as √T": growth,
+    "It is a factor of about √T, 90 at 8,096 tokens": factor,
+    "Two layers connect any two positions": connection,
+}

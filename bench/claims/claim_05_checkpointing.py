@@ -6,8 +6,9 @@ from typing import Any
 
 import pandas as pd
 
-from bench.claims.base import Finding, Missing, Verdict
+from bench.claims.base import Judgement, Missing
 from bench.claims.cells import Spread, by_replicate, disturbed, figure, finished, ratio
+from bench.claims.parts import above, below, every, reason, some
 from bench.report.data.groups import split
 from bench.report.data.kinds import kinds
 from bench.report.text import units
@@ -18,6 +19,8 @@ STATEMENT = (
 )
 SOURCE = "Chen 2016, arXiv:1604.06174, abstract and §4; that it can be faster is said in popular accounts"
 FORWARD = 1.0
+ABOUT = 0.1
+"""Relative tolerance of *one more*: an interval around exactly one must be able to lie below the limit."""
 MOST = 1.5
 """Maximum claimed step time, relative to the step that keeps all activations."""
 SETTING = ("seq_len", "depth", "d_model", "budget_bytes")
@@ -43,7 +46,7 @@ def costs(frame: pd.DataFrame) -> list[tuple[str, Spread, Spread, float]]:
         step, base = (by_replicate(own, "step_seconds_median") for own in (cells, keep))
         added = ((step - base) / by_replicate(keep, "forward_seconds_median")).dropna()
         flops = figure(cells, "flops_executed_step") / figure(keep, "flops_executed_step")
-        by_length.append((f"{seq_len:,} tokens", more.judged(), Spread.plain(added).judged(), flops))
+        by_length.append((f"{seq_len:,} tokens", more, Spread.plain(added), flops))
     return by_length
 
 
@@ -61,47 +64,57 @@ def gains(frame: pd.DataFrame) -> list[tuple[dict[str, Any], Spread, int, int]]:
     for values, own in split(cells, SETTING):
         keep, checkpoint = (finished(own, activations=name) for name in ("keep", "checkpoint"))
         batches = [int(figure(rows, "largest_batch_size")) for rows in (keep, checkpoint)]
-        gain = ratio(checkpoint, keep, "tokens_per_second").judged()
+        gain = ratio(checkpoint, keep, "tokens_per_second")
         by_setting.append((values, gain, batches[0], batches[1]))
     return by_setting
 
 
-def judge(frame: pd.DataFrame) -> Finding:
-    """Judge the cost at equal batch, and then the gain from the freed memory."""
-    cost, gain = costs(frame), gains(frame)
-    # Above the bound only if the whole interval is; otherwise it may be noise.
-    dearer = [name for name, more, added, _ in cost if added.low > FORWARD or more.low > MOST]
-    faster = [_setting(values) for values, own, *_ in gain if own.low > 1]
-    others = [_setting(values) for values, own, *_ in gain if not own.low > 1]
-    limits = [f"more than a forward pass, or 50 %, at {' and '.join(dearer)}"] if dearer else []
-    if not faster:
-        limits.append(f"a larger batch is not reliably faster with {' nor with '.join(others)}")
-    elif others:
-        limits.append(f"faster overall with {' and '.join(faster)}, not with {' nor with '.join(others)}")
-    fails = len(dearer) == len(cost) or not faster
-    verdict: Verdict = "does not hold here" if fails else "holds with a condition" if limits else "holds"
-    condition = "; ".join(limits)
-    return Finding(
+def cost(frame: pd.DataFrame) -> Judgement:
+    """Judge the cost at equal batch, at every length."""
+    measured = costs(frame)
+    verdicts = [
+        every([below(added, (1 + ABOUT) * FORWARD), below(more, MOST)]) for _, more, added, _ in measured
+    ]
+    verdict = every(verdicts)
+    dearer = [name for (name, *_), own in zip(measured, verdicts, strict=True) if own == "contradicted"]
+    return Judgement(
         predicted="A step is one forward pass and a backward pass of two (2.5 in the fused kernel, which "
         f"computes the scores again); one more forward pass makes it {units.ratio(4 / 3)} in FLOPs, and at "
-        f"most {units.ratio(MOST)} in time, where the backward pass is as quick as the forward one. Larger "
-        "batches pay where something is spent once a step: starting operations, reading weights, the "
-        "optimiser",
-        measured="At equal batch: "
-        + "; ".join(
+        f"most {units.ratio(MOST)} in time, where the backward pass is as quick as the forward one.",
+        measured="; ".join(
             f"at {name} the step takes {more.text(units.ratio)} the time, which adds "
             f"{added.text(units.digits)} forward passes, and {units.ratio(flops)} the FLOPs"
-            for name, more, added, flops in cost
+            for name, more, added, flops in measured
         )
-        + ". With as many sequences as fit: "
+        + disturbed(finished(frame, variant="dense", measure="quick", activations=("keep", "checkpoint")))
+        + ".",
+        verdict=verdict,
+        reason=reason(
+            verdict,
+            f"more than a forward pass, or 50 %, at {' and '.join(dearer)}",
+            *(own for _, *both, _ in measured for own in both),
+        ),
+    )
+
+
+def batch(frame: pd.DataFrame) -> Judgement:
+    """Judge whether the freed memory, spent on a larger batch, makes a step faster in some setting."""
+    measured = gains(frame)
+    verdict = some([above(gain, 1.0) for _, gain, *_ in measured])
+    return Judgement(
+        predicted="Larger batches pay where something is spent once a step: starting operations, reading "
+        "weights, the optimiser.",
+        measured="With as many sequences as fit: "
         + "; ".join(
             f"{_setting(values)}: {many} with checkpointing, {few} with everything kept, and "
             f"{own.text(units.ratio)} its tokens/s"
-            for values, own, few, many in gain
+            for values, own, few, many in measured
         )
-        + disturbed(finished(frame, variant="dense", measure="quick", activations=("keep", "checkpoint"))),
+        + ".",
         verdict=verdict,
-        condition=condition,
+        reason=reason(
+            verdict, "a larger batch is slower in every setting", *(gain for _, gain, *_ in measured)
+        ),
     )
 
 
@@ -110,3 +123,9 @@ def _setting(values: dict[str, Any]) -> str:
         f"sequences of {values['seq_len']:,} tokens, {values['depth']} layers of width {values['d_model']}, "
         f"{units.size(values['budget_bytes'], short=True)}"
     )
+
+
+PARTS = {
+    "Checkpointing costs at worst one more forward pass, up to 50 % of time": cost,
+    "It can be faster overall through a larger batch under the same memory": batch,
+}

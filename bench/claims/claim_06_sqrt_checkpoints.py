@@ -6,8 +6,9 @@ from typing import Any
 
 import pandas as pd
 
-from bench.claims.base import Finding, Missing, Verdict
+from bench.claims.base import Judgement, Missing
 from bench.claims.cells import figure, finished, growth
+from bench.claims.parts import exactly
 from bench.report.text import units
 
 STATEMENT = "Storing the input of every √L-th of L layers makes activations grow as √L."
@@ -39,34 +40,41 @@ def held(frame: pd.DataFrame, activations: str, name: str) -> tuple[float, float
     return low, middle, high
 
 
-def judge(frame: pd.DataFrame) -> Finding:
-    """Judge the memory that the forward pass stores, and the memory that
-    the backward pass recomputes at a time."""
+def inputs(frame: pd.DataFrame) -> Judgement:
+    """Judge what the forward pass stores."""
     stored = {name: growth(DEPTHS, held(frame, name, "activation_bytes")) for name in CLAIMED}
+    return Judgement(
+        predicted="√L inputs are stored: they grow as L^0.5; if every activation or every input is kept, as "
+        "L^1.",
+        measured=f"From {DEPTHS[0]} to {DEPTHS[-1]} layers, without constant parts: stored inputs grow as "
+        f"L^{stored['sqrt']:.2f}; all activations L^{stored['keep']:.2f}, every block's input "
+        f"L^{stored['checkpoint']:.2f}.",
+        verdict=exactly(abs(stored["sqrt"] - CLAIMED["sqrt"]) <= CLOSE),
+        reason=f"stored inputs grow as L^{stored['sqrt']:.2f}",
+    )
+
+
+def recomputed(frame: pd.DataFrame) -> Judgement:
+    """Judge what the backward pass recomputes at a time."""
     again = growth(DEPTHS, held(frame, "sqrt", "peak_workspace_bytes"))
     peaks = {name: held(frame, name, "peak_bytes")[-1] for name in CLAIMED}
-    fits = [abs(exponent - CLAIMED["sqrt"]) <= CLOSE for exponent in (stored["sqrt"], again)]
-    verdict: Verdict
-    verdict, condition = ("holds" if all(fits) else "does not hold here"), ""
-    if any(fits) and not all(fits):
-        verdict = "holds with a condition"
-        condition = (
-            "for the stored activations" if fits[0] else "for the recomputed activations"
-        ) + ", but not for the other part"
     deepest = DEPTHS[-1]
     group = (
-        f". Here a group of {deepest**0.5:.0f} whole blocks needs more memory than the inputs that it saves"
+        f" Here a group of {deepest**0.5:.0f} whole blocks needs more memory than the inputs that it saves."
         if peaks["checkpoint"] < peaks["sqrt"]
         else ""
     )
-    return Finding(
-        predicted="√L inputs are stored, and the √L blocks of one group are recomputed at a time: both "
-        "parts grow as L^0.5; if every activation or every input is kept, as L^1",
-        measured=f"From {DEPTHS[0]} to {deepest} layers, without constant parts: stored inputs grow as "
-        f"L^{stored['sqrt']:.2f}, memory that is recomputed at a time as L^{again:.2f}; all activations "
-        f"L^{stored['keep']:.2f}, every block's input L^{stored['checkpoint']:.2f}. The peak of a step "
-        f"of {deepest} layers is {units.size(peaks['sqrt'])}; with all activations kept "
-        f"{units.size(peaks['keep'])}, with every block's input {units.size(peaks['checkpoint'])}{group}",
-        verdict=verdict,
-        condition=condition,
+    return Judgement(
+        predicted="The √L blocks of one group are recomputed at a time: they grow as L^0.5.",
+        measured=f"Memory that is recomputed at a time grows as L^{again:.2f}. The peak of a step of "
+        f"{deepest} layers is {units.size(peaks['sqrt'])}; with all activations kept "
+        f"{units.size(peaks['keep'])}, with every block's input {units.size(peaks['checkpoint'])}.{group}",
+        verdict=exactly(abs(again - CLAIMED["sqrt"]) <= CLOSE),
+        reason=f"recomputed activations grow as L^{again:.2f}",
     )
+
+
+PARTS = {
+    "Stored inputs grow as √L": inputs,
+    "Activations that are recomputed at a time grow as √L": recomputed,
+}

@@ -10,12 +10,13 @@ statement about the existence of mixtures rather than about random or learnt one
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import pandas as pd
 
-from bench.claims.base import Finding, Missing, Verdict
+from bench.claims.base import Judgement, Missing, Verdict
 from bench.claims.cells import Spread, by_replicate, finished, has
-from bench.claims.parts import Part, exponent, knob, one_setting, share, together
+from bench.claims.parts import below, exactly, exponent, knob, one_setting, reason, share
 from bench.report.data.power_law import fit
 
 STATEMENT = (
@@ -30,27 +31,14 @@ LINEAR = 0.02
 """Tolerance for the exponent of linear growth of FLOPs."""
 WELL = 0.1
 """Maximum relative error of a *good* estimate."""
-BADLY = 0.5
-"""Relative error above which it is not an estimate."""
 HARDLY = 0.9
 """Perplexity, relative to that without context, above which a model has hardly learnt to attend."""
 ROOT, NEAR_ROOT = -0.5, 0.15
 """The exponent of an estimate's error in the number of features, and its tolerance."""
 
 
-def judge(frame: pd.DataFrame) -> Finding:
-    """Judge the growth from planned cells, and the errors from trained cells."""
-    features = "The error of an unbiased estimate decreases as 1/√m with m features."
-    return together(
-        [
-            _linear(frame),
-            _estimate(frame, "performer", "n_features", "features", features, slope=ROOT),
-            _estimate(frame, "linformer", "k", "mixed positions", _best_of_rank(frame), slope=None),
-        ]
-    )
-
-
-def _linear(frame: pd.DataFrame) -> Part:
+def linear(frame: pd.DataFrame) -> Judgement:
+    """Judge the growth of planned FLOPs."""
     measured, off = [], []
     for name in ("linformer", "performer"):
         growth, sizes = exponent(finished(frame, variant=name), "flops_attention_step")
@@ -58,31 +46,60 @@ def _linear(frame: pd.DataFrame) -> Part:
             f"{name} T to the power {growth.exponent:.3f} from {sizes[0]:,} to {sizes[-1]:,} tokens"
         )
         off.append(abs(growth.exponent - 1))
-    return Part(
+    return Judgement(
         predicted="FLOPs of attention grow as T.",
         measured=f"FLOPs of attention grow as: {', '.join(measured)}.",
-        verdict="holds" if max(off) <= LINEAR else "does not hold here",
-        but="FLOPs of attention do not grow linearly",
+        verdict=exactly(max(off) <= LINEAR),
+        reason="FLOPs of attention do not grow linearly",
     )
 
 
-def _estimate(
-    frame: pd.DataFrame, name: str, size: str, unit: str, predicted: str, *, slope: float | None
-) -> Part:
-    rows = one_setting(has(finished(frame, variant=name), "softmax_error", "softmax_error_initial"))
-    before, after = (_by_size(rows, key, size) for key in ("softmax_error_initial", "softmax_error"))
+def _trained(frame: pd.DataFrame, name: str) -> pd.DataFrame:
+    return one_setting(has(finished(frame, variant=name), "softmax_error", "softmax_error_initial"))
+
+
+def features(frame: pd.DataFrame) -> Judgement:
+    """Judge how the error of Performers with equal weights decreases with the number of features."""
+    errors = _by_size(_trained(frame, "performer"), "softmax_error_initial", "n_features")
+    return Judgement(
+        predicted="The error of an unbiased estimate decreases as 1/√m with m features.",
+        measured=f"Relative error before training with {', '.join(map(str, errors.sizes))} features: "
+        f"{errors.text()}.",
+        verdict=exactly(errors.falls and abs(errors.exponent - ROOT) <= NEAR_ROOT),
+        reason=f"the error changes as m to the power {errors.exponent:.2f}",
+    )
+
+
+def ranks(frame: pd.DataFrame) -> Judgement:
+    """Judge whether the error of Linformers with equal weights decreases with every larger rank."""
+    errors = _by_size(_trained(frame, "linformer"), "softmax_error_initial", "k")
+    return Judgement(
+        predicted=_best_of_rank(frame),
+        measured=f"Relative error before training with {', '.join(map(str, errors.sizes))} mixed positions: "
+        f"{errors.text()}.",
+        verdict=exactly(errors.falls),
+        reason="the error does not decrease with every larger rank",
+    )
+
+
+def estimate(frame: pd.DataFrame, name: str, size: str) -> Judgement:
+    """Judge the error of the largest trained models; models that have not learnt to attend decide nothing."""
+    rows = _trained(frame, name)
+    errors = _by_size(rows, "softmax_error", size)
     perplexity, blind = (rows[key].median() for key in ("perplexity", "unigram_perplexity"))
-    verdict, but = _judged(name, before, after, slope)
+    verdict: Verdict = below(errors.of_largest, WELL)
+    words = reason(
+        verdict, f"the error of the largest is {share(errors.of_largest.middle)}", errors.of_largest
+    )
     if perplexity > HARDLY * blind:
-        verdict = "holds with a condition" if verdict == "holds" else verdict
-        but = ", ".join(filter(None, [but, f"the measured {name}s have hardly learnt to attend"]))
-    return Part(
-        predicted=predicted,
-        measured=f"Relative error of a {name} with {', '.join(map(str, before.sizes))} {unit} to softmax "
-        f"attention: {before.text()} before training, and {after.text()} after its own training, "
-        f"at a perplexity of {perplexity:.3g} ({blind:.3g} without context).",
+        verdict, words = "not decided here", f"would need longer training: these {name}s hardly attend"
+    return Judgement(
+        predicted=f"An error of at most {share(WELL)} is good.",
+        measured=f"Relative error to softmax attention of trained {name}s with "
+        f"{', '.join(map(str, errors.sizes))}: {errors.text()}, at a perplexity of {perplexity:.3g} "
+        f"({blind:.3g} without context).",
         verdict=verdict,
-        but=but,
+        reason=words,
     )
 
 
@@ -121,25 +138,6 @@ def _by_size(rows: pd.DataFrame, key: str, size: str) -> Errors:
     return Errors(sizes, spreads, line.exponent)
 
 
-def _judged(name: str, before: Errors, after: Errors, slope: float | None) -> tuple[Verdict, str]:
-    """Judge whether the error decreases as claimed with equal weights,
-    and how small it is in trained models."""
-    if not before.falls:
-        return "does not hold here", f"{name}'s error does not decrease with its size, even before training"
-    words = []
-    if slope is not None and abs(before.exponent - slope) > NEAR_ROOT:
-        words.append(f"{name}'s error does not decrease as 1/√m")
-    if not after.falls:
-        words.append(f"the error of trained {name}s does not decrease with their size")
-    upper = after.of_largest.high if after.of_largest.count > 1 else after.of_largest.middle
-    if upper > WELL:
-        words.append(f"the error of the largest trained {name}s is {share(after.of_largest.middle)}")
-    if not words:
-        return "holds", ""
-    near = min(before.of_largest.middle, after.of_largest.middle) <= BADLY
-    return "holds with a condition" if near else "does not hold here", ", ".join(words)
-
-
 def _best_of_rank(frame: pd.DataFrame) -> str:
     """Return the best possible error by rank, if there are attention statistics of a masked dense model."""
     try:
@@ -149,3 +147,12 @@ def _best_of_rank(frame: pd.DataFrame) -> str:
     errors = pd.DataFrame(rows["attention_rank_error"].tolist()).median()
     listed = ", ".join(f"{share(errors[k])} at rank {2**k}" for k in range(0, len(errors), 2))
     return f"Relative error of the best low-rank approximation of a masked dense model's weights: {listed}."
+
+
+PARTS = {
+    "Both are linear in T": linear,
+    "The error of Performer decreases as 1/√m with m features": features,
+    "The error of Linformer decreases with its rank": ranks,
+    "Trained Performers approximate softmax well": partial(estimate, name="performer", size="n_features"),
+    "Trained Linformers approximate softmax well": partial(estimate, name="linformer", size="k"),
+}

@@ -1,4 +1,4 @@
-"""The table of claims, as Markdown."""
+"""The page of claims, as Markdown: a table of verdicts, then the parts of each claim."""
 
 from __future__ import annotations
 
@@ -7,20 +7,18 @@ from dataclasses import dataclass
 
 import pandas as pd
 
-from bench.claims.base import Claim, Finding, claims, judged
+from bench.claims.base import Claim, Finding, Verdict, claims, judge
 from bench.records import Record
 from bench.report.text import markdown
 from bench.report.text.columns import Column
 from bench.report.text.markdown import escape
 
-MEANINGS = {
-    "holds": "the cells confirm the claim, within the spread of their replicates",
-    "holds with a condition": "the cells confirm the claim under a condition or with another constant; the "
-    "condition follows the verdict",
-    "does not hold here": "the cells contradict the claim, on this machine and at these sizes",
-    "not measured": "the required cells are missing or did not finish; the reason follows the verdict",
+MEANINGS: dict[Verdict, str] = {
+    "shown": "the cells confirm it: the whole interval over replicates, or a figure that does not vary",
+    "contradicted": "the cells contradict it, on this machine and at these sizes",
+    "not decided here": "cells are missing, or the interval contains the limit; the reason follows",
 }
-"""The meaning of each verdict."""
+"""The meaning of each verdict of a part."""
 
 
 @dataclass(frozen=True)
@@ -31,12 +29,6 @@ class Row:
     claim: Claim
     finding: Finding
 
-    @property
-    def verdict(self) -> str:
-        """The verdict with its condition."""
-        condition = self.finding.condition
-        return self.finding.verdict + (f": {condition}" if condition else "")
-
 
 def page(name: str, frame: pd.DataFrame) -> str:
     """Return the text of `claims.md` of an experiment.
@@ -44,8 +36,9 @@ def page(name: str, frame: pd.DataFrame) -> str:
     The claims are about stacks of blocks with an MLP, so cells of other models are left out.
     """
     frame = frame[(frame["feed_forward"] == Record.feed_forward) & (frame["stack"] == Record.stack)]
-    rows = [Row(number, claim, judged(claim, frame)) for number, claim in claims()]
-    return "\n".join([f"# Claims: {escape(name)}\n", _lead(rows, frame), _table(rows)])
+    rows = [Row(number, claim, judge(claim, frame)) for number, claim in claims()]
+    parts = [f"# Claims: {escape(name)}\n", _lead(rows, frame), _table(rows), *map(_details, rows)]
+    return "\n".join(parts)
 
 
 def _table(rows: Sequence[Row]) -> str:
@@ -53,12 +46,28 @@ def _table(rows: Sequence[Row]) -> str:
         [
             Column("no.", [str(row.number) for row in rows], optional=False),
             _texts("claim", [row.claim.STATEMENT for row in rows]),
-            _texts("source", [row.claim.SOURCE for row in rows]),
-            _texts("predicted by arithmetic", [row.finding.predicted for row in rows]),
-            _texts("measured here", [row.finding.measured for row in rows]),
-            Column("verdict", [row.verdict for row in rows], right=False, optional=False),
+            _texts("verdict", [row.finding.verdict for row in rows]),
+            _texts("parts", [_counts(row.finding) for row in rows]),
         ]
     )
+
+
+def _counts(finding: Finding) -> str:
+    """Return how many parts have each verdict: '2 shown, 1 contradicted'."""
+    verdicts = [part.verdict for part in finding.parts.values()]
+    counts = {verdict: verdicts.count(verdict) for verdict in MEANINGS}
+    return ", ".join(f"{count} {verdict}" for verdict, count in counts.items() if count)
+
+
+def _details(row: Row) -> str:
+    """Return the section of a claim: its source, and its parts with their judgements."""
+    lines = [f"## {row.number}. {escape(row.claim.STATEMENT)}\n", f"Source: {escape(row.claim.SOURCE)}.\n"]
+    for says, part in row.finding.parts.items():
+        reason = f": {part.reason}" if part.reason and part.verdict != "shown" else ""
+        lines.append(f"- {escape(says)}. **{part.verdict}**{escape(reason)}")
+        texts = {"predicted": part.predicted, "measured": part.measured}
+        lines += [f"  - {name}: {escape(text)}" for name, text in texts.items() if text]
+    return "\n".join(lines) + "\n"
 
 
 def _texts(title: str, cells: Sequence[str]) -> Column:
@@ -73,9 +82,10 @@ def _lead(rows: Sequence[Row], frame: pd.DataFrame) -> str:
         f"{len(rows)} claims about long-context attention, each checked against records: {verdicts}. The "
         "whole page is generated from the records and from formulas over their sizes.\n",
         *(f"- {fact}" for fact in _facts(frame)),
-        "- Intervals are 95 % intervals over replicates, or the range for two replicates; ratios are taken "
-        "within a replicate. FLOPs and memory hardly vary and have no interval.",
-        *(f"- *{verdict}*: {MEANINGS[verdict]}." for verdict, count in counts.items() if count),
+        "- Intervals are 95 % intervals over replicates; ratios are taken within a replicate. FLOPs and "
+        "memory hardly vary and have no interval. Fewer than three replicates decide nothing.",
+        *(f"- *{verdict}*: {meaning}." for verdict, meaning in MEANINGS.items()),
+        "- A claim is contradicted if one of its parts is, and shown if all are.",
     ]
     return "\n".join(lines) + "\n"
 

@@ -1,15 +1,14 @@
-"""Claims with several parts: each part is judged separately, and the verdict combines them."""
+"""Verdicts from figures and their intervals, and judgements that several claims share."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from bench.claims.base import Finding, Missing, Verdict
+from bench.claims.base import Judgement, Missing, Verdict
 from bench.claims.cells import Spread
 from bench.report.data.groups import SLOT_COLUMNS
 from bench.report.data.power_law import Fit, fit
@@ -19,57 +18,64 @@ ALIKE = (
     *("tokens_trained", "learning_rate"),
 )
 """The keys that must be equal for the quality of two trained models to be compared."""
+REPLICATES = 3
+"""Least number of replicates for a verdict: of two that differ by chance alone, both are above a threshold in
+one of four cases."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Part:
-    """One part of a claim."""
-
-    predicted: str
-    measured: str
-    verdict: Verdict
-    but: str = ""
-    """The condition under which the part holds, or the result that the cells show instead; required unless it
-    holds."""
-
-    def __post_init__(self) -> None:
-        """Raises ValueError if the verdict requires `but` and it is empty."""
-        if self.verdict != "holds" and not self.but.strip():
-            raise ValueError(f"verdict {self.verdict!r}: needs the result that the cells show instead")
+def exactly(right: bool) -> Verdict:
+    """The verdict of a figure that does not vary between replicates, such as FLOPs."""
+    return "shown" if right else "contradicted"
 
 
-def together(parts: Sequence[Part]) -> Finding:
-    """Combine parts. The claim holds if every part holds, and does not hold if no part holds. Otherwise it
-    holds with a condition, which lists the parts that do not simply hold; a part that does not hold at all is
-    marked 'not here'."""
-    verdicts = {part.verdict for part in parts}
-    marks = {"does not hold here": "not here: "} if len(verdicts) > 1 else {}
-    return Finding(
-        predicted="\n".join(part.predicted for part in parts if part.predicted),
-        measured="\n".join(part.measured for part in parts),
-        verdict=verdicts.pop() if len(verdicts) == 1 else "holds with a condition",
-        condition="; ".join(
-            marks.get(part.verdict, "") + part.but for part in parts if part.verdict != "holds"
-        ),
-    )
+def within(spread: Spread, low: float, high: float) -> Verdict:
+    """Judge whether a figure is in a range: shown if its interval is inside, contradicted if it is outside.
+
+    Otherwise, and for fewer than `REPLICATES`, it is not decided.
+    """
+    if spread.count < REPLICATES:
+        return "not decided here"
+    if low <= spread.low and spread.high <= high:
+        return "shown"
+    return "contradicted" if spread.high < low or spread.low > high else "not decided here"
 
 
-def beyond(spread: Spread, threshold: float = 0.0) -> Verdict:
-    """Judge whether a figure is above a threshold: it holds if its whole interval is above, and does not hold
-    if its median is not. Otherwise, and for a single replicate, it holds with a condition: that the result is
-    not due to chance."""
-    if spread.middle <= threshold:
-        return "does not hold here"
-    return "holds" if spread.count > 1 and spread.low > threshold else "holds with a condition"
+def above(spread: Spread, threshold: float = 0.0) -> Verdict:
+    """Judge whether a figure is above a threshold, as `within` does."""
+    return within(spread, float(np.nextafter(threshold, np.inf)), np.inf)
 
 
-def unsure(spread: Spread) -> str:
-    """Return why a figure is not conclusive although its median supports the claim; follows 'but'."""
-    return (
-        "not beyond the spread of the replicates"
-        if spread.count > 1
-        else "a single replicate is not conclusive"
-    )
+def below(spread: Spread, threshold: float) -> Verdict:
+    """Judge whether a figure is at most a threshold, as `within` does."""
+    return within(spread, -np.inf, threshold)
+
+
+def every(verdicts: Sequence[Verdict]) -> Verdict:
+    """The verdict of a statement about all of several cases: one contradiction is enough."""
+    if "contradicted" in verdicts:
+        return "contradicted"
+    return "shown" if {*verdicts} == {"shown"} else "not decided here"
+
+
+def some(verdicts: Sequence[Verdict]) -> Verdict:
+    """The verdict of a statement that one of several cases is so: one that is shown is enough."""
+    if "shown" in verdicts:
+        return "shown"
+    return "contradicted" if {*verdicts} == {"contradicted"} else "not decided here"
+
+
+def decided_by(spread: Spread) -> str:
+    """What would decide about a figure whose interval does not."""
+    if spread.count < REPLICATES:
+        return f"would need {REPLICATES} replicates or more; there are {spread.count}"
+    return "the interval over replicates contains the limit; more replicates or more training would decide"
+
+
+def reason(verdict: Verdict, instead: str, *spreads: Spread) -> str:
+    """The reason of a judgement from intervals: the result instead, or what would decide."""
+    if verdict == "shown":
+        return ""
+    return instead if verdict == "contradicted" else decided_by(min(spreads, key=lambda own: own.count))
 
 
 def one_setting(rows: pd.DataFrame) -> pd.DataFrame:
@@ -117,13 +123,13 @@ def exponent(rows: pd.DataFrame, name: str) -> tuple[Fit, list[int]]:
     law = fit(list(each.index), list(each))
     if law is None:
         variant = rows.iloc[0]["variant"]
-        raise Missing(f"variant={variant} measure=plan: needs {name} at more than {len(each)} lengths")
+        raise Missing(f"variant={variant} measure=plan: {name} at more than {len(each)} lengths")
     return law, [int(size) for size in each.index if law.first <= size <= law.last]
 
 
 def reaches(
     rows: pd.DataFrame, knobs: Sequence[str], adds: Callable[[Mapping[str, int]], int], formula: str
-) -> Part:
+) -> Judgement:
     """Judge whether each layer extends the reach by a formula of the knobs, at every depth.
 
     The last token reaches back to the start of its segment, plus the extension by each layer. Cells whose
@@ -131,7 +137,7 @@ def reaches(
     """
     free = rows[rows["reach"] < rows["seq_len"] - 1]
     if free["depth"].nunique() < 2:
-        raise Missing(f"variant={rows.iloc[0]['variant']}: needs a reach within the sequence at two depths")
+        raise Missing(f"variant={rows.iloc[0]['variant']}: a reach within the sequence at two depths")
     right, lines = True, []
     for _, same in free.sort_values("depth").groupby("params_json"):
         own = {name: int(same.iloc[0]["variant_params"][name]) for name in knobs}
@@ -144,11 +150,11 @@ def reaches(
         words = ", ".join(f"{name} {value}" for name, value in own.items())
         instead = "" if measured == expected else f" (formula: {_listed(expected)})"
         lines.append(f"{words}: {_listed(measured)} tokens at depth {_listed(depths)}{instead}")
-    return Part(
+    return Judgement(
         predicted=f"The last token reaches back (its position in its segment) + depth × {formula} tokens.",
         measured=f"Reach by the layers' masks; {'; '.join(lines)}.",
-        verdict="holds" if right else "does not hold here",
-        but="the reach differs from the formula",
+        verdict=exactly(right),
+        reason="the reach differs from the formula",
     )
 
 
