@@ -145,11 +145,38 @@ def test_the_interval_is_wrong_as_rarely_as_it_says() -> None:
     assert 1 <= sum(low == 2 for low, _ in ends) <= 12
 
 
+def test_context_that_hurts_is_not_context_that_is_unused() -> None:
+    """Both look back one token; only the second is better with less."""
+    unused, hurt = (summarise(excess(0.0, *means, spread=0.1)) for means in ((0.0, 0.0), (-0.4, -0.2)))
+    assert unused.effective == hurt.effective == 1
+    assert unused.harm_low is not None
+    assert unused.harm_low < TOLERANCE
+    assert hurt.best == 2
+    assert hurt.harm == pytest.approx(0.4, abs=0.03)
+    assert hurt.harm_low is not None
+    assert 0.3 < hurt.harm_low < hurt.harm
+    assert summarise(excess()).harm == summarise(excess()).harm_low == 0
+
+
+def test_harm_is_claimed_of_harmless_context_as_rarely_as_it_says() -> None:
+    """Of five histories that are equal in truth, the best is always better by chance."""
+    claimed = 0
+    for seed in range(300):
+        noise = np.random.default_rng(seed).normal(size=(5, 64))
+        found = summarise(np.concatenate([0.1 * noise, np.zeros((1, 64))]))
+        assert found.harm is not None
+        assert found.harm_low is not None
+        assert found.harm_low <= found.harm
+        claimed += found.harm_low > 0
+    assert 1 <= claimed <= 24
+
+
 def test_a_loss_that_is_no_number_has_no_effective_context() -> None:
     nll = excess(0.4, 0.0)
     nll[1, 3] = math.nan
     found = summarise(nll)
     assert (found.effective, found.low, found.high) == (None, None, None)
+    assert (found.best, found.harm, found.harm_low) == (None, None, None)
     assert [math.isnan(value) for value in found.nll_by_history] == [False, True, False]
 
 

@@ -126,6 +126,9 @@ def test_how_far_back_is_asked_of_causal_models(four: dict[str, dict[str, Any]])
         losses, middle, low, high = (four[name][key] for key in keys)
         assert len(losses) == 9
         assert 1 <= low <= middle <= high <= T
+        assert four[name]["best_history"] == 2 ** losses.index(min(losses))
+        assert four[name]["context_harm"] == pytest.approx(losses[-1] - min(losses))
+        assert four[name]["context_harm_low"] <= four[name]["context_harm"]
 
 
 @pytest.mark.slow

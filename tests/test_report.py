@@ -392,6 +392,26 @@ def test_strides_are_told_apart_and_said(tmp_path: Path) -> None:
     assert {r["reset"] for r in rows if r["variant"] == "dense"} == {"–"}
 
 
+def test_context_that_hurts_is_said(tmp_path: Path) -> None:
+    """Only where every replicate's lower bound is beyond the tolerance."""
+    found = []
+    for variant, bounds in {"dense": (0.2, 0.3), "longformer": (0.2, 0.0), "chunked": (None, None)}.items():
+        for replicate, low in enumerate(bounds):
+            harm = (
+                {"best_history": 32, "context_harm": 0.4, "context_harm_low": low} if low is not None else {}
+            )
+            back = {f"effective_context{end}": 4 for end in ("", "_low", "_high")}
+            names = {"replicate": replicate, "cell_id": f"{variant}-{replicate}"}
+            found.append(record(variant, **back, **harm, **names))
+    text = (build(write(tmp_path / "e", found), plots=False) / "summary.md").read_text()
+    rows = table(text.split("## Quality", 1)[1], "### clm, data plays")
+    assert {row["variant"]: row["looks back"] for row in rows} == {
+        "dense": "4 (4–4); hurt by more than 32: +0.40 nats",
+        "longformer": "4 (4–4)",
+        "chunked": "4 (4–4)",
+    }
+
+
 def test_objectives_are_never_mixed(tmp_path: Path) -> None:
     figures = {"nll_by_position": None, "step_seconds_median": None, "tokens_per_second": None}
     found = [record(cell_id="a", perplexity=4.0, **figures)]

@@ -39,6 +39,13 @@ class ContextUse:
     high: int | None
     """The effective context by the upper end:
     this many tokens are sufficient with the interval's confidence."""
+    best: int | None = None
+    """The history with the lowest mean loss, in tokens. Further tokens do not help; see `harm`."""
+    harm: float | None = None
+    """Mean loss with the full history minus that with the best one, in nats per token. A model that does not
+    use distant tokens has none; a model that is disturbed by them has."""
+    harm_low: float | None = None
+    """Lower confidence bound of the harm. Negative or 0: no harm is shown."""
 
 
 def target_positions(lengths: Sequence[int], seq_len: int, count: int) -> list[tuple[int, int]]:
@@ -114,6 +121,9 @@ def summarise(nll: Floats) -> ContextUse:
     targets with replacement, gives the interval of the mean excess. The effective context is the shortest
     history for which it and all longer ones have an excess within the tolerance; it is computed from the mean
     and from both ends of the interval.
+
+    Harm is bounded for every shorter history at once: of the K − 1 lower bounds, each at a level that is
+    corrected by Bonferroni, the largest.
     """
     means = [float(mean) for mean in nll.mean(axis=1)]
     if not np.isfinite(nll).all():
@@ -132,7 +142,28 @@ def summarise(nll: Floats) -> ContextUse:
         random_state=np.random.default_rng(0),
     ).confidence_interval
     low, effective, high = map(_effective_context, (interval.low, excess.mean(axis=1), interval.high))
-    return ContextUse(nll_by_history=means, effective=effective, low=low, high=high)
+    best = int(np.argmin(means))
+    return ContextUse(
+        nll_by_history=means,
+        effective=effective,
+        low=low,
+        high=high,
+        best=2**best,
+        harm=means[-1] - means[best],
+        harm_low=_harm_low(-excess[:-1]) if len(excess) > 1 else 0.0,
+    )
+
+
+def _harm_low(harm: Floats) -> float:
+    """Return a lower confidence bound of the largest mean of harm (K − 1, n).
+
+    By Student's t, because a corrected level is too far in the tail for resamples.
+    """
+    from scipy.stats import sem, t
+
+    count = harm.shape[1]
+    margin = t.ppf(1 - (1 - CONFIDENCE) / len(harm), count - 1) * sem(harm, axis=1)
+    return float((harm.mean(axis=1) - margin).max())
 
 
 def _effective_context(excess: npt.ArrayLike) -> int:

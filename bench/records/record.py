@@ -188,6 +188,9 @@ class Record:
     effective_context: Size | None = None
     effective_context_low: Size | None = None
     effective_context_high: Size | None = None
+    best_history: Size | None = None
+    context_harm: Amount | None = None
+    context_harm_low: Number | None = None
     accuracy: Share | None = None
     guess_accuracy: Share | None = None
     accuracy_by_distance: list[Share] | None = None

@@ -141,6 +141,9 @@ class QualityEvaluation:
                     "effective_context": use.effective,
                     "effective_context_low": use.low,
                     "effective_context_high": use.high,
+                    "best_history": use.best,
+                    "context_harm": use.harm,
+                    "context_harm_low": use.harm_low,
                 }
             )
 

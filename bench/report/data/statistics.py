@@ -67,7 +67,14 @@ _QUALITY = ("nll", "perplexity", "perplexity_reset", "bits_per_byte", "word_perp
 _QUALITY_CELL = [*CELL, *TRAINING, "state_policy"]
 _BUDGET = [*GROUP, "seq_len", *(key for key in TRAINING if key != "learning_rate")]
 """Keys that cells must share for their ranks to be comparable; each may have its own learning rate."""
-_CONTEXT = {"effective_context": "median", "effective_context_low": "min", "effective_context_high": "max"}
+_CONTEXT = {
+    "effective_context": "median",
+    "effective_context_low": "min",
+    "effective_context_high": "max",
+    "best_history": "median",
+    "context_harm": "median",
+    "context_harm_low": "min",
+}
 
 
 def status_counts(statuses: pd.Series[str]) -> str:

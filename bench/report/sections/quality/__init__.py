@@ -42,8 +42,9 @@ class Quality(Section[Trained]):
         "many tokens. A *state* that is carried is carried over whole documents; *reset* is the perplexity "
         "of the same model with state fresh in every window. *looks back*: the shortest history from which "
         "on the loss is within 0.01 nats of the full one, with its 95 % interval over targets, the widest "
-        "of any replicate's. *unigram* is the perplexity of a model that knows only how often each token "
-        "occurs: what does not beat it has learnt nothing from context."
+        "of any replicate's; *hurt by more than* so many tokens: with the full history the loss is certainly "
+        "higher, by the nats that follow. *unigram* is the perplexity of a model that knows only how often "
+        "each token occurs: what does not beat it has learnt nothing from context."
     )
     marks = meanings(LEAK)
     figures_alone = False

@@ -12,13 +12,19 @@ from bench.report.text.cells import label_of, or_dash, plus_minus, training_colu
 from bench.report.text.columns import Column, each
 from bench.report.text.marks import LEAK
 
+HURTS = 0.01
+"""Nats per token: a harm that is certainly above it is shown, as `effective_context` counts less as equal."""
+
 
 def _context(row: pd.Series[Any]) -> str:
-    """The effective context and its interval, in tokens."""
+    """The effective context and its interval, in tokens; how much more context hurts, if it does."""
     if pd.isna(row["effective_context"]):
         return units.MISSING
     low, high = units.whole(row["effective_context_low"]), units.whole(row["effective_context_high"])
-    return f"{units.whole(row['effective_context'])} ({low}–{high})"
+    looks = f"{units.whole(row['effective_context'])} ({low}–{high})"
+    if not row["context_harm_low"] > HURTS:
+        return looks
+    return f"{looks}; hurt by more than {units.whole(row['best_history'])}: +{row['context_harm']:.2f} nats"
 
 
 def quality(cells: pd.DataFrame) -> list[Column]:
