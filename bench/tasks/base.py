@@ -140,3 +140,23 @@ class Task(ABC):
     def test_generator(index: int) -> np.random.Generator:
         """Return the generator of a test batch or test sequence; it differs from every training generator."""
         return np.random.default_rng([0, index, 1])
+
+
+class GeneratedTask(Task):
+    """A task whose sequences are drawn independently of each other."""
+
+    @abstractmethod
+    def draw(self, generator: np.random.Generator, batch: int) -> tuple[npt.NDArray[np.int64], ...]:
+        """Draw inputs, targets and, if the task defines them, distances (B, T) of so many sequences."""
+
+    def train_batch(self, step: int, done: float) -> Batch:
+        """The sequences of one training step."""
+        return Batch.of(*self.draw(self.train_generator(step), self.setting.batch_size))
+
+    def test_batches(self) -> Iterator[Batch]:
+        """Sequences that do not depend on the batch size."""
+        count, size = max(1, self.setting.test_tokens // self.setting.seq_len), self.setting.batch_size
+        for start in range(0, count, size):
+            rows = range(start, min(start + size, count))
+            drawn = [self.draw(self.test_generator(index), 1) for index in rows]
+            yield Batch.of(*(np.concatenate(parts) for parts in zip(*drawn, strict=True)))

@@ -20,13 +20,12 @@ signal. Test batches always use all pairs, each queried once.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
-from bench.tasks.base import IGNORED, Batch, Setting, Task, TaskConfig
+from bench.tasks.base import IGNORED, Batch, GeneratedTask, Setting, TaskConfig
 from variants.knobs import knob
 
 Ints = npt.NDArray[np.int64]
@@ -61,7 +60,7 @@ class MqarConfig(TaskConfig):
         return self.n_symbols + 1
 
 
-class Mqar(Task):
+class Mqar(GeneratedTask):
     """Pairs, followed by one query per pair among filler; the target at a query is its value."""
 
     Config = MqarConfig
@@ -85,20 +84,13 @@ class Mqar(Task):
         """The number of pairs is that of the curriculum at `done`."""
         return Batch.of(*self._draw(self.train_generator(step), self.setting.batch_size, self.pairs(done)))
 
-    def test_batches(self) -> Iterator[Batch]:
-        """Sequences with all pairs, independent of the batch size."""
-        count = max(1, self.setting.test_tokens // self.setting.seq_len)
-        size = self.setting.batch_size
-        for start in range(0, count, size):
-            drawn = [
-                self._draw(self.test_generator(index), 1, self.config.n_pairs)
-                for index in range(start, min(start + size, count))
-            ]
-            yield Batch.of(*(np.concatenate(parts) for parts in zip(*drawn, strict=True)))
+    def draw(self, generator: np.random.Generator, batch: int) -> tuple[Ints, Ints, Ints]:
+        """Draw sequences with all pairs."""
+        return self._draw(generator, batch, self.config.n_pairs)
 
     def pairs(self, done: float) -> int:
         """Return the number of pairs in a training batch at the share `done` of the budget: it grows
-        exponentially from FEWEST to n_pairs, so that each doubling takes equally long."""
+        exponentially from `MIN_PAIRS` to n_pairs, so that each doubling takes equally long."""
         n, share = self.config.n_pairs, self.config.curriculum
         if done >= share or n <= MIN_PAIRS:
             return n
