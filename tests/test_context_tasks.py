@@ -184,7 +184,7 @@ def test_too_few_symbols_are_refused(knobs: dict[str, int], says: str) -> None:
 @pytest.mark.parametrize(("name", "least"), [("copy", 0.95), ("variables", 0.9), ("frequent", 0.8)])
 def test_dense_attention_learns_it(name: str, least: float) -> None:
     torch.manual_seed(0)
-    knobs = {"copy": {"n_tokens": 4}, "variables": {"n_hops": 1}, "frequent": {"lead": 0.2}}[name]
+    knobs = {"copy": {"n_tokens": 4}, "variables": {"n_chains": 1}, "frequent": {"lead": 0.2}}[name]
     task = task_of(name, seq_len=32, batch_size=64, test=200, **knobs)
     dims = Workload(causal=True, batch_size=64, seq_len=32, d_model=64, heads=2)
     variant = load("dense")
