@@ -28,8 +28,8 @@ from variants.base import (
     Workload,
 )
 from variants.knobs import knob
-from variants.ops import clusters, kmeans, masks
-from variants.ops.clusters import Kernels, Members
+from variants.ops import clusters, masks
+from variants.ops.clusters import Kernels
 from variants.ops.flash import missing_flash
 from variants.ops.flash_windows import window_attention
 from variants.ops.pair_counts import window_pairs
@@ -153,8 +153,7 @@ class Routing(SequenceMixer):
             return None
         return "selection=topk: a later token can replace an earlier token in a cluster"
 
-    def selection(self, causal: bool) -> str:
-        """The knob, or its choice for the objective."""
+    def _selection(self, causal: bool) -> str:
         if self.config.selection == "auto":
             return "nearest" if causal else "topk"
         return self.config.selection
@@ -176,31 +175,25 @@ class Routing(SequenceMixer):
 
     def forward(self, x: Tensor, ctx: Context, state: Any = None) -> MixerOut:
         """(B, T, C) → MixerOut; carries no state."""
-        shared = ctx.causal or self.selection(ctx.causal) == "nearest"
+        shared = ctx.causal or self._selection(ctx.causal) == "nearest"
         q, k, v, q_routed, k_routed, v_routed = self._split(x, shared)
         q, k = rotary(q, ctx.positions), rotary(k, ctx.positions)
         y = self.run_impl(self, (q, k, v), (q_routed, k_routed, v_routed), ctx)
         return MixerOut(self.projections.out(y.flatten(2)))
 
-    def _store(self, *sums: Tensor) -> None:
-        """Store the sums of this batch for `after_step`; not added up, because a pass may run twice."""
-        if self.training:
-            self.sums.copy_(sum(sums[1:], start=sums[0]))
-
     def in_clusters(self, x: Tensor, keys: Tensor, v: Tensor, ctx: Context, kernels: Kernels) -> Tensor:
-        """Queries x, keys (the same tensor if they are shared) and values (B, T, H, D) → (B, T, H, D)."""
-        if self.selection(ctx.causal) == "nearest":
-            cluster, sums = kmeans.nearest(x, self.centroids, self.device_type)
-            self._store(sums)
-            of = Members(cluster, self.clusters, self.cluster_window, ctx.causal, self.device_type)
-            return kernels.windows(x, v, of, ctx.positions)
-        q = rotary(kmeans.unit(x), ctx.positions).to(v.dtype)
-        k = q if keys is x else rotary(kmeans.unit(keys), ctx.positions).to(v.dtype)
-        count, contents = self._cluster_size(v.shape[1]), [x] if keys is x else [x, keys]
-        found = [kmeans.members(t, self.centroids, count, self.device_type) for t in contents]
-        self._store(*(sums for _, sums in found))
-        members = found[0][0], found[-1][0]  # (B, H, K, w) each
-        return clusters.of_equal_size(q, k, v, *members, kernels.attend, is_causal=ctx.causal)
+        """Queries x, keys (the same tensor if they are shared) and values (B, T, H, D) → (B, T, H, D).
+
+        Stores the sums of this batch for `after_step`; they are not added up, because a pass may run twice.
+        """
+        is_nearest = self._selection(ctx.causal) == "nearest"
+        size = self.cluster_window if is_nearest else self._cluster_size(x.shape[1])
+        rule = clusters.Rule(self.centroids, size, ctx.causal, ctx.positions, self.device_type)
+        attend = clusters.by_nearest if is_nearest else clusters.by_topk
+        y, sums = attend(x, keys, v, rule, kernels)
+        if self.training:
+            self.sums.copy_(sums)
+        return y
 
     @torch.no_grad()
     def after_step(self) -> None:
@@ -213,7 +206,7 @@ class Routing(SequenceMixer):
 
     def reference(self, x: Tensor, ctx: Context) -> Tensor:
         """Masked attention for every head, with clusters as (T, T) masks."""
-        selection, seq_len = self.selection(ctx.causal), x.shape[1]
+        selection, seq_len = self._selection(ctx.causal), x.shape[1]
         shared = ctx.causal or selection == "nearest"
         q, k, v, q_routed, k_routed, v_routed = self._split(x, shared)
         rule = masks.Window(self.config.window)
@@ -272,7 +265,7 @@ class Routing(SequenceMixer):
     def cost(self, work: Workload) -> Cost:
         """Projections, windows of local heads, dot products with centroids, and pairs within clusters: for
         topk all pairs, for nearest a maximum, which is exact if no cluster is smaller than the window."""
-        t, selection = work.seq_len, self.selection(work.causal)
+        t, selection = work.seq_len, self._selection(work.causal)
         shared = work.causal or selection == "nearest"
         projected = (3.5 if shared else 4) * work.d_model**2
         if selection == "nearest":
