@@ -16,7 +16,8 @@ pytestmark = pytest.mark.cuda
 
 DEVICE = torch.device("cuda")
 H = 3
-PACKED = Packing((130, 1, 0, 69), (131, 3, 60, 0))
+QUERIES, KEYS = 194, 200
+PACKED = Packing((130, 1, 0, 63), (131, 3, 3, 63))
 DTYPES = [torch.bfloat16, torch.float16]
 
 
@@ -34,10 +35,12 @@ def on_device(device: torch.device) -> DevicePacking:
     return DevicePacking(queries=queries, keys=keys, most_queries=150, most_keys=140, pairs=1)
 
 
-def inputs(*batch: int, head_dim: int, dtype: torch.dtype) -> list[Tensor]:
+def inputs(
+    *batch: int, head_dim: int, dtype: torch.dtype, queries: int = QUERIES, keys: int = KEYS
+) -> list[Tensor]:
     """q, k, v and the gradient of the outputs, with numbers of `dtype`."""
     torch.manual_seed(0)
-    tokens = (200, 194, 194, 200)
+    tokens = (queries, keys, keys, queries)
     return [torch.randn(*batch, n, H, head_dim).to(dtype) for n in tokens]
 
 
@@ -76,6 +79,21 @@ def test_the_kernel_equals_the_oracle(
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("window", [(None, None), (40, None)])
+def test_a_query_without_a_key_gives_zero(window: flash.Window, dtype: torch.dtype) -> None:
+    """One that stands before the first key, and all of a sequence without keys."""
+    packing = Packing((130, 70), (0, 60))
+    for packed, batch in ((None, [2]), (packing, [])):
+        tensors = inputs(*batch, head_dim=64, dtype=dtype, queries=200, keys=60)
+        found = [
+            results([t.to(device, wide) for t in tensors], causal=True, window=window, packing=packed)
+            for device, wide in ((DEVICE, dtype), (torch.device("cpu"), torch.float64))
+        ]
+        assert found[1][1].isinf().any()
+        assert_near(*found, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_strided_views_are_read_where_they_are(dtype: torch.dtype) -> None:
     tensors = inputs(2, head_dim=64, dtype=dtype)
     q, k, v, dy = (t.to(DEVICE) for t in tensors)
@@ -90,7 +108,7 @@ def test_the_backward_pass_accepts_the_softmax_of_all_parts(dtype: torch.dtype) 
     """Keys in two parts, merged by logsumexp; the first queries have no key in the first part."""
     tensors = inputs(2, head_dim=64, dtype=dtype)
     q, k, v, dy = (t.to(DEVICE) for t in tensors)
-    cuts = [(slice(0, 100), True), (slice(100, 194), False)]
+    cuts = [(slice(0, 100), True), (slice(100, KEYS), False)]
     parts = [flash_forward(q, k[:, at], v[:, at], causal=causal) for at, causal in cuts]
     y, lse = flash.merge(parts)
     grads = [flash_backward(dy, q, k[:, at], v[:, at], y, lse, causal=causal) for at, causal in cuts]
@@ -100,8 +118,8 @@ def test_the_backward_pass_accepts_the_softmax_of_all_parts(dtype: torch.dtype) 
     q, k, v, dy = (t.double() for t in tensors)
     q, k, v = (t.requires_grad_() for t in (q, k, v))
     scores = torch.einsum("bthd,bshd->bhts", q, k) / 8
-    for i, j in itertools.product(range(200), range(100)):
-        if j > i - 100:  # the last query stands beside the last key of the part
+    for i, j in itertools.product(range(QUERIES), range(100)):
+        if j > i + 100 - QUERIES:  # the last query stands beside the last key of the part
             scores[:, :, i, j] = -torch.inf
     exact = torch.einsum("bhts,bshd->bthd", scores.softmax(-1), v)
     want = torch.autograd.grad(exact, (q, k, v), dy)
