@@ -47,21 +47,34 @@ def _fused_backward(
     return grads
 
 
+# Matrix products launch few operations, for accelerators: a product scales and adds the bias, and an
+# elementwise operation writes the dtype that the next product reads.
+
+
+def _product(a: Tensor, b: Tensor, scale: float = 1.0, bias: Tensor | None = None) -> Tensor:
+    """bias + scale · a @ b for a (N, H, m, n), b (N, H, n, p) and a bias (1, 1, m, p), in one operation."""
+    batches = a.shape[:2]
+    a, b = a.flatten(0, 1), b.flatten(0, 1)
+    added = a.new_empty(1, 1, 1) if bias is None else bias.flatten(0, 1)
+    return torch.baddbmm(added, a, b, beta=0 if bias is None else 1, alpha=scale).unflatten(0, batches)
+
+
 def _scores(q: Tensor, k: Tensor, bias: Tensor | None, causal: bool) -> Tensor:
-    scores = (q @ k.transpose(-1, -2)).to(torch.promote_types(q.dtype, torch.float32)) / math.sqrt(
-        q.shape[-1]
-    )
+    """The scores of all pairs (N, H, queries, keys), in the dtype of q; −∞ for forbidden pairs."""
     if causal:
-        later = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1)
-        scores = scores.masked_fill_(later, -math.inf)
-    return scores if bias is None else scores + bias
+        earlier = torch.full((q.shape[-2], k.shape[-2]), -math.inf, dtype=q.dtype, device=q.device).triu_(1)
+        bias = earlier[None, None] if bias is None else bias + earlier
+    scale, by_head = q.shape[-1] ** -0.5, bias is not None and bias.shape[1] > 1
+    scores = _product(q, k.transpose(-1, -2), scale, None if by_head else bias)
+    return scores.add_(bias) if by_head else scores
 
 
 def _plain(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, causal: bool) -> tuple[Tensor, Tensor]:
     """`_fused` as matrix products."""
-    scores = _scores(q, k, bias, causal)
-    lse = scores.logsumexp(-1).clamp(min=EMPTY)
-    return (scores - lse[..., None]).exp_().to(v.dtype) @ v, lse
+    scores = _scores(q, k, bias, causal).to(torch.promote_types(q.dtype, torch.float32))
+    lse = scores.logsumexp(-1).clamp_(min=EMPTY)
+    weights = torch.exp(scores.sub_(lse[..., None]), out=torch.empty_like(scores, dtype=v.dtype))
+    return _product(weights, v), lse
 
 
 def _plain_backward(
@@ -70,8 +83,11 @@ def _plain_backward(
     """`_fused_backward` as matrix products (Dao 2022, arXiv:2205.14135, appendix B.2)."""
     weights = (_scores(q, k, bias, causal) - lse[..., None]).exp_()
     mean = (dy * y).sum(-1, keepdim=True, dtype=weights.dtype)
-    d_scores = (weights * ((dy @ v.transpose(-1, -2)) - mean) / math.sqrt(q.shape[-1])).to(q.dtype)
-    return d_scores @ k, d_scores.transpose(-1, -2) @ q, weights.to(dy.dtype).transpose(-1, -2) @ dy
+    d_scores = _product(dy, v.transpose(-1, -2)) - mean
+    d_scores = torch.mul(d_scores, weights, out=torch.empty_like(d_scores, dtype=q.dtype))
+    dv = _product(weights.to(dy.dtype).transpose(-1, -2), dy)
+    scale = q.shape[-1] ** -0.5
+    return _product(d_scores, k, scale), _product(d_scores.transpose(-1, -2), q, scale), dv
 
 
 KERNELS = {"fused": (_fused, _fused_backward), "plain": (_plain, _plain_backward)}
