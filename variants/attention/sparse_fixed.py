@@ -9,13 +9,16 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+from torch import Tensor
 
 from variants.knobs import knob
 from variants.ops import summary_parts
 from variants.ops.factorised import Role, SparseAttention, SparseConfig
+from variants.ops.flash_union import Union
 from variants.ops.masks import Rule, SameBlock
 from variants.ops.strided_parts import Part
 from variants.ops.summaries import Positions, Summaries
+from variants.ops.summary_calls import summary_union
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,6 +90,10 @@ class SparseFixed(SparseAttention):
         local = role.factor == "merged"
         parts = summary_parts.blocks_without_summaries(seq_len, positions, device) if local else []
         return parts + summary_parts.all_summaries(seq_len, positions, self.device_type)
+
+    def role_union(self, q: Tensor, role: Role, *, causal: bool) -> Union:
+        """The own block with summaries of near blocks, and summaries of far blocks."""
+        return summary_union(q, q.shape[2], self.positions(role), role.factor, causal)
 
     def role_rule(self, seq_len: int, role: Role, *, causal: bool) -> Rule:
         """local: the same block; long_range: a summary position; merged: either of them."""

@@ -9,8 +9,8 @@ of the sequence. The partial results are combined by their logsumexp.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -41,7 +41,7 @@ def _fused_backward(
     """Gradients of q, k and v. y and lse may be those of a softmax over more keys than k."""
     grads: tuple[Tensor, Tensor, Tensor] = (
         torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            dy, q, k, v, y, lse, 0.0, causal, attn_mask=bias
+            dy, q, k, v, y, lse.contiguous(), 0.0, causal, attn_mask=bias
         )
     )
     return grads
@@ -56,7 +56,8 @@ def _product(a: Tensor, b: Tensor, scale: float = 1.0, bias: Tensor | None = Non
     batches = a.shape[:2]
     a, b = a.flatten(0, 1), b.flatten(0, 1)
     added = a.new_empty(1, 1, 1) if bias is None else bias.flatten(0, 1)
-    return torch.baddbmm(added, a, b, beta=0 if bias is None else 1, alpha=scale).unflatten(0, batches)
+    product: Tensor = torch.baddbmm(added, a, b, beta=0 if bias is None else 1, alpha=scale)
+    return product.unflatten(0, batches)
 
 
 def _scores(q: Tensor, k: Tensor, bias: Tensor | None, causal: bool) -> Tensor:
@@ -64,9 +65,10 @@ def _scores(q: Tensor, k: Tensor, bias: Tensor | None, causal: bool) -> Tensor:
     if causal:
         earlier = torch.full((q.shape[-2], k.shape[-2]), -math.inf, dtype=q.dtype, device=q.device).triu_(1)
         bias = earlier[None, None] if bias is None else bias + earlier
-    scale, by_head = q.shape[-1] ** -0.5, bias is not None and bias.shape[1] > 1
-    scores = _product(q, k.transpose(-1, -2), scale, None if by_head else bias)
-    return scores.add_(bias) if by_head else scores
+    scale = q.shape[-1] ** -0.5
+    if bias is not None and bias.shape[1] > 1:  # heads differ
+        return _product(q, k.transpose(-1, -2), scale).add_(bias)
+    return _product(q, k.transpose(-1, -2), scale, bias)
 
 
 def _plain(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, causal: bool) -> tuple[Tensor, Tensor]:
@@ -78,11 +80,10 @@ def _plain(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, causal: bool) -
 
 
 def _plain_backward(
-    dy: Tensor, q: Tensor, k: Tensor, v: Tensor, y: Tensor, lse: Tensor, bias: Tensor | None, causal: bool
+    dy: Tensor, q: Tensor, k: Tensor, v: Tensor, mean: Tensor, lse: Tensor, bias: Tensor | None, causal: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`_fused_backward` as matrix products (Dao 2022, arXiv:2205.14135, appendix B.2)."""
+    """`_fused_backward` as matrix products (Dao 2022, arXiv:2205.14135, appendix B.2). `mean` is dy · y."""
     weights = (_scores(q, k, bias, causal) - lse[..., None]).exp_()
-    mean = (dy * y).sum(-1, keepdim=True, dtype=weights.dtype)
     d_scores = _product(dy, v.transpose(-1, -2)) - mean
     d_scores = torch.mul(d_scores, weights, out=torch.empty_like(d_scores, dtype=q.dtype))
     dv = _product(weights.to(dy.dtype).transpose(-1, -2), dy)
@@ -90,7 +91,24 @@ def _plain_backward(
     return _product(d_scores, k, scale), _product(d_scores.transpose(-1, -2), q, scale), dv
 
 
-KERNELS = {"fused": (_fused, _fused_backward), "plain": (_plain, _plain_backward)}
+def _row_products(dy: Tensor, y: Tensor) -> Tensor:
+    """dy · y of each query (B, H, T, 1), the mean of the gradients of its weights."""
+    return (dy * y).sum(-1, keepdim=True, dtype=torch.promote_types(y.dtype, torch.float32))
+
+
+class Kernel(NamedTuple):
+    """Attention of some queries to some keys, and its gradients."""
+
+    attend: Callable[..., tuple[Tensor, Tensor]]
+    attend_backward: Callable[..., tuple[Tensor, Tensor, Tensor]]
+    of_outputs: Callable[[Tensor, Tensor], Tensor]
+    """(dy, y) → what `attend_backward` gets in place of y, a row for each query."""
+
+
+KERNELS = {
+    "fused": Kernel(_fused, _fused_backward, lambda dy, y: y),
+    "plain": Kernel(_plain, _plain_backward, _row_products),
+}
 
 
 def _rows_like(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -120,8 +138,7 @@ def _forward(
 def _attend_piece(views: list[Tensor], bias: Tensor | None, causal: bool, impl: str) -> None:
     """Merge the softmax over some keys into y and lse; all are views (B, G, H, rows, run, …)."""
     q, y, lse, k, v = views
-    attend, _ = KERNELS[impl]
-    y_part, lse_part = attend(packed(q), packed(k), packed(v), bias, causal)
+    y_part, lse_part = KERNELS[impl].attend(packed(q), packed(k), packed(v), bias, causal)
     y_part, lse_part = y_part.reshape(y.shape), lse_part.reshape(lse.shape)
     weight = (lse_part - lse).sigmoid_()
     y.lerp_(y_part.to(y.dtype), weight[..., None])
@@ -147,6 +164,7 @@ def _backward(
     dy = dy if dy.stride(-1) == 1 else dy.contiguous()  # the kernel needs rows without gaps
     wide = torch.promote_types(q.dtype, torch.float32)
     grads = [_rows_like(q, wide) for _ in range(3)]
+    y = KERNELS[impl].of_outputs(dy, y)
     for part in parts:
         bias = part.bias(q)
         by_query, by_key = (
@@ -164,9 +182,8 @@ def _backward(
 def _attend_piece_backward(views: list[Tensor], bias: Tensor | None, causal: bool, impl: str) -> None:
     """Add the contribution of a piece to the gradients dq, dk and dv; views as in `_attend_piece`."""
     dy, q, y, lse, dq, k, v, dk, dv = views
-    _, attend_backward = KERNELS[impl]
-    lse_rows = packed(lse).contiguous()
-    grads = attend_backward(packed(dy), packed(q), packed(k), packed(v), packed(y), lse_rows, bias, causal)
+    rows = (packed(t) for t in (dy, q, k, v, y, lse))
+    grads = KERNELS[impl].attend_backward(*rows, bias, causal)
     for total, grad in zip((dq, dk, dv), grads, strict=True):
         total.add_(grad.reshape(total.shape))
 
