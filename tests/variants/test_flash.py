@@ -135,11 +135,39 @@ def test_half_precision_sums_in_float32(dtype: torch.dtype) -> None:
     torch.testing.assert_close(y.double(), exact, rtol=2 * torch.finfo(dtype).eps, atol=1e-4)
 
 
-@pytest.mark.parametrize("packing", [None, Packing((2, 3), (4, 1))])
-def test_the_operators_pass_the_checks_of_torch(packing: Packing | None) -> None:
+def on_device(packing: Packing) -> flash.DevicePacking:
+    """The same sequences with offsets, and bounds that are too high."""
+    queries, keys = (
+        torch.tensor([0, *lengths]).cumsum(0).int() for lengths in (packing.queries, packing.keys)
+    )
+    return flash.DevicePacking(queries=queries, keys=keys, most_queries=99, most_keys=77, pairs=5)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_lengths_of_the_device_equal_lengths_of_the_host(causal: bool) -> None:
+    packing = Packing((4, 1, 0, 6), (5, 3, 2, 0))
+    q, k, v = tensors(11, 10)
+    results = []
+    for packed in (packing, on_device(packing)):
+        y, lse = flash_forward(q, k, v, causal=causal, window=(2, 3), packing=packed)
+        results.append((y, lse, *torch.autograd.grad(y.square().sum(), (q, k, v))))
+    torch.testing.assert_close(*results, rtol=0, atol=0)
+
+
+def test_rows_after_the_last_sequence_reach_no_result() -> None:
+    packing = on_device(Packing((4, 1), (5, 3)))
+    q, k, v = tensors(5, 8)
+    wanted = flash_forward(q, k, v, causal=True, packing=packing)
+    spoilt = [torch.cat([t.detach(), torch.full_like(t[:3], torch.nan)]) for t in (q, k, v)]
+    y, lse = flash_forward(*spoilt, causal=True, packing=packing)
+    torch.testing.assert_close((y[:5], lse[:, :5]), wanted)
+
+
+@pytest.mark.parametrize("packing", [None, Packing((2, 3), (4, 1)), on_device(Packing((2, 3), (4, 1)))])
+def test_the_operators_pass_the_checks_of_torch(packing: Packing | flash.DevicePacking | None) -> None:
     batch = () if packing else (2,)
     q, k, v = tensors(5, 5, *batch)
-    arguments = flash.arguments(q, True, (2, None), packing, None)
+    arguments = flash.arguments(q, k, True, (2, None), packing, None)
     torch.library.opcheck(flash_operators.forward, (q, k, v, *arguments))
     y, lse = (t.detach() for t in flash_forward(q, k, v, causal=True, window=(2, None), packing=packing))
     inputs = [t.detach() for t in (y, q, k, v)]

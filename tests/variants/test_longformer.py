@@ -26,10 +26,12 @@ from torch import Tensor, einsum
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
+from bench.measure.flops import CountFlops
 from bench.measure.memory import LiveStorage
 from variants.attention.dense import Dense, DenseConfig
 from variants.attention.longformer import Longformer, LongformerConfig
 from variants.base import Context, Workload
+from variants.ops import flash_operators
 
 SMALL: list[dict[str, Any]] = [
     {"window": (8, 3), "dilation": (1, 3)},
@@ -179,14 +181,46 @@ def test_equal_projections_and_a_wide_window_are_dense() -> None:
     assert_same(lambda: feed(longformer, x, causal=False), lambda: feed(dense, x, causal=False), [x])
 
 
+@both_directions
+@pytest.mark.parametrize("tokens", [1, 2, 17, 61])
+@pytest.mark.parametrize("dilation", [(1,), (3,), (1, 3, 1), (4, 1, 2)])
+def test_flash_equals_the_reference(tokens: int, dilation: tuple[int, ...], causal: bool) -> None:
+    """The operator's oracle stands in for the kernel, which `missing` demands of a cell."""
+    config = LongformerConfig(window=(6,), dilation=dilation, impl="flash")
+    layer, x = make_layer(Longformer, config, dims_of(tokens)), numbers(2, tokens, 12)
+    ctx = Context(causal=causal)
+    assert_same(
+        lambda: feed(layer, x, causal=causal), lambda: layer.reference(x, ctx), [x, *layer.parameters()]
+    )
+
+
+@pytest.mark.parametrize("dilation", [(1,), (2,), (1, 3, 1)])
+def test_flash_computes_the_pairs_of_the_formula_in_a_launch_for_each_dilation(
+    dilation: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    launches, forward = [], flash_operators.forward
+
+    def noted(*arguments: Any) -> Any:
+        launches.append(arguments)
+        return forward(*arguments)
+
+    monkeypatch.setattr(flash_operators, "forward", noted)
+    work = dims_of(61, batch=2)
+    layer = make_layer(Longformer, LongformerConfig(window=(6,), dilation=dilation, impl="flash"), work)
+    with CountFlops() as counted:
+        feed(layer, numbers(2, 61, 12), causal=True)
+    assert counted.total == layer.cost(work).total
+    assert len(launches) == len(set(dilation))
+
+
 @pytest.mark.parametrize("n", [0, 4])
-@pytest.mark.parametrize("impl", ["plain", "dense", "blocks"])
+@pytest.mark.parametrize("impl", ["plain", "dense", "blocks", "flash"])
 def test_every_implementation_agrees(impl: str, n: int) -> None:
     config = LongformerConfig(window=(6,), dilation=(1, 1, 3), global_tokens=n)
     other = replace(config, impl=impl)
     if reason := Longformer.unsupported(other, dims_of(61), causal=False):
-        assert (impl, n) == ("blocks", 4)
-        assert "global_tokens=4: not supported by impl=blocks" in reason
+        assert impl in ("blocks", "flash")
+        assert f"global_tokens={n}: not supported by impl={impl}" in reason
         return
     layer = make_layer(Longformer, config, dims_of(61))
     x = numbers(2, 61, 12)

@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from variants.base import Caps, Complexity, Context, Cost, Dims, Impl, Info, MixerOut, VariantConfig, Workload
 from variants.knobs import knob
 from variants.ops import masks
+from variants.ops.flash import missing_flash
+from variants.ops.flash_windows import window_attention
 from variants.ops.masked_attention import TILES, MaskedAttention
 from variants.ops.masks import ByHead, Rule, Window
 from variants.ops.pair_counts import carried_keys
@@ -29,12 +31,12 @@ from variants.ops.strided_parts import Part, StridedTokens, piece_size
 class LongformerConfig(VariantConfig):
     """Knobs of the sliding window."""
 
-    impl: Literal["auto", "fused", "plain", "blocks", "dense", "flex"] = "auto"
+    impl: Literal["auto", "fused", "plain", "blocks", "dense", "flex", "flash"] = "auto"
     """Implementation of the window. fused: tiles with allowed pairs, by torch's CPU attention kernel. plain:
     the same tiles by matrix products, on any device. blocks: blocks of queries with all keys of their
     windows, by scaled_dot_product_attention, on any device. dense: all scores, masked. flex: FlexAttention,
-    compiled, on CUDA. blocks and flex do not support global tokens. auto: fused on the CPU; on other devices
-    blocks, or plain with global tokens."""
+    compiled, on CUDA. flash: flash attention, on CUDA in half precision; untried. blocks, flex and flash do
+    not support global tokens. auto: fused on the CPU; elsewhere blocks, or plain with global tokens."""
     window: tuple[int, ...] = knob((256,), least=1, entries=1, unit="tokens")
     """Tokens that a query reads on each side, itself included. One entry for each layer from the lowest on;
     all higher layers use the last entry. The paper's two-sided w is 2·window − 1 here."""
@@ -67,6 +69,13 @@ def blocks(layer: Longformer, q: Tensor, k: Tensor, v: Tensor, causal: bool) -> 
         heads = [h for h, d in enumerate(layer.dilations) if d == dilation]
         y[:, heads] = dilated(q[:, heads], k[:, heads], v[:, heads], layer.window, dilation, causal)
     return y
+
+
+def flash(layer: Longformer, q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
+    """Flash attention with a window, one launch for each dilation. *Untried*: no device has run it yet."""
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    y = window_attention(q, k, v, window=layer.window, dilations=layer.dilations, causal=causal)
+    return y.transpose(1, 2)
 
 
 def dilated(q: Tensor, k: Tensor, v: Tensor, window: int, dilation: int, causal: bool) -> Tensor:
@@ -110,6 +119,7 @@ class Longformer(MaskedAttention):
                 "a block of queries computes scores with all keys that any of its queries reads, some masked"
             ),
         ),
+        "flash": Impl(run=flash, missing=missing_flash, has_shape_functions=True, untried=True),
     }
 
     def __init__(self, config: LongformerConfig, dims: Dims, layer: int = 0) -> None:
@@ -129,11 +139,11 @@ class Longformer(MaskedAttention):
 
     @classmethod
     def unsupported(cls, config: VariantConfig, dims: Dims, *, causal: bool) -> str | None:
-        """Two implementations do not support global tokens; each head has one dilation."""
+        """Three implementations do not support global tokens; each head has one dilation."""
         assert isinstance(config, LongformerConfig)
         if reason := super().unsupported(config, dims, causal=causal):
             return reason
-        if config.impl in ("blocks", "flex") and config.global_tokens:
+        if config.impl in ("blocks", "flex", "flash") and config.global_tokens:
             n = config.global_tokens
             return f"global_tokens={n}: not supported by impl={config.impl}, use impl=auto"
         if len(config.dilation) > dims.heads:

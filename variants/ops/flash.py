@@ -8,8 +8,8 @@ after the other.
 Contract, on every device:
 
 - q is (B, T, H, D), k and v are (B, S, H, D), or all are packed, (N, H, D), with the lengths of the sequences
-  in `Packing`. The logsumexp of the scores of a query (natural logarithm, float32) is (B, H, T) or, packed,
-  (H, N).
+  in `Packing` or `DevicePacking`. The logsumexp of the scores of a query (natural logarithm, float32) is
+  (B, H, T) or, packed, (H, N).
 - The last query stands beside the last key (*aligned bottom right*, as in flash attention since 2.1): query i
   has the position i + S − T among the keys. With `causal` it reads no key after its position. `window` is
   (left, right): the number of keys before and after its position that it reads; None: no limit.
@@ -17,20 +17,19 @@ Contract, on every device:
 - Strides are arbitrary but for the channels, which are contiguous. Results have the layout of q, k and v. The
   backward pass copies an output, or a gradient of the output, that is not contiguous.
 
-The operators are in `variants.ops.flash_operators`. Lengths are numbers of the host, so plans count pairs.
+The operators are in `variants.ops.flash_operators`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from variants.ops import flash_operators
-from variants.ops.flash_operators import UNLIMITED
+from variants.ops.flash_operators import UNLIMITED, Knobs, allowed_pairs
 
 LARGEST_HEAD = 256
 """Maximum number of channels of a head."""
@@ -76,6 +75,26 @@ class Packing:
         return cls(tuple(lengths), tuple(lengths))
 
 
+@dataclass(frozen=True, kw_only=True)
+class DevicePacking:
+    """Packed sequences whose lengths depend on data, so that only the device knows them.
+
+    The results of rows after the last sequence are undefined.
+    """
+
+    queries: Tensor
+    """int32: the first query of each sequence, and the end of the last."""
+    keys: Tensor
+    """int32: the first key of each sequence, and the end of the last."""
+    most_queries: int
+    """No sequence has more queries. The kernel starts threads for so many queries of each sequence, so a high
+    bound costs time."""
+    most_keys: int
+    """No sequence has more keys."""
+    pairs: int
+    """Allowed pairs of all sequences, of one head, or an upper bound: for counting only."""
+
+
 def flash_attention(
     q: Tensor,
     k: Tensor,
@@ -83,7 +102,7 @@ def flash_attention(
     *,
     causal: bool,
     window: Window = (None, None),
-    packing: Packing | None = None,
+    packing: Packing | DevicePacking | None = None,
     scale: float | None = None,
 ) -> Tensor:
     """Softmax attention, differentiable: outputs in the layout of q. `scale` of the scores: None is 1/√D."""
@@ -97,12 +116,12 @@ def flash_forward(
     *,
     causal: bool,
     window: Window = (None, None),
-    packing: Packing | None = None,
+    packing: Packing | DevicePacking | None = None,
     scale: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return outputs and logsumexp. The outputs are differentiable, the logsumexp is not."""
     _require(q, k, v, packing)
-    y, lse = flash_operators.forward(q, k, v, *arguments(q, causal, window, packing, scale))
+    y, lse = flash_operators.forward(q, k, v, *arguments(q, k, causal, window, packing, scale))
     return y, lse
 
 
@@ -116,7 +135,7 @@ def flash_backward(
     *,
     causal: bool,
     window: Window = (None, None),
-    packing: Packing | None = None,
+    packing: Packing | DevicePacking | None = None,
     scale: float | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of q, k and v from these keys.
@@ -126,7 +145,7 @@ def flash_backward(
     gradients of its parts add up to that of the whole, as in ring attention (Liu 2023, arXiv:2310.01889).
     """
     _require(q, k, v, packing)
-    return flash_operators.backward(dy, q, k, v, y, lse, *arguments(q, causal, window, packing, scale))
+    return flash_operators.backward(dy, q, k, v, y, lse, *arguments(q, k, causal, window, packing, scale))
 
 
 def merge(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
@@ -143,7 +162,7 @@ def merge(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     return (y * shares).sum(0).to(y.dtype), total
 
 
-def _require(q: Tensor, k: Tensor, v: Tensor, packing: Packing | None) -> None:
+def _require(q: Tensor, k: Tensor, v: Tensor, packing: Packing | DevicePacking | None) -> None:
     dims, q_tokens = (4, q.shape[:1]) if packing is None else (3, torch.Size())
     shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
     if q.dim() != dims or k.shape != v.shape or k.dim() != dims or q.shape[-2:] != k.shape[-2:]:
@@ -152,18 +171,31 @@ def _require(q: Tensor, k: Tensor, v: Tensor, packing: Packing | None) -> None:
         )
     if k.shape[: len(q_tokens)] != q_tokens:
         raise ValueError(f"{shapes}: the batch sizes of queries and keys differ")
-    if packing and (sum(packing.queries), sum(packing.keys)) != (len(q), len(k)):
+    if isinstance(packing, Packing) and (sum(packing.queries), sum(packing.keys)) != (len(q), len(k)):
         raise ValueError(f"{shapes}: packed are {sum(packing.queries)} queries and {sum(packing.keys)} keys")
 
 
 def arguments(
-    q: Tensor, causal: bool, window: Window, packing: Packing | None, scale: float | None
-) -> tuple[Any, ...]:
+    q: Tensor,
+    k: Tensor,
+    causal: bool,
+    window: Window,
+    packing: Packing | DevicePacking | None,
+    scale: float | None,
+) -> Knobs:
     """The arguments of the operators after the tensors."""
     if any(side is not None and side < 0 for side in window):
         raise ValueError(f"window={window}: allowed are None and 0 or more")
     left, right = (UNLIMITED if side is None else side for side in window)
     if causal:
         right = 0
-    lengths = ([], []) if packing is None else (list(packing.queries), list(packing.keys))
-    return left, right, *lengths, q.shape[-1] ** -0.5 if scale is None else scale
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    if isinstance(packing, DevicePacking):
+        most = [packing.most_queries], [packing.most_keys]
+        return Knobs(left, right, *most, packing.queries, packing.keys, packing.pairs, scale)
+    if packing is None:
+        pairs = q.shape[0] * allowed_pairs(q.shape[1], k.shape[1], left, right)
+        return Knobs(left, right, [], [], None, None, pairs, scale)
+    lengths = list(packing.queries), list(packing.keys)
+    pairs = sum(allowed_pairs(*each, left, right) for each in zip(*lengths, strict=True))
+    return Knobs(left, right, *lengths, None, None, pairs, scale)

@@ -9,9 +9,10 @@ Shapes: B batch, T queries, S keys, H heads, D channels of a head; N packed toke
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from functools import lru_cache
-from typing import Any
+from itertools import pairwise
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,35 +20,51 @@ from torch.utils.flop_counter import register_flop_formula
 
 from variants.ops.backends import note_work
 
+FORWARD_PRODUCTS = 2
+"""The scores, and the weighted sum of V."""
 BACKWARD_PRODUCTS = 5
 """The scores again, and the gradients of V, the weights, Q and K."""
 UNLIMITED = -1
 """A side of the window without a limit."""
+_SCHEMA = (
+    "int left, int right, int[] queries, int[] keys, Tensor? q_offsets, Tensor? k_offsets, int pairs, "
+    "float scale"
+)
 
 
-# --- operators ------------------------------------------------------------------------------------
+class Knobs(NamedTuple):
+    """The arguments of the operators after the tensors, in the order of `_SCHEMA`."""
 
-_KNOBS = "int left, int right, int[] queries, int[] keys, float scale"
+    left: int
+    right: int
+    queries: list[int]
+    """Number of queries of each packed sequence, or their maximum if there are offsets; empty: not packed."""
+    keys: list[int]
+    q_offsets: Tensor | None
+    """int32: the first query of each packed sequence, and the end of the last; None: from `queries`."""
+    k_offsets: Tensor | None
+    pairs: int
+    """Allowed pairs of all sequences, of one head: for counting only."""
+    scale: float
 
 
 @torch.library.custom_op(
     "longctx_bench::flash",
     mutates_args=(),
     device_types="cpu",
-    schema=f"(Tensor q, Tensor k, Tensor v, {_KNOBS}) -> (Tensor, Tensor)",
+    schema=f"(Tensor q, Tensor k, Tensor v, {_SCHEMA}) -> (Tensor, Tensor)",
 )
-def forward(
-    q: Tensor, k: Tensor, v: Tensor, left: int, right: int, queries: list[int], keys: list[int], scale: float
-) -> tuple[Tensor, Tensor]:
-    """Outputs and logsumexp; the oracle, one sequence after the other. An empty list: not packed."""
-    y, lse = _empty_outputs(q, queries)
-    for q_at, k_at in _slices(q, k, queries, keys):
-        scores = _scores(q[q_at], k[k_at], left, right, scale)  # (H, T, S)
-        row_lse = scores.logsumexp(-1)
-        row_lse = row_lse.masked_fill(row_lse == -torch.inf, torch.inf)
-        weights = (scores - row_lse[..., None]).exp()
+def forward(q: Tensor, k: Tensor, v: Tensor, *knobs: Any) -> tuple[Tensor, Tensor]:
+    """Outputs and logsumexp; the oracle, one sequence after the other."""
+    given = Knobs(*knobs)
+    y, lse = _empty_outputs(q, given)
+    for q_at, k_at in _places(q, given):
+        scores = _scores(q[q_at], k[k_at], given)  # (H, T, S)
+        rows = scores.logsumexp(-1)
+        rows = rows.masked_fill(rows == -torch.inf, torch.inf)
+        weights = (scores - rows[..., None]).exp()
         y[q_at] = (weights @ v[k_at].to(weights.dtype).transpose(0, 1)).transpose(0, 1).to(y.dtype)
-        _rows(lse, q_at).copy_(row_lse)
+        _rows(lse, q_at).copy_(rows)
     return y, lse
 
 
@@ -55,32 +72,22 @@ def forward(
     "longctx_bench::flash_backward",
     mutates_args=(),
     device_types="cpu",
-    schema=f"(Tensor dy, Tensor q, Tensor k, Tensor v, Tensor y, Tensor lse, {_KNOBS})"
+    schema=f"(Tensor dy, Tensor q, Tensor k, Tensor v, Tensor y, Tensor lse, {_SCHEMA})"
     " -> (Tensor, Tensor, Tensor)",
 )
 def _backward(
-    dy: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    y: Tensor,
-    lse: Tensor,
-    left: int,
-    right: int,
-    queries: list[int],
-    keys: list[int],
-    scale: float,
+    dy: Tensor, q: Tensor, k: Tensor, v: Tensor, y: Tensor, lse: Tensor, *knobs: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v; the oracle."""
+    given = Knobs(*knobs)
     dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-    for q_at, k_at in _slices(q, k, queries, keys):
-        scores = _scores(q[q_at], k[k_at], left, right, scale)
-        weights = (scores - _rows(lse, q_at)[..., None]).exp()  # (H, T, S)
+    for q_at, k_at in _places(q, given):
+        weights = (_scores(q[q_at], k[k_at], given) - _rows(lse, q_at)[..., None]).exp()  # (H, T, S)
         q_s, k_s, v_s, y_s, dy_s = (
             t.to(weights.dtype).transpose(0, 1) for t in (q[q_at], k[k_at], v[k_at], y[q_at], dy[q_at])
         )  # (H, T or S, D)
         mean = (dy_s * y_s).sum(-1, keepdim=True)
-        d_scores = weights * (dy_s @ v_s.transpose(1, 2) - mean) * scale
+        d_scores = weights * (dy_s @ v_s.transpose(1, 2) - mean) * given.scale
         dq[q_at] = (d_scores @ k_s).transpose(0, 1).to(q.dtype)
         dk[k_at] = (d_scores.transpose(1, 2) @ q_s).transpose(0, 1).to(k.dtype)
         dv[k_at] = (weights.transpose(1, 2) @ dy_s).transpose(0, 1).to(v.dtype)
@@ -91,48 +98,23 @@ Place = int | slice
 """Of a sequence: its index in a batch, or its tokens among packed ones."""
 
 
-def _slices(
-    q: Tensor, k: Tensor, queries: Sequence[int], keys: Sequence[int]
-) -> Iterator[tuple[Place, Place]]:
+def _places(q: Tensor, given: Knobs) -> Iterator[tuple[Place, Place]]:
     """Where the queries and the keys of each sequence are."""
-    yield from ((sequence, sequence) for sequence in range(0 if queries else len(q)))
-    q_end = k_end = 0
-    for q_length, k_length in zip(queries, keys, strict=True):
-        q_end, k_end = q_end + q_length, k_end + k_length
-        yield slice(q_end - q_length, q_end), slice(k_end - k_length, k_end)
+    if not given.queries:
+        yield from ((sequence, sequence) for sequence in range(len(q)))
+        return
+    yield from zip(*(_spans(ends.tolist()) for ends in _both_offsets(given, q.device)), strict=True)
 
 
-def _rows(lse: Tensor, place: Place) -> Tensor:
-    """The logsumexp (H, T) of a sequence, a view."""
-    return lse[place] if isinstance(place, int) else lse[:, place]
+def _spans(ends: list[int]) -> Iterator[slice]:
+    return (slice(first, last) for first, last in pairwise(ends))
 
 
-def _scores(q: Tensor, k: Tensor, left: int, right: int, scale: float) -> Tensor:
-    """(T, H, D), (S, H, D) → scaled scores (H, T, S), −∞ where the window forbids."""
-    wide = _row_dtype(q)
-    scores = q.to(wide).transpose(0, 1) @ k.to(wide).permute(1, 2, 0) * scale
-    position = torch.arange(len(q), device=q.device)[:, None] + len(k) - len(q)
-    ahead = torch.arange(len(k), device=q.device) - position
-    forbidden = torch.zeros_like(ahead, dtype=torch.bool)
-    if left != UNLIMITED:
-        forbidden |= ahead < -left
-    if right != UNLIMITED:
-        forbidden |= ahead > right
-    return scores.masked_fill_(forbidden, -torch.inf)
-
-
-def _row_dtype(q: Tensor) -> torch.dtype:
-    """Sums are float32 because rows are long; float64 for tests of gradients."""
-    return torch.promote_types(q.dtype, torch.float32)
-
-
-def _empty_outputs(q: Tensor, queries: Sequence[int]) -> tuple[Tensor, Tensor]:
-    tokens, heads = q.shape[-3], q.shape[-2]
-    rows = (heads, tokens) if queries else (q.shape[0], heads, tokens)
-    return torch.empty_like(q), q.new_empty(rows, dtype=_row_dtype(q))
-
-
-# --- CUDA -----------------------------------------------------------------------------------------
+def _both_offsets(given: Knobs, device: torch.device) -> tuple[Tensor, Tensor]:
+    """The offsets of queries and of keys."""
+    if given.q_offsets is None or given.k_offsets is None:
+        return _offsets(tuple(given.queries), device), _offsets(tuple(given.keys), device)
+    return given.q_offsets, given.k_offsets
 
 
 @lru_cache(maxsize=64)
@@ -142,50 +124,74 @@ def _offsets(lengths: tuple[int, ...], device: torch.device) -> Tensor:
     return ends.to(device, torch.int32)
 
 
-def _lengths(q: Tensor, k: Tensor, queries: list[int], keys: list[int]) -> tuple[Any, ...]:
+def _rows(lse: Tensor, place: Place) -> Tensor:
+    """The logsumexp (H, T) of a sequence, a view."""
+    return lse[place] if isinstance(place, int) else lse[:, place]
+
+
+def _scores(q: Tensor, k: Tensor, given: Knobs) -> Tensor:
+    """(T, H, D), (S, H, D) → scaled scores (H, T, S), −∞ where the window forbids."""
+    wide = _row_dtype(q)
+    scores = q.to(wide).transpose(0, 1) @ k.to(wide).permute(1, 2, 0) * given.scale
+    position = torch.arange(len(q), device=q.device)[:, None] + len(k) - len(q)
+    ahead = torch.arange(len(k), device=q.device) - position
+    forbidden = torch.zeros_like(ahead, dtype=torch.bool)
+    if given.left != UNLIMITED:
+        forbidden |= ahead < -given.left
+    if given.right != UNLIMITED:
+        forbidden |= ahead > given.right
+    return scores.masked_fill_(forbidden, -torch.inf)
+
+
+def _row_dtype(q: Tensor) -> torch.dtype:
+    """Sums are float32 because rows are long; float64 for tests of gradients."""
+    return torch.promote_types(q.dtype, torch.float32)
+
+
+def _empty_outputs(q: Tensor, given: Knobs) -> tuple[Tensor, Tensor]:
+    tokens, heads = q.shape[-3], q.shape[-2]
+    rows = (heads, tokens) if given.queries else (q.shape[0], heads, tokens)
+    return torch.empty_like(q), q.new_empty(rows, dtype=_row_dtype(q))
+
+
+# --- CUDA -----------------------------------------------------------------------------------------
+
+
+def _lengths(q: Tensor, k: Tensor, given: Knobs) -> tuple[Any, ...]:
     """Arguments of the kernels: offsets of queries and keys, and the largest lengths."""
-    if not queries:
+    if not given.queries:
         return None, None, q.shape[1], k.shape[1]
-    offsets = (_offsets(tuple(lengths), q.device) for lengths in (queries, keys))
-    return *offsets, max(queries), max(keys)
+    return *_both_offsets(given, q.device), max(given.queries), max(given.keys)
 
 
-def _sides(left: int, right: int) -> dict[str, int]:
-    """Arguments of the kernels for the window; there, too, a negative side has no limit."""
-    return {"window_size_left": left, "window_size_right": right}
+def _named(given: Knobs) -> dict[str, Any]:
+    """Arguments of the kernels by name; there, too, a negative side of the window has no limit."""
+    return {"scale": given.scale, "window_size_left": given.left, "window_size_right": given.right}
+
+
+def _is_causal(given: Knobs) -> bool:
+    """Whether the kernels take the form that is specialised for a triangle."""
+    return given.left == UNLIMITED and given.right == 0
 
 
 @forward.register_kernel("cuda")
-def _(
-    q: Tensor, k: Tensor, v: Tensor, left: int, right: int, queries: list[int], keys: list[int], scale: float
-) -> tuple[Tensor, Tensor]:
-    lengths = _lengths(q, k, queries, keys)
-    is_causal = left == UNLIMITED and right == 0
+def _(q: Tensor, k: Tensor, v: Tensor, *knobs: Any) -> tuple[Tensor, Tensor]:
+    given = Knobs(*knobs)
     y, lse, *_ = torch.ops.aten._flash_attention_forward(
-        q, k, v, *lengths, 0.0, is_causal, False, scale=scale, **_sides(left, right)
+        q, k, v, *_lengths(q, k, given), 0.0, _is_causal(given), False, **_named(given)
     )
     return y, lse
 
 
 @_backward.register_kernel("cuda")
 def _(
-    dy: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    y: Tensor,
-    lse: Tensor,
-    left: int,
-    right: int,
-    queries: list[int],
-    keys: list[int],
-    scale: float,
+    dy: Tensor, q: Tensor, k: Tensor, v: Tensor, y: Tensor, lse: Tensor, *knobs: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    lengths = _lengths(q, k, queries, keys)
-    is_causal = left == UNLIMITED and right == 0
+    given = Knobs(*knobs)
     unused = torch.empty(2, dtype=torch.uint64, device=q.device)  # the state of the dropout
+    lengths = _lengths(q, k, given)
     dq, dk, dv = torch.ops.aten._flash_attention_backward(
-        dy, q, k, v, y, lse, *lengths, 0.0, is_causal, unused, unused, scale=scale, **_sides(left, right)
+        dy, q, k, v, y, lse, *lengths, 0.0, _is_causal(given), unused, unused, **_named(given)
     )
     return dq, dk, dv
 
@@ -194,10 +200,8 @@ def _(
 
 
 @forward.register_fake
-def _(
-    q: Tensor, k: Tensor, v: Tensor, left: int, right: int, queries: list[int], *_: Any
-) -> tuple[Tensor, Tensor]:
-    return _empty_outputs(q, queries)
+def _(q: Tensor, k: Tensor, v: Tensor, *knobs: Any) -> tuple[Tensor, Tensor]:
+    return _empty_outputs(q, Knobs(*knobs))
 
 
 @_backward.register_fake
@@ -223,29 +227,26 @@ def backward(
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, *ctx.knobs = inputs
-    ctx.save_for_backward(q, k, v, *output)
+    q, k, v, *knobs = inputs
+    given = Knobs(*knobs)
+    ctx.knobs = given._replace(q_offsets=None, k_offsets=None)
+    ctx.save_for_backward(q, k, v, *output, given.q_offsets, given.k_offsets)
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)  # no zeros in place of the gradient of the logsumexp
 
 
 def _differentiate(ctx: Any, dy: Tensor, _: Tensor) -> tuple[Any, ...]:
-    return *backward(dy, *ctx.saved_tensors, *ctx.knobs), *(None for _ in ctx.knobs)
+    *tensors, q_offsets, k_offsets = ctx.saved_tensors
+    given = ctx.knobs._replace(q_offsets=q_offsets, k_offsets=k_offsets)
+    return *backward(dy, *tensors, *given), *(None for _ in given)
 
 
 forward.register_autograd(_differentiate, setup_context=_save)
 
 
-def _sequences(q: Tensor, k: Tensor, queries: Sequence[int], keys: Sequence[int]) -> list[tuple[int, int]]:
-    """Number of queries and keys of each sequence."""
-    if not queries:
-        return [(q.shape[1], k.shape[1])] * q.shape[0]
-    return list(zip(queries, keys, strict=True))
-
-
 @lru_cache(maxsize=1024)
 def allowed_pairs(queries: int, keys: int, left: int, right: int) -> int:
-    """The number of pairs (query, key) of one sequence and head that a window allows; `UNLIMITED` is −1."""
+    """The number of pairs (query, key) of one sequence and head that a window allows."""
     total = 0
     for position in range(keys - queries, keys):
         first = 0 if left == UNLIMITED else max(0, position - left)
@@ -254,42 +255,18 @@ def allowed_pairs(queries: int, keys: int, left: int, right: int) -> int:
     return total
 
 
-def _product_flops(
-    q: Tensor, k: Tensor, left: int, right: int, queries: Sequence[int], keys: Sequence[int]
-) -> int:
+def _product_flops(q: Tensor, knobs: tuple[Any, ...]) -> int:
     """FLOPs of one product of allowed pairs × channels."""
-    pairs = sum(allowed_pairs(*lengths, left, right) for lengths in _sequences(q, k, queries, keys))
-    return 2 * pairs * q.shape[-2] * q.shape[-1]
+    return 2 * Knobs(*knobs).pairs * q.shape[-2] * q.shape[-1]
 
 
 @register_flop_formula(torch.ops.longctx_bench.flash, get_raw=True)
-def _(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    left: int,
-    right: int,
-    queries: list[int],
-    keys: list[int],
-    scale: float,
-    out_val: Any = None,
-) -> int:
-    return 2 * _product_flops(q, k, left, right, queries, keys)
+def _(q: Tensor, k: Tensor, v: Tensor, *knobs: Any, out_val: Any = None) -> int:
+    return FORWARD_PRODUCTS * _product_flops(q, knobs)
 
 
 @register_flop_formula(torch.ops.longctx_bench.flash_backward, get_raw=True)
 def _(
-    dy: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    y: Tensor,
-    lse: Tensor,
-    left: int,
-    right: int,
-    queries: list[int],
-    keys: list[int],
-    scale: float,
-    out_val: Any = None,
+    dy: Tensor, q: Tensor, k: Tensor, v: Tensor, y: Tensor, lse: Tensor, *knobs: Any, out_val: Any = None
 ) -> int:
-    return BACKWARD_PRODUCTS * _product_flops(q, k, left, right, queries, keys)
+    return BACKWARD_PRODUCTS * _product_flops(q, knobs)
