@@ -56,8 +56,9 @@ def _product(a: Tensor, b: Tensor, scale: float = 1.0, bias: Tensor | None = Non
     batches = a.shape[:2]
     a, b = a.flatten(0, 1), b.flatten(0, 1)
     added = a.new_empty(1, 1, 1) if bias is None else bias.flatten(0, 1)
-    product: Tensor = torch.baddbmm(added, a, b, beta=0 if bias is None else 1, alpha=scale)
-    return product.unflatten(0, batches)
+    product = torch.baddbmm(added, a, b, beta=0 if bias is None else 1, alpha=scale)
+    by_batch: Tensor = product.unflatten(0, batches)
+    return by_batch
 
 
 def _scores(q: Tensor, k: Tensor, bias: Tensor | None, causal: bool) -> Tensor:
@@ -142,7 +143,7 @@ def _attend_piece(views: list[Tensor], bias: Tensor | None, causal: bool, impl: 
     y_part, lse_part = y_part.reshape(y.shape), lse_part.reshape(lse.shape)
     weight = (lse_part - lse).sigmoid_()
     y.lerp_(y_part.to(y.dtype), weight[..., None])
-    lse.copy_(torch.logaddexp(lse, lse_part))
+    torch.logaddexp(lse, lse_part, out=lse)
 
 
 def _backward(

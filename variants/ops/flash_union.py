@@ -11,7 +11,7 @@ the merged softmax, as ring attention does (Liu 2023, arXiv:2310.01889). So only
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,23 +58,29 @@ class Call(ABC):
 
 @dataclass
 class Totals:
-    """Sums of gradients of keys and values, (B, T, H, D)."""
+    """Sums of gradients of keys and values, each (B, T, H, D)."""
 
-    dk: Tensor | None = None
-    dv: Tensor | None = None
-    copies: tuple[Tensor, Tensor] | None = None
-    """Sums for the keys that several sequences have copies of, float32: (B, pairs, D) of k and of v."""
+    like: Tensor
+    """A tensor of their shape and dtype."""
+    sums: list[Tensor] | None = None
+    """Of k and of v; None: zeros."""
+    copies: list[Tensor] | None = None
+    """For the keys that several sequences have copies of, of k and of v, float32: (B, pairs, D)."""
 
-    def add(self, first: bool, rows: Sequence[Tensor], views: Any, like: Tensor) -> None:
-        """Add rows of keys and values; `views` selects their place in a tensor (B, T, H, D). `first` says
-        that the rows are a whole tensor and nothing was added before, so that they become the sums."""
-        if first:
-            self.dk, self.dv = rows
+    def add(self, rows: Sequence[Tensor], complete: bool, view: Callable[[Tensor], Tensor]) -> None:
+        """Add rows of k and of v, in the place that `view` selects in (B, T, H, D). `complete`: the rows are
+        all tokens in order."""
+        if self.sums is None and complete:
+            self.sums = list(rows)
             return
-        if self.dk is None or self.dv is None:
-            self.dk, self.dv = (like.new_zeros(like.shape) for _ in range(2))
-        views(self.dk).add_(rows[0])
-        views(self.dv).add_(rows[1])
+        for total, grad in zip(self.get(), rows, strict=True):
+            view(total).add_(grad)
+
+    def get(self) -> list[Tensor]:
+        """The sums of k and of v."""
+        if self.sums is None:
+            self.sums = [self.like.new_zeros(self.like.shape) for _ in range(2)]
+        return self.sums
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,10 +121,11 @@ class Views(Call):
         k_rows, v_rows = (self._of(self.keys, t).flatten(0, 1) for t in (k, v))
         lse = lse.transpose(1, 2).contiguous()
         grads = flash_backward(dy, q_rows, k_rows, v_rows, y, lse, causal=self.causal, window=self.window)
-        dq, dk, dv = (grad.unflatten(0, (len(q), -1)) for grad in grads)
-        if self.whole:
-            dk, dv = dk[:, 0], dv[:, 0]
-        totals.add(self.whole and totals.dk is None, (dk, dv), lambda x: self._of(self.keys, x), k)
+        dq_rows, *rows = (grad.unflatten(0, (len(q), -1)) for grad in grads)
+        if self.whole:  # one group
+            rows = [grad[:, 0] for grad in rows]
+        totals.add(rows, self.whole, lambda x: self._of(self.keys, x))
+        dq: Tensor = dq_rows
         return dq
 
 
@@ -188,7 +195,7 @@ class Packed(Call):
             causal=self.causal,
             packing=self._packing(batch),
         )
-        dq, *rows = (grad.unflatten(0, (batch, -1)) for grad in grads)
+        dq_rows, *rows = (grad.unflatten(0, (batch, -1)) for grad in grads)
         if self.copy_of is not None:
             assert totals.copies is not None
             for total, grad in zip(totals.copies, rows, strict=True):
@@ -196,7 +203,8 @@ class Packed(Call):
                 total.index_add_(1, self.copy_of.flatten(), copies.flatten(1, 2).to(total.dtype))
         if self.keys is None or self.own is not None:
             own = rows if self.own is None else [grad.index_select(1, self.own) for grad in rows]
-            totals.add(self.whole and totals.dk is None, own, lambda x: x, k)
+            totals.add(own, True, lambda x: x)
+        dq: Tensor = dq_rows
         return dq
 
 
@@ -238,12 +246,12 @@ def _backward(
     dy: Tensor, q: Tensor, k: Tensor, v: Tensor, y: Tensor, lse: Tensor, union: Union
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v (B, T, H, D)."""
-    totals = Totals()
+    totals = Totals(like=k)
     if union.copied is not None:
         # float32, because a key is copied into many sequences
         shape = (len(q), union.copied[0].numel(), q.shape[-1])
         wide = torch.promote_types(q.dtype, torch.float32)
-        totals.copies = (k.new_zeros(shape, dtype=wide), v.new_zeros(shape, dtype=wide))
+        totals.copies = [k.new_zeros(shape, dtype=wide) for _ in range(2)]
     calls = list(union.calls)
     if calls and calls[0].whole:
         dq = calls.pop(0).backward(dy, q, k, v, y, lse, totals).reshape(q.shape)
@@ -252,11 +260,10 @@ def _backward(
     for call in calls:
         rows = call.backward(dy, q, k, v, y, lse, totals)
         call.put(dq, call.rows(dq).add_(rows))
-    dk, dv = totals.dk, totals.dv
-    dk, dv = (k.new_zeros(k.shape) if total is None else total for total in (dk, dv))
-    if union.copied is not None and totals.copies is not None:
+    dk, dv = totals.get()
+    if union.copied is not None:
         at = (slice(None), *union.copied)
-        for total, copies in zip((dk, dv), totals.copies, strict=True):
+        for total, copies in zip((dk, dv), totals.copies or (), strict=True):
             total[at] = (total[at] + copies).to(total.dtype)
     return dq, dk, dv
 
