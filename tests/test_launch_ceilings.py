@@ -38,13 +38,16 @@ ABOVE = {
     "transformer_xl": 33776,
 }
 """Variant → launches a layer at the longest length."""
+FLASH = ("longformer", "routing")
+"""Variants with an implementation by flash attention."""
 FIRST = ("dense", "longformer", "routing")
 """Variants of the short tier."""
 
 
 @cache
-def launches(name: str, seq_len: int) -> int:
-    return launches_a_layer(plan(accelerator_spec(name, seq_len, depth=2)))
+def launches(name: str, seq_len: int, impl: str | None = None) -> int:
+    params = {"impl": impl} if impl else {}
+    return launches_a_layer(plan(accelerator_spec(name, seq_len, depth=2, params=params)))
 
 
 def cases(over: Mapping[str, object]) -> list[Any]:
@@ -67,3 +70,19 @@ def test_launches_grow_with_the_logarithm_of_the_length_at_most(name: str) -> No
 @pytest.mark.parametrize("name", cases(ABOVE))
 def test_a_layer_stays_below_the_ceiling(name: str) -> None:
     assert launches(name, LONGEST) <= CEILING
+
+
+@pytest.mark.parametrize("name", FLASH)
+def test_flash_attention_stays_below_the_ceiling_at_any_length(name: str) -> None:
+    assert launches(name, SHORT, "flash") == launches(name, LONGEST, "flash") <= CEILING
+
+
+@pytest.mark.parametrize("name", FLASH)
+def test_flash_attention_moves_no_scores(name: str) -> None:
+    """A step moves at most half as much again as one of dense attention, whose kernel stores none either."""
+    cells = (
+        accelerator_spec("dense", LONGEST, depth=2),
+        accelerator_spec(name, LONGEST, depth=2, params={"impl": "flash"}),
+    )
+    dense, flash = (plan(cell).figures.bytes_moved_step for cell in cells)
+    assert flash <= 1.5 * dense

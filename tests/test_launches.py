@@ -25,7 +25,7 @@ from bench.measure.flops import CountFlops
 from bench.measure.launches import Counts, is_kernel, tensor_bytes
 from bench.measure.step import StepFigures
 from bench.tasks.base import Batch
-from variants.ops import block_sparse, kmeans_attention, operators, relative_attention
+from variants.ops import block_sparse, kmeans_attention, kmeans_flash, operators, relative_attention
 from variants.ops.lsh import attention as lsh_attention
 from variants.ops.lsh import hashing, windows
 from variants.ops.strided_parts import Part, StridedTokens, flatten_parts
@@ -140,6 +140,15 @@ def _slots() -> tuple[Callable[[], Any], Callable[[], Any]]:
     )
 
 
+def _chunks() -> tuple[Callable[[], Any], Callable[[], Any]]:
+    cluster = torch.zeros(1, 2, 64, dtype=torch.int64)
+    bounds = kmeans_flash.bounds_of(2, 64, 4, 8)
+    return (
+        lambda: kmeans_flash._layout_operator(cluster, 4, list(bounds)),
+        lambda: kmeans_flash._lay_out(cluster, 4, bounds),
+    )
+
+
 def _normal() -> tuple[Callable[[], Any], Callable[[], Any]]:
     given = (4, 4), 0, torch.device("cpu")
     return lambda: hashing.seeded_normal(*given), lambda: hashing._seeded_normal(*given)
@@ -157,6 +166,7 @@ OPERATORS = {
     "union_attention": _union,
     "relative_attention": _relative,
     "cluster_slots": _slots,
+    "cluster_chunks": _chunks,
     "seeded_normal": _normal,
     "lsh_attention": _lsh,
 }
@@ -178,7 +188,7 @@ def test_every_operator_with_a_backward_pass_is_looked_into() -> None:
     names = {n.removeprefix(prefix) for n in torch._C._dispatch_get_all_op_names() if n.startswith(prefix)}
     ours = {name: getattr(torch.ops.longctx_bench, name).default for name in names}
     whole = {name for name, operator in ours.items() if not operators.implementation(operator)}
-    assert whole == {"note_work", "xformers", "xformers_backward"}
+    assert whole == {"note_work", "xformers", "xformers_backward", "flash", "flash_backward"}
 
 
 # --- steps --------------------------------------------------------------------------------------------

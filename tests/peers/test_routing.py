@@ -19,6 +19,7 @@ from torch import Tensor
 from peers import peer
 from variants.attention.routing import Routing, RoutingConfig
 from variants.base import Context
+from variants.ops import clusters
 from variants.ops.kmeans import unit
 
 pytestmark = [pytest.mark.peers, pytest.mark.usefixtures("without_rotary")]
@@ -46,7 +47,8 @@ def test_equals_routing_transformer(tokens: int, n_clusters: int, monkeypatch: p
         by_head = (t.transpose(1, 2) for t in (unit(q), unit(k), v))
         return other(*by_head)[0].transpose(1, 2)
 
-    assert_same(lambda: layer._by_topk(q, k, v, Context(causal=False)), theirs, [q, k, v])
+    ctx = Context(causal=False)
+    assert_same(lambda: layer.in_clusters(q, k, v, ctx, clusters.TILES), theirs, [q, k, v])
 
     # both moved towards the mean directions of the nearest tokens; ours stays on the sphere
     layer.after_step()

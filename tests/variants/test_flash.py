@@ -218,10 +218,16 @@ def test_what_the_kernel_lacks_is_named(device: str, dtype: torch.dtype, head_di
     assert "\n" not in reason
 
 
+def test_a_machine_without_a_card_may_plan_for_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert flash.missing_flash(torch.device("cuda"), torch.bfloat16, 64) is None
+
+
 @pytest.mark.parametrize(("capability", "runs"), [((7, 5), False), ((8, 0), True), ((9, 0), True)])
 def test_older_cards_are_refused(
     capability: tuple[int, int], runs: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     reason = flash.missing_flash(torch.device("cuda"), torch.bfloat16, 64)
     assert (reason is None) == runs

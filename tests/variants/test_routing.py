@@ -23,7 +23,7 @@ from bench.tasks.text import Batch
 from bench.train.loop import optimizer_for, training_step
 from variants.attention.routing import Routing, RoutingConfig
 from variants.base import Context, SequenceMixer, Workload
-from variants.ops import kmeans, kmeans_attention
+from variants.ops import clusters, kmeans, kmeans_attention, kmeans_flash
 from variants.ops.projections import masked_attention, rotary
 from variants.ops.tile_size import Sizes
 
@@ -86,6 +86,7 @@ def test_one_cluster_of_all_tokens_is_dense_over_normalised_queries_and_keys(
     )
 
 
+@pytest.mark.parametrize("impl", ["tiles", "flash"])
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("selection", ["nearest", "topk"])
 @pytest.mark.parametrize(
@@ -101,9 +102,14 @@ def test_one_cluster_of_all_tokens_is_dense_over_normalised_queries_and_keys(
     ],
 )
 def test_equals_its_reference(
-    batch: int, tokens: int, knobs: dict[str, int], selection: str, causal: bool
+    batch: int, tokens: int, knobs: dict[str, int], selection: str, causal: bool, impl: str
 ) -> None:
-    layer = make(tokens, window=16, selection=selection, **knobs)
+    """The oracle of the operator stands in for the kernel of flash, which `missing` demands of a cell."""
+    layer = make(tokens, window=16, selection=selection, impl=impl, **knobs)
+    if (impl, selection, causal) == ("flash", "nearest", False):
+        reason = Routing.unsupported(layer.config, replace(layer.dims, seq_len=64), causal=causal)
+        assert reason == "impl=flash: selection=nearest is causal; use selection=topk or impl=auto"
+        return
     x = torch.randn(batch, tokens, 32, dtype=torch.float64, requires_grad=True)
     same_with_gradients(
         layer, layer(x, Context(causal=causal)).y, layer.reference(x, Context(causal=causal)), x
@@ -156,6 +162,73 @@ def test_slices_of_any_size_compute_the_rule(
         torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.parametrize(("windows", "smallest"), [(1, 1), (2, 1), (2, 128)])
+@pytest.mark.parametrize(
+    ("tokens", "clusters", "window"),
+    [
+        (45, 4, 7),
+        (45, 4, 1),
+        (45, 1, 9),
+        (45, 60, 3),
+        (45, 3, 44),
+        (45, 3, 90),
+        (300, 3, 40),
+        (1, 3, 2),
+        (2, 1, 1),
+    ],
+)
+def test_chunks_of_any_size_compute_the_rule(
+    tokens: int,
+    clusters: int,
+    window: int,
+    windows: int,
+    smallest: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Clusters that are empty, of one chunk and of many; in one head all tokens are in the last cluster."""
+    torch.manual_seed(0)
+    x, v = (torch.randn(2, tokens, 3, 4, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    cluster = torch.randint(clusters, (2, 3, tokens))
+    cluster[1, 1] = clusters - 1
+    monkeypatch.setattr(kmeans_flash, "WINDOWS", windows)
+    monkeypatch.setattr(kmeans_flash, "SMALLEST", smallest)
+    got = kmeans_flash.cluster_attention(x, v, cluster, clusters, window)
+    want = by_rank(x, v, cluster, window, causal=True)
+    direction = torch.randn_like(got)
+    for one, other in zip(
+        (got, *torch.autograd.grad(got, (x, v), direction)),
+        (want, *torch.autograd.grad(want, (x, v), direction)),
+        strict=True,
+    ):
+        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-10)
+
+
+def test_no_chunk_is_longer_than_the_kernel_is_told() -> None:
+    """And the keys of all chunks have places, whatever the sizes of clusters."""
+    torch.manual_seed(0)
+    for tokens, most_clusters, window in [(700, 3, 40), (700, 50, 7), (400, 400, 1), (129, 1, 64)]:
+        bounds = kmeans_flash.bounds_of(2, tokens, most_clusters, window)
+        for spread in (1, most_clusters):
+            layout = kmeans_flash.lay_out(torch.randint(spread, (1, 2, tokens)), most_clusters, window)
+            for offsets, most in (
+                (layout.q_offsets, bounds.chunk),
+                (layout.k_offsets, bounds.chunk + bounds.carried),
+            ):
+                assert offsets.diff().min() >= 0
+                assert offsets.diff().max() <= most
+            assert layout.q_offsets[-1] == 2 * tokens
+            assert layout.k_offsets[-1] <= bounds.keys == len(layout.keys) - 1
+
+
+@pytest.mark.parametrize("selection", ["nearest", "topk"])
+def test_flash_dispatches_the_flops_of_the_formula(selection: str) -> None:
+    layer = make(300, window=16, selection=selection, impl="flash", n_clusters=4)
+    with CountFlops() as counted:
+        layer(torch.randn(2, 300, 32, dtype=torch.float64), Context(causal=True))
+    work = Workload(causal=True, batch_size=2, seq_len=300, d_model=32, heads=4)
+    assert counted.total == layer.cost(work).total
+
+
 @pytest.mark.parametrize("causal", [True, False])
 def test_gradients_are_those_of_finite_differences(causal: bool) -> None:
     torch.manual_seed(0)
@@ -165,8 +238,8 @@ def test_gradients_are_those_of_finite_differences(causal: bool) -> None:
 
 
 @pytest.mark.parametrize("selection", ["auto", "nearest"])
-@pytest.mark.parametrize("knobs", [{}, {"n_clusters": 5, "cluster_window": 9}])
-def test_nearest_does_not_see_the_future(selection: str, knobs: dict[str, int]) -> None:
+@pytest.mark.parametrize("knobs", [{}, {"n_clusters": 5, "cluster_window": 9}, {"impl": "flash"}])
+def test_nearest_does_not_see_the_future(selection: str, knobs: dict[str, Any]) -> None:
     config = RoutingConfig(selection=selection, **knobs)  # type: ignore[arg-type]
     assert Routing.leak(config) is None
     dims = Workload(causal=True, batch_size=2, seq_len=300, d_model=64, heads=4)
@@ -351,7 +424,7 @@ def test_a_token_in_no_cluster_gets_zeros_from_routed_heads(tokens: int) -> None
     layer = make(tokens, n_clusters=4, selection="topk")
     layer.centroids.copy_(layer.centroids[:, :1].expand_as(layer.centroids).clone())  # all take the same
     q, v = (torch.randn(1, tokens, 2, 8, dtype=torch.float64) for _ in range(2))
-    y = layer._by_topk(q, None, v, Context(causal=True))
+    y = layer.in_clusters(q, q, v, Context(causal=True), clusters.TILES)
     assert (y.abs().sum(dim=-1) == 0).sum(dim=1).tolist() == [[tokens - 10, tokens - 10]]
 
 

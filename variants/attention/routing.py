@@ -6,8 +6,9 @@ Shapes: B batch, T tokens, C channels, H heads, D = C / H, K clusters of a head.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +20,7 @@ from variants.base import (
     Context,
     Cost,
     Dims,
+    Impl,
     Info,
     MixerOut,
     SequenceMixer,
@@ -26,7 +28,10 @@ from variants.base import (
     Workload,
 )
 from variants.knobs import knob
-from variants.ops import kmeans, kmeans_attention, masks
+from variants.ops import clusters, masks
+from variants.ops.clusters import Kernels
+from variants.ops.flash import missing_flash
+from variants.ops.flash_windows import window_attention
 from variants.ops.pair_counts import window_pairs
 from variants.ops.projections import Projections, local_attention, masked_attention, rotary
 
@@ -49,6 +54,25 @@ class RoutingConfig(VariantConfig):
     tokens nearest to it, so the keys of a token depend on later tokens. nearest: each token joins the
     centroid nearest to it, and reads the last `cluster_window` members. auto: nearest if causal, else
     topk."""
+    impl: Literal["auto", "tiles", "flash"] = knob("auto", younger=True)
+    """Implementation of attention. tiles: windows and clusters in tiles by torch's operations, on any device.
+    flash: flash attention, on CUDA in half precision; untried. auto: tiles."""
+
+
+QKV = tuple[Tensor, Tensor, Tensor]  # (B, T, heads, D) each
+
+
+def tiles(layer: Routing, local: QKV, routed: QKV, ctx: Context) -> Tensor:
+    """Blocks of queries with all keys of their windows, and clusters in tiles or side by side."""
+    q, k, v = (t.transpose(1, 2) for t in local)
+    lower = local_attention(q, k, v, window=layer.config.window, causal=ctx.causal).transpose(1, 2)
+    return torch.cat([lower, layer.in_clusters(*routed, ctx, clusters.TILES)], dim=2)
+
+
+def flash(layer: Routing, local: QKV, routed: QKV, ctx: Context) -> Tensor:
+    """Flash attention in windows and in clusters. *Untried*: no device has run it yet."""
+    lower = window_attention(*local, window=layer.config.window, dilations=[1], causal=ctx.causal)
+    return torch.cat([lower, layer.in_clusters(*routed, ctx, clusters.FLASH)], dim=2)
 
 
 class Routing(SequenceMixer):
@@ -84,10 +108,17 @@ class Routing(SequenceMixer):
         ),
         caps=Caps(causal=True, bidirectional=True),
     )
-    flop_overhead_reason = (
-        "a block of queries computes scores with all keys that any of its queries may read, some masked; a "
-        "cluster is padded to whole blocks"
-    )
+    IMPLS: ClassVar[Mapping[str, Impl]] = {
+        "tiles": Impl(
+            run=tiles,
+            flop_overhead_reason=(
+                "a block of queries computes scores with all keys that any of its queries may read, some "
+                "masked; a cluster is padded to whole blocks"
+            ),
+            auto_on=("cpu", Impl.OTHER_DEVICES),
+        ),
+        "flash": Impl(run=flash, missing=missing_flash, has_shape_functions=True, untried=True),
+    }
     centroids: Tensor
     sums: Tensor
 
@@ -110,6 +141,8 @@ class Routing(SequenceMixer):
             return f"n_clusters={config.n_clusters}: larger than seq_len; allowed is 1 to {dims.seq_len}"
         if dims.heads % 2:
             return f"heads={dims.heads}: half are local and half routed, so it must be even"
+        if config.impl == "flash" and config.selection == "nearest" and not causal:
+            return "impl=flash: selection=nearest is causal; use selection=topk or impl=auto"
         return super().unsupported(config, dims, causal=causal)
 
     @classmethod
@@ -142,64 +175,25 @@ class Routing(SequenceMixer):
 
     def forward(self, x: Tensor, ctx: Context, state: Any = None) -> MixerOut:
         """(B, T, C) → MixerOut; carries no state."""
-        selection = self._selection(ctx.causal)
-        shared = ctx.causal or selection == "nearest"
+        shared = ctx.causal or self._selection(ctx.causal) == "nearest"
         q, k, v, q_routed, k_routed, v_routed = self._split(x, shared)
         q, k = rotary(q, ctx.positions), rotary(k, ctx.positions)
-        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-        local = local_attention(q, k, v, window=self.config.window, causal=ctx.causal).transpose(1, 2)
-        if selection == "nearest":
-            routed = self._by_nearest(q_routed, v_routed, ctx)
-        else:
-            routed = self._by_topk(q_routed, None if shared else k_routed, v_routed, ctx)
-        y: Tensor = self.projections.out(torch.cat([local, routed], dim=2).flatten(2))
-        return MixerOut(y)
+        y = self.run_impl(self, (q, k, v), (q_routed, k_routed, v_routed), ctx)
+        return MixerOut(self.projections.out(y.flatten(2)))
 
-    def _store(self, *sums: Tensor) -> None:
-        """Store the sums of this batch for `after_step`; not added up, because a pass may run twice."""
+    def in_clusters(self, x: Tensor, keys: Tensor, v: Tensor, ctx: Context, kernels: Kernels) -> Tensor:
+        """Queries x, keys (the same tensor if they are shared) and values (B, T, H, D) → (B, T, H, D).
+
+        Stores the sums of this batch for `after_step`; they are not added up, because a pass may run twice.
+        """
+        is_nearest = self._selection(ctx.causal) == "nearest"
+        size = self.cluster_window if is_nearest else self._cluster_size(x.shape[1])
+        rule = clusters.Rule(self.centroids, size, ctx.causal, ctx.positions, self.device_type)
+        attend = clusters.by_nearest if is_nearest else clusters.by_topk
+        y, sums = attend(x, keys, v, rule, kernels)
         if self.training:
-            self.sums.copy_(sum(sums[1:], start=sums[0]))
-
-    def _by_nearest(self, x: Tensor, v: Tensor, ctx: Context) -> Tensor:
-        cluster, sums = kmeans.nearest(x, self.centroids, self.device_type)
-        self._store(sums)
-        layout = kmeans_attention.lay_out(
-            cluster,
-            self.clusters,
-            self.cluster_window,
-            is_causal=ctx.causal,
-            device_type=self.device_type,
-        )
-        rows = rotary(kmeans.unit(x), ctx.positions).to(v.dtype)
-        y: Tensor = kmeans_attention.Windowed.apply(rows, v, layout)  # type: ignore[no-untyped-call]
+            self.sums.copy_(sums)
         return y
-
-    def _by_topk(self, x: Tensor, keys: Tensor | None, v: Tensor, ctx: Context) -> Tensor:
-        """Queries x, keys (None: same as the queries) and values (B, T, H, D) → (B, T, H, D)."""
-        (batch, seq_len, heads, _), causal = v.shape, ctx.causal
-        q = rotary(kmeans.unit(x), ctx.positions).to(v.dtype)
-        k = q if keys is None else rotary(kmeans.unit(keys), ctx.positions).to(v.dtype)
-        q_members, sums = kmeans.members(  # (B, H, K, w)
-            x, self.centroids, self._cluster_size(seq_len), self.device_type
-        )
-        k_members = q_members
-        if keys is None:
-            self._store(sums)
-        else:
-            k_members, key_sums = kmeans.members(
-                keys, self.centroids, self._cluster_size(seq_len), self.device_type
-            )
-            self._store(sums, key_sums)
-        sequence = torch.arange(batch, device=x.device)[:, None, None, None]
-        head = torch.arange(heads, device=x.device)[:, None, None]
-        keys_at, queries_at = (sequence, k_members, head), (sequence, q_members, head)
-        # members are in order of position, so the triangle of the kernel is causal in the tokens
-        y = F.scaled_dot_product_attention(
-            q[queries_at].flatten(0, 1), k[keys_at].flatten(0, 1), v[keys_at].flatten(0, 1), is_causal=causal
-        )  # (BH, K, w, D)
-        total = torch.zeros_like(v).index_put(queries_at, y.unflatten(0, (batch, heads)), accumulate=True)
-        count = v.new_zeros(batch, seq_len, heads, 1).index_put(queries_at, v.new_ones(1), accumulate=True)
-        return total / count.clamp(min=1)
 
     @torch.no_grad()
     def after_step(self) -> None:

@@ -41,7 +41,8 @@ Window = tuple[int | None, int | None]
 def missing_flash(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
     """The requirement of the kernel that this machine does not meet, or None.
 
-    On a CPU the operator is an oracle for tests, so a cell must use another implementation there.
+    On a CPU the operator is an oracle for tests, so a cell must use another implementation there. A machine
+    without a CUDA device may plan for one; nothing is known about its compute capability then.
     """
     if device.type != "cuda":
         return f"impl=flash needs a CUDA device; on {device.type}, use another impl"
@@ -52,8 +53,8 @@ def missing_flash(device: torch.device, dtype: torch.dtype, head_dim: int) -> st
     if head_dim % HEAD_MULTIPLE or head_dim > LARGEST_HEAD:
         allowed = f"multiples of {HEAD_MULTIPLE} up to {LARGEST_HEAD}"
         return f"impl=flash does not support heads of {head_dim} channels; allowed are {allowed}"
-    major, minor = torch.cuda.get_device_capability(device)
-    if major < 8:
+    if torch.cuda.is_available() and (capability := torch.cuda.get_device_capability(device)) < (8, 0):
+        major, minor = capability
         return f"impl=flash needs compute capability 8.0 or higher, not {major}.{minor}"
     return None
 

@@ -244,15 +244,27 @@ def _differentiate(ctx: Any, dy: Tensor, _: Tensor) -> tuple[Any, ...]:
 forward.register_autograd(_differentiate, setup_context=_save)
 
 
-@lru_cache(maxsize=1024)
 def allowed_pairs(queries: int, keys: int, left: int, right: int) -> int:
     """The number of pairs (query, key) of one sequence and head that a window allows."""
-    total = 0
-    for position in range(keys - queries, keys):
-        first = 0 if left == UNLIMITED else max(0, position - left)
-        last = keys - 1 if right == UNLIMITED else min(keys - 1, position + right)
-        total += max(0, last - first + 1)
-    return total
+    farthest = queries + keys  # more than any distance
+    ahead = farthest if right == UNLIMITED else right
+    behind = farthest if left == UNLIMITED else left
+    return _pairs_up_to(queries, keys, ahead) - _pairs_up_to(queries, keys, -behind - 1)
+
+
+def _pairs_up_to(queries: int, keys: int, distance: int) -> int:
+    """The number of pairs whose key is at most `distance` after the position of the query.
+
+    The query at position p has p + distance + 1 such keys, but not less than 0 and not more than there are.
+    """
+
+    def first_sum(n: int) -> int:
+        """0 + 1 + … + n, each number at most `keys`."""
+        inside = max(0, min(n, keys))
+        return inside * (inside + 1) // 2 + max(0, n - keys) * keys
+
+    last = keys + distance
+    return first_sum(last) - first_sum(last - queries)
 
 
 def _product_flops(q: Tensor, knobs: tuple[Any, ...]) -> int:

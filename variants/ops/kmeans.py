@@ -31,6 +31,12 @@ def unit(x: Tensor) -> Tensor:
     return F.layer_norm(x.to(wide), x.shape[-1:], eps=EPSILON)
 
 
+def rounded_unit(x: Tensor) -> Tensor:
+    """`unit` in the dtype of x, also under autocast; the sums inside are float32 or wider."""
+    with torch.autocast(x.device.type, enabled=False):
+        return F.layer_norm(x, x.shape[-1:], eps=EPSILON)
+
+
 @torch.no_grad()
 @repeatable
 def nearest(x: Tensor, centroids: Tensor, device_type: str | None = None) -> tuple[Tensor, Tensor]:
