@@ -77,6 +77,13 @@ class SparseFixed(SparseAttention):
             for part in self._role_parts(seq_len, role, causal=causal, device=device)
         ]
 
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, parts: list[Part], kernel: str) -> Tensor:
+        """With the keys that the parts for an accelerator read after the sequence."""
+        positions = self.positions(self.roles[-1])  # of the long-range factor, if there is one
+        if self.device_type != "cpu" and any(part.keys.start >= q.shape[2] for part in parts):
+            k, v = positions.append_to(k, v)
+        return super().attend(q, k, v, parts, kernel)
+
     def _role_parts(self, seq_len: int, role: Role, *, causal: bool, device: torch.device) -> list[Part]:
         """Blocks, then summaries. Pairs that belong to both are computed where it is cheaper."""
         positions = self.positions(role)

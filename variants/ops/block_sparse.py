@@ -8,9 +8,8 @@ of the sequence. The partial results are combined by their logsumexp.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,97 +18,8 @@ from torch.utils.flop_counter import register_flop_formula
 
 from variants.ops.memoizable import repeatable
 from variants.ops.operators import operator
+from variants.ops.part_kernels import EMPTY, KERNELS
 from variants.ops.strided_parts import Part, flatten_parts, packed, unflatten_parts
-
-EMPTY = -1e30
-"""The logsumexp over no keys: finite, so that the difference of two of them is not NaN."""
-
-
-def _fused(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, causal: bool) -> tuple[Tensor, Tensor]:
-    """Attention by torch's CPU kernel: outputs (N, H, queries, D) and logsumexp (N, H, queries)."""
-    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-        q, k, v, 0.0, causal, attn_mask=bias
-    )
-    if bias is not None:  # the kernel returns the logsumexp 0 for a query without a key
-        lse = lse.masked_fill((bias == -math.inf).all(-1), EMPTY)
-    return out, lse
-
-
-def _fused_backward(
-    dy: Tensor, q: Tensor, k: Tensor, v: Tensor, y: Tensor, lse: Tensor, bias: Tensor | None, causal: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k and v. y and lse may be those of a softmax over more keys than k."""
-    grads: tuple[Tensor, Tensor, Tensor] = (
-        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            dy, q, k, v, y, lse.contiguous(), 0.0, causal, attn_mask=bias
-        )
-    )
-    return grads
-
-
-# Matrix products launch few operations, for accelerators: a product scales and adds the bias, and an
-# elementwise operation writes the dtype that the next product reads.
-
-
-def _product(a: Tensor, b: Tensor, scale: float = 1.0, bias: Tensor | None = None) -> Tensor:
-    """bias + scale · a @ b for a (N, H, m, n), b (N, H, n, p) and a bias (1, 1, m, p), in one operation."""
-    batches = a.shape[:2]
-    a, b = a.flatten(0, 1), b.flatten(0, 1)
-    added = a.new_empty(1, 1, 1) if bias is None else bias.flatten(0, 1)
-    product = torch.baddbmm(added, a, b, beta=0 if bias is None else 1, alpha=scale)
-    by_batch: Tensor = product.unflatten(0, batches)
-    return by_batch
-
-
-def _scores(q: Tensor, k: Tensor, bias: Tensor | None, causal: bool) -> Tensor:
-    """The scores of all pairs (N, H, queries, keys), in the dtype of q; −∞ for forbidden pairs."""
-    if causal:
-        earlier = torch.full((q.shape[-2], k.shape[-2]), -math.inf, dtype=q.dtype, device=q.device).triu_(1)
-        bias = earlier[None, None] if bias is None else bias + earlier
-    scale = q.shape[-1] ** -0.5
-    if bias is not None and bias.shape[1] > 1:  # heads differ
-        return _product(q, k.transpose(-1, -2), scale).add_(bias)
-    return _product(q, k.transpose(-1, -2), scale, bias)
-
-
-def _plain(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, causal: bool) -> tuple[Tensor, Tensor]:
-    """`_fused` as matrix products."""
-    scores = _scores(q, k, bias, causal).to(torch.promote_types(q.dtype, torch.float32))
-    lse = scores.logsumexp(-1).clamp_(min=EMPTY)
-    weights = torch.exp(scores.sub_(lse[..., None]), out=torch.empty_like(scores, dtype=v.dtype))
-    return _product(weights, v), lse
-
-
-def _plain_backward(
-    dy: Tensor, q: Tensor, k: Tensor, v: Tensor, mean: Tensor, lse: Tensor, bias: Tensor | None, causal: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """`_fused_backward` as matrix products (Dao 2022, arXiv:2205.14135, appendix B.2). `mean` is dy · y."""
-    weights = (_scores(q, k, bias, causal) - lse[..., None]).exp_()
-    d_scores = _product(dy, v.transpose(-1, -2)) - mean
-    d_scores = torch.mul(d_scores, weights, out=torch.empty_like(d_scores, dtype=q.dtype))
-    dv = _product(weights.to(dy.dtype).transpose(-1, -2), dy)
-    scale = q.shape[-1] ** -0.5
-    return _product(d_scores, k, scale), _product(d_scores.transpose(-1, -2), q, scale), dv
-
-
-def _row_products(dy: Tensor, y: Tensor) -> Tensor:
-    """dy · y of each query (B, H, T, 1), the mean of the gradients of its weights."""
-    return (dy * y).sum(-1, keepdim=True, dtype=torch.promote_types(y.dtype, torch.float32))
-
-
-class Kernel(NamedTuple):
-    """Attention of some queries to some keys, and its gradients."""
-
-    attend: Callable[..., tuple[Tensor, Tensor]]
-    attend_backward: Callable[..., tuple[Tensor, Tensor, Tensor]]
-    of_outputs: Callable[[Tensor, Tensor], Tensor]
-    """(dy, y) → what `attend_backward` gets in place of y, a row for each query."""
-
-
-KERNELS = {
-    "fused": Kernel(_fused, _fused_backward, lambda dy, y: y),
-    "plain": Kernel(_plain, _plain_backward, _row_products),
-}
 
 
 def _rows_like(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -164,7 +74,7 @@ def _backward(
     """
     dy = dy if dy.stride(-1) == 1 else dy.contiguous()  # the kernel needs rows without gaps
     wide = torch.promote_types(q.dtype, torch.float32)
-    grads = [_rows_like(q, wide) for _ in range(3)]
+    grads = [_rows_like(t, wide) for t in (q, k, v)]
     y = KERNELS[impl].of_outputs(dy, y)
     for part in parts:
         bias = part.bias(q)
@@ -245,8 +155,8 @@ def _forward_shapes(q: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
 
 
 @_backward_operator.register_fake
-def _backward_shapes(dy: Tensor, q: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return _rows_like(q, q.dtype), _rows_like(q, q.dtype), _rows_like(q, q.dtype)
+def _backward_shapes(dy: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return _rows_like(q, q.dtype), _rows_like(k, q.dtype), _rows_like(v, q.dtype)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -297,8 +207,8 @@ def union_attention(
 ) -> Tensor:
     """Softmax attention over the union of the keys of all parts: (B, H, T, D) → (B, H, T, D).
 
-    A query without a key gives 0. `impl` is one of `KERNELS`; `piece` is the number of queries computed at a
-    time (see `piece_size`).
+    k and v may be longer than q. A query without a key gives 0. `impl` is one of `KERNELS`; `piece` is the
+    number of queries computed at a time (see `piece_size`).
     """
     y: Tensor
     masks, numbers = flatten_parts(parts)
@@ -307,10 +217,3 @@ def union_attention(
     else:  # operation by operation, so that counters see all computation and memory
         y = _UnionAttention.apply(q, k, v, numbers, impl, piece, *masks)  # type: ignore[no-untyped-call]
     return y
-
-
-def missing_fused(device_type: str) -> str | None:
-    """The reason why torch's CPU attention kernel cannot run on a type of device, or None."""
-    if device_type != "cpu":
-        return f"impl=fused: runs on the CPU only; on {device_type} use auto or plain"
-    return None

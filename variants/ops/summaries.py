@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TypeVar
 
+import torch
 from torch import Tensor
 
 from variants.ops.masks import Rule
@@ -73,6 +74,23 @@ class Positions:
         """The summary positions of `count` blocks from block `first` on, as one set of keys."""
         start = first * self.stride + run.offset
         return StridedTokens(start=start, rows=count, row_step=self.stride, run=self.c, head_step=run.step)
+
+    def append_to(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Append the summaries of all complete blocks to k and v (B, H, T, D): (B, H, T + ⌊T/l⌋ · c, D).
+
+        For accelerators: so, no matter how the offsets of heads differ, summaries are neighbours, and all
+        heads read them in one operation.
+        """
+        (heads, seq_len), stride, c = k.shape[1:3], self.stride, self.c
+        # by shapes alone, because a copy of numbers from the host would wait for the device
+        offset_count = 1 if self.shared else stride // c
+        offsets = torch.arange(stride - c * offset_count, stride, c, device=k.device)
+        offsets = offsets.repeat(-(-heads // offset_count))[-heads:]  # (H,)
+        firsts = torch.arange(seq_len, device=k.device).unfold(0, stride, stride)[:, :c]  # (blocks, c)
+        tokens = (firsts[..., None] + offsets).flatten(0, 1)
+        rows = tokens[None, :, :, None].expand(k.shape[0], -1, -1, k.shape[3])
+        k, v = (torch.cat([t, t.gather(1, rows)], dim=1) for t in (k.transpose(1, 2), v.transpose(1, 2)))
+        return k.transpose(1, 2), v.transpose(1, 2)
 
 
 @dataclass(frozen=True)

@@ -14,10 +14,9 @@ l = √T the copies are about c/√l keys a token.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
-from dataclasses import astuple, dataclass, replace
-from functools import cached_property, lru_cache
+from dataclasses import astuple, replace
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -26,6 +25,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from variants.ops.flash import Packing
 from variants.ops.flash_union import Packed, Union
 from variants.ops.summaries import Positions
+from variants.ops.summary_blocks import Blocks
 
 FACTORS = ("local", "long_range", "merged")
 KEPT = 64
@@ -68,7 +68,7 @@ def _union(numbers: tuple[int, ...]) -> Union:
     seq_len, stride, c, first, last, shared, factor, causal = numbers
     positions = Positions(stride=stride, c=c, first=first, last=last, shared=bool(shared))
     with _disable_current_modes():  # real tensors, also within a plan
-        blocks = _Blocks(seq_len, positions, bool(causal))
+        blocks = Blocks(seq_len, positions, bool(causal))
         name = FACTORS[factor]
         if name == "local":
             return Union((_blocks_alone(blocks),))
@@ -114,97 +114,13 @@ def _with_tables(union: Union, tables: Iterable[Tensor]) -> Union:
 # --- the calls ------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class _Blocks:
-    """The blocks of a sequence, its strips of `width` blocks, and the summaries that blocks read."""
-
-    seq_len: int
-    positions: Positions
-    causal: bool
-
-    @cached_property
-    def ends(self) -> list[int]:
-        """The token after the last of each block."""
-        stride = self.positions.stride
-        return [min(begin + stride, self.seq_len) for begin in range(0, self.seq_len, stride)]
-
-    def begin(self, block: int) -> int:
-        """The first token of a block."""
-        return block * self.positions.stride
-
-    def length(self, block: int) -> int:
-        """Number of tokens of a block."""
-        return self.ends[block] - self.begin(block)
-
-    @cached_property
-    def strips(self) -> list[range]:
-        """The blocks of each strip."""
-        count = len(self.ends)
-        width = math.isqrt(count - 1) + 1
-        return [range(first, min(first + width, count)) for first in range(0, count, width)]
-
-    @cached_property
-    def offsets(self) -> Tensor:
-        """Where the summaries of each head begin in a block: (H,)."""
-        return torch.tensor([self.positions.offset(head) for head in range(*self.positions.heads)])
-
-    @cached_property
-    def tokens(self) -> Tensor:
-        """(S, H): the summaries that other blocks read, block by block.
-
-        A causal model reads none in a shorter block, which is the last one; otherwise they are its last c
-        tokens.
-        """
-        stride, c = self.positions.stride, self.positions.c
-        full = self.seq_len // stride
-        begins = torch.arange(full)[:, None, None] * stride + self.offsets
-        tokens = (begins + torch.arange(c)[:, None]).flatten(0, 1)
-        last = range(max(full * stride, self.seq_len - c), 0 if self.causal else self.seq_len)
-        return torch.cat(
-            [tokens, torch.tensor(last, dtype=torch.int64)[:, None].expand(-1, len(self.offsets))]
-        )
-
-    def ids(self, blocks: range) -> Tensor:
-        """The rows of `tokens` of some blocks."""
-        first, last = (min(end * self.positions.c, len(self.tokens)) for end in (blocks.start, blocks.stop))
-        return torch.arange(first, last)
-
-    @cached_property
-    def own_of_last(self) -> list[list[int]]:
-        """For each head, the summaries of a shorter last block, which only this block reads; causal."""
-        begin, end, stride = self.begin(len(self.ends) - 1), self.ends[-1], self.positions.stride
-        firsts = [begin + offset for offset in self.offsets.tolist()]
-        short = end - begin < stride
-        return [list(range(first, min(first + self.positions.c, end))) if short else [] for first in firsts]
-
-    @cached_property
-    def pairs(self) -> tuple[Tensor, Tensor]:
-        """Token and head of each key that is copied: first row s of `tokens` for head h, as number s · H + h,
-        and then, in a causal model, `own_of_last`."""
-        heads = len(self.offsets)
-        tokens, of_head = self.tokens.flatten(), torch.arange(heads).repeat(len(self.tokens))
-        if not self.causal:
-            return tokens, of_head
-        last = [(token, head) for head in range(heads) for token in self.own_of_last[head]]
-        more = torch.tensor(last, dtype=torch.int64).reshape(-1, 2)
-        return torch.cat([tokens, more[:, 0]]), torch.cat([of_head, more[:, 1]])
-
-    def own_numbers(self, block: int, head: int) -> Tensor:
-        """The numbers among `pairs` of the summaries of a block, for one head of a causal model."""
-        heads, c = len(self.offsets), self.positions.c
-        if self.length(block) == self.positions.stride:
-            return torch.arange(block * c, (block + 1) * c) * heads + head
-        first = len(self.tokens) * heads + sum(map(len, self.own_of_last[:head]))
-        return torch.arange(first, first + len(self.own_of_last[head]))
-
-
-def _blocks_alone(blocks: _Blocks) -> Packed:
+def _blocks_alone(blocks: Blocks) -> Packed:
     """Each block reads itself."""
     lengths = [blocks.length(block) for block in range(len(blocks.ends))]
     return Packed(packing=Packing.of(lengths), causal=blocks.causal, whole=True)
 
 
-def _blocks_and_neighbours(blocks: _Blocks) -> Packed:
+def _blocks_and_neighbours(blocks: Blocks) -> Packed:
     """Each block reads itself, and the summaries of the other (causal: earlier) blocks of its strip."""
     heads = torch.arange(len(blocks.offsets))
     tokens, own, copies, numbers, lengths = [], [], [], [], []
@@ -232,7 +148,7 @@ def _blocks_and_neighbours(blocks: _Blocks) -> Packed:
     )
 
 
-def _copies(blocks: _Blocks, queries: Sequence[int], ids: Sequence[Tensor], whole: bool = False) -> Packed:
+def _copies(blocks: Blocks, queries: Sequence[int], ids: Sequence[Tensor], whole: bool = False) -> Packed:
     """Sequences of all tokens, which read copies of summaries."""
     rows, heads = torch.cat([*ids]), torch.arange(len(blocks.offsets))
     return Packed(
@@ -244,7 +160,7 @@ def _copies(blocks: _Blocks, queries: Sequence[int], ids: Sequence[Tensor], whol
     )
 
 
-def _other_strips(blocks: _Blocks) -> Packed:
+def _other_strips(blocks: Blocks) -> Packed:
     """Each strip reads the summaries of the other strips; causal: of earlier ones."""
     queries = [blocks.ends[strip[-1]] - blocks.begin(strip[0]) for strip in blocks.strips]
     count = len(blocks.ends)
@@ -260,12 +176,12 @@ def _other_strips(blocks: _Blocks) -> Packed:
     return _copies(blocks, queries, ids)
 
 
-def _all_summaries(blocks: _Blocks) -> Packed:
+def _all_summaries(blocks: Blocks) -> Packed:
     """Each token reads all summaries."""
     return _copies(blocks, [blocks.seq_len], [blocks.ids(range(len(blocks.ends)))], whole=True)
 
 
-def _own_summaries(blocks: _Blocks) -> list[Packed]:
+def _own_summaries(blocks: Blocks) -> list[Packed]:
     """Causal, without the other tokens of the block: the summaries of earlier blocks of the strip, and those
     of the own block up to the token itself.
 
@@ -298,7 +214,7 @@ def _own_summaries(blocks: _Blocks) -> list[Packed]:
 
 
 def _one_head(
-    blocks: _Blocks, packing: Packing, rows: tuple[Tensor, Tensor], numbers: Tensor, causal: bool
+    blocks: Blocks, packing: Packing, rows: tuple[Tensor, Tensor], numbers: Tensor, causal: bool
 ) -> Packed:
     """Sequences of one head. `rows`: token and head of the queries; `numbers`: of the keys among `pairs`."""
     tokens, of_head = blocks.pairs

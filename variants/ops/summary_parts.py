@@ -18,9 +18,9 @@ from variants.ops.summaries import Positions, Run
 STRIPS = 32
 """On a CPU: strips of queries, each with one rectangle of earlier summaries; n strips compute about 1/n more
 pairs."""
-LEVELS, FEW_PAIRS = 3, 2**20
-"""On an accelerator: maximum number of halvings of the sequence, and the number of pairs of tokens and
-summaries up to which one rectangle with a mask is cheaper than several launches."""
+LEVELS = ((2**25, 3), (2**20, 2), (0, 0))
+"""On an accelerator: pairs of tokens and summaries → number of halvings of the sequence. For few pairs, one
+rectangle with a mask is cheaper than several launches."""
 LARGEST = 8
 """On an accelerator: one rectangle has at most the pairs of tokens and summaries divided by this number, so
 that its scores fit in memory."""
@@ -37,9 +37,13 @@ def blocks_of(seq_len: int, positions: Positions, causal: bool) -> list[Part]:
 
 
 def earlier_blocks(seq_len: int, positions: Positions, device: torch.device, device_type: str) -> list[Part]:
-    """Each token reads the summaries of all earlier blocks."""
-    divide = _strips if device_type == "cpu" else _halves
-    return [part for run in positions.runs() for part in divide(seq_len, positions, run, device)]
+    """Each token reads the summaries of all earlier blocks.
+
+    On an accelerator the summaries are keys after the sequence: see `Positions.append_to`.
+    """
+    if device_type != "cpu":
+        return _halves(seq_len, positions, device)
+    return [part for run in positions.runs() for part in _strips(seq_len, positions, run, device)]
 
 
 def _staircase(width: int, positions: Positions, device: torch.device) -> Tensor | None:
@@ -47,8 +51,8 @@ def _staircase(width: int, positions: Positions, device: torch.device) -> Tensor
     if width == 1:
         return None
     index = torch.arange(width, device=device)
-    staircase = index[:, None] >= index[None, :]
-    return staircase.repeat_interleave(positions.stride, 0).repeat_interleave(positions.c, 1)
+    staircase = (index[:, None] >= index)[:, None, :, None]
+    return staircase.expand(-1, positions.stride, -1, positions.c).flatten(2).flatten(0, 1)
 
 
 def _strips(seq_len: int, positions: Positions, run: Run, device: torch.device) -> list[Part]:
@@ -82,39 +86,35 @@ def _strips(seq_len: int, positions: Positions, run: Run, device: torch.device) 
     return parts
 
 
-def _halves(seq_len: int, positions: Positions, run: Run, device: torch.device) -> list[Part]:
-    """The second half of the sequence reads the first; so do the halves of each half, and so on. What is left
-    is a staircase in each of 2^`LEVELS` strips.
+def _halves(seq_len: int, positions: Positions, device: torch.device) -> list[Part]:
+    """The second half of the sequence reads the first; so do the halves of each half, and so on. A staircase
+    in each of the strips is left.
 
     All halves of a size are groups of one part, so there are few parts. The pairs are those of as many strips
     of `_strips`.
     """
     stride, blocks = positions.stride, -(-seq_len // positions.stride)
     pairs = seq_len * blocks * positions.c
-    levels = min(LEVELS, max(0, (pairs // FEW_PAIRS).bit_length() - 1) // 2)
+    levels = next(levels for least, levels in LEVELS if pairs >= least)
     width = -(-blocks // 2**levels)  # blocks in a strip
     parts = []
     if width > 1:  # query block n + 1 of a strip reads its key blocks 0 … n
         mask = _staircase(width - 1, positions, device)
-        parts += _pairs_of(seq_len, positions, run, (width, 1, width - 1), mask)
+        parts += _groups(seq_len, positions, (width, 1, width - 1), mask)
     while width < blocks:
         pieces = -(-LARGEST * width * stride * width * positions.c // pairs)
-        parts += _pairs_of(seq_len, positions, run, (2 * width, width, width), None, pieces)
+        parts += _groups(seq_len, positions, (2 * width, width, width), None, pieces)
         width *= 2
     return parts
 
 
-def _pairs_of(
-    seq_len: int,
-    positions: Positions,
-    run: Run,
-    sizes: tuple[int, int, int],
-    mask: Tensor | None,
-    pieces: int = 1,
+def _groups(
+    seq_len: int, positions: Positions, blocks: tuple[int, int, int], mask: Tensor | None, pieces: int = 1
 ) -> list[Part]:
     """In each group of blocks, the queries after the first `skipped` blocks read the summaries of the first
-    `keys` blocks. sizes: blocks of a group, `skipped`, `keys`. The last group may be shorter."""
-    group, skipped, key_blocks = sizes
+    `read` blocks. blocks: of a group, `skipped`, `read`. The last group may be shorter; queries are divided
+    into pieces."""
+    group, skipped, read = blocks
     stride, c = positions.stride, positions.c
     length = group * stride
     full, rest = divmod(seq_len, length)
@@ -123,13 +123,14 @@ def _pairs_of(
         step = -(-(end - skipped * stride) // pieces)
         if not groups or step < 1:
             continue
-        readable = min(key_blocks, -(-end // stride) - 1)
-        keys = replace(positions.of_blocks(run, first // stride, readable), groups=groups, group_step=length)
+        count = min(read, -(-end // stride) - 1) * c
+        behind = seq_len + first // stride * c
+        keys = StridedTokens(start=behind, groups=groups, group_step=group * c, run=count)
         for start in range(skipped * stride, end, step):
-            run_length = min(step, end - start)
-            queries = StridedTokens(start=first + start, groups=groups, group_step=length, run=run_length)
-            cut = None if mask is None else mask[:run_length, : readable * c]
-            parts.append(Part(heads=run.heads, queries=queries, keys=keys, mask=cut))
+            run = min(step, end - start)
+            queries = StridedTokens(start=first + start, groups=groups, group_step=length, run=run)
+            cut = None if mask is None else mask[:run, :count]
+            parts.append(Part(heads=positions.heads, queries=queries, keys=keys, mask=cut))
     return parts
 
 
