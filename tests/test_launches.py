@@ -188,7 +188,8 @@ def test_every_operator_with_a_backward_pass_is_looked_into() -> None:
     names = {n.removeprefix(prefix) for n in torch._C._dispatch_get_all_op_names() if n.startswith(prefix)}
     ours = {name: getattr(torch.ops.longctx_bench, name).default for name in names}
     whole = {name for name, operator in ours.items() if not operators.implementation(operator)}
-    assert whole == {"note_work", "xformers", "xformers_backward", "flash", "flash_backward"}
+    kernels = {"xformers", "xformers_backward", "flash", "flash_backward"}
+    assert whole == {"note_work", "summary_tables", *kernels}
 
 
 # --- steps --------------------------------------------------------------------------------------------
