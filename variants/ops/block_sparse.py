@@ -53,7 +53,7 @@ def _attend_piece(views: list[Tensor], bias: Tensor | None, causal: bool, impl: 
     y_part, lse_part = y_part.reshape(y.shape), lse_part.reshape(lse.shape)
     weight = (lse_part - lse).sigmoid_()
     y.lerp_(y_part.to(y.dtype), weight[..., None])
-    torch.logaddexp(lse, lse_part, out=lse)
+    lse.copy_(torch.logaddexp(lse, lse_part))
 
 
 def _backward(

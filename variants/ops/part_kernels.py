@@ -66,9 +66,13 @@ def _plain(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, causal: bool) -
     """`_fused` as matrix products."""
     batches = q.shape[:2]
     q, k, v = (t.flatten(0, 1) for t in (q, k, v))
-    scores = _scores(q, k, bias, causal).to(torch.promote_types(q.dtype, torch.float32))
-    lse = scores.logsumexp(-1).clamp_(min=EMPTY)
-    weights = torch.exp(scores.sub_(lse[..., None]), out=torch.empty_like(scores, dtype=v.dtype))
+    scores = _scores(q, k, bias, causal)
+    lse = scores.to(torch.promote_types(q.dtype, torch.float32)).logsumexp(-1)
+    if bias is None:
+        weights = scores.softmax(-1)
+    else:  # a query may have no key, for which softmax gives NaN
+        lse.clamp_(min=EMPTY)
+        weights = torch.exp(scores - lse[..., None], out=torch.empty_like(scores))
     return _product(weights, v, 1.0).unflatten(0, batches), lse.unflatten(0, batches)
 
 

@@ -126,8 +126,8 @@ class Part:
         """The mask as a term that is added to the scores: 0 or −∞, (1, H or 1, queries or 1, keys)."""
         if self.mask is None:
             return None
-        bias = torch.full(self.mask.shape, -math.inf, dtype=like.dtype, device=like.device)
-        bias.masked_fill_(self.mask, 0)
+        bias = torch.zeros(self.mask.shape, dtype=like.dtype, device=like.device)
+        bias.masked_fill_(~self.mask, -math.inf)
         return bias.unsqueeze(0) if bias.dim() == 3 else bias.unsqueeze(0).unsqueeze(0)
 
 

@@ -85,7 +85,8 @@ class Positions:
         # by shapes alone, because a copy of numbers from the host would wait for the device
         offset_count = 1 if self.shared else stride // c
         offsets = torch.arange(stride - c * offset_count, stride, c, device=k.device)
-        offsets = offsets.repeat(-(-heads // offset_count))[-heads:]  # (H,)
+        repeats = -(-heads // offset_count)
+        offsets = (offsets.repeat(repeats) if repeats > 1 else offsets)[-heads:]  # (H,)
         firsts = torch.arange(seq_len, device=k.device).unfold(0, stride, stride)[:, :c]  # (blocks, c)
         tokens = (firsts[..., None] + offsets).flatten(0, 1)
         rows = tokens[None, :, :, None].expand(k.shape[0], -1, -1, k.shape[3])

@@ -46,13 +46,15 @@ def earlier_blocks(seq_len: int, positions: Positions, device: torch.device, dev
     return [part for run in positions.runs() for part in _strips(seq_len, positions, run, device)]
 
 
-def _staircase(width: int, positions: Positions, device: torch.device) -> Tensor | None:
-    """(width · l, width · c) bool: the queries of a block read the keys up to the same block."""
-    if width == 1:
-        return None
+def _staircase(width: int, device: torch.device) -> Tensor:
+    """(width, width) bool: each block reads the blocks up to itself."""
     index = torch.arange(width, device=device)
-    staircase = (index[:, None] >= index)[:, None, :, None]
-    return staircase.expand(-1, positions.stride, -1, positions.c).flatten(2).flatten(0, 1)
+    return index[:, None] >= index[None, :]
+
+
+def _by_token(blocks: Tensor, positions: Positions) -> Tensor:
+    """(query blocks, key blocks) → (tokens, summaries)."""
+    return blocks.repeat_interleave(positions.stride, 0).repeat_interleave(positions.c, 1)
 
 
 def _strips(seq_len: int, positions: Positions, run: Run, device: torch.device) -> list[Part]:
@@ -66,7 +68,8 @@ def _strips(seq_len: int, positions: Positions, run: Run, device: torch.device) 
     full, last_width = divmod(count, width)
     if remainder and not last_width:  # the last strip ends in a shorter block
         full, last_width = full - 1, width
-    mask = _staircase(width, positions, device)
+    staircase = _staircase(width, device)
+    mask = _by_token(staircase, positions) if width > 1 else None
     parts = []
     if full:
         queries = StridedTokens(start=stride, groups=full, group_step=width * stride, run=width * stride)
@@ -99,7 +102,7 @@ def _halves(seq_len: int, positions: Positions, device: torch.device) -> list[Pa
     width = -(-blocks // 2**levels)  # blocks in a strip
     parts = []
     if width > 1:  # query block n + 1 of a strip reads its key blocks 0 … n
-        mask = _staircase(width - 1, positions, device)
+        mask = _by_token(_staircase(width - 1, device), positions)
         parts += _groups(seq_len, positions, (width, 1, width - 1), mask)
     while width < blocks:
         pieces = -(-LARGEST * width * stride * width * positions.c // pairs)
