@@ -95,8 +95,23 @@ KERNELS: list[tuple[str, dict[str, Any]]] = [
     ("sparse_strided", {"impl": "flex", "stride": 30, "head_mode": "split"}),
     ("sparse_fixed", {"impl": "flex", "stride": 30, "c": 4}),
     ("sparse_fixed", {"impl": "flex", "stride": 30, "c": 4, "head_mode": "interleaved"}),
+    ("longformer", {"impl": "flash", "window": (40,)}),
+    ("longformer", {"impl": "flash", "window": (20,), "dilation": (1, 3)}),
+    ("routing", {"impl": "flash", "window": 40}),
+    ("routing", {"impl": "flash", "selection": "topk"}),
 ]
+HALF_ONLY = ("flash",)
+"""Implementations without a float32 kernel. They run under autocast, as in a cell in bfloat16."""
 every_kernel = pytest.mark.parametrize(("name", "knobs"), KERNELS)
+
+
+def dtype_of(knobs: dict[str, Any]) -> torch.dtype:
+    return torch.bfloat16 if knobs["impl"] in HALF_ONLY else torch.float32
+
+
+def autocast(knobs: dict[str, Any]) -> torch.autocast:
+    dtype = dtype_of(knobs)
+    return torch.autocast("cuda", dtype, enabled=dtype != torch.float32)
 
 
 def dims_or_skip(name: str, knobs: dict[str, Any], tokens: int, head_dim: int = 64) -> Workload:
@@ -105,9 +120,32 @@ def dims_or_skip(name: str, knobs: dict[str, Any], tokens: int, head_dim: int = 
     dims = Workload(causal=True, batch_size=2, seq_len=tokens, d_model=4 * head_dim, heads=4)
     variant = variants.load(name)
     device = torch.device("cuda")
-    if reason := variant.missing(variant.Config(**knobs), dims, device=device, dtype=torch.float32):
+    if reason := variant.missing(variant.Config(**knobs), dims, device=device, dtype=dtype_of(knobs)):
         pytest.skip(reason)
     return dims
+
+
+def half_precision_error(
+    name: str, knobs: dict[str, Any], dims: Workload, index: int, *, causal: bool
+) -> float:
+    """The largest difference to the implementation of auto in the same dtype, in outputs and gradients,
+    relative to the norm of the tensor. That one equals the reference in float32; a reference in float64 would
+    choose other clusters than half precision does."""
+    variant = variants.load(name)
+    results = []
+    for impl in (knobs["impl"], "auto"):
+        torch.manual_seed(index)
+        layer = variant(variant.Config(**{**knobs, "impl": impl}), dims, index).cuda()
+        x = torch.randn(2, dims.seq_len, dims.d_model, device="cuda", requires_grad=True)
+        with autocast(knobs):
+            y = layer(x, Context(causal=causal)).y
+        roots = [x, *(parameter for parameter in layer.parameters() if parameter.requires_grad)]
+        grads = torch.autograd.grad(y, roots, torch.randn_like(y), materialize_grads=True)
+        results.append([t.float() for t in (y, *grads)])
+    return max(
+        ((one - other).norm() / other.norm().clamp(min=1e-3)).item()
+        for one, other in zip(*results, strict=True)
+    )
 
 
 @every_kernel
@@ -118,21 +156,26 @@ def test_a_kernel_equals_the_reference_in_outputs_and_gradients(
 ) -> None:
     dims, variant = dims_or_skip(name, knobs, tokens), variants.load(name)
     for layer in range(2):
+        if knobs["impl"] in HALF_ONLY:
+            error = half_precision_error(name, knobs, dims, layer, causal=causal)
+            assert error <= 4 * torch.finfo(dtype_of(knobs)).eps
+            continue
         worst = gates.reference_error(
             variant, variant.Config(**knobs), dims, layer, torch.device("cuda"), causal=causal
         )
         assert worst <= gates.REFERENCE_TOLERANCE
 
 
-@every_kernel
+@pytest.mark.parametrize(("name", "knobs"), [kernel for kernel in KERNELS if kernel[0] != "routing"])
 def test_a_kernel_is_counted_forward_and_backward(name: str, knobs: dict[str, Any]) -> None:
     """Compiled or foreign, from its first call on: nothing else is dispatched that would be counted too."""
     tokens = 100
     dims, variant = dims_or_skip(name, knobs, tokens), variants.load(name)
     layer = variant(variant.Config(**knobs), dims).cuda()
     x = torch.randn(2, tokens, dims.d_model, device="cuda", requires_grad=True)
-    projections, attention = layer.cost(replace(dims, causal=False))
-    with CountFlops() as forward:
+    cost = layer.cost(replace(dims, causal=False))
+    projections, attention = cost.tokenwise, cost.parts["attention"]
+    with CountFlops() as forward, autocast(knobs):
         y = layer(x, Context(causal=False)).y
     with CountFlops() as backward:
         y.sum().backward()
@@ -151,7 +194,7 @@ def test_a_kernel_stores_no_square_matrix(name: str, knobs: dict[str, Any]) -> N
     x = torch.randn(2, tokens, dims.d_model, device="cuda", requires_grad=True)
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    with CountFlops():
+    with CountFlops(), autocast(knobs):
         feed = layer.input_schedule(layer.config).apply
         feed(lambda w, _: NetworkOut(layer(w, Context(causal=True)).y), x, causal=True).y.sum().backward()
     scores = 4 * 2 * dims.heads * tokens**2

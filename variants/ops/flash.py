@@ -12,7 +12,9 @@ Contract, on every device:
   (B, H, T) or, packed, (H, N).
 - The last query stands beside the last key (*aligned bottom right*, as in flash attention since 2.1): query i
   has the position i + S − T among the keys. With `causal` it reads no key after its position. `window` is
-  (left, right): the number of keys before and after its position that it reads; None: no limit.
+  (left, right): the number of keys before and after its position that it reads; None: no limit. A window
+  that is not causal needs at least as many keys as queries in each sequence: the kernels cut a side off at
+  the number of keys.
 - A query without an allowed key gives 0 and a logsumexp of +∞, which makes its weights exp(score − ∞) = 0.
 - Strides are arbitrary but for the channels, which are contiguous. Results have the layout of q, k and v. The
   backward pass copies an output, or a gradient of the output, that is not contiguous.
@@ -35,6 +37,8 @@ LARGEST_HEAD = 256
 """Maximum number of channels of a head."""
 HEAD_MULTIPLE = 8
 """The number of channels of a head is a multiple of this."""
+MOST_SEQUENCES = 65_535
+"""Maximum number of sequences of a launch: CUDA's limit for the second dimension of a grid."""
 Window = tuple[int | None, int | None]
 
 
@@ -121,7 +125,7 @@ def flash_forward(
     scale: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return outputs and logsumexp. The outputs are differentiable, the logsumexp is not."""
-    _require(q, k, v, packing)
+    _require(q, k, v, packing, causal, window)
     y, lse = flash_operators.forward(q, k, v, *arguments(q, k, causal, window, packing, scale))
     return y, lse
 
@@ -145,7 +149,7 @@ def flash_backward(
     gradient of a score is its weight times (dy · v − dy · y). So if a softmax is merged from parts, the
     gradients of its parts add up to that of the whole, as in ring attention (Liu 2023, arXiv:2310.01889).
     """
-    _require(q, k, v, packing)
+    _require(q, k, v, packing, causal, window)
     return flash_operators.backward(dy, q, k, v, y, lse, *arguments(q, k, causal, window, packing, scale))
 
 
@@ -163,7 +167,16 @@ def merge(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     return (y * shares).sum(0).to(y.dtype), total
 
 
-def _require(q: Tensor, k: Tensor, v: Tensor, packing: Packing | DevicePacking | None) -> None:
+def _require(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    packing: Packing | DevicePacking | None,
+    causal: bool,
+    window: Window,
+) -> None:
+    if any(side is not None and side < 0 for side in window):
+        raise ValueError(f"window={window}: allowed are None and 0 or more")
     dims, q_tokens = (4, q.shape[:1]) if packing is None else (3, torch.Size())
     shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
     if q.dim() != dims or k.shape != v.shape or k.dim() != dims or q.shape[-2:] != k.shape[-2:]:
@@ -172,6 +185,16 @@ def _require(q: Tensor, k: Tensor, v: Tensor, packing: Packing | DevicePacking |
         )
     if k.shape[: len(q_tokens)] != q_tokens:
         raise ValueError(f"{shapes}: the batch sizes of queries and keys differ")
+    lengths = [(q.shape[-3], k.shape[-3])]
+    if isinstance(packing, Packing):
+        lengths = list(zip(packing.queries, packing.keys, strict=True))
+    sequences = len(q) if packing is None else len(lengths)
+    if isinstance(packing, DevicePacking):
+        lengths, sequences = [], len(packing.queries) - 1
+    if sequences > MOST_SEQUENCES:
+        raise ValueError(f"{sequences:,} sequences; allowed are {MOST_SEQUENCES:,}")
+    if not causal and window != (None, None) and any(queries > keys for queries, keys in lengths):
+        raise ValueError(f"{shapes}, window={window}: allowed are no more queries than keys")
     if isinstance(packing, Packing) and (sum(packing.queries), sum(packing.keys)) != (len(q), len(k)):
         raise ValueError(f"{shapes}: packed are {sum(packing.queries)} queries and {sum(packing.keys)} keys")
 
@@ -185,8 +208,6 @@ def arguments(
     scale: float | None,
 ) -> Knobs:
     """The arguments of the operators after the tensors."""
-    if any(side is not None and side < 0 for side in window):
-        raise ValueError(f"window={window}: allowed are None and 0 or more")
     left, right = (UNLIMITED if side is None else side for side in window)
     if causal:
         right = 0
