@@ -99,6 +99,10 @@ KERNELS: list[tuple[str, dict[str, Any]]] = [
     ("longformer", {"impl": "flash", "window": (20,), "dilation": (1, 3)}),
     ("routing", {"impl": "flash", "window": 40}),
     ("routing", {"impl": "flash", "selection": "topk"}),
+    ("sparse_strided", {"impl": "flash", "stride": 30}),
+    ("sparse_strided", {"impl": "flash", "stride": 30, "head_mode": "split"}),
+    ("sparse_fixed", {"impl": "flash", "stride": 30, "c": 4}),
+    ("sparse_fixed", {"impl": "flash", "stride": 30, "c": 4, "head_mode": "interleaved"}),
 ]
 HALF_ONLY = ("flash",)
 """Implementations without a float32 kernel. They run under autocast, as in a cell in bfloat16."""

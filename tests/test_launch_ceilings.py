@@ -33,12 +33,10 @@ ABOVE = {
     "performer": 1305,
     "reformer": 1527,
     "routing": 499,
-    "sparse_fixed": 610,
-    "sparse_strided": 492,
     "transformer_xl": 33776,
 }
 """Variant → launches a layer at the longest length."""
-FLASH = ("longformer", "routing")
+FLASH = ("longformer", "routing", "sparse_fixed", "sparse_strided")
 """Variants with an implementation by flash attention."""
 FIRST = ("dense", "longformer", "routing")
 """Variants of the short tier."""

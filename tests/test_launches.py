@@ -25,7 +25,14 @@ from bench.measure.flops import CountFlops
 from bench.measure.launches import Counts, is_kernel, tensor_bytes
 from bench.measure.step import StepFigures
 from bench.tasks.base import Batch
-from variants.ops import block_sparse, kmeans_attention, kmeans_flash, operators, relative_attention
+from variants.ops import (
+    block_sparse,
+    kmeans_attention,
+    kmeans_flash,
+    operators,
+    relative_attention,
+    summary_calls,
+)
 from variants.ops.lsh import attention as lsh_attention
 from variants.ops.lsh import hashing, windows
 from variants.ops.strided_parts import Part, StridedTokens, flatten_parts
@@ -188,7 +195,8 @@ def test_every_operator_with_a_backward_pass_is_looked_into() -> None:
     names = {n.removeprefix(prefix) for n in torch._C._dispatch_get_all_op_names() if n.startswith(prefix)}
     ours = {name: getattr(torch.ops.longctx_bench, name).default for name in names}
     whole = {name for name, operator in ours.items() if not operators.implementation(operator)}
-    assert whole == {"note_work", "xformers", "xformers_backward", "flash", "flash_backward"}
+    kernels = {"xformers", "xformers_backward", "flash", "flash_backward"}
+    assert whole == {"note_work", summary_calls.summary_tables._name, *kernels}
 
 
 # --- steps --------------------------------------------------------------------------------------------

@@ -7,10 +7,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from torch import Tensor
+
 from variants.ops import masks
 from variants.ops.factorised import Role, SparseAttention, SparseConfig
+from variants.ops.flash_union import Union, Views
 from variants.ops.masks import Rule, SameResidue, Window
-from variants.ops.regions import Region
+from variants.ops.regions import Region, residues
+from variants.ops.strided_parts import StridedTokens
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,3 +57,38 @@ class SparseStrided(SparseAttention):
                 rule = rule - local if causal and merged else rule
                 regions.append(Region(rule=rule, step=self.stride, heads=heads))
         return tuple(regions)
+
+    def role_union(self, q: Tensor, role: Role, *, causal: bool) -> Union:
+        """A window and columns; the pairs at distances 0 and ±l are in one of them, as in `regions`."""
+        seq_len, reach = q.shape[2], self.stride
+        everything = StridedTokens(start=0, run=seq_len)
+        if role.factor == "local" or (role.factor == "merged" and causal):
+            window = (reach, 0 if causal else reach)
+            calls = [Views(queries=everything, keys=everything, causal=causal, window=window, whole=True)]
+            return Union((*calls, *(self._columns(seq_len, 2, causal) if role.factor == "merged" else ())))
+        columns = self._columns(seq_len, 0, causal)
+        if role.factor == "long_range" or min(reach, seq_len) < 2:
+            return Union(columns)
+        # distances 1 … l − 1 in each direction: as far as l − 2 from the neighbour
+        tokens, neighbours = (StridedTokens(start=start, run=seq_len - 1) for start in (0, 1))
+        return Union(
+            (
+                *columns,
+                Views(queries=neighbours, keys=tokens, causal=False, window=(reach - 2, 0)),
+                Views(queries=tokens, keys=neighbours, causal=False, window=(0, reach - 2)),
+            )
+        )
+
+    def _columns(self, seq_len: int, least: int, causal: bool) -> tuple[Views, ...]:
+        """The tokens of a residue read each other; causal: those at least `least` rows above. The residues
+        that have a token in the last row, if it is shorter, are longer columns and a call of their own."""
+        region = Region(rule=SameResidue(self.stride), heads=(0, 1), step=self.stride)
+        return tuple(
+            Views(
+                queries=residue.cut(least, residue.length - least),
+                keys=residue.cut(0, residue.length - least),
+                causal=causal,
+            )
+            for residue in residues(region, seq_len)
+            if residue.length > least
+        )

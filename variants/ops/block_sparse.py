@@ -8,7 +8,6 @@ of the sequence. The partial results are combined by their logsumexp.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,62 +18,8 @@ from torch.utils.flop_counter import register_flop_formula
 
 from variants.ops.memoizable import repeatable
 from variants.ops.operators import operator
+from variants.ops.part_kernels import EMPTY, KERNELS
 from variants.ops.strided_parts import Part, flatten_parts, packed, unflatten_parts
-
-EMPTY = -1e30
-"""The logsumexp over no keys: finite, so that the difference of two of them is not NaN."""
-
-
-def _fused(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, causal: bool) -> tuple[Tensor, Tensor]:
-    """Attention by torch's CPU kernel: outputs (N, H, queries, D) and logsumexp (N, H, queries)."""
-    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-        q, k, v, 0.0, causal, attn_mask=bias
-    )
-    if bias is not None:  # the kernel returns the logsumexp 0 for a query without a key
-        lse = lse.masked_fill((bias == -math.inf).all(-1), EMPTY)
-    return out, lse
-
-
-def _fused_backward(
-    dy: Tensor, q: Tensor, k: Tensor, v: Tensor, y: Tensor, lse: Tensor, bias: Tensor | None, causal: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k and v. y and lse may be those of a softmax over more keys than k."""
-    grads: tuple[Tensor, Tensor, Tensor] = (
-        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            dy, q, k, v, y, lse, 0.0, causal, attn_mask=bias
-        )
-    )
-    return grads
-
-
-def _scores(q: Tensor, k: Tensor, bias: Tensor | None, causal: bool) -> Tensor:
-    scores = (q @ k.transpose(-1, -2)).to(torch.promote_types(q.dtype, torch.float32)) / math.sqrt(
-        q.shape[-1]
-    )
-    if causal:
-        later = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1)
-        scores = scores.masked_fill_(later, -math.inf)
-    return scores if bias is None else scores + bias
-
-
-def _plain(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, causal: bool) -> tuple[Tensor, Tensor]:
-    """`_fused` as matrix products."""
-    scores = _scores(q, k, bias, causal)
-    lse = scores.logsumexp(-1).clamp(min=EMPTY)
-    return (scores - lse[..., None]).exp_().to(v.dtype) @ v, lse
-
-
-def _plain_backward(
-    dy: Tensor, q: Tensor, k: Tensor, v: Tensor, y: Tensor, lse: Tensor, bias: Tensor | None, causal: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """`_fused_backward` as matrix products (Dao 2022, arXiv:2205.14135, appendix B.2)."""
-    weights = (_scores(q, k, bias, causal) - lse[..., None]).exp_()
-    mean = (dy * y).sum(-1, keepdim=True, dtype=weights.dtype)
-    d_scores = (weights * ((dy @ v.transpose(-1, -2)) - mean) / math.sqrt(q.shape[-1])).to(q.dtype)
-    return d_scores @ k, d_scores.transpose(-1, -2) @ q, weights.to(dy.dtype).transpose(-1, -2) @ dy
-
-
-KERNELS = {"fused": (_fused, _fused_backward), "plain": (_plain, _plain_backward)}
 
 
 def _rows_like(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -104,8 +49,7 @@ def _forward(
 def _attend_piece(views: list[Tensor], bias: Tensor | None, causal: bool, impl: str) -> None:
     """Merge the softmax over some keys into y and lse; all are views (B, G, H, rows, run, …)."""
     q, y, lse, k, v = views
-    attend, _ = KERNELS[impl]
-    y_part, lse_part = attend(packed(q), packed(k), packed(v), bias, causal)
+    y_part, lse_part = KERNELS[impl].attend(packed(q), packed(k), packed(v), bias, causal)
     y_part, lse_part = y_part.reshape(y.shape), lse_part.reshape(lse.shape)
     weight = (lse_part - lse).sigmoid_()
     y.lerp_(y_part.to(y.dtype), weight[..., None])
@@ -130,7 +74,8 @@ def _backward(
     """
     dy = dy if dy.stride(-1) == 1 else dy.contiguous()  # the kernel needs rows without gaps
     wide = torch.promote_types(q.dtype, torch.float32)
-    grads = [_rows_like(q, wide) for _ in range(3)]
+    grads = [_rows_like(t, wide) for t in (q, k, v)]
+    y = KERNELS[impl].of_outputs(dy, y)
     for part in parts:
         bias = part.bias(q)
         by_query, by_key = (
@@ -148,9 +93,8 @@ def _backward(
 def _attend_piece_backward(views: list[Tensor], bias: Tensor | None, causal: bool, impl: str) -> None:
     """Add the contribution of a piece to the gradients dq, dk and dv; views as in `_attend_piece`."""
     dy, q, y, lse, dq, k, v, dk, dv = views
-    _, attend_backward = KERNELS[impl]
-    lse_rows = packed(lse).contiguous()
-    grads = attend_backward(packed(dy), packed(q), packed(k), packed(v), packed(y), lse_rows, bias, causal)
+    rows = (packed(t) for t in (dy, q, k, v, y, lse))
+    grads = KERNELS[impl].attend_backward(*rows, bias, causal)
     for total, grad in zip((dq, dk, dv), grads, strict=True):
         total.add_(grad.reshape(total.shape))
 
@@ -211,8 +155,8 @@ def _forward_shapes(q: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
 
 
 @_backward_operator.register_fake
-def _backward_shapes(dy: Tensor, q: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return _rows_like(q, q.dtype), _rows_like(q, q.dtype), _rows_like(q, q.dtype)
+def _backward_shapes(dy: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return _rows_like(q, q.dtype), _rows_like(k, q.dtype), _rows_like(v, q.dtype)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -263,8 +207,8 @@ def union_attention(
 ) -> Tensor:
     """Softmax attention over the union of the keys of all parts: (B, H, T, D) → (B, H, T, D).
 
-    A query without a key gives 0. `impl` is one of `KERNELS`; `piece` is the number of queries computed at a
-    time (see `piece_size`).
+    k and v may be longer than q. A query without a key gives 0. `impl` is one of `KERNELS`; `piece` is the
+    number of queries computed at a time (see `piece_size`).
     """
     y: Tensor
     masks, numbers = flatten_parts(parts)
@@ -273,10 +217,3 @@ def union_attention(
     else:  # operation by operation, so that counters see all computation and memory
         y = _UnionAttention.apply(q, k, v, numbers, impl, piece, *masks)  # type: ignore[no-untyped-call]
     return y
-
-
-def missing_fused(device_type: str) -> str | None:
-    """The reason why torch's CPU attention kernel cannot run on a type of device, or None."""
-    if device_type != "cpu":
-        return f"impl=fused: runs on the CPU only; on {device_type} use auto or plain"
-    return None

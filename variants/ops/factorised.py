@@ -7,19 +7,30 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
-from variants.base import Caps, Complexity, Dims, Info, VariantConfig
+import torch
+from torch import Tensor
+
+from variants.base import Caps, Complexity, Dims, Impl, Info, VariantConfig
 from variants.knobs import knob
-from variants.ops.masked_attention import MaskedAttention, MaskedConfig
+from variants.ops.flash import missing_flash
+from variants.ops.flash_union import Union, flash_union
+from variants.ops.masked_attention import TILES, MaskedAttention
 from variants.ops.masks import HeadSplit, Rule
 
 
 @dataclass(frozen=True, kw_only=True)
-class SparseConfig(MaskedConfig):
+class SparseConfig(VariantConfig):
     """Knobs of both patterns."""
 
+    impl: Literal["auto", "fused", "plain", "dense", "flex", "flash"] = "auto"
+    """Implementation of the mask. fused: tiles with allowed pairs, by torch's CPU attention kernel. plain:
+    the same tiles by matrix products, on any device. dense: every score, masked. flex: FlexAttention,
+    compiled, on CUDA. flash: a few calls of flash attention, merged by their logsumexp, on CUDA with float16
+    or bfloat16; no device has run it yet. auto: fused on the CPU, plain elsewhere."""
     stride: int | None = knob(None, least=1, unit="tokens")
     """Stride l; null: the power of two nearest to √T. T is the maximum sequence length of the layer, not the
     length of the current input, because a prefix must be read in the same way as the full sequence."""
@@ -43,6 +54,17 @@ class Role:
     last: int
 
 
+def flash(layer: SparseAttention, q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
+    """A few calls of flash attention for each role. Untried."""
+    outputs = []
+    for role in layer.roles:
+        q_role, k_role, v_role = (t[:, role.first : role.last] for t in (q, k, v))
+        union = layer.role_union(q_role, role, causal=causal)
+        outputs.append(flash_union(q_role, k_role, v_role, union).transpose(1, 2))
+    y = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
+    return y.transpose(1, 2)
+
+
 class SparseAttention(MaskedAttention):
     """Base class of both patterns: assigns the factors to heads.
 
@@ -51,6 +73,10 @@ class SparseAttention(MaskedAttention):
     """
 
     config: SparseConfig
+    IMPLS: ClassVar[Mapping[str, Impl]] = {
+        **TILES,
+        "flash": Impl(run=flash, missing=missing_flash, has_shape_functions=True, untried=True),
+    }
     info = Info(
         paper="Child et al. 2019, Sparse Transformers, arXiv:1904.10509",
         family="fixed patterns",
@@ -88,6 +114,10 @@ class SparseAttention(MaskedAttention):
     @abstractmethod
     def role_rule(self, seq_len: int, role: Role, *, causal: bool) -> Rule:
         """The rule of the heads of a role."""
+
+    @abstractmethod
+    def role_union(self, q: Tensor, role: Role, *, causal: bool) -> Union:
+        """The calls of flash attention for the heads of a role, whose queries are q (B, H, T, D)."""
 
     def rule(self, seq_len: int, *, causal: bool) -> Rule:
         """The rule of each role for its heads."""

@@ -32,9 +32,10 @@ from torch import Tensor
 
 from variants.base import Context, Cost, Dims, Impl, MixerOut, SequenceMixer, VariantConfig, Workload
 from variants.ops import backends, masks
-from variants.ops.block_sparse import missing_fused, union_attention
+from variants.ops.block_sparse import union_attention
 from variants.ops.masks import Rule
 from variants.ops.pair_counts import carried_keys, count_pairs
+from variants.ops.part_kernels import missing_fused
 from variants.ops.projections import Projections, masked_attention
 from variants.ops.rectangles import Rectangle, to_parts
 from variants.ops.regions import Region

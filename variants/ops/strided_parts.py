@@ -14,7 +14,7 @@ from torch import Tensor
 
 from variants.ops.tile_size import Sizes
 
-PIECE = Sizes(cpu=2**12, accelerator=2**15)
+PIECE = Sizes(cpu=2**12, accelerator=2**16)
 """Queries of a sequence computed at a time. The CPU's value keeps temporaries in cache."""
 MOST_PIECES = 16
 """Maximum number of pieces of a sequence. Longer sequences have larger pieces, to bound the operations."""
