@@ -12,15 +12,19 @@ Up to σ = 8 these are the features of arXiv:2009.14794, Lemma 1. Above, σ²/2 
 point, while the largest of m exponents is near σ·√(2 log m) (3.3 σ for m = 256). The level of a query cancels
 in the normaliser. A key has the weight exp(λ(σ) − σ²/2) ≤ 1, by which its value is multiplied.
 
+For bfloat16 the exponents are float16: their rounding, 2^-12 of at most 4σ, is not larger than the change of
+ω·x by the rounding of x to bfloat16, which has a standard deviation of 2^-9 σ/√3.
+
 Limits: a weight below 2^-126 is 0. A query whose weights are all 0 gives NaN; that needs keys with σ above 17
 (|k| > 48 for D = 64), or queries and keys with σ above 15 that point away from each other. A feature
-overflows if x with σ above 22 points exactly along its direction. In bfloat16, features are rounded to 8 bits.
+overflows if x with σ above 22 points exactly along its direction.
 """
 
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -33,74 +37,76 @@ ALIGNED = 8
 """Entries to which rows are padded: tensor cores read 16 bytes at a time."""
 
 
-def feature_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of features of inputs of a dtype: float16 has not enough exponents and becomes float32."""
-    return dtype if dtype == torch.bfloat16 else torch.promote_types(dtype, torch.float32)
+def write(target: Tensor, function: Callable[..., Tensor], *args: Any) -> None:
+    """Write function(*args) to `target`, rounded to its dtype, without a temporary."""
+    if torch.compiler.is_compiling():  # the tracer accepts only contiguous `out`, and removes the temporary
+        target.copy_(function(*args))
+    else:
+        function(*args, out=target)
 
 
 class ScaledFeatures(NamedTuple):
-    """A feature map, whose features are numbers of `dtype`."""
+    """A feature map, whose features are numbers."""
 
     directions: Tensor
     """(m, D), divided by D^¼, float32 or wider."""
     softmax: bool
     """Softmax features if true, else relu features."""
-    dtype: torch.dtype
+    narrow: bool
+    """Whether features are bfloat16; otherwise they have the dtype of the directions."""
 
-    def of(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Vectors (…, D), float32 or wider → features (…, m), and the weights (…, 1) that a key has, of the
-        dtype of x. The weights are None for relu."""
+    @classmethod
+    def of_dtype(cls, directions: Tensor, softmax: bool, dtype: torch.dtype) -> ScaledFeatures:
+        """The features of inputs of a dtype: bfloat16 for bfloat16, float32 or wider for others."""
+        return cls(directions, softmax, dtype == torch.bfloat16)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of features, and of values that are multiplied by them."""
+        return torch.bfloat16 if self.narrow else self.directions.dtype
+
+    @property
+    def vector_dtype(self) -> torch.dtype:
+        """The dtype of the vectors that `put` takes, and of the exponents. Relu features are not rounded before
+        they are compared with 0, because a wrong sign is an error of the whole gradient."""
+        return torch.float16 if self.narrow and self.softmax else self.directions.dtype
+
+    def put(self, target: Tensor, x: Tensor) -> Tensor | None:
+        """Write the features of vectors x (…, D) to `target` (…, m). Returns the weights (…, 1) that keys x
+        have; None for relu."""
         flat, directions = x.flatten(0, -2), self.directions.mT
-        if self.softmax:
-            spread = torch.linalg.vector_norm(flat, dim=-1, keepdim=True).mul_(x.shape[-1] ** -0.25)
-            half = spread * 0.5
-            level = half.clamp(max=STEEPEST).mul_(spread).div_(math.log(2))
-            weights = half.mul_(spread).div_(-math.log(2)).add_(level).exp2_().view(*x.shape[:-1], 1)
-            exponents = torch.addmm(level, flat, directions / math.log(2), beta=-1)
-            # one pass over the exponents, which are the largest tensor of a layer: computed in their dtype,
-            # rounded where they are written
-            narrow = exponents.dtype != self.dtype
-            found = exponents.new_empty(exponents.shape, dtype=self.dtype) if narrow else exponents
-            torch.exp2(exponents, out=found)
-        else:
-            floor = flat.new_full((1,), RELU_FLOOR)
-            weights, raised = None, torch.addmm(floor, flat, directions)
-            found = raised.clamp_(min=RELU_FLOOR).to(self.dtype)
-        return found.view(*x.shape[:-1], -1), weights
+        if not self.softmax:
+            raised = torch.addmm(flat.new_tensor([RELU_FLOOR]), flat, directions.to(x.dtype))
+            target.copy_(raised.clamp_(min=RELU_FLOOR).view(target.shape))
+            return None
+        spread = torch.linalg.vector_norm(flat, dim=-1, keepdim=True, dtype=self.directions.dtype)
+        spread.mul_(x.shape[-1] ** -0.25)
+        half = spread * (0.5 / math.log(2))
+        level = half.clamp(max=STEEPEST / math.log(2)).mul_(spread).to(x.dtype)
+        exponents = torch.addmm(level, flat, (directions / math.log(2)).to(x.dtype), beta=-1)
+        two = flat.new_full((1,), 2.0, dtype=self.directions.dtype)  # exp2 of float16 would be float16
+        write(target, torch.pow, two, exponents.view(target.shape))
+        weights = torch.sub(level, half.mul_(spread)).exp2_().to(self.dtype)
+        return weights.view(*x.shape[:-1], 1)
 
-    def queries_backward(self, grad: Tensor, features: Tensor) -> Tensor:
-        """Gradient of the features of queries (…, m), which is overwritten → of the queries (…, D).
+    def backward(self, grad: Tensor, features: Tensor, *, weighted: bool) -> tuple[Tensor, Tensor | None]:
+        """Gradient of the features (…, m), which is overwritten → of the vectors x (…, D), and a number for
+        each vector (…, 1) or None.
 
-        The levels are constants here: outputs do not depend on them.
+        For queries the levels are constants, because outputs do not depend on them. Keys are `weighted`, and
+        the gradient of their weights is the sum of the gradients of the exponents. This is the number: it is
+        to be multiplied by −x/√D and added, because all exponents of a key contain −|x|²/2√D.
         """
-        return self._of_exponents(grad, features) @ self.directions.to(self.dtype)
-
-    def keys_backward(self, grad: Tensor, features: Tensor, keys: Tensor) -> Tensor:
-        """Gradient of the features of keys (…, m), which is overwritten → of the keys (…, D).
-
-        For softmax the gradient of the weights is included: it is the sum of the gradients of the exponents.
-        """
-        of_exponents = self._of_exponents(grad, features)
         directions = self.directions.to(self.dtype)
         if not self.softmax:
-            return of_exponents @ directions
-        head_dim = keys.shape[-1]
-        with_sums = torch.nn.functional.pad(directions, (0, ALIGNED))
-        with_sums[:, head_dim] = 1
-        along, sums = (of_exponents @ with_sums).split([head_dim, ALIGNED], dim=-1)
-        return torch.addcmul(along, sums[..., :1], keys.to(self.dtype), value=-(head_dim**-0.5))
-
-    def _of_exponents(self, grad: Tensor, features: Tensor) -> Tensor:
-        if self.softmax:
-            return grad.mul_(features)
-        # the floor itself is rounded, by up to half of this
-        return grad.mul_(features > RELU_FLOOR * (1 + torch.finfo(self.dtype).eps))
-
-
-def with_normaliser(values: Tensor, norms: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """Append `norms` (…, 1), ones by default, to values (…, D), and pad with zeros: (…, D + 8)."""
-    head_dim = values.shape[-1]
-    joined = values.new_zeros(*values.shape[:-1], head_dim + ALIGNED, dtype=dtype)
-    joined[..., :head_dim] = values
-    joined[..., head_dim : head_dim + 1] = 1 if norms is None else norms
-    return joined
+            # the floor itself is rounded, by up to half of this
+            above = features > RELU_FLOOR * (1 + torch.finfo(self.dtype).eps)
+            return grad.mul_(above) @ directions, None
+        of_exponents = grad.mul_(features)
+        if not weighted:
+            return of_exponents @ directions, None
+        head_dim = directions.shape[1]
+        with_ones = torch.nn.functional.pad(directions, (0, ALIGNED))
+        with_ones[:, head_dim] = 1
+        along, sums = (of_exponents @ with_ones).split([head_dim, ALIGNED], dim=-1)
+        return along, sums[..., :1]

@@ -1,10 +1,10 @@
 """Causal linear attention over features that are numbers, in few large operations.
 
-Shapes: B batch, H heads, T tokens, D channels of a head, m features.
+Shapes: B batch, H heads, T tokens, D channels of a head, m features; rows: see `LinearProducts`.
 
 The mathematics is that of `causal_linear_attention`: Σ_{s ≤ t} φ(q_t)·φ(k_s) v_s / Σ_{s ≤ t} φ(q_t)·φ(k_s).
-The normaliser is one more channel of the values. Features: see `scaled_features`; the sums over keys:
-`LinearProducts`. For the backward pass are saved: inputs, output, normalisers and the states between
+The normaliser is one more channel of the values. Features: see `scaled_features`; sums over keys: see
+`linear_products`. For the backward pass are saved: inputs, output, normalisers and the states between
 segments. Features are computed again.
 
 Difference to `causal_linear_attention`: a later token whose value is infinite or NaN reaches earlier queries
@@ -13,6 +13,7 @@ of its chunk (0 · NaN is NaN), as in fused kernels of softmax attention. A fini
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,14 +21,17 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from variants.ops.feature_sums import split_segments
-from variants.ops.linear_products import ChunkedProducts, LinearProducts
+from variants.ops.linear_products import ChunkedProducts, LinearProducts, Store
 from variants.ops.memoizable import repeatable
-from variants.ops.scaled_features import ScaledFeatures, feature_dtype, with_normaliser
+from variants.ops.scaled_features import ALIGNED, ScaledFeatures, write
 from variants.ops.tile_size import Sizes
 
 SEGMENT = Sizes(cpu=2**14, accelerator=2**20)
-"""Tokens of all sequences together whose features exist at a time, rounded up to whole chunks. For 256
-features in bfloat16, a tensor of features of 2^20 tokens has 512 MiB, and its exponents have 1 GiB."""
+"""Tokens of all sequences together whose features exist at a time, rounded up to whole chunks. 256 features
+of 2^20 tokens have 512 MiB in bfloat16."""
+LEAST_CHUNK = Sizes(cpu=1, accelerator=128)
+"""Tokens of a chunk at least. On an accelerator the states before chunks of 64 tokens would be larger than
+the features."""
 
 
 @repeatable
@@ -46,7 +50,7 @@ class _ScaledFavor(torch.autograd.Function):
         chunk: int,
         tokens: int,
     ) -> Tensor:
-        features = ScaledFeatures(directions, softmax, feature_dtype(q.dtype))
+        features = ScaledFeatures.of_dtype(directions, softmax, q.dtype)
         batch, heads, seq_len, head_dim = q.shape
         y = q.new_empty(batch, seq_len, heads, head_dim).transpose(1, 2)
         normaliser = directions.new_empty(batch, heads, seq_len, 1)
@@ -61,7 +65,7 @@ class _ScaledFavor(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, directions, y, normaliser, *states = ctx.saved_tensors
-        features = ScaledFeatures(directions, ctx.softmax, feature_dtype(q.dtype))
+        features = ScaledFeatures.of_dtype(directions, ctx.softmax, q.dtype)
         grads = [torch.empty_like(x) for x in (q, k, v)]
         segments = split_segments(ctx.tokens, ctx.chunk, q, k, v, y, normaliser, grad, *grads)
         of_end = torch.zeros_like(states[-1])
@@ -70,12 +74,30 @@ class _ScaledFavor(torch.autograd.Function):
         return *grads, None, None, None, None, None
 
 
-def _rows(products: LinearProducts, x: Tensor, dtype: torch.dtype) -> Tensor:
-    return products.rows(x).to(dtype, memory_format=torch.contiguous_format)
+def _put_features(
+    features: ScaledFeatures, products: LinearProducts, x: Tensor
+) -> tuple[Store, Tensor | None]:
+    """Return the features of x (B, H, T, D), and the weights in rows that x has as keys."""
+    rows, channels = products.rows(x, features.vector_dtype), x.shape[-1] + ALIGNED
+    store = products.store(rows, len(features.directions), channels, features.dtype)
+    weights = features.put(store.features, rows)
+    return store, weights
 
 
-def _weighted(features: ScaledFeatures, values: Tensor, weights: Tensor | None) -> Tensor:
-    return with_normaliser(values if weights is None else values * weights, weights, features.dtype)
+def _join(
+    features: ScaledFeatures, products: LinearProducts, x: Tensor, by: Tensor | None, norms: Tensor | None
+) -> Tensor:
+    """x · by (B, H, T, D) with `norms` (B, H, T, 1) as one more channel, padded to rows (…, D + 8)."""
+    head_dim = x.shape[-1]
+    joined = products.empty(x, head_dim + ALIGNED, features.dtype)
+    target = products.heads(joined, x)
+    if by is None:
+        target[..., :head_dim] = x
+    else:
+        write(target[..., :head_dim], torch.mul, x, by)
+    target[..., head_dim : head_dim + 1] = 1 if norms is None else norms
+    target[..., head_dim + 1 :] = 0
+    return joined
 
 
 @repeatable
@@ -93,15 +115,15 @@ def _read(
 
     Returns the states before all segments so far and after this one.
     """
-    wide = features.directions.dtype
-    keys, weights = features.of(_rows(products, k, wide))
-    values = _weighted(features, products.rows(v), weights)
-    queries, _ = features.of(_rows(products, q, wide))
-    states = states or [products.empty_state(keys, values)]
+    keys, weights = _put_features(features, products, k)
+    by = None if weights is None else products.heads(weights, v)
+    values = _join(features, products, v, by, by)
+    queries, _ = _put_features(features, products, q)
+    states = states or [products.empty_state(keys, values, features.directions.dtype)]
     found, end = products.forward(queries, keys, values, states[-1])
-    sums, norms, _ = found.split([q.shape[-1], 1, found.shape[-1] - q.shape[-1] - 1], dim=-1)
-    y.copy_(products.heads(sums / norms, len(q)))
-    normaliser.copy_(products.heads(norms, len(q)))
+    sums, norms, _ = products.heads(found, q).split([q.shape[-1], 1, ALIGNED - 1], dim=-1)
+    write(y, torch.div, sums, norms)
+    normaliser.copy_(norms)
     return [*states, end]
 
 
@@ -117,25 +139,29 @@ def _read_backward(
     y: Tensor,
     normaliser: Tensor,
     grad: Tensor,
-    *grads: Tensor,
+    g_q: Tensor,
+    g_k: Tensor,
+    g_v: Tensor,
 ) -> Tensor:
-    """Write a segment's gradients of q, k and v to `grads`; return the gradient of the state before it."""
-    wide, head_dim, batch = features.directions.dtype, q.shape[-1], len(q)
-    of_norms = (y * grad).sum(-1, keepdim=True, dtype=wide).neg_().div_(normaliser)
-    g = with_normaliser(products.rows(grad / normaliser), products.rows(of_norms), features.dtype)
-    x_k = _rows(products, k, wide)
-    keys, weights = features.of(x_k)
-    values = _weighted(features, products.rows(v), weights)
-    queries, _ = features.of(_rows(products, q, wide))
-    g_queries, g_keys, g_values, of_state = products.backward(g, of_end, queries, keys, values, state)
-    of_values = g_values[..., :head_dim]
-    parts = (
-        features.queries_backward(g_queries, queries),
-        features.keys_backward(g_keys, keys, x_k),
-        of_values if weights is None else of_values * weights,
-    )
-    for target, part in zip(grads, parts, strict=True):
-        target.copy_(products.heads(part, batch))
+    """Write a segment's gradients of q, k and v; return the gradient of the state before it."""
+    by = normaliser.reciprocal()
+    of_norms = (y * grad).sum(-1, keepdim=True, dtype=by.dtype).neg_().mul_(by)
+    g = _join(features, products, grad, by, of_norms)
+    keys, weights = _put_features(features, products, k)
+    by = None if weights is None else products.heads(weights, v)
+    values = _join(features, products, v, by, by)
+    queries, _ = _put_features(features, products, q)
+    of_queries, of_keys, of_values, of_state = products.backward(g, of_end, queries, keys, values, state)
+    g_q.copy_(products.heads(features.backward(of_queries, queries.features, weighted=False)[0], q))
+    along, sums = features.backward(of_keys, keys.features, weighted=True)
+    of_v = products.heads(of_values, v)[..., : v.shape[-1]]
+    if sums is None or by is None:
+        g_k.copy_(products.heads(along, k))
+        g_v.copy_(of_v)
+    else:
+        add = partial(torch.addcmul, value=-(k.shape[-1] ** -0.5))
+        write(g_k, add, products.heads(along, k), products.heads(sums, k), k)
+        write(g_v, torch.mul, of_v, by)
     return of_state
 
 
@@ -147,14 +173,14 @@ def scaled_favor(
     softmax: bool,
     products: LinearProducts,
     chunk: int,
-    device_type: str | None = None,
+    device_type: str,
 ) -> Tensor:
     """Causal linear attention: queries, keys and values (B, H, T, D) → (B, H, T, D).
 
-    `directions` (m, D), divided by D^¼, get no gradient. Segments consist of whole chunks of `chunk` tokens.
-    `device_type` decides their size; None: the device of q.
+    `directions` (m, D), divided by D^¼, get no gradient. Segments consist of whole chunks of `chunk` tokens;
+    `device_type` decides their size.
     """
-    tokens = SEGMENT.on(device_type or q.device.type)
+    tokens = SEGMENT.on(device_type)
     y: Tensor = _ScaledFavor.apply(q, k, v, directions, softmax, products, chunk, tokens)  # type: ignore[no-untyped-call]
     return y
 
@@ -168,6 +194,12 @@ def chunked_favor(
     chunk: int,
     device_type: str | None = None,
 ) -> Tensor:
-    """`scaled_favor` by matrix products of torch over chunks of `chunk` tokens."""
-    chunk = min(chunk, q.shape[2])
-    return scaled_favor(q, k, v, directions, softmax, ChunkedProducts(chunk), chunk, device_type)
+    """`scaled_favor` by matrix products of torch over chunks of `chunk` tokens, or of `LEAST_CHUNK`.
+
+    `device_type` decides the sizes; None: the device of q.
+    """
+    device_type = device_type or q.device.type
+    batch, heads, seq_len, _ = q.shape
+    chunk = min(max(chunk, LEAST_CHUNK.on(device_type)), seq_len)
+    products = ChunkedProducts(chunk, batch * heads)
+    return scaled_favor(q, k, v, directions, softmax, products, chunk, device_type)
