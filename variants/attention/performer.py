@@ -29,6 +29,7 @@ from variants.base import (
 from variants.knobs import knob
 from variants.ops import masks
 from variants.ops.causal_linear_attention import causal_favor
+from variants.ops.fla_products import CHUNKS, fla_favor, missing_fla
 from variants.ops.linear_attention import full_favor
 from variants.ops.positive_features import RELU_FLOOR
 from variants.ops.projections import Projections, masked_attention
@@ -55,8 +56,15 @@ class PerformerConfig(VariantConfig):
     impl: Literal["auto", "plain", "chunked", "fla"] = knob("auto", younger=True)
     """Implementation of the causal sums. auto: plain on a CPU, chunked on other devices. plain: sums in
     float32 with a level for each feature, in pieces that fit into a cache, for any norms. chunked: few large
-    matrix products in the dtype of the inputs, for norms up to a limit (`variants.ops.scaled_features`). fla:
-    the same with the kernels of the package fla-core. Bidirectional sums have one implementation."""
+    matrix products in the dtype of the inputs, for norms up to a limit (`variants.ops.scaled_features`), over
+    chunks of at least 128 tokens on an accelerator. fla: the same with the kernels of the package fla-core;
+    untried. Bidirectional sums have one implementation, which is used for auto and plain."""
+
+    def __post_init__(self) -> None:
+        if self.impl == "fla":
+            allowed = ", ".join(map(str, CHUNKS))
+            self.require("chunk", self.chunk in CHUNKS, f"{allowed} with impl=fla")
+            self.require("n_features", self.n_features % 2 == 0, "an even number with impl=fla")
 
 
 class Performer(SequenceMixer):
@@ -102,9 +110,27 @@ class Performer(SequenceMixer):
             ),
             auto_on=(Impl.OTHER_DEVICES,),
         ),
+        "fla": Impl(
+            run=fla_favor,
+            missing=lambda device, dtype, head_dim: missing_fla(device),
+            flop_overhead_reason=(
+                "causal: all pairs of a chunk are computed, the last chunk is padded, and the normaliser is "
+                "one of 8 more channels of the values"
+            ),
+            has_shape_functions=True,
+            untried=True,
+        ),
     }
 
     directions: Tensor
+
+    @classmethod
+    def no_form(cls, config: VariantConfig, *, causal: bool) -> str | None:
+        """`chunked` and `fla` are implementations of causal sums only."""
+        impl = getattr(config, "impl", "auto")
+        if not causal and impl not in ("auto", "plain"):
+            return f"impl={impl} has no bidirectional form"
+        return super().no_form(config, causal=causal)
 
     def __init__(self, config: PerformerConfig, dims: Dims, layer: int = 0) -> None:
         super().__init__(config, dims, layer)

@@ -86,7 +86,8 @@ class ChunkedProducts:
     def heads(self, x: Tensor, like: Tensor) -> Tensor:
         """(N·n, c, D) → (B, H, T, D)."""
         batch, heads, seq_len = like.shape[:3]
-        return x.unflatten(0, (batch, heads, -1)).flatten(2, 3)[:, :, :seq_len]
+        tokens: Tensor = x.view(batch, heads, -1, x.shape[-1])
+        return tokens[:, :, :seq_len]
 
     def store(self, x: Tensor, features: int, channels: int, dtype: torch.dtype) -> Store:
         """(N·n, c + V, m): features, and below them what is summed over other chunks, transposed."""

@@ -67,8 +67,8 @@ class ScaledFeatures(NamedTuple):
 
     @property
     def vector_dtype(self) -> torch.dtype:
-        """The dtype of the vectors that `put` takes, and of the exponents. Relu features are not rounded before
-        they are compared with 0, because a wrong sign is an error of the whole gradient."""
+        """The dtype of the vectors that `put` takes, and of the exponents. Relu features are not rounded
+        before they are compared with 0, because a wrong sign is an error of the whole gradient."""
         return torch.float16 if self.narrow and self.softmax else self.directions.dtype
 
     def put(self, target: Tensor, x: Tensor) -> Tensor | None:
@@ -76,7 +76,8 @@ class ScaledFeatures(NamedTuple):
         have; None for relu."""
         flat, directions = x.flatten(0, -2), self.directions.mT
         if not self.softmax:
-            raised = torch.addmm(flat.new_tensor([RELU_FLOOR]), flat, directions.to(x.dtype))
+            floor = torch.full((1,), RELU_FLOOR, dtype=x.dtype, device=x.device)
+            raised = torch.addmm(floor, flat, directions)
             target.copy_(raised.clamp_(min=RELU_FLOOR).view(target.shape))
             return None
         spread = torch.linalg.vector_norm(flat, dim=-1, keepdim=True, dtype=self.directions.dtype)
@@ -84,7 +85,8 @@ class ScaledFeatures(NamedTuple):
         half = spread * (0.5 / math.log(2))
         level = half.clamp(max=STEEPEST / math.log(2)).mul_(spread).to(x.dtype)
         exponents = torch.addmm(level, flat, (directions / math.log(2)).to(x.dtype), beta=-1)
-        two = flat.new_full((1,), 2.0, dtype=self.directions.dtype)  # exp2 of float16 would be float16
+        # not exp2, because its result would be float16 before it is rounded to bfloat16, and overflow
+        two = torch.full((1,), 2.0, dtype=self.directions.dtype, device=x.device)
         write(target, torch.pow, two, exponents.view(target.shape))
         weights = torch.sub(level, half.mul_(spread)).exp2_().to(self.dtype)
         return weights.view(*x.shape[:-1], 1)

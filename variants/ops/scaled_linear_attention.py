@@ -95,8 +95,11 @@ def _join(
         target[..., :head_dim] = x
     else:
         write(target[..., :head_dim], torch.mul, x, by)
-    target[..., head_dim : head_dim + 1] = 1 if norms is None else norms
-    target[..., head_dim + 1 :] = 0
+    if norms is None:
+        target[..., head_dim].fill_(1)
+    else:
+        target[..., head_dim : head_dim + 1] = norms
+    target[..., head_dim + 1 :].zero_()
     return joined
 
 
@@ -144,9 +147,9 @@ def _read_backward(
     g_v: Tensor,
 ) -> Tensor:
     """Write a segment's gradients of q, k and v; return the gradient of the state before it."""
-    by = normaliser.reciprocal()
-    of_norms = (y * grad).sum(-1, keepdim=True, dtype=by.dtype).neg_().mul_(by)
-    g = _join(features, products, grad, by, of_norms)
+    inverse = normaliser.reciprocal()
+    of_norms = (y * grad).sum(-1, keepdim=True, dtype=inverse.dtype).neg_().mul_(inverse)
+    g = _join(features, products, grad, inverse, of_norms)
     keys, weights = _put_features(features, products, k)
     by = None if weights is None else products.heads(weights, v)
     values = _join(features, products, v, by, by)
