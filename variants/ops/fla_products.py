@@ -36,7 +36,9 @@ def missing_fla(device: torch.device) -> str | None:
     if device.type != "cuda":
         return f"impl=fla needs a CUDA device: it is not used on {device.type}"
     if importlib.util.find_spec("fla") is None or importlib.util.find_spec("triton") is None:
-        return "impl=fla needs the packages fla-core and Triton, which are not both installed (pip install fla-core)"
+        return (
+            "impl=fla needs the packages fla-core and Triton, which are not installed (pip install fla-core)"
+        )
     found = importlib.metadata.version("fla-core")
     if not found.startswith(f"{VERSION}."):
         return f"impl=fla needs fla-core {VERSION}, not {found}"

@@ -9,15 +9,16 @@ for each token, from its norm alone: with σ = |x| / D^¼, the standard deviatio
     φ_j(x) = exp(ω_j·x − λ(σ)),    λ(σ) = min(σ²/2, 4σ).
 
 Up to σ = 8 these are the features of arXiv:2009.14794, Lemma 1. Above, σ²/2 leaves the range of floating
-point, while the largest of m exponents is near σ·√(2 log m) (3.3 σ for m = 256). The level of a query cancels
-in the normaliser. A key has the weight exp(λ(σ) − σ²/2) ≤ 1, by which its value is multiplied.
+point, while the largest of m exponents is near σ·√(2 log m) (3.3 σ for m = 256). A key has the weight
+exp(λ(σ) − σ²/2) ≤ 1, by which its value is multiplied. The level of a query cancels in the normaliser.
 
 For bfloat16 the exponents are float16: their rounding, 2^-12 of at most 4σ, is not larger than the change of
 ω·x by the rounding of x to bfloat16, which has a standard deviation of 2^-9 σ/√3.
 
-Limits: a weight below 2^-126 is 0. A query whose weights are all 0 gives NaN; that needs keys with σ above 17
-(|k| > 48 for D = 64), or queries and keys with σ above 15 that point away from each other. A feature
-overflows if x with σ above 22 points exactly along its direction.
+Limits, where `positive_features` has none: a weight below 2^-126 is 0. A query whose normaliser may therefore
+be inexact, below `LEAST_NORM`, or infinite, gives NaN. That needs σ above 11 of all its keys (|k| > 32 for
+D = 64), or queries and keys with σ above 8 that point away from each other. A feature overflows if x with σ
+above 19 points exactly along its direction.
 """
 
 from __future__ import annotations
@@ -33,6 +34,8 @@ from variants.ops.positive_features import RELU_FLOOR
 
 STEEPEST = 4.0
 """The slope of λ(σ) for large σ."""
+LEAST_NORM = 2.0**-100
+"""Least normaliser: 2^20 weights that are lost, each below 2^-126, are less than 2 % of it."""
 ALIGNED = 8
 """Entries to which rows are padded: tensor cores read 16 bytes at a time."""
 
@@ -43,6 +46,11 @@ def write(target: Tensor, function: Callable[..., Tensor], *args: Any) -> None:
         target.copy_(function(*args))
     else:
         function(*args, out=target)
+
+
+def exact_or_nan(norms: Tensor) -> Tensor:
+    """Replace normalisers that have lost weights or overflown by NaN."""
+    return torch.where((norms >= LEAST_NORM) & (norms < math.inf), norms, math.nan)
 
 
 class ScaledFeatures(NamedTuple):
@@ -71,9 +79,11 @@ class ScaledFeatures(NamedTuple):
         before they are compared with 0, because a wrong sign is an error of the whole gradient."""
         return torch.float16 if self.narrow and self.softmax else self.directions.dtype
 
-    def put(self, target: Tensor, x: Tensor) -> Tensor | None:
-        """Write the features of vectors x (…, D) to `target` (…, m). Returns the weights (…, 1) that keys x
-        have; None for relu."""
+    def put(self, target: Tensor, x: Tensor, *, weighted: bool) -> Tensor | None:
+        """Write the features of vectors x (…, D) to `target` (…, m).
+
+        Keys are `weighted`, and queries are not. Returns the weights (…, 1); None for queries and for relu.
+        """
         flat, directions = x.flatten(0, -2), self.directions.mT
         if not self.softmax:
             floor = torch.full((1,), RELU_FLOOR, dtype=x.dtype, device=x.device)
@@ -82,14 +92,15 @@ class ScaledFeatures(NamedTuple):
             return None
         spread = torch.linalg.vector_norm(flat, dim=-1, keepdim=True, dtype=self.directions.dtype)
         spread.mul_(x.shape[-1] ** -0.25)
-        half = spread * (0.5 / math.log(2))
+        half = spread * (0.5 / math.log(2))  # all exponents are to base 2
         level = half.clamp(max=STEEPEST / math.log(2)).mul_(spread).to(x.dtype)
         exponents = torch.addmm(level, flat, (directions / math.log(2)).to(x.dtype), beta=-1)
         # not exp2, because its result would be float16 before it is rounded to bfloat16, and overflow
         two = torch.full((1,), 2.0, dtype=self.directions.dtype, device=x.device)
         write(target, torch.pow, two, exponents.view(target.shape))
-        weights = torch.sub(level, half.mul_(spread)).exp2_().to(self.dtype)
-        return weights.view(*x.shape[:-1], 1)
+        if not weighted:
+            return None
+        return torch.sub(level, half.mul_(spread)).exp2_().to(self.dtype).view(*x.shape[:-1], 1)
 
     def backward(self, grad: Tensor, features: Tensor, *, weighted: bool) -> tuple[Tensor, Tensor | None]:
         """Gradient of the features (…, m), which is overwritten → of the vectors x (…, D), and a number for
@@ -109,6 +120,6 @@ class ScaledFeatures(NamedTuple):
             return of_exponents @ directions, None
         head_dim = directions.shape[1]
         with_ones = torch.nn.functional.pad(directions, (0, ALIGNED))
-        with_ones[:, head_dim] = 1
+        with_ones[:, head_dim].fill_(1)
         along, sums = (of_exponents @ with_ones).split([head_dim, ALIGNED], dim=-1)
         return along, sums[..., :1]

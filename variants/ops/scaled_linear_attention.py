@@ -23,7 +23,7 @@ from torch.autograd.function import once_differentiable
 from variants.ops.feature_sums import split_segments
 from variants.ops.linear_products import ChunkedProducts, LinearProducts, Store
 from variants.ops.memoizable import repeatable
-from variants.ops.scaled_features import ALIGNED, ScaledFeatures, write
+from variants.ops.scaled_features import ALIGNED, ScaledFeatures, exact_or_nan, write
 from variants.ops.tile_size import Sizes
 
 SEGMENT = Sizes(cpu=2**14, accelerator=2**20)
@@ -75,12 +75,12 @@ class _ScaledFavor(torch.autograd.Function):
 
 
 def _put_features(
-    features: ScaledFeatures, products: LinearProducts, x: Tensor
+    features: ScaledFeatures, products: LinearProducts, x: Tensor, *, weighted: bool
 ) -> tuple[Store, Tensor | None]:
-    """Return the features of x (B, H, T, D), and the weights in rows that x has as keys."""
+    """Return the features of x (B, H, T, D), and the weights in rows if x are keys."""
     rows, channels = products.rows(x, features.vector_dtype), x.shape[-1] + ALIGNED
     store = products.store(rows, len(features.directions), channels, features.dtype)
-    weights = features.put(store.features, rows)
+    weights = features.put(store.features, rows, weighted=weighted)
     return store, weights
 
 
@@ -118,13 +118,14 @@ def _read(
 
     Returns the states before all segments so far and after this one.
     """
-    keys, weights = _put_features(features, products, k)
+    keys, weights = _put_features(features, products, k, weighted=True)
     by = None if weights is None else products.heads(weights, v)
     values = _join(features, products, v, by, by)
-    queries, _ = _put_features(features, products, q)
+    queries, _ = _put_features(features, products, q, weighted=False)
     states = states or [products.empty_state(keys, values, features.directions.dtype)]
     found, end = products.forward(queries, keys, values, states[-1])
     sums, norms, _ = products.heads(found, q).split([q.shape[-1], 1, ALIGNED - 1], dim=-1)
+    norms = exact_or_nan(norms)
     write(y, torch.div, sums, norms)
     normaliser.copy_(norms)
     return [*states, end]
@@ -150,10 +151,10 @@ def _read_backward(
     inverse = normaliser.reciprocal()
     of_norms = (y * grad).sum(-1, keepdim=True, dtype=inverse.dtype).neg_().mul_(inverse)
     g = _join(features, products, grad, inverse, of_norms)
-    keys, weights = _put_features(features, products, k)
+    keys, weights = _put_features(features, products, k, weighted=True)
     by = None if weights is None else products.heads(weights, v)
     values = _join(features, products, v, by, by)
-    queries, _ = _put_features(features, products, q)
+    queries, _ = _put_features(features, products, q, weighted=False)
     of_queries, of_keys, of_values, of_state = products.backward(g, of_end, queries, keys, values, state)
     g_q.copy_(products.heads(features.backward(of_queries, queries.features, weighted=False)[0], q))
     along, sums = features.backward(of_keys, keys.features, weighted=True)
@@ -203,6 +204,10 @@ def chunked_favor(
     """
     device_type = device_type or q.device.type
     batch, heads, seq_len, _ = q.shape
-    chunk = min(max(chunk, LEAST_CHUNK.on(device_type)), seq_len)
+    least = LEAST_CHUNK.on(device_type)
+    if chunk < least:
+        # equal chunks, so that little of the last one is padding
+        chunk = max(chunk, -(-seq_len // (ALIGNED * -(-seq_len // least))) * ALIGNED)
+    chunk = min(chunk, seq_len)
     products = ChunkedProducts(chunk, batch * heads)
     return scaled_favor(q, k, v, directions, softmax, products, chunk, device_type)
