@@ -6,19 +6,20 @@ Shapes: D channels of a head, m features; directions ω (m, D), divided by D^¼.
 the keys. Here features are stored as numbers, so that tensor cores multiply them, and a level is one number
 for each token, from its norm alone: with σ = |x| / D^¼, the standard deviation of ω·x over Gaussian ω,
 
-    φ_j(x) = exp(ω_j·x − λ(σ)),    λ(σ) = min(σ²/2, 4σ).
+    φ_j(x) = exp(ω_j·x − λ(σ)),    λ(σ) = min(σ²/2, σ·√(2 log m)).
 
-Up to σ = 8 these are the features of arXiv:2009.14794, Lemma 1. Above, σ²/2 leaves the range of floating
-point, while the largest of m exponents is near σ·√(2 log m) (3.3 σ for m = 256). A key has the weight
-exp(λ(σ) − σ²/2) ≤ 1, by which its value is multiplied. The level of a query cancels in the normaliser.
+Up to σ = 2·√(2 log m), which is 6.7 for m = 256, these are the features of arXiv:2009.14794, Lemma 1. Above,
+σ²/2 leaves the range of floating point, while the largest of the m exponents is near σ·√(2 log m). A key has
+the weight exp(λ(σ) − σ²/2) ≤ 1, by which its value is multiplied. The level of a query cancels in the
+normaliser.
 
-For bfloat16 the exponents are float16: their rounding, 2^-12 of at most 4σ, is not larger than the change of
-ω·x by the rounding of x to bfloat16, which has a standard deviation of 2^-9 σ/√3.
+For bfloat16 the exponents are float16: their rounding, 2^-12 of at most about 4σ, is not larger than the
+change of ω·x by the rounding of x to bfloat16, which has a standard deviation of 2^-9 σ/√3.
 
 Limits, where `positive_features` has none: a weight below 2^-126 is 0. A query whose normaliser may therefore
-be inexact, below `LEAST_NORM`, or infinite, gives NaN. That needs σ above 11 of all its keys (|k| > 32 for
-D = 64), or queries and keys with σ above 8 that point away from each other. A feature overflows if x with σ
-above 19 points exactly along its direction.
+be inexact, below `LEAST_NORM`, or infinite, gives NaN. That needs σ above 12 of all its keys (|k| > 34 for
+D = 64), or queries and keys with σ above 10 that point away from each other. A feature overflows if x with σ
+above 17 points exactly along its direction.
 """
 
 from __future__ import annotations
@@ -32,8 +33,6 @@ from torch import Tensor
 
 from variants.ops.positive_features import RELU_FLOOR
 
-STEEPEST = 4.0
-"""The slope of λ(σ) for large σ."""
 LEAST_NORM = 2.0**-100
 """Least normaliser: 2^20 weights that are lost, each below 2^-126, are less than 2 % of it."""
 ALIGNED = 8
@@ -93,14 +92,18 @@ class ScaledFeatures(NamedTuple):
         spread = torch.linalg.vector_norm(flat, dim=-1, keepdim=True, dtype=self.directions.dtype)
         spread.mul_(x.shape[-1] ** -0.25)
         half = spread * (0.5 / math.log(2))  # all exponents are to base 2
-        level = half.clamp(max=STEEPEST / math.log(2)).mul_(spread).to(x.dtype)
+        steepest = math.sqrt(2 * math.log(len(self.directions) + 1))  # + 1: not 0 for one feature
+        level = half.clamp(max=steepest / math.log(2)).mul_(spread).to(x.dtype)
         exponents = torch.addmm(level, flat, (directions / math.log(2)).to(x.dtype), beta=-1)
         # not exp2, because its result would be float16 before it is rounded to bfloat16, and overflow
         two = torch.full((1,), 2.0, dtype=self.directions.dtype, device=x.device)
         write(target, torch.pow, two, exponents.view(target.shape))
         if not weighted:
             return None
-        return torch.sub(level, half.mul_(spread)).exp2_().to(self.dtype).view(*x.shape[:-1], 1)
+        weights = torch.sub(level, half.mul_(spread)).exp2_()
+        # numbers with few bits below the normal range must not dominate a normaliser
+        weights = torch.nn.functional.threshold(weights, torch.finfo(self.dtype).tiny, 0.0)
+        return weights.to(self.dtype).view(*x.shape[:-1], 1)
 
     def backward(self, grad: Tensor, features: Tensor, *, weighted: bool) -> tuple[Tensor, Tensor | None]:
         """Gradient of the features (…, m), which is overwritten → of the vectors x (…, D), and a number for
