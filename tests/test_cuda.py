@@ -218,3 +218,45 @@ def test_a_cell_runs_with_the_kernel_and_names_it(name: str, knobs: dict[str, An
     assert (record["status"], record["impl"]) == ("ok", knobs["impl"]), record["reason"]
     assert record["peak_bytes_predicted"] is None  # a prediction runs on the CPU
     assert (record["cost_ratio_reason"] is None) == (knobs["impl"] == "xformers")
+
+
+FAVOR: list[dict[str, Any]] = [
+    {"impl": "chunked"},
+    {"impl": "chunked", "features": "relu"},
+    {"impl": "fla"},
+    {"impl": "fla", "features": "relu"},
+]
+
+
+@pytest.mark.parametrize("knobs", FAVOR)
+@pytest.mark.parametrize("tokens", [1, 100, 777])
+def test_causal_sums_of_performer_equal_the_reference(knobs: dict[str, Any], tokens: int) -> None:
+    dims, variant = dims_or_skip("performer", knobs, tokens), variants.load("performer")
+    config, device = variant.Config(**knobs), torch.device("cuda")
+    # a card multiplies float32 in Triton's kernels as TF32
+    if knobs["impl"] == "chunked":
+        gates.reference_error(variant, config, dims, 0, device, causal=True)
+        assert gates.leak(variant, config, dims, 2, device) == 0
+    layer = variant(config, dims).to(device)
+    slow = variant(variant.Config(**{**knobs, "impl": "plain"}), dims).to(device).double()
+    slow.load_state_dict(layer.state_dict())
+    x = torch.randn(2, tokens, dims.d_model, device=device, requires_grad=True)
+    x64 = x.detach().double().requires_grad_()
+    with torch.autocast("cuda", torch.bfloat16):
+        y = layer(x, Context(causal=True)).y
+    y64 = slow.reference(x64, Context(causal=True))
+    direction = torch.randn_like(y64)
+    (got,), (want,) = (torch.autograd.grad(a, b, direction.to(a)) for a, b in ((y, x), (y64, x64)))
+    for a, b in ((y, y64), (got, want)):
+        assert (a.double() - b).norm() <= 2**-5 * b.norm()
+
+
+def test_a_cell_of_performer_with_fla_runs_and_names_it(tmp_path: Path) -> None:
+    dims_or_skip("performer", {"impl": "fla"}, 1024)
+    cell = ["variant=performer", "variant.impl=fla", "device=cuda", "dtype=bfloat16", "seq_len=1024"]
+    command = [sys.executable, "-m", "bench", *cell, "model=small", "data=stdlib", "measure=quick"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=HANG_SECONDS)
+    assert done.returncode == 0, done.stderr
+    (path,) = (tmp_path / "results/adhoc/records").glob("*.json")
+    record = json.loads(path.read_text())
+    assert (record["status"], record["impl"]) == ("ok", "fla"), record["reason"]

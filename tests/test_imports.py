@@ -60,7 +60,7 @@ HYDRA = ("bench.__main__", "bench.cli", "bench.plugins")
 """Who may import Hydra."""
 OF_ANY_PROCESS = {"bench.process.signals", "bench.inputs.printable", "variants.safe_output"}
 """What any command needs, measuring or not: its signals and its screen."""
-KERNELS = {"xformers"}
+KERNELS = {"fla", "xformers"}
 """Optional packages that hold an `impl` of a variant; imported inside a function only."""
 
 

@@ -24,13 +24,11 @@ CEILING = 300
 """Launches a layer at the longest length."""
 GROWING = {
     "compressive": (2532, 10260),
-    "performer": (423, 447),
     "transformer_xl": (2096, 8432),
 }
 """Variant → launches a layer at the short and the long length."""
 ABOVE = {
     "compressive": 41172,
-    "performer": 1305,
     "reformer": 1527,
     "routing": 499,
     "transformer_xl": 33776,

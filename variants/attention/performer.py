@@ -6,8 +6,9 @@ Shapes: B batch, T tokens, C channels, H heads, D = C / H, m features.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -18,6 +19,7 @@ from variants.base import (
     Context,
     Cost,
     Dims,
+    Impl,
     Info,
     MixerOut,
     SequenceMixer,
@@ -27,9 +29,11 @@ from variants.base import (
 from variants.knobs import knob
 from variants.ops import masks
 from variants.ops.causal_linear_attention import causal_favor
+from variants.ops.fla_products import CHUNKS, fla_favor, missing_fla
 from variants.ops.linear_attention import full_favor
 from variants.ops.positive_features import RELU_FLOOR
 from variants.ops.projections import Projections, masked_attention
+from variants.ops.scaled_linear_attention import chunked_favor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +53,18 @@ class PerformerConfig(VariantConfig):
     """Optimiser steps between draws of new directions; 0 never draws new ones."""
     chunk: int = knob(64, least=1, unit="tokens")
     """Tokens of a chunk: causal weights are computed pair by pair within it, earlier chunks are one sum."""
+    impl: Literal["auto", "plain", "chunked", "fla"] = knob("auto", younger=True)
+    """Implementation of the causal sums. auto: plain on a CPU, chunked on other devices. plain: sums in
+    float32 with a level for each feature, in pieces that fit into a cache, for any norms. chunked: few large
+    matrix products in the dtype of the inputs, for norms up to a limit (`variants.ops.scaled_features`), over
+    chunks of at least 128 tokens on an accelerator. fla: the same with the kernels of the package fla-core;
+    untried. Bidirectional sums have one implementation, which is used for auto and plain."""
+
+    def __post_init__(self) -> None:
+        if self.impl == "fla":
+            allowed = ", ".join(map(str, CHUNKS))
+            self.require("chunk", self.chunk in CHUNKS, f"{allowed} with impl=fla")
+            self.require("n_features", self.n_features % 2 == 0, "an even number with impl=fla")
 
 
 class Performer(SequenceMixer):
@@ -80,9 +96,41 @@ class Performer(SequenceMixer):
         complexity=Complexity(time=1, memory=1, formula="T·m·D", source="Choromanski 2020, §2.2", survey=1),
         caps=Caps(causal=True, bidirectional=True),
     )
-    flop_overhead_reason = "causal: the last chunk is padded with zeros"
+    IMPLS: ClassVar[Mapping[str, Impl]] = {
+        "plain": Impl(
+            run=causal_favor,
+            flop_overhead_reason="causal: the last chunk is padded with zeros",
+            auto_on=("cpu",),
+        ),
+        "chunked": Impl(
+            run=chunked_favor,
+            flop_overhead_reason=(
+                "causal: all pairs of a chunk are computed, sums of chunks are added by matrix products, and "
+                "the normaliser is one of 8 more channels of the values"
+            ),
+            auto_on=(Impl.OTHER_DEVICES,),
+        ),
+        "fla": Impl(
+            run=fla_favor,
+            missing=lambda device, dtype, head_dim: missing_fla(device),
+            flop_overhead_reason=(
+                "causal: all pairs of a chunk are computed, the last chunk is padded, and the normaliser is "
+                "one of 8 more channels of the values"
+            ),
+            has_shape_functions=True,
+            untried=True,
+        ),
+    }
 
     directions: Tensor
+
+    @classmethod
+    def no_form(cls, config: VariantConfig, *, causal: bool) -> str | None:
+        """`chunked` and `fla` are implementations of causal sums only."""
+        impl = getattr(config, "impl", "auto")
+        if not causal and impl not in ("auto", "plain"):
+            return f"impl={impl} has no bidirectional form"
+        return super().no_form(config, causal=causal)
 
     def __init__(self, config: PerformerConfig, dims: Dims, layer: int = 0) -> None:
         super().__init__(config, dims, layer)
@@ -133,7 +181,7 @@ class Performer(SequenceMixer):
         directions, softmax = self._scaled(q), self.config.features == "softmax"
         with torch.autocast(x.device.type, enabled=False):  # exponents and sums need float32
             if ctx.causal:
-                y = causal_favor(q, k, v, directions, softmax, self.config.chunk, self.device_type)
+                y = self.run_impl(q, k, v, directions, softmax, self.config.chunk, self.device_type)
             else:
                 y = full_favor(q, k, v, directions, softmax, self.device_type)
         return MixerOut(self.projections.merge(y))
