@@ -90,6 +90,9 @@ class Record:
     # gates
     leak_max_abs: Amount | None = None
     reference_max_abs: Amount | None = None
+    reference_max_abs_reason: str | None = None
+    dtype_reference_rms: Amount | None = None
+    dtype_reference_row_rms: Amount | None = None
     recompute_max_abs: Amount | None = None
     cost_ratio: Amount | None = None
     cost_ratio_reason: str | None = None
