@@ -103,6 +103,7 @@ class Record:
     flops_executed_step: Work | None = None
     flops_attention_step: Work | None = None
     flops_source: str | None = None
+    attention_kernels: str | None = None
     launches_step: Count | None = None
     bytes_moved_step: Count | None = None
     step_seconds_estimated: Positive | None = None
@@ -171,8 +172,10 @@ class Record:
     wait_share: Amount | None = None
     foreign_cores: Amount | None = None
     gpu_clock_mhz: Count | None = None
+    gpu_memory_clock_mhz: Count | None = None
     gpu_temperature_celsius: Whole | None = None
     gpu_power_watts: Amount | None = None
+    gpu_power_limit_watts: Amount | None = None
     gpu_throttling: str | None = None
     gpu_foreign_processes: Count | None = None
     gpu_reason: str | None = None
@@ -227,6 +230,10 @@ class Record:
     threads: Size | None = None
     allocator: str | None = None
     gpu_driver: str | None = None
+    cudnn_version: Count | None = None
+    tf32: str | None = None
+    device_allocator: str | None = None
+    deterministic: bool | None = None
     started_at: str | None = None
     ended_at: str | None = None
     sequence: Count | None = None

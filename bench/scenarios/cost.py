@@ -58,6 +58,7 @@ class CostMeasurement:
             source = f"{self.device.type}_allocated"
         self.report(flop_figures(self.spec, subject.model, figures, source="dispatched"))
         self.report(memory_figures(figures, source=source))
+        self.report({"attention_kernels": ", ".join(figures.attention_kernels) or None})
         if self.spec.activations == "reversible":
             drift: dict[int, float] = {}
             with subject.model.running(partial(reversible, drift=drift)):

@@ -92,6 +92,13 @@ def distinct(values: pd.Series[str]) -> str | None:
     return "; ".join(str(v) for v in values.dropna().unique()) or None
 
 
+def unasked_math(frame: pd.DataFrame) -> pd.Series[bool]:
+    """Where torch chose the attention backend *math*, which stores all scores, without being asked to."""
+    kernels = frame["attention_kernels"].fillna("").str.split(", ")
+    took: pd.Series[bool] = kernels.map(lambda names: "math" in names).astype(bool)
+    return took & (frame["impl"] != "math")
+
+
 def cost_cells(frame: pd.DataFrame, floors: Mapping[str, float] = UNKNOWN_FLOORS) -> pd.DataFrame:
     """One row per cell (all keys except the replicate): its cost and whether it finished.
 
@@ -124,6 +131,10 @@ def cost_cells(frame: pd.DataFrame, floors: Mapping[str, float] = UNKNOWN_FLOORS
         columns |= {f"{name}_{end}": grouped[source].agg(end) for end in ("min", "max")}
     columns |= {name: grouped[name].agg(distinct) for name in ("peak_bytes_source", "peak_phase")}
     columns[SOURCE] = grouped[SOURCE].first()
+    columns["attention_kernels"] = grouped["attention_kernels"].agg(distinct)
+    columns["unasked_math"] = (
+        (frame["ok"] & unasked_math(frame)).groupby([frame[k] for k in CELL], sort=False, dropna=False).any()
+    )
     columns["launch_bound"] = (
         (frame["ok"] & frame["launch_bound"].eq(True))
         .groupby([frame[k] for k in CELL], sort=False, dropna=False)

@@ -10,7 +10,7 @@ import pandas as pd
 from bench.report.data.compared_time import DEVICE, SECONDS, SOURCE, WALL
 from bench.report.text import markdown, units
 from bench.report.text.columns import Column, each
-from bench.report.text.marks import LAUNCH_BOUND, LEAK, PREDICTED, timed
+from bench.report.text.marks import LAUNCH_BOUND, LEAK, MATH, PREDICTED, timed
 
 
 def label_of(row: pd.Series[Any]) -> str:
@@ -32,8 +32,10 @@ def time_title(cells: pd.DataFrame) -> str:
 
 
 def compared(row: pd.Series[Any]) -> str:
-    """The compared time of a step, marked where it is contaminated, or a wall time that is the host's."""
-    return _bound(timed(row, f"{SECONDS}_median", units.seconds), row, WALL)
+    """The compared time of a step, marked where it is contaminated, is of the backend math, or is a wall time
+    that is the host's."""
+    text = timed(row, f"{SECONDS}_median", units.seconds)
+    return _bound(text, row, WALL) + (MATH if row["unasked_math"] and text != units.MISSING else "")
 
 
 def wall(row: pd.Series[Any]) -> str:

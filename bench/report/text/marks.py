@@ -13,7 +13,7 @@ from bench.report.text import units
 
 LEAK, DRIFT, PREDICTED = "†", "‡", "ᵖ"
 ALIKE, UNTOLD, OF_TWO, CONTAMINATED = "≈", "?", "ʳ", "§"
-LAUNCH_BOUND = "ʰ"
+LAUNCH_BOUND, MATH = "ʰ", "ᵐ"
 OF_INTERVALS = {
     ALIKE: "not distinguishable from dense: the interval of the ratio holds 1 or lies within the noise floor "
     "(of n replicates, three or more: the floor over √n)",
@@ -28,6 +28,8 @@ NOTES = {
     PREDICTED: "predicted, not measured",
     LAUNCH_BOUND: "launch-bound in one replicate at least: the device was busy for less than 90 % of this "
     "time, which is the time of the host that submits the operations",
+    MATH: "torch took the attention backend math, which stores all T × T scores, because no fused one "
+    "accepted the tensors",
     DRIFT: f"parameters differ from dense by more than {DRIFT_LIMIT:.0%}: not like for like",
     **OF_INTERVALS,
 }
@@ -36,6 +38,7 @@ SHORT_NOTES = {
     LEAK: f"sees the future: the gate measured a leak of more than {LEAK_LIMIT:g}",
     PREDICTED: NOTES[PREDICTED],
     LAUNCH_BOUND: NOTES[LAUNCH_BOUND],
+    MATH: NOTES[MATH],
     **OF_INTERVALS,
 }
 """Mark → its meaning, for the notes beneath a table of summary.tex."""

@@ -17,7 +17,7 @@ from bench.report.figures.spec import FigureSpec, one_point
 from bench.report.sections import Section
 from bench.report.sections.cost.plots import BY_DEPTH, BY_LENGTH
 from bench.report.sections.cost.tables import cost
-from bench.report.text.marks import LAUNCH_BOUND, LEAK, OF_INTERVALS, PREDICTED, meanings
+from bench.report.text.marks import LAUNCH_BOUND, LEAK, MATH, OF_INTERVALS, PREDICTED, meanings
 from bench.report.text.phrases import headed
 from bench.report.text.tables import Table
 
@@ -36,7 +36,7 @@ class Cost(Section[pd.DataFrame]):
         "algorithmic part that is not a projection, feed-forward or output layer. *launches* are dispatched "
         "operations that compute something, *bytes moved* their tensor arguments and results."
     )
-    marks = meanings(LEAK, *OF_INTERVALS, LAUNCH_BOUND, PREDICTED)
+    marks = meanings(LEAK, *OF_INTERVALS, LAUNCH_BOUND, MATH, PREDICTED)
 
     def compute(self, records: Experiment, done: Mapping[str, Any]) -> pd.DataFrame:
         """The cost cells; whether two differ is judged by the machine's noise floor."""

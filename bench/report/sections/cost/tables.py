@@ -6,7 +6,7 @@ import pandas as pd
 
 from bench.report.data.compared_time import RATE, SECONDS
 from bench.report.text import units
-from bench.report.text.cells import compared, label_of, peak, time_title, wall
+from bench.report.text.cells import compared, label_of, or_dash, peak, time_title, wall
 from bench.report.text.columns import Column, each
 from bench.report.text.marks import against, interval, marked_range
 
@@ -30,6 +30,7 @@ def cost(cells: pd.DataFrame) -> list[Column]:
         each(cells, "algorithmic FLOPs", "flops_algorithmic_step", units.flops),
         each(cells, "executed FLOPs", "flops_executed_step", units.flops),
         each(cells, "attention FLOPs", "flops_attention_step", units.flops),
+        each(cells, "kernels", "attention_kernels", or_dash, right=False),
         each(cells, "launches", "launches_step", units.count),
         each(cells, "bytes moved", "bytes_moved_step", units.size),
         each(cells, "replicates", "replicates", str, optional=False),
