@@ -10,6 +10,7 @@ import pandas as pd
 import pytest
 from test_report import record, table, write
 
+from bench.claims.cells import ratio, step_time
 from bench.records import Record
 from bench.report import build, compare
 from bench.report.data.collect import collect
@@ -169,3 +170,11 @@ def test_the_column_is_null_where_nothing_was_timed() -> None:
     found = with_compared_time(frame)
     assert found.compared_seconds.isna().all()
     assert (found.time_source == "wall").all()
+
+
+def test_claims_are_judged_by_the_time_that_both_have(tmp_path: Path) -> None:
+    frame = collect(write(tmp_path / "demo", round_of())).frame
+    dense, chunked = (frame[frame.variant == name] for name in ("dense", "chunked"))
+    assert ratio(chunked, dense, step_time(chunked, dense)).middle == pytest.approx(0.5)
+    older = dense.assign(device_seconds_step=np.nan)
+    assert ratio(chunked, older, step_time(chunked, older)).middle == 1.0

@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 
 from bench.claims.base import Finding, Missing, Verdict
-from bench.claims.cells import Spread, by_replicate, difference, figure, finished, has, ratio
+from bench.claims.cells import Spread, by_replicate, difference, figure, finished, has, ratio, step_time
 from bench.claims.parts import Part, knob, like, one_setting, points, share, together, unsure
 from bench.report.text import units
 
@@ -80,7 +80,7 @@ def _cost(frame: pd.DataFrame, trained: Trained) -> Part:
     attention, step = (
         figure(other, name) / figure(own, name) for name in ("flops_attention_step", "flops_algorithmic_step")
     )
-    timed = ratio(trained.overlapping, trained.chunked, "step_seconds_median")
+    timed = ratio(trained.overlapping, trained.chunked, step_time(trained.overlapping, trained.chunked))
     counted = ratio(trained.overlapping, trained.chunked, "flops_algorithmic_step")
     short, size = trained.chunked.iloc[0]["seq_len"], int(knob(trained.chunked, "chunk").iloc[0])
     right = abs(attention / 2 - 1) <= NEAR and abs(step / 2 - 1) <= NEAR

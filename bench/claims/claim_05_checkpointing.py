@@ -7,7 +7,7 @@ from typing import Any
 import pandas as pd
 
 from bench.claims.base import Finding, Missing, Verdict
-from bench.claims.cells import Spread, by_replicate, disturbed, figure, finished, ratio
+from bench.claims.cells import Spread, by_replicate, disturbed, figure, finished, ratio, step_time
 from bench.report.data.groups import split
 from bench.report.data.kinds import kinds
 from bench.report.text import units
@@ -39,8 +39,8 @@ def costs(frame: pd.DataFrame) -> list[tuple[str, Spread, Spread, float]]:
     by_length = []
     for seq_len, cells in every.groupby("seq_len", sort=True):
         keep = finished(frame, **keys, activations="keep", seq_len=seq_len)
-        more = ratio(cells, keep, "step_seconds_median")
-        step, base = (by_replicate(own, "step_seconds_median") for own in (cells, keep))
+        more = ratio(cells, keep, step_time(cells, keep))
+        step, base = (by_replicate(own, step_time(cells, keep)) for own in (cells, keep))
         added = ((step - base) / by_replicate(keep, "forward_seconds_median")).dropna()
         flops = figure(cells, "flops_executed_step") / figure(keep, "flops_executed_step")
         by_length.append((f"{seq_len:,} tokens", more.judged(), Spread.plain(added).judged(), flops))

@@ -151,6 +151,7 @@ class Record:
     launch_seconds: Positive | None = None
     launch_bound: bool | None = None
     sampling_end: str | None = None
+    warm_up_runs: Count | None = None
     sampling_half_width: Amount | None = None
     energy_joules_per_token: Amount | None = None
     mfu: Share | None = None

@@ -116,6 +116,7 @@ class CostMeasurement:
                 "launch_seconds": device_time.launch_seconds(self.folder, self.device, self.device_name),
                 "launch_bound": device_time.is_launch_bound(busy, steps.median),
                 "sampling_end": steps.end,
+                "warm_up_runs": steps.runs - len(steps.seconds),
                 "sampling_half_width": steps.half_width,
                 **load,
             }
