@@ -16,7 +16,9 @@ from conftest import HANG_SECONDS
 import variants
 from bench.measure import gates, nvml
 from bench.measure.flops import CountFlops
-from variants.base import Context, Workload
+from bench.measure.reference_gate import dtype_reference_errors
+from bench.measure.timing import ACCELERATOR_SAMPLES
+from variants.base import Context, Dims, Workload
 from variants.input_schedule import NetworkOut
 
 pytestmark = [
@@ -82,6 +84,45 @@ except torch.OutOfMemoryError:
 def test_a_process_is_held_to_its_share_of_the_device() -> None:
     done = subprocess.run([sys.executable, "-c", HELD], capture_output=True, text=True, timeout=HANG_SECONDS)
     assert done.stdout == "refused\n", done.stderr
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("impl", ["sdpa", "flash", "cudnn", "efficient", "math"])
+def test_a_forced_backend_runs_alone_and_equals_the_reference_in_bfloat16(
+    impl: str, causal: bool, head_dim: int
+) -> None:
+    """At the heads of a real model. The kernel that ran is the one that was asked for."""
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    device, half = torch.device("cuda"), torch.bfloat16
+    dims = Dims(seq_len=777, d_model=4 * head_dim, heads=4)
+    dense = variants.load("dense")
+    config = dense.Config(impl=impl)
+    if reason := dense.missing(config, dims, device=device, dtype=half):
+        pytest.skip(reason)
+    dtype_reference_errors(dense, config, dims, 0, device, half, causal=causal)
+    layer = dense(config, dims).cuda()
+    x = torch.randn(2, 777, dims.d_model, device=device, requires_grad=True)
+    with CountFlops() as counted, torch.autocast("cuda", half):
+        layer(x, Context(causal=causal)).y.sum().backward()
+    assert counted.attention_kernels == (impl,) or impl == "sdpa"
+    assert len(counted.attention_kernels) == 1
+    assert "math" not in counted.attention_kernels or impl == "math"
+
+
+def test_a_cell_records_the_settings_of_the_device(tmp_path: Path) -> None:
+    cell = ["variant=dense", "dtype=bfloat16", "device=cuda", "seq_len=512", "model=small"]
+    command = [sys.executable, "-m", "bench", *cell, "data=stdlib", "measure=quick"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=HANG_SECONDS)
+    assert done.returncode == 0, done.stderr
+    (path,) = (tmp_path / "results/adhoc/records").glob("*.json")
+    record = json.loads(path.read_text())
+    assert record["status"] == "ok", record["reason"]
+    settings = ("cudnn_version", "tf32", "device_allocator", "deterministic", "attention_kernels")
+    assert None not in [record[key] for key in settings]
+    assert record["dtype_reference_rms"] > 0
+    assert len(record["step_seconds_samples"]) >= ACCELERATOR_SAMPLES
 
 
 KERNELS: list[tuple[str, dict[str, Any]]] = [

@@ -417,7 +417,7 @@ def test_figures_are_taken_once(tmp_path: Path) -> None:
     assert figures.leak_max_abs is not None
     (path,) = kept(tmp_path)
     assert json.loads(path.read_text()) == taken(figures)
-    path.write_text(json.dumps({"leak_max_abs": 0.5, "reference_max_abs": 0.25}))
+    path.write_text(json.dumps(taken(figures) | {"leak_max_abs": 0.5, "reference_max_abs": 0.25}))
     again = gates.check(spec_of(replicate=3, batch_size=4, activations="checkpoint"), tmp_path, "code")
     assert (again.leak_max_abs, again.reference_max_abs) == (0.5, 0.25)
 
@@ -468,6 +468,7 @@ def test_a_strategy_that_does_not_replay_randomness_is_caught(
 def test_recomputation_is_checked_in_the_cells_dtype(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(variants, "load", lambda name: UnreplayedInBfloat16)
     monkeypatch.setattr(gates, "leak", lambda *args, **kwargs: 0.0)
+    monkeypatch.setattr(gates, "dtype_reference_errors", lambda *args, **kwargs: gates.Errors(0.0, 0.0))
     gates.check(spec_of(activations="checkpoint"), tmp_path, "code")
     with pytest.raises(gates.GateFailed, match="recompute gate: activations=checkpoint"):
         gates.check(spec_of(activations="checkpoint", dtype="bfloat16"), tmp_path, "code")

@@ -20,8 +20,10 @@ ROOT = Path(__file__).parents[1]
 UUID = "GPU-of-this-machine"
 FULL = {
     "clock": "1980",
+    "memory_clock": "2619",
     "temperature": "41",
     "power": "412500",
+    "limit": "700000",
     "reasons": str(4 | 32 | 1),
     "energy": "7000",
     "used": str(3 << 30),
@@ -29,8 +31,10 @@ FULL = {
 }
 KEYS_OF = {
     "clock": ["gpu_clock_mhz"],
+    "memory_clock": ["gpu_memory_clock_mhz"],
     "temperature": ["gpu_temperature_celsius"],
     "power": ["gpu_power_watts"],
+    "limit": ["gpu_power_limit_watts"],
     "reasons": ["gpu_throttling"],
     "energy": ["energy_joules_per_token"],
     "used": ["nvml_device_bytes"],
@@ -94,8 +98,10 @@ def test_answers_get_their_units_and_words(driver: Path) -> None:
     (found,) = states(driver, FULL)
     assert found == {
         "gpu_clock_mhz": 1980,
+        "gpu_memory_clock_mhz": 2619,
         "gpu_temperature_celsius": 41,
         "gpu_power_watts": 412.5,
+        "gpu_power_limit_watts": 700.0,
         "gpu_throttling": "power cap, heat",
         "gpu_foreign_processes": 1,
         "nvml_process_bytes": 2 << 30,

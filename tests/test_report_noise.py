@@ -18,6 +18,7 @@ from test_report import number, record, table, write
 from bench.report import build
 from bench.report.data import noise_floor
 from bench.report.data.collect import collect
+from bench.report.data.compared_time import with_compared_time
 from bench.report.data.intervals import differs, interval
 from bench.report.data.statistics import cost_cells
 from bench.report.sections.contamination import Contamination
@@ -182,7 +183,7 @@ def with_twins(frame: pd.DataFrame, factors: list[float]) -> pd.DataFrame:
     """The frame and, of its dense cells, twins whose times are these factors of theirs, by replicate."""
     again = frame[frame["variant"] == "dense"].assign(twin=1)
     again["step_seconds_median"] *= [factors[r] for r in again["replicate"]]
-    return pd.concat([frame, again], ignore_index=True)
+    return with_compared_time(pd.concat([frame, again], ignore_index=True))
 
 
 def test_a_drift_over_rounds_is_no_spread_of_the_ratio(tmp_path: Path) -> None:

@@ -104,6 +104,13 @@ class Spread:
         return f"{show(self.middle)} ({show(self.low)} to {show(self.high)}, {self.count} replicates)"
 
 
+def step_time(*cells: pd.DataFrame) -> str:
+    """Return the time by which these cells are compared: the device's if all of them have it, else wall-clock
+    time, which may be that of the host."""
+    device = all(own["device_seconds_step"].notna().all() for own in cells)
+    return "device_seconds_step" if device else "step_seconds_median"
+
+
 def by_replicate(rows: pd.DataFrame, name: str) -> pd.Series[float]:
     """Return a figure per replicate, the median if a replicate has several cells. Raises Missing."""
     return has(rows, name).groupby("replicate")[name].median()

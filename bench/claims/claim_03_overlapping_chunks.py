@@ -14,7 +14,17 @@ import numpy as np
 import pandas as pd
 
 from bench.claims.base import Judgement, Missing
-from bench.claims.cells import Spread, by_replicate, difference, disturbed, figure, finished, has, ratio
+from bench.claims.cells import (
+    Spread,
+    by_replicate,
+    difference,
+    disturbed,
+    figure,
+    finished,
+    has,
+    ratio,
+    step_time,
+)
 from bench.claims.parts import above, exactly, knob, like, one_setting, points, reason, share, within
 from bench.report.text import units
 
@@ -91,7 +101,7 @@ def flops(frame: pd.DataFrame) -> Judgement:
 def time(frame: pd.DataFrame) -> Judgement:
     """Judge the time of the trained cells' steps."""
     chunked, overlapping, _ = _trained(frame)
-    timed = ratio(overlapping, chunked, "step_seconds_median")
+    timed = ratio(overlapping, chunked, step_time(overlapping, chunked))
     counted = ratio(overlapping, chunked, "flops_algorithmic_step")
     verdict = within(timed, 2 * (1 - NEAR), 2 * (1 + NEAR))
     length, size = chunked.iloc[0]["seq_len"], int(knob(chunked, "chunk").iloc[0])

@@ -10,7 +10,7 @@ import pandas as pd
 from scipy import stats
 
 from bench.claims.base import Judgement
-from bench.claims.cells import Spread, disturbed, figure, finished, has, ratio
+from bench.claims.cells import Spread, disturbed, figure, finished, has, ratio, step_time
 from bench.claims.parts import exactly
 from bench.report.text import units
 
@@ -92,7 +92,7 @@ def timed(frame: pd.DataFrame) -> tuple[Spread, str]:
         **run,
         knobs={"stride": round(math.sqrt(LONGEST))},
     )
-    return ratio(dense, sparse, "step_seconds_median"), disturbed(dense, sparse)
+    return ratio(dense, sparse, step_time(dense, sparse)), disturbed(dense, sparse)
 
 
 def _saved(frame: pd.DataFrame) -> dict[tuple[str, str], dict[int, float]]:

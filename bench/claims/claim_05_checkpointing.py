@@ -7,7 +7,7 @@ from typing import Any
 import pandas as pd
 
 from bench.claims.base import Judgement, Missing
-from bench.claims.cells import Spread, by_replicate, disturbed, figure, finished, ratio
+from bench.claims.cells import Spread, by_replicate, disturbed, figure, finished, ratio, step_time
 from bench.claims.parts import above, below, every, reason, some
 from bench.report.data.groups import split
 from bench.report.data.kinds import kinds
@@ -42,7 +42,7 @@ def costs(frame: pd.DataFrame) -> list[tuple[str, Spread, Spread, float]]:
     by_length = []
     for seq_len, cells in every.groupby("seq_len", sort=True):
         keep = finished(frame, **keys, activations="keep", seq_len=seq_len)
-        more = ratio(cells, keep, "step_seconds_median")
+        more = ratio(cells, keep, step_time(cells, keep))
         step, base = (by_replicate(own, "step_seconds_median") for own in (cells, keep))
         added = ((step - base) / by_replicate(keep, "forward_seconds_median")).dropna()
         flops = figure(cells, "flops_executed_step") / figure(keep, "flops_executed_step")

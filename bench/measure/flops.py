@@ -18,7 +18,7 @@ from functools import cache
 from typing import Any, Self
 
 import torch
-from torch._ops import HigherOrderOperator
+from torch._ops import HigherOrderOperator, OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -77,6 +77,29 @@ def formulas() -> dict[Any, Callable[..., int]]:
 
 
 @cache
+def attention_kernel(func: OpOverload[..., Any]) -> str | None:
+    """Return the name of the attention kernel that an operation is, None for others and for backward passes.
+
+    Torch's names without their common parts: flash, flash_for_cpu, efficient, cudnn. The backend *math* of
+    scaled_dot_product_attention computes all scores by matrix products; it is recognised by its softmax,
+    which nothing else in torch uses. Kernels of other libraries have names of their own.
+    """
+    name = str(func._overloadpacket.__name__)
+    if "backward" in name or func.is_view:
+        return None
+    if func.namespace == "aten":
+        if name == "_safe_softmax":
+            return "math"
+        if "attention" not in name:
+            return None
+        for part in ("_scaled_dot_product", "_attention", "_forward"):
+            name = name.replace(part, "")
+        return name.strip("_")
+    known = "attention" in name or "attn" in name or func._overloadpacket in formulas()
+    return name.strip("_") if known else None
+
+
+@cache
 def _is_composite(func: Any) -> bool:
     """Whether an operation is made of others; they are dispatched only where it is taken apart."""
     composite = torch._C.DispatchKey.CompositeImplicitAutograd
@@ -95,6 +118,8 @@ class DispatchedWork(TorchDispatchMode):
     def __init__(self, count: Callable[[int, int, int], None]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.count, self.formulas = count, formulas()
+        self.attention_kernels: set[str] = set()
+        """Names of the attention kernels dispatched: see `attention_kernel`."""
 
     @classmethod
     def ignore_compile_internals(cls) -> bool:
@@ -121,6 +146,8 @@ class DispatchedWork(TorchDispatchMode):
             with self:
                 return func.decompose(*args, **kwargs)
         out = func(*args, **kwargs)
+        if name := attention_kernel(func):
+            self.attention_kernels.add(name)
         if launches.is_kernel(func):
             flops = formula(*args, **kwargs, out_val=out) if formula is not None else 0
             self.count(flops, 1, launches.bytes_moved(func, args, kwargs, out))
@@ -138,6 +165,11 @@ class CountFlops:
     def counts(self) -> Counts:
         """FLOPs, launches and bytes so far."""
         return Counts(self._flops, self._launches, self._bytes)
+
+    @property
+    def attention_kernels(self) -> tuple[str, ...]:
+        """The names of the attention kernels so far, in alphabetical order."""
+        return tuple(sorted(self._mode.attention_kernels))
 
     @property
     def total(self) -> int:

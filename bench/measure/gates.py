@@ -2,71 +2,57 @@
 
 1. Causality, by perturbation: tokens after a cut are changed, and no output before the cut may change.
    Gradients cannot show this, because in published code the *selection* of keys leaks, which has no gradient.
-2. Reference: the fast path equals the readable reference, in outputs and in every gradient.
+2. Reference: the fast path equals the readable reference, in outputs and in every gradient. In float32 on
+   small heads, and in a cell of another dtype also in that dtype on the cell's own heads.
 3. Recomputation: a strategy for activations gives the same gradients as stored activations, with the same
    random numbers.
 4. Cost: the dispatched FLOPs equal those of the formula. It depends on the cell's sizes, so it is checked in
    every cell (`cost_ratio`); the results of the other gates are reused.
 
-Causality and recomputation are checked in the cell's dtype, with autocast as in the cell. The reference is
-checked in float32, where rounding does not hide mathematical errors.
+Causality and recomputation are checked in the cell's dtype, with autocast as in the cell. A kernel that does
+not exist for small heads is checked on the cell's own. A kernel that does not exist in float32 is compared
+with the reference in the cell's dtype only, and the record says so: another kernel of the same mathematics
+would prove nothing about the one that is timed.
 """
 
 from __future__ import annotations
 
-import copy
 import math
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
-from torch import Tensor
 
 from bench.config.spec import CellSpec
 from bench.measure.cached import load_or_measure
+from bench.measure.causality_gate import LEAK_TOLERANCE as LEAK_TOLERANCE
+from bench.measure.causality_gate import leak
 from bench.measure.gate_failed import GateFailed, largest
 from bench.measure.recompute_gate import recompute_error
-from bench.model.slots import LayerSpec
-from variants.base import (
-    Context,
-    Cost,
-    Dims,
-    FeedForward,
-    FeedForwardConfig,
-    SequenceMixer,
-    SlotSpec,
-    VariantConfig,
-    known_leak,
-    scheduled_dims,
-    scheduled_reference,
+from bench.measure.reference_gate import (
+    FEWEST_TOKENS,
+    Errors,
+    dtype_reference_errors,
+    feed_forward_dtype_errors,
+    feed_forward_error,
+    reference_error,
 )
-from variants.input_schedule import InputSchedule, NetworkOut
-
-Module = TypeVar("Module", bound=torch.nn.Module)
+from bench.measure.reference_gate import REFERENCE_TOLERANCE as REFERENCE_TOLERANCE
+from bench.model.slots import LayerSpec
+from variants.base import Cost, Dims, SequenceMixer, SlotSpec
+from variants.input_schedule import InputSchedule
 
 GATE_TOKENS = 1000
 """Maximum sequence length in the gates: longer than the default windows, and not a multiple of a block."""
 HEAD_DIM = 16
-BATCH = 2
-"""Batch size in the gates."""
-FEED_FORWARD_TOKENS = 64
-"""Sequence length in the gate of the feed-forward layer. It is short because tokens are independent there."""
+"""Channels of a head in the gates of mathematics."""
 LEAK_LAYERS = 4
 """Maximum number of layers in the causality gate; never more than the cell has. If the order of a sum depends
 on later tokens, an output changes by a rounding error, which one layer hides when it rounds to bfloat16. With
 each further layer, the difference is more likely to change a rounding or a selection, and so to be detected.
 With 4 layers all known leaks are detected. A cell with fewer layers does not fail for a leak that only a
 deeper model would show."""
-LEAK_TOLERANCE = 1e-5
-"""Maximum change of an output of order 1 that float32 rounding explains: 84 units in the last place. The same
-limit applies to lower precision: the residual sums are float32 in every dtype, and later tokens do not affect
-how a number rounds to bfloat16. If one rounding to bfloat16 changes (2⁻⁹, 2e-3), its input depended
-on later tokens, and this is enough to change a selection (a hash, a nearest centroid) in a later layer."""
-REFERENCE_TOLERANCE = 1e-4
-"""Maximum error of float32 against float64, relative to the largest entry of the tensor. A sum over 1,000
-tokens loses about √1000 units in the last place, 4e-6, and a gradient passes through several sums."""
 COST_TOLERANCE = 0.01
 """Maximum relative difference of dispatched FLOPs and formula without a stated reason."""
 COST_LIMIT = 2.2
@@ -77,10 +63,15 @@ COST_LIMIT = 2.2
 class Figures:
     """Errors that the gates measured, by record key."""
 
-    leak_max_abs: float | None
+    leak_max_abs: float | None = None
     """None if the model is not causal."""
-    reference_max_abs: float
-    recompute_max_abs: float | None
+    reference_max_abs: float | None = None
+    """None if the kernel of a layer does not exist in float32."""
+    reference_max_abs_reason: str | None = None
+    dtype_reference_rms: float | None = None
+    """None in float32."""
+    dtype_reference_row_rms: float | None = None
+    recompute_max_abs: float | None = None
     """None if all activations are stored."""
 
 
@@ -91,187 +82,157 @@ def check(spec: CellSpec, folder: Path, code_sha256: str) -> Figures:
     Raises GateFailed.
     """
     model, cache = spec.model_spec(), folder / "gates"
-    tokens = min(spec.seq_len, GATE_TOKENS)
-    dims = Dims(seq_len=tokens, d_model=HEAD_DIM * spec.model.heads, heads=spec.model.heads)
-    variant, config, _ = spec.attention()
-    if variant.unsupported(config, dims, causal=spec.causal):  # a variant may need the cell's own length
-        dims = replace(dims, seq_len=spec.seq_len)
-    settings = [spec.causal, asdict(dims), repr(model.input), spec.device, spec.dtype, code_sha256]
-    device, dtype = torch.device(spec.device), getattr(torch, spec.dtype)
-
-    def of_layer(layer: LayerSpec, visits: int) -> dict[str, float | None]:
-        """Return the errors of a distinct layer that is visited this number of times."""
-        mixer, feed_forward = layer.mixer, layer.feed_forward
-        leaked = None
-        if spec.causal:
-            depth = min(LEAK_LAYERS, visits)
-            leaked = leak(mixer.layer, mixer.config, dims, depth, device, dtype, schedule=model.input)
-        errors = [feed_forward_error(feed_forward.layer, feed_forward.config, dims.d_model, device)]
-        errors += [
-            reference_error(
-                mixer.layer, mixer.config, dims, index, device, causal=spec.causal, schedule=model.input
-            )
-            for index in range(min(2, visits))
-        ]
-        return {"leak_max_abs": leaked, "reference_max_abs": largest(errors)}
+    sizes = Sizes.of(spec)
+    settings = [
+        spec.causal,
+        asdict(sizes.small),
+        asdict(sizes.own),
+        repr(model.input),
+        spec.device,
+        spec.dtype,
+        code_sha256,
+    ]
 
     def identity(slot: SlotSpec[Any]) -> list[Any]:
         return [slot.name, slot.params]
 
     errors = []
     for layer, visits in model.kinds(spec.depth).items():
+        gate = LayerGates(spec, layer, visits, sizes, model.input)
         decides = [identity(layer.mixer), identity(layer.feed_forward), min(LEAK_LAYERS, visits), *settings]
-        take = partial(of_layer, layer, visits)
-        errors.append(load_or_measure(cache, decides, take, {"leak_max_abs", "reference_max_abs"}))
+        errors.append(load_or_measure(cache, decides, gate.measure, set(LAYER_KEYS)))
     recomputed = None
     if spec.activations != "keep":
         layers = min(spec.depth, max(2, len(model.layers)))
         decides = [[identity(layer.mixer), identity(layer.feed_forward)] for layer in model.layers]
         decides += [identity(model.depth), layers, spec.activations, spec.model.ff_chunks, *settings]
+        fits = {sizes.fit(layer.mixer, sizes.dtype) for layer in model.layers}
+        dims = sizes.small if fits == {sizes.small} else sizes.own
         (recomputed,) = load_or_measure(
             cache,
             decides,
-            lambda: {"recompute_max_abs": recompute_error(spec, dims, layers, device)},
+            lambda: {"recompute_max_abs": recompute_error(spec, dims, layers, sizes.device)},
             {"recompute_max_abs"},
         ).values()
-    return Figures(
-        leak_max_abs=largest([error["leak_max_abs"] for error in errors]) if spec.causal else None,
-        reference_max_abs=largest([error["reference_max_abs"] for error in errors]),
-        recompute_max_abs=recomputed,
-    )
+    return Figures(recompute_max_abs=recomputed, **{key: _worst(errors, key) for key in LAYER_KEYS})
 
 
-def _layer(variant: type[SequenceMixer], config: VariantConfig, dims: Dims, layer: int) -> SequenceMixer:
-    """Return a layer with weights of order 1/√fan-in, so that outputs and their errors are of order 1."""
-    torch.manual_seed(layer)
-    return _unit_weights(variant(config, dims, layer)).eval()
+def _worst(errors: list[dict[str, Any]], key: str) -> Any:
+    """The largest error of all layers, None if one has none; the first reason."""
+    values = [error[key] for error in errors]
+    if key.endswith("_reason"):
+        return next(filter(None, values), None)
+    return None if None in values else largest(values)
 
 
-def _unit_weights(layer: Module) -> Module:
-    for parameter in layer.parameters():
-        if parameter.dim() == 2 and parameter.requires_grad:
-            torch.nn.init.normal_(parameter, std=parameter.shape[1] ** -0.5)
-    return layer
+@dataclass(frozen=True)
+class Sizes:
+    """The sizes of the layers that the gates build, their device and dtype."""
+
+    small: Dims
+    """Small heads: enough to show errors of the mathematics."""
+    own: Dims
+    """The cell's heads."""
+    device: torch.device
+    dtype: torch.dtype
+
+    @classmethod
+    def of(cls, spec: CellSpec) -> Sizes:
+        """Return the sizes for a cell: at most `GATE_TOKENS` tokens, unless the variant needs more."""
+        variant, config, _ = spec.attention()
+        tokens = min(spec.seq_len, GATE_TOKENS)
+
+        def dims(tokens: int, d_model: int) -> Dims:
+            few = Dims(seq_len=tokens, d_model=d_model, heads=spec.model.heads)
+            enough = not variant.unsupported(config, few, causal=spec.causal)
+            return few if enough else replace(few, seq_len=spec.seq_len)
+
+        device, dtype = torch.device(spec.device), getattr(torch, spec.dtype)
+        small, own = HEAD_DIM * spec.model.heads, spec.model.d_model
+        return cls(dims(tokens, small), dims(max(tokens, FEWEST_TOKENS), own), device, dtype)
+
+    def fit(self, mixer: SlotSpec[SequenceMixer], dtype: torch.dtype) -> Dims | None:
+        """Return the smaller heads for which the layer's kernel exists in `dtype`, or None."""
+        for dims in (self.small, self.own):
+            if not mixer.layer.missing(mixer.config, dims, device=self.device, dtype=dtype):
+                return dims
+        return None
 
 
-def leak(
-    variant: type[SequenceMixer],
-    config: VariantConfig,
-    dims: Dims,
-    layers: int,
-    device: torch.device,
-    dtype: torch.dtype = torch.float32,
-    *,
-    schedule: InputSchedule | None = None,
-) -> float:
-    """Return the maximum change of an output before a cut when the inputs from the cut on change, in float32
-    or in `dtype` with autocast. `schedule` feeds the layers; the default is the variant's own.
+class LayerGates:
+    """The gates of one kind of layer; `visits` is the number of times that a model visits it."""
 
-    Each sequence of the batch has a different cut, so that an influence between sequences is also detected.
-    Raises GateFailed if rounding cannot explain the change, unless the variant states that it leaks.
-    """
-    schedule = schedule or variant.input_schedule(config)
-    fed = scheduled_dims(variant, schedule, dims)
-    stack = [_layer(variant, config, fed, layer).to(device) for layer in range(layers)]
+    def __init__(
+        self, spec: CellSpec, layer: LayerSpec, visits: int, sizes: Sizes, schedule: InputSchedule
+    ) -> None:
+        self.mixer, self.feed_forward = layer.mixer, layer.feed_forward
+        self.causal, self.visits, self.sizes, self.schedule = spec.causal, visits, sizes, schedule
 
-    def network(x: Tensor, states: list[Any] | None) -> NetworkOut:
-        after = []
-        for layer, state in zip(stack, states or [None] * layers, strict=True):
-            out = layer(x, Context(causal=True), state)
-            x = x + out.y
-            after.append(out.state)
-        return NetworkOut(x, after)
+    def measure(self) -> dict[str, Any]:
+        """Return the largest errors, by record key. Raises GateFailed."""
+        sizes, mixer, feed_forward = self.sizes, self.mixer, self.feed_forward
+        figures: dict[str, Any] = dict.fromkeys(LAYER_KEYS)
+        if self.causal:
+            figures["leak_max_abs"] = leak(
+                mixer.layer,
+                mixer.config,
+                sizes.fit(mixer, sizes.dtype) or sizes.own,
+                min(LEAK_LAYERS, self.visits),
+                sizes.device,
+                sizes.dtype,
+                schedule=self.schedule,
+            )
+        small, own = sizes.small.d_model, sizes.own.d_model
+        errors = [feed_forward_error(feed_forward.layer, feed_forward.config, small, sizes.device)]
+        if dims := sizes.fit(mixer, torch.float32):
+            errors += [self._reference_error(dims, index) for index in self._indices()]
+            figures["reference_max_abs"] = largest(errors)
+        else:
+            figures["reference_max_abs_reason"] = "no float32: " + str(
+                mixer.layer.missing(mixer.config, sizes.own, device=sizes.device, dtype=torch.float32)
+            )
+        if sizes.dtype != torch.float32:
+            found = [self._dtype_errors(index) for index in self._indices()]
+            found.append(
+                feed_forward_dtype_errors(
+                    feed_forward.layer, feed_forward.config, own, sizes.device, sizes.dtype
+                )
+            )
+            figures["dtype_reference_rms"], figures["dtype_reference_row_rms"] = Errors.worst(found)
+        return figures
 
-    @torch.no_grad()
-    def run(x: Tensor) -> Tensor:
-        torch.manual_seed(0)  # so that hashing and random features are the same in every run
-        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            return schedule.stream(network, x, causal=True)
+    def _indices(self) -> range:
+        """The places of the layers that are compared: a layer may depend on whether it is the lowest."""
+        return range(min(2, self.visits))
 
-    # a separate generator, because `run` seeds the global one: every change would be the same multiple of x
-    source = torch.Generator(device).manual_seed(0)
-    batch, tokens = BATCH, dims.seq_len
+    def _reference_error(self, dims: Dims, index: int) -> float:
+        mixer, device = self.mixer, self.sizes.device
+        return reference_error(
+            mixer.layer, mixer.config, dims, index, device, causal=self.causal, schedule=self.schedule
+        )
 
-    def noise() -> Tensor:
-        return torch.randn(batch, tokens, dims.d_model, device=device, generator=source)
-
-    x = noise()
-    before = run(x)
-    unaligned = {1, tokens // 3, tokens // 2, tokens // 2 + 1, tokens - 2, tokens - 1}
-    cuts = sorted(cut for cut in unaligned | {2**k for k in range(4, 10)} if 0 < cut < tokens)
-    position = torch.arange(tokens, device=device)
-    changes = [0.0]
-    for group in (cuts[i : i + batch] for i in range(0, len(cuts), batch)):
-        # the last group may be smaller than the batch; the remaining sequences repeat its last cut
-        cut = torch.tensor([*group, *group[-1:] * (batch - len(group))], device=device)[:, None]
-        masks = position >= cut, position == cut, (position == tokens - 1).expand(batch, -1)
-        for mask, size in zip(masks, (10.0, 1.0, 1e-2), strict=True):
-            changed = torch.where(mask[..., None], x + size * noise(), x)
-            changes.append((run(changed) - before)[position < cut].abs().max().item())
-    worst = largest(changes)
-    if not worst <= LEAK_TOLERANCE and not known_leak(variant, config):
-        raise GateFailed(f"causality gate: changing later tokens changed an earlier output by {worst:.2e}")
-    return worst
-
-
-def reference_error(
-    variant: type[SequenceMixer],
-    config: VariantConfig,
-    dims: Dims,
-    layer: int,
-    device: torch.device,
-    *,
-    causal: bool,
-    schedule: InputSchedule | None = None,
-) -> float:
-    """Return the maximum error of the fast path in float32 against `reference` in float64, over the outputs
-    and the gradients of the input and of every parameter, relative to the largest entry of each tensor (or to
-    1).
-
-    Raises GateFailed if rounding cannot explain it.
-    """
-    ctx, schedule = Context(causal=causal), schedule or variant.input_schedule(config)
-    fast = _layer(variant, config, scheduled_dims(variant, schedule, dims), layer).to(device)
-    slow = copy.deepcopy(fast).double()  # on the same device, so that its random numbers are the same
-    x = torch.randn(BATCH, dims.seq_len, dims.d_model, device=device, requires_grad=True)
-    x64 = x.detach().double().requires_grad_()
-    torch.manual_seed(1)
-    y = schedule.stream(lambda window, state: NetworkOut(*fast(window, ctx, state)[:2]), x, causal=causal)
-    torch.manual_seed(1)
-    y64 = scheduled_reference(slow, schedule, x64, ctx)
-    direction = torch.randn_like(y64)
-    roots, roots64 = ([p for p in layer.parameters() if p.requires_grad] for layer in (fast, slow))
-    got = torch.autograd.grad(y, [x, *roots], direction.to(y), materialize_grads=True)
-    want = torch.autograd.grad(y64, [x64, *roots64], direction, materialize_grads=True)
-    worst = largest([_relative(a, b) for a, b in zip((y, *got), (y64, *want), strict=True)])
-    if not worst <= REFERENCE_TOLERANCE:
-        raise GateFailed(f"reference gate: layer {layer} differs from its reference by {worst:.2e}")
-    return worst
+    def _dtype_errors(self, index: int) -> Errors:
+        mixer, sizes = self.mixer, self.sizes
+        return dtype_reference_errors(
+            mixer.layer,
+            mixer.config,
+            sizes.own,
+            index,
+            sizes.device,
+            sizes.dtype,
+            causal=self.causal,
+            schedule=self.schedule,
+        )
 
 
-def feed_forward_error(
-    feed_forward: type[FeedForward], config: FeedForwardConfig, d_model: int, device: torch.device
-) -> float:
-    """Return the same error as `reference_error`, for a feed-forward layer. Raises GateFailed."""
-    torch.manual_seed(0)
-    fast = _unit_weights(feed_forward(config, d_model)).to(device)
-    slow = copy.deepcopy(fast).double()
-    x = torch.randn(BATCH, FEED_FORWARD_TOKENS, d_model, device=device, requires_grad=True)
-    x64 = x.detach().double().requires_grad_()
-    y, y64 = fast(x).y, slow.reference(x64)
-    direction = torch.randn_like(y64)
-    roots, roots64 = ([p for p in layer.parameters() if p.requires_grad] for layer in (fast, slow))
-    got = torch.autograd.grad(y, [x, *roots], direction.to(y), materialize_grads=True)
-    want = torch.autograd.grad(y64, [x64, *roots64], direction, materialize_grads=True)
-    worst = largest([_relative(a, b) for a, b in zip((y, *got), (y64, *want), strict=True)])
-    if not worst <= REFERENCE_TOLERANCE:
-        raise GateFailed(f"reference gate: the feed-forward layer differs from its reference by {worst:.2e}")
-    return worst
-
-
-def _relative(got: Tensor, want: Tensor) -> float:
-    scale = max(1.0, want.abs().max().item())
-    return (got.detach().double() - want).abs().max().item() / scale
+LAYER_KEYS = (
+    "leak_max_abs",
+    "reference_max_abs",
+    "reference_max_abs_reason",
+    "dtype_reference_rms",
+    "dtype_reference_row_rms",
+)
+"""The figures of `LayerGates`."""
 
 
 def cost_ratio(dispatched: int, cost: Cost, reason: str | None, *, bounded: bool = True) -> float:

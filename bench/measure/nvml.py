@@ -37,8 +37,11 @@ class DeviceState:
 
     gpu_clock_mhz: int | None = None
     """Clock of the streaming multiprocessors."""
+    gpu_memory_clock_mhz: int | None = None
     gpu_temperature_celsius: int | None = None
     gpu_power_watts: float | None = None
+    gpu_power_limit_watts: float | None = None
+    """The limit that the driver enforces."""
     gpu_throttling: str | None = None
     """The reasons for a reduced clock (values of `REASONS`), or `none`."""
     gpu_foreign_processes: int | None = None
@@ -129,9 +132,13 @@ def _state(nvml: Any, handle: Any) -> DeviceState:
 
     reasons = query("gpu_throttling", nvml.nvmlDeviceGetCurrentClocksEventReasons)
     milliwatts = query("gpu_power_watts", nvml.nvmlDeviceGetPowerUsage)
+    limit = query("gpu_power_limit_watts", nvml.nvmlDeviceGetEnforcedPowerLimit)
     millijoules = query(ENERGY, nvml.nvmlDeviceGetTotalEnergyConsumption)
     reported = {
         "gpu_clock_mhz": query("gpu_clock_mhz", nvml.nvmlDeviceGetClockInfo, nvml.NVML_CLOCK_SM),
+        "gpu_memory_clock_mhz": query(
+            "gpu_memory_clock_mhz", nvml.nvmlDeviceGetClockInfo, nvml.NVML_CLOCK_MEM
+        ),
         "gpu_temperature_celsius": query(
             "gpu_temperature_celsius", nvml.nvmlDeviceGetTemperature, nvml.NVML_TEMPERATURE_GPU
         ),
@@ -141,6 +148,7 @@ def _state(nvml: Any, handle: Any) -> DeviceState:
     return DeviceState(
         **reported,
         gpu_power_watts=None if milliwatts is None else milliwatts / 1000,
+        gpu_power_limit_watts=None if limit is None else limit / 1000,
         gpu_throttling=None if reasons is None else _throttling_reasons(nvml, reasons),
         gpu_foreign_processes=foreign,
         nvml_process_bytes=own_bytes,

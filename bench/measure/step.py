@@ -42,6 +42,8 @@ class StepFigures:
     """What the forward pass leaves for the backward pass; of the segment that leaves most."""
     peaks: dict[Phase, dict[str, int]]
     """The most that was live in each phase, split by what the bytes are for: memory.LABELS."""
+    attention_kernels: tuple[str, ...] = ()
+    """Those that the step dispatched; in a prediction, the CPU's."""
     rss_peak_bytes: int | None = None
     reserved_bytes: int | None = None
     library_bytes: int | None = None
@@ -237,6 +239,7 @@ def _measured(
         bytes_moved_step=step.bytes_moved,
         peaks=phases.peaks,
         activation_bytes=phases.stored,
+        attention_kernels=counter.attention_kernels,
         **subject.bytes(),
     )
 

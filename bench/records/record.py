@@ -90,6 +90,9 @@ class Record:
     # gates
     leak_max_abs: Amount | None = None
     reference_max_abs: Amount | None = None
+    reference_max_abs_reason: str | None = None
+    dtype_reference_rms: Amount | None = None
+    dtype_reference_row_rms: Amount | None = None
     recompute_max_abs: Amount | None = None
     cost_ratio: Amount | None = None
     cost_ratio_reason: str | None = None
@@ -100,6 +103,7 @@ class Record:
     flops_executed_step: Work | None = None
     flops_attention_step: Work | None = None
     flops_source: str | None = None
+    attention_kernels: str | None = None
     launches_step: Count | None = None
     bytes_moved_step: Count | None = None
     step_seconds_estimated: Positive | None = None
@@ -147,6 +151,7 @@ class Record:
     launch_seconds: Positive | None = None
     launch_bound: bool | None = None
     sampling_end: str | None = None
+    warm_up_runs: Count | None = None
     sampling_half_width: Amount | None = None
     energy_joules_per_token: Amount | None = None
     mfu: Share | None = None
@@ -168,8 +173,10 @@ class Record:
     wait_share: Amount | None = None
     foreign_cores: Amount | None = None
     gpu_clock_mhz: Count | None = None
+    gpu_memory_clock_mhz: Count | None = None
     gpu_temperature_celsius: Whole | None = None
     gpu_power_watts: Amount | None = None
+    gpu_power_limit_watts: Amount | None = None
     gpu_throttling: str | None = None
     gpu_foreign_processes: Count | None = None
     gpu_reason: str | None = None
@@ -227,6 +234,10 @@ class Record:
     threads: Size | None = None
     allocator: str | None = None
     gpu_driver: str | None = None
+    cudnn_version: Count | None = None
+    tf32: str | None = None
+    device_allocator: str | None = None
+    deterministic: bool | None = None
     started_at: str | None = None
     ended_at: str | None = None
     sequence: Count | None = None

@@ -14,7 +14,7 @@ from bench.report.figures.drawing import Plots
 from bench.report.figures.spec import Drawn
 from bench.report.sections import Results, Section
 from bench.report.text import latex, markdown
-from bench.report.text.machines import dates, machines
+from bench.report.text.machines import dates, machines, settings
 from bench.report.text.markdown import escape
 from bench.report.text.marks import SHORT_NOTES
 
@@ -75,6 +75,8 @@ def facts(results: Results) -> dict[str, str]:
         "records": f"{len(frame)}, of {replicates} replicate{'s' if replicates > 1 else ''}",
         "statuses": statuses,
     }
+    if words := settings(frame):
+        result["settings"] = words
     for section, data in results:
         result.update(section.facts(data))
     return result

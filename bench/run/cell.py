@@ -13,6 +13,7 @@ import torch
 
 from bench.config.spec import Cell
 from bench.measure import gates
+from bench.measure.device_settings import device_settings
 from bench.measure.predict import CPU
 from bench.model.activations import STRATEGIES
 from bench.records import Report
@@ -58,6 +59,8 @@ class CellRun:
         threads = torch.get_num_threads()
         self.report({"threads": threads, "device_name": device_name} | self._claimed_growth())
         check_supported(spec)
+        if spec.measure.execute:
+            self.report(device_settings(self.device))
         plan = Plan(spec, self.report)
         with self._work():
             if spec.measure.budget is not None:

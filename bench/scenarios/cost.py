@@ -58,6 +58,7 @@ class CostMeasurement:
             source = f"{self.device.type}_allocated"
         self.report(flop_figures(self.spec, subject.model, figures, source="dispatched"))
         self.report(memory_figures(figures, source=source))
+        self.report({"attention_kernels": ", ".join(figures.attention_kernels) or None})
         if self.spec.activations == "reversible":
             drift: dict[int, float] = {}
             with subject.model.running(partial(reversible, drift=drift)):
@@ -115,6 +116,7 @@ class CostMeasurement:
                 "launch_seconds": device_time.launch_seconds(self.folder, self.device, self.device_name),
                 "launch_bound": device_time.is_launch_bound(busy, steps.median),
                 "sampling_end": steps.end,
+                "warm_up_runs": steps.runs - len(steps.seconds),
                 "sampling_half_width": steps.half_width,
                 **load,
             }

@@ -37,11 +37,7 @@ def check_supported(spec: CellSpec) -> None:
 
 
 def missing_kernel(spec: CellSpec, device: torch.device) -> str | None:
-    """Return why the variant cannot run on the device in the cell's dtype or in float32, which the gates use;
-    None if it can."""
+    """Return why the variant cannot run on the device in the cell's dtype; None if it can. A kernel that does
+    not exist in float32 is not refused: the gates then compare it in the cell's dtype only."""
     variant, config, dims = spec.attention()
-    reasons = (
-        variant.missing(config, dims, device=device, dtype=dtype)
-        for dtype in (getattr(torch, spec.dtype), torch.float32)
-    )
-    return next((reason for reason in reasons if reason), None)
+    return variant.missing(config, dims, device=device, dtype=getattr(torch, spec.dtype))

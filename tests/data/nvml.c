@@ -49,11 +49,16 @@ int nvmlDeviceGetHandleByUUID(const char *uuid, void **device) {
     return strcmp(uuid, "GPU-of-this-machine") ? NOT_FOUND : SUCCESS;
 }
 
-int nvmlDeviceGetClockInfo(void *device, int kind, unsigned *mhz) { return small("clock", mhz); }
+int nvmlDeviceGetClockInfo(void *device, int kind, unsigned *mhz) {
+    enum { MEMORY = 2 };
+    return small(kind == MEMORY ? "memory_clock" : "clock", mhz);
+}
 
 int nvmlDeviceGetTemperature(void *device, int sensor, unsigned *celsius) { return small("temperature", celsius); }
 
 int nvmlDeviceGetPowerUsage(void *device, unsigned *milliwatts) { return small("power", milliwatts); }
+
+int nvmlDeviceGetEnforcedPowerLimit(void *device, unsigned *milliwatts) { return small("limit", milliwatts); }
 
 int nvmlDeviceGetMemoryInfo(void *device, memory *found) {
     found->total = 80ull << 30;

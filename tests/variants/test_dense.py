@@ -15,10 +15,12 @@ from variants.attention.dense import Dense, DenseConfig
 from variants.base import Workload
 from variants.ops.projections import Projections
 
-SMALL: list[dict[str, Any]] = [{"impl": "naive"}]
+SMALL: list[dict[str, Any]] = [{"impl": "naive"}, {"impl": "flash"}, {"impl": "math"}]
 
 both_directions = pytest.mark.parametrize("causal", [True, False])
-every_impl = pytest.mark.parametrize("impl", ["sdpa", "naive"])  # for the others see test_kernels.py
+every_impl = pytest.mark.parametrize(
+    "impl", ["sdpa", "naive", "flash", "math"]
+)  # for the others see test_kernels.py
 
 
 @every_impl
@@ -88,5 +90,5 @@ def test_state_is_the_keys_and_values_of_every_token() -> None:
 
 
 def test_unknown_impl_is_refused_by_name() -> None:
-    with pytest.raises(ValueError, match=r"impl='flash': .*sdpa"):
-        DenseConfig(impl="flash")
+    with pytest.raises(ValueError, match=r"impl='fast': .*sdpa"):
+        DenseConfig(impl="fast")

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from variants.base import Caps, Complexity, Context, Impl, Info, VariantConfig
 from variants.ops import backends, masks
+from variants.ops.forced_sdpa import forced
 from variants.ops.masked_attention import FLEX, MaskedAttention
 from variants.ops.masks import Rule
 from variants.ops.projections import masked_attention
@@ -23,10 +24,11 @@ from variants.ops.projections import masked_attention
 class DenseConfig(VariantConfig):
     """Knobs of dense attention."""
 
-    impl: Literal["sdpa", "naive", "flex", "xformers"] = "sdpa"
-    """Implementation of attention. sdpa: torch's fused kernel, which stores no T × T matrix. naive: scores,
-    softmax and weighted sum as separate operations. flex: FlexAttention, compiled. xformers: its
-    memory_efficient_attention. The last two need CUDA."""
+    impl: Literal["sdpa", "naive", "flash", "cudnn", "efficient", "math", "flex", "xformers"] = "sdpa"
+    """Implementation of attention. sdpa: torch's fused kernel, which stores no T × T matrix, by the backend
+    that torch chooses. naive: scores, softmax and weighted sum as separate operations. flash, cudnn,
+    efficient, math: torch's function by this backend only; math stores the matrix. flex: FlexAttention,
+    compiled. xformers: its memory_efficient_attention. cudnn, efficient, flex and xformers need CUDA."""
 
 
 def sdpa(layer: MaskedAttention, q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
@@ -63,6 +65,8 @@ class Dense(MaskedAttention):
         "naive": Impl(
             run=naive, flop_overhead_reason="naive computes all scores and masks the forbidden half"
         ),
+        **{name: forced(name) for name in ("flash", "cudnn", "efficient")},
+        "math": forced("math", flop_overhead_reason="math computes all scores and masks the forbidden half"),
         "flex": FLEX,
         "xformers": Impl(
             run=xformers,

@@ -177,10 +177,13 @@ class Reformer(SequenceMixer):
         matrices = rotations(heads, head_dim, self.rounds, sizes, x.device, seed)
         return hash_rows(qk, matrices, self.rounds, self.device_type)
 
+    def choices(self, x: Tensor, ctx: Context) -> Tensor:
+        """The bucket of each token in each round: (R, N, T) with N = (H, B)."""
+        return self._buckets(x, self._split(self.qk(x), ctx.positions), ctx.positions)
+
     def reference(self, x: Tensor, ctx: Context) -> Tensor:
         """Masked attention to the union of the keys of all rounds; a token without any reads itself."""
-        buckets = self._buckets(x, self._split(self.qk(x), ctx.positions), ctx.positions)
-        buckets = buckets.unflatten(1, (self.dims.heads, -1)).transpose(1, 2)  # (R, B, H, T)
+        buckets = self.choices(x, ctx).unflatten(1, (self.dims.heads, -1)).transpose(1, 2)  # (R, B, H, T)
         return self._masked(x, self._readable(buckets, ctx.causal).any(dim=0), ctx.positions)
 
     def softmax_target(self, x: Tensor, ctx: Context) -> Tensor:

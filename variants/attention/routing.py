@@ -204,6 +204,21 @@ class Routing(SequenceMixer):
         self.centroids.copy_(torch.where(has_members, F.normalize(moved, dim=-1), self.centroids))
         self.sums.zero_()
 
+    def choices(self, x: Tensor, ctx: Context) -> tuple[Tensor, ...]:
+        """nearest: the cluster of each token (B, H, T). topk: the queries and the keys that each centroid
+        selects (B, H, w, K)."""
+        selection, seq_len = self._selection(ctx.causal), x.shape[1]
+        *_, q, k, _ = self._split(x, ctx.causal or selection == "nearest")
+
+        def similarity(t: Tensor) -> Tensor:  # (B, H, T, K), float32, because it decides membership
+            with torch.autocast(t.device.type, enabled=False):
+                return _normalised(t.float()).transpose(1, 2) @ self.centroids.float().transpose(1, 2)
+
+        if selection == "nearest":
+            return (similarity(q).argmax(dim=-1),)
+        orders = (similarity(t).argsort(dim=2, descending=True, stable=True) for t in (q, k))
+        return tuple(order[:, :, : self._cluster_size(seq_len)] for order in orders)
+
     def reference(self, x: Tensor, ctx: Context) -> Tensor:
         """Masked attention for every head, with clusters as (T, T) masks."""
         selection, seq_len = self._selection(ctx.causal), x.shape[1]
@@ -212,45 +227,25 @@ class Routing(SequenceMixer):
         rule = masks.Window(self.config.window)
         local = masks.matrix(rule & masks.causal if ctx.causal else rule, seq_len)
 
-        def placed(t: Tensor) -> Tensor:
-            return rotary(t, ctx.positions)
-
-        q, k, v = (t.transpose(1, 2) for t in (placed(q), placed(k), v))
+        q, k, v = (t.transpose(1, 2) for t in (rotary(q, ctx.positions), rotary(k, ctx.positions), v))
         lower = masked_attention(q, k, v, local)
 
-        def normalised(t: Tensor) -> Tensor:
-            centred = t - t.mean(dim=-1, keepdim=True)
-            return centred / (centred.square().mean(dim=-1, keepdim=True) + 1e-5).sqrt()
-
-        def similarity(t: Tensor) -> Tensor:  # (B, H, T, K), float32, because it decides membership
-            return normalised(t.float()).transpose(1, 2) @ self.centroids.float().transpose(1, 2)
-
-        q, k = (placed(normalised(t)).transpose(1, 2) for t in (q_routed, k_routed))
+        q, k = (rotary(_normalised(t), ctx.positions).transpose(1, 2) for t in (q_routed, k_routed))
         v = v_routed.transpose(1, 2)
         before = masks.matrix(masks.causal if ctx.causal else masks.all_keys, seq_len).to(x.device)
         if selection == "nearest":
-            cluster = similarity(q_routed).argmax(dim=-1)  # (B, H, T)
+            (cluster,) = self.choices(x, ctx)  # (B, H, T)
             same = cluster[..., :, None] == cluster[..., None, :]
             index = (same & masks.matrix(masks.causal, seq_len).to(x.device)).sum(dim=-1)
             distance = (index[..., :, None] - index[..., None, :]).abs()  # in members of the cluster
             upper = masked_attention(q, k, v, same & before & (distance < self.cluster_window))
         else:
             upper, memberships = torch.zeros_like(v), torch.zeros_like(v[..., :1])
-            order_q, order_k = (
-                similarity(t).argsort(dim=2, descending=True, stable=True)[
-                    :, :, : self._cluster_size(seq_len)
-                ]
-                for t in (q_routed, k_routed)
-            )  # (B, H, w, K)
+            orders = self.choices(x, ctx)  # of queries and of keys (B, H, w, K)
+            nobody = torch.zeros(v.shape[:3], dtype=torch.bool, device=x.device)
             for c in range(self.clusters):
-                is_query, is_key = (
-                    torch.zeros(v.shape[:3], dtype=torch.bool, device=x.device).scatter(
-                        2, order[..., c], True
-                    )
-                    for order in (order_q, order_k)
-                )
-                # a token that is no query of this cluster reads itself, so that its softmax is defined, and
-                # its output is multiplied by 0
+                is_query, is_key = (nobody.scatter(2, order[..., c], True) for order in orders)
+                # a token that is no query of this cluster reads itself, which is multiplied by 0 below
                 allowed = is_query[..., :, None] & is_key[..., None, :] & before
                 allowed |= ~is_query[..., :, None] & torch.eye(seq_len, dtype=torch.bool, device=x.device)
                 upper = upper + is_query[..., None] * masked_attention(q, k, v, allowed)
@@ -292,3 +287,9 @@ class Routing(SequenceMixer):
         routed = work.seq_len if self.config.selection == "topk" else min(work.seq_len, members)
         tokens = self.local * min(work.seq_len, self.config.window - 1) + self.routed * routed
         return 2 * work.batch_size * tokens * work.head_dim * work.element_bytes
+
+
+def _normalised(t: Tensor) -> Tensor:
+    """Normalise the last dimension to mean 0 and variance 1: readable, for the reference."""
+    centred = t - t.mean(dim=-1, keepdim=True)
+    return centred / (centred.square().mean(dim=-1, keepdim=True) + 1e-5).sqrt()

@@ -45,6 +45,20 @@ class EstimatesSoftmax(Protocol):
 
 
 @runtime_checkable
+class MakesChoices(Protocol):
+    """Content decides by comparison which keys a token reads: hash buckets, clusters.
+
+    A rounding moves a token across the border of two buckets, and then its output has nothing in common with
+    that of unrounded numbers. Two dtypes can therefore only be compared where both make the same choices.
+    """
+
+    def choices(self, x: Tensor, ctx: Context) -> Any:
+        """Return the choices for one window x (B, T, C) of the input schedule that `forward` makes in the
+        current dtype. `reference` takes its choices from this method."""
+        ...
+
+
+@runtime_checkable
 class KnownLeak(Protocol):
     """In some configurations the causal form is known to depend on later tokens."""
 

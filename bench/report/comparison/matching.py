@@ -16,6 +16,7 @@ import pandas as pd
 
 from bench.report import ReportError
 from bench.report.data.collect import Collected, collect, relabelled
+from bench.report.data.compared_time import SECONDS, SOURCE, with_compared_time
 from bench.report.data.groups import GROUP, TRAINING
 from bench.report.data.intervals import by_cell, differs, interval
 from bench.report.data.noise_floor import floors, pairs
@@ -25,6 +26,7 @@ SETTING = [key for key in GROUP if key not in ("machine", "threads", "device")]
 CELL = [*SETTING, "variant", "label", "seq_len", *TRAINING]
 RATIOS = {
     "step_seconds_median": "step_seconds",
+    SECONDS: SECONDS,
     "peak_bytes": "peak_bytes",
     "flops_executed_step": "flops_executed",
 }
@@ -68,8 +70,9 @@ def compare(first: Run, second: Run) -> Comparison:
     its median over replicates `X_first` and `X_second`; of `RATIOS` the median `X_ratio`, second over
     first, over the `rounds` (the replicates that both have), and its interval `X_ratio_low` and
     `X_ratio_high`; `same_data`, whether their data are equal to the byte; where they are, `nll_change`
-    with `nll_change_low` and `nll_change_high`, in nats; and `differs`, what `intervals.differs` says of
-    the step time, with the larger noise floor of the two.
+    with `nll_change_low` and `nll_change_high`, in nats; `time_source`; and `differs`, what
+    `intervals.differs` says of the compared time (the device's where both runs have it), with the larger
+    noise floor of the two.
     """
     both = pd.concat(
         [run.collected.frame.assign(run=place) for place, run in enumerate((first, second))],
@@ -78,7 +81,7 @@ def compare(first: Run, second: Run) -> Comparison:
     # Labelled again together, so that equal cells of the two runs have equal names.
     known = both["data_json"].where(both["data_json"] != "{}")  # null in an older record
     both = both.assign(impl=None, data_sha256="", hash=both["data_sha256"], data_json=known)
-    both = relabelled(both)
+    both = with_compared_time(relabelled(both), among=())
     figures = [*FIGURES, "nll"]
     measured = [figure for figure in figures if figure != "flops_executed_step"]
     both[measured] = both[measured].where(both["status"] == "ok")
@@ -97,8 +100,11 @@ def compare(first: Run, second: Run) -> Comparison:
     changes = [f"nll_change{end}" for end in ("", "_low", "_high")]
     cells[changes] = cells[changes].where(cells["same_data"])
     cells["rounds"] = cells["rounds"].fillna(0).astype(int)
-    low, high = (np.log(cells[f"step_seconds_ratio_{end}"].to_numpy(dtype=float)) for end in ("low", "high"))
-    floor = float(np.max([first.floor, second.floor]))  # NaN where either is not known
+    low, high = (np.log(cells[f"{SECONDS}_ratio_{end}"].to_numpy(dtype=float)) for end in ("low", "high"))
+    cells[SOURCE] = both[SOURCE].iloc[0]
+    # NaN where either is not known: of the other kind of time it says nothing
+    same = all((run.collected.frame[SOURCE] == both[SOURCE].iloc[0]).all() for run in (first, second))
+    floor = float(np.max([first.floor, second.floor])) if same else float("nan")
     differing = differs(low, high, replicates=cells["rounds"], floor=floor)
     cells["differs"] = pd.Series(differing).astype("boolean")
     unmatched = statuses[~matched]
@@ -122,7 +128,7 @@ def _paired(both: pd.DataFrame) -> pd.DataFrame:
         ends = by_cell(ratios, CELL)
         columns[f"{name}_ratio"] = ratios.groupby(level=CELL, sort=False, dropna=False).median()
         columns |= {f"{name}_ratio_{end}": ends[end] for end in ("low", "high")}
-        if source == "step_seconds_median":
+        if source == SECONDS:
             columns["rounds"] = ends["count"]
     change = (figures["nll", 1] - figures["nll", 0]).dropna()
     grouped = change.groupby(level=CELL, sort=False, dropna=False)

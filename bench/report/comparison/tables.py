@@ -9,10 +9,11 @@ import pandas as pd
 
 from bench.records.configurations import UNKNOWN
 from bench.report.comparison.matching import SETTING, Comparison, Run
+from bench.report.data.compared_time import SECONDS
 from bench.report.data.groups import TRAINING, varying
 from bench.report.figures.drawing import Plots
 from bench.report.text import markdown, units
-from bench.report.text.cells import training_columns
+from bench.report.text.cells import time_title, training_columns
 from bench.report.text.columns import Column, each
 from bench.report.text.machines import dates, machines
 from bench.report.text.markdown import escape
@@ -82,15 +83,15 @@ def _floor(log_ratio: float) -> str:
 
 def _cells(cells: pd.DataFrame) -> str:
     rows = [row for _, row in cells.iterrows()]
-    ends = [units.ratios(r["step_seconds_ratio_low"], r["step_seconds_ratio_high"]) for r in rows]
+    ends = [units.ratios(r[f"{SECONDS}_ratio_low"], r[f"{SECONDS}_ratio_high"]) for r in rows]
     return markdown.table(
         [
             each(cells, "variant", "label", str, right=False, optional=False),
             each(cells, "length", "seq_len", str, optional=False),
             *training_columns(cells, varying(cells, TRAINING)),
-            each(cells, "step time, first", "step_seconds_median_first", units.seconds),
-            each(cells, "second", "step_seconds_median_second", units.seconds),
-            Column("ratio", [units.ratio(r["step_seconds_ratio"]) + _mark(r) for r in rows]),
+            each(cells, f"{time_title(cells)}, first", f"{SECONDS}_first", units.seconds),
+            each(cells, "second", f"{SECONDS}_second", units.seconds),
+            Column("ratio", [units.ratio(r[f"{SECONDS}_ratio"]) + _mark(r) for r in rows]),
             Column("95 % interval", marked_range(ends, cells["rounds"])),
             each(cells, "peak memory, first", "peak_bytes_first", units.size),
             each(cells, "second", "peak_bytes_second", units.size),
@@ -114,7 +115,7 @@ def _status(row: pd.Series[Any]) -> str:
 
 
 def _mark(row: pd.Series[Any]) -> str:
-    if pd.isna(row["step_seconds_ratio"]):
+    if pd.isna(row[f"{SECONDS}_ratio"]):
         return ""
     return UNTOLD if pd.isna(row["differs"]) else "" if row["differs"] else ALIKE
 

@@ -16,6 +16,7 @@ from bench import records
 from bench.inputs.printable import printable
 from bench.records import Record
 from bench.records.configurations import CONFIGURATION, UNKNOWN, filled_in, reasons, table
+from bench.report.data.compared_time import with_compared_time
 from bench.report.data.groups import SLOT_COLUMNS
 
 MOST, MOST_KNOBS = 80, 200
@@ -33,10 +34,11 @@ class Collected:
 
     `frame` has one row a current record: the record's keys and `params_json`, `label`, `machine`, `knobs`
     (those of `data_params` that differ among the rows of its data, in words), `corpus` (the data with
-    them; where only its hash differs, with that), and the columns `feed_forward_layer` and `depth_schedule`
-    (the entry of the slot with those of its knobs that differ). It leaves out twins, cells that were
-    measured again to see by how much two measurements of the same differ; `every` has them too. `records`
-    are all that could be read. `stale` says by cell why a record is in neither frame; `alike` counts records
+    them; where only its hash differs, with that), the columns `feed_forward_layer` and `depth_schedule` (the
+    entry of the slot with those of its knobs that differ), and those of `compared_time`. It leaves out twins,
+    cells that were measured again to see by how much two measurements of the same differ; `every` has them
+    too. `records` are all that could be read. `stale` says by cell why a record is in neither frame; `alike`
+    counts records
     that share every key of a cell, its replicate and its twin with another one.
     """
 
@@ -58,7 +60,7 @@ def collect(folder: Path) -> Collected:
         frame[key] = frame[key].where(frame[key] <= MOST_PERPLEXITY)
     frame = filled_in(frame)
     stale = reasons(frame)
-    current = _labelled(frame[~frame["cell_id"].isin(stale)])
+    current = with_compared_time(_labelled(frame[~frame["cell_id"].isin(stale)]))
     alike = int(current.duplicated(_IDENTITY).sum())
     once = current[current["twin"] == 0]
     return Collected(once, current, found, problems, stale, alike)

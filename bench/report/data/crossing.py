@@ -9,7 +9,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-FIGURES = {"time": "step_seconds_ratio", "memory": "peak_bytes_ratio", "flops": "flops_executed_ratio"}
+from bench.report.data.compared_time import SECONDS
+
+FIGURES = {"time": f"{SECONDS}_ratio", "memory": "peak_bytes_ratio", "flops": "flops_executed_ratio"}
 """Name of a comparison → its column of the cost cells; times also have an interval."""
 SAME = 1e-3
 """Ratios nearer to 1 than this are 1: a window that holds the whole sequence is not cheaper by a handful of

@@ -9,10 +9,11 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 
+from bench.report.data.compared_time import SECONDS
 from bench.report.data.groups import CELL, TRAINING
 from bench.report.data.intervals import LEVEL, Floats, student
 
-FIGURE = "step_seconds_median"
+FIGURE = SECONDS
 SAME = [*CELL, *TRAINING, "measure", "code_sha256"]
 """Keys that the twins of a pair share, besides their replicate."""
 ENOUGH = 19
@@ -23,7 +24,7 @@ k + 1 cases."""
 def pairs(every: pd.DataFrame) -> pd.DataFrame:
     """One row an A/A pair: the keys of `SAME`, `replicate`, `log_ratio`, `contaminated`.
 
-    The ratio is twin 1's step time over twin 0's; contaminated is a pair of which either is. `every` has
+    The ratio is twin 1's compared time over twin 0's; contaminated is a pair of which either is. `every` has
     the records of both twins.
     """
     ok = every[(every["status"] == "ok") & (every[FIGURE] > 0)]

@@ -15,6 +15,7 @@ import pandas as pd
 
 from bench.records import STATUSES
 from bench.report.data.collect import MOST_PERPLEXITY
+from bench.report.data.compared_time import RATE, SECONDS, SOURCE
 from bench.report.data.groups import CELL, GROUP, TRAINING
 from bench.report.data.intervals import by_cell, differs
 
@@ -31,10 +32,18 @@ _SPREAD = {
     "step_seconds_median": "step_seconds",
     "forward_seconds_median": "forward_seconds",
     "tokens_per_second": "tokens_per_second",
+    "device_seconds_step": "device_seconds",
+    SECONDS: SECONDS,
+    RATE: RATE,
     "forward_tokens_per_second": "forward_tokens_per_second",
     "peak_bytes": "peak_bytes",
 }
-_PAIRED = {"step_seconds_median": "step_seconds", "tokens_per_second": "tokens_per_second"}
+_PAIRED = {
+    "step_seconds_median": "step_seconds",
+    "tokens_per_second": "tokens_per_second",
+    SECONDS: SECONDS,
+    RATE: RATE,
+}
 """Figures whose ratio to dense is taken within each replicate: a slow round slows both."""
 _MEASURED = (
     "mfu",
@@ -90,6 +99,13 @@ def distinct(values: pd.Series[str]) -> str | None:
     return "; ".join(str(v) for v in values.dropna().unique()) or None
 
 
+def unasked_math(frame: pd.DataFrame) -> pd.Series[bool]:
+    """Where torch chose the attention backend *math*, which stores all scores, without being asked to."""
+    kernels = frame["attention_kernels"].fillna("").str.split(", ")
+    took: pd.Series[bool] = kernels.map(lambda names: "math" in names).astype(bool)
+    return took & (frame["impl"] != "math")
+
+
 def cost_cells(frame: pd.DataFrame, floors: Mapping[str, float] = UNKNOWN_FLOORS) -> pd.DataFrame:
     """One row per cell (all keys except the replicate): its cost and whether it finished.
 
@@ -100,7 +116,7 @@ def cost_cells(frame: pd.DataFrame, floors: Mapping[str, float] = UNKNOWN_FLOORS
     `leaks`; `*_ratio`, to the same figure of `baseline` in the same group and length. Of times and rates
     that is the median over the `rounds`, which are the replicates that both have, with an interval
     `*_ratio_low` and `*_ratio_high`; of the others, which hardly vary, the ratio of the medians. `differs`
-    says whether the interval of the step time's ratio tells the cell apart from `baseline`, as
+    says whether the interval of the compared time's ratio tells the cell apart from `baseline`, as
     `intervals.differs` does, with the noise floor in `floors` by machine.
     """
     frame = _finished_only(frame, [*_SPREAD, *_MEASURED])
@@ -121,6 +137,16 @@ def cost_cells(frame: pd.DataFrame, floors: Mapping[str, float] = UNKNOWN_FLOORS
         columns |= {f"{name}_{end}": ends[end] for end in ("low", "high")}
         columns |= {f"{name}_{end}": grouped[source].agg(end) for end in ("min", "max")}
     columns |= {name: grouped[name].agg(distinct) for name in ("peak_bytes_source", "peak_phase")}
+    columns[SOURCE] = grouped[SOURCE].first()
+    columns["attention_kernels"] = grouped["attention_kernels"].agg(distinct)
+    columns["unasked_math"] = (
+        (frame["ok"] & unasked_math(frame)).groupby([frame[k] for k in CELL], sort=False, dropna=False).any()
+    )
+    columns["launch_bound"] = (
+        (frame["ok"] & frame["launch_bound"].eq(True))
+        .groupby([frame[k] for k in CELL], sort=False, dropna=False)
+        .any()
+    )
     columns |= {name: grouped[name].median() for name in (*_MEASURED, *_COMPUTED)}
     for gate in ("leak_max_abs", "reference_max_abs", "recompute_max_abs"):
         columns[gate] = grouped[gate].max()
@@ -130,7 +156,7 @@ def cost_cells(frame: pd.DataFrame, floors: Mapping[str, float] = UNKNOWN_FLOORS
     cells = _paired(_compared(_ordered(cells)), rounds)
     floor = cells["machine"].map(dict(floors)).astype(float)
     cells["noise_floor"] = np.exp(floor)
-    low, high = (np.log(cells[f"step_seconds_ratio_{end}"].to_numpy(dtype=float)) for end in ("low", "high"))
+    low, high = (np.log(cells[f"{SECONDS}_ratio_{end}"].to_numpy(dtype=float)) for end in ("low", "high"))
     differing = differs(low, high, replicates=cells["rounds"], floor=floor)
     cells["differs"] = pd.Series(differing).astype("boolean")
     return cells
@@ -241,7 +267,7 @@ def _paired(cells: pd.DataFrame, rounds: pd.DataFrame) -> pd.DataFrame:
         cells[f"{name}_ratio"] = ratios.groupby(level=list(CELL), sort=False).median()
         for end in ("low", "high"):
             cells[f"{name}_ratio_{end}"] = intervals[end].where(~itself)
-        if name == "step_seconds":
+        if name == SECONDS:
             cells["rounds"] = intervals["count"]
     cells["rounds"] = cells["rounds"].fillna(0).astype(int)
     return cells.reset_index()

@@ -53,6 +53,8 @@ def _columns(frame: pd.DataFrame) -> list[Column]:
         {
             "leak": found["leak_max_abs"].max(),
             "reference": found["reference_max_abs"].max(),
+            "rounding": found["dtype_reference_rms"].max(),
+            "row": found["dtype_reference_row_rms"].max(),
             "low": found["cost_ratio"].min(),
             "high": found["cost_ratio"].max(),
             "why": found["cost_ratio_reason"].agg(distinct),
@@ -67,6 +69,8 @@ def _columns(frame: pd.DataFrame) -> list[Column]:
         Column("parameters", [_knobs(row) for row in rows], right=False),
         each(table, "leak (max abs)", "leak", units.scientific, optional=False),
         each(table, "reference error (max abs)", "reference", units.scientific, optional=False),
+        each(table, "error in the dtype (rms)", "rounding", units.scientific),
+        each(table, "of a row", "row", units.scientific),
         Column("counted / formula", cost_ratios, optional=False),
         each(table, "because", "why", or_dash, right=False),
     ]

@@ -7,9 +7,10 @@ from typing import Any
 
 import pandas as pd
 
+from bench.report.data.compared_time import DEVICE, SECONDS, SOURCE, WALL
 from bench.report.text import markdown, units
 from bench.report.text.columns import Column, each
-from bench.report.text.marks import LEAK, PREDICTED
+from bench.report.text.marks import LAUNCH_BOUND, LEAK, MATH, PREDICTED, timed
 
 
 def label_of(row: pd.Series[Any]) -> str:
@@ -23,6 +24,30 @@ def peak(row: pd.Series[Any]) -> str:
     value = row["peak_bytes_median"] if measured else row["peak_bytes_predicted"]
     predicted = not measured or "predicted" in str(row["peak_bytes_source"])
     return units.size(value) + (PREDICTED if predicted and not pd.isna(value) else "")
+
+
+def time_title(cells: pd.DataFrame) -> str:
+    """The title of the column of compared times of cells that share a machine."""
+    return "device time" if (cells[SOURCE] == DEVICE).any() else "step time"
+
+
+def compared(row: pd.Series[Any]) -> str:
+    """The compared time of a step, marked where it is contaminated, is of the backend math, or is a wall time
+    that is the host's."""
+    text = timed(row, f"{SECONDS}_median", units.seconds)
+    return _bound(text, row, WALL) + (MATH if row["unasked_math"] and text != units.MISSING else "")
+
+
+def wall(row: pd.Series[Any]) -> str:
+    """The wall time of a step where another time is compared, with the same marks."""
+    if row[SOURCE] != DEVICE:
+        return units.MISSING
+    return _bound(timed(row, "step_seconds_median", units.seconds), row, DEVICE)
+
+
+def _bound(text: str, row: pd.Series[Any], source: str) -> str:
+    bound = row["launch_bound"] and row[SOURCE] == source and text != units.MISSING
+    return text + (LAUNCH_BOUND if bound else "")
 
 
 def plus_minus(mean: Any, std: Any) -> str:

@@ -15,6 +15,26 @@ def dates(frame: pd.DataFrame) -> str:
     return days[0] if len(days) == 1 else f"{days[0]} to {days[-1]}"
 
 
+SETTINGS = {
+    "cudnn_version": "cuDNN {:.0f}",
+    "tf32": "TF32: {}",
+    "device_allocator": "allocator {}",
+    "deterministic": "deterministic algorithms: {}",
+    "gpu_power_limit_watts": "power limit {:.0f} W",
+}
+"""Key of a record about an accelerator → its words."""
+
+
+def settings(frame: pd.DataFrame) -> str:
+    """The settings of the accelerators in words, each different set once; empty where none is known."""
+    known = frame[list(SETTINGS)].drop_duplicates().to_dict("records")
+    phrases = [
+        ", ".join(words.format(row[key]) for key, words in SETTINGS.items() if not pd.isna(row[key]))
+        for row in known
+    ]
+    return "; ".join(dict.fromkeys(filter(None, phrases)))
+
+
 def machines(frame: pd.DataFrame) -> str:
     """Each machine in a phrase: the device's name, the CPU and the threads."""
     labelled = frame.assign(cpu_model=frame["cpu_model"].fillna(UNKNOWN))

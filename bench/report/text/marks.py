@@ -7,11 +7,13 @@ from typing import Any
 
 import pandas as pd
 
+from bench.report.data.compared_time import SECONDS
 from bench.report.data.statistics import DRIFT_LIMIT, LEAK_LIMIT
 from bench.report.text import units
 
 LEAK, DRIFT, PREDICTED = "†", "‡", "ᵖ"
 ALIKE, UNTOLD, OF_TWO, CONTAMINATED = "≈", "?", "ʳ", "§"
+LAUNCH_BOUND, MATH = "ʰ", "ᵐ"
 OF_INTERVALS = {
     ALIKE: "not distinguishable from dense: the interval of the ratio holds 1 or lies within the noise floor "
     "(of n replicates, three or more: the floor over √n)",
@@ -24,6 +26,10 @@ NOTES = {
     LEAK: f"the gate measured a leak of more than {LEAK_LIMIT:g}: with a causal objective it sees the "
     "future, so its perplexity is not ranked and stands after the leak-free ones",
     PREDICTED: "predicted, not measured",
+    LAUNCH_BOUND: "launch-bound in one replicate at least: the device was busy for less than 90 % of this "
+    "time, which is the time of the host that submits the operations",
+    MATH: "torch took the attention backend math, which stores all T × T scores, because no fused one "
+    "accepted the tensors",
     DRIFT: f"parameters differ from dense by more than {DRIFT_LIMIT:.0%}: not like for like",
     **OF_INTERVALS,
 }
@@ -31,6 +37,8 @@ NOTES = {
 SHORT_NOTES = {
     LEAK: f"sees the future: the gate measured a leak of more than {LEAK_LIMIT:g}",
     PREDICTED: NOTES[PREDICTED],
+    LAUNCH_BOUND: NOTES[LAUNCH_BOUND],
+    MATH: NOTES[MATH],
     **OF_INTERVALS,
 }
 """Mark → its meaning, for the notes beneath a table of summary.tex."""
@@ -62,6 +70,6 @@ def marked_range(texts: Sequence[str], counts: Iterable[int]) -> list[str]:
 
 def against(row: pd.Series[Any]) -> str:
     """The mark of a ratio of times to dense: different (no mark), not distinguishable, or undecided."""
-    if pd.isna(row["step_seconds_ratio"]) or row["label"] == row["baseline"]:
+    if pd.isna(row[f"{SECONDS}_ratio"]) or row["label"] == row["baseline"]:
         return ""
     return UNTOLD if pd.isna(row["differs"]) else "" if row["differs"] else ALIKE

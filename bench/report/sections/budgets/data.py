@@ -6,6 +6,7 @@ from typing import Any
 
 import pandas as pd
 
+from bench.report.data.compared_time import RATE
 from bench.report.data.groups import FIT, PAYOFF
 from bench.report.data.intervals import by_cell
 from bench.report.data.kinds import KEEP
@@ -31,13 +32,14 @@ def fits_cells(frame: pd.DataFrame) -> pd.DataFrame:
 def payoff_cells(frame: pd.DataFrame) -> pd.DataFrame:
     """One row per depth, variant and strategy: the largest batch that fits, and its training throughput.
 
-    Columns: the keys, `largest_batch_size`, `tokens_per_second` with its interval as `_low` and
-    `_high`, `gain` (median over replicates of the throughput over that of `keep` in the same
+    Columns: the keys, `largest_batch_size`, `tokens_per_second` (of `compared_time`) with its interval as
+    `_low` and `_high`, `gain` (median over replicates of the throughput over that of `keep` in the same
     replicate), `peak_bytes`, `peak_bytes_source`, `contaminated`, `replicates`, `status`.
     """
     keys = [*PAYOFF, "depth", "variant", "label", "activations"]
     ok = frame["status"] == "ok"
     figures = ["tokens_per_second", "peak_bytes"]
+    frame = frame.assign(tokens_per_second=frame[RATE])
     frame = frame.assign(**{name: frame[name].where(ok) for name in figures})
     peers = [key for key in (*keys, "replicate") if key != "activations"]
     reference = frame[frame["activations"] == KEEP].groupby(peers)["tokens_per_second"].median()

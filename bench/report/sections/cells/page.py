@@ -8,14 +8,15 @@ from typing import Any, TypeAlias
 
 import pandas as pd
 
+from bench.report.data.compared_time import RATE, SECONDS
 from bench.report.data.groups import COMMON, varying
 from bench.report.figures.chart_data import Json, lengths, numbers
 from bench.report.figures.lines import replicates
 from bench.report.figures.style import strategy_rank
 from bench.report.sections.cells.data import Cells
 from bench.report.text import markdown, units
-from bench.report.text.cells import label_of, peak, plus_minus
-from bench.report.text.marks import PREDICTED, against, interval, timed
+from bench.report.text.cells import compared, label_of, peak, plus_minus, wall
+from bench.report.text.marks import PREDICTED, against, interval
 from bench.report.text.phrases import describe
 
 Row: TypeAlias = "pd.Series[Any]"
@@ -38,7 +39,7 @@ def _replicates(row: Row) -> str:
 
 
 def _ratio(row: Row) -> str:
-    return units.ratio(row["step_seconds_ratio"]) + against(row)
+    return units.ratio(row[f"{SECONDS}_ratio"]) + against(row)
 
 
 def _perplexity(row: Row) -> str:
@@ -60,22 +61,24 @@ COLUMNS = (
     Shown("activations", _plain("activations", str), "activations", "how they are kept", words=True),
     Shown(
         "step time",
-        lambda row: timed(row, "step_seconds_median", units.seconds),
-        "step_seconds_median",
-        "median over replicates of a forward and backward over batch × length tokens",
+        compared,
+        f"{SECONDS}_median",
+        "median over replicates of a forward and backward over batch × length tokens: the time that the "
+        "device is busy where there is a wall time too, else wall-clock time",
     ),
     Shown(
         "95 % interval",
-        lambda row: interval([row], "step_seconds", "seconds")[0],
-        "step_seconds_low",
+        lambda row: interval([row], SECONDS, "seconds")[0],
+        f"{SECONDS}_low",
         "of the step time, over replicates",
     ),
-    Shown("time / dense", _ratio, "step_seconds_ratio", "median of the ratios within a replicate"),
+    Shown("time / dense", _ratio, f"{SECONDS}_ratio", "median of the ratios within a replicate"),
+    Shown("wall time", wall, "step_seconds_median", "where the step time is the device's"),
     Shown(
         "throughput",
-        _plain("tokens_per_second_median", units.rate),
-        "tokens_per_second_median",
-        "tokens trained on in a second",
+        _plain(f"{RATE}_median", units.rate),
+        f"{RATE}_median",
+        "tokens trained on in a second of the step time",
     ),
     Shown("peak memory", peak, "peak_shown", "the most that is live in a step"),
     Shown(
@@ -155,9 +158,9 @@ def document(cells: Cells) -> Json:
         "memory": numbers(rows["peak_shown"]),
         "memory_text": peaks,
         "predicted": [text.endswith(PREDICTED) for text in peaks],
-        "seconds": numbers(rows["step_seconds_median"]),
-        "seconds_text": [units.seconds(value) for value in rows["step_seconds_median"]],
-        "rate_text": [units.rate(value) for value in rows["tokens_per_second_median"]],
+        "seconds": numbers(rows[f"{SECONDS}_median"]),
+        "seconds_text": [units.seconds(value) for value in rows[f"{SECONDS}_median"]],
+        "rate_text": [units.rate(value) for value in rows[f"{RATE}_median"]],
         "flops": numbers(rows["flops_executed_step"]),
         "flops_text": [units.flops(value) for value in rows["flops_executed_step"]],
         "score": numbers(rows["score"]),

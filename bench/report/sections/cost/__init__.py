@@ -7,6 +7,7 @@ from typing import Any
 
 import pandas as pd
 
+from bench.report.data.compared_time import DEVICE, SOURCE
 from bench.report.data.experiment import Experiment
 from bench.report.data.groups import SETTING
 from bench.report.data.kinds import KEEP
@@ -16,7 +17,7 @@ from bench.report.figures.spec import FigureSpec, one_point
 from bench.report.sections import Section
 from bench.report.sections.cost.plots import BY_DEPTH, BY_LENGTH
 from bench.report.sections.cost.tables import cost
-from bench.report.text.marks import LEAK, OF_INTERVALS, PREDICTED, meanings
+from bench.report.text.marks import LAUNCH_BOUND, LEAK, MATH, OF_INTERVALS, PREDICTED, meanings
 from bench.report.text.phrases import headed
 from bench.report.text.tables import Table
 
@@ -35,11 +36,16 @@ class Cost(Section[pd.DataFrame]):
         "algorithmic part that is not a projection, feed-forward or output layer. *launches* are dispatched "
         "operations that compute something, *bytes moved* their tensor arguments and results."
     )
-    marks = meanings(LEAK, *OF_INTERVALS, PREDICTED)
+    marks = meanings(LEAK, *OF_INTERVALS, LAUNCH_BOUND, MATH, PREDICTED)
 
     def compute(self, records: Experiment, done: Mapping[str, Any]) -> pd.DataFrame:
         """The cost cells; whether two differ is judged by the machine's noise floor."""
         return cost_cells(records.kinds.plain, floors(pairs(records.collected.every)))
+
+    def facts(self, data: pd.DataFrame) -> dict[str, str]:
+        """The machines whose cells are compared by the time of the device, in all sections."""
+        names = sorted(data.loc[data[SOURCE] == DEVICE, "machine"].unique())
+        return {"times compared": f"the device's, not wall-clock: {', '.join(names)}"} if names else {}
 
     def tables(self, data: pd.DataFrame) -> list[Table]:
         """One table per setting and depth, folded if another table shows the same."""
@@ -57,9 +63,9 @@ class Cost(Section[pd.DataFrame]):
                 cost(group),
                 heading=heading,
                 setting=keys,
-                note=f"dense here is {baseline[0]}." if renamed else "",
+                note=" ".join([*([f"dense here is {baseline[0]}."] if renamed else []), *_note(group)]),
                 folded=fold,
-                caption=f"Cost of a training step: {keys}. Medians over replicates",
+                caption=f"Cost of a training step: {keys}. Medians over replicates{_times(group)}",
             )
             tables.append(table)
         return tables
@@ -100,6 +106,20 @@ class Cost(Section[pd.DataFrame]):
             for plot in BY_LENGTH
         ]
         return [*by_depth, *by_length]
+
+
+def _times(cells: pd.DataFrame) -> str:
+    return "; times, ratios and throughput are of the device" if (cells[SOURCE] == DEVICE).any() else ""
+
+
+def _note(cells: pd.DataFrame) -> list[str]:
+    """What is compared, where it is not wall-clock time."""
+    if not _times(cells):
+        return []
+    return [
+        "Ratios, intervals, throughput, growth, crossovers and fronts are of *device time*, in which the "
+        "device is busy during a step; *wall time* is that of the whole step."
+    ]
 
 
 SECTIONS: Sequence[Section[Any]] = (Cost(),)

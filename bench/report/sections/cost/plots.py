@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
+from bench.report.data.compared_time import DEVICE, RATE, SECONDS, SOURCE
 from bench.report.data.groups import split
 from bench.report.figures import canvas
 from bench.report.figures.lines import GREY, Curve, Look, draw_curve, interval_of, line_of, replicates
@@ -180,8 +181,9 @@ def _places(lost: pd.DataFrame, along: str) -> Iterator[tuple[float, float, str,
 
 
 def _footer(cells: pd.DataFrame, look: Look) -> str:
-    """Machine and date, and over how many replicates a point is taken."""
-    return f"{look.footer} · {replicates(cells['replicates'])}"
+    """Machine and date, over how many replicates a point is taken, and whether times are the device's."""
+    times = " · times of the device" if (cells[SOURCE] == DEVICE).any() else ""
+    return f"{look.footer} · {replicates(cells['replicates'])}{times}"
 
 
 BY_LENGTH = (
@@ -189,14 +191,14 @@ BY_LENGTH = (
         "step_time",
         "Time of a training step",
         "time of a step",
-        (Curve("step_seconds_median", spread=("step_seconds_low", "step_seconds_high")),),
+        (Curve(f"{SECONDS}_median", spread=(f"{SECONDS}_low", f"{SECONDS}_high")),),
         units.seconds,
     ),
     CostPlot(
         "throughput",
         "Training throughput",
         "tokens per second",
-        (Curve("tokens_per_second_median", spread=("tokens_per_second_low", "tokens_per_second_high")),),
+        (Curve(f"{RATE}_median", spread=(f"{RATE}_low", f"{RATE}_high")),),
         units.rate,
         more_is_better=True,
     ),

@@ -4,30 +4,33 @@ from __future__ import annotations
 
 import pandas as pd
 
+from bench.report.data.compared_time import RATE, SECONDS
 from bench.report.text import units
-from bench.report.text.cells import label_of, peak
+from bench.report.text.cells import compared, label_of, or_dash, peak, time_title, wall
 from bench.report.text.columns import Column, each
-from bench.report.text.marks import against, interval, marked_range, timed
+from bench.report.text.marks import against, interval, marked_range
 
 
 def cost(cells: pd.DataFrame) -> list[Column]:
     """The cost of each variant at each length, within one group."""
     rows = [row for _, row in cells.iterrows()]
-    ratio_ends = [units.ratios(r["step_seconds_ratio_low"], r["step_seconds_ratio_high"]) for r in rows]
+    ratio_ends = [units.ratios(r[f"{SECONDS}_ratio_low"], r[f"{SECONDS}_ratio_high"]) for r in rows]
     return [
         Column("variant", [label_of(row) for row in rows], right=False, optional=False),
         each(cells, "length", "seq_len", str, optional=False),
-        Column("step time", [timed(row, "step_seconds_median", units.seconds) for row in rows]),
-        Column("95 % interval", interval(rows, "step_seconds", "seconds")),
-        Column("time / dense", [units.ratio(r["step_seconds_ratio"]) + against(r) for r in rows]),
+        Column(time_title(cells), [compared(row) for row in rows]),
+        Column("95 % interval", interval(rows, SECONDS, "seconds")),
+        Column("time / dense", [units.ratio(r[f"{SECONDS}_ratio"]) + against(r) for r in rows]),
         Column("95 % of ratio", marked_range(ratio_ends, cells["rounds"])),
-        each(cells, "throughput", "tokens_per_second_median", units.rate),
+        Column("wall time", [wall(row) for row in rows]),
+        each(cells, "throughput", f"{RATE}_median", units.rate),
         each(cells, "utilisation", "mfu", units.percent),
         Column("peak memory", [peak(row) for row in rows]),
         each(cells, "memory / dense", "peak_bytes_ratio", units.ratio),
         each(cells, "algorithmic FLOPs", "flops_algorithmic_step", units.flops),
         each(cells, "executed FLOPs", "flops_executed_step", units.flops),
         each(cells, "attention FLOPs", "flops_attention_step", units.flops),
+        each(cells, "kernels", "attention_kernels", or_dash, right=False),
         each(cells, "launches", "launches_step", units.count),
         each(cells, "bytes moved", "bytes_moved_step", units.size),
         each(cells, "replicates", "replicates", str, optional=False),

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from bench.report.data.compared_time import SECONDS
 from bench.report.data.groups import GROUP, SETTING, split
 from bench.report.data.power_law import fit, verdict
 from bench.report.data.statistics import BASELINE
@@ -28,7 +29,7 @@ class Figure:
 
 
 FIGURES = (
-    Figure("time", "step_seconds_median", "claimed_time_exponent"),
+    Figure("time", f"{SECONDS}_median", "claimed_time_exponent"),
     Figure("memory", "peak_bytes_median", "claimed_memory_exponent"),
     Figure("saved", "activation_bytes", "claimed_memory_exponent", "claimed_depth_exponent"),
     Figure("attention", "flops_attention_step", "claimed_time_exponent", surveyed=True),

@@ -10,6 +10,7 @@ from typing import Any
 
 import pandas as pd
 
+from bench.report.data.compared_time import SECONDS, SOURCE
 from bench.report.data.groups import CELL
 from bench.report.data.kinds import KEEP, predicted
 from bench.report.figures.style import ordered
@@ -27,6 +28,7 @@ FAR = 0.05
 _COMPARED = {
     "flops_executed_step": "flops_executed_ratio",
     "step_seconds_median": "step_seconds_ratio",
+    SECONDS: f"{SECONDS}_ratio",
     "peak_bytes": "peak_bytes_ratio",
     "activation_bytes": "activation_bytes_ratio",
 }
@@ -80,6 +82,7 @@ def recomputation(frame: pd.DataFrame) -> pd.DataFrame:
     groups = ok.groupby(list(CELL), sort=False, dropna=False)
     cells = groups[[*_COMPARED, *_COMPARED.values()]].median()
     cells["replicates"] = groups["replicate"].nunique()
+    cells[SOURCE] = groups[SOURCE].first()
     cells["contaminated"] = groups["contaminated"].count()
     cells["predicted"] = groups["predicted"].any()
     cells[["rebuild_error", "recompute_max_abs"]] = groups[["rebuild_error", "recompute_max_abs"]].max()

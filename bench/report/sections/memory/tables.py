@@ -6,9 +6,11 @@ from typing import Any
 
 import pandas as pd
 
+from bench.report.data.compared_time import SECONDS
 from bench.report.data.groups import COMMON, varying
 from bench.report.sections.memory.data import FAR, prediction_summary
 from bench.report.text import units
+from bench.report.text.cells import time_title
 from bench.report.text.columns import Column, each
 from bench.report.text.marks import PREDICTED, timed
 
@@ -21,10 +23,10 @@ def recomputation(cells: pd.DataFrame) -> list[Column]:
         each(cells, "executed FLOPs", "flops_executed_step", units.flops),
         each(cells, "/ keep", "flops_executed_ratio", units.ratio),
         Column(
-            "step time",
-            [timed(row, "step_seconds_median", units.seconds) for _, row in cells.iterrows()],
+            time_title(cells),
+            [timed(row, SECONDS, units.seconds) for _, row in cells.iterrows()],
         ),
-        each(cells, "/ keep", "step_seconds_ratio", units.ratio),
+        each(cells, "/ keep", f"{SECONDS}_ratio", units.ratio),
         Column("peak memory", [_bytes(row, "peak_bytes") for _, row in cells.iterrows()]),
         each(cells, "/ keep", "peak_bytes_ratio", units.ratio),
         Column("saved activations", [_bytes(row, "activation_bytes") for _, row in cells.iterrows()]),

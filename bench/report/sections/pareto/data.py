@@ -9,12 +9,13 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
+from bench.report.data.compared_time import SECONDS
 from bench.report.data.groups import COMMON, TRAINING, split
 from bench.report.data.intervals import LEVEL
 from bench.report.data.statistics import BASELINE
 from bench.report.figures.style import strategy_rank
 
-COSTS = {"time": "step_seconds", "memory": "peak_bytes", "flops": "flops_executed_step"}
+COSTS = {"time": SECONDS, "memory": "peak_bytes", "flops": "flops_executed_step"}
 """Name of a cost → its column in the summary, or the prefix of its columns."""
 POOL = (
     *COMMON,

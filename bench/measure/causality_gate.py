@@ -1,0 +1,86 @@
+"""The causality gate: no output before a cut changes when the tokens after it change."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bench.measure.gate_failed import GateFailed, largest
+from bench.measure.reference_gate import BATCH, layer_of
+from variants.base import (
+    Context,
+    Dims,
+    SequenceMixer,
+    VariantConfig,
+    known_leak,
+    scheduled_dims,
+)
+from variants.input_schedule import InputSchedule, NetworkOut
+
+LEAK_TOLERANCE = 1e-5
+"""Maximum change of an output of order 1 that float32 rounding explains: 84 units in the last place. The same
+limit applies to lower precision: the residual sums are float32 in every dtype, and later tokens do not affect
+how a number rounds to bfloat16. If one rounding to bfloat16 changes (2⁻⁹, 2e-3), its input depended
+on later tokens, and this is enough to change a selection (a hash, a nearest centroid) in a later layer."""
+
+
+def leak(
+    variant: type[SequenceMixer],
+    config: VariantConfig,
+    dims: Dims,
+    layers: int,
+    device: torch.device,
+    dtype: torch.dtype = torch.float32,
+    *,
+    schedule: InputSchedule | None = None,
+) -> float:
+    """Return the maximum change of an output before a cut when the inputs from the cut on change, in float32
+    or in `dtype` with autocast. `schedule` feeds the layers; the default is the variant's own.
+
+    Each sequence of the batch has a different cut, so that an influence between sequences is also detected.
+    Raises GateFailed if rounding cannot explain the change, unless the variant states that it leaks.
+    """
+    schedule = schedule or variant.input_schedule(config)
+    fed = scheduled_dims(variant, schedule, dims)
+    stack = [layer_of(variant, config, fed, layer).to(device) for layer in range(layers)]
+
+    def network(x: Tensor, states: list[Any] | None) -> NetworkOut:
+        after = []
+        for layer, state in zip(stack, states or [None] * layers, strict=True):
+            out = layer(x, Context(causal=True), state)
+            x = x + out.y
+            after.append(out.state)
+        return NetworkOut(x, after)
+
+    @torch.no_grad()
+    def run(x: Tensor) -> Tensor:
+        torch.manual_seed(0)  # so that hashing and random features are the same in every run
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            return schedule.stream(network, x, causal=True)
+
+    # a separate generator, because `run` seeds the global one: every change would be the same multiple of x
+    source = torch.Generator(device).manual_seed(0)
+    batch, tokens = BATCH, dims.seq_len
+
+    def noise() -> Tensor:
+        return torch.randn(batch, tokens, dims.d_model, device=device, generator=source)
+
+    x = noise()
+    before = run(x)
+    unaligned = {1, tokens // 3, tokens // 2, tokens // 2 + 1, tokens - 2, tokens - 1}
+    cuts = sorted(cut for cut in unaligned | {2**k for k in range(4, 10)} if 0 < cut < tokens)
+    position = torch.arange(tokens, device=device)
+    changes = [0.0]
+    for group in (cuts[i : i + batch] for i in range(0, len(cuts), batch)):
+        # the last group may be smaller than the batch; the remaining sequences repeat its last cut
+        cut = torch.tensor([*group, *group[-1:] * (batch - len(group))], device=device)[:, None]
+        masks = position >= cut, position == cut, (position == tokens - 1).expand(batch, -1)
+        for mask, size in zip(masks, (10.0, 1.0, 1e-2), strict=True):
+            changed = torch.where(mask[..., None], x + size * noise(), x)
+            changes.append((run(changed) - before)[position < cut].abs().max().item())
+    worst = largest(changes)
+    if not worst <= LEAK_TOLERANCE and not known_leak(variant, config):
+        raise GateFailed(f"causality gate: changing later tokens changed an earlier output by {worst:.2e}")
+    return worst
