@@ -181,6 +181,11 @@ class Record:
     bits_per_byte: Amount | None = None
     word_perplexity: Perplexity | None = None
     unigram_perplexity: Perplexity | None = None
+    ngram_bits_per_byte: list[Amount] | None = None
+    ngram_train_bytes: Size | None = None
+    gzip_bits_per_byte: Amount | None = None
+    xz_bits_per_byte: Amount | None = None
+    zstd_bits_per_byte: Amount | None = None
     nll_by_position: list[Amount] | None = None
     nll_by_place: list[Amount] | None = None
     place_period: Size | None = None

@@ -18,7 +18,7 @@ import numpy.typing as npt
 from bench import corpora
 from bench.corpora import Corpus, Document
 from bench.tasks.base import IGNORED, Batch, Setting, Task, TaskConfig
-from bench.tasks.windows import Passage, document_batches, scored_counts, window_batches
+from bench.tasks.windows import Passage, document_batches, scored_counts, sliding_windows, window_batches
 from variants.knobs import knob
 
 MASK = 256
@@ -103,6 +103,28 @@ class Text(Task):
         """Yield the same targets in rows that are whole documents."""
         return document_batches(self.passages, self.setting.batch_size)
 
+    def train_text(self, steps: int) -> list[Document]:
+        """Return the bytes of the first `steps` training batches, inputs and targets, as parts of the
+        training documents. Bytes of several windows are returned once, in one part."""
+        length = self.setting.seq_len + 1
+        starts = [
+            _draw_starts(self.train_generator(step), self.corpus, length - 1, self.setting.batch_size)
+            for step in range(steps)
+        ]
+        first = np.unique(np.concatenate(starts))
+        begins = np.flatnonzero(np.diff(first, prepend=-length) >= length)
+        ends = np.append(begins[1:], len(first)) - 1
+        stream = self.corpus.train_stream
+        return [stream[first[begin] : first[end] + length] for begin, end in zip(begins, ends, strict=True)]
+
+    def scored_text(self, stride: int) -> list[tuple[Document, int]]:
+        """Return the windows of `test_batches` as bytes: inputs and last target, and the place of the first
+        byte that is scored. Only for clm."""
+        passages = self.passages
+        texts = [self.documents[k][: len(passage.targets) + 1] for k, passage in enumerate(passages)]
+        windows = sliding_windows([len(p.targets) for p in passages], self.setting.seq_len, stride)
+        return [(texts[w.document][w.start : w.stop + 1], w.scored - w.start + 1) for w in windows]
+
 
 def _batch(windows: list[Document], objective: str, generator: np.random.Generator) -> Batch:
     """Windows of T + 1 bytes → a batch. Both objectives use the same first T bytes."""
@@ -126,8 +148,13 @@ def train_batch(
     """
     generator = np.random.default_rng([replicate, step])
     stream = corpus.train_stream
-    starts = generator.integers(0, len(stream) - seq_len, size=batch_size)
+    starts = _draw_starts(generator, corpus, seq_len, batch_size)
     return _batch([stream[s : s + seq_len + 1] for s in starts], objective, generator)
+
+
+def _draw_starts(generator: np.random.Generator, corpus: Corpus, seq_len: int, batch_size: int) -> Ints:
+    """(B,) the first byte of each window of a training batch; the generator is new."""
+    return generator.integers(0, len(corpus.train_stream) - seq_len, size=batch_size)
 
 
 def scored_passages(
