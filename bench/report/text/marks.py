@@ -10,7 +10,7 @@ import pandas as pd
 from bench.report.data.statistics import DRIFT_LIMIT, LEAK_LIMIT
 from bench.report.text import units
 
-LEAK, DRIFT, PREDICTED = "†", "‡", "ᵖ"
+LEAK, DRIFT, PREDICTED, UNDERTRAINED = "†", "‡", "ᵖ", "ᵘ"
 ALIKE, UNTOLD, OF_TWO, CONTAMINATED = "≈", "?", "ʳ", "§"
 OF_INTERVALS = {
     ALIKE: "not distinguishable from dense: the interval of the ratio holds 1 or lies within the noise floor "
@@ -23,6 +23,8 @@ OF_INTERVALS = {
 NOTES = {
     LEAK: f"the gate measured a leak of more than {LEAK_LIMIT:g}: with a causal objective it sees the "
     "future, so its perplexity is not ranked and stands after the leak-free ones",
+    UNDERTRAINED: "undertrained: it needs more bits per byte than a 3-gram table that learnt the same bytes, "
+    "so it is not ranked: such an order says who learns local statistics faster, not who uses a long context",
     PREDICTED: "predicted, not measured",
     DRIFT: f"parameters differ from dense by more than {DRIFT_LIMIT:.0%}: not like for like",
     **OF_INTERVALS,
@@ -30,6 +32,7 @@ NOTES = {
 """Mark → its meaning, for summary.md and the page."""
 SHORT_NOTES = {
     LEAK: f"sees the future: the gate measured a leak of more than {LEAK_LIMIT:g}",
+    UNDERTRAINED: "undertrained: worse than a 3-gram table that learnt the same bytes; not ranked",
     PREDICTED: NOTES[PREDICTED],
     **OF_INTERVALS,
 }
