@@ -138,7 +138,7 @@ if len(trained):
     pool = trained.groupby(SAME, dropna=False)["variant"].nunique().idxmax()
     models = trained.set_index(SAME).loc[[pool]].reset_index()
     unit = "bits per byte" if models["bits_per_byte"].notna().any() else "nats per token"
-    third = [bits[2] if isinstance(bits, list) else float("nan") for bits in models["ngram_bits_per_byte"]]
+    third = [float("nan") if bits is None else bits[2] for bits in models["ngram_bits_per_byte"]]
     models = models.assign(table=third, loss=models["bits_per_byte"].fillna(models["nll"]))
     points = models.groupby("variant")[["loss", "step_seconds_median"]].agg(["mean", "std", "size"])
     ranked = ~(points["loss", "mean"] > models.groupby("variant")["table"].mean())

@@ -215,9 +215,10 @@ trained = ok.assign(
 )
 TABLES = [f"ngram_{order}_bits_per_byte" for order in range(1, 6)]
 for place, table in enumerate(TABLES):
-    lists = trained["ngram_bits_per_byte"]
-    trained[table] = [bits[place] if isinstance(bits, list) else np.nan for bits in lists]
-BASELINES = [*TABLES, "ngram_train_bytes", "gzip_bits_per_byte", "xz_bits_per_byte", "zstd_bits_per_byte"]
+    lists = trained.get("ngram_bits_per_byte", [None] * len(trained))  # older reports have none
+    trained[table] = [np.nan if bits is None else bits[place] for bits in lists]
+OTHERS = ["ngram_train_bytes", *(f"{name}_bits_per_byte" for name in ("gzip", "xz", "zstd"))]
+BASELINES = [*TABLES, *(name for name in OTHERS if name in trained)]
 trained["train_amount"] = trained["train_amount"].fillna(trained["tokens_trained"].astype(float))
 trained = trained[trained[SCORES].notna().any(axis=1)]
 by = trained.groupby([*CELL, *TRAINING, "state_policy"], dropna=False)

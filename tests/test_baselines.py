@@ -145,7 +145,7 @@ def test_the_text_learnt_is_that_of_the_training_batches(
     seen = np.zeros(len(stream), dtype=bool)
     for step in range(steps):
         inputs, targets, _ = train_batch(
-            CORPUS, seq_len=seq_len, batch_size=3, objective="clm", replicate=1, step=step
+            CORPUS.train_stream, seq_len=seq_len, batch_size=3, objective="clm", replicate=1, step=step
         )
         for row, last in zip(inputs, targets[:, -1], strict=True):
             window = bytes([*row.tolist(), int(last)])
@@ -193,3 +193,14 @@ def test_baselines_of_a_cell_are_measured_once(monkeypatch: pytest.MonkeyPatch, 
         baselines.of_cell(text_task(monkeypatch, replicate=2), tmp_path, steps=20, stride=50),
     ):
         assert other.gzip_bits_per_byte > 8
+
+
+def test_the_window_of_a_compressor_is_as_long_as_the_context_in_bytes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A context of 50 tokens of two bytes is one of 100 bytes."""
+    seen = []
+    monkeypatch.setattr(compressors, "gzip_bytes", lambda _, context: seen.append(context) or 1)
+    monkeypatch.setattr(Text, "bytes_per_target", lambda _: 2.0)
+    baselines.measure(text_task(monkeypatch), steps=2, stride=50)
+    assert seen == [100]

@@ -73,7 +73,7 @@ def test_baselines_are_rows_among_the_models(report: Path) -> None:
         ("baseline", "1-gram table", "4.500"),
     ]
     tables = {row["variant"]: (row["tokens trained"], row["perplexity"]) for row in rows}
-    assert tables["3-gram table"] == ("250 k", "8.000")
+    assert tables["3-gram table"] == ("250 k bytes", "8.000")
     assert tables["gzip -9"][0] == "–"
     assert "- ᵘ undertrained" in text.split("## Quality", 1)[1]
     tex = (report / "summary.tex").read_text()

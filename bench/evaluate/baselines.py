@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+import math
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -43,7 +44,7 @@ def measure(task: Text, *, steps: int, stride: int) -> Baselines:
     scored = [ngram.Piece(*window) for window in task.scored_text(stride)]
     tables = ngram.learn([ngram.Piece(text) for text in learnt])
     text = np.concatenate([piece.text[piece.start :] for piece in scored]).tobytes()
-    context = task.setting.seq_len
+    context = math.ceil(task.setting.seq_len * task.bytes_per_target())
     zstd = compressors.zstd_bytes(text, context)
     return Baselines(
         ngram_bits_per_byte=ngram.bits_per_byte(tables, scored),
@@ -62,8 +63,8 @@ def of_cell(task: Text, folder: Path, *, steps: int, stride: int) -> Baselines:
     decides = [
         hashlib.sha256(code.encode()).hexdigest(),
         compressors.has_zstd(),
-        task.corpus.sha256,
-        asdict(setting) | {"data": None},  # the corpus is known by its hash, whatever its name
+        task.sha256(task.config, setting.data),
+        asdict(setting) | {"data": None},  # the text is known by its hash, whatever its name
         steps,
         stride,
     ]

@@ -209,6 +209,7 @@ class Record:
     softmax_error_initial: Amount | None = None
     tokens_trained: Count | None = None
     tokens_evaluated: Count | None = None
+    bytes_evaluated: Count | None = None
     eval_stride: Size | None = None
     eval_min_context: Count | None = None
     train_seconds: Amount | None = None

@@ -93,7 +93,8 @@ class QualityEvaluation:
             documents=task.test_documents() if self.stateful else None,
             objective=task.objective,
             words_per_byte=task.corpus.words_per_byte(),
-            unigram_nats=task.corpus.unigram_nats(),
+            bytes_per_target=task.bytes_per_target(),
+            unigram_nats=task.unigram_nats(),
             device=self.device,
             place_period=self.measure.place_period,
         )
@@ -109,6 +110,7 @@ class QualityEvaluation:
                 "nll_by_place": quality.nll_by_place,
                 "place_period": self.measure.place_period or None,
                 "tokens_evaluated": quality.tokens,
+                "bytes_evaluated": round(quality.tokens * task.bytes_per_target()) if self.causal else None,
                 "eval_stride": stride if self.causal else None,
                 "eval_min_context": least_context(self.spec.seq_len, stride) if self.causal else None,
             }
@@ -133,7 +135,7 @@ class QualityEvaluation:
     def _context_use(self, task: Text) -> None:
         use = context_use.measure_context_use(
             self.model,
-            task.documents,
+            task.token_documents,
             seq_len=self.spec.seq_len,
             count=self.measure.history_targets,
             batch_size=self.spec.batch_size,

@@ -5,6 +5,7 @@ This is the only place that decides which trained models are ranked.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from types import MappingProxyType
 from typing import Any
@@ -24,6 +25,8 @@ BASELINES = MappingProxyType(
     }
 )
 """Column, in bits per byte → the name of the baseline."""
+MOST_NATS = 230.0
+"""A perplexity above e to this is shown as this one; no table needs it."""
 LEAST = "ngram_3_bits_per_byte"
 """The baseline that a model must beat to be ranked."""
 
@@ -59,12 +62,13 @@ def named_means(cells: pd.DataFrame, columns: Iterable[str] = BASELINES) -> list
 def baseline_rows(cells: pd.DataFrame) -> list[dict[str, Any]]:
     """A row for each baseline of every pool of comparable cells; takes `statistics.quality_cells`.
 
-    A row has the keys of the pool and, as columns of a cell, `label`, `bits_per_byte_mean`, its perplexity
-    per byte and, for a table, `tokens_trained`, which are bytes. Where the cells of a pool were not trained
+    A row has the keys of the pool and, as columns of a cell, `label`, `bits_per_byte_mean`, `perplexity_mean`
+    (per token of the models, whose bytes are exact), and for a table `ngram_train_bytes`. Where the cells of a pool were not trained
     on the same bytes, it has their mean, and `least` and `most`.
     """
     rows: list[dict[str, Any]] = []
     for _, pool in cells.groupby(list(BUDGET), sort=False, dropna=False):
+        nats_per_bit = float((pool["nll_mean"] / pool["bits_per_byte_mean"]).mean())
         for column, name in BASELINES.items():
             bits = pool[column].dropna()
             if bits.empty:
@@ -73,10 +77,10 @@ def baseline_rows(cells: pd.DataFrame) -> list[dict[str, Any]]:
             figures = {
                 "label": name,
                 "bits_per_byte_mean": bits.mean(),
-                "perplexity_mean": 2.0 ** bits.mean(),
+                "perplexity_mean": math.exp(min(nats_per_bit * bits.mean(), MOST_NATS)),
                 "least": bits.min(),
                 "most": bits.max(),
-                "tokens_trained": learnt,
+                "ngram_train_bytes": learnt,
                 "quality_replicates": int(pool["quality_replicates"].max()),
                 "leaks": False,
             }

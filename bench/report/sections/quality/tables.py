@@ -35,6 +35,14 @@ def _bits(row: pd.Series[Any]) -> str:
     return plus_minus(row["bits_per_byte_mean"], row["bits_per_byte_std"])
 
 
+def _learnt(row: pd.Series[Any]) -> str:
+    """Tokens of training; of a table, which has no tokens, bytes."""
+    if not row["baseline"]:
+        return units.count(row["tokens_trained"])
+    size = units.count(row["ngram_train_bytes"])
+    return size if size == units.MISSING else f"{size} bytes"
+
+
 def _reset(row: pd.Series[Any]) -> str:
     name = "perplexity_reset" if pd.isna(row["bits_per_byte_reset_mean"]) else "bits_per_byte_reset"
     return plus_minus(row[f"{name}_mean"], row[f"{name}_std"])
@@ -84,7 +92,7 @@ def quality(cells: pd.DataFrame) -> list[Column]:
         of_models("heads", "heads"),
         each(cells, "depth", "depth", str, optional=False),
         *training_columns(cells, varying_training),
-        each(cells, "tokens trained", "tokens_trained", units.count),
+        Column("tokens trained", [_learnt(row) for row in rows]),
         Column("bits per byte", [_bits(row) for row in rows]),
         Column("perplexity", [plus_minus(r["perplexity_mean"], r["perplexity_std"]) for r in rows]),
         each(cells, "word perplexity", "word_perplexity_mean", units.score),
