@@ -126,8 +126,8 @@ class TextTokenizer(ABC):
 
     def encode(self, text: Document) -> TokenText:
         """Return the tokens of a text. Raises CorpusError if they are not its bytes."""
-        ids: list[int] = []
-        lengths: list[int] = []
+        ids: list[Ids] = [np.zeros(0, dtype=np.int64)]
+        lengths: list[Ids] = [np.zeros(0, dtype=np.int64)]
         for piece in _pieces(text.tobytes()):
             first, last = self.margins(piece)
             middle = piece[first : len(piece) - last]
@@ -139,9 +139,10 @@ class TextTokenizer(ABC):
                     "tokenizer without a normalizer and without a prefix"
                 )
             head, tail = map(self._single, (piece[:first], piece[len(piece) - last :]))
-            ids += [*head, *found.ids, *tail]
-            lengths += [*[1] * len(head), *map(len, found.tokens), *[1] * len(tail)]
-        return TokenText(np.array(ids, dtype=np.int64), np.cumsum(np.array(lengths, dtype=np.int64)))
+            ids.append(np.array([*head, *found.ids, *tail], dtype=np.int64))
+            sizes = [*[1] * len(head), *map(len, found.tokens), *[1] * len(tail)]
+            lengths.append(np.array(sizes, dtype=np.int64))
+        return TokenText(np.concatenate(ids), np.cumsum(np.concatenate(lengths)))
 
 
 class Trained(TextTokenizer):

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from bench.report.data.collect import MOST_PERPLEXITY
 from bench.report.data.groups import BUDGET
 
 _ORDERS = {f"ngram_{order}_bits_per_byte": f"{order}-gram table" for order in range(1, 6)}
@@ -25,8 +26,6 @@ BASELINES = MappingProxyType(
     }
 )
 """Column, in bits per byte → the name of the baseline."""
-MOST_NATS = 230.0
-"""A perplexity above e to this is shown as this one; no table needs it."""
 LEAST = "ngram_3_bits_per_byte"
 """The baseline that a model must beat to be ranked."""
 
@@ -63,7 +62,7 @@ def baseline_rows(cells: pd.DataFrame) -> list[dict[str, Any]]:
     """A row for each baseline of every pool of comparable cells; takes `statistics.quality_cells`.
 
     A row has the keys of the pool and, as columns of a cell, `label`, `bits_per_byte_mean`, `perplexity_mean`
-    (per token of the models, whose bytes are exact), and for a table `ngram_train_bytes`. Where the cells of a pool were not trained
+    (per token of the models), and for a table `ngram_train_bytes`. Where the cells of a pool were not trained
     on the same bytes, it has their mean, and `least` and `most`.
     """
     rows: list[dict[str, Any]] = []
@@ -73,11 +72,12 @@ def baseline_rows(cells: pd.DataFrame) -> list[dict[str, Any]]:
             bits = pool[column].dropna()
             if bits.empty:
                 continue
+            nats = nats_per_bit * bits.mean()
             learnt = pool["ngram_train_bytes"].mean() if column in _ORDERS else np.nan
             figures = {
                 "label": name,
                 "bits_per_byte_mean": bits.mean(),
-                "perplexity_mean": math.exp(min(nats_per_bit * bits.mean(), MOST_NATS)),
+                "perplexity_mean": math.exp(nats) if nats <= math.log(MOST_PERPLEXITY) else math.nan,
                 "least": bits.min(),
                 "most": bits.max(),
                 "ngram_train_bytes": learnt,
