@@ -11,9 +11,9 @@ ifeq ($(origin CONSTRAINTS),undefined)
 CONSTRAINTS := $(shell if nvidia-smi >/dev/null 2>&1; then echo constraints/gpu.txt; else echo constraints/cpu.txt; fi)
 endif
 ifeq ($(notdir $(CONSTRAINTS)),gpu.txt)
-EXTRAS := [dev,cluster,trackers,gpu]
+EXTRAS := [dev,cluster,trackers,baselines,gpu]
 else
-EXTRAS := [dev,cluster,trackers]
+EXTRAS := [dev,cluster,trackers,baselines]
 endif
 
 PINS := $(CONSTRAINTS)

@@ -128,7 +128,7 @@ growth.sort_values("time grows as T^").style.format("{:.2f}", na_rep="–")
 # %% [markdown]
 # ## Quality against cost
 #
-# All models were trained on the same number of tokens. Lower is better on both axes, so the best models are at the lower left: a variant is on the *front* (with a ring) if no other variant is both faster and better. Bidirectional models predict masked tokens, which is another task, so they are not in the same plot. Variants that are known to read later tokens are excluded.
+# All models were trained on the same number of tokens. Lower is better on both axes, so the best models are at the lower left: a variant is on the *front* (with a ring) if no other variant is both faster and better. A variant that needs more bits per byte than a 3-gram table that learnt the same text (the dotted line) is undertrained: it is shown, but is on no front and keeps none off it. Bidirectional models predict masked tokens, which is another task, so they are not in the same plot. Variants that are known to read later tokens are excluded.
 
 # %%
 trained = finished[finished["nll"].notna() & ~(finished["leak_max_abs"] > 1e-3)]
@@ -137,21 +137,25 @@ SAME += ["train_budget", "train_amount"]
 if len(trained):
     pool = trained.groupby(SAME, dropna=False)["variant"].nunique().idxmax()
     models = trained.set_index(SAME).loc[[pool]].reset_index()
-    points = models.groupby("variant")[["nll", "step_seconds_median"]].agg(["mean", "std", "size"])
+    unit = "bits per byte" if models["bits_per_byte"].notna().any() else "nats per token"
+    third = [float("nan") if bits is None else bits[2] for bits in models["ngram_bits_per_byte"]]
+    models = models.assign(table=third, loss=models["bits_per_byte"].fillna(models["nll"]))
+    points = models.groupby("variant")[["loss", "step_seconds_median"]].agg(["mean", "std", "size"])
+    ranked = ~(points["loss", "mean"] > models.groupby("variant")["table"].mean())
     with look():
         figure, panel = plt.subplots(figsize=(7.2, 4.4))
         for name in sorted(points.index, key=variant_rank):
             colour, marker = looks(name, points.index)
-            time, loss = points.loc[name, ("step_seconds_median", "mean")], points.loc[name, "nll"]
+            time, loss = points.loc[name, ("step_seconds_median", "mean")], points.loc[name, "loss"]
             panel.errorbar(
                 time, loss["mean"], loss["std"], color=colour, marker=marker, linestyle="", label=name
             )
-            better = (points["nll", "mean"] < loss["mean"]) & (points["step_seconds_median", "mean"] < time)
-            if not better.any():
+            better = (points["loss", "mean"] < loss["mean"]) & (points["step_seconds_median", "mean"] < time)
+            if ranked[name] and not (better & ranked).any():
                 panel.plot(time, loss["mean"], "o", markersize=14, fillstyle="none", color="#555555")
-        panel.set(
-            xscale="log", xlabel="time of a step", ylabel="held-out loss, nats per token (lower is better)"
-        )
+        if models["table"].notna().any():
+            panel.axhline(models["table"].mean(), color="#555555", linestyle=":", label="3-gram table")
+        panel.set(xscale="log", xlabel="time of a step", ylabel=f"held-out loss, {unit} (lower is better)")
         human_axis(panel.xaxis, *panel.get_xlim(), units.seconds, binary=False)
         panel.set_title(
             f"{pool[0]}, {pool[1]}, width {pool[2]}, depth {pool[3]}, {pool[4]} tokens a sequence; "

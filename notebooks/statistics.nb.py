@@ -204,11 +204,21 @@ noise
 # %% [markdown]
 # ## Quality
 #
-# Mean and standard deviation over replicates, for each training setting. Ranks compare cells without a leak that have the same training budget and the same evaluation; their learning rates may differ.
+# Mean and standard deviation over replicates, for each training setting. Ranks compare cells without a leak that have the same training budget and the same evaluation; their learning rates may differ. A cell of text that needs more bits per byte than a 3-gram table that learnt the same bytes is undertrained and has no rank.
 
 # %%
-SCORES = ["nll", "perplexity", "perplexity_reset", "bits_per_byte", "word_perplexity", "accuracy"]
-trained = ok.assign(perplexity_reset=np.exp(ok["nll_reset"]))
+SCORES = ["nll", "bits_per_byte", "bits_per_byte_reset", "perplexity", "perplexity_reset"]
+SCORES += ["word_perplexity", "accuracy"]
+trained = ok.assign(
+    perplexity_reset=np.exp(ok["nll_reset"]),
+    bits_per_byte_reset=ok["nll_reset"] / ok["nll"] * ok["bits_per_byte"],
+)
+TABLES = [f"ngram_{order}_bits_per_byte" for order in range(1, 6)]
+for place, table in enumerate(TABLES):
+    lists = trained.get("ngram_bits_per_byte", [None] * len(trained))  # older reports have none
+    trained[table] = [np.nan if bits is None else bits[place] for bits in lists]
+OTHERS = ["ngram_train_bytes", *(f"{name}_bits_per_byte" for name in ("gzip", "xz", "zstd"))]
+BASELINES = [*TABLES, *(name for name in OTHERS if name in trained)]
 trained["train_amount"] = trained["train_amount"].fillna(trained["tokens_trained"].astype(float))
 trained = trained[trained[SCORES].notna().any(axis=1)]
 by = trained.groupby([*CELL, *TRAINING, "state_policy"], dropna=False)
@@ -217,11 +227,13 @@ quality.columns = ["_".join(column) for column in quality.columns]
 MIDDLE = ["tokens_trained", "unigram_perplexity", "guess_accuracy", "tokens_evaluated", "train_seconds"]
 quality = quality.join(by[[*MIDDLE, "eval_min_context"]].median()).join(by["leak_max_abs"].max())
 CONTEXT = {"effective_context": "median", "effective_context_low": "min", "effective_context_high": "max"}
-quality = quality.join(by.agg(CONTEXT)).join(by.size().rename("quality_replicates"))
-quality = quality.reset_index()
+quality = quality.join(by[BASELINES].mean()).join(by.agg(CONTEXT))
+quality = quality.join(by.size().rename("quality_replicates")).reset_index()
 BUDGET = [*GROUP, "seq_len", *(key for key in TRAINING if key != "learning_rate")]
-sound = quality[quality["leak_max_abs"] <= 1e-3]
-quality["rank"] = sound.groupby(BUDGET, dropna=False)["perplexity_mean"].rank(method="min")
+quality["undertrained"] = quality["bits_per_byte_mean"] > quality["ngram_3_bits_per_byte"]
+quality["score"] = quality["bits_per_byte_mean"].fillna(quality["perplexity_mean"])
+sound = quality[(quality["leak_max_abs"] <= 1e-3) & ~quality["undertrained"]]
+quality["rank"] = sound.groupby(BUDGET, dropna=False)["score"].rank(method="min")
 quality.sort_values("rank")
 
 # %% [markdown]

@@ -59,7 +59,12 @@ def trained(name: str, replicate: int, *, batch_size: int, steps: int, **knobs: 
         for group in optimizer.param_groups:
             group["lr"] = LEARNING_RATE * min(10 * (step + 1) / steps, 1 - step / steps)
         batch = text.train_batch(
-            corpus(), seq_len=T, batch_size=batch_size, objective="clm", replicate=replicate, step=step
+            corpus().train_stream,
+            seq_len=T,
+            batch_size=batch_size,
+            objective="clm",
+            replicate=replicate,
+            step=step,
         )
         training_step(model, optimizer, batch, causal=True)
     return model

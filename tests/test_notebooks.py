@@ -46,6 +46,8 @@ def experiment() -> list[Record]:
                         1e-3 * seq_len * (1 + 0.05 * noise.random()) * (1.3 if variant == "longformer" else 1)
                     )
                     other: dict[str, Any] = {"step_seconds_median": time, "tokens_per_second": seq_len / time}
+                    other |= {"ngram_bits_per_byte": [4.0, 3.0, 2.25, 2.0 + replicate / 100, 2.0]}
+                    other |= {"ngram_train_bytes": 250_000, "gzip_bits_per_byte": 3.5}
                     if twin:
                         other |= {"twin": twin, "cell_id": f"{seq_len}-{replicate}-{twin}"}
                     found.append(record(**where, **other, started_at=started))
@@ -83,6 +85,13 @@ def test_the_notebook_makes_every_figure_of_the_summary(run: tuple[Path, dict[st
         got, expected = (frame[name].astype(float).to_numpy() for frame in (mine, theirs))
         np.testing.assert_allclose(got, expected, rtol=1e-9, err_msg=name)
     assert names["difference"].max() < 1e-9
+
+
+def test_the_notebook_finds_the_same_cells_undertrained(run: tuple[Path, dict[str, Any]]) -> None:
+    _, names = run
+    theirs, mine = names["theirs"]["undertrained"], names["mine"]["undertrained"]
+    assert theirs.eq(True).tolist() == mine.eq(True).tolist()
+    assert {True, False} == set(theirs.dropna().astype(bool))
 
 
 def test_the_notebook_tells_the_same_cells_apart(run: tuple[Path, dict[str, Any]]) -> None:

@@ -141,8 +141,8 @@ def pins(name: str) -> dict[str, str]:
 @pytest.mark.parametrize(
     ("names", "extras"),
     [
-        (["cpu.txt"], ["dev", "cluster"]),
-        (["gpu.txt"], ["dev", "cluster", "gpu"]),
+        (["cpu.txt"], ["dev", "cluster", "baselines"]),
+        (["gpu.txt"], ["dev", "cluster", "baselines", "gpu"]),
         (["cpu.txt", "peers.txt"], ["dev", "peers"]),
         (["gpu.txt", "peers.txt"], ["dev", "peers"]),
     ],

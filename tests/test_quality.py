@@ -62,6 +62,21 @@ def test_every_variant_is_judged_on_the_same_targets(four: dict[str, dict[str, A
     )
 
 
+BASELINES = ("ngram_bits_per_byte", "ngram_train_bytes", "gzip_bits_per_byte", "xz_bits_per_byte")
+
+
+def test_causal_models_have_one_set_of_baselines(home: Path, four: dict[str, dict[str, Any]]) -> None:
+    """A table that knows only the frequencies of bytes has the loss of the unigram, but for its smoothing."""
+    assert [four["linformer"][key] for key in BASELINES] == [None] * 4
+    causal = [four[name] for name in ("dense", "chunked", "transformer_xl")]
+    assert len({json.dumps([record[key] for key in BASELINES]) for record in causal}) == 1
+    assert len(list((home / "results" / "four" / "baselines").glob("*.json"))) == 1
+    orders = causal[0]["ngram_bits_per_byte"]
+    assert orders[0] == pytest.approx(math.log2(causal[0]["unigram_perplexity"]), abs=0.2)
+    assert orders[0] > orders[1] > orders[2] > 0  # five words at random: context helps
+    assert T < causal[0]["ngram_train_bytes"] <= 4 * (T + 1)
+
+
 def test_a_record_says_how_documents_were_read(four: dict[str, dict[str, Any]]) -> None:
     for name in ("dense", "chunked", "transformer_xl"):
         assert (four[name]["eval_stride"], four[name]["eval_min_context"]) == (64, 193)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import math
 import re
 from html.parser import HTMLParser
 from itertools import pairwise, product
@@ -174,7 +175,8 @@ def test_a_cell_has_the_quality_of_its_longest_training_at_its_best_rate(tmp_pat
     found = [trained(1000, 0.01, 0.5, "test"), trained(9000, 0.1, 1.0, "validation")]
     found += [trained(9000, 0.01, 3.0, "test"), trained(9000, 0.1, 2.0, "test")]
     page = page_of(write(tmp_path, found))
-    assert page.data["score"] == [4]
+    assert page.data["score"] == [pytest.approx(2 / math.log(2), rel=1e-5)]
+    assert page.data["score_name"] == ["bits per byte"]
     assert page.data["trained"] == ["9.00 k tokens, test"]
 
 

@@ -21,6 +21,7 @@ from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.remote.webelement import WebElement
 from selenium.webdriver.support.ui import Select, WebDriverWait
 from test_report import failed, record, sweep, write
+from test_report_baselines import models
 from test_report_page import HOSTILE, two_thousand_cells
 
 from bench.report import build
@@ -265,6 +266,35 @@ def test_the_chooser_says_where_quality_was_measured(browser: webdriver.Chrome, 
     assert "peak memory predicted (ᵖ) in all" in one(browser, "#chosen").text
     assert "by executed FLOPs instead" in one(browser, "#speed-note").text
     assert all(text.startswith("not timed, ") for text in column(browser, "#by-speed", "step time"))
+
+
+def test_the_chooser_shows_baselines_and_ranks_nothing_undertrained(
+    browser: webdriver.Chrome, tmp_path: Path
+) -> None:
+    show(browser, build(write(tmp_path, models()), plots=False) / "index.html")
+    rows = browser.execute_script(
+        "return [...document.querySelectorAll('#by-quality tbody tr')].map("
+        "(row) => [...row.children].slice(0, 3).map((cell) => cell.textContent))"
+    )
+    assert [tuple(row) for row in rows] == [
+        ("–", "5-gram table (baseline)", "2.400"),
+        ("1", "dense", "2.500 ± 0.000"),
+        ("–", "4-gram table (baseline)", "2.600"),
+        ("2", "chunked", "2.900 ± 0.000"),
+        ("–", "3-gram table (baseline)", "3.000"),
+        ("–", "overlapping", "3.001 ± 0.000ᵘ"),
+        ("–", "xz -9e (baseline)", "3.050"),
+        ("–", "gzip -9 (baseline)", "3.200"),
+        ("–", "longformer", "3.400 ± 0.000ᵘ"),
+        ("–", "2-gram table (baseline)", "3.500"),
+        ("–", "1-gram table (baseline)", "4.500"),
+    ]
+    assert not [entry for entry in browser.get_log("browser") if entry["level"] == "SEVERE"]
+    chart = one(browser, "#pareto-figure")
+    browser.execute_script("arguments[0].scrollIntoView()", chart)
+    wait(browser, lambda: len(find(browser, "#pareto-figure svg.marks .mark-text text")) >= 3)
+    texts = {text.text for text in find(browser, "#pareto-figure svg.marks .mark-text text")}
+    assert texts >= {"3-gram table", "5-gram table", "gzip -9"}
 
 
 def marks(browser: webdriver.Chrome, figure: int) -> list[WebElement]:

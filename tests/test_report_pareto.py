@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +58,7 @@ def test_nothing_beats_the_front_and_all_else_is_beaten(
 ) -> None:
     places = dict(zip(VARIANTS, points, strict=True))
     nll, seconds = ([float(point[axis]) for point in points] for axis in (0, 1))
-    cells = pareto_cells(four.assign(nll_mean=nll, step_seconds_median=seconds))
+    cells = pareto_cells(four.assign(nll_mean=nll, bits_per_byte_mean=nll, step_seconds_median=seconds))
 
     def beaten(name: str) -> bool:
         own = places[name]
@@ -112,7 +113,7 @@ def test_a_model_stands_at_its_best_rate(tmp_path: Path) -> None:
     ]
     cells = pareto_of(frame_of(tmp_path, found))
     assert list(cells["learning_rate"]) == [0.003, 0.003]
-    assert list(cells["quality"]) == [2.5, 1.5]
+    assert list(cells["quality"]) == pytest.approx([2.5 / math.log(2), 1.5 / math.log(2)])
 
 
 def test_ways_of_saving_activations_stand_beside_each_other(tmp_path: Path) -> None:
@@ -138,7 +139,7 @@ def test_the_table_names_the_fronts(tmp_path: Path) -> None:
     text = text_of(tmp_path, several()).split("## Pareto fronts", 1)[1]
     rows = table(text, "### clm, data plays, length 512, depth 2")
     assert [row["variant"] for row in rows] == list(VARIANTS)
-    assert rows[0]["loss"] == "2.010 (1.985 – 2.035)"
+    assert rows[0]["bits per byte"] == "2.900 (2.864 – 2.936)"
     assert rows[0]["on the front of"] == "time, memory, FLOPs"
     assert {row["on the front of"] for row in rows[1:]} == {"time"}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,9 @@ from bench.records import Record
 from bench.report.data import statistics
 from bench.report.sections.quality import plots as quality_plots
 from bench.report.sections.quality.by_position import by_history
+
+LN2 = math.log(2)
+"""Nats in a bit: text is drawn in bits per byte."""
 
 
 def histories(variant: str, replicate: int, losses: list[float | None], **other: Any) -> Record:
@@ -45,12 +49,12 @@ def test_lines_over_history_end_at_the_full_one_and_ring_the_effective_context(t
         line for line in axis.get_lines() if line.get_color() == style.colour and line.get_linestyle() == "-"
     )
     assert list(np.asarray(drawn.get_xdata())) == [1, 2, 4, 8, 16, 20]
-    assert list(np.asarray(drawn.get_ydata())) == pytest.approx([x + 0.05 for x in losses])
-    assert points(axis, style.colour, "o") == [(8, pytest.approx(2.05))]
-    assert points(axis, look(frame).styles["chunked"].colour, "o") == [(20, pytest.approx(1.8))]
+    assert list(np.asarray(drawn.get_ydata())) == pytest.approx([(x + 0.05) / LN2 for x in losses])
+    assert points(axis, style.colour, "o") == [(8, pytest.approx(2.05 / LN2))]
+    assert points(axis, look(frame).styles["chunked"].colour, "o") == [(20, pytest.approx(1.8 / LN2))]
     (band,) = [c for c in axis.collections if isinstance(c, PolyCollection)]
     edges = np.asarray(band.get_paths()[0].vertices)
-    assert (edges[:, 1].min(), edges[:, 1].max()) == pytest.approx((1.8, 3.1))
+    assert (edges[:, 1].min(), edges[:, 1].max()) == pytest.approx((1.8 / LN2, 3.1 / LN2))
 
 
 def test_records_without_histories_have_no_picture(tmp_path: Path) -> None:

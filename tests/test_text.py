@@ -35,7 +35,7 @@ CORPUS = Corpus(
 
 def batch_of(**changed: Any) -> Batch:
     given_: dict[str, Any] = {"seq_len": 50, "batch_size": 3, "objective": "clm", "replicate": 0, "step": 0}
-    return train_batch(CORPUS, **{**given_, **changed})
+    return train_batch(CORPUS.train_stream, **{**given_, **changed})
 
 
 def same(a: Batch, b: Batch) -> bool:

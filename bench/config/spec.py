@@ -146,7 +146,8 @@ class MeasureSpec(Spec):
     eval_split: Literal["test", "validation"] = "test"
     """The documents that are scored: test, or validation to choose knobs."""
     eval_tokens: int = knob(0, least=0, unit="tokens")
-    """Maximum number of held-out tokens to score."""
+    """Maximum number of held-out tokens to score. For text it counts bytes, also if data.bpe or
+    data.tokenizer is given, so that the scored text is the same."""
     eval_stride: int | None = knob(None, least=1, unit="tokens")
     """Tokens from one evaluated window to the next; null is seq_len, without overlap. Bidirectional models
     only allow null."""

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from bench.corpora import Document
+from bench.corpora.tokens import Ids
 from bench.evaluate.nll import Floats, evaluating, token_nll
 from bench.model.language_model import LanguageModel
 
@@ -62,7 +62,7 @@ def target_positions(lengths: Sequence[int], seq_len: int, count: int) -> list[t
 
 def nll_after(
     model: LanguageModel,
-    documents: Sequence[Document],
+    documents: Sequence[Ids],
     targets: Sequence[tuple[int, int]],
     length: int,
     *,
@@ -85,7 +85,7 @@ def nll_after(
 
 def measure_context_use(
     model: LanguageModel,
-    documents: Sequence[Document],
+    documents: Sequence[Ids],
     *,
     seq_len: int,
     count: int,

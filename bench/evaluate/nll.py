@@ -141,6 +141,7 @@ def evaluate(
     documents: Iterable[Batch] | None = None,
     objective: str,
     words_per_byte: float,
+    bytes_per_target: float = 1.0,
     unigram_nats: Floats,
     device: torch.device,
     place_period: int = 0,
@@ -156,9 +157,11 @@ def evaluate(
     windows overlap, each window scores only the targets that earlier windows did not; early positions then
     only occur in the first T tokens of a document, and have fewer targets.
 
-    Bits per byte and word-level perplexity describe a compression of the text and exist only for clm.
+    Bits per byte and word-level perplexity describe a compression of the text and exist only for clm. They
+    are exact for any tokens: `bytes_per_target` is the number of bytes that all scored targets stand for,
+    divided by the number of targets.
     Word-level perplexity uses the corpus's fixed words per byte, as PG-19's authors do (arXiv:1911.05507,
-    §4.1). A bucket without a scored target is NaN. `unigram_perplexity` is the perplexity of the byte
+    §4.1). A bucket without a scored target is NaN. `unigram_perplexity` is the perplexity of the token
     frequencies of the training split on the same targets: that of a model without context.
     """
     causal = objective == "clm"
@@ -171,8 +174,8 @@ def evaluate(
         nll=nats,
         nll_reset=reset.nll if carried else None,
         perplexity=_exp(nats),
-        bits_per_byte=nats / math.log(2) if causal else None,
-        word_perplexity=_exp(nats / words_per_byte) if causal else None,
+        bits_per_byte=nats / bytes_per_target / math.log(2) if causal else None,
+        word_perplexity=_exp(nats / bytes_per_target / words_per_byte) if causal else None,
         unigram_perplexity=_exp(unigram),
         nll_by_position=reset.by(position_buckets(len(reset.nats))),
         nll_by_place=reset.by_place(place_period) if place_period else None,

@@ -188,6 +188,11 @@ class Record:
     bits_per_byte: Amount | None = None
     word_perplexity: Perplexity | None = None
     unigram_perplexity: Perplexity | None = None
+    ngram_bits_per_byte: list[Amount] | None = None
+    ngram_train_bytes: Size | None = None
+    gzip_bits_per_byte: Amount | None = None
+    xz_bits_per_byte: Amount | None = None
+    zstd_bits_per_byte: Amount | None = None
     nll_by_position: list[Amount] | None = None
     nll_by_place: list[Amount] | None = None
     place_period: Size | None = None
@@ -214,6 +219,7 @@ class Record:
     softmax_error_initial: Amount | None = None
     tokens_trained: Count | None = None
     tokens_evaluated: Count | None = None
+    bytes_evaluated: Count | None = None
     eval_stride: Size | None = None
     eval_min_context: Count | None = None
     train_seconds: Amount | None = None

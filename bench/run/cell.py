@@ -86,7 +86,14 @@ class CellRun:
             ).run()
             if spec.measure.train_amount:
                 checkpoints = self._checkpoints(device_name)
-                QualityEvaluation(spec, task, self.device, checkpoints=checkpoints, report=self.report).run()
+                QualityEvaluation(
+                    spec,
+                    task,
+                    self.device,
+                    folder=self.cell.folder,
+                    checkpoints=checkpoints,
+                    report=self.report,
+                ).run()
 
     def _device_name(self) -> str | None:
         if self.device.type == "cpu" or not torch.accelerator.is_available():

@@ -35,6 +35,7 @@ FOLDERS = (
     "gates",
     "roofline",
     "launch",
+    "baselines",
 )
 """Folders of an experiment into which a cell writes."""
 

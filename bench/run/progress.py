@@ -36,11 +36,18 @@ def describe(record: Record) -> str:
         f"{record.flops_executed_step / 1e9:,.2f} GFLOP" if record.flops_executed_step else None,
         f"longest that fits T={record.longest_seq_len}" if record.longest_seq_len is not None else None,
         f"largest batch {record.largest_batch_size}" if record.largest_batch_size is not None else None,
-        f"{record.objective} perplexity {record.perplexity:.2f}" if record.perplexity else None,
+        _loss(record),
         f"{record.objective} accuracy {record.accuracy:.1%}" if record.accuracy is not None else None,
         f"contaminated: {record.contaminated}" if record.contaminated else None,
     ]
     return f"{record.status:11} {printable(f'{cell}: ' + ', '.join(filter(None, figures)), MOST)}"
+
+
+def _loss(record: Record) -> str | None:
+    """Bits per byte of text, else the perplexity; None if nothing was evaluated."""
+    if record.bits_per_byte is not None:
+        return f"{record.objective} {record.bits_per_byte:.3f} bits per byte"
+    return f"{record.objective} perplexity {record.perplexity:.2f}" if record.perplexity else None
 
 
 def duration(seconds: float) -> str:

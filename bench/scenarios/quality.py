@@ -6,11 +6,12 @@ from __future__ import annotations
 import math
 from dataclasses import asdict
 from itertools import islice
+from pathlib import Path
 
 import torch
 
 from bench.config.spec import CellSpec
-from bench.evaluate import attention_stats, context_use
+from bench.evaluate import attention_stats, baselines, context_use
 from bench.evaluate.accuracy import measure_accuracy
 from bench.evaluate.nll import evaluate
 from bench.evaluate.receptive_field import reach
@@ -32,11 +33,13 @@ class QualityEvaluation:
         task: Task,
         device: torch.device,
         *,
+        folder: Path,
         checkpoints: CheckpointStore,
         report: Report,
     ) -> None:
         """`checkpoints` stores the training's checkpoints;
-        training resumes from the checkpoint of an earlier run of this cell."""
+        training resumes from the checkpoint of an earlier run of this cell.
+        `folder`: the experiment's folder, which caches the baselines."""
         self.spec, self.task, self.device, self.checkpoints, self.report = (
             spec,
             task,
@@ -44,7 +47,7 @@ class QualityEvaluation:
             checkpoints,
             report,
         )
-        self.measure, self.causal = spec.measure, spec.causal
+        self.folder, self.measure, self.causal = folder, spec.measure, spec.causal
         variant, config, _ = spec.attention()
         self.stateful = variant.info_for(config).caps.stateful
         self.model = predict.build_model(spec).to(device)
@@ -90,7 +93,8 @@ class QualityEvaluation:
             documents=task.test_documents() if self.stateful else None,
             objective=task.objective,
             words_per_byte=task.corpus.words_per_byte(),
-            unigram_nats=task.corpus.unigram_nats(),
+            bytes_per_target=task.bytes_per_target(),
+            unigram_nats=task.unigram_nats(),
             device=self.device,
             place_period=self.measure.place_period,
         )
@@ -106,10 +110,13 @@ class QualityEvaluation:
                 "nll_by_place": quality.nll_by_place,
                 "place_period": self.measure.place_period or None,
                 "tokens_evaluated": quality.tokens,
+                "bytes_evaluated": round(quality.tokens * task.bytes_per_target()) if self.causal else None,
                 "eval_stride": stride if self.causal else None,
                 "eval_min_context": least_context(self.spec.seq_len, stride) if self.causal else None,
             }
         )
+        if self.causal:
+            self.report(asdict(baselines.of_cell(task, self.folder, steps=steps, stride=stride)))
         if not math.isfinite(quality.nll):
             raise Diverged(f"the loss on held-out text is {quality.nll}", steps, steps)
         if self.causal and self.measure.history_targets:
@@ -128,7 +135,7 @@ class QualityEvaluation:
     def _context_use(self, task: Text) -> None:
         use = context_use.measure_context_use(
             self.model,
-            task.documents,
+            task.token_documents,
             seq_len=self.spec.seq_len,
             count=self.measure.history_targets,
             batch_size=self.spec.batch_size,

@@ -1,6 +1,7 @@
-"""Text: byte-level language modelling, causal or masked, on the documents of a corpus.
+"""Text: language modelling, causal or masked, on the documents of a corpus, as bytes or as tokens.
 
-Shapes: B batch, T tokens. Tokens are bytes 0–255; MASK is one additional symbol, used only by masked models.
+Shapes: B batch, T tokens. Tokens are bytes 0–255, or the entries of a tokenizer (`bench.corpora.tokens`). One
+additional symbol, the last of the vocabulary, is the mask (MASK for bytes), used only by masked models.
 
     clm   inputs   T h e _ q u i c k      targets  h e _ q u i c k _
     mlm   inputs   T h # _ q u # c k      targets  . . e . . . i . .     (. is not scored)
@@ -8,7 +9,7 @@ Shapes: B batch, T tokens. Tokens are bytes 0–255; MASK is one additional symb
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -16,9 +17,10 @@ import numpy as np
 import numpy.typing as npt
 
 from bench import corpora
-from bench.corpora import Corpus, Document
+from bench.corpora import Corpus, Document, tokens
+from bench.corpora.tokens import Ids, TextTokenizer, TokenText
 from bench.tasks.base import IGNORED, Batch, Setting, Task, TaskConfig
-from bench.tasks.windows import Passage, document_batches, scored_counts, window_batches
+from bench.tasks.windows import Passage, document_batches, scored_counts, sliding_windows, window_batches
 from variants.knobs import knob
 
 MASK = 256
@@ -39,15 +41,30 @@ class TextConfig(TaskConfig):
     cache."""
     max_bytes: int | None = knob(None, least=1, unit="bytes")
     """Maximum number of bytes of training documents, for corpora that are too large to use as a whole."""
+    bpe: int | None = knob(None, least=257, most=1_048_576, unit="tokens", younger=True)
+    """Entries of a byte-pair encoding that is trained on the training split; null reads bytes. The number is
+    that of bytes and merges: 2048 and 16384 are usual for small models."""
+    tokenizer: str | None = knob(None, younger=True)
+    """A byte-level tokenizer in a file of the library tokenizers, instead of one that is trained."""
+
+    def __post_init__(self) -> None:
+        only_one = "null beside data.tokenizer, which is a tokenizer already"
+        self.require("bpe", self.bpe is None or self.tokenizer is None, only_one)
 
     @property
     def vocabulary(self) -> int:
-        """256 bytes and MASK."""
-        return VOCABULARY
+        """The bytes, or the entries of the tokenizer, and the mask."""
+        if self.tokenizer is not None:
+            return tokens.from_file(self.tokenizer).size + 1
+        return (self.bpe or MASK) + 1
 
 
 class Text(Task):
-    """Predict the next byte, or the masked bytes, of the corpus that `data` names."""
+    """Predict the next token, or the masked tokens, of the corpus that `data` names.
+
+    The scored bytes of a document do not depend on its tokens: `test_tokens` counts bytes, and the first
+    byte, which no causal model predicts, is a token of its own.
+    """
 
     Config = TextConfig
     objectives = ("clm", "mlm")
@@ -56,27 +73,48 @@ class Text(Task):
         """Loads the corpus. Raises corpora.CorpusError if it is not available."""
         super().__init__(config, setting)
         self.corpus = corpora.load(setting.data, config.path, config.max_bytes)
+        self.tokenizer = _tokenizer(config, self.corpus)
 
     @classmethod
     def sha256(cls, config: TaskConfig, data: str) -> str:
-        """Return the hash of the corpus, which depends only on its documents. Raises corpora.CorpusError."""
+        """Return the hash of the corpus, which depends only on its documents, and of the tokenizer if there
+        is one. Raises corpora.CorpusError."""
         assert isinstance(config, TextConfig)
-        return corpora.load(data, config.path, config.max_bytes).sha256
+        corpus = corpora.load(data, config.path, config.max_bytes)
+        tokenizer = _tokenizer(config, corpus)
+        return corpus.sha256 if tokenizer is None else tokenizer.identity(corpus)
 
     def unsupported(self) -> str | None:
         """The corpus must be long enough."""
-        scored = self.setting.test_split if self.setting.test_tokens else None
-        return too_short(self.corpus, self.setting.seq_len, scored=scored)
+        seq_len, split = self.setting.seq_len, self.setting.test_split
+        if self.tokenizer is None:
+            return too_short(self.corpus, seq_len, scored=split if self.setting.test_tokens else None)
+        if len(self.train_tokens) <= seq_len:
+            have = f"{len(self.train_tokens):,} tokens to train on"
+            return f"data={self.corpus.name} has {have}; seq_len={seq_len:,} needs more"
+        if self.setting.test_tokens and max(len(p.targets) for p in self.passages) < seq_len:
+            longest = f"{max(len(p.targets) for p in self.passages):,}"
+            return (
+                f"data={self.corpus.name}: no scored part of a {split} document has over {longest} tokens; "
+                f"seq_len={seq_len:,} needs one: raise measure.eval_tokens, which counts bytes"
+            )
+        return None
+
+    @cached_property
+    def train_tokens(self) -> TokenText:
+        """The training documents as tokens."""
+        return _tokens(self.corpus.train_stream, self.tokenizer)
 
     def train_batch(self, step: int, done: float) -> Batch:
         """Windows of the training documents. There is no curriculum, so `done` has no effect."""
         return train_batch(
-            self.corpus,
+            self.train_tokens.ids,
             seq_len=self.setting.seq_len,
             batch_size=self.setting.batch_size,
             objective=self.objective,
             replicate=self.setting.replicate,
             step=step,
+            mask=self.vocabulary - 1,
         )
 
     @property
@@ -84,15 +122,36 @@ class Text(Task):
         """The documents that are scored."""
         return self.corpus.split(self.setting.test_split)
 
+    @property
+    def token_documents(self) -> list[Ids]:
+        """The tokens of the documents that are scored."""
+        return [_tokens(document, self.tokenizer).ids for document in self.documents]
+
+    @cached_property
+    def scored_tokens(self) -> list[TokenText]:
+        """The tokens of the scored part of each document; the last is never an input."""
+        lengths = [len(document) - 1 for document in self.documents]
+        counts = scored_counts(lengths, self.setting.seq_len, self.setting.test_tokens)
+        pairs = zip(self.documents, counts, strict=True)
+        return [_first_apart(document[: count + 1], self.tokenizer) for document, count in pairs]
+
     @cached_property
     def passages(self) -> list[Passage]:
         """The scored part of each document."""
-        return scored_passages(
-            self.documents,
-            seq_len=self.setting.seq_len,
-            objective=self.objective,
-            max_tokens=self.setting.test_tokens,
-        )
+        texts = [text.ids for text in self.scored_tokens]
+        return passages_of(texts, objective=self.objective, mask=self.vocabulary - 1)
+
+    def bytes_per_target(self) -> float:
+        """Mean number of bytes of a scored target of a causal model; exact, because tokens are bytes."""
+        targets = sum(len(text.ids) - 1 for text in self.scored_tokens)
+        return sum(text.bytes - 1 for text in self.scored_tokens if text.bytes) / targets
+
+    def unigram_nats(self) -> npt.NDArray[np.float64]:
+        """−ln p of each token under the frequencies of the training tokens, add-one smoothed."""
+        if self.tokenizer is None:
+            return self.corpus.unigram_nats()
+        counts = np.bincount(self.train_tokens.ids, minlength=self.vocabulary - 1) + 1.0
+        return np.asarray(-np.log(counts / counts.sum()), dtype=np.float64)
 
     def test_batches(self, stride: int | None = None) -> Iterator[Batch]:
         """Yield windows of the test documents at distances of `stride` tokens; None means without overlap."""
@@ -103,50 +162,115 @@ class Text(Task):
         """Yield the same targets in rows that are whole documents."""
         return document_batches(self.passages, self.setting.batch_size)
 
+    def train_text(self, steps: int) -> list[Document]:
+        """Return the bytes of the first `steps` training batches, inputs and targets, as parts of the
+        training documents. Bytes of several windows are returned once, in one part."""
+        seq_len, text = self.setting.seq_len, self.train_tokens
+        starts = [
+            _draw_starts(self.train_generator(step), len(text), seq_len, self.setting.batch_size)
+            for step in range(steps)
+        ]
+        windows = np.unique(np.concatenate(starts))
+        first, last = text.begin(windows), text.begin(windows + seq_len + 1)
+        begins = np.flatnonzero(np.append(True, first[1:] >= last[:-1]))
+        ends = np.append(begins[1:], len(windows)) - 1
+        stream = self.corpus.train_stream
+        return [stream[first[begin] : last[end]] for begin, end in zip(begins, ends, strict=True)]
 
-def _batch(windows: list[Document], objective: str, generator: np.random.Generator) -> Batch:
-    """Windows of T + 1 bytes → a batch. Both objectives use the same first T bytes."""
-    tokens: Ints = np.stack(windows).astype(np.int64)
-    inputs, targets = tokens[:, :-1].copy(), tokens[:, 1:].copy()
+    def scored_text(self, stride: int) -> list[tuple[Document, int]]:
+        """Return the windows of `test_batches` as bytes: inputs and last target, and the place of the first
+        byte that is scored. Only for clm."""
+        found = []
+        windows = sliding_windows([len(p.targets) for p in self.passages], self.setting.seq_len, stride)
+        for k, start, stop, scored in windows:
+            text = self.scored_tokens[k]
+            begin, first, end = text.begin(np.array([start, scored + 1, stop + 1])).tolist()
+            found.append((self.documents[k][begin:end], first - begin))
+        return found
+
+
+def _tokenizer(config: TextConfig, corpus: Corpus) -> TextTokenizer | None:
+    """Return the tokenizer of the knobs; None reads bytes. Raises corpora.CorpusError."""
+    if config.tokenizer is not None:
+        return tokens.from_file(config.tokenizer)
+    return None if config.bpe is None else tokens.trained(corpus, config.bpe)
+
+
+def _tokens(text: Document, tokenizer: TextTokenizer | None) -> TokenText:
+    """Return the tokens of a document; those of a tokenizer are cached on the disk."""
+    return TokenText(text) if tokenizer is None else tokens.encoded(tokenizer, text)
+
+
+def _first_apart(text: Document, tokenizer: TextTokenizer | None) -> TokenText:
+    """Return the tokens of a passage, the first of which is its first byte."""
+    if tokenizer is None:
+        return TokenText(text)
+    first, rest = tokenizer.encode(text[:1]), tokenizer.encode(text[1:])
+    assert first.ends is not None
+    assert rest.ends is not None
+    return TokenText(np.append(first.ids, rest.ids), np.append(first.ends, 1 + rest.ends))
+
+
+def _batch(windows: list[Ids], objective: str, generator: np.random.Generator, mask: int) -> Batch:
+    """Windows of T + 1 tokens → a batch. Both objectives use the same first T tokens."""
+    rows: Ints = np.stack(windows).astype(np.int64)
+    inputs, targets = rows[:, :-1].copy(), rows[:, 1:].copy()
     if objective == "mlm":
         masked = generator.random(inputs.shape) < MASKED_SHARE
         masked[:, -1] |= ~masked.any(axis=1)  # a short window must have a target
         targets = np.where(masked, inputs, IGNORED)
-        inputs = np.where(masked, MASK, inputs)
+        inputs = np.where(masked, mask, inputs)
     return Batch.of(inputs, targets)
 
 
 def train_batch(
-    corpus: Corpus, *, seq_len: int, batch_size: int, objective: str, replicate: int, step: int
+    stream: Ids,
+    *,
+    seq_len: int,
+    batch_size: int,
+    objective: str,
+    replicate: int,
+    step: int,
+    mask: int = MASK,
 ) -> Batch:
     """Return the batch of one training step: a pure function of its arguments.
 
-    Windows start anywhere in the concatenated training documents. Two variants with the same arguments see
-    the same bytes, and a resumed run sees the same bytes as an uninterrupted one.
+    Windows start anywhere in `stream`, the tokens of the concatenated training documents. Two variants with
+    the same arguments see the same text, and a resumed run sees the same text as an uninterrupted one.
     """
     generator = np.random.default_rng([replicate, step])
-    stream = corpus.train_stream
-    starts = generator.integers(0, len(stream) - seq_len, size=batch_size)
-    return _batch([stream[s : s + seq_len + 1] for s in starts], objective, generator)
+    starts = _draw_starts(generator, len(stream), seq_len, batch_size)
+    return _batch([stream[s : s + seq_len + 1] for s in starts], objective, generator, mask)
+
+
+def _draw_starts(generator: np.random.Generator, length: int, seq_len: int, batch_size: int) -> Ints:
+    """(B,) the first token of each window of a training batch in a stream; the generator is new."""
+    return generator.integers(0, length - seq_len, size=batch_size)
 
 
 def scored_passages(
     documents: tuple[Document, ...], *, seq_len: int, objective: str, max_tokens: int
 ) -> list[Passage]:
-    """Return the scored part of each held-out document, from its first byte on: the same for every variant
-    and replicate. `scored_counts` determines its length. The last byte is never an input.
+    """Return the scored part of each held-out document of bytes, from its first byte on: the same for every
+    variant and replicate. `scored_counts` determines its length."""
+    taken = scored_counts([len(document) - 1 for document in documents], seq_len, max_tokens)
+    texts = [document[: count + 1] for document, count in zip(documents, taken, strict=True)]
+    return passages_of(texts, objective=objective)
 
-    Both objectives read the same bytes, and whether a byte is masked does not depend on its window.
+
+def passages_of(texts: Sequence[Ids], *, objective: str, mask: int = MASK) -> list[Passage]:
+    """Return the inputs and targets of the scored parts of documents. The last token is never an input.
+
+    Both objectives read the same tokens, and whether a token is masked does not depend on its window.
     """
     found = []
-    taken = scored_counts([len(document) - 1 for document in documents], seq_len, max_tokens)
-    for index, (document, count) in enumerate(zip(documents, taken, strict=True)):
-        tokens: Ints = document[: count + 1].astype(np.int64)
-        inputs, targets = tokens[:-1], tokens[1:]
-        if objective == "mlm" and count:
-            masked = np.random.default_rng([0, index]).random(count) < MASKED_SHARE
+    for index, text in enumerate(texts):
+        ids: Ints = text.astype(np.int64)
+        inputs, targets = ids[:-1], ids[1:]
+        if objective == "mlm" and len(inputs):
+            masked = np.random.default_rng([0, index]).random(len(inputs)) < MASKED_SHARE
             masked[-1] |= not masked.any()  # a short document must have a target
-            inputs, targets = np.where(masked, MASK, inputs), np.where(masked, inputs, IGNORED)
+            inputs, targets = np.where(masked, mask, inputs), np.where(masked, inputs, IGNORED)
         found.append(Passage(inputs, targets))
     return found
 

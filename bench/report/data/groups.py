@@ -37,6 +37,8 @@ COMMON = tuple(key for key in SETTING if key != "activations")
 """Keys that two activation strategies must share to be compared."""
 TRAINING = TRAINING_KEYS
 """Keys that two trained models must share for their quality to be averaged."""
+BUDGET = (*GROUP, "seq_len", *(key for key in TRAINING if key != "learning_rate"))
+"""Keys that cells must share for their ranks to be comparable; each may have its own learning rate."""
 SEARCH = [*CELL, *(key for key in TRAINING if key != "learning_rate")]
 """Keys that the learning rates of one search share."""
 FIT = (*COMMON, "budget_bytes", "seq_len")

@@ -14,9 +14,10 @@ import numpy as np
 import pandas as pd
 
 from bench.records import STATUSES
+from bench.report.data.baselines import BASELINES, undertrained, unranked, with_baselines
 from bench.report.data.collect import MOST_PERPLEXITY
 from bench.report.data.compared_time import RATE, SECONDS, SOURCE
-from bench.report.data.groups import CELL, GROUP, TRAINING
+from bench.report.data.groups import BUDGET, CELL, GROUP, TRAINING
 from bench.report.data.intervals import by_cell, differs
 
 LEAK_LIMIT = 1e-3
@@ -72,10 +73,16 @@ _COMPUTED = (
     "claimed_depth_exponent",
     "survey_exponent",
 )
-_QUALITY = ("nll", "perplexity", "perplexity_reset", "bits_per_byte", "word_perplexity", "accuracy")
+_QUALITY = (
+    "nll",
+    "bits_per_byte",
+    "bits_per_byte_reset",
+    "perplexity",
+    "perplexity_reset",
+    "word_perplexity",
+    "accuracy",
+)
 _QUALITY_CELL = [*CELL, *TRAINING, "state_policy"]
-_BUDGET = [*GROUP, "seq_len", *(key for key in TRAINING if key != "learning_rate")]
-"""Keys that cells must share for their ranks to be comparable; each may have its own learning rate."""
 _CONTEXT = {
     "effective_context": "median",
     "effective_context_low": "min",
@@ -166,14 +173,17 @@ def quality_cells(frame: pd.DataFrame) -> pd.DataFrame:
     """One row a cell, training (budget, rate, split, stride) and state policy with any figure of quality.
 
     Columns: the keys, `quality_replicates`, median `tokens_trained`, mean and standard deviation
-    (n − 1; NaN for one replicate) of nll, perplexity, the perplexity with state fresh in every window,
-    bits per byte, word perplexity and accuracy, `unigram_perplexity`, `guess_accuracy`,
-    `eval_min_context`, the effective
-    context and the widest of its intervals, `leaks`, and `rank`: the place by perplexity among leak-free
-    cells of the same group, length, budget, split and stride (NaN where it leaks or has none).
+    (n − 1; NaN for one replicate) of nll, bits per byte and perplexity (both also with state fresh in every
+    window), word perplexity and accuracy, the means of `baselines.BASELINES`, `unigram_perplexity`,
+    `guess_accuracy`, `eval_min_context`, the effective context and the widest of its intervals, `leaks`,
+    `undertrained`, and `rank`: the place by bits per byte, else by perplexity, among ranked cells of the same
+    group, length, budget, split and stride (NaN where it is `baselines.unranked` or has neither).
     """
     reset = frame["nll_reset"]
-    frame = frame.assign(perplexity_reset=np.exp(reset.where(reset <= np.log(MOST_PERPLEXITY))))
+    frame = with_baselines(frame).assign(
+        perplexity_reset=np.exp(reset.where(reset <= np.log(MOST_PERPLEXITY))),
+        bits_per_byte_reset=reset * frame["bits_per_byte"] / frame["nll"],
+    )
     ok = frame[(frame["status"] == "ok") & frame[list(_QUALITY)].notna().any(axis=1)]
     grouped = ok.groupby(_QUALITY_CELL, sort=False, dropna=False)
     columns: dict[str, pd.Series[Any]] = {"quality_replicates": grouped.size()}
@@ -192,12 +202,16 @@ def quality_cells(frame: pd.DataFrame) -> pd.DataFrame:
         columns[name] = grouped[name].median()
     for name, statistic in _CONTEXT.items():
         columns[name] = grouped[name].agg(statistic)
+    for name in (*BASELINES, "ngram_train_bytes"):
+        columns[name] = grouped[name].mean()
     columns["leaks"] = grouped["leak_max_abs"].max() > LEAK_LIMIT
     cells = pd.DataFrame(columns).reset_index()
-    ranked = cells[~cells["leaks"]].groupby(_BUDGET, dropna=False)
-    cells["rank"] = ranked["perplexity_mean"].rank(method="min")
+    cells["undertrained"] = undertrained(cells)
+    cells["score"] = cells["bits_per_byte_mean"].fillna(cells["perplexity_mean"])
+    ranked = cells[~unranked(cells)].groupby(list(BUDGET), dropna=False)
+    cells["rank"] = ranked["score"].rank(method="min")
     # Cells that leak come last: their quality is not comparable.
-    return cells.sort_values(["leaks", *_BUDGET, "perplexity_mean", "label"], ignore_index=True)
+    return cells.sort_values(["leaks", *BUDGET, "score", "label"], ignore_index=True).drop(columns="score")
 
 
 def summary(cost: pd.DataFrame, quality: pd.DataFrame) -> pd.DataFrame:

@@ -17,9 +17,11 @@ from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from bench.report.data.baselines import with_baselines
 from bench.report.data.groups import TRAINING, split, varying
 from bench.report.data.statistics import LEAK_LIMIT
 from bench.report.figures import canvas
+from bench.report.figures.baselines import baseline_handles, draw_baselines
 from bench.report.figures.lines import Look, label_handles, line_of, replicates
 from bench.report.figures.style import Style
 from bench.report.text import units
@@ -53,12 +55,15 @@ class Family:
     mark: Callable[[Axes, pd.DataFrame, Line, Style], None] | None = None
     """Draws additions to a line, such as rings."""
     handles: tuple[Artist, ...] = ()
+    baselines: bool = False
+    """Draw the baselines of the records, if y is bits per byte."""
 
 
 def draw_family(frame: pd.DataFrame, look: Look, family: Family) -> Figure | None:
     """A panel a depth, length and training; None where no record has a line."""
     if frame.empty:
         return None
+    frame = with_baselines(frame)
     keys = panel_keys(frame, "knobs")
     parts = list(split(frame, keys))
     figure, axes = canvas.small_panels(len(parts))
@@ -75,6 +80,8 @@ def draw_family(frame: pd.DataFrame, look: Look, family: Family) -> Figure | Non
             if family.mark is not None:
                 family.mark(axis, own, line, style)
             largest = max(largest, float(line.x[-1]))
+        if family.baselines:
+            draw_baselines(axis, part)
         family.axis(axis, largest)
         axis.tick_params(labelsize=7)
         axis.set_xlabel(family.x, fontsize=8)
@@ -83,6 +90,9 @@ def draw_family(frame: pd.DataFrame, look: Look, family: Family) -> Figure | Non
     counts = frame.groupby([*keys, "label"], dropna=False)["replicate"].nunique()
     footer = f"{look.footer} · {family.footer.format(replicates(counts))}"
     handles = [*label_handles(frame, look), *family.handles]
+    if family.baselines and (more := baseline_handles(frame)):
+        handles += more
+        footer += "; baselines: mean over the held-out text"
     canvas.dress(figure, family.title, look.setting, footer, handles)
     return figure
 

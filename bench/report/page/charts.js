@@ -104,18 +104,21 @@ function dots(lines, cost, tooltip, length, figure) {
 function paretoSpec() {
   const pool = doc.pareto[Number($("pool").value)], cost = pool?.costs[Number($("cost").value)];
   if (!cost) return null;
-  const rows = pool.label.map((label, place) => ({ ...looks(label), name: label + (pool.leaks[place] ? "†" : ""), hollow: pool.leaks[place], activations: pool.activations[place],
+  const rows = pool.label.map((label, place) => ({ ...looks(label), name: label + (pool.leaks[place] ? "†" : "") + (pool.undertrained[place] ? "ᵘ" : ""), hollow: pool.leaks[place], activations: pool.activations[place],
     value: cost.value[place], low: cost.low[place], high: cost.high[place], text: cost.text[place], front: cost.front[place], quality: pool.quality.value[place],
     worst: pool.quality.low[place], most: pool.quality.high[place], said: pool.quality.text[place] })).filter((row) => row.value !== null && !hidden.has(row.label));
   if (!rows.length) return null;
   const ends = axis(rows.flatMap((row) => [row.value, row.low, row.high].filter((v) => v !== null)), cost.ticks);
   const x = { field: "value", type: "quantitative", scale: { type: "log", base: 2, domain: ends.domain, nice: false }, axis: ticked(ends.ticks, { title: cost.name }) };
-  const span = rows.flatMap((row) => [row.quality, row.worst, row.most].filter((v) => v !== null));
+  const span = [...rows.flatMap((row) => [row.quality, row.worst, row.most].filter((v) => v !== null)), ...pool.baselines.map(({ value }) => value)];
   const [least, most] = [Math.min(...span), Math.max(...span)], margin = 0.08 * (most - least) || 0.05;
   const y = { field: "quality", type: "quantitative", scale: { zero: false, nice: false, domain: [least - margin, most + margin] }, axis: { title: pool.axis, tickCount: 6 } };
   const tooltip = [["name", "variant"], ["activations", "activations"], ["text", cost.name], ["said", "quality"]].map(([field, title]) => ({ field, title, type: "nominal" }));
   const bar = (from, to, encoding) => ({ transform: [{ filter: `datum.${from} !== null` }], mark: { type: "rule" }, encoding: { ...encoding, stroke: raw("colour"), opacity: opacity(0.8) } });
   return { data: { values: rows }, layer: [
+    { data: { values: pool.baselines }, mark: { type: "rule", color: tone("quiet"), strokeDash: [4, 4] },
+      encoding: { y: { ...y, field: "value" }, tooltip: [{ field: "name", title: "baseline", type: "nominal" }, { field: "text", title: "bits per byte", type: "nominal" }] } },
+    { data: { values: pool.baselines }, mark: { type: "text", x: 4, dy: -5, align: "left", fontSize: 10, color: tone("quiet") }, encoding: { y: { ...y, field: "value" }, text: { field: "name" } } },
     { transform: [{ filter: "datum.front" }], mark: { type: "line", interpolate: "step-after", color: tone("quiet"), strokeWidth: 1 }, encoding: { x, y } },
     bar("low", "high", { y, x: { ...x, field: "low" }, x2: { field: "high" } }), bar("worst", "most", { x, y: { ...y, field: "worst" }, y2: { field: "most" } }),
     ...markers({ x, y }, tooltip)] };

@@ -40,6 +40,18 @@ function ranked(order, ways, columns) {
     ...columns.map((show) => make("td", { class: "number" }, show(cell)))));
 }
 
+/** The rows of the best models, and among them those of the baselines of their text, which are not chosen. */
+function amongBaselines(rows, values, baselines) {
+  const all = rows.map((row, place) => ({ row, value: values[place] }));
+  for (const { name, value, text } of baselines) {
+    const row = make("tr", { class: "baseline" }, make("td", { class: "rank" }, MISSING), make("th", { scope: "row" }, `${name} (baseline)`),
+      make("td", { class: "number" }, text), make("td", { class: "number" }, MISSING));
+    const place = all.findIndex((other) => other.value === null || other.value > value);
+    all.splice(place < 0 ? all.length : place, 0, { row, value });
+  }
+  return all.map(({ row }) => row);
+}
+
 function choose() {
   const own = inSetting(), setting = doc.setting[own[0]];
   const length = Number($("choose-length").value), depth = Number($("choose-depth").value);
@@ -59,7 +71,9 @@ function choose() {
     if (trained === null) return Infinity;
     return doc.accurate[trained] ? -doc.score[trained] : doc.score[trained];
   };
+  // What leaks comes after the sound ones, and what is undertrained is as good as it is, but neither has a rank.
   const sound = (cell) => (speaks.get(cell) === null ? 2 : doc.leaks[cell] ? 1 : 0);
+  const unranked = (cell) => sound(cell) > 0 || doc.unranked[speaks.get(cell)];
   const best = [...fit].sort((a, b) => sound(a) - sound(b) || value(a) - value(b) || 0);
   const memory = (cell) => doc.memory_text[cell];
   const score = (cell) => {
@@ -68,8 +82,10 @@ function choose() {
     const other = doc.activations[trained] === doc.activations[cell] ? "" : ` (${doc.activations[trained]})`;
     return doc.score_text[trained] + other;
   };
-  fill($("by-quality"), ["", "variant", pool.some((cell) => doc.accurate[cell]) ? "accuracy" : "perplexity", "memory"],
-    ranked(best.map((cell, place) => ({ rank: sound(cell) ? MISSING : String(place + 1), cell })), ways, [score, memory]));
+  const rows = ranked(best.map((cell, place) => ({ rank: unranked(cell) ? MISSING : String(place + 1), cell })), ways, [score, memory]);
+  const values = best.map((cell) => (sound(cell) ? null : value(cell)));
+  const baselines = pool.length && doc.score_name[pool[0]] === "bits per byte" ? doc.baselines[pool[0]] : [];
+  fill($("by-quality"), ["", "variant", (pool.length && doc.score_name[pool[0]]) || "bits per byte", "memory"], amongBaselines(rows, values, baselines));
   $("quality-note").textContent = trainedWhere(pool, setting, length, depth);
 
   const timed = (cell) => (doc.seconds[cell] === null ? 1 : 0);

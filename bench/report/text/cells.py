@@ -10,12 +10,18 @@ import pandas as pd
 from bench.report.data.compared_time import DEVICE, SECONDS, SOURCE, WALL
 from bench.report.text import markdown, units
 from bench.report.text.columns import Column, each
-from bench.report.text.marks import LAUNCH_BOUND, LEAK, MATH, PREDICTED, timed
+from bench.report.text.marks import LAUNCH_BOUND, LEAK, MATH, PREDICTED, UNDERTRAINED, timed
 
 
 def label_of(row: pd.Series[Any]) -> str:
-    """A variant's label, marked where it sees the future."""
-    return str(row["label"]) + (LEAK if row["leaks"] else "")
+    """A variant's label, marked where it sees the future, or is trained and undertrained."""
+    return str(row["label"]) + (LEAK if row["leaks"] else "") + undertrained(row)
+
+
+def undertrained(row: pd.Series[Any]) -> str:
+    """The mark of a row that was trained and is undertrained, else nothing."""
+    value = row.get("undertrained")
+    return UNDERTRAINED if not pd.isna(value) and bool(value) else ""
 
 
 def peak(row: pd.Series[Any]) -> str:

@@ -26,6 +26,7 @@ _SIGNS = {
     "‡": r"\textdaggerdbl{}",
     "§": r"\S{}",
     "ʳ": r"\textsuperscript{r}",
+    "ᵘ": r"\textsuperscript{u}",
     "ᵖ": r"\textsuperscript{p}",
     "…": r"\ldots{}",
 }

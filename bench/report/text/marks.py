@@ -11,7 +11,7 @@ from bench.report.data.compared_time import SECONDS
 from bench.report.data.statistics import DRIFT_LIMIT, LEAK_LIMIT
 from bench.report.text import units
 
-LEAK, DRIFT, PREDICTED = "†", "‡", "ᵖ"
+LEAK, DRIFT, PREDICTED, UNDERTRAINED = "†", "‡", "ᵖ", "ᵘ"
 ALIKE, UNTOLD, OF_TWO, CONTAMINATED = "≈", "?", "ʳ", "§"
 LAUNCH_BOUND, MATH = "ʰ", "ᵐ"
 OF_INTERVALS = {
@@ -25,6 +25,8 @@ OF_INTERVALS = {
 NOTES = {
     LEAK: f"the gate measured a leak of more than {LEAK_LIMIT:g}: with a causal objective it sees the "
     "future, so its perplexity is not ranked and stands after the leak-free ones",
+    UNDERTRAINED: "undertrained: it needs more bits per byte than a 3-gram table that learnt the same bytes, "
+    "so it is not ranked: such an order says who learns local statistics faster, not who uses a long context",
     PREDICTED: "predicted, not measured",
     LAUNCH_BOUND: "launch-bound in one replicate at least: the device was busy for less than 90 % of this "
     "time, which is the time of the host that submits the operations",
@@ -36,6 +38,7 @@ NOTES = {
 """Mark → its meaning, for summary.md and the page."""
 SHORT_NOTES = {
     LEAK: f"sees the future: the gate measured a leak of more than {LEAK_LIMIT:g}",
+    UNDERTRAINED: "undertrained: worse than a 3-gram table that learnt the same bytes; not ranked",
     PREDICTED: NOTES[PREDICTED],
     LAUNCH_BOUND: NOTES[LAUNCH_BOUND],
     MATH: NOTES[MATH],

@@ -36,7 +36,7 @@ def best_trained(cost: pd.DataFrame, quality: pd.DataFrame) -> pd.DataFrame:
 
     Of several trainings the one with the most tokens counts, scored on the split *test* if there is one; of
     its learning rates the one of the least mean loss. `trained` is this training in words; `score` is the
-    accuracy, else the perplexity.
+    accuracy, else bits per byte, else the perplexity.
     """
     cells = cost.assign(peak_shown=cost["peak_bytes_median"].fillna(cost["peak_bytes_predicted"]))
     quality = quality.drop(columns="leaks", errors="ignore")
@@ -46,5 +46,7 @@ def best_trained(cost: pd.DataFrame, quality: pd.DataFrame) -> pd.DataFrame:
     words = [trained(row) for _, row in best.iterrows()]
     best = best.assign(trained=pd.Series(words, index=best.index, dtype="str"))
     cells = cells.merge(best, on=list(CELL), how="left", validate="one_to_one")
-    score = cells["accuracy_mean"].fillna(cells["perplexity_mean"])
-    return cells.assign(trained=cells["trained"].fillna(""), score=score)
+    score = cells["accuracy_mean"].fillna(cells["bits_per_byte_mean"]).fillna(cells["perplexity_mean"])
+    return cells.assign(
+        trained=cells["trained"].fillna(""), score=score, undertrained=cells["undertrained"].eq(True)
+    )

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, TypeAlias
 
 import pandas as pd
 
+from bench.report.data.baselines import BASELINES, unranked
 from bench.report.data.compared_time import RATE, SECONDS
 from bench.report.data.groups import COMMON, varying
-from bench.report.figures.chart_data import Json, lengths, numbers
+from bench.report.figures.chart_data import Json, lengths, number, numbers
 from bench.report.figures.lines import replicates
 from bench.report.figures.style import strategy_rank
 from bench.report.sections.cells.data import Cells
 from bench.report.text import markdown, units
-from bench.report.text.cells import compared, label_of, peak, plus_minus, wall
+from bench.report.text.cells import compared, label_of, peak, plus_minus, undertrained, wall
 from bench.report.text.marks import PREDICTED, against, interval
 from bench.report.text.phrases import describe
 
@@ -40,6 +42,10 @@ def _replicates(row: Row) -> str:
 
 def _ratio(row: Row) -> str:
     return units.ratio(row[f"{SECONDS}_ratio"]) + against(row)
+
+
+def _bits(row: Row) -> str:
+    return plus_minus(row["bits_per_byte_mean"], row["bits_per_byte_std"])
 
 
 def _perplexity(row: Row) -> str:
@@ -99,9 +105,13 @@ COLUMNS = (
         "flops_attention_step",
         "by formula: what is no projection, feed-forward or output layer",
     ),
-    Shown("perplexity", _perplexity, "perplexity_mean", "mean ± standard deviation over replicates"),
+    Shown("bits per byte", _bits, "bits_per_byte_mean", "mean ± standard deviation over replicates"),
+    Shown("perplexity", _perplexity, "perplexity_mean", "per token; mean ± standard deviation"),
     Shown(
-        "bits per byte", _plain("bits_per_byte_mean", units.score), "bits_per_byte_mean", "lower is better"
+        "word perplexity",
+        _plain("word_perplexity_mean", units.score),
+        "word_perplexity_mean",
+        "with the corpus's fixed number of words",
     ),
     Shown("accuracy", _accuracy, "accuracy_mean", "the share of answers that are right"),
     Shown("replicates", _replicates, "replicates", "how many finished"),
@@ -109,9 +119,31 @@ COLUMNS = (
 )
 
 
-def score(row: Row) -> str:
-    """The measure of quality of a cell, as text: its accuracy, else its perplexity."""
-    return _perplexity(row) if units.missing(row["accuracy_mean"]) else _accuracy(row)
+_SCORES: Mapping[str, tuple[str, Callable[[Row], str]]] = MappingProxyType(
+    {
+        "accuracy_mean": ("accuracy", _accuracy),
+        "bits_per_byte_mean": ("bits per byte", _bits),
+        "perplexity_mean": ("perplexity", _perplexity),
+    }
+)
+"""Column of a measure of quality → its name and text; the first that a cell has is its measure."""
+
+
+def score(row: Row) -> tuple[str, str]:
+    """The name of a cell's measure of quality, and its figure as text, marked if it is undertrained."""
+    for column, (name, text) in _SCORES.items():
+        if not units.missing(row[column]):
+            return name, text(row) + undertrained(row)
+    return "", units.MISSING
+
+
+def _baselines(row: Row) -> list[Json]:
+    """The baselines of a cell's text."""
+    return [
+        {"name": name, "value": number(row[column]), "text": units.score(row[column])}
+        for column, name in BASELINES.items()
+        if not units.missing(row[column])
+    ]
 
 
 def table(cells: pd.DataFrame) -> list[Json]:
@@ -134,12 +166,14 @@ def document(cells: Cells) -> Json:
     """The part of the page's document that has lists with one entry a cell.
 
     `settings` are what cells must share to be compared, all but the activation strategy; `setting` is each
-    cell's place among them. `score` ranks quality: the accuracy where `accurate`, else the perplexity. For
-    `table` see there.
+    cell's place among them. `score` ranks quality, and `score_name` says what it is: the accuracy where
+    `accurate`, else bits per byte, else the perplexity; what is `unranked` takes no part. `baselines` are
+    those of each cell's text. For `table` see there.
     """
     rows, settings, places = cells.rows, cells.settings, cells.places
     varying_keys = varying(rows, COMMON) if len(rows) else []
     peaks = [peak(row) for _, row in rows.iterrows()]
+    scores = [score(row) for _, row in rows.iterrows()]
     return {
         "settings": [describe(values, varying_keys) or describe(values, COMMON) for values in settings],
         "tasks": [describe(values, ("objective", "corpus")) for values in settings],
@@ -164,7 +198,10 @@ def document(cells: Cells) -> Json:
         "flops": numbers(rows["flops_executed_step"]),
         "flops_text": [units.flops(value) for value in rows["flops_executed_step"]],
         "score": numbers(rows["score"]),
-        "score_text": [score(row) for _, row in rows.iterrows()],
+        "score_name": [name for name, _ in scores],
+        "score_text": [text for _, text in scores],
+        "unranked": [bool(value) for value in unranked(rows)],
+        "baselines": [_baselines(row) for _, row in rows.iterrows()],
         "accurate": [bool(accurate) for accurate in rows["accuracy_mean"].notna()],
         "trained": list(rows["trained"]),
         "lengths": dict(lengths(list(rows["seq_len"]))),

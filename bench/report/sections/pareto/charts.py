@@ -8,9 +8,11 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from bench.report.data.baselines import named_means
 from bench.report.data.groups import COMMON, TRAINING
-from bench.report.figures.chart_data import Json, numbers, ticks
-from bench.report.sections.pareto.data import FRONT, pools
+from bench.report.figures.baselines import DASHES
+from bench.report.figures.chart_data import Json, number, numbers, ticks
+from bench.report.sections.pareto.data import FRONT, SCORES, pools
 from bench.report.sections.pareto.plots import AXES
 from bench.report.text import units
 from bench.report.text.phrases import describe, training
@@ -27,15 +29,21 @@ def pareto_figures(cells: pd.DataFrame, settings: Mapping[tuple[Any, ...], int])
     for values, own in pools(cells):
         training_keys = [key for key in TRAINING if key != "learning_rate" and not pd.isna(values[key])]
         accuracy = bool((own["score"] == "accuracy").all())
+        bits = bool((own["score"] == "bits_per_byte").all())
         show = units.share if accuracy else units.score
         charts.append(
             {
                 "pool": ", ".join([describe(values, ["seq_len", "depth"]), *training(values, training_keys)]),
                 "setting": settings[tuple(values[key] for key in COMMON)],
-                "axis": "accuracy (higher is better)" if accuracy else "nats a token (lower is better)",
+                "axis": f"{SCORES[own['score'].iloc[0]]} ({'higher' if accuracy else 'lower'} is better)",
                 "label": list(own["label"]),
                 "activations": list(own["activations"]),
                 "leaks": [bool(leak) for leak in own["leaks"]],
+                "undertrained": [bool(value) for value in own["undertrained"].eq(True)],
+                "baselines": [
+                    {"name": name, "value": number(value), "text": units.score(value)}
+                    for name, value in (named_means(own, DASHES) if bits else ())
+                ],
                 "quality": _figure(own, "quality", show),
                 "costs": [
                     {

@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
+from bench.report.data.baselines import BASELINES, unranked
 from bench.report.data.compared_time import SECONDS
 from bench.report.data.groups import COMMON, TRAINING, split
 from bench.report.data.intervals import LEVEL
@@ -27,17 +28,19 @@ POOL = (
 """Keys that comparable models share: all but variant, learning rate and activation strategy."""
 _MODEL = [*POOL, "variant", "label", "activations"]
 FRONT, NOISE, BEATEN = "front", "noise", ""
+SCORES = {"accuracy": "accuracy", "bits_per_byte": "bits per byte", "nll": "nats per token"}
+"""Figures of quality in words; a model has the first that was taken."""
 
 
 def pareto_cells(summary: pd.DataFrame) -> pd.DataFrame:
     """One row a trained model of every pool of two or more; may be empty. Takes `statistics.summary`.
 
     Columns: the keys of `POOL`, `variant`, `label`, `activations`, `learning_rate` (each model's best: that
-    of the least mean loss), `score` (nll or accuracy), `quality` (its mean over replicates) with its
+    of the least mean loss), `score` (a key of `SCORES`), `quality` (its mean over replicates) with its
     interval `quality_low` to `quality_high`, for each of `COSTS` the median `X` with `X_low` and `X_high`,
-    `replicates`, `leaks`, and for each cost `X_front`: 'front' where no other model is better in both,
-    'noise' where some are but none beyond the intervals of both, '' else. What leaks is on no front and
-    keeps nobody off one.
+    `replicates`, `leaks`, `undertrained`, the baselines, and for each cost `X_front`: 'front' where no other
+    model is better in both, 'noise' where some are but none beyond the intervals of both, '' else. What is
+    not ranked (`baselines.unranked`) is on no front and keeps nobody off one.
     """
     trained = summary[(summary["tokens_trained"] > 0) & summary["nll_mean"].notna()]
     if trained.empty:
@@ -56,13 +59,15 @@ def pareto_cells(summary: pd.DataFrame) -> pd.DataFrame:
 
 def _scored(models: pd.DataFrame) -> pd.DataFrame:
     """The columns of a model before the fronts."""
-    answers = models["accuracy_mean"].notna()
+    taken = [models[f"{name}_mean"].notna() for name in SCORES]
     counts = models["quality_replicates"]
-    columns: dict[str, Any] = {key: models[key] for key in (*_MODEL, "learning_rate", "leaks")}
-    columns["score"] = np.where(answers, "accuracy", "nll")
+    own = (*_MODEL, "learning_rate", "leaks", "undertrained", *BASELINES)
+    columns: dict[str, Any] = {key: models[key] for key in own}
+    columns["score"] = np.select(taken, list(SCORES), "")
     columns["replicates"] = counts
     mean, deviation = (
-        models[f"accuracy_{name}"].where(answers, models[f"nll_{name}"]) for name in ("mean", "std")
+        pd.Series(np.select(taken, [models[f"{name}_{end}"] for name in SCORES], np.nan), models.index)
+        for end in ("mean", "std")
     )
     # as `intervals.interval`: of two replicates their range, of more Student's interval of the mean
     wide = np.where(counts == 2, 1.0, stats.t.ppf((1 + LEVEL) / 2, np.maximum(counts - 1, 1)))
@@ -103,13 +108,13 @@ def _span(row: pd.Series[Any], name: str) -> _Span:
 
 def _fronts(pool: pd.DataFrame) -> pd.DataFrame:
     """The pool with its fronts marked."""
-    rows = [row for _, row in pool.iterrows()]
+    rows, left_out = [row for _, row in pool.iterrows()], list(unranked(pool))
     marks = {}
     for cost in COSTS:
         spans = [(_span(row, "quality"), _span(row, cost)) for row in rows]
-        sound = [pair for pair, row in zip(spans, rows, strict=True) if not row["leaks"]]
+        sound = [pair for pair, out in zip(spans, left_out, strict=True) if not out]
         marks[f"{cost}_front"] = [
-            BEATEN if row["leaks"] else _place(pair, sound) for pair, row in zip(spans, rows, strict=True)
+            BEATEN if out else _place(pair, sound) for pair, out in zip(spans, left_out, strict=True)
         ]
     return pool.assign(**marks)
 

@@ -13,8 +13,9 @@ from bench.report.data.groups import split
 from bench.report.data.intervals import Floats
 from bench.report.data.kinds import KEEP
 from bench.report.figures import canvas
+from bench.report.figures.baselines import baseline_handles, draw_baselines
 from bench.report.figures.lines import GREY, Look, interval_of, label_handles, replicates
-from bench.report.sections.pareto.data import COSTS, FRONT
+from bench.report.sections.pareto.data import COSTS, FRONT, SCORES
 from bench.report.text import units
 
 AXES = {
@@ -42,8 +43,9 @@ def pareto(cells: pd.DataFrame, look: Look) -> Figure | None:
         axis.set_xlabel(AXES[cost][0])
         if number % len(costs) == 0:
             better = "higher" if values["score"] == "accuracy" else "lower"
-            name = "accuracy" if values["score"] == "accuracy" else "nats per token"
-            axis.set_ylabel(f"{name} ({better} is better)")
+            axis.set_ylabel(f"{SCORES[values['score']]} ({better} is better)")
+        if values["score"] == "bits_per_byte":
+            draw_baselines(axis, part)
     handles: list[Artist] = [*label_handles(cells, look, line="")]
     handles.append(Line2D([], [], color=GREY, linewidth=1, label="front"))
     if cells["leaks"].any():
@@ -51,6 +53,7 @@ def pareto(cells: pd.DataFrame, look: Look) -> Figure | None:
             [], [], color=GREY, marker="o", fillstyle="none", linestyle="", label="† sees the future"
         )
         handles.append(hollow)
+    handles += baseline_handles(cells)
     footer = f"{look.footer} · {interval_of(cells['replicates'])}, {replicates(cells['replicates'])}"
     canvas.dress(
         figure, "Quality against cost, trained on equally many tokens", look.setting, footer, handles

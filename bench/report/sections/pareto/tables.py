@@ -8,7 +8,7 @@ from typing import Any
 import pandas as pd
 
 from bench.report.data.groups import varying
-from bench.report.sections.pareto.data import COSTS, FRONT, NOISE
+from bench.report.sections.pareto.data import COSTS, FRONT, NOISE, SCORES
 from bench.report.text import units
 from bench.report.text.cells import label_of
 from bench.report.text.columns import Column, each
@@ -27,7 +27,7 @@ def models(cells: pd.DataFrame) -> list[Column]:
     return [
         Column("variant", [label_of(row) for row in rows], right=False, optional=False),
         *(saved if varying(cells, ["activations"]) else []),
-        Column("accuracy" if accuracy else "loss", [_spread(row, "quality", quality) for row in rows]),
+        Column(SCORES[str(cells["score"].iloc[0])], [_spread(row, "quality", quality) for row in rows]),
         Column("step time", [_spread(row, "time", units.seconds) for row in rows]),
         Column("peak memory", [_spread(row, "memory", units.size) for row in rows]),
         each(cells, "executed FLOPs", "flops", units.flops),

@@ -1,4 +1,4 @@
-"""How well the variants model text: perplexity, how far back they look, loss by position."""
+"""How well the variants model text: bits per byte, how far back they look, loss by position."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from bench.report.data.statistics import quality_cells
 from bench.report.figures.spec import FigureSpec
 from bench.report.sections import Section
 from bench.report.sections.quality.by_position import by_history, by_position
-from bench.report.sections.quality.plots import context, perplexity
-from bench.report.sections.quality.tables import quality
-from bench.report.text.marks import LEAK, meanings
+from bench.report.sections.quality.plots import context, losses
+from bench.report.sections.quality.tables import comparable, quality
+from bench.report.text.marks import LEAK, UNDERTRAINED, meanings
 from bench.report.text.phrases import headed
 from bench.report.text.tables import Table
 
@@ -36,17 +36,20 @@ class Quality(Section[Trained]):
     order = 100
     title = "Quality"
     lead = (
-        "Perplexity is the mean ± standard deviation over replicates. Ranks hold within one length, model "
-        "and training budget, and one *stride*: by so many tokens each window of a document starts after the "
-        "one before, and past a window's length into a document every target has *context* of at least so "
-        "many tokens. A *state* that is carried is carried over whole documents; *reset* is the perplexity "
-        "of the same model with state fresh in every window. *looks back*: the shortest history from which "
-        "on the loss is within 0.01 nats of the full one, with its 95 % interval over targets, the widest "
-        "of any replicate's; *hurt by more than* so many tokens: with the full history the loss is certainly "
+        "Bits per byte and perplexity (per token) are means ± standard deviations over replicates. Rows that "
+        "say *baseline* are no models: *n-gram tables* count the bytes that the models were trained on, and "
+        "compressors read only the scored bytes, with a window as long as the models' context. What is worse "
+        "than the 3-gram table beside it is not ranked. Ranks hold within one length, model and training "
+        "budget, and one *stride*: by so many tokens each window of a document starts after the one before, "
+        "and past a window's length into a document every target has *context* of at least so many tokens. A "
+        "*state* that is carried is carried over whole documents; *reset* are the bits per byte of the same "
+        "model with state fresh in every window. *looks back*: the shortest history from which on the loss "
+        "is within 0.01 nats of the full one, with its 95 % interval over targets, the widest of any "
+        "replicate's; *hurt by more than* so many tokens: with the full history the loss is certainly "
         "higher, by the nats that follow. *unigram* is the perplexity of a model that knows only how often "
         "each token occurs: what does not beat it has learnt nothing from context."
     )
-    marks = meanings(LEAK)
+    marks = meanings(LEAK, UNDERTRAINED)
     figures_alone = False
 
     def compute(self, records: Experiment, done: Mapping[str, Any]) -> Trained:
@@ -60,6 +63,7 @@ class Quality(Section[Trained]):
             Table(
                 quality(group),
                 heading,
+                note=comparable(group),
                 caption=f"Quality: {heading}. Mean and standard deviation over replicates",
             )
             for _, heading, group in (headed(text, ("objective", "corpus")) if len(text) else ())
@@ -68,7 +72,7 @@ class Quality(Section[Trained]):
     def figures(self, data: Trained) -> list[FigureSpec]:
         """Dots by variant, and curves by position and by history."""
         kinds = (
-            ("perplexity", "Perplexity", data.cells, perplexity),
+            ("held_out_loss", "Loss on held-out text", data.cells, losses),
             ("effective_context", "How far back it looks", data.cells, context),
             ("nll_by_position", "Loss by position", data.records, by_position),
             ("nll_by_history", "Loss by how far back is read", data.records, by_history),

@@ -7,6 +7,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from bench.report.figures.baselines import in_loss_unit, loss_unit
 from bench.report.figures.families import Family, Line, draw_family, octaves, over_replicates
 from bench.report.figures.lines import GREY, Look, ring
 from bench.report.figures.style import Style
@@ -18,6 +19,12 @@ def _with_list(frame: pd.DataFrame, key: str) -> pd.DataFrame:
     return frame[(frame["status"] == "ok") & np.array(has_list, dtype=bool)]
 
 
+def _losses(own: pd.DataFrame, key: str) -> list[list[float]]:
+    """The lists of losses in the `loss_unit`."""
+    pairs = zip(own[key], in_loss_unit(own), strict=True)
+    return [[np.nan if nats is None else nats * factor for nats in values] for values, factor in pairs]
+
+
 def by_position(frame: pd.DataFrame, look: Look) -> Figure | None:
     """Loss against position in the sequence.
 
@@ -26,13 +33,14 @@ def by_position(frame: pd.DataFrame, look: Look) -> Figure | None:
     """
 
     def line(own: pd.DataFrame) -> Line | None:
-        return over_replicates(list(own["nll_by_position"]), np.exp2(np.arange(64)))
+        return over_replicates(_losses(own, "nll_by_position"), np.exp2(np.arange(64)))
 
     family = Family(
         title="Loss by position in the sequence",
         x="position (from 1, log₂ buckets)",
-        y="nats per token",
+        y=loss_unit(frame),
         footer="mean and min–max over {}; a point at x covers [x, 2x)",
+        baselines=True,
         line=line,
         axis=octaves,
     )
@@ -47,7 +55,7 @@ def by_history(frame: pd.DataFrame, look: Look) -> Figure | None:
     """
 
     def line(own: pd.DataFrame) -> Line | None:
-        values = list(own["nll_by_history"])
+        values = _losses(own, "nll_by_history")
         x = np.exp2(np.arange(max(len(v) for v in values)))
         x[-1] = own["seq_len"].iloc[0]
         return over_replicates(values, x)
@@ -62,8 +70,9 @@ def by_history(frame: pd.DataFrame, look: Look) -> Figure | None:
     family = Family(
         title="Loss by how far back is read",
         x="tokens of history that are read",
-        y="nats per token",
+        y=loss_unit(frame),
         footer="mean and min–max over {}; the same targets at every history",
+        baselines=True,
         line=line,
         axis=octaves,
         mark=mark,

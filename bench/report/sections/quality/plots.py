@@ -1,4 +1,4 @@
-"""Quality by variant as dots with error bars: perplexity, and how far back a model looks."""
+"""Quality by variant as dots with error bars: bits per byte, and how far back a model looks."""
 
 from __future__ import annotations
 
@@ -14,29 +14,39 @@ from matplotlib.lines import Line2D
 
 from bench.report.data.groups import TRAINING, split, varying
 from bench.report.figures import canvas
+from bench.report.figures.baselines import DASHES, baseline_handles
 from bench.report.figures.lines import GREY, Look, label_handles, replicates
 from bench.report.figures.style import Style
 from bench.report.text import units
+from bench.report.text.cells import label_of
+from bench.report.text.marks import LEAK, UNDERTRAINED
 from bench.report.text.phrases import training
 
 FAR = 1.5
 """A baseline further from the dots than this many times their span is noted, not drawn."""
 
 
-def perplexity(cells: pd.DataFrame, look: Look) -> Figure | None:
-    """Dots with error bars, a row a variant and length, one panel a depth; None without perplexity."""
+def losses(cells: pd.DataFrame, look: Look) -> Figure | None:
+    """Dots with error bars, a row a variant and length, one panel a depth; None without perplexity.
+
+    Of text that is predicted from the left they are bits per byte, else perplexities. The baselines of a row
+    are lines across it.
+    """
     cells = cells[cells["perplexity_mean"].notna()]
     if cells.empty:
         return None
-    deviation = cells["perplexity_std"].fillna(0.0)
-    mean = cells["perplexity_mean"]
-    cells = cells.assign(value=mean, low=mean - deviation, high=mean + deviation)
-    figure, axes = _dotted(cells, look, "perplexity per token (lower is better)")
+    in_bits = bool(cells["bits_per_byte_mean"].notna().any())
+    name, unit = ("bits_per_byte", "bits per byte") if in_bits else ("perplexity", "perplexity per token")
+    deviation, mean = cells[f"{name}_std"].fillna(0.0), cells[f"{name}_mean"]
+    unigram = np.log2(cells["unigram_perplexity"]) if in_bits else cells["unigram_perplexity"]
+    cells = cells.assign(value=mean, low=mean - deviation, high=mean + deviation, unigram=unigram)
+    figure, axes = _dotted(cells, look, f"{unit} (lower is better)")
     for axis in axes:
         axis.locator_params(axis="x", nbins=6)
-    _baseline(axes, cells)
+    _unigram(axes, cells)
     footer = f"{look.footer} · mean ± standard deviation, {replicates(cells['quality_replicates'])}"
-    canvas.dress(figure, "Perplexity on held-out text", look.setting, footer, _legend(cells, look, axes[0]))
+    title = f"{unit.capitalize()} on held-out text"
+    canvas.dress(figure, title, look.setting, footer, _legend(cells, look, axes[0]) + baseline_handles(cells))
     return figure
 
 
@@ -79,7 +89,7 @@ def _rows(cells: pd.DataFrame) -> list[str]:
     policies = cells.groupby("label")["state_policy"].nunique(dropna=False)
     names = []
     for _, cell in cells.iterrows():
-        words = [f"{cell['label']}{'†' if cell['leaks'] else ''}", units.length(cell["seq_len"])]
+        words = [label_of(cell), units.length(cell["seq_len"])]
         words += training({str(key): value for key, value in cell.items()}, varying_keys)
         if policies[cell["label"]] > 1:
             words.append(str(cell["state_policy"]))
@@ -115,21 +125,22 @@ def _dots(
             capsize=2.5,
             linestyle="",
         )
+        for column, dashes in DASHES.items():
+            at, row = cell[column], places[cell["row"]]
+            axis.plot([at, at], [row - 0.5, row + 0.5], color=GREY, linestyle=dashes, linewidth=1, zorder=1)
     for above, below in pairwise(order):
         if above[0] != below[0]:
             axis.axhline(places[below[-1]] - 0.5, color="#bbbbbb", linewidth=0.8)
     axis.grid(axis="y", visible=False)
 
 
-def _baseline(axes: Sequence[Axes], cells: pd.DataFrame) -> None:
+def _unigram(axes: Sequence[Axes], cells: pd.DataFrame) -> None:
     """The unigram baseline as a line; where it lies so far off that it would squeeze the dots
     into a corner, as a note at the edge it lies beyond.
     """
-    deviation = cells["perplexity_std"].fillna(0)
-    low = float((cells["perplexity_mean"] - deviation).min())
-    high = float((cells["perplexity_mean"] + deviation).max())
+    low, high = float(cells["low"].min()), float(cells["high"].max())
     span = max(high - low, 0.1 * high)
-    for value in cells["unigram_perplexity"].dropna().round(6).unique():
+    for value in cells["unigram"].dropna().round(6).unique():
         far = value > high + FAR * span or value < low - FAR * span
         for axis in axes:
             if far:
@@ -147,6 +158,16 @@ def _legend(cells: pd.DataFrame, look: Look, axis: Axes) -> list[Artist]:
         handles.append(Line2D([], [], color=GREY, linestyle="--", linewidth=1, label="unigram"))
     if cells["leaks"].any():
         handles.append(
-            Line2D([], [], color=GREY, marker="o", fillstyle="none", linestyle="", label="† sees the future")
+            Line2D(
+                [],
+                [],
+                color=GREY,
+                marker="o",
+                fillstyle="none",
+                linestyle="",
+                label=f"{LEAK} sees the future",
+            )
         )
+    if cells["undertrained"].any():
+        handles.append(Line2D([], [], linestyle="", label=f"{UNDERTRAINED} undertrained"))
     return handles

@@ -6,6 +6,7 @@ from typing import Any
 
 import pandas as pd
 
+from bench.report.data.baselines import BASELINES
 from bench.report.data.groups import SEARCH
 from bench.report.data.statistics import BASELINE
 
@@ -13,9 +14,10 @@ from bench.report.data.statistics import BASELINE
 def rate_cells(frame: pd.DataFrame, quality: pd.DataFrame) -> pd.DataFrame:
     """One row a rate of every search, which is a cell trained at several rates; empty where none was.
 
-    Columns: the keys, `learning_rate`, `replicates`, mean and standard deviation of `nll` and `perplexity`
-    (NaN where none finished), `diverged` (how many replicates), `leaks`, and `best`: the rate of the least
-    mean nll at which no replicate diverged. `quality` is `statistics.quality_cells` of the same records.
+    Columns: the keys, `learning_rate`, `replicates`, mean and standard deviation of `nll`, `bits_per_byte`
+    and `perplexity` (NaN where none finished), the baselines, `diverged` (how many replicates), `leaks`,
+    `undertrained`, and `best`: the rate of the least mean nll at which no replicate diverged. `quality` is
+    `statistics.quality_cells` of the same records.
     """
     tried = frame[frame["status"].isin(["ok", "diverged"]) & frame["learning_rate"].notna()]
     several = tried.groupby(SEARCH, dropna=False)["learning_rate"].transform("nunique") > 1
@@ -28,11 +30,15 @@ def rate_cells(frame: pd.DataFrame, quality: pd.DataFrame) -> pd.DataFrame:
     figures = [
         "nll_mean",
         "nll_std",
+        "bits_per_byte_mean",
+        "bits_per_byte_std",
         "perplexity_mean",
         "perplexity_std",
         "accuracy_mean",
         "accuracy_std",
         "leaks",
+        "undertrained",
+        *BASELINES,
     ]
     cells = cells.merge(quality[[*keys, "quality_replicates", *figures]], on=keys, how="left")
     cells = cells.rename(columns={"quality_replicates": "replicates"})
@@ -65,5 +71,9 @@ def best_rates(cells: pd.DataFrame) -> pd.DataFrame:
 
 
 _NOTHING = dict.fromkeys(
-    ("learning_rate", "nll_mean", "nll_std", "perplexity_mean", "perplexity_std"), float("nan")
+    (
+        "learning_rate",
+        *(f"{name}_{kind}" for name in ("nll", "bits_per_byte", "perplexity") for kind in ("mean", "std")),
+    ),
+    float("nan"),
 )

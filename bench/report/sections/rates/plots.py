@@ -12,23 +12,26 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from bench.report.data.groups import split
 from bench.report.figures import canvas
+from bench.report.figures.baselines import baseline_handles, draw_baselines
 from bench.report.figures.families import panel_keys, panel_title
 from bench.report.figures.lines import GREY, Look, label_handles, line_of, replicates, ring
 from bench.report.figures.style import Style
 from bench.report.text import units
 
+FIGURES = {"bits_per_byte": "bits per byte", "perplexity": "perplexity", "accuracy": "accuracy"}
+"""Figures of quality in words; the first that there is is drawn."""
 WIDE = 3.0
 """Perplexities that differ by more than this factor are drawn on a logarithmic axis."""
 
 
 def by_rate(cells: pd.DataFrame, look: Look) -> Figure | None:
-    """Perplexity, else accuracy, against the learning rate; takes `rate_cells`.
+    """Bits per byte, else perplexity, else accuracy, against the learning rate; takes `rate_cells`.
 
     A × at the upper edge is a rate at which a replicate diverged.
     """
     if cells.empty:
         return None
-    name = "perplexity" if cells["perplexity_mean"].notna().any() else "accuracy"
+    name = next((n for n in FIGURES if cells[f"{n}_mean"].notna().any()), "accuracy")
     keys = [key for key in panel_keys(cells) if key != "learning_rate"]
     parts = list(split(cells, keys))
     figure, axes = canvas.small_panels(len(parts))
@@ -41,21 +44,24 @@ def by_rate(cells: pd.DataFrame, look: Look) -> Figure | None:
         _diverged(axis, part, look.styles)
         for label, own in part.groupby("label"):
             _rates(axis, own.sort_values("learning_rate"), name, look.styles[str(label)])
+        if name == "bits_per_byte":
+            draw_baselines(axis, part)
         _axes(axis, cells["learning_rate"])
         if wide:
             axis.set_yscale("log", base=10)
         axis.set_xlabel("learning rate", fontsize=8)
         if number % canvas.SMALL_COLUMNS == 0:
-            axis.set_ylabel(name, fontsize=8)
+            axis.set_ylabel(FIGURES[name], fontsize=8)
     _room_above(axes[0], rows)
     if wide:
         for axis in axes:
             canvas.human_axis(axis.yaxis, *axis.get_ylim(), units.tick, binary=False)
     handles: list[Artist] = [*label_handles(cells, look), ring([], [], GREY, label="least loss")]
+    handles += baseline_handles(cells)
     if (cells["diverged"] > 0).any():
         handles.append(Line2D([], [], color=GREY, marker="x", linestyle="", label="a replicate diverged"))
     footer = f"{look.footer} · mean ± standard deviation, {replicates(cells['replicates'].fillna(0))}"
-    title = f"{name.capitalize()} by learning rate"
+    title = f"{FIGURES[name].capitalize()} by learning rate"
     canvas.dress(figure, title, look.setting, footer, handles)
     return figure
 

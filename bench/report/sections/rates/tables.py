@@ -26,6 +26,7 @@ def rates(cells: pd.DataFrame) -> list[Column]:
         each(table, "depth", "depth", str, optional=False),
         *training_columns(table, other),
         each(table, "best rate", "learning_rate", units.learning_rate, optional=False),
+        Column("bits per byte", [plus_minus(r["bits_per_byte_mean"], r["bits_per_byte_std"]) for r in rows]),
         Column("perplexity", [plus_minus(r["perplexity_mean"], r["perplexity_std"]) for r in rows]),
         Column("accuracy", [units.share(r["accuracy_mean"], r["accuracy_std"]) for r in rows]),
         each(table, "loss", "nll_mean", units.score),

@@ -7,6 +7,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from bench.report.figures.baselines import in_loss_unit, loss_unit
 from bench.report.figures.families import Family, Line, draw_family
 from bench.report.figures.lines import Look
 from bench.report.text import units
@@ -20,7 +21,8 @@ def training_loss(frame: pd.DataFrame, look: Look) -> Figure | None:
     family = Family(
         title="Training loss",
         x="tokens trained on",
-        y="nats per target",
+        y=loss_unit(frame) if frame["bits_per_byte"].notna().any() else "nats per target",
+        baselines=True,
         footer="median and min–max over {}; a point is the mean of the steps since the one before",
         line=_binned,
         axis=_tokens,
@@ -40,9 +42,9 @@ def _binned(own: pd.DataFrame) -> Line | None:
     end = min(float(curve["tokens"].iloc[-1]) for curve in own["curve"])
     edges = np.linspace(0, end, BINS + 1)
     means = []
-    for curve in own["curve"]:
+    for curve, factor in zip(own["curve"], in_loss_unit(own), strict=True):
         bins = pd.cut(curve["tokens"], edges.tolist(), labels=False)
-        means.append(curve["nll"].groupby(bins).mean().reindex(range(BINS)))
+        means.append(factor * curve["nll"].groupby(bins).mean().reindex(range(BINS)))
     table = pd.DataFrame(means)
     has_value = table.notna().any().to_numpy()
     statistics = (table.median(), table.min(), table.max())
