@@ -30,7 +30,8 @@ from fla.ops.common import chunk_h, chunk_o
 
 def tensors(*bounds):
     # compiled loops count in tensors, the interpreter's in integers, which have no method `to`
-    plain = [int(b.handle.data.item()) if hasattr(b, "handle") else int(getattr(b, "value", b)) for b in bounds]
+    held = [b.handle.data.item() if hasattr(b, "handle") else getattr(b, "value", b) for b in bounds]
+    plain = [int(bound) for bound in held]
     for i in builtins.range(*plain):
         yield tl.core.tensor(TensorHandle(numpy.array([i], numpy.int32), tl.int32), tl.int32)
 
