@@ -126,6 +126,11 @@ class Window:
         """
         return (0.0, float(self.reach)) if self.band else (0.5, 0.5)
 
+    @property
+    def read(self) -> tuple[int, int]:
+        """(low, high): as `same`, for integers: low ≤ code(query) − code(key) ≤ high."""
+        return (0 if self.causal else -self.reach, self.reach) if self.band else (0, 1)
+
     def code(self, rank: Tensor) -> Tensor:
         """The code of the token at each rank of the sorted order, which `same` compares within a bucket."""
         return rank if self.band else rank // self.reach

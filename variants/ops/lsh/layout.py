@@ -1,0 +1,75 @@
+"""The sorted orders of all rounds of hashing at once: which row lies at each position, and who reads whom.
+
+Shapes: T tokens, R rounds of hashing, N = H·B sequences, P positions of a sequence in a sorted order, padding
+included. Here a token of a sequence is the *row* n·T + t, so that the rows of a sequence are contiguous.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from variants.ops.lsh.windows import Window
+from variants.ops.memoizable import repeatable
+
+EXACT_INT32 = 2**28
+"""Codes below this number leave room in int32 for the codes of padding and of other sequences."""
+
+
+class Layout(NamedTuple):
+    """The sorted orders of all rounds."""
+
+    order: Tensor
+    """(R, N, P) int32: the row at each position; the number of rows at padding and for excluded rows."""
+    place: Tensor
+    """(R, N, T) int32: the position of each token in its sequence's order."""
+    code: Tensor
+    """(R, rows + 1): a round reads a pair if the difference of the codes is in `Window.read`, and the order of
+    the tokens is allowed. The last entry, of padding, is far from all others."""
+    isolated: Tensor
+    """(rows,) bool: rows that read no other row in any round."""
+    marked: Tensor
+    """(rows,) bool: rows that are excluded or read an excluded row."""
+
+
+@torch.no_grad()
+@repeatable
+def lay_out(buckets: Tensor, window: Window, excluded: Tensor, multiple: int = 1) -> Layout:
+    """Sort each sequence by (bucket, position) in each round.
+
+    buckets (R, N, T) are those of `hash_rows`; excluded (rows,) bool. P is rounded up to this multiple. With
+    the `band` neighbourhood each bucket begins a block of the window, as in `windows.sort_rows`.
+    """
+    rounds, sequences, seq_len = buckets.shape
+    rows, device = sequences * seq_len, buckets.device
+    positions = -(-window.padded // multiple) * multiple
+    by_bucket, token = buckets.sort(dim=-1, stable=True)
+    rank = torch.arange(seq_len, device=device).expand_as(token)
+    size = torch.zeros(rounds, sequences, window.n_buckets, device=device, dtype=torch.int64)
+    size.scatter_add_(-1, by_bucket, torch.ones_like(by_bucket))
+    end = size.cumsum(-1)
+    # ranks that a token reads: the part of its span that lies in its bucket
+    lo, hi = window.span(rank)
+    lo = torch.maximum(lo, (end - size).gather(-1, by_bucket))
+    hi = torch.minimum(hi, end.gather(-1, by_bucket))
+    first = torch.arange(0, rows, seq_len, device=device)[:, None]
+    row = token + first
+    before = torch.nn.functional.pad(excluded[row].cumsum(-1), (1, 0))  # excluded rows before each rank
+    alone, reads_excluded = hi - lo == 1, before.gather(-1, hi) > before.gather(-1, lo)
+    code = window.code(rank) + window.gap * by_bucket
+    where = rank
+    if window.band:  # each bucket begins a block
+        blocks = (size + window.block - 1) // window.block
+        shift = (blocks.cumsum(-1) - blocks) * window.block - (end - size)
+        where = rank + shift.gather(-1, by_bucket)
+    exact = torch.int32 if seq_len + window.gap * window.n_buckets < EXACT_INT32 else torch.int64
+    codes = torch.full((rounds, rows + 1), torch.iinfo(exact).min // 2, device=device, dtype=exact)
+    codes[:, :-1].view_as(token).scatter_(-1, token, code.to(exact))
+    order = torch.full((rounds, sequences, positions), rows, device=device, dtype=torch.int32)
+    order.scatter_(-1, where, row.masked_fill(excluded[row], rows).int())
+    place = torch.empty_like(token, dtype=torch.int32).scatter_(-1, token, where.int())
+    isolated = torch.empty_like(alone).scatter_(-1, token, alone).all(0).flatten()
+    marked = torch.empty_like(alone).scatter_(-1, token, reads_excluded).any(0).flatten()
+    return Layout(order, place, codes, isolated, marked.logical_or_(excluded))

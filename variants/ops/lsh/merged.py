@@ -1,0 +1,280 @@
+"""Attention over all rounds of hashing at once, merged by the logsumexp of each (arXiv:2001.04451, §2).
+
+Shapes: B batch, T tokens, H heads, D head_dim, R rounds, N = H·B sequences, P positions of a sequence in a
+sorted order (see `variants.ops.lsh.layout`); a piece consists of n sequences with all their rounds.
+
+The mathematics, and the treatment of tokens that are not finite, are those of `variants.ops.lsh.attention`.
+There rounds follow each other in small pieces, which suits a cache. Here a kernel gets all rounds of some
+sequences in their sorted orders, and returns the softmax of each round and its logsumexp; few launches are
+left. Nothing sorted is stored between the passes: the backward pass gathers it again.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from variants.ops.lsh.flex import FlexRounds
+from variants.ops.lsh.hashing import UNIT_EPSILON
+from variants.ops.lsh.layout import Layout, lay_out
+from variants.ops.lsh.products import Products
+from variants.ops.lsh.streams import Kernel, Stream
+from variants.ops.lsh.windows import Window
+from variants.ops.memoizable import FunctionContext, repeatable
+from variants.ops.operators import operator
+
+NO_SCORE = -1e19
+"""Logsumexp of no scores: below every score, and far above the logsumexp that a kernel gives then."""
+MAX_LENGTH = 9e18
+"""Maximum length of a vector in the computation (see `variants.ops.lsh.attention.MAX_LENGTH`)."""
+MOST_PIECES = 16
+"""Maximum number of pieces; beyond it the pieces grow, which bounds the number of operations."""
+
+
+KERNELS: Mapping[str, Kernel] = {"merged": Products(), "flex": FlexRounds()}
+"""By the word of the knob `impl`."""
+
+
+@repeatable
+class MergedAttention(torch.autograd.Function):
+    """As `variants.ops.lsh.attention.LshAttention`, with a kernel of `KERNELS`.
+
+    With x the rows of queries and keys, c_j = 1 / √(D·(‖x_j‖² + ε²)) and s_ij = c_j·x_i·x_j, kernels return
+    the gradients g of x as queries and h of x as keys. The factor c_j depends on x_j too, so that the gradient
+    of x is g + h − x·(x·h) / (‖x‖² + ε²).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, qk: Tensor, value: Tensor, buckets: Tensor, window: Window, kernel: str) -> Tensor:
+        """qk, values (B, T, H, D) and buckets (R, H·B, T) → outputs (B, T, H, D)."""
+        batch, seq_len, heads, head_dim = qk.shape
+        with torch.autocast(qk.device.type, enabled=False):
+            rows = qk.new_empty(
+                heads * batch * seq_len + 1, 2, head_dim, dtype=torch.promote_types(qk.dtype, value.dtype)
+            )
+            query_key, values = rows[:-1].unbind(1)
+            query_key.view(heads, batch, seq_len, head_dim).copy_(qk.permute(2, 0, 1, 3))
+            values.view(heads, batch, seq_len, head_dim).copy_(value.permute(2, 0, 1, 3))
+            rows[-1].zero_()
+            length = torch.linalg.vector_norm(rows, dim=-1, dtype=_wide(rows))
+            excluded = ~(length[:-1] <= MAX_LENGTH).all(-1)
+            square = length[:, 0].square().add_(UNIT_EPSILON**2)
+            layout = lay_out(buckets, window, excluded, KERNELS[kernel].multiple)
+            y = torch.empty_like(query_key, memory_format=torch.contiguous_format)
+            lse = square.new_zeros(len(buckets), len(rows))
+            for piece in _pieces(layout, window, kernel, head_dim):
+                _attend(piece, layout, rows, square, y, lse)
+            y.addcmul_(values, layout.isolated[:, None]).masked_fill_(layout.marked[:, None], math.nan)
+            y = y.view(heads, batch, seq_len, head_dim).permute(1, 2, 0, 3).to(value.dtype).contiguous()
+        ctx.save_for_backward(y, rows, square, lse, *layout)
+        ctx.window, ctx.kernel, ctx.dtypes = window, kernel, (qk.dtype, value.dtype)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients of qk and values."""
+        y, rows, square, lse, *decided = ctx.saved_tensors
+        layout = Layout(*decided)
+        batch, seq_len, heads, head_dim = y.shape
+        with torch.autocast(rows.device.type, enabled=False):
+            length = torch.linalg.vector_norm(grad, dim=-1, dtype=square.dtype).permute(2, 0, 1).flatten()
+            excluded = layout.marked | ~(length <= MAX_LENGTH)
+            mean = torch.linalg.vecdot(grad.to(square.dtype), y.to(square.dtype)).permute(2, 0, 1).flatten()
+            mean = torch.nn.functional.pad(mean.masked_fill_(excluded, 0), (0, 1))
+            grads = rows.new_empty(len(rows), head_dim)
+            grads[:-1].view(heads, batch, seq_len, head_dim).copy_(grad.permute(2, 0, 1, 3))
+            grads[:-1].masked_fill_(excluded[:, None], 0)
+            grads[-1].zero_()
+            share = _shares(lse)
+            total = rows.new_empty(len(rows) - 1, 2, head_dim)
+            for piece in _pieces(layout, ctx.window, ctx.kernel, head_dim):
+                _attend_backward(piece, layout, rows, square, lse, share, grads, mean, total)
+            total[:, 1].addcmul_(grads[:-1], layout.isolated[:, None])
+            undefined = (excluded & (length != 0))[:, None, None]
+            total.masked_fill_(undefined, math.nan)
+            by_token = total.view(heads, batch, seq_len, 2, head_dim).permute(3, 1, 2, 0, 4)
+            qk_dtype, value_dtype = ctx.dtypes
+            grad_qk, grad_value = by_token[0].to(qk_dtype), by_token[1].to(value_dtype)
+        return grad_qk, grad_value, None, None, None
+
+
+def _wide(x: Tensor) -> torch.dtype:
+    """The dtype of sums: float32, or float64 for float64."""
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """A range of sequences."""
+
+    window: Window
+    kernel: str
+    first: int
+    end: int
+
+    @property
+    def rows(self) -> slice:
+        """The rows of its sequences."""
+        return slice(self.first * self.window.seq_len, self.end * self.window.seq_len)
+
+
+def _pieces(layout: Layout, window: Window, kernel: str, head_dim: int) -> Iterator[_Piece]:
+    """Pieces of nearly equal size."""
+    rounds, sequences, positions = layout.order.shape
+    most = max(KERNELS[kernel].sequences(rounds, positions, window, head_dim), 1)
+    count = min(-(-sequences // most), MOST_PIECES)
+    step = -(-sequences // count)
+    for first in range(0, sequences, step):
+        yield _Piece(window, kernel, first, min(first + step, sequences))
+
+
+def _stream(piece: _Piece, layout: Layout, rows: Tensor, square: Tensor) -> Stream:
+    """The sorted rows of a piece."""
+    window, order = piece.window, layout.order[:, piece.first : piece.end]
+    margin = max(window.back, window.ahead)
+    index = torch.nn.functional.pad(order.flatten(), (margin, margin), value=len(rows) - 1)
+    factor = (square.index_select(0, index) * rows.shape[-1]).rsqrt_()
+    code = layout.code.index_select(1, index)
+    rounds, sequences, positions = order.shape
+    return Stream(
+        window, (rounds, sequences, positions), margin, index, rows.index_select(0, index), factor, code
+    )
+
+
+def _places(piece: _Piece, layout: Layout) -> Tensor:
+    """(R·n·T,): the position of each token in the piece's sorted order, for each round."""
+    place = layout.place[:, piece.first : piece.end]
+    rounds, sequences, _ = place.shape
+    positions = layout.order.shape[-1]
+    start = torch.arange(0, rounds * sequences * positions, positions, device=place.device)
+    return (place + start.view(rounds, sequences, 1)).flatten()
+
+
+def _shares(lse: Tensor) -> Tensor:
+    """(R, rows): the share of each round in the softmax of a row; 0 if the row reads nothing."""
+    return (lse - lse.logsumexp(0).clamp_min_(NO_SCORE)).exp_()
+
+
+@repeatable
+def _attend(piece: _Piece, layout: Layout, rows: Tensor, square: Tensor, y: Tensor, lse: Tensor) -> None:
+    """Write the outputs of the rows of a piece, and the logsumexp of each round."""
+    rounds = len(lse)
+    out, sorted_lse = KERNELS[piece.kernel].forward(_stream(piece, layout, rows, square))
+    place = _places(piece, layout)
+    by_row = sorted_lse.index_select(0, place).view(rounds, -1)
+    lse[:, :-1][:, piece.rows] = by_row
+    parts = out.index_select(0, place).view(rounds, -1, out.shape[-1])
+    torch.sum(parts.mul_(_shares(by_row)[..., None]), dim=0, out=y[piece.rows])
+
+
+@repeatable
+def _attend_backward(
+    piece: _Piece,
+    layout: Layout,
+    rows: Tensor,
+    square: Tensor,
+    lse: Tensor,
+    share: Tensor,
+    grads: Tensor,
+    mean: Tensor,
+    total: Tensor,
+) -> None:
+    """Write the gradients of the rows of a piece: total (rows, 2, D), of query-keys and values."""
+    rounds, head_dim = len(lse), grads.shape[-1]
+    stream = _stream(piece, layout, rows, square)
+    index = stream.inner(stream.index)
+    by_round = index.view(rounds, -1).long()
+    weight = share.gather(1, by_round).flatten()
+    grad_query, grad_key, grad_value = KERNELS[piece.kernel].backward(
+        stream,
+        lse.gather(1, by_round).flatten(),
+        grads.index_select(0, index).mul_(weight[:, None]),
+        mean.index_select(0, index).mul_(weight),
+    )
+    del stream, index, by_round, weight
+    place = _places(piece, layout)
+
+    def by_row(x: Tensor) -> Tensor:
+        parts = x.index_select(0, place).view(rounds, -1, head_dim)
+        summed: Tensor = parts.sum(0, dtype=square.dtype)
+        return summed
+
+    total[piece.rows, 1] = by_row(grad_value)
+    del grad_value
+    query_key = rows[:-1][piece.rows, 0]
+    of_keys = by_row(grad_key)
+    del grad_key
+    along = torch.linalg.vecdot(of_keys, query_key.to(of_keys.dtype)).div_(square[:-1][piece.rows])
+    of_keys.add_(by_row(grad_query)).addcmul_(query_key, along[:, None], value=-1)
+    total[piece.rows, 0] = of_keys
+
+
+# --- operators for torch.compile, which would compute wrong gradients of queries if it traced the code ---
+
+
+def _forward(qk: Tensor, value: Tensor, buckets: Tensor, window: list[int], kernel: str) -> list[Tensor]:
+    """The tensors that `MergedAttention` saves for its backward pass, the outputs first."""
+    ctx = FunctionContext()
+    MergedAttention.forward(ctx, qk, value, buckets, Window(*window), kernel)  # type: ignore[arg-type]
+    return list(ctx.saved_tensors)
+
+
+def _backward(
+    grad: Tensor, saved: list[Tensor], window: list[int], kernel: str, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Gradients of query-keys, in this dtype, and of values."""
+    ctx = FunctionContext(
+        saved_tensors=tuple(saved),
+        window=Window(*window),  # type: ignore[arg-type]
+        kernel=kernel,
+        dtypes=(dtype, grad.dtype),
+    )
+    grad_qk, grad_value, *_ = MergedAttention.backward(ctx, grad)
+    assert grad_qk is not None
+    assert grad_value is not None
+    return grad_qk, grad_value
+
+
+_forward_operator = operator(
+    "merged_rounds",
+    _forward,
+    schema="(Tensor qk, Tensor value, Tensor buckets, SymInt[] window, str kernel) -> Tensor[]",
+)
+_backward_operator = operator(
+    "merged_rounds_backward",
+    _backward,
+    schema="(Tensor grad, Tensor[] saved, SymInt[] window, str kernel, ScalarType dtype)"
+    " -> (Tensor, Tensor)",
+)
+_forward_operator.register_fake(_forward)
+_backward_operator.register_fake(_backward)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
+    ctx.save_for_backward(*output)
+    ctx.window, ctx.kernel, ctx.dtype = inputs[3], inputs[4], inputs[0].dtype
+
+
+def _operator_backward(ctx: Any, grads: list[Tensor]) -> tuple[Any, ...]:
+    given = grads[0], list(ctx.saved_tensors), ctx.window, ctx.kernel, ctx.dtype
+    return *_backward_operator(*given), None, None, None
+
+
+_forward_operator.register_autograd(_operator_backward, setup_context=_save)
+
+
+def merged_attention(qk: Tensor, value: Tensor, buckets: Tensor, window: Window, kernel: str) -> Tensor:
+    """Softmax attention over the rounds of hashing: (B, T, H, D) → (B, T, H, D). See `MergedAttention`."""
+    y: Tensor
+    if torch.compiler.is_compiling():
+        y = _forward_operator(qk, value, buckets, window.numbers, kernel)[0]
+    else:  # operation by operation, so that counters see all computation and memory
+        y = MergedAttention.apply(qk, value, buckets, window, kernel)  # type: ignore[no-untyped-call]
+    return y

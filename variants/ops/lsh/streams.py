@@ -1,0 +1,66 @@
+"""Sorted rows of several sequences in all rounds, one after the other, for the kernels of merged rounds.
+
+Shapes: R rounds, n sequences, P positions of a sequence in a sorted order, D head_dim, L = R·n·P + 2·margin
+rows of a stream: the sorted orders of all rounds and sequences, with padding at both ends.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Protocol
+
+from torch import Tensor
+
+from variants.ops.lsh.windows import Window
+
+FILL = -1e30
+"""Score of a forbidden pair: finite, so that a row without an allowed pair has finite weights."""
+
+
+class Stream(NamedTuple):
+    """The rows of a piece in sorted order."""
+
+    window: Window
+    shape: tuple[int, int, int]
+    """R, n, P."""
+    margin: int
+    """Padding at each end, so that the keys of every block of queries are rows of the stream."""
+    index: Tensor
+    """(L,) int32: the row of the layer at each position; the number of rows at padding."""
+    rows: Tensor
+    """(L, 2, D): query-keys and values; 0 at padding."""
+    factor: Tensor
+    """(L,): a key is its query-key multiplied by this."""
+    code: Tensor
+    """(R, L): the codes of the rows in each round (see `variants.ops.lsh.layout.Layout`)."""
+
+    def inner(self, x: Tensor) -> Tensor:
+        """Without the padding at both ends: (L, …) → (R·n·P, …), a view."""
+        return x[self.margin : len(x) - self.margin]
+
+
+class Kernel(Protocol):
+    """Softmax attention within each round of a stream; a pair counts in the first round that reads it.
+
+    The score of a query and a key is the product of their rows, times the factor of the key.
+    """
+
+    multiple: int
+    """P is a multiple of this."""
+
+    def sequences(self, rounds: int, positions: int, window: Window, head_dim: int) -> int:
+        """The number of sequences that are computed at a time."""
+
+    def forward(self, stream: Stream) -> tuple[Tensor, Tensor]:
+        """Outputs (R·n·P, D), and the logsumexp of the scores of each row (R·n·P,), float32 or float64.
+
+        If a row reads nothing, its logsumexp is at most about `FILL`, and its output is finite.
+        """
+
+    def backward(
+        self, stream: Stream, lse: Tensor, grad: Tensor, mean: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Gradients of query-keys as queries, of query-keys as keys, and of values: (R·n·P, D) each.
+
+        lse (R·n·P,) is that of the forward pass. The gradient of a score is weight·(grad·value − mean), with
+        grad (R·n·P, D), which is 0 for rows that read nothing, and mean (R·n·P,).
+        """
