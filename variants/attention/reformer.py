@@ -29,6 +29,7 @@ from variants.base import (
 from variants.knobs import knob
 from variants.ops import backends, masks
 from variants.ops.lsh.attention import lsh_attention
+from variants.ops.lsh.flex import KEYS
 from variants.ops.lsh.hashing import (
     ONE_ROTATION,
     factors,
@@ -88,12 +89,14 @@ def plain(layer: Reformer, qk: Tensor, value: Tensor, buckets: Tensor, causal: b
 
 def merged(layer: Reformer, qk: Tensor, value: Tensor, buckets: Tensor, causal: bool) -> Tensor:
     """All rounds, by matrix products."""
-    return merged_attention(qk, value, buckets, layer._window(qk.shape[1], causal), "merged")
+    window = layer._window(qk.shape[1], causal).in_whole_blocks()
+    return merged_attention(qk, value, buckets, window, "merged")
 
 
 def flex(layer: Reformer, qk: Tensor, value: Tensor, buckets: Tensor, causal: bool) -> Tensor:
     """All rounds, by FlexAttention. Untried."""
-    return merged_attention(qk, value, buckets, layer._window(qk.shape[1], causal), "flex")
+    window = layer._window(qk.shape[1], causal).in_blocks(KEYS)
+    return merged_attention(qk, value, buckets, window, "flex")
 
 
 BLOCK_OVERHEAD = "a block of queries computes scores with all keys that any of its queries may read, some masked"

@@ -67,12 +67,13 @@ class MergedAttention(torch.autograd.Function):
             square = length[:, 0].square().add_(UNIT_EPSILON**2)
             layout = lay_out(buckets, window, excluded, KERNELS[kernel].multiple)
             y = torch.empty_like(query_key, memory_format=torch.contiguous_format)
-            lse = square.new_zeros(len(buckets), len(rows))
+            lse = square.new_empty(layout.order.shape)
+            whole = torch.zeros_like(square)  # logsumexp of all rounds
             for piece in _pieces(layout, window, kernel, head_dim):
-                _attend(piece, layout, rows, square, y, lse)
+                _attend(piece, layout, rows, square, y, lse, whole)
             y.addcmul_(values, layout.isolated[:, None]).masked_fill_(layout.marked[:, None], math.nan)
             y = y.view(heads, batch, seq_len, head_dim).permute(1, 2, 0, 3).to(value.dtype).contiguous()
-        ctx.save_for_backward(y, rows, square, lse, *layout)
+        ctx.save_for_backward(y, rows, square, lse, whole, *layout)
         ctx.window, ctx.kernel, ctx.dtypes = window, kernel, (qk.dtype, value.dtype)
         return y
 
@@ -80,7 +81,7 @@ class MergedAttention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of qk and values."""
-        y, rows, square, lse, *decided = ctx.saved_tensors
+        y, rows, square, lse, whole, *decided = ctx.saved_tensors
         layout = Layout(*decided)
         batch, seq_len, heads, head_dim = y.shape
         with torch.autocast(rows.device.type, enabled=False):
@@ -92,10 +93,9 @@ class MergedAttention(torch.autograd.Function):
             grads[:-1].view(heads, batch, seq_len, head_dim).copy_(grad.permute(2, 0, 1, 3))
             grads[:-1].masked_fill_(excluded[:, None], 0)
             grads[-1].zero_()
-            share = _shares(lse)
             total = rows.new_empty(len(rows) - 1, 2, head_dim)
             for piece in _pieces(layout, ctx.window, ctx.kernel, head_dim):
-                _attend_backward(piece, layout, rows, square, lse, share, grads, mean, total)
+                _attend_backward(piece, layout, rows, square, lse, whole, grads, mean, total)
             total[:, 1].addcmul_(grads[:-1], layout.isolated[:, None])
             undefined = (excluded & (length != 0))[:, None, None]
             total.masked_fill_(undefined, math.nan)
@@ -124,10 +124,15 @@ class _Piece:
         """The rows of its sequences."""
         return slice(self.first * self.window.seq_len, self.end * self.window.seq_len)
 
+    @property
+    def sequences(self) -> slice:
+        """Its sequences."""
+        return slice(self.first, self.end)
+
 
 def _pieces(layout: Layout, window: Window, kernel: str, head_dim: int) -> Iterator[_Piece]:
     """Pieces of nearly equal size."""
-    rounds, sequences, positions = layout.order.shape
+    sequences, rounds, positions = layout.order.shape
     most = max(KERNELS[kernel].sequences(rounds, positions, window, head_dim), 1)
     count = min(-(-sequences // most), MOST_PIECES)
     step = -(-sequences // count)
@@ -137,41 +142,45 @@ def _pieces(layout: Layout, window: Window, kernel: str, head_dim: int) -> Itera
 
 def _stream(piece: _Piece, layout: Layout, rows: Tensor, square: Tensor) -> Stream:
     """The sorted rows of a piece."""
-    window, order = piece.window, layout.order[:, piece.first : piece.end]
+    window, order, padding = piece.window, layout.order[piece.sequences], len(rows) - 1
     margin = max(window.back, window.ahead)
-    index = torch.nn.functional.pad(order.flatten(), (margin, margin), value=len(rows) - 1)
-    factor = (square.index_select(0, index) * rows.shape[-1]).rsqrt_()
-    code = layout.code.index_select(1, index)
-    rounds, sequences, positions = order.shape
+    index = _padded(order, margin, padding)
     return Stream(
-        window, (rounds, sequences, positions), margin, index, rows.index_select(0, index), factor, code
+        window=window,
+        shape=(order.shape[0], order.shape[1], order.shape[2]),
+        margin=margin,
+        rows=rows.index_select(0, index),
+        factor=(square.index_select(0, index) * rows.shape[-1]).rsqrt_(),
+        code=layout.code.index_select(1, index),
+        own=_padded(layout.own[piece.sequences], margin, torch.iinfo(layout.own.dtype).min // 2),
     )
 
 
+def _padded(x: Tensor, margin: int, value: int) -> Tensor:
+    return torch.nn.functional.pad(x.flatten(), (margin, margin), value=value)
+
+
 def _places(piece: _Piece, layout: Layout) -> Tensor:
-    """(R·n·T,): the position of each token in the piece's sorted order, for each round."""
-    place = layout.place[:, piece.first : piece.end]
-    rounds, sequences, _ = place.shape
-    positions = layout.order.shape[-1]
-    start = torch.arange(0, rounds * sequences * positions, positions, device=place.device)
-    return (place + start.view(rounds, sequences, 1)).flatten()
-
-
-def _shares(lse: Tensor) -> Tensor:
-    """(R, rows): the share of each round in the softmax of a row; 0 if the row reads nothing."""
-    return (lse - lse.logsumexp(0).clamp_min_(NO_SCORE)).exp_()
+    """(n·R·T,): the position of each token in the stream of the piece, without the margin."""
+    _, rounds, positions = layout.order.shape
+    return layout.place[piece.sequences].flatten() - piece.first * rounds * positions
 
 
 @repeatable
-def _attend(piece: _Piece, layout: Layout, rows: Tensor, square: Tensor, y: Tensor, lse: Tensor) -> None:
-    """Write the outputs of the rows of a piece, and the logsumexp of each round."""
-    rounds = len(lse)
-    out, sorted_lse = KERNELS[piece.kernel].forward(_stream(piece, layout, rows, square))
+def _attend(
+    piece: _Piece, layout: Layout, rows: Tensor, square: Tensor, y: Tensor, lse: Tensor, whole: Tensor
+) -> None:
+    """Write the outputs of the rows of a piece, and the logsumexp of each round and of all."""
+    rounds, seq_len = layout.order.shape[1], piece.window.seq_len
+    out, of_rounds = KERNELS[piece.kernel].forward(_stream(piece, layout, rows, square))
+    lse[piece.sequences] = of_rounds.view_as(lse[piece.sequences])
     place = _places(piece, layout)
-    by_row = sorted_lse.index_select(0, place).view(rounds, -1)
-    lse[:, :-1][:, piece.rows] = by_row
-    parts = out.index_select(0, place).view(rounds, -1, out.shape[-1])
-    torch.sum(parts.mul_(_shares(by_row)[..., None]), dim=0, out=y[piece.rows])
+    of_rounds = of_rounds.index_select(0, place).view(-1, rounds, seq_len)
+    total = of_rounds.logsumexp(1, keepdim=True).clamp_min_(NO_SCORE)
+    whole[piece.rows] = total.flatten()
+    share = of_rounds.sub_(total).exp_()
+    parts = out.index_select(0, place).view(-1, rounds, seq_len, out.shape[-1])
+    torch.sum(parts.mul_(share[..., None]), dim=1, out=y[piece.rows].view(-1, seq_len, out.shape[-1]))
 
 
 @repeatable
@@ -181,38 +190,34 @@ def _attend_backward(
     rows: Tensor,
     square: Tensor,
     lse: Tensor,
-    share: Tensor,
+    whole: Tensor,
     grads: Tensor,
     mean: Tensor,
     total: Tensor,
 ) -> None:
     """Write the gradients of the rows of a piece: total (rows, 2, D), of query-keys and values."""
-    rounds, head_dim = len(lse), grads.shape[-1]
-    stream = _stream(piece, layout, rows, square)
-    index = stream.inner(stream.index)
-    by_round = index.view(rounds, -1).long()
-    weight = share.gather(1, by_round).flatten()
+    rounds, seq_len, head_dim = layout.order.shape[1], piece.window.seq_len, grads.shape[-1]
+    order, of_rounds = layout.order[piece.sequences].flatten(), lse[piece.sequences].flatten()
+    share = (of_rounds - whole.index_select(0, order)).exp_()
     grad_query, grad_key, grad_value = KERNELS[piece.kernel].backward(
-        stream,
-        lse.gather(1, by_round).flatten(),
-        grads.index_select(0, index).mul_(weight[:, None]),
-        mean.index_select(0, index).mul_(weight),
+        _stream(piece, layout, rows, square),
+        of_rounds,
+        grads.index_select(0, order).mul_(share[:, None]),
+        mean.index_select(0, order).mul_(share),
     )
-    del stream, index, by_round, weight
     place = _places(piece, layout)
 
-    def by_row(x: Tensor) -> Tensor:
-        parts = x.index_select(0, place).view(rounds, -1, head_dim)
-        summed: Tensor = parts.sum(0, dtype=square.dtype)
-        return summed
+    def by_row(x: Tensor, dtype: torch.dtype) -> Tensor:
+        parts = x.index_select(0, place).view(-1, rounds, seq_len, head_dim)
+        return parts.sum(1, dtype=dtype).flatten(0, 1)
 
-    total[piece.rows, 1] = by_row(grad_value)
+    total[piece.rows, 1] = by_row(grad_value, total.dtype)
     del grad_value
     query_key = rows[:-1][piece.rows, 0]
-    of_keys = by_row(grad_key)
+    of_keys = by_row(grad_key, square.dtype)
     del grad_key
     along = torch.linalg.vecdot(of_keys, query_key.to(of_keys.dtype)).div_(square[:-1][piece.rows])
-    of_keys.add_(by_row(grad_query)).addcmul_(query_key, along[:, None], value=-1)
+    of_keys.addcmul_(query_key, along[:, None], value=-1).add_(by_row(grad_query, square.dtype))
     total[piece.rows, 0] = of_keys
 
 

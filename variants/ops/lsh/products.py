@@ -1,11 +1,11 @@
 """Rounds of hashed attention by matrix products of blocks: a kernel for any device, in few launches.
 
-Shapes: D head_dim, R rounds. A stream of R·n·P sorted rows is divided into G blocks of b rows. The queries of
+Shapes: D head_dim, R rounds. A stream of n·R·P sorted rows is divided into G blocks of b rows. The queries of
 a block read K keys (see `variants.ops.lsh.windows`), and the keys of a block are read by K queries.
 
 Scores are float32. Weights, and gradients of scores, are rounded to the dtype of the rows before they are
-multiplied by them, as in fused kernels. Gradients of keys and values are computed key by key from scores that
-are computed once more, because sums over overlapping windows would move more bytes.
+multiplied by them, as in fused kernels. For the gradients of keys and values they are copied to the order of
+the keys, because sums over overlapping windows would move more bytes.
 
 With the `band` neighbourhood, causal, no bit of an output depends on a later token: the blocks and the
 positions in them are those of `variants.ops.lsh.windows`.
@@ -55,7 +55,7 @@ def _scores(a: Tensor, b: Tensor) -> Tensor:
 
 
 class Products:
-    """The kernel; see `variants.ops.lsh.streams.Kernel`."""
+    """The kernel; see `variants.ops.lsh.streams.Kernel`. The margins of its windows are whole blocks."""
 
     multiple = 1
 
@@ -65,40 +65,34 @@ class Products:
 
     def forward(self, stream: Stream) -> tuple[Tensor, Tensor]:
         """See `Kernel`."""
-        view = _Blocks(stream, by_query=True)
-        query, value = view.blocks(stream.rows[:, 0]), view.windows(stream.rows[:, 1])
-        scores = _scores(query, view.windows(_keys(stream)))
-        scores.masked_fill_(view.forbidden(), FILL)
+        view = _Blocks(stream)
+        query, value = view.queries(stream.rows[:, 0]), view.keys(stream.rows[:, 1])
+        scores = _scores(query, view.keys(_keys(stream))).masked_fill_(view.forbidden(), FILL)
         top = scores.amax(-1, keepdim=True)
         weights = torch.exp(scores.sub_(top), out=query.new_empty(scores.shape))
         del scores
         total = weights.sum(-1, keepdim=True, dtype=top.dtype)
         out = torch.bmm(weights, value).mul_(total.reciprocal())
-        return out.flatten(0, 1), (top + total.log()).flatten()
+        return out.flatten(0, 1), top.add_(total.log_()).flatten()
 
     def backward(
         self, stream: Stream, lse: Tensor, grad: Tensor, mean: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         """See `Kernel`."""
-        key, query_key, value = _keys(stream), stream.rows[:, 0], stream.rows[:, 1]
-        view = _Blocks(stream, by_query=True)
-        weights = _weights(view.blocks(query_key), view.windows(key), view.blocks_of_inner(lse)[..., None], view)
-        of_scores = _grad_scores(
-            view.blocks_of_inner(grad), view.windows(value), view.blocks_of_inner(mean)[..., None], weights
-        )
-        del weights
-        grad_query = torch.bmm(of_scores, view.windows(key))
-        del of_scores
-        view = _Blocks(stream, by_query=False)
-        lse, grad, mean = (_with_margin(x, stream.margin) for x in (lse, grad, mean))
-        weights = _weights(view.blocks(key), view.windows(query_key), view.windows(lse)[:, None], view)
-        grad_value = torch.bmm(weights, view.windows(grad))
-        of_scores = _grad_scores(
-            view.blocks(value), view.windows(grad), view.windows(mean)[:, None], weights
-        )
-        del weights
-        grad_key = torch.bmm(of_scores, view.windows(query_key))
-        grad_key.mul_(view.blocks(stream.factor)[..., None])
+        view, key, query_key, value = _Blocks(stream), _keys(stream), stream.rows[:, 0], stream.rows[:, 1]
+        by_block = view.split(grad)
+        scores = _scores(view.queries(query_key), view.keys(key)).sub_(view.split(lse)[..., None])
+        weights = view.with_margin(query_key)
+        torch.exp(scores, out=view.trim(weights)).masked_fill_(view.forbidden(), 0)
+        del scores
+        grad_value = torch.bmm(view.by_key(weights), view.readers(grad))
+        scores = _scores(by_block, view.keys(value)).sub_(view.split(mean)[..., None])
+        # weights becomes the gradient of the scores
+        of_scores = torch.mul(scores, view.trim(weights), out=view.trim(weights))
+        del scores
+        grad_query = torch.bmm(of_scores, view.keys(key))
+        grad_key = torch.bmm(view.by_key(weights), view.readers(stream.inner(query_key)))
+        grad_key.mul_(view.queries(stream.factor)[..., None])
         return grad_query.flatten(0, 1), grad_key.flatten(0, 1), grad_value.flatten(0, 1)
 
 
@@ -107,87 +101,91 @@ def _keys(stream: Stream) -> Tensor:
     return (stream.rows[:, 0] * stream.factor[:, None]).to(stream.rows.dtype)
 
 
-def _with_margin(x: Tensor, margin: int) -> Tensor:
-    """(R·n·P, …) → (L, …), with 0 at both ends."""
-    return torch.nn.functional.pad(x, (*(0, 0) * (x.dim() - 1), margin, margin))
-
-
-def _weights(a: Tensor, b: Tensor, lse: Tensor, view: _Blocks) -> Tensor:
-    """exp(scores − lse) of allowed pairs, 0 of others: (G, b, K) in the dtype of a."""
-    scores = _scores(a, b).sub_(lse)
-    weights = torch.exp(scores, out=a.new_empty(scores.shape))
-    del scores
-    return weights.masked_fill_(view.forbidden(), 0)
-
-
-def _grad_scores(a: Tensor, b: Tensor, mean: Tensor, weights: Tensor) -> Tensor:
-    """weights · (a·b − mean): (G, b, K) in the dtype of a."""
-    scores = _scores(a, b).sub_(mean)
-    return torch.mul(scores, weights, out=a.new_empty(scores.shape))
-
-
 class _Blocks:
-    """Blocks of queries with the keys that they read, or blocks of keys with the queries that read them."""
+    """Blocks of queries and the windows of keys that they read."""
 
-    def __init__(self, stream: Stream, *, by_query: bool) -> None:
+    def __init__(self, stream: Stream) -> None:
         window = stream.window
-        self.stream, self.window, self.by_query = stream, window, by_query
-        back, ahead = (window.back, window.ahead) if by_query else (window.ahead, window.back)
-        self.start = stream.margin - back
-        self.end = len(stream.index) - stream.margin + ahead
+        self.stream, self.window = stream, window
+        self.back, self.ahead = window.back // window.block, window.ahead // window.block  # in blocks
+        assert (self.back + self.ahead) * window.block == window.back + window.ahead, "whole blocks"
 
-    def blocks(self, x: Tensor) -> Tensor:
+    def queries(self, x: Tensor) -> Tensor:
         """(L, …) → (G, b, …), a view."""
-        return self.blocks_of_inner(self.stream.inner(x))
+        return self.split(self.stream.inner(x))
 
-    def blocks_of_inner(self, x: Tensor) -> Tensor:
-        """(R·n·P, …) → (G, b, …), a view."""
+    def split(self, x: Tensor) -> Tensor:
+        """(n·R·P, …) → (G, b, …), a view."""
         return x.unflatten(0, (-1, self.window.block))
 
-    def windows(self, x: Tensor) -> Tensor:
-        """(L, …) → (G, K, …), an overlapping view."""
-        return x[self.start : self.end].unfold(0, self.window.keys, self.window.block).movedim(-1, 1)
+    def keys(self, x: Tensor) -> Tensor:
+        """(L, …) → (G, K, …), the keys of each block of queries; an overlapping view."""
+        window, margin = self.window, self.stream.margin
+        inside = x[margin - window.back : len(x) - margin + window.ahead]
+        return inside.unfold(0, window.keys, window.block).movedim(-1, 1)
+
+    def readers(self, x: Tensor) -> Tensor:
+        """(n·R·P, …) → (G, K, …), the queries that read each block of keys; an overlapping view of a copy."""
+        window = self.window
+        padded = torch.nn.functional.pad(x, (*(0, 0) * (x.dim() - 1), window.ahead, window.back))
+        return padded.unfold(0, window.keys, window.block).movedim(-1, 1)
+
+    def with_margin(self, like: Tensor) -> Tensor:
+        """(ahead + G + back, b, K) for weights, of blocks of queries; 0 in the margins, which `by_key` reads."""
+        window = self.window
+        blocks = (len(like) - 2 * self.stream.margin) // window.block
+        weights = like.new_empty(self.ahead + blocks + self.back, window.block, window.keys)
+        weights[: self.ahead].zero_()
+        weights[self.ahead + blocks :].zero_()
+        return weights
+
+    def trim(self, weights: Tensor) -> Tensor:
+        """Without the margins, a view: (G, b, K)."""
+        return weights[self.ahead : len(weights) - self.back]
+
+    def by_key(self, weights: Tensor) -> Tensor:
+        """The weights of each block of keys and the queries that read it: (G, b, K), a copy.
+
+        Key c of block h is in the window of block g = h − ahead + j at (back + ahead − j)·b + c.
+        """
+        block, keys = self.window.block, self.window.keys
+        count = self.back + 1 + self.ahead
+        found = weights.as_strided(
+            (len(weights) - count + 1, count, block, block),
+            (block * keys, block * keys - block, keys, 1),
+            keys - block,
+        )
+        return found.reshape(-1, keys, block).transpose(1, 2)
 
     def forbidden(self) -> Tensor:
         """(G, b, K) bool: pairs that a round does not read, or that an earlier round reads."""
-        rounds, sequences, positions = self.stream.shape
-        low, high = self.window.read
-        own = self._own_code()
-        forbidden = self._outside(own, 0, low + self.window.band * self.window.causal, high)
-        if not (self.window.band and self.window.causal):
-            # codes say it of the band only: there they differ by the distance in the bucket
-            forbidden.logical_or_(self._wrong_order(forbidden.device))
+        sequences, rounds, _ = self.stream.shape
+        window, code = self.window, self.stream.code
+        low, high = window.read
+        own = self.stream.own
+        forbidden = self.queries(own - high)[..., None] > self.keys(own)[:, None]
+        if window.band and window.causal:  # equal codes: the token itself
+            forbidden.logical_or_(self.queries(own)[..., None] <= self.keys(own)[:, None])
+        else:
+            forbidden.logical_or_(self.queries(own - low)[..., None] < self.keys(own)[:, None])
+            forbidden.logical_or_(self._wrong_order(own.device))
+        by_round = forbidden.view(sequences, rounds, -1, *forbidden.shape[1:])
+        lowest, highest = code - high, code if low == 0 else code - low
         for earlier in range(rounds - 1):
             # the order of two tokens of a bucket is the same in every round
-            first = (earlier + 1) * sequences * positions // self.window.block
-            outside = self._outside(self.stream.code[earlier], first, low, high)
-            forbidden[first:].logical_or_(outside.logical_not_())
+            key = self._later(self.keys(code[earlier])[:, None], earlier)
+            read = self._later(self.queries(lowest[earlier])[..., None], earlier) <= key
+            read.logical_and_(self._later(self.queries(highest[earlier])[..., None], earlier) >= key)
+            by_round[:, earlier + 1 :].logical_or_(read)
         return forbidden
 
-    def _outside(self, code: Tensor, first: int, low: int, high: int) -> Tensor:
-        """(G − first, b, K) bool: code(query) − code(key) is below `low` or above `high`."""
-        block, window = self.blocks(code)[first:, :, None], self.windows(code)[first:, None, :]
-        if self.by_query:
-            return (window > block - low).logical_or_(window < block - high)
-        return (window < block + low).logical_or_(window > block + high)
-
-    def _own_code(self) -> Tensor:
-        """(L,): the codes of the round in which a row lies; different in neighbouring sequences."""
-        stream = self.stream
-        rounds, sequences, positions = stream.shape
-        inner = stream.code[:, stream.margin : stream.code.shape[1] - stream.margin]
-        by_round = inner.view(rounds, rounds, -1).diagonal().movedim(-1, 0)  # (R, n·P)
-        other = torch.arange(rounds * sequences, device=inner.device) % 2
-        other = other.to(inner.dtype).mul_(torch.iinfo(inner.dtype).max // 4)
-        own = by_round.reshape(rounds * sequences, positions) + other[:, None]
-        return torch.nn.functional.pad(
-            own.flatten(), (stream.margin, stream.margin), value=torch.iinfo(inner.dtype).min // 2
-        )
+    def _later(self, x: Tensor, earlier: int) -> Tensor:
+        """(G, …) → (n, R − earlier − 1, G / (n·R), …): the blocks of later rounds, a view."""
+        sequences, rounds, _ = self.stream.shape
+        return x.unflatten(0, (sequences, rounds, -1))[:, earlier + 1 :]
 
     def _wrong_order(self, device: torch.device) -> Tensor:
         """(b, K) bool: pairs that the positions forbid."""
-        window = self.window
-        inner = torch.arange(window.block, device=device)[:, None]
-        other = torch.arange(window.keys, device=device) - (window.back if self.by_query else window.ahead)
-        query, key = (inner, other) if self.by_query else (other, inner)
-        return key >= query if window.causal else key == query
+        query = torch.arange(self.window.block, device=device)[:, None] + self.window.back
+        key = torch.arange(self.window.keys, device=device)
+        return key >= query if self.window.causal else key == query

@@ -1,7 +1,7 @@
 """Sorted rows of several sequences in all rounds, one after the other, for the kernels of merged rounds.
 
-Shapes: R rounds, n sequences, P positions of a sequence in a sorted order, D head_dim, L = R·n·P + 2·margin
-rows of a stream: the sorted orders of all rounds and sequences, with padding at both ends.
+Shapes: R rounds, n sequences, P positions of a sequence in a sorted order, D head_dim, L = n·R·P + 2·margin
+rows of a stream: the sorted orders of all sequences and rounds, with padding at both ends.
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ class Stream(NamedTuple):
 
     window: Window
     shape: tuple[int, int, int]
-    """R, n, P."""
+    """n, R, P."""
     margin: int
     """Padding at each end, so that the keys of every block of queries are rows of the stream."""
-    index: Tensor
-    """(L,) int32: the row of the layer at each position; the number of rows at padding."""
     rows: Tensor
     """(L, 2, D): query-keys and values; 0 at padding."""
     factor: Tensor
     """(L,): a key is its query-key multiplied by this."""
     code: Tensor
     """(R, L): the codes of the rows in each round (see `variants.ops.lsh.layout.Layout`)."""
+    own: Tensor
+    """(L,): the codes of the rows in their own round, far from those of the orders before and after."""
 
     def inner(self, x: Tensor) -> Tensor:
-        """Without the padding at both ends: (L, …) → (R·n·P, …), a view."""
+        """Without the padding at both ends: (L, …) → (n·R·P, …), a view."""
         return x[self.margin : len(x) - self.margin]
 
 
@@ -51,7 +51,7 @@ class Kernel(Protocol):
         """The number of sequences that are computed at a time."""
 
     def forward(self, stream: Stream) -> tuple[Tensor, Tensor]:
-        """Outputs (R·n·P, D), and the logsumexp of the scores of each row (R·n·P,), float32 or float64.
+        """Outputs (n·R·P, D), and the logsumexp of the scores of each row (n·R·P,), float32 or float64.
 
         If a row reads nothing, its logsumexp is at most about `FILL`, and its output is finite.
         """
@@ -59,8 +59,8 @@ class Kernel(Protocol):
     def backward(
         self, stream: Stream, lse: Tensor, grad: Tensor, mean: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Gradients of query-keys as queries, of query-keys as keys, and of values: (R·n·P, D) each.
+        """Gradients of query-keys as queries, of query-keys as keys, and of values: (n·R·P, D) each.
 
-        lse (R·n·P,) is that of the forward pass. The gradient of a score is weight·(grad·value − mean), with
-        grad (R·n·P, D), which is 0 for rows that read nothing, and mean (R·n·P,).
+        lse (n·R·P,) is that of the forward pass. The gradient of a score is weight·(grad·value − mean), with
+        grad (n·R·P, D), which is 0 for rows that read nothing, and mean (n·R·P,).
         """

@@ -14,7 +14,7 @@ the number of earlier tokens in its bucket.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -79,6 +79,16 @@ class Window:
             windows.append(window(seq_len, 0, 0))
         costs = [window.computed * (1 + SMALL_BLOCK / window.block) for window in windows]
         return windows[costs.index(min(costs))]  # torch.compile cannot trace `min` with a key
+
+    def in_blocks(self, block: int) -> Window:
+        """The same with blocks of another size and without keys beside them, for kernels that find the keys
+        by `span`. With chunks of the sorted order, no bucket begins a block."""
+        return replace(self, block=block if self.band else 1, back=0, ahead=0)
+
+    def in_whole_blocks(self) -> Window:
+        """The same with `back` and `ahead` rounded up to whole blocks."""
+        back, ahead = (-(-keys // self.block) * self.block for keys in (self.back, self.ahead))
+        return replace(self, back=back, ahead=ahead)
 
     @property
     def numbers(self) -> list[int]:
