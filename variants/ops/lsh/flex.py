@@ -33,7 +33,7 @@ from variants.ops.lsh.windows import Window
 
 KEYS = 32
 """Keys that the kernel's forward pass reads at a time. A bucket begins at a multiple of it."""
-NUMBERS = 2**27
+NUMBERS = 2**28
 """Numbers of the sorted queries that are computed at a time; the backward pass has eight tensors of the size."""
 FORWARD_PRODUCTS, BACKWARD_PRODUCTS = 2, 9
 """Products of all pairs and D channels. Backward: the forward pass again, and the seven of its gradient."""
@@ -53,19 +53,20 @@ class FlexRounds:
         """As many as `NUMBERS` allows."""
         return NUMBERS // (rounds * positions * head_dim)
 
-    def forward(self, stream: Stream) -> tuple[Tensor, Tensor]:
+    def forward(self, stream: Stream) -> tuple[Tensor, Tensor, Tensor]:
         """See `Kernel`."""
         given = _arguments(stream)
         out, lse = torch.ops.longctx_bench.flex_rounds(*given, stream.window.numbers)
         extra = _bytes(given[0]) + 2 * _bytes(lse)  # query-keys are read as keys too
         note_work(0, FORWARD_LAUNCHES - 1, extra)
-        return out.flatten(0, 2), lse.flatten()
+        return out.flatten(0, 2), lse.flatten(), lse.flatten()
 
     def backward(
         self, stream: Stream, lse: Tensor, grad: Tensor, mean: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         """See `Kernel`."""
         given = _arguments(stream)
+        grad, mean = stream.inner(grad), stream.inner(mean)
         # The operator allocates the outputs and their gradient. This shows it to a plan, which sees only what
         # operators return; on a device the allocator gives the same memory to the operator.
         scratch = grad.new_empty(2, *grad.shape)

@@ -21,7 +21,7 @@ ONE_ROTATION = 64
 """Maximum number of buckets of one rotation; more buckets need the product of two (see `factors`)."""
 MOST_PIECES = 16
 """Maximum number of pieces of the tokens. Longer sequences have larger pieces, to bound the operations."""
-HASH_TILE = Sizes(cpu=2**21, accelerator=2**26)
+HASH_TILE = Sizes(cpu=2**21, accelerator=2**28)
 """Projections computed at a time. The CPU's value keeps them in cache."""
 
 

@@ -77,9 +77,8 @@ def lay_out(buckets: Tensor, window: Window, excluded: Tensor, multiple: int = 1
     code = (window.code(rank) + window.gap * by_bucket).to(exact)
     codes = torch.full((rounds, rows + 1), numbers.min // 2, device=device, dtype=exact)
     codes[:, :-1].view(rounds, sequences, seq_len).transpose(0, 1).scatter_(-1, token, code)
-    apart = sequence % 2 * 2 + torch.arange(rounds, device=device)[:, None] % 2  # 0 to 3, by order
     own = torch.full(order.shape, numbers.min // 2, device=device, dtype=exact)
-    own.scatter_(-1, where, code + (apart * (numbers.max // 8)).to(exact))
+    own.scatter_(-1, where, code + (sequence_round % 2 * (numbers.max // 4)).to(exact))
     isolated = torch.empty_like(alone).scatter_(-1, token, alone).all(1).flatten()
     marked = torch.empty_like(alone).scatter_(-1, token, reads_excluded).any(1).flatten()
     return Layout(order, place, codes, own, isolated, marked.logical_or_(excluded))

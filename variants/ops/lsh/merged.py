@@ -24,7 +24,7 @@ from variants.ops.lsh.flex import FlexRounds
 from variants.ops.lsh.hashing import UNIT_EPSILON
 from variants.ops.lsh.layout import Layout, lay_out
 from variants.ops.lsh.products import Products
-from variants.ops.lsh.streams import Kernel, Stream
+from variants.ops.lsh.streams import FILL, Kernel, Stream
 from variants.ops.lsh.windows import Window
 from variants.ops.memoizable import FunctionContext, repeatable
 from variants.ops.operators import operator
@@ -64,16 +64,16 @@ class MergedAttention(torch.autograd.Function):
             rows[-1].zero_()
             length = torch.linalg.vector_norm(rows, dim=-1, dtype=_wide(rows))
             excluded = ~(length[:-1] <= MAX_LENGTH).all(-1)
-            square = length[:, 0].square().add_(UNIT_EPSILON**2)
+            factor = length[:, 0].square().add_(UNIT_EPSILON**2).mul_(head_dim).rsqrt_()
             layout = lay_out(buckets, window, excluded, KERNELS[kernel].multiple)
             y = torch.empty_like(query_key, memory_format=torch.contiguous_format)
-            lse = square.new_empty(layout.order.shape)
-            whole = torch.zeros_like(square)  # logsumexp of all rounds
+            lse = factor.new_empty(layout.order.shape)
+            whole = torch.zeros_like(factor)  # logsumexp of all rounds
             for piece in _pieces(layout, window, kernel, head_dim):
-                _attend(piece, layout, rows, square, y, lse, whole)
-            y.addcmul_(values, layout.isolated[:, None]).masked_fill_(layout.marked[:, None], math.nan)
+                _attend(piece, layout, rows, factor, y, lse, whole)
+            y.addcmul_(values, layout.isolated[:, None])
             y = y.view(heads, batch, seq_len, head_dim).permute(1, 2, 0, 3).to(value.dtype).contiguous()
-        ctx.save_for_backward(y, rows, square, lse, whole, *layout)
+        ctx.save_for_backward(y, rows, factor, lse, whole, *layout)
         ctx.window, ctx.kernel, ctx.dtypes = window, kernel, (qk.dtype, value.dtype)
         return y
 
@@ -81,13 +81,13 @@ class MergedAttention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of qk and values."""
-        y, rows, square, lse, whole, *decided = ctx.saved_tensors
+        y, rows, factor, lse, whole, *decided = ctx.saved_tensors
         layout = Layout(*decided)
         batch, seq_len, heads, head_dim = y.shape
         with torch.autocast(rows.device.type, enabled=False):
-            length = torch.linalg.vector_norm(grad, dim=-1, dtype=square.dtype).permute(2, 0, 1).flatten()
+            length = torch.linalg.vector_norm(grad, dim=-1, dtype=factor.dtype).permute(2, 0, 1).flatten()
             excluded = layout.marked | ~(length <= MAX_LENGTH)
-            mean = torch.linalg.vecdot(grad.to(square.dtype), y.to(square.dtype)).permute(2, 0, 1).flatten()
+            mean = (grad.to(factor.dtype) * y).sum(-1).permute(2, 0, 1).flatten()
             mean = torch.nn.functional.pad(mean.masked_fill_(excluded, 0), (0, 1))
             grads = rows.new_empty(len(rows), head_dim)
             grads[:-1].view(heads, batch, seq_len, head_dim).copy_(grad.permute(2, 0, 1, 3))
@@ -95,7 +95,7 @@ class MergedAttention(torch.autograd.Function):
             grads[-1].zero_()
             total = rows.new_empty(len(rows) - 1, 2, head_dim)
             for piece in _pieces(layout, ctx.window, ctx.kernel, head_dim):
-                _attend_backward(piece, layout, rows, square, lse, whole, grads, mean, total)
+                _attend_backward(piece, layout, rows, factor, lse, whole, grads, mean, total)
             total[:, 1].addcmul_(grads[:-1], layout.isolated[:, None])
             undefined = (excluded & (length != 0))[:, None, None]
             total.masked_fill_(undefined, math.nan)
@@ -140,7 +140,7 @@ def _pieces(layout: Layout, window: Window, kernel: str, head_dim: int) -> Itera
         yield _Piece(window, kernel, first, min(first + step, sequences))
 
 
-def _stream(piece: _Piece, layout: Layout, rows: Tensor, square: Tensor) -> Stream:
+def _stream(piece: _Piece, layout: Layout, rows: Tensor, factor: Tensor) -> Stream:
     """The sorted rows of a piece."""
     window, order, padding = piece.window, layout.order[piece.sequences], len(rows) - 1
     margin = max(window.back, window.ahead)
@@ -149,14 +149,15 @@ def _stream(piece: _Piece, layout: Layout, rows: Tensor, square: Tensor) -> Stre
         window=window,
         shape=(order.shape[0], order.shape[1], order.shape[2]),
         margin=margin,
+        index=index,
         rows=rows.index_select(0, index),
-        factor=(square.index_select(0, index) * rows.shape[-1]).rsqrt_(),
+        factor=factor.index_select(0, index),
         code=layout.code.index_select(1, index),
         own=_padded(layout.own[piece.sequences], margin, torch.iinfo(layout.own.dtype).min // 2),
     )
 
 
-def _padded(x: Tensor, margin: int, value: int) -> Tensor:
+def _padded(x: Tensor, margin: int, value: float) -> Tensor:
     return torch.nn.functional.pad(x.flatten(), (margin, margin), value=value)
 
 
@@ -168,19 +169,20 @@ def _places(piece: _Piece, layout: Layout) -> Tensor:
 
 @repeatable
 def _attend(
-    piece: _Piece, layout: Layout, rows: Tensor, square: Tensor, y: Tensor, lse: Tensor, whole: Tensor
+    piece: _Piece, layout: Layout, rows: Tensor, factor: Tensor, y: Tensor, lse: Tensor, whole: Tensor
 ) -> None:
     """Write the outputs of the rows of a piece, and the logsumexp of each round and of all."""
     rounds, seq_len = layout.order.shape[1], piece.window.seq_len
-    out, of_rounds = KERNELS[piece.kernel].forward(_stream(piece, layout, rows, square))
+    sums, top, of_rounds = KERNELS[piece.kernel].forward(_stream(piece, layout, rows, factor))
     lse[piece.sequences] = of_rounds.view_as(lse[piece.sequences])
     place = _places(piece, layout)
-    of_rounds = of_rounds.index_select(0, place).view(-1, rounds, seq_len)
-    total = of_rounds.logsumexp(1, keepdim=True).clamp_min_(NO_SCORE)
-    whole[piece.rows] = total.flatten()
-    share = of_rounds.sub_(total).exp_()
-    parts = out.index_select(0, place).view(-1, rounds, seq_len, out.shape[-1])
-    torch.sum(parts.mul_(share[..., None]), dim=1, out=y[piece.rows].view(-1, seq_len, out.shape[-1]))
+    by_row = of_rounds.index_select(0, place).view(-1, rounds, seq_len)
+    total = by_row.logsumexp(1).flatten().clamp_min_(NO_SCORE)
+    whole[piece.rows] = total
+    total = total.masked_fill(layout.marked[piece.rows], math.nan).view(-1, 1, seq_len)
+    share = top.index_select(0, place).view(-1, rounds, seq_len).sub_(total).exp_()
+    parts = sums.index_select(0, place).view(-1, rounds, seq_len, sums.shape[-1])
+    torch.sum(parts.mul_(share[..., None]), dim=1, out=y[piece.rows].view(-1, seq_len, sums.shape[-1]))
 
 
 @repeatable
@@ -188,7 +190,7 @@ def _attend_backward(
     piece: _Piece,
     layout: Layout,
     rows: Tensor,
-    square: Tensor,
+    factor: Tensor,
     lse: Tensor,
     whole: Tensor,
     grads: Tensor,
@@ -197,14 +199,16 @@ def _attend_backward(
 ) -> None:
     """Write the gradients of the rows of a piece: total (rows, 2, D), of query-keys and values."""
     rounds, seq_len, head_dim = layout.order.shape[1], piece.window.seq_len, grads.shape[-1]
-    order, of_rounds = layout.order[piece.sequences].flatten(), lse[piece.sequences].flatten()
-    share = (of_rounds - whole.index_select(0, order)).exp_()
+    stream = _stream(piece, layout, rows, factor)
+    of_rounds = _padded(lse[piece.sequences], stream.margin, FILL)
+    share = (of_rounds - whole.index_select(0, stream.index)).exp_()
     grad_query, grad_key, grad_value = KERNELS[piece.kernel].backward(
-        _stream(piece, layout, rows, square),
+        stream,
         of_rounds,
-        grads.index_select(0, order).mul_(share[:, None]),
-        mean.index_select(0, order).mul_(share),
+        grads.index_select(0, stream.index).mul_(share[:, None]),
+        mean.index_select(0, stream.index).mul_(share),
     )
+    del stream, of_rounds, share
     place = _places(piece, layout)
 
     def by_row(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -214,10 +218,10 @@ def _attend_backward(
     total[piece.rows, 1] = by_row(grad_value, total.dtype)
     del grad_value
     query_key = rows[:-1][piece.rows, 0]
-    of_keys = by_row(grad_key, square.dtype)
+    of_keys = by_row(grad_key, factor.dtype)
     del grad_key
-    along = torch.linalg.vecdot(of_keys, query_key.to(of_keys.dtype)).div_(square[:-1][piece.rows])
-    of_keys.addcmul_(query_key, along[:, None], value=-1).add_(by_row(grad_query, square.dtype))
+    along = (of_keys * query_key).sum(-1).mul_(factor[:-1][piece.rows].square())
+    of_keys.addcmul_(query_key, along[:, None], value=-head_dim).add_(by_row(grad_query, factor.dtype))
     total[piece.rows, 0] = of_keys
 
 

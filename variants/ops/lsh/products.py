@@ -22,7 +22,7 @@ from torch.utils.flop_counter import register_flop_formula
 from variants.ops.lsh.streams import FILL, Stream
 from variants.ops.lsh.windows import Window
 
-PAIRS = 2**27
+PAIRS = 2**28
 """Pairs (query, key) that are computed at a time: 1.5 GB of scores, weights and comparisons."""
 
 
@@ -63,7 +63,7 @@ class Products:
         """As many as `PAIRS` allows."""
         return PAIRS // (rounds * positions * window.keys)
 
-    def forward(self, stream: Stream) -> tuple[Tensor, Tensor]:
+    def forward(self, stream: Stream) -> tuple[Tensor, Tensor, Tensor]:
         """See `Kernel`."""
         view = _Blocks(stream)
         query, value = view.queries(stream.rows[:, 0]), view.keys(stream.rows[:, 1])
@@ -72,33 +72,32 @@ class Products:
         weights = torch.exp(scores.sub_(top), out=query.new_empty(scores.shape))
         del scores
         total = weights.sum(-1, keepdim=True, dtype=top.dtype)
-        out = torch.bmm(weights, value).mul_(total.reciprocal())
-        return out.flatten(0, 1), top.add_(total.log_()).flatten()
+        return torch.bmm(weights, value).flatten(0, 1), top.flatten(), (top + total.log_()).flatten()
 
     def backward(
         self, stream: Stream, lse: Tensor, grad: Tensor, mean: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         """See `Kernel`."""
         view, key, query_key, value = _Blocks(stream), _keys(stream), stream.rows[:, 0], stream.rows[:, 1]
-        by_block = view.split(grad)
-        scores = _scores(view.queries(query_key), view.keys(key)).sub_(view.split(lse)[..., None])
+        scores = _scores(view.queries(query_key), view.keys(key)).sub_(view.queries(lse)[..., None])
         weights = view.with_margin(query_key)
         torch.exp(scores, out=view.trim(weights)).masked_fill_(view.forbidden(), 0)
         del scores
         grad_value = torch.bmm(view.by_key(weights), view.readers(grad))
-        scores = _scores(by_block, view.keys(value)).sub_(view.split(mean)[..., None])
+        scores = _scores(view.queries(grad), view.keys(value)).sub_(view.queries(mean)[..., None])
         # weights becomes the gradient of the scores
         of_scores = torch.mul(scores, view.trim(weights), out=view.trim(weights))
         del scores
         grad_query = torch.bmm(of_scores, view.keys(key))
-        grad_key = torch.bmm(view.by_key(weights), view.readers(stream.inner(query_key)))
+        grad_key = torch.bmm(view.by_key(weights), view.readers(query_key))
         grad_key.mul_(view.queries(stream.factor)[..., None])
         return grad_query.flatten(0, 1), grad_key.flatten(0, 1), grad_value.flatten(0, 1)
 
 
 def _keys(stream: Stream) -> Tensor:
     """(L, D): query-keys times their factors, in the dtype of the rows."""
-    return (stream.rows[:, 0] * stream.factor[:, None]).to(stream.rows.dtype)
+    query_key = stream.rows[:, 0]
+    return torch.mul(query_key, stream.factor[:, None], out=torch.empty_like(query_key))
 
 
 class _Blocks:
@@ -112,23 +111,20 @@ class _Blocks:
 
     def queries(self, x: Tensor) -> Tensor:
         """(L, …) → (G, b, …), a view."""
-        return self.split(self.stream.inner(x))
-
-    def split(self, x: Tensor) -> Tensor:
-        """(n·R·P, …) → (G, b, …), a view."""
-        return x.unflatten(0, (-1, self.window.block))
+        return self.stream.inner(x).unflatten(0, (-1, self.window.block))
 
     def keys(self, x: Tensor) -> Tensor:
         """(L, …) → (G, K, …), the keys of each block of queries; an overlapping view."""
-        window, margin = self.window, self.stream.margin
-        inside = x[margin - window.back : len(x) - margin + window.ahead]
-        return inside.unfold(0, window.keys, window.block).movedim(-1, 1)
+        return self._windows(x, self.window.back, self.window.ahead)
 
     def readers(self, x: Tensor) -> Tensor:
-        """(n·R·P, …) → (G, K, …), the queries that read each block of keys; an overlapping view of a copy."""
-        window = self.window
-        padded = torch.nn.functional.pad(x, (*(0, 0) * (x.dim() - 1), window.ahead, window.back))
-        return padded.unfold(0, window.keys, window.block).movedim(-1, 1)
+        """(L, …) → (G, K, …), the queries that read each block of keys; an overlapping view."""
+        return self._windows(x, self.window.ahead, self.window.back)
+
+    def _windows(self, x: Tensor, before: int, after: int) -> Tensor:
+        margin = self.stream.margin
+        inside = x[margin - before : len(x) - margin + after]
+        return inside.unfold(0, self.window.keys, self.window.block).movedim(-1, 1)
 
     def with_margin(self, like: Tensor) -> Tensor:
         """(ahead + G + back, b, K) for weights, of blocks of queries; 0 in the margins, which `by_key` reads."""

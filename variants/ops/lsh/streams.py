@@ -24,6 +24,8 @@ class Stream(NamedTuple):
     """n, R, P."""
     margin: int
     """Padding at each end, so that the keys of every block of queries are rows of the stream."""
+    index: Tensor
+    """(L,) int32: the row of the layer at each position; the number of rows at padding."""
     rows: Tensor
     """(L, 2, D): query-keys and values; 0 at padding."""
     factor: Tensor
@@ -50,10 +52,11 @@ class Kernel(Protocol):
     def sequences(self, rounds: int, positions: int, window: Window, head_dim: int) -> int:
         """The number of sequences that are computed at a time."""
 
-    def forward(self, stream: Stream) -> tuple[Tensor, Tensor]:
-        """Outputs (n·R·P, D), and the logsumexp of the scores of each row (n·R·P,), float32 or float64.
+    def forward(self, stream: Stream) -> tuple[Tensor, Tensor, Tensor]:
+        """Sums over the keys of exp(score − top)·value (n·R·P, D); top, and the logsumexp of the scores of each
+        row (n·R·P,), float32 or float64. The kernel chooses a top with which the sums are of moderate size.
 
-        If a row reads nothing, its logsumexp is at most about `FILL`, and its output is finite.
+        If a row reads nothing, top and logsumexp are at most about `FILL`, and the sums are finite.
         """
 
     def backward(
@@ -61,6 +64,6 @@ class Kernel(Protocol):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Gradients of query-keys as queries, of query-keys as keys, and of values: (n·R·P, D) each.
 
-        lse (n·R·P,) is that of the forward pass. The gradient of a score is weight·(grad·value − mean), with
-        grad (n·R·P, D), which is 0 for rows that read nothing, and mean (n·R·P,).
+        lse (L,) is that of the forward pass. The gradient of a score is weight·(grad·value − mean), with grad
+        (L, D), which is 0 for rows that read nothing, and mean (L,).
         """
