@@ -33,8 +33,9 @@ from variants.ops.lsh.windows import Window
 
 KEYS = 32
 """Keys that the kernel's forward pass reads at a time. A bucket begins at a multiple of it."""
-NUMBERS = 2**28
-"""Numbers of the sorted queries that are computed at a time; the backward pass has eight tensors of the size."""
+NUMBERS = (2**29, 2**28)
+"""Numbers of the sorted queries that are computed at a time, forward and backward. The backward pass has about
+eight tensors of the size."""
 FORWARD_PRODUCTS, BACKWARD_PRODUCTS = 2, 9
 """Products of all pairs and D channels. Backward: the forward pass again, and the seven of its gradient."""
 FORWARD_LAUNCHES, BACKWARD_LAUNCHES = 2, 6
@@ -49,11 +50,15 @@ class FlexRounds:
 
     multiple = BLOCK
 
-    def sequences(self, rounds: int, positions: int, window: Window, head_dim: int) -> int:
+    def sequences(self, rounds: int, positions: int, window: Window, head_dim: int, *, backward: bool) -> int:
         """As many as `NUMBERS` allows."""
-        return NUMBERS // (rounds * positions * head_dim)
+        return NUMBERS[backward] // (rounds * positions * head_dim)
 
-    def forward(self, stream: Stream) -> tuple[Tensor, Tensor, Tensor]:
+    def new_decisions(self, sequences: int, rounds: int, positions: int, window: Window, like: Tensor) -> Tensor:
+        """None: the mask decides."""
+        return like.new_empty(sequences, 0)
+
+    def forward(self, stream: Stream, decisions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """See `Kernel`."""
         given = _arguments(stream)
         out, lse = torch.ops.longctx_bench.flex_rounds(*given, stream.window.numbers)
@@ -62,7 +67,7 @@ class FlexRounds:
         return out.flatten(0, 2), lse.flatten(), lse.flatten()
 
     def backward(
-        self, stream: Stream, lse: Tensor, grad: Tensor, mean: Tensor
+        self, stream: Stream, decisions: Tensor, lse: Tensor, grad: Tensor, mean: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         """See `Kernel`."""
         given = _arguments(stream)

@@ -1,7 +1,8 @@
 """The sorted orders of all rounds of hashing at once: which row lies at each position, and who reads whom.
 
 Shapes: T tokens, R rounds of hashing, N = H·B sequences, P positions of a sequence in a sorted order, padding
-included. Here a token of a sequence is the *row* n·T + t, so that the rows of a sequence are contiguous.
+included, L = N·R·P + 2·margin. Here a token of a sequence is the *row* n·T + t, so that the rows of a sequence
+are contiguous.
 """
 
 from __future__ import annotations
@@ -19,22 +20,37 @@ EXACT_INT32 = 2**27
 
 
 class Layout(NamedTuple):
-    """The sorted orders of all rounds."""
+    """The sorted orders of all rounds, those of a sequence side by side, with a margin at both ends."""
 
     order: Tensor
-    """(N, R, P) int32: the row at each position; the number of rows at padding and for excluded rows."""
+    """(L,) int32: the row at each position; the number of rows at padding and for excluded rows."""
     place: Tensor
-    """(N, R, T) int32: the position of each token, counted through the orders of all sequences."""
+    """(N, R, T) int32: the position of each token, counted through all orders, without the margin."""
     code: Tensor
     """(R, rows + 1): a round reads a pair if the difference of the codes is in `Window.read`, and the order of
     the tokens is allowed. The last entry, of padding, is far from all others."""
     own: Tensor
-    """(N, R, P): the codes of the rows in the round of the position, far from those of the orders before and
+    """(L,): the codes of the rows in the round of the position, far from those of the orders before and
     after."""
     isolated: Tensor
     """(rows,) bool: rows that read no other row in any round."""
     marked: Tensor
     """(rows,) bool: rows that are excluded or read an excluded row."""
+
+    @property
+    def orders(self) -> tuple[int, int]:
+        """N, R."""
+        return self.place.shape[0], self.place.shape[1]
+
+    def positions(self, window: Window) -> int:
+        """P."""
+        sequences, rounds = self.orders
+        return (len(self.order) - 2 * margin(window)) // (sequences * rounds)
+
+
+def margin(window: Window) -> int:
+    """Padding at each end of all orders, so that the keys of every block of queries have positions."""
+    return max(window.back, window.ahead)
 
 
 @torch.no_grad()
@@ -67,18 +83,19 @@ def lay_out(buckets: Tensor, window: Window, excluded: Tensor, multiple: int = 1
         blocks = (size + window.block - 1) // window.block
         shift = (blocks.cumsum(-1) - blocks) * window.block - (end - size)
         where = rank + shift.gather(-1, by_bucket)
-    order = torch.full((sequences, rounds, positions), rows, device=device, dtype=torch.int32)
-    order.scatter_(-1, where, row.masked_fill(lost, rows).int())
-    sequence_round = torch.arange(sequences * rounds, device=device).view(sequences, rounds, 1)
-    place = torch.empty_like(token, dtype=torch.int32)
-    place.scatter_(-1, token, (where + positions * sequence_round).int())
+    orders = torch.arange(sequences * rounds, device=device).view(sequences, rounds, 1)
+    where = where + positions * orders
+    place = torch.empty_like(token, dtype=torch.int32).scatter_(-1, token, where.int())
+    where = where.flatten() + margin(window)
+    order = torch.full((orders.numel() * positions + 2 * margin(window),), rows, device=device, dtype=torch.int32)
+    order[where] = row.masked_fill(lost, rows).flatten().int()
     exact = torch.int32 if seq_len + window.gap * window.n_buckets < EXACT_INT32 else torch.int64
     numbers = torch.iinfo(exact)
-    code = (window.code(rank) + window.gap * by_bucket).to(exact)
+    code = window.code(rank) + window.gap * by_bucket
     codes = torch.full((rounds, rows + 1), numbers.min // 2, device=device, dtype=exact)
-    codes[:, :-1].view(rounds, sequences, seq_len).transpose(0, 1).scatter_(-1, token, code)
+    codes[:, :-1].view(rounds, sequences, seq_len).transpose(0, 1).scatter_(-1, token, code.to(exact))
     own = torch.full(order.shape, numbers.min // 2, device=device, dtype=exact)
-    own.scatter_(-1, where, code + (sequence_round % 2 * (numbers.max // 4)).to(exact))
+    own[where] = (code + orders % 2 * (numbers.max // 4)).flatten().to(exact)
     isolated = torch.empty_like(alone).scatter_(-1, token, alone).all(1).flatten()
     marked = torch.empty_like(alone).scatter_(-1, token, reads_excluded).any(1).flatten()
     return Layout(order, place, codes, own, isolated, marked.logical_or_(excluded))

@@ -22,7 +22,7 @@ from torch.autograd.function import once_differentiable
 
 from variants.ops.lsh.flex import FlexRounds
 from variants.ops.lsh.hashing import UNIT_EPSILON
-from variants.ops.lsh.layout import Layout, lay_out
+from variants.ops.lsh.layout import Layout, lay_out, margin
 from variants.ops.lsh.products import Products
 from variants.ops.lsh.streams import FILL, Kernel, Stream
 from variants.ops.lsh.windows import Window
@@ -67,13 +67,14 @@ class MergedAttention(torch.autograd.Function):
             factor = length[:, 0].square().add_(UNIT_EPSILON**2).mul_(head_dim).rsqrt_()
             layout = lay_out(buckets, window, excluded, KERNELS[kernel].multiple)
             y = torch.empty_like(query_key, memory_format=torch.contiguous_format)
-            lse = factor.new_empty(layout.order.shape)
+            lse = torch.full(layout.order.shape, FILL, dtype=factor.dtype, device=factor.device)
             whole = torch.zeros_like(factor)  # logsumexp of all rounds
-            for piece in _pieces(layout, window, kernel, head_dim):
-                _attend(piece, layout, rows, factor, y, lse, whole)
+            decisions = KERNELS[kernel].new_decisions(*layout.orders, layout.positions(window), window, rows)
+            for piece in _pieces(layout, window, kernel, head_dim, backward=False):
+                _attend(piece, layout, rows, factor, y, lse, whole, decisions)
             y.addcmul_(values, layout.isolated[:, None])
             y = y.view(heads, batch, seq_len, head_dim).permute(1, 2, 0, 3).to(value.dtype).contiguous()
-        ctx.save_for_backward(y, rows, factor, lse, whole, *layout)
+        ctx.save_for_backward(y, rows, factor, lse, whole, decisions, *layout)
         ctx.window, ctx.kernel, ctx.dtypes = window, kernel, (qk.dtype, value.dtype)
         return y
 
@@ -81,7 +82,7 @@ class MergedAttention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of qk and values."""
-        y, rows, factor, lse, whole, *decided = ctx.saved_tensors
+        y, rows, factor, lse, whole, decisions, *decided = ctx.saved_tensors
         layout = Layout(*decided)
         batch, seq_len, heads, head_dim = y.shape
         with torch.autocast(rows.device.type, enabled=False):
@@ -94,8 +95,10 @@ class MergedAttention(torch.autograd.Function):
             grads[:-1].masked_fill_(excluded[:, None], 0)
             grads[-1].zero_()
             total = rows.new_empty(len(rows) - 1, 2, head_dim)
-            for piece in _pieces(layout, ctx.window, ctx.kernel, head_dim):
-                _attend_backward(piece, layout, rows, factor, lse, whole, grads, mean, total)
+            for piece in _pieces(layout, ctx.window, ctx.kernel, head_dim, backward=True):
+                _attend_backward(
+                    piece, layout, rows, factor, lse, whole, decisions, grads, mean, total
+                )
             total[:, 1].addcmul_(grads[:-1], layout.isolated[:, None])
             undefined = (excluded & (length != 0))[:, None, None]
             total.masked_fill_(undefined, math.nan)
@@ -130,51 +133,65 @@ class _Piece:
         return slice(self.first, self.end)
 
 
-def _pieces(layout: Layout, window: Window, kernel: str, head_dim: int) -> Iterator[_Piece]:
+def _pieces(
+    layout: Layout, window: Window, kernel: str, head_dim: int, *, backward: bool
+) -> Iterator[_Piece]:
     """Pieces of nearly equal size."""
-    sequences, rounds, positions = layout.order.shape
-    most = max(KERNELS[kernel].sequences(rounds, positions, window, head_dim), 1)
-    count = min(-(-sequences // most), MOST_PIECES)
+    sequences, rounds = layout.orders
+    most = KERNELS[kernel].sequences(
+        rounds, layout.positions(window), window, head_dim, backward=backward
+    )
+    count = min(-(-sequences // max(most, 1)), MOST_PIECES)
     step = -(-sequences // count)
     for first in range(0, sequences, step):
         yield _Piece(window, kernel, first, min(first + step, sequences))
 
 
+def _positions(piece: _Piece, layout: Layout) -> slice:
+    """The positions of a piece, with a margin: padding, or positions of other sequences."""
+    of_sequence = layout.orders[1] * layout.positions(piece.window)
+    return slice(piece.first * of_sequence, piece.end * of_sequence + 2 * margin(piece.window))
+
+
 def _stream(piece: _Piece, layout: Layout, rows: Tensor, factor: Tensor) -> Stream:
     """The sorted rows of a piece."""
-    window, order, padding = piece.window, layout.order[piece.sequences], len(rows) - 1
-    margin = max(window.back, window.ahead)
-    index = _padded(order, margin, padding)
+    here = _positions(piece, layout)
+    index = layout.order[here]
     return Stream(
-        window=window,
-        shape=(order.shape[0], order.shape[1], order.shape[2]),
-        margin=margin,
+        window=piece.window,
+        shape=(piece.end - piece.first, layout.orders[1], layout.positions(piece.window)),
+        margin=margin(piece.window),
         index=index,
         rows=rows.index_select(0, index),
         factor=factor.index_select(0, index),
         code=layout.code.index_select(1, index),
-        own=_padded(layout.own[piece.sequences], margin, torch.iinfo(layout.own.dtype).min // 2),
+        own=layout.own[here],
     )
-
-
-def _padded(x: Tensor, margin: int, value: float) -> Tensor:
-    return torch.nn.functional.pad(x.flatten(), (margin, margin), value=value)
 
 
 def _places(piece: _Piece, layout: Layout) -> Tensor:
     """(n·R·T,): the position of each token in the stream of the piece, without the margin."""
-    _, rounds, positions = layout.order.shape
-    return layout.place[piece.sequences].flatten() - piece.first * rounds * positions
+    place, first = layout.place[piece.sequences].flatten(), _positions(piece, layout).start
+    return place - first if first else place
 
 
 @repeatable
 def _attend(
-    piece: _Piece, layout: Layout, rows: Tensor, factor: Tensor, y: Tensor, lse: Tensor, whole: Tensor
+    piece: _Piece,
+    layout: Layout,
+    rows: Tensor,
+    factor: Tensor,
+    y: Tensor,
+    lse: Tensor,
+    whole: Tensor,
+    decisions: Tensor,
 ) -> None:
     """Write the outputs of the rows of a piece, and the logsumexp of each round and of all."""
-    rounds, seq_len = layout.order.shape[1], piece.window.seq_len
-    sums, top, of_rounds = KERNELS[piece.kernel].forward(_stream(piece, layout, rows, factor))
-    lse[piece.sequences] = of_rounds.view_as(lse[piece.sequences])
+    rounds, seq_len = layout.orders[1], piece.window.seq_len
+    stream = _stream(piece, layout, rows, factor)
+    sums, top, of_rounds = KERNELS[piece.kernel].forward(stream, decisions[piece.sequences])
+    stream.inner(lse[_positions(piece, layout)]).copy_(of_rounds)
+    del stream
     place = _places(piece, layout)
     by_row = of_rounds.index_select(0, place).view(-1, rounds, seq_len)
     total = by_row.logsumexp(1).flatten().clamp_min_(NO_SCORE)
@@ -193,17 +210,19 @@ def _attend_backward(
     factor: Tensor,
     lse: Tensor,
     whole: Tensor,
+    decisions: Tensor,
     grads: Tensor,
     mean: Tensor,
     total: Tensor,
 ) -> None:
     """Write the gradients of the rows of a piece: total (rows, 2, D), of query-keys and values."""
-    rounds, seq_len, head_dim = layout.order.shape[1], piece.window.seq_len, grads.shape[-1]
+    rounds, seq_len, head_dim = layout.orders[1], piece.window.seq_len, grads.shape[-1]
     stream = _stream(piece, layout, rows, factor)
-    of_rounds = _padded(lse[piece.sequences], stream.margin, FILL)
+    of_rounds = lse[_positions(piece, layout)]
     share = (of_rounds - whole.index_select(0, stream.index)).exp_()
     grad_query, grad_key, grad_value = KERNELS[piece.kernel].backward(
         stream,
+        decisions[piece.sequences],
         of_rounds,
         grads.index_select(0, stream.index).mul_(share[:, None]),
         mean.index_select(0, stream.index).mul_(share),

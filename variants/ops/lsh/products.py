@@ -22,8 +22,9 @@ from torch.utils.flop_counter import register_flop_formula
 from variants.ops.lsh.streams import FILL, Stream
 from variants.ops.lsh.windows import Window
 
-PAIRS = 2**28
-"""Pairs (query, key) that are computed at a time: 1.5 GB of scores, weights and comparisons."""
+PAIRS = (2**29, 2**28)
+"""Pairs (query, key) that are computed at a time, forward and backward. A pair takes 7 bytes of scores, weights
+and comparisons, and the backward pass has more sorted rows beside them."""
 
 
 @torch.library.custom_op("longctx_bench::bmm_float32", mutates_args=())
@@ -59,15 +60,21 @@ class Products:
 
     multiple = 1
 
-    def sequences(self, rounds: int, positions: int, window: Window, head_dim: int) -> int:
+    def sequences(self, rounds: int, positions: int, window: Window, head_dim: int, *, backward: bool) -> int:
         """As many as `PAIRS` allows."""
-        return PAIRS // (rounds * positions * window.keys)
+        return PAIRS[backward] // (rounds * positions * window.keys)
 
-    def forward(self, stream: Stream) -> tuple[Tensor, Tensor, Tensor]:
+    def new_decisions(self, sequences: int, rounds: int, positions: int, window: Window, like: Tensor) -> Tensor:
+        """(N, R·P / b, b, K) bool: the forbidden pairs, which cost more time than memory."""
+        blocks = rounds * positions // window.block
+        return like.new_empty(sequences, blocks, window.block, window.keys, dtype=torch.bool)
+
+    def forward(self, stream: Stream, decisions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """See `Kernel`."""
         view = _Blocks(stream)
         query, value = view.queries(stream.rows[:, 0]), view.keys(stream.rows[:, 1])
-        scores = _scores(query, view.keys(_keys(stream))).masked_fill_(view.forbidden(), FILL)
+        forbidden = view.forbid(decisions.flatten(0, 1))
+        scores = _scores(query, view.keys(_keys(stream))).masked_fill_(forbidden, FILL)
         top = scores.amax(-1, keepdim=True)
         weights = torch.exp(scores.sub_(top), out=query.new_empty(scores.shape))
         del scores
@@ -75,13 +82,13 @@ class Products:
         return torch.bmm(weights, value).flatten(0, 1), top.flatten(), (top + total.log_()).flatten()
 
     def backward(
-        self, stream: Stream, lse: Tensor, grad: Tensor, mean: Tensor
+        self, stream: Stream, decisions: Tensor, lse: Tensor, grad: Tensor, mean: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         """See `Kernel`."""
         view, key, query_key, value = _Blocks(stream), _keys(stream), stream.rows[:, 0], stream.rows[:, 1]
         scores = _scores(view.queries(query_key), view.keys(key)).sub_(view.queries(lse)[..., None])
         weights = view.with_margin(query_key)
-        torch.exp(scores, out=view.trim(weights)).masked_fill_(view.forbidden(), 0)
+        torch.exp(scores, out=view.trim(weights)).masked_fill_(decisions.flatten(0, 1), 0)
         del scores
         grad_value = torch.bmm(view.by_key(weights), view.readers(grad))
         scores = _scores(view.queries(grad), view.keys(value)).sub_(view.queries(mean)[..., None])
@@ -153,17 +160,17 @@ class _Blocks:
         )
         return found.reshape(-1, keys, block).transpose(1, 2)
 
-    def forbidden(self) -> Tensor:
-        """(G, b, K) bool: pairs that a round does not read, or that an earlier round reads."""
+    def forbid(self, forbidden: Tensor) -> Tensor:
+        """Write to (G, b, K) bool: the pairs that a round does not read, or that an earlier round reads."""
         sequences, rounds, _ = self.stream.shape
         window, code = self.window, self.stream.code
         low, high = window.read
-        own = self.stream.own
-        forbidden = self.queries(own - high)[..., None] > self.keys(own)[:, None]
+        own, keys = self.stream.own, self.keys(self.stream.own)[:, None]
+        torch.gt(self.queries(own - high)[..., None], keys, out=forbidden)
         if window.band and window.causal:  # equal codes: the token itself
-            forbidden.logical_or_(self.queries(own)[..., None] <= self.keys(own)[:, None])
+            forbidden.logical_or_(self.queries(own)[..., None] <= keys)
         else:
-            forbidden.logical_or_(self.queries(own - low)[..., None] < self.keys(own)[:, None])
+            forbidden.logical_or_(self.queries(own - low)[..., None] < keys)
             forbidden.logical_or_(self._wrong_order(own.device))
         by_round = forbidden.view(sequences, rounds, -1, *forbidden.shape[1:])
         lowest, highest = code - high, code if low == 0 else code - low

@@ -49,21 +49,25 @@ class Kernel(Protocol):
     multiple: int
     """P is a multiple of this."""
 
-    def sequences(self, rounds: int, positions: int, window: Window, head_dim: int) -> int:
-        """The number of sequences that are computed at a time."""
+    def sequences(self, rounds: int, positions: int, window: Window, head_dim: int, *, backward: bool) -> int:
+        """The number of sequences that a pass computes at a time."""
 
-    def forward(self, stream: Stream) -> tuple[Tensor, Tensor, Tensor]:
+    def new_decisions(self, sequences: int, rounds: int, positions: int, window: Window, like: Tensor) -> Tensor:
+        """(N, …): memory for what the forward pass decides and the backward pass needs again."""
+
+    def forward(self, stream: Stream, decisions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Sums over the keys of exp(score − top)·value (n·R·P, D); top, and the logsumexp of the scores of each
         row (n·R·P,), float32 or float64. The kernel chooses a top with which the sums are of moderate size.
 
-        If a row reads nothing, top and logsumexp are at most about `FILL`, and the sums are finite.
+        If a row reads nothing, top and logsumexp are at most about `FILL`, and the sums are finite. Writes the
+        decisions (n, …).
         """
 
     def backward(
-        self, stream: Stream, lse: Tensor, grad: Tensor, mean: Tensor
+        self, stream: Stream, decisions: Tensor, lse: Tensor, grad: Tensor, mean: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Gradients of query-keys as queries, of query-keys as keys, and of values: (n·R·P, D) each.
 
-        lse (L,) is that of the forward pass. The gradient of a score is weight·(grad·value − mean), with grad
-        (L, D), which is 0 for rows that read nothing, and mean (L,).
+        decisions and lse (L,) are those of the forward pass. The gradient of a score is
+        weight·(grad·value − mean), with grad (L, D), which is 0 for rows that read nothing, and mean (L,).
         """
