@@ -71,13 +71,17 @@ class FlexRounds:
     ) -> tuple[Tensor, Tensor, Tensor]:
         """See `Kernel`."""
         given = _arguments(stream)
-        grad, mean = stream.inner(grad), stream.inner(mean)
+        lse, grad, mean = (stream.inner(x) for x in (lse, grad, mean))
         # The operator allocates the outputs and their gradient. This shows it to a plan, which sees only what
         # operators return; on a device the allocator gives the same memory to the operator.
         scratch = grad.new_empty(2, *grad.shape)
         del scratch
         grads = torch.ops.longctx_bench.flex_rounds_backward(
-            *given, stream.window.numbers, grad.view(given[0].shape), mean.view(stream.shape)
+            *given,
+            stream.window.numbers,
+            lse.view(stream.shape),
+            grad.view(stream.shape + grad.shape[1:]),
+            mean.view(stream.shape),
         )
         extra = (BACKWARD_TENSORS - 6) * _bytes(grad)  # the operator's arguments and results are six of them
         note_work(0, BACKWARD_LAUNCHES - 1, extra)
@@ -190,12 +194,13 @@ def _attend(
     return out, aux.lse
 
 
-def _products_with(grad: Tensor, mean: Tensor, *given: Any) -> Tensor:
-    """A number for each row whose gradient is `grad` for the outputs, and for the logsumexp the number that
-    makes the gradient of a score its weight times (grad·value − mean)."""
-    out, lse = _attend(*given)
-    product = (out.to(mean.dtype) * grad).sum(-1)
-    return product + (product.detach() - mean) * lse
+def _products_with(lse: Tensor, grad: Tensor, mean: Tensor, *given: Any) -> Tensor:
+    """A number for each row whose gradients are those of the outputs and of the logsumexp of the round, if
+    the round's share in the output of all rounds is exp(its logsumexp − lse)."""
+    out, of_round = _attend(*given)
+    share = (of_round.detach() - lse).exp()
+    product = (out * grad).sum(-1, dtype=mean.dtype) * share
+    return product + (product.detach() - mean * share) * of_round
 
 
 @cache
@@ -229,6 +234,7 @@ def _backward(
     factor: Tensor,
     code: Tensor,
     window: list[int],
+    lse: Tensor,
     grad: Tensor,
     mean: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -238,7 +244,7 @@ def _backward(
     places = tiles(chosen, query_key.shape[2], device)
     with torch.enable_grad():
         inputs = [x.detach().requires_grad_() for x in (query_key, query_key, value)]
-        products = _run(_products_with, device, grad, mean, *inputs, factor, code, places, chosen)
+        products = _run(_products_with, device, lse, grad, mean, *inputs, factor, code, places, chosen)
         grads = torch.autograd.grad(products, inputs, torch.ones_like(products))
     first, second, third = (x.contiguous() for x in grads)
     return first, second, third
@@ -248,7 +254,7 @@ def _backward(
 _LIBRARY = torch.library.Library("longctx_bench", "FRAGMENT")
 _GIVEN = "Tensor query_key, Tensor value, Tensor factor, Tensor code, SymInt[] window"
 _LIBRARY.define(f"flex_rounds({_GIVEN}) -> (Tensor, Tensor)")
-_LIBRARY.define(f"flex_rounds_backward({_GIVEN}, Tensor grad, Tensor mean) -> (Tensor, Tensor, Tensor)")
+_LIBRARY.define(f"flex_rounds_backward({_GIVEN}, Tensor lse, Tensor grad, Tensor mean) -> (Tensor, Tensor, Tensor)")
 _LIBRARY.impl("flex_rounds", _forward, "CompositeExplicitAutograd")
 _LIBRARY.impl("flex_rounds_backward", _backward, "CompositeExplicitAutograd")
 

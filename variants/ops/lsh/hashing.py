@@ -134,6 +134,6 @@ def hash_rows(x: Tensor, given: list[Tensor], rounds: int, device_type: str | No
                     half = rotation.shape[-1] // rounds
                     y = torch.bmm(piece, rotation).unflatten(-1, (rounds, half))  # (H, n, R, f/2)
                     best = y.abs().argmax(dim=-1, keepdim=True)
-                    side = (y.gather(-1, best) < 0).long()
-                    bucket.mul_(2 * half).add_((best + half * side).squeeze(-1).permute(2, 0, 1))
+                    best = torch.add(best, y.gather(-1, best) < 0, alpha=half)  # of the negative side
+                    bucket.mul_(2 * half).add_(best.squeeze(-1).permute(2, 0, 1))
     return buckets.view(rounds, heads * batch, seq_len)

@@ -69,9 +69,10 @@ def lay_out(buckets: Tensor, window: Window, excluded: Tensor, multiple: int = 1
     size = torch.zeros(sequences, rounds, window.n_buckets, device=device, dtype=torch.int64)
     size.scatter_add_(-1, by_bucket, torch.ones_like(by_bucket))
     end = size.cumsum(-1)
+    begin = end - size
     # ranks that a token reads: the part of its span that lies in its bucket
     lo, hi = window.span(rank)
-    lo = torch.maximum(lo, (end - size).gather(-1, by_bucket))
+    lo = torch.maximum(lo, begin.gather(-1, by_bucket))
     hi = torch.minimum(hi, end.gather(-1, by_bucket))
     sequence = torch.arange(sequences, device=device)[:, None, None]
     row = token + seq_len * sequence
@@ -80,8 +81,8 @@ def lay_out(buckets: Tensor, window: Window, excluded: Tensor, multiple: int = 1
     alone, reads_excluded = hi - lo == 1, before.gather(-1, hi) > before.gather(-1, lo)
     where = rank
     if window.band:  # each bucket begins a block
-        blocks = (size + window.block - 1) // window.block
-        shift = (blocks.cumsum(-1) - blocks) * window.block - (end - size)
+        blocks = (size + (window.block - 1)) // window.block
+        shift = (blocks.cumsum(-1) - blocks) * window.block - begin
         where = rank + shift.gather(-1, by_bucket)
     orders = torch.arange(sequences * rounds, device=device).view(sequences, rounds, 1)
     where = where + positions * orders
@@ -95,7 +96,7 @@ def lay_out(buckets: Tensor, window: Window, excluded: Tensor, multiple: int = 1
     codes = torch.full((rounds, rows + 1), numbers.min // 2, device=device, dtype=exact)
     codes[:, :-1].view(rounds, sequences, seq_len).transpose(0, 1).scatter_(-1, token, code.to(exact))
     own = torch.full(order.shape, numbers.min // 2, device=device, dtype=exact)
-    own[where] = (code + orders % 2 * (numbers.max // 4)).flatten().to(exact)
+    own[where] = torch.add(code, orders % 2, alpha=numbers.max // 4).flatten().to(exact)
     isolated = torch.empty_like(alone).scatter_(-1, token, alone).all(1).flatten()
     marked = torch.empty_like(alone).scatter_(-1, token, reads_excluded).any(1).flatten()
     return Layout(order, place, codes, own, isolated, marked.logical_or_(excluded))

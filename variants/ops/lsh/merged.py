@@ -24,7 +24,7 @@ from variants.ops.lsh.flex import FlexRounds
 from variants.ops.lsh.hashing import UNIT_EPSILON
 from variants.ops.lsh.layout import Layout, lay_out, margin
 from variants.ops.lsh.products import Products
-from variants.ops.lsh.streams import FILL, Kernel, Stream
+from variants.ops.lsh.streams import Kernel, Stream
 from variants.ops.lsh.windows import Window
 from variants.ops.memoizable import FunctionContext, repeatable
 from variants.ops.operators import operator
@@ -67,14 +67,13 @@ class MergedAttention(torch.autograd.Function):
             factor = length[:, 0].square().add_(UNIT_EPSILON**2).mul_(head_dim).rsqrt_()
             layout = lay_out(buckets, window, excluded, KERNELS[kernel].multiple)
             y = torch.empty_like(query_key, memory_format=torch.contiguous_format)
-            lse = torch.full(layout.order.shape, FILL, dtype=factor.dtype, device=factor.device)
-            whole = torch.zeros_like(factor)  # logsumexp of all rounds
+            lse = torch.zeros_like(factor)  # of the scores of all rounds
             decisions = KERNELS[kernel].new_decisions(*layout.orders, layout.positions(window), window, rows)
             for piece in _pieces(layout, window, kernel, head_dim, backward=False):
-                _attend(piece, layout, rows, factor, y, lse, whole, decisions)
+                _attend(piece, layout, rows, factor, y, lse, decisions)
             y.addcmul_(values, layout.isolated[:, None])
             y = y.view(heads, batch, seq_len, head_dim).permute(1, 2, 0, 3).to(value.dtype).contiguous()
-        ctx.save_for_backward(y, rows, factor, lse, whole, decisions, *layout)
+        ctx.save_for_backward(y, rows, factor, lse, decisions, *layout)
         ctx.window, ctx.kernel, ctx.dtypes = window, kernel, (qk.dtype, value.dtype)
         return y
 
@@ -82,7 +81,7 @@ class MergedAttention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of qk and values."""
-        y, rows, factor, lse, whole, decisions, *decided = ctx.saved_tensors
+        y, rows, factor, lse, decisions, *decided = ctx.saved_tensors
         layout = Layout(*decided)
         batch, seq_len, heads, head_dim = y.shape
         with torch.autocast(rows.device.type, enabled=False):
@@ -94,10 +93,11 @@ class MergedAttention(torch.autograd.Function):
             grads[:-1].view(heads, batch, seq_len, head_dim).copy_(grad.permute(2, 0, 1, 3))
             grads[:-1].masked_fill_(excluded[:, None], 0)
             grads[-1].zero_()
+            square = factor.square().mul_(head_dim)  # 1 / (‖x‖² + ε²)
             total = rows.new_empty(len(rows) - 1, 2, head_dim)
             for piece in _pieces(layout, ctx.window, ctx.kernel, head_dim, backward=True):
                 _attend_backward(
-                    piece, layout, rows, factor, lse, whole, decisions, grads, mean, total
+                    piece, layout, rows, factor, lse, decisions, square, grads, mean, total
                 )
             total[:, 1].addcmul_(grads[:-1], layout.isolated[:, None])
             undefined = (excluded & (length != 0))[:, None, None]
@@ -183,19 +183,17 @@ def _attend(
     factor: Tensor,
     y: Tensor,
     lse: Tensor,
-    whole: Tensor,
     decisions: Tensor,
 ) -> None:
-    """Write the outputs of the rows of a piece, and the logsumexp of each round and of all."""
+    """Write the outputs of the rows of a piece, and the logsumexp of their scores in all rounds."""
     rounds, seq_len = layout.orders[1], piece.window.seq_len
     stream = _stream(piece, layout, rows, factor)
     sums, top, of_rounds = KERNELS[piece.kernel].forward(stream, decisions[piece.sequences])
-    stream.inner(lse[_positions(piece, layout)]).copy_(of_rounds)
     del stream
     place = _places(piece, layout)
     by_row = of_rounds.index_select(0, place).view(-1, rounds, seq_len)
     total = by_row.logsumexp(1).flatten().clamp_min_(NO_SCORE)
-    whole[piece.rows] = total
+    lse[piece.rows] = total
     total = total.masked_fill(layout.marked[piece.rows], math.nan).view(-1, 1, seq_len)
     share = top.index_select(0, place).view(-1, rounds, seq_len).sub_(total).exp_()
     parts = sums.index_select(0, place).view(-1, rounds, seq_len, sums.shape[-1])
@@ -209,8 +207,8 @@ def _attend_backward(
     rows: Tensor,
     factor: Tensor,
     lse: Tensor,
-    whole: Tensor,
     decisions: Tensor,
+    square: Tensor,
     grads: Tensor,
     mean: Tensor,
     total: Tensor,
@@ -218,30 +216,29 @@ def _attend_backward(
     """Write the gradients of the rows of a piece: total (rows, 2, D), of query-keys and values."""
     rounds, seq_len, head_dim = layout.orders[1], piece.window.seq_len, grads.shape[-1]
     stream = _stream(piece, layout, rows, factor)
-    of_rounds = lse[_positions(piece, layout)]
-    share = (of_rounds - whole.index_select(0, stream.index)).exp_()
     grad_query, grad_key, grad_value = KERNELS[piece.kernel].backward(
         stream,
         decisions[piece.sequences],
-        of_rounds,
-        grads.index_select(0, stream.index).mul_(share[:, None]),
-        mean.index_select(0, stream.index).mul_(share),
+        lse.index_select(0, stream.index),
+        grads.index_select(0, stream.index),
+        mean.index_select(0, stream.index),
     )
-    del stream, of_rounds, share
+    del stream
     place = _places(piece, layout)
 
-    def by_row(x: Tensor, dtype: torch.dtype) -> Tensor:
-        parts = x.index_select(0, place).view(-1, rounds, seq_len, head_dim)
-        return parts.sum(1, dtype=dtype).flatten(0, 1)
+    def parts(x: Tensor) -> Tensor:
+        return x.index_select(0, place).view(-1, rounds, seq_len, head_dim)
 
-    total[piece.rows, 1] = by_row(grad_value, total.dtype)
+    of_query_key, of_value = total[piece.rows].view(-1, seq_len, 2, head_dim).unbind(2)
+    torch.sum(parts(grad_value), 1, out=of_value)
     del grad_value
-    query_key = rows[:-1][piece.rows, 0]
-    of_keys = by_row(grad_key, factor.dtype)
+    query_key = rows[:-1][piece.rows, 0].view_as(of_value)
+    of_keys = parts(grad_key).sum(1, dtype=factor.dtype)
     del grad_key
-    along = (of_keys * query_key).sum(-1).mul_(factor[:-1][piece.rows].square())
-    of_keys.addcmul_(query_key, along[:, None], value=-head_dim).add_(by_row(grad_query, factor.dtype))
-    total[piece.rows, 0] = of_keys
+    # c_j depends on x_j: see `MergedAttention`
+    along = (of_keys * query_key).sum(-1).mul_(square[piece.rows].view(-1, seq_len))
+    of_keys.addcmul_(query_key, along[..., None], value=-1)
+    torch.add(of_keys, parts(grad_query).sum(1, dtype=factor.dtype), out=of_query_key)
 
 
 # --- operators for torch.compile, which would compute wrong gradients of queries if it traced the code ---

@@ -138,8 +138,9 @@ class _Blocks:
         window = self.window
         blocks = (len(like) - 2 * self.stream.margin) // window.block
         weights = like.new_empty(self.ahead + blocks + self.back, window.block, window.keys)
-        weights[: self.ahead].zero_()
-        weights[self.ahead + blocks :].zero_()
+        for edge in (weights[: self.ahead], weights[self.ahead + blocks :]):
+            if len(edge):
+                edge.zero_()
         return weights
 
     def trim(self, weights: Tensor) -> Tensor:

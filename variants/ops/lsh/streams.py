@@ -57,7 +57,7 @@ class Kernel(Protocol):
 
     def forward(self, stream: Stream, decisions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Sums over the keys of exp(score − top)·value (n·R·P, D); top, and the logsumexp of the scores of each
-        row (n·R·P,), float32 or float64. The kernel chooses a top with which the sums are of moderate size.
+        row in its round (n·R·P,), float32 or float64. The kernel chooses a top with which the sums are of moderate size.
 
         If a row reads nothing, top and logsumexp are at most about `FILL`, and the sums are finite. Writes the
         decisions (n, …).
@@ -68,6 +68,7 @@ class Kernel(Protocol):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Gradients of query-keys as queries, of query-keys as keys, and of values: (n·R·P, D) each.
 
-        decisions and lse (L,) are those of the forward pass. The gradient of a score is
-        weight·(grad·value − mean), with grad (L, D), which is 0 for rows that read nothing, and mean (L,).
+        decisions are those of the forward pass. The weight of a pair is exp(score − lse) with lse (L,), the
+        logsumexp of the scores of all rounds. The gradient of a score is weight·(grad·value − mean), with grad
+        (L, D) and mean (L,).
         """

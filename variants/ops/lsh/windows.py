@@ -156,7 +156,7 @@ class Window:
         They include the token itself.
         """
         if self.band:
-            lo, hi = rank - self.reach, rank + self.reach + 1
+            lo, hi = rank - self.reach, rank + (self.reach + 1)
         else:
             chunk = rank // self.reach
             lo, hi = (chunk - 1) * self.reach, (chunk + 1) * self.reach
