@@ -99,7 +99,9 @@ def flex(layer: Reformer, qk: Tensor, value: Tensor, buckets: Tensor, causal: bo
     return merged_attention(qk, value, buckets, window, "flex")
 
 
-BLOCK_OVERHEAD = "a block of queries computes scores with all keys that any of its queries may read, some masked"
+BLOCK_OVERHEAD = (
+    "a block of queries computes scores with all keys that any of its queries may read, some masked"
+)
 
 
 class Reformer(SequenceMixer):

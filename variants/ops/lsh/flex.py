@@ -3,17 +3,20 @@
 Shapes: n sequences, R rounds, P positions of a sequence in a sorted order, D head_dim. For FlexAttention the
 sequences are the batch and the rounds are the heads.
 
-The tiles that are computed follow from the sizes alone: queries read the positions near their own. Which pairs
-of a tile are allowed follows from the codes of the rows (see `variants.ops.lsh.layout`), in the mask. A score
-is multiplied by the factor of its key, in the score modification, so that queries and keys are one tensor.
+The tiles that are computed follow from the sizes alone: queries read the positions near their own. Which
+pairs of a tile are allowed follows from the codes of the rows (see `variants.ops.lsh.layout`), in the mask. A
+score is multiplied by the factor of its key, in the score modification, so that queries and keys are one
+tensor.
 
 FlexAttention returns the logsumexp of each row and can be differentiated through both results. The backward
-pass therefore computes the forward pass again and asks for the gradient of outputs and logsumexp: nothing that
-is sorted has to be stored, and only torch's public interface is used.
+pass therefore computes the forward pass again and asks for the gradient of outputs and logsumexp: nothing
+that is sorted has to be stored, and only torch's public interface is used.
 
-With the `band` neighbourhood, causal, no bit of an output depends on a later token: each bucket begins a tile
-of `KEYS` keys, so that the keys of a row have the same positions in their tiles, and tiles of other buckets
-change nothing. tests/test_cuda.py has the test.
+With the `band` neighbourhood, causal, no bit of an output should depend on a later token: each bucket begins
+a tile of `KEYS` keys. The keys of a row then have the same positions in their tiles, and tiles of other
+buckets change nothing.
+
+torch's `varlen_attn` and flash-attn are not used: they have no mask for the pairs of earlier rounds.
 """
 
 from __future__ import annotations
@@ -26,7 +29,6 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from variants.ops import backends
 from variants.ops.backends import BLOCK, GRAPHS, MASKS, note_work
 from variants.ops.lsh.streams import Stream
 from variants.ops.lsh.windows import Window
@@ -34,13 +36,13 @@ from variants.ops.lsh.windows import Window
 KEYS = 32
 """Keys that the kernel's forward pass reads at a time. A bucket begins at a multiple of it."""
 NUMBERS = (2**29, 2**28)
-"""Numbers of the sorted queries that are computed at a time, forward and backward. The backward pass has about
-eight tensors of the size."""
+"""Numbers of the sorted queries that are computed at a time, forward and backward. The backward pass has
+about eight tensors of the size."""
 FORWARD_PRODUCTS, BACKWARD_PRODUCTS = 2, 9
-"""Products of all pairs and D channels. Backward: the forward pass again, and the seven of its gradient."""
+"""Products of all pairs and D channels. Backward: the forward pass again, and seven for its gradients."""
 FORWARD_LAUNCHES, BACKWARD_LAUNCHES = 2, 6
-"""The kernel and the scale of the logsumexp; these two, the row sums of output · gradient, their gradient, the
-row sums that the kernel's backward pass begins with, and the kernel."""
+"""The kernel and the scale of the logsumexp; these two, the row sums of output · gradient, their gradient,
+the row sums that the kernel's backward pass begins with, and the kernel."""
 BACKWARD_TENSORS = 21
 """Tensors of n·R·P·D numbers that the launches of the backward pass read and write."""
 
@@ -54,7 +56,9 @@ class FlexRounds:
         """As many as `NUMBERS` allows."""
         return NUMBERS[backward] // (rounds * positions * head_dim)
 
-    def new_decisions(self, sequences: int, rounds: int, positions: int, window: Window, like: Tensor) -> Tensor:
+    def new_decisions(
+        self, sequences: int, rounds: int, positions: int, window: Window, like: Tensor
+    ) -> Tensor:
         """None: the mask decides."""
         return like.new_empty(sequences, 0)
 
@@ -114,34 +118,36 @@ class Tiles(NamedTuple):
     queries: Tensor
     query_index: Tensor
 
-    @property
-    def pairs(self) -> int:
-        """Pairs (query, key) of all tiles."""
-        return int(self.keys.sum()) * BLOCK * BLOCK
+
+@lru_cache(maxsize=MASKS)
+def key_tiles(window: Window, positions: int) -> list[tuple[int, int]]:
+    """The first and the last key tile that each tile of queries reads."""
+    found = []
+    for first in range(0, positions, BLOCK):
+        low, high = window.span(first)[0], window.span(first + BLOCK - 1)[1] - 1
+        found.append((max(low, 0) // BLOCK, min(high, positions - 1) // BLOCK))
+    return found
 
 
 @lru_cache(maxsize=MASKS)
 def tiles(window: Window, positions: int, device: torch.device) -> Tiles:
-    """The tiles of a sequence of so many positions. A tile of queries reads a range of key tiles."""
-    count = positions // BLOCK
-    tile = torch.arange(count, device=device)
-    first, last = tile * BLOCK, tile * BLOCK + BLOCK - 1
-    low = window.span(first)[0].clamp(min=0) // BLOCK
-    high = (window.span(last)[1] - 1).clamp(max=positions - 1) // BLOCK
+    """The tiles of a sequence with this number of positions."""
+    low, high = torch.tensor(key_tiles(window, positions), device=device).unbind(1)
+    tile = torch.arange(len(low), device=device)
     # both grow with the tile of queries, so that the queries of a key tile are a range too
-    begin, end = torch.searchsorted(high, tile), torch.searchsorted(low, tile, right=True) - 1
+    first, last = torch.searchsorted(high, tile), torch.searchsorted(low, tile, right=True) - 1
 
     def ranges(first: Tensor, last: Tensor) -> tuple[Tensor, Tensor]:
         number = last - first + 1
         index = first[:, None] + torch.arange(int(number.max()), device=device)
-        return number.int()[None, None], index.clamp(max=count - 1).int()[None, None]
+        return number.int()[None, None], index.clamp(max=len(low) - 1).int()[None, None]
 
-    return Tiles(*ranges(low, high), *ranges(begin, end))
+    return Tiles(*ranges(low, high), *ranges(first, last))
 
 
 def _count_pairs(window: list[int], positions: int) -> int:
-    with torch._subclasses.fake_tensor.unset_fake_temporarily():
-        return tiles(Window(*window), positions, torch.device("cpu")).pairs  # type: ignore[arg-type]
+    tiles_read = key_tiles(Window(*window), positions)  # type: ignore[arg-type]
+    return sum(last - first + 1 for first, last in tiles_read) * BLOCK * BLOCK
 
 
 # --- the kernel -----------------------------------------------------------------------------------
@@ -181,6 +187,7 @@ def _attend(
         BLOCK_SIZE=(BLOCK, BLOCK),
         mask_mod=allowed,
     )
+    options: Any = {"fwd_BLOCK_N": KEYS}
     out, aux = flex_attention(
         query,
         key,
@@ -188,7 +195,7 @@ def _attend(
         score_mod=factored,
         block_mask=block_mask,
         scale=1.0,
-        kernel_options={"fwd_BLOCK_N": KEYS},
+        kernel_options=options,
         return_aux=AuxRequest(lse=True),
     )
     return out, aux.lse
@@ -254,19 +261,25 @@ def _backward(
 _LIBRARY = torch.library.Library("longctx_bench", "FRAGMENT")
 _GIVEN = "Tensor query_key, Tensor value, Tensor factor, Tensor code, SymInt[] window"
 _LIBRARY.define(f"flex_rounds({_GIVEN}) -> (Tensor, Tensor)")
-_LIBRARY.define(f"flex_rounds_backward({_GIVEN}, Tensor lse, Tensor grad, Tensor mean) -> (Tensor, Tensor, Tensor)")
+_LIBRARY.define(
+    f"flex_rounds_backward({_GIVEN}, Tensor lse, Tensor grad, Tensor mean) -> (Tensor, Tensor, Tensor)"
+)
 _LIBRARY.impl("flex_rounds", _forward, "CompositeExplicitAutograd")
 _LIBRARY.impl("flex_rounds_backward", _backward, "CompositeExplicitAutograd")
 
 
-@torch.library.register_fake("longctx_bench::flex_rounds")
-def _(query_key: Tensor, value: Tensor, factor: Tensor, code: Tensor, window: list[int]) -> Any:
+def _forward_shapes(
+    query_key: Tensor, value: Tensor, factor: Tensor, code: Tensor, window: list[int]
+) -> tuple[Tensor, Tensor]:
     return value.new_empty(value.shape), torch.empty_like(factor, memory_format=torch.contiguous_format)
 
 
-@torch.library.register_fake("longctx_bench::flex_rounds_backward")
-def _(query_key: Tensor, value: Tensor, *_: Any) -> Any:
-    return tuple(value.new_empty(value.shape) for _ in range(3))
+def _backward_shapes(query_key: Tensor, value: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return value.new_empty(value.shape), value.new_empty(value.shape), value.new_empty(value.shape)
+
+
+torch.library.register_fake("longctx_bench::flex_rounds", _forward_shapes)
+torch.library.register_fake("longctx_bench::flex_rounds_backward", _backward_shapes)
 
 
 def _flops(query_key: Tensor, window: list[int], products: int) -> int:

@@ -1,8 +1,8 @@
 """The sorted orders of all rounds of hashing at once: which row lies at each position, and who reads whom.
 
 Shapes: T tokens, R rounds of hashing, N = H·B sequences, P positions of a sequence in a sorted order, padding
-included, L = N·R·P + 2·margin. Here a token of a sequence is the *row* n·T + t, so that the rows of a sequence
-are contiguous.
+included, L = N·R·P + 2·margin. Here a token of a sequence is the *row* n·T + t: the rows of a sequence are
+contiguous.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ class Layout(NamedTuple):
     place: Tensor
     """(N, R, T) int32: the position of each token, counted through all orders, without the margin."""
     code: Tensor
-    """(R, rows + 1): a round reads a pair if the difference of the codes is in `Window.read`, and the order of
-    the tokens is allowed. The last entry, of padding, is far from all others."""
+    """(R, rows + 1): a round reads a pair if the difference of the codes is in `Window.read`, and the order
+    of the tokens is allowed. The last entry, of padding, is far from all others."""
     own: Tensor
     """(L,): the codes of the rows in the round of the position, far from those of the orders before and
     after."""
@@ -88,7 +88,9 @@ def lay_out(buckets: Tensor, window: Window, excluded: Tensor, multiple: int = 1
     where = where + positions * orders
     place = torch.empty_like(token, dtype=torch.int32).scatter_(-1, token, where.int())
     where = where.flatten() + margin(window)
-    order = torch.full((orders.numel() * positions + 2 * margin(window),), rows, device=device, dtype=torch.int32)
+    order = torch.full(
+        (orders.numel() * positions + 2 * margin(window),), rows, device=device, dtype=torch.int32
+    )
     order[where] = row.masked_fill(lost, rows).flatten().int()
     exact = torch.int32 if seq_len + window.gap * window.n_buckets < EXACT_INT32 else torch.int64
     numbers = torch.iinfo(exact)

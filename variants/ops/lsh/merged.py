@@ -46,8 +46,8 @@ class MergedAttention(torch.autograd.Function):
     """As `variants.ops.lsh.attention.LshAttention`, with a kernel of `KERNELS`.
 
     With x the rows of queries and keys, c_j = 1 / √(D·(‖x_j‖² + ε²)) and s_ij = c_j·x_i·x_j, kernels return
-    the gradients g of x as queries and h of x as keys. The factor c_j depends on x_j too, so that the gradient
-    of x is g + h − x·(x·h) / (‖x‖² + ε²).
+    the gradients g of x as queries and h of x as keys. The factor c_j depends on x_j too. The gradient of x
+    is therefore g + h − x·(x·h) / (‖x‖² + ε²).
     """
 
     @staticmethod
@@ -96,9 +96,7 @@ class MergedAttention(torch.autograd.Function):
             square = factor.square().mul_(head_dim)  # 1 / (‖x‖² + ε²)
             total = rows.new_empty(len(rows) - 1, 2, head_dim)
             for piece in _pieces(layout, ctx.window, ctx.kernel, head_dim, backward=True):
-                _attend_backward(
-                    piece, layout, rows, factor, lse, decisions, square, grads, mean, total
-                )
+                _attend_backward(piece, layout, rows, factor, lse, decisions, square, grads, mean, total)
             total[:, 1].addcmul_(grads[:-1], layout.isolated[:, None])
             undefined = (excluded & (length != 0))[:, None, None]
             total.masked_fill_(undefined, math.nan)
@@ -138,9 +136,7 @@ def _pieces(
 ) -> Iterator[_Piece]:
     """Pieces of nearly equal size."""
     sequences, rounds = layout.orders
-    most = KERNELS[kernel].sequences(
-        rounds, layout.positions(window), window, head_dim, backward=backward
-    )
+    most = KERNELS[kernel].sequences(rounds, layout.positions(window), window, head_dim, backward=backward)
     count = min(-(-sequences // max(most, 1)), MOST_PIECES)
     step = -(-sequences // count)
     for first in range(0, sequences, step):
@@ -161,7 +157,7 @@ def _stream(piece: _Piece, layout: Layout, rows: Tensor, factor: Tensor) -> Stre
         window=piece.window,
         shape=(piece.end - piece.first, layout.orders[1], layout.positions(piece.window)),
         margin=margin(piece.window),
-        index=index,
+        row=index,
         rows=rows.index_select(0, index),
         factor=factor.index_select(0, index),
         code=layout.code.index_select(1, index),
@@ -219,9 +215,9 @@ def _attend_backward(
     grad_query, grad_key, grad_value = KERNELS[piece.kernel].backward(
         stream,
         decisions[piece.sequences],
-        lse.index_select(0, stream.index),
-        grads.index_select(0, stream.index),
-        mean.index_select(0, stream.index),
+        lse.index_select(0, stream.row),
+        grads.index_select(0, stream.row),
+        mean.index_select(0, stream.row),
     )
     del stream
     place = _places(piece, layout)
@@ -275,8 +271,7 @@ _forward_operator = operator(
 _backward_operator = operator(
     "merged_rounds_backward",
     _backward,
-    schema="(Tensor grad, Tensor[] saved, SymInt[] window, str kernel, ScalarType dtype)"
-    " -> (Tensor, Tensor)",
+    schema="(Tensor grad, Tensor[] saved, SymInt[] window, str kernel, ScalarType dtype) -> (Tensor, Tensor)",
 )
 _forward_operator.register_fake(_forward)
 _backward_operator.register_fake(_backward)

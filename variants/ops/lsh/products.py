@@ -23,8 +23,8 @@ from variants.ops.lsh.streams import FILL, Stream
 from variants.ops.lsh.windows import Window
 
 PAIRS = (2**29, 2**28)
-"""Pairs (query, key) that are computed at a time, forward and backward. A pair takes 7 bytes of scores, weights
-and comparisons, and the backward pass has more sorted rows beside them."""
+"""Pairs (query, key) that are computed at a time, forward and backward. A pair takes about 8 bytes of scores,
+weights and comparisons, and the backward pass has more sorted rows beside them."""
 
 
 @torch.library.custom_op("longctx_bench::bmm_float32", mutates_args=())
@@ -64,7 +64,9 @@ class Products:
         """As many as `PAIRS` allows."""
         return PAIRS[backward] // (rounds * positions * window.keys)
 
-    def new_decisions(self, sequences: int, rounds: int, positions: int, window: Window, like: Tensor) -> Tensor:
+    def new_decisions(
+        self, sequences: int, rounds: int, positions: int, window: Window, like: Tensor
+    ) -> Tensor:
         """(N, R·P / b, b, K) bool: the forbidden pairs, which cost more time than memory."""
         blocks = rounds * positions // window.block
         return like.new_empty(sequences, blocks, window.block, window.keys, dtype=torch.bool)
@@ -118,7 +120,8 @@ class _Blocks:
 
     def queries(self, x: Tensor) -> Tensor:
         """(L, …) → (G, b, …), a view."""
-        return self.stream.inner(x).unflatten(0, (-1, self.window.block))
+        blocks: Tensor = self.stream.inner(x).unflatten(0, (-1, self.window.block))
+        return blocks
 
     def keys(self, x: Tensor) -> Tensor:
         """(L, …) → (G, K, …), the keys of each block of queries; an overlapping view."""
@@ -131,10 +134,12 @@ class _Blocks:
     def _windows(self, x: Tensor, before: int, after: int) -> Tensor:
         margin = self.stream.margin
         inside = x[margin - before : len(x) - margin + after]
-        return inside.unfold(0, self.window.keys, self.window.block).movedim(-1, 1)
+        windows: Tensor = inside.unfold(0, self.window.keys, self.window.block).movedim(-1, 1)
+        return windows
 
     def with_margin(self, like: Tensor) -> Tensor:
-        """(ahead + G + back, b, K) for weights, of blocks of queries; 0 in the margins, which `by_key` reads."""
+        """Uninitialised memory for weights, with blocks of 0 at both ends, which `by_key` reads: (ahead + G +
+        back, b, K)."""
         window = self.window
         blocks = (len(like) - 2 * self.stream.margin) // window.block
         weights = like.new_empty(self.ahead + blocks + self.back, window.block, window.keys)
@@ -159,7 +164,8 @@ class _Blocks:
             (block * keys, block * keys - block, keys, 1),
             keys - block,
         )
-        return found.reshape(-1, keys, block).transpose(1, 2)
+        by_key: Tensor = found.reshape(-1, keys, block).transpose(1, 2)
+        return by_key
 
     def forbid(self, forbidden: Tensor) -> Tensor:
         """Write to (G, b, K) bool: the pairs that a round does not read, or that an earlier round reads."""
@@ -186,7 +192,8 @@ class _Blocks:
     def _later(self, x: Tensor, earlier: int) -> Tensor:
         """(G, …) → (n, R − earlier − 1, G / (n·R), …): the blocks of later rounds, a view."""
         sequences, rounds, _ = self.stream.shape
-        return x.unflatten(0, (sequences, rounds, -1))[:, earlier + 1 :]
+        later: Tensor = x.unflatten(0, (sequences, rounds, -1))[:, earlier + 1 :]
+        return later
 
     def _wrong_order(self, device: torch.device) -> Tensor:
         """(b, K) bool: pairs that the positions forbid."""

@@ -24,7 +24,7 @@ class Stream(NamedTuple):
     """n, R, P."""
     margin: int
     """Padding at each end, so that the keys of every block of queries are rows of the stream."""
-    index: Tensor
+    row: Tensor
     """(L,) int32: the row of the layer at each position; the number of rows at padding."""
     rows: Tensor
     """(L, 2, D): query-keys and values; 0 at padding."""
@@ -52,15 +52,17 @@ class Kernel(Protocol):
     def sequences(self, rounds: int, positions: int, window: Window, head_dim: int, *, backward: bool) -> int:
         """The number of sequences that a pass computes at a time."""
 
-    def new_decisions(self, sequences: int, rounds: int, positions: int, window: Window, like: Tensor) -> Tensor:
+    def new_decisions(
+        self, sequences: int, rounds: int, positions: int, window: Window, like: Tensor
+    ) -> Tensor:
         """(N, …): memory for what the forward pass decides and the backward pass needs again."""
 
     def forward(self, stream: Stream, decisions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Sums over the keys of exp(score − top)·value (n·R·P, D); top, and the logsumexp of the scores of each
-        row in its round (n·R·P,), float32 or float64. The kernel chooses a top with which the sums are of moderate size.
+        """Sums over the keys of exp(score − top)·value (n·R·P, D); top, and the logsumexp of the scores of
+        each row in its round (n·R·P,), float32 or float64. The kernel chooses top.
 
-        If a row reads nothing, top and logsumexp are at most about `FILL`, and the sums are finite. Writes the
-        decisions (n, …).
+        If a row reads nothing, top and logsumexp are at most about `FILL`, and the sums are finite. Writes
+        the decisions (n, …).
         """
 
     def backward(
@@ -69,6 +71,6 @@ class Kernel(Protocol):
         """Gradients of query-keys as queries, of query-keys as keys, and of values: (n·R·P, D) each.
 
         decisions are those of the forward pass. The weight of a pair is exp(score − lse) with lse (L,), the
-        logsumexp of the scores of all rounds. The gradient of a score is weight·(grad·value − mean), with grad
-        (L, D) and mean (L,).
+        logsumexp of the scores of all rounds. The gradient of a score is weight·(grad·value − mean), with
+        grad (L, D) and mean (L,).
         """

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -33,6 +33,8 @@ EXACT_FLOAT32 = 2**24
 """float32 represents all smaller integers exactly."""
 SMALL_BLOCK = 2
 """Relative time for each pair in blocks of b queries: 1 + SMALL_BLOCK / b."""
+
+Rank = TypeVar("Rank", int, Tensor)
 
 
 @dataclass(frozen=True)
@@ -150,7 +152,7 @@ class Window:
         """Distance between the codes of two buckets, so that one subtraction compares bucket and rank."""
         return self.reach + 1 if self.band else 2
 
-    def span(self, rank: Tensor) -> tuple[Tensor, Tensor]:
+    def span(self, rank: Rank) -> tuple[Rank, Rank]:
         """The ranks [lo, hi) of the sorted order that a token at a rank may read if they are in its bucket.
 
         They include the token itself.
