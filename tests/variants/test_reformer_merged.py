@@ -1,8 +1,8 @@
 """Reformer with all rounds at once: matrix products and FlexAttention, against the reference.
 
-FlexAttention has no backward pass on a CPU only because it refuses: with the refusal taken out, its uncompiled
-form computes outputs, logsumexp and gradients of all P × P scores with the mask and the score modification.
-tests/test_cuda.py has what needs the compiled kernel.
+FlexAttention refuses to compute gradients on a CPU. Without the refusal, its uncompiled form computes
+outputs, logsumexp and gradients of all P × P scores, with the mask and the score modification. What needs the
+compiled kernel is in tests/test_cuda.py.
 """
 
 from __future__ import annotations
@@ -56,6 +56,7 @@ both_neighbourhoods = pytest.mark.parametrize("neighbourhood", ["band", "chunk"]
 def _gradients_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     module = pytest.importorskip("torch.nn.attention.flex_attention")
     monkeypatch.setattr(module, "_validate_device", lambda *_: None)
+    monkeypatch.setattr(flex, "missing_flex", lambda *_: None)
     yield
     flex._compiled.cache_clear()
     torch._dynamo.reset()
@@ -64,7 +65,7 @@ def _gradients_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 # --- the mathematics ------------------------------------------------------------------------------
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(
     seq_len=st.integers(1, 45),
     batch=st.sampled_from([1, 3]),
@@ -85,11 +86,13 @@ def test_products_equal_the_oracle(seq_len: int, batch: int, causal: bool, pairs
     assert_same(got, oracle(layer, x, causal=causal))
 
 
-FLEX: list[tuple[int, int, dict[str, Any]]] = [
-    (1, 2, {"chunk": 4, "n_buckets": 2}),
+FLEX: list[Any] = [
     (45, 3, {"chunk": 5, "n_buckets": 6, "n_hashes": 3}),
-    (45, 1, {"chunk": 50, "n_buckets": 1}),
-    (301, 1, {"chunk": 40, "n_buckets": 6, "n_hashes": 2}),
+    *slow(
+        (1, 2, {"chunk": 4, "n_buckets": 2}),
+        (45, 1, {"chunk": 50, "n_buckets": 1}),
+        (301, 1, {"chunk": 40, "n_buckets": 6, "n_hashes": 2}),
+    ),
 ]
 
 
@@ -145,6 +148,7 @@ def test_half_precision_is_near() -> None:
         assert (a - b).norm() < 0.01 * b.norm()
 
 
+@pytest.mark.filterwarnings("default")  # of deprecations within torch
 def test_compiled_it_is_the_same() -> None:
     layer, x = made(60, impl="merged", chunk=6).eval(), inputs(2, 41)
     compiled: Any = torch.compile(layer, backend="aot_eager", fullgraph=True)
@@ -161,7 +165,7 @@ def test_compiled_it_is_the_same() -> None:
 @pytest.mark.parametrize("name", NUMBERS)
 @pytest.mark.parametrize(
     ("seq_len", "knobs"),
-    [(1000, {}), (257, {"chunk": 10}), (130, {"n_buckets": 16, "chunk": 7}), (63, {"n_buckets": 60})],
+    [(257, {"chunk": 10}), (63, {"n_buckets": 60}), *slow((1000, {}), (130, {"n_buckets": 16, "chunk": 7}))],
     ids=str,
 )
 def test_no_bit_of_an_output_depends_on_a_later_token(seq_len: int, knobs: dict[str, Any], name: str) -> None:
@@ -231,7 +235,7 @@ def test_the_tokens_that_read_a_lost_one_are_lost_and_no_others(
     chunk=st.integers(1, 70),
     band=st.booleans(),
 )
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 def test_every_token_has_a_position_and_every_bucket_of_the_band_begins_a_tile(
     seq_len: int, n_buckets: int, chunk: int, band: bool
 ) -> None:
@@ -314,7 +318,7 @@ def test_flops_of_flex_are_those_of_its_tiles() -> None:
     assert backward.total == 2 * cost.parts["projections"] + 18 * 32 * pairs
 
 
-@pytest.mark.parametrize("seq_len", [4096, *slow(65536)])
+@pytest.mark.parametrize("seq_len", [1024, *slow(4096, 65536)])
 def test_flex_is_planned_without_a_device_below_the_ceiling(seq_len: int) -> None:
     planned = plan(accelerator_spec("reformer", seq_len, params={"impl": "flex"}, depth=2))
     assert launches_a_layer(planned) <= 300
@@ -345,7 +349,7 @@ def test_flex_is_missing_on_a_cpu_and_planned_there() -> None:
 def test_gradients_of_flex_on_a_cpu_are_refused() -> None:
     layer, x = made(30, torch.float32, impl="flex"), inputs(1, 30, torch.float32)
     y = layer(x, Context(causal=True)).y
-    with pytest.raises(NotImplementedError):
+    with pytest.raises(NotImplementedError, match="impl=flex needs a CUDA device"):
         y.sum().backward()
 
 

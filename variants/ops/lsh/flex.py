@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from variants.ops.backends import BLOCK, GRAPHS, MASKS, note_work
+from variants.ops.backends import BLOCK, GRAPHS, MASKS, missing_flex, note_work
 from variants.ops.lsh.streams import Stream
 from variants.ops.lsh.windows import Window
 
@@ -132,7 +132,7 @@ def key_tiles(window: Window, positions: int) -> list[tuple[int, int]]:
 @lru_cache(maxsize=MASKS)
 def tiles(window: Window, positions: int, device: torch.device) -> Tiles:
     """The tiles of a sequence with this number of positions."""
-    low, high = torch.tensor(key_tiles(window, positions), device=device).unbind(1)
+    low, high = torch.tensor(key_tiles(window, positions), device=device).T.contiguous()
     tile = torch.arange(len(low), device=device)
     # both grow with the tile of queries, so that the queries of a key tile are a range too
     first, last = torch.searchsorted(high, tile), torch.searchsorted(low, tile, right=True) - 1
@@ -198,6 +198,7 @@ def _attend(
         kernel_options=options,
         return_aux=AuxRequest(lse=True),
     )
+    assert aux.lse is not None
     return out, aux.lse
 
 
@@ -246,8 +247,10 @@ def _backward(
     mean: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients (n, R, P, D) of query-keys as queries, of query-keys as keys, and of values. Raises
-    NotImplementedError on a CPU, where FlexAttention has no backward pass."""
+    NotImplementedError where FlexAttention has no backward pass."""
     chosen, device = Window(*window), query_key.device  # type: ignore[arg-type]
+    if reason := missing_flex(device, query_key.shape[3]):
+        raise NotImplementedError(reason)
     places = tiles(chosen, query_key.shape[2], device)
     with torch.enable_grad():
         inputs = [x.detach().requires_grad_() for x in (query_key, query_key, value)]

@@ -73,7 +73,8 @@ def lay_out(buckets: Tensor, window: Window, excluded: Tensor, multiple: int = 1
     # ranks that a token reads: the part of its span that lies in its bucket
     lo, hi = window.span(rank)
     lo = torch.maximum(lo, begin.gather(-1, by_bucket))
-    hi = torch.minimum(hi, end.gather(-1, by_bucket))
+    if not window.causal:  # a causal span ends with the token itself
+        hi = torch.minimum(hi, end.gather(-1, by_bucket))
     sequence = torch.arange(sequences, device=device)[:, None, None]
     row = token + seq_len * sequence
     lost = excluded[row]

@@ -93,16 +93,18 @@ class MergedAttention(torch.autograd.Function):
             grads[:-1].view(heads, batch, seq_len, head_dim).copy_(grad.permute(2, 0, 1, 3))
             grads[:-1].masked_fill_(excluded[:, None], 0)
             grads[-1].zero_()
+            undefined = excluded & (length != 0)
             square = factor.square().mul_(head_dim)  # 1 / (‖x‖² + ε²)
-            total = rows.new_empty(len(rows) - 1, 2, head_dim)
+            square[:-1].masked_fill_(undefined, math.nan)  # and so are the gradients of query-keys
+            total = tuple(rows.new_empty(len(rows) - 1, head_dim) for _ in range(2))
             for piece in _pieces(layout, ctx.window, ctx.kernel, head_dim, backward=True):
-                _attend_backward(piece, layout, rows, factor, lse, decisions, square, grads, mean, total)
-            total[:, 1].addcmul_(grads[:-1], layout.isolated[:, None])
-            undefined = (excluded & (length != 0))[:, None, None]
-            total.masked_fill_(undefined, math.nan)
-            by_token = total.view(heads, batch, seq_len, 2, head_dim).permute(3, 1, 2, 0, 4)
-            qk_dtype, value_dtype = ctx.dtypes
-            grad_qk, grad_value = by_token[0].to(qk_dtype), by_token[1].to(value_dtype)
+                _attend_backward(piece, layout, rows, factor, lse, decisions, square, grads, mean, *total)
+            alone = torch.where(undefined, math.nan, layout.isolated)
+            total[1].addcmul_(grads[:-1], alone[:, None])
+            grad_qk, grad_value = (
+                x.view(heads, batch, seq_len, head_dim).permute(1, 2, 0, 3).to(dtype)
+                for x, dtype in zip(total, ctx.dtypes, strict=True)
+            )
         return grad_qk, grad_value, None, None, None
 
 
@@ -207,9 +209,10 @@ def _attend_backward(
     square: Tensor,
     grads: Tensor,
     mean: Tensor,
-    total: Tensor,
+    of_query_key: Tensor,
+    of_value: Tensor,
 ) -> None:
-    """Write the gradients of the rows of a piece: total (rows, 2, D), of query-keys and values."""
+    """Write the gradients of the rows of a piece, (rows, D): of their query-keys and of their values."""
     rounds, seq_len, head_dim = layout.orders[1], piece.window.seq_len, grads.shape[-1]
     stream = _stream(piece, layout, rows, factor)
     grad_query, grad_key, grad_value = KERNELS[piece.kernel].backward(
@@ -225,7 +228,7 @@ def _attend_backward(
     def parts(x: Tensor) -> Tensor:
         return x.index_select(0, place).view(-1, rounds, seq_len, head_dim)
 
-    of_query_key, of_value = total[piece.rows].view(-1, seq_len, 2, head_dim).unbind(2)
+    of_query_key, of_value = (x[piece.rows].view(-1, seq_len, head_dim) for x in (of_query_key, of_value))
     torch.sum(parts(grad_value), 1, out=of_value)
     del grad_value
     query_key = rows[:-1][piece.rows, 0].view_as(of_value)
