@@ -29,7 +29,6 @@ GROWING = {
 """Variant → launches a layer at the short and the long length."""
 ABOVE = {
     "compressive": 41172,
-    "reformer": 1527,
     "routing": 499,
     "transformer_xl": 33776,
 }

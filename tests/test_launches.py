@@ -35,6 +35,7 @@ from variants.ops import (
 )
 from variants.ops.lsh import attention as lsh_attention
 from variants.ops.lsh import hashing, windows
+from variants.ops.lsh import merged as lsh_merged
 from variants.ops.strided_parts import Part, StridedTokens, flatten_parts
 
 TABLE = Path(__file__).parent / "data" / "launches.json"
@@ -169,6 +170,13 @@ def _lsh() -> tuple[Callable[[], Any], Callable[[], Any]]:
     return lambda: lsh_attention._forward_operator(*given), lambda: lsh_attention._forward(*given)
 
 
+def _merged() -> tuple[Callable[[], Any], Callable[[], Any]]:
+    qk, value = torch.randn(1, 64, 2, 8), torch.randn(1, 64, 2, 8)
+    window = windows.Window.choose(64, 2, 8, band=True, causal=True).in_whole_blocks()
+    given = qk, value, torch.zeros(2, 2, 64, dtype=torch.int64), window.numbers, "merged"
+    return lambda: lsh_merged._forward_operator(*given), lambda: lsh_merged._forward(*given)
+
+
 OPERATORS = {
     "union_attention": _union,
     "relative_attention": _relative,
@@ -176,6 +184,7 @@ OPERATORS = {
     "cluster_chunks": _chunks,
     "seeded_normal": _normal,
     "lsh_attention": _lsh,
+    "merged_rounds": _merged,
 }
 
 
@@ -198,6 +207,7 @@ def test_every_operator_with_a_backward_pass_is_looked_into() -> None:
     whole = {name for name, operator in ours.items() if not operators.implementation(operator)}
     of_fla = {name for name in whole if name.startswith("gla_")}
     kernels = {"xformers", "xformers_backward", "flash", "flash_backward"}
+    kernels |= {"flex_rounds", "flex_rounds_backward", "bmm_float32"}
     assert len(of_fla) == 5
     assert whole - of_fla == {"note_work", summary_calls.summary_tables._name, *kernels}
 
