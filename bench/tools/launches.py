@@ -2,7 +2,7 @@
 
 Every variant is planned on fake tensors, with its work cut as for an accelerator, at the sizes of the
 committed round on a GPU: width 768, 12 heads, depth 4, batch 1, bfloat16. No GPU is needed. The estimate for
-a card is the law of `bench.measure.estimate`, not a measurement.
+a card is that of `bench.measure.estimate`, not a measurement.
 
 With `--against FOLDER` the cells are those of an experiment's records, and each estimate stands beside the
 measured time. A record was measured with the code of its day: where the FLOPs or the predicted peak have
@@ -49,8 +49,8 @@ class Planned:
 
     def seconds(self, card: Card) -> float:
         """Return the estimated time of the step."""
-        found = self.figures
-        return estimated_seconds(found.launches_step, found.bytes_moved_step, found.flops_step, card)
+        figures = self.figures
+        return estimated_seconds(figures.launches_step, figures.bytes_moved_step, figures.flops_step, card)
 
 
 def accelerator_spec(
