@@ -1,0 +1,270 @@
+"""`python -m bench.tools.gpu_report`: everything that a machine with a GPU can tell, within a time limit.
+
+In this order: the environment, the tests marked `cuda`, the host's time for a launch, every implementation
+of every variant (`bench.tools.impls`), and the preset `gpu` from its first round on. Each part has a share of
+the time and runs in processes of its own, so that a part that fails or hangs does not stop the others. The
+first page is written again after each part. If the time is over, the running part ends, and the rest is left
+out. No part needs an installation of this project: from a checkout, any Python with its requirements will do.
+
+Exit status: 0 if everything that ran is as it should be, 1 if a part failed, 2 for an invalid command or a
+missing device, 130 after Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import variants
+from bench import corpora, records
+from bench.inputs.errors import ConfigError, choose
+from bench.inputs.paths import user_path
+from bench.inputs.printable import printable
+from bench.process.limited import run_limited
+from bench.run.devices import Device, devices_of
+from bench.tools.gpu_report import environment, page
+from bench.tools.gpu_report.command import Ran, run_command
+from bench.tools.gpu_report.deadline import Deadline
+from bench.tools.gpu_report.page import Part
+from bench.tools.impls import figures, table
+from variants.safe_output import run
+
+ROOT = Path(__file__).resolve().parents[3]
+"""The checkout."""
+LEAST_SECONDS = 10.0
+"""No part starts with less time than this."""
+REPORT_SECONDS = 75.0
+"""Reserved at the end for the report of the preset, and for the end of its last cell."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What runs on a type of device."""
+
+    dtype: str
+    marker: str
+    """The tests of files that contain this text run."""
+    selected: str
+    """Which of them, as pytest's option -m."""
+    sizes: Path | None
+    """File with the sizes of the comparison of implementations; None for small ones."""
+    preset: tuple[str, ...]
+    """Overrides of the sweep."""
+
+
+PLANS = {
+    "cuda": Plan(
+        dtype="bfloat16",
+        marker="mark.cuda",
+        selected="cuda and not peers",
+        sizes=ROOT / "configs" / "impls.yaml",
+        preset=("experiment=gpu", "devices=1", "report_minutes=null"),
+    ),
+    "cpu": Plan(
+        dtype="bfloat16",
+        marker="busy_seconds",
+        selected="not cuda",
+        sizes=None,
+        preset=("experiment=smoke", "device=cpu", "variant=dense,chunked", "measure.train_tokens=2000"),
+    ),
+}
+"""By type of device. On the CPU the same parts run in small sizes, to try the command."""
+SMALL = figures.Setting(device="cpu", dtype="bfloat16", d_model=64, heads=2, lengths=(128, 256), knobs={})
+TESTS_SHARE, IMPLS_SHARE = 0.15, 0.32
+"""Shares of the whole time. The preset gets what is left."""
+
+
+class NoTimeLeft(Exception):
+    """There is too little time for a part to start."""
+
+
+class GpuReport:
+    """The parts of the run, and the page about them."""
+
+    def __init__(
+        self, device: Device, plan: Plan, folder: Path, deadline: Deadline, names: list[str], corpus: str
+    ) -> None:
+        self.device, self.plan, self.folder, self.deadline = device, plan, folder, deadline
+        self.names, self.corpus = names, corpus
+        self.facts: dict[str, str] = {}
+        titles = ("Environment", "Tests on the device", "Host", "Implementations", "Preset")
+        self.parts = [Part(title) for title in titles]
+
+    def run(self) -> bool:
+        """Run all parts; returns whether no part failed."""
+        steps = (self._environment, self._tests, self._host, self._implementations, self._preset)
+        try:
+            for part, step in zip(self.parts, steps, strict=True):
+                with self._timed(part):
+                    step(part)
+        finally:
+            self.write()
+        return not any(part.is_failure for part in self.parts)
+
+    def write(self) -> None:
+        """Write the first page."""
+        text = page.first_page(self.folder, self.facts, self.parts)
+        records.write_atomically(self.folder / "gpu-report.md", text)
+
+    @contextmanager
+    def _timed(self, part: Part) -> Iterator[None]:
+        print(f"== {part.title}: {self.deadline.left() / 60:.1f} minutes left", file=sys.stderr, flush=True)
+        begun = time.monotonic()
+        try:
+            yield
+        except NoTimeLeft:
+            part.lines.append("did not run: no time was left")
+        except Exception as error:  # the other parts must run
+            part.is_failure = True
+            part.lines.append(f"failed: {type(error).__name__}: {printable(error)}")
+            print(part.lines[-1], file=sys.stderr, flush=True)
+        finally:
+            part.seconds = time.monotonic() - begun
+            self.write()
+
+    def _environment(self, part: Part) -> None:
+        outcome = run_limited(environment.facts, self.device, seconds=120)
+        for facts in outcome.reported:
+            self.facts |= facts
+        if outcome.failure:
+            part.is_failure = True
+            part.lines.append(f"failed: {outcome.failure}")
+        needed = environment.packages(environment.requirements(ROOT / "pyproject.toml"))
+        kernels = environment.packages(environment.OPTIONAL)
+        self.facts |= {name: version for name, version in kernels.items() if version}
+        if missing := [name for name, version in needed.items() if version is None]:
+            part.is_failure = True
+            part.lines.append(f"missing packages, without which some parts fail: {', '.join(missing)}")
+        absent = [name for name, version in kernels.items() if version is None]
+        part.lines.append(f"kernels that are not installed: {', '.join(absent) or 'none'}")
+        part.is_complete = True
+        print("\n".join([*(f"{key}: {value}" for key, value in self.facts.items()), *part.lines]), flush=True)
+
+    def _tests(self, part: Part) -> None:
+        files = page.files_with_marker(ROOT / "tests", self.plan.marker)
+        if not files:
+            part.lines.append("there are no tests beside this package; run from a checkout")
+            return
+        options = ["-v", "-rfE", "--tb=short", "-p", "no:cacheprovider", "-o", "addopts="]
+        options += ["--continue-on-collection-errors", "-m", self.plan.selected]
+        ran = self._command("tests", ["pytest", *options, *files], self.deadline.part(TESTS_SHARE))
+        part.lines, text, failed = page.tests(ran)
+        records.write_atomically(self.folder / "tests.md", text)
+        part.is_complete = ran.in_time
+        part.is_failure = failed or (ran.in_time and ran.status not in (0, 1))
+
+    def _host(self, part: Part) -> None:
+        outcome = run_limited(environment.launch_time, self.folder, self.device, seconds=120)
+        seconds = outcome.reported[0] if outcome.reported else None
+        if seconds is not None:
+            part.lines.append(f"{seconds * 1e6:.1f} µs for a launch")
+        elif outcome.failure:
+            part.is_failure = True
+            part.lines.append(f"failed: {outcome.failure}")
+        else:
+            part.lines.append("a CPU has no launches")
+        part.is_complete = not outcome.failure
+
+    def _implementations(self, part: Part) -> None:
+        sizes = self.plan.sizes
+        setting = table.read_setting(self.device.kind, self.plan.dtype, sizes) if sizes else SMALL
+        machine = self.facts.get("device") or self.facts.get("CPU") or self.device.kind
+        ends = self.deadline.left() - self.deadline.part(IMPLS_SHARE, REPORT_SECONDS)
+        results = table.collect(
+            setting,
+            figures.cases(setting, self.names),
+            self.device,
+            left=lambda: self.deadline.left() - ends,
+            keep=lambda results: table.write(self.folder, setting, results, machine),
+        )
+        found = table.verdicts(results)
+        promoted = [label for label, verdict in found.items() if verdict == "promote"]
+        part.lines.append(f"may be promoted: {', '.join(promoted) or 'none'}")
+        part.lines += [
+            f"- {result.case.label}: {found[result.case.label]}"
+            for result in results
+            if not result.case.is_auto
+        ]
+        part.lines += [
+            f"- {result.case.label} (auto): {result.failure}"
+            for result in results
+            if result.case.is_auto and result.failure
+        ]
+        part.is_complete = not any(result.failure == table.NOT_TRIED for result in results)
+        part.is_failure = any(r.case.is_auto and r.failure not in (None, table.NOT_TRIED) for r in results)
+
+    def _preset(self, part: Part) -> None:
+        overrides = [*self.plan.preset, f"data={self.corpus}"]
+        overrides += [f"results_dir={self.folder.parent}", f"name={self.folder.name}"]
+        ran = self._command("preset", ["bench", *overrides], self.deadline.left(REPORT_SECONDS))
+        if not ran.in_time:
+            page.remove_stopped(self.folder)
+        part.lines = page.sweep(self.folder, ran)
+        part.lines.append(f"data: {self.corpus}")
+        part.is_complete = ran.in_time
+        part.is_failure = ran.in_time and ran.status != 0
+        if part.is_failure:
+            part.lines.append(f"the sweep ended with status {ran.status}: {ran.last_line}")
+        built = self._command("report", ["bench.report", str(self.folder)], max(60.0, self.deadline.left()))
+        if built.status != 0:
+            part.is_failure = True
+            part.lines.append(f"no report of the preset: {built.last_line}")
+
+    def _command(self, name: str, arguments: list[str], seconds: float) -> Ran:
+        """Run a module of Python. Raises NoTimeLeft."""
+        if seconds < LEAST_SECONDS:
+            raise NoTimeLeft
+        paths = [str(ROOT), str(ROOT / "bench" / "plugins"), os.environ.get("PYTHONPATH", "")]
+        return run_command(
+            [sys.executable, "-m", *arguments],
+            log=self.folder / "logs" / f"{name}.txt",
+            seconds=seconds,
+            cwd=ROOT,
+            environment={"PYTHONPATH": os.pathsep.join(filter(None, paths)), "NO_COLOR": "1"},
+        )
+
+
+def main() -> int:
+    """Run the parts and write the report; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m bench.tools.gpu_report", description=__doc__)
+    parser.add_argument("--minutes", type=float, default=25.0, help="time limit (default 25)")
+    parser.add_argument("--device", default="cuda", help="cuda, or cpu to try the command in small sizes")
+    parser.add_argument("--out", default="results/gpu-report", help="folder of the report")
+    parser.add_argument("--only", nargs="+", metavar="VARIANT", help="compare implementations of these only")
+    arguments = parser.parse_args()
+    try:
+        if not arguments.minutes > 0:
+            raise ConfigError(f"--minutes={arguments.minutes:g}: allowed is more than 0")
+        plan = PLANS[choose("--device", arguments.device, list(PLANS))]
+        names = [choose("--only", name, variants.mixers()) for name in arguments.only or variants.mixers()]
+        deadline = Deadline(60 * arguments.minutes)
+        device = devices_of(arguments.device)[0]
+        if device.kind != "cpu" and device.uuid is None:
+            raise ConfigError(
+                "--device=cuda: this machine has no CUDA device; --device=cpu tries the command"
+            )
+        folder = user_path("--out", arguments.out).resolve()
+        records.make_folder(folder)
+        corpus = corpora.best()
+    except (ConfigError, corpora.CorpusError, OSError) as error:
+        print(f"bench.tools.gpu_report: {printable(error)}", file=sys.stderr)
+        return 2
+    report = GpuReport(device, plan, folder, deadline, names, corpus)
+    try:
+        good = report.run()
+    except KeyboardInterrupt:
+        print(f"stopped; what has run is in {folder / 'gpu-report.md'}", file=sys.stderr)
+        return 130
+    print((folder / "gpu-report.md").read_text(encoding="utf-8"))
+    print(folder / "gpu-report.md")
+    return 0 if good else 1
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,125 @@
+"""The first page of `make gpu-report`: what ran, what failed, and what to commit."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from bench import records
+from bench.report.text import markdown, units
+from bench.run import isolate
+from bench.run.progress import duration
+from bench.tools.gpu_report.command import Ran
+
+LARGE_BYTES = 2**20
+"""Files above this size are named on the page."""
+COMMITTED = ("gpu-report.md", "impls.md", "impls.json", "tests.md", "records", "report")
+"""What is worth a commit, in the folder of the report."""
+_RESULT = re.compile(r"^(tests/\S+?::.+?) (PASSED|FAILED|ERROR|SKIPPED|XFAIL|XPASS)\b", re.MULTILINE)
+_SUMMARY = re.compile(r"^(?:FAILED|ERROR) (tests/\S+?::.+?)(?: - (.*))?$", re.MULTILINE)
+
+
+@dataclass
+class Part:
+    """A part of the run and its result."""
+
+    title: str
+    seconds: float = 0.0
+    is_complete: bool = False
+    is_failure: bool = False
+    """Whether something that ran has failed; a part for which no time was left has not."""
+    lines: list[str] = field(default_factory=list)
+    """The result, in Markdown."""
+
+
+def tests(ran: Ran) -> tuple[list[str], str, bool]:
+    """Return the results of a run of pytest with `-v`: lines for the first page, a page with every failure,
+    and whether a test failed.
+
+    They are read from the output line by line, because a run that is stopped has no other summary.
+    """
+    results = dict(_RESULT.findall(ran.output))
+    reasons = dict(_SUMMARY.findall(ran.output))
+    counts = Counter(results.values())
+    failed = sorted({name for name, result in results.items() if result in ("FAILED", "ERROR")} | {*reasons})
+    line = ", ".join(f"{count} {result.lower()}" for result, count in sorted(counts.items()))
+    lines = [line or f"no test ran: {ran.last_line}"]
+    if not ran.in_time:
+        lines.append(f"stopped after {duration(ran.seconds)}; the remaining tests did not run")
+    each = [f"- `{name}`: {reasons.get(name) or 'see logs/tests.txt'}" for name in failed]
+    page = "\n".join([f"# Tests\n\n{'; '.join(lines)}.\n", *(each or ["No test failed."])]) + "\n"
+    return [*lines, *each[:20], *(["- … all in tests.md"] if len(each) > 20 else [])], page, bool(failed)
+
+
+def files_with_marker(folder: Path, marker: str) -> list[str]:
+    """Return the test files that contain a text. Others are not collected, which would take half a minute."""
+    return [str(path) for path in sorted(folder.rglob("test_*.py")) if marker in path.read_text("utf-8")]
+
+
+def remove_stopped(folder: Path) -> None:
+    """Remove the records of cells that the time limit stopped: they say nothing about the variant."""
+    known, _ = records.read_all(folder)
+    for record in known:
+        if record.reason == isolate.STOPPED:
+            records.path_of(folder, record.cell_id).unlink(missing_ok=True)
+
+
+def sweep(folder: Path, ran: Ran) -> list[str]:
+    """Return lines about the records that a sweep has left in a folder."""
+    known, problems = records.read_all(folder)
+    counts = Counter(record.status for record in known)
+    stopped = "" if ran.in_time else f"; stopped after {duration(ran.seconds)}"
+    lines = [f"{', '.join(f'{n} {status}' for status, n in sorted(counts.items())) or 'no record'}{stopped}"]
+    trained = [record for record in known if record.perplexity]
+    if trained:
+        lines.append(f"{len(trained)} with a perplexity")
+    wrong = [record for record in known if record.status not in records.FINAL]
+    lines += [f"- {record.variant} T={record.seq_len}: {record.status}, {record.reason}" for record in wrong]
+    return [*lines, *(f"- {problem}" for problem in problems)]
+
+
+def committed(folder: Path) -> list[str]:
+    """Return lines about the files that are worth a commit, with their sizes."""
+    lines, total = [], 0
+    for name in COMMITTED:
+        path = folder / name
+        files = [path] if path.is_file() else [each for each in path.rglob("*") if each.is_file()]
+        size = sum(each.stat().st_size for each in files)
+        total += size
+        if files:
+            lines.append(
+                f"- `{name}`: {len(files)} {'file' if len(files) == 1 else 'files'}, {units.size(size)}"
+            )
+        lines += [
+            f"  - large: `{each.relative_to(folder)}`, {units.size(each.stat().st_size)}"
+            for each in files
+            if each.stat().st_size > LARGE_BYTES
+        ]
+    return [*lines, f"- together {units.size(total)}"]
+
+
+def first_page(folder: Path, facts: Mapping[str, str], parts: Sequence[Part]) -> str:
+    """Return the page for what has run so far."""
+    rows = "".join(f"| {key} | {markdown.escape(value)} |\n" for key, value in facts.items())
+    sections = []
+    for part in parts:
+        state = "" if part.is_complete else " (not complete)"
+        body = "\n".join(part.lines) or "did not run"
+        sections.append(f"## {part.title}{state}\n\n{body}\n\nTook {duration(part.seconds)}.\n")
+    return f"""# Report of this machine's device
+
+`make gpu-report` wrote this page. `impls.md` compares the implementations, `report/summary.md` the variants.
+
+| | |
+|---|---|
+{rows}
+{chr(10).join(sections)}
+## To commit
+
+`git add -f` of these, or their copies in place of `results/h100`:
+
+{chr(10).join(committed(folder))}
+"""

@@ -1,0 +1,141 @@
+"""The report of a GPU: its page from the output of other programs, and the whole command on the CPU."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import HANG_SECONDS
+
+from bench.run import isolate
+from bench.tools.gpu_report import environment, page
+from bench.tools.gpu_report.command import Ran
+from bench.tools.gpu_report.page import Part
+
+ROOT = Path(__file__).parents[1]
+OUTPUT = """\
+collected 3 items
+tests/test_cuda.py::test_one[a b-1] PASSED                               [ 33%]
+tests/test_cuda.py::test_two FAILED                                      [ 66%]
+tests/test_cuda.py::test_three SKIPPED (no kernel)                       [100%]
+FAILED tests/test_cuda.py::test_two - RuntimeError: no kernel image
+ERROR tests/test_other.py::test_x - ImportError: no module
+"""
+
+
+def test_results_of_tests_are_read_from_their_lines() -> None:
+    lines, text, failed = page.tests(Ran(1, True, 60.0, OUTPUT))
+    assert lines[0] == "1 failed, 1 passed, 1 skipped"
+    assert failed
+    assert "`tests/test_cuda.py::test_two`: RuntimeError: no kernel image" in text
+    assert "`tests/test_other.py::test_x`: ImportError: no module" in text
+
+
+def test_tests_that_are_stopped_are_told_of() -> None:
+    stopped = OUTPUT.splitlines()[1] + "\n"
+    lines, text, failed = page.tests(Ran(2, False, 90.0, stopped))
+    assert lines == ["1 passed", "stopped after 1:30; the remaining tests did not run"]
+    assert not failed
+    assert "the remaining tests did not run" in text
+
+
+def test_tests_that_cannot_start_are_told_of() -> None:
+    lines, _, failed = page.tests(Ran(4, True, 1.0, "No module named pytest\n"))
+    assert lines == ["no test ran: No module named pytest"]
+    assert not failed, "the exit status says so"
+
+
+def test_the_files_with_tests_for_a_device_are_found() -> None:
+    names = {Path(path).name for path in page.files_with_marker(ROOT / "tests", "mark.cuda")}
+    assert {"test_cuda.py", "test_device_time.py"} <= names
+    assert "test_words.py" not in names
+    assert page.files_with_marker(ROOT / "no such folder", "mark.cuda") == []
+
+
+def test_required_packages_are_those_of_the_project() -> None:
+    names = environment.requirements(ROOT / "pyproject.toml")
+    assert {"torch", "hydra-core", "vl-convert-python"} <= {*names}
+    versions = environment.packages([*names, "no-such-package"])
+    assert versions.pop("no-such-package") is None
+    assert all(versions.values())
+
+
+def test_the_page_says_what_did_not_run_and_what_to_commit(tmp_path: Path) -> None:
+    (tmp_path / "records").mkdir()
+    (tmp_path / "records/a.json").write_text("x" * 2 * page.LARGE_BYTES)
+    (tmp_path / "impls.md").write_text("x")
+    (tmp_path / "checkpoints").mkdir()
+    parts = [Part("One", 61.0, True, lines=["fine"]), Part("Two")]
+    text = page.first_page(tmp_path, {"device": "a|b"}, parts)
+    assert "## One\n\nfine\n\nTook 1:01." in text
+    assert "## Two (not complete)\n\ndid not run" in text
+    assert "| device | a\\|b |" in text
+    assert "- `records`: 1 file, 2.00 MiB" in text
+    assert "large: `records/a.json`" in text
+    assert "checkpoints" not in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ("--device cuda", "this machine has no CUDA device"),
+        ("--device cpu --minutes 0", "--minutes=0: allowed is more than 0"),
+        ("--device cpu --only longfromer", "did you mean longformer?"),
+        ("--device tpu", "--device=tpu: unknown; allowed are"),
+    ],
+)
+def test_a_mistake_is_told_before_anything_runs(arguments: str, says: str, tmp_path: Path) -> None:
+    import torch
+
+    if "cuda" in arguments and torch.cuda.is_available():
+        pytest.skip("there is a CUDA device")
+    command = [sys.executable, "-m", "bench.tools.gpu_report", *arguments.split(), "--out", "x"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=HANG_SECONDS)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert says in done.stderr
+    assert not [*tmp_path.iterdir()]
+
+
+@pytest.mark.slow
+def test_the_whole_command_on_the_cpu(tmp_path: Path) -> None:
+    """Tests, implementations and a preset, in small sizes."""
+    command = [
+        sys.executable,
+        "-m",
+        "bench.tools.gpu_report",
+        "--device",
+        "cpu",
+        "--only",
+        "dense",
+        "chunked",
+    ]
+    command += ["--minutes", "600", "--out", "results/here"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=HANG_SECONDS)
+    assert done.returncode == 0, done.stderr
+    folder = tmp_path / "results/here"
+    text = (folder / "gpu-report.md").read_text()
+    assert "not complete" not in text
+    assert "passed" in text
+    assert "dense impl=naive" in text
+    assert "data: " in text
+    assert (folder / "report/summary.md").exists()
+    cases = json.loads((folder / "impls.json").read_text())["cases"]
+    assert {case["variant"] for case in cases} == {"dense", "chunked"}
+    assert all(len(case["figures"]) == 2 for case in cases if case["is_auto"])
+    assert len([*(folder / "records").glob("*.json")]) > 3
+
+
+@pytest.mark.slow
+def test_the_command_ends_when_its_time_is_over(tmp_path: Path) -> None:
+    """With what it has: a page, and no record of the cell that was stopped."""
+    command = [sys.executable, "-m", "bench.tools.gpu_report", "--device", "cpu", "--only", "dense"]
+    command += ["--minutes", "0.02", "--out", "results/here"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=HANG_SECONDS)
+    assert done.returncode == 0, done.stderr
+    text = (tmp_path / "results/here/gpu-report.md").read_text()
+    assert text.count("did not run: no time was left") == 2, "the tests and the preset"
+    assert "dense impl=naive: not tried" in text
+    assert isolate.STOPPED not in text
