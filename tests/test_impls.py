@@ -15,6 +15,7 @@ from tiers import slow
 import variants
 from bench.measure.layer import outcome, relative_errors
 from bench.run.devices import CPU, Device
+from bench.run.locks import on_device
 from bench.tools.impls import figures, table
 from bench.tools.impls.figures import Case, LayerFigures, Setting
 from bench.tools.impls.table import Result, collect, read_setting, verdict
@@ -137,6 +138,16 @@ def test_no_case_starts_when_the_time_is_over() -> None:
     results = collect(SETTING, [AUTO, OTHER], CPU, left=lambda: next(left), measure=crashes)
     assert results[0].figures
     assert (results[1].figures, results[1].failure) == ([], table.NOT_TRIED)
+
+
+def test_a_device_that_another_run_holds_is_waited_for_until_the_time_is_over(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    left = iter([3600.0, 3600.0, 1.0])
+    with on_device(CPU):
+        (result,) = collect(SETTING, [AUTO], CPU, left=lambda: next(left), measure=crashes)
+    assert (result.figures, result.failure) == ([], table.NOT_TRIED)
+    assert capfd.readouterr().err.count("waiting: another run") == 1
 
 
 @pytest.mark.parametrize("name", ["dense", *slow(*(n for n in variants.mixers() if n != "dense"))])

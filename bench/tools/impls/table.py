@@ -76,12 +76,35 @@ def collect(
         if (seconds := min(CASE_SECONDS, left())) < LEAST_SECONDS:
             results.append(Result(case, failure=NOT_TRIED))
         else:
-            with on_device(device):
-                outcome = run_limited(measure, setting, case, device, seconds=seconds)
-            results.append(Result(case, outcome.reported, _failure(outcome)))
+            try:
+                with on_device(device, _waiting(left)):
+                    outcome = run_limited(measure, setting, case, device, seconds=seconds)
+            except _Busy:
+                results.append(Result(case, failure=NOT_TRIED))
+            else:
+                results.append(Result(case, outcome.reported, _failure(outcome)))
         keep(results)
         print(f"[{done}/{len(cases)}] {describe(results[-1])}", file=sys.stderr, flush=True)
     return results
+
+
+class _Busy(Exception):
+    """Another run held the device until the time was over."""
+
+
+def _waiting(left: Callable[[], float]) -> Callable[[], None]:
+    """Return what is called while another run holds the device: it says so once, and ends the wait with the
+    time."""
+    said: list[bool] = []
+
+    def waiting() -> None:
+        if not said:
+            print("waiting: another run measures on the device", file=sys.stderr, flush=True)
+            said.append(True)
+        if left() < LEAST_SECONDS:
+            raise _Busy
+
+    return waiting
 
 
 def _failure(outcome: Outcome) -> str | None:
