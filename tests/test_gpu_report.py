@@ -13,7 +13,7 @@ from conftest import HANG_SECONDS
 from bench.run import isolate
 from bench.tools.gpu_report import environment, page
 from bench.tools.gpu_report.command import Ran
-from bench.tools.gpu_report.page import Part
+from bench.tools.gpu_report.page import Part, TestResults
 
 ROOT = Path(__file__).parents[1]
 OUTPUT = """\
@@ -22,30 +22,56 @@ tests/test_cuda.py::test_one[a b-1] PASSED                               [ 33%]
 tests/test_cuda.py::test_two FAILED                                      [ 66%]
 tests/test_cuda.py::test_three SKIPPED (no kernel)                       [100%]
 FAILED tests/test_cuda.py::test_two - RuntimeError: no kernel image
-ERROR tests/test_other.py::test_x - ImportError: no module
+ERROR tests/test_other.py - ImportError: no module
+"""
+PARALLEL = """\
+[gw1] [ 33%] PASSED tests/test_cuda.py::test_one[a b-1]
+[gw0] [ 66%] FAILED tests/test_cuda.py::test_two
+[gw1] [100%] SKIPPED tests/test_cuda.py::test_three
+FAILED tests/test_cuda.py::test_two - RuntimeError: no kernel image
+ERROR tests/test_other.py - ImportError: no module
 """
 
 
-def test_results_of_tests_are_read_from_their_lines() -> None:
-    lines, text, failed = page.tests(Ran(1, True, 60.0, OUTPUT))
-    assert lines[0] == "1 failed, 1 passed, 1 skipped"
-    assert failed
-    assert "`tests/test_cuda.py::test_two`: RuntimeError: no kernel image" in text
-    assert "`tests/test_other.py::test_x`: ImportError: no module" in text
+def results_of(*runs: Ran) -> TestResults:
+    found = TestResults()
+    for ran in runs:
+        found.add(ran)
+    return found
 
 
-def test_tests_that_are_stopped_are_told_of() -> None:
+@pytest.mark.parametrize("output", [OUTPUT, PARALLEL], ids=["one process", "several"])
+def test_results_of_tests_are_read_from_their_lines(output: str) -> None:
+    found = results_of(Ran(1, True, 60.0, output))
+    assert found.results == {
+        "tests/test_cuda.py::test_one[a b-1]": "PASSED",
+        "tests/test_cuda.py::test_two": "FAILED",
+        "tests/test_cuda.py::test_three": "SKIPPED",
+        "tests/test_other.py": "ERROR",
+    }
+    assert found.lines() == [
+        "1 error, 1 failed, 1 passed, 1 skipped",
+        "- `tests/test_cuda.py::test_two`: RuntimeError: no kernel image",
+        "- `tests/test_other.py`: ImportError: no module",
+    ]
+    assert found.lines(1)[1:] == [found.lines()[1], "- … 1 more in tests.md"]
+
+
+def test_a_test_that_ran_again_has_its_new_result() -> None:
+    again = "tests/test_cuda.py::test_two PASSED [100%]\n"
+    found = results_of(Ran(1, True, 60.0, OUTPUT), Ran(0, True, 5.0, again))
+    assert found.failed == ["tests/test_other.py"]
+
+
+def test_tests_that_are_stopped_or_cannot_start_are_told_of() -> None:
     stopped = OUTPUT.splitlines()[1] + "\n"
-    lines, text, failed = page.tests(Ran(2, False, 90.0, stopped))
-    assert lines == ["1 passed", "stopped after 1:30; the remaining tests did not run"]
-    assert not failed
-    assert "the remaining tests did not run" in text
-
-
-def test_tests_that_cannot_start_are_told_of() -> None:
-    lines, _, failed = page.tests(Ran(4, True, 1.0, "No module named pytest\n"))
-    assert lines == ["no test ran: No module named pytest"]
-    assert not failed, "the exit status says so"
+    found = results_of(Ran(2, False, 90.0, stopped), Ran(4, True, 1.0, "No module named pytest\n"))
+    assert found.lines() == [
+        "1 passed",
+        "stopped after 1:30; the remaining tests did not run",
+        "pytest ended with status 4: No module named pytest",
+    ]
+    assert not found.failed
 
 
 def test_the_files_with_tests_for_a_device_are_found() -> None:

@@ -13,7 +13,9 @@ missing device, 130 after Ctrl-C.
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import os
+import signal
 import sys
 import time
 from collections.abc import Iterator
@@ -68,7 +70,7 @@ PLANS = {
     ),
     "cpu": Plan(
         dtype="bfloat16",
-        marker="busy_seconds",
+        marker="is_launch_bound",
         selected="not cuda",
         sizes=None,
         preset=("experiment=smoke", "device=cpu", "variant=dense,chunked", "measure.train_tokens=2000"),
@@ -76,6 +78,8 @@ PLANS = {
 }
 """By type of device. On the CPU the same parts run in small sizes, to try the command."""
 SMALL = figures.Setting(device="cpu", dtype="bfloat16", d_model=64, heads=2, lengths=(128, 256), knobs={})
+PARALLEL_FILE, WORKERS = "test_cuda.py", 4
+"""Tests that spend most of their time in compilers run in several processes; other tests measure times."""
 TESTS_SHARE, IMPLS_SHARE = 0.15, 0.32
 """Shares of the whole time. The preset gets what is left."""
 
@@ -88,10 +92,10 @@ class GpuReport:
     """The parts of the run, and the page about them."""
 
     def __init__(
-        self, device: Device, plan: Plan, folder: Path, deadline: Deadline, names: list[str], corpus: str
+        self, device: Device, plan: Plan, folder: Path, deadline: Deadline, names: list[str]
     ) -> None:
         self.device, self.plan, self.folder, self.deadline = device, plan, folder, deadline
-        self.names, self.corpus = names, corpus
+        self.names = names
         self.facts: dict[str, str] = {}
         titles = ("Environment", "Tests on the device", "Host", "Implementations", "Preset")
         self.parts = [Part(title) for title in titles]
@@ -151,13 +155,29 @@ class GpuReport:
         if not files:
             part.lines.append("there are no tests beside this package; run from a checkout")
             return
+        ends = self.deadline.left() - self.deadline.part(TESTS_SHARE)
+        shared = [file for file in files if Path(file).name == PARALLEL_FILE]
+        found = page.TestResults()
+        self._pytest(found, "tests", [file for file in files if file not in shared], ends)
+        if shared:
+            workers = ["-n", str(WORKERS)] if importlib.util.find_spec("xdist") else []
+            self._pytest(found, "tests-parallel", [*workers, *shared], ends)
+            if again := [name for name in found.failed if name.startswith(f"tests/{PARALLEL_FILE}::")]:
+                self._pytest(found, "tests-again", again, ends)  # alone, without the load of the others
+        text = "\n\n".join(["# Tests on the device", *found.lines()])
+        records.write_atomically(self.folder / "tests.md", f"{text}\n")
+        part.lines = found.lines(20)
+        part.is_complete = not found.problems
+        part.is_failure = bool(found.failed or not found.results)
+
+    def _pytest(self, found: page.TestResults, log: str, arguments: list[str], ends: float) -> None:
+        """Add the results of a run of pytest, which lasts until `ends` seconds of the deadline are left."""
         options = ["-v", "-rfE", "--tb=short", "-p", "no:cacheprovider", "-o", "addopts="]
         options += ["--continue-on-collection-errors", "-m", self.plan.selected]
-        ran = self._command("tests", ["pytest", *options, *files], self.deadline.part(TESTS_SHARE))
-        part.lines, text, failed = page.tests(ran)
-        records.write_atomically(self.folder / "tests.md", text)
-        part.is_complete = ran.in_time
-        part.is_failure = failed or (ran.in_time and ran.status not in (0, 1))
+        try:
+            found.add(self._command(log, ["pytest", *options, *arguments], self.deadline.left() - ends))
+        except NoTimeLeft:
+            found.problems.append(f"{log} did not run: no time was left")
 
     def _host(self, part: Part) -> None:
         outcome = run_limited(environment.launch_time, self.folder, self.device, seconds=120)
@@ -200,13 +220,14 @@ class GpuReport:
         part.is_failure = any(r.case.is_auto and r.failure not in (None, table.NOT_TRIED) for r in results)
 
     def _preset(self, part: Part) -> None:
-        overrides = [*self.plan.preset, f"data={self.corpus}"]
+        corpus = corpora.best()
+        overrides = [*self.plan.preset, f"data={corpus}"]
         overrides += [f"results_dir={self.folder.parent}", f"name={self.folder.name}"]
         ran = self._command("preset", ["bench", *overrides], self.deadline.left(REPORT_SECONDS))
         if not ran.in_time:
             page.remove_stopped(self.folder)
         part.lines = page.sweep(self.folder, ran)
-        part.lines.append(f"data: {self.corpus}")
+        part.lines.append(f"data: {corpus}")
         part.is_complete = ran.in_time
         part.is_failure = ran.in_time and ran.status != 0
         if part.is_failure:
@@ -251,11 +272,11 @@ def main() -> int:
             )
         folder = user_path("--out", arguments.out).resolve()
         records.make_folder(folder)
-        corpus = corpora.best()
-    except (ConfigError, corpora.CorpusError, OSError) as error:
+    except (ConfigError, OSError) as error:
         print(f"bench.tools.gpu_report: {printable(error)}", file=sys.stderr)
         return 2
-    report = GpuReport(device, plan, folder, deadline, names, corpus)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends the commands that run, as Ctrl-C does
+    report = GpuReport(device, plan, folder, deadline, names)
     try:
         good = report.run()
     except KeyboardInterrupt:

@@ -18,8 +18,10 @@ LARGE_BYTES = 2**20
 """Files above this size are named on the page."""
 COMMITTED = ("gpu-report.md", "impls.md", "impls.json", "tests.md", "records", "report")
 """What is worth a commit, in the folder of the report."""
-_RESULT = re.compile(r"^(tests/\S+?::.+?) (PASSED|FAILED|ERROR|SKIPPED|XFAIL|XPASS)\b", re.MULTILINE)
-_SUMMARY = re.compile(r"^(?:FAILED|ERROR) (tests/\S+?::.+?)(?: - (.*))?$", re.MULTILINE)
+_WORDS = "PASSED|FAILED|ERROR|SKIPPED|XFAIL|XPASS"
+_RESULT = re.compile(rf"^(tests/\S+?::.+?) ({_WORDS})\b", re.MULTILINE)
+_PARALLEL_RESULT = re.compile(rf"^\[gw\d+\] \[ *\d+%\] ({_WORDS}) (tests/\S+?::.+?) *$", re.MULTILINE)
+_SUMMARY = re.compile(r"^(?:FAILED|ERROR) (tests/\S+?(?:::.+?)?)(?: - (.*))?$", re.MULTILINE)
 
 
 @dataclass
@@ -35,23 +37,42 @@ class Part:
     """The result, in Markdown."""
 
 
-def tests(ran: Ran) -> tuple[list[str], str, bool]:
-    """Return the results of a run of pytest with `-v`: lines for the first page, a page with every failure,
-    and whether a test failed.
+@dataclass
+class TestResults:
+    """Results of runs of pytest with `-v`, read line by line: a run that is stopped has no other summary."""
 
-    They are read from the output line by line, because a run that is stopped has no other summary.
-    """
-    results = dict(_RESULT.findall(ran.output))
-    reasons = dict(_SUMMARY.findall(ran.output))
-    counts = Counter(results.values())
-    failed = sorted({name for name, result in results.items() if result in ("FAILED", "ERROR")} | {*reasons})
-    line = ", ".join(f"{count} {result.lower()}" for result, count in sorted(counts.items()))
-    lines = [line or f"no test ran: {ran.last_line}"]
-    if not ran.in_time:
-        lines.append(f"stopped after {duration(ran.seconds)}; the remaining tests did not run")
-    each = [f"- `{name}`: {reasons.get(name) or 'see logs/tests.txt'}" for name in failed]
-    page = "\n".join([f"# Tests\n\n{'; '.join(lines)}.\n", *(each or ["No test failed."])]) + "\n"
-    return [*lines, *each[:20], *(["- … all in tests.md"] if len(each) > 20 else [])], page, bool(failed)
+    results: dict[str, str] = field(default_factory=dict)
+    """Name of a test → its last result."""
+    reasons: dict[str, str] = field(default_factory=dict)
+    """Name of a test that failed → why, in one line."""
+    problems: list[str] = field(default_factory=list)
+    """Runs that did not end as they should."""
+
+    def add(self, ran: Ran) -> None:
+        """Read the output of another run; a test that ran again has its new result."""
+        new = dict(_RESULT.findall(ran.output))
+        new |= {name: result for result, name in _PARALLEL_RESULT.findall(ran.output)}
+        self.results |= new
+        self.reasons |= dict(_SUMMARY.findall(ran.output))
+        for name in self.reasons.keys() - new.keys():  # it could not be imported
+            self.results.setdefault(name, "ERROR")
+        if not ran.in_time:
+            self.problems.append(f"stopped after {duration(ran.seconds)}; the remaining tests did not run")
+        elif ran.status not in (0, 1):
+            self.problems.append(f"pytest ended with status {ran.status}: {ran.last_line}")
+
+    @property
+    def failed(self) -> list[str]:
+        """Names of the tests that failed in their last run."""
+        return sorted(name for name, result in self.results.items() if result in ("FAILED", "ERROR"))
+
+    def lines(self, most: int | None = None) -> list[str]:
+        """Return the counts, the problems and at most so many failures."""
+        counts = Counter(self.results.values())
+        line = ", ".join(f"{count} {result.lower()}" for result, count in sorted(counts.items()))
+        each = [f"- `{name}`: {self.reasons.get(name) or 'see logs/'}" for name in self.failed]
+        rest = [f"- … {len(each) - most} more in tests.md"] if most is not None and len(each) > most else []
+        return [line or "no test ran", *self.problems, *each[:most], *rest]
 
 
 def files_with_marker(folder: Path, marker: str) -> list[str]:
