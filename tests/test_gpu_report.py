@@ -13,7 +13,7 @@ from conftest import HANG_SECONDS
 from bench.run import isolate
 from bench.tools.gpu_report import environment, page
 from bench.tools.gpu_report.command import Ran
-from bench.tools.gpu_report.page import Part, TestResults
+from bench.tools.gpu_report.page import Part, PytestResults
 
 ROOT = Path(__file__).parents[1]
 OUTPUT = """\
@@ -33,8 +33,8 @@ ERROR tests/test_other.py - ImportError: no module
 """
 
 
-def results_of(*runs: Ran) -> TestResults:
-    found = TestResults()
+def results_of(*runs: Ran) -> PytestResults:
+    found = PytestResults()
     for ran in runs:
         found.add(ran)
     return found

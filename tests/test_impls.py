@@ -43,6 +43,7 @@ def of(seconds: float, seq_len: int = 64, error: float = 1e-3, **changed: object
     )
 
 
+COARSE = {"baseline_output_error": 0.3, "baseline_gradient_error": 0.3}
 BASE = Result(AUTO, [of(1.0), of(10.0, 300)])
 
 
@@ -57,6 +58,9 @@ BASE = Result(AUTO, [of(1.0), of(10.0, 300)])
         ([of(0.5), of(8.0, 300, gradient_error=0.1)], "wrong: error of gradients 1.0e-01"),
         ([of(0.5, error=float("nan")), of(8.0, 300)], "wrong: error of outputs nan"),
         ([of(0.5, error=2 * 1e-3 + 2**-8), of(8.0, 300)], "promote"),
+        ([of(0.5), of(8.0, 300, 0.3, **COARSE, difference=0.01)], "promote"),
+        ([of(0.5), of(8.0, 300, 0.3, **COARSE, difference=0.3)], "perhaps wrong: outputs differ from auto"),
+        ([of(0.5), of(8.0, 300, 0.3, **COARSE, difference=float("nan"))], "perhaps wrong"),
         ([of(0.5), of(8.0, 300, not_compared="float32 runs out of memory")], "not compared, float32"),
         ([of(0.5), of(8.0, 300, output_error=None)], "outputs not compared"),
         ([of(0.5), of(8.0, 300, baseline_output_error=None)], "outputs not compared"),

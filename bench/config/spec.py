@@ -92,8 +92,8 @@ class Root(Spec):
     devices: int | Literal["all"] = knob("all", least=1, unit="devices", decides=False)
     """Number of accelerators of this machine that a sweep uses at the same time, one cell on each."""
     report_minutes: float | None = knob(None, least=0, unit="minutes", decides=False)
-    """Write the report after each round of replicates, and within a round whenever this time has passed; null
-    writes none during the sweep."""
+    """Write the report after each round of replicates, and within a round whenever this time has passed. null
+    writes none during the sweep; neither do jobs of a cluster."""
     estimate: Literal["h100", "a100", "rtx4090", "b200"] | None = knob(None, decides=False)
     """Print the estimated duration of the sweep on one card of this kind, and run nothing."""
 

@@ -21,6 +21,10 @@ from bench.process.stderr_tail import StderrTail, redirect_stderr
 Report = Callable[[Any], None]
 
 
+class Refused(Exception):
+    """A function cannot do its work, for the reason in the message; its traceback is not shown."""
+
+
 @dataclass
 class Outcome:
     """What a function reported, and how its process ended."""
@@ -105,7 +109,8 @@ def _child(
     try:
         function(theirs.send, *arguments)
     except Exception as error:
-        traceback.print_exc()
+        if not isinstance(error, Refused):
+            traceback.print_exc()
         lines = str(error).strip().splitlines()
         theirs.send(_Raised(type(error).__name__, lines[0] if lines else type(error).__name__))
     theirs.close()

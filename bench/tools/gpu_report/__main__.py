@@ -73,7 +73,7 @@ PLANS = {
         marker="is_launch_bound",
         selected="not cuda",
         sizes=None,
-        preset=("experiment=smoke", "device=cpu", "variant=dense,chunked", "measure.train_tokens=2000"),
+        preset=("experiment=smoke", "device=cpu", "variant=dense,chunked"),
     ),
 }
 """By type of device. On the CPU the same parts run in small sizes, to try the command."""
@@ -157,7 +157,7 @@ class GpuReport:
             return
         ends = self.deadline.left() - self.deadline.part(TESTS_SHARE)
         shared = [file for file in files if Path(file).name == PARALLEL_FILE]
-        found = page.TestResults()
+        found = page.PytestResults()
         self._pytest(found, "tests", [file for file in files if file not in shared], ends)
         if shared:
             workers = ["-n", str(WORKERS)] if importlib.util.find_spec("xdist") else []
@@ -170,7 +170,7 @@ class GpuReport:
         part.is_complete = not found.problems
         part.is_failure = bool(found.failed or not found.results)
 
-    def _pytest(self, found: page.TestResults, log: str, arguments: list[str], ends: float) -> None:
+    def _pytest(self, found: page.PytestResults, log: str, arguments: list[str], ends: float) -> None:
         """Add the results of a run of pytest, which lasts until `ends` seconds of the deadline are left."""
         options = ["-v", "-rfE", "--tb=short", "-p", "no:cacheprovider", "-o", "addopts="]
         options += ["--continue-on-collection-errors", "-m", self.plan.selected]

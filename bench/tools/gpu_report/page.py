@@ -38,7 +38,7 @@ class Part:
 
 
 @dataclass
-class TestResults:
+class PytestResults:
     """Results of runs of pytest with `-v`, read line by line: a run that is stopped has no other summary."""
 
     results: dict[str, str] = field(default_factory=dict)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import variants
+from bench.process.limited import Refused
 from bench.run.devices import Device
 
 if TYPE_CHECKING:
@@ -64,6 +65,9 @@ class LayerFigures:
     baseline_output_error: float | None = None
     """The same of the implementation that `auto` selects, in the same number format."""
     baseline_gradient_error: float | None = None
+    difference: float | None = None
+    """Larger relative difference, of outputs or a gradient, to that implementation in the same number format.
+    """
     not_compared: str | None = None
     """Why there are no errors."""
 
@@ -100,7 +104,7 @@ def measure(report: Callable[[LayerFigures], None], setting: Setting, case: Case
         report(_Comparison(setting, case, seq_len).figures())
 
 
-class Missing(Exception):
+class Missing(Refused):
     """The machine lacks what the implementation needs; the message is the reason."""
 
 
@@ -230,9 +234,12 @@ class _Comparison:
             return outcome(self._make(config), x, direction, causal=self.causal, dtype=dtype)
 
         want = results(exact, torch.float32)
-        output, gradient = relative_errors(results(mine, self.dtype), want)
+        got = results(mine, self.dtype)
+        output, gradient = relative_errors(got, want)
         errors: dict[str, Any] = {"output_error": output, "gradient_error": gradient}
         if not self._missing(auto, self.dtype):
-            of_auto = relative_errors(results(auto, self.dtype), want)
+            baseline = results(auto, self.dtype)
+            of_auto = relative_errors(baseline, want)
             errors |= dict(zip(("baseline_output_error", "baseline_gradient_error"), of_auto, strict=True))
+            errors["difference"] = max(relative_errors(got, baseline))
         return errors

@@ -35,6 +35,10 @@ ERROR_FACTOR = 2.0
 """Error ÷ that of auto's choice that rounding explains; both are relative to float32."""
 ERROR_FLOOR = 2.0**-8
 """Relative error that one rounding to bfloat16 explains."""
+COARSE = 0.05
+"""Above this error of auto's choice, rounding has changed selections (hashes, clusters), and an error
+against float32 says little; then the difference to auto's choice, which makes the same selections, must be
+below it."""
 NONE = "- none\n"
 NOT_TRIED = "not tried: no time was left"
 
@@ -154,6 +158,8 @@ def _incorrect(mine: LayerFigures) -> str | None:
             return f"{kind} not compared"
         if not error <= ERROR_FACTOR * baseline + ERROR_FLOOR:  # true for NaN
             return f"wrong: error of {kind} {error:.1e}, auto's {baseline:.1e},"
+        if baseline > COARSE and not (mine.difference or 0.0) <= COARSE:
+            return f"perhaps wrong: {kind} differ from auto's by {mine.difference:.1e},"
     return None
 
 
@@ -171,9 +177,10 @@ def table(setting: Setting, results: Sequence[Result]) -> str:
     for result in sorted(results, key=lambda r: (r.case.variant, not r.case.is_auto, r.case.impl or "")):
         case, auto = result.case, autos[result.case.variant]
         name = f"{case.impl or ''}{' (auto)' if case.is_auto else ' (untried)' if case.untried else ''}"
-        for seq_len in setting.lengths:
-            row = {"variant": case.variant, "impl": name.strip(), "length": units.length(seq_len)}
-            row |= _cells(result.at(seq_len), auto.at(seq_len))
+        for seq_len in setting.lengths if result.figures else (None,):
+            length = units.MISSING if seq_len is None else units.length(seq_len)
+            row = {"variant": case.variant, "impl": name.strip(), "length": length}
+            row |= _cells(*(None if seq_len is None else of.at(seq_len) for of in (result, auto)))
             row["verdict"] = (
                 found[case.label] if result.failure is None or not case.is_auto else result.failure
             )
@@ -220,8 +227,9 @@ a row. *device time*: the time that the device is busy; *wall time* includes the
 relative to float32 (Frobenius norm); in parentheses those of the implementation that `auto` selects, in the
 same number format.
 
-May be promoted, because their errors are at most {ERROR_FACTOR:g} × auto's plus {ERROR_FLOOR:.1e}, and their
-times at most {FASTER:g} × auto's at the longest length and {SLOWER:g} × at every length:
+May be promoted, because their errors are at most {ERROR_FACTOR:g} × auto's plus {ERROR_FLOOR:.1e} (where
+auto's exceeds {COARSE:g}, the difference to auto is at most that), and their times at most {FASTER:g} ×
+auto's at the longest length and {SLOWER:g} × at every length:
 
 {lines}
 Without a figure at some length:
