@@ -16,6 +16,7 @@ import variants
 from bench.measure.layer import outcome, relative_errors
 from bench.run.devices import CPU, Device
 from bench.run.locks import on_device
+from bench.tools.impls import __main__ as command
 from bench.tools.impls import figures, table
 from bench.tools.impls.figures import Case, LayerFigures, Setting
 from bench.tools.impls.table import Result, collect, read_setting, verdict
@@ -183,3 +184,30 @@ def test_a_wrong_gradient_shows() -> None:
         output, gradient = relative_errors(got, want)
         assert output == 0.0
         assert gradient > 0.1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ("--device cpu --only longfromer", "did you mean longformer?"),
+        ("--device cpu --dtype float16", "--dtype=float16: unknown; allowed are"),
+        *slow(("--device tpu", "--device=tpu: unknown; allowed are")),
+    ],
+)
+def test_a_mistake_is_told_before_anything_is_measured(
+    arguments: str, says: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", ["impls", *arguments.split()])
+    assert command.main() == 2
+    assert says in capsys.readouterr().err
+
+
+def test_one_variant_s_implementations_are_compared(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = f"impls --device cpu --only linformer --lengths 256 --out {tmp_path}"
+    monkeypatch.setattr("sys.argv", line.split())
+    assert command.main() == 0
+    assert "| linformer " in capsys.readouterr().out
+    (case,) = json.loads((tmp_path / "impls.json").read_text())["cases"]
+    assert [each["seq_len"] for each in case["figures"]] == [256]

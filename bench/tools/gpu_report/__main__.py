@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import variants
-from bench import corpora, records
+from bench import CONFIGS, corpora, records
 from bench.inputs.errors import ConfigError, choose
 from bench.inputs.paths import user_path
 from bench.inputs.printable import printable
@@ -65,7 +65,7 @@ PLANS = {
         dtype="bfloat16",
         marker="mark.cuda",
         selected="cuda and not peers",
-        sizes=ROOT / "configs" / "impls.yaml",
+        sizes=CONFIGS / "impls.yaml",
         preset=("experiment=gpu", "devices=1", "report_minutes=null"),
     ),
     "cpu": Plan(
