@@ -72,6 +72,7 @@ def test_tests_that_are_stopped_or_cannot_start_are_told_of() -> None:
         "pytest ended with status 4: No module named pytest",
     ]
     assert not found.failed
+    assert found.is_broken
 
 
 def test_the_files_with_tests_for_a_device_are_found() -> None:

@@ -168,7 +168,7 @@ class GpuReport:
         records.write_atomically(self.folder / "tests.md", f"{text}\n")
         part.lines = found.lines(20)
         part.is_complete = not found.problems
-        part.is_failure = bool(found.failed or not found.results)
+        part.is_failure = bool(found.failed) or found.is_broken
 
     def _pytest(self, found: page.PytestResults, log: str, arguments: list[str], ends: float) -> None:
         """Add the results of a run of pytest, which lasts until `ends` seconds of the deadline are left."""

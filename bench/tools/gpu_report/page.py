@@ -47,6 +47,8 @@ class PytestResults:
     """Name of a test that failed → why, in one line."""
     problems: list[str] = field(default_factory=list)
     """Runs that did not end as they should."""
+    is_broken: bool = False
+    """Whether a run could not do its work, for a reason other than time."""
 
     def add(self, ran: Ran) -> None:
         """Read the output of another run; a test that ran again has its new result."""
@@ -59,6 +61,7 @@ class PytestResults:
         if not ran.in_time:
             self.problems.append(f"stopped after {duration(ran.seconds)}; the remaining tests did not run")
         elif ran.status not in (0, 1):
+            self.is_broken = True
             self.problems.append(f"pytest ended with status {ran.status}: {ran.last_line}")
 
     @property
