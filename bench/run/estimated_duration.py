@@ -16,6 +16,7 @@ from bench.config.spec import Cell, CellSpec, MeasureSpec, digest
 from bench.measure import timing
 from bench.measure.device_time import STEPS
 from bench.measure.estimate import CARDS, Card, estimated_seconds
+from bench.measure.gates import GATE_TOKENS
 from bench.measure.predict import CPU, Prediction, build_model
 from bench.measure.step import StepFigures
 from bench.report.text import markdown, units
@@ -131,7 +132,7 @@ def _replicates(cells: Sequence[Cell]) -> list[int]:
 
 def gate_key(spec: CellSpec) -> str:
     """Identify the gates of a cell, as `bench.measure.gates.check` caches them."""
-    decides: list[Any] = [spec.variant, spec.variant_params, spec.model.heads, min(spec.seq_len, 1000)]
+    decides: list[Any] = [spec.variant, spec.variant_params, spec.model.heads, min(spec.seq_len, GATE_TOKENS)]
     decides += [spec.causal, spec.dtype, spec.activations, spec.feed_forward.name]
     return digest(decides)
 
@@ -200,8 +201,8 @@ def _training(spec: CellSpec, step: float, tokens: int) -> float:
 def text(cells: Sequence[Cell], card_name: str) -> str:
     """Return the estimate in words: a table of the rounds, and what the README states."""
     card = CARDS[card_name]
-    found = estimate(cells, card)
-    rows = [*found.rounds.items(), ("all", (len(cells), found.total))]
+    whole = estimate(cells, card)
+    rows = [*whole.rounds.items(), ("all", (len(cells), whole.total))]
     kinds = [field.name for field in fields(Seconds)]
     columns = [
         Column("round", [str(name) for name, _ in rows], right=False),
@@ -215,14 +216,14 @@ def text(cells: Sequence[Cell], card_name: str) -> str:
         "",
         markdown.table(columns).rstrip("\n"),
         "",
-        f"Largest predicted peak of a step: {units.size(found.peak_bytes)}.",
+        f"Largest predicted peak of a step: {units.size(whole.peak_bytes)}.",
     ]
-    if found.first_table:
-        seconds, trained = found.first_table
+    if whole.first_table:
+        seconds, trained = whole.first_table
         lines.append(
             f"First report with perplexities: after {duration(seconds)}, of {trained} of the "
-            f"{found.trained} trained cells of its round."
+            f"{whole.trained} trained cells of its round."
         )
-    if found.unplanned:
-        lines.append(f"Not planned here, only their start is counted: {', '.join(found.unplanned)}.")
+    if whole.unplanned:
+        lines.append(f"Not planned here, only their start is counted: {', '.join(whole.unplanned)}.")
     return "\n".join(lines)

@@ -157,27 +157,27 @@ class GpuReport:
             return
         ends = self.deadline.left() - self.deadline.part(TESTS_SHARE)
         shared = [file for file in files if Path(file).name == PARALLEL_FILE]
-        found = page.PytestResults()
-        self._pytest(found, "tests", [file for file in files if file not in shared], ends)
+        results = page.PytestResults()
+        self._pytest(results, "tests", [file for file in files if file not in shared], ends)
         if shared:
             workers = ["-n", str(WORKERS)] if importlib.util.find_spec("xdist") else []
-            self._pytest(found, "tests-parallel", [*workers, *shared], ends)
-            if again := [name for name in found.failed if name.startswith(f"tests/{PARALLEL_FILE}::")]:
-                self._pytest(found, "tests-again", again, ends)  # alone, without the load of the others
-        text = "\n\n".join(["# Tests on the device", *found.lines()])
+            self._pytest(results, "tests-parallel", [*workers, *shared], ends)
+            if again := [name for name in results.failed if name.startswith(f"tests/{PARALLEL_FILE}::")]:
+                self._pytest(results, "tests-again", again, ends)  # alone, without the load of the others
+        text = "\n\n".join(["# Tests on the device", *results.lines()])
         records.write_atomically(self.folder / "tests.md", f"{text}\n")
-        part.lines = found.lines(20)
-        part.is_complete = not found.problems
-        part.is_failure = bool(found.failed) or found.is_broken
+        part.lines = results.lines(20)
+        part.is_complete = not results.problems
+        part.is_failure = bool(results.failed) or results.is_broken
 
-    def _pytest(self, found: page.PytestResults, log: str, arguments: list[str], ends: float) -> None:
+    def _pytest(self, results: page.PytestResults, log: str, arguments: list[str], ends: float) -> None:
         """Add the results of a run of pytest, which lasts until `ends` seconds of the deadline are left."""
         options = ["-v", "-rfE", "--tb=short", "-p", "no:cacheprovider", "-o", "addopts="]
         options += ["--continue-on-collection-errors", "-m", self.plan.selected]
         try:
-            found.add(self._command(log, ["pytest", *options, *arguments], self.deadline.left() - ends))
+            results.add(self._command(log, ["pytest", *options, *arguments], self.deadline.left() - ends))
         except NoTimeLeft:
-            found.problems.append(f"{log} did not run: no time was left")
+            results.problems.append(f"{log} did not run: no time was left")
 
     def _host(self, part: Part) -> None:
         outcome = run_limited(environment.launch_time, self.folder, self.device, seconds=120)
@@ -203,11 +203,11 @@ class GpuReport:
             left=lambda: self.deadline.left() - ends,
             keep=lambda results: table.write(self.folder, setting, results, machine),
         )
-        found = table.verdicts(results)
-        promoted = [label for label, verdict in found.items() if verdict == "promote"]
+        judged = table.verdicts(results)
+        promoted = [label for label, verdict in judged.items() if verdict == "promote"]
         part.lines.append(f"may be promoted: {', '.join(promoted) or 'none'}")
         part.lines += [
-            f"- {result.case.label}: {found[result.case.label]}"
+            f"- {result.case.label}: {judged[result.case.label]}"
             for result in results
             if not result.case.is_auto
         ]

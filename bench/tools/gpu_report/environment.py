@@ -21,13 +21,13 @@ OPTIONAL = ("triton", "xformers", "flash-attn", "flash-linear-attention", "fla-c
 
 def packages(names: Iterable[str]) -> dict[str, str | None]:
     """Return the installed version of each package; None if it is not installed."""
-    found: dict[str, str | None] = {}
+    versions: dict[str, str | None] = {}
     for name in names:
         try:
-            found[name] = metadata.version(name)
+            versions[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
-            found[name] = None
-    return found
+            versions[name] = None
+    return versions
 
 
 def requirements(pyproject: Path) -> list[str]:

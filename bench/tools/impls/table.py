@@ -171,7 +171,7 @@ def verdicts(results: Sequence[Result]) -> dict[str, str]:
 
 def table(setting: Setting, results: Sequence[Result]) -> str:
     """Return a row for each implementation and length."""
-    found = verdicts(results)
+    judged = verdicts(results)
     rows: list[dict[str, str]] = []
     autos = {result.case.variant: result for result in results if result.case.is_auto}
     for result in sorted(results, key=lambda r: (r.case.variant, not r.case.is_auto, r.case.impl or "")):
@@ -182,7 +182,7 @@ def table(setting: Setting, results: Sequence[Result]) -> str:
             row = {"variant": case.variant, "impl": name.strip(), "length": length}
             row |= _cells(*(None if seq_len is None else of.at(seq_len) for of in (result, auto)))
             row["verdict"] = (
-                found[case.label] if result.failure is None or not case.is_auto else result.failure
+                judged[case.label] if result.failure is None or not case.is_auto else result.failure
             )
             rows.append(row)
     text = ("variant", "impl", "verdict")
@@ -215,8 +215,8 @@ def _pair(error: float | None, baseline: float | None) -> str:
 
 def page(setting: Setting, results: Sequence[Result], machine: str) -> str:
     """Return the page: the verdicts, and the table."""
-    found = verdicts(results)
-    promoted = [label for label, each in found.items() if each == "promote"]
+    judged = verdicts(results)
+    promoted = [label for label, each in judged.items() if each == "promote"]
     lines = "".join(f"- {label}\n" for label in promoted) or NONE
     failed = [f"- {r.case.label}: {r.failure}\n" for r in results if r.failure]
     return f"""# Implementations of a layer on {machine}
