@@ -71,7 +71,8 @@ bench: corpus ## run the preset for this device (or EXPERIMENT=name) and write i
 	@experiment='$(strip $(EXPERIMENT))'; \
 	experiment="$${experiment:-`$(PY) -m bench.run.provenance preset`}"; \
 	test -n "$$experiment" || { echo "error: there is no preset for this device; run make bench EXPERIMENT=name" >&2; exit 1; }; \
-	data=; $(if $(findstring data=,$(ARGS)),,case "$$experiment" in gpu|gpu_long) data="data=`$(PY) -m bench.corpora best`" || exit;; esac;) \
+	data=; $(if $(findstring data=,$(ARGS)),,if test "$$experiment" = gpu || test "$$experiment" = gpu_long; then \
+		data="data=`$(PY) -m bench.corpora best`" || exit; fi;) \
 	$(call sweep-and-report,$$experiment,$$data)
 
 smoke: corpus ## run a small complete sweep from scratch and write its report

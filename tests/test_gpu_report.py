@@ -10,9 +10,13 @@ from pathlib import Path
 import pytest
 from conftest import HANG_SECONDS
 
+from bench import corpora
 from bench.run import isolate
+from bench.run.devices import CPU
+from bench.tools.gpu_report import __main__ as command
 from bench.tools.gpu_report import environment, page
 from bench.tools.gpu_report.command import Ran
+from bench.tools.gpu_report.deadline import Deadline
 from bench.tools.gpu_report.page import Part, PytestResults
 
 ROOT = Path(__file__).parents[1]
@@ -105,12 +109,55 @@ def test_the_page_says_what_did_not_run_and_what_to_commit(tmp_path: Path) -> No
     assert "checkpoints" not in text
 
 
+def test_a_later_run_of_some_parts_keeps_the_others(tmp_path: Path) -> None:
+    """A machine may be lent for a few minutes at a time."""
+    path = tmp_path / "parts.json"
+    assert page.read_parts(path) == ({}, {})
+    parts = {"host": Part("Host", 2.0, True, lines=["37 µs"])}
+    page.write_parts(path, {"torch": "2"}, parts)
+    assert page.read_parts(path) == ({"torch": "2"}, parts)
+    plan, deadline = command.PLANS["cpu"], Deadline(600.0)
+    report = command.GpuReport(CPU, plan, tmp_path, deadline, ["dense"], ["environment", "tests"])
+    assert report.parts["host"] == parts["host"]
+    assert report.parts["tests"] == Part("Tests on the device")
+    assert report._share("tests", 0.15) == pytest.approx(600, abs=5), "no later part needs time"
+    whole = command.GpuReport(CPU, plan, tmp_path, deadline, ["dense"], list(command.PARTS))
+    assert whole._share("tests", 0.15) == pytest.approx(90)
+    report.write()
+    assert "37 µs" in (tmp_path / "gpu-report.md").read_text()
+
+
+def test_make_bench_trains_on_the_best_corpus_unless_one_is_given() -> None:
+    bench = ["make", "-n", "bench", "EXPERIMENT=gpu"]
+    says = [
+        subprocess.run([*bench, *more], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+        for more in ([], ["ARGS=data=stdlib"])
+    ]
+    assert ["bench.corpora best" in text for text in says] == [True, False]
+
+
+def test_the_best_corpus_is_the_first_at_hand(monkeypatch: pytest.MonkeyPatch) -> None:
+    at_hand: set[str] = set()
+
+    def load(name: str) -> None:
+        if name not in at_hand:
+            raise corpora.CorpusError(f"{name}: missing")
+
+    monkeypatch.setattr(corpora, "load", load)
+    with pytest.raises(corpora.CorpusError, match="enwik8: missing; plays: missing; stdlib: missing"):
+        corpora.best()
+    for name in reversed(corpora.BEST):
+        at_hand.add(name)
+        assert corpora.best() == name
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
         ("--device cuda", "this machine has no CUDA device"),
         ("--device cpu --minutes 0", "--minutes=0: allowed is more than 0"),
         ("--device cpu --only longfromer", "did you mean longformer?"),
+        ("--device cpu --parts imps", "did you mean impls?"),
         ("--device tpu", "--device=tpu: unknown; allowed are"),
     ],
 )
@@ -119,8 +166,8 @@ def test_a_mistake_is_told_before_anything_runs(arguments: str, says: str, tmp_p
 
     if "cuda" in arguments and torch.cuda.is_available():
         pytest.skip("there is a CUDA device")
-    command = [sys.executable, "-m", "bench.tools.gpu_report", *arguments.split(), "--out", "x"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=HANG_SECONDS)
+    line = [sys.executable, "-m", "bench.tools.gpu_report", *arguments.split(), "--out", "x"]
+    done = subprocess.run(line, cwd=tmp_path, capture_output=True, text=True, timeout=HANG_SECONDS)
     assert (done.returncode, done.stdout) == (2, "")
     assert says in done.stderr
     assert not [*tmp_path.iterdir()]
@@ -129,7 +176,7 @@ def test_a_mistake_is_told_before_anything_runs(arguments: str, says: str, tmp_p
 @pytest.mark.slow
 def test_the_whole_command_on_the_cpu(tmp_path: Path) -> None:
     """Tests, implementations and a preset, in small sizes."""
-    command = [
+    line = [
         sys.executable,
         "-m",
         "bench.tools.gpu_report",
@@ -139,8 +186,8 @@ def test_the_whole_command_on_the_cpu(tmp_path: Path) -> None:
         "dense",
         "chunked",
     ]
-    command += ["--minutes", "600", "--out", "results/here"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=HANG_SECONDS)
+    line += ["--minutes", "600", "--out", "results/here"]
+    done = subprocess.run(line, cwd=tmp_path, capture_output=True, text=True, timeout=HANG_SECONDS)
     assert done.returncode == 0, done.stderr
     folder = tmp_path / "results/here"
     text = (folder / "gpu-report.md").read_text()
@@ -158,9 +205,9 @@ def test_the_whole_command_on_the_cpu(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_the_command_ends_when_its_time_is_over(tmp_path: Path) -> None:
     """With what it has: a page, and no record of the cell that was stopped."""
-    command = [sys.executable, "-m", "bench.tools.gpu_report", "--device", "cpu", "--only", "dense"]
-    command += ["--minutes", "0.02", "--out", "results/here"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=HANG_SECONDS)
+    line = [sys.executable, "-m", "bench.tools.gpu_report", "--device", "cpu", "--only", "dense"]
+    line += ["--minutes", "0.02", "--out", "results/here"]
+    done = subprocess.run(line, cwd=tmp_path, capture_output=True, text=True, timeout=HANG_SECONDS)
     assert done.returncode == 0, done.stderr
     text = (tmp_path / "results/here/gpu-report.md").read_text()
     assert text.count("did not run: no time was left") == 2, "the tests and the preset"

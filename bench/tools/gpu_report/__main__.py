@@ -4,7 +4,8 @@ In this order: the environment, the tests marked `cuda`, the host's time for a l
 of every variant (`bench.tools.impls`), and the preset `gpu` from its first round on. Each part has a share of
 the time and runs in processes of its own, so that a part that fails or hangs does not stop the others. The
 first page is written again after each part. If the time is over, the running part ends, and the rest is left
-out. No part needs an installation of this project: from a checkout, any Python with its requirements will do.
+out; `--parts` runs some of them, and continues an earlier run. No part needs an installation of this project:
+from a checkout, any Python with its requirements will do.
 
 Exit status: 0 if everything that ran is as it should be, 1 if a part failed, 2 for an invalid command or a
 missing device, 130 after Ctrl-C.
@@ -18,7 +19,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -81,7 +82,18 @@ SMALL = figures.Setting(device="cpu", dtype="bfloat16", d_model=64, heads=2, len
 PARALLEL_FILE, WORKERS = "test_cuda.py", 4
 """Tests that spend most of their time in compilers run in several processes; other tests measure times."""
 TESTS_SHARE, IMPLS_SHARE = 0.15, 0.32
-"""Shares of the whole time. The preset gets what is left."""
+"""Shares of the whole time, if a later part runs, too. The preset gets what is left."""
+
+
+PARTS = {
+    "environment": "Environment",
+    "tests": "Tests on the device",
+    "host": "Host",
+    "impls": "Implementations",
+    "preset": "Preset",
+}
+"""Name of a part → its title on the page, in order."""
+PARTS_FILE = "parts.json"
 
 
 class NoTimeLeft(Exception):
@@ -92,28 +104,37 @@ class GpuReport:
     """The parts of the run, and the page about them."""
 
     def __init__(
-        self, device: Device, plan: Plan, folder: Path, deadline: Deadline, names: list[str]
+        self,
+        device: Device,
+        plan: Plan,
+        folder: Path,
+        deadline: Deadline,
+        names: list[str],
+        chosen: Sequence[str],
     ) -> None:
+        """`chosen` parts run; the others keep the results of an earlier run in `folder`."""
         self.device, self.plan, self.folder, self.deadline = device, plan, folder, deadline
-        self.names = names
-        self.facts: dict[str, str] = {}
-        titles = ("Environment", "Tests on the device", "Host", "Implementations", "Preset")
-        self.parts = [Part(title) for title in titles]
+        self.names, self.chosen = names, chosen
+        self.facts, known = page.read_parts(folder / PARTS_FILE)
+        self.parts = {name: known.get(name, Part(title)) for name, title in PARTS.items()}
+        self.parts |= {name: Part(PARTS[name]) for name in chosen}
 
     def run(self) -> bool:
-        """Run all parts; returns whether no part failed."""
+        """Run the chosen parts; returns whether none of them failed."""
         steps = (self._environment, self._tests, self._host, self._implementations, self._preset)
         try:
-            for part, step in zip(self.parts, steps, strict=True):
-                with self._timed(part):
-                    step(part)
+            for name, step in zip(PARTS, steps, strict=True):
+                if name in self.chosen:
+                    with self._timed(self.parts[name]):
+                        step(self.parts[name])
         finally:
             self.write()
-        return not any(part.is_failure for part in self.parts)
+        return not any(self.parts[name].is_failure for name in self.chosen)
 
     def write(self) -> None:
         """Write the first page."""
-        text = page.first_page(self.folder, self.facts, self.parts)
+        page.write_parts(self.folder / PARTS_FILE, self.facts, self.parts)
+        text = page.first_page(self.folder, self.facts, list(self.parts.values()))
         records.write_atomically(self.folder / "gpu-report.md", text)
 
     @contextmanager
@@ -155,7 +176,7 @@ class GpuReport:
         if not files:
             part.lines.append("there are no tests beside this package; run from a checkout")
             return
-        ends = self.deadline.left() - self.deadline.part(TESTS_SHARE)
+        ends = self.deadline.left() - self._share("tests", TESTS_SHARE)
         shared = [file for file in files if Path(file).name == PARALLEL_FILE]
         results = page.PytestResults()
         self._pytest(results, "tests", [file for file in files if file not in shared], ends)
@@ -179,6 +200,11 @@ class GpuReport:
         except NoTimeLeft:
             results.problems.append(f"{log} did not run: no time was left")
 
+    def _share(self, name: str, share: float) -> float:
+        """Return the seconds that a part may take: its share, or all if no later part runs."""
+        later = list(PARTS)[list(PARTS).index(name) + 1 :]
+        return self.deadline.part(share if {*later} & {*self.chosen} else 1.0)
+
     def _host(self, part: Part) -> None:
         outcome = run_limited(environment.launch_time, self.folder, self.device, seconds=120)
         seconds = outcome.reported[0] if outcome.reported else None
@@ -195,7 +221,7 @@ class GpuReport:
         sizes = self.plan.sizes
         setting = table.read_setting(self.device.kind, self.plan.dtype, sizes) if sizes else SMALL
         machine = self.facts.get("device") or self.facts.get("CPU") or self.device.kind
-        ends = self.deadline.left() - self.deadline.part(IMPLS_SHARE, REPORT_SECONDS)
+        ends = self.deadline.left() - self._share("impls", IMPLS_SHARE)
         results = table.collect(
             setting,
             figures.cases(setting, self.names),
@@ -257,6 +283,9 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=25.0, help="time limit (default 25)")
     parser.add_argument("--device", default="cuda", help="cuda, or cpu to try the command in small sizes")
     parser.add_argument("--out", default="results/gpu-report", help="folder of the report")
+    parser.add_argument(
+        "--parts", nargs="+", metavar="PART", help=f"run only these: {', '.join(PARTS)}; keep earlier results"
+    )
     parser.add_argument("--only", nargs="+", metavar="VARIANT", help="compare implementations of these only")
     arguments = parser.parse_args()
     try:
@@ -264,6 +293,7 @@ def main() -> int:
             raise ConfigError(f"--minutes={arguments.minutes:g}: allowed is more than 0")
         plan = PLANS[choose("--device", arguments.device, list(PLANS))]
         names = [choose("--only", name, variants.mixers()) for name in arguments.only or variants.mixers()]
+        parts = [choose("--parts", part, list(PARTS)) for part in arguments.parts or PARTS]
         deadline = Deadline(60 * arguments.minutes)
         device = devices_of(arguments.device)[0]
         if device.kind != "cpu" and device.uuid is None:
@@ -276,7 +306,7 @@ def main() -> int:
         print(f"bench.tools.gpu_report: {printable(error)}", file=sys.stderr)
         return 2
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends the commands that run, as Ctrl-C does
-    report = GpuReport(device, plan, folder, deadline, names)
+    report = GpuReport(device, plan, folder, deadline, names, parts)
     try:
         good = report.run()
     except KeyboardInterrupt:

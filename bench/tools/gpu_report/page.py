@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from bench import records
@@ -35,6 +36,20 @@ class Part:
     """Whether something that ran has failed; a part for which no time was left has not."""
     lines: list[str] = field(default_factory=list)
     """The result, in Markdown."""
+
+
+def write_parts(path: Path, facts: Mapping[str, str], parts: Mapping[str, Part]) -> None:
+    """Store the results of the parts by name, for a later run that continues this one."""
+    content = {"facts": dict(facts), "parts": {name: asdict(part) for name, part in parts.items()}}
+    records.write_atomically(path, json.dumps(content, indent=1))
+
+
+def read_parts(path: Path) -> tuple[dict[str, str], dict[str, Part]]:
+    """Return the facts and parts that `write_parts` stored; empty without the file."""
+    if not path.exists():
+        return {}, {}
+    content = json.loads(path.read_text(encoding="utf-8"))
+    return content["facts"], {name: Part(**part) for name, part in content["parts"].items()}
 
 
 @dataclass
