@@ -13,11 +13,11 @@ from conftest import HANG_SECONDS
 from bench import corpora
 from bench.run import isolate
 from bench.run.devices import CPU
-from bench.tools.gpu_report import __main__ as command
 from bench.tools.gpu_report import environment, page
 from bench.tools.gpu_report.command import Ran
 from bench.tools.gpu_report.deadline import Deadline
 from bench.tools.gpu_report.page import Part, PytestResults
+from bench.tools.gpu_report.parts import PARTS, PLANS, GpuReport
 
 ROOT = Path(__file__).parents[1]
 OUTPUT = """\
@@ -116,12 +116,12 @@ def test_a_later_run_of_some_parts_keeps_the_others(tmp_path: Path) -> None:
     parts = {"host": Part("Host", 2.0, True, lines=["37 µs"])}
     page.write_parts(path, {"torch": "2"}, parts)
     assert page.read_parts(path) == ({"torch": "2"}, parts)
-    plan, deadline = command.PLANS["cpu"], Deadline(600.0)
-    report = command.GpuReport(CPU, plan, tmp_path, deadline, ["dense"], ["environment", "tests"])
+    plan, deadline = PLANS["cpu"], Deadline(600.0)
+    report = GpuReport(CPU, plan, tmp_path, deadline, ["dense"], ["environment", "tests"])
     assert report.parts["host"] == parts["host"]
     assert report.parts["tests"] == Part("Tests on the device")
     assert report._share("tests", 0.15) == pytest.approx(600, abs=5), "no later part needs time"
-    whole = command.GpuReport(CPU, plan, tmp_path, deadline, ["dense"], list(command.PARTS))
+    whole = GpuReport(CPU, plan, tmp_path, deadline, ["dense"], list(PARTS))
     assert whole._share("tests", 0.15) == pytest.approx(90)
     report.write()
     assert "37 µs" in (tmp_path / "gpu-report.md").read_text()
