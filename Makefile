@@ -22,7 +22,7 @@ PINS := $(CONSTRAINTS)
 EXPERIMENT ?=# the preset that `make bench` runs; by default the preset for this device
 GPU_MEM ?= 80GiB# the memory budget of `make plan`
 NAME ?=# the experiment in results/ for `make report` and `make notebooks`
-MINUTES ?=# the time limit of `make test-touched`: after it no test starts, and the remaining tests are named
+MINUTES ?=# the time limit of `make test-touched`, after which no test starts, and of `make gpu-report`
 ARGS ?=# additional arguments of the sweep (bench, claims, smoke, bench-layers), of gallery or of pytest (test, test-slow, …)
 
 # The name of the stamp contains the installed pins, and its content is the folder of the checkout. The environment
@@ -34,7 +34,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install corpus bench plan bench-layers launches claims gallery smoke report notebooks test test-slow test-touched test-cuda test-peers compare lint format clean distclean named FORCE
+.PHONY: help install corpus bench plan bench-layers launches gpu-report claims gallery smoke report notebooks test test-slow test-touched test-cuda test-peers compare lint format clean distclean named FORCE
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -71,7 +71,9 @@ bench: corpus ## run the preset for this device (or EXPERIMENT=name) and write i
 	@experiment='$(strip $(EXPERIMENT))'; \
 	experiment="$${experiment:-`$(PY) -m bench.run.provenance preset`}"; \
 	test -n "$$experiment" || { echo "error: there is no preset for this device; run make bench EXPERIMENT=name" >&2; exit 1; }; \
-	$(call sweep-and-report,$$experiment)
+	data=; $(if $(findstring data=,$(ARGS)),,if test "$$experiment" = gpu || test "$$experiment" = gpu_long; then \
+		data="data=`$(PY) -m bench.corpora best`" || exit; fi;) \
+	$(call sweep-and-report,$$experiment,$$data)
 
 smoke: corpus ## run a small complete sweep from scratch and write its report
 	@$(call sweep-and-report,smoke,force=true)
@@ -96,6 +98,11 @@ gallery: $(STAMP) ## draw which tokens each token reads, for every variant; writ
 
 launches: $(STAMP) ## plan what each variant launches on an accelerator, and estimate its time; writes docs/launches.md
 	@$(PY) -m bench.tools.launches --out docs/launches.md $(ARGS)
+
+# Without network, the preset uses another corpus than plays.
+gpu-report: $(STAMP) ## try everything on a GPU within MINUTES (25), and measure what is left; writes results/gpu-report
+	@$(PY) -m bench.corpora fetch plays || true
+	@$(PY) -m bench.tools.gpu_report --minutes $(or $(strip $(MINUTES)),25) $(ARGS)
 
 claims: corpus ## check claims of the literature on this machine (15 minutes); writes results/claims/claims.md
 	@status=0; \

@@ -45,11 +45,18 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         items[:], others = touched.select(items)
         config.hook.pytest_deselected(items=others)
     skip_without_device([item for item in items if item.get_closest_marker("cuda")])
+    items.sort(key=runs_cells_on_device)
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
     """What is imported is no garbage. Each measurement of memory would visit all of it, for 0.2 seconds."""
     gc.freeze()
+
+
+def runs_cells_on_device(item: pytest.Item) -> bool:
+    """Tests on a device that start whole cells, which need a folder, come last: a time limit then leaves out
+    the slowest ones."""
+    return bool(item.get_closest_marker("cuda")) and "tmp_path" in getattr(item, "fixturenames", ())
 
 
 def skip_without_device(cuda_items: list[pytest.Item]) -> None:

@@ -1,9 +1,10 @@
-"""Estimated times: the law against a measured round, and where estimates are recorded and shown."""
+"""Estimated times: the formula against a measured round, and where estimates are recorded and shown."""
 
 from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from types import NoneType
 from typing import Any, get_args
@@ -11,6 +12,7 @@ from typing import Any, get_args
 import pytest
 from hydra import compose, initialize_config_dir
 
+import variants
 from bench import CONFIGS, records
 from bench.config.parse import parse
 from bench.config.spec import Cell, MeasureSpec
@@ -32,7 +34,7 @@ def counts() -> dict[tuple[str, int], dict[str, int]]:
     return {(row.pop("variant"), row.pop("seq_len")): row for row in rows}
 
 
-def test_the_law_fits_the_measured_round() -> None:
+def test_the_formula_fits_the_measured_round() -> None:
     """Measured: a root mean square of 12.8 %, at most 9 % for half of the cells. Nothing is fitted here."""
     frame = records.load(ROOT / "results" / "h100")
     known, errors = counts(), []
@@ -156,11 +158,47 @@ def record(number: int, seq_len: int, card: str | None) -> records.Record:
 
 
 def test_the_page_has_a_row_a_variant_and_length() -> None:
-    text = launches.page(["dense", "longformer"], [1024, 2048], CARDS["h100"])
+    planned = [row for name in ("dense", "longformer") for row in launches.rows_of(name)]
+    text = launches.page(planned, [1024, 2048], CARDS["h100"])
     assert "not measurements" in text
     rows = [line for line in text.splitlines() if line.startswith(("| dense", "| longformer"))]
     assert len(rows) == 4
     assert all("launches" in row for row in rows), "short steps are limited by the host"
+
+
+def test_other_implementations_are_planned_if_their_kernels_have_shape_functions(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    layer = variants.load_mixer("dense")
+    before = launches.rows_of("dense")
+    changed = replace(layer.IMPLS["naive"], has_shape_functions=True, untried=True)
+    monkeypatch.setattr(layer, "IMPLS", {**layer.IMPLS, "naive": changed})
+    rows = launches.rows_of("dense")
+    assert {row.impl for row in rows} == {row.impl for row in before} | {"naive"}
+    assert rows[0].note == "auto"
+    naive = next(row for row in rows if row.impl == "naive")
+    assert naive.impl_label == "naive (untried)"
+    auto, other = (launches.table([row], [1024], CARDS["h100"]).splitlines()[2] for row in (rows[0], naive))
+    assert "naive (untried)" in other
+    assert [int(line.split("|")[5].replace(",", "")) for line in (auto, other)] == sorted(
+        int(line.split("|")[5].replace(",", "")) for line in (auto, other)
+    ), "scores, softmax and sum are more launches than one kernel"
+    assert [row.impl for row in launches.rows_of("dense", ["naive"])] == ["naive"]
+
+
+def test_a_recurrence_has_a_row_for_all_segments_at_once() -> None:
+    rows = launches.rows_of("transformer_xl")
+    assert [row.knobs_label for row in rows] == ["", "segments_at_once=all"]
+    text = launches.table(rows, [8192], CARDS["h100"])
+    one, at_once = (int(line.split("|")[5].replace(",", "")) for line in text.splitlines()[2:])
+    assert at_once < one / 4
+
+
+def test_what_this_machine_cannot_plan_is_left_out(capsys: pytest.CaptureFixture[str]) -> None:
+    rows = launches.rows_of("longformer", ["flex"])
+    assert launches.rows_of("longformer", ["no such"]) == []
+    assert launches.unplannable(launches.accelerator_spec("longformer", 64, params={"impl": "flex"}))
+    assert rows[0].impl == "flex"
 
 
 def test_measured_cells_stand_beside_their_estimates(tmp_path: Path) -> None:

@@ -78,6 +78,8 @@ def parse(cfg: DictConfig | Mapping[str, Any]) -> Cell:
         audit_oom=root.audit_oom,
         skip_after_oom=root.skip_after_oom,
         devices=root.devices,
+        report_minutes=root.report_minutes,
+        estimate=root.estimate,
         tracker=_tracker(_section(given, "tracker", TrackerSpec)),
     )
 
@@ -137,11 +139,26 @@ def _check_stride(measure: MeasureSpec, root: Root) -> None:
 
 def _batch_size(root: Root, measure: MeasureSpec) -> int:
     """Sequences, or 0 for as many as fit."""
+    if root.step_tokens is not None:
+        return _sequences(root.step_tokens, root)
     if root.batch_size != "fit":
         return root.batch_size
     if measure.budget is None:
         raise ConfigError("batch_size=fit: needs measure.budget, such as measure.budget=8GiB")
     return 0
+
+
+def _sequences(step_tokens: int, root: Root) -> int:
+    """The number of sequences that have this many tokens together."""
+    if root.batch_size != Root.batch_size:
+        raise ConfigError(f"step_tokens={step_tokens}: takes the place of batch_size={root.batch_size}")
+    sequences, rest = divmod(step_tokens, root.seq_len)
+    if rest or not sequences:
+        raise ConfigError(
+            f"step_tokens={step_tokens}: allowed are multiples of seq_len={root.seq_len}, "
+            "or null for batch_size sequences"
+        )
+    return sequences
 
 
 def _name(text: str) -> Path:

@@ -63,6 +63,9 @@ class Root(Spec):
     """Blocks of the model, or visits of them if `stack` visits a block several times."""
     batch_size: int | Literal["fit"] = knob(1, least=1, unit="sequences")
     """Sequences in a step; fit is the largest number that fits into measure.budget."""
+    step_tokens: int | None = knob(None, least=1, unit="tokens", decides=False)
+    """Tokens of a step, in place of batch_size: step_tokens / seq_len sequences. It keeps the work of a step
+    constant in a sweep over lengths."""
     replicate: int = knob(0, least=0)
     """The seed. Sweep it to measure the spread."""
     twin: int = knob(0, least=0, younger=True)
@@ -88,6 +91,11 @@ class Root(Spec):
     """Skip a cell if a shorter but otherwise equal one ran out of memory."""
     devices: int | Literal["all"] = knob("all", least=1, unit="devices", decides=False)
     """Number of accelerators of this machine that a sweep uses at the same time, one cell on each."""
+    report_minutes: float | None = knob(None, least=0, unit="minutes", decides=False)
+    """Write the report after each round of replicates, and within a round whenever this time has passed. null
+    writes none during the sweep; neither do jobs of a cluster."""
+    estimate: Literal["h100", "a100", "rtx4090", "b200"] | None = knob(None, decides=False)
+    """Print the estimated duration of the sweep on one card of this kind, and run nothing."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -411,6 +419,10 @@ class Cell:
     """See `Root.skip_after_oom`."""
     devices: int | Literal["all"] = "all"
     """See `Root.devices`."""
+    report_minutes: float | None = None
+    """See `Root.report_minutes`."""
+    estimate: str | None = None
+    """See `Root.estimate`."""
     tracker: TrackerSpec = field(default_factory=TrackerSpec)
     """The tracker to which its record is logged."""
 

@@ -16,7 +16,7 @@ from functools import lru_cache
 
 from bench.corpora.base import Corpus, CorpusError, CorpusOptions, Document, Source, cache_dir
 
-__all__ = ["SOURCES", "Corpus", "CorpusError", "Document", "cache_dir", "load", "source"]
+__all__ = ["SOURCES", "Corpus", "CorpusError", "Document", "best", "cache_dir", "load", "source"]
 
 _SHARED = {"__main__", "base", "disk", "hub", "hub_rows", "plain", "tokens"}
 
@@ -60,3 +60,20 @@ def load(name: str, path: str | None = None, max_bytes: int | None = None) -> Co
     """
     options = CorpusOptions(path=path, max_bytes=max_bytes)
     return source(name, options).read(options)
+
+
+BEST = ("enwik8", "plays", "stdlib")
+"""Corpora for a long training without a wish of the user, from the largest on; the last needs no download."""
+
+
+def best() -> str:
+    """Return the first corpus of `BEST` that is on this machine. Raises CorpusError if none is."""
+    reasons = []
+    for name in BEST:
+        try:
+            load(name)
+        except CorpusError as error:
+            reasons.append(str(error))
+        else:
+            return name
+    raise CorpusError("; ".join(reasons))

@@ -1,11 +1,11 @@
-"""`python -m bench.corpora fetch NAME | show NAME [PATH]`."""
+"""`python -m bench.corpora fetch NAME | show NAME [PATH] | best`."""
 
 from __future__ import annotations
 
 import argparse
 import sys
 
-from bench.corpora import SOURCES, CorpusError, cache_dir, load, source
+from bench.corpora import BEST, SOURCES, CorpusError, best, cache_dir, load, source
 from bench.corpora.base import SPLITS, CorpusOptions
 from bench.corpora.disk import file_type
 from bench.inputs.errors import ConfigError
@@ -18,13 +18,16 @@ def main() -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     fetch = commands.add_parser("fetch", help="download a corpus into the cache")
     show = commands.add_parser("show", help="sizes and hash of a corpus")
+    commands.add_parser("best", help=f"print the first of {', '.join(BEST)} that is on this machine")
     for command in (fetch, show):
         command.add_argument("name", help=", ".join(SOURCES))
         command.add_argument("--max-bytes", type=int, metavar="N", help="as data.max_bytes")
     show.add_argument("path", nargs="?", help="as data.path")
     arguments = parser.parse_args()
     try:
-        if arguments.command == "fetch":
+        if arguments.command == "best":
+            print(best())
+        elif arguments.command == "fetch":
             _fetch(arguments.name, CorpusOptions(max_bytes=arguments.max_bytes))
         else:
             _show(arguments.name, arguments.path, arguments.max_bytes)

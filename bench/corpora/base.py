@@ -12,7 +12,6 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-import platformdirs
 
 from bench.inputs.errors import ConfigError
 from bench.inputs.paths import user_path
@@ -153,6 +152,8 @@ def cache_dir() -> Path:
     variable = "LONGCTX_BENCH_CACHE"
     if folder := os.environ.get(variable):
         return user_path(variable, folder)
+    import platformdirs
+
     try:
         return user_path(variable, str(platformdirs.user_cache_path("longctx-bench")))
     except RuntimeError:

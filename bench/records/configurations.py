@@ -18,6 +18,8 @@ from bench.records.store import columns_of
 
 UNKNOWN = "unknown"
 """A text that no record of the same kind has."""
+PLANNED = "planned without the device"
+"""The machine of a plan of a device that the planning machine does not have."""
 TRAINING_KEYS = ("train_budget", "train_amount", "learning_rate", "eval_split", "eval_stride")
 """How a model was trained and scored."""
 OTHER_PARAMS = (*SLOTS, "data")
@@ -88,7 +90,7 @@ def _as_json(values: Iterable[dict[str, Any] | None]) -> list[str | None]:
 def filled_in(frame: pd.DataFrame) -> pd.DataFrame:
     """A copy of `table` with `machine`; null keys of `CONFIGURATION` are filled in from a row's peers."""
     frame = frame.copy()
-    frame["machine"] = _filled(frame, "device_name", ["device"], frame["cpu_model"])
+    frame["machine"] = _filled(frame, "device_name", ["device"], _unnamed_machine(frame))
     frame["threads"] = [
         UNKNOWN if value == UNKNOWN else str(int(float(value)))
         for value in _filled(frame, "threads", ["device"])
@@ -104,6 +106,14 @@ def filled_in(frame: pd.DataFrame) -> pd.DataFrame:
     for slot in SLOTS:  # older records do not contain the knobs; null if their peers have several values
         frame[f"{slot}_json"] = _only(frame[f"{slot}_json"], [frame[slot]])
     return frame
+
+
+def _unnamed_machine(frame: pd.DataFrame) -> pd.Series[Any]:
+    """The machine of a record without the name of its device: the processor for cells on the CPU, `PLANNED`
+    for a plan of a device that the machine does not have, null for other cells."""
+    names = frame["cpu_model"].astype(object).where(frame["device"] == "cpu", None)
+    is_planned = (frame["device"] != "cpu") & (frame["flops_source"] == "predicted")
+    return names.where(~is_planned, PLANNED)
 
 
 def _filled(frame: pd.DataFrame, key: str, within: list[str], other: Any = None) -> list[str]:

@@ -96,8 +96,10 @@ class CellRun:
                 ).run()
 
     def _device_name(self) -> str | None:
-        if self.device.type == "cpu" or not torch.accelerator.is_available():
+        if self.device.type == "cpu":
             return provenance.cpu_model()
+        if not torch.accelerator.is_available():  # a plan of a device that this machine does not have
+            return None
         return str(torch.get_device_module(self.device).get_device_name(self.device))
 
     def _claimed_growth(self) -> dict[str, Any]:

@@ -66,6 +66,7 @@ class CellsOfJob:
         assert isinstance(lines, list)
         with contextlib.chdir(self.folder):
             cells = [parse.parse(self.loader.load_sweep_config(self.composed, line)) for line in lines]
+            cells = [replace(cell, report_minutes=None) for cell in cells]  # a job does not know the rounds
             return [record.to_json() for record in sweep.run(cells)]
 
 

@@ -32,6 +32,9 @@ NO_MEMORY = ("can't allocate memory", "Cannot allocate memory", "std::bad_alloc"
 """Messages that mean that memory ran out, in a plain RuntimeError or from a library that aborts the process:
 torch's CPU allocator, the system's, C++'s, and CUDA's libraries."""
 
+STOPPED = "stopped by a signal to the sweep before it ended"
+"""The reason in the record of a cell that a signal stopped."""
+
 
 _process_table = threading.Lock()
 """One thread at a time starts or reaps a child: starting one also polls all others of this process, and two
@@ -82,7 +85,7 @@ def run(
             f"still running after measure.limit_seconds={limit:g}", tail
         )
     elif end == "stopped":
-        figures |= {"status": "error", "reason": "stopped by a signal to the sweep before it ended"}
+        figures |= {"status": "error", "reason": STOPPED}
     elif "status" not in figures:
         figures |= _status_of_exit(child.exitcode, tail, kills)
     stack = figures.pop("traceback", "")

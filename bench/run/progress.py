@@ -122,6 +122,11 @@ class Progress:
         else:
             print(f"waiting: {what}", file=sys.stderr, flush=True)
 
+    def note(self, line: str) -> None:
+        """Show a line that is not about a cell."""
+        with self._counting:
+            self._say(line)
+
     def elsewhere(self, record: Record) -> None:
         """Show a cell that another sweep has measured."""
         with self._counting:

@@ -23,6 +23,7 @@ from bench.run.locks import POLL_SECONDS, CellLocks, on_device
 from bench.run.oom_skip import OutOfMemorySkip
 from bench.run.prepare import Job, make_folder, prepare_jobs, to_run
 from bench.run.progress import Progress
+from bench.run.reports import RoundReports
 from bench.train import checkpoints
 from variants.safe_output import drop_failed_output
 
@@ -40,7 +41,14 @@ def run(cells: Sequence[Cell]) -> list[Record]:
 
     Raises ConfigError or corpora.CorpusError before the first cell runs. After that, a cell that fails
     becomes a record and the sweep continues. A signal ends the sweep with `Stopped`.
+
+    With the knob `estimate`, no cell runs, and the estimated duration of the sweep is printed.
     """
+    if cells and (card := cells[0].estimate):
+        from bench.run import estimated_duration
+
+        print(estimated_duration.text(cells, card))
+        return []
     jobs = prepare_jobs(cells)
     drop_failed_output()
     skip = OutOfMemorySkip((job.cell, job.result) for job in jobs if job.result)
@@ -50,7 +58,8 @@ def run(cells: Sequence[Cell]) -> list[Record]:
         folders = to_run(jobs)
         locks = {folder: stack.enter_context(closing(CellLocks(folder))) for folder in folders}
         progress.skipped(sum(job.result is not None for job in jobs))
-        _run_all(jobs, locks, skip, progress, interrupts)
+        reports = RoundReports(jobs, progress, interrupts)
+        _run_all(jobs, locks, skip, progress, interrupts, reports)
     for folder in folders:
         records.remove_abandoned(folder)  # again: a killed sweep's cell may have been running at the start
     return publish(jobs)
@@ -62,6 +71,7 @@ def _run_all(
     skip: OutOfMemorySkip,
     progress: Progress,
     interrupts: Interrupts,
+    reports: RoundReports,
 ) -> None:
     """Run the jobs without a result, on several devices at a time if the machine has them."""
 
@@ -78,6 +88,8 @@ def _run_all(
                     skip.add(job.cell, job.result)
                 else:
                     queue.postpone(job)
+            if ours:
+                reports.ended(job)
 
     for kind, queue in _queues(jobs).items():
         devices = devices_of(kind)[: queue.max_devices]

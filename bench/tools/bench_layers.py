@@ -72,6 +72,7 @@ def measure(sizes: Sizes, name: str, seq_len: int, *, fake: bool) -> Figures | s
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     from bench.measure import timing
+    from bench.measure.layer import step
     from bench.measure.memory import LiveStorage
     from variants.base import Dims
 
@@ -106,29 +107,6 @@ def measure(sizes: Sizes, name: str, seq_len: int, *, fake: bool) -> Figures | s
         precision=MeasureSpec.precision,
     )
     return Figures(samples.median, peak_bytes)
-
-
-def step(layer: SequenceMixer, x: torch.Tensor, *, causal: bool) -> None:
-    """Run forward and backward of each segment in order, as in training,
-    with gradients of x and the parameters."""
-    import torch
-
-    from variants.base import Context
-    from variants.input_schedule import NetworkOut
-
-    schedule, state, ctx = layer.input_schedule(layer.config), None, Context(causal=causal)
-    layer.zero_grad(set_to_none=True)
-
-    def network(window: torch.Tensor, state: Any) -> NetworkOut:
-        out = layer(window, ctx, state)
-        return NetworkOut(out.y, out.state, () if out.aux_loss is None else (out.aux_loss,))
-
-    for segment in schedule.segments(x.shape[1]):
-        y, state, losses = schedule.apply(
-            network, x[:, segment].detach().requires_grad_(), state, causal=causal
-        )
-        trained = [loss for loss in losses if loss.requires_grad]
-        torch.autograd.backward([y, *trained], [torch.ones_like(y), *(None for _ in trained)])
 
 
 def _child(theirs: Connection, sizes: Sizes, name: str, seq_len: int, fake: bool) -> None:

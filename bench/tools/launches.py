@@ -2,11 +2,13 @@
 
 Every variant is planned on fake tensors, with its work cut as for an accelerator, at the sizes of the
 committed round on a GPU: width 768, 12 heads, depth 4, batch 1, bfloat16. No GPU is needed. The estimate for
-a card is the law of `bench.measure.estimate`, not a measurement.
+a card is that of `bench.measure.estimate`, not a measurement.
 
 With `--against FOLDER` the cells are those of an experiment's records, and each estimate stands beside the
 measured time. A record was measured with the code of its day: where the FLOPs or the predicted peak have
 changed since, the row says so and does not count towards the error.
+
+Over 300 lines: the table and the comparison plan the same cells.
 """
 
 from __future__ import annotations
@@ -28,6 +30,7 @@ from bench.measure.estimate import CARDS, Card, estimated_seconds
 from bench.records import write_atomically
 from bench.report.text import markdown, units
 from bench.report.text.columns import Column
+from variants.knobs import knobs_of
 from variants.safe_output import run
 
 if TYPE_CHECKING:
@@ -35,6 +38,8 @@ if TYPE_CHECKING:
 
 LENGTHS = (1024, 16384, 65536)
 DEPTH = 4
+DEVICE = "cuda"
+"""The type of device for which work is cut."""
 SIZES = ModelSizes(size="base", d_model=768, heads=12)
 SAME = 0.005
 """Relative difference of FLOPs and predicted peak up to which a record's code counts as today's."""
@@ -49,8 +54,8 @@ class Planned:
 
     def seconds(self, card: Card) -> float:
         """Return the estimated time of the step."""
-        found = self.figures
-        return estimated_seconds(found.launches_step, found.bytes_moved_step, found.flops_step, card)
+        figures = self.figures
+        return estimated_seconds(figures.launches_step, figures.bytes_moved_step, figures.flops_step, card)
 
 
 def accelerator_spec(
@@ -76,7 +81,7 @@ def accelerator_spec(
         batch_size=1,
         replicate=0,
         objective=objective or ("clm" if causal else "mlm"),
-        device="cuda",
+        device=DEVICE,
         dtype="bfloat16",
         activations="keep",
         model=SIZES,
@@ -98,45 +103,107 @@ def launches_a_layer(planned: Planned) -> int:
     return planned.figures.launches_step - without.figures.launches_step
 
 
-def table(names: Sequence[str], lengths: Sequence[int], card: Card) -> str:
-    """Return a row a variant and length."""
-    rows: dict[str, list[str]] = {}
-    for name in names:
+@dataclass(frozen=True)
+class Row:
+    """A variant with some knobs, as a row of the table."""
+
+    variant: str
+    params: Mapping[str, Any]
+    """Knobs that are not defaults, without `impl`."""
+    impl: str | None
+    """None for a variant with one implementation."""
+    note: str = ""
+    """`auto` for the implementation that the default knobs select, `untried` for one that no device has run.
+    """
+
+    @property
+    def impl_label(self) -> str:
+        """The implementation in words."""
+        return f"{self.impl or ''} {f'({self.note})' if self.note else ''}".strip()
+
+    @property
+    def knobs_label(self) -> str:
+        """The knobs in words."""
+        return ", ".join(f"{name}={value}" for name, value in self.params.items())
+
+
+def rows_of(name: str, only: Sequence[str] = ()) -> list[Row]:
+    """Return the rows of a variant: the implementation that an accelerator gets, then the others whose
+    kernels have shape functions, so that a plan knows what they launch. `only` names implementations instead.
+
+    A variant that can train several segments at once has a row for all at once, too.
+    """
+    layer = variants.load_mixer(name)
+    auto = layer.resolve_impl(layer.Config.of({}), DEVICE)
+    several = "segments_at_once" in knobs_of(layer.Config)
+    rows = []
+    for params in ({}, {"segments_at_once": "all"}) if several else ({},):
+        if not layer.IMPLS and not only:
+            rows.append(Row(name, params, None))
+        for impl, declared in sorted(layer.IMPLS.items(), key=lambda item: item[0] != auto):
+            if impl in only if only else impl == auto or declared.has_shape_functions:
+                note = "auto" if impl == auto else "untried" if declared.untried else ""
+                rows.append(Row(name, params, impl, note))
+    return rows
+
+
+def table(rows: Sequence[Row], lengths: Sequence[int], card: Card) -> str:
+    """Return a line for each row and length that can be planned."""
+    columns: dict[str, list[str]] = {}
+    for row in rows:
+        params = dict(row.params) | ({"impl": row.impl} if row.impl and row.note != "auto" else {})
         for seq_len in lengths:
-            print(f"{name} T={seq_len}", file=sys.stderr, flush=True)
-            planned = plan(accelerator_spec(name, seq_len))
-            found = planned.figures
-            row = {
-                "variant": name,
+            print(f"{row.variant} {row.impl_label} T={seq_len}", file=sys.stderr, flush=True)
+            spec = accelerator_spec(row.variant, seq_len, params=params)
+            if reason := unplannable(spec):
+                print(f"left out: {reason}", file=sys.stderr, flush=True)
+                continue
+            planned = plan(spec)
+            figures = planned.figures
+            cells = {
+                "variant": row.variant,
+                "impl": row.impl_label,
+                "knobs": row.knobs_label,
                 "length": units.length(seq_len),
-                "launches": f"{found.launches_step:,}",
+                "launches": f"{figures.launches_step:,}",
                 "launches a layer": f"{launches_a_layer(planned):,}",
-                "bytes moved": units.size(found.bytes_moved_step),
-                "executed FLOPs": units.flops(found.flops_step),
+                "bytes moved": units.size(figures.bytes_moved_step),
+                "executed FLOPs": units.flops(figures.flops_step),
                 f"estimate, {card.title}": units.seconds(planned.seconds(card)),
                 "limit": limit(planned, card),
             }
-            for title, cell in row.items():
-                rows.setdefault(title, []).append(cell)
-    return markdown.table(
-        [Column(title, cells, right=title not in ("variant", "limit")) for title, cells in rows.items()]
+            for title, cell in cells.items():
+                columns.setdefault(title, []).append(cell)
+    text = ("variant", "impl", "knobs", "limit")
+    return markdown.table([Column(title, cells, right=title not in text) for title, cells in columns.items()])
+
+
+def unplannable(spec: CellSpec) -> str | None:
+    """Return why a cell cannot be planned on this machine, or on any; None if it can."""
+    import torch
+
+    from bench.measure.predict import CPU
+
+    variant, config, dims = spec.attention()
+    return variant.unsupported(config, dims, causal=spec.causal) or variant.missing(
+        config, dims, device=CPU, dtype=getattr(torch, spec.dtype)
     )
 
 
 def limit(planned: Planned, card: Card) -> str:
     """Return which of the three times is the longest."""
-    found = planned.figures
+    figures = planned.figures
     times = {
-        "launches": card.seconds_per_step + found.launches_step * card.seconds_per_launch,
-        "bytes": found.bytes_moved_step / card.bytes_per_second,
-        "FLOPs": found.flops_step / card.flops_per_second,
+        "launches": card.seconds_per_step + figures.launches_step * card.seconds_per_launch,
+        "bytes": figures.bytes_moved_step / card.bytes_per_second,
+        "FLOPs": figures.flops_step / card.flops_per_second,
     }
     if times["launches"] >= times["bytes"] + times["FLOPs"]:
         return "launches"
     return max(("bytes", "FLOPs"), key=lambda name: times[name])
 
 
-def page(names: Sequence[str], lengths: Sequence[int], card: Card) -> str:
+def page(rows: Sequence[Row], lengths: Sequence[int], card: Card) -> str:
     """Return the page: the table and what it means."""
     launch, rate = units.seconds(card.seconds_per_launch), units.flops(card.flops_per_second)
     fixed = units.seconds(card.seconds_per_step)
@@ -145,7 +212,9 @@ def page(names: Sequence[str], lengths: Sequence[int], card: Card) -> str:
 
 Forward, backward and optimiser: depth {DEPTH}, width {SIZES.d_model}, {SIZES.heads} heads, batch 1, bfloat16,
 default knobs, work cut as for an accelerator. Counted on fake tensors; `results/README.md` defines
-`launches_step` and `bytes_moved_step`. *launches a layer* is what one more layer adds.
+`launches_step` and `bytes_moved_step`. *launches a layer* is what one more layer adds. *impl*: `auto` is what
+the default knobs select on an accelerator; no device has run an *untried* implementation yet, and the table
+counts what it would launch.
 
 **The times are estimates for {card.title}**, not measurements: the longer of {fixed} + launches × {launch}
 and bytes ÷ {moved}/s + FLOPs ÷ {rate}/s; *limit* is the term that decides. The constants were fitted to one
@@ -154,7 +223,7 @@ round on a virtual machine with an H100, where single cells were off by −28 to
 
 `make launches` writes this page.
 
-{table(names, lengths, card)}"""
+{table(rows, lengths, card)}"""
 
 
 @dataclass(frozen=True)
@@ -178,7 +247,7 @@ def compare(folder: Path, card: Card) -> list[Compared]:
     """Return today's estimate of every timed cell of an experiment at the sizes of the round."""
     frame = records.load(folder)
     timed = frame[frame["step_seconds_median"].notna()].sort_values(["variant", "seq_len"])
-    found = []
+    compared = []
     for record in timed.to_dict("records"):
         print(f"{record['variant']} T={record['seq_len']}", file=sys.stderr, flush=True)
         spec = accelerator_spec(
@@ -203,7 +272,7 @@ def compare(folder: Path, card: Card) -> list[Compared]:
             (planned.figures.peak_bytes, record["peak_bytes_predicted"]),
         )
         changed = any(abs(now / then - 1) > SAME for now, then in pairs)
-        found.append(
+        compared.append(
             Compared(
                 record["variant"],
                 record["seq_len"],
@@ -212,7 +281,7 @@ def compare(folder: Path, card: Card) -> list[Compared]:
                 changed,
             )
         )
-    return found
+    return compared
 
 
 def rms(errors: Sequence[float]) -> float:
@@ -239,6 +308,13 @@ def main() -> int:
     """Print the table, or write it to a file. Returns the exit status: 2 for an invalid command."""
     parser = argparse.ArgumentParser(prog="python -m bench.tools.launches", description=__doc__)
     parser.add_argument("--only", nargs="+", metavar="VARIANT", help="plan only these variants")
+    parser.add_argument(
+        "--impl",
+        nargs="+",
+        default=(),
+        metavar="NAME",
+        help="plan these implementations; by default auto's choice and others with shape functions",
+    )
     parser.add_argument("--lengths", nargs="+", type=int, default=LENGTHS, help="tokens of a sequence")
     parser.add_argument("--card", default="h100", help=f"one of {', '.join(CARDS)} (default h100)")
     parser.add_argument("--out", help="write the page to this file")
@@ -252,7 +328,10 @@ def main() -> int:
         if arguments.against:
             text = comparison(compare(Path(arguments.against), card), card)
         else:
-            text = page(names, arguments.lengths, card)
+            impls = {impl for name in variants.mixers() for impl in variants.load_mixer(name).IMPLS}
+            only = [choose("--impl", impl, sorted(impls)) for impl in arguments.impl]
+            rows = [row for name in names for row in rows_of(name, only)]
+            text = page(rows, arguments.lengths, card)
         if arguments.out:
             write_atomically(Path(arguments.out), text)
     except (ConfigError, ValueError, OSError) as error:

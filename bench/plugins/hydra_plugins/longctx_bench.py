@@ -217,7 +217,8 @@ class CellSweeper(Sweeper):
             lines = [line for grid in preset.grids for line in product(loader, grid, preset.arguments)]
             cells += [parse.parse(compose(line)) for line in lines]
             overrides += lines
-        if self.composed.hydra.launcher._target_ == IN_THIS_PROCESS:
+        is_estimated = bool(cells and cells[0].estimate)
+        if is_estimated or self.composed.hydra.launcher._target_ == IN_THIS_PROCESS:
             return sweep.run(cells)
 
         def launch(knobs: ClusterSpec, jobs: list[list[str]]) -> list[list[str] | Exception]:

@@ -39,8 +39,8 @@ class Estimates(Section[pd.DataFrame]):
         cells = records.kinds.plain
         planned = cells[(cells["flops_source"] == "predicted") & cells["launches_step"].notna()]
         planned = planned.assign(estimate_card=planned["estimate_card"].fillna(""))
-        found = planned.groupby([*_CELL, "estimate_card"], sort=False, dropna=False)[[*_FIGURES]].first()
-        rows = found.reset_index()
+        cards = planned.groupby([*_CELL, "estimate_card"], sort=False, dropna=False)
+        rows = cards[[*_FIGURES]].first().reset_index()
         return rows.assign(launches_layer=rows["launches_step"] / rows["depth"])
 
     def tables(self, data: pd.DataFrame) -> list[Table]:

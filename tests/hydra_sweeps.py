@@ -1,0 +1,23 @@
+"""The cells that a sweep would run."""
+
+from __future__ import annotations
+
+from hydra import initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.types import RunMode
+from hydra_plugins.longctx_bench import Composer, grids_of, product
+
+from bench import CONFIGS
+from bench.config.parse import parse
+from bench.config.spec import Cell
+
+
+def swept(*arguments: str) -> list[Cell]:
+    """The cells of a sweep with these overrides, in the order of its grids."""
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        loader = GlobalHydra.instance().config_loader()
+        composed = loader.load_configuration("config", ["hydra.mode=MULTIRUN", *arguments], RunMode.MULTIRUN)
+        sweeper, compose = composed.hydra.sweeper, Composer(loader, composed)
+        given = list(composed.hydra.overrides.task)
+        grids = grids_of(sweeper.params, sweeper.grids)
+        return [parse(compose(line)) for grid in grids for line in product(loader, grid, given)]
