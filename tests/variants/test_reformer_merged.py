@@ -148,6 +148,7 @@ def test_half_precision_is_near() -> None:
         assert (a - b).norm() < 0.01 * b.norm()
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("default")  # of deprecations within torch
 def test_compiled_it_is_the_same() -> None:
     layer, x = made(60, impl="merged", chunk=6).eval(), inputs(2, 41)

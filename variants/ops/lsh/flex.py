@@ -22,14 +22,15 @@ torch's `varlen_attn` and flash-attn are not used: they have no mask for the pai
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache, lru_cache
-from typing import Any, NamedTuple
+from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from variants.ops.backends import BLOCK, GRAPHS, MASKS, missing_flex, note_work
+from variants.ops.backends import BLOCK, GRAPHS, missing_flex, note_work
+from variants.ops.lsh.flex_tiles import Tiles, key_tiles, tiles
 from variants.ops.lsh.streams import Stream
 from variants.ops.lsh.windows import Window
 
@@ -103,51 +104,6 @@ def _arguments(stream: Stream) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     margin = stream.margin
     code = stream.code[:, margin : stream.code.shape[1] - margin]
     return query_key, value, stream.inner(stream.factor).view(stream.shape), code.unflatten(1, stream.shape)
-
-
-# --- tiles ----------------------------------------------------------------------------------------
-
-
-class Tiles(NamedTuple):
-    """The key tiles that each tile of queries reads, and the reverse, as FlexAttention wants them."""
-
-    keys: Tensor
-    """(1, 1, tiles) int32: the number of key tiles."""
-    key_index: Tensor
-    """(1, 1, tiles, most) int32: their indices; arbitrary ones beyond their number."""
-    queries: Tensor
-    query_index: Tensor
-
-
-@lru_cache(maxsize=MASKS)
-def key_tiles(window: Window, positions: int) -> list[tuple[int, int]]:
-    """The first and the last key tile that each tile of queries reads."""
-    found = []
-    for first in range(0, positions, BLOCK):
-        low, high = window.span(first)[0], window.span(first + BLOCK - 1)[1] - 1
-        found.append((max(low, 0) // BLOCK, min(high, positions - 1) // BLOCK))
-    return found
-
-
-@lru_cache(maxsize=MASKS)
-def tiles(window: Window, positions: int, device: torch.device) -> Tiles:
-    """The tiles of a sequence with this number of positions."""
-    low, high = torch.tensor(key_tiles(window, positions), device=device).T.contiguous()
-    tile = torch.arange(len(low), device=device)
-    # both grow with the tile of queries, so that the queries of a key tile are a range too
-    first, last = torch.searchsorted(high, tile), torch.searchsorted(low, tile, right=True) - 1
-
-    def ranges(first: Tensor, last: Tensor) -> tuple[Tensor, Tensor]:
-        number = last - first + 1
-        index = first[:, None] + torch.arange(int(number.max()), device=device)
-        return number.int()[None, None], index.clamp(max=len(low) - 1).int()[None, None]
-
-    return Tiles(*ranges(low, high), *ranges(first, last))
-
-
-def _count_pairs(window: list[int], positions: int) -> int:
-    tiles_read = key_tiles(Window(*window), positions)  # type: ignore[arg-type]
-    return sum(last - first + 1 for first, last in tiles_read) * BLOCK * BLOCK
 
 
 # --- the kernel -----------------------------------------------------------------------------------
@@ -283,6 +239,11 @@ def _backward_shapes(query_key: Tensor, value: Tensor, *_: Any) -> tuple[Tensor,
 
 torch.library.register_fake("longctx_bench::flex_rounds", _forward_shapes)
 torch.library.register_fake("longctx_bench::flex_rounds_backward", _backward_shapes)
+
+
+def _count_pairs(window: list[int], positions: int) -> int:
+    tiles_read = key_tiles(Window(*window), positions)  # type: ignore[arg-type]
+    return sum(last - first + 1 for first, last in tiles_read) * BLOCK * BLOCK
 
 
 def _flops(query_key: Tensor, window: list[int], products: int) -> int:
