@@ -164,6 +164,25 @@ def test_every_quality_figure_has_lines_of_baselines(tmp_path: Path) -> None:
             assert {"3-gram table", "5-gram table", "gzip -9"} <= set(names)
 
 
+def test_a_knob_of_the_data_that_older_records_lack_is_null(tmp_path: Path) -> None:
+    old = {"path": None, "max_bytes": None}
+    new = {**old, "bpe": None, "tokenizer": None}
+    frames = [
+        frame_of(
+            tmp_path / name,
+            [record(replicate=0, data_params=old), record(replicate=1, data_params=new), *more],
+        )
+        for name, more in (
+            ("two", []),
+            ("three", [record("chunked", data_params={**new, "bpe": 2048}, data_sha256="ef" * 32)]),
+        )
+    ]
+    assert [sorted(frame["corpus"].unique()) for frame in frames] == [
+        ["plays"],
+        ["plays", "plays (bpe=2048)"],
+    ]
+
+
 def test_the_sentence_beneath_a_table_says_what_compares(report: Path) -> None:
     text = (report / "summary.md").read_text()
     assert (

@@ -217,6 +217,16 @@ def test_what_sees_the_future_loses_nothing_worth_saying(tmp_path: Path) -> None
     assert math.isnan(found_in(tmp_path, [*crossing_at(1500.0), *found])["time"]["nll_lost"])
 
 
+@pytest.mark.parametrize(("bits", "known"), [(9.0, True), (2.5, False)])
+def test_what_is_undertrained_loses_nothing_worth_saying(tmp_path: Path, bits: float, known: bool) -> None:
+    found = qualities()
+    for one in found:
+        if one.variant == "chunked":
+            one.ngram_bits_per_byte = [9.5, 9.2, bits]
+    lost = found_in(tmp_path, [*crossing_at(1500.0), *found])["time"]["nll_lost"]
+    assert math.isnan(lost) != known
+
+
 def test_the_table_says_it_all(tmp_path: Path) -> None:
     text = text_of(tmp_path, [*crossing_at(1500.0, 0.9, 1.2), *qualities()])
     section = text.split("## Crossover", 1)[1].split("\n## ", 1)[0]

@@ -88,7 +88,8 @@ def _as_json(values: Iterable[dict[str, Any] | None]) -> list[str | None]:
 
 
 def filled_in(frame: pd.DataFrame) -> pd.DataFrame:
-    """A copy of `table` with `machine`; null keys of `CONFIGURATION` are filled in from a row's peers."""
+    """A copy of `table` with `machine` and `data_known`: whether the knobs of the data are. Null keys of
+    `CONFIGURATION` are filled in from a row's peers."""
     frame = frame.copy()
     frame["machine"] = _filled(frame, "device_name", ["device"], _unnamed_machine(frame))
     frame["threads"] = [
@@ -102,7 +103,8 @@ def filled_in(frame: pd.DataFrame) -> pd.DataFrame:
     frame["eval_stride"] = _only(frame["eval_stride"], read_alike)
     frame["train_amount"] = frame["train_amount"].fillna(frame["tokens_trained"])
     frame["impl"] = _filled(frame, "impl", ["variant", "params_json"])
-    frame["data_json"] = _only(frame["data_json"], [frame["data"], frame["data_sha256"]]).fillna("{}")
+    data = _only(frame["data_json"], [frame["data"], frame["data_sha256"]])
+    frame["data_json"], frame["data_known"] = data.fillna("{}"), data.notna()
     for slot in SLOTS:  # older records do not contain the knobs; null if their peers have several values
         frame[f"{slot}_json"] = _only(frame[f"{slot}_json"], [frame[slot]])
     return frame

@@ -30,7 +30,7 @@ RATIOS = {
     "peak_bytes": "peak_bytes",
     "flops_executed_step": "flops_executed",
 }
-FIGURES = [*RATIOS, "perplexity", "accuracy"]
+FIGURES = [*RATIOS, "bits_per_byte", "perplexity", "accuracy"]
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ def compare(first: Run, second: Run) -> Comparison:
         ignore_index=True,
     )
     # Labelled again together, so that equal cells of the two runs have equal names.
-    known = both["data_json"].where(both["data_json"] != "{}")  # null in an older record
+    known = both["data_json"].where(both["data_known"])  # null in an older record
     both = both.assign(impl=None, data_sha256="", hash=both["data_sha256"], data_json=known)
     both = with_compared_time(relabelled(both), among=())
     figures = [*FIGURES, "nll"]

@@ -97,6 +97,8 @@ def _cells(cells: pd.DataFrame) -> str:
             each(cells, "second", "peak_bytes_second", units.size),
             each(cells, "ratio", "peak_bytes_ratio", units.ratio),
             each(cells, "executed FLOPs, ratio", "flops_executed_ratio", units.ratio),
+            each(cells, "bits per byte, first", "bits_per_byte_first", units.score),
+            each(cells, "second", "bits_per_byte_second", units.score),
             each(cells, "perplexity, first", "perplexity_first", units.score),
             each(cells, "second", "perplexity_second", units.score),
             each(cells, "accuracy, first", "accuracy_first", units.share),

@@ -40,8 +40,8 @@ class Crossover(Section[Crossings]):
         "the median over replicates, each against dense in the same replicate; in brackets, what its "
         "interval allows: the lengths from which on its lower and its upper end are cheaper. *loss over "
         "dense*: nats a token that the model loses after the same training, with the interval over "
-        "replicates, at the trained length nearest to the crossover in time. An interval is one of 95 %, of "
-        "two replicates their range."
+        "replicates, at the trained length nearest to the crossover in time; none if either is undertrained. "
+        "An interval is one of 95 %, of two replicates their range."
     )
     csv = ("crossovers",)
     figures_alone = False

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from bench.report.data.baselines import LEAST, undertrained, with_baselines
 from bench.report.data.crossing import FIGURES, crossing
 from bench.report.data.groups import GROUP, SLOT_COLUMNS, TRAINING, split
 from bench.report.data.intervals import interval
@@ -93,14 +94,17 @@ def quality_loss(frame: pd.DataFrame) -> pd.DataFrame:
 
     Columns: the keys `_MODEL`, and `_LOSS`: nats a token with their interval over replicates,
     and the length, width and depth of the trained model. Where several learning rates were tried, each model
-    is at its own best. Variants that leak are left out: their loss is not comparable.
+    is at its own best. Models that leak or are undertrained are left out: their loss is not comparable.
     """
     ok = frame[(frame["status"] == "ok") & frame["nll"].notna() & ~(frame["leak_max_abs"] > LEAK_LIMIT)]
     if ok.empty or not (ok["variant"] == BASELINE).any():
         return pd.DataFrame(columns=[*_MODEL, *_LOSS])
     shared = [*_RUN, *(key for key in TRAINING if key != "learning_rate")]
     run = [*shared, "variant", "label"]
-    best = at_best_rate(ok, [key for key in run if key != "replicate"])
+    model = [key for key in run if key != "replicate"]
+    best = with_baselines(at_best_rate(ok, model))
+    means = best.groupby(model, dropna=False)[["bits_per_byte", LEAST]].transform("mean")
+    best = best[~undertrained(means.rename(columns={"bits_per_byte": "bits_per_byte_mean"}))]
     nll = best.groupby(run, dropna=False)["nll"].mean().reset_index()
     dense = nll[nll["variant"] == BASELINE].groupby(shared, dropna=False)["nll"].min().rename("dense")
     pairs = nll[nll["variant"] != BASELINE].merge(dense.reset_index(), on=shared)
