@@ -16,7 +16,8 @@ from __future__ import annotations
 
 import copy
 import math
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -27,6 +28,7 @@ from torch import Tensor
 from bench.config.spec import CellSpec
 from bench.measure.cached import load_or_measure
 from bench.measure.gate_failed import GateFailed, largest
+from bench.measure.gate_sizes import gate_dims
 from bench.measure.recompute_gate import recompute_error
 from bench.model.slots import LayerSpec
 from variants.base import (
@@ -45,10 +47,8 @@ from variants.base import (
 from variants.input_schedule import InputSchedule, NetworkOut
 
 Module = TypeVar("Module", bound=torch.nn.Module)
+Call = Callable[..., Any]
 
-GATE_TOKENS = 1000
-"""Maximum sequence length in the gates: longer than the default windows, and not a multiple of a block."""
-HEAD_DIM = 16
 BATCH = 2
 """Batch size in the gates."""
 FEED_FORWARD_TOKENS = 64
@@ -90,12 +90,7 @@ def check(spec: CellSpec, folder: Path, code_sha256: str) -> Figures:
 
     Raises GateFailed.
     """
-    model, cache = spec.model_spec(), folder / "gates"
-    tokens = min(spec.seq_len, GATE_TOKENS)
-    dims = Dims(seq_len=tokens, d_model=HEAD_DIM * spec.model.heads, heads=spec.model.heads)
-    variant, config, _ = spec.attention()
-    if variant.unsupported(config, dims, causal=spec.causal):  # a variant may need the cell's own length
-        dims = replace(dims, seq_len=spec.seq_len)
+    model, cache, dims = spec.model_spec(), folder / "gates", gate_dims(spec)
     settings = [spec.causal, asdict(dims), repr(model.input), spec.device, spec.dtype, code_sha256]
     device, dtype = torch.device(spec.device), getattr(torch, spec.dtype)
 
@@ -128,6 +123,7 @@ def check(spec: CellSpec, folder: Path, code_sha256: str) -> Figures:
         layers = min(spec.depth, max(2, len(model.layers)))
         decides = [[identity(layer.mixer), identity(layer.feed_forward)] for layer in model.layers]
         decides += [identity(model.depth), layers, spec.activations, spec.model.ff_chunks, *settings]
+        decides += [spec.compile] * spec.is_compiled
         (recomputed,) = load_or_measure(
             cache,
             decides,
@@ -223,10 +219,11 @@ def reference_error(
     *,
     causal: bool,
     schedule: InputSchedule | None = None,
+    wrap: Callable[[Call], Call] = lambda call: call,
 ) -> float:
     """Return the maximum error of the fast path in float32 against `reference` in float64, over the outputs
     and the gradients of the input and of every parameter, relative to the largest entry of each tensor (or to
-    1).
+    1). `wrap` changes the call of the fast path; it may compile it.
 
     Raises GateFailed if rounding cannot explain it.
     """
@@ -236,7 +233,8 @@ def reference_error(
     x = torch.randn(BATCH, dims.seq_len, dims.d_model, device=device, requires_grad=True)
     x64 = x.detach().double().requires_grad_()
     torch.manual_seed(1)
-    y = schedule.stream(lambda window, state: NetworkOut(*fast(window, ctx, state)[:2]), x, causal=causal)
+    network = wrap(lambda window, state: NetworkOut(*fast(window, ctx, state)[:2]))
+    y = schedule.stream(network, x, causal=causal)
     torch.manual_seed(1)
     y64 = scheduled_reference(slow, schedule, x64, ctx)
     direction = torch.randn_like(y64)
@@ -250,7 +248,12 @@ def reference_error(
 
 
 def feed_forward_error(
-    feed_forward: type[FeedForward], config: FeedForwardConfig, d_model: int, device: torch.device
+    feed_forward: type[FeedForward],
+    config: FeedForwardConfig,
+    d_model: int,
+    device: torch.device,
+    *,
+    wrap: Callable[[Call], Call] = lambda call: call,
 ) -> float:
     """Return the same error as `reference_error`, for a feed-forward layer. Raises GateFailed."""
     torch.manual_seed(0)
@@ -258,7 +261,7 @@ def feed_forward_error(
     slow = copy.deepcopy(fast).double()
     x = torch.randn(BATCH, FEED_FORWARD_TOKENS, d_model, device=device, requires_grad=True)
     x64 = x.detach().double().requires_grad_()
-    y, y64 = fast(x).y, slow.reference(x64)
+    y, y64 = wrap(lambda inputs: fast(inputs).y)(x), slow.reference(x64)
     direction = torch.randn_like(y64)
     roots, roots64 = ([p for p in layer.parameters() if p.requires_grad] for layer in (fast, slow))
     got = torch.autograd.grad(y, [x, *roots], direction.to(y), materialize_grads=True)

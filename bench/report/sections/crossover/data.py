@@ -81,6 +81,7 @@ _RUN = (
     *SLOT_COLUMNS.values(),
     "depth",
     "activations",
+    "compile",
     "seq_len",
     "replicate",
 )
