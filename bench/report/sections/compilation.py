@@ -11,6 +11,7 @@ import pandas as pd
 from bench.records.record import NOT_COMPILED
 from bench.report.data.experiment import Experiment
 from bench.report.data.groups import CELL, GROUP
+from bench.report.figures.style import ordered
 from bench.report.sections import Section
 from bench.report.text import units
 from bench.report.text.columns import Column, each
@@ -76,7 +77,7 @@ def compiled_cells(frame: pd.DataFrame) -> pd.DataFrame:
     cells = groups[[*_COMPARED, *ratios, *_OWN]].median()
     cells["replicates"] = groups["replicate"].nunique()
     cells["contaminated"] = groups["contaminated"].count()
-    return cells.reset_index()
+    return ordered(cells.reset_index())
 
 
 def _columns(cells: pd.DataFrame) -> list[Column]:
