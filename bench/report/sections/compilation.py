@@ -8,7 +8,7 @@ from typing import Any
 
 import pandas as pd
 
-from bench.records.record import NOT_COMPILED
+from bench.records import NOT_COMPILED
 from bench.report.data.experiment import Experiment
 from bench.report.data.groups import CELL, GROUP
 from bench.report.figures.style import ordered

@@ -7,8 +7,7 @@ from typing import Any
 
 import pandas as pd
 
-from bench.records import Record
-from bench.records.record import NOT_COMPILED
+from bench.records import NOT_COMPILED, Record
 from bench.report.data.groups import GROUP, SLOT_COLUMNS, TRAINING, split, varying
 from bench.report.text import units
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pandas as pd
 
-from bench.records.record import NOT_COMPILED
+from bench.records import NOT_COMPILED
 from bench.report.data.groups import CELL
 from bench.report.data.kinds import KEEP, predicted
 from bench.report.figures.style import ordered
