@@ -9,8 +9,6 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-import torch._dynamo.convert_frame as frames
-from torch._dynamo.utils import counters
 
 from bench.measure.step import Subject
 from bench.measure.timing import synchronize
@@ -24,7 +22,7 @@ class Compilations:
     """What torch compiles from the construction of this object on, by torch's own counters."""
 
     def __init__(self) -> None:
-        self._before: Counter[Any] = Counter(frames.FRAME_COMPILE_COUNTER)
+        self._before = _frames()
         self._breaks_before = _breaks()
 
     @property
@@ -43,10 +41,19 @@ class Compilations:
         return _breaks() - self._breaks_before
 
     def _added(self) -> Counter[Any]:
-        return Counter(frames.FRAME_COMPILE_COUNTER) - self._before
+        return _frames() - self._before
+
+
+def _frames() -> Counter[Any]:
+    """Number of compilations so far by function."""
+    from torch._dynamo.convert_frame import FRAME_COMPILE_COUNTER  # only cells that are compiled import it
+
+    return Counter(FRAME_COMPILE_COUNTER)
 
 
 def _breaks() -> int:
+    from torch._dynamo.utils import counters
+
     return sum(counters["graph_break"].values())
 
 
