@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import test_checkpoints
 import torch
 from oracles import dims_for
 from test_memory import saved_bytes, subject_of
@@ -27,7 +28,7 @@ from bench.model.language_model import LanguageModel
 from bench.model.slots import ModelSpec, depth_schedule
 from bench.process import compiler
 from bench.tasks.base import Batch
-from bench.train.loop import training_step
+from bench.train.loop import Training, training_step
 from variants.base import Variant
 
 CPU = torch.device("cpu")
@@ -86,19 +87,21 @@ def gradients(model: LanguageModel, *, causal: bool) -> tuple[float, list[Tensor
 
 
 def assert_computes_the_same(name: str, activations: str, how: str, **changed: Any) -> Compilations:
+    """A step of two equal models, one of which is compiled: loss, gradients and what the layers keep."""
     causal = is_causal(variants.load(name))
-    model = model_of(name, activations, **changed)
-    nll, want = gradients(model, causal=causal)
-    keys = list(model.state_dict())
+    plain, model = (model_of(name, activations, **changed) for _ in range(2))
+    nll, want = gradients(plain, causal=causal)
     compilations = Compilations()
     with compiling(model, how):
         compiled_nll, got = gradients(model, causal=causal)
-        assert list(model.state_dict()) == keys
     assert compilations.total > 0
     tolerance = TOLERANCE[model.dtype]
     assert compiled_nll == pytest.approx(nll, rel=tolerance)
     largest = max(grad.abs().max() for grad in want)
     assert max((a - b).abs().max() / largest for a, b in zip(got, want, strict=True)) <= tolerance
+    assert model.state_dict().keys() == plain.state_dict().keys()
+    for (key, a), b in zip(model.state_dict().items(), plain.state_dict().values(), strict=True):
+        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance, msg=key)
     before = compilations.total
     gradients(model, causal=causal)
     assert compilations.total == before, "outside of the context nothing is compiled"
@@ -149,6 +152,29 @@ def test_strategies_and_schedules_can_be_compiled(how: str, activations: str, ch
 @pytest.mark.usefixtures("traced")
 def test_equal_blocks_share_the_compiled_code() -> None:
     assert assert_computes_the_same("dense", "keep", "block", depth=3).total == 1
+
+
+@pytest.mark.usefixtures("traced")
+@pytest.mark.parametrize("name", ["dense", *slow("performer", "routing", "reformer", "compressive")])
+def test_a_compiled_training_resumes_and_compiles_once(name: str, tmp_path: Path) -> None:
+    """Killed before its fourth step, with other weights and another seed to begin with; to the same result as
+    uninterrupted. No step needs code of its own."""
+    knobs = test_checkpoints.KNOBS.get(name, {})
+
+    def trained(seed: int, **options: Any) -> Training:
+        model = test_checkpoints.model_of(name, seed, **knobs)
+        with compiling(model, "block"):
+            return test_checkpoints.run(model, **options)
+
+    whole = trained(0)
+    compilations = Compilations()
+    with pytest.raises(test_checkpoints.Killed):
+        trained(0, checkpoints=test_checkpoints.store_in(tmp_path), until=3)
+    resumed = trained(1, checkpoints=test_checkpoints.store_in(tmp_path))
+    assert compilations.total == 0
+    assert [row.nll for row in resumed.curve.rows] == [row.nll for row in whole.curve.rows]
+    for got, want in zip(resumed.model.parameters(), whole.model.parameters(), strict=True):
+        assert torch.equal(got, want)
 
 
 @pytest.mark.slow
