@@ -17,7 +17,7 @@ from test_sweep import apart, children
 from bench.records import Record, read_all
 
 CELL = ["seq_len=32", "depth=2", "model.d_model=16", "data=files", "data.path=corpus.txt", "measure=quick"]
-CELL += ["measure.time_seconds=0", "measure.min_samples=1", "name=cells"]
+CELL += ["measure.time_seconds=0", "measure.min_samples=1", "measure.limit_seconds=3600", "name=cells"]
 TRAINED = ["measure.train_tokens=1600", "measure.eval_tokens=1024", "measure.checkpoint_seconds=0"]
 needs_compiler = pytest.mark.skipif(not shutil.which("g++"), reason="inductor needs a C++ compiler, g++")
 
