@@ -32,6 +32,7 @@ IDS = {
     "measure.precision=0": "bfe9b36527c663b8",
     "measure.reach=true": "b37007fb9b36e2b6",
     "twin=1": "aa1e365a9d72ad61",
+    "compile=off": "752bb6edd74c2304",
     "feed_forward=mlp stack=stack": "752bb6edd74c2304",
 }
 """What is typed → its cell's id with the data "data" and the code "code"."""

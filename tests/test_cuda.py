@@ -53,6 +53,20 @@ def test_a_cell_runs_gated_and_its_predicted_peak_is_near_the_allocator_s(
     assert record["device_leftover_bytes"] is not None
 
 
+@pytest.mark.parametrize("how", ["block", "model"])
+def test_a_compiled_cell_is_gated_and_measured_by_the_allocator(how: str, tmp_path: Path) -> None:
+    cell = ["variant=dense", f"compile={how}", "device=cuda", "dtype=bfloat16", "seq_len=1024", "model=small"]
+    command = [sys.executable, "-m", "bench", *cell, "data=stdlib", "measure=quick"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=HANG_SECONDS)
+    (path,) = (tmp_path / "results/adhoc/records").glob("*.json")
+    record = json.loads(path.read_text())
+    assert record["status"] == "ok", record["reason"] + done.stderr
+    assert record["peak_bytes_source"] == "cuda_allocated"
+    assert 0 < record["activation_bytes"] < record["peak_bytes"]
+    assert (record["graph_breaks"], record["recompiles"]) == (0, 0)
+    assert record["compile_seconds"] > 0
+
+
 def test_the_driver_tells_of_the_device_and_of_this_process() -> None:
     held = torch.ones(2**20, device="cuda")
     found = nvml.read(held.device)

@@ -58,6 +58,7 @@ def parse(cfg: DictConfig | Mapping[str, Any]) -> Cell:
         batch_size=_batch_size(root, measure),
         replicate=root.replicate,
         twin=root.twin,
+        compile=root.compile,
         objective=_objective(root.objective, variant=name, params=params, data=data.name),
         device=device,
         dtype=root.dtype,

@@ -76,6 +76,9 @@ class Root(Spec):
     """Device of the cell; auto is cuda if it is available."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Number format of parameters and activations."""
+    compile: Literal["off", "block", "model"] = knob("off", younger=True)
+    """Compile each block by torch.compile, or the whole model, before the step is timed and trained. The
+    compiler's own cost is measured separately."""
     results_dir: str = knob("results", decides=False)
     """Folder that contains all experiments."""
     name: str = knob("adhoc", decides=False)
@@ -288,6 +291,8 @@ class CellSpec:
     """The depth schedule."""
     twin: int = 0
     """Above 0: the same cell again, to measure the noise."""
+    compile: str = "off"
+    """See `Root.compile`."""
 
     @property
     def causal(self) -> bool:
@@ -299,10 +304,16 @@ class CellSpec:
         return variant.info_for(config).caps.causal
 
     @property
+    def is_compiled(self) -> bool:
+        """Whether torch.compile is used."""
+        return self.compile != "off"
+
+    @property
     def label(self) -> str:
         """A short description of the cell."""
         own = [f"{group}={c.name}" for group, c in self.slots().items() if c.name != SLOTS[group].default]
         words = [self.variant, *own, f"T={self.seq_len}", f"depth={self.depth}", self.activations]
+        words += [f"compile={self.compile}"] * self.is_compiled
         words += [f"#{self.replicate}", *([f"twin {self.twin}"] if self.twin else [])]
         return " ".join(words)
 

@@ -108,6 +108,7 @@ def check(spec: CellSpec, folder: Path, code_sha256: str) -> Figures:
         decides += [identity(model.depth), layers, spec.activations, spec.model.ff_chunks, *settings]
         fits = {sizes.fit(layer.mixer, sizes.dtype) for layer in model.layers}
         dims = sizes.small if fits == {sizes.small} else sizes.own
+        decides += [spec.compile] * spec.is_compiled
         (recomputed,) = load_or_measure(
             cache,
             decides,

@@ -9,6 +9,7 @@ from torch import Tensor
 from bench.config.spec import CellSpec
 from bench.measure.gate_failed import GateFailed, largest
 from bench.model import activations
+from bench.model.compile import compiling
 from bench.model.language_model import LanguageModel
 from bench.tasks.base import Batch
 from bench.tasks.text import VOCABULARY
@@ -35,6 +36,7 @@ def recompute_error(spec: CellSpec, dims: Dims, layers: int, device: torch.devic
     source = torch.Generator().manual_seed(0)
     tokens = torch.randint(VOCABULARY, (2, SEQUENCES, dims.seq_len), generator=source).to(device)
 
+    # in a compiled model, the strategy with stored activations is compiled too
     def gradients(run_blocks: activations.Run) -> list[Tensor]:
         torch.manual_seed(0)
         with device:
@@ -49,7 +51,7 @@ def recompute_error(spec: CellSpec, dims: Dims, layers: int, device: torch.devic
                 dtype=getattr(torch, spec.dtype),
             )
         torch.manual_seed(1)
-        with model.running(run_blocks):
+        with model.running(run_blocks), compiling(model, spec.compile):
             optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
             training_step(model, optimizer, Batch(*tokens), causal=spec.causal)
         return [torch.zeros_like(p) if p.grad is None else p.grad for p in model.parameters()]

@@ -47,6 +47,16 @@ from variants.input_schedule import InputSchedule, NetworkOut
 
 Module = TypeVar("Module", bound=torch.nn.Module)
 
+Call = Callable[..., Any]
+Wrap = Callable[[Call], Call]
+"""Changes the call of a fast path; it may compile it."""
+
+
+def as_is(call: Call) -> Call:
+    """Return the call itself."""
+    return call
+
+
 BATCH = 2
 """Batch size in the gates."""
 FEED_FORWARD_TOKENS = 64
@@ -110,14 +120,15 @@ def reference_error(
     *,
     causal: bool,
     schedule: InputSchedule | None = None,
+    wrap: Wrap = as_is,
 ) -> float:
     """Return the maximum error of the fast path in float32 against `reference` in float64, over the outputs
     and the gradients of the input and of every parameter, relative to the largest entry of each tensor (or to
-    1).
+    1). `wrap` changes the call of the fast path.
 
     Raises GateFailed if rounding cannot explain it.
     """
-    pairs = _mixer_pairs(variant, config, dims, layer, device, torch.float32, causal, schedule)
+    pairs = _mixer_pairs(variant, config, dims, layer, device, torch.float32, causal, schedule, wrap)
     return _require_equal(f"layer {layer}", pairs)
 
 
@@ -131,21 +142,27 @@ def dtype_reference_errors(
     *,
     causal: bool,
     schedule: InputSchedule | None = None,
+    wrap: Wrap = as_is,
 ) -> Errors:
     """Return the same comparison for the fast path in `dtype`, by autocast as in a model.
 
     The reference makes the same discrete choices: see `MakesChoices`. Raises GateFailed if rounding to the
     dtype cannot explain the errors.
     """
-    pairs = _mixer_pairs(variant, config, dims, layer, device, dtype, causal, schedule)
+    pairs = _mixer_pairs(variant, config, dims, layer, device, dtype, causal, schedule, wrap)
     return _require_rounded(f"layer {layer}", pairs, dtype, BATCH * dims.seq_len)
 
 
 def feed_forward_error(
-    feed_forward: type[FeedForward], config: FeedForwardConfig, d_model: int, device: torch.device
+    feed_forward: type[FeedForward],
+    config: FeedForwardConfig,
+    d_model: int,
+    device: torch.device,
+    *,
+    wrap: Wrap = as_is,
 ) -> float:
     """Return the same error as `reference_error`, for a feed-forward layer. Raises GateFailed."""
-    pairs = _feed_forward_pairs(feed_forward, config, d_model, device, torch.float32)
+    pairs = _feed_forward_pairs(feed_forward, config, d_model, device, torch.float32, wrap)
     return _require_equal("the feed-forward layer", pairs)
 
 
@@ -157,7 +174,7 @@ def feed_forward_dtype_errors(
     dtype: torch.dtype,
 ) -> Errors:
     """Return the same errors as `dtype_reference_errors`, for a feed-forward layer. Raises GateFailed."""
-    pairs = _feed_forward_pairs(feed_forward, config, d_model, device, dtype)
+    pairs = _feed_forward_pairs(feed_forward, config, d_model, device, dtype, as_is)
     return _require_rounded("the feed-forward layer", pairs, dtype, BATCH * FEED_FORWARD_TOKENS)
 
 
@@ -174,6 +191,7 @@ def _mixer_pairs(
     dtype: torch.dtype,
     causal: bool,
     schedule: InputSchedule | None,
+    wrap: Wrap,
 ) -> Pairs:
     """The outputs, and the gradients of the input and of every parameter, of a layer and of its reference."""
     ctx, schedule = Context(causal=causal), schedule or variant.input_schedule(config)
@@ -182,8 +200,7 @@ def _mixer_pairs(
     if dtype != torch.float32 and isinstance(fast, MakesChoices):
         slow.choices = _choices_in(dtype, fast)  # type: ignore[assignment]  # a method of this layer alone
 
-    def network(window: Tensor, state: Any) -> NetworkOut:
-        return NetworkOut(*fast(window, ctx, state)[:2])
+    network = wrap(lambda window, state: NetworkOut(*fast(window, ctx, state)[:2]))
 
     return _pairs(
         (fast, lambda x: schedule.stream(network, x, causal=causal)),
@@ -209,12 +226,13 @@ def _feed_forward_pairs(
     d_model: int,
     device: torch.device,
     dtype: torch.dtype,
+    wrap: Wrap,
 ) -> Pairs:
     torch.manual_seed(0)
     fast = _unit_weights(feed_forward(config, d_model)).to(device)
     slow = copy.deepcopy(fast).double()
     x = torch.randn(BATCH, FEED_FORWARD_TOKENS, d_model, device=device)
-    return _pairs((fast, lambda x: fast(x).y), (slow, slow.reference), x, dtype)
+    return _pairs((fast, wrap(lambda x: fast(x).y)), (slow, slow.reference), x, dtype)
 
 
 def _pairs(

@@ -46,6 +46,8 @@ class StepFigures:
     """Those that the step dispatched; in a prediction, the CPU's."""
     rss_peak_bytes: int | None = None
     reserved_bytes: int | None = None
+    held_bytes: int = 0
+    """What is live before the step: parameters, buffers, the optimiser's state and the batch."""
     library_bytes: int | None = None
     """What the allocator holds between steps beyond live tensors: workspaces that libraries keep (cuBLAS has
     one a thread, 32 MiB each on Hopper), and blocks rounded up."""
@@ -217,6 +219,7 @@ def _measured(
         for parameter in subject.model.parameters()
         if parameter.requires_grad
     ]
+    held = storage.live
     with CountFlops() as counter:
         phases = _Phases(storage, counter)
 
@@ -240,6 +243,7 @@ def _measured(
         peaks=phases.peaks,
         activation_bytes=phases.stored,
         attention_kernels=counter.attention_kernels,
+        held_bytes=held,
         **subject.bytes(),
     )
 
@@ -276,41 +280,52 @@ def predicted(make: Callable[[], Subject]) -> StepFigures:
         return figures
 
 
+class DevicePeaks:
+    """The peaks of the phases of a step, by the counters of the device's caching allocator."""
+
+    def __init__(self, subject: Subject, device: torch.device) -> None:
+        self.subject, self.device = subject, device
+        self.module = torch.get_device_module(device)
+        self.peaks: dict[Phase, int] = {"forward": 0, "backward": 0, "optimizer": 0}
+        self.stored = self.reserved = self.before = 0
+
+    def begin(self) -> None:
+        """Free the gradients and the unused blocks, and reset the counters."""
+        self.subject.optimizer.zero_grad(set_to_none=True)
+        synchronize(self.device)
+        self.module.empty_cache()
+        self.module.reset_peak_memory_stats(self.device)
+        self.before = self.module.memory_allocated(self.device)
+
+    def after(self, phase: Phase) -> None:
+        """Read the counters at the end of a phase."""
+        synchronize(self.device)
+        if phase == "forward":
+            live = self.module.memory_allocated(self.device) - self.before
+            self.stored = max(self.stored, live - self.subject.bytes()["grad_bytes"])
+        self.peaks[phase] = max(self.peaks[phase], self.module.max_memory_allocated(self.device))
+        self.reserved = max(self.reserved, self.module.max_memory_reserved(self.device))
+        self.module.reset_peak_memory_stats(self.device)
+
+
 def on_device(make: Callable[[], Subject], device: torch.device) -> tuple[Subject, StepFigures]:
     """Figures by the device's caching allocator; its peak is split by live storage, and what it holds
     beyond that, blocks rounded up and libraries' own, is workspace too."""
-    module = torch.get_device_module(device)
-    peaks: dict[Phase, int] = {"forward": 0, "backward": 0, "optimizer": 0}
-    stored = reserved = 0
-
-    def after(phase: Phase) -> None:
-        nonlocal stored, reserved
-        synchronize(device)
-        if phase == "forward":
-            live = module.memory_allocated(device) - before
-            stored = max(stored, live - subject.bytes()["grad_bytes"])
-        peaks[phase] = max(peaks[phase], module.max_memory_allocated(device))
-        reserved = max(reserved, module.max_memory_reserved(device))
-        module.reset_peak_memory_stats(device)
-
     with LiveStorage() as storage:
         subject = make()
         subject.step()  # libraries allocate their workspaces on first use
-        subject.optimizer.zero_grad(set_to_none=True)
-        synchronize(device)
-        module.empty_cache()
-        module.reset_peak_memory_stats(device)
-        before = module.memory_allocated(device)
-        library = before - storage.live
-        figures = _measured(subject, storage, on_phase_end=after)
-    beyond = {phase: peak - figures.phase_peak_bytes(phase) for phase, peak in peaks.items()}
+        device_peaks = DevicePeaks(subject, device)
+        device_peaks.begin()
+        library = device_peaks.before - storage.live
+        figures = _measured(subject, storage, on_phase_end=device_peaks.after)
+    beyond = {phase: peak - figures.phase_peak_bytes(phase) for phase, peak in device_peaks.peaks.items()}
     return subject, replace(
         figures,
         peaks={
             phase: split | {"workspace": split["workspace"] + beyond[phase]}
             for phase, split in figures.peaks.items()
         },
-        activation_bytes=stored,
-        reserved_bytes=reserved,
+        activation_bytes=device_peaks.stored,
+        reserved_bytes=device_peaks.reserved,
         library_bytes=library,
     )

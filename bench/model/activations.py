@@ -148,6 +148,10 @@ class Strategy:
     run: Run
     stored: Run = keep
     """The same network with all activations stored."""
+    visits_separately: bool = False
+    """It treats each visit by itself, as if the others did not exist."""
+    untraceable: str | None = None
+    """Why the strategy itself cannot be compiled, only the blocks that it runs; None if it can."""
     needs_device: bool = False
     """It moves activations from the device to the host, so it needs an accelerator."""
     depth_exponent: float | None = None
@@ -156,18 +160,30 @@ class Strategy:
     (Chen 2016, arXiv:1604.06174, abstract). 0: inputs are rebuilt (Gomez 2017, arXiv:1707.04585, abstract).
     None: no source states it."""
 
-    def unsupported(self, device: str) -> str | None:
-        """Return why the strategy cannot be used on this type of device, or None."""
+    def unsupported(self, device: str, compile: str = "off") -> str | None:
+        """Return why the strategy cannot be used on this type of device or with a value of `compile`; None if
+        it can."""
         if self.needs_device and device == "cpu":
             return "moves activations from the device to the host, but on cpu they are already there"
+        if self.untraceable and compile == "model":
+            return f"with compile=model: {self.untraceable}; allowed are compile=off and block"
         return None
 
 
 STRATEGIES: dict[str, Strategy] = {
-    "keep": Strategy(run=keep, depth_exponent=1),
-    "checkpoint": Strategy(run=checkpoint, depth_exponent=1),
+    "keep": Strategy(run=keep, depth_exponent=1, visits_separately=True),
+    "checkpoint": Strategy(run=checkpoint, depth_exponent=1, visits_separately=True),
     "sqrt": Strategy(run=sqrt, depth_exponent=0.5),
-    "selective": Strategy(run=selective, depth_exponent=1),
-    "reversible": Strategy(run=reversible, stored=two_streams, depth_exponent=0),
-    "offload": Strategy(run=offload, needs_device=True),
+    "selective": Strategy(run=selective, depth_exponent=1, visits_separately=True),
+    "reversible": Strategy(
+        run=reversible,
+        stored=two_streams,
+        untraceable="its backward pass runs the blocks again, which the compiler cannot trace",
+        depth_exponent=0,
+    ),
+    "offload": Strategy(
+        run=offload,
+        untraceable="it moves activations through hooks, which the compiler cannot trace",
+        needs_device=True,
+    ),
 }

@@ -11,7 +11,7 @@ gives them.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -95,6 +95,10 @@ class Output(NamedTuple):
     aux_losses: list[Tensor]
 
 
+RunSegment = Callable[["LanguageModel", Tensor, "list[Any] | None", Context], Output]
+"""(model, tokens, states, ctx) → Output of one segment of the input schedule."""
+
+
 class LanguageModel(nn.Module):
     """Token ids (B, T) → logits (B, T, V); the input schedule feeds the blocks."""
 
@@ -115,6 +119,7 @@ class LanguageModel(nn.Module):
         self.spec, self.input_schedule = spec, spec.input
         self.depth_schedule = spec.depth.layer(spec.depth.config, depth)
         self.run_blocks = STRATEGIES[activations].run
+        self.run_segment: RunSegment = run_segment
         self.vocabulary, self.dtype = vocabulary, dtype
         self.embedding = nn.Embedding(vocabulary, dims.d_model)
         lower_layers: Counter[SlotSpec[SequenceMixer]] = Counter()
@@ -157,13 +162,14 @@ class LanguageModel(nn.Module):
         return [self.blocks[index] for index in self.depth_schedule.visits()]  # type: ignore[misc]
 
     @contextmanager
-    def running(self, run_blocks: Run) -> Iterator[None]:
-        """Use another strategy for activations inside the context."""
-        before, self.run_blocks = self.run_blocks, run_blocks
+    def running(self, run_blocks: Run, run_segment: RunSegment | None = None) -> Iterator[None]:
+        """Use another strategy for activations inside the context, and another function for segments."""
+        before = self.run_blocks, self.run_segment
+        self.run_blocks, self.run_segment = run_blocks, run_segment or self.run_segment
         try:
             yield
         finally:
-            self.run_blocks = before
+            self.run_blocks, self.run_segment = before
 
     def run_visits(self, x: Tensor, states: list[Any] | None, ctx: Context) -> NetworkOut:
         """Run all visits on one window (N, L, C); `states` are those that the previous segment returned."""
@@ -180,16 +186,7 @@ class LanguageModel(nn.Module):
         for an input without a token.
         """
         require_tokens(tokens)
-        ctx = Context(causal=causal)
-
-        def network(window: Tensor, before: list[Any] | None) -> NetworkOut:
-            return self.run_visits(self.embedding(window), before, ctx)
-
-        with torch.autocast(tokens.device.type, self.dtype, enabled=self.dtype != torch.float32):
-            x, after, losses = self.input_schedule.apply(network, tokens, states, causal=causal)
-            x = self.norm(x)
-            logits = self.head(x)
-        return Output(logits.float(), after or [], list(losses))
+        return self.run_segment(self, tokens, states, Context(causal=causal))
 
     def stream(self, tokens: Tensor, *, causal: bool) -> Iterator[tuple[slice, Output]]:
         """Run a whole sequence (B, T) by segments, with carried states; yields (slice of T, Output) for each.
@@ -240,6 +237,19 @@ class LanguageModel(nn.Module):
     def overhead_is_bounded(self) -> bool:
         """Whether the limit of this overhead applies, which it does if it applies to every layer."""
         return all(layer.overhead_is_bounded for layer in self.layers)
+
+
+def run_segment(model: LanguageModel, tokens: Tensor, states: list[Any] | None, ctx: Context) -> Output:
+    """The work of `LanguageModel.forward`: (B, T) → Output."""
+
+    def network(window: Tensor, before: list[Any] | None) -> NetworkOut:
+        return model.run_visits(model.embedding(window), before, ctx)
+
+    with torch.autocast(tokens.device.type, model.dtype, enabled=model.dtype != torch.float32):
+        x, after, losses = model.input_schedule.apply(network, tokens, states, causal=ctx.causal)
+        x = model.norm(x)
+        logits = model.head(x)
+    return Output(logits.float(), after or [], list(losses))
 
 
 def _joined(named: list[tuple[str, str | None]], equals: str, separator: str) -> str | None:

@@ -17,6 +17,8 @@ T = TypeVar("T")
 _KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(2**32), "MALLOC_TRIM_THRESHOLD_": str(2**40)}
 """glibc settings that keep freed memory in the process. A step then reuses pages, as in a long training after
 the first few seconds, instead of requesting new ones each time."""
+_QUIET = {"KINETO_LOG_LEVEL": "99"}
+"""Without this setting, torch's profiler writes lines about itself to stderr."""
 _LONGEST_FOLDER = 70
 """Maximum length, in bytes, of a folder's path in which a multiprocessing
 socket (33 bytes more) still has a valid path."""
@@ -49,7 +51,7 @@ def context() -> Any:
     children block SIGHUP; the process that started them receives it and ends them.
     """
     _find_room_for_sockets()
-    os.environ.update({k: v for k, v in _KEEP_MEMORY.items() if k not in os.environ})
+    os.environ.update({k: v for k, v in {**_KEEP_MEMORY, **_QUIET}.items() if k not in os.environ})
     forkserver = multiprocessing.get_context("forkserver")
     forkserver.set_forkserver_preload(_PRELOAD)
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})

@@ -21,13 +21,14 @@ from bench.records.files import (
 )
 from bench.records.migrations import SCHEMA_VERSION
 from bench.records.reading import RecordError, parse
-from bench.records.record import FINAL, KEYS, STATUSES, Record, Report, Status
+from bench.records.record import FINAL, KEYS, NOT_COMPILED, STATUSES, Record, Report, Status
 from bench.records.store import SequenceNumbers, columns_of, frame_of, load, read, read_all, write
 
 __all__ = [
     "CURVES_DIR",
     "FINAL",
     "KEYS",
+    "NOT_COMPILED",
     "RECORDS_DIR",
     "SCHEMA_VERSION",
     "STATUSES",

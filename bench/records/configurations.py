@@ -13,7 +13,7 @@ from typing import Any
 
 import pandas as pd
 
-from bench.records.record import SLOTS, Record
+from bench.records.record import NOT_COMPILED, SLOTS, Record
 from bench.records.store import columns_of
 
 UNKNOWN = "unknown"
@@ -39,6 +39,7 @@ CONFIGURATION = (
     "ff_chunks",
     "batch_size",
     "activations",
+    "compile",
     "objective",
     "data",
     "data_json",
@@ -96,6 +97,7 @@ def filled_in(frame: pd.DataFrame) -> pd.DataFrame:
         UNKNOWN if value == UNKNOWN else str(int(float(value)))
         for value in _filled(frame, "threads", ["device"])
     ]
+    frame["compile"] = frame["compile"].fillna(NOT_COMPILED)  # older records do not contain it
     frame["measure"] = _filled(frame, "measure", [])
     for key in TRAINING_KEYS:
         frame[key] = _only(frame[key], [frame["measure"]])

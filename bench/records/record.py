@@ -46,6 +46,8 @@ Number = Annotated[float, Bounds()]
 SLOTS = ("feed_forward", "stack")
 """Keys for the parts of a model, beside its variant, that are chosen by name. The default of a key is the
 part that all models had before there was a choice."""
+NOT_COMPILED = "off"
+"""The value of `compile` for a cell that is not compiled."""
 
 
 @dataclass(kw_only=True)
@@ -70,6 +72,7 @@ class Record:
     ff_chunks: Size = 1
     batch_size: Count
     activations: str
+    compile: str | None = None
     objective: str
     data: str
     data_params: dict[str, Any] | None = None
@@ -150,6 +153,9 @@ class Record:
     device_seconds_step: Positive | None = None
     launch_seconds: Positive | None = None
     launch_bound: bool | None = None
+    compile_seconds: Amount | None = None
+    graph_breaks: Count | None = None
+    recompiles: Count | None = None
     sampling_end: str | None = None
     warm_up_runs: Count | None = None
     sampling_half_width: Amount | None = None

@@ -17,10 +17,11 @@ import time
 import traceback
 import warnings
 from multiprocessing.connection import Connection, wait
+from pathlib import Path
 from typing import Any, Literal
 
 from bench.config.spec import Cell
-from bench.process import cgroups, forkserver, stderr_tail
+from bench.process import cgroups, compiler, forkserver, stderr_tail
 from bench.process.stderr_tail import StderrTail
 from bench.run import memory_limit
 from bench.run.devices import CPU, Device
@@ -51,6 +52,18 @@ def run(
     limit, or when the file descriptor `stop` becomes readable. The end of its stderr is stored in the
     experiment's folder, unless the status is ok.
     """
+    with compiler.cache_folder(needed=cell.spec.is_compiled) as compiler_files:
+        return _run(cell, cell_id, code_sha256, stop, device, compiler_files)
+
+
+def _run(
+    cell: Cell,
+    cell_id: str,
+    code_sha256: str,
+    stop: int | None,
+    device: Device,
+    compiler_files: Path | None,
+) -> dict[str, Any]:
     leftover = memory_limit.await_release(device)
     memory = memory_limit.memory_bytes(cell.spec, device)
     kills = cgroups.oom_kills()
@@ -63,7 +76,9 @@ def run(
     tail = StderrTail()
     ours, theirs = multiprocessing.Pipe(duplex=False)
     child = forkserver.context().Process(
-        target=_child, args=(cell, cell_id, code_sha256, device, memory, theirs, tail.writer), daemon=True
+        target=_child,
+        args=(cell, cell_id, code_sha256, device, memory, theirs, tail.writer, compiler_files),
+        daemon=True,
     )
     with _process_table:
         child.start()
@@ -152,9 +167,12 @@ def _child(
     memory: int,
     theirs: Connection,
     stderr: Connection,
+    compiler_files: Path | None,
 ) -> None:
     gc.freeze()  # a collection would visit all objects of torch, in pages that are shared until then
     device.select()
+    if compiler_files is not None:
+        compiler.use_cache_folder(compiler_files)
     stderr_tail.redirect_stderr(stderr)
     drop_failed_output()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C and stops this process

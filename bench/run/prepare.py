@@ -62,6 +62,7 @@ def identity(cell: Cell) -> dict[str, Any]:
         "ff_chunks": spec.model.ff_chunks,
         "batch_size": spec.batch_size,
         "activations": spec.activations,
+        "compile": spec.compile,
         "objective": spec.objective,
         "data": spec.data.name,
         "data_params": spec.data.params,

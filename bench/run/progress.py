@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from bench.inputs.printable import printable
 from bench.records import Record
-from bench.records.record import SLOTS
+from bench.records.record import NOT_COMPILED, SLOTS
 
 if TYPE_CHECKING:
     from rich.progress import Progress as RichProgress
@@ -26,7 +26,10 @@ def describe(record: Record) -> str:
     )
     cell = (
         f"{record.variant} {slots}T={record.seq_len} depth={record.depth} d={record.d_model} "
-        f"{record.activations} #{record.replicate}" + (f" twin {record.twin}" if record.twin else "")
+        f"{record.activations} "
+        + (f"compile={record.compile} " if record.compile not in (None, NOT_COMPILED) else "")
+        + f"#{record.replicate}"
+        + (f" twin {record.twin}" if record.twin else "")
     )
     if record.status != "ok":
         return f"{record.status:11} {printable(f'{cell}: {record.reason}', MOST)}"

@@ -15,6 +15,7 @@ from typing import Any
 from bench import records, trackers
 from bench.config.spec import Cell
 from bench.inputs.errors import ConfigError
+from bench.process import compiler
 from bench.process.signals import Interrupts
 from bench.records import Record, RecordError
 from bench.run import isolate, provenance
@@ -152,9 +153,9 @@ def _run_job(
         return record
     cell = job.cell
     if reason := skip.reason(cell):
-        record = _store_figures(job, provenance.provenance() | {"status": "predicted_oom", "reason": reason})
-        progress.finished(record)
-        return record
+        return _not_run(job, "predicted_oom", reason, progress)
+    if cell.spec.is_compiled and (reason := compiler.missing(cell.spec.device)):
+        return _not_run(job, "unsupported", f"compile={cell.spec.compile} {reason}", progress)
 
     def waiting() -> None:
         interrupts.check()
@@ -179,6 +180,13 @@ def _run_job(
                 | isolate.run(cell, job.cell_id, job.known["code_sha256"], interrupts.signal_fd, device),
             )
         progress.finished(record)
+    return record
+
+
+def _not_run(job: Job, status: str, reason: str, progress: Progress) -> Record:
+    """Store the record of a cell that need not be started to know its result."""
+    record = _store_figures(job, provenance.provenance() | {"status": status, "reason": reason})
+    progress.finished(record)
     return record
 
 

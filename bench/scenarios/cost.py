@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -10,12 +11,15 @@ from pathlib import Path
 import torch
 
 from bench.config.spec import CellSpec
-from bench.measure import contention, device_time, nvml, predict, timing
+from bench.measure import allocator, contention, device_time, nvml, predict, timing
 from bench.measure import step as step_measure
+from bench.measure.compile_time import CompiledStep
 from bench.measure.roofline import Roofline
+from bench.model.activations import Run
+from bench.model.compile import by_block, compiling
 from bench.model.reversible import reversible
 from bench.records import Report
-from bench.scenarios.figures import flop_figures, memory_figures
+from bench.scenarios.figures import compiled_memory_figures, flop_figures, memory_figures
 from bench.tasks.base import Task
 
 
@@ -35,6 +39,7 @@ class CostMeasurement:
         """`folder`: the experiment's folder, which caches the roofline of the device `device_name`."""
         self.spec, self.task, self.device, self.report = spec, task, device, report
         self.folder, self.device_name = folder, device_name
+        self.compiled: CompiledStep | None = None
 
     def run(self) -> None:
         """Measure FLOPs, memory and time; the model is freed at the end.
@@ -42,11 +47,19 @@ class CostMeasurement:
         Raises gates.GateFailed, roofline.AboveRoofline, and torch.OutOfMemoryError or RuntimeError when
         memory runs out.
         """
-        subject = self._step()
-        roofline = self._roofline()
-        self._utilisation(subject, roofline, seconds=self._time(subject))
+        subject, figures = self._step()
+        with compiling(subject.model, self.spec.compile):
+            if self.spec.is_compiled:
+                self._compile(subject, figures)
+            if self.spec.activations == "reversible":
+                self._drift(subject)
+            roofline = self._roofline()
+            self._utilisation(subject, roofline, seconds=self._time(subject))
 
-    def _step(self) -> step_measure.Subject:
+    def _step(self) -> tuple[step_measure.Subject, step_measure.StepFigures]:
+        """Count FLOPs and launches, and measure memory, of a step without compilation: compiled code does not
+        dispatch the operations that are counted. Memory is only reported if the cell is not compiled."""
+
         def make() -> step_measure.Subject:
             return predict.subject(self.spec, lambda: self.task.train_batch(0, 0.0), self.device)
 
@@ -57,14 +70,37 @@ class CostMeasurement:
             subject, figures = step_measure.on_device(make, self.device)
             source = f"{self.device.type}_allocated"
         self.report(flop_figures(self.spec, subject.model, figures, source="dispatched"))
-        self.report(memory_figures(figures, source=source))
+        if not self.spec.is_compiled:
+            self.report(memory_figures(figures, source=source))
         self.report({"attention_kernels": ", ".join(figures.attention_kernels) or None})
-        if self.spec.activations == "reversible":
-            drift: dict[int, float] = {}
-            with subject.model.running(partial(reversible, drift=drift)):
-                subject.step()
-            self.report({"rebuild_error_by_level": [drift[level] for level in sorted(drift)]})
-        return subject
+        return subject, figures
+
+    def _compile(self, subject: step_measure.Subject, figures: step_measure.StepFigures) -> None:
+        """Compile the step and the forward pass, and measure the memory of the compiled step."""
+        self.compiled = CompiledStep(subject, self.device)
+        self._report_compiled(self.compiled)
+        if self.device.type == "cpu":
+            allocated = allocator.on_host(subject, figures.held_bytes)
+        else:
+            allocated = allocator.on_device(subject, self.device)
+        self.report(compiled_memory_figures(figures, allocated))
+
+    def _report_compiled(self, step: CompiledStep) -> None:
+        self.report(
+            {
+                "compile_seconds": step.seconds,
+                "graph_breaks": step.graph_breaks,
+                "recompiles": step.recompiles,
+            }
+        )
+
+    def _drift(self, subject: step_measure.Subject) -> None:
+        """Measure the error of the streams that a reversible network rebuilds."""
+        drift: dict[int, float] = {}
+        run: Run = partial(reversible, drift=drift)
+        with subject.model.running(by_block(run) if self.spec.compile == "block" else run):
+            subject.step()
+        self.report({"rebuild_error_by_level": [drift[level] for level in sorted(drift)]})
 
     def _roofline(self) -> Roofline:
         """Load the machine's peak rates; the first cell of an experiment measures them. This is done after
@@ -96,7 +132,10 @@ class CostMeasurement:
             )
 
         monitor = contention.ContentionMonitor(self.device)
-        steps = sample(subject.step)
+        with self.compiled.counting() if self.compiled else nullcontext():
+            steps = sample(subject.step)
+        if self.compiled:
+            self._report_compiled(self.compiled)
         joules = monitor.joules()
         busy = device_time.busy_seconds(subject.step, self.device)
         subject.optimizer.zero_grad(set_to_none=True)

@@ -6,6 +6,7 @@ from typing import Any
 
 from bench.config.spec import CellSpec
 from bench.measure import gates
+from bench.measure.allocator import AllocatedBytes
 from bench.measure.estimate import CARDS, estimated_seconds
 from bench.measure.step import StepFigures
 from bench.model.language_model import LanguageModel
@@ -41,6 +42,24 @@ def flop_figures(spec: CellSpec, model: LanguageModel, figures: StepFigures, sou
         "cost_ratio": ratio,
         "cost_ratio_reason": reason if unequal else None,
         "state_bytes": model.state_bytes(work),
+    }
+
+
+def compiled_memory_figures(figures: StepFigures, allocated: AllocatedBytes) -> dict[str, Any]:
+    """Return the peak memory of a compiled step; the sizes of parameters, gradients and optimiser state are
+    those of the step without compilation. What the peak consists of is not known."""
+    return {
+        "peak_bytes": allocated.peaks[allocated.peak_phase],
+        "peak_bytes_source": allocated.source,
+        "peak_phase": allocated.peak_phase,
+        **{f"{phase}_peak_bytes": peak for phase, peak in allocated.peaks.items()},
+        "param_bytes": figures.param_bytes,
+        "grad_bytes": figures.grad_bytes,
+        "optimizer_bytes": figures.optimizer_bytes,
+        "activation_bytes": allocated.stored,
+        "rss_peak_bytes": allocated.rss_peak,
+        "cuda_reserved_bytes": allocated.reserved,
+        "library_bytes": allocated.library,
     }
 
 

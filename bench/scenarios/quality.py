@@ -16,6 +16,7 @@ from bench.evaluate.accuracy import measure_accuracy
 from bench.evaluate.nll import evaluate
 from bench.evaluate.receptive_field import reach
 from bench.measure import predict
+from bench.model.compile import compiling
 from bench.records import Report
 from bench.tasks.base import Batch, Task
 from bench.tasks.text import Text
@@ -71,19 +72,22 @@ class QualityEvaluation:
         def batches(step: int, done: float) -> Batch:
             return self.task.train_batch(step, done).for_training(self.device)
 
-        return train(
-            self.model,
-            batches,
-            budget=Budget.of(
-                self.measure,
-                step_tokens=step_tokens,
-                step_flops=self.model.cost(self.spec.workload()).step,
-            ),
-            learning_rate=self.measure.learning_rate,
-            causal=self.causal,
+        budget = Budget.of(
+            self.measure,
             step_tokens=step_tokens,
-            checkpoints=self.checkpoints,
+            step_flops=self.model.cost(self.spec.workload()).step,
         )
+        # Only training is compiled: evaluation has other shapes, each of which would be compiled again.
+        with compiling(self.model, self.spec.compile):
+            return train(
+                self.model,
+                batches,
+                budget=budget,
+                learning_rate=self.measure.learning_rate,
+                causal=self.causal,
+                step_tokens=step_tokens,
+                checkpoints=self.checkpoints,
+            )
 
     def _evaluate_text(self, task: Text, steps: int) -> None:
         stride = (self.causal and self.measure.eval_stride) or self.spec.seq_len

@@ -27,7 +27,11 @@ def check_supported(spec: CellSpec) -> None:
         raise Unsupported(reason)
     if reason := spec.model_spec().unsupported(spec.depth, dims.d_model):
         raise Unsupported(reason)
-    if reason := STRATEGIES[spec.activations].unsupported(device.type):
+    if spec.is_compiled and not spec.measure.execute:
+        raise Unsupported(
+            f"compile={spec.compile}: a plan runs on fake tensors without compilation; allowed is compile=off"
+        )
+    if reason := STRATEGIES[spec.activations].unsupported(device.type, spec.compile):
         raise Unsupported(f"activations={spec.activations}: {reason}")
     needs_plan = not spec.measure.execute or spec.measure.budget is not None
     if needs_plan and (reason := missing_kernel(spec, CPU)):

@@ -29,6 +29,7 @@ SETTING = (
     "device",
     "machine",
     "threads",
+    "compile",
     "activations",
 )
 GROUP = (*SETTING, "depth")

@@ -7,7 +7,7 @@ from typing import Any
 
 import pandas as pd
 
-from bench.records import Record
+from bench.records import NOT_COMPILED, Record
 from bench.report.data.groups import GROUP, SLOT_COLUMNS, TRAINING, split, varying
 from bench.report.text import units
 
@@ -22,6 +22,7 @@ _PHRASES = {
     "batch_size": "batch {}",
     "threads": "{} threads",
     "activations": "activations {}",
+    "compile": "compile {}",
     "depth": "depth {}",
     "seq_len": "length {}",
 }
@@ -30,6 +31,7 @@ _PHRASES = {
 _USUAL = {
     "ff_chunks": Record.ff_chunks,
     **{column: getattr(Record, key) for key, column in SLOT_COLUMNS.items()},
+    "compile": NOT_COMPILED,
 }
 """Values that are not mentioned."""
 

@@ -82,6 +82,7 @@ _RUN = (
     *SLOT_COLUMNS.values(),
     "depth",
     "activations",
+    "compile",
     "seq_len",
     "replicate",
 )

@@ -10,6 +10,7 @@ from typing import Any
 
 import pandas as pd
 
+from bench.records import NOT_COMPILED
 from bench.report.data.compared_time import SECONDS, SOURCE
 from bench.report.data.groups import CELL
 from bench.report.data.kinds import KEEP, predicted
@@ -99,11 +100,14 @@ def _worst(levels: object) -> float:
 def prediction_errors(frame: pd.DataFrame) -> pd.DataFrame:
     """The records whose peak was measured and predicted; `error` is predicted over measured, minus 1.
 
-    Memory that libraries keep between steps is subtracted from the measured peak: predictions do not include
-    it.
+    Compiled cells are left out: a prediction is that of the same step without compilation. Memory that
+    libraries keep between steps is subtracted from the measured peak: predictions do not include it.
     """
     both = frame[
-        (frame["status"] == "ok") & (frame["peak_bytes"] > 0) & frame["peak_bytes_predicted"].notna()
+        (frame["status"] == "ok")
+        & (frame["peak_bytes"] > 0)
+        & frame["peak_bytes_predicted"].notna()
+        & (frame["compile"] == NOT_COMPILED)
     ]
     both = both[~predicted(both["peak_bytes_source"])]
     measured = both["peak_bytes"] - both["library_bytes"].fillna(0)
