@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 import variants
+from bench import CONFIGS
 from bench.tools.launches import accelerator_spec, launches_a_layer, plan
 
 SHORT, LONG, LONGEST = 4096, 16384, 65536
@@ -22,15 +23,13 @@ A_DOUBLING = 8
 """Launches that a layer may add where the length doubles: a step more of a tree, forward and backward."""
 CEILING = 300
 """Launches a layer at the longest length."""
-GROWING = {
-    "compressive": (2532, 10260),
-    "transformer_xl": (2096, 8432),
+ON_AN_ACCELERATOR: dict[str, dict[str, Any]] = {
+    name: {"segments_at_once": "all"} for name in ("compressive", "transformer_xl")
 }
-"""Variant → launches a layer at the short and the long length."""
+"""Knobs that the presets for GPUs set. With one segment at a time, which holds the activations of one, launches
+grow with the length."""
 ABOVE = {
-    "compressive": 41172,
     "routing": 499,
-    "transformer_xl": 33776,
 }
 """Variant → launches a layer at the longest length."""
 FLASH = ("longformer", "routing", "sparse_fixed", "sparse_strided")
@@ -41,7 +40,7 @@ FIRST = ("dense", "longformer", "routing")
 
 @cache
 def launches(name: str, seq_len: int, impl: str | None = None) -> int:
-    params = {"impl": impl} if impl else {}
+    params = {"impl": impl} if impl else ON_AN_ACCELERATOR.get(name, {})
     return launches_a_layer(plan(accelerator_spec(name, seq_len, depth=2, params=params)))
 
 
@@ -56,10 +55,18 @@ def cases(over: Mapping[str, object]) -> list[Any]:
     return found
 
 
-@pytest.mark.parametrize("name", cases(GROWING))
+@pytest.mark.parametrize("name", cases({}))
 def test_launches_grow_with_the_logarithm_of_the_length_at_most(name: str) -> None:
     allowed = A_DOUBLING * math.log2(LONG / SHORT)
     assert launches(name, LONG) <= launches(name, SHORT) + allowed
+
+
+def test_the_presets_for_gpus_set_these_knobs() -> None:
+    for preset in ("gpu", "gpu_long"):
+        text = (CONFIGS / "experiment" / f"{preset}.yaml").read_text()
+        blocks = [block for block in text.split("\n      - ") if "variant: transformer_xl" in block]
+        assert blocks
+        assert all("segments_at_once: all" in block for block in blocks), preset
 
 
 @pytest.mark.parametrize("name", cases(ABOVE))
