@@ -26,8 +26,8 @@ CEILING = 300
 ON_AN_ACCELERATOR: dict[str, dict[str, Any]] = {
     name: {"segments_at_once": "all"} for name in ("compressive", "transformer_xl")
 }
-"""Knobs that the presets for GPUs set. With one segment at a time, which holds the activations of one, launches
-grow with the length."""
+"""Knobs that the presets for GPUs set. With one segment at a time, which holds the activations of one,
+launches grow with the length."""
 ABOVE = {
     "routing": 499,
 }
