@@ -28,11 +28,12 @@ autotuner.Autotuner._bench = lambda self, *args, config, **meta: [0.0]
 
 from fla.ops.common import chunk_h, chunk_o
 
+def number(bound):
+    return int(bound.handle.data.item()) if hasattr(bound, "handle") else int(getattr(bound, "value", bound))
+
 def tensors(*bounds):
     # compiled loops count in tensors, the interpreter's in integers, which have no method `to`
-    held = [b.handle.data.item() if hasattr(b, "handle") else getattr(b, "value", b) for b in bounds]
-    plain = [int(bound) for bound in held]
-    for i in builtins.range(*plain):
+    for i in builtins.range(*map(number, bounds)):
         yield tl.core.tensor(TensorHandle(numpy.array([i], numpy.int32), tl.int32), tl.int32)
 
 chunk_h.range = tensors
