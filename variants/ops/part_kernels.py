@@ -83,8 +83,8 @@ def _plain_backward(
     batches, scale = q.shape[:2], q.shape[-1] ** -0.5
     dy, q, k, v, mean, lse = (t.flatten(0, 1) for t in (dy, q, k, v, mean, lse))
     weights = (_scores(q, k, bias, causal) - lse[..., None]).exp_()
-    d_weights = _product(dy, v.transpose(1, 2), 1.0) - mean
-    d_scores = torch.mul(d_weights, weights, out=torch.empty_like(d_weights, dtype=q.dtype))
+    d_scores = _product(dy, v.transpose(1, 2), 1.0) - mean  # times the weights, below; one name to free it
+    d_scores = torch.mul(d_scores, weights, out=torch.empty_like(d_scores, dtype=q.dtype))
     dq, dk = _product(d_scores, k, scale), _product(d_scores.transpose(1, 2), q, scale)
     dv = _product(weights.to(dy.dtype).transpose(1, 2), dy, 1.0)
     return dq.unflatten(0, batches), dk.unflatten(0, batches), dv.unflatten(0, batches)
