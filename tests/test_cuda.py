@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import HANG_SECONDS
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import variants
 from bench.measure import gates, nvml
@@ -171,3 +173,84 @@ def test_a_cell_runs_with_the_kernel_and_names_it(name: str, knobs: dict[str, An
     assert (record["status"], record["impl"]) == ("ok", knobs["impl"]), record["reason"]
     assert record["peak_bytes_predicted"] is None  # a prediction runs on the CPU
     assert (record["cost_ratio_reason"] is None) == (knobs["impl"] == "xformers")
+
+
+REFORMER: list[dict[str, Any]] = [
+    {"impl": "merged"},
+    {"impl": "flex"},
+    {"impl": "flex", "chunk": 20, "n_buckets": 8, "n_hashes": 2},
+    {"impl": "flex", "neighbourhood": "chunk", "chunk": 100},
+]
+every_reformer = pytest.mark.parametrize("knobs", REFORMER, ids=str)
+
+
+@every_reformer
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("tokens", [1, 128, 777])
+def test_all_rounds_at_once_equal_the_reference(knobs: dict[str, Any], causal: bool, tokens: int) -> None:
+    knobs = {**knobs, "n_buckets": min(knobs["n_buckets"], tokens)} if "n_buckets" in knobs else knobs
+    dims, variant = dims_or_skip("reformer", knobs, tokens), variants.load("reformer")
+    worst = gates.reference_error(
+        variant, variant.Config(**knobs), dims, 0, torch.device("cuda"), causal=causal
+    )
+    assert worst <= gates.REFERENCE_TOLERANCE
+
+
+@every_reformer
+def test_all_rounds_at_once_in_half_precision_are_near_the_plain_form(knobs: dict[str, Any]) -> None:
+    """Products of bfloat16 with sums in float32: `torch.bmm(out_dtype=)`, and FlexAttention."""
+    tokens = 777
+    dims, variant = dims_or_skip("reformer", knobs, tokens), variants.load("reformer")
+    results = []
+    for impl in (knobs["impl"], "plain"):
+        torch.manual_seed(0)
+        layer = variant(variant.Config(**{**knobs, "impl": impl}), dims).cuda().eval()
+        for parameter in layer.parameters():
+            torch.nn.init.normal_(parameter, std=dims.d_model**-0.5)
+        x = torch.randn(2, tokens, dims.d_model, device="cuda", requires_grad=True)
+        with torch.autocast("cuda", torch.bfloat16):
+            y = layer(x, Context(causal=True)).y
+        roots = [x, *layer.parameters()]
+        results.append([y.float(), *torch.autograd.grad(y.float().square().sum(), roots)])
+    for got, want in zip(*results, strict=True):
+        assert (got - want).norm() < 0.02 * want.norm()
+
+
+@pytest.mark.parametrize("impl", ["merged", "flex"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_no_bit_of_reformer_depends_on_a_later_token(impl: str, dtype: str) -> None:
+    """Several layers deep: a bit can change a bucket."""
+    dims, variant = dims_or_skip("reformer", {"impl": impl}, 1000), variants.load("reformer")
+    worst = gates.leak(
+        variant, variant.Config(impl=impl), dims, 4, torch.device("cuda"), getattr(torch, dtype)
+    )
+    assert worst == 0
+
+
+@every_reformer
+def test_all_rounds_at_once_are_counted_as_planned(knobs: dict[str, Any]) -> None:
+    """Forward and backward: a plan on fake tensors of the CPU counts what the device runs."""
+    tokens = 500
+    dims, variant = dims_or_skip("reformer", knobs, tokens), variants.load("reformer")
+    found = []
+    for device, mode in (("cuda", nullcontext()), ("cpu", FakeTensorMode())):
+        with mode:
+            layer = variant(variant.Config(**knobs), replace(dims, device_type="cuda")).to(device)
+            x = torch.randn(2, tokens, dims.d_model, device=device, requires_grad=True)
+            with CountFlops() as counter:
+                layer(x, Context(causal=True)).y.sum().backward()
+        found.append(counter.counts)
+    assert found[0] == found[1]
+
+
+@every_reformer
+def test_all_rounds_at_once_keep_no_square_matrix(knobs: dict[str, Any]) -> None:
+    tokens = 16_384
+    dims, variant = dims_or_skip("reformer", knobs, tokens), variants.load("reformer")
+    layer = variant(variant.Config(**knobs), dims).cuda()
+    x = torch.randn(1, tokens, dims.d_model, device="cuda", requires_grad=True)
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    with CountFlops():
+        layer(x, Context(causal=True)).y.sum().backward()
+    assert torch.cuda.max_memory_allocated() - before < 4 * dims.heads * tokens**2 / 2

@@ -31,7 +31,6 @@ GROWING = {
 ABOVE = {
     "compressive": 41172,
     "performer": 1305,
-    "reformer": 1527,
     "routing": 499,
     "sparse_fixed": 610,
     "sparse_strided": 492,

@@ -28,6 +28,7 @@ from bench.tasks.base import Batch
 from variants.ops import block_sparse, kmeans_attention, operators, relative_attention
 from variants.ops.lsh import attention as lsh_attention
 from variants.ops.lsh import hashing, windows
+from variants.ops.lsh import merged as lsh_merged
 from variants.ops.strided_parts import Part, StridedTokens, flatten_parts
 
 TABLE = Path(__file__).parent / "data" / "launches.json"
@@ -153,12 +154,20 @@ def _lsh() -> tuple[Callable[[], Any], Callable[[], Any]]:
     return lambda: lsh_attention._forward_operator(*given), lambda: lsh_attention._forward(*given)
 
 
+def _merged() -> tuple[Callable[[], Any], Callable[[], Any]]:
+    qk, value = torch.randn(1, 64, 2, 8), torch.randn(1, 64, 2, 8)
+    window = windows.Window.choose(64, 2, 8, band=True, causal=True).in_whole_blocks()
+    given = qk, value, torch.zeros(2, 2, 64, dtype=torch.int64), window.numbers, "merged"
+    return lambda: lsh_merged._forward_operator(*given), lambda: lsh_merged._forward(*given)
+
+
 OPERATORS = {
     "union_attention": _union,
     "relative_attention": _relative,
     "cluster_slots": _slots,
     "seeded_normal": _normal,
     "lsh_attention": _lsh,
+    "merged_rounds": _merged,
 }
 
 
@@ -178,7 +187,8 @@ def test_every_operator_with_a_backward_pass_is_looked_into() -> None:
     names = {n.removeprefix(prefix) for n in torch._C._dispatch_get_all_op_names() if n.startswith(prefix)}
     ours = {name: getattr(torch.ops.longctx_bench, name).default for name in names}
     whole = {name for name, operator in ours.items() if not operators.implementation(operator)}
-    assert whole == {"note_work", "xformers", "xformers_backward"}
+    kernels = {"xformers", "xformers_backward", "flex_rounds", "flex_rounds_backward", "bmm_float32"}
+    assert whole == {"note_work"} | kernels
 
 
 # --- steps --------------------------------------------------------------------------------------------

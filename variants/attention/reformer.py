@@ -5,8 +5,9 @@ Shapes: B batch, T tokens, C channels, H heads, D = C / H, R rounds of hashing, 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +19,7 @@ from variants.base import (
     Context,
     Cost,
     Dims,
+    Impl,
     Info,
     MixerOut,
     SequenceMixer,
@@ -25,8 +27,9 @@ from variants.base import (
     Workload,
 )
 from variants.knobs import knob
-from variants.ops import masks
+from variants.ops import backends, masks
 from variants.ops.lsh.attention import lsh_attention
+from variants.ops.lsh.flex import KEYS
 from variants.ops.lsh.hashing import (
     ONE_ROTATION,
     factors,
@@ -35,6 +38,7 @@ from variants.ops.lsh.hashing import (
     least_buckets,
     rotations,
 )
+from variants.ops.lsh.merged import merged_attention
 from variants.ops.lsh.windows import Window
 from variants.ops.projections import masked_attention, rotary
 
@@ -57,6 +61,10 @@ class ReformerConfig(VariantConfig):
     """Tokens of its bucket that a token reads in a round. band: the nearest tokens of the bucket, by
     position. chunk: as in the paper, the tokens of the bucket in the token's own chunk of the sorted order
     and in the chunk before."""
+    impl: Literal["auto", "plain", "merged", "flex"] = knob("auto", younger=True)
+    """Implementation of attention. plain: one round after the other, in pieces that fit a cache. merged: all
+    rounds in few launches, merged by their logsumexp. flex: as merged, by FlexAttention, compiled, on CUDA.
+    auto: plain on the CPU, merged elsewhere."""
 
     def __post_init__(self) -> None:
         allowed = f"null, 1, an even number, over {ONE_ROTATION} a multiple of 4"
@@ -69,6 +77,31 @@ class ReformerConfig(VariantConfig):
         if self.n_buckets is not None:
             return self.n_buckets
         return 1 if seq_len <= self.chunk else least_buckets(-(-2 * seq_len // self.chunk))
+
+
+# --- implementations: (layer, qk, values, buckets, causal) → (B, T, H, D) ---------------------------------
+
+
+def plain(layer: Reformer, qk: Tensor, value: Tensor, buckets: Tensor, causal: bool) -> Tensor:
+    """One round after the other."""
+    return lsh_attention(qk, value, buckets, layer._window(qk.shape[1], causal))
+
+
+def merged(layer: Reformer, qk: Tensor, value: Tensor, buckets: Tensor, causal: bool) -> Tensor:
+    """All rounds, by matrix products."""
+    window = layer._window(qk.shape[1], causal).in_whole_blocks()
+    return merged_attention(qk, value, buckets, window, "merged")
+
+
+def flex(layer: Reformer, qk: Tensor, value: Tensor, buckets: Tensor, causal: bool) -> Tensor:
+    """All rounds, by FlexAttention. Untried."""
+    window = layer._window(qk.shape[1], causal).in_blocks(KEYS)
+    return merged_attention(qk, value, buckets, window, "flex")
+
+
+BLOCK_OVERHEAD = (
+    "a block of queries computes scores with all keys that any of its queries may read, some masked"
+)
 
 
 class Reformer(SequenceMixer):
@@ -108,9 +141,23 @@ class Reformer(SequenceMixer):
         complexity=Complexity(time=1, memory=1, formula="T·log T", source="Kitaev 2020, Table 1", survey=1),
         caps=Caps(causal=True, bidirectional=True, stochastic=True),
     )
-    flop_overhead_reason = (
-        "a block of queries computes scores with all keys that any of its queries may read, some masked"
-    )
+    IMPLS: ClassVar[Mapping[str, Impl]] = {
+        "plain": Impl(run=plain, flop_overhead_reason=BLOCK_OVERHEAD, auto_on=("cpu",)),
+        "merged": Impl(
+            run=merged,
+            flop_overhead_reason=BLOCK_OVERHEAD,
+            has_shape_functions=True,
+            auto_on=(Impl.OTHER_DEVICES,),
+        ),
+        "flex": Impl(
+            run=flex,
+            missing=lambda device, dtype, head_dim: backends.missing_flex(device, head_dim),
+            flop_overhead_reason=backends.FLEX_OVERHEAD,
+            overhead_is_bounded=False,
+            has_shape_functions=True,
+            untried=True,
+        ),
+    }
 
     @classmethod
     def unsupported(cls, config: VariantConfig, dims: Dims, *, causal: bool) -> str | None:
@@ -140,8 +187,8 @@ class Reformer(SequenceMixer):
     def forward(self, x: Tensor, ctx: Context, state: Any = None) -> MixerOut:
         """(B, T, C) → MixerOut; carries no state."""
         qk = self._split(self.qk(x), ctx.positions)
-        window = self._window(x.shape[1], ctx.causal)
-        y = lsh_attention(qk, self._heads(self.value(x)), self._buckets(x, qk, ctx.positions), window)
+        buckets = self._buckets(x, qk, ctx.positions)
+        y = self.run_impl(self, qk, self._heads(self.value(x)), buckets, ctx.causal)
         return MixerOut(self.out(y.flatten(2)))
 
     def _heads(self, x: Tensor) -> Tensor:

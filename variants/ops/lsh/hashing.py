@@ -21,7 +21,7 @@ ONE_ROTATION = 64
 """Maximum number of buckets of one rotation; more buckets need the product of two (see `factors`)."""
 MOST_PIECES = 16
 """Maximum number of pieces of the tokens. Longer sequences have larger pieces, to bound the operations."""
-HASH_TILE = Sizes(cpu=2**21, accelerator=2**26)
+HASH_TILE = Sizes(cpu=2**21, accelerator=2**28)
 """Projections computed at a time. The CPU's value keeps them in cache."""
 
 
@@ -130,10 +130,12 @@ def hash_rows(x: Tensor, given: list[Tensor], rounds: int, device_type: str | No
             for start in range(0, batch * seq_len, step):
                 piece = by_head[:, start : start + step].float()
                 bucket = buckets[:, :, start : start + step]
-                for rotation in given:
+                for index, rotation in enumerate(given):
                     half = rotation.shape[-1] // rounds
                     y = torch.bmm(piece, rotation).unflatten(-1, (rounds, half))  # (H, n, R, f/2)
                     best = y.abs().argmax(dim=-1, keepdim=True)
-                    side = (y.gather(-1, best) < 0).long()
-                    bucket.mul_(2 * half).add_((best + half * side).squeeze(-1).permute(2, 0, 1))
+                    best = torch.add(best, y.gather(-1, best) < 0, alpha=half)  # of the negative side
+                    if index:
+                        bucket.mul_(2 * half)
+                    bucket.add_(best.squeeze(-1).permute(2, 0, 1))
     return buckets.view(rounds, heads * batch, seq_len)

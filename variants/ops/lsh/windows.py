@@ -14,8 +14,8 @@ the number of earlier tokens in its bucket.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import dataclass, replace
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -33,6 +33,8 @@ EXACT_FLOAT32 = 2**24
 """float32 represents all smaller integers exactly."""
 SMALL_BLOCK = 2
 """Relative time for each pair in blocks of b queries: 1 + SMALL_BLOCK / b."""
+
+Rank = TypeVar("Rank", int, Tensor)
 
 
 @dataclass(frozen=True)
@@ -80,6 +82,16 @@ class Window:
         costs = [window.computed * (1 + SMALL_BLOCK / window.block) for window in windows]
         return windows[costs.index(min(costs))]  # torch.compile cannot trace `min` with a key
 
+    def in_blocks(self, block: int) -> Window:
+        """The same with blocks of another size and without keys beside them, for kernels that find the keys
+        by `span`. With chunks of the sorted order, no bucket begins a block."""
+        return replace(self, block=block if self.band else 1, back=0, ahead=0)
+
+    def in_whole_blocks(self) -> Window:
+        """The same with `back` and `ahead` rounded up to whole blocks."""
+        back, ahead = (-(-keys // self.block) * self.block for keys in (self.back, self.ahead))
+        return replace(self, back=back, ahead=ahead)
+
     @property
     def numbers(self) -> list[int]:
         """The fields in order, as arguments of an operator."""
@@ -126,6 +138,11 @@ class Window:
         """
         return (0.0, float(self.reach)) if self.band else (0.5, 0.5)
 
+    @property
+    def read(self) -> tuple[int, int]:
+        """(low, high): as `same`, for integers: low ≤ code(query) − code(key) ≤ high."""
+        return (0 if self.causal else -self.reach, self.reach) if self.band else (0, 1)
+
     def code(self, rank: Tensor) -> Tensor:
         """The code of the token at each rank of the sorted order, which `same` compares within a bucket."""
         return rank if self.band else rank // self.reach
@@ -135,13 +152,13 @@ class Window:
         """Distance between the codes of two buckets, so that one subtraction compares bucket and rank."""
         return self.reach + 1 if self.band else 2
 
-    def span(self, rank: Tensor) -> tuple[Tensor, Tensor]:
+    def span(self, rank: Rank) -> tuple[Rank, Rank]:
         """The ranks [lo, hi) of the sorted order that a token at a rank may read if they are in its bucket.
 
         They include the token itself.
         """
         if self.band:
-            lo, hi = rank - self.reach, rank + self.reach + 1
+            lo, hi = rank - self.reach, rank + (self.reach + 1)
         else:
             chunk = rank // self.reach
             lo, hi = (chunk - 1) * self.reach, (chunk + 1) * self.reach
