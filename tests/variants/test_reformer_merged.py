@@ -227,6 +227,22 @@ def test_the_tokens_that_read_a_lost_one_are_lost_and_no_others(
         assert y.isnan().all(-1).equal(want)
 
 
+@pytest.mark.parametrize("poison", [math.nan, math.inf])
+def test_a_lost_token_without_a_gradient_gets_none(poison: float) -> None:
+    """As in the plain form, also if it is NaN."""
+    layer = made(50, torch.float32, chunk=6, n_buckets=8).eval()
+    torch.manual_seed(0)
+    qk, value = torch.randn(2, 1, 50, HEADS, WIDTH // HEADS).unbind()
+    results = []
+    for impl in ("merged", "plain"):
+        a, b = poisoned(qk, (0, 49), poison), poisoned(value, (0, 49), 1.0)
+        y = attend(impl, layer, a, b, True)
+        results.append(torch.autograd.grad(y[:, :49].square().sum(), [a, b]))
+    for got, want in zip(*results, strict=True):
+        assert got[0, 49].eq(0).all()
+        torch.testing.assert_close(got, want)
+
+
 # --- the sorted orders and their tiles --------------------------------------------------------------
 
 

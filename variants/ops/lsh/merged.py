@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from variants.ops.lsh.attention import MAX_LENGTH
 from variants.ops.lsh.flex import FlexRounds
 from variants.ops.lsh.hashing import UNIT_EPSILON
 from variants.ops.lsh.layout import Layout, lay_out, margin
@@ -31,8 +32,6 @@ from variants.ops.operators import operator
 
 NO_SCORE = -1e19
 """Logsumexp of no scores: below every score, and far above the logsumexp that a kernel gives then."""
-MAX_LENGTH = 9e18
-"""Maximum length of a vector in the computation (see `variants.ops.lsh.attention.MAX_LENGTH`)."""
 MOST_PIECES = 16
 """Maximum number of pieces; beyond it the pieces grow, which bounds the number of operations."""
 
@@ -62,9 +61,12 @@ class MergedAttention(torch.autograd.Function):
             query_key.view(heads, batch, seq_len, head_dim).copy_(qk.permute(2, 0, 1, 3))
             values.view(heads, batch, seq_len, head_dim).copy_(value.permute(2, 0, 1, 3))
             rows[-1].zero_()
-            length = torch.linalg.vector_norm(rows, dim=-1, dtype=_wide(rows))
+            wide = torch.promote_types(rows.dtype, torch.float32)
+            length = torch.linalg.vector_norm(rows, dim=-1, dtype=wide)
             excluded = ~(length[:-1] <= MAX_LENGTH).all(-1)
+            query_key.masked_fill_(excluded[:, None], 0)
             factor = length[:, 0].square().add_(UNIT_EPSILON**2).mul_(head_dim).rsqrt_()
+            factor[:-1].masked_fill_(excluded, 0)
             layout = lay_out(buckets, window, excluded, KERNELS[kernel].multiple)
             y = torch.empty_like(query_key, memory_format=torch.contiguous_format)
             lse = torch.zeros_like(factor)  # of the scores of all rounds
@@ -94,7 +96,7 @@ class MergedAttention(torch.autograd.Function):
             grads[:-1].masked_fill_(excluded[:, None], 0)
             grads[-1].zero_()
             undefined = excluded & (length != 0)
-            square = factor.square().mul_(head_dim)  # 1 / (‖x‖² + ε²)
+            square = factor.square()  # 1 / (D·(‖x‖² + ε²))
             square[:-1].masked_fill_(undefined, math.nan)  # and so are the gradients of query-keys
             total = tuple(rows.new_empty(len(rows) - 1, head_dim) for _ in range(2))
             for piece in _pieces(layout, ctx.window, ctx.kernel, head_dim, backward=True):
@@ -106,11 +108,6 @@ class MergedAttention(torch.autograd.Function):
                 for x, dtype in zip(total, ctx.dtypes, strict=True)
             )
         return grad_qk, grad_value, None, None, None
-
-
-def _wide(x: Tensor) -> torch.dtype:
-    """The dtype of sums: float32, or float64 for float64."""
-    return torch.promote_types(x.dtype, torch.float32)
 
 
 @dataclass(frozen=True)
@@ -236,7 +233,7 @@ def _attend_backward(
     del grad_key
     # c_j depends on x_j: see `MergedAttention`
     along = (of_keys * query_key).sum(-1).mul_(square[piece.rows].view(-1, seq_len))
-    of_keys.addcmul_(query_key, along[..., None], value=-1)
+    of_keys.addcmul_(query_key, along[..., None], value=-head_dim)
     torch.add(of_keys, parts(grad_query).sum(1, dtype=factor.dtype), out=of_query_key)
 
 
