@@ -35,12 +35,24 @@ for key, column in SLOTS.items():
     records[column] = slot_names(records[key], params)
 
 GROUP = ["objective", "data", "d_model", "heads", *SLOTS.values(), "ff_chunks", "batch_size"]
-GROUP += ["dtype", "device", "device_name", "threads", "activations", "depth"]
+GROUP += ["dtype", "device", "device_name", "threads", "compile", "activations", "depth"]
+records["compile"] = records["compile"].fillna("off") if "compile" in records else "off"
 CELL = [*GROUP, "variant", "label", "seq_len"]
 TRAINING = ["train_budget", "train_amount", "learning_rate", "eval_split", "eval_stride"]
 one = records.sort_values(["started_at", "cell_id"]).groupby([*CELL, *TRAINING, "measure"], dropna=False)
 newest = one["code_sha256"].transform("last")
 records = records[(records["code_sha256"] == newest) & records["budget_bytes"].isna()]
+
+# the time that is compared: the device's on a machine where all timed cells have one, else wall-clock time
+for key in ("device_seconds_step", "launch_bound", "attention_kernels"):
+    records[key] = records.get(key)  # older reports have none
+wall, device = records["step_seconds_median"], records["device_seconds_step"].astype(float)
+lacks = (records["status"] == "ok") & wall.notna() & device.isna()
+machine = [records[key] for key in ("device", "device_name")]
+by_device = device.notna().groupby(machine).transform("any") & ~lacks.groupby(machine).transform("any")
+records["compared_seconds"] = wall.where(~by_device, device)
+rate = records["tokens_per_second"]
+records["compared_tokens_per_second"] = rate.where(~by_device, rate * wall / device)
 cells = records[records["twin"] == 0]
 ok = cells[cells["status"] == "ok"]
 
@@ -71,6 +83,9 @@ def high(values):
 
 # %%
 FIGURES = {
+    "compared_seconds": "compared_seconds",
+    "compared_tokens_per_second": "compared_tokens_per_second",
+    "device_seconds_step": "device_seconds",
     "step_seconds_median": "step_seconds",
     "forward_seconds_median": "forward_seconds",
     "tokens_per_second": "tokens_per_second",
@@ -109,6 +124,11 @@ others["leaks"] = others["leak_max_abs"] > 1e-3
 finished = cells.assign(done=cells["status"] == "ok").groupby(CELL)
 others["records"], others["finished"] = finished.size(), finished["done"].sum()
 others["replicates"] = ok.groupby(CELL)["replicate"].nunique()
+chose_math = ok["attention_kernels"].fillna("").str.split(", ").map(lambda names: "math" in names)
+chose_math &= ok["impl"] != "math"
+flags = pd.DataFrame({"launch_bound": ok["launch_bound"].eq(True), "unasked_math": chose_math})
+flags = flags.groupby([ok[key] for key in CELL]).any().reindex(others.index, fill_value=False)
+others[flags.columns] = flags
 others["contaminated"] = ok.groupby(CELL)["contaminated"].count()
 counts = ["replicates", "contaminated"]
 others[counts] = others[counts].fillna(0)
@@ -126,13 +146,13 @@ sdpa = set(cells.loc[(cells["variant"] == "dense") & (cells["impl"] == "sdpa"), 
 dense = flat[flat["label"].isin(sdpa)]
 pairs = flat.merge(dense[[*WHERE, *FIGURES]], on=WHERE, suffixes=("", "_dense"))
 ratios = pd.DataFrame(index=others.index)
-for source in ("step_seconds_median", "tokens_per_second"):
+for source in ("compared_seconds", "compared_tokens_per_second", "step_seconds_median", "tokens_per_second"):
     ratio = pairs.set_index(CELL)[source] / pairs.set_index(CELL)[f"{source}_dense"]
     name = f"{FIGURES[source]}_ratio"
     ratios[[name, f"{name}_low", f"{name}_high"]] = ratio.groupby(level=CELL).agg(["median", low, high])
 itself = ratios.index.get_level_values("label").isin(sdpa)
 ratios.loc[itself, ratios.columns.str.contains("_low|_high")] = np.nan
-ratios["rounds"] = pairs.groupby(CELL)["step_seconds_median"].count().reindex(ratios.index, fill_value=0)
+ratios["rounds"] = pairs.groupby(CELL)["compared_seconds"].count().reindex(ratios.index, fill_value=0)
 
 of = others[["flops_executed_step", "params"]].join(cost["peak_bytes_median"]).reset_index()
 same = of[of["label"].isin(sdpa)].drop(columns=["variant", "label"])
@@ -148,9 +168,9 @@ ratios
 # The noise is the ratio of twin 1 to twin 0 of the same cell and replicate. With 19 pairs or more the floor is their 95th percentile, with fewer pairs it is Student's bound for one additional pair.
 
 # %%
-timed = records[(records["status"] == "ok") & records["step_seconds_median"].notna()]
+timed = records[(records["status"] == "ok") & records["compared_seconds"].notna()]
 twins = timed.pivot_table(
-    "step_seconds_median", [*CELL, "measure", "replicate"], "twin", aggfunc="median"
+    "compared_seconds", [*CELL, "measure", "replicate"], "twin", aggfunc="median"
 ).reindex(columns=[0, 1])
 aa = np.log(twins[1] / twins[0]).dropna()
 
@@ -175,7 +195,7 @@ noise
 # %%
 pair = floors.reindex(ratios.index.get_level_values("device_name")).to_numpy(dtype=float)
 floor = pair / np.where(ratios["rounds"] > 2, np.sqrt(np.maximum(ratios["rounds"], 1)), 1)
-ends = np.log(ratios[["step_seconds_ratio_low", "step_seconds_ratio_high"]])
+ends = np.log(ratios[["compared_seconds_ratio_low", "compared_seconds_ratio_high"]])
 slower = (ends.iloc[:, 0] > 0) & (ends.iloc[:, 1] > np.nan_to_num(floor))
 faster = (ends.iloc[:, 1] < 0) & (ends.iloc[:, 0] < -np.nan_to_num(floor))
 judged = ends.notna().all(axis=1) & ((ratios["rounds"] > 2) | ~np.isnan(floor))
@@ -226,7 +246,15 @@ quality = by[SCORES].agg(["mean", "std"])
 quality.columns = ["_".join(column) for column in quality.columns]
 MIDDLE = ["tokens_trained", "unigram_perplexity", "guess_accuracy", "tokens_evaluated", "train_seconds"]
 quality = quality.join(by[[*MIDDLE, "eval_min_context"]].median()).join(by["leak_max_abs"].max())
-CONTEXT = {"effective_context": "median", "effective_context_low": "min", "effective_context_high": "max"}
+CONTEXT = {
+    "effective_context": "median",
+    "effective_context_low": "min",
+    "effective_context_high": "max",
+    "best_history": "median",
+    "context_harm": "median",
+    "context_harm_low": "min",
+}
+CONTEXT = {key: how for key, how in CONTEXT.items() if key in trained}  # older reports have some
 quality = quality.join(by[BASELINES].mean()).join(by.agg(CONTEXT))
 quality = quality.join(by.size().rename("quality_replicates")).reset_index()
 BUDGET = [*GROUP, "seq_len", *(key for key in TRAINING if key != "learning_rate")]
@@ -247,6 +275,7 @@ mine = others.join(cost).join(ratios).reset_index().rename(columns={"device_name
 trained = quality.rename(columns={"device_name": "machine"}).drop(columns="leak_max_abs")
 mine = mine.merge(trained, on=KEYS, how="left")
 theirs = pd.read_csv(FOLDER / "report" / "summary.csv")
+theirs["compile"] = theirs.get("compile", "off")  # older reports have none
 MATCH = [*KEYS, *(key for key in ("learning_rate", "train_budget", "eval_split") if key in theirs)]
 for frame in (mine, theirs):
     frame[MATCH] = frame[MATCH].astype(object).fillna("")

@@ -162,8 +162,11 @@ def test_the_page_has_a_row_a_variant_and_length() -> None:
     text = launches.page(planned, [1024, 2048], CARDS["h100"])
     assert "not measurements" in text
     rows = [line for line in text.splitlines() if line.startswith(("| dense", "| longformer"))]
-    assert len(rows) == 4
-    assert all("launches" in row for row in rows), "short steps are limited by the host"
+    assert len(rows) == 2 * len(planned)
+    assert {row.impl for row in planned} >= {"sdpa", "flash", "blocks"}
+    short = [row for row in rows if "auto" in row]
+    assert len(short) == 4
+    assert all("launches" in row for row in short), "short steps are limited by the host"
 
 
 def test_other_implementations_are_planned_if_their_kernels_have_shape_functions(

@@ -46,7 +46,9 @@ def over_dense(frame: pd.DataFrame, figure: str) -> pd.Series[float]:
 def test_the_table_of_the_readme(cpu: pd.DataFrame) -> None:
     at = cells(cpu, **CPU, seq_len=4096)
     trained = cpu[cpu["nll"].notna() & (cpu["objective"] == "clm")]
-    perplexity = np.exp(trained["nll"]).groupby(trained["variant"])
+    bits = (trained["nll"] / np.log(2)).groupby(trained["variant"])
+    unigram = np.log2(trained["unigram_perplexity"].median())
+    assert f"byte frequencies alone reach {unigram:.2f}." in README
     figures = ("step_seconds_median", "peak_bytes", "flops_executed_step")
     times, memory, flops = (over_dense(at, figure) for figure in figures)
     seconds = at.groupby("variant")["step_seconds_median"].median()
@@ -62,7 +64,7 @@ def test_the_table_of_the_readme(cpu: pd.DataFrame) -> None:
             f"{peaks[name] / 2**20:.0f} MiB",
             f"{memory[name]:.2f}×",
             f"{flops[name]:.2f}×",
-            f"{perplexity.mean()[name]:.2f} ± {perplexity.std()[name]:.2f}",
+            f"{bits.mean()[name]:.3f} ± {bits.std()[name]:.3f}",
         ]
 
 

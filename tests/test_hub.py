@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import http.server
 import json
 import os
@@ -574,7 +575,8 @@ def entry(name: str) -> dict[str, Any]:
 @pytest.mark.parametrize("name", HUB_SETS)
 def test_the_entry_holds_the_defaults(name: str) -> None:
     knobs = entry(name)
-    assert knobs == {"name": name, "path": None, "max_bytes": HUB_SETS[name].max_bytes}
+    corpus = {"name": name, "path": None, "max_bytes": HUB_SETS[name].max_bytes}
+    assert knobs == {**corpus, "bpe": None, "tokenizer": None}
 
 
 @pytest.mark.parametrize("name", HUB_SETS)
@@ -586,7 +588,9 @@ def test_every_corpus_is_an_entry_and_refuses_no_knob_of_it() -> None:
     for name in corpora.SOURCES:
         knobs = entry(name)
         assert knobs.pop("name") == name
-        corpora.source(name, CorpusOptions(**knobs))
+        of_corpus = {field.name for field in dataclasses.fields(CorpusOptions)}
+        assert set(knobs) - of_corpus == {"bpe", "tokenizer"}, "knobs of the task"
+        corpora.source(name, CorpusOptions(**{knob: knobs[knob] for knob in of_corpus & set(knobs)}))
 
 
 def test_a_cell_runs_on_a_folder_of_a_data_set(tmp_path: Path, cache: Path) -> None:

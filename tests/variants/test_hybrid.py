@@ -182,13 +182,14 @@ def test_implementations_and_reasons_name_their_members() -> None:
     model = model_of(
         ("longformer(window=8)", "longformer(window=4)", "dense", "performer(n_features=8)"), depth=8
     )
-    assert model.impl == "longformer=fused, dense=sdpa"
+    assert model.impl == "longformer=fused, dense=sdpa, performer=plain"
     reason = model.flop_overhead_reason
     assert reason is not None
     assert reason.startswith("longformer: ")
     assert "; performer: " in reason
     assert "dense" not in reason
-    assert model_of(("performer(n_features=8)",)).impl is None
+    assert model_of(("performer(n_features=8)",)).impl == "plain"
+    assert model_of(("linformer(k=8)",)).impl is None
     assert model_of(("dense",)).impl == "sdpa"
     assert model_of(("dense",)).flop_overhead_reason is None
 

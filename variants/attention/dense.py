@@ -61,7 +61,7 @@ class Dense(MaskedAttention):
         caps=Caps(causal=True, bidirectional=True, exact=True),
     )
     IMPLS: ClassVar[Mapping[str, Impl]] = {
-        "sdpa": Impl(run=sdpa),
+        "sdpa": Impl(run=sdpa, selects=("flash", "cudnn", "efficient", "math")),
         "naive": Impl(
             run=naive, flop_overhead_reason="naive computes all scores and masks the forbidden half"
         ),

@@ -213,8 +213,7 @@ class Reformer(SequenceMixer):
     def _buckets(self, x: Tensor, qk: Tensor, positions: Tensor | None = None) -> Tensor:
         """The bucket of each token in each round: (R, N, T).
 
-        A float64 layer hashes float32 projections. Otherwise rounding would move tokens near the border of
-        two buckets, and a float64 layer could not be compared with the same layer in float32.
+        A float64 layer hashes float32 projections: otherwise rounding would move tokens between two buckets.
         """
         if qk.dtype == torch.float64:
             qk = self._split(F.linear(x.float(), self.qk.weight.float()), positions)

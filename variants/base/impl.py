@@ -27,6 +27,9 @@ class Impl:
     has_shape_functions: bool = False
     """Whether every kernel is an operator with a shape function, so that fake tensors suffice to plan it on a
     machine without the kernel."""
+    selects: tuple[str, ...] = ()
+    """Other implementations of which a library selects one at run time, so that this one runs the same
+    operations as the selected one."""
     untried: bool = False
     """Whether no device has run it yet. Its outputs and gradients are tested with stand-ins on the CPU only,
     so `auto` does not select it."""
