@@ -129,19 +129,22 @@ class Row:
 
 def rows_of(name: str, only: Sequence[str] = ()) -> list[Row]:
     """Return the rows of a variant: the implementation that an accelerator gets, then the others whose
-    kernels have shape functions, so that a plan knows what they launch. `only` names implementations instead.
+    kernels have shape functions, so that a plan knows what they launch. Those of which the first selects one
+    have the same counts, and no row. `only` names implementations instead.
 
     A variant that can train several segments at once has a row for all at once, too.
     """
     layer = variants.load_mixer(name)
     auto = layer.resolve_impl(layer.Config.of({}), DEVICE)
+    selected = layer.IMPLS[auto].selects if auto else ()
     several = "segments_at_once" in knobs_of(layer.Config)
     rows = []
     for params in ({}, {"segments_at_once": "all"}) if several else ({},):
         if not layer.IMPLS and not only:
             rows.append(Row(name, params, None))
         for impl, declared in sorted(layer.IMPLS.items(), key=lambda item: item[0] != auto):
-            if impl in only if only else impl == auto or declared.has_shape_functions:
+            planned = impl == auto or (declared.has_shape_functions and impl not in selected)
+            if impl in only if only else planned:
                 note = "auto" if impl == auto else "untried" if declared.untried else ""
                 rows.append(Row(name, params, impl, note))
     return rows
