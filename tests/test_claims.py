@@ -485,6 +485,8 @@ def test_cells_are_found_by_columns_and_knobs(tmp_path: Path) -> None:
         cells.finished(frame, variant="dense", seq_len=64)
     with pytest.raises(Missing, match=r"^variant=longformer window=9: no such cell$"):
         cells.finished(frame, variant="longformer", knobs={"window": 9})
+    with pytest.raises(Missing, match=r"^variant=dense depth=9 seq_len=\[64, 128\]: no such cell$"):
+        cells.finished(frame, variant="dense", depth=np.int64(9), seq_len=(64, np.int64(128)))
     with pytest.raises(Missing, match="accuracy"):
         cells.figure(frame, "accuracy")
 

@@ -46,10 +46,14 @@ def _among(column: pd.Series[Any], value: Any) -> pd.Series[bool]:
 
 def _words(query: Mapping[str, Any]) -> str:
     """Return the query as on the command line: 'variant=dense seq_len=512'."""
-    return " ".join(
-        f"{name}={spoken(list(value) if isinstance(value, tuple | set | frozenset) else value)}"
-        for name, value in query.items()
-    )
+    return " ".join(f"{name}={spoken(_plain(value))}" for name, value in query.items())
+
+
+def _plain(value: Any) -> Any:
+    """Return a value as JSON can hold it: a number of a frame is one of NumPy."""
+    if isinstance(value, tuple | set | frozenset):
+        return [_plain(one) for one in value]
+    return value.item() if isinstance(value, np.generic) else value
 
 
 def _why(matching: pd.DataFrame) -> str:

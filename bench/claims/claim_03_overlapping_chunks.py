@@ -81,7 +81,7 @@ def flops(frame: pd.DataFrame) -> Judgement:
         raise Missing("variant=chunked and variant=overlapping at one length")
     longest = int(max(lengths))
     own = chunks[chunks["seq_len"] == longest]
-    chunk, depth = int(knob(own, "chunk").iloc[0]), own.iloc[0]["depth"]
+    chunk, depth = int(knob(own, "chunk").iloc[0]), int(own.iloc[0]["depth"])
     own, other = (
         finished(rows, seq_len=longest, depth=depth, knobs={"chunk": chunk}) for rows in (own, overlaps)
     )
