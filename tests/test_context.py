@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from passages import scored_passages
 
 import variants
 from bench import corpora
@@ -72,7 +73,7 @@ def trained(name: str, replicate: int, *, batch_size: int, steps: int, **knobs: 
 
 def tallied(model: LanguageModel, *, carried: bool) -> Tally:
     """The same targets, documents whole or in windows side by side."""
-    own = text.scored_passages(corpus().test, seq_len=T, objective="clm", max_tokens=EVALUATED)
+    own = scored_passages(corpus().test, seq_len=T, objective="clm", max_tokens=EVALUATED)
     batches = document_batches(own, 4) if carried else window_batches(own, T, T, 4)
     return tally(model, batches, causal=True, device=CPU)
 

@@ -12,6 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracles import byte_model
+from passages import scored_passages
 from torch import Tensor
 
 import variants
@@ -20,7 +21,7 @@ from bench.evaluate.nll import TextQuality, evaluate, position_buckets, tally
 from bench.measure.memory import LiveStorage
 from bench.model.language_model import LanguageModel
 from bench.tasks.base import IGNORED, Batch
-from bench.tasks.text import MASK, VOCABULARY, scored_passages
+from bench.tasks.text import MASK, VOCABULARY
 from bench.tasks.windows import Passage, document_batches, window_batches
 
 CPU = torch.device("cpu")

@@ -9,10 +9,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from passages import scored_passages
 
 from bench.corpora import Corpus, Document
 from bench.tasks.base import IGNORED, Batch
-from bench.tasks.text import MASK, MASKED_SHARE, VOCABULARY, scored_passages, too_short, train_batch
+from bench.tasks.text import MASK, MASKED_SHARE, VOCABULARY, too_short, train_batch
 from bench.tasks.windows import Passage
 
 

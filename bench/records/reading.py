@@ -19,7 +19,6 @@ from bench.records.bounds import MAX_FIGURE, MAX_INT, Bounds
 from bench.records.migrations import migrate
 from bench.records.record import KEYS, REQUIRED, STATUSES, Record
 
-SUFFIX = ".json"
 MAX_BYTES = 64 * 2**20
 """Far above the size of any record; a larger file is not read."""
 MAX_DEPTH = 16

@@ -248,16 +248,6 @@ def _draw_starts(generator: np.random.Generator, length: int, seq_len: int, batc
     return generator.integers(0, length - seq_len, size=batch_size)
 
 
-def scored_passages(
-    documents: tuple[Document, ...], *, seq_len: int, objective: str, max_tokens: int
-) -> list[Passage]:
-    """Return the scored part of each held-out document of bytes, from its first byte on: the same for every
-    variant and replicate. `scored_counts` determines its length."""
-    taken = scored_counts([len(document) - 1 for document in documents], seq_len, max_tokens)
-    texts = [document[: count + 1] for document, count in zip(documents, taken, strict=True)]
-    return passages_of(texts, objective=objective)
-
-
 def passages_of(texts: Sequence[Ids], *, objective: str, mask: int = MASK) -> list[Passage]:
     """Return the inputs and targets of the scored parts of documents. The last token is never an input.
 
