@@ -107,7 +107,7 @@ class Subject:
             causal=self.causal,
             segments=segments,
             on_phase_end=on_phase_end,
-        )
+        ).nll
 
     @torch.no_grad()
     def forward(self) -> None:

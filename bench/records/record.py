@@ -225,7 +225,13 @@ class Record:
     cluster_mass_best: Share | None = None
     softmax_error: Amount | None = None
     softmax_error_initial: Amount | None = None
+    train_budgets: list[Count] | None = None
+    nll_by_budget: list[Amount] | None = None
+    bits_per_byte_by_budget: list[Amount] | None = None
+    validation_tokens: list[Count] | None = None
+    validation_nll: list[Amount] | None = None
     tokens_trained: Count | None = None
+    epochs: Amount | None = None
     tokens_evaluated: Count | None = None
     bytes_evaluated: Count | None = None
     eval_stride: Size | None = None
@@ -234,7 +240,11 @@ class Record:
     state_policy: str | None = None
     train_budget: str | None = None
     train_amount: Amount | None = None
+    schedule: str | None = None
+    train_state: str | None = None
     learning_rate: Positive | None = None
+    learning_rates_tried: list[Positive] | None = None
+    learning_rate_nlls: list[Amount] | None = None
     diverged_step: Size | None = None
     eval_split: str | None = None
 

@@ -24,7 +24,7 @@ from bench.report.text.columns import Column
 from bench.run.prepare import order_in_rounds
 from bench.run.progress import duration
 from bench.scenarios.support import Unsupported, check_supported, missing_kernel
-from bench.train.loop import Budget
+from bench.train.schedule import Budget
 
 START_SECONDS = 8.0
 """A cell's process: device context, first use of libraries, corpus, plan of its memory. Assumed."""
@@ -195,7 +195,12 @@ def _training(spec: CellSpec, step: float, tokens: int) -> float:
         with torch.device("meta"):
             flops = 3 * build_model(spec).cost(spec.workload()).total
     budget = Budget.of(measure, step_tokens=tokens, step_flops=flops)
-    return budget.seconds if budget.steps is None else budget.steps * step
+    if budget.steps is None:
+        return budget.seconds
+    steps = budget.steps + budget.steps_of_branches
+    if measure.learning_rate == "search" and spec.replicate == 0 and spec.twin == 0:
+        steps += len(measure.search_rates) * budget.all_steps[0]
+    return steps * step
 
 
 def text(cells: Sequence[Cell], card_name: str) -> str:

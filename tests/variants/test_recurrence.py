@@ -298,7 +298,7 @@ def test_a_model_trains_and_is_evaluated_alike(name: str, activations: str) -> N
             activations=activations,
         ).double()
         scored = tally(model, [batch], causal=True, device=torch.device("cpu"))
-        loss = training_step(model, torch.optim.SGD(model.parameters(), lr=0), batch, causal=True)
+        loss = training_step(model, torch.optim.SGD(model.parameters(), lr=0), batch, causal=True).nll
         gradients = [parameter.grad for parameter in model.parameters()]
         found.append([loss, torch.from_numpy(scored.nats), *gradients])
     for got in found[1:]:
