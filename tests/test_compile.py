@@ -28,7 +28,8 @@ from bench.model.language_model import LanguageModel
 from bench.model.slots import ModelSpec, depth_schedule
 from bench.process import compiler
 from bench.tasks.base import Batch
-from bench.train.loop import Training, training_step
+from bench.train.loop import Training
+from bench.train.step import training_step
 from variants.base import Variant
 
 CPU = torch.device("cpu")

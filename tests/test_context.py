@@ -23,7 +23,7 @@ from bench.model.slots import ModelSpec, feed_forward
 from bench.tasks import text
 from bench.tasks.base import Setting
 from bench.tasks.windows import document_batches, window_batches
-from bench.train.loop import optimizer_for, training_step
+from bench.train.step import optimizer_for, training_step
 from variants.base import Workload
 
 pytestmark = pytest.mark.slow

@@ -11,7 +11,7 @@ import variants
 from bench.model.language_model import LanguageModel
 from bench.model.slots import ModelSpec, feed_forward
 from bench.tasks.text import IGNORED, VOCABULARY, Batch
-from bench.train.loop import optimizer_for, training_step
+from bench.train.step import optimizer_for, training_step
 from variants.base import Workload, known_leak
 from variants.input_schedule import Chunks
 

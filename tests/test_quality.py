@@ -107,6 +107,45 @@ def test_what_was_asked_of_places_attention_and_reach_is_in_the_record(
     assert four["linformer"]["softmax_error"] != four["linformer"]["softmax_error_initial"]
 
 
+def test_one_run_serves_several_budgets_at_a_rate_that_was_searched(home: Path) -> None:
+    """Replicates share the search; figures of the largest budget are those of the record."""
+    trained = (
+        "name=budgets",
+        "variant=transformer_xl",
+        "variant.segment=64",
+        "replicate=0,1",
+        "measure.train_tokens=8192",
+        "measure.learning_rate=search",
+        "measure.search_rates=[1e-3,1e-2]",
+        "measure.schedule=wsd",
+        "measure.train_budgets=3",
+        "measure.carry_state=true",
+        "measure.validations=2",
+        "measure.history_targets=0",
+    )
+    records(home, *trained)
+    folder = home / "results" / "budgets"
+    both = [json.loads(path.read_text()) for path in (folder / "records").glob("*.json")]
+    assert [record["status"] for record in both] == ["ok"] * 2
+    assert len({record["nll"] for record in both}) == 2
+    assert len({json.dumps([r["learning_rates_tried"], r["learning_rate_nlls"]]) for r in both}) == 1
+    for record in both:
+        tried = record["learning_rates_tried"]
+        assert record["learning_rate"] == tried[np.argmin(record["learning_rate_nlls"])]
+        assert len(tried) >= 3, "of two rates the best is at an end"
+        assert record["train_budgets"] == [2048, 4096, 8192]
+        assert (record["tokens_trained"], record["schedule"]) == (8192, "wsd")
+        assert record["nll_by_budget"][-1] == record["nll"]
+        assert record["nll_by_budget"][0] > record["nll"]
+        bits = [nll / math.log(2) for nll in record["nll_by_budget"]]
+        assert record["bits_per_byte_by_budget"] == pytest.approx(bits)
+        assert record["validation_tokens"] == [4096, 8192]
+        assert len(set(record["validation_nll"])) == 2
+        assert record["train_state"] == "carried"
+        assert 8192 / 40_000 < record["epochs"] < 8192 / 15_000, "of about 20 kB"
+    assert len(list((folder / "rates").glob("*.json"))) == len(both[0]["learning_rates_tried"])
+
+
 @pytest.mark.slow
 def test_what_was_not_asked_for_is_null(home: Path) -> None:
     record = records(home, "variant=dense", "name=plain", "measure.history_targets=0")["dense"]

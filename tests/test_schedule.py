@@ -25,6 +25,7 @@ from bench.train.checkpoints import CheckpointStore
 from bench.train.loop import Training, train
 from bench.train.rate_search import MAX_FURTHER, search
 from bench.train.schedule import DECAY_SHARE, WARM_UP_SHARE, Budget, decay_start
+from bench.train.step import StepOut, optimizer_for, training_step
 from variants.base import Workload
 
 SIZES = Workload(causal=True, batch_size=2, seq_len=16, d_model=16, heads=2)
@@ -202,7 +203,7 @@ def test_a_step_with_carried_state_reads_the_step_before(name: str) -> None:
         logits[:, SIZES.seq_len :].flatten(0, 1), second.targets.flatten()
     )
     found, fresh = (
-        loop.training_step(model, loop.optimizer_for(model, 0.0), second, causal=True, states=start).nll
+        training_step(model, optimizer_for(model, 0.0), second, causal=True, states=start).nll
         for start in (states, None)
     )
     torch.testing.assert_close(found, expected)
@@ -212,9 +213,9 @@ def test_a_step_with_carried_state_reads_the_step_before(name: str) -> None:
 def test_training_on_continuous_text_passes_states_on(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each step gets what the step before returned, without a graph; without the knob each begins anew."""
     given_: list[Any] = []
-    step = loop.training_step
+    step = training_step
 
-    def spy(*args: Any, states: Any, **more: Any) -> loop.StepOut:
+    def spy(*args: Any, states: Any, **more: Any) -> StepOut:
         out = step(*args, states=states, **more)
         given_.append((states, out.states))
         return out

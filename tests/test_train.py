@@ -17,16 +17,9 @@ from bench.config.spec import MeasureSpec
 from bench.model.language_model import LanguageModel
 from bench.model.slots import ModelSpec, feed_forward
 from bench.tasks import text
-from bench.train.loop import (
-    CLIP_NORM,
-    WEIGHT_DECAY,
-    Diverged,
-    Training,
-    optimizer_for,
-    train,
-    training_step,
-)
+from bench.train.loop import Diverged, Training, train
 from bench.train.schedule import FIRST_SHARE, Budget, cosine_factor
+from bench.train.step import CLIP_NORM, WEIGHT_DECAY, optimizer_for, training_step
 from variants.base import Workload
 
 SIZES = Workload(causal=True, batch_size=1, seq_len=48, d_model=32, heads=2)

@@ -18,7 +18,7 @@ from bench.measure.flops import CountFlops
 from bench.model.language_model import LanguageModel
 from bench.model.slots import ModelSpec, feed_forward
 from bench.tasks.base import Batch
-from bench.train.loop import optimizer_for, training_step
+from bench.train.step import optimizer_for, training_step
 from variants.attention.hybrid import Hybrid, HybridConfig
 from variants.base import Context, Dims, Workload, known_leak, scheduled_cost, scheduled_state_bytes
 from variants.input_schedule import Chunks, Segments, WholeSequence

@@ -20,7 +20,7 @@ from bench.evaluate.nll import tally
 from bench.model.language_model import LanguageModel
 from bench.model.slots import ModelSpec, feed_forward
 from bench.tasks.text import Batch
-from bench.train.loop import training_step
+from bench.train.step import training_step
 from variants.base import Context, Workload
 from variants.input_schedule import Segments
 from variants.ops.compression import COMPRESSIONS
