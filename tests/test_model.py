@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import variants
-from bench.model.language_model import LanguageModel
+from bench.model.language_model import LanguageModel, initial_std
 from bench.model.slots import ModelSpec, feed_forward
 from bench.tasks.text import IGNORED, VOCABULARY, Batch
 from bench.train.step import optimizer_for, training_step
@@ -55,12 +55,17 @@ def test_parameters_are_counted_on_paper(depth: int, ff_mult: int) -> None:
 
 
 def test_what_writes_to_the_residual_stream_starts_smaller() -> None:
-    """GPT-2: 0.02, over √(2·depth) for a block's two outputs."""
+    """Over √(2·depth) for a block's two outputs. The variance of a projection of C numbers is that of GPT-2's:
+    768 · 0.02²."""
     depth = 8
     for name, parameter in model_of("dense", depth=depth).named_parameters():
         if parameter.dim() == 2:
-            std = 0.02 / (2 * depth) ** 0.5 if name.endswith("out.weight") else 0.02
-            assert parameter.std().item() == pytest.approx(std, rel=0.1), name
+            variance = C * parameter.var().item() * (2 * depth if name.endswith("out.weight") else 1)
+            assert variance == pytest.approx(0.3072, rel=0.2), name
+
+
+def test_at_the_width_of_gpt_2_weights_start_as_its_weights() -> None:
+    assert initial_std(768) == 0.02
 
 
 @pytest.mark.parametrize("name", NAMES)
