@@ -55,7 +55,7 @@ def test_parameters_are_counted_on_paper(depth: int, ff_mult: int) -> None:
 
 
 def test_what_writes_to_the_residual_stream_starts_smaller() -> None:
-    """Over √(2·depth) for a block's two outputs. The variance of a projection of C numbers is that of GPT-2's:
+    """Over √(2·depth) for a block's two outputs. A projection of C numbers has the variance of one of GPT-2:
     768 · 0.02²."""
     depth = 8
     for name, parameter in model_of("dense", depth=depth).named_parameters():
