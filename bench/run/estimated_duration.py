@@ -13,6 +13,7 @@ from dataclasses import astuple, dataclass, fields, replace
 from typing import Any
 
 from bench.config.spec import Cell, CellSpec, MeasureSpec, digest
+from bench.evaluate import longer
 from bench.measure import timing
 from bench.measure.device_time import STEPS
 from bench.measure.estimate import CARDS, Card, estimated_seconds
@@ -165,6 +166,9 @@ def cell_seconds(spec: CellSpec, figures: StepFigures | None, card: Card, *, is_
         passes = 2 if variant.info_for(config).caps.stateful else 1
         histories = spec.seq_len.bit_length() * _batches(spec) if spec.causal else 0
         evaluation = (passes * max(1.0, measure.eval_tokens / tokens) + histories) * forward
+        if measure.longer and spec.causal:
+            read = longer.tokens_read(spec.seq_len, measure.longer, measure.longer_targets)
+            evaluation += read / tokens * forward
     return Seconds(
         start=START_SECONDS,
         gates=0.0 if is_gated else GATE_SECONDS,
