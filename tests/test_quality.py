@@ -50,6 +50,8 @@ def four(home: Path) -> dict[str, dict[str, Any]]:
         "measure.place_period=64",
         "measure.attention_windows=2",
         "measure.reach=true",
+        "measure.longer=4",
+        "measure.longer_targets=128",
     )
 
 

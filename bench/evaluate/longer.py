@@ -60,6 +60,8 @@ class Longer:
     """Lengths of memory, in positions of a layer; the first is that of training. Empty without memory."""
     nll_memory: list[float] = field(default_factory=list)
     """The mean over the same targets with each memory, at the longest length."""
+    error_memory: list[float] | None = None
+    """As `error`, of the differences to the memory of training."""
     targets: int = 0
     bytes: int = 0
     """The bytes that the targets stand for."""
@@ -169,14 +171,16 @@ def measure_longer(
                 by_position=_by_position(nats, seq_len),
             )
             length *= 2
+        means = means[-1:]
         for factor in memory_factors(model, longest - size):
             if factor > 1:
                 with longer_memory(model, factor):
-                    nats = score(longest)
+                    means.append(score(longest)[:, -size:].mean(axis=1))
             found = replace(
                 found,
                 memory_positions=[*found.memory_positions, factor * memory_positions(model)],
-                nll_memory=[*found.nll_memory, float(nats[:, -size:].mean())],
+                nll_memory=[float(mean.mean()) for mean in means],
+                error_memory=_errors(means),
             )
     except Exception as failure:
         if not out_of_memory(failure):
@@ -238,6 +242,7 @@ def of_cell(spec: CellSpec, model: LanguageModel, task: Text, device: torch.devi
         "nll_longer_by_position": found.by_position or None,
         "longer_memory_positions": found.memory_positions or None,
         "nll_longer_memory": found.nll_memory or None,
+        "nll_longer_memory_error": found.error_memory,
         "tokens_evaluated_longer": found.targets if found.lengths else None,
         "longer_reason": found.reason,
     }

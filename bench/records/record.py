@@ -219,6 +219,7 @@ class Record:
     nll_longer_by_position: list[Amount] | None = None
     longer_memory_positions: list[Count] | None = None
     nll_longer_memory: list[Amount] | None = None
+    nll_longer_memory_error: list[Amount] | None = None
     tokens_evaluated_longer: Count | None = None
     longer_reason: str | None = None
     accuracy: Share | None = None
