@@ -19,7 +19,6 @@ from torch import Tensor, nn
 
 import variants
 from bench.corpora.tokens import TokenText
-from bench.evaluate import longer
 from bench.evaluate.longer import Longer, group_windows, longer_memory, measure_longer, tokens_read
 from bench.evaluate.nll import evaluating, tally
 from bench.model.language_model import LanguageModel
@@ -159,10 +158,10 @@ def test_beyond_its_reach_a_window_has_the_same_loss_at_every_length(layer: type
 
 def test_the_error_is_that_of_the_difference_over_groups() -> None:
     model = byte_model("dense", T)
-    found = found_for(model, largest=2, count=10**6)
+    found = found_for(model, largest=2, count=64)
     assert found.error
     assert found.error[0] == 0
-    windows = group_windows([len(t) - 1 for t in TEXTS], seq_len=T, longest=2 * T, count=10**6)
+    windows = group_windows([len(t) - 1 for t in TEXTS], seq_len=T, longest=2 * T, count=8)
     differences = []
     for w in windows:
         of_two = []
@@ -319,8 +318,10 @@ def test_bits_per_byte_are_of_the_targets_own_bytes() -> None:
     assert found.bits_per_byte() == [pytest.approx(nll / 2 / math.log(2)) for nll in found.nll]
 
 
-def test_the_tokens_that_are_read_are_counted_before() -> None:
-    model = byte_model("transformer_xl", T, segment=8, mem_len=8)
+@pytest.mark.parametrize("has_memory", [True, False])
+def test_the_tokens_that_are_read_are_counted_before(has_memory: bool) -> None:
+    knobs = {"segment": 8, "mem_len": 8 if has_memory else 0}
+    model = byte_model("transformer_xl", T, **knobs)
     read = 0
 
     def run(model: LanguageModel, tokens: Tensor, states: Any, ctx: Any) -> Any:
@@ -330,6 +331,5 @@ def test_the_tokens_that_are_read_are_counted_before() -> None:
 
     before = model.run_segment
     with model.running(model.run_blocks, run):
-        found_for(model, count=40)
-    assert read == tokens_read(T, 8, 40)
-    assert longer.MEMORY_FACTORS[0] == 1
+        found_for(model, largest=4, count=16)
+    assert read == tokens_read(T, 4, 16, has_memory=has_memory)

@@ -87,10 +87,12 @@ def group_windows(lengths: Sequence[int], *, seq_len: int, longest: int, count: 
     return [Window(document, end - longest, end, end - size) for document, end in ends]
 
 
-def tokens_read(seq_len: int, largest: int, targets: int) -> int:
-    """Return how many tokens the windows of all lengths and memories contain."""
+def tokens_read(seq_len: int, largest: int, targets: int, *, has_memory: bool) -> int:
+    """Return how many tokens the windows of all lengths contain and, if there is a memory, those that are
+    read again with longer ones."""
     groups = max(1, targets // max(1, seq_len // PARTS))
-    return groups * seq_len * (2 * largest - 1 + (len(MEMORY_FACTORS) - 1) * largest)
+    again = (len(MEMORY_FACTORS) - 1) * largest if has_memory else 0
+    return groups * seq_len * (2 * largest - 1 + again)
 
 
 def memories(model: LanguageModel) -> list[HasMemory]:

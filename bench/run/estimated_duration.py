@@ -163,11 +163,13 @@ def cell_seconds(spec: CellSpec, figures: StepFigures | None, card: Card, *, is_
         tokens = max(1, spec.batch_size) * spec.seq_len
         training = _training(spec, step, tokens)
         variant, config, _ = spec.attention()
-        passes = 2 if variant.info_for(config).caps.stateful else 1
+        is_stateful = variant.info_for(config).caps.stateful
+        passes = 2 if is_stateful else 1
         histories = spec.seq_len.bit_length() * _batches(spec) if spec.causal else 0
         evaluation = (passes * max(1.0, measure.eval_tokens / tokens) + histories) * forward
         if measure.longer and spec.causal:
-            read = longer.tokens_read(spec.seq_len, measure.longer, measure.longer_targets)
+            wanted = measure.longer, measure.longer_targets
+            read = longer.tokens_read(spec.seq_len, *wanted, has_memory=is_stateful)
             evaluation += read / tokens * forward
     return Seconds(
         start=START_SECONDS,
