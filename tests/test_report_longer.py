@@ -64,8 +64,11 @@ def found() -> list[Record]:
 
 
 def half(errors: list[float], differences: list[float]) -> float:
-    """Of the interval over groups of text and replicates: both intervals, as the sides of a right angle."""
+    """Of the interval over groups of text and replicates: both intervals, as the sides of a right angle; of
+    two replicates their range, extended by the interval over groups."""
     over_text = stats.t.interval(0.95, GROUPS - 1, scale=np.sqrt(np.mean(np.square(errors))))[1]
+    if len(differences) == 2:
+        return float(over_text) + (max(differences) - min(differences)) / 2
     if len(differences) == 1:
         return float(over_text)
     low, high = stats.t.interval(
@@ -81,8 +84,8 @@ def test_differences_to_the_trained_length_with_their_intervals(tmp_path: Path) 
     dense = rows["dense"]
     assert (dense["positions"], dense["trained at"], dense["replicates"]) == ("rotary", "512", "2")
     assert dense["at 1×"] == "2.050 ± 0.071"
-    two = f"+0.105 ± {half([0.01, 0.01], [0.1, 0.11]):.3f}"
-    eight = f"+1.010 ± {half([0.01, 0.01], [1.0, 1.02]):.3f}"
+    two = f"+0.105 ± {half([0.01, 0.01], [0.1, 0.11]):.3f}ʳ"
+    eight = f"+1.010 ± {half([0.01, 0.01], [1.0, 1.02]):.3f}ʳ"
     assert (dense["at 2×"], dense["at 8×"]) == (f"2.155 ({two})", f"3.060 ({eight})")
     one = half([0.01], [0.0])
     assert rows["longformer"]["at 4×"] == f"2.210 (+0.010 ± {one:.3f})"
@@ -100,6 +103,14 @@ def test_differences_to_the_trained_length_with_their_intervals(tmp_path: Path) 
     saved = pd.read_csv(folder / "report" / "longer.csv")
     assert set(saved["kind"].dropna()) == {LENGTH, MEMORY}
     assert len(saved) == 3 * 4 + 3 + 1
+
+
+def test_three_replicates_have_students_interval(tmp_path: Path) -> None:
+    losses = ([2.0, 2.1], [2.1, 2.25], [2.0, 2.12])
+    found = [evaluated("dense", [*pair], replicate) for replicate, pair in enumerate(losses)]
+    second = longer_cells(frame_of(tmp_path / "e", found)).iloc[1]
+    assert second["extra"] == pytest.approx(0.37 / 3)
+    assert second["extra_half"] == pytest.approx(half([0.01] * 3, [b - a for a, b in losses]))
 
 
 def test_without_such_cells_there_is_no_section(tmp_path: Path) -> None:

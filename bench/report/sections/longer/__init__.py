@@ -16,7 +16,7 @@ from bench.report.sections.longer.data import TOLERANCE, longer_cells
 from bench.report.sections.longer.plots import by_position
 from bench.report.sections.longer.tables import lengths, memories
 from bench.report.text.listing import PageList, listed_columns
-from bench.report.text.marks import LEAK, meanings
+from bench.report.text.marks import LEAK, OF_TWO, meanings
 from bench.report.text.phrases import headed
 from bench.report.text.tables import Table
 
@@ -51,7 +51,7 @@ class Longer(Section[LongerData]):
         "each place; *none*: only the order in which tokens are read. Positions that restart are never "
         "larger than the window in which they restart."
     )
-    marks = meanings(LEAK)
+    marks = meanings(LEAK, OF_TWO)
     csv = ("longer",)
 
     def compute(self, records: Experiment, done: Mapping[str, Any]) -> LongerData:

@@ -104,14 +104,18 @@ def _half_width(extra: Floats, text: Floats, groups: float) -> Floats:
     single group.
 
     Half the widths of the intervals over groups and over replicates, each by Student's t, are added as
-    squares. In simulations with 16 groups and two to five replicates this covers 96 to 98 %; degrees of
-    freedom by Welch and Satterthwaite cover 88 to 96 %.
+    squares. In simulations with 16 groups and three or five replicates this covers 96 to 98 %; degrees of
+    freedom by Welch and Satterthwaite cover 93 to 96 %. Two replicates, for which Student's t is too wide to
+    show anything, have their range, extended at both ends by the interval over groups; it covers less.
     """
-    square = student(max(1, round(groups) - 1)) ** 2 * (text**2).mean(axis=0)
+    over_text = student(max(1, round(groups) - 1)) * np.sqrt((text**2).mean(axis=0))
     replicates = len(extra)
-    if replicates > 1:
-        square = square + student(replicates - 1) ** 2 * extra.var(axis=0, ddof=1) / replicates
-    return np.asarray(np.sqrt(square))
+    if replicates == 1:
+        return np.asarray(over_text)
+    if replicates == 2:
+        return np.asarray(np.ptp(extra, axis=0) / 2 + over_text)
+    over_seeds = student(replicates - 1) * extra.std(axis=0, ddof=1) / math.sqrt(replicates)
+    return np.asarray(np.hypot(over_text, over_seeds))
 
 
 def _floats(values: list[float | None]) -> list[float]:

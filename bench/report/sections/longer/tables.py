@@ -11,6 +11,7 @@ from bench.report.sections.longer.data import KEYS, LENGTH, MEMORY, verdict
 from bench.report.text import units
 from bench.report.text.cells import label_of, or_dash, plus_minus, training_columns
 from bench.report.text.columns import Column, each
+from bench.report.text.marks import OF_TWO
 
 
 def lengths(cells: pd.DataFrame) -> list[Column]:
@@ -58,11 +59,14 @@ def _cell(own: pd.DataFrame, factor: float) -> str:
     row: pd.Series[Any] = at.iloc[0]
     if factor == 1:
         return plus_minus(row["bits_per_byte_mean"], row["bits_per_byte_std"])
-    return f"{units.score(row['bits_per_byte_mean'])} ({difference(row['extra'], row['extra_half'])})"
+    return f"{units.score(row['bits_per_byte_mean'])} ({_difference(row)})"
 
 
-def difference(extra: float, half: float) -> str:
+def _difference(row: pd.Series[Any]) -> str:
     """A difference with its sign, and half the width of its interval if that is known."""
-    if units.missing(extra):
+    if units.missing(row["extra"]):
         return units.MISSING
-    return f"{extra:+.3f}" + ("" if units.missing(half) else f" ± {half:.3f}")
+    text = f"{round(row['extra'], 3) + 0.0:+.3f}"  # no negative 0
+    if units.missing(row["extra_half"]):
+        return text
+    return f"{text} ± {row['extra_half']:.3f}" + (OF_TWO if row["replicates"] == 2 else "")
