@@ -50,6 +50,8 @@ def four(home: Path) -> dict[str, dict[str, Any]]:
         "measure.place_period=64",
         "measure.attention_windows=2",
         "measure.reach=true",
+        "measure.longer=4",
+        "measure.longer_targets=128",
     )
 
 
@@ -164,6 +166,30 @@ def test_a_plan_works_out_the_reach_where_it_is_asked(home: Path) -> None:
     )
     assert records(home, *plan, "name=far", "measure.reach=true")["transformer_xl"]["reach"] == 63
     assert records(home, *plan, "name=near")["transformer_xl"]["reach"] is None
+
+
+def test_trained_models_are_evaluated_on_longer_sequences_or_say_why_not(
+    four: dict[str, dict[str, Any]],
+) -> None:
+    causal = [four[name] for name in ("dense", "chunked", "transformer_xl")]
+    for record in causal:
+        assert record["longer_lengths"] == [T, 2 * T, 4 * T]
+        assert record["tokens_evaluated_longer"] == 128
+        assert len(record["nll_longer_by_position"]) == 16
+        assert record["nll_longer_by_position"][-1] == pytest.approx(record["nll_longer"][-1])
+        assert record["longer_reason"] is None
+        bits = [nll / math.log(2) for nll in record["nll_longer"]]
+        assert record["bits_per_byte_longer"] == pytest.approx(bits)
+    positions = ("rotary", "rotary, restarting in chunks of 256 tokens every 256", "relative")
+    assert tuple(record["positions"] for record in causal) == positions
+    chunked, memory = four["chunked"], four["transformer_xl"]
+    assert chunked["nll_longer"] == pytest.approx([chunked["nll_longer"][0]] * 3), "a chunk of 256"
+    assert memory["longer_memory_positions"] == [256, 512]
+    assert memory["nll_longer_memory"][0] == memory["nll_longer"][-1]
+    assert chunked["nll_longer_memory"] is None
+    linformer = four["linformer"]
+    assert linformer["longer_reason"] == "linformer has parameters for a fixed number of positions"
+    assert linformer["nll_longer"] is None
 
 
 def test_a_memory_model_has_both_figures(four: dict[str, dict[str, Any]]) -> None:

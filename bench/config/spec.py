@@ -169,6 +169,13 @@ class MeasureSpec(Spec):
     history_targets: int = knob(0, least=0, unit="tokens")
     """Tokens predicted after histories of 1, 2, 4, … seq_len tokens; 0 for none. The tokens are held out.
     Only for causal models."""
+    longer: int = knob(0, least=0, most=64, younger=True)
+    """Longest sequences that a trained model is evaluated on, as a multiple of seq_len. 2, 4, 8, …: at 1, 2,
+    4, … times the training length, and with longer memories if it has some; 0 for none. Only for causal
+    models of text."""
+    longer_targets: int = knob(4096, least=1, unit="tokens", younger=True)
+    """Tokens that are scored at each of these lengths, the same at all; one group at least. A group is a
+    quarter of seq_len, and its last token ends a sequence."""
     place_period: int = knob(0, least=0, unit="tokens", younger=True)
     """Length of the parts of a window for which the loss by place is measured; 0 for none."""
     attention_windows: int = knob(0, least=0, unit="windows", younger=True)
@@ -217,6 +224,8 @@ class MeasureSpec(Spec):
         self.require("search_rates", list(self.search_rates) == sorted(set(self.search_rates)), rates)
         several = "0 for none, or 2 or more: one has no spread"
         self.require("history_targets", self.history_targets != 1, several)
+        powers = "0 for none, or a power of two from 2 to 64"
+        self.require("longer", self.longer != 1 and self.longer & (self.longer - 1) == 0, powers)
         if given := [name for name, spent in self._amounts().items() if spent]:
             unspent = f"train_budget={self.train_budget} has nothing to spend"
             allowed = f"more than 0: {unspent}; give it, or take train_budget={given[0]}"

@@ -42,7 +42,7 @@ from variants.base import (
     scheduled_state_bytes,
     tie,
 )
-from variants.input_schedule import NetworkOut, require_tokens
+from variants.input_schedule import NetworkOut, WholeSequence, require_tokens
 
 
 class Block(nn.Module):
@@ -235,6 +235,20 @@ class LanguageModel(nn.Module):
     def impl(self) -> str | None:
         """The implementation that runs; for a mixture, of each member: "longformer=blocks, dense=sdpa"."""
         return _joined([(name, layer.impl) for name, layer in self.distinct_layers()], "=", ", ")
+
+    @property
+    def position_scheme(self) -> str | None:
+        """How positions are encoded, as the layers declare it: "rotary"; for a mixture with several schemes,
+        "dense=rotary, transformer_xl=relative". With the input schedule, if positions restart in its windows.
+        None if no layer declares it."""
+        layers = self.distinct_layers()
+        named: list[tuple[str, str | None]] = [(name, layer.position_scheme) for name, layer in layers]
+        schemes = {scheme for _, scheme in named}
+        text = named[0][1] if len(schemes) == 1 else _joined(named, "=", ", ")
+        has_state = all(layer.info.caps.stateful for _, layer in layers)
+        if text is None or has_state or self.input_schedule == WholeSequence():
+            return text
+        return f"{text}, restarting in {self.input_schedule}"
 
     @property
     def flop_overhead_reason(self) -> str | None:

@@ -211,6 +211,17 @@ class Record:
     best_history: Size | None = None
     context_harm: Amount | None = None
     context_harm_low: Number | None = None
+    positions: str | None = None
+    longer_lengths: list[Size] | None = None
+    nll_longer: list[Amount] | None = None
+    nll_longer_error: list[Amount] | None = None
+    bits_per_byte_longer: list[Amount] | None = None
+    nll_longer_by_position: list[Amount] | None = None
+    longer_memory_positions: list[Count] | None = None
+    nll_longer_memory: list[Amount] | None = None
+    nll_longer_memory_error: list[Amount] | None = None
+    tokens_evaluated_longer: Count | None = None
+    longer_reason: str | None = None
     accuracy: Share | None = None
     guess_accuracy: Share | None = None
     accuracy_by_distance: list[Share] | None = None

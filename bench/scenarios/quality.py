@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from bench.config.spec import CellSpec
-from bench.evaluate import attention_stats, baselines, context_use
+from bench.evaluate import attention_stats, baselines, context_use, longer
 from bench.evaluate.accuracy import measure_accuracy
 from bench.evaluate.nll import evaluate
 from bench.evaluate.receptive_field import reach
@@ -107,6 +107,8 @@ class QualityEvaluation:
             raise Diverged(f"the loss on held-out text is {quality.nll}", steps, steps)
         if self.causal and self.measure.history_targets:
             self._context_use(task)
+        if self.measure.longer:
+            self.report(longer.of_cell(self.spec, self.model, task, self.device))
         if self.measure.reach:
             self._reach()
         if self.measure.attention_windows:

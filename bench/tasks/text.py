@@ -136,9 +136,14 @@ class Text(Task):
         return self.corpus.split(self.setting.test_split)
 
     @property
+    def token_texts(self) -> list[TokenText]:
+        """The documents that are scored, as tokens whose bytes are known."""
+        return [_tokens(document, self.tokenizer) for document in self.documents]
+
+    @property
     def token_documents(self) -> list[Ids]:
         """The tokens of the documents that are scored."""
-        return [_tokens(document, self.tokenizer).ids for document in self.documents]
+        return [text.ids for text in self.token_texts]
 
     @cached_property
     def scored_tokens(self) -> list[TokenText]:
