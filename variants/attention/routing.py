@@ -267,17 +267,15 @@ class Routing(SequenceMixer):
         clusters: all for topk, else a maximum, which is exact if no cluster is smaller than the window."""
         t, selection = work.seq_len, self._selection(work.causal)
         shared = self._shares_keys(work.causal)
-        projected = (3.5 if shared else 4) * work.d_model**2
-        if selection != "topk":
-            pairs = window_pairs(t, self.cluster_window, is_causal=work.causal)
-        else:
+        pairs = window_pairs(t, self.cluster_window, is_causal=work.causal)
+        if selection == "topk":
             pairs = self.clusters * window_pairs(self._cluster_size(t), t, is_causal=work.causal)
         local = window_pairs(t, self.config.window, is_causal=work.causal)
         routing = 0 if selection == "random" else (1 if shared else 2) * t * self.clusters
         each = work.batch_size * work.head_dim
         return Cost(
             {
-                "projections": int(2 * work.batch_size * t * projected),
+                "projections": int(2 * work.batch_size * t * (3.5 if shared else 4) * work.d_model**2),
                 "clustering": 2 * each * self.routed * routing,
                 "attention": 4 * each * (self.local * local + self.routed * pairs),
             },
