@@ -8,10 +8,9 @@ import re
 from pathlib import Path
 from typing import Any, get_args
 
-import pandas as pd
 import pytest
+from claim_cells import TRAINED, Cells, cell, frame_of, replicated
 
-from bench import records
 from bench.claims import (
     base,
     claim_03_overlapping_chunks,
@@ -22,63 +21,8 @@ from bench.claims import (
     claim_13_linear_estimates,
 )
 from bench.claims.base import Verdict
-from bench.records import Record
-from bench.report.data.collect import collect
 
-Cells = list[dict[str, Any]]
-TRAINED: dict[str, Any] = {
-    "seq_len": 256,
-    "tokens_trained": 400_000,
-    "learning_rate": 0.003,
-    "perplexity": 8.0,
-    "unigram_perplexity": 27.0,
-    "step_seconds_median": 0.1,
-    "flops_algorithmic_step": 10**9,
-    "flops_attention_step": 10**8,
-    "flops_source": "dispatched",
-}
 YES, NO, OPEN = get_args(Verdict)
-
-
-def cell(variant: str, replicate: int = 0, **figures: Any) -> dict[str, Any]:
-    return {"variant": variant, "replicate": replicate, "variant_params": {}, **figures}
-
-
-def replicated(variant: str, nll: float, *, spread: float = 0.001, count: int = 3, **figures: Any) -> Cells:
-    """Replicates whose losses are `spread` apart, the same way for every variant but for a little."""
-    shifts = [spread * (r - (count - 1) / 2) for r in range(count)]
-    wobble = [spread * 0.3 * (-1) ** r * (1 + len(variant) % 3) for r in range(count)]
-    return [
-        cell(variant, r, **{**TRAINED, "nll": nll + shifts[r] + wobble[r], **figures}) for r in range(count)
-    ]
-
-
-def frame_of(cells: Cells, folder: Path) -> pd.DataFrame:
-    """The cells as the report reads them back from files."""
-    common: dict[str, Any] = {
-        "name": "claims",
-        "depth": 2,
-        "d_model": 64,
-        "heads": 2,
-        "batch_size": 4,
-        "activations": "keep",
-        "objective": "clm",
-        "data": "plays",
-        "data_sha256": "0",
-        "dtype": "float32",
-        "device": "cpu",
-        "status": "ok",
-        "measure": "standard",
-        "code_sha256": "0",
-    }
-    for number, one in enumerate(cells):
-        record = Record(**{**common, "cell_id": f"{number:04}", **one})
-        path = records.path_of(folder, record.cell_id)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(record.to_json())
-    collected = collect(folder)
-    assert not collected.problems
-    return collected.frame
 
 
 def expect(claim: Any, cells: Cells, verdicts: list[Verdict], says: str, folder: Path) -> None:
@@ -401,21 +345,3 @@ def test_cells_of_other_settings_do_not_take_part(claim: Any, tmp_path: Path) ->
     ]
     after = base.judge(claim, frame_of([*cells, *others], tmp_path / "mixed"))
     assert before.verdict == after.verdict == YES
-
-
-def test_every_verdict_is_tried() -> None:
-    """The tables above have each claim shown, contradicted and open, and each part contradicted."""
-    tests = (
-        test_overlapping_chunks,
-        test_segment_memory,
-        test_compressed_memory,
-        test_hashing,
-        test_large_terms,
-        test_linear_estimates,
-    )
-    for test in tests:
-        lists = [case[1] for case in test.pytestmark[0].args[1]]
-        assert [YES] * len(lists[0]) in lists, test
-        assert any(OPEN in verdicts and NO not in verdicts for verdicts in lists), test
-        for place in range(len(lists[0])):
-            assert any(verdicts[place] == NO for verdicts in lists), (test, place)

@@ -108,6 +108,15 @@ def test_mass_of_the_largest_terms(causal: bool) -> None:
     assert found.attention_mass[0] > 3 * found.attention_mass_uniform[0], "these rows would tell nothing"
 
 
+@pytest.mark.parametrize("causal", [True, False])
+def test_mass_on_the_first_tokens(causal: bool) -> None:
+    model = model_of("dense")
+    found = looked(model, causal=causal)
+    rows = [row for weights in weights_of(model, causal=causal) for row in rows_of(weights, causal=causal)]
+    assert found.sink_mass == pytest.approx(np.mean([row[:4].sum() for row in rows]), rel=1e-4)
+    assert found.sink_mass_uniform == pytest.approx(np.mean([4 / len(row) for row in rows]))
+
+
 def test_rank_errors_are_those_of_the_best_matrix() -> None:
     model = model_of("dense")
     want = []

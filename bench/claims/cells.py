@@ -65,7 +65,8 @@ def _why(matching: pd.DataFrame) -> str:
 
 def has(rows: pd.DataFrame, *names: str) -> pd.DataFrame:
     """Return the rows that have all of these figures. Raises Missing if there are none."""
-    complete = rows.dropna(subset=list(names))
+    known = [name for name in names if name in rows.columns]
+    complete = rows.dropna(subset=known) if len(known) == len(names) else rows.iloc[:0]
     if complete.empty:
         raise Missing(f"no {' or '.join(names)} in {len(rows)} cells, such as {rows.iloc[0]['cell_id']}")
     return complete

@@ -55,7 +55,12 @@ def linear(frame: pd.DataFrame) -> Judgement:
 
 
 def _trained(frame: pd.DataFrame, name: str) -> pd.DataFrame:
-    return one_setting(has(finished(frame, variant=name), "softmax_error", "softmax_error_initial"))
+    """Return the trained cells of one setting; independent or redrawn features are those of claim 22."""
+    rows = has(finished(frame, variant=name), "softmax_error", "softmax_error_initial")
+    usual = [own.get("orthogonal", True) and not own.get("redraw", 0) for own in rows["variant_params"]]
+    if not any(usual):
+        raise Missing(f"variant={name} orthogonal=true redraw=0: no such cell")
+    return one_setting(rows[usual])
 
 
 def features(frame: pd.DataFrame) -> Judgement:

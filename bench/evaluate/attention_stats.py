@@ -26,6 +26,8 @@ from bench.tasks.base import Batch
 from variants.base import Context, EstimatesSoftmax, ExposesScores, SequenceMixer
 
 KMEANS_STEPS = 10
+SINKS = 4
+"""First tokens of a window whose share is `sink_mass`: Xiao 2023, arXiv:2309.17453, §3.2, keeps 4."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +52,10 @@ class AttentionStats:
     cluster_mass_best: float | None = None
     """Share of a row's mass in equally many of its largest weights:
     the maximum over all choices of that many keys."""
+    sink_mass: float | None = None
+    """Share of a row's mass on the first `SINKS` tokens of the window."""
+    sink_mass_uniform: float | None = None
+    """The same for rows with uniform weights."""
     softmax_error: float | None = None
     """‖Y − Y*‖ / ‖Y*‖ (Frobenius norm) for a layer's outputs Y and the outputs Y* of the full softmax
     attention that it estimates, over all windows; the mean over layers."""
@@ -142,6 +148,7 @@ def _map_sums(q: Tensor, k: Tensor, *, causal: bool) -> _MapSums:
     of_query, of_key = clusters(q, k)
     own = (of_query[:, rows, None] == of_key[:, None, :]) & allowed[rows]  # (N, R, T)
     members = own.sum(dim=-1, keepdim=True)
+    sinks = min(SINKS, tokens)
     found = {
         "attention_mass": mass[..., few].mean(dim=1),
         "attention_mass_uniform": (few / terms[:, None]).clamp(max=1).mean(dim=0).expand(maps, -1),
@@ -149,6 +156,8 @@ def _map_sums(q: Tensor, k: Tensor, *, causal: bool) -> _MapSums:
         "cluster_mass": (weights[:, rows] * own).sum(dim=-1).mean(dim=1),
         "cluster_mass_uniform": (members[..., 0] / terms).mean(dim=1),
         "cluster_mass_best": mass.gather(-1, members)[..., 0].mean(dim=1),
+        "sink_mass": weights[:, rows, :sinks].sum(dim=-1).mean(dim=1),
+        "sink_mass_uniform": (sinks / terms).clamp(max=1).mean().expand(maps),
     }
     return _MapSums(tokens, maps, {key: value.sum(dim=0) for key, value in found.items()})
 

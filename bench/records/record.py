@@ -234,6 +234,8 @@ class Record:
     cluster_mass: Share | None = None
     cluster_mass_uniform: Share | None = None
     cluster_mass_best: Share | None = None
+    sink_mass: Share | None = None
+    sink_mass_uniform: Share | None = None
     softmax_error: Amount | None = None
     softmax_error_initial: Amount | None = None
     train_budgets: list[Count] | None = None

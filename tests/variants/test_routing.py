@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from oracles import rotated
+from scipy.stats import chi2
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -30,6 +31,7 @@ from variants.ops.tile_size import Sizes
 SMALL: list[dict[str, Any]] = [
     {"n_clusters": 5, "window": 7, "cluster_window": 6, "decay": 0.5},
     {"n_clusters": 5, "window": 7, "selection": "topk", "decay": 0.5},
+    {"n_clusters": 5, "window": 7, "cluster_window": 6, "selection": "random"},
 ]
 
 CPU = torch.device("cpu")
@@ -56,7 +58,8 @@ def same_with_gradients(layer: Routing, got: Tensor, want: Tensor, x: Tensor) ->
 
 
 @pytest.mark.parametrize(
-    ("selection", "causal"), [("nearest", True), ("nearest", False), ("topk", True), ("topk", False)]
+    ("selection", "causal"),
+    [(name, causal) for name in ("nearest", "topk", "random") for causal in (True, False)],
 )
 def test_one_cluster_of_all_tokens_is_dense_over_normalised_queries_and_keys(
     selection: str, causal: bool
@@ -66,7 +69,7 @@ def test_one_cluster_of_all_tokens_is_dense_over_normalised_queries_and_keys(
     x = torch.randn(3, tokens, heads * dim, dtype=torch.float64, requires_grad=True)
     half = heads * dim // 2
     q, k, v, q_r, v_r, k_r = F.linear(x, layer.projections.qkv.weight).split(half, dim=-1)
-    if causal or selection == "nearest":
+    if causal or selection != "topk":
         k_r = q_r
 
     def split(t: Tensor) -> Tensor:
@@ -88,7 +91,7 @@ def test_one_cluster_of_all_tokens_is_dense_over_normalised_queries_and_keys(
 
 @pytest.mark.parametrize("impl", ["tiles", "flash"])
 @pytest.mark.parametrize("causal", [True, False])
-@pytest.mark.parametrize("selection", ["nearest", "topk"])
+@pytest.mark.parametrize("selection", ["nearest", "topk", "random"])
 @pytest.mark.parametrize(
     ("batch", "tokens", "knobs"),
     [
@@ -106,9 +109,9 @@ def test_equals_its_reference(
 ) -> None:
     """The oracle of the operator stands in for the kernel of flash, which `missing` demands of a cell."""
     layer = make(tokens, window=16, selection=selection, impl=impl, **knobs)
-    if (impl, selection, causal) == ("flash", "nearest", False):
+    if impl == "flash" and selection != "topk" and not causal:
         reason = Routing.unsupported(layer.config, replace(layer.dims, seq_len=64), causal=causal)
-        assert reason == "impl=flash: selection=nearest is causal; use selection=topk or impl=auto"
+        assert reason == f"impl=flash: selection={selection} is causal; use selection=topk or impl=auto"
         return
     x = torch.randn(batch, tokens, 32, dtype=torch.float64, requires_grad=True)
     same_with_gradients(
@@ -220,7 +223,7 @@ def test_no_chunk_is_longer_than_the_kernel_is_told() -> None:
             assert layout.k_offsets[-1] <= bounds.keys == len(layout.keys) - 1
 
 
-@pytest.mark.parametrize("selection", ["nearest", "topk"])
+@pytest.mark.parametrize("selection", ["nearest", "topk", "random"])
 def test_flash_dispatches_the_flops_of_the_formula(selection: str) -> None:
     layer = make(300, window=16, selection=selection, impl="flash", n_clusters=4)
     with CountFlops() as counted:
@@ -237,13 +240,45 @@ def test_gradients_are_those_of_finite_differences(causal: bool) -> None:
     assert torch.autograd.gradcheck(lambda a, b: kmeans_attention.Windowed.apply(a, b, layout), (x, v))
 
 
-@pytest.mark.parametrize("selection", ["auto", "nearest"])
+@pytest.mark.parametrize("selection", ["auto", "nearest", "random"])
 @pytest.mark.parametrize("knobs", [{}, {"n_clusters": 5, "cluster_window": 9}, {"impl": "flash"}])
 def test_nearest_does_not_see_the_future(selection: str, knobs: dict[str, Any]) -> None:
     config = RoutingConfig(selection=selection, **knobs)  # type: ignore[arg-type]
     assert Routing.leak(config) is None
     dims = Workload(causal=True, batch_size=2, seq_len=300, d_model=64, heads=4)
     assert gates.leak(Routing, config, dims, 2, CPU) <= gates.LEAK_TOLERANCE
+
+
+def test_random_clusters_depend_on_the_position_alone() -> None:
+    """The same with other content, in a prefix and in a longer sequence; no centroid moves."""
+    layer = make(64, n_clusters=4, selection="random").train()
+    before, ctx = layer.centroids.clone(), Context(causal=True)
+    (one,), (other,), (longer,) = (
+        layer.choices(torch.randn(2, n, 32, dtype=torch.float64), ctx) for n in (64, 64, 100)
+    )
+    assert torch.equal(one, other)
+    assert torch.equal(one, longer[..., :64])
+    assert not torch.equal(one[0, 0], one[0, 1])
+    layer(torch.randn(2, 64, 32, dtype=torch.float64), ctx)
+    layer.after_step()
+    assert torch.equal(layer.centroids, before)
+
+
+def test_random_clusters_are_uniform_and_independent_of_each_other() -> None:
+    """χ² of the clusters, of pairs of neighbours, of heads and of layers, each below its 0.1 % point."""
+    clusters_, tokens = 8, 20_000
+    drawn = torch.stack([clusters.random_clusters(tokens, 4, clusters_, layer, CPU) for layer in range(3)])
+    pairs = {
+        "neighbours": (drawn[..., 1:], drawn[..., :-1]),
+        "heads": (drawn[:, 1:], drawn[:, :-1]),
+        "layers": (drawn[1:], drawn[:-1]),
+    }
+    counts = {"itself": drawn.flatten().bincount(minlength=clusters_)}
+    counts |= {name: (a * clusters_ + b).flatten().bincount() for name, (a, b) in pairs.items()}
+    for name, count in counts.items():
+        expected = count.sum() / clusters_ ** (1 if name == "itself" else 2)
+        squares = float(((count - expected).square() / expected).sum())
+        assert squares < chi2.ppf(0.999, len(count) - 1), name
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -45,14 +45,15 @@ class RoutingConfig(VariantConfig):
     window: int = knob(128, least=1, unit="tokens")
     """Tokens that a query of a local head reads on each side, itself included."""
     cluster_window: int | None = knob(None, least=1, unit="tokens")
-    """Members of its cluster that a routed query reads on each side, itself included. Used by `nearest` only;
-    null: T / n_clusters, rounded up, for the maximum sequence length T."""
+    """Members of its cluster that a routed query reads on each side, itself included. Not used by
+    `topk`; null: T / n_clusters, rounded up, for the maximum sequence length T."""
     decay: float = knob(0.999, least=0, below=1)
     """Weight of the old centroid in the moving average after a training step (the paper's λ)."""
-    selection: Literal["auto", "nearest", "topk"] = "auto"
+    selection: Literal["auto", "nearest", "topk", "random"] = "auto"
     """Assignment of tokens to clusters. topk: as in the paper, each centroid selects the T / n_clusters
     tokens nearest to it, so the keys of a token depend on later tokens. nearest: each token joins the
-    centroid nearest to it, and reads the last `cluster_window` members. auto: nearest if causal, else
+    centroid nearest to it, and reads the last `cluster_window` members. random: as nearest, but the cluster
+    of a token is drawn from its position; the baseline of routing by content. auto: nearest if causal, else
     topk."""
     impl: Literal["auto", "tiles", "flash"] = knob("auto", younger=True)
     """Implementation of attention. tiles: windows and clusters in tiles by torch's operations, on any device.
@@ -88,6 +89,9 @@ class Routing(SequenceMixer):
     topk: the output of a token in several clusters is the mean over them, as in the authors' code (the paper
     says "scatter"). The output of a token in no cluster is 0. nearest: queries and keys are shared also in
     bidirectional models, because they need one common order.
+
+    random: the paper's Random Transformer has random heads instead of routed ones (Table 1). Here the cluster
+    of a position is fixed for each layer and head, and read as in `nearest`; centroids are not used.
 
     Deviations from the paper: positions are rotary. Centroids have unit length and move towards the mean
     direction of their members; Algorithm 1 adds the unnormalised sum of the members. A cluster without
@@ -142,8 +146,8 @@ class Routing(SequenceMixer):
             return f"n_clusters={config.n_clusters}: larger than seq_len; allowed is 1 to {dims.seq_len}"
         if dims.heads % 2:
             return f"heads={dims.heads}: half are local and half routed, so it must be even"
-        if config.impl == "flash" and config.selection == "nearest" and not causal:
-            return "impl=flash: selection=nearest is causal; use selection=topk or impl=auto"
+        if config.impl == "flash" and config.selection in ("nearest", "random") and not causal:
+            return f"impl=flash: selection={config.selection} is causal; use selection=topk or impl=auto"
         return super().unsupported(config, dims, causal=causal)
 
     @classmethod
@@ -158,6 +162,10 @@ class Routing(SequenceMixer):
         if self.config.selection == "auto":
             return "nearest" if causal else "topk"
         return self.config.selection
+
+    def _shares_keys(self, causal: bool) -> bool:
+        """Whether the keys of routed heads are their queries."""
+        return causal or self._selection(causal) != "topk"
 
     def _split(self, x: Tensor, shared: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
         """(B, T, C) → q, k and v of local heads, and q, k and v of routed heads; each (B, T, heads, D).
@@ -176,8 +184,7 @@ class Routing(SequenceMixer):
 
     def forward(self, x: Tensor, ctx: Context, state: Any = None) -> MixerOut:
         """(B, T, C) → MixerOut; carries no state."""
-        shared = ctx.causal or self._selection(ctx.causal) == "nearest"
-        q, k, v, q_routed, k_routed, v_routed = self._split(x, shared)
+        q, k, v, q_routed, k_routed, v_routed = self._split(x, self._shares_keys(ctx.causal))
         q, k = rotary(q, ctx.positions), rotary(k, ctx.positions)
         y = self.run_impl(self, (q, k, v), (q_routed, k_routed, v_routed), ctx)
         return MixerOut(self.projections.out(y.flatten(2)))
@@ -187,11 +194,10 @@ class Routing(SequenceMixer):
 
         Stores the sums of this batch for `after_step`; they are not added up, because a pass may run twice.
         """
-        is_nearest = self._selection(ctx.causal) == "nearest"
-        size = self.cluster_window if is_nearest else self._cluster_size(x.shape[1])
-        rule = clusters.Rule(self.centroids, size, ctx.causal, ctx.positions, self.device_type)
-        attend = clusters.by_nearest if is_nearest else clusters.by_topk
-        y, sums = attend(x, keys, v, rule, kernels)
+        selection = self._selection(ctx.causal)
+        size = self._cluster_size(x.shape[1]) if selection == "topk" else self.cluster_window
+        rule = clusters.Rule(self.centroids, size, ctx.causal, ctx.positions, self.device_type, self.layer)
+        y, sums = clusters.ASSIGNMENTS[selection](x, keys, v, rule, kernels)
         if self.training:
             self.sums.copy_(sums)
         return y
@@ -206,10 +212,12 @@ class Routing(SequenceMixer):
         self.sums.zero_()
 
     def choices(self, x: Tensor, ctx: Context) -> tuple[Tensor, ...]:
-        """nearest: the cluster of each token (B, H, T). topk: the queries and the keys that each centroid
-        selects (B, H, w, K)."""
-        selection, seq_len = self._selection(ctx.causal), x.shape[1]
-        *_, q, k, _ = self._split(x, ctx.causal or selection == "nearest")
+        """topk: queries and keys that each centroid selects (B, H, w, K). Else: clusters (B, H, T)."""
+        selection, (batch, seq_len, _) = self._selection(ctx.causal), x.shape
+        if selection == "random":
+            drawn = clusters.random_clusters(seq_len, self.routed, self.clusters, self.layer, x.device)
+            return (drawn.expand(batch, -1, -1),)
+        *_, q, k, _ = self._split(x, self._shares_keys(ctx.causal))
 
         def similarity(t: Tensor) -> Tensor:  # (B, H, T, K), float32, because it decides membership
             with torch.autocast(t.device.type, enabled=False):
@@ -223,18 +231,15 @@ class Routing(SequenceMixer):
     def reference(self, x: Tensor, ctx: Context) -> Tensor:
         """Masked attention for every head, with clusters as (T, T) masks."""
         selection, seq_len = self._selection(ctx.causal), x.shape[1]
-        shared = ctx.causal or selection == "nearest"
-        q, k, v, q_routed, k_routed, v_routed = self._split(x, shared)
+        q, k, v, q_routed, k_routed, v_routed = self._split(x, self._shares_keys(ctx.causal))
         rule = masks.Window(self.config.window)
         local = masks.matrix(rule & masks.causal if ctx.causal else rule, seq_len)
-
         q, k, v = (t.transpose(1, 2) for t in (rotary(q, ctx.positions), rotary(k, ctx.positions), v))
         lower = masked_attention(q, k, v, local)
-
         q, k = (rotary(_normalised(t), ctx.positions).transpose(1, 2) for t in (q_routed, k_routed))
         v = v_routed.transpose(1, 2)
         before = masks.matrix(masks.causal if ctx.causal else masks.all_keys, seq_len).to(x.device)
-        if selection == "nearest":
+        if selection != "topk":
             (cluster,) = self.choices(x, ctx)  # (B, H, T)
             same = cluster[..., :, None] == cluster[..., None, :]
             index = (same & masks.matrix(masks.causal, seq_len).to(x.device)).sum(dim=-1)
@@ -259,21 +264,19 @@ class Routing(SequenceMixer):
         return -(-seq_len // self.clusters)
 
     def cost(self, work: Workload) -> Cost:
-        """Projections, windows of local heads, dot products with centroids, and pairs within clusters: for
-        topk all pairs, for nearest a maximum, which is exact if no cluster is smaller than the window."""
+        """Projections, windows of local heads, dot products with centroids (none if random), and pairs within
+        clusters: all for topk, else a maximum, which is exact if no cluster is smaller than the window."""
         t, selection = work.seq_len, self._selection(work.causal)
-        shared = work.causal or selection == "nearest"
-        projected = (3.5 if shared else 4) * work.d_model**2
-        if selection == "nearest":
-            pairs = window_pairs(t, self.cluster_window, is_causal=work.causal)
-        else:
+        shared = self._shares_keys(work.causal)
+        pairs = window_pairs(t, self.cluster_window, is_causal=work.causal)
+        if selection == "topk":
             pairs = self.clusters * window_pairs(self._cluster_size(t), t, is_causal=work.causal)
         local = window_pairs(t, self.config.window, is_causal=work.causal)
-        routing = (1 if shared else 2) * t * self.clusters
+        routing = 0 if selection == "random" else (1 if shared else 2) * t * self.clusters
         each = work.batch_size * work.head_dim
         return Cost(
             {
-                "projections": int(2 * work.batch_size * t * projected),
+                "projections": int(2 * work.batch_size * t * (3.5 if shared else 4) * work.d_model**2),
                 "clustering": 2 * each * self.routed * routing,
                 "attention": 4 * each * (self.local * local + self.routed * pairs),
             },

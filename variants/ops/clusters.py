@@ -29,6 +29,8 @@ class Rule(NamedTuple):
     positions: Tensor | None
     """(T,); None: 0 … T − 1."""
     device_type: str
+    layer: int = 0
+    """Number of the layer, which decides what `by_position` draws."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,33 @@ def by_nearest(x: Tensor, _: Tensor, v: Tensor, rule: Rule, kernels: Kernels) ->
     and the sum of the normalised members of each cluster (H, K, D)."""
     cluster, sums = kmeans.nearest(x, rule.centroids, rule.device_type)
     return kernels.windows(x, v, cluster, rule), sums
+
+
+def by_position(x: Tensor, _: Tensor, v: Tensor, rule: Rule, kernels: Kernels) -> tuple[Tensor, Tensor]:
+    """Each token joins a cluster that is drawn from its position. Arguments and outputs as `by_nearest`; the
+    sums are 0, so that no centroid moves."""
+    batch, seq_len, heads = x.shape[:3]
+    drawn = random_clusters(seq_len, heads, rule.centroids.shape[1], rule.layer, x.device)
+    cluster = drawn.expand(batch, -1, -1).contiguous()
+    return kernels.windows(x, v, cluster, rule), torch.zeros_like(rule.centroids)
+
+
+WORD = 2**32 - 1
+
+
+def random_clusters(seq_len: int, heads: int, clusters: int, layer: int, device: torch.device) -> Tensor:
+    """(H, T) int64 in [0, K): a pseudo-random number of each head and position of a layer.
+
+    It is a hash, the finaliser of MurmurHash3, rather than a generator: it needs no state, so a recomputed
+    layer, a prefix and a longer sequence have the same clusters.
+    """
+    position = torch.arange(seq_len, device=device)
+    head = torch.arange(heads, device=device)[:, None]
+    key = torch.bitwise_and(position * 0x9E3779B1 + head * 0x85EBCA77 + (layer + 1) * 0xC2B2AE3D, WORD)
+    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
+        key = torch.bitwise_and(torch.bitwise_xor(key, key >> shift) * factor, WORD)
+    key = torch.bitwise_xor(key, key >> 16)
+    return key * clusters >> 32
 
 
 def by_topk(x: Tensor, keys: Tensor, v: Tensor, rule: Rule, kernels: Kernels) -> tuple[Tensor, Tensor]:
@@ -75,6 +104,10 @@ def by_topk(x: Tensor, keys: Tensor, v: Tensor, rule: Rule, kernels: Kernels) ->
     return total / count.clamp(min=1), sums
 
 
+ASSIGNMENTS = {"nearest": by_nearest, "topk": by_topk, "random": by_position}
+"""Selection → the function that assigns tokens to clusters, and attends."""
+
+
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, is_causal: bool) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v, is_causal=is_causal)
 
@@ -86,7 +119,7 @@ def _flash(q: Tensor, k: Tensor, v: Tensor, is_causal: bool) -> Tensor:
 
 
 def _tiled_windows(x: Tensor, v: Tensor, cluster: Tensor, rule: Rule) -> Tensor:
-    centroids, size, is_causal, positions, device_type = rule
+    centroids, size, is_causal, positions, device_type, _ = rule
     layout = kmeans_attention.lay_out(
         cluster, centroids.shape[1], size, is_causal=is_causal, device_type=device_type
     )
