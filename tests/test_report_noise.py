@@ -19,7 +19,8 @@ from bench.report import build
 from bench.report.data import noise_floor
 from bench.report.data.collect import collect
 from bench.report.data.compared_time import with_compared_time
-from bench.report.data.intervals import differs, interval
+from bench.report.data.different import differs
+from bench.report.data.intervals import interval
 from bench.report.data.statistics import cost_cells
 from bench.report.sections.contamination import Contamination
 from bench.report.sections.cost.tables import cost
