@@ -58,7 +58,7 @@ def onsets(lengths: Sequence[float], logs: Floats) -> Floats:
     rows = np.arange(len(logs))
     before, after = logs[rows, here], logs[rows, here + 1]
     with np.errstate(divide="ignore", invalid="ignore"):
-        share = before / (before - after)
+        share = np.clip(np.nan_to_num(before / (before - after)), 0, 1)  # of the rows that do not cross, any
     places = np.log(np.asarray(lengths, dtype=float))
     found = np.exp(places[here] + share * (places[here + 1] - places[here]))
     return np.where(last < 0, 0.0, np.where(last == logs.shape[1] - 1, np.inf, found))

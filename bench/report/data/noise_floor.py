@@ -31,6 +31,11 @@ ENOUGH = 60
 """Pairs from which on the largest of them bounds their 95th percentile with a confidence of 95 %: that all
 are below it has the probability 0.95⁵⁹ = 4.8 %."""
 CONFIDENCE = 0.95
+TAILS = 6.0
+"""Least kurtosis of the errors that is assumed. Times of processes have longer tails than a normal
+distribution, whose kurtosis is 3, and few residuals underestimate theirs. With 3, the bound of the floor
+covers it in 81 to 95 % of simulated sets of 6 to 150 pairs, whose noise is normal or has Student's t
+distribution of 3 to 5 degrees of freedom; with 6, in 91 to 99.9 % (of 4 or more, in 94 % at least)."""
 
 
 @dataclass(frozen=True)
@@ -137,16 +142,15 @@ def from_model(count: int, fits: list[Residuals]) -> Floor:
     percentile of their own.
 
     A ratio of two measurements has √2 times the deviation of one; that the errors are normal gives the
-    percentile. The bound is that of a variance by χ². Its degrees of freedom are fewer where the residuals
-    have longer tails than a normal distribution, by their kurtosis κ: 2 / (κ − 1) of them (Box, Biometrika
-    40, 1953, section 5).
+    percentile. The bound is that of a variance by χ², with 2 / (κ − 1) of the degrees of freedom, where κ is
+    the kurtosis of the residuals (Box, Biometrika 40, 1953), but at least `TAILS`.
     """
     total = Residuals(*(float(sum(values)) for values in zip(*fits, strict=True)))
     if total.freedom < 1:
         return UNKNOWN_FLOOR
     deviation = np.sqrt(total.squares / total.freedom)
-    kurtosis = total.number * total.fourths / total.squares**2 if total.squares else 3.0
-    freedom = max(1.0, total.freedom * 2 / (max(kurtosis, 3.0) - 1))
+    kurtosis = total.number * total.fourths / total.squares**2 if total.squares else TAILS
+    freedom = max(1.0, total.freedom * 2 / (max(kurtosis, TAILS) - 1))
     widening = np.sqrt(freedom / stats.chi2.ppf(1 - CONFIDENCE, freedom))
     estimate = float(NORMAL * np.sqrt(2) * deviation)
     return Floor(estimate, float(estimate * widening), count, "model")
