@@ -173,7 +173,7 @@ class MeasureSpec(Spec):
     """Longest sequences that a trained model is evaluated on, as a multiple of seq_len. 2, 4, 8, …: at 1, 2,
     4, … times the training length, and with longer memories if it has some; 0 for none. Only for causal
     models of text."""
-    longer_targets: int = knob(4096, least=1, unit="tokens", younger=True)
+    longer_targets: int = knob(2048, least=1, unit="tokens", younger=True)
     """Tokens that are scored at each of these lengths, the same at all; one group at least. A group is a
     quarter of seq_len, and its last token ends a sequence."""
     place_period: int = knob(0, least=0, unit="tokens", younger=True)

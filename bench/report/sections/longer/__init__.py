@@ -87,9 +87,9 @@ class Longer(Section[LongerData]):
 
 
 MEMORY_NOTE = (
-    "The trained model, unchanged, reads the longest sequences with a memory that is 2 and 4 times as "
-    "long as in training, as in Dai et al. 2019 (arXiv:1901.02860, §4). A compressed memory is one "
-    "position."
+    "The trained model, unchanged, reads the longest sequences with the memory of training and with 2 and "
+    "4 times as much, as in Dai et al. 2019 (arXiv:1901.02860, §4). In parentheses is the difference to "
+    "the memory of training. A compressed memory is one position."
 )
 
 SECTIONS: Sequence[Section[Any]] = (Longer(),)
