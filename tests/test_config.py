@@ -487,7 +487,7 @@ def test_a_preset_that_compares_times_measures_a_few_cells_twice(preset: str) ->
     assert [spec.replicate for spec in order] == sorted(spec.replicate for spec in order)
     twins = [spec for spec in order if spec.twin]
     assert len({spec.variant for spec in twins}) > 1
-    assert len(twins) < len(order) / 7
+    assert len(twins) < len(order) / 8
     for twin in twins:
         apart = order.index(twin) - order.index(replace(twin, twin=0))
         assert 1 < apart < len(order)

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from hydra_sweeps import swept
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import variants
@@ -63,6 +63,7 @@ def cell_of(line: list[str]) -> Cell:
     return Cell(spec=spec, folder=Path("x"), name="x", force=False)
 
 
+@settings(max_examples=30, deadline=None)
 @given(st.permutations(range(3)), st.integers(1, 9), st.integers(1, 4), st.booleans(), st.integers(0, 2))
 def test_the_baseline_is_measured_before_and_after_so_many_others(
     nesting: list[int], count: int, every: int, listed: bool, twins: int
@@ -159,3 +160,14 @@ def test_dense_is_measured_around_every_two_variants_of_the_costs_on_a_cpu() -> 
         places = [place for place, name in enumerate(names) if name == "dense"]
         assert (places[0], places[-1]) == (0, len(names) - 1)
         assert max(after - before for before, after in pairwise(places)) == 3
+
+
+def test_a_setting_that_two_grids_share_has_one_baseline() -> None:
+    rule = "interleave:{every:2,cell:{variant:dense}}"
+    grids = [f"{{variant:'{names}',{rule}}}" for names in ("chunked,longformer,dense", "performer")]
+    cells = planned(f"hydra.sweeper.grids=[{','.join(grids)}]")
+    found = [(cell.spec.variant, cell.spec.twin) for cell in cells]
+    assert found == [
+        *(("dense", 0), ("chunked", 0), ("longformer", 0)),
+        *(("dense", 1), ("performer", 0), ("dense", 2)),
+    ]

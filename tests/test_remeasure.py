@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 from conftest import wait_until
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_surroundings import foreign
 from test_sweep import Sweep, cell_of, known, record_of, texts
@@ -218,6 +218,7 @@ def test_which_cells_are_due() -> None:
     assert not remeasure.is_due(dataclasses.replace(cell, remeasure=False), record())
 
 
+@settings(max_examples=30, deadline=None)
 @given(st.lists(st.tuples(st.booleans(), st.floats(0, 1e4), st.floats(0, 1e4)), max_size=60))
 def test_repetitions_take_a_minute_and_a_quarter_of_the_first_measurements_at_most(
     events: list[tuple[bool, float, float]],
@@ -237,6 +238,7 @@ def test_repetitions_take_a_minute_and_a_quarter_of_the_first_measurements_at_mo
     assert allowance.refused == refused
 
 
+@settings(max_examples=30, deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 2), st.booleans()), min_size=1, max_size=12))
 def test_a_round_ends_with_its_disturbed_cells(cells: list[tuple[int, bool]]) -> None:
     """Each cell runs once, and the disturbed ones once more, before the next round begins."""

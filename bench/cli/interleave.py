@@ -3,7 +3,8 @@
 The speed of a machine drifts within a round. A ratio to a baseline is only free of this drift if both were
 measured one after the other. With `interleave: {every: 2, cell: {variant: dense}}` the baseline of a setting
 is measured before the cells of this setting, after every two of them, and after the last one. The repeated
-cells are twins of the baseline, with all other knobs of the cells around them.
+cells are twins of the baseline, with all other knobs of the cells around them. Grids with the same rule are
+treated as one, because their cells may have the same settings.
 """
 
 from __future__ import annotations
@@ -62,7 +63,7 @@ class Interleave:
     def apply(
         self, cells: Sequence[tuple[Cell, Line]], compose: Callable[[Line], Cell]
     ) -> list[tuple[Cell, Line]]:
-        """Return the cells of a grid with their overrides, ordered by setting, with the baselines between
+        """Return the cells of grids with their overrides, ordered by setting, with the baselines between
         them."""
         groups: dict[str, _Group] = {}
         for cell, line in cells:

@@ -143,7 +143,8 @@ class MeasureSpec(Spec):
     time_seconds: float = knob(1.0, least=0, unit="seconds")
     """Wall-clock time for the samples of a step, and the same for those of a forward pass."""
     min_samples: int = knob(3, least=1, unit="samples")
-    """Minimum number of samples of each, regardless of the time."""
+    """Minimum number of samples of each, regardless of the time. Fewer than six have no interval, so that no
+    precision is known."""
     precision: float = knob(0.03, least=0, younger=True)
     """Half-width of the median's 95 % interval at which sampling ends early. It is relative to the median; 0
     always uses the whole time."""

@@ -1,12 +1,13 @@
-"""Sweeps: run the missing cells, one at a time on a device, each in its own process."""
+"""Sweeps: run the missing cells, one at a time on a device, each in its own process, and repeat disturbed
+ones."""
 
 from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -75,7 +76,8 @@ def _run_all(
     interrupts: Interrupts,
     reports: RoundReports,
 ) -> None:
-    """Run the jobs without a result, on several devices at a time if the machine has them."""
+    """Run the jobs that are due, on several devices at a time if the machine has them. At the end of each
+    round its disturbed cells run again."""
 
     def work(queue: JobQueue, allowance: Allowance, device: Device) -> None:
         while taken := queue.take():
@@ -138,14 +140,7 @@ def _run_job(
     if cell.spec.is_compiled and (reason := compiler.missing(cell.spec.device)):
         return _not_run(job, "unsupported", f"compile={cell.spec.compile} {reason}", progress)
 
-    def waiting() -> None:
-        interrupts.check()
-        progress.waiting(f"another run measures on {device.kind}")
-
-    with (
-        on_device(device, waiting),
-        interrupts.deferred(),
-    ):
+    with _alone_on(device, progress, interrupts):
         progress.starting(cell.spec.label)
         begun = provenance.provenance()
         try:
@@ -166,6 +161,18 @@ def _run_job(
     return record
 
 
+@contextmanager
+def _alone_on(device: Device, progress: Progress, interrupts: Interrupts) -> Iterator[None]:
+    """Lock the device, and defer signals, inside the context."""
+
+    def waiting() -> None:
+        interrupts.check()
+        progress.waiting(f"another run measures on {device.kind}")
+
+    with on_device(device, waiting), interrupts.deferred():
+        yield
+
+
 def _run_again(
     job: Job, first: Record, device: Device, allowance: Allowance, progress: Progress, interrupts: Interrupts
 ) -> Record:
@@ -179,12 +186,7 @@ def _run_again(
     if not allowance.permits(first):
         return first
     job.before = first  # which no failed attempt replaces
-
-    def waiting() -> None:
-        interrupts.check()
-        progress.waiting(f"another run measures on {device.kind}")
-
-    with on_device(device, waiting), interrupts.deferred():
+    with _alone_on(device, progress, interrupts):
         progress.starting(f"{cell.spec.label} again")
         begun = provenance.provenance()
         figures = isolate.run(cell, job.cell_id, job.known["code_sha256"], interrupts.signal_fd, device)

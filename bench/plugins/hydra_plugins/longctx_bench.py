@@ -198,14 +198,18 @@ def cells_of(loader: ConfigLoader, preset: Preset) -> list[tuple[Cell, list[str]
     def compose(line: list[str]) -> Cell:
         return parse.parse(composer(line))
 
-    cells = []
+    parts: list[tuple[Interleave | None, list[tuple[Cell, list[str]]]]] = []
     for grid in preset.grids:
         own = [(compose(line), line) for line in product(loader, grid, preset.arguments)]
         rule = Interleave.of(grid.get(KEY))
         if rule and len(product(loader, OmegaConf.create({**rule.cell}), [])) > 1:
             raise ConfigError(f"{KEY}.cell={rule.cell}: allowed is one value for each knob, without commas")
-        cells += rule.apply(own, compose) if rule else own
-    return cells
+        same = next((part for known, part in parts if rule and known == rule), None)
+        if same is None:
+            parts.append((rule, own))
+        else:  # one setting may be in several grids
+            same += own
+    return [pair for rule, part in parts for pair in (rule.apply(part, compose) if rule else part)]
 
 
 def product(loader: ConfigLoader, grid: DictConfig, arguments: list[str]) -> list[list[str]]:
