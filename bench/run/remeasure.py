@@ -52,12 +52,11 @@ def better(first: Record, figures: Mapping[str, Any]) -> tuple[Record, str]:
     both: dict[str, Any] = {"attempts": (first.attempts or 1) + 1, "sequence": None}
     for key in ("seconds_total", "seconds_work"):
         both[key] = (getattr(first, key) or 0.0) + (figures.get(key) or 0.0)
+    why: str | None = None
     if figures["status"] != "ok":
         why = f"{figures['status']}: {figures['reason']}"
     elif disturbance(figures) >= disturbance(vars(first)):
         why = f"no less disturbed: {figures['contaminated']}"
-    else:
-        why = None
     if why:
         return replace(first, **both), f"the first measurement is kept, the second was {why}"
     outcome = "undisturbed" if figures["contaminated"] is None else "less disturbed"
@@ -71,7 +70,7 @@ class Allowance:
     first_seconds: float = 0.0
     """Time of the first measurements so far."""
     again_seconds: float = 0.0
-    """Time of the repetitions so far, those that are running included."""
+    """Expected time of the repetitions so far, those that are running included."""
     refused: int = 0
     """Number of cells that were not measured again."""
     _counting: threading.Lock = field(default_factory=threading.Lock)
