@@ -5,10 +5,9 @@ from __future__ import annotations
 from hydra import initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.types import RunMode
-from hydra_plugins.longctx_bench import Composer, grids_of, product
+from hydra_plugins.longctx_bench import Preset, cells_of, grids_of
 
 from bench import CONFIGS
-from bench.config.parse import parse
 from bench.config.spec import Cell
 
 
@@ -17,7 +16,6 @@ def swept(*arguments: str) -> list[Cell]:
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
         loader = GlobalHydra.instance().config_loader()
         composed = loader.load_configuration("config", ["hydra.mode=MULTIRUN", *arguments], RunMode.MULTIRUN)
-        sweeper, compose = composed.hydra.sweeper, Composer(loader, composed)
-        given = list(composed.hydra.overrides.task)
-        grids = grids_of(sweeper.params, sweeper.grids)
-        return [parse(compose(line)) for grid in grids for line in product(loader, grid, given)]
+        sweeper, given = composed.hydra.sweeper, list(composed.hydra.overrides.task)
+        preset = Preset(composed, grids_of(sweeper.params, sweeper.grids), given)
+        return [cell for cell, _ in cells_of(loader, preset)]

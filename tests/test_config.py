@@ -469,7 +469,8 @@ def test_hydra_composes_once_for_each_entry_and_not_for_each_cell(monkeypatch: p
 
 @pytest.mark.parametrize("preset", ["smoke", "cpu", "gpu", "depth", "batch_payoff"])
 def test_a_preset_that_compares_times_measures_a_few_cells_twice(preset: str) -> None:
-    """Each such cell is there once more, in the same round, and others are measured in between."""
+    """Each such cell is there once more, in the same round, and others are measured in between. Cells that a
+    grid interleaves are those of test_interleave.py."""
     base = cell_of("data=stdlib")
     cells = [
         replace(

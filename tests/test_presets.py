@@ -13,7 +13,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 from hydra.core.object_type import ObjectType
 from hydra.plugins.config_source import ConfigLoadError
-from hydra_plugins.longctx_bench import CheckedSource
+from hydra_plugins.longctx_configs import CheckedSource
 from omegaconf import OmegaConf
 
 import variants

@@ -26,7 +26,7 @@ def job(
     replicate: int, minutes: float | None = 60.0, *, finished: bool = False, folder: Path = FOLDER
 ) -> Job:
     cell = SimpleNamespace(folder=folder, report_minutes=minutes, spec=SimpleNamespace(replicate=replicate))
-    return cast(Job, SimpleNamespace(cell=cell, result=object() if finished else None))
+    return cast(Job, SimpleNamespace(cell=cell, is_due=not finished))
 
 
 @dataclass

@@ -64,6 +64,8 @@ def test_committed_records_are_read_as_they_were_meant(folder: Path) -> None:
         written = json.loads(path.read_text())
         read = vars(found[path.stem])
         assert 1 <= written.pop("schema_version") <= SCHEMA_VERSION
+        if "sampling_half_width" in written:  # its name up to version 3
+            written["step_precision"] = written.pop("sampling_half_width")
         assert {key: read[key] for key in written} == written
         assert read["schema_version"] == SCHEMA_VERSION
         added = {key: value for key, value in read.items() if key not in written and value is not None}
@@ -96,6 +98,14 @@ def test_version_3_must_say_what_fills_the_slots(key: str) -> None:
     assert records.parse(json.dumps(keys | {"schema_version": 2})) == record
 
 
+def test_the_precision_of_steps_had_another_name_in_version_3() -> None:
+    record = record_of(step_precision=0.0123)
+    keys = keys_of(record, step_precision="gone") | {"sampling_half_width": 0.0123}
+    with pytest.raises(records.RecordError, match="unknown keys sampling_half_width"):
+        records.parse(json.dumps(keys))
+    assert records.parse(json.dumps(keys | {"schema_version": 3})) == record
+
+
 def test_every_version_leads_to_the_next() -> None:
     assert sorted(MIGRATIONS) == list(range(1, SCHEMA_VERSION))
     before = {"schema_version": 1, "depth": 1}
@@ -105,7 +115,7 @@ def test_every_version_leads_to_the_next() -> None:
 
 @pytest.mark.parametrize("version", [0, SCHEMA_VERSION + 1, True, 1.0, "2", None, [2]])
 def test_a_version_that_is_not_ours_is_named(version: object) -> None:
-    with pytest.raises(records.RecordError, match=r"^here: schema_version .* reads 1 to 3$"):
+    with pytest.raises(records.RecordError, match=r"^here: schema_version .* reads 1 to 4$"):
         records.parse(json.dumps(keys_of(record_of()) | {"schema_version": version}), "here")
 
 

@@ -100,17 +100,37 @@ def test_sampling_ends_with_the_budget() -> None:
 def test_sampling_ends_where_the_interval_is_narrow_and_says_so() -> None:
     taken, played = play(noisy(0.01, 0.01), seconds=5)
     assert taken.end == "precise"
-    assert taken.half_width is not None
-    assert taken.half_width < 0.03
+    assert taken.precision is not None
+    assert taken.precision < 0.03
     assert played.runs < 20
 
 
 def test_sampling_of_noise_spends_the_budget_and_says_so() -> None:
     taken, played = play(noisy(0.1, 0.5), seconds=4)
     assert taken.end == "budget"
-    assert taken.half_width is not None
-    assert taken.half_width > 0.03
+    assert taken.precision is not None
+    assert taken.precision > 0.03
     assert played.now > 4
+
+
+def test_the_precision_is_checked_at_few_counts_of_samples() -> None:
+    """Sampling that stopped wherever the interval is narrow would stop where it is so by chance."""
+    counts = [6, 9, 14, 21, 32, 48, 72]
+    ended = [play(noisy(1.0, 0.05, seed), seconds=1e9) for seed in range(200)]
+    precise = [taken for taken, _ in ended if taken.end == "precise"]
+    complete = {n for taken in precise if (n := len(taken.seconds)) == taken.runs - WARM_UP}
+    assert complete <= {*counts}, "none was dropped as warm-up"
+    assert len(complete) > 3
+    covered = [ends[0] <= 1 <= ends[1] for taken in precise if (ends := interval(taken.seconds))]
+    assert sum(covered) / len(covered) > 0.9
+
+
+def test_fewer_samples_than_an_interval_needs_are_never_precise() -> None:
+    """The cells that ended on three samples could not have reached any precision."""
+    taken, _ = play(repeat(1.0), seconds=0.1, at_least=3)
+    assert (len(taken.seconds), taken.end, taken.precision) == (3, "budget", None)
+    taken, _ = play(repeat(1.0), seconds=0.1, at_least=6)
+    assert (len(taken.seconds), taken.end, taken.precision) == (6, "precise", 0.0)
 
 
 def bought(durations: list[float], seconds: float, at_least: int) -> int:
@@ -220,7 +240,7 @@ def test_the_interval_is_that_of_scipy_s_quantile_test(count: int) -> None:
     if found is None:
         assert count < 6
         assert np.isnan([expected.low, expected.high]).any()
-        assert Samples(seconds=[*samples], end="budget", runs=9).half_width is None
+        assert Samples(seconds=[*samples], end="budget", runs=9).precision is None
     else:
         assert found == (expected.low, expected.high)
         assert half_width([*samples]) == pytest.approx((found[1] - found[0]) / 2 / middle(samples))

@@ -76,6 +76,7 @@ def parse(cfg: DictConfig | Mapping[str, Any]) -> Cell:
         name=root.name,
         force=root.force,
         rerun=root.rerun,
+        remeasure=root.remeasure,
         audit_oom=root.audit_oom,
         skip_after_oom=root.skip_after_oom,
         devices=root.devices,

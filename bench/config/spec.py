@@ -92,6 +92,9 @@ class Root(Spec):
     rerun: Literal["none", "contaminated", "oom"] = knob("none", decides=False)
     """Finished cells to measure again. contaminated: cells that were disturbed by other load. oom: cells that
     ran out of memory."""
+    remeasure: bool = knob(True, decides=False)
+    """Measure cells again that were disturbed by other load, at the end of their round. Each is repeated at
+    most once, and all together take at most a minute and a quarter of the time of the first measurements."""
     audit_oom: float = knob(0.05, least=0, most=1, decides=False)
     """Share of the cells predicted to exceed their memory that run nevertheless, to check predictions."""
     skip_after_oom: bool = knob(True, decides=False)
@@ -144,7 +147,8 @@ class MeasureSpec(Spec):
     time_seconds: float = knob(1.0, least=0, unit="seconds")
     """Wall-clock time for the samples of a step, and the same for those of a forward pass."""
     min_samples: int = knob(3, least=1, unit="samples")
-    """Minimum number of samples of each, regardless of the time."""
+    """Minimum number of samples of each, regardless of the time. Fewer than six have no interval, so that no
+    precision is known."""
     precision: float = knob(0.03, least=0, younger=True)
     """Half-width of the median's 95 % interval at which sampling ends early. It is relative to the median; 0
     always uses the whole time."""
@@ -460,6 +464,8 @@ class Cell:
     """Measure it although its record is final."""
     rerun: str = "none"
     """Which final records are measured again: a value of `Root.rerun`."""
+    remeasure: bool = True
+    """See `Root.remeasure`."""
     audit_oom: float = 0.0
     """See `Root.audit_oom`."""
     skip_after_oom: bool = True
@@ -470,6 +476,10 @@ class Cell:
     """See `Root.report_minutes`."""
     estimate: str | None = None
     """See `Root.estimate`."""
+    placed: bool = False
+    """Whether a grid has chosen its place within its round."""
+    only_cost: bool = False
+    """Measure its cost, but not the quality after training."""
     tracker: TrackerSpec = field(default_factory=TrackerSpec)
     """The tracker to which its record is logged."""
 

@@ -31,7 +31,13 @@ def _from_2(keys: Keys) -> Keys:
     return {"feed_forward": "mlp", "stack": "stack", "stack_params": {}} | keys
 
 
-MIGRATIONS: Mapping[int, Callable[[Keys], Keys]] = MappingProxyType({1: _from_1, 2: _from_2})
+def _from_3(keys: Keys) -> Keys:
+    """In version 3 `step_precision` was called `sampling_half_width`."""
+    kept = {key: value for key, value in keys.items() if key != "sampling_half_width"}
+    return kept | {"step_precision": keys.get("sampling_half_width")}
+
+
+MIGRATIONS: Mapping[int, Callable[[Keys], Keys]] = MappingProxyType({1: _from_1, 2: _from_2, 3: _from_3})
 """Source version → migration to the next version."""
 
 SCHEMA_VERSION = max(MIGRATIONS) + 1

@@ -160,7 +160,8 @@ class Record:
     recompiles: Count | None = None
     sampling_end: str | None = None
     warm_up_runs: Count | None = None
-    sampling_half_width: Amount | None = None
+    step_precision: Amount | None = None
+    forward_precision: Amount | None = None
     energy_joules_per_token: Amount | None = None
     mfu: Share | None = None
     peak_flops_per_second: Positive | None = None
@@ -175,6 +176,7 @@ class Record:
 
     # other load during the measurement
     contaminated: str | None = None
+    attempts: Size | None = None
     load_before: Amount | None = None
     load_after: Amount | None = None
     cpu_share: Amount | None = None

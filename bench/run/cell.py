@@ -90,7 +90,7 @@ class CellRun:
                 device_name=device_name,
                 report=self.report,
             ).run()
-            if spec.measure.train_amount:
+            if spec.measure.train_amount and not self.cell.only_cost:
                 checkpoints = self._checkpoints(device_name)
                 QualityEvaluation(
                     spec,

@@ -22,7 +22,7 @@ from bench.inputs.errors import ConfigError
 from bench.inputs.printable import printable
 from bench.process import stderr_tail
 from bench.records import Record, RecordError
-from bench.run import code_hash
+from bench.run import code_hash, remeasure
 from bench.train import checkpoints
 
 MAX_RECORD_BYTES = 2**16
@@ -127,18 +127,21 @@ def order_in_rounds(cells: Sequence[Cell]) -> list[Cell]:
     variants equally.
 
     A twin comes after all variants with which its original is compared, so that it is subject to the same
-    drift.
+    drift. A twin that a grid interleaves keeps its place.
     """
 
     def setting(cell: Cell) -> str:
-        return repr((cell.folder, replace(cell.spec, variant="", variant_params={}, twin=0)))
+        return repr((cell.folder, replace(cell.spec, variant="", variant_params={}, objective="", twin=0)))
 
-    last = {setting(cell): place for place, cell in enumerate(cells) if not cell.spec.twin}
+    def is_fixed(cell: Cell) -> bool:
+        return cell.placed or not cell.spec.twin
 
-    def order(placed: tuple[int, Cell]) -> tuple[int, int, int]:
-        place, cell = placed
-        twin = cell.spec.twin
-        return cell.spec.replicate, last.get(setting(cell), place) if twin else place, twin
+    last = {setting(cell): place for place, cell in enumerate(cells) if is_fixed(cell)}
+
+    def order(numbered: tuple[int, Cell]) -> tuple[int, int, int]:
+        place, cell = numbered
+        key = place if is_fixed(cell) else last.get(setting(cell), place)
+        return cell.spec.replicate, key, cell.spec.twin * (not cell.placed)
 
     return [cell for _, cell in sorted(enumerate(cells), key=order)]
 
@@ -198,6 +201,11 @@ class Job:
         """The id of the cell."""
         return str(self.known["cell_id"])
 
+    @property
+    def is_due(self) -> bool:
+        """Whether the cell must run, or run again because its measurement was disturbed."""
+        return self.result is None or remeasure.is_due(self.cell, self.result)
+
     def reload_record(self) -> Record | None:
         """Return the record that another sweep has written since this one began, or None."""
         with suppress(OSError), os.scandir(self.cell.folder / records.RECORDS_DIR):
@@ -228,5 +236,5 @@ def prepare_jobs(cells: Sequence[Cell]) -> list[Job]:
 
 
 def to_run(jobs: Sequence[Job]) -> set[Path]:
-    """Return the folders of the jobs without a result."""
-    return {job.cell.folder for job in jobs if job.result is None}
+    """Return the folders of the jobs that must run."""
+    return {job.cell.folder for job in jobs if job.is_due}

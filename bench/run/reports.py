@@ -26,7 +26,8 @@ BUILD_SECONDS = 600.0
 class RoundReports:
     """Builds the reports of the experiments of a sweep whose cells set `report_minutes`.
 
-    A round is the cells of an experiment with the same replicate. If several devices measure cells at the
+    A round is the cells of an experiment with the same replicate, and the repetitions of those that were
+    disturbed. If several devices measure cells at the
     same time, a round ends with its last cell, whichever device measured it.
     """
 
@@ -41,7 +42,7 @@ class RoundReports:
         `build_in_child`."""
         self._progress, self._interrupts = progress, interrupts
         self._build = build or build_in_child
-        waiting = [job for job in jobs if job.result is None and job.cell.report_minutes is not None]
+        waiting = [job for job in jobs if job.is_due and job.cell.report_minutes is not None]
         self._left = Counter(map(_round, waiting))
         """(folder, replicate) → cells that have not ended."""
         self._last = {job.cell.folder: time.monotonic() for job in waiting}

@@ -1,13 +1,13 @@
-"""Sweeps: run the missing cells, one at a time on a device, each in its own process."""
+"""Sweeps: run the missing cells, one at a time on a device, each in its own process, and repeat disturbed
+ones."""
 
 from __future__ import annotations
 
 import threading
 import time
-from collections import defaultdict, deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,12 +18,14 @@ from bench.inputs.errors import ConfigError
 from bench.process import compiler
 from bench.process.signals import Interrupts
 from bench.records import Record, RecordError
-from bench.run import isolate, provenance
+from bench.run import isolate, provenance, remeasure
 from bench.run.devices import Device, devices_of
+from bench.run.job_queue import JobQueue, queues
 from bench.run.locks import POLL_SECONDS, CellLocks, on_device
 from bench.run.oom_skip import OutOfMemorySkip
 from bench.run.prepare import Job, make_folder, prepare_jobs, to_run
-from bench.run.progress import Progress
+from bench.run.progress import Progress, describe
+from bench.run.remeasure import Allowance
 from bench.run.reports import RoundReports
 from bench.train import checkpoints
 from variants.safe_output import drop_failed_output
@@ -74,9 +76,10 @@ def _run_all(
     interrupts: Interrupts,
     reports: RoundReports,
 ) -> None:
-    """Run the jobs without a result, on several devices at a time if the machine has them."""
+    """Run the jobs that are due, on several devices at a time if the machine has them. At the end of each
+    round its disturbed cells run again."""
 
-    def work(queue: JobQueue, device: Device) -> None:
+    def work(queue: JobQueue, allowance: Allowance, device: Device) -> None:
         while taken := queue.take():
             interrupts.check()
             job, postponed = taken
@@ -84,56 +87,31 @@ def _run_all(
                 progress.waiting("another sweep measures the remaining cells")
                 time.sleep(POLL_SECONDS)
             with locks[job.cell.folder].lock(job.cell_id) as ours:
-                if ours:
-                    job.result = _run_job(job, device, skip, progress, interrupts)
-                    skip.add(job.cell, job.result)
-                else:
+                if not ours:
                     queue.postpone(job)
-            if ours:
-                reports.ended(job)
+                    continue
+                if job.result is not None:
+                    job.result = _run_again(job, job.result, device, allowance, progress, interrupts)
+                else:
+                    job.result = _run_job(job, device, skip, allowance, progress, interrupts)
+                    skip.add(job.cell, job.result)
+                    if remeasure.is_due(job.cell, job.result):
+                        queue.repeat(job)
+                        continue
+            reports.ended(job)
 
-    for kind, queue in _queues(jobs).items():
-        devices = devices_of(kind)[: queue.max_devices]
+    for kind, queue in queues(jobs).items():
+        devices, allowance = devices_of(kind)[: queue.max_devices], Allowance()
         if len(devices) == 1:
-            work(queue, devices[0])
-            continue
-        # A thread for each device waits for the processes of its cells; this thread receives signals.
-        with interrupts.deferred(), ThreadPoolExecutor(len(devices)) as pool:
-            ended = [pool.submit(work, queue, device) for device in devices]
-        for each in ended:
-            each.result()
-
-
-class JobQueue:
-    """Jobs for one kind of device, in order. Several threads take them, each for a device of its own.
-
-    Jobs that another sweep measures are postponed to the end: it may then have finished."""
-
-    def __init__(self, jobs: Sequence[Job]) -> None:
-        self._jobs = deque((job, False) for job in jobs)
-        limits = (job.cell.devices for job in jobs)
-        self.max_devices = min([len(jobs), *(limit for limit in limits if limit != "all")])
-        """The number of devices that may be in use at the same time."""
-
-    def postpone(self, job: Job) -> None:
-        """Put back a job that another sweep measures."""
-        self._jobs.append((job, True))
-
-    def take(self) -> tuple[Job, bool] | None:
-        """Return the next job, and whether it was postponed; None at the end."""
-        try:
-            return self._jobs.popleft()
-        except IndexError:
-            return None
-
-
-def _queues(jobs: Sequence[Job]) -> dict[str, JobQueue]:
-    """Return the jobs without a result by the kind of their device."""
-    by_kind: dict[str, list[Job]] = defaultdict(list)
-    for job in jobs:
-        if job.result is None:
-            by_kind[job.cell.spec.device].append(job)
-    return {kind: JobQueue(jobs) for kind, jobs in by_kind.items()}
+            work(queue, allowance, devices[0])
+        else:
+            # A thread for each device waits for the processes of its cells; this thread receives signals.
+            with interrupts.deferred(), ThreadPoolExecutor(len(devices)) as pool:
+                ended = [pool.submit(work, queue, allowance, device) for device in devices]
+            for each in ended:
+                each.result()
+        if allowance.refused:
+            progress.note(f"disturbed cells without time to measure them again: {allowance.refused}")
 
 
 def publish(jobs: Sequence[Job]) -> list[Record]:
@@ -144,7 +122,12 @@ def publish(jobs: Sequence[Job]) -> list[Record]:
 
 
 def _run_job(
-    job: Job, device: Device, skip: OutOfMemorySkip, progress: Progress, interrupts: Interrupts
+    job: Job,
+    device: Device,
+    skip: OutOfMemorySkip,
+    allowance: Allowance,
+    progress: Progress,
+    interrupts: Interrupts,
 ) -> Record:
     """Return the record of a cell that this process has locked:
     an existing one, a skipped or a measured cell."""
@@ -157,14 +140,7 @@ def _run_job(
     if cell.spec.is_compiled and (reason := compiler.missing(cell.spec.device)):
         return _not_run(job, "unsupported", f"compile={cell.spec.compile} {reason}", progress)
 
-    def waiting() -> None:
-        interrupts.check()
-        progress.waiting(f"another run measures on {device.kind}")
-
-    with (
-        on_device(device, waiting),
-        interrupts.deferred(),
-    ):
+    with _alone_on(device, progress, interrupts):
         progress.starting(cell.spec.label)
         begun = provenance.provenance()
         try:
@@ -177,10 +153,50 @@ def _run_job(
             record = _store_figures(
                 job,
                 begun
-                | isolate.run(cell, job.cell_id, job.known["code_sha256"], interrupts.signal_fd, device),
+                | isolate.run(cell, job.cell_id, job.known["code_sha256"], interrupts.signal_fd, device)
+                | {"attempts": 1},
             )
+            allowance.spend(record)
         progress.finished(record)
     return record
+
+
+@contextmanager
+def _alone_on(device: Device, progress: Progress, interrupts: Interrupts) -> Iterator[None]:
+    """Lock the device, and defer signals, inside the context."""
+
+    def waiting() -> None:
+        interrupts.check()
+        progress.waiting(f"another run measures on {device.kind}")
+
+    with on_device(device, waiting), interrupts.deferred():
+        yield
+
+
+def _run_again(
+    job: Job, first: Record, device: Device, allowance: Allowance, progress: Progress, interrupts: Interrupts
+) -> Record:
+    """Measure the cost of a disturbed cell again, if there is time; returns the record that is kept. If a
+    signal stops it, the first record remains as it was, and the next run of the sweep repeats the cell."""
+    cell = replace(job.cell, only_cost=True)
+    now = records.read(cell.folder, job.cell_id)
+    if now and now.sequence != first.sequence:
+        progress.note(f"again, by another sweep: {describe(now)}")
+        return now
+    if not allowance.permits(first):
+        return first
+    job.before = first  # which no failed attempt replaces
+    with _alone_on(device, progress, interrupts):
+        progress.starting(f"{cell.spec.label} again")
+        begun = provenance.provenance()
+        figures = isolate.run(cell, job.cell_id, job.known["code_sha256"], interrupts.signal_fd, device)
+        if figures["reason"] == isolate.STOPPED:
+            return first
+        kept, outcome = remeasure.better(first, begun | figures | {"ended_at": provenance.now()})
+        with _storing:
+            stored = store_record(job, kept)
+        progress.note(f"again: {describe(stored)}: {outcome}")
+    return stored if stored.status == "ok" else first
 
 
 def _not_run(job: Job, status: str, reason: str, progress: Progress) -> Record:

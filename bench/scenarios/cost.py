@@ -156,7 +156,8 @@ class CostMeasurement:
                 "launch_bound": device_time.is_launch_bound(busy, steps.median),
                 "sampling_end": steps.end,
                 "warm_up_runs": steps.runs - len(steps.seconds),
-                "sampling_half_width": steps.half_width,
+                "step_precision": steps.precision,
+                "forward_precision": forwards.precision,
                 **load,
             }
         )

@@ -1,7 +1,6 @@
-"""Hydra plug-ins: the config source of configs/ and the sweeper of the multirun mode.
+"""Hydra plug-in: the sweeper of the multirun mode.
 
-Every file of configs/ is checked when Hydra loads it. All cells are composed and checked before the first
-cell runs.
+All cells are composed and checked before the first cell runs.
 
 Hydra finds plug-ins only in the namespace package `hydra_plugins`, and imports them at every start. Therefore
 these classes are here, and their functions import other modules only when they run.
@@ -13,102 +12,21 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 from copy import deepcopy
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from hydra._internal.core_plugins.file_config_source import FileConfigSource
 from hydra.core.config_loader import ConfigLoader
-from hydra.core.config_search_path import ConfigSearchPath
-from hydra.core.object_type import ObjectType
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override, OverrideType
-from hydra.plugins.config_source import ConfigLoadError, ConfigResult
-from hydra.plugins.search_path_plugin import SearchPathPlugin
 from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, RunMode, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
+if TYPE_CHECKING:
+    from bench.config.spec import Cell
+
 IN_THIS_PROCESS = "hydra._internal.core_plugins.basic_launcher.BasicLauncher"
 """Hydra's default launcher. With it, cells run in this process; to any other launcher they are given as
 jobs."""
-
-
-class CheckedConfigs(SearchPathPlugin):
-    """Makes `CheckedSource` read the files of configs/, and only those."""
-
-    def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
-        """Change the reader of configs/ in the search path, but not the order of the path."""
-        from bench import CONFIGS
-
-        for element in search_path.get_path():
-            if element.provider == "main" and element.path.removeprefix("file://") == str(CONFIGS):
-                element.path = f"{CheckedSource.scheme()}://{CONFIGS}"
-
-
-class CheckedSource(FileConfigSource):
-    """A folder of config files that contain only plain values of knobs, and the entries of groups that are
-    derived from declarations (`bench.config.groups`)."""
-
-    @staticmethod
-    def scheme() -> str:
-        """The scheme of this source in the search path."""
-        return "longctx-bench"
-
-    def load_config(self, config_path: str) -> ConfigResult:
-        """Load a file or a declared entry. Raises ConfigError for a file with content that is not allowed or
-        outside of the folder, and ConfigLoadError if there is neither."""
-        from bench.cli import presets
-        from bench.config import groups
-
-        name = config_path.removesuffix(".yaml")
-        group, _, entry = name.rpartition("/")
-        path = self._file(name)
-        text = presets.read(name, path) if path else ""
-        if path is None and entry not in groups.entries(group):
-            raise ConfigLoadError(f"Config not found : {Path(self.path, name)}.yaml")
-        header = self._get_header_dict(text)
-        content = presets.load(name, header["package"], text)
-        presets.check(name, header["package"], content)
-        if header["package"] is None:
-            content = groups.completed(group, entry, content)
-        return ConfigResult(
-            config=OmegaConf.create(content), path=self.full_path(), provider=self.provider, header=header
-        )
-
-    def is_group(self, config_path: str) -> bool:
-        """Return whether there is a folder or a declared group with this name."""
-        from bench.config.groups import GROUPS
-
-        return config_path in GROUPS or super().is_group(config_path)
-
-    def is_config(self, config_path: str) -> bool:
-        """Return whether there is a file or a declared entry with this name."""
-        from bench.config import groups
-
-        group, _, entry = config_path.removesuffix(".yaml").rpartition("/")
-        return entry in groups.entries(group) or super().is_config(config_path)
-
-    def list(self, config_path: str, results_filter: ObjectType | None) -> list[str]:
-        """Return the names of files, folders and declared entries in a folder, sorted."""
-        from bench.config import groups
-
-        is_folder = super().is_group(config_path)
-        names = {*super().list(config_path, results_filter)} if is_folder else set()
-        if results_filter in (None, ObjectType.CONFIG):
-            names |= {*groups.entries(config_path)}
-        if results_filter in (None, ObjectType.GROUP) and not config_path:
-            names |= {*groups.GROUPS}
-        return sorted(names)
-
-    def _file(self, name: str) -> Path | None:
-        """Return the file of a config, or None. Raises ConfigError for a path outside of the folder."""
-        from bench.config.groups import file_beside
-        from bench.inputs.errors import ConfigError
-
-        if Path(name).is_absolute() or ".." in Path(name).parts:
-            raise ConfigError(f"{name}: not allowed; a config must be the name of a file under {self.path}")
-        path = Path(self.path, f"{name}.yaml")
-        group, _, entry = name.rpartition("/")
-        return path if path.is_file() else file_beside(group, entry)
 
 
 class Composer:
@@ -192,7 +110,8 @@ class CellSweeper(Sweeper):
 
     - `grids` is a list of parameter dictionaries. Their products run one after the other in each round of
       replicates, so that a preset can contain several questions. `params` is a single grid. Overrides on the
-      command line have priority over both.
+      command line have priority over both. With the key `interleave` of a grid, a baseline is measured
+      between its cells (`bench.cli.interleave`).
     - A sweep over presets runs all grids of each preset.
     - Finished cells are not given to the launcher.
     """
@@ -211,12 +130,8 @@ class CellSweeper(Sweeper):
         from bench.run import cluster, sweep
 
         loader = self.context.config_loader
-        cells, overrides = [], []
-        for preset in self._presets(arguments):
-            compose = Composer(loader, preset.composed)
-            lines = [line for grid in preset.grids for line in product(loader, grid, preset.arguments)]
-            cells += [parse.parse(compose(line)) for line in lines]
-            overrides += lines
+        placed = [pair for preset in self._presets(arguments) for pair in cells_of(loader, preset)]
+        cells, overrides = [cell for cell, _ in placed], [line for _, line in placed]
         is_estimated = bool(cells and cells[0].estimate)
         if is_estimated or self.composed.hydra.launcher._target_ == IN_THIS_PROCESS:
             return sweep.run(cells)
@@ -272,16 +187,42 @@ def grids_of(params: DictConfig | None, grids: Sequence[DictConfig] | None) -> S
     return grids or [params or OmegaConf.create({})]
 
 
+def cells_of(loader: ConfigLoader, preset: Preset) -> list[tuple[Cell, list[str]]]:
+    """Return the cells of all grids of a preset, in order, each with its overrides. Raises ConfigError."""
+    from bench.cli.interleave import KEY, Interleave
+    from bench.config import parse
+    from bench.inputs.errors import ConfigError
+
+    composer = Composer(loader, preset.composed)
+
+    def compose(line: list[str]) -> Cell:
+        return parse.parse(composer(line))
+
+    parts: list[tuple[Interleave | None, list[tuple[Cell, list[str]]]]] = []
+    for grid in preset.grids:
+        own = [(compose(line), line) for line in product(loader, grid, preset.arguments)]
+        rule = Interleave.of(grid.get(KEY))
+        if rule and len(product(loader, OmegaConf.create({**rule.cell}), [])) > 1:
+            raise ConfigError(f"{KEY}.cell={rule.cell}: allowed is one value for each knob, without commas")
+        same = next((part for known, part in parts if rule and known == rule), None)
+        if same is None:
+            parts.append((rule, own))
+        else:  # one setting may be in several grids
+            same += own
+    return [pair for rule, part in parts for pair in (rule.apply(part, compose) if rule else part)]
+
+
 def product(loader: ConfigLoader, grid: DictConfig, arguments: list[str]) -> list[list[str]]:
-    """Return the overrides of each cell of a grid. Raises ConfigError for a line that is not allowed."""
+    """Return the overrides of each cell of a grid, without those that it interleaves. Raises ConfigError for
+    a line that is not allowed."""
     from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 
-    from bench.cli import overrides
+    from bench.cli import interleave, overrides
 
     parser = OverridesParser.create(config_loader=loader)
     values = OmegaConf.to_container(grid, resolve=False)
     assert isinstance(values, dict)
-    lines = [overrides.quote_text(f"{key!s}={value}") for key, value in values.items()]
+    lines = [overrides.quote_text(f"{k!s}={v}") for k, v in values.items() if k != interleave.KEY]
     swept = parser.parse_overrides(lines)
     for override in swept:
         overrides.check(override)
