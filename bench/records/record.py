@@ -204,6 +204,10 @@ class Record:
     nll_by_position: list[Amount] | None = None
     nll_by_place: list[Amount] | None = None
     place_period: Size | None = None
+    nll_by_block: list[Amount] | None = None
+    nll_reset_by_block: list[Amount] | None = None
+    block_targets: list[Count] | None = None
+    block_documents: list[Count] | None = None
     nll_by_history: list[Amount] | None = None
     effective_context: Size | None = None
     effective_context_low: Size | None = None
@@ -226,6 +230,9 @@ class Record:
     softmax_error: Amount | None = None
     softmax_error_initial: Amount | None = None
     tokens_trained: Count | None = None
+    train_budgets: list[Count] | None = None
+    nll_by_budget: list[Amount] | None = None
+    bits_per_byte_by_budget: list[Amount] | None = None
     tokens_evaluated: Count | None = None
     bytes_evaluated: Count | None = None
     eval_stride: Size | None = None
