@@ -48,6 +48,10 @@ class Ordering:
     pairs: Callable[[Sequence[Row]], Iterator[Expected]]
 
 
+def _by_more(margin: float) -> str:
+    return f" by more than {100 * margin:g} %"
+
+
 def _of(cells: Sequence[Row], variant: str) -> list[Row]:
     return [cell for cell in cells if cell["variant"] == variant]
 
@@ -73,7 +77,7 @@ def _equal_state(variant: str, other: str) -> Callable[[Sequence[Row]], Iterator
             for second in _of(cells, other):
                 sizes = first["state_bytes"], second["state_bytes"]
                 if abs(sizes[0] - sizes[1]) <= EQUAL_STATE * max(sizes):  # False for NaN
-                    words = f"{first['label']} not worse than {second['label']} by more than {NOT_WORSE:.0%}"
+                    words = f"{first['label']} not worse than {second['label']}{_by_more(NOT_WORSE)}"
                     yield Expected(first["number"], second["number"], words, NOT_WORSE)
 
     return pairs
@@ -83,10 +87,10 @@ def _window(cell: Row) -> int | None:
     """The window of a cell in tokens, if all layers and heads have the same and nothing else is read."""
     params = cell["variant_params"]
     windows, dilations = (
-        {*value} if isinstance(value := params.get(key, 1), list | tuple) else {value}
-        for key in ("window", "dilation")
+        {*value} if isinstance(value, list | tuple) else {value}
+        for value in (params.get("window"), params.get("dilation", 1))
     )
-    if len(windows) != 1 or dilations != {1} or params.get("global_tokens", 0):
+    if len(windows) != 1 or None in windows or dilations != {1} or params.get("global_tokens", 0):
         return None
     (window,) = windows
     return int(window) if window < cell["seq_len"] else None
@@ -100,7 +104,7 @@ def _longer_is_better(full: str, windowed: str) -> Callable[[Sequence[Row]], Ite
         by_window = {_window(cell): cell for cell in _of(cells, windowed)}
         chain = [by_window[window] for window in sorted((w for w in by_window if w), reverse=True)]
         for dense in _of(cells, full)[:1] if chain else ():
-            shortest = _window(chain[-1]) or 0
+            shortest = min(window for window in by_window if window)
             short = shortest * SHORT <= dense["seq_len"]
             if short:
                 words = f"{dense['label']} better than a window of {shortest} tokens"
@@ -109,7 +113,7 @@ def _longer_is_better(full: str, windowed: str) -> Callable[[Sequence[Row]], Ite
                 if short and (longer, shorter) == (dense, chain[-1]):
                     continue
                 name = longer["label"] if longer is dense else f"a window of {_window(longer)} tokens"
-                words = f"{name} not worse than one of {_window(shorter)} by more than {NOT_WORSE:.0%}"
+                words = f"{name} not worse than a window of {_window(shorter)}{_by_more(NOT_WORSE)}"
                 yield Expected(longer["number"], shorter["number"], words, NOT_WORSE)
 
     return pairs
@@ -125,7 +129,7 @@ def _mixture(mixture: str, full: str, every: int) -> Callable[[Sequence[Row]], I
             if every * own.count(full) != len(own):
                 continue
             for dense in _of(cells, full)[:1]:
-                words = f"{cell['label']} not worse than {dense['label']} by more than {NEAR:.0%}"
+                words = f"{cell['label']} not worse than {dense['label']}{_by_more(NEAR)}"
                 yield Expected(cell["number"], dense["number"], words, NEAR)
 
     return pairs

@@ -230,7 +230,7 @@ def _orderings(rows: Sequence[Row], own: pd.DataFrame, pool: Pool, prior: Prior)
         else:
             judged = pool.compared(first, second).judged(prior)
         low, high = (float(end[0]) for end in judged.interval)
-        margin = pair.margin * float(own["nll_mean"].iloc[places[pair.second]])
+        other = own.iloc[places[pair.second]]
         found.append(
             {
                 "ordering": ordering.name,
@@ -239,8 +239,9 @@ def _orderings(rows: Sequence[Row], own: pd.DataFrame, pool: Pool, prior: Prior)
                 "nll_difference": float(judged.mean[0]),
                 "nll_difference_low": low,
                 "nll_difference_high": high,
-                "nll_margin": margin,
-                "verdict": verdict(low, high, margin),
+                "nll_margin": pair.margin * other["nll_mean"],
+                "bits_per_byte_per_nat": other["bits_per_byte_mean"] / other["nll_mean"],
+                "verdict": verdict(low, high, pair.margin * other["nll_mean"]),
             }
         )
     return found

@@ -26,15 +26,16 @@ class Sanity(Section[pd.DataFrame]):
     """Data: `Ranking.orderings`, one row an ordering and pool of models."""
 
     name = "sanity"
-    order = 95
+    order = 55  # above the first ranking, which are the Pareto fronts
     title = "Before ranking"
     needs = ("quality",)
     lead = (
-        "Orderings that models show which use a long context. Where one of them does not appear, the models "
-        "were trained too little to be ranked, and no table, front or page ranks those of its length, size "
-        "and budget. *difference* is the loss of the first minus that of the second, in nats per token, on "
-        "the same targets and replicates, with its 95 % interval over replicates and text. An ordering is "
-        "*shown* if the whole interval is below the margin, *violated* if it is above it, else *not decided*."
+        "Orderings that models show which use a long context. Where one of them does not appear, the "
+        "models were trained too little to be ranked, and no table, front or page ranks those of its "
+        "length, size and budget. *difference* is the loss of the first minus that of the second, in bits "
+        "per byte (of masked text in nats per token), on the same targets and replicates, with its 95 % "
+        "interval over replicates and text. An ordering is *shown* if the whole interval is below the "
+        "margin, *violated* if it is above it, else *not decided*."
     )
     figures_alone = False
 
@@ -91,10 +92,10 @@ def _pool(row: pd.Series[Any], keys: Sequence[str]) -> str:
 
 def _columns(data: pd.DataFrame) -> list[Column]:
     keys = varying(data, [key for key in GROUP if key != "depth"])
-    rows = [row for _, row in data.iterrows()]
-    intervals = [
-        units.difference(*(row[f"nll_difference{end}"] for end in ("", "_low", "_high"))) for row in rows
-    ]
+    factors = data["bits_per_byte_per_nat"].fillna(1.0)
+    ends = [factors * data[f"nll_difference{end}"] for end in ("", "_low", "_high")]
+    intervals = [units.difference(*figures) for figures in zip(*ends, strict=True)]
+    margins = [f"{margin:.3f}" for margin in factors * data["nll_margin"]]
     return [
         each(data, "ordering", "ordering", str, right=False, optional=False),
         each(data, "expected", "expected", str, right=False, optional=False),
@@ -103,7 +104,7 @@ def _columns(data: pd.DataFrame) -> list[Column]:
         each(data, "depth", "depth", str, optional=False),
         *training_columns(data, varying(data, TRAINING_SHOWN)),
         Column("difference", intervals, optional=False),
-        each(data, "margin", "nll_margin", lambda margin: f"{margin:.3f}", optional=False),
+        Column("margin", margins, optional=False),
         each(data, "verdict", "verdict", str, right=False, optional=False),
     ]
 

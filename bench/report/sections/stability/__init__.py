@@ -51,11 +51,11 @@ class Stability(Section[Stable]):
         found = [Table(tables.orders(data.orders))] if len(data.orders) else []
         if len(data.curves):
             lead = (
-                "Losses in nats per token, means over replicates. L = E + A · (D / the smallest "
-                "budget)^−α is fitted without the largest budget D; *predicted* is what it gives there, "
-                "and *came* what was measured (± the standard deviation over replicates). The form goes "
-                "through any three points, so with four budgets only the prediction tests it, and with "
-                "fewer nothing does."
+                "Losses in bits per byte (of masked text in nats per token), means over replicates. L = E "
+                "+ A · (D / the smallest budget)^−α is fitted without the largest budget D; *predicted* "
+                "is what it gives there, and *came* what was measured (± the standard deviation over "
+                "replicates). The form goes through any three points, so with four budgets only the "
+                "prediction tests it, and with fewer nothing does."
             )
             found.append(Table(tables.curves(data.curves), heading="Loss curves over budgets", lead=lead))
         return found

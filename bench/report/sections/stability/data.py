@@ -12,13 +12,15 @@ from scipy import stats
 
 from bench.report.data.groups import BUDGET
 from bench.report.data.loss_fit import fit
+from bench.report.figures.baselines import in_loss_unit
 
 MODEL = ["label", "learning_rate", "state_policy"]
 """Keys of a model within a pool."""
 
 
 def with_budgets(records: pd.DataFrame) -> pd.DataFrame:
-    """The finished records of text, each once for each budget of its run: `tokens` and `loss` (nats).
+    """The finished records of text, each once for each budget of its run: `tokens`, and `loss` in bits per
+    byte, of masked text in nats per token.
 
     A record without `train_budgets` has one, its whole training.
     """
@@ -29,15 +31,16 @@ def with_budgets(records: pd.DataFrame) -> pd.DataFrame:
         ok["nll_by_budget"],
         ok["tokens_trained"],
         ok["nll"],
+        in_loss_unit(ok),
         strict=True,
     )
     long = [
-        (index, float(size), math.nan if loss is None else float(loss))
-        for index, sizes, losses, tokens, nll in rows
+        (index, float(size), math.nan if loss is None else factor * float(loss))
+        for index, sizes, losses, tokens, nll, factor in rows
         for size, loss in (_pairs(sizes, losses) or [(tokens, nll)])
     ]
     every = pd.DataFrame(long, columns=["index", "tokens", "loss"]).set_index("index")
-    return every.join(ok[[*BUDGET, *MODEL, "replicate", "leak_max_abs"]]).reset_index(drop=True)
+    return every.join(ok[[*BUDGET, *MODEL, "replicate"]]).reset_index(drop=True)
 
 
 def _pairs(sizes: Any, losses: Any) -> list[tuple[float, float | None]]:
@@ -54,7 +57,7 @@ def kendall(first: pd.Series[float], second: pd.Series[float]) -> float:
 
 
 def orders(every: pd.DataFrame, cells: pd.DataFrame) -> pd.DataFrame:
-    """One row a pool of two or more models that do not leak, with `models`, `replicates`, `tau_replicates`
+    """One row a pool of two or more models that do not leak and of several replicates or budgets, with `models`, `replicates`, `tau_replicates`
     (the mean over the pairs of replicates, at the largest budget), and `tau_budgets`: (tokens, τ to the order
     at the largest budget) of every other one, of the means over replicates. Takes `with_budgets` and the
     cells of quality."""
@@ -63,19 +66,21 @@ def orders(every: pd.DataFrame, cells: pd.DataFrame) -> pd.DataFrame:
     rows = []
     for values, own in every.groupby(list(BUDGET), sort=False, dropna=False):
         largest = own["tokens"] == own.groupby(MODEL, dropna=False)["tokens"].transform("max")
-        last = own[largest].pivot_table(index=MODEL, columns="replicate", values="loss", dropna=False)
-        last = last.dropna(how="all")
+        last = own[largest].groupby([*MODEL, "replicate"], dropna=False)["loss"].mean().unstack("replicate")
         if len(last) < 2:
             continue
         taus = [kendall(last[a], last[b]) for a, b in combinations(last.columns, 2)]
         known = [tau for tau in taus if not math.isnan(tau)]
+        of_budgets = _budgets(own)
+        if not known and not of_budgets:
+            continue
         rows.append(
             dict(zip(BUDGET, values, strict=True))
             | {
                 "models": len(last),
                 "replicates": last.shape[1],
                 "tau_replicates": float(np.mean(known)) if known else math.nan,
-                "tau_budgets": _budgets(own),
+                "tau_budgets": of_budgets,
             }
         )
     return pd.DataFrame(rows)
@@ -92,7 +97,7 @@ def _budgets(own: pd.DataFrame) -> list[tuple[float, float]]:
 def curves(every: pd.DataFrame) -> pd.DataFrame:
     """One row a model with several budgets, from the means over replicates: `budgets`, the fit's `floor`,
     `scale` and `exponent` (NaN without one), `at_edge`, `predicted` at the `largest` budget, and there what
-    `came` with its standard deviation `spread` over replicates. All losses are in nats."""
+    `came` with its standard deviation `spread` over replicates."""
     rows = []
     for values, own in every.groupby([*BUDGET, *MODEL], sort=False, dropna=False):
         by_size = own.groupby("tokens")["loss"]
