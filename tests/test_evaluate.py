@@ -22,7 +22,7 @@ from bench.measure.memory import LiveStorage
 from bench.model.language_model import LanguageModel
 from bench.tasks.base import IGNORED, Batch
 from bench.tasks.text import MASK, VOCABULARY
-from bench.tasks.windows import Passage, document_batches, text_blocks, window_batches
+from bench.tasks.windows import Passage, document_batches, numbered, window_batches
 
 CPU = torch.device("cpu")
 T = 21
@@ -382,9 +382,8 @@ def test_losses_by_block_are_those_of_the_targets_in_it(
 ) -> None:
     """A block is a run of targets of one document, however windows and batches cut the text."""
     own = passages()
-    numbers = text_blocks([len(passage.targets) for passage in own], 12)
-    numbered = [Passage(p.inputs, n) for p, n in zip(own, numbers, strict=True)]
-    every = np.concatenate(numbers)
+    blocks = numbered(own, 12)
+    every = np.concatenate([passage.targets for passage in blocks])
     for judged, scored in (
         (model, by_hand(model, stride, dealt())),
         (memory_model, by_hand_carried(memory_model, dealt())),
@@ -397,7 +396,7 @@ def test_losses_by_block_are_those_of_the_targets_in_it(
             words_per_byte=WORDS_PER_BYTE,
             unigram_nats=NATS,
             device=CPU,
-            blocks=Blocks(window_batches(numbered, T, stride, 4), document_batches(numbered, 3)),
+            blocks=Blocks(window_batches(blocks, T, stride, 4), document_batches(blocks, 3)),
         )
         nats = np.array([s.nll for s in scored])
         assert quality.nll_by_block is not None

@@ -59,10 +59,10 @@ def test_the_largest_budget_takes_no_part_in_its_prediction() -> None:
     assert first.predicted == pytest.approx(2.2 - 0.3 * 0.6, abs=1e-3)
 
 
-def test_a_curve_that_bends_the_other_way_ends_at_the_edge_of_the_search() -> None:
+def test_a_curve_that_bends_the_other_way_ends_at_a_bound() -> None:
     falling_faster = fit([*BUDGETS], [3.0, 2.9, 2.5, 1.5])
     assert falling_faster is not None
-    assert falling_faster.at_edge
+    assert falling_faster.at_bound
     assert SLOWEST <= falling_faster.exponent <= FASTEST
 
 

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from bench.tasks.base import IGNORED, Batch
 from bench.tasks.windows import (
     Passage,
+    block_documents,
     document_batches,
     least_context,
     scored_counts,
@@ -155,3 +156,5 @@ def test_blocks_are_runs_of_one_document_or_whole_documents(lengths: list[int], 
     for own in filled:
         sizes = np.unique(own, return_counts=True)[1]
         assert np.ptp(sizes) <= 1
+    want = [document for document, own in enumerate(filled) for _ in set(own.tolist())]
+    assert block_documents(passages(lengths), most) == want

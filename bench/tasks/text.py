@@ -22,18 +22,17 @@ from bench.corpora.tokens import Ids, TextTokenizer, TokenText
 from bench.tasks.base import IGNORED, Batch, Setting, Task, TaskConfig
 from bench.tasks.windows import (
     Passage,
+    block_documents,
     document_batches,
+    numbered,
     scored_counts,
     sliding_windows,
-    text_blocks,
     window_batches,
 )
 from variants.knobs import knob
 
 MASK = 256
 VOCABULARY = 257
-MOST_BLOCKS = 64
-"""Maximum number of blocks of the scored text whose losses are recorded one by one."""
 MASKED_SHARE = 0.15
 """Share of the tokens that a masked model must predict (Devlin 2018, arXiv:1810.04805). Each of them is
 replaced by MASK. The paper's 80/10/10 mixture helps fine-tuning, which is not done here."""
@@ -150,25 +149,9 @@ class Text(Task):
         texts = [text.ids for text in self.scored_tokens]
         return passages_of(texts, objective=self.objective, mask=self.vocabulary - 1)
 
-    @cached_property
-    def blocks(self) -> list[Ints]:
-        """The block of each target of each passage; see `text_blocks`."""
-        return text_blocks([len(passage.targets) for passage in self.passages], MOST_BLOCKS)
-
-    @property
-    def numbered(self) -> list[Passage]:
-        """The passages with the number of its block in place of each target."""
-        pairs = zip(self.passages, self.blocks, strict=True)
-        return [Passage(passage.inputs, blocks) for passage, blocks in pairs]
-
     def block_documents(self) -> list[int]:
-        """Return the document of each block, or the first of its documents; documents count from 0 among
-        those that are scored."""
-        firsts: dict[int, int] = {}
-        for document, blocks in enumerate(own for own in self.blocks if len(own)):
-            for block in np.unique(blocks).tolist():
-                firsts.setdefault(block, document)
-        return [firsts[block] for block in sorted(firsts)]
+        """Return the document of each block of `block_batches`; see `windows.block_documents`."""
+        return block_documents(self.passages)
 
     def bytes_per_target(self) -> float:
         """Mean number of bytes of a scored target of a causal model; exact, because tokens are bytes."""
@@ -193,11 +176,11 @@ class Text(Task):
 
     def block_batches(self, stride: int) -> Iterator[Batch]:
         """Yield the batches of `test_batches`, with the number of its block in place of each target."""
-        return window_batches(self.numbered, self.setting.seq_len, stride, self.setting.batch_size)
+        return window_batches(numbered(self.passages), self.setting.seq_len, stride, self.setting.batch_size)
 
     def document_block_batches(self) -> Iterator[Batch]:
         """Yield the batches of `test_documents`, with the number of its block in place of each target."""
-        return document_batches(self.numbered, self.setting.batch_size)
+        return document_batches(numbered(self.passages), self.setting.batch_size)
 
     def train_text(self, steps: int) -> list[Document]:
         """Return the bytes of the first `steps` training batches, inputs and targets, as parts of the

@@ -23,6 +23,9 @@ import numpy.typing as npt
 
 from bench.tasks.base import IGNORED, Batch
 
+MOST_BLOCKS = 64
+"""Maximum number of blocks of the scored text whose losses are recorded one by one."""
+
 Ints = npt.NDArray[np.int64]
 
 
@@ -89,6 +92,23 @@ def text_blocks(lengths: Sequence[int], most: int) -> list[Ints]:
         numbers[k] = first + np.arange(lengths[k]) * parts[k] // lengths[k]
         first += parts[k]
     return numbers
+
+
+def numbered(passages: Sequence[Passage], most: int = MOST_BLOCKS) -> list[Passage]:
+    """The passages with the number of its block in place of each target; see `text_blocks`."""
+    blocks = text_blocks([len(passage.targets) for passage in passages], most)
+    return [Passage(passage.inputs, own) for passage, own in zip(passages, blocks, strict=True)]
+
+
+def block_documents(passages: Sequence[Passage], most: int = MOST_BLOCKS) -> list[int]:
+    """Return the document of each block, or the first of its documents; documents count from 0 among those
+    that are scored."""
+    firsts: dict[int, int] = {}
+    scored = (own.targets for own in numbered(passages, most) if len(own.targets))
+    for document, blocks in enumerate(scored):
+        for block in np.unique(blocks).tolist():
+            firsts.setdefault(block, document)
+    return [firsts[block] for block in sorted(firsts)]
 
 
 def _in_a_row(numbers: npt.ArrayLike) -> Ints:

@@ -38,9 +38,9 @@ class LossFit:
     predicted: float
 
     @property
-    def at_edge(self) -> bool:
-        """Whether α ends at a bound of the search: the points do not bend as the form does."""
-        return not SLOWEST * 1.01 < self.exponent < FASTEST * 0.99
+    def at_bound(self) -> bool:
+        """Whether α ends at a bound of the search or E at 0: the points do not bend as the form does."""
+        return not SLOWEST * 1.01 < self.exponent < FASTEST * 0.99 or self.floor == 0
 
 
 def fit(budgets: Sequence[float], losses: Sequence[float]) -> LossFit | None:

@@ -55,7 +55,8 @@ class Stability(Section[Stable]):
                 "+ A · (D / the smallest budget)^−α is fitted without the largest budget D; *predicted* "
                 "is what it gives there, and *came* what was measured (± the standard deviation over "
                 "replicates). The form goes through any three points, so with four budgets only the "
-                "prediction tests it, and with fewer nothing does."
+                "prediction tests it, and with fewer nothing does. *at a bound*: the points do not bend "
+                "as the form does, and α or E ended at a bound of its search."
             )
             found.append(Table(tables.curves(data.curves), heading="Loss curves over budgets", lead=lead))
         return found

@@ -57,10 +57,12 @@ def kendall(first: pd.Series[float], second: pd.Series[float]) -> float:
 
 
 def orders(every: pd.DataFrame, cells: pd.DataFrame) -> pd.DataFrame:
-    """One row a pool of two or more models that do not leak and of several replicates or budgets, with `models`, `replicates`, `tau_replicates`
-    (the mean over the pairs of replicates, at the largest budget), and `tau_budgets`: (tokens, τ to the order
-    at the largest budget) of every other one, of the means over replicates. Takes `with_budgets` and the
-    cells of quality."""
+    """One row a pool of two or more models that do not leak and of several replicates or budgets.
+
+    Columns: the keys of `BUDGET`, `models`, `replicates`, `tau_replicates` (the mean over the pairs of
+    replicates, at the largest budget), and `tau_budgets`: (tokens, τ to the order at the largest budget) of
+    every other one, of the means over replicates. Takes `with_budgets` and the cells of quality.
+    """
     sound = cells.loc[~cells["leaks"].eq(True) & ~cells["is_other_rate"], [*BUDGET, *MODEL]]
     every = every.merge(sound, on=[*BUDGET, *MODEL])
     rows = []
@@ -96,7 +98,7 @@ def _budgets(own: pd.DataFrame) -> list[tuple[float, float]]:
 
 def curves(every: pd.DataFrame) -> pd.DataFrame:
     """One row a model with several budgets, from the means over replicates: `budgets`, the fit's `floor`,
-    `scale` and `exponent` (NaN without one), `at_edge`, `predicted` at the `largest` budget, and there what
+    `scale` and `exponent` (NaN without one), `at_bound`, `predicted` at the `largest` budget, and there what
     `came` with its standard deviation `spread` over replicates."""
     rows = []
     for values, own in every.groupby([*BUDGET, *MODEL], sort=False, dropna=False):
@@ -113,7 +115,7 @@ def curves(every: pd.DataFrame) -> pd.DataFrame:
                 "floor": found.floor if found else math.nan,
                 "scale": found.scale if found else math.nan,
                 "exponent": found.exponent if found else math.nan,
-                "at_edge": bool(found and found.at_edge),
+                "at_bound": bool(found and found.at_bound),
                 "predicted": found.predicted if found else math.nan,
                 "came": means.iloc[-1],
                 "spread": by_size.std().iloc[-1],

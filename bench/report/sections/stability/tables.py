@@ -50,7 +50,7 @@ def orders(data: pd.DataFrame) -> list[Column]:
 def _exponent(row: pd.Series[Any]) -> str:
     if units.missing(row["exponent"]):
         return units.MISSING
-    return f"{row['exponent']:.2f}" + (" (end of the search)" if row["at_edge"] else "")
+    return f"{row['exponent']:.2f}" + (" (at a bound)" if row["at_bound"] else "")
 
 
 def _predicted(row: pd.Series[Any]) -> str:
