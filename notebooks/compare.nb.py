@@ -169,7 +169,7 @@ else:
     print("nothing was trained in this experiment")
 
 # %% [markdown]
-# How to read it: if bars overlap, this number of replicates does not show a difference. A small model after a short training shows how fast variants *learn at the start*, not their final quality. `report/summary.md` has intervals and ranks; [statistics.ipynb](statistics.ipynb) computes them from the records step by step.
+# How to read it: if bars overlap, this number of replicates does not show a difference. A small model after a short training shows how fast variants *learn at the start*, not their final quality. `report/summary.md` has intervals and ranks; [statistics.ipynb](statistics.ipynb) computes the intervals from the records step by step.
 #
 # ## Does a long context help?
 #

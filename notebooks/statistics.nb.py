@@ -224,7 +224,7 @@ noise
 # %% [markdown]
 # ## Quality
 #
-# Mean and standard deviation over replicates, for each training setting. Ranks compare cells without a leak that have the same training budget and the same evaluation; their learning rates may differ. A cell of text that needs more bits per byte than a 3-gram table that learnt the same bytes is undertrained and has no rank.
+# Mean and standard deviation over replicates, for each training setting. A cell of text that needs more bits per byte than a 3-gram table that learnt the same bytes is undertrained. The report also compares all pairs of models, which `bench/report/data/paired.py` explains; `differences.csv` has them.
 
 # %%
 SCORES = ["nll", "bits_per_byte", "bits_per_byte_reset", "perplexity", "perplexity_reset"]
@@ -257,12 +257,8 @@ CONTEXT = {
 CONTEXT = {key: how for key, how in CONTEXT.items() if key in trained}  # older reports have some
 quality = quality.join(by[BASELINES].mean()).join(by.agg(CONTEXT))
 quality = quality.join(by.size().rename("quality_replicates")).reset_index()
-BUDGET = [*GROUP, "seq_len", *(key for key in TRAINING if key != "learning_rate")]
 quality["undertrained"] = quality["bits_per_byte_mean"] > quality["ngram_3_bits_per_byte"]
-quality["score"] = quality["bits_per_byte_mean"].fillna(quality["perplexity_mean"])
-sound = quality[(quality["leak_max_abs"] <= 1e-3) & ~quality["undertrained"]]
-quality["rank"] = sound.groupby(BUDGET, dropna=False)["score"].rank(method="min")
-quality.sort_values("rank")
+quality.sort_values("nll_mean")
 
 # %% [markdown]
 # ## Comparison with the report

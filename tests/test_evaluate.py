@@ -17,12 +17,12 @@ from torch import Tensor
 
 import variants
 from bench.corpora import Document
-from bench.evaluate.nll import TextQuality, evaluate, position_buckets, tally
+from bench.evaluate.nll import Blocks, TextQuality, evaluate, position_buckets, tally
 from bench.measure.memory import LiveStorage
 from bench.model.language_model import LanguageModel
 from bench.tasks.base import IGNORED, Batch
 from bench.tasks.text import MASK, VOCABULARY
-from bench.tasks.windows import Passage, document_batches, window_batches
+from bench.tasks.windows import Passage, document_batches, numbered, window_batches
 
 CPU = torch.device("cpu")
 T = 21
@@ -374,3 +374,37 @@ def test_nothing_is_learnt(model: LanguageModel) -> None:
 def test_bucket_k_ends_where_k_plus_one_begins(seq_len: int) -> None:
     buckets = position_buckets(seq_len).tolist()
     assert all(2**k - 1 <= position <= 2 ** (k + 1) - 2 for position, k in enumerate(buckets))
+
+
+@pytest.mark.parametrize("stride", [T, 8])
+def test_losses_by_block_are_those_of_the_targets_in_it(
+    model: LanguageModel, memory_model: LanguageModel, stride: int
+) -> None:
+    """A block is a run of targets of one document, however windows and batches cut the text."""
+    own = passages()
+    blocks = numbered(own, 12)
+    every = np.concatenate([passage.targets for passage in blocks])
+    for judged, scored in (
+        (model, by_hand(model, stride, dealt())),
+        (memory_model, by_hand_carried(memory_model, dealt())),
+    ):
+        quality = evaluate(
+            judged,
+            window_batches(own, T, stride, 4),
+            documents=document_batches(own, 3) if judged is memory_model else None,
+            objective="clm",
+            words_per_byte=WORDS_PER_BYTE,
+            unigram_nats=NATS,
+            device=CPU,
+            blocks=Blocks(window_batches(blocks, T, stride, 4), document_batches(blocks, 3)),
+        )
+        nats = np.array([s.nll for s in scored])
+        assert quality.nll_by_block is not None
+        assert quality.nll_by_block == pytest.approx([nats[every == k].mean() for k in range(12)], rel=1e-6)
+        assert quality.block_targets == np.bincount(every).tolist()
+        weighted = np.average(quality.nll_by_block, weights=quality.block_targets)
+        assert quality.nll == pytest.approx(weighted, rel=1e-12)
+        if quality.nll_reset is not None:
+            assert quality.nll_reset_by_block is not None
+            weighted = np.average(quality.nll_reset_by_block, weights=quality.block_targets)
+            assert quality.nll_reset == pytest.approx(weighted, rel=1e-12)

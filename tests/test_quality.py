@@ -67,6 +67,21 @@ def test_every_variant_is_judged_on_the_same_targets(four: dict[str, dict[str, A
 BASELINES = ("ngram_bits_per_byte", "ngram_train_bytes", "gzip_bits_per_byte", "xz_bits_per_byte")
 
 
+def test_losses_by_block_are_of_the_same_text_for_every_causal_model(four: dict[str, dict[str, Any]]) -> None:
+    causal = [record for record in four.values() if record["objective"] == "clm"]
+    for record in causal:
+        assert record["block_targets"] == causal[0]["block_targets"]
+        assert record["block_documents"] == causal[0]["block_documents"]
+        assert sum(record["block_targets"]) == record["tokens_evaluated"]
+        for key in ("nll", "nll_reset"):
+            blocks = record[f"{key}_by_block"]
+            assert (blocks is None) == (record[key] is None)
+            if blocks:
+                mean = np.average(blocks, weights=record["block_targets"])
+                assert record[key] == pytest.approx(mean, rel=2e-5)
+    assert len(causal) > 1
+
+
 def test_causal_models_have_one_set_of_baselines(home: Path, four: dict[str, dict[str, Any]]) -> None:
     """A table that knows only the frequencies of bytes has the loss of the unigram, but for its smoothing."""
     assert [four["linformer"][key] for key in BASELINES] == [None] * 4

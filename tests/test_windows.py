@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Iterable, Iterator
 
@@ -13,10 +14,12 @@ from hypothesis import strategies as st
 from bench.tasks.base import IGNORED, Batch
 from bench.tasks.windows import (
     Passage,
+    block_documents,
     document_batches,
     least_context,
     scored_counts,
     sliding_windows,
+    text_blocks,
     window_batches,
 )
 
@@ -132,3 +135,26 @@ def test_documents_of_like_length_share_a_batch(batch_size: int) -> None:
     own = passages([50, 3, 49, 4, 48, 5])
     shapes = [batch.inputs.shape for batch in document_batches(own, batch_size)]
     assert shapes == ([(1, n) for n in (50, 49, 48, 5, 4, 3)] if batch_size == 1 else [(3, 50), (3, 5)])
+
+
+@settings(deadline=None)
+@given(st.lists(st.integers(0, 70), min_size=1, max_size=20), st.integers(1, 12))
+def test_blocks_are_runs_of_one_document_or_whole_documents(lengths: list[int], most: int) -> None:
+    blocks = text_blocks(lengths, most)
+    assert [len(own) for own in blocks] == lengths
+    every = np.concatenate(blocks)
+    assert np.array_equal(np.unique(every), np.arange(every.max() + 1 if len(every) else 0))
+    assert (np.diff(every) >= 0).all()
+    assert len(set(every.tolist())) <= most
+    filled = [own for own in blocks if len(own)]
+    if len(filled) > most:
+        assert all(len(set(own.tolist())) == 1 for own in filled)
+        return
+    assert len(set(every.tolist())) == min(most, len(every))
+    shared = [set(a.tolist()) & set(b.tolist()) for a, b in itertools.combinations(filled, 2)]
+    assert not any(shared)
+    for own in filled:
+        sizes = np.unique(own, return_counts=True)[1]
+        assert np.ptp(sizes) <= 1
+    want = [document for document, own in enumerate(filled) for _ in set(own.tolist())]
+    assert block_documents(passages(lengths), most) == want

@@ -29,6 +29,10 @@ class Tally:
     """(T,) number of targets."""
     symbols: npt.NDArray[np.int64]
     """(V,) number of times each token was the target."""
+    block_nats: Floats
+    """(K,) sums by the block of the text; empty without blocks."""
+    block_counts: Floats
+    """(K,) number of targets of each block."""
 
     @property
     def tokens(self) -> int:
@@ -39,6 +43,11 @@ class Tally:
     def nll(self) -> float:
         """Mean negative log-likelihood over all targets."""
         return float(self.nats.sum() / self.counts.sum())
+
+    def by_block(self) -> list[float]:
+        """Return the mean of each block; NaN for a block without targets."""
+        counts = np.where(self.block_counts, self.block_counts, np.nan)
+        return [float(mean) for mean in self.block_nats / counts]
 
     def by(self, bucket: npt.NDArray[np.int64]) -> list[float]:
         """Return the mean over each bucket, given the bucket (T,) of each position;
@@ -88,19 +97,32 @@ def token_nll(logits: Tensor, targets: Tensor, row: Tensor, column: Tensor) -> F
     return np.asarray(nll.double().cpu().numpy(), dtype=np.float64)
 
 
-def tally(model: LanguageModel, batches: Iterable[Batch], *, causal: bool, device: torch.device) -> Tally:
+def tally(
+    model: LanguageModel,
+    batches: Iterable[Batch],
+    *,
+    causal: bool,
+    device: torch.device,
+    blocks: Iterable[Batch] | None = None,
+) -> Tally:
     """Score every target of the batches. State is fresh at the start of every row and carried to its end.
 
     Rows may have any length: if the input schedule has segments, they are processed one by one, and only the
-    logits of one segment are in memory. Sums are float64 because many numbers are added.
+    logits of one segment are in memory. Sums are float64 because many numbers are added. `blocks` are the
+    same batches with the number of its block of text in place of each target.
     """
-    nats, counts = np.zeros(0), np.zeros(0)
+    nats, counts, block_nats, block_counts = (np.zeros(0) for _ in range(4))
     symbols = np.zeros(model.vocabulary, dtype=np.int64)
+    numbers = iter(blocks) if blocks is not None else None
     with evaluating(model):
         for batch in batches:
+            block = None if numbers is None else next(numbers).targets
+            if block is not None and int(block.max()) >= len(block_nats):
+                more = int(block.max()) + 1
+                block_nats, block_counts = (_padded(sums, more) for sums in (block_nats, block_counts))
             length = batch.targets.shape[1]
             if length > len(nats):
-                nats, counts = (np.pad(sums, (0, length - len(sums))) for sums in (nats, counts))
+                nats, counts = (_padded(sums, length) for sums in (nats, counts))
             for segment, out in model.stream(batch.inputs.to(device), causal=causal):
                 targets = batch.targets[:, segment]
                 row, column = (targets != IGNORED).nonzero(as_tuple=True)
@@ -112,7 +134,16 @@ def tally(model: LanguageModel, batches: Iterable[Batch], *, causal: bool, devic
                 nats += np.bincount(place, nll, minlength=len(nats))
                 counts += np.bincount(place, minlength=len(counts))
                 symbols += np.bincount(answers.numpy(), minlength=len(symbols))
-    return Tally(nats, counts, symbols)
+                if block is not None:
+                    of_block = block[:, segment][row, column].numpy()
+                    block_nats += np.bincount(of_block, nll, minlength=len(block_nats))
+                    block_counts += np.bincount(of_block, minlength=len(block_counts))
+    return Tally(nats, counts, symbols, block_nats, block_counts)
+
+
+def _padded(sums: Floats, size: int) -> Floats:
+    """The sums and zeros after them."""
+    return np.pad(sums, (0, size - len(sums)))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,6 +163,21 @@ class TextQuality:
     nll_by_place: list[float] | None
     """By `Tally.by_place`, over the same windows; None without a period."""
     tokens: int
+    nll_by_block: list[float] | None
+    """The mean of each block of the text, for `nll`; None without blocks."""
+    nll_reset_by_block: list[float] | None
+    """The same for `nll_reset`."""
+    block_targets: list[int] | None
+    """Targets of each block; with them as weights the means of the blocks make nll."""
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """The batches of an evaluation once more, with the number of its block of text in place of each
+    target."""
+
+    windows: Iterable[Batch]
+    documents: Iterable[Batch] | None = None
 
 
 def evaluate(
@@ -145,6 +191,7 @@ def evaluate(
     unigram_nats: Floats,
     device: torch.device,
     place_period: int = 0,
+    blocks: Blocks | None = None,
 ) -> TextQuality:
     """Sum the nll of every scored target in float64 and divide once.
 
@@ -165,8 +212,11 @@ def evaluate(
     frequencies of the training split on the same targets: that of a model without context.
     """
     causal = objective == "clm"
-    reset = tally(model, windows, causal=causal, device=device)
-    carried = None if documents is None else tally(model, documents, causal=causal, device=device)
+    in_windows, in_documents = (blocks.windows, blocks.documents) if blocks else (None, None)
+    reset = tally(model, windows, causal=causal, device=device, blocks=in_windows)
+    carried = None
+    if documents is not None:
+        carried = tally(model, documents, causal=causal, device=device, blocks=in_documents)
     assert carried is None or np.array_equal(carried.symbols, reset.symbols)  # the same targets
     nats = (carried or reset).nll
     unigram = float(reset.symbols[: len(unigram_nats)] @ unigram_nats) / reset.tokens
@@ -180,6 +230,9 @@ def evaluate(
         nll_by_position=reset.by(position_buckets(len(reset.nats))),
         nll_by_place=reset.by_place(place_period) if place_period else None,
         tokens=reset.tokens,
+        nll_by_block=(carried or reset).by_block() if blocks else None,
+        nll_reset_by_block=reset.by_block() if blocks and carried else None,
+        block_targets=[int(count) for count in reset.block_counts] if blocks else None,
     )
 
 

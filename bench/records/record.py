@@ -206,6 +206,10 @@ class Record:
     nll_by_position: list[Amount] | None = None
     nll_by_place: list[Amount] | None = None
     place_period: Size | None = None
+    nll_by_block: list[Amount] | None = None
+    nll_reset_by_block: list[Amount] | None = None
+    block_targets: list[Count] | None = None
+    block_documents: list[Count] | None = None
     nll_by_history: list[Amount] | None = None
     effective_context: Size | None = None
     effective_context_low: Size | None = None

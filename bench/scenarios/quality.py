@@ -13,7 +13,7 @@ import torch
 from bench.config.spec import CellSpec
 from bench.evaluate import attention_stats, baselines, context_use, longer
 from bench.evaluate.accuracy import measure_accuracy
-from bench.evaluate.nll import evaluate
+from bench.evaluate.nll import Blocks, evaluate
 from bench.evaluate.receptive_field import reach
 from bench.measure import predict
 from bench.records import Report
@@ -23,6 +23,9 @@ from bench.tasks.text import Text
 from bench.tasks.windows import least_context
 from bench.train.checkpoints import CheckpointStore
 from bench.train.loop import Diverged
+
+DIGITS = 5
+"""Significant digits of the losses by block, which vary between blocks by far more."""
 
 
 class QualityEvaluation:
@@ -83,6 +86,7 @@ class QualityEvaluation:
             unigram_nats=task.unigram_nats(),
             device=self.device,
             place_period=self.measure.place_period,
+            blocks=Blocks(task.block_batches(stride), task.document_block_batches()),
         )
         self.report(
             {
@@ -95,6 +99,10 @@ class QualityEvaluation:
                 "nll_by_position": quality.nll_by_position,
                 "nll_by_place": quality.nll_by_place,
                 "place_period": self.measure.place_period or None,
+                "nll_by_block": _short(quality.nll_by_block),
+                "nll_reset_by_block": _short(quality.nll_reset_by_block),
+                "block_targets": quality.block_targets,
+                "block_documents": task.block_documents(),
                 "tokens_evaluated": quality.tokens,
                 "bytes_evaluated": round(quality.tokens * task.bytes_per_target()) if self.causal else None,
                 "eval_stride": stride if self.causal else None,
@@ -166,3 +174,8 @@ class QualityEvaluation:
 
     def _reach(self) -> None:
         self.report({"reach": reach(self.model, self.spec.seq_len, causal=self.causal)})
+
+
+def _short(values: list[float] | None) -> list[float] | None:
+    """The values with `DIGITS` significant digits, which keep a record small."""
+    return None if values is None else [float(f"{value:.{DIGITS - 1}e}") for value in values]

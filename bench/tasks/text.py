@@ -20,7 +20,15 @@ from bench import corpora
 from bench.corpora import Corpus, Document, tokens
 from bench.corpora.tokens import Ids, TextTokenizer, TokenText
 from bench.tasks.base import IGNORED, Batch, Setting, Task, TaskConfig
-from bench.tasks.windows import Passage, document_batches, scored_counts, sliding_windows, window_batches
+from bench.tasks.windows import (
+    Passage,
+    block_documents,
+    document_batches,
+    numbered,
+    scored_counts,
+    sliding_windows,
+    window_batches,
+)
 from variants.knobs import knob
 
 MASK = 256
@@ -159,6 +167,10 @@ class Text(Task):
         texts = [text.ids for text in self.scored_tokens]
         return passages_of(texts, objective=self.objective, mask=self.vocabulary - 1)
 
+    def block_documents(self) -> list[int]:
+        """Return the document of each block of `block_batches`; see `windows.block_documents`."""
+        return block_documents(self.passages)
+
     def bytes_per_target(self) -> float:
         """Mean number of bytes of a scored target of a causal model; exact, because tokens are bytes."""
         targets = sum(len(text.ids) - 1 for text in self.scored_tokens)
@@ -179,6 +191,14 @@ class Text(Task):
     def test_documents(self) -> Iterator[Batch]:
         """Yield the same targets in rows that are whole documents."""
         return document_batches(self.passages, self.setting.batch_size)
+
+    def block_batches(self, stride: int) -> Iterator[Batch]:
+        """Yield the batches of `test_batches`, with the number of its block in place of each target."""
+        return window_batches(numbered(self.passages), self.setting.seq_len, stride, self.setting.batch_size)
+
+    def document_block_batches(self) -> Iterator[Batch]:
+        """Yield the batches of `test_documents`, with the number of its block in place of each target."""
+        return document_batches(numbered(self.passages), self.setting.batch_size)
 
     def train_text(self, steps: int) -> list[Document]:
         """Return the bytes of the first `steps` training batches, inputs and targets, as parts of the

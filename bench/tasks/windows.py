@@ -24,6 +24,10 @@ import numpy.typing as npt
 from bench.tasks.base import IGNORED, Batch
 
 Ids = npt.NDArray[np.integer[Any]]
+Ints = npt.NDArray[np.int64]
+
+MOST_BLOCKS = 64
+"""Maximum number of blocks of the scored text whose losses are recorded one by one."""
 
 
 class Passage(NamedTuple):
@@ -62,6 +66,55 @@ def scored_counts(lengths: Sequence[int], seq_len: int, at_most: int) -> list[in
             dealt[k] += more
             left -= more
     return dealt
+
+
+def text_blocks(lengths: Sequence[int], most: int) -> list[Ints]:
+    """Return the number of the block of each target, for documents of these lengths; blocks count from 0.
+
+    A block is a part of one document, and the parts of a document have equal lengths, to within one target.
+    The blocks are given out one by one, each to the document whose parts are the longest (D'Hondt's method),
+    until there are `most`. If there are more documents, a block is several whole documents in a row.
+    """
+    scored = [k for k, length in enumerate(lengths) if length]
+    numbers = [np.zeros(length, dtype=np.int64) for length in lengths]
+    if len(scored) > most:
+        ends = np.cumsum([lengths[k] for k in scored])
+        middles = ends - np.array([lengths[k] for k in scored]) / 2
+        for k, number in zip(scored, _in_a_row(middles * most // ends[-1]), strict=True):
+            numbers[k] += number
+        return numbers
+    parts = dict.fromkeys(scored, 1)
+    for _ in range(most - len(scored) if scored else 0):
+        longest = max(scored, key=lambda k: lengths[k] / parts[k])
+        if parts[longest] < lengths[longest]:
+            parts[longest] += 1
+    first = 0
+    for k in scored:
+        numbers[k] = first + np.arange(lengths[k]) * parts[k] // lengths[k]
+        first += parts[k]
+    return numbers
+
+
+def numbered(passages: Sequence[Passage], most: int = MOST_BLOCKS) -> list[Passage]:
+    """The passages with the number of its block in place of each target; see `text_blocks`."""
+    blocks = text_blocks([len(passage.targets) for passage in passages], most)
+    return [Passage(passage.inputs, own) for passage, own in zip(passages, blocks, strict=True)]
+
+
+def block_documents(passages: Sequence[Passage], most: int = MOST_BLOCKS) -> list[int]:
+    """Return the document of each block, or the first of its documents; documents count from 0 among those
+    that are scored."""
+    firsts: dict[int, int] = {}
+    scored = (own.targets for own in numbered(passages, most) if len(own.targets))
+    for document, blocks in enumerate(scored):
+        for block in np.unique(blocks).tolist():
+            firsts.setdefault(block, document)
+    return [firsts[block] for block in sorted(firsts)]
+
+
+def _in_a_row(numbers: npt.ArrayLike) -> Ints:
+    """Ascending numbers → 0, 1, 2, … without gaps."""
+    return np.asarray(np.unique(numbers, return_inverse=True)[1], dtype=np.int64)
 
 
 def sliding_windows(lengths: Sequence[int], seq_len: int, stride: int) -> list[Window]:

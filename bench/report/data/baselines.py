@@ -47,9 +47,10 @@ def undertrained(cells: pd.DataFrame) -> pd.Series[bool]:
 
 
 def unranked(cells: pd.DataFrame) -> pd.Series[bool]:
-    """Whether the quality of each cell takes no part in any ranking: it sees the future or is undertrained.
-    Takes the columns `leaks` and `undertrained`; null is False."""
-    return cells["leaks"].eq(True) | cells["undertrained"].eq(True)
+    """Whether the quality of each cell takes no part in any ranking: it sees the future, is undertrained, or
+    an ordering that its pool must show does not appear (`ranking`). Takes the columns `leaks`, `undertrained`
+    and `unsettled`; null is False."""
+    return cells["leaks"].eq(True) | cells["undertrained"].eq(True) | cells["unsettled"].eq(True)
 
 
 def named_means(cells: pd.DataFrame, columns: Iterable[str] = BASELINES) -> list[tuple[str, float]]:

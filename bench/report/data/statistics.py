@@ -7,6 +7,7 @@ and predictions are properties of a configuration and come from every record tha
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from types import MappingProxyType
 from typing import Any
 
@@ -14,13 +15,14 @@ import numpy as np
 import pandas as pd
 
 from bench.records import STATUSES
-from bench.report.data.baselines import BASELINES, undertrained, unranked, with_baselines
+from bench.report.data.baselines import BASELINES, undertrained, with_baselines
 from bench.report.data.collect import MOST_PERPLEXITY
 from bench.report.data.compared_time import RATE, SECONDS, SOURCE
 from bench.report.data.different import differs
 from bench.report.data.disturbed import DISTURBED, RATIO_DISTURBED, flags, marked, one_a_round
 from bench.report.data.groups import BUDGET, CELL, GROUP, TRAINING
 from bench.report.data.intervals import by_cell
+from bench.report.data.ranking import Ranking, ranked
 from bench.report.data.ratios import MEASURED, ratios_to
 from bench.report.data.sampling import HALF_WIDTH, ended_short
 
@@ -197,14 +199,19 @@ def cost_cells(
 
 
 def quality_cells(frame: pd.DataFrame) -> pd.DataFrame:
+    """The `cells` of `quality`."""
+    return quality(frame).cells
+
+
+def quality(frame: pd.DataFrame) -> Ranking:
     """One row a cell, training (budget, rate, split, stride) and state policy with any figure of quality.
 
     Columns: the keys, `quality_replicates`, median `tokens_trained`, mean and standard deviation
     (n − 1; NaN for one replicate) of nll, bits per byte and perplexity (both also with state fresh in every
     window), word perplexity and accuracy, the means of `baselines.BASELINES`, `unigram_perplexity`,
     `guess_accuracy`, `eval_min_context`, the effective context and the widest of its intervals, `leaks`,
-    `undertrained`, and `rank`: the place by bits per byte, else by perplexity, among ranked cells of the same
-    group, length, budget, split and stride (NaN where it is `baselines.unranked` or has neither).
+    `undertrained`, and those of `ranking.ranked`: the interval of its rank among the cells of the same group,
+    length, budget, split and stride.
     """
     reset = frame["nll_reset"]
     frame = with_baselines(frame).assign(
@@ -213,19 +220,13 @@ def quality_cells(frame: pd.DataFrame) -> pd.DataFrame:
     )
     ok = frame[(frame["status"] == "ok") & frame[list(_QUALITY)].notna().any(axis=1)]
     grouped = ok.groupby(_QUALITY_CELL, sort=False, dropna=False)
+    ok = ok.assign(number=grouped.ngroup())
     columns: dict[str, pd.Series[Any]] = {"quality_replicates": grouped.size()}
     for name in _QUALITY:
         columns[f"{name}_mean"] = grouped[name].mean()
         columns[f"{name}_std"] = grouped[name].std()
-    medians = (
-        "tokens_trained",
-        "unigram_perplexity",
-        "guess_accuracy",
-        "tokens_evaluated",
-        "eval_min_context",
-        "train_seconds",
-    )
-    for name in medians:
+    medians = ("tokens_trained", "unigram_perplexity", "guess_accuracy", "tokens_evaluated")
+    for name in (*medians, "eval_min_context", "train_seconds"):
         columns[name] = grouped[name].median()
     for name, statistic in _CONTEXT.items():
         columns[name] = grouped[name].agg(statistic)
@@ -234,16 +235,16 @@ def quality_cells(frame: pd.DataFrame) -> pd.DataFrame:
     columns["leaks"] = grouped["leak_max_abs"].max() > LEAK_LIMIT
     cells = pd.DataFrame(columns).reset_index()
     cells["undertrained"] = undertrained(cells)
-    cells["score"] = cells["bits_per_byte_mean"].fillna(cells["perplexity_mean"])
-    ranked = cells[~unranked(cells)].groupby(list(BUDGET), dropna=False)
-    cells["rank"] = ranked["score"].rank(method="min")
+    found = ranked(cells, ok)
+    cells = found.cells.assign(score=cells["bits_per_byte_mean"].fillna(cells["perplexity_mean"]))
     # Cells that leak come last: their quality is not comparable.
-    return cells.sort_values(["leaks", *BUDGET, "score", "label"], ignore_index=True).drop(columns="score")
+    cells = cells.sort_values(["leaks", *BUDGET, "score", "label"], ignore_index=True)
+    return replace(found, cells=cells.drop(columns="score"))
 
 
 def summary(cost: pd.DataFrame, quality: pd.DataFrame) -> pd.DataFrame:
     """Cost and quality side by side; a cell with several training budgets has a row for each."""
-    return cost.merge(quality.drop(columns="leaks"), on=list(CELL), how="left")
+    return cost.merge(quality.drop(columns=["leaks", "number", "beats"]), on=list(CELL), how="left")
 
 
 def _finished_only(frame: pd.DataFrame, figures: list[str]) -> pd.DataFrame:

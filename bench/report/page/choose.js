@@ -52,6 +52,14 @@ function amongBaselines(rows, values, baselines) {
   return all.map(({ row }) => row);
 }
 
+/** The ranks that a trained cell may have among others: those that are certainly better come before it, those that
+    are certainly worse after it; accuracies are not compared. */
+function places(trained, others) {
+  const low = 1 + others.filter((other) => doc.beats[other].includes(trained)).length;
+  const high = others.length - others.filter((other) => doc.beats[trained].includes(other)).length;
+  return low === high ? String(low) : `${low}–${high}`;
+}
+
 function choose() {
   const own = inSetting(), setting = doc.setting[own[0]];
   const length = Number($("choose-length").value), depth = Number($("choose-depth").value);
@@ -82,7 +90,8 @@ function choose() {
     const other = doc.activations[trained] === doc.activations[cell] ? "" : ` (${doc.activations[trained]})`;
     return doc.score_text[trained] + other;
   };
-  const rows = ranked(best.map((cell, place) => ({ rank: unranked(cell) ? MISSING : String(place + 1), cell })), ways, [score, memory]);
+  const taking = best.filter((cell) => !unranked(cell));
+  const rows = ranked(best.map((cell) => ({ rank: unranked(cell) ? MISSING : places(speaks.get(cell), taking.map((other) => speaks.get(other))), cell })), ways, [score, memory]);
   const values = best.map((cell) => (sound(cell) ? null : value(cell)));
   const baselines = pool.length && doc.score_name[pool[0]] === "bits per byte" ? doc.baselines[pool[0]] : [];
   fill($("by-quality"), ["", "variant", (pool.length && doc.score_name[pool[0]]) || "bits per byte", "memory"], amongBaselines(rows, values, baselines));

@@ -96,6 +96,24 @@ def whole(value: float | None) -> str:
     return MISSING if value is None or math.isnan(value) else f"{value:.0f}"
 
 
+def places(low: float | None, high: float | None) -> str:
+    """The ranks that a row may have: 2, 1–3."""
+    return whole(low) if low == high else MISSING if missing(low) else f"{whole(low)}–{whole(high)}"
+
+
+def difference(value: float | None, low: float | None, high: float | None) -> str:
+    """A difference with its sign and its interval: +0.012 (+0.004 to +0.020)."""
+    if value is None or missing(value):
+        return MISSING
+    ends = "" if missing(low) or missing(high) else f" ({_signed(low)} to {_signed(high)})"
+    return _signed(value) + ends
+
+
+def _signed(value: float | None) -> str:
+    """Three decimals, with the minus sign of tables."""
+    return f"{value:+.3f}".replace("-", "−")
+
+
 def ratio(value: float | None) -> str:
     """A factor, such as 0.25×."""
     return MISSING if missing(value) else f"{digits(value)}×"

@@ -47,6 +47,6 @@ def best_trained(cost: pd.DataFrame, quality: pd.DataFrame) -> pd.DataFrame:
     best = best.assign(trained=pd.Series(words, index=best.index, dtype="str"))
     cells = cells.merge(best, on=list(CELL), how="left", validate="one_to_one")
     score = cells["accuracy_mean"].fillna(cells["bits_per_byte_mean"]).fillna(cells["perplexity_mean"])
-    return cells.assign(
-        trained=cells["trained"].fillna(""), score=score, undertrained=cells["undertrained"].eq(True)
-    )
+    beats = cells["beats"].map(lambda own: own if isinstance(own, tuple) else ())
+    flags = {key: cells[key].eq(True) for key in ("undertrained", "unsettled")}
+    return cells.assign(trained=cells["trained"].fillna(""), score=score, beats=beats, **flags)

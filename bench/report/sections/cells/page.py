@@ -152,6 +152,12 @@ def _baselines(row: Row) -> list[Json]:
     ]
 
 
+def _beaten(rows: pd.DataFrame) -> list[list[int]]:
+    """For each row the places of the rows that it is certainly better than."""
+    places = {number: place for place, number in enumerate(rows["number"]) if not pd.isna(number)}
+    return [[places[number] for number in own if number in places] for own in rows["beats"]]
+
+
 def table(cells: pd.DataFrame) -> list[Json]:
     """The columns for JSON: title, meaning, a text a cell, and the value that a cell is sorted by.
 
@@ -173,7 +179,8 @@ def document(cells: Cells) -> Json:
 
     `settings` are what cells must share to be compared, all but the activation strategy; `setting` is each
     cell's place among them. `score` ranks quality, and `score_name` says what it is: the accuracy where
-    `accurate`, else bits per byte, else the perplexity; what is `unranked` takes no part. `baselines` are
+    `accurate`, else bits per byte, else the perplexity; what is `unranked` takes no part. `beats` are the
+    places, among all cells, of those that each is certainly better than (`ranking`). `baselines` are
     those of each cell's text. For `table` see there.
     """
     rows, settings, places = cells.rows, cells.settings, cells.places
@@ -207,7 +214,8 @@ def document(cells: Cells) -> Json:
         "score": numbers(rows["score"]),
         "score_name": [name for name, _ in scores],
         "score_text": [text for _, text in scores],
-        "unranked": [bool(value) for value in unranked(rows)],
+        "unranked": [bool(value) for value in unranked(rows) | rows["rank_low"].isna()],
+        "beats": _beaten(rows),
         "baselines": [_baselines(row) for _, row in rows.iterrows()],
         "accurate": [bool(accurate) for accurate in rows["accuracy_mean"].notna()],
         "trained": list(rows["trained"]),

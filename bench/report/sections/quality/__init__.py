@@ -10,12 +10,13 @@ import pandas as pd
 
 from bench.report.data.experiment import Experiment
 from bench.report.data.groups import SETTING
-from bench.report.data.statistics import quality_cells
+from bench.report.data.ranking import Ranking
+from bench.report.data.statistics import quality as quality_of
 from bench.report.figures.spec import FigureSpec
 from bench.report.sections import Section
 from bench.report.sections.quality.by_position import by_history, by_position
 from bench.report.sections.quality.plots import context, losses
-from bench.report.sections.quality.tables import comparable, quality
+from bench.report.sections.quality.tables import comparable, families, quality
 from bench.report.text.marks import LEAK, UNDERTRAINED, meanings
 from bench.report.text.phrases import headed
 from bench.report.text.tables import Table
@@ -23,10 +24,16 @@ from bench.report.text.tables import Table
 
 @dataclass(frozen=True)
 class Trained:
-    """The `quality_cells`, of text and of tasks that ask for an answer, and the records they come from."""
+    """The models with their ranks, of text and of tasks that ask for an answer, and the records they come
+    from."""
 
-    cells: pd.DataFrame
+    ranking: Ranking
     records: pd.DataFrame
+
+    @property
+    def cells(self) -> pd.DataFrame:
+        """The `statistics.quality_cells`."""
+        return self.ranking.cells
 
 
 class Quality(Section[Trained]):
@@ -36,25 +43,32 @@ class Quality(Section[Trained]):
     order = 100
     title = "Quality"
     lead = (
-        "Bits per byte and perplexity (per token) are means ± standard deviations over replicates. Rows that "
-        "say *baseline* are no models: *n-gram tables* count the bytes that the models were trained on, and "
-        "compressors read only the scored bytes, with a window as long as the models' context. What is worse "
-        "than the 3-gram table beside it is not ranked. Ranks hold within one length, model and training "
-        "budget, and one *stride*: by so many tokens each window of a document starts after the one before, "
-        "and past a window's length into a document every target has *context* of at least so many tokens. A "
-        "*state* that is carried is carried over whole documents; *reset* are the bits per byte of the same "
-        "model with state fresh in every window. *looks back*: the shortest history from which on the loss "
-        "is within 0.01 nats of the full one, with its 95 % interval over targets, the widest of any "
-        "replicate's; *hurt by more than* so many tokens: with the full history the loss is certainly "
-        "higher, by the nats that follow. *unigram* is the perplexity of a model that knows only how often "
-        "each token occurs: what does not beat it has learnt nothing from context."
+        "Bits per byte and perplexity (per token) are means ± standard deviations over replicates. Rows "
+        "that say *baseline* are no models: *n-gram tables* count the bytes that the models were trained "
+        "on, and compressors read only the scored bytes, with a window as long as the models' context. "
+        "What is worse than the 3-gram table beside it is not ranked. A *rank* is a range: from one more "
+        "than the number of models that are certainly better to the number of those that are not "
+        "certainly worse, with 95 % for all pairs together (Holm's correction). Models whose ranges do "
+        "not meet are certainly different; differences.csv has every pair. *− dense* is the mean "
+        "difference to dense on the same targets and replicates, in bits per byte (of masked text in nats "
+        "per token), with its 95 % interval over replicates and text, which holds for this row alone. "
+        "Ranks hold within one length, model and training budget, and one *stride*: by so many tokens "
+        "each window of a document starts after the one before, and past a window's length into a "
+        "document every target has *context* of at least so many tokens. A *state* that is carried is "
+        "carried over whole documents; *reset* are the bits per byte of the same model with state fresh "
+        "in every window. *looks back*: the shortest history from which on the loss is within 0.01 nats "
+        "of the full one, with its 95 % interval over targets, the widest of any replicate's; *hurt by "
+        "more than* so many tokens: with the full history the loss is certainly higher, by the nats that "
+        "follow. *unigram* is the perplexity of a model that knows only how often each token occurs: what "
+        "does not beat it has learnt nothing from context."
     )
     marks = meanings(LEAK, UNDERTRAINED)
     figures_alone = False
+    csv = ("differences",)
 
     def compute(self, records: Experiment, done: Mapping[str, Any]) -> Trained:
         """One row a cell, training and state policy."""
-        return Trained(quality_cells(records.kinds.plain), records.kinds.plain)
+        return Trained(quality_of(records.kinds.plain), records.kinds.plain)
 
     def tables(self, data: Trained) -> list[Table]:
         """A table a data set, leak-free cells first, best first."""
@@ -63,11 +77,15 @@ class Quality(Section[Trained]):
             Table(
                 quality(group),
                 heading,
-                note=comparable(group),
+                note=" ".join(filter(None, (families(group), comparable(group)))),
                 caption=f"Quality: {heading}. Mean and standard deviation over replicates",
             )
             for _, heading, group in (headed(text, ("objective", "corpus")) if len(text) else ())
         ]
+
+    def csv_tables(self, data: Trained) -> dict[str, pd.DataFrame]:
+        """A row for each comparison of two models of a pool."""
+        return {"differences": data.ranking.pairs} if len(data.ranking.pairs) else {}
 
     def figures(self, data: Trained) -> list[FigureSpec]:
         """Dots by variant, and curves by position and by history."""

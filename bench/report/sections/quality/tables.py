@@ -8,6 +8,7 @@ import pandas as pd
 
 from bench.report.data.baselines import baseline_rows
 from bench.report.data.groups import BUDGET, SETTING, TRAINING, varying
+from bench.report.data.ranking import OF_BOTH
 from bench.report.text import units
 from bench.report.text.cells import label_of, or_dash, plus_minus, training_columns
 from bench.report.text.columns import Column, each
@@ -17,6 +18,7 @@ HURTS = 0.01
 """Nats per token: a harm that is certainly above it is shown, as `effective_context` counts less as equal."""
 BASELINE = "baseline"
 """In the place of a rank."""
+OF_REPLICATES_ONLY = "replicates alone where records of an earlier version have no losses by block of text"
 SPREAD = 0.01
 """Relative difference of a baseline between cells of a pool from which on it is a range. Cells have different
 texts if their budgets are FLOPs or seconds, or if a replicate of one is missing."""
@@ -54,9 +56,21 @@ def _reset(row: pd.Series[Any]) -> str:
 
 
 def _rank(row: pd.Series[Any]) -> str:
+    """The places that a model may have: from one more than those that are certainly better to the number of
+    those that are not certainly worse."""
     if row["baseline"]:
         return BASELINE
-    return LEAK if row["leaks"] else units.whole(row["rank"])
+    return LEAK if row["leaks"] else units.places(row["rank_low"], row["rank_high"])
+
+
+def _to_dense(row: pd.Series[Any]) -> str:
+    """The difference to dense with its interval: in bits per byte, else in nats per token."""
+    if row["baseline"] or pd.isna(row["nll_to_dense"]):
+        return units.MISSING
+    bits = not pd.isna(row["bits_per_byte_mean"])
+    factor = row["bits_per_byte_mean"] / row["nll_mean"] if bits else 1.0
+    figures = [factor * row[f"nll_to_dense{end}"] for end in ("", "_low", "_high")]
+    return units.difference(*figures)
 
 
 def with_rows_of_baselines(cells: pd.DataFrame) -> pd.DataFrame:
@@ -99,6 +113,7 @@ def quality(cells: pd.DataFrame) -> list[Column]:
         *training_columns(cells, varying_training),
         Column("tokens trained", [_learnt(row) for row in rows]),
         Column("bits per byte", [_bits(row) for row in rows]),
+        Column("− dense", [_to_dense(row) for row in rows]),
         Column("perplexity", [plus_minus(r["perplexity_mean"], r["perplexity_std"]) for r in rows]),
         each(cells, "word perplexity", "word_perplexity_mean", units.score),
         Column("reset", [_reset(row) for row in rows]),
@@ -131,6 +146,18 @@ def comparable(cells: pd.DataFrame) -> str:
         "report it. Perplexity is per token and may be set against no word-level or subword perplexity, and "
         "nothing here against a model that was trained on more text."
     )
+
+
+def families(cells: pd.DataFrame) -> str:
+    """How many comparisons the ranks of a table are corrected for, and what their doubt is over."""
+    compared = cells[cells["comparisons"] > 0].drop_duplicates(list(BUDGET))
+    if compared.empty:
+        return ""
+    sizes = sorted({int(size) for size in compared["comparisons"]})
+    count = "1 comparison" if sizes == [1] else f"{' or '.join(map(str, sizes))} comparisons"
+    family = "in each length, model and budget" if len(compared) > 1 else "in all"
+    over = "replicates and text" if (compared["doubt"] == OF_BOTH).all() else OF_REPLICATES_ONLY
+    return f"Ranks are corrected for {count} {family}; their doubt is over {over}."
 
 
 def _range(values: pd.Series[Any], show: Any) -> str:
