@@ -99,7 +99,7 @@ def test_the_inputs_never_hold_the_answer_where_it_is_asked_for(name: str) -> No
     inputs, targets, distances = task.train_batch(1, 0.9)
     for row, position in (targets != IGNORED).nonzero().tolist():
         assert inputs[row, position] != targets[row, position]
-        if distances is not None:
+        if distances is not None and task.objective != "clm":
             assert targets[row, position] not in inputs[row, position:]
 
 
