@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -29,6 +30,9 @@ class Tally:
     """(T,) number of targets."""
     symbols: npt.NDArray[np.int64]
     """(V,) number of times each token was the target."""
+    by_group: list[float] | None = None
+    """(G,) mean negative log-likelihood of each group of targets, NaN for one without; None without
+    groups."""
 
     @property
     def tokens(self) -> int:
@@ -88,16 +92,27 @@ def token_nll(logits: Tensor, targets: Tensor, row: Tensor, column: Tensor) -> F
     return np.asarray(nll.double().cpu().numpy(), dtype=np.float64)
 
 
-def tally(model: LanguageModel, batches: Iterable[Batch], *, causal: bool, device: torch.device) -> Tally:
+def tally(
+    model: LanguageModel,
+    batches: Iterable[Batch],
+    *,
+    causal: bool,
+    device: torch.device,
+    groups: Iterable[Batch] | None = None,
+) -> Tally:
     """Score every target of the batches. State is fresh at the start of every row and carried to its end.
+
+    `groups` are the same batches with the number of each target's group in place of the target.
 
     Rows may have any length: if the input schedule has segments, they are processed one by one, and only the
     logits of one segment are in memory. Sums are float64 because many numbers are added.
     """
     nats, counts = np.zeros(0), np.zeros(0)
+    group_nats, group_counts = np.zeros(0), np.zeros(0)
     symbols = np.zeros(model.vocabulary, dtype=np.int64)
+    pairs = ((b, None) for b in batches) if groups is None else zip(batches, groups, strict=True)
     with evaluating(model):
-        for batch in batches:
+        for batch, grouped in pairs:
             length = batch.targets.shape[1]
             if length > len(nats):
                 nats, counts = (np.pad(sums, (0, length - len(sums))) for sums in (nats, counts))
@@ -112,7 +127,20 @@ def tally(model: LanguageModel, batches: Iterable[Batch], *, causal: bool, devic
                 nats += np.bincount(place, nll, minlength=len(nats))
                 counts += np.bincount(place, minlength=len(counts))
                 symbols += np.bincount(answers.numpy(), minlength=len(symbols))
-    return Tally(nats, counts, symbols)
+                if grouped is not None:
+                    group = grouped.targets[:, segment][row, column].numpy()
+                    group_nats = _added(group_nats, np.bincount(group, nll))
+                    group_counts = _added(group_counts, np.bincount(group))
+    by_group = group_nats / np.where(group_counts, group_counts, np.nan)
+    return Tally(nats, counts, symbols, None if groups is None else by_group.tolist())
+
+
+def _added(sums: Floats, more: npt.NDArray[Any]) -> Floats:
+    """Add arrays of which one may be shorter."""
+    found = np.zeros(max(len(sums), len(more)))
+    found[: len(sums)] += sums
+    found[: len(more)] += more
+    return found
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,6 +159,8 @@ class TextQuality:
     """By position in the window, with a fresh state in every window."""
     nll_by_place: list[float] | None
     """By `Tally.by_place`, over the same windows; None without a period."""
+    nll_by_group: list[float] | None
+    """By group of targets, with the state of `nll`; None without groups."""
     tokens: int
 
 
@@ -145,6 +175,8 @@ def evaluate(
     unigram_nats: Floats,
     device: torch.device,
     place_period: int = 0,
+    window_groups: Iterable[Batch] | None = None,
+    document_groups: Iterable[Batch] | None = None,
 ) -> TextQuality:
     """Sum the nll of every scored target in float64 and divide once.
 
@@ -162,11 +194,14 @@ def evaluate(
     divided by the number of targets.
     Word-level perplexity uses the corpus's fixed words per byte, as PG-19's authors do (arXiv:1911.05507,
     §4.1). A bucket without a scored target is NaN. `unigram_perplexity` is the perplexity of the token
-    frequencies of the training split on the same targets: that of a model without context.
+    frequencies of the training split on the same targets: that of a model without context. `window_groups`
+    and `document_groups` are the `groups` of `tally` for `windows` and `documents`.
     """
     causal = objective == "clm"
-    reset = tally(model, windows, causal=causal, device=device)
-    carried = None if documents is None else tally(model, documents, causal=causal, device=device)
+    reset = tally(model, windows, causal=causal, device=device, groups=window_groups)
+    carried = None
+    if documents is not None:
+        carried = tally(model, documents, causal=causal, device=device, groups=document_groups)
     assert carried is None or np.array_equal(carried.symbols, reset.symbols)  # the same targets
     nats = (carried or reset).nll
     unigram = float(reset.symbols[: len(unigram_nats)] @ unigram_nats) / reset.tokens
@@ -179,6 +214,7 @@ def evaluate(
         unigram_perplexity=_exp(unigram),
         nll_by_position=reset.by(position_buckets(len(reset.nats))),
         nll_by_place=reset.by_place(place_period) if place_period else None,
+        nll_by_group=(carried or reset).by_group,
         tokens=reset.tokens,
     )
 

@@ -204,6 +204,7 @@ class Record:
     nll_by_position: list[Amount] | None = None
     nll_by_place: list[Amount] | None = None
     place_period: Size | None = None
+    nll_by_answer: list[Amount] | None = None
     nll_by_history: list[Amount] | None = None
     effective_context: Size | None = None
     effective_context_low: Size | None = None

@@ -96,11 +96,13 @@ class QualityEvaluation:
             task.test_batches(stride),
             documents=task.test_documents() if self.stateful else None,
             objective=task.objective,
-            words_per_byte=task.corpus.words_per_byte(),
+            words_per_byte=task.words_per_byte(),
             bytes_per_target=task.bytes_per_target(),
             unigram_nats=task.unigram_nats(),
             device=self.device,
             place_period=self.measure.place_period,
+            window_groups=task.window_groups(stride),
+            document_groups=task.document_groups() if self.stateful else None,
         )
         self.report(
             {
@@ -112,6 +114,7 @@ class QualityEvaluation:
                 "unigram_perplexity": quality.unigram_perplexity,
                 "nll_by_position": quality.nll_by_position,
                 "nll_by_place": quality.nll_by_place,
+                "nll_by_answer": quality.nll_by_group,
                 "place_period": self.measure.place_period or None,
                 "tokens_evaluated": quality.tokens,
                 "bytes_evaluated": round(quality.tokens * task.bytes_per_target()) if self.causal else None,
@@ -144,6 +147,7 @@ class QualityEvaluation:
             count=self.measure.history_targets,
             batch_size=self.spec.batch_size,
             device=self.device,
+            allowed=task.history_targets(),
         )
         if use:
             self.report(

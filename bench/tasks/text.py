@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import ClassVar
 
 import numpy as np
 import numpy.typing as npt
@@ -67,20 +68,25 @@ class Text(Task):
     """
 
     Config = TextConfig
-    objectives = ("clm", "mlm")
+    objectives: ClassVar[tuple[str, ...]] = ("clm", "mlm")
 
     def __init__(self, config: TextConfig, setting: Setting) -> None:
         """Loads the corpus. Raises corpora.CorpusError if it is not available."""
         super().__init__(config, setting)
-        self.corpus = corpora.load(setting.data, config.path, config.max_bytes)
+        self.corpus = self.load_corpus(config, setting.data)
         self.tokenizer = _tokenizer(config, self.corpus)
+
+    @classmethod
+    def load_corpus(cls, config: TextConfig, data: str) -> Corpus:
+        """Load the corpus that `data` names. Raises corpora.CorpusError."""
+        return corpora.load(data, config.path, config.max_bytes)
 
     @classmethod
     def sha256(cls, config: TaskConfig, data: str) -> str:
         """Return the hash of the corpus, which depends only on its documents, and of the tokenizer if there
         is one. Raises corpora.CorpusError."""
         assert isinstance(config, TextConfig)
-        corpus = corpora.load(data, config.path, config.max_bytes)
+        corpus = cls.load_corpus(config, data)
         tokenizer = _tokenizer(config, corpus)
         return corpus.sha256 if tokenizer is None else tokenizer.identity(corpus)
 
@@ -103,7 +109,11 @@ class Text(Task):
     @cached_property
     def train_tokens(self) -> TokenText:
         """The training documents as tokens."""
-        return _tokens(self.corpus.train_stream, self.tokenizer)
+        return self.tokens_of(self.corpus.train_stream)
+
+    def tokens_of(self, text: Document) -> TokenText:
+        """Return the tokens of a text; those of a tokenizer are cached on the disk."""
+        return TokenText(text) if self.tokenizer is None else tokens.encoded(self.tokenizer, text)
 
     def train_batch(self, step: int, done: float) -> Batch:
         """Windows of the training documents. There is no curriculum, so `done` has no effect."""
@@ -125,7 +135,7 @@ class Text(Task):
     @property
     def token_documents(self) -> list[Ids]:
         """The tokens of the documents that are scored."""
-        return [_tokens(document, self.tokenizer).ids for document in self.documents]
+        return [self.tokens_of(document).ids for document in self.documents]
 
     @cached_property
     def scored_tokens(self) -> list[TokenText]:
@@ -146,6 +156,14 @@ class Text(Task):
         targets = sum(len(text.ids) - 1 for text in self.scored_tokens)
         return sum(text.bytes - 1 for text in self.scored_tokens if text.bytes) / targets
 
+    def words_per_byte(self) -> float:
+        """Words per byte of scored text, a constant of the corpus."""
+        return self.corpus.words_per_byte()
+
+    def history_targets(self) -> list[npt.NDArray[np.bool_]] | None:
+        """Which tokens of `token_documents` may be targets of the context use; None means all."""
+        return None
+
     def unigram_nats(self) -> npt.NDArray[np.float64]:
         """−ln p of each token under the frequencies of the training tokens, add-one smoothed."""
         if self.tokenizer is None:
@@ -161,6 +179,15 @@ class Text(Task):
     def test_documents(self) -> Iterator[Batch]:
         """Yield the same targets in rows that are whole documents."""
         return document_batches(self.passages, self.setting.batch_size)
+
+    def window_groups(self, stride: int) -> Iterator[Batch] | None:
+        """Yield the windows of `test_batches` with the group of each scored target, a number from 0 on, in
+        place of the target; None if targets have no groups, over which the loss is averaged separately."""
+        return None
+
+    def document_groups(self) -> Iterator[Batch] | None:
+        """Yield the same for the rows of `test_documents`."""
+        return None
 
     def train_text(self, steps: int) -> list[Document]:
         """Return the bytes of the first `steps` training batches, inputs and targets, as parts of the
@@ -194,11 +221,6 @@ def _tokenizer(config: TextConfig, corpus: Corpus) -> TextTokenizer | None:
     if config.tokenizer is not None:
         return tokens.from_file(config.tokenizer)
     return None if config.bpe is None else tokens.trained(corpus, config.bpe)
-
-
-def _tokens(text: Document, tokenizer: TextTokenizer | None) -> TokenText:
-    """Return the tokens of a document; those of a tokenizer are cached on the disk."""
-    return TokenText(text) if tokenizer is None else tokens.encoded(tokenizer, text)
 
 
 def _first_apart(text: Document, tokenizer: TextTokenizer | None) -> TokenText:
