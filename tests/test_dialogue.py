@@ -6,18 +6,24 @@ import gzip
 import json
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from conftest import HANG_SECONDS
 
-from bench.corpora import CorpusError, dialogues, tokens
+from bench.corpora import CorpusError, Document, dialogues, tokens
 from bench.evaluate.context_use import target_positions
+from bench.evaluate.nll import evaluate
+from bench.model.language_model import LanguageModel
+from bench.model.slots import ModelSpec, feed_forward
 from bench.tasks.base import IGNORED, Batch, Setting
 from bench.tasks.dialogue import MAX_ANSWERS, Dialogue, DialogueConfig
+from variants import load
+from variants.base import Workload
 
 T = 32
 Talk = list[tuple[str, str]]
@@ -103,12 +109,12 @@ def test_a_folder_is_all_of_its_files(read: Callable[..., Dialogue], tmp_path: P
 
 
 def test_a_dialogue_stays_in_its_split_when_others_come(read: Callable[..., Dialogue]) -> None:
-    few, many = read(lines(TALKS[:40])).corpus, read(lines([talk(seed) for seed in range(800)])).corpus
+    few, many = read(lines(TALKS[:40])).corpus, read(lines([talk(seed) for seed in range(400)])).corpus
     for split in ("train", "validation", "test"):
         before, after = ({d.tobytes() for d in corpus.split(split)} for corpus in (few, many))
         assert before <= after
-    assert len(many.test) == pytest.approx(80, abs=5 * 80**0.5)
-    assert len(many.validation) == pytest.approx(80, abs=5 * 80**0.5)
+    assert len(many.test) == pytest.approx(40, abs=5 * 40**0.5)
+    assert len(many.validation) == pytest.approx(40, abs=5 * 40**0.5)
 
 
 GOOD = lines([talk(0)])
@@ -164,6 +170,8 @@ def test_a_line_that_is_no_dialogue_is_named(kind: str, read: Callable[..., Dial
 def test_files_that_are_no_dialogues_are_refused(read: Callable[..., Dialogue], tmp_path: Path) -> None:
     with pytest.raises(CorpusError, match=r"data.path is missing"):
         Dialogue(DialogueConfig(), Setting(data="dialogue", objective="clm", replicate=0, **SMALL))
+    with pytest.raises(ValueError, match="max_bytes=9: allowed is null: data=dialogue does not read it"):
+        DialogueConfig(max_bytes=9)
     with pytest.raises(CorpusError, match="no such file, folder or glob"):
         dialogues.load("dialogue", str(tmp_path / "none"), "system")
     with pytest.raises(CorpusError, match=r"d.json: not JSON: Extra data .*or name it .jsonl"):
@@ -192,14 +200,14 @@ def test_the_answers_are_scored_and_nothing_else(
     entries = _entries(task)
     scored = 0
     assert len(task.documents) > 4
-    for document, passage, grouped in zip(task.documents, task.passages, task._group_passages(), strict=True):
+    for document, passage, groups in zip(task.documents, task.passages, task._groups, strict=True):
         one = by_bytes[document.tobytes()]
         read_bytes = b"".join(entries[i] for i in passage.inputs.tolist())
         assert told(one).startswith(read_bytes)
         assert len(told(one)) - len(read_bytes) <= max(map(len, entries))
         expected = spoken_by(one, answers)
         found = [b""] * len(expected)
-        for target, group in zip(passage.targets.tolist(), grouped.targets.tolist(), strict=True):
+        for target, group in zip(passage.targets.tolist(), groups[1:].tolist(), strict=True):
             assert (target == IGNORED) == (group == IGNORED)
             if target != IGNORED:
                 found[group] += entries[target]
@@ -240,8 +248,8 @@ def test_windows_score_each_answer_once_with_its_group(
     task = read(lines(TALKS), bpe=bpe)
     expected = sum(int((p.targets != IGNORED).sum()) for p in task.passages)
     for batches, groups in (
-        (task.test_batches(stride), task.window_groups(stride)),
-        (task.test_documents(), task.document_groups()),
+        (task.test_batches(stride), task.groups(stride)),
+        (task.test_documents(), task.groups(None)),
     ):
         pairs: list[tuple[Batch, Batch]] = list(zip(batches, groups, strict=True))
         assert sum(int((batch.targets != IGNORED).sum()) for batch, _ in pairs) == expected
@@ -266,7 +274,9 @@ def test_tokens_of_a_dialogue_are_those_of_the_stream(read: Callable[..., Dialog
     """They end at every mark, so a dialogue among others has the tokens that it has alone."""
     task = read(lines(TALKS), bpe=300)
     alone = (
-        [task.tokenizer.encode(d, dialogues.MARKS).ids for d in task.corpus.train] if task.tokenizer else []
+        [task.tokenizer.encode(d, ends=dialogues.MARKS).ids for d in task.corpus.train]
+        if task.tokenizer
+        else []
     )
     stream = task.train_tokens
     newline = task.tokens_of(np.frombuffer(b"\n", dtype=np.uint8)).ids
@@ -321,8 +331,46 @@ def test_targets_of_histories_are_taken_from_what_is_allowed() -> None:
     assert target_positions([5, 40, 3, 100], 10, 9, everything) == target_positions([5, 40, 3, 100], 10, 9)
 
 
+def answer_bytes(documents: Sequence[Document]) -> np.ndarray[Any, Any]:
+    """(answers,) the bytes of the first, second, … answers, the last with all later ones."""
+    counts = np.zeros(MAX_ANSWERS)
+    for document in documents:
+        for number, text in enumerate(spoken_by(_talk(document), "system")):
+            counts[min(number, MAX_ANSWERS - 1)] += len(text)
+    return np.trim_zeros(counts, "b")
+
+
+@pytest.mark.parametrize("name", ["dense", "transformer_xl"])
+def test_the_mean_over_answers_is_the_loss(name: str, read: Callable[..., Dialogue]) -> None:
+    """Weighted by their bytes; with state carried over whole dialogues where there is one."""
+    task = read(lines(TALKS))
+    variant, dims = load(name), Workload(causal=True, batch_size=3, seq_len=T, d_model=16, heads=2)
+    torch.manual_seed(0)
+    spec = ModelSpec.of(variant, variant.Config(), feed_forward=feed_forward(mult=2))
+    others: dict[str, Any] = {"dropout": 0.0, "activations": "keep", "vocabulary": task.vocabulary}
+    found = evaluate(
+        LanguageModel(spec, dims, depth=1, **others),
+        task.test_batches(16),
+        documents=task.test_documents() if name == "transformer_xl" else None,
+        window_groups=task.groups(16),
+        document_groups=task.groups(None),
+        objective="clm",
+        words_per_byte=task.words_per_byte(),
+        bytes_per_target=task.bytes_per_target(),
+        unigram_nats=task.unigram_nats(),
+        device=torch.device("cpu"),
+    )
+    counts = answer_bytes(task.documents)
+    assert found.tokens == counts.sum()
+    assert found.nll_by_group is not None
+    assert np.average(found.nll_by_group, weights=counts) == pytest.approx(found.nll)
+    assert found.nll != found.nll_reset
+    assert found.bits_per_byte == pytest.approx(found.nll / np.log(2))
+
+
+@pytest.mark.slow
 def test_records_have_the_loss_of_each_answer(tmp_path: Path) -> None:
-    """From real cells; the mean over answers, weighted by their bytes, is the loss."""
+    """From real cells."""
     (tmp_path / "d.jsonl").write_text(lines(TALKS))
     command = [sys.executable, "-m", "bench", "-m", "data=dialogue", "data.path=d.jsonl", f"seq_len={T}"]
     command += [
@@ -339,20 +387,12 @@ def test_records_have_the_loss_of_each_answer(tmp_path: Path) -> None:
     assert cells["linformer"]["status"] == "unsupported"
     assert "has no causal form" in cells["linformer"]["reason"]
     corpus = dialogues.load("dialogue", str(tmp_path / "d.jsonl"), "system")
-    answers = [spoken_by(_talk(document), "system") for document in corpus.test]
-    counts = np.zeros(MAX_ANSWERS)
-    for one in answers:
-        for number, text in enumerate(one):
-            counts[min(number, MAX_ANSWERS - 1)] += len(text)
-    counts = np.trim_zeros(counts, "b")
-    scored = b"".join(text for one in answers for text in one)
+    counts = answer_bytes(corpus.test)
+    scored = b"".join(text for document in corpus.test for text in spoken_by(_talk(document), "system"))
     for name in ("dense", "transformer_xl"):
         cell = cells[name]
-        assert cell["tokens_evaluated"] == cell["bytes_evaluated"] == len(scored) == counts.sum()
-        losses = cell["nll_by_answer"]
-        assert len(losses) == len(counts)
-        assert np.average(losses, weights=counts) == pytest.approx(cell["nll"])
-        assert cell["bits_per_byte"] == pytest.approx(cell["nll"] / np.log(2))
+        assert cell["tokens_evaluated"] == cell["bytes_evaluated"] == len(scored)
+        assert np.average(cell["nll_by_answer"], weights=counts) == pytest.approx(cell["nll"])
         assert len(cell["nll_by_history"]) == 6
     packed = 8 * len(gzip.compress(scored, 9)) / len(scored)
     assert cells["dense"]["gzip_bits_per_byte"] == pytest.approx(packed, rel=0.1)

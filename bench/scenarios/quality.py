@@ -101,8 +101,8 @@ class QualityEvaluation:
             unigram_nats=task.unigram_nats(),
             device=self.device,
             place_period=self.measure.place_period,
-            window_groups=task.window_groups(stride),
-            document_groups=task.document_groups() if self.stateful else None,
+            window_groups=task.groups(stride),
+            document_groups=task.groups(None) if self.stateful else None,
         )
         self.report(
             {

@@ -29,10 +29,14 @@ from bench.corpora.tokens import TokenText
 from bench.tasks.base import IGNORED, Batch, Setting, TaskConfig
 from bench.tasks.text import Text, TextConfig
 from bench.tasks.windows import Passage, document_batches, sliding_windows, window_batches
-from variants.knobs import knob
+from variants.knobs import knob, knobs_of
 
 MAX_ANSWERS = 16
 """Answers of a dialogue with a group of their own; the last group has all later answers too."""
+
+
+_READ = {"path", "bpe", "tokenizer"}
+"""Knobs of a corpus that dialogues have too."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +48,8 @@ class DialogueConfig(TextConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.require("max_bytes", self.max_bytes is None, "null: all dialogues are read")
+        for name in {*knobs_of(TextConfig)} - _READ:
+            self.require(name, getattr(self, name) is None, "null: data=dialogue does not read it")
 
 
 class _Scored(NamedTuple):
@@ -70,6 +75,7 @@ class Dialogue(Text):
     Config = DialogueConfig
     config: DialogueConfig
     objectives = ("clm",)
+    token_ends = dialogues.MARKS
 
     def __init__(self, config: DialogueConfig, setting: Setting) -> None:
         """Loads the dialogues. Raises corpora.CorpusError if they cannot be read."""
@@ -106,12 +112,6 @@ class Dialogue(Text):
             )
         return None
 
-    def tokens_of(self, text: Document) -> TokenText:
-        """Return the tokens of a text, none of which goes on after a mark."""
-        if self.tokenizer is None:
-            return TokenText(text)
-        return tokens.encoded(self.tokenizer, text, ends=dialogues.MARKS)
-
     def _answers(self, document: Document) -> list[dialogues.Turn]:
         return [turn for turn in dialogues.turns_of(document) if turn.speaker == self.config.answers]
 
@@ -134,7 +134,7 @@ class Dialogue(Text):
         """As `tokens_of`, without a file for each dialogue."""
         if self.tokenizer is None:
             return TokenText(document)
-        return self.tokenizer.encode(document, dialogues.MARKS)
+        return self.tokenizer.encode(document, ends=self.token_ends)
 
     @property
     def documents(self) -> tuple[Document, ...]:
@@ -164,16 +164,12 @@ class Dialogue(Text):
     def _groups(self) -> list[npt.NDArray[np.int64]]:
         return [one.groups() for one in self.scored]
 
-    def _group_passages(self) -> list[Passage]:
-        return [Passage(p.inputs, g[1:]) for p, g in zip(self.passages, self._groups, strict=True)]
-
-    def window_groups(self, stride: int) -> Iterator[Batch]:
-        """Yield the windows of `test_batches` with the number of the answer in place of each target."""
-        return window_batches(self._group_passages(), self.setting.seq_len, stride, self.setting.batch_size)
-
-    def document_groups(self) -> Iterator[Batch]:
-        """Yield the same in rows that are whole dialogues. Padding is not scored."""
-        return document_batches(self._group_passages(), self.setting.batch_size)
+    def groups(self, stride: int | None) -> Iterator[Batch]:
+        """The group of a target is the number of its answer."""
+        passages = [Passage(p.inputs, g[1:]) for p, g in zip(self.passages, self._groups, strict=True)]
+        if stride is None:
+            return document_batches(passages, self.setting.batch_size)
+        return window_batches(passages, self.setting.seq_len, stride, self.setting.batch_size)
 
     def history_targets(self) -> list[npt.NDArray[np.bool_]]:
         """Only tokens of answers are targets of the context use."""

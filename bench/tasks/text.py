@@ -69,6 +69,8 @@ class Text(Task):
 
     Config = TextConfig
     objectives: ClassVar[tuple[str, ...]] = ("clm", "mlm")
+    token_ends: ClassVar[bytes] = b""
+    """Bytes after each of which a token ends."""
 
     def __init__(self, config: TextConfig, setting: Setting) -> None:
         """Loads the corpus. Raises corpora.CorpusError if it is not available."""
@@ -113,7 +115,9 @@ class Text(Task):
 
     def tokens_of(self, text: Document) -> TokenText:
         """Return the tokens of a text; those of a tokenizer are cached on the disk."""
-        return TokenText(text) if self.tokenizer is None else tokens.encoded(self.tokenizer, text)
+        if self.tokenizer is None:
+            return TokenText(text)
+        return tokens.encoded(self.tokenizer, text, ends=self.token_ends)
 
     def train_batch(self, step: int, done: float) -> Batch:
         """Windows of the training documents. There is no curriculum, so `done` has no effect."""
@@ -180,13 +184,8 @@ class Text(Task):
         """Yield the same targets in rows that are whole documents."""
         return document_batches(self.passages, self.setting.batch_size)
 
-    def window_groups(self, stride: int) -> Iterator[Batch] | None:
-        """Yield the windows of `test_batches` with the group of each scored target, a number from 0 on, in
-        place of the target; None if targets have no groups, over which the loss is averaged separately."""
-        return None
-
-    def document_groups(self) -> Iterator[Batch] | None:
-        """Yield the same for the rows of `test_documents`."""
+    def groups(self, stride: int | None) -> Iterator[Batch] | None:
+        """Yield `test_batches`, or for None `test_documents`, with numbers of groups in place of targets."""
         return None
 
     def train_text(self, steps: int) -> list[Document]:
