@@ -1,4 +1,4 @@
-"""Copying, variable tracking and aggregation: answers follow from the inputs, and from no part of them.
+"""Copying, induction, variables and aggregation: answers follow from the inputs, and from no part of them.
 
 Each oracle reads the inputs as a person would, and knows nothing of how they were drawn.
 """
@@ -23,7 +23,7 @@ from bench.train.schedule import Budget
 from variants import load
 from variants.base import Workload
 
-NAMES = ("copy", "variables", "frequent")
+NAMES = ("copy", "induction", "variables", "frequent")
 
 
 def task_of(name: str, *, seq_len: int = 40, batch_size: int = 4, test: int = 12, **knobs: Any) -> Task:
@@ -78,6 +78,45 @@ def test_a_block_is_at_every_place_and_scattered_symbols_leave_gaps() -> None:
     spread = task_of("copy", n_tokens=4, seq_len=16, batch_size=200, scattered=True)
     places = {at for x, _, _ in rows(spread.train_batch(0, 0)) for at, token in enumerate(x) if token < 16}
     assert places == set(range(12))
+
+
+@given(
+    n=st.integers(2, 6),
+    spare=st.integers(0, 20),
+    more=st.none() | st.integers(0, 20),
+    step=st.integers(0, 99),
+)
+@settings(deadline=None, max_examples=40)
+def test_what_followed_a_symbol_follows_it_again(n: int, spare: int, more: int | None, step: int) -> None:
+    distance = None if more is None else n + more
+    seq_len = n + (distance or n) + spare
+    task = task_of("induction", n_tokens=n, distance=distance, n_symbols=6, n_filler=2, seq_len=seq_len)
+    assert task.unsupported() is None
+    for inputs, answers, back in rows(task.train_batch(step, 0.0)):
+        seen: dict[int, int] = {}
+        found = {}
+        for at, token in enumerate(inputs):
+            if token < 6 and token in seen:
+                found[at] = seen[token] + 1
+            if token < 6:
+                seen[token] = at
+        last = max(found)  # the last of the block has a neighbour too, but it is filler
+        assert sorted(found) == list(range(last - n + 1, last + 1))
+        assert answers == {at: inputs[place] for at, place in found.items() if at != last}
+        assert all(inputs[at + 1] == answer for at, answer in answers.items())
+        assert {at - back[at] for at in answers} == {found[at] for at in answers}
+        assert distance in (None, back[last - 1] + 1)
+
+
+def test_distances_of_a_repetition_are_drawn_by_doublings() -> None:
+    task = task_of("induction", n_tokens=4, seq_len=132, batch_size=3000)
+    back = task.train_batch(0, 0.0).distances
+    assert back is not None
+    distances = back.max(dim=1).values.numpy() + 1
+    assert distances.min() == 4
+    assert distances.max() == 128
+    counts = np.bincount(np.log2(distances).astype(int), minlength=7)[2:7]  # 4–7, 8–15, … 64–127
+    assert (abs(counts - counts.mean()) < 5 * counts.mean() ** 0.5).all()
 
 
 N_NAMES, N_VALUES, BLANK = 12, 4, 16
@@ -158,6 +197,13 @@ def test_test_sequences_do_not_depend_on_the_batch_size(name: str) -> None:
     ("name", "knobs", "seq_len", "reason"),
     [
         ("copy", {"n_tokens": 8}, 15, "seq_len=15: data=copy with n_tokens=8 needs 16 tokens or more"),
+        ("induction", {"n_tokens": 4}, 7, "seq_len=7: data=induction with n_tokens=4 needs 8 tokens or more"),
+        (
+            "induction",
+            {"n_tokens": 4, "distance": 9},
+            12,
+            "seq_len=12: data=induction with n_tokens=4 and distance=9 needs 13 tokens or more",
+        ),
         ("variables", {}, 8, "seq_len=8: data=variables with n_hops=2 and n_chains=2 needs 9 tokens or more"),
         ("frequent", {}, 1, "seq_len=1: data=frequent needs 2 tokens or more"),
     ],
@@ -181,11 +227,25 @@ def test_too_few_symbols_are_refused(knobs: dict[str, int], says: str) -> None:
         task_of("variables", **knobs)
 
 
+def test_blocks_that_overlap_or_repeat_a_symbol_are_refused() -> None:
+    with pytest.raises(ValueError, match="n_symbols=3: allowed is n_tokens=4 or more"):
+        task_of("induction", n_tokens=4, n_symbols=3)
+    with pytest.raises(ValueError, match="distance=3: allowed is null, or n_tokens=4 or more"):
+        task_of("induction", n_tokens=4, distance=3)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "least"), [("copy", 0.95), ("variables", 0.9), ("frequent", 0.8)])
+@pytest.mark.parametrize(
+    ("name", "least"), [("copy", 0.95), ("induction", 0.9), ("variables", 0.9), ("frequent", 0.8)]
+)
 def test_dense_attention_learns_it(name: str, least: float) -> None:
     torch.manual_seed(0)
-    knobs = {"copy": {"n_tokens": 4}, "variables": {"n_chains": 1}, "frequent": {"lead": 0.2}}[name]
+    knobs: dict[str, Any] = {
+        "copy": {"n_tokens": 4},
+        "induction": {"n_tokens": 4, "n_symbols": 16},
+        "variables": {"n_chains": 1},
+        "frequent": {"lead": 0.2},
+    }[name]
     task = task_of(name, seq_len=32, batch_size=64, test=200, **knobs)
     dims = Workload(causal=True, batch_size=64, seq_len=32, d_model=64, heads=2)
     variant = load("dense")

@@ -17,12 +17,12 @@ from torch import Tensor
 
 import variants
 from bench.corpora import Document
-from bench.evaluate.nll import Blocks, TextQuality, evaluate, position_buckets, tally
+from bench.evaluate.nll import TextQuality, evaluate, position_buckets, tally
 from bench.measure.memory import LiveStorage
 from bench.model.language_model import LanguageModel
 from bench.tasks.base import IGNORED, Batch
 from bench.tasks.text import MASK, VOCABULARY
-from bench.tasks.windows import Passage, document_batches, numbered, window_batches
+from bench.tasks.windows import Numbered, Passage, document_batches, numbered, window_batches
 
 CPU = torch.device("cpu")
 T = 21
@@ -396,7 +396,7 @@ def test_losses_by_block_are_those_of_the_targets_in_it(
             words_per_byte=WORDS_PER_BYTE,
             unigram_nats=NATS,
             device=CPU,
-            blocks=Blocks(window_batches(blocks, T, stride, 4), document_batches(blocks, 3)),
+            blocks=Numbered(window_batches(blocks, T, stride, 4), document_batches(blocks, 3)),
         )
         nats = np.array([s.nll for s in scored])
         assert quality.nll_by_block is not None

@@ -130,7 +130,9 @@ def test_what_does_not_fit_is_refused(seq_len: int, n_depths: int, n_distractors
     [
         ({"n_depths": 1}, "n_depths=1: allowed is 2 or more"),
         ({"n_distractors": -1}, "n_distractors=-1: allowed is 0 or more"),
-        ({"n_distractors": 4, "n_keys": 4}, "n_keys=4: allowed is more than n_distractors=4"),
+        ({"n_distractors": 4, "n_keys": 4}, r"n_keys=4: allowed is n_distractors \+ n_queries = 5 or more"),
+        ({"n_queries": 17}, r"n_keys=16: allowed is n_distractors \+ n_queries = 17 or more"),
+        ({"n_answers": 0}, "n_answers=0: allowed is 1 or more"),
         ({"n_values": 1}, "n_values=1: allowed is 2 or more"),
         ({"n_filler": 0}, "n_filler=0: allowed is 1 or more"),
         ({"curriculum": 1.5}, "curriculum=1.5: allowed is 0 to 1"),
@@ -216,6 +218,109 @@ def test_batches_are_the_same_again_and_differ_where_they_should() -> None:
     for other in tests[1:]:
         for mine, theirs in zip(tests[0], other, strict=True):
             assert torch.equal(mine, theirs), "replicate or batch size changes the test"
+
+
+def answers_of(row: list[int], config: NeedleConfig) -> list[tuple[int, int]]:
+    """(place of the answer, place of its value) of every answer, read from the tokens alone."""
+    end = len(row) - config.answers
+    pairs: dict[int, list[int]] = {}
+    for t, token in enumerate(row[:end]):
+        if config.n_filler <= token < first_value(config):
+            assert first_value(config) <= row[t + 1] < first_value(config) + config.n_values
+            pairs.setdefault(token, []).append(t + 1)
+        elif token >= first_value(config):
+            assert config.n_filler <= row[t - 1] < first_value(config), "a value without a key"
+    queries = row[end :: config.n_answers]
+    assert len({*queries}) == config.n_queries
+    assert all(len(pairs[key]) == config.n_answers for key in queries)
+    others = {key: places for key, places in pairs.items() if key not in queries}
+    assert len(others) == config.n_distractors
+    assert all(len(places) == 1 for places in others.values())
+    marks = {token for t, token in enumerate(row[end:]) if t % config.n_answers}
+    assert marks <= {config.vocabulary - 1}
+    return [(end + n, place) for n, place in enumerate(p for key in queries for p in pairs[key])]
+
+
+@st.composite
+def several_drawn(draw: st.DrawFn) -> Needle:
+    queries, values, distractors = draw(st.integers(1, 4)), draw(st.integers(1, 4)), draw(st.integers(0, 3))
+    depths = draw(st.integers(2, 5))
+    shortest = max(depths + 2, 2 * (distractors + queries * values) + queries * values + 1)
+    return task_of(
+        seq_len=draw(st.integers(shortest, shortest + 15)),
+        batch_size=draw(st.integers(1, 6)),
+        rounds=draw(st.integers(1, 4)),
+        n_depths=depths,
+        n_distractors=distractors,
+        n_queries=queries,
+        n_answers=values,
+        n_keys=draw(st.integers(distractors + queries, 9)),
+        n_values=draw(st.integers(2, 4)),
+        curriculum=draw(st.sampled_from([0.0, 1.0])),
+    )
+
+
+@settings(deadline=None, max_examples=60)
+@given(task=several_drawn(), step=st.integers(0, 1000), done=st.sampled_from([0.0, 0.3, 0.9]))
+def test_a_reader_answers_every_query_in_the_order_of_the_values(
+    task: Needle, step: int, done: float
+) -> None:
+    assert task.unsupported() is None
+    for batch in (task.train_batch(step, done), whole_test(task)):
+        assert batch.distances is not None
+        assert batch.inputs.max() < task.vocabulary
+        for row, targets, back in zip(*(part.tolist() for part in batch if part is not None), strict=True):
+            found = answers_of(row, task.config)
+            assert [t for t, target in enumerate(targets) if target != IGNORED] == [at for at, _ in found]
+            for at, place in found:
+                assert (targets[at], at - back[at]) == (row[place], place)
+
+
+@given(seq_len=st.integers(1, 40), queries=st.integers(1, 4), n_answers=st.integers(1, 4))
+def test_several_that_do_not_fit_are_refused(seq_len: int, queries: int, n_answers: int) -> None:
+    task = task_of(seq_len=seq_len, n_depths=2, n_queries=queries, n_answers=n_answers, n_distractors=1)
+    starts = range(seq_len - queries * n_answers - 1)
+    alike = [len([start for start in starts if start % 2 == parity]) for parity in (0, 1)]
+    fits = min(alike) > queries * n_answers and seq_len >= 4
+    assert (task.unsupported() is None) == fits
+    if not fits and queries * n_answers > 1:
+        assert f"n_queries={queries}, n_answers={n_answers}" in str(task.unsupported())
+
+
+def test_each_of_several_needles_has_each_value_once_in_a_context() -> None:
+    """So that whoever reads none of them is right once in n_values, in each place."""
+    task = task_of(seq_len=40, rounds=10, n_depths=4, n_values=5, n_queries=2, n_answers=2, n_distractors=1)
+    batch = whole_test(task)
+    assert batch.distances is not None
+    answers = torch.stack([batch.targets[:, -4:][batch.targets[:, -4:] != IGNORED].reshape(-1, 4)])[0]
+    hidden = batch.inputs.clone()
+    hidden.scatter_(1, torch.arange(36, 40) - batch.distances[:, -4:], -1)
+    _, context = hidden.unique(dim=0, return_inverse=True)
+    for number in context.unique():
+        for place in range(4):
+            values = answers[context == number][:, place] - first_value(task.config)
+            assert sorted(values.tolist()) == [0, 1, 2, 3, 4]
+    of_one = {tuple(row) for row in (answers[:, 1:] - answers[:, :1]).tolist()}
+    assert len(of_one) > 8, "one needle tells another"
+
+
+def test_a_curriculum_brings_all_needles_near() -> None:
+    task = task_of(seq_len=100, batch_size=200, curriculum=1.0, n_queries=3, n_distractors=2)
+    batch = task.train_batch(0, 0.0)
+    assert batch.distances is not None
+    assert (batch.distances[:, -3:] - torch.arange(3)).max() == START_DISTANCE
+
+
+@pytest.mark.parametrize(("n_queries", "n_answers", "n_distractors"), [(2, 1, 0), (1, 3, 0), (2, 2, 2)])
+def test_guessing_among_several_is_worked_out(n_queries: int, n_answers: int, n_distractors: int) -> None:
+    knobs = {"n_queries": n_queries, "n_answers": n_answers, "n_distractors": n_distractors, "n_values": 5}
+    task = task_of(seq_len=40, batch_size=2000, **knobs)
+    batch, generator = task.train_batch(0, 0.0), np.random.default_rng(0)
+    first, end = first_value(task.config), 40 - task.config.answers
+    contexts = batch.inputs[:, :end]
+    values = contexts[(contexts >= first)].reshape(2000, -1).numpy()
+    guesses = generator.permuted(values, axis=1)[:, :1]
+    assert (guesses == batch.targets[:, end:].numpy()).mean() == pytest.approx(task.guess_accuracy, abs=0.03)
 
 
 def model_of(name: str, task: Needle, *, depth: int = 2, **knobs: Any) -> LanguageModel:

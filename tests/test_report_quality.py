@@ -17,7 +17,7 @@ from test_report_rates import points
 from bench.records import Record
 from bench.report.data import statistics
 from bench.report.sections.quality import plots as quality_plots
-from bench.report.sections.quality.by_position import by_history
+from bench.report.sections.quality.by_position import by_answer, by_history
 
 LN2 = math.log(2)
 """Nats in a bit: text is drawn in bits per byte."""
@@ -55,6 +55,19 @@ def test_lines_over_history_end_at_the_full_one_and_ring_the_effective_context(t
     (band,) = [c for c in axis.collections if isinstance(c, PolyCollection)]
     edges = np.asarray(band.get_paths()[0].vertices)
     assert (edges[:, 1].min(), edges[:, 1].max()) == pytest.approx((1.8 / LN2, 3.1 / LN2))
+
+
+def test_the_answers_of_dialogues_are_counted_from_one(tmp_path: Path) -> None:
+    losses: list[float | None] = [3.0, None, 2.2]
+    found = [histories("dense", r, [], nll_by_answer=losses) for r in (0, 1)]
+    frame = frame_of(tmp_path / "e", found)
+    figure = by_answer(frame, look(frame))
+    assert figure is not None
+    (axis,) = figure.axes
+    (drawn,) = axis.get_lines()
+    assert list(np.asarray(drawn.get_xdata())) == [1, 3]
+    assert list(np.asarray(drawn.get_ydata())) == pytest.approx([3.0 / LN2, 2.2 / LN2])
+    assert by_answer(frame.assign(nll_by_answer=None), look(frame)) is None
 
 
 def test_records_without_histories_have_no_picture(tmp_path: Path) -> None:

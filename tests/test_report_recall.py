@@ -25,6 +25,7 @@ from bench.report.data.statistics import quality_cells
 from bench.report.sections.rates.data import rate_cells
 from bench.report.sections.recall import plots as recall_plots
 from bench.report.sections.recall.data import axes_of, recall_cells
+from bench.report.sections.recall.state import by_state, state_needed
 
 STATE = {"dense": 65_536, "longformer": 15_000, "performer": 131_072}
 REACH = {"dense": 63, "longformer": 30, "performer": None}
@@ -169,7 +170,7 @@ def test_lines_over_the_number_of_pairs(tmp_path: Path) -> None:
 
 def test_accuracy_against_state_has_a_panel_a_number_of_pairs(tmp_path: Path) -> None:
     frame = frame_of(tmp_path / "e", recalled())
-    figure = recall_plots.by_state(recall_cells(frame, pd.DataFrame()), look(frame))
+    figure = by_state(recall_cells(frame, pd.DataFrame()), look(frame))
     assert figure is not None
     assert [axis.get_title().split(",")[0] for axis in figure.axes] == [
         "n_pairs=4",
@@ -183,7 +184,7 @@ def test_accuracy_against_state_has_a_panel_a_number_of_pairs(tmp_path: Path) ->
         (guess,) = lines(axis, "--").values()
         assert {y for _, y in guess} == {1 / n}
     same = recall_cells(frame, pd.DataFrame()).assign(state_bytes=1.0)
-    assert recall_plots.by_state(same, look(frame)) is None
+    assert by_state(same, look(frame)) is None
 
 
 def test_a_variant_that_carries_nothing_has_its_place_beside_the_others(tmp_path: Path) -> None:
@@ -191,7 +192,7 @@ def test_a_variant_that_carries_nothing_has_its_place_beside_the_others(tmp_path
     frame = frame_of(tmp_path / "e", recalled())
     cells = recall_cells(frame, pd.DataFrame())
     cells.loc[cells["state_bytes"] == min(STATE.values()), "state_bytes"] = 0
-    figure = recall_plots.by_state(cells, look(frame))
+    figure = by_state(cells, look(frame))
     assert figure is not None
     for axis in figure.axes:
         low, high = axis.get_xlim()
@@ -201,6 +202,52 @@ def test_a_variant_that_carries_nothing_has_its_place_beside_the_others(tmp_path
         assert low < 0 < max(drawn) < high
         assert axis.get_xticks()[0] == 0
     figure.savefig(tmp_path / "state.png")
+
+
+WINDOWS = {4: 0.2, 16: 0.91, 32: 0.95}
+FEATURES = {8: 0.3, 64: 0.45, 128: 0.4}
+
+
+def sweep_of_states() -> list[Record]:
+    """Windows that need 16 tokens for nine tenths of dense's 99 %, and features that never are enough."""
+    found = [answers("dense", 8, r) for r in (0, 1)]
+    for variant, knob, sizes in (("longformer", "window", WINDOWS), ("performer", "n_features", FEATURES)):
+        for (size, accuracy), r in itertools.product(sizes.items(), (0, 1)):
+            of: dict[str, Any] = {"variant_params": {knob: size}, "state_bytes": 1024 * size}
+            of |= {"accuracy": accuracy + 0.02 * r - 0.01, "cell_id": f"{variant}-{size}-{r}"}
+            found.append(answers(variant, 8, r, **of))
+    return found
+
+
+def test_a_sweep_over_states_is_a_line_a_variant_below_dense(tmp_path: Path) -> None:
+    frame = frame_of(tmp_path / "e", sweep_of_states())
+    figure = by_state(recall_cells(frame, pd.DataFrame()), look(frame))
+    assert figure is not None
+    (axis,) = figure.axes
+    connected = [points for points in lines(axis).values() if len(points) > 1]
+    expected = [[(1024 * n, a) for n, a in sizes.items()] for sizes in (WINDOWS, FEATURES)]
+    assert [[x for x, _ in points] for points in connected] == [[x for x, _ in one] for one in expected]
+    for points, one in zip(connected, expected, strict=True):
+        assert [y for _, y in points] == pytest.approx([y for _, y in one])
+    (limit,) = lines(axis, ":").values()
+    assert [y for _, y in limit] == pytest.approx([0.99, 0.99])
+    (legend,) = figure.legends
+    named = [text.get_text() for text in legend.get_texts()]
+    assert named == ["dense", "longformer", "performer", "dense, the limit", "guessing"]
+
+
+def test_the_table_says_how_much_state_is_needed(tmp_path: Path) -> None:
+    text = text_of(tmp_path / "e", sweep_of_states())
+    rows = {row["variant"]: row for row in table(text, "### recall, data mqar, width 64, 4 heads: state")}
+    assert list(rows) == ["longformer", "performer"]
+    assert rows["longformer"]["states measured"] == "4.00–32.0 KiB"
+    assert (rows["longformer"]["state needed"], rows["longformer"]["/ dense"]) == ("16.0 KiB", "25.0 %")
+    assert rows["longformer"]["as"] == "longformer (window=16)"
+    assert rows["performer"]["state needed"] == "–"
+    best = [rows["performer"][title] for title in ("best accuracy", "at", "of", "dense")]
+    assert best == ["45.0 %", "64.0 KiB", "performer (n_features=64)", "99.0 %"]
+    frame = frame_of(tmp_path / "one", recalled())
+    assert state_needed(recall_cells(frame, pd.DataFrame())).empty, "each has one size"
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from bench.corpora.base import Corpus, CorpusError, CorpusOptions, Document, Sou
 
 __all__ = ["SOURCES", "Corpus", "CorpusError", "Document", "best", "cache_dir", "load", "source"]
 
-_SHARED = {"__main__", "base", "disk", "hub", "hub_rows", "plain", "tokens"}
+_SHARED = {"__main__", "base", "dialogues", "disk", "hub", "hub_rows", "plain", "tokens"}
 
 SOURCES: tuple[str, ...] = tuple(
     sorted(module.name for module in pkgutil.iter_modules(__path__) if module.name not in _SHARED)

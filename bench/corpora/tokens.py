@@ -21,6 +21,7 @@ The ids of a split are cached as well, because each cell of a sweep needs them a
 from __future__ import annotations
 
 import io
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -124,11 +125,14 @@ class TextTokenizer(ABC):
                 raise CorpusError(f"{self.name}: has no token for byte {byte}; needs one for each of 256")
         return [self._vocabulary[ALPHABET[byte]] for byte in text]
 
-    def encode(self, text: Document) -> TokenText:
-        """Return the tokens of a text. Raises CorpusError if they are not its bytes."""
+    def encode(self, text: Document, ends: bytes = b"") -> TokenText:
+        """Return the tokens of a text. Raises CorpusError if they are not its bytes.
+
+        A token ends after each of the bytes `ends`, so that a text has the same tokens as its parts.
+        """
         ids: list[Ids] = [np.zeros(0, dtype=np.int64)]
         lengths: list[Ids] = [np.zeros(0, dtype=np.int64)]
-        for piece in _pieces(text.tobytes()):
+        for piece in _pieces(text.tobytes(), ends):
             first, last = self.margins(piece)
             middle = piece[first : len(piece) - last]
             found = self.tokenizer.encode(self.characters(middle), add_special_tokens=False)
@@ -174,7 +178,11 @@ class FromFile(TextTokenizer):
             ) from None
 
 
-def _pieces(text: bytes) -> Iterator[bytes]:
+def _pieces(text: bytes, ends: bytes = b"") -> Iterator[bytes]:
+    if ends:
+        for part in re.split(b"(?<=[" + re.escape(ends) + b"])", text):
+            yield from _pieces(part)
+        return
     start = 0
     while start < len(text):
         stop = min(start + PIECE_BYTES, len(text))
@@ -243,16 +251,17 @@ def _parsed(content: bytes, path: Path) -> Tokenizer:
     return tokenizer
 
 
-def encoded(tokenizer: TextTokenizer, text: Document) -> TokenText:
+def encoded(tokenizer: TextTokenizer, text: Document, ends: bytes = b"") -> TokenText:
     """Return the tokens of a long text, from the cache if they are there; they are read from the disk when
-    they are used."""
-    key = sha256(f"{tokenizer.sha256} {sha256(text.tobytes())}".encode())[:32]
+    they are used. `ends` are those of `TextTokenizer.encode`."""
+    identity = " ".join([tokenizer.sha256, sha256(text.tobytes()), *([ends.hex()] if ends else [])])
+    key = sha256(identity.encode())[:32]
     path = cache_dir() / FOLDER / f"{key}.npy"
     if not path.is_file():
-        found = tokenizer.encode(text)
+        found = tokenizer.encode(text, ends)
         buffer = io.BytesIO()
         np.save(buffer, np.stack([found.ids, found.begin(np.arange(1, len(found) + 1))]))
         with atomic_writer(path) as file:
             file.write(buffer.getvalue())
-    ids, ends = np.load(path, mmap_mode="r")
-    return TokenText(ids, ends)
+    ids, byte_ends = np.load(path, mmap_mode="r")
+    return TokenText(ids, byte_ends)

@@ -16,6 +16,7 @@ from bench.corpora.tokens import Ids
 from bench.evaluate.nll import Floats, evaluating, token_nll
 from bench.model.language_model import LanguageModel
 
+Bools = npt.NDArray[np.bool_]
 TOLERANCE = 0.01
 """Excess loss over the full history, in nats per token, that counts as equal; it corresponds to a perplexity
 that is 1 % higher."""
@@ -48,16 +49,25 @@ class ContextUse:
     """Lower confidence bound of the harm. Negative or 0: no harm is shown."""
 
 
-def target_positions(lengths: Sequence[int], seq_len: int, count: int) -> list[tuple[int, int]]:
+def target_positions(
+    lengths: Sequence[int], seq_len: int, count: int, allowed: Sequence[Bools] | None = None
+) -> list[tuple[int, int]]:
     """Return (document, position) of `count` tokens that have T tokens before them, evenly spaced over all
-    such tokens; all of them if there are fewer than `count`."""
-    possible = np.maximum(0, np.asarray(lengths, dtype=np.int64) - seq_len)
+    such tokens; all of them if there are fewer than `count`. If `allowed`, only tokens that it marks in their
+    document are taken."""
+    if allowed is None:
+        possible = np.maximum(0, np.asarray(lengths, dtype=np.int64) - seq_len)
+    else:
+        marked = [np.flatnonzero(mask[seq_len:]) for mask in allowed]
+        possible = np.array([len(places) for places in marked], dtype=np.int64)
     ends = np.cumsum(possible)
     count = min(count, int(ends[-1]))
     places = (2 * np.arange(count, dtype=np.int64) + 1) * ends[-1] // (2 * count) if count else ends[:0]
     document = np.searchsorted(ends, places, side="right")
-    position = places - (ends - possible)[document] + seq_len
-    return list(zip(document.tolist(), position.tolist(), strict=True))
+    position = places - (ends - possible)[document]
+    if allowed is not None:
+        position = np.array([marked[k][n] for k, n in zip(document, position, strict=True)], dtype=np.int64)
+    return list(zip(document.tolist(), (position + seq_len).tolist(), strict=True))
 
 
 def nll_after(
@@ -91,15 +101,16 @@ def measure_context_use(
     count: int,
     batch_size: int,
     device: torch.device,
+    allowed: Sequence[Bools] | None = None,
 ) -> ContextUse | None:
     """Score up to `count` targets after histories of 2^k tokens; None if fewer than two targets have T tokens
     before them.
 
     The full history is T, or the largest power of two below it. Every window ends at its target and starts
     with a fresh state. A batch has as many windows as contain the tokens of `batch_size` sequences, so memory
-    does not depend on the history.
+    does not depend on the history. `allowed` restricts the targets, as in `target_positions`.
     """
-    targets = target_positions([len(document) for document in documents], seq_len, count)
+    targets = target_positions([len(document) for document in documents], seq_len, count, allowed)
     if len(targets) < 2:
         return None
     lengths = [2**k for k in range(seq_len.bit_length())]

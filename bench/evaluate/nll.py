@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
@@ -15,8 +15,28 @@ from torch import Tensor
 
 from bench.model.language_model import LanguageModel
 from bench.tasks.base import IGNORED, Batch
+from bench.tasks.windows import Numbered
 
 Floats = npt.NDArray[np.float64]
+
+
+class NumberSums:
+    """Sums over the scored targets, by a number that each target has: (K,) `nats` and `counts`."""
+
+    def __init__(self) -> None:
+        self.nats: Floats = np.zeros(0)
+        self.counts: Floats = np.zeros(0)
+
+    def add(self, numbers: npt.NDArray[np.int64], nll: Floats) -> None:
+        """Add targets (n,) with their negative log-likelihoods (n,)."""
+        if (size := int(numbers.max()) + 1) > len(self.nats):
+            self.nats, self.counts = _padded(self.nats, size), _padded(self.counts, size)
+        self.nats += np.bincount(numbers, nll, minlength=len(self.nats))
+        self.counts += np.bincount(numbers, minlength=len(self.counts))
+
+    def means(self) -> list[float]:
+        """Return the mean of each number; NaN for a number without targets."""
+        return [float(mean) for mean in self.nats / np.where(self.counts, self.counts, np.nan)]
 
 
 @dataclass(frozen=True)
@@ -29,10 +49,8 @@ class Tally:
     """(T,) number of targets."""
     symbols: npt.NDArray[np.int64]
     """(V,) number of times each token was the target."""
-    block_nats: Floats
-    """(K,) sums by the block of the text; empty without blocks."""
-    block_counts: Floats
-    """(K,) number of targets of each block."""
+    by_number: tuple[NumberSums, ...] = ()
+    """Sums by number, for each series of numbers that `tally` was given."""
 
     @property
     def tokens(self) -> int:
@@ -43,11 +61,6 @@ class Tally:
     def nll(self) -> float:
         """Mean negative log-likelihood over all targets."""
         return float(self.nats.sum() / self.counts.sum())
-
-    def by_block(self) -> list[float]:
-        """Return the mean of each block; NaN for a block without targets."""
-        counts = np.where(self.block_counts, self.block_counts, np.nan)
-        return [float(mean) for mean in self.block_nats / counts]
 
     def by(self, bucket: npt.NDArray[np.int64]) -> list[float]:
         """Return the mean over each bucket, given the bucket (T,) of each position;
@@ -103,23 +116,19 @@ def tally(
     *,
     causal: bool,
     device: torch.device,
-    blocks: Iterable[Batch] | None = None,
+    numbered: Sequence[Iterable[Batch]] = (),
 ) -> Tally:
     """Score every target of the batches. State is fresh at the start of every row and carried to its end.
 
     Rows may have any length: if the input schedule has segments, they are processed one by one, and only the
-    logits of one segment are in memory. Sums are float64 because many numbers are added. `blocks` are the
-    same batches with the number of its block of text in place of each target.
+    logits of one segment are in memory. Sums are float64 because many numbers are added. Each of `numbered`
+    are the same batches with a number in place of each target.
     """
-    nats, counts, block_nats, block_counts = (np.zeros(0) for _ in range(4))
+    nats, counts = np.zeros(0), np.zeros(0)
     symbols = np.zeros(model.vocabulary, dtype=np.int64)
-    numbers = iter(blocks) if blocks is not None else None
+    by_number = tuple(NumberSums() for _ in numbered)
     with evaluating(model):
-        for batch in batches:
-            block = None if numbers is None else next(numbers).targets
-            if block is not None and int(block.max()) >= len(block_nats):
-                more = int(block.max()) + 1
-                block_nats, block_counts = (_padded(sums, more) for sums in (block_nats, block_counts))
+        for batch, *numbers in zip(batches, *numbered, strict=True):
             length = batch.targets.shape[1]
             if length > len(nats):
                 nats, counts = (_padded(sums, length) for sums in (nats, counts))
@@ -134,11 +143,9 @@ def tally(
                 nats += np.bincount(place, nll, minlength=len(nats))
                 counts += np.bincount(place, minlength=len(counts))
                 symbols += np.bincount(answers.numpy(), minlength=len(symbols))
-                if block is not None:
-                    of_block = block[:, segment][row, column].numpy()
-                    block_nats += np.bincount(of_block, nll, minlength=len(block_nats))
-                    block_counts += np.bincount(of_block, minlength=len(block_counts))
-    return Tally(nats, counts, symbols, block_nats, block_counts)
+                for sums, same in zip(by_number, numbers, strict=True):
+                    sums.add(same.targets[:, segment][row, column].numpy(), nll)
+    return Tally(nats, counts, symbols, by_number)
 
 
 def _padded(sums: Floats, size: int) -> Floats:
@@ -162,6 +169,8 @@ class TextQuality:
     """By position in the window, with a fresh state in every window."""
     nll_by_place: list[float] | None
     """By `Tally.by_place`, over the same windows; None without a period."""
+    nll_by_group: list[float] | None
+    """By group of targets, with the state of `nll`; None without groups."""
     tokens: int
     nll_by_block: list[float] | None
     """The mean of each block of the text, for `nll`; None without blocks."""
@@ -169,15 +178,6 @@ class TextQuality:
     """The same for `nll_reset`."""
     block_targets: list[int] | None
     """Targets of each block; with them as weights the means of the blocks make nll."""
-
-
-@dataclass(frozen=True)
-class Blocks:
-    """The batches of an evaluation once more, with the number of its block of text in place of each
-    target."""
-
-    windows: Iterable[Batch]
-    documents: Iterable[Batch] | None = None
 
 
 def evaluate(
@@ -191,7 +191,8 @@ def evaluate(
     unigram_nats: Floats,
     device: torch.device,
     place_period: int = 0,
-    blocks: Blocks | None = None,
+    blocks: Numbered | None = None,
+    groups: Numbered | None = None,
 ) -> TextQuality:
     """Sum the nll of every scored target in float64 and divide once.
 
@@ -209,16 +210,19 @@ def evaluate(
     divided by the number of targets.
     Word-level perplexity uses the corpus's fixed words per byte, as PG-19's authors do (arXiv:1911.05507,
     §4.1). A bucket without a scored target is NaN. `unigram_perplexity` is the perplexity of the token
-    frequencies of the training split on the same targets: that of a model without context.
+    frequencies of the training split on the same targets: that of a model without context. `blocks` and
+    `groups` number the targets: by the block of the text that they belong to, and by a group of the task.
     """
     causal = objective == "clm"
-    in_windows, in_documents = (blocks.windows, blocks.documents) if blocks else (None, None)
-    reset = tally(model, windows, causal=causal, device=device, blocks=in_windows)
+    series = [one for one in (blocks, groups) if one is not None]
+    reset = tally(model, windows, causal=causal, device=device, numbered=[one.windows for one in series])
     carried = None
     if documents is not None:
-        carried = tally(model, documents, causal=causal, device=device, blocks=in_documents)
+        again = [one.documents for one in series]
+        carried = tally(model, documents, causal=causal, device=device, numbered=again)
     assert carried is None or np.array_equal(carried.symbols, reset.symbols)  # the same targets
-    nats = (carried or reset).nll
+    own = carried or reset
+    nats = own.nll
     unigram = float(reset.symbols[: len(unigram_nats)] @ unigram_nats) / reset.tokens
     return TextQuality(
         nll=nats,
@@ -229,10 +233,11 @@ def evaluate(
         unigram_perplexity=_exp(unigram),
         nll_by_position=reset.by(position_buckets(len(reset.nats))),
         nll_by_place=reset.by_place(place_period) if place_period else None,
+        nll_by_group=own.by_number[-1].means() if groups else None,
         tokens=reset.tokens,
-        nll_by_block=(carried or reset).by_block() if blocks else None,
-        nll_reset_by_block=reset.by_block() if blocks and carried else None,
-        block_targets=[int(count) for count in reset.block_counts] if blocks else None,
+        nll_by_block=own.by_number[0].means() if blocks else None,
+        nll_reset_by_block=reset.by_number[0].means() if blocks and carried else None,
+        block_targets=[int(count) for count in reset.by_number[0].counts] if blocks else None,
     )
 
 

@@ -210,6 +210,7 @@ class Record:
     nll_reset_by_block: list[Amount] | None = None
     block_targets: list[Count] | None = None
     block_documents: list[Count] | None = None
+    nll_by_answer: list[Amount] | None = None
     nll_by_history: list[Amount] | None = None
     effective_context: Size | None = None
     effective_context_low: Size | None = None

@@ -13,7 +13,7 @@ import torch
 from bench.config.spec import CellSpec
 from bench.evaluate import attention_stats, baselines, context_use, longer
 from bench.evaluate.accuracy import measure_accuracy
-from bench.evaluate.nll import Blocks, evaluate
+from bench.evaluate.nll import evaluate
 from bench.evaluate.receptive_field import reach
 from bench.measure import predict
 from bench.records import Report
@@ -81,12 +81,13 @@ class QualityEvaluation:
             task.test_batches(stride),
             documents=task.test_documents() if self.stateful else None,
             objective=task.objective,
-            words_per_byte=task.corpus.words_per_byte(),
+            words_per_byte=task.words_per_byte(),
             bytes_per_target=task.bytes_per_target(),
             unigram_nats=task.unigram_nats(),
             device=self.device,
             place_period=self.measure.place_period,
-            blocks=Blocks(task.block_batches(stride), task.document_block_batches()),
+            blocks=task.blocks(stride),
+            groups=task.groups(stride),
         )
         self.report(
             {
@@ -98,6 +99,7 @@ class QualityEvaluation:
                 "unigram_perplexity": quality.unigram_perplexity,
                 "nll_by_position": quality.nll_by_position,
                 "nll_by_place": quality.nll_by_place,
+                "nll_by_answer": quality.nll_by_group,
                 "place_period": self.measure.place_period or None,
                 "nll_by_block": _short(quality.nll_by_block),
                 "nll_reset_by_block": _short(quality.nll_reset_by_block),
@@ -137,6 +139,7 @@ class QualityEvaluation:
             count=self.measure.history_targets,
             batch_size=self.spec.batch_size,
             device=self.device,
+            allowed=task.history_targets(),
         )
         if use:
             self.report(

@@ -12,7 +12,8 @@ After the copying task (Hochreiter 1997; Arjovsky 2016, arXiv:1511.06464, §5.1)
 selective copying (Gu 2023, Mamba, arXiv:2312.00752, §3.1), where the places of the symbols differ in each
 sequence. A state of fixed size holds a limited number of symbols, attention any number (Jelassi 2024,
 arXiv:2402.01032, §2). The inputs at the end are copy marks and not the symbols themselves, so each answer
-must come from the block.
+must come from the block, by its place. Where the symbols themselves are repeated, and are found by content,
+see the task induction.
 """
 
 from __future__ import annotations

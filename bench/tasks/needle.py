@@ -1,16 +1,25 @@
-"""Needle: a key–value pair is hidden in filler, and the key at the end queries its value.
+"""Needle: key–value pairs are hidden in filler, and keys at the end query their values.
 
-Shapes: B batch, T tokens, N depths (`n_depths`), V values (`n_values`).
+Shapes: B batch, T tokens, N depths (`n_depths`), V values (`n_values`), Q queries (`n_queries`), R values of
+a queried key (`n_answers`), A = Q·R answers.
 
     inputs   . . . . K v . . . . . . . k u . . K      targets   _ _ … _ v      (_ is not scored)
                      the needle        a distractor
                          |——— distance ————————|
 
+    n_queries=2, n_answers=2: the values of a key in the order in which they stand, each with a mark after the
+    first
+
+    inputs   . K v . . L x . L y . . . K w . . L ? K ?      targets   _ … x y v w
+
 After the key–value retrieval of Liu 2023 (arXiv:2307.03172, §3), whose pairs are JSON strings, and the
 passkey task of Mohtashami 2023 (arXiv:2305.16300, §4.2), whose filler is text. Here keys and values are
-single symbols and the filler is noise, so that the task tests retrieval only. The distance is the number of
-tokens from the query back to the value. The task is the same for causal and bidirectional models: no input at
-or after the query contains the answer.
+single symbols and the filler is noise, so that the task tests retrieval only. Several needles are those of
+RULER (Hsieh 2024, arXiv:2404.06654, §3): `n_distractors` are its multi-key, `n_queries` its multi-query and
+`n_answers` its multi-value retrieval. RULER accepts the values of a key in any order; here their order is
+asked for, because each target is one token. The distance is the number of tokens from the place of an answer
+back to its value. The task is the same for causal and bidirectional models: no input at or after the first
+query contains an answer.
 """
 
 from __future__ import annotations
@@ -51,22 +60,33 @@ class NeedleConfig(TaskConfig):
     """Share of the training during which the maximum distance grows to the whole sequence. 0 uses all
     distances from the start. Retrieval over several layers is learnt sooner after retrieval within one
     layer."""
+    n_queries: int = knob(1, least=1, unit="keys", younger=True)
+    """Keys that are queried at the end of the sequence, one after the other."""
+    n_answers: int = knob(1, least=1, unit="values", younger=True)
+    """Values of each queried key, which stands once before each of them. They are answered in the order in
+    which they stand, so the model must also count."""
 
     def __post_init__(self) -> None:
-        more = f"more than n_distractors={self.n_distractors}: the keys of a sequence differ"
-        self.require("n_keys", self.n_keys > self.n_distractors, more)
+        keys = self.n_distractors + self.n_queries
+        enough = f"n_distractors + n_queries = {keys} or more: the keys of a sequence differ"
+        self.require("n_keys", self.n_keys >= keys, enough)
+
+    @property
+    def answers(self) -> int:
+        """A, the answers at the end of a sequence."""
+        return self.n_queries * self.n_answers
 
     @property
     def vocabulary(self) -> int:
-        """Filler, then keys, then values."""
-        return self.n_filler + self.n_keys + self.n_values
+        """Filler, then keys, then values, then the mark if a key has several values."""
+        return self.n_filler + self.n_keys + self.n_values + (self.n_answers > 1)
 
 
 class Needle(Task):
-    """One pair, queried at the end. Training draws the distance uniformly, up to the maximum of the
-    curriculum; the test uses each distance in turn.
+    """Needles, queried at the end. Training draws the distance of one needle of a sequence uniformly, up to
+    the maximum of the curriculum, and the test uses each distance in turn. Others are placed at random.
 
-    `guess_accuracy` is the accuracy of guessing one of the values in the context. Without distractors that
+    `guess_accuracy` is the accuracy of guessing one of the values in the context. With a single pair that
     would always be correct; it is then 1 / n_values, the accuracy of a model that cannot read the needle.
     """
 
@@ -76,34 +96,38 @@ class Needle(Task):
 
     def __init__(self, config: NeedleConfig, setting: Setting) -> None:
         super().__init__(config, setting)
-        self.farthest = setting.seq_len - 2  # the key is the first token, its value the second
-        depths = np.linspace(1, max(1, self.farthest), config.n_depths).round()
+        self.end = setting.seq_len - config.answers  # the first query
+        self.farthest = self.end - 1  # the key is the first token, its value the second
+        depths = np.linspace(1, max(1, setting.seq_len - 2), config.n_depths).round()
         self.distance_edges = tuple(int(distance) for distance in depths)
-        others, v = config.n_distractors, config.n_values
+        others, v = config.n_distractors + config.answers - 1, config.n_values
         self.guess_accuracy = (1 + others / v) / (1 + others) if others else 1 / v
 
     def unsupported(self) -> str | None:
         """The sequence must be long enough for the distances,
         and for the pairs at any position of the needle."""
         seq_len, config = self.setting.seq_len, self.config
-        need = max(config.n_depths + 2, 2 * config.n_distractors + 4)
+        pairs = config.n_distractors + config.answers
+        need = max(config.n_depths + 2, 2 * pairs + config.answers + 1)
         if seq_len >= need:
             return None
+        several = f", n_queries={config.n_queries}, n_answers={config.n_answers}"
         return (
             f"seq_len={seq_len:,}: data=needle with n_depths={config.n_depths} and "
-            f"n_distractors={config.n_distractors} needs {need:,} tokens or more"
+            f"n_distractors={config.n_distractors}{several if config.answers > 1 else ''} "
+            f"needs {need:,} tokens or more"
         )
 
     def train_batch(self, step: int, done: float) -> Batch:
-        """Draws a distance up to the maximum of the curriculum, and a value."""
-        generator, size = self.train_generator(step), self.setting.batch_size
-        distances = generator.integers(1, self.reached(done) + 1, size)
-        values = generator.integers(0, self.config.n_values, size)
-        return self._batch(self._contexts(generator, distances), distances, values)
+        """Draws a distance up to the maximum of the curriculum, and values."""
+        generator, size, reached = self.train_generator(step), self.setting.batch_size, self.reached(done)
+        distances = generator.integers(1, reached + 1, size)
+        values = generator.integers(0, self.config.n_values, (size, self.config.answers))
+        return self._batch(*self._contexts(generator, distances, reached), values)
 
     def reached(self, done: float) -> int:
         """Return the maximum distance at the share `done` of the budget; it grows linearly from
-        `START_DISTANCE`."""
+        `START_DISTANCE`. Distances are those from the first query."""
         share = self.config.curriculum
         if done >= share:
             return self.farthest
@@ -112,9 +136,9 @@ class Needle(Task):
     def test_batches(self) -> Iterator[Batch]:
         """Yield rounds that contain one sequence for each of `distance_edges`; at least one round.
 
-        V rounds contain the same N contexts with each value in turn, and the number of rounds is a multiple
-        of V if `test_tokens` allows at least V. A model that cannot read the needle then gives the same
-        answer to a context V times and is right once: its accuracy is exactly 1 / V.
+        V rounds contain the same N contexts with each value in turn in each needle, and the number of rounds
+        is a multiple of V if `test_tokens` allows at least V. A model that cannot read any needle then gives
+        the same answers to a context V times and each is right once: its accuracy is exactly 1 / V.
         """
         n, v, size = self.config.n_depths, self.config.n_values, self.setting.batch_size
         rounds = max(1, self.setting.test_tokens // (n * self.setting.seq_len))
@@ -122,46 +146,64 @@ class Needle(Task):
             rounds -= rounds % v
         for start in range(0, rounds * n, size):
             turn, depth = np.divmod(np.arange(start, min(start + size, rounds * n)), n)
-            distances = np.array(self.distance_edges)[depth]
-            contexts = [
-                self._contexts(self.test_generator(int(context)), distances[[i]])
+            distances = np.minimum(np.array(self.distance_edges)[depth], self.farthest)
+            drawn = [
+                self._test_context(int(context), distances[[i]])
                 for i, context in enumerate(turn // v * n + depth)
             ]
-            yield self._batch(np.concatenate(contexts), distances, turn % v)
+            contexts, places, first = (np.concatenate(parts) for parts in zip(*drawn, strict=True))
+            yield self._batch(contexts, places, (first + turn[:, None]) % v)
 
-    def _contexts(self, generator: np.random.Generator, distances: Ints) -> Ints:
-        """(B,) → (B, T): filler, distractors, the needle's key and the query; the needle's value is set
-        later.
+    def _test_context(self, index: int, distance: Ints) -> tuple[Ints, Ints, Ints]:
+        """Return one context with the places of its values, and its values (1, A) in the first round."""
+        generator = self.test_generator(index)
+        contexts, places = self._contexts(generator, distance, self.farthest)
+        first = generator.integers(0, self.config.n_values, places.shape)
+        first[:, 0] = 0
+        return contexts, places, first
 
-        Pairs start at positions of the needle's parity, so that they do not overlap.
+    def _contexts(self, generator: np.random.Generator, distances: Ints, reached: int) -> tuple[Ints, Ints]:
+        """(B,) → (B, T), (B, A): filler, distractors, the needles' keys and the queries, and the places of
+        the needles' values in the order of the answers; the values are set later.
+
+        One needle of a sequence has the given distance from the first query, and the others at most
+        `reached` if there is room. Pairs start at positions of this needle's parity, so that they do not
+        overlap.
         """
         config, size, seq_len = self.config, len(distances), self.setting.seq_len
-        row = np.arange(size)
+        row = np.arange(size)[:, None]
         tokens = generator.integers(0, config.n_filler, (size, seq_len))
         keys = generator.permuted(np.tile(np.arange(config.n_keys), (size, 1)), axis=1) + config.n_filler
-        starts = self.farthest - distances
+        starts = (self.farthest - distances)[:, None]
+        slots, parity = np.arange(self.end // 2), starts % 2
+        free = 2 * slots + parity < self.farthest
+        free[row, starts // 2] = False
+        if config.answers > 1:
+            late = 2 * slots + parity < self.farthest - reached  # taken where there are too few others
+            order = np.where(free, generator.random(free.shape) + late, 2.0).argsort(axis=1)
+            others = order[:, : config.answers - 1]
+            free[row, others] = False
+            starts = generator.permuted(np.concatenate([starts, 2 * others + parity], axis=1), axis=1)
+            of_key = np.sort(starts.reshape(size, config.n_queries, config.n_answers), axis=2)
+            starts = of_key.reshape(size, config.answers)
         if config.n_distractors:
-            parity = starts % 2
-            slots = np.arange((seq_len - 1) // 2)
-            free = 2 * slots + parity[:, None] < seq_len - 2
-            free[row, starts // 2] = False
             order = np.where(free, generator.random(free.shape), 2.0).argsort(axis=1)
-            others = 2 * order[:, : config.n_distractors] + parity[:, None]
-            tokens[row[:, None], others] = keys[:, 1 : config.n_distractors + 1]
-            tokens[row[:, None], others + 1] = self._values(
-                generator.integers(0, config.n_values, others.shape)
-            )
-        tokens[row, starts] = tokens[:, -1] = keys[:, 0]
-        return tokens
+            others = 2 * order[:, : config.n_distractors] + parity
+            tokens[row, others] = keys[:, config.n_queries : config.n_queries + config.n_distractors]
+            tokens[row, others + 1] = self._values(generator.integers(0, config.n_values, others.shape))
+        tokens[row, starts] = np.repeat(keys[:, : config.n_queries], config.n_answers, axis=1)
+        tokens[:, self.end :] = config.vocabulary - 1  # marks
+        tokens[:, self.end :: config.n_answers] = keys[:, : config.n_queries]
+        return tokens, starts + 1
 
     def _values(self, values: Ints) -> Ints:
         """Return the symbols of the values."""
         return values + self.config.n_filler + self.config.n_keys
 
-    def _batch(self, contexts: Ints, distances: Ints, values: Ints) -> Batch:
-        """Build the batch of these contexts with these values in their needles."""
+    def _batch(self, contexts: Ints, places: Ints, values: Ints) -> Batch:
+        """Build the batch of these contexts with these values (B, A) in their needles."""
         answers = self._values(values)
-        contexts[np.arange(len(contexts)), self.farthest + 1 - distances] = answers
+        contexts[np.arange(len(contexts))[:, None], places] = answers
         targets, back = np.full_like(contexts, IGNORED), np.zeros_like(contexts)
-        targets[:, -1], back[:, -1] = answers, distances
+        targets[:, self.end :], back[:, self.end :] = answers, np.arange(self.end, contexts.shape[1]) - places
         return Batch.of(contexts, targets, back)

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import ClassVar
 
 import numpy as np
 import numpy.typing as npt
@@ -21,6 +22,7 @@ from bench.corpora import Corpus, Document, tokens
 from bench.corpora.tokens import Ids, TextTokenizer, TokenText
 from bench.tasks.base import IGNORED, Batch, Setting, Task, TaskConfig
 from bench.tasks.windows import (
+    Numbered,
     Passage,
     block_documents,
     document_batches,
@@ -75,20 +77,27 @@ class Text(Task):
     """
 
     Config = TextConfig
-    objectives = ("clm", "mlm")
+    objectives: ClassVar[tuple[str, ...]] = ("clm", "mlm")
+    token_ends: ClassVar[bytes] = b""
+    """Bytes after each of which a token ends."""
 
     def __init__(self, config: TextConfig, setting: Setting) -> None:
         """Loads the corpus. Raises corpora.CorpusError if it is not available."""
         super().__init__(config, setting)
-        self.corpus = corpora.load(setting.data, config.path, config.max_bytes)
+        self.corpus = self.load_corpus(config, setting.data)
         self.tokenizer = _tokenizer(config, self.corpus)
+
+    @classmethod
+    def load_corpus(cls, config: TextConfig, data: str) -> Corpus:
+        """Load the corpus that `data` names. Raises corpora.CorpusError."""
+        return corpora.load(data, config.path, config.max_bytes)
 
     @classmethod
     def sha256(cls, config: TaskConfig, data: str) -> str:
         """Return the hash of the corpus, which depends only on its documents, and of the tokenizer if there
         is one. Raises corpora.CorpusError."""
         assert isinstance(config, TextConfig)
-        corpus = corpora.load(data, config.path, config.max_bytes)
+        corpus = cls.load_corpus(config, data)
         tokenizer = _tokenizer(config, corpus)
         return corpus.sha256 if tokenizer is None else tokenizer.identity(corpus)
 
@@ -111,7 +120,13 @@ class Text(Task):
     @cached_property
     def train_tokens(self) -> TokenText:
         """The training documents as tokens."""
-        return _tokens(self.corpus.train_stream, self.tokenizer)
+        return self.tokens_of(self.corpus.train_stream)
+
+    def tokens_of(self, text: Document) -> TokenText:
+        """Return the tokens of a text; those of a tokenizer are cached on the disk."""
+        if self.tokenizer is None:
+            return TokenText(text)
+        return tokens.encoded(self.tokenizer, text, ends=self.token_ends)
 
     def train_batch(self, step: int, done: float) -> Batch:
         """Windows of the training documents: drawn at random, or continuous. There is no curriculum, so
@@ -146,7 +161,7 @@ class Text(Task):
     @property
     def token_texts(self) -> list[TokenText]:
         """The documents that are scored, as tokens whose bytes are known."""
-        return [_tokens(document, self.tokenizer) for document in self.documents]
+        return [self.tokens_of(document) for document in self.documents]
 
     @property
     def token_documents(self) -> list[Ids]:
@@ -176,6 +191,14 @@ class Text(Task):
         targets = sum(len(text.ids) - 1 for text in self.scored_tokens)
         return sum(text.bytes - 1 for text in self.scored_tokens if text.bytes) / targets
 
+    def words_per_byte(self) -> float:
+        """Words per byte of scored text, a constant of the corpus."""
+        return self.corpus.words_per_byte()
+
+    def history_targets(self) -> list[npt.NDArray[np.bool_]] | None:
+        """Which tokens of `token_documents` may be targets of the context use; None means all."""
+        return None
+
     def unigram_nats(self) -> npt.NDArray[np.float64]:
         """−ln p of each token under the frequencies of the training tokens, add-one smoothed."""
         if self.tokenizer is None:
@@ -192,13 +215,19 @@ class Text(Task):
         """Yield the same targets in rows that are whole documents."""
         return document_batches(self.passages, self.setting.batch_size)
 
-    def block_batches(self, stride: int) -> Iterator[Batch]:
-        """Yield the batches of `test_batches`, with the number of its block in place of each target."""
-        return window_batches(numbered(self.passages), self.setting.seq_len, stride, self.setting.batch_size)
+    def blocks(self, stride: int) -> Numbered:
+        """Return the number of the block of text of each target."""
+        return self.numbered(numbered(self.passages), stride)
 
-    def document_block_batches(self) -> Iterator[Batch]:
-        """Yield the batches of `test_documents`, with the number of its block in place of each target."""
-        return document_batches(numbered(self.passages), self.setting.batch_size)
+    def groups(self, stride: int) -> Numbered | None:
+        """Return the number of the group of each target; None if there are no groups."""
+        return None
+
+    def numbered(self, numbers: Sequence[Passage], stride: int) -> Numbered:
+        """Return the batches of `test_batches` and `test_documents`, with these numbers for targets."""
+        size = self.setting.batch_size
+        windows = window_batches(numbers, self.setting.seq_len, stride, size)
+        return Numbered(windows, document_batches(numbers, size))
 
     def train_text(self, steps: int) -> list[Document]:
         """Return the bytes of the first `steps` training batches, inputs and targets, as parts of the
@@ -229,11 +258,6 @@ def _tokenizer(config: TextConfig, corpus: Corpus) -> TextTokenizer | None:
     if config.tokenizer is not None:
         return tokens.from_file(config.tokenizer)
     return None if config.bpe is None else tokens.trained(corpus, config.bpe)
-
-
-def _tokens(text: Document, tokenizer: TextTokenizer | None) -> TokenText:
-    """Return the tokens of a document; those of a tokenizer are cached on the disk."""
-    return TokenText(text) if tokenizer is None else tokens.encoded(tokenizer, text)
 
 
 def _first_apart(text: Document, tokenizer: TextTokenizer | None) -> TokenText:

@@ -37,6 +37,15 @@ class Passage(NamedTuple):
     targets: Ids
 
 
+class Numbered(NamedTuple):
+    """The batches of an evaluation once more, with a number in place of each target."""
+
+    windows: Iterator[Batch]
+    """Those of `window_batches`."""
+    documents: Iterator[Batch]
+    """Those of `document_batches`."""
+
+
 class Window(NamedTuple):
     """Tokens [start, stop) of a document; the targets [scored, stop) are scored."""
 

@@ -14,7 +14,7 @@ from bench.report.data.ranking import Ranking
 from bench.report.data.statistics import quality as quality_of
 from bench.report.figures.spec import FigureSpec
 from bench.report.sections import Section
-from bench.report.sections.quality.by_position import by_history, by_position
+from bench.report.sections.quality.by_position import by_answer, by_history, by_position
 from bench.report.sections.quality.plots import context, losses
 from bench.report.sections.quality.tables import comparable, families, quality
 from bench.report.text.marks import LEAK, UNDERTRAINED, meanings
@@ -94,6 +94,7 @@ class Quality(Section[Trained]):
             ("effective_context", "How far back it looks", data.cells, context),
             ("nll_by_position", "Loss by position", data.records, by_position),
             ("nll_by_history", "Loss by how far back is read", data.records, by_history),
+            ("nll_by_answer", "Loss by answer of a dialogue", data.records, by_answer),
         )
         return [FigureSpec(stem, title, cells, draw, SETTING) for stem, title, cells, draw in kinds]
 

@@ -1,4 +1,4 @@
-"""Loss by position in the sequence, and by how far back is read."""
+"""Loss by position in the sequence, by how far back is read, and by the answer of a dialogue."""
 
 from __future__ import annotations
 
@@ -45,6 +45,31 @@ def by_position(frame: pd.DataFrame, look: Look) -> Figure | None:
         axis=octaves,
     )
     return draw_family(_with_list(frame, "nll_by_position"), look, family)
+
+
+def by_answer(frame: pd.DataFrame, look: Look) -> Figure | None:
+    """Loss on the first, second, … answers of dialogues; None where nothing is a dialogue.
+
+    The last point may have later answers too (`bench.tasks.dialogue`).
+    """
+
+    def line(own: pd.DataFrame) -> Line | None:
+        return over_replicates(_losses(own, "nll_by_answer"), np.arange(1.0, 65.0))
+
+    family = Family(
+        title="Loss by answer of a dialogue",
+        x="number of the answer in its dialogue",
+        y=loss_unit(frame),
+        footer="mean and min–max over {}; other dialogues have the later answers",
+        baselines=True,
+        line=line,
+        axis=_numbers,
+    )
+    return draw_family(_with_list(frame, "nll_by_answer"), look, family)
+
+
+def _numbers(axis: Axes, largest: float) -> None:
+    axis.set_xticks(np.arange(1, largest + 1, max(1, largest // 8)))
 
 
 def by_history(frame: pd.DataFrame, look: Look) -> Figure | None:

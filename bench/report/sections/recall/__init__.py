@@ -13,10 +13,17 @@ from bench.report.figures.spec import FigureSpec
 from bench.report.sections import Section
 from bench.report.sections.recall import plots
 from bench.report.sections.recall.data import axes_of, recall_cells
+from bench.report.sections.recall.state import ENOUGH, by_state, needed_table, state_needed
 from bench.report.sections.recall.tables import accuracies
 from bench.report.text.marks import LEAK, meanings
 from bench.report.text.phrases import headed
 from bench.report.text.tables import Table
+
+NEEDED = (
+    "For each variant whose state was measured in several sizes: the least *state needed* for "
+    f"{100 * ENOUGH:.0f} % of the accuracy of dense attention, which keeps every key and value, and the most "
+    "accurate of its cells. A dash: none of the sizes was enough after this training."
+)
 
 
 class Recall(Section[pd.DataFrame]):
@@ -42,11 +49,16 @@ class Recall(Section[pd.DataFrame]):
         return recall_cells(records.kinds.plain, done["rates"])
 
     def tables(self, data: pd.DataFrame) -> list[Table]:
-        """A table a task and model size."""
+        """A table a task and model size, and one of the state that is needed where its size was swept."""
         if data.empty:
             return []
         keys = ("objective", "data", "d_model", "heads")
-        return [Table(accuracies(group), heading) for _, heading, group in headed(_best(data), keys)]
+        tables = []
+        for _, heading, group in headed(_best(data), keys):
+            tables.append(Table(accuracies(group), heading))
+            if len(needed := state_needed(group)):
+                tables.append(Table(needed_table(needed), f"{heading}: state", NEEDED))
+        return tables
 
     def figures(self, data: pd.DataFrame) -> list[FigureSpec]:
         """Accuracy against each knob of a task, against the state, and by distance."""
@@ -58,7 +70,7 @@ class Recall(Section[pd.DataFrame]):
             title = f"Accuracy against {name}"
             specs.append(FigureSpec(f"accuracy_by_{name}", title, of, plots.against(name), TASK))
         for stem, title, draw in (
-            ("accuracy_by_state", "Accuracy against the state that is carried", plots.by_state),
+            ("accuracy_by_state", "Accuracy against the state that is carried", by_state),
             ("accuracy_by_distance", "Accuracy by distance", plots.by_distance),
             ("accuracy_map", "Accuracy by distance, as a map", plots.distance_map),
         ):

@@ -1,4 +1,4 @@
-"""Accuracy against a task's knobs, against the state that is carried, and by distance; guessing dashed."""
+"""Accuracy against a task's knobs and by distance; guessing dashed."""
 
 from __future__ import annotations
 
@@ -21,7 +21,6 @@ from bench.report.figures.families import panel_keys, panel_title
 from bench.report.figures.lines import GREY, Look, label_handles, line_of, replicates
 from bench.report.figures.style import Style
 from bench.report.sections.recall.data import along, beyond, evenly_spaced, trained_apart
-from bench.report.text import units
 
 ROOM = 0.04
 """Share of the panel that stays free above 100 % and below 0."""
@@ -53,41 +52,7 @@ def _against(cells: pd.DataFrame, look: Look, *, axis_name: str) -> Figure | Non
 
     name = "sequence length" if axis_name == "seq_len" else axis_name
     x = "sequence length (tokens)" if axis_name == "seq_len" else axis_name
-    return _figure(cells, look, keys, draw, f"Accuracy against {name}", x)
-
-
-def by_state(cells: pd.DataFrame, look: Look) -> Figure | None:
-    """A marker a variant at the bytes that it carries; None where fewer than two amounts are known."""
-    cells = cells[cells["state_bytes"].notna()]
-    if cells["state_bytes"].nunique() < 2:
-        return None
-    smallest = cells.loc[cells["state_bytes"] > 0, "state_bytes"].min()
-    low, high = smallest / 1.4, cells["state_bytes"].max() * 1.4
-    nothing = (cells["state_bytes"] == 0).any()  # as of chunks, where one has just ended
-
-    def draw(axis: Axes, part: pd.DataFrame) -> None:
-        for _, cell in part.iterrows():
-            _point(axis, cell, look.styles[str(cell["label"])])
-        _guessing(axis, part)
-        if nothing:  # 0 has a place of its own, left of the least that is more
-            axis.set_xscale("symlog", base=2, linthresh=smallest / 2, linscale=0.5)
-        else:
-            axis.set_xscale("log", base=2)
-        axis.set_xlim(-smallest / 8 if nothing else low, high)
-        canvas.human_axis(
-            axis.xaxis, low, high, lambda v: units.size(v, short=True), binary=True, zero=bool(nothing)
-        )
-
-    title = "Accuracy against the state that is carried"
-    return _figure(
-        cells,
-        look,
-        panel_keys(cells, "knobs", trained=trained_apart(cells)),
-        draw,
-        title,
-        "state of all layers",
-        line="",
-    )
+    return recall_figure(cells, look, keys, draw, f"Accuracy against {name}", x)
 
 
 def by_distance(cells: pd.DataFrame, look: Look) -> Figure | None:
@@ -110,7 +75,7 @@ def by_distance(cells: pd.DataFrame, look: Look) -> Figure | None:
                 axis.add_line(line)
                 if cell["reach"] < cell["seq_len"] - 1:
                     axis.axvline(cell["reach"], color=style.colour, linestyle=":", linewidth=1.4)
-        _guessing(axis, part)
+        draw_guessing(axis, part)
         axis.autoscale_view()
         if not evenly_spaced(edges):
             axis.set_xscale("log", base=2)
@@ -121,7 +86,7 @@ def by_distance(cells: pd.DataFrame, look: Look) -> Figure | None:
         handles.append(Line2D([], [], color=GREY, linestyle=":", linewidth=1.4, label="reach of the pattern"))
     title, x = "Accuracy by distance", "tokens back to what is asked for"
     spread = "mean over {}"
-    return _figure(
+    return recall_figure(
         cells,
         look,
         panel_keys(cells, "knobs", trained=trained_apart(cells)),
@@ -191,12 +156,13 @@ def _has_distances(cells: pd.DataFrame) -> npt.NDArray[np.bool_]:
     return np.array([has(*pair) for pair in pairs], dtype=bool)
 
 
-def _guessing(axis: Axes, part: pd.DataFrame) -> None:
+def draw_guessing(axis: Axes, part: pd.DataFrame) -> None:
+    """A dashed line at each accuracy of guessing."""
     for guess in part["guess_accuracy"].dropna().unique():
         axis.axhline(guess, color=GREY, linestyle="--", linewidth=1)
 
 
-def _figure(
+def recall_figure(
     cells: pd.DataFrame,
     look: Look,
     keys: list[str],
@@ -241,12 +207,3 @@ def _line(axis: Axes, own: pd.DataFrame, x: str, style: Style) -> None:
         axis.fill_between(
             own[x], own["accuracy_min"], own["accuracy_max"], color=style.colour, alpha=0.2, linewidth=0
         )
-
-
-def _point(axis: Axes, cell: pd.Series[float], style: Style) -> None:
-    mean = float(cell["accuracy_mean"])
-    low, high = cell["accuracy_min"], cell["accuracy_max"]
-    axis.vlines(cell["state_bytes"], low, high, color=style.colour, linewidth=1.2)
-    line = line_of(style, hollow=bool(cell["leaks"]))
-    line.set_data([cell["state_bytes"]], [mean])
-    axis.add_line(line)
