@@ -21,7 +21,7 @@ from bench.corpora import Corpus
 from bench.evaluate import baselines, compressors, ngram
 from bench.evaluate.ngram import Piece
 from bench.tasks.base import IGNORED, Setting
-from bench.tasks.text import Text, TextConfig, train_batch
+from bench.tasks.text import Text, TextConfig
 
 letters = st.binary(min_size=1, max_size=60).map(lambda text: bytes(97 + byte % 4 for byte in text))
 texts = st.lists(letters, min_size=1, max_size=5)
@@ -135,18 +135,17 @@ def text_task(monkeypatch: pytest.MonkeyPatch, corpus: Corpus = CORPUS, **change
     return Text(TextConfig(), Setting(**{**given_, "test_tokens": 400, **changed}))  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("is_continuous", [False, True])
 @pytest.mark.parametrize(("seq_len", "steps"), [(50, 1), (50, 30), (20, 200)])
 def test_the_text_learnt_is_that_of_the_training_batches(
-    monkeypatch: pytest.MonkeyPatch, seq_len: int, steps: int
+    monkeypatch: pytest.MonkeyPatch, seq_len: int, steps: int, is_continuous: bool
 ) -> None:
     """Every byte of every batch, each once. Windows of noise are found in the stream by their content."""
-    task = text_task(monkeypatch, seq_len=seq_len)
+    task = text_task(monkeypatch, seq_len=seq_len, is_continuous=is_continuous)
     stream = CORPUS.train_stream.tobytes()
     seen = np.zeros(len(stream), dtype=bool)
     for step in range(steps):
-        inputs, targets, _ = train_batch(
-            CORPUS.train_stream, seq_len=seq_len, batch_size=3, objective="clm", replicate=1, step=step
-        )
+        inputs, targets, _ = task.train_batch(step, 0.0)
         for row, last in zip(inputs, targets[:, -1], strict=True):
             window = bytes([*row.tolist(), int(last)])
             assert stream.count(window) == 1

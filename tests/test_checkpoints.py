@@ -27,7 +27,8 @@ from bench.records import Record, read_all
 from bench.tasks.text import VOCABULARY, Batch
 from bench.train import checkpoints, loss_curve
 from bench.train.checkpoints import CheckpointStore
-from bench.train.loop import Budget, Training, train
+from bench.train.loop import Training, train
+from bench.train.schedule import Budget
 from variants.base import Workload
 
 SIZES = Workload(causal=True, batch_size=1, seq_len=40, d_model=32, heads=2)

@@ -28,7 +28,8 @@ from bench.model.language_model import LanguageModel
 from bench.model.slots import ModelSpec, depth_schedule
 from bench.process import compiler
 from bench.tasks.base import Batch
-from bench.train.loop import Training, training_step
+from bench.train.loop import Training
+from bench.train.step import training_step
 from variants.base import Variant
 
 CPU = torch.device("cpu")
@@ -82,7 +83,7 @@ def gradients(model: LanguageModel, *, causal: bool) -> tuple[float, list[Tensor
     tokens = torch.randint(model.vocabulary, (2, 2, TOKENS), generator=source)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
     torch.manual_seed(1)
-    nll = training_step(model, optimizer, Batch(*tokens), causal=causal).item()
+    nll = training_step(model, optimizer, Batch(*tokens), causal=causal).nll.item()
     return nll, [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in model.parameters()]
 
 

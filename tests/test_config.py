@@ -127,6 +127,8 @@ REFUSED: dict[str, tuple[str, ...]] = {
     "measure.place_period=-1": ("measure.place_period=-1", "0 or more"),
     "measure.attention_windows=-1": ("measure.attention_windows=-1", "0 or more"),
     "measure.reach=far": ("measure.reach='far'", "true or false"),
+    "measure.longer=6": ("measure.longer=6", "0 for none, or a power of two from 2 to 64"),
+    "measure.longer=1": ("measure.longer=1", "0 for none, or a power of two from 2 to 64"),
     "measure.history_targets=-1": ("measure.history_targets=-1", "0 or more"),
     "measure.history_targets=1": ("measure.history_targets=1", "0 for none, or 2 or more"),
     "measure.learning_rate=0": ("measure.learning_rate=0", "more than 0"),

@@ -21,8 +21,9 @@ from bench.evaluate.nll import Tally, tally
 from bench.model.language_model import LanguageModel
 from bench.model.slots import ModelSpec, feed_forward
 from bench.tasks import text
+from bench.tasks.base import Setting
 from bench.tasks.windows import document_batches, window_batches
-from bench.train.loop import optimizer_for, training_step
+from bench.train.step import optimizer_for, training_step
 from variants.base import Workload
 
 pytestmark = pytest.mark.slow
@@ -56,17 +57,19 @@ def trained(name: str, replicate: int, *, batch_size: int, steps: int, **knobs: 
         activations="keep",
     )
     optimizer = optimizer_for(model, LEARNING_RATE)
+    setting = Setting(
+        data="plays",
+        objective="clm",
+        seq_len=T,
+        batch_size=batch_size,
+        replicate=replicate,
+        test_tokens=0,
+    )
+    task = text.Text(text.TextConfig(), setting)
     for step in range(steps):
         for group in optimizer.param_groups:
             group["lr"] = LEARNING_RATE * min(10 * (step + 1) / steps, 1 - step / steps)
-        batch = text.train_batch(
-            corpus().train_stream,
-            seq_len=T,
-            batch_size=batch_size,
-            objective="clm",
-            replicate=replicate,
-            step=step,
-        )
+        batch = task.train_batch(step, step / steps)
         training_step(model, optimizer, batch, causal=True)
     return model
 

@@ -18,7 +18,8 @@ from bench.evaluate.accuracy import measure_accuracy
 from bench.model.language_model import LanguageModel
 from bench.model.slots import ModelSpec, feed_forward
 from bench.tasks.base import IGNORED, Batch, Setting, Task
-from bench.train.loop import Budget, train
+from bench.train.loop import train
+from bench.train.schedule import Budget
 from variants import load
 from variants.base import Workload
 

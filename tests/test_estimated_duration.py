@@ -64,12 +64,32 @@ def test_training_is_as_many_steps_as_the_budget_has() -> None:
     assert duration.cell_seconds(flops.spec, FIGURES, H100, is_gated=True).training > 100 * STEP
 
 
+def test_branches_of_budgets_and_a_search_are_counted() -> None:
+    """80 steps with branches of 4 and 8 steps for 20 and 40; a search is three trainings of 20, once for all
+    replicates."""
+    trained = (*TRAINED, "measure.train_tokens=327680", "measure.schedule=wsd", "measure.train_budgets=3")
+    searched = (*trained, "measure.learning_rate=search", "replicate=0,1")
+    specs = [cell.spec for cell in (*cells_of(*trained), *cells_of(*searched))]
+    found = [duration.cell_seconds(spec, FIGURES, H100, is_gated=True).training for spec in specs]
+    assert found == pytest.approx([92 * STEP, 152 * STEP, 92 * STEP])
+
+
 def test_a_model_with_state_is_evaluated_twice() -> None:
     dense, recurrent = (cells_of(*TRAINED, f"variant={name}")[0].spec for name in ("dense", "transformer_xl"))
     once, twice = (
         duration.cell_seconds(spec, FIGURES, H100, is_gated=True).evaluation for spec in (dense, recurrent)
     )
     assert twice - once == pytest.approx(duration.FORWARD_SHARE * STEP)
+
+
+def test_longer_sequences_are_forward_passes_of_their_tokens() -> None:
+    """4,096 targets are 16 groups at 1,024 tokens; each is read at 1, 2, 4 and 8 times this length."""
+    plain, longer = (cells_of(*TRAINED, "seq_len=1024", f"measure.longer={n}")[0].spec for n in (0, 8))
+    without, with_them = (
+        duration.cell_seconds(spec, FIGURES, H100, is_gated=True).evaluation for spec in (plain, longer)
+    )
+    forwards = 16 * 15 * 1024 / (4 * 1024)
+    assert with_them - without == pytest.approx(forwards * duration.FORWARD_SHARE * STEP)
 
 
 def test_rounds_add_up_and_gates_run_once(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -95,7 +95,8 @@ import sys, torch, variants
 from bench.model.language_model import LanguageModel
 from bench.model.slots import ModelSpec, feed_forward
 from bench.tasks.base import Batch
-from bench.train.loop import Budget, Training
+from bench.train.loop import Training
+from bench.train.schedule import Budget
 from variants.base import Dims
 variant = variants.load("frozen")
 def made():

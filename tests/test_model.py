@@ -8,10 +8,10 @@ import pytest
 import torch
 
 import variants
-from bench.model.language_model import LanguageModel
+from bench.model.language_model import LanguageModel, initial_std
 from bench.model.slots import ModelSpec, feed_forward
 from bench.tasks.text import IGNORED, VOCABULARY, Batch
-from bench.train.loop import optimizer_for, training_step
+from bench.train.step import optimizer_for, training_step
 from variants.base import Workload, known_leak
 from variants.input_schedule import Chunks
 
@@ -55,12 +55,17 @@ def test_parameters_are_counted_on_paper(depth: int, ff_mult: int) -> None:
 
 
 def test_what_writes_to_the_residual_stream_starts_smaller() -> None:
-    """GPT-2: 0.02, over √(2·depth) for a block's two outputs."""
+    """Over √(2·depth) for a block's two outputs. A projection of C numbers has the variance of one of GPT-2:
+    768 · 0.02²."""
     depth = 8
     for name, parameter in model_of("dense", depth=depth).named_parameters():
         if parameter.dim() == 2:
-            std = 0.02 / (2 * depth) ** 0.5 if name.endswith("out.weight") else 0.02
-            assert parameter.std().item() == pytest.approx(std, rel=0.1), name
+            variance = C * parameter.var().item() * (2 * depth if name.endswith("out.weight") else 1)
+            assert variance == pytest.approx(0.3072, rel=0.2), name
+
+
+def test_at_the_width_of_gpt_2_weights_start_as_its_weights() -> None:
+    assert initial_std(768) == 0.02
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -124,7 +129,7 @@ def test_checkpointing_changes_no_gradient(name: str) -> None:
         model = model_of(name, causal=causal, activations=activations, dropout=0.3).train()
         torch.manual_seed(2)
         optimizer = optimizer_for(model, 0.0)
-        losses.append(training_step(model, optimizer, Batch(tokens, targets), causal=causal))
+        losses.append(training_step(model, optimizer, Batch(tokens, targets), causal=causal).nll)
         gradients.append({key: p.grad for key, p in model.named_parameters()})
     torch.testing.assert_close(losses[0], losses[1], rtol=1e-6, atol=0)
     kept, recomputed = gradients

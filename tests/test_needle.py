@@ -18,7 +18,8 @@ from bench.model.language_model import LanguageModel
 from bench.model.slots import ModelSpec, feed_forward
 from bench.tasks.base import IGNORED, Batch, Setting
 from bench.tasks.needle import START_DISTANCE, Needle, NeedleConfig
-from bench.train.loop import Budget, train
+from bench.train.loop import train
+from bench.train.schedule import Budget
 from variants.base import Workload
 
 T = 32

@@ -50,6 +50,8 @@ def four(home: Path) -> dict[str, dict[str, Any]]:
         "measure.place_period=64",
         "measure.attention_windows=2",
         "measure.reach=true",
+        "measure.longer=4",
+        "measure.longer_targets=128",
     )
 
 
@@ -107,6 +109,45 @@ def test_what_was_asked_of_places_attention_and_reach_is_in_the_record(
     assert four["linformer"]["softmax_error"] != four["linformer"]["softmax_error_initial"]
 
 
+def test_one_run_serves_several_budgets_at_a_rate_that_was_searched(home: Path) -> None:
+    """Replicates share the search; figures of the largest budget are those of the record."""
+    trained = (
+        "name=budgets",
+        "variant=transformer_xl",
+        "variant.segment=64",
+        "replicate=0,1",
+        "measure.train_tokens=8192",
+        "measure.learning_rate=search",
+        "measure.search_rates=[1e-3,1e-2]",
+        "measure.schedule=wsd",
+        "measure.train_budgets=3",
+        "measure.carry_state=true",
+        "measure.validations=2",
+        "measure.history_targets=0",
+    )
+    records(home, *trained)
+    folder = home / "results" / "budgets"
+    both = [json.loads(path.read_text()) for path in (folder / "records").glob("*.json")]
+    assert [record["status"] for record in both] == ["ok"] * 2
+    assert len({record["nll"] for record in both}) == 2
+    assert len({json.dumps([r["learning_rates_tried"], r["learning_rate_nlls"]]) for r in both}) == 1
+    for record in both:
+        tried = record["learning_rates_tried"]
+        assert record["learning_rate"] == tried[np.argmin(record["learning_rate_nlls"])]
+        assert len(tried) >= 3, "of two rates the best is at an end"
+        assert record["train_budgets"] == [2048, 4096, 8192]
+        assert (record["tokens_trained"], record["schedule"]) == (8192, "wsd")
+        assert record["nll_by_budget"][-1] == record["nll"]
+        assert record["nll_by_budget"][0] > record["nll"]
+        bits = [nll / math.log(2) for nll in record["nll_by_budget"]]
+        assert record["bits_per_byte_by_budget"] == pytest.approx(bits)
+        assert record["validation_tokens"] == [4096, 8192]
+        assert len(set(record["validation_nll"])) == 2
+        assert record["train_state"] == "carried"
+        assert 8192 / 40_000 < record["epochs"] < 8192 / 15_000, "of about 20 kB"
+    assert len(list((folder / "rates").glob("*.json"))) == len(both[0]["learning_rates_tried"])
+
+
 @pytest.mark.slow
 def test_what_was_not_asked_for_is_null(home: Path) -> None:
     record = records(home, "variant=dense", "name=plain", "measure.history_targets=0")["dense"]
@@ -125,6 +166,30 @@ def test_a_plan_works_out_the_reach_where_it_is_asked(home: Path) -> None:
     )
     assert records(home, *plan, "name=far", "measure.reach=true")["transformer_xl"]["reach"] == 63
     assert records(home, *plan, "name=near")["transformer_xl"]["reach"] is None
+
+
+def test_trained_models_are_evaluated_on_longer_sequences_or_say_why_not(
+    four: dict[str, dict[str, Any]],
+) -> None:
+    causal = [four[name] for name in ("dense", "chunked", "transformer_xl")]
+    for record in causal:
+        assert record["longer_lengths"] == [T, 2 * T, 4 * T]
+        assert record["tokens_evaluated_longer"] == 128
+        assert len(record["nll_longer_by_position"]) == 16
+        assert record["nll_longer_by_position"][-1] == pytest.approx(record["nll_longer"][-1])
+        assert record["longer_reason"] is None
+        bits = [nll / math.log(2) for nll in record["nll_longer"]]
+        assert record["bits_per_byte_longer"] == pytest.approx(bits)
+    positions = ("rotary", "rotary, restarting in chunks of 256 tokens every 256", "relative")
+    assert tuple(record["positions"] for record in causal) == positions
+    chunked, memory = four["chunked"], four["transformer_xl"]
+    assert chunked["nll_longer"] == pytest.approx([chunked["nll_longer"][0]] * 3), "a chunk of 256"
+    assert memory["longer_memory_positions"] == [256, 512]
+    assert memory["nll_longer_memory"][0] == memory["nll_longer"][-1]
+    assert chunked["nll_longer_memory"] is None
+    linformer = four["linformer"]
+    assert linformer["longer_reason"] == "linformer has parameters for a fixed number of positions"
+    assert linformer["nll_longer"] is None
 
 
 def test_a_memory_model_has_both_figures(four: dict[str, dict[str, Any]]) -> None:

@@ -19,7 +19,7 @@ from bench.model import reversible
 from bench.model.language_model import LanguageModel
 from bench.model.slots import ModelSpec, feed_forward
 from bench.tasks.text import Batch
-from bench.train.loop import optimizer_for, training_step
+from bench.train.step import optimizer_for, training_step
 from variants.base import Workload
 
 ON_HOST = [name for name, strategy in strategies.STRATEGIES.items() if not strategy.needs_device]

@@ -25,7 +25,7 @@ from bench.run.cell import CellRun
 from bench.run.code_hash import code_sha256
 from bench.scenarios.support import Unsupported
 from bench.tasks.base import Batch
-from bench.train.loop import optimizer_for, training_step
+from bench.train.step import optimizer_for, training_step
 from variants.base import Context, DepthConfig, DepthSchedule, Dims, FFOut, SequenceMixer, SlotSpec, Workload
 from variants.declarations import Declared
 from variants.depth.universal import Universal, UniversalConfig

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -12,8 +13,8 @@ from hypothesis import strategies as st
 from passages import scored_passages
 
 from bench.corpora import Corpus, Document
-from bench.tasks.base import IGNORED, Batch
-from bench.tasks.text import MASK, MASKED_SHARE, VOCABULARY, too_short, train_batch
+from bench.tasks.base import IGNORED, Batch, Setting
+from bench.tasks.text import MASK, MASKED_SHARE, VOCABULARY, Text, TextConfig, too_short
 from bench.tasks.windows import Passage
 
 
@@ -34,9 +35,15 @@ CORPUS = Corpus(
 )
 
 
-def batch_of(**changed: Any) -> Batch:
-    given_: dict[str, Any] = {"seq_len": 50, "batch_size": 3, "objective": "clm", "replicate": 0, "step": 0}
-    return train_batch(CORPUS.train_stream, **{**given_, **changed})
+def task_of(**changed: Any) -> Text:
+    given_: dict[str, Any] = {"data": "noise", "objective": "clm", "seq_len": 50, "batch_size": 3}
+    given_ |= {"replicate": 0, "test_tokens": 0, **changed}
+    with mock.patch("bench.tasks.text.corpora.load", return_value=CORPUS):
+        return Text(TextConfig(), Setting(**given_))
+
+
+def batch_of(*, step: int = 0, **changed: Any) -> Batch:
+    return task_of(**changed).train_batch(step, 0.0)
 
 
 def same(a: Batch, b: Batch) -> bool:
@@ -100,6 +107,30 @@ def test_training_windows_reach_the_whole_stream() -> None:
     inputs, targets, _ = batch_of(seq_len=length, batch_size=2)
     assert bytes(inputs[0].tolist()) == stream[:-1].tobytes()
     assert bytes(targets[1].tolist()) == stream[1:].tobytes()
+
+
+@settings(deadline=None)
+@given(seq_len=st.integers(1, 200), batch_size=st.integers(1, 4), replicate=st.integers(0, 50))
+def test_continuous_rows_go_on_where_they_stopped(seq_len: int, batch_size: int, replicate: int) -> None:
+    """Until the end of the text, after which a row begins again."""
+    task = task_of(seq_len=seq_len, batch_size=batch_size, replicate=replicate, is_continuous=True)
+    stream = CORPUS.train_stream.tobytes()
+    places = len(stream) - seq_len
+    for step in (0, 1, 7):
+        before, after = (task.train_batch(k, 0.0) for k in (step, step + 1))
+        starts = []
+        for row, next_row, last in zip(before.inputs, after.inputs, before.targets[:, -1], strict=True):
+            start = stream.index(bytes([*row.tolist(), int(last)]))
+            starts.append(start)
+            expected = (start + seq_len) % places
+            assert bytes(next_row.tolist()) == stream[expected : expected + seq_len]
+        gaps = np.diff(sorted(starts))
+        assert all(gap >= places // batch_size - 1 for gap in gaps), "rows are far apart"
+
+
+def test_continuous_rows_begin_somewhere_else_in_each_replicate() -> None:
+    firsts = {tuple(batch_of(replicate=k, is_continuous=True).inputs[0].tolist()) for k in range(5)}
+    assert len(firsts) == 5
 
 
 def scored(documents: tuple[Document, ...], **changed: Any) -> list[Passage]:

@@ -17,18 +17,9 @@ from bench.config.spec import MeasureSpec
 from bench.model.language_model import LanguageModel
 from bench.model.slots import ModelSpec, feed_forward
 from bench.tasks import text
-from bench.train.loop import (
-    CLIP_NORM,
-    FIRST_SHARE,
-    WEIGHT_DECAY,
-    Budget,
-    Diverged,
-    Training,
-    learning_rate_factor,
-    optimizer_for,
-    train,
-    training_step,
-)
+from bench.train.loop import Diverged, Training, train
+from bench.train.schedule import FIRST_SHARE, Budget, cosine_factor
+from bench.train.step import CLIP_NORM, WEIGHT_DECAY, optimizer_for, training_step
 from variants.base import Workload
 
 SIZES = Workload(causal=True, batch_size=1, seq_len=48, d_model=32, heads=2)
@@ -64,7 +55,7 @@ def run(model: LanguageModel, steps: int = 5, **changed: Any) -> Training:
 @settings(deadline=None)
 @given(st.integers(1, 3000))
 def test_the_schedule_rises_to_one_and_falls_to_a_tenth(steps: int) -> None:
-    shares = [learning_rate_factor(step / steps, 1 / steps) for step in range(steps)]
+    shares = [cosine_factor(step / steps, 1 / steps) for step in range(steps)]
     peak = shares.index(max(shares))
     assert max(shares) == pytest.approx(1)
     assert all(0.1 <= share <= 1 for share in shares[peak:])
@@ -80,7 +71,7 @@ def test_the_schedule_rises_to_one_and_falls_to_a_tenth(steps: int) -> None:
 
 
 def test_a_step_that_takes_the_whole_budget_has_the_whole_rate() -> None:
-    assert learning_rate_factor(0.0, 1.0) == 1.0
+    assert cosine_factor(0.0, 1.0) == 1.0
 
 
 @pytest.mark.parametrize("objective", ["clm", "mlm"])
@@ -91,7 +82,7 @@ def test_a_repeated_batch_is_learnt(objective: str, dtype: torch.dtype) -> None:
     optimizer = optimizer_for(model, 1e-2)
     repeated = batch(0, objective)
     causal = objective == "clm"
-    losses = [training_step(model, optimizer, repeated, causal=causal).item() for _ in range(30)]
+    losses = [training_step(model, optimizer, repeated, causal=causal).nll.item() for _ in range(30)]
     assert losses[0] == pytest.approx(math.log(text.VOCABULARY), abs=0.3)
     assert losses[-1] < losses[0] / 2
     assert all(p.dtype == torch.float32 for p in model.parameters()), "only products are in bfloat16"
@@ -143,7 +134,7 @@ def test_each_step_has_its_own_batch_in_order_and_knows_how_far_training_is() ->
     assert training.tokens == 4 * 4 * SIZES.seq_len
     assert [row.step for row in training.curve.rows] == [1, 2, 3, 4]
     shares = [row.learning_rate / 1e-3 for row in training.curve.rows]
-    assert shares == [learning_rate_factor(done, 0.25) for _, done in asked]
+    assert shares == [cosine_factor(done, 0.25) for _, done in asked]
 
 
 def test_seconds_are_spent_and_the_schedule_follows_the_clock() -> None:
@@ -157,7 +148,7 @@ def test_seconds_are_spent_and_the_schedule_follows_the_clock() -> None:
     assert rates[-1] < 2e-4
     for before, after in pairwise(training.curve.rows):  # each rate is that of the share spent before it
         share = before.seconds / before.step
-        assert after.learning_rate == pytest.approx(1e-3 * learning_rate_factor(before.seconds, share))
+        assert after.learning_rate == pytest.approx(1e-3 * cosine_factor(before.seconds, share))
 
 
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")])
@@ -294,7 +285,7 @@ def test_unscored_targets_teach_nothing() -> None:
     inputs, targets, _ = batch(0)
     half = targets.clone()
     half[:, ::2] = text.IGNORED
-    step = training_step(model, optimizer_for(model, 0.0), text.Batch(inputs, half), causal=True)
+    step = training_step(model, optimizer_for(model, 0.0), text.Batch(inputs, half), causal=True).nll
     with torch.no_grad():
         nll = -model(inputs, causal=True).logits.double().log_softmax(-1)
     by_hand = nll.gather(-1, targets[..., None])[:, 1::2].mean()

@@ -47,7 +47,11 @@ class Spec(Knobs):
     def of(cls, values: Mapping[str, Any]) -> Self:
         """Return the checked knobs, as `Knobs.of` does."""
         known = knobs_of(cls)
-        floats = [name for name in values if name in known and known[name].hint is float]
+        floats = [
+            name
+            for name in values
+            if name in known and float in (known[name].hint, *get_args(known[name].hint))
+        ]
         read = {name: known[name].read(values[name]) for name in floats}
         exact = {name: float(value) for name, value in read.items() if type(value) is int}
         return super().of({**values, **exact})
@@ -165,6 +169,13 @@ class MeasureSpec(Spec):
     history_targets: int = knob(0, least=0, unit="tokens")
     """Tokens predicted after histories of 1, 2, 4, … seq_len tokens; 0 for none. The tokens are held out.
     Only for causal models."""
+    longer: int = knob(0, least=0, most=64, younger=True)
+    """Longest sequences that a trained model is evaluated on, as a multiple of seq_len. 2, 4, 8, …: at 1, 2,
+    4, … times the training length, and with longer memories if it has some; 0 for none. Only for causal
+    models of text."""
+    longer_targets: int = knob(4096, least=1, unit="tokens", younger=True)
+    """Tokens that are scored at each of these lengths, the same at all; one group at least. A group is a
+    quarter of seq_len, and its last token ends a sequence."""
     place_period: int = knob(0, least=0, unit="tokens", younger=True)
     """Length of the parts of a window for which the loss by place is measured; 0 for none."""
     attention_windows: int = knob(0, least=0, unit="windows", younger=True)
@@ -173,8 +184,22 @@ class MeasureSpec(Spec):
     reach: bool = knob(False, younger=True)
     """Compute how far back the attention masks let the model read. Tasks with answers at a distance always do
     this."""
-    learning_rate: float = knob(3e-3, above=0)
-    """Maximum learning rate, reached after warm-up."""
+    learning_rate: float | Literal["search"] = knob(3e-3, above=0)
+    """Maximum learning rate, reached after warm-up. search tries measure.search_rates and takes the best."""
+    search_rates: tuple[float, ...] = knob((1e-3, 3e-3, 1e-2), above=0, entries=2, younger=True)
+    """Learning rates of a search. Each trains a model of seed 0 with the smallest budget and scores the
+    validation split; replicates share the result. If the best rate is at an end, the search goes on there."""
+    schedule: Literal["cosine", "wsd"] = knob("cosine", younger=True)
+    """The learning rate after warm-up: a cosine down to a tenth, or constant with a decay to 0 in the last
+    fifth of the budget."""
+    train_budgets: int = knob(1, least=1, most=16, younger=True)
+    """Number of budgets with a result: the training budget, its half, its quarter, … One run serves all, with
+    schedule=wsd."""
+    carry_state: bool = knob(False, younger=True)
+    """Train on continuous text instead of random windows: each step continues the text of the previous step,
+    and layers with memory keep it, as the papers on Transformer-XL and its successors train."""
+    validations: int = knob(0, least=0, younger=True)
+    """How often the validation split is scored during training, at equal distances."""
     checkpoint_seconds: float = knob(30.0, least=0, unit="seconds", decides=False)
     """Minimum wall-clock time of training between checkpoints. A killed cell loses at most this time."""
     budget: int | None = knob(None, least=1, unit="bytes")
@@ -191,8 +216,16 @@ class MeasureSpec(Spec):
         finite = "a finite number: training has to end"
         self.require("train_flops", self.train_flops < math.inf, finite)
         self.require("train_seconds", self.train_seconds < math.inf, finite)
+        counted = "cosine: the decay of wsd needs a budget of tokens or FLOPs"
+        self.require("schedule", self.schedule == "cosine" or self.train_budget != "seconds", counted)
+        one = "1: several budgets in one run need measure.schedule=wsd"
+        self.require("train_budgets", self.train_budgets == 1 or self.schedule == "wsd", one)
+        rates = "different rates in ascending order"
+        self.require("search_rates", list(self.search_rates) == sorted(set(self.search_rates)), rates)
         several = "0 for none, or 2 or more: one has no spread"
         self.require("history_targets", self.history_targets != 1, several)
+        powers = "0 for none, or a power of two from 2 to 64"
+        self.require("longer", self.longer != 1 and self.longer & (self.longer - 1) == 0, powers)
         if given := [name for name, spent in self._amounts().items() if spent]:
             unspent = f"train_budget={self.train_budget} has nothing to spend"
             allowed = f"more than 0: {unspent}; give it, or take train_budget={given[0]}"
@@ -217,6 +250,8 @@ class MeasureSpec(Spec):
     def decisive(self) -> dict[str, Any]:
         """Return the knobs that can change a figure, without the training budgets that are not used."""
         unspent = {f"train_{name}" for name in self._amounts() if name != self.train_budget}
+        if self.learning_rate != "search":
+            unspent.add("search_rates")
         values = {name: value for name, value in self.as_dict().items() if name not in unspent}
         return decisive(MeasureSpec, values)
 
@@ -385,6 +420,7 @@ class CellSpec:
             replicate=self.replicate,
             test_tokens=self.measure.eval_tokens if self.measure.train_amount else 0,
             test_split=self.measure.eval_split,
+            is_continuous=self.measure.carry_state,
         )
         return task, task.Config.of(self.data.params), setting
 

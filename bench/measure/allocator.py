@@ -16,7 +16,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from bench.measure.memory import reset_rss_peak, resident_bytes
 from bench.measure.step import DevicePeaks, Subject
-from bench.train.loop import Phase
+from bench.train.step import Phase
 
 _MARK = "longctx_bench: end of "
 """Beginning of the name of the event that ends a phase."""

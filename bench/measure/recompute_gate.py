@@ -13,7 +13,7 @@ from bench.model.compile import compiling
 from bench.model.language_model import LanguageModel
 from bench.tasks.base import Batch
 from bench.tasks.text import VOCABULARY
-from bench.train.loop import training_step
+from bench.train.step import training_step
 from variants.base import Dims
 
 RECOMPUTE_TOLERANCE = {"float32": 1e-5, "bfloat16": torch.finfo(torch.bfloat16).eps}

@@ -24,7 +24,7 @@ from bench.measure.memory import LiveStorage, reset_rss_peak, resident_bytes, te
 from bench.measure.timing import synchronize
 from bench.model.language_model import LanguageModel, Output
 from bench.tasks.base import Batch
-from bench.train.loop import Phase, optimizer_for, training_step
+from bench.train.step import Phase, optimizer_for, training_step
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,7 +107,7 @@ class Subject:
             causal=self.causal,
             segments=segments,
             on_phase_end=on_phase_end,
-        )
+        ).nll
 
     @torch.no_grad()
     def forward(self) -> None:

@@ -4,12 +4,15 @@ Shapes: B batch, T tokens, C channels (d_model), V vocabulary.
 
 All other parts are the same for every variant: pre-norm blocks (Xiong 2020, arXiv:2002.04745) and GPT-2's
 initialisation (normal with standard deviation 0.02, divided by √(2·visits) for projections that write to the
-residual stream; a stack visits each of its blocks once). Frozen parameters keep the values that their layer
-gives them.
+residual stream; a stack visits each of its blocks once). GPT-2 has this deviation at a width of 768; at other
+widths it is multiplied by √(768 / C), so that projections have the same variance at every width. With 0.02 at
+a width of 64, attention scores are nearly equal at first and models learn more slowly. Frozen parameters keep
+the values that their layer gives them.
 """
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -39,7 +42,7 @@ from variants.base import (
     scheduled_state_bytes,
     tie,
 )
-from variants.input_schedule import NetworkOut, require_tokens
+from variants.input_schedule import NetworkOut, WholeSequence, require_tokens
 
 
 class Block(nn.Module):
@@ -95,6 +98,15 @@ class Output(NamedTuple):
     aux_losses: list[Tensor]
 
 
+GPT2_STD, GPT2_WIDTH = 0.02, 768
+"""Standard deviation of GPT-2's initial weights, and the width of its smallest model."""
+
+
+def initial_std(d_model: int) -> float:
+    """Return the standard deviation of the initial weights of a model of this width."""
+    return GPT2_STD * math.sqrt(GPT2_WIDTH / d_model)
+
+
 RunSegment = Callable[["LanguageModel", Tensor, "list[Any] | None", Context], Output]
 """(model, tokens, states, ctx) → Output of one segment of the input schedule."""
 
@@ -141,15 +153,13 @@ class LanguageModel(nn.Module):
         tie(self.layers)
         self.norm = nn.LayerNorm(dims.d_model)
         self.head = nn.Linear(dims.d_model, vocabulary, bias=False)
-        self.apply(self._initialise)
+        std = initial_std(dims.d_model)
+        for module in self.modules():
+            if isinstance(module, nn.Linear | nn.Embedding) and module.weight.requires_grad:
+                nn.init.normal_(module.weight, std=std)
         for name, parameter in self.named_parameters():
             if name.endswith("out.weight") and parameter.requires_grad:  # writes to the residual stream
-                nn.init.normal_(parameter, std=0.02 / (2 * len(self.visits)) ** 0.5)
-
-    @staticmethod
-    def _initialise(module: nn.Module) -> None:
-        if isinstance(module, nn.Linear | nn.Embedding) and module.weight.requires_grad:
-            nn.init.normal_(module.weight, std=0.02)
+                nn.init.normal_(parameter, std=std / (2 * len(self.visits)) ** 0.5)
 
     @property
     def layers(self) -> list[SequenceMixer]:
@@ -225,6 +235,20 @@ class LanguageModel(nn.Module):
     def impl(self) -> str | None:
         """The implementation that runs; for a mixture, of each member: "longformer=blocks, dense=sdpa"."""
         return _joined([(name, layer.impl) for name, layer in self.distinct_layers()], "=", ", ")
+
+    @property
+    def position_scheme(self) -> str | None:
+        """How positions are encoded, as the layers declare it: "rotary"; for a mixture with several schemes,
+        "dense=rotary, transformer_xl=relative". With the input schedule, if positions restart in its windows.
+        None if no layer declares it."""
+        layers = self.distinct_layers()
+        named: list[tuple[str, str | None]] = [(name, layer.position_scheme) for name, layer in layers]
+        schemes = {scheme for _, scheme in named}
+        text = named[0][1] if len(schemes) == 1 else _joined(named, "=", ", ")
+        has_state = all(layer.info.caps.stateful for _, layer in layers)
+        if text is None or has_state or self.input_schedule == WholeSequence():
+            return text
+        return f"{text}, restarting in {self.input_schedule}"
 
     @property
     def flop_overhead_reason(self) -> str | None:

@@ -20,7 +20,15 @@ UNKNOWN = "unknown"
 """A text that no record of the same kind has."""
 PLANNED = "planned without the device"
 """The machine of a plan of a device that the planning machine does not have."""
-TRAINING_KEYS = ("train_budget", "train_amount", "learning_rate", "eval_split", "eval_stride")
+TRAINING_KEYS = (
+    "train_budget",
+    "train_amount",
+    "schedule",
+    "train_state",
+    "learning_rate",
+    "eval_split",
+    "eval_stride",
+)
 """How a model was trained and scored."""
 OTHER_PARAMS = (*SLOTS, "data")
 """What has knobs in a record, `<name>_params`, beside the variant."""
@@ -99,6 +107,9 @@ def filled_in(frame: pd.DataFrame) -> pd.DataFrame:
     ]
     frame["compile"] = frame["compile"].fillna(NOT_COMPILED)  # older records do not contain it
     frame["measure"] = _filled(frame, "measure", [])
+    is_trained = frame["train_budget"].notna()
+    for key, older in (("schedule", "cosine"), ("train_state", "fresh")):  # older records do not contain them
+        frame[key] = frame[key].where(frame[key].notna() | ~is_trained, older)
     for key in TRAINING_KEYS:
         frame[key] = _only(frame[key], [frame["measure"]])
     read_alike = [frame[k] for k in ("measure", "seq_len", "objective")]

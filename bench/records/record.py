@@ -211,6 +211,17 @@ class Record:
     best_history: Size | None = None
     context_harm: Amount | None = None
     context_harm_low: Number | None = None
+    positions: str | None = None
+    longer_lengths: list[Size] | None = None
+    nll_longer: list[Amount] | None = None
+    nll_longer_error: list[Amount] | None = None
+    bits_per_byte_longer: list[Amount] | None = None
+    nll_longer_by_position: list[Amount] | None = None
+    longer_memory_positions: list[Count] | None = None
+    nll_longer_memory: list[Amount] | None = None
+    nll_longer_memory_error: list[Amount] | None = None
+    tokens_evaluated_longer: Count | None = None
+    longer_reason: str | None = None
     accuracy: Share | None = None
     guess_accuracy: Share | None = None
     accuracy_by_distance: list[Share] | None = None
@@ -227,7 +238,13 @@ class Record:
     sink_mass_uniform: Share | None = None
     softmax_error: Amount | None = None
     softmax_error_initial: Amount | None = None
+    train_budgets: list[Count] | None = None
+    nll_by_budget: list[Amount] | None = None
+    bits_per_byte_by_budget: list[Amount] | None = None
+    validation_tokens: list[Count] | None = None
+    validation_nll: list[Amount] | None = None
     tokens_trained: Count | None = None
+    epochs: Amount | None = None
     tokens_evaluated: Count | None = None
     bytes_evaluated: Count | None = None
     eval_stride: Size | None = None
@@ -236,7 +253,11 @@ class Record:
     state_policy: str | None = None
     train_budget: str | None = None
     train_amount: Amount | None = None
+    schedule: str | None = None
+    train_state: str | None = None
     learning_rate: Positive | None = None
+    learning_rates_tried: list[Positive] | None = None
+    learning_rate_nlls: list[Amount] | None = None
     diverged_step: Size | None = None
     eval_split: str | None = None
 

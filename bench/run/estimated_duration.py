@@ -13,6 +13,7 @@ from dataclasses import astuple, dataclass, fields, replace
 from typing import Any
 
 from bench.config.spec import Cell, CellSpec, MeasureSpec, digest
+from bench.evaluate import longer
 from bench.measure import timing
 from bench.measure.device_time import STEPS
 from bench.measure.estimate import CARDS, Card, estimated_seconds
@@ -24,7 +25,7 @@ from bench.report.text.columns import Column
 from bench.run.prepare import order_in_rounds
 from bench.run.progress import duration
 from bench.scenarios.support import Unsupported, check_supported, missing_kernel
-from bench.train.loop import Budget
+from bench.train.schedule import Budget
 
 START_SECONDS = 8.0
 """A cell's process: device context, first use of libraries, corpus, plan of its memory. Assumed."""
@@ -162,9 +163,14 @@ def cell_seconds(spec: CellSpec, figures: StepFigures | None, card: Card, *, is_
         tokens = max(1, spec.batch_size) * spec.seq_len
         training = _training(spec, step, tokens)
         variant, config, _ = spec.attention()
-        passes = 2 if variant.info_for(config).caps.stateful else 1
+        is_stateful = variant.info_for(config).caps.stateful
+        passes = 2 if is_stateful else 1
         histories = spec.seq_len.bit_length() * _batches(spec) if spec.causal else 0
         evaluation = (passes * max(1.0, measure.eval_tokens / tokens) + histories) * forward
+        if measure.longer and spec.causal:
+            wanted = measure.longer, measure.longer_targets
+            read = longer.tokens_read(spec.seq_len, *wanted, has_memory=is_stateful)
+            evaluation += read / tokens * forward
     return Seconds(
         start=START_SECONDS,
         gates=0.0 if is_gated else GATE_SECONDS,
@@ -195,7 +201,12 @@ def _training(spec: CellSpec, step: float, tokens: int) -> float:
         with torch.device("meta"):
             flops = 3 * build_model(spec).cost(spec.workload()).total
     budget = Budget.of(measure, step_tokens=tokens, step_flops=flops)
-    return budget.seconds if budget.steps is None else budget.steps * step
+    if budget.steps is None:
+        return budget.seconds
+    steps = budget.steps + budget.steps_of_branches
+    if measure.learning_rate == "search" and spec.replicate == 0 and spec.twin == 0:
+        steps += len(measure.search_rates) * budget.all_steps[0]
+    return steps * step
 
 
 def text(cells: Sequence[Cell], card_name: str) -> str:

@@ -6,7 +6,6 @@ The parent blocks on pipes and on the end of the child, so that it takes no CPU 
 
 from __future__ import annotations
 
-import errno
 import gc
 import multiprocessing
 import os
@@ -22,6 +21,7 @@ from typing import Any, Literal
 
 from bench.config.spec import Cell
 from bench.process import cgroups, compiler, forkserver, stderr_tail
+from bench.process.memory_errors import NO_MEMORY, out_of_memory
 from bench.process.stderr_tail import StderrTail
 from bench.run import memory_limit
 from bench.run.devices import CPU, Device
@@ -29,9 +29,6 @@ from variants.safe_output import drop_failed_output
 
 LONGEST_WAIT = 86_400.0
 """Maximum seconds of one wait, because the system counts milliseconds in 32 bits."""
-NO_MEMORY = ("can't allocate memory", "Cannot allocate memory", "std::bad_alloc", "STATUS_ALLOC_FAILED")
-"""Messages that mean that memory ran out, in a plain RuntimeError or from a library that aborts the process:
-torch's CPU allocator, the system's, C++'s, and CUDA's libraries."""
 
 STOPPED = "stopped by a signal to the sweep before it ended"
 """The reason in the record of a cell that a signal stopped."""
@@ -225,14 +222,3 @@ def _outcome(cell: Cell, cell_id: str, code_sha256: str, memory: int, theirs: Co
             "traceback": traceback.format_exc(),
         }
     return {"status": "ok", "reason": None}
-
-
-def out_of_memory(failure: Exception) -> bool:
-    """Return whether an exception means that memory ran out; on the CPU torch raises a plain RuntimeError."""
-    import torch
-
-    if isinstance(failure, OSError):
-        return failure.errno == errno.ENOMEM
-    if isinstance(failure, MemoryError | torch.OutOfMemoryError):
-        return True
-    return isinstance(failure, RuntimeError) and any(sign in str(failure) for sign in NO_MEMORY)

@@ -85,7 +85,9 @@ def _training(measure: MeasureSpec) -> dict[str, Any]:
     return {
         "train_budget": measure.train_budget,
         "train_amount": measure.train_amount,
-        "learning_rate": measure.learning_rate,
+        "schedule": measure.schedule,
+        "train_state": "carried" if measure.carry_state else "fresh",
+        "learning_rate": None if measure.learning_rate == "search" else measure.learning_rate,
         "eval_split": measure.eval_split,
     }
 

@@ -11,18 +11,18 @@ from pathlib import Path
 import torch
 
 from bench.config.spec import CellSpec
-from bench.evaluate import attention_stats, baselines, context_use
+from bench.evaluate import attention_stats, baselines, context_use, longer
 from bench.evaluate.accuracy import measure_accuracy
 from bench.evaluate.nll import evaluate
 from bench.evaluate.receptive_field import reach
 from bench.measure import predict
-from bench.model.compile import compiling
 from bench.records import Report
-from bench.tasks.base import Batch, Task
+from bench.scenarios.training import TrainingRun
+from bench.tasks.base import Task
 from bench.tasks.text import Text
 from bench.tasks.windows import least_context
 from bench.train.checkpoints import CheckpointStore
-from bench.train.loop import Budget, Diverged, Training, train
+from bench.train.loop import Diverged
 
 
 class QualityEvaluation:
@@ -58,38 +58,20 @@ class QualityEvaluation:
         text = self.task if isinstance(self.task, Text) else None
         if text and self.measure.attention_windows:
             self.report({"softmax_error_initial": self._attention_stats(text).softmax_error})
-        training = self._train()
-        self.report({"tokens_trained": training.tokens, "train_seconds": training.seconds})
-        if text:
-            self._evaluate_text(text, training.step)
-        else:
-            self._evaluate_answers()
+        run = TrainingRun(
+            spec=self.spec,
+            task=self.task,
+            device=self.device,
+            folder=self.folder,
+            checkpoints=self.checkpoints,
+            report=self.report,
+        )
+        training = run.run(self.model)
+        nll = self._evaluate_text(text, training.step) if text else self._evaluate_answers()
+        self.report(run.budget_figures(training, nll))
         self.report({"state_policy": "carried" if self.stateful else "none"})
 
-    def _train(self) -> Training:
-        step_tokens = self.spec.batch_size * self.spec.seq_len
-
-        def batches(step: int, done: float) -> Batch:
-            return self.task.train_batch(step, done).for_training(self.device)
-
-        budget = Budget.of(
-            self.measure,
-            step_tokens=step_tokens,
-            step_flops=self.model.cost(self.spec.workload()).step,
-        )
-        # Only training is compiled: evaluation has other shapes, each of which would be compiled again.
-        with compiling(self.model, self.spec.compile):
-            return train(
-                self.model,
-                batches,
-                budget=budget,
-                learning_rate=self.measure.learning_rate,
-                causal=self.causal,
-                step_tokens=step_tokens,
-                checkpoints=self.checkpoints,
-            )
-
-    def _evaluate_text(self, task: Text, steps: int) -> None:
+    def _evaluate_text(self, task: Text, steps: int) -> float:
         stride = (self.causal and self.measure.eval_stride) or self.spec.seq_len
         quality = evaluate(
             self.model,
@@ -125,10 +107,13 @@ class QualityEvaluation:
             raise Diverged(f"the loss on held-out text is {quality.nll}", steps, steps)
         if self.causal and self.measure.history_targets:
             self._context_use(task)
+        if self.measure.longer:
+            self.report(longer.of_cell(self.spec, self.model, task, self.device))
         if self.measure.reach:
             self._reach()
         if self.measure.attention_windows:
             self.report(asdict(self._attention_stats(task)))
+        return quality.nll
 
     def _attention_stats(self, task: Text) -> attention_stats.AttentionStats:
         """Compute the attention statistics on the first held-out windows."""
@@ -158,7 +143,7 @@ class QualityEvaluation:
                 }
             )
 
-    def _evaluate_answers(self) -> None:
+    def _evaluate_answers(self) -> float:
         accuracy = measure_accuracy(
             self.model,
             self.task.test_batches(),
@@ -177,6 +162,7 @@ class QualityEvaluation:
             }
         )
         self._reach()
+        return accuracy.nll
 
     def _reach(self) -> None:
         self.report({"reach": reach(self.model, self.spec.seq_len, causal=self.causal)})

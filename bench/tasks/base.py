@@ -89,6 +89,8 @@ class Setting:
     """Maximum number of test tokens; 0 if there is no test."""
     test_split: str = "test"
     """The split of the corpus that is used as the test: test or validation."""
+    is_continuous: bool = False
+    """Whether each row of a training batch continues the text of that row in the previous batch."""
 
 
 class Task(ABC):

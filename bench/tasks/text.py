@@ -106,16 +106,29 @@ class Text(Task):
         return _tokens(self.corpus.train_stream, self.tokenizer)
 
     def train_batch(self, step: int, done: float) -> Batch:
-        """Windows of the training documents. There is no curriculum, so `done` has no effect."""
-        return train_batch(
-            self.train_tokens.ids,
-            seq_len=self.setting.seq_len,
-            batch_size=self.setting.batch_size,
-            objective=self.objective,
-            replicate=self.setting.replicate,
-            step=step,
-            mask=self.vocabulary - 1,
-        )
+        """Windows of the training documents: drawn at random, or continuous. There is no curriculum, so
+        `done` has no effect.
+
+        A pure function of its arguments and of the setting without the variant: two variants see the same
+        text, and a resumed run sees the same text as an uninterrupted one.
+        """
+        generator = self.train_generator(step)
+        starts = self._starts(step, generator)
+        ids, length = self.train_tokens.ids, self.setting.seq_len + 1
+        return _batch([ids[s : s + length] for s in starts], self.objective, generator, self.vocabulary - 1)
+
+    def _starts(self, step: int, generator: np.random.Generator) -> Ints:
+        """(B,) the first token of each window of a training batch; `generator` is that of the batch, new.
+
+        Continuous rows start at equal distances from a random place and wrap around at the end of the text.
+        """
+        setting = self.setting
+        places = len(self.train_tokens) - setting.seq_len
+        if not setting.is_continuous:
+            return generator.integers(0, places, size=setting.batch_size)
+        first = int(self.train_generator(0).integers(0, places))
+        rows = np.arange(setting.batch_size) * places // setting.batch_size
+        return np.asarray((first + rows + step * setting.seq_len) % places, dtype=np.int64)
 
     @property
     def documents(self) -> tuple[Document, ...]:
@@ -123,9 +136,14 @@ class Text(Task):
         return self.corpus.split(self.setting.test_split)
 
     @property
+    def token_texts(self) -> list[TokenText]:
+        """The documents that are scored, as tokens whose bytes are known."""
+        return [_tokens(document, self.tokenizer) for document in self.documents]
+
+    @property
     def token_documents(self) -> list[Ids]:
         """The tokens of the documents that are scored."""
-        return [_tokens(document, self.tokenizer).ids for document in self.documents]
+        return [text.ids for text in self.token_texts]
 
     @cached_property
     def scored_tokens(self) -> list[TokenText]:
@@ -166,10 +184,7 @@ class Text(Task):
         """Return the bytes of the first `steps` training batches, inputs and targets, as parts of the
         training documents. Bytes of several windows are returned once, in one part."""
         seq_len, text = self.setting.seq_len, self.train_tokens
-        starts = [
-            _draw_starts(self.train_generator(step), len(text), seq_len, self.setting.batch_size)
-            for step in range(steps)
-        ]
+        starts = [self._starts(step, self.train_generator(step)) for step in range(steps)]
         windows = np.unique(np.concatenate(starts))
         first, last = text.begin(windows), text.begin(windows + seq_len + 1)
         begins = np.flatnonzero(np.append(True, first[1:] >= last[:-1]))
@@ -221,31 +236,6 @@ def _batch(windows: list[Ids], objective: str, generator: np.random.Generator, m
         targets = np.where(masked, inputs, IGNORED)
         inputs = np.where(masked, mask, inputs)
     return Batch.of(inputs, targets)
-
-
-def train_batch(
-    stream: Ids,
-    *,
-    seq_len: int,
-    batch_size: int,
-    objective: str,
-    replicate: int,
-    step: int,
-    mask: int = MASK,
-) -> Batch:
-    """Return the batch of one training step: a pure function of its arguments.
-
-    Windows start anywhere in `stream`, the tokens of the concatenated training documents. Two variants with
-    the same arguments see the same text, and a resumed run sees the same text as an uninterrupted one.
-    """
-    generator = np.random.default_rng([replicate, step])
-    starts = _draw_starts(generator, len(stream), seq_len, batch_size)
-    return _batch([stream[s : s + seq_len + 1] for s in starts], objective, generator, mask)
-
-
-def _draw_starts(generator: np.random.Generator, length: int, seq_len: int, batch_size: int) -> Ints:
-    """(B,) the first token of each window of a training batch in a stream; the generator is new."""
-    return generator.integers(0, length - seq_len, size=batch_size)
 
 
 def passages_of(texts: Sequence[Ids], *, objective: str, mask: int = MASK) -> list[Passage]:

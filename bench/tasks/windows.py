@@ -16,21 +16,21 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from itertools import groupby
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from bench.tasks.base import IGNORED, Batch
 
-Ints = npt.NDArray[np.int64]
+Ids = npt.NDArray[np.integer[Any]]
 
 
 class Passage(NamedTuple):
     """The scored part of a document: inputs (N,) and targets (N,). Target i is predicted after input i."""
 
-    inputs: Ints
-    targets: Ints
+    inputs: Ids
+    targets: Ids
 
 
 class Window(NamedTuple):
@@ -91,11 +91,16 @@ def window_batches(
     passages: Sequence[Passage], seq_len: int, stride: int, batch_size: int
 ) -> Iterator[Batch]:
     """Yield the windows of `sliding_windows` in batches; all windows of a batch have the same length."""
+    windows = sliding_windows([len(passage.targets) for passage in passages], seq_len, stride)
+    return batches_of(passages, windows, batch_size)
+
+
+def batches_of(passages: Sequence[Passage], windows: Sequence[Window], batch_size: int) -> Iterator[Batch]:
+    """Yield windows in batches, the longest first; all windows of a batch have the same length."""
 
     def length(window: Window) -> int:
         return window.length
 
-    windows = sliding_windows([len(passage.targets) for passage in passages], seq_len, stride)
     for _, group in groupby(sorted(windows, key=length, reverse=True), key=length):
         same = list(group)
         for i in range(0, len(same), batch_size):

@@ -1,4 +1,4 @@
-"""One training step, and training with a budget of tokens, FLOPs or seconds.
+"""Training with a budget of tokens, FLOPs or seconds, or with several budgets at once.
 
 With a budget of tokens or FLOPs, training is reproducible to the bit on a CPU, even if it is killed and
 resumed. With a budget of seconds it is not, because the number of steps, and therefore the learning rate of
@@ -10,125 +10,19 @@ from __future__ import annotations
 import math
 import sys
 import time
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from typing import Any, Literal
+from collections.abc import Callable
+from copy import deepcopy
+from typing import Any
 
 import torch
-import torch.nn.functional as F
+from torch.utils._pytree import tree_leaves, tree_structure, tree_unflatten
 
-from bench.config.spec import MeasureSpec
 from bench.model.language_model import LanguageModel
-from bench.tasks.base import IGNORED, Batch
+from bench.tasks.base import Batch
 from bench.train.checkpoints import CheckpointStore, generator_states, restore_generators
 from bench.train.loss_curve import Curve, Row
-from variants.base import AuxiliaryLoss, UpdatesAfterStep
-
-WARM_UP_SHARE = 0.1
-FIRST_SHARE = 0.01
-"""Assumed share of a budget of seconds for the first step, whose duration is not yet known."""
-CLIP_NORM = 1.0
-
-
-WEIGHT_DECAY = 0.1
-
-
-def decayed_parameters(model: torch.nn.Module) -> set[torch.nn.Parameter]:
-    """Return the parameters to which weight decay applies: parameters of two or more dimensions whose name
-    contains `weight`, as torch's modules name the matrices that they multiply by.
-
-    Weight decay does not apply to biases, norms, embeddings and parameters with other names: position tables,
-    vectors per head, mixtures over positions. A parameter that is shared with an embedding is an embedding.
-    """
-    embeddings = (torch.nn.Embedding, torch.nn.EmbeddingBag)
-    tables = {p for m in model.modules() if isinstance(m, embeddings) for p in m.parameters(recurse=False)}
-    matrices = {
-        parameter
-        for module in model.modules()
-        for name, parameter in module.named_parameters(recurse=False)
-        if "weight" in name and parameter.dim() >= 2
-    }
-    return matrices - tables
-
-
-def optimizer_for(model: torch.nn.Module, learning_rate: float) -> torch.optim.Optimizer:
-    """Return a fused AdamW (Loshchilov 2017, arXiv:1711.05101), which needs no temporary tensors of the
-    model's size.
-
-    Frozen parameters are excluded. Weight decay applies to `decayed_parameters`.
-    """
-    decayed = decayed_parameters(model)
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    groups = [
-        {"params": [p for p in trained if p in decayed], "weight_decay": WEIGHT_DECAY},
-        {"params": [p for p in trained if p not in decayed], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.95), fused=True)
-
-
-def learning_rate_factor(done: float, step_share: float) -> float:
-    """Return the factor of the learning rate for a step that uses `step_share` of the budget after the share
-    `done` is used: linear warm-up, then cosine decay to a tenth."""
-    if done < WARM_UP_SHARE:
-        return min(1.0, (done + step_share) / WARM_UP_SHARE)
-    return 0.1 + 0.45 * (1 + math.cos(math.pi * (done - WARM_UP_SHARE) / (1 - WARM_UP_SHARE)))
-
-
-Phase = Literal["forward", "backward", "optimizer"]
-
-
-def parameters_by_loss(model: LanguageModel) -> tuple[list[torch.nn.Parameter], list[torch.nn.Parameter]]:
-    """Return the parameters that the task's loss trains, and those that only auxiliary losses train."""
-    auxiliary = {
-        parameter
-        for layer in model.layers
-        if isinstance(layer, AuxiliaryLoss)
-        for parameter in layer.auxiliary_parameters()
-    }
-    both = list(model.parameters())
-    return [p for p in both if p not in auxiliary], [p for p in both if p in auxiliary]
-
-
-def training_step(
-    model: LanguageModel,
-    optimizer: torch.optim.Optimizer,
-    batch: Batch,
-    *,
-    causal: bool,
-    segments: Iterable[slice] | None = None,
-    on_phase_end: Callable[[Phase], None] | None = None,
-) -> torch.Tensor:
-    """Run forward, backward, gradient clipping and update; returns the mean nll in nats, still on the device.
-
-    If the input schedule has segments, each segment runs forward and backward in turn and the gradients
-    accumulate; `segments` selects segments, by default all. Auxiliary losses are additional roots of the
-    backward pass. They are not part of the nll, and the gradients of parameters that only they train are
-    clipped separately. `on_phase_end` is called at the end of each phase; after a forward pass, everything
-    that the backward pass needs is stored.
-    """
-    done = on_phase_end or (lambda _: None)
-    optimizer.zero_grad(set_to_none=True)
-    device = batch.inputs.device
-    total, scored = torch.zeros((), device=device), (batch.targets != IGNORED).sum()
-    states = None
-    for segment in segments or model.input_schedule.segments(batch.inputs.shape[1]):
-        out = model(batch.inputs[:, segment], causal=causal, states=states)
-        states, losses = out.states, out.aux_losses
-        targets = batch.targets[:, segment].flatten()
-        nll = F.cross_entropy(out.logits.flatten(0, 1), targets, ignore_index=IGNORED, reduction="sum")
-        del out  # backward needs only the log-probabilities; keeping the logits would waste memory
-        done("forward")
-        torch.autograd.backward([nll / scored, *(loss for loss in losses if loss.requires_grad)])
-        total += nll.detach() / scored
-        done("backward")
-    for parameters in parameters_by_loss(model):
-        torch.nn.utils.clip_grad_norm_(parameters, CLIP_NORM, foreach=True)  # on fake tensors as on others
-    optimizer.step()
-    for layer in model.layers:
-        if isinstance(layer, UpdatesAfterStep):
-            layer.after_step()
-    done("optimizer")
-    return total
+from bench.train.schedule import FIRST_SHARE, Budget, cosine_factor, decay_start
+from bench.train.step import optimizer_for, training_step
 
 
 class Diverged(ArithmeticError):
@@ -140,26 +34,6 @@ class Diverged(ArithmeticError):
         self.step = step
 
 
-@dataclass(frozen=True, kw_only=True)
-class Budget:
-    """The budget of a training: a number of steps or, if `steps` is None, seconds of wall-clock time."""
-
-    steps: int | None = None
-    seconds: float = math.inf
-
-    @classmethod
-    def of(cls, measure: MeasureSpec, *, step_tokens: int, step_flops: int) -> Budget:
-        """Return the budget of the measure; tokens and FLOPs are rounded up to whole steps.
-
-        `step_flops` are the algorithmic FLOPs of the variant. Therefore a budget of FLOPs gives every variant
-        the same amount of work by its own formula, independent of the FLOPs that its implementation executes.
-        """
-        if measure.train_budget == "seconds":
-            return cls(seconds=measure.train_seconds)
-        each = step_tokens if measure.train_budget == "tokens" else step_flops
-        return cls(steps=max(1, math.ceil(measure.train_amount / each)))
-
-
 class Training:
     """A model in training, with everything except the batch that its next step depends on.
 
@@ -168,13 +42,29 @@ class Training:
     """
 
     def __init__(
-        self, model: LanguageModel, *, budget: Budget, learning_rate: float, causal: bool, step_tokens: int
+        self,
+        model: LanguageModel,
+        *,
+        budget: Budget,
+        learning_rate: float,
+        causal: bool,
+        step_tokens: int,
+        carry_state: bool = False,
     ) -> None:
+        """`carry_state`: each step starts from the states that the previous step returned; its batch must
+        continue that of the previous step, row by row."""
         self.model, self.optimizer = model, optimizer_for(model, learning_rate)
         self.budget, self.learning_rate = budget, learning_rate
-        self.causal, self.step_tokens = causal, step_tokens
+        self.causal, self.step_tokens, self.carry_state = causal, step_tokens, carry_state
         self.device = next(model.parameters()).device
         self.step, self.seconds, self.curve = 0, 0.0, Curve()
+        self.states: list[Any] | None = None
+        self.results: list[float] = []
+        """Results of the smaller budgets, each as soon as it is known."""
+        self.validations: list[list[float]] = []
+        """[tokens, nll on the validation split] at equal distances."""
+        self.trunk: dict[str, Any] | None = None
+        """In the branch of a smaller budget: the state to which training then returns."""
 
     @property
     def tokens(self) -> int:
@@ -183,18 +73,32 @@ class Training:
 
     @property
     def done(self) -> float:
-        """Used share of the budget."""
+        """Used share of the largest budget."""
         steps = self.budget.steps
         return self.seconds / self.budget.seconds if steps is None else self.step / steps
 
     @property
+    def end(self) -> int | None:
+        """Steps of the budget that training is on its way to; None if it is counted in seconds."""
+        return None if self.budget.steps is None else self.budget.all_steps[len(self.results)]
+
+    @property
+    def is_at_branch(self) -> bool:
+        """Whether the next step is the first of the decay for a smaller budget."""
+        if self.trunk is not None or self.end is None or self.end == self.budget.steps:
+            return False
+        return self.step == decay_start(self.end)
+
+    @property
     def rate(self) -> float:
         """The learning rate of the next step."""
+        if self.budget.is_wsd and self.end is not None:
+            return self.learning_rate * self.budget.wsd_factor(self.step, self.end)
         if self.budget.steps is not None:
             share = 1 / self.budget.steps
         else:
             share = self.done / self.step if self.step else FIRST_SHARE
-        return self.learning_rate * learning_rate_factor(self.done, share)
+        return self.learning_rate * cosine_factor(self.done, share)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the complete state, for a checkpoint."""
@@ -205,6 +109,10 @@ class Training:
             "step": self.step,
             "seconds": self.seconds,
             "curve": self.curve.state_dict(),
+            "states": None if self.states is None else tree_leaves(self.states),
+            "results": self.results,
+            "validations": self.validations,
+            "trunk": self.trunk,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -213,20 +121,43 @@ class Training:
         self.optimizer.load_state_dict(state["optimizer"])
         self.step, self.seconds = state["step"], state["seconds"]
         self.curve.load_state_dict(state["curve"])
+        self.states = None if state["states"] is None else self._states(state["states"])
+        self.results, self.trunk = list(state["results"]), state["trunk"]
+        self.validations = list(state["validations"])
         restore_generators(state["generators"], self.device)
 
+    def _states(self, leaves: list[Any]) -> list[Any]:
+        """Return the states with these leaves; their structure is that of the states after one token."""
+        token = torch.zeros(1, 1, dtype=torch.int64, device=self.device)
+        with torch.no_grad():
+            structure = tree_structure(self.model(token, causal=self.causal).states)
+        moved = [leaf.to(self.device) if torch.is_tensor(leaf) else leaf for leaf in leaves]
+        return tree_unflatten(moved, structure)  # type: ignore[no-any-return]
+
     def advance(self, batches: Callable[[int, float], Batch]) -> None:
-        """Run one step. Raises Diverged if its loss is NaN or infinite."""
+        """Run one step, which may be the first of a branch.
+        Raises Diverged if its loss is NaN or infinite."""
+        if self.is_at_branch:
+            self.trunk = deepcopy(self.state_dict())
         begun, rate = time.perf_counter(), self.rate
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         batch = batches(self.step, self.done)
-        nll = training_step(self.model, self.optimizer, batch, causal=self.causal).item()
+        out = training_step(self.model, self.optimizer, batch, causal=self.causal, states=self.states)
+        nll = out.nll.item()
+        if self.carry_state:
+            self.states = out.states
         self.step += 1
         self.seconds += time.perf_counter() - begun
         if not math.isfinite(nll):
             raise Diverged(f"the loss became {nll}", self.step, self.budget.steps)
         self.curve.add(Row(self.step, self.seconds, rate, nll))
+
+    def end_branch(self, result: float) -> None:
+        """Keep the result of a smaller budget, and return to the trunk."""
+        assert self.trunk is not None
+        trunk, self.trunk = self.trunk, None
+        self.load_state_dict({**trunk, "results": [*self.results, result]})
 
     def check(self) -> None:
         """Raise Diverged if the last update produced NaN or infinite weights."""
@@ -243,16 +174,29 @@ def train(
     learning_rate: float,
     causal: bool,
     step_tokens: int,
+    carry_state: bool = False,
     checkpoints: CheckpointStore | None = None,
+    evaluate: Callable[[], float] | None = None,
+    validate: Callable[[], float] | None = None,
+    validations: int = 0,
 ) -> Training:
     """Train until the budget is used; `batches(step, done)` returns each step's batch of `step_tokens`
     tokens.
+
+    `evaluate` returns the result of the model at the end of a smaller budget; `validate` is called
+    `validations` times, at equal shares of the budget. Neither may change the model or the state of the
+    random generators.
 
     With `checkpoints`, resume from the newest checkpoint if it can be loaded, write checkpoints during
     training, and write the training curve even if training fails. Raises Diverged.
     """
     training = Training(
-        model, budget=budget, learning_rate=learning_rate, causal=causal, step_tokens=step_tokens
+        model,
+        budget=budget,
+        learning_rate=learning_rate,
+        causal=causal,
+        step_tokens=step_tokens,
+        carry_state=carry_state,
     )
     if checkpoints and (state := checkpoints.read()):
         training.load_state_dict(state)
@@ -261,6 +205,13 @@ def train(
     try:
         while training.done < 1:
             training.advance(batches)
+            if training.trunk is not None and training.step == training.end:
+                training.end_branch(evaluate() if evaluate else math.nan)
+                model.train()
+            elif training.trunk is None and int(training.done * validations) > len(training.validations):
+                assert validate is not None
+                training.validations.append([training.tokens, validate()])
+                model.train()
             if checkpoints and checkpoints.is_due():
                 checkpoints.write(training.state_dict(), training.curve, step_tokens)
         training.check()

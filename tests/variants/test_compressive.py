@@ -19,7 +19,7 @@ from bench.measure.flops import CountFlops
 from bench.model.language_model import LanguageModel
 from bench.model.slots import ModelSpec, feed_forward
 from bench.tasks.text import Batch
-from bench.train.loop import optimizer_for, training_step
+from bench.train.step import optimizer_for, training_step
 from variants.attention.compressive import Compressive, CompressiveConfig, State
 from variants.attention.transformer_xl import TransformerXL, TransformerXLConfig
 from variants.base import Context, Workload

@@ -15,7 +15,7 @@ from bench.model.activations import STRATEGIES
 from bench.model.language_model import LanguageModel
 from bench.model.slots import ModelSpec, depth_schedule, feed_forward
 from bench.tasks.base import Batch
-from bench.train.loop import optimizer_for, training_step
+from bench.train.step import optimizer_for, training_step
 from variants.base import Context, DepthConfig, DepthSchedule, Dims, Workload
 from variants.slots import STACK
 

@@ -22,7 +22,7 @@ from bench.measure.memory import LiveStorage
 from bench.model.language_model import LanguageModel
 from bench.model.slots import ModelSpec, feed_forward
 from bench.tasks.text import Batch
-from bench.train.loop import optimizer_for, training_step
+from bench.train.step import optimizer_for, training_step
 from variants.attention.performer import Performer, PerformerConfig
 from variants.base import Context, Workload
 from variants.ops import causal_linear_attention, feature_sums, linear_attention

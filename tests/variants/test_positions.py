@@ -6,10 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-from oracles import EXACT, difference, dims_for, make_layer, numbers
+from oracles import EXACT, difference, dims_for, feed, make_layer, numbers, refer
 
 import variants
 from variants.base import Context
+from variants.ops import projections, relative_attention
 from variants.ops.projections import rotary, rotary_table, rotary_table_at
 from variants.ops.recurrent import Recurrent
 
@@ -69,3 +70,38 @@ def test_a_rotation_at_a_position_is_that_of_a_longer_sequence() -> None:
     assert difference(later, rotary(x)[:, 200:]) <= EXACT
     for got, want in zip(rotary_table_at(torch.arange(300), 8, x), rotary_table(300, 8, x), strict=True):
         assert difference(got, want) <= EXACT
+
+
+@pytest.mark.parametrize("name", variants.mixers())
+def test_the_position_scheme_is_that_which_is_declared(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The base of the angles changes the outputs of a layer that has such angles, and of no other."""
+    variant = variants.load_mixer(name)
+    config, dims = variant.Config(**SMALL.get(name, {})), dims_for(TOKENS)
+    layer, x = make_layer(variant, config, dims).eval(), numbers(1, TOKENS, dims.d_model)
+    context = Context(causal=variant.info.caps.causal)
+    want, schemes = layer(x, context).y, set()
+    for scheme, module, base in (
+        ("rotary", projections, "ROTARY_BASE"),
+        ("relative", relative_attention, "SINUSOID_BASE"),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(module, base, 7.0)
+            schemes |= {scheme} if difference(layer(x, context).y, want) > 1e-6 else set()
+    assert schemes == {variant.position_scheme}
+
+
+@pytest.mark.parametrize("name", variants.mixers())
+def test_a_layer_reads_more_tokens_than_it_was_built_for_or_says_why_not(name: str) -> None:
+    """Also one that chooses buckets, clusters or a stride by the length that it is built for."""
+    variant = variants.load_mixer(name)
+    config, dims = variant.Config(**SMALL.get(name, {})), dims_for(TOKENS)
+    layer, x = make_layer(variant, config, dims).eval(), numbers(1, 2 * TOKENS + 3, dims.d_model)
+    context = Context(causal=variant.info.caps.causal)
+    if reason := variant.longer_unsupported(config):
+        assert reason == f"{name} has parameters for a fixed number of positions"
+        with pytest.raises(ValueError, match="built for at most"):
+            layer(x, context)
+    else:
+        assert (
+            difference(feed(layer, x, causal=context.causal), refer(layer, x, causal=context.causal)) <= 1e-7
+        )

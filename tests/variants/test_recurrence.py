@@ -20,7 +20,7 @@ from bench.evaluate.nll import tally
 from bench.model.language_model import LanguageModel
 from bench.model.slots import ModelSpec, feed_forward
 from bench.tasks.text import Batch
-from bench.train.loop import training_step
+from bench.train.step import training_step
 from variants.base import Context, Workload
 from variants.input_schedule import Segments
 from variants.ops.compression import COMPRESSIONS
@@ -298,7 +298,7 @@ def test_a_model_trains_and_is_evaluated_alike(name: str, activations: str) -> N
             activations=activations,
         ).double()
         scored = tally(model, [batch], causal=True, device=torch.device("cpu"))
-        loss = training_step(model, torch.optim.SGD(model.parameters(), lr=0), batch, causal=True)
+        loss = training_step(model, torch.optim.SGD(model.parameters(), lr=0), batch, causal=True).nll
         gradients = [parameter.grad for parameter in model.parameters()]
         found.append([loss, torch.from_numpy(scored.nats), *gradients])
     for got in found[1:]:

@@ -21,7 +21,7 @@ from bench.measure.memory import LiveStorage
 from bench.model.language_model import LanguageModel
 from bench.model.slots import ModelSpec, feed_forward
 from bench.tasks.text import Batch
-from bench.train.loop import optimizer_for, training_step
+from bench.train.step import optimizer_for, training_step
 from variants.attention.routing import Routing, RoutingConfig
 from variants.base import Context, SequenceMixer, Workload
 from variants.ops import clusters, kmeans, kmeans_attention, kmeans_flash

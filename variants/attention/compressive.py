@@ -11,8 +11,8 @@ the same and are read side by side.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from dataclasses import dataclass, replace
+from typing import Literal, NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
@@ -50,6 +50,15 @@ class CompressiveConfig(RecurrentConfig):
     def rule(self) -> MemoryRule:
         """The sizes of memory and compressed memory."""
         return MemoryRule(segment=self.segment, mem_len=self.mem_len, comp_len=self.comp_len, rate=self.rate)
+
+    @property
+    def memory_positions(self) -> int:
+        """Of both memories; a compressed one is one position."""
+        return self.mem_len + self.comp_len
+
+    def with_memory(self, factor: int) -> Self:
+        """Both memories are longer; the rate stays."""
+        return replace(super().with_memory(factor), comp_len=factor * self.comp_len)
 
 
 class State(NamedTuple):
@@ -111,7 +120,6 @@ class Compressive(Recurrent):
 
     def __init__(self, config: CompressiveConfig, dims: Dims, layer: int = 0) -> None:
         super().__init__(config, dims, layer)
-        self.rule = config.rule
         # drawn last, and only where used, so that everything else is as in transformer_xl
         make = COMPRESSIONS[config.compression] if config.comp_len else Compressor
         self.compressor = make(dims.d_model, config.rate)
@@ -121,6 +129,11 @@ class Compressive(Recurrent):
             self.flop_overhead_reason = (
                 f"{type(self).flop_overhead_reason}; training also attends twice for the reconstruction loss"
             )
+
+    @property
+    def rule(self) -> MemoryRule:
+        """The sizes of both memories."""
+        return self.config.rule
 
     def auxiliary_parameters(self) -> Iterator[nn.Parameter]:
         """The compressor's: the task never reaches them."""

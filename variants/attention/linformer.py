@@ -55,6 +55,7 @@ class Linformer(SequenceMixer):
 
     Config = LinformerConfig
     config: LinformerConfig
+    position_scheme = "rotary"
     info = Info(
         paper="Wang et al. 2020, Linformer, arXiv:2006.04768",
         family="low rank",

@@ -90,6 +90,7 @@ class Performer(SequenceMixer):
 
     Config = PerformerConfig
     config: PerformerConfig
+    position_scheme = "rotary"
     info = Info(
         paper="Choromanski et al. 2020, Rethinking Attention with Performers, arXiv:2009.14794",
         family="kernels",

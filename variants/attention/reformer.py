@@ -119,12 +119,11 @@ class Reformer(SequenceMixer):
     With the `band` neighbourhood, causal, no bit of an output depends on a later token, for any dtype (see
     `variants.ops.lsh.windows`).
 
-    Deviations: positions are rotary, as in every variant of this project; the paper adds learned axial
-    embeddings. The `band` neighbourhood is not in the paper. With chunks of the sorted order, later tokens
-    move the boundaries, and so change the keys of an earlier token. The last `chunk` predecessors of a token
-    in its bucket depend on earlier tokens only. Reversible layers (§3) and chunks of the feed-forward layer
-    belong to the model, not to this layer. With one projection less, the layer has three quarters of the
-    parameters of dense attention.
+    Deviations: positions are rotary; the paper adds learned axial embeddings. The `band` neighbourhood is not
+    in the paper. With chunks of the sorted order, later tokens move the boundaries, and so change the keys of
+    an earlier token. The last `chunk` predecessors of a token in its bucket depend on earlier tokens only.
+    Reversible layers (§3) and chunks of the feed-forward layer belong to the model, not to this layer. With
+    one projection less, the layer has three quarters of the parameters of dense attention.
 
     Other code, with which `chunk` is compared in tests/peers: reformer-pytorch computes the same if it is
     configured to mask other buckets and to count each pair once; neither is its default. Hugging Face
@@ -135,6 +134,7 @@ class Reformer(SequenceMixer):
 
     Config = ReformerConfig
     config: ReformerConfig
+    position_scheme = "rotary"
     info = Info(
         paper="Kitaev et al. 2020, Reformer, arXiv:2001.04451",
         family="learned patterns",

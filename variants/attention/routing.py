@@ -104,6 +104,7 @@ class Routing(SequenceMixer):
 
     Config = RoutingConfig
     config: RoutingConfig
+    position_scheme = "rotary"
     info = Info(
         paper="Roy et al. 2020, Routing Transformer, arXiv:2003.05997",
         family="learned patterns",

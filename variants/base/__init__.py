@@ -3,7 +3,7 @@
 from variants.base.depth import DepthConfig, DepthSchedule, Visit, VisitOut
 from variants.base.feed_forward import FeedForward, FeedForwardConfig, FFOut
 from variants.base.impl import Impl
-from variants.base.info import Caps, Complexity, Info
+from variants.base.info import Caps, Complexity, Info, PositionScheme
 from variants.base.mixer import MixerOut, SequenceMixer, SlotSpec, Variant, VariantConfig
 from variants.base.mixture import Mixture
 from variants.base.protocols import (
@@ -11,6 +11,7 @@ from variants.base.protocols import (
     EstimatesSoftmax,
     ExposesScores,
     HasMask,
+    HasMemory,
     KnownLeak,
     MakesChoices,
     TiesParameters,
@@ -44,12 +45,14 @@ __all__ = [
     "FeedForward",
     "FeedForwardConfig",
     "HasMask",
+    "HasMemory",
     "Impl",
     "Info",
     "KnownLeak",
     "MakesChoices",
     "MixerOut",
     "Mixture",
+    "PositionScheme",
     "SequenceMixer",
     "SlotSpec",
     "TiesParameters",

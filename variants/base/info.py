@@ -3,6 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
+
+PositionScheme = Literal["rotary", "sinusoidal", "relative", "learnt", "none"]
+"""How a layer encodes positions. rotary: queries and keys are rotated by angles that grow with the position.
+sinusoidal: fixed vectors are added to the inputs. relative: scores have terms of the distance. learnt: one
+learnt vector for each position. none: the layer does not know positions, but a causal mask tells it their
+order."""
 
 
 @dataclass(frozen=True, kw_only=True)

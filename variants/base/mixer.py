@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from variants.base.impl import Impl
-from variants.base.info import Info
+from variants.base.info import Info, PositionScheme
 from variants.base.work import Context, Cost, Dims, Workload
 from variants.input_schedule import InputSchedule, WholeSequence, require_tokens
 from variants.knobs import Knobs
@@ -99,6 +99,20 @@ class Variant(ABC):
         fake tensors calls this with the CPU as the device.
         """
 
+    @classmethod
+    def longer_unsupported(cls, config: Any) -> str | None:
+        """The reason why a model that was built for one length cannot read longer sequences, or None.
+
+        Layers with parameters for each position cannot, unless the input schedule divides every sequence into
+        windows of one length.
+        """
+        restarts = cls.input_schedule(config) != WholeSequence()
+        for slot in cls.mixers(config):
+            caps = slot.layer.info.caps
+            if caps.fixed_length and (caps.stateful or not restarts):
+                return f"{slot.name} has parameters for a fixed number of positions"
+        return None
+
 
 class SequenceMixer(nn.Module, Variant):
     """One layer that mixes tokens, with its projections: (B, T, C) → (B, T, C).
@@ -107,6 +121,8 @@ class SequenceMixer(nn.Module, Variant):
     """
 
     info: ClassVar[Info]
+    position_scheme: ClassVar[PositionScheme | None] = None
+    """How the layer encodes positions; None if the variant does not say."""
     IMPLS: ClassVar[Mapping[str, Impl]] = {}
     """The values of the knob `impl`, except "auto", with their implementations; empty without this knob."""
     flop_overhead_reason: str | None = None

@@ -6,6 +6,7 @@ Shapes: B batch, T tokens, C channels (d_model), H heads, D = C / H.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor, nn
@@ -89,6 +90,20 @@ class TiesParameters(Protocol):
     def tie(cls, layers: Sequence[Any]) -> None:
         """Make layers share parameters. Called once for a new model, with all layers of this class that have
         the same knobs, lowest first."""
+        ...
+
+
+@runtime_checkable
+class HasMemory(Protocol):
+    """Queries read a memory of earlier tokens, and no parameter depends on its length."""
+
+    @property
+    def memory_positions(self) -> int:
+        """Positions of memory that a query reads before its segment, at most."""
+        ...
+
+    def longer_memory(self, factor: int) -> AbstractContextManager[None]:
+        """Inside the context, the memory is `factor` times as long; state does not cross its border."""
         ...
 
 

@@ -59,6 +59,7 @@ class MaskedAttention(SequenceMixer):
     """Softmax attention over the pairs that a rule allows; a query without an allowed key gives 0."""
 
     Config: ClassVar[type[VariantConfig]] = MaskedConfig
+    position_scheme = "rotary"
 
     def __init__(self, config: VariantConfig, dims: Dims, layer: int = 0) -> None:
         super().__init__(config, dims, layer)

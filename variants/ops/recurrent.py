@@ -8,9 +8,10 @@ all sequences of a batch share the positions of a head.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
@@ -45,6 +46,15 @@ class RecurrentConfig(VariantConfig):
         at_once = self.segments_at_once
         return Segments(self.segment, None if at_once == "all" else at_once)
 
+    @property
+    def memory_positions(self) -> int:
+        """Positions of memory that a query reads before its segment, at most."""
+        return self.mem_len
+
+    def with_memory(self, factor: int) -> Self:
+        """The same knobs with a memory that is `factor` times as long."""
+        return replace(self, mem_len=factor * self.mem_len)
+
 
 class Attended(NamedTuple):
     """Outputs of a segment (B, S, C), and intermediate results for later use."""
@@ -77,6 +87,7 @@ class Recurrent(SequenceMixer):
     """
 
     config: RecurrentConfig
+    position_scheme = "relative"
     flop_overhead_reason = "blocks of queries on the diagonal compute scores of keys after the query"
 
     def __init__(self, config: RecurrentConfig, dims: Dims, layer: int = 0) -> None:
@@ -109,6 +120,25 @@ class Recurrent(SequenceMixer):
         if dims.d_model % 2:
             return f"d_model={dims.d_model}: sinusoidal positions need an even number of channels"
         return super().unsupported(config, dims, causal=causal)
+
+    @property
+    def memory_positions(self) -> int:
+        """As the knobs say."""
+        return self.config.memory_positions
+
+    @contextmanager
+    def longer_memory(self, factor: int) -> Iterator[None]:
+        """Inside the context, the memory is `factor` times as long, as in the evaluation of Dai 2019 (§4).
+
+        Parameters stay as they are: the relative positions of larger distances are projected by the same
+        weights.
+        """
+        before = self.config
+        self.config = before.with_memory(factor)
+        try:
+            yield
+        finally:
+            self.config = before
 
     @abstractmethod
     def runs(self, seq_len: int, memory: int, compressed: int) -> tuple[SegmentRun, ...]:

@@ -17,9 +17,11 @@ import pandas as pd
 from bench.report import ReportError
 from bench.report.data.collect import Collected, collect, relabelled
 from bench.report.data.compared_time import SECONDS, SOURCE, with_compared_time
+from bench.report.data.different import differs
+from bench.report.data.disturbed import DISTURBED, RATIO_DISTURBED, flags, marked, takes_part
 from bench.report.data.groups import GROUP, TRAINING
-from bench.report.data.intervals import by_cell, differs, interval
-from bench.report.data.noise_floor import floors, pairs
+from bench.report.data.intervals import by_cell, interval
+from bench.report.data.noise_floor import UNKNOWN_FLOOR, Floor, noises
 
 SETTING = [key for key in GROUP if key not in ("machine", "threads", "device")]
 """Keys that two cells must share to be compared, with variant, label, length and training."""
@@ -30,16 +32,18 @@ RATIOS = {
     "peak_bytes": "peak_bytes",
     "flops_executed_step": "flops_executed",
 }
+TIMES = ["step_seconds_median", SECONDS]
+"""Figures that a disturbance changes."""
 FIGURES = [*RATIOS, "bits_per_byte", "perplexity", "accuracy"]
 
 
 @dataclass(frozen=True)
 class Run:
-    """One of the two: its folder's name, its records, and the noise floor of its machine (NaN: unknown)."""
+    """One of the two: its folder's name, its records, and the noise floor of its machine."""
 
     name: str
     collected: Collected
-    floor: float
+    floor: Floor
 
 
 @dataclass(frozen=True)
@@ -59,8 +63,9 @@ def load(folder: Path) -> Run:
     machines = sorted(collected.frame.loc[collected.frame["status"] == "ok", "machine"].unique())
     if len(machines) > 1:
         raise ReportError(f"{folder}: holds records of several machines ({', '.join(machines)}); compare one")
-    known = floors(pairs(collected.every))
-    return Run(folder.resolve().name, collected, next(iter(known.values()), float("nan")))
+    found = noises(collected.every)
+    floor = found[machines[0]].floor if machines else UNKNOWN_FLOOR
+    return Run(folder.resolve().name, collected, floor)
 
 
 def compare(first: Run, second: Run) -> Comparison:
@@ -71,8 +76,9 @@ def compare(first: Run, second: Run) -> Comparison:
     first, over the `rounds` (the replicates that both have), and its interval `X_ratio_low` and
     `X_ratio_high`; `same_data`, whether their data are equal to the byte; where they are, `nll_change`
     with `nll_change_low` and `nll_change_high`, in nats; `time_source`; and `differs`, what
-    `intervals.differs` says of the compared time (the device's where both runs have it), with the larger
-    noise floor of the two.
+    `different.differs` says of the compared time (the device's where both runs have it), with all cells as
+    one family and the larger noise floor of the two. Disturbed measurements take part in times and their
+    ratios only where a cell has no others: `disturbed_first`, `disturbed_second`, `ratio_disturbed`.
     """
     both = pd.concat(
         [run.collected.frame.assign(run=place) for place, run in enumerate((first, second))],
@@ -85,8 +91,15 @@ def compare(first: Run, second: Run) -> Comparison:
     figures = [*FIGURES, "nll"]
     measured = [figure for figure in figures if figure != "flops_executed_step"]
     both[measured] = both[measured].where(both["status"] == "ok")
+    both = marked(both)
+    timed = both[both[SECONDS].notna()]
+    timed = timed[takes_part(timed, [*CELL, "run"])]
     groups = both.groupby([*CELL, "run"], sort=False, dropna=False)
-    medians = groups[FIGURES].median().unstack("run")
+    figures_of = groups[FIGURES].median()
+    timings = timed.groupby([*CELL, "run"], sort=False, dropna=False)
+    figures_of[TIMES] = timings[TIMES].median()
+    disturbed = timings[DISTURBED].any().unstack("run")
+    medians = figures_of.unstack("run")
     statuses = groups["status"].agg(lambda values: ", ".join(sorted(values.unique()))).unstack("run")
     matched = statuses.notna().all(axis=1)
     columns = {f"status_{end}": statuses[run] for run, end in enumerate(("first", "second"))}
@@ -96,7 +109,9 @@ def compare(first: Run, second: Run) -> Comparison:
         for figure in FIGURES
         for run, end in enumerate(("first", "second"))
     }
+    columns |= {f"disturbed_{end}": disturbed[run].eq(True) for run, end in enumerate(("first", "second"))}
     cells = pd.DataFrame(columns)[matched].join(_paired(both)).reset_index()
+    cells[RATIO_DISTURBED] = cells[RATIO_DISTURBED].eq(True)
     changes = [f"nll_change{end}" for end in ("", "_low", "_high")]
     cells[changes] = cells[changes].where(cells["same_data"])
     cells["rounds"] = cells["rounds"].fillna(0).astype(int)
@@ -104,7 +119,7 @@ def compare(first: Run, second: Run) -> Comparison:
     cells[SOURCE] = both[SOURCE].iloc[0]
     # NaN where either is not known: of the other kind of time it says nothing
     same = all((run.collected.frame[SOURCE] == both[SOURCE].iloc[0]).all() for run in (first, second))
-    floor = float(np.max([first.floor, second.floor])) if same else float("nan")
+    floor = float(np.max([first.floor.upper, second.floor.upper])) if same else float("nan")
     differing = differs(low, high, replicates=cells["rounds"], floor=floor)
     cells["differs"] = pd.Series(differing).astype("boolean")
     unmatched = statuses[~matched]
@@ -122,9 +137,17 @@ def _paired(both: pd.DataFrame) -> pd.DataFrame:
     """By cell: the ratios and changes within a replicate, and over how many replicates."""
     each = both.groupby([*CELL, "replicate", "run"], sort=False, dropna=False)
     figures = each[[*RATIOS, "nll"]].median().unstack("run")
-    columns: dict[str, Any] = {}
+    # a ratio is disturbed if either side is
+    flagged = each[DISTURBED].any().unstack("run").reindex(figures.index).eq(True).any(axis=1)
+    rows = figures.index.to_frame(index=False).assign(**{DISTURBED: flagged.to_numpy()})
+    in_both = pd.DataFrame(figures[SECONDS]).notna().to_numpy().sum(axis=1) == 2
+    used = in_both.copy()
+    used[in_both] = takes_part(rows[in_both], CELL)
+    columns: dict[str, Any] = {RATIO_DISTURBED: flags(rows[used], CELL)}
     for source, name in RATIOS.items():
         ratios = figures[source, 1] / figures[source, 0] if (source, 1) in figures else pd.Series(dtype=float)
+        if source in TIMES:
+            ratios = ratios.where(used) if len(ratios) else ratios
         ends = by_cell(ratios, CELL)
         columns[f"{name}_ratio"] = ratios.groupby(level=CELL, sort=False, dropna=False).median()
         columns |= {f"{name}_ratio_{end}": ends[end] for end in ("low", "high")}

@@ -10,21 +10,26 @@ import pandas as pd
 from bench.records.configurations import UNKNOWN
 from bench.report.comparison.matching import SETTING, Comparison, Run
 from bench.report.data.compared_time import SECONDS
+from bench.report.data.disturbed import RATIO_DISTURBED
 from bench.report.data.groups import TRAINING, varying
+from bench.report.data.noise_floor import Floor
 from bench.report.figures.drawing import Plots
 from bench.report.text import markdown, units
 from bench.report.text.cells import time_title, training_columns
 from bench.report.text.columns import Column, each
 from bench.report.text.machines import dates, machines
 from bench.report.text.markdown import escape
-from bench.report.text.marks import ALIKE, OF_TWO, UNTOLD, marked_range
+from bench.report.text.marks import ALIKE, CONTAMINATED, OF_TWO, UNTOLD, disturbed, marked_range
 from bench.report.text.marks import NOTES as MEANINGS
 from bench.report.text.phrases import headed
 
 NOTES = {
-    ALIKE: "not distinguishable: the interval of the ratio holds 1 or lies within the larger noise floor",
+    ALIKE: "not called different: an end of the ratio's interval lies within the larger noise floor (its "
+    "upper bound), or the difference does not pass Holm's correction over all cells of the comparison",
     UNTOLD: "nothing says whether they differ: one replicate, or two and no noise floor",
     OF_TWO: MEANINGS[OF_TWO],
+    CONTAMINATED: "timed while something else ran, and there is no undisturbed measurement; of a ratio, this "
+    "holds for either side",
 }
 LEAD = (
     "Ratios are the second run over the first, the median over the replicates that both have, each against "
@@ -77,8 +82,11 @@ def _facts(run: Run) -> dict[str, str]:
     }
 
 
-def _floor(log_ratio: float) -> str:
-    return "unknown, no A/A cells" if math.isnan(log_ratio) else units.percent(math.expm1(log_ratio))
+def _floor(floor: Floor) -> str:
+    if not floor.method:
+        return "unknown, no A/A cells"
+    estimate, upper = (units.percent(math.expm1(value)) for value in (floor.estimate, floor.upper))
+    return f"{estimate}, at most {upper}"
 
 
 def _cells(cells: pd.DataFrame) -> str:
@@ -89,8 +97,8 @@ def _cells(cells: pd.DataFrame) -> str:
             each(cells, "variant", "label", str, right=False, optional=False),
             each(cells, "length", "seq_len", str, optional=False),
             *training_columns(cells, varying(cells, TRAINING)),
-            each(cells, f"{time_title(cells)}, first", f"{SECONDS}_first", units.seconds),
-            each(cells, "second", f"{SECONDS}_second", units.seconds),
+            Column(f"{time_title(cells)}, first", [_time(row, "first") for row in rows]),
+            Column("second", [_time(row, "second") for row in rows]),
             Column("ratio", [units.ratio(r[f"{SECONDS}_ratio"]) + _mark(r) for r in rows]),
             Column("95 % interval", marked_range(ends, cells["rounds"])),
             each(cells, "peak memory, first", "peak_bytes_first", units.size),
@@ -119,7 +127,12 @@ def _status(row: pd.Series[Any]) -> str:
 def _mark(row: pd.Series[Any]) -> str:
     if pd.isna(row[f"{SECONDS}_ratio"]):
         return ""
-    return UNTOLD if pd.isna(row["differs"]) else "" if row["differs"] else ALIKE
+    mark = UNTOLD if pd.isna(row["differs"]) else "" if row["differs"] else ALIKE
+    return mark + (CONTAMINATED if row[RATIO_DISTURBED] else "")
+
+
+def _time(row: pd.Series[Any], run: str) -> str:
+    return disturbed(row, f"{SECONDS}_{run}", units.seconds, f"disturbed_{run}")
 
 
 def _change(row: pd.Series[Any]) -> str:

@@ -78,21 +78,6 @@ def floor_for(replicates: npt.ArrayLike, floor: npt.ArrayLike) -> Floats:
     return np.asarray(floor) / np.where(n > 2, np.sqrt(np.maximum(n, 1)), 1.0)
 
 
-def differs(low: Floats, high: Floats, *, replicates: npt.ArrayLike, floor: npt.ArrayLike) -> Floats:
-    """Whether intervals of log ratios show that two cells differ: 1 for yes, 0 for no, NaN for undecided.
-
-    They do where the interval neither contains 0, a ratio of 1, nor lies within ± `floor_for` of
-    `replicates`; `floor` is a pair's (`noise_floor.floor_of`; NaN where it is not known). One replicate
-    decides nothing. Two without a known floor decide nothing either: half of all equal cells have both ratios
-    on one side of 1.
-    """
-    known = ~np.isnan(floor)
-    least = np.where(known, floor_for(replicates, floor), 0.0)
-    is_different = (low > 0) & (high > least) | (high < 0) & (low < -least)
-    enough = (np.asarray(replicates) > 2) | ((np.asarray(replicates) == 2) & known)
-    return np.where(enough & ~np.isnan(low), is_different, np.nan)
-
-
 def by_cell(values: pd.Series[float], cell: list[str]) -> pd.DataFrame:
     """The interval of each cell's figures, one a replicate: columns `low` and `high`, and `count`.
 

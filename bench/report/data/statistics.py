@@ -17,8 +17,12 @@ from bench.records import STATUSES
 from bench.report.data.baselines import BASELINES, undertrained, unranked, with_baselines
 from bench.report.data.collect import MOST_PERPLEXITY
 from bench.report.data.compared_time import RATE, SECONDS, SOURCE
+from bench.report.data.different import differs
+from bench.report.data.disturbed import DISTURBED, RATIO_DISTURBED, flags, marked, one_a_round
 from bench.report.data.groups import BUDGET, CELL, GROUP, TRAINING
-from bench.report.data.intervals import by_cell, differs
+from bench.report.data.intervals import by_cell
+from bench.report.data.ratios import MEASURED, ratios_to
+from bench.report.data.sampling import HALF_WIDTH, ended_short
 
 LEAK_LIMIT = 1e-3
 """An output before the cut that changes by more than this depends on the future: far above rounding."""
@@ -29,7 +33,7 @@ BASELINE = "dense"
 UNKNOWN_FLOORS: Mapping[str, float] = MappingProxyType({})
 
 # Figure of a record → name in the table; these get a median, an interval and a range.
-_SPREAD = {
+_TIMES = {
     "step_seconds_median": "step_seconds",
     "forward_seconds_median": "forward_seconds",
     "tokens_per_second": "tokens_per_second",
@@ -37,8 +41,9 @@ _SPREAD = {
     SECONDS: SECONDS,
     RATE: RATE,
     "forward_tokens_per_second": "forward_tokens_per_second",
-    "peak_bytes": "peak_bytes",
 }
+"""Those that a disturbance changes."""
+_SPREAD = {**_TIMES, "peak_bytes": "peak_bytes"}
 _PAIRED = {
     "step_seconds_median": "step_seconds",
     "tokens_per_second": "tokens_per_second",
@@ -47,7 +52,6 @@ _PAIRED = {
 }
 """Figures whose ratio to dense is taken within each replicate: a slow round slows both."""
 _MEASURED = (
-    "mfu",
     "rss_peak_bytes",
     "param_bytes",
     "optimizer_bytes",
@@ -113,18 +117,31 @@ def unasked_math(frame: pd.DataFrame) -> pd.Series[bool]:
     return took & (frame["impl"] != "math")
 
 
-def cost_cells(frame: pd.DataFrame, floors: Mapping[str, float] = UNKNOWN_FLOORS) -> pd.DataFrame:
+def cost_cells(
+    frame: pd.DataFrame,
+    floors: Mapping[str, float] = UNKNOWN_FLOORS,
+    every: pd.DataFrame | None = None,
+) -> pd.DataFrame:
     """One row per cell (all keys except the replicate): its cost and whether it finished.
+
+    `every` has the twins of the cells too: they stand in for disturbed measurements, and those of the
+    baseline are what ratios are relative to.
 
     Columns: the keys of `groups.CELL`; `data`, `records`, `finished`, `contaminated` (how many of those
     finished), `replicates` (with a finished record), `status`, `reason`; `X_median` (of the replicates'
     medians), `X_low` and `X_high` (their interval, see `intervals`), `X_min` and `X_max` for times, rates
     and peak memory; medians of the other figures under their own names; the gates' worst figures and
-    `leaks`; `*_ratio`, to the same figure of `baseline` in the same group and length. Of times and rates
-    that is the median over the `rounds`, which are the replicates that both have, with an interval
-    `*_ratio_low` and `*_ratio_high`; of the others, which hardly vary, the ratio of the medians. `differs`
-    says whether the interval of the compared time's ratio tells the cell apart from `baseline`, as
-    `intervals.differs` does, with the noise floor in `floors` by machine.
+    `leaks`. Times and rates are of undisturbed measurements; where a cell has only disturbed ones they are of
+    these, and `disturbed` is true. `half_width` (of `sampling`) is the median over these measurements, and
+    `sampled_short` the number of those whose sampling ended on its budget.
+
+    `*_ratio`: to the same figure of `baseline` in the same group and length. Of times and rates that is the
+    median over the `rounds`, the replicates with a ratio (see `ratios`), with an interval `*_ratio_low` and
+    `*_ratio_high`; `ratio_disturbed` says whether it rests on a disturbed measurement of either, and
+    `baseline_measurements` to how many of the baseline each ratio is relative at least. Of the other figures,
+    which hardly vary, it is the ratio of the medians. `differs` says whether the compared time's ratio
+    tells the cell apart from `baseline`, as `different.differs` does, with all cells as one family and the
+    noise floor in `floors` by machine.
     """
     frame = _finished_only(frame, [*_SPREAD, *_MEASURED])
     grouped = frame.groupby(list(CELL), sort=False, dropna=False)
@@ -137,12 +154,20 @@ def cost_cells(frame: pd.DataFrame, floors: Mapping[str, float] = UNKNOWN_FLOORS
         "status": grouped["status"].agg(status_counts),
         "reason": grouped["reason"].agg(distinct),
     }
-    rounds = _rounds(frame)
-    for source, name in _SPREAD.items():
-        columns[f"{name}_median"] = rounds[source].groupby(level=list(CELL), sort=False).median()
-        ends = by_cell(rounds[source], list(CELL))
-        columns |= {f"{name}_{end}": ends[end] for end in ("low", "high")}
-        columns |= {f"{name}_{end}": grouped[source].agg(end) for end in ("min", "max")}
+    timed = _timed(frame, every)
+    own = one_a_round(timed, CELL)
+    for figures, rows in ((_TIMES, own), ({"peak_bytes": "peak_bytes"}, frame)):
+        rounds = rows.groupby([*CELL, "replicate"], sort=False, dropna=False)[list(figures)].median()
+        ranges = rows.groupby(list(CELL), sort=False, dropna=False)
+        for source, name in figures.items():
+            columns[f"{name}_median"] = rounds[source].groupby(level=list(CELL), sort=False).median()
+            ends = by_cell(rounds[source], list(CELL))
+            columns |= {f"{name}_{end}": ends[end] for end in ("low", "high")}
+            columns |= {f"{name}_{end}": ranges[source].agg(end) for end in ("min", "max")}
+    timings = own.groupby(list(CELL), sort=False, dropna=False)
+    columns["mfu"] = timings["mfu"].median()
+    columns["half_width"] = timings[HALF_WIDTH].median()
+    columns["sampled_short"] = timings["sampled_short"].sum()
     columns |= {name: grouped[name].agg(distinct) for name in ("peak_bytes_source", "peak_phase")}
     columns[SOURCE] = grouped[SOURCE].first()
     columns["attention_kernels"] = grouped["attention_kernels"].agg(distinct)
@@ -158,9 +183,11 @@ def cost_cells(frame: pd.DataFrame, floors: Mapping[str, float] = UNKNOWN_FLOORS
     for gate in ("leak_max_abs", "reference_max_abs", "recompute_max_abs"):
         columns[gate] = grouped[gate].max()
     columns |= {name: grouped[name].agg(distinct) for name in ("flops_source", "claim_source")}
+    columns[DISTURBED] = flags(own, list(CELL)).reindex(columns["data"].index).eq(True)
     cells = pd.DataFrame(columns).reset_index()
+    cells["sampled_short"] = cells["sampled_short"].fillna(0).astype(int)
     cells["leaks"] = cells["leak_max_abs"] > LEAK_LIMIT
-    cells = _paired(_compared(_ordered(cells)), rounds)
+    cells = _paired(_compared(_ordered(cells)), timed)
     floor = cells["machine"].map(dict(floors)).astype(float)
     cells["noise_floor"] = np.exp(floor)
     low, high = (np.log(cells[f"{SECONDS}_ratio_{end}"].to_numpy(dtype=float)) for end in ("low", "high"))
@@ -226,9 +253,16 @@ def _finished_only(frame: pd.DataFrame, figures: list[str]) -> pd.DataFrame:
     return frame
 
 
-def _rounds(frame: pd.DataFrame) -> pd.DataFrame:
-    """The figures of `_SPREAD` of each cell in each replicate; of several records in one, their median."""
-    return frame.groupby([*CELL, "replicate"], sort=False, dropna=False)[list(_SPREAD)].median()
+def _timed(frame: pd.DataFrame, every: pd.DataFrame | None) -> pd.DataFrame:
+    """The timed, finished records of the frame and the twins of its cells."""
+    rows = frame
+    if every is not None:
+        twins = every[every["twin"] != 0]
+        known = pd.MultiIndex.from_frame(frame[list(CELL)].drop_duplicates())
+        twins = twins[pd.MultiIndex.from_frame(twins[list(CELL)]).isin(known)]
+        rows = pd.concat([frame, _finished_only(twins, list(_TIMES))]) if len(twins) else frame
+    rows = rows[rows["ok"] & rows[list(_TIMES)].notna().any(axis=1)]
+    return marked(rows).assign(sampled_short=ended_short(rows))
 
 
 def _ordered(cells: pd.DataFrame) -> pd.DataFrame:
@@ -266,24 +300,31 @@ def _compared(cells: pd.DataFrame) -> pd.DataFrame:
     return cells
 
 
-def _paired(cells: pd.DataFrame, rounds: pd.DataFrame) -> pd.DataFrame:
-    """Add `rounds` and, for the figures of `_PAIRED`, the ratio to the baseline in the same replicate: its
-    median over the rounds and its interval. The baseline itself has no interval."""
-    each = rounds[list(_PAIRED)].reset_index().merge(cells[[*CELL, "baseline"]], on=list(CELL))
-    where = [*GROUP, "seq_len", "replicate"]
-    dense = each[each["label"] == each["baseline"]]
-    both = each.merge(dense[[*where, *_PAIRED]], on=where, suffixes=("", "_dense"))
+def _paired(cells: pd.DataFrame, timed: pd.DataFrame) -> pd.DataFrame:
+    """Add `rounds` and, for the figures of `_PAIRED`, the ratio to the baseline's measurements nearest in
+    time: its median over the rounds and its interval. The baseline itself has the ratio 1 and no interval."""
+    keys = [*CELL, "replicate", "twin", DISTURBED, "started_at"]
+    each = timed[[*keys, *_PAIRED]].merge(cells[[*CELL, "baseline"]], on=list(CELL))
+    is_baseline = each["label"] == each["baseline"]
+    itself, others = each[is_baseline], each[~is_baseline]
+    ratios = ratios_to(others, itself, [*GROUP, "seq_len", "replicate"], list(_PAIRED))
+    # NaN stays: a figure that was not taken has no ratio
+    ones = itself.assign(**{name: itself[name] / itself[name] for name in _PAIRED}, **{DISTURBED: False})
+    own = one_a_round(pd.concat([ratios, ones]) if len(ratios) else ones, CELL)
+    rounds = own.groupby([*CELL, "replicate"], sort=False, dropna=False)[list(_PAIRED)].median()
     cells = cells.set_index(list(CELL))
-    itself = cells.index.get_level_values("label") == cells["baseline"]
+    itself_cells = cells.index.get_level_values("label") == cells["baseline"]
     for source, name in _PAIRED.items():
-        ratios = both.set_index(list(CELL))[source] / both.set_index(list(CELL))[f"{source}_dense"]
-        intervals = by_cell(ratios, list(CELL))
-        cells[f"{name}_ratio"] = ratios.groupby(level=list(CELL), sort=False).median()
+        intervals = by_cell(rounds[source], list(CELL))
+        cells[f"{name}_ratio"] = rounds[source].groupby(level=list(CELL), sort=False).median()
         for end in ("low", "high"):
-            cells[f"{name}_ratio_{end}"] = intervals[end].where(~itself)
+            cells[f"{name}_ratio_{end}"] = intervals[end].where(~itself_cells)
         if name == SECONDS:
             cells["rounds"] = intervals["count"]
     cells["rounds"] = cells["rounds"].fillna(0).astype(int)
+    cells[RATIO_DISTURBED] = flags(own, list(CELL)).reindex(cells.index).eq(True)
+    least = own[MEASURED].groupby([own[key] for key in CELL], sort=False).min() if MEASURED in own else np.nan
+    cells[MEASURED] = least
     return cells.reset_index()
 
 

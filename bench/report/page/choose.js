@@ -88,15 +88,17 @@ function choose() {
   fill($("by-quality"), ["", "variant", (pool.length && doc.score_name[pool[0]]) || "bits per byte", "memory"], amongBaselines(rows, values, baselines));
   $("quality-note").textContent = trainedWhere(pool, setting, length, depth);
 
-  const timed = (cell) => (doc.seconds[cell] === null ? 1 : 0);
+  // What was disturbed comes after the undisturbed, and what was not timed last; neither has a rank.
+  const timed = (cell) => (doc.seconds[cell] === null ? 2 : doc.disturbed[cell] ? 1 : 0);
+  const isTimed = (cell) => doc.seconds[cell] !== null;
   const order = (cell) => doc.seconds[cell] ?? doc.flops[cell] ?? Infinity;
   const fastest = [...fit].sort((a, b) => timed(a) - timed(b) || (order(a) === order(b) ? 0 : order(a) - order(b)));
   const ratio = doc.table.find((column) => column.title === "time / dense");
-  const time = (cell) => (timed(cell) ? `not timed, ${doc.flops_text[cell]}` : doc.seconds_text[cell]);
+  const time = (cell) => (!isTimed(cell) ? `not timed, ${doc.flops_text[cell]}` : doc.seconds_text[cell]);
   const columns = [["step time", time], ["/ dense", (cell) => ratio?.text[cell] ?? MISSING], ["memory", memory]];
   fill($("by-speed"), ["", "variant", ...columns.map(([title]) => title)],
     ranked(fastest.map((cell, place) => ({ rank: timed(cell) ? MISSING : String(place + 1), cell })), ways, columns.map(([, show]) => show)));
-  const untimed = fit.filter(timed).length, guessed = fit.filter((cell) => doc.predicted[cell]).length;
+  const untimed = fit.filter((cell) => !isTimed(cell)).length, guessed = fit.filter((cell) => doc.predicted[cell]).length;
   $("speed-note").textContent = untimed === 0 ? `Measured at length ${full(length)}, depth ${depth}.`
     : `${untimed === fit.length ? "None was" : `${untimed} were not`} timed at length ${full(length)}, depth ${depth}: by executed FLOPs instead, unranked.`;
 

@@ -9,13 +9,14 @@ from typing import Any
 import pandas as pd
 
 from bench.records import NOT_COMPILED
+from bench.report.data.disturbed import RATIO_DISTURBED, marked, undisturbed_medians, with_ratios
 from bench.report.data.experiment import Experiment
 from bench.report.data.groups import CELL, GROUP
 from bench.report.figures.style import ordered
 from bench.report.sections import Section
 from bench.report.text import units
 from bench.report.text.columns import Column, each
-from bench.report.text.marks import CONTAMINATED, meanings, timed
+from bench.report.text.marks import CONTAMINATED, disturbed, meanings, timed
 from bench.report.text.phrases import headed
 from bench.report.text.tables import Table, first_open
 
@@ -25,6 +26,7 @@ _COMPARED = {
     "peak_bytes": "peak_bytes_ratio",
 }
 """Figure → the column with its ratio to the cell without compilation."""
+_TIMED = ("step_seconds_median", "forward_seconds_median")
 _OWN = ("compile_seconds", "graph_breaks", "recompiles")
 _SETTING = [key for key in GROUP if key != "compile"]
 
@@ -60,23 +62,19 @@ class Compilation(Section[pd.DataFrame]):
 
 def compiled_cells(frame: pd.DataFrame) -> pd.DataFrame:
     """One row a finished compiled cell. Columns: the keys, medians of the figures and, as `*_ratio`, the
-    median over replicates of the ratio to the cell without compilation (NaN where there is none)."""
-    ok = frame[frame["status"] == "ok"]
+    median over replicates of the ratio to the cell without compilation (NaN where there is none). Disturbed
+    times take part where a cell has no others: `disturbed`, `ratio_disturbed`."""
+    ok = marked(frame[frame["status"] == "ok"])
     compiled = ok[ok["compile"] != NOT_COMPILED]
     if compiled.empty:
         return pd.DataFrame()
     peers = [key for key in (*CELL, "replicate") if key != "compile"]
-    reference = ok[ok["compile"] == NOT_COMPILED].groupby(peers)[list(_COMPARED)].median()
-    against = reference.reindex(pd.MultiIndex.from_frame(compiled[peers]))
-    ratios = {
-        ratio: compiled[figure].to_numpy() / against[figure].where(against[figure] > 0).to_numpy()
-        for figure, ratio in _COMPARED.items()
-    }
-    compiled = compiled.assign(**ratios)
+    reference = ok[ok["compile"] == NOT_COMPILED]
+    compiled = with_ratios(compiled, reference, peers, _COMPARED)
+    cells = undisturbed_medians(compiled, list(CELL), _COMPARED, timed=_TIMED)
     groups = compiled.groupby(list(CELL), sort=False, dropna=False)
-    cells = groups[[*_COMPARED, *ratios, *_OWN]].median()
+    cells[list(_OWN)] = groups[list(_OWN)].median()
     cells["replicates"] = groups["replicate"].nunique()
-    cells["contaminated"] = groups["contaminated"].count()
     return ordered(cells.reset_index())
 
 
@@ -88,9 +86,11 @@ def _columns(cells: pd.DataFrame) -> list[Column]:
         Column(
             "step time", [timed(row, "step_seconds_median", units.seconds) for _, row in cells.iterrows()]
         ),
-        each(cells, "/ off", "step_seconds_ratio", units.ratio),
-        each(cells, "forward", "forward_seconds_median", units.seconds),
-        each(cells, "/ off", "forward_seconds_ratio", units.ratio),
+        _ratio(cells, "step_seconds_ratio"),
+        Column(
+            "forward", [timed(row, "forward_seconds_median", units.seconds) for _, row in cells.iterrows()]
+        ),
+        _ratio(cells, "forward_seconds_ratio"),
         each(cells, "peak memory", "peak_bytes", units.size),
         each(cells, "/ off", "peak_bytes_ratio", units.ratio),
         each(cells, "compiling", "compile_seconds", units.seconds),
@@ -98,6 +98,12 @@ def _columns(cells: pd.DataFrame) -> list[Column]:
         each(cells, "recompiles", "recompiles", units.whole),
         each(cells, "replicates", "replicates", str),
     ]
+
+
+def _ratio(cells: pd.DataFrame, column: str) -> Column:
+    """Ratios of times to the same cell without compilation, with their mark."""
+    texts = [disturbed(row, column, units.ratio, RATIO_DISTURBED) for _, row in cells.iterrows()]
+    return Column("/ off", texts)
 
 
 SECTIONS: Sequence[Section[Any]] = (Compilation(),)

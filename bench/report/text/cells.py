@@ -70,6 +70,10 @@ def training_columns(cells: pd.DataFrame, varying_keys: Sequence[str]) -> list[C
     if {"train_budget", "train_amount"} & set(varying_keys):
         pairs = zip(cells["train_budget"], cells["train_amount"], strict=True)
         columns.append(Column("budget", [units.budget(kind, amount) for kind, amount in pairs]))
+    if "schedule" in varying_keys:
+        columns.append(each(cells, "schedule", "schedule", or_dash, right=False))
+    if "train_state" in varying_keys:
+        columns.append(each(cells, "state in training", "train_state", or_dash, right=False))
     if "learning_rate" in varying_keys:
         columns.append(each(cells, "learning rate", "learning_rate", units.learning_rate))
     if "eval_split" in varying_keys:

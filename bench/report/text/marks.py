@@ -8,19 +8,21 @@ from typing import Any
 import pandas as pd
 
 from bench.report.data.compared_time import SECONDS
+from bench.report.data.disturbed import DISTURBED, RATIO_DISTURBED
 from bench.report.data.statistics import DRIFT_LIMIT, LEAK_LIMIT
 from bench.report.text import units
 
 LEAK, DRIFT, PREDICTED, UNDERTRAINED = "†", "‡", "ᵖ", "ᵘ"
 ALIKE, UNTOLD, OF_TWO, CONTAMINATED = "≈", "?", "ʳ", "§"
-LAUNCH_BOUND, MATH = "ʰ", "ᵐ"
+LAUNCH_BOUND, MATH, SHORT = "ʰ", "ᵐ", "ˢ"
 OF_INTERVALS = {
-    ALIKE: "not distinguishable from dense: the interval of the ratio holds 1 or lies within the noise floor "
-    "(of n replicates, three or more: the floor over √n)",
+    ALIKE: "not called different from dense: an end of the ratio's interval lies within the noise floor (its "
+    "upper bound; of n replicates, three or more: over √n), or the difference does not pass Holm's "
+    "correction over all ratios in the report",
     UNTOLD: "nothing says whether it differs from dense: it has one replicate, or two and no noise floor",
     OF_TWO: "the range of two replicates, which covers less than a 95 % interval",
-    CONTAMINATED: "timed while something else ran, in one replicate at least (see *Contaminated*), yet part "
-    "of the medians and intervals",
+    CONTAMINATED: "timed while something else ran (see *Contaminated*), and there is no undisturbed "
+    "measurement; of a ratio, this holds for either side",
 }
 NOTES = {
     LEAK: f"the gate measured a leak of more than {LEAK_LIMIT:g}: with a causal objective it sees the "
@@ -32,6 +34,8 @@ NOTES = {
     "time, which is the time of the host that submits the operations",
     MATH: "torch took the attention backend math, which stores all T × T scores, because no fused one "
     "accepted the tensors",
+    SHORT: "sampling ended on its budget in one replicate at least, before the 95 % interval of the median "
+    "step was as narrow as measure.precision; fewer than six samples have none",
     DRIFT: f"parameters differ from dense by more than {DRIFT_LIMIT:.0%}: not like for like",
     **OF_INTERVALS,
 }
@@ -40,6 +44,7 @@ SHORT_NOTES = {
     LEAK: f"sees the future: the gate measured a leak of more than {LEAK_LIMIT:g}",
     UNDERTRAINED: "undertrained: worse than a 3-gram table that learnt the same bytes; not ranked",
     PREDICTED: NOTES[PREDICTED],
+    SHORT: NOTES[SHORT],
     LAUNCH_BOUND: NOTES[LAUNCH_BOUND],
     MATH: NOTES[MATH],
     **OF_INTERVALS,
@@ -53,8 +58,20 @@ def meanings(*marks: str) -> dict[str, str]:
 
 
 def timed(row: pd.Series[Any], column: str, show: Callable[[Any], str]) -> str:
-    """A time or a rate, marked where a replicate's samples are contaminated."""
-    return show(row[column]) + (CONTAMINATED if row["contaminated"] and not pd.isna(row[column]) else "")
+    """A time or a rate, marked where it is of disturbed measurements."""
+    return disturbed(row, column, show, DISTURBED)
+
+
+def disturbed(row: pd.Series[Any], column: str, show: Callable[[Any], str], flag: str) -> str:
+    """A figure, marked where the column `flag` says that it rests on disturbed measurements."""
+    return show(row[column]) + (CONTAMINATED if row[flag] and not pd.isna(row[column]) else "")
+
+
+def sampled(row: pd.Series[Any]) -> str:
+    """The half-width of a median's interval within a process, marked where sampling ended on its budget."""
+    width = row["half_width"]
+    text = units.MISSING if pd.isna(width) else f"± {units.percent(width)}"
+    return text + (SHORT if row["sampled_short"] else "")
 
 
 def interval(rows: Sequence[pd.Series[Any]], name: str, unit: str) -> list[str]:
@@ -72,7 +89,9 @@ def marked_range(texts: Sequence[str], counts: Iterable[int]) -> list[str]:
 
 
 def against(row: pd.Series[Any]) -> str:
-    """The mark of a ratio of times to dense: different (no mark), not distinguishable, or undecided."""
+    """The marks of a ratio of times to dense: called different (no mark), not called different, or undecided;
+    and whether it rests on disturbed measurements of either."""
     if pd.isna(row[f"{SECONDS}_ratio"]) or row["label"] == row["baseline"]:
         return ""
-    return UNTOLD if pd.isna(row["differs"]) else "" if row["differs"] else ALIKE
+    mark = UNTOLD if pd.isna(row["differs"]) else "" if row["differs"] else ALIKE
+    return mark + (CONTAMINATED if row[RATIO_DISTURBED] else "")

@@ -58,6 +58,10 @@ def training(values: Mapping[str, Any], keys: Sequence[str]) -> list[str]:
     words = []
     if "train_budget" in keys or "train_amount" in keys:
         words.append(units.budget(values["train_budget"], values["train_amount"]))
+    if "schedule" in keys:
+        words.append(f"schedule {values['schedule']}")
+    if "train_state" in keys and values["train_state"] == "carried":
+        words.append("state carried between steps")
     if "learning_rate" in keys:
         words.append(f"rate {units.learning_rate(values['learning_rate'])}")
     if "eval_split" in keys:

@@ -7,6 +7,14 @@ from typing import Any
 import pandas as pd
 
 from bench.report.data.compared_time import RATE
+from bench.report.data.disturbed import (
+    DISTURBED,
+    RATIO_DISTURBED,
+    marked,
+    takes_part,
+    undisturbed_medians,
+    with_ratios,
+)
 from bench.report.data.groups import FIT, PAYOFF
 from bench.report.data.intervals import by_cell
 from bench.report.data.kinds import KEEP
@@ -34,7 +42,9 @@ def payoff_cells(frame: pd.DataFrame) -> pd.DataFrame:
 
     Columns: the keys, `largest_batch_size`, `tokens_per_second` (of `compared_time`) with its interval as
     `_low` and `_high`, `gain` (median over replicates of the throughput over that of `keep` in the same
-    replicate), `peak_bytes`, `peak_bytes_source`, `contaminated`, `replicates`, `status`.
+    replicate), `peak_bytes`, `peak_bytes_source`, `replicates`, `status`; `disturbed` and `ratio_disturbed`,
+    whether the throughput and the gain are of disturbed measurements, which take part where a row has no
+    others.
     """
     keys = [*PAYOFF, "depth", "variant", "label", "activations"]
     ok = frame["status"] == "ok"
@@ -42,20 +52,23 @@ def payoff_cells(frame: pd.DataFrame) -> pd.DataFrame:
     frame = frame.assign(tokens_per_second=frame[RATE])
     frame = frame.assign(**{name: frame[name].where(ok) for name in figures})
     peers = [key for key in (*keys, "replicate") if key != "activations"]
-    reference = frame[frame["activations"] == KEEP].groupby(peers)["tokens_per_second"].median()
-    against = reference.reindex(pd.MultiIndex.from_frame(frame[peers])).to_numpy()
-    frame = frame.assign(gain=frame["tokens_per_second"] / against)
+    frame = marked(frame)
+    gains = {"tokens_per_second": "gain"}
+    frame = with_ratios(frame, frame[frame["activations"] == KEEP], peers, gains)
     groups = frame.groupby(keys, sort=False, dropna=False)
-    ends = by_cell(frame.set_index(keys)["tokens_per_second"], keys)
+    rates = undisturbed_medians(frame, keys, gains, timed=list(gains))
+    timed = frame[frame["tokens_per_second"].notna()]
+    ends = by_cell(timed[takes_part(timed, keys)].set_index(keys)["tokens_per_second"], keys)
     columns: dict[str, pd.Series[Any]] = {
         "largest_batch_size": groups["largest_batch_size"].min(),
-        "tokens_per_second": groups["tokens_per_second"].median(),
+        "tokens_per_second": rates["tokens_per_second"],
         "tokens_per_second_low": ends["low"],
         "tokens_per_second_high": ends["high"],
-        "gain": groups["gain"].median(),
+        "gain": rates["gain"],
+        DISTURBED: rates[DISTURBED],
+        RATIO_DISTURBED: rates[RATIO_DISTURBED],
         "peak_bytes": groups["peak_bytes"].median(),
         "peak_bytes_source": groups["peak_bytes_source"].agg(distinct),
-        "contaminated": frame["contaminated"].where(ok).groupby([frame[k] for k in keys]).count(),
         "replicates": frame["replicate"].where(ok).groupby([frame[k] for k in keys]).nunique(),
         "status": groups["status"].agg(status_counts),
     }

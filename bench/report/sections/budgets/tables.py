@@ -6,10 +6,11 @@ from typing import Any
 
 import pandas as pd
 
+from bench.report.data.disturbed import RATIO_DISTURBED
 from bench.report.sections.budgets.data import LARGEST, LONGEST
 from bench.report.text import units
 from bench.report.text.columns import Column, each
-from bench.report.text.marks import PREDICTED, interval, timed
+from bench.report.text.marks import PREDICTED, disturbed, interval, timed
 
 NOTHING = "nothing fits"
 
@@ -63,7 +64,7 @@ def payoff(cells: pd.DataFrame) -> list[Column]:
         Column("largest batch", [_found(row, "largest_batch_size", LARGEST) for row in rows]),
         Column("throughput", [timed(row, "tokens_per_second", units.rate) for row in rows]),
         Column("95 % interval", interval(rows, "tokens_per_second", "rate")),
-        each(cells, "/ keep", "gain", units.ratio),
+        Column("/ keep", [disturbed(row, "gain", units.ratio, RATIO_DISTURBED) for row in rows]),
         Column("peak memory", [_peak(row) for row in rows]),
         each(cells, "replicates", "replicates", str, optional=False),
         each(cells, "status", "status", str, right=False, optional=False),

@@ -11,6 +11,7 @@ import pandas as pd
 
 from bench.report.data.baselines import BASELINES, unranked
 from bench.report.data.compared_time import RATE, SECONDS
+from bench.report.data.disturbed import DISTURBED
 from bench.report.data.groups import COMMON, varying
 from bench.report.figures.chart_data import Json, lengths, number, numbers
 from bench.report.figures.lines import replicates
@@ -18,7 +19,7 @@ from bench.report.figures.style import strategy_rank
 from bench.report.sections.cells.data import Cells
 from bench.report.text import markdown, units
 from bench.report.text.cells import compared, label_of, peak, plus_minus, undertrained, wall
-from bench.report.text.marks import PREDICTED, against, interval
+from bench.report.text.marks import PREDICTED, against, interval, timed
 from bench.report.text.phrases import describe
 
 Row: TypeAlias = "pd.Series[Any]"
@@ -78,11 +79,16 @@ COLUMNS = (
         f"{SECONDS}_low",
         "of the step time, over replicates",
     ),
-    Shown("time / dense", _ratio, f"{SECONDS}_ratio", "median of the ratios within a replicate"),
+    Shown(
+        "time / dense",
+        _ratio,
+        f"{SECONDS}_ratio",
+        "median over replicates of the ratios to dense, as it ran before and after in the same replicate",
+    ),
     Shown("wall time", wall, "step_seconds_median", "where the step time is the device's"),
     Shown(
         "throughput",
-        _plain(f"{RATE}_median", units.rate),
+        lambda row: timed(row, f"{RATE}_median", units.rate),
         f"{RATE}_median",
         "tokens trained on in a second of the step time",
     ),
@@ -193,8 +199,9 @@ def document(cells: Cells) -> Json:
         "memory_text": peaks,
         "predicted": [text.endswith(PREDICTED) for text in peaks],
         "seconds": numbers(rows[f"{SECONDS}_median"]),
-        "seconds_text": [units.seconds(value) for value in rows[f"{SECONDS}_median"]],
-        "rate_text": [units.rate(value) for value in rows[f"{RATE}_median"]],
+        "seconds_text": [timed(row, f"{SECONDS}_median", units.seconds) for _, row in rows.iterrows()],
+        "disturbed": [bool(value) for value in rows[DISTURBED]],
+        "rate_text": [timed(row, f"{RATE}_median", units.rate) for _, row in rows.iterrows()],
         "flops": numbers(rows["flops_executed_step"]),
         "flops_text": [units.flops(value) for value in rows["flops_executed_step"]],
         "score": numbers(rows["score"]),

@@ -11,13 +11,14 @@ from bench.report.data.compared_time import DEVICE, SOURCE
 from bench.report.data.experiment import Experiment
 from bench.report.data.groups import SETTING
 from bench.report.data.kinds import KEEP
-from bench.report.data.noise_floor import floors, pairs
+from bench.report.data.noise_floor import floors
+from bench.report.data.ratios import MEASURED
 from bench.report.data.statistics import BASELINE, cost_cells
 from bench.report.figures.spec import FigureSpec, one_point
 from bench.report.sections import Section
 from bench.report.sections.cost.plots import BY_DEPTH, BY_LENGTH
 from bench.report.sections.cost.tables import cost
-from bench.report.text.marks import LAUNCH_BOUND, LEAK, MATH, OF_INTERVALS, PREDICTED, meanings
+from bench.report.text.marks import LAUNCH_BOUND, LEAK, MATH, OF_INTERVALS, PREDICTED, SHORT, meanings
 from bench.report.text.phrases import headed
 from bench.report.text.tables import Table
 
@@ -30,17 +31,23 @@ class Cost(Section[pd.DataFrame]):
     title = "Cost"
     lead = (
         "A step is one forward and backward over batch × length tokens. Figures are medians over replicates, "
-        "each replicate a process of its own; *time / dense* is the median of the ratios within a replicate. "
-        "The 95 % interval is Student's t of the logarithms. *algorithmic* FLOPs count the pairs a pattern "
-        "allows, *executed* what was dispatched, recomputation and padding included, *attention* the "
+        "each replicate a process of its own. *time / dense*: each measurement over dense in the same "
+        "replicate, the geometric mean of its last measurement before and its first after, or the only one; "
+        "then the median over replicates. Disturbed measurements are left out where a cell has others. The "
+        "95 % interval is Student's t of the logarithms. A ratio without ≈ has both ends of its interval "
+        "outside the noise floor, and passes Holm's correction over all ratios in this report: at most one "
+        "report in twenty calls any cell different that is as fast as dense. *sampled within*: half-width of "
+        "the 95 % interval of the median step within a process. *algorithmic* FLOPs count the pairs a "
+        "pattern allows, *executed* what was dispatched, recomputation and padding included, *attention* the "
         "algorithmic part that is not a projection, feed-forward or output layer. *launches* are dispatched "
         "operations that compute something, *bytes moved* their tensor arguments and results."
     )
-    marks = meanings(LEAK, *OF_INTERVALS, LAUNCH_BOUND, MATH, PREDICTED)
+    marks = meanings(LEAK, *OF_INTERVALS, SHORT, LAUNCH_BOUND, MATH, PREDICTED)
 
     def compute(self, records: Experiment, done: Mapping[str, Any]) -> pd.DataFrame:
         """The cost cells; whether two differ is judged by the machine's noise floor."""
-        return cost_cells(records.kinds.plain, floors(pairs(records.collected.every)))
+        every = records.collected.every
+        return cost_cells(records.kinds.plain, floors(every), every)
 
     def facts(self, data: pd.DataFrame) -> dict[str, str]:
         """The machines whose cells are compared by the time of the device, in all sections."""
@@ -63,7 +70,13 @@ class Cost(Section[pd.DataFrame]):
                 cost(group),
                 heading=heading,
                 setting=keys,
-                note=" ".join([*([f"dense here is {baseline[0]}."] if renamed else []), *_note(group)]),
+                note=" ".join(
+                    [
+                        *([f"dense here is {baseline[0]}."] if renamed else []),
+                        *_relative_to(group),
+                        *_note(group),
+                    ]
+                ),
                 folded=fold,
                 caption=f"Cost of a training step: {keys}. Medians over replicates{_times(group)}",
             )
@@ -110,6 +123,21 @@ class Cost(Section[pd.DataFrame]):
 
 def _times(cells: pd.DataFrame) -> str:
     return "; times, ratios and throughput are of the device" if (cells[SOURCE] == DEVICE).any() else ""
+
+
+def _relative_to(cells: pd.DataFrame) -> list[str]:
+    """To how many measurements of dense the ratios of times are relative."""
+    counts = cells.loc[cells["label"] != cells["baseline"], MEASURED].dropna()
+    if counts.empty:
+        return []
+    single = int((counts < 2).sum())
+    if single == len(counts):
+        return ["Ratios of times are to the one measurement of dense in the same replicate."]
+    if single:
+        return [
+            f"{single} of {len(counts)} ratios of times are to one measurement of dense, the others to two."
+        ]
+    return ["Ratios of times are to dense before and after."]
 
 
 def _note(cells: pd.DataFrame) -> list[str]:

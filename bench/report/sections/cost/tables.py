@@ -8,7 +8,7 @@ from bench.report.data.compared_time import RATE, SECONDS
 from bench.report.text import units
 from bench.report.text.cells import compared, label_of, or_dash, peak, time_title, wall
 from bench.report.text.columns import Column, each
-from bench.report.text.marks import against, interval, marked_range
+from bench.report.text.marks import against, interval, marked_range, sampled, timed
 
 
 def cost(cells: pd.DataFrame) -> list[Column]:
@@ -22,9 +22,10 @@ def cost(cells: pd.DataFrame) -> list[Column]:
         Column("95 % interval", interval(rows, SECONDS, "seconds")),
         Column("time / dense", [units.ratio(r[f"{SECONDS}_ratio"]) + against(r) for r in rows]),
         Column("95 % of ratio", marked_range(ratio_ends, cells["rounds"])),
+        Column("sampled within", [sampled(row) for row in rows]),
         Column("wall time", [wall(row) for row in rows]),
-        each(cells, "throughput", f"{RATE}_median", units.rate),
-        each(cells, "utilisation", "mfu", units.percent),
+        Column("throughput", [timed(row, f"{RATE}_median", units.rate) for row in rows]),
+        Column("utilisation", [timed(row, "mfu", units.percent) for row in rows]),
         Column("peak memory", [peak(row) for row in rows]),
         each(cells, "memory / dense", "peak_bytes_ratio", units.ratio),
         each(cells, "algorithmic FLOPs", "flops_algorithmic_step", units.flops),

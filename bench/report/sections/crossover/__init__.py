@@ -15,6 +15,7 @@ from bench.report.sections import Section
 from bench.report.sections.crossover.data import compared, crossovers, quality_loss
 from bench.report.sections.crossover.plots import crossover
 from bench.report.sections.crossover.tables import crossings
+from bench.report.text.marks import CONTAMINATED, meanings
 from bench.report.text.phrases import headed
 from bench.report.text.tables import Table, first_open
 
@@ -37,12 +38,13 @@ class Crossover(Section[Crossings]):
     lead = (
         "The length from which on a variant is cheaper than `dense` in the same setting, up to the longest "
         "measured: read off the line through the logarithms of the ratios at measured lengths. A ratio is "
-        "the median over replicates, each against dense in the same replicate; in brackets, what its "
-        "interval allows: the lengths from which on its lower and its upper end are cheaper. *loss over "
-        "dense*: nats a token that the model loses after the same training, with the interval over "
-        "replicates, at the trained length nearest to the crossover in time; none if either is undertrained. "
-        "An interval is one of 95 %, of two replicates their range."
+        "the median over replicates, each to dense as in *Cost*. In brackets, of times, the 95 % interval "
+        "of that length, by a bootstrap: each repeat moves all ratios by noise, that between rounds or that "
+        "of the noise floor, whichever is larger. *loss over dense*: nats a token that the model loses after "
+        "the same training, with the 95 % interval over replicates (of two their range), at the trained "
+        "length nearest to the crossover in time; none if either is undertrained."
     )
+    marks = meanings(CONTAMINATED)
     csv = ("crossovers",)
     figures_alone = False
 

@@ -13,7 +13,8 @@ import numpy as np
 import pandas as pd
 
 from bench.report.data.baselines import LEAST, undertrained, with_baselines
-from bench.report.data.crossing import FIGURES, crossing
+from bench.report.data.crossing import FIGURES, bracket, crossing, ratio_error
+from bench.report.data.disturbed import DISTURBED, RATIO_DISTURBED
 from bench.report.data.groups import GROUP, SLOT_COLUMNS, TRAINING, split
 from bench.report.data.intervals import interval
 from bench.report.data.statistics import BASELINE, LEAK_LIMIT, at_best_rate
@@ -30,10 +31,11 @@ def crossovers(cells: pd.DataFrame, quality: pd.DataFrame) -> pd.DataFrame:
     `quality_loss`.
 
     Columns: the keys of `groups.GROUP`, `variant`, `label`, `figure` (of `FIGURES`), `outcome` and `length`
-    as `crossing` has them, `low` and `high` (the lengths from which on the lower and the upper end of the
-    ratio's interval are below 1: 0 at all measured, infinite at none, NaN without intervals), `first` and
-    `last` length measured, `lengths` (how many), and the quality lost at the nearest length where there is
-    any: `nll_lost`, `nll_lost_low`, `nll_lost_high`, `quality_seq_len`, `quality_width`, `quality_depth`.
+    as `crossing` has them, of times also `low` and `high` (the `bracket`: 0 if it contains all measured
+    lengths, infinite if it contains none), `disturbed` (whether a ratio rests on disturbed measurements),
+    `first` and `last` length measured, `lengths` (how many), and the quality lost at the nearest length where
+    there is any: `nll_lost`, `nll_lost_low`, `nll_lost_high`, `quality_seq_len`, `quality_width`,
+    `quality_depth`.
     """
     others = compared(cells)
     by_model = dict(iter(quality.groupby(list(_MODEL), dropna=False)))
@@ -45,7 +47,10 @@ def crossovers(cells: pd.DataFrame, quality: pd.DataFrame) -> pd.DataFrame:
                 continue
             lengths = known["seq_len"].to_numpy(dtype=float)
             outcome, place = crossing(list(lengths), list(known[column]))
-            low, high = (_onset(known, f"{column}_{end}") for end in ("low", "high"))
+            low = high = np.nan
+            is_time = figure == "time"
+            if is_time:
+                low, high = bracket(list(lengths), list(known[column]), *ratio_error(known))
             rows.append(
                 {
                     **values,
@@ -54,6 +59,7 @@ def crossovers(cells: pd.DataFrame, quality: pd.DataFrame) -> pd.DataFrame:
                     "length": place,
                     "low": low,
                     "high": high,
+                    DISTURBED: is_time and bool(known[RATIO_DISTURBED].any()),
                     "first": lengths[0],
                     "last": lengths[-1],
                     "lengths": len(lengths),
@@ -61,15 +67,6 @@ def crossovers(cells: pd.DataFrame, quality: pd.DataFrame) -> pd.DataFrame:
                 }
             )
     return pd.DataFrame(rows)
-
-
-def _onset(cells: pd.DataFrame, column: str) -> float:
-    """The length from which on one end of the ratio's interval is below 1: 0 for all of them, infinite
-    where it is not at the longest; NaN where a cell has no interval."""
-    if column not in cells or cells[column].isna().any():
-        return np.nan
-    kind, place = crossing(list(cells["seq_len"]), list(cells[column]))
-    return {"from": place, "always": 0.0}.get(kind, np.inf)
 
 
 _LOSS = ("nll_lost", "nll_lost_low", "nll_lost_high", "quality_seq_len", "quality_width", "quality_depth")

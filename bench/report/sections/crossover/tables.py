@@ -7,8 +7,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from bench.report.data.disturbed import DISTURBED
 from bench.report.text import units
 from bench.report.text.columns import Column
+from bench.report.text.marks import CONTAMINATED
 
 Row = dict[str, "pd.Series[Any]"]
 
@@ -46,11 +48,12 @@ def _outcome(row: Row, figure: str) -> str:
         "from": f"from {length} on",
         "until": f"up to {length} alone",
     }
-    return words[crossover["outcome"]] + _interval(crossover)
+    mark = CONTAMINATED if crossover[DISTURBED] else ""
+    return words[crossover["outcome"]] + _interval(crossover) + mark
 
 
 def _interval(row: pd.Series[Any]) -> str:
-    """The lengths that the ratio's interval allows; empty without an interval, or if it leaves no doubt."""
+    """The bracket of the length; empty without one, or if it leaves no doubt."""
     low, high = row["low"], row["high"]
     if units.missing(low) or units.missing(high) or low == high:
         return ""

@@ -30,8 +30,9 @@ class Growth(Section[pd.DataFrame]):
         "paper claims for attention: the slope of log cost against log length (or depth) by least squares, "
         f"over the largest sizes, those within a factor of {SPAN} of the largest and at least "
         f"{FEWEST}. A step has more than attention: projections and feed-forward layers grow as T, "
-        "parameters not at all. *attention FLOPs* are by formula and free of both. *survey*: Tay et al., "
-        "arXiv:2009.06732v3, Table 1."
+        "parameters not at all. *attention FLOPs* are by formula and free of both. An exponent of times that "
+        "were measured while something else ran is *disturbed* and contradicts no claim. *survey*: Tay et "
+        "al., arXiv:2009.06732v3, Table 1."
     )
     marks = MappingProxyType(
         {

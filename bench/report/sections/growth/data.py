@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 
 from bench.report.data.compared_time import SECONDS
+from bench.report.data.disturbed import DISTURBED
 from bench.report.data.groups import GROUP, SETTING, split
 from bench.report.data.power_law import fit, verdict
 from bench.report.data.statistics import BASELINE
@@ -24,12 +25,14 @@ class Figure:
     by_length: str | None = None
     """The column that claims its exponent in the length."""
     by_depth: str | None = None
+    timed: bool = False
+    """Whether a disturbance changes it."""
     surveyed: bool = False
     """Whether the survey's exponent, of attention in the length, speaks of it."""
 
 
 FIGURES = (
-    Figure("time", f"{SECONDS}_median", "claimed_time_exponent"),
+    Figure("time", f"{SECONDS}_median", "claimed_time_exponent", timed=True),
     Figure("memory", "peak_bytes_median", "claimed_memory_exponent"),
     Figure("saved", "activation_bytes", "claimed_memory_exponent", "claimed_depth_exponent"),
     Figure("attention", "flops_attention_step", "claimed_time_exponent", surveyed=True),
@@ -44,7 +47,8 @@ def exponents(cells: pd.DataFrame) -> pd.DataFrame:
     Takes `statistics.cost_cells`. Columns: the keys of `groups.SETTING`, `axis` (seq_len or depth), the other
     of the two (null for the one that is the axis), `variant`, `label`, `figure` (a name of `FIGURES`),
     `exponent` with its 95 % interval `low` to `high`, `points`, `first` and `last` size fitted, `claim` and
-    `claim_source`, `verdict`, `survey` and `survey_verdict`.
+    `claim_source`, `verdict`, `survey` and `survey_verdict`, and `disturbed`: whether a time among those
+    fitted is of disturbed measurements. Such a fit contradicts no claim.
     """
     rows = [
         *_along(cells, "seq_len", [*GROUP, "variant", "label"]),
@@ -66,6 +70,8 @@ def _along(cells: pd.DataFrame, axis: str, keys: Sequence[str]) -> Iterator[dict
             if law is None:
                 continue
             by_length = axis == "seq_len"
+            sizes = own[axis].between(law.first, law.last) & own[figure.column].notna()
+            disturbed = figure.timed and bool((own[DISTURBED] & sizes).any())
             name = figure.by_length if by_length else figure.by_depth
             claim = np.nan if name is None else own[name].median()
             survey = own["survey_exponent"].median() if by_length and figure.surveyed else np.nan
@@ -77,7 +83,8 @@ def _along(cells: pd.DataFrame, axis: str, keys: Sequence[str]) -> Iterator[dict
                 **vars(law),
                 "claim": claim,
                 "claim_source": own["claim_source"].iloc[0] if by_length else None,
-                "verdict": verdict(law, claim),
+                "verdict": "" if disturbed else verdict(law, claim),
+                DISTURBED: disturbed,
                 "survey": survey,
                 "survey_verdict": verdict(law, survey),
             }

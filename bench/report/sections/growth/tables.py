@@ -7,6 +7,7 @@ from typing import Any
 
 import pandas as pd
 
+from bench.report.data.disturbed import DISTURBED
 from bench.report.text import units
 from bench.report.text.columns import Column
 
@@ -74,7 +75,7 @@ def _exponent(row: Row, figure: str) -> str:
     fit = row[figure]
     value, low, high = (f"{fit[key]:.2f}" for key in ("exponent", "low", "high"))
     spread = "" if low == high else f" ({low}–{high})" if fit["low"] >= 0 else f" ({low} to {high})"
-    return value + spread + _MARKS[fit["verdict"]]
+    return value + spread + _MARKS[fit["verdict"]] + (", disturbed" if fit[DISTURBED] else "")
 
 
 def _claim(row: Row, *figures: str) -> str:

@@ -12,6 +12,7 @@ import pandas as pd
 
 from bench.records import NOT_COMPILED
 from bench.report.data.compared_time import SECONDS, SOURCE
+from bench.report.data.disturbed import marked, undisturbed_medians, with_ratios
 from bench.report.data.groups import CELL
 from bench.report.data.kinds import KEEP, predicted
 from bench.report.figures.style import ordered
@@ -33,6 +34,9 @@ _COMPARED = {
     "peak_bytes": "peak_bytes_ratio",
     "activation_bytes": "activation_bytes_ratio",
 }
+
+
+_TIMED = ("step_seconds_median", SECONDS)
 
 
 def peak_parts(frame: pd.DataFrame) -> pd.DataFrame:
@@ -64,27 +68,24 @@ def recomputation(frame: pd.DataFrame) -> pd.DataFrame:
     """One row a finished cell: its cost, and as ratios to the same cell with every activation kept.
 
     Columns: the keys; medians of the figures and, as `*_ratio`, the median over replicates of the
-    figure over that of `keep` in the same replicate (NaN where keep has none); `contaminated`
-    (how many records); `rebuild_error` and `recompute_max_abs`, the worst found. Empty where every cell
+    figure over that of `keep` in the same replicate (NaN where keep has none); `disturbed` and
+    `ratio_disturbed`, whether times and their ratios are of disturbed measurements, which take part where a
+    cell has no others; `rebuild_error` and `recompute_max_abs`, the worst found. Empty where every cell
     saves activations one way.
     """
     ok = frame[frame["status"] == "ok"]
     if ok["activations"].nunique() < 2:
         return pd.DataFrame()
-    ok = ok.assign(
+    ok = marked(ok).assign(
         rebuild_error=[_worst(levels) for levels in ok["rebuild_error_by_level"]],
         predicted=predicted(ok["peak_bytes_source"]),
     )
     peers = [key for key in (*CELL, "replicate") if key != "activations"]
-    reference = ok[ok["activations"] == KEEP].groupby(peers)[list(_COMPARED)].median()
-    against = reference.reindex(pd.MultiIndex.from_frame(ok[peers]))
-    for figure, ratio in _COMPARED.items():
-        ok[ratio] = ok[figure].to_numpy() / against[figure].where(against[figure] > 0).to_numpy()
+    ok = with_ratios(ok, ok[ok["activations"] == KEEP], peers, _COMPARED)
+    cells = undisturbed_medians(ok, list(CELL), _COMPARED, timed=_TIMED)
     groups = ok.groupby(list(CELL), sort=False, dropna=False)
-    cells = groups[[*_COMPARED, *_COMPARED.values()]].median()
     cells["replicates"] = groups["replicate"].nunique()
     cells[SOURCE] = groups[SOURCE].first()
-    cells["contaminated"] = groups["contaminated"].count()
     cells["predicted"] = groups["predicted"].any()
     cells[["rebuild_error", "recompute_max_abs"]] = groups[["rebuild_error", "recompute_max_abs"]].max()
     return ordered(cells.reset_index())

@@ -7,12 +7,13 @@ from typing import Any
 import pandas as pd
 
 from bench.report.data.compared_time import SECONDS
+from bench.report.data.disturbed import RATIO_DISTURBED
 from bench.report.data.groups import COMMON, varying
 from bench.report.sections.memory.data import FAR, prediction_summary
 from bench.report.text import units
 from bench.report.text.cells import time_title
 from bench.report.text.columns import Column, each
-from bench.report.text.marks import PREDICTED, timed
+from bench.report.text.marks import PREDICTED, disturbed, timed
 
 
 def recomputation(cells: pd.DataFrame) -> list[Column]:
@@ -26,7 +27,10 @@ def recomputation(cells: pd.DataFrame) -> list[Column]:
             time_title(cells),
             [timed(row, SECONDS, units.seconds) for _, row in cells.iterrows()],
         ),
-        each(cells, "/ keep", f"{SECONDS}_ratio", units.ratio),
+        Column(
+            "/ keep",
+            [disturbed(row, f"{SECONDS}_ratio", units.ratio, RATIO_DISTURBED) for _, row in cells.iterrows()],
+        ),
         Column("peak memory", [_bytes(row, "peak_bytes") for _, row in cells.iterrows()]),
         each(cells, "/ keep", "peak_bytes_ratio", units.ratio),
         Column("saved activations", [_bytes(row, "activation_bytes") for _, row in cells.iterrows()]),

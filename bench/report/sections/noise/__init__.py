@@ -3,32 +3,63 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import pandas as pd
 
 from bench.report.data.experiment import Experiment
-from bench.report.data.noise_floor import pairs
+from bench.report.data.noise_floor import noises
 from bench.report.sections import Section
-from bench.report.sections.noise.data import summary
-from bench.report.sections.noise.tables import facts
+from bench.report.sections.noise.data import by_length, summary
+from bench.report.sections.noise.tables import facts, lengths
+from bench.report.text.tables import Table
 
 
-class Noise(Section[pd.DataFrame]):
-    """Its data are the `summary` of each machine's A/A pairs; shown in the head."""
+@dataclass(frozen=True)
+class MachineNoise:
+    """The `summary` of each machine, and the same `by_length`."""
+
+    machines: pd.DataFrame
+    lengths: pd.DataFrame
+
+
+class MachinesNoise(Section[MachineNoise]):
+    """The floor in the head, and a table by length."""
 
     name = "noise"
-    order = 180
+    order = 155
+    title = "Noise"
     needs = ("cost",)
-    csv = ("noise",)
+    lead = (
+        "A/A pairs are two measurements of one cell in one replicate. The floor is the difference that a new "
+        "pair exceeds in one of twenty cases, *at most* its upper 95 % confidence bound. From at least 60 "
+        "pairs both are percentiles of the pairs; from fewer they are those of normal errors of a model, log "
+        "time = round + cell + error, fitted to all undisturbed measurements. Differences in the report are "
+        "compared with the bound of all lengths together. *short of precision*: measurements whose sampling "
+        "ended on its budget before the 95 % interval of the median step, within the process, was as narrow "
+        "as `measure.precision`; *half-width*: of that interval, the median and the largest."
+    )
+    csv = ("noise", "noise_by_length")
 
-    def compute(self, records: Experiment, done: Mapping[str, Any]) -> pd.DataFrame:
-        """One row a machine."""
-        return summary(pairs(records.collected.every), done["cost"])
+    def compute(self, records: Experiment, done: Mapping[str, Any]) -> MachineNoise:
+        """One row a machine, and one a machine and length."""
+        every = records.collected.every
+        found = noises(every)
+        return MachineNoise(summary(found, every, done["cost"]), by_length(found, every))
 
-    def facts(self, data: pd.DataFrame) -> dict[str, str]:
+    def facts(self, data: MachineNoise) -> dict[str, str]:
         """The noise floor and its consequences for comparisons."""
-        return facts(data)
+        return facts(data.machines)
+
+    def tables(self, data: MachineNoise) -> list[Table]:
+        """By length, where any cell was timed."""
+        return [Table(lengths(data.lengths))] if len(data.lengths) else []
+
+    def csv_tables(self, data: MachineNoise) -> dict[str, pd.DataFrame]:
+        """Both tables, where they have rows."""
+        named = {"noise": data.machines, "noise_by_length": data.lengths}
+        return {name: table for name, table in named.items() if len(table)}
 
 
-SECTIONS: Sequence[Section[Any]] = (Noise(),)
+SECTIONS: Sequence[Section[Any]] = (MachinesNoise(),)

@@ -11,6 +11,7 @@ from scipy import stats
 
 from bench.report.data.baselines import BASELINES, unranked
 from bench.report.data.compared_time import SECONDS
+from bench.report.data.disturbed import DISTURBED
 from bench.report.data.groups import COMMON, TRAINING, split
 from bench.report.data.intervals import LEVEL
 from bench.report.data.statistics import BASELINE
@@ -40,7 +41,9 @@ def pareto_cells(summary: pd.DataFrame) -> pd.DataFrame:
     interval `quality_low` to `quality_high`, for each of `COSTS` the median `X` with `X_low` and `X_high`,
     `replicates`, `leaks`, `undertrained`, the baselines, and for each cost `X_front`: 'front' where no other
     model is better in both, 'noise' where some are but none beyond the intervals of both, '' else. What is
-    not ranked (`baselines.unranked`) is on no front and keeps nobody off one.
+    not ranked (`baselines.unranked`) is on no front and keeps nobody off one; so is, on the front of time, a
+    model with disturbed measurements alone (`disturbed`). Two times differ beyond their intervals only if
+    they are also further apart than the noise floor.
     """
     trained = summary[(summary["tokens_trained"] > 0) & summary["nll_mean"].notna()]
     if trained.empty:
@@ -61,7 +64,7 @@ def _scored(models: pd.DataFrame) -> pd.DataFrame:
     """The columns of a model before the fronts."""
     taken = [models[f"{name}_mean"].notna() for name in SCORES]
     counts = models["quality_replicates"]
-    own = (*_MODEL, "learning_rate", "leaks", "undertrained", *BASELINES)
+    own = (*_MODEL, "learning_rate", "leaks", "undertrained", DISTURBED, "noise_floor", *BASELINES)
     columns: dict[str, Any] = {key: models[key] for key in own}
     columns["score"] = np.select(taken, list(SCORES), "")
     columns["replicates"] = counts
@@ -95,10 +98,14 @@ class _Span(NamedTuple):
 
 
 def _span(row: pd.Series[Any], name: str) -> _Span:
-    """Without an interval, as with one replicate, it is the figure itself."""
+    """Without an interval, as with one replicate, it is the figure itself. That of a time is as wide as the
+    noise floor at least: two of them overlap where the times differ by less."""
     middle, low, high = (float(row[name + end]) for end in ("", "_low", "_high"))
     if np.isnan(low):
         low = high = middle
+    if name == "time" and not np.isnan(row["noise_floor"]):
+        half = float(np.sqrt(row["noise_floor"]))
+        low, high = min(low, middle / half), max(high, middle * half)
     return (
         _Span(-middle, -high, -low)
         if name == "quality" and row["score"] == "accuracy"
@@ -112,9 +119,12 @@ def _fronts(pool: pd.DataFrame) -> pd.DataFrame:
     marks = {}
     for cost in COSTS:
         spans = [(_span(row, "quality"), _span(row, cost)) for row in rows]
-        sound = [pair for pair, out in zip(spans, left_out, strict=True) if not out]
+        outs = [
+            out or (cost == "time" and bool(row[DISTURBED])) for row, out in zip(rows, left_out, strict=True)
+        ]
+        sound = [pair for pair, out in zip(spans, outs, strict=True) if not out]
         marks[f"{cost}_front"] = [
-            BEATEN if out else _place(pair, sound) for pair, out in zip(spans, left_out, strict=True)
+            BEATEN if out else _place(pair, sound) for pair, out in zip(spans, outs, strict=True)
         ]
     return pool.assign(**marks)
 

@@ -7,11 +7,13 @@ from typing import Any
 
 import pandas as pd
 
+from bench.report.data.disturbed import DISTURBED
 from bench.report.data.groups import varying
 from bench.report.sections.pareto.data import COSTS, FRONT, NOISE, SCORES
 from bench.report.text import units
 from bench.report.text.cells import label_of
 from bench.report.text.columns import Column, each
+from bench.report.text.marks import CONTAMINATED
 
 MAYBE = "≈"
 NAMES = {"time": "time", "memory": "memory", "flops": "FLOPs"}
@@ -28,7 +30,7 @@ def models(cells: pd.DataFrame) -> list[Column]:
         Column("variant", [label_of(row) for row in rows], right=False, optional=False),
         *(saved if varying(cells, ["activations"]) else []),
         Column(SCORES[str(cells["score"].iloc[0])], [_spread(row, "quality", quality) for row in rows]),
-        Column("step time", [_spread(row, "time", units.seconds) for row in rows]),
+        Column("step time", [_time(row) for row in rows]),
         Column("peak memory", [_spread(row, "memory", units.size) for row in rows]),
         each(cells, "executed FLOPs", "flops", units.flops),
         Column("on the front of", [_fronts(row) for row in rows], right=False, optional=False),
@@ -42,6 +44,11 @@ def _spread(row: pd.Series[Any], name: str, show: Callable[[float], str]) -> str
     if units.missing(low) or show(low) == show(high):
         return show(row[name])
     return f"{show(row[name])} ({show(low)} – {show(high)})"
+
+
+def _time(row: pd.Series[Any]) -> str:
+    mark = CONTAMINATED if row[DISTURBED] and not units.missing(row["time"]) else ""
+    return _spread(row, "time", units.seconds) + mark
 
 
 def _fronts(row: pd.Series[Any]) -> str:
