@@ -345,7 +345,7 @@ def test_two_replicates_show_nothing(number: int) -> None:
 
 
 def test_what_was_not_measured_on_longer_sequences_is_not_decided(tmp_path: Path) -> None:
-    """Records of cells without `measure.longer`, and of a version without it, have no such figures."""
+    """The records of cells without `measure.longer` have no such figures."""
     cells = [
         {k: v for k, v in one.items() if "longer" not in k} for one in [*memory_cells(), *longer_cells()]
     ]

@@ -30,7 +30,8 @@ def longer(rows: pd.DataFrame, *names: str) -> pd.DataFrame:
         rows = one_setting(has(rows, *names))
     except Missing as error:
         raise Missing(f"{error}, taken with measure.longer=4") from None
-    return rows[rows["params_json"] == rows.iloc[0]["params_json"]]
+    same: pd.DataFrame = rows[rows["params_json"] == rows.iloc[0]["params_json"]]
+    return same
 
 
 def knobs_that(rows: pd.DataFrame, fits: Callable[[Params], bool], words: str) -> pd.DataFrame:
