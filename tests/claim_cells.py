@@ -57,19 +57,11 @@ def frame_of(cells: Cells, folder: Path) -> pd.DataFrame:
         "measure": "standard",
         "code_sha256": "0",
     }
-    known = set(records.KEYS)
-    younger: dict[str, dict[str, Any]] = {}
     for number, one in enumerate(cells):
-        cell_id = f"{number:04}"
-        younger[cell_id] = {key: value for key, value in one.items() if key not in known}
-        own = {key: value for key, value in one.items() if key in known}
-        record = Record(**{**common, "cell_id": cell_id, **own})
+        record = Record(**{**common, "cell_id": f"{number:04}", **one})
         path = records.path_of(folder, record.cell_id)
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(record.to_json())
     collected = collect(folder)
     assert not collected.problems
-    frame = collected.frame
-    for name in sorted({name for values in younger.values() for name in values}):
-        frame[name] = [younger[cell_id].get(name) for cell_id in frame["cell_id"]]
-    return frame
+    return collected.frame

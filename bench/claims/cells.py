@@ -68,7 +68,8 @@ def has(rows: pd.DataFrame, *names: str) -> pd.DataFrame:
     known = [name for name in names if name in rows.columns]
     complete = rows.dropna(subset=known) if len(known) == len(names) else rows.iloc[:0]
     if complete.empty:
-        raise Missing(f"no {' or '.join(names)} in {len(rows)} cells, such as {rows.iloc[0]['cell_id']}")
+        some = f"in one of {len(rows)} cells, such as {rows.iloc[0]['cell_id']}"
+        raise Missing(f"variant={rows.iloc[0]['variant']}: {' and '.join(names)} {some}")
     return complete
 
 

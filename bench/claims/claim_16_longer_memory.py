@@ -7,8 +7,9 @@ from functools import partial
 import pandas as pd
 
 from bench.claims.base import Judgement
-from bench.claims.cells import Spread, by_replicate, finished, has
-from bench.claims.parts import above, one_setting, points, reason
+from bench.claims.cells import Spread, by_replicate
+from bench.claims.losses import longer, trained
+from bench.claims.parts import above, points, reason
 
 STATEMENT = "A memory that is longer at test than in training lowers the loss."
 SOURCE = (
@@ -22,10 +23,7 @@ difference has no noise of training; the margin excludes differences that nobody
 
 def memory(frame: pd.DataFrame, variant: str) -> Judgement:
     """Judge the longest memory at test against that of training."""
-    rows = finished(frame, variant=variant, objective="clm", measure="standard")
-    rows = one_setting(has(rows, "longer_memory_positions", "nll_longer_memory"))
-    params = rows.iloc[0]["params_json"]
-    rows = rows[rows["params_json"] == params]
+    rows = longer(trained(frame, variant), "longer_memory_positions", "nll_longer_memory")
     gains = rows["nll_longer_memory"].map(lambda nll: nll[0] - nll[-1])
     gain = Spread.plain(by_replicate(rows.assign(gain=gains), "gain"))
     lengths = [int(length) for length in rows.iloc[0]["longer_memory_positions"]]

@@ -9,8 +9,9 @@ from __future__ import annotations
 import pandas as pd
 
 from bench.claims.base import Judgement, Missing, Verdict
-from bench.claims.cells import Spread, by_replicate, finished, has
-from bench.claims.parts import above, below, one_setting, points, reason
+from bench.claims.cells import Spread, by_replicate
+from bench.claims.losses import longer, trained
+from bench.claims.parts import above, below, points, reason
 
 STATEMENT = (
     "Relative positions extrapolate to longer sequences than those of training; rotary positions do not."
@@ -28,9 +29,7 @@ FACTOR = 2
 
 def _rise(frame: pd.DataFrame, variant: str) -> tuple[Spread, str]:
     """Return by how much the loss rises at `FACTOR` times the trained length, and what was measured."""
-    rows = finished(frame, variant=variant, objective="clm", measure="standard")
-    rows = one_setting(has(rows, "longer_lengths", "nll_longer"))
-    rows = rows[rows["params_json"] == rows.iloc[0]["params_json"]]
+    rows = longer(trained(frame, variant), "longer_lengths", "nll_longer")
     lengths = [int(length) for length in rows.iloc[0]["longer_lengths"]]
     if FACTOR * lengths[0] not in lengths:
         raise Missing(f"variant={variant}: nll_longer at {FACTOR * lengths[0]:,} tokens")

@@ -23,6 +23,17 @@ def trained(frame: pd.DataFrame, variant: str) -> pd.DataFrame:
     return has(finished(frame, variant=variant, objective="clm", measure="standard"), "nll")
 
 
+def longer(rows: pd.DataFrame, *names: str) -> pd.DataFrame:
+    """Return the rows with these figures of sequences that are longer than in training, in one setting and
+    with one set of knobs. Raises Missing, with the knob that takes them."""
+    try:
+        rows = one_setting(has(rows, *names))
+    except Missing as error:
+        raise Missing(f"{error}, taken with measure.longer=4") from None
+    same: pd.DataFrame = rows[rows["params_json"] == rows.iloc[0]["params_json"]]
+    return same
+
+
 def knobs_that(rows: pd.DataFrame, fits: Callable[[Params], bool], words: str) -> pd.DataFrame:
     """Return the rows whose variant's knobs satisfy a condition; `words` names it if none does (Missing)."""
     found = rows[rows["variant_params"].map(lambda params: bool(fits(params)))]
