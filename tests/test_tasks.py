@@ -175,7 +175,7 @@ def test_text_asks_its_corpus_for_no_more_than_the_cell_needs() -> None:
     """Where nothing is evaluated a corpus without long test documents will do."""
     task = task_of(spec_of("seq_len=64"))
     assert isinstance(task, Text)
-    longest = max(map(len, task.corpus.test))
+    longest = max(map(len, task.reading.corpus.test))
     for seq_len, test_tokens, refused in ((longest - 1, 1, False), (longest, 1, True), (longest, 0, False)):
         setting = dataclasses.replace(task.setting, seq_len=seq_len, test_tokens=test_tokens)
         reason = Text(task.config, setting).unsupported()  # type: ignore[arg-type]

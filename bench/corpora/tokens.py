@@ -20,9 +20,8 @@ The ids of a split are cached as well, because each cell of a sweep needs them a
 
 from __future__ import annotations
 
-import io
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -31,15 +30,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from bench.corpora.base import Corpus, CorpusError, Document, cache_dir, sha256
+from bench.corpora.base import Corpus, CorpusError, Document, Ids, cache_dir, sha256
 from bench.inputs.paths import user_path
 from bench.inputs.printable import printable
+from bench.inputs.slow_work import SlowWork
 from bench.records import atomic_writer, write_atomically
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
-
-Ids = npt.NDArray[np.integer[Any]]
 
 FOLDER = "tokens"
 """Folder of the cache."""
@@ -60,6 +58,7 @@ def _alphabet() -> list[str]:
 
 ALPHABET = _alphabet()
 _TRANSLATION = dict(enumerate(ALPHABET))
+_BYTE_OF = {character: byte for byte, character in enumerate(ALPHABET)}
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,7 +68,10 @@ class TokenText:
     ids: Ids
     """(N,) the tokens."""
     ends: Ids | None = None
-    """(N,) the number of bytes of the text up to the end of each token; None if the tokens are bytes."""
+    """(N,) the number of bytes of the text up to the end of each token; None if the tokens are bytes, or if
+    their bytes are not known."""
+    text: Document | None = None
+    """The bytes, where they are at hand."""
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -81,6 +83,11 @@ class TokenText:
         if not len(self):
             return np.zeros_like(tokens)
         return np.asarray(np.where(tokens > 0, self.ends[tokens - 1], 0), dtype=np.int64)
+
+    @property
+    def first(self) -> int:
+        """Number of bytes of the first token; 0 of an empty text."""
+        return int(self.begin(np.array([min(1, len(self))]))[0])
 
     @property
     def bytes(self) -> int:
@@ -124,8 +131,49 @@ class TextTokenizer(ABC):
                 raise CorpusError(f"{self.name}: has no token for byte {byte}; needs one for each of 256")
         return [self._vocabulary[ALPHABET[byte]] for byte in text]
 
-    def encode(self, text: Document) -> TokenText:
-        """Return the tokens of a text. Raises CorpusError if they are not its bytes."""
+    @cached_property
+    def _entries(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], Document]:
+        """The bytes of each entry: its first place and its length (−1 if there is no such entry) in an array.
+        Special tokens have none. Raises CorpusError."""
+        added = self.tokenizer.get_added_tokens_decoder()
+        entries: list[bytes | None] = [None] * self.size
+        for name, index in self._vocabulary.items():
+            if index in added:
+                entries[index] = b"" if added[index].special else added[index].content.encode()
+            elif unknown := set(name) - _BYTE_OF.keys():
+                raise CorpusError(
+                    f"{self.name}: its entry {printable(name, 40)!r} is not bytes ({min(unknown)!r}); "
+                    "allowed is a byte-level tokenizer"
+                )
+            else:
+                entries[index] = bytes(_BYTE_OF[character] for character in name)
+        lengths = np.array([-1 if entry is None else len(entry) for entry in entries])
+        begins = np.concatenate([[0], np.cumsum(np.maximum(lengths, 0))[:-1]])
+        return begins, lengths, np.frombuffer(b"".join(filter(None, entries)), dtype=np.uint8)
+
+    def lengths(self, ids: Ids) -> npt.NDArray[np.int64]:
+        """(N,) the number of bytes of each of N tokens; 0 for special tokens. Raises CorpusError for an id
+        that is no entry."""
+        lengths: npt.NDArray[np.int64] = self._entries[1][ids]
+        if len(ids) and lengths.min() < 0:
+            raise CorpusError(f"{self.name}: has no entry {int(ids[lengths.argmin()])}, which the data holds")
+        return lengths
+
+    def decode(self, ids: Ids, newline: int | None = None) -> Document:
+        """Return the bytes of tokens; those of the token `newline` are a newline."""
+        begins, _, content = self._entries
+        lengths = self.lengths(ids)
+        ends = np.cumsum(lengths)
+        places = np.arange(ends[-1] if len(ends) else 0) + np.repeat(begins[ids] - (ends - lengths), lengths)
+        text: Document = content[places]
+        if newline is None:
+            return text
+        assert not lengths[ids == newline].any()
+        return np.asarray(np.insert(text, ends[ids == newline], ord("\n")), dtype=np.uint8)
+
+    def encode(self, text: Document, advance: Callable[[int], None] = lambda done: None) -> TokenText:
+        """Return the tokens of a text; `advance` is told the bytes that are done.
+        Raises CorpusError if the tokens are not its bytes."""
         ids: list[Ids] = [np.zeros(0, dtype=np.int64)]
         lengths: list[Ids] = [np.zeros(0, dtype=np.int64)]
         for piece in _pieces(text.tobytes()):
@@ -142,6 +190,7 @@ class TextTokenizer(ABC):
             ids.append(np.array([*head, *found.ids, *tail], dtype=np.int64))
             sizes = [*[1] * len(head), *map(len, found.tokens), *[1] * len(tail)]
             lengths.append(np.array(sizes, dtype=np.int64))
+            advance(len(piece))
         return TokenText(np.concatenate(ids), np.cumsum(np.concatenate(lengths)))
 
 
@@ -204,8 +253,16 @@ def train(texts: Sequence[Document], size: int) -> str:
     trainer = library.trainers.BpeTrainer(
         vocab_size=size, initial_alphabet=ALPHABET, special_tokens=[], show_progress=False
     )
-    pieces = (piece for text in texts for piece in _pieces(text.tobytes()))
-    tokenizer.train_from_iterator((p.decode("latin-1").translate(_TRANSLATION) for p in pieces), trainer)
+    size_bytes = sum(map(len, texts))
+    with SlowWork(f"training a byte-pair encoding of {size:,} entries", "bytes", size_bytes) as work:
+
+        def pieces() -> Iterator[str]:
+            for text in texts:
+                for piece in _pieces(text.tobytes()):
+                    yield piece.decode("latin-1").translate(_TRANSLATION)
+                    work.advance(len(piece))
+
+        tokenizer.train_from_iterator(pieces(), trainer)
     return str(tokenizer.to_str())
 
 
@@ -243,16 +300,18 @@ def _parsed(content: bytes, path: Path) -> Tokenizer:
     return tokenizer
 
 
-def encoded(tokenizer: TextTokenizer, text: Document) -> TokenText:
+def encoded(
+    tokenizer: TextTokenizer, text: Document, advance: Callable[[int], None] = lambda done: None
+) -> TokenText:
     """Return the tokens of a long text, from the cache if they are there; they are read from the disk when
-    they are used."""
+    they are used. Otherwise `advance` is told the bytes that are encoded."""
     key = sha256(f"{tokenizer.sha256} {sha256(text.tobytes())}".encode())[:32]
     path = cache_dir() / FOLDER / f"{key}.npy"
     if not path.is_file():
-        found = tokenizer.encode(text)
-        buffer = io.BytesIO()
-        np.save(buffer, np.stack([found.ids, found.begin(np.arange(1, len(found) + 1))]))
+        found = tokenizer.encode(text, advance)
         with atomic_writer(path) as file:
-            file.write(buffer.getvalue())
-    ids, ends = np.load(path, mmap_mode="r")
-    return TokenText(ids, ends)
+            np.save(
+                file, np.stack([found.ids, found.begin(np.arange(1, len(found) + 1))]), allow_pickle=False
+            )
+    ids, ends = np.load(path, mmap_mode="r", allow_pickle=False)
+    return TokenText(ids, ends, text)

@@ -1,7 +1,8 @@
 """Text: language modelling, causal or masked, on the documents of a corpus, as bytes or as tokens.
 
-Shapes: B batch, T tokens. Tokens are bytes 0–255, or the entries of a tokenizer (`bench.corpora.tokens`). One
-additional symbol, the last of the vocabulary, is the mask (MASK for bytes), used only by masked models.
+Shapes: B batch, T tokens. Tokens are bytes 0–255, the entries of a tokenizer, or ids of a user
+(`bench.tasks.readings`). One additional symbol, the last of the vocabulary, is the mask (MASK for bytes),
+used only by masked models.
 
     clm   inputs   T h e _ q u i c k      targets  h e _ q u i c k _
     mlm   inputs   T h # _ q u # c k      targets  . . e . . . i . .     (. is not scored)
@@ -12,15 +13,19 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
 from bench import corpora
-from bench.corpora import Corpus, Document, tokens
-from bench.corpora.tokens import Ids, TextTokenizer, TokenText
+from bench.corpora import CorpusOptions, Document, tokens
+from bench.corpora.base import SPLITS, Ids, in_words
+from bench.corpora.tokens import TokenText
+from bench.tasks import readings
 from bench.tasks.base import IGNORED, Batch, Setting, Task, TaskConfig
-from bench.tasks.windows import Passage, document_batches, scored_counts, sliding_windows, window_batches
+from bench.tasks.readings import Reading, Stream
+from bench.tasks.windows import Passage, document_batches, sliding_windows, window_batches
 from variants.knobs import knob
 
 MASK = 256
@@ -45,7 +50,22 @@ class TextConfig(TaskConfig):
     """Entries of a byte-pair encoding that is trained on the training split; null reads bytes. The number is
     that of bytes and merges: 2048 and 16384 are usual for small models."""
     tokenizer: str | None = knob(None, younger=True)
-    """A byte-level tokenizer in a file of the library tokenizers, instead of one that is trained."""
+    """A byte-level tokenizer in a file of the library tokenizers, instead of one that is trained. For
+    data=ids it is that of the ids, by which the bytes of each are known."""
+    max_undecodable: float | None = knob(None, least=0, most=1, younger=True, decides=False)
+    """Maximum share of bytes that are not UTF-8 in a file of data=files; null is 0.3. 1 reads text in any
+    encoding."""
+    field: str | None = knob(None, younger=True)
+    """Column of data=rows or of tables of data=ids; null is text or input_ids."""
+    split: str | None = knob(None, younger=True)
+    """Split of data=rows or data=ids that is read; null reads all. What is missing of validation and test is
+    held out of it by the hash of each document."""
+    dtype: Literal["uint16", "uint32"] | None = knob(None, younger=True)
+    """Number format of a .bin file of data=ids; null reads it from the header of llm.c."""
+    vocab_size: int | None = knob(None, least=1, most=1_048_576, unit="ids", younger=True)
+    """Size of the vocabulary of data=ids; null is that of data.tokenizer."""
+    separator: int | None = knob(None, least=0, younger=True)
+    """Id that stands between the documents of data=ids, such as 50256 of GPT-2; null if there is none."""
 
     def __post_init__(self) -> None:
         only_one = "null beside data.tokenizer, which is a tokenizer already"
@@ -53,17 +73,32 @@ class TextConfig(TaskConfig):
 
     @property
     def vocabulary(self) -> int:
-        """The bytes, or the entries of the tokenizer, and the mask."""
+        """The bytes, the ids or the entries of the tokenizer, and the mask."""
+        if self.vocab_size is not None:
+            return self.vocab_size + 1
         if self.tokenizer is not None:
             return tokens.from_file(self.tokenizer).size + 1
         return (self.bpe or MASK) + 1
+
+    def options(self) -> CorpusOptions:
+        """Return the knobs that a corpus may read."""
+        return CorpusOptions(
+            path=self.path,
+            max_bytes=self.max_bytes,
+            max_undecodable=self.max_undecodable,
+            field=self.field,
+            split=self.split,
+            dtype=self.dtype,
+            vocab_size=self.vocab_size,
+            separator=self.separator,
+        )
 
 
 class Text(Task):
     """Predict the next token, or the masked tokens, of the corpus that `data` names.
 
     The scored bytes of a document do not depend on its tokens: `test_tokens` counts bytes, and the first
-    byte, which no causal model predicts, is a token of its own.
+    byte, which no causal model predicts, is a token of its own. For token ids it counts ids.
     """
 
     Config = TextConfig
@@ -72,43 +107,60 @@ class Text(Task):
     def __init__(self, config: TextConfig, setting: Setting) -> None:
         """Loads the corpus. Raises corpora.CorpusError if it is not available."""
         super().__init__(config, setting)
-        self.corpus = corpora.load(setting.data, config.path, config.max_bytes)
-        self.tokenizer = _tokenizer(config, self.corpus)
+        self.reading = _reading(config, setting.data)
 
     @classmethod
     def sha256(cls, config: TaskConfig, data: str) -> str:
         """Return the hash of the corpus, which depends only on its documents, and of the tokenizer if there
         is one. Raises corpora.CorpusError."""
-        assert isinstance(config, TextConfig)
-        corpus = corpora.load(data, config.path, config.max_bytes)
-        tokenizer = _tokenizer(config, corpus)
-        return corpus.sha256 if tokenizer is None else tokenizer.identity(corpus)
+        return _reading(config, data).sha256
+
+    @classmethod
+    def prepare(cls, config: TaskConfig, data: str) -> int:
+        """Encode the training documents."""
+        return _reading(config, data).prepare()
+
+    @classmethod
+    def data_figures(cls, config: TaskConfig, data: str) -> dict[str, Any]:
+        """Return how much data there is."""
+        corpus = _reading(config, data).corpus
+        return {
+            "data_documents": sum(len(corpus.split(split)) for split in SPLITS),
+            "data_bytes": sum(map(corpus.symbols, SPLITS)) if corpus.ids is None else None,
+            "data_skipped": in_words(corpus.skipped) or None,
+        }
+
+    @classmethod
+    def describe(cls, config: TaskConfig, data: str) -> str:
+        """Return what was read, in a line."""
+        corpus = _reading(config, data).corpus
+        unit = "bytes" if corpus.ids is None else "token ids"
+        sizes = [
+            f"{split} {len(corpus.split(split)):,} documents, {corpus.symbols(split):,} {unit}"
+            for split in SPLITS
+        ]
+        skipped = [f"skipped {in_words(corpus.skipped)}"] if corpus.skipped else []
+        path = _text_config(config).path
+        where = f"data={data}" + (f" data.path={path}" if path else "")
+        return f"{where}: " + "; ".join([*sizes, *corpus.notes, *skipped])
 
     def unsupported(self) -> str | None:
         """The corpus must be long enough."""
         seq_len, split = self.setting.seq_len, self.setting.test_split
-        if self.tokenizer is None:
-            return too_short(self.corpus, seq_len, scored=split if self.setting.test_tokens else None)
-        if len(self.train_tokens) <= seq_len:
-            have = f"{len(self.train_tokens):,} tokens to train on"
-            return f"data={self.corpus.name} has {have}; seq_len={seq_len:,} needs more"
+        if reason := self.reading.too_short(seq_len, split if self.setting.test_tokens else None):
+            return reason
         if self.setting.test_tokens and max(len(p.targets) for p in self.passages) < seq_len:
             longest = f"{max(len(p.targets) for p in self.passages):,}"
             return (
-                f"data={self.corpus.name}: no scored part of a {split} document has over {longest} tokens; "
+                f"data={self.setting.data}: no scored part of a {split} document has over {longest} tokens; "
                 f"seq_len={seq_len:,} needs one: raise measure.eval_tokens, which counts bytes"
             )
         return None
 
-    @cached_property
-    def train_tokens(self) -> TokenText:
-        """The training documents as tokens."""
-        return _tokens(self.corpus.train_stream, self.tokenizer)
-
     def train_batch(self, step: int, done: float) -> Batch:
         """Windows of the training documents. There is no curriculum, so `done` has no effect."""
         return train_batch(
-            self.train_tokens.ids,
+            self.reading.train,
             seq_len=self.setting.seq_len,
             batch_size=self.setting.batch_size,
             objective=self.objective,
@@ -118,22 +170,15 @@ class Text(Task):
         )
 
     @property
-    def documents(self) -> tuple[Document, ...]:
-        """The documents that are scored."""
-        return self.corpus.split(self.setting.test_split)
-
-    @property
-    def token_documents(self) -> list[Ids]:
+    def token_documents(self) -> Sequence[Ids]:
         """The tokens of the documents that are scored."""
-        return [_tokens(document, self.tokenizer).ids for document in self.documents]
+        return self.reading.documents(self.setting.test_split)
 
     @cached_property
     def scored_tokens(self) -> list[TokenText]:
         """The tokens of the scored part of each document; the last is never an input."""
-        lengths = [len(document) - 1 for document in self.documents]
-        counts = scored_counts(lengths, self.setting.seq_len, self.setting.test_tokens)
-        pairs = zip(self.documents, counts, strict=True)
-        return [_first_apart(document[: count + 1], self.tokenizer) for document, count in pairs]
+        setting = self.setting
+        return self.reading.scored(setting.test_split, setting.seq_len, setting.test_tokens)
 
     @cached_property
     def passages(self) -> list[Passage]:
@@ -141,17 +186,21 @@ class Text(Task):
         texts = [text.ids for text in self.scored_tokens]
         return passages_of(texts, objective=self.objective, mask=self.vocabulary - 1)
 
-    def bytes_per_target(self) -> float:
-        """Mean number of bytes of a scored target of a causal model; exact, because tokens are bytes."""
-        targets = sum(len(text.ids) - 1 for text in self.scored_tokens)
-        return sum(text.bytes - 1 for text in self.scored_tokens if text.bytes) / targets
+    def bytes_per_target(self) -> float | None:
+        """Mean number of bytes of a scored target of a causal model, exact; None if the bytes of the tokens
+        are not known."""
+        if not self.reading.knows_bytes:
+            return None
+        targets = sum(len(text) - 1 for text in self.scored_tokens)
+        return sum(text.bytes - text.first for text in self.scored_tokens) / targets
+
+    def words_per_byte(self) -> float | None:
+        """Words per byte of the test documents; None if the words are not known."""
+        return self.reading.words_per_byte()
 
     def unigram_nats(self) -> npt.NDArray[np.float64]:
         """−ln p of each token under the frequencies of the training tokens, add-one smoothed."""
-        if self.tokenizer is None:
-            return self.corpus.unigram_nats()
-        counts = np.bincount(self.train_tokens.ids, minlength=self.vocabulary - 1) + 1.0
-        return np.asarray(-np.log(counts / counts.sum()), dtype=np.float64)
+        return self.reading.unigram_nats()
 
     def test_batches(self, stride: int | None = None) -> Iterator[Batch]:
         """Yield windows of the test documents at distances of `stride` tokens; None means without overlap."""
@@ -165,50 +214,36 @@ class Text(Task):
     def train_text(self, steps: int) -> list[Document]:
         """Return the bytes of the first `steps` training batches, inputs and targets, as parts of the
         training documents. Bytes of several windows are returned once, in one part."""
-        seq_len, text = self.setting.seq_len, self.train_tokens
+        seq_len, length = self.setting.seq_len, len(self.reading.train)
         starts = [
-            _draw_starts(self.train_generator(step), len(text), seq_len, self.setting.batch_size)
+            _draw_starts(self.train_generator(step), length, seq_len, self.setting.batch_size)
             for step in range(steps)
         ]
-        windows = np.unique(np.concatenate(starts))
-        first, last = text.begin(windows), text.begin(windows + seq_len + 1)
-        begins = np.flatnonzero(np.append(True, first[1:] >= last[:-1]))
-        ends = np.append(begins[1:], len(windows)) - 1
-        stream = self.corpus.train_stream
-        return [stream[first[begin] : last[end]] for begin, end in zip(begins, ends, strict=True)]
+        return self.reading.train_text(np.concatenate(starts), seq_len + 1)
 
     def scored_text(self, stride: int) -> list[tuple[Document, int]]:
         """Return the windows of `test_batches` as bytes: inputs and last target, and the place of the first
-        byte that is scored. Only for clm."""
+        byte that is scored. Only for clm, and if the bytes of the tokens are known."""
         found = []
         windows = sliding_windows([len(p.targets) for p in self.passages], self.setting.seq_len, stride)
         for k, start, stop, scored in windows:
             text = self.scored_tokens[k]
-            begin, first, end = text.begin(np.array([start, scored + 1, stop + 1])).tolist()
-            found.append((self.documents[k][begin:end], first - begin))
+            begin, first = text.begin(np.array([start, scored + 1])).tolist()
+            found.append((self.reading.text(text, start, stop + 1), first - begin))
         return found
 
 
-def _tokenizer(config: TextConfig, corpus: Corpus) -> TextTokenizer | None:
-    """Return the tokenizer of the knobs; None reads bytes. Raises corpora.CorpusError."""
-    if config.tokenizer is not None:
-        return tokens.from_file(config.tokenizer)
-    return None if config.bpe is None else tokens.trained(corpus, config.bpe)
+def _text_config(config: TaskConfig) -> TextConfig:
+    assert isinstance(config, TextConfig)
+    return config
 
 
-def _tokens(text: Document, tokenizer: TextTokenizer | None) -> TokenText:
-    """Return the tokens of a document; those of a tokenizer are cached on the disk."""
-    return TokenText(text) if tokenizer is None else tokens.encoded(tokenizer, text)
-
-
-def _first_apart(text: Document, tokenizer: TextTokenizer | None) -> TokenText:
-    """Return the tokens of a passage, the first of which is its first byte."""
-    if tokenizer is None:
-        return TokenText(text)
-    first, rest = tokenizer.encode(text[:1]), tokenizer.encode(text[1:])
-    assert first.ends is not None
-    assert rest.ends is not None
-    return TokenText(np.append(first.ids, rest.ids), np.append(first.ends, 1 + rest.ends))
+def _reading(config: TaskConfig, data: str) -> Reading:
+    """Return the corpus as the tokens of the knobs. Raises corpora.CorpusError."""
+    knobs = _text_config(config)
+    corpus = corpora.load(data, knobs.options())
+    tokenizer = None if knobs.tokenizer is None else tokens.from_file(knobs.tokenizer)
+    return readings.of(corpus, tokenizer, knobs.bpe, knobs.vocab_size)
 
 
 def _batch(windows: list[Ids], objective: str, generator: np.random.Generator, mask: int) -> Batch:
@@ -224,7 +259,7 @@ def _batch(windows: list[Ids], objective: str, generator: np.random.Generator, m
 
 
 def train_batch(
-    stream: Ids,
+    stream: Stream,
     *,
     seq_len: int,
     batch_size: int,
@@ -263,17 +298,3 @@ def passages_of(texts: Sequence[Ids], *, objective: str, mask: int = MASK) -> li
             inputs, targets = np.where(masked, mask, inputs), np.where(masked, inputs, IGNORED)
         found.append(Passage(inputs, targets))
     return found
-
-
-def too_short(corpus: Corpus, seq_len: int, *, scored: str | None) -> str | None:
-    """Return why the corpus is too short for windows of this length, or None;
-    `scored` is the split to score, if any."""
-    if len(corpus.train_stream) <= seq_len:
-        have = len(corpus.train_stream)
-        return f"data={corpus.name} has {have:,} bytes to train on; seq_len={seq_len:,} needs more"
-    if scored and (longest := max(map(len, corpus.split(scored)))) <= seq_len:
-        return (
-            f"data={corpus.name} has no {scored} document over {longest:,} bytes; "
-            f"seq_len={seq_len:,} needs one"
-        )
-    return None
