@@ -28,7 +28,19 @@ __all__ = [
     "source",
 ]
 
-_SHARED = {"__main__", "base", "disk", "flat", "hub", "hub_rows", "plain", "splits", "table_files", "tokens"}
+_SHARED = {
+    "__main__",
+    "base",
+    "disk",
+    "flat",
+    "hub",
+    "hub_rows",
+    "plain",
+    "splits",
+    "table_files",
+    "token_bytes",
+    "tokens",
+}
 
 SOURCES: tuple[str, ...] = tuple(
     sorted(module.name for module in pkgutil.iter_modules(__path__) if module.name not in _SHARED)

@@ -31,6 +31,7 @@ import numpy as np
 import numpy.typing as npt
 
 from bench.corpora.base import Corpus, CorpusError, Document, Ids, cache_dir, sha256
+from bench.corpora.token_bytes import ALPHABET, TokenBytes
 from bench.inputs.paths import user_path
 from bench.inputs.printable import printable
 from bench.inputs.slow_work import SlowWork
@@ -49,16 +50,7 @@ WORDS = "Ġ?[A-Za-z¡-ÿĢ-Ń]+|Ġ?[0-9]+|Ġ?[^A-Za-z0-9¡-ÿĢ-ŃĊĠ]+|[ĊĠ]+
 before them; digits; other characters; spaces and newlines (Ċ)."""
 
 
-def _alphabet() -> list[str]:
-    """(256,) the character of each byte."""
-    printable_bytes = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
-    others = iter(range(0x100, 0x200))
-    return [chr(byte if byte in printable_bytes else next(others)) for byte in range(256)]
-
-
-ALPHABET = _alphabet()
 _TRANSLATION = dict(enumerate(ALPHABET))
-_BYTE_OF = {character: byte for byte, character in enumerate(ALPHABET)}
 
 
 @dataclass(frozen=True, eq=False)
@@ -132,44 +124,9 @@ class TextTokenizer(ABC):
         return [self._vocabulary[ALPHABET[byte]] for byte in text]
 
     @cached_property
-    def _entries(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], Document]:
-        """The bytes of each entry: its first place and its length (−1 if there is no such entry) in an array.
-        Special tokens have none. Raises CorpusError."""
-        added = self.tokenizer.get_added_tokens_decoder()
-        entries: list[bytes | None] = [None] * self.size
-        for name, index in self._vocabulary.items():
-            if index in added:
-                entries[index] = b"" if added[index].special else added[index].content.encode()
-            elif unknown := set(name) - _BYTE_OF.keys():
-                raise CorpusError(
-                    f"{self.name}: its entry {printable(name, 40)!r} is not bytes ({min(unknown)!r}); "
-                    "allowed is a byte-level tokenizer"
-                )
-            else:
-                entries[index] = bytes(_BYTE_OF[character] for character in name)
-        lengths = np.array([-1 if entry is None else len(entry) for entry in entries])
-        begins = np.concatenate([[0], np.cumsum(np.maximum(lengths, 0))[:-1]])
-        return begins, lengths, np.frombuffer(b"".join(filter(None, entries)), dtype=np.uint8)
-
-    def lengths(self, ids: Ids) -> npt.NDArray[np.int64]:
-        """(N,) the number of bytes of each of N tokens; 0 for special tokens. Raises CorpusError for an id
-        that is no entry."""
-        lengths: npt.NDArray[np.int64] = self._entries[1][ids]
-        if len(ids) and lengths.min() < 0:
-            raise CorpusError(f"{self.name}: has no entry {int(ids[lengths.argmin()])}, which the data holds")
-        return lengths
-
-    def decode(self, ids: Ids, newline: int | None = None) -> Document:
-        """Return the bytes of tokens; those of the token `newline` are a newline."""
-        begins, _, content = self._entries
-        lengths = self.lengths(ids)
-        ends = np.cumsum(lengths)
-        places = np.arange(ends[-1] if len(ends) else 0) + np.repeat(begins[ids] - (ends - lengths), lengths)
-        text: Document = content[places]
-        if newline is None:
-            return text
-        assert not lengths[ids == newline].any()
-        return np.asarray(np.insert(text, ends[ids == newline], ord("\n")), dtype=np.uint8)
+    def bytes_of_ids(self) -> TokenBytes:
+        """The bytes of each entry. Raises CorpusError if its entries are not bytes."""
+        return TokenBytes.of(self.tokenizer, self.size, self.name)
 
     def encode(self, text: Document, advance: Callable[[int], None] = lambda done: None) -> TokenText:
         """Return the tokens of a text; `advance` is told the bytes that are done.

@@ -19,12 +19,13 @@ import numpy as np
 import numpy.typing as npt
 
 from bench import corpora
-from bench.corpora import CorpusOptions, Document, tokens
-from bench.corpora.base import SPLITS, Ids, in_words
+from bench.corpora import CorpusError, CorpusOptions, Document, tokens
+from bench.corpora.base import Ids
 from bench.corpora.tokens import TokenText
-from bench.tasks import readings
 from bench.tasks.base import IGNORED, Batch, Setting, Task, TaskConfig
+from bench.tasks.id_reading import IdReading
 from bench.tasks.readings import Reading, Stream
+from bench.tasks.text_reading import BYTES, TextReading
 from bench.tasks.windows import Passage, document_batches, sliding_windows, window_batches
 from variants.knobs import knob
 
@@ -123,26 +124,14 @@ class Text(Task):
     @classmethod
     def data_figures(cls, config: TaskConfig, data: str) -> dict[str, Any]:
         """Return how much data there is."""
-        corpus = _reading(config, data).corpus
-        return {
-            "data_documents": sum(len(corpus.split(split)) for split in SPLITS),
-            "data_bytes": sum(map(corpus.symbols, SPLITS)) if corpus.ids is None else None,
-            "data_skipped": in_words(corpus.skipped) or None,
-        }
+        return _reading(config, data).figures()
 
     @classmethod
     def describe(cls, config: TaskConfig, data: str) -> str:
         """Return what was read, in a line."""
-        corpus = _reading(config, data).corpus
-        unit = "bytes" if corpus.ids is None else "token ids"
-        sizes = [
-            f"{split} {len(corpus.split(split)):,} documents, {corpus.symbols(split):,} {unit}"
-            for split in SPLITS
-        ]
-        skipped = [f"skipped {in_words(corpus.skipped)}"] if corpus.skipped else []
         path = _text_config(config).path
         where = f"data={data}" + (f" data.path={path}" if path else "")
-        return f"{where}: " + "; ".join([*sizes, *corpus.notes, *skipped])
+        return f"{where}: {_reading(config, data).describe()}"
 
     def unsupported(self) -> str | None:
         """The corpus must be long enough."""
@@ -243,7 +232,13 @@ def _reading(config: TaskConfig, data: str) -> Reading:
     knobs = _text_config(config)
     corpus = corpora.load(data, knobs.options())
     tokenizer = None if knobs.tokenizer is None else tokens.from_file(knobs.tokenizer)
-    return readings.of(corpus, tokenizer, knobs.bpe, knobs.vocab_size)
+    if corpus.ids is not None:
+        if knobs.bpe is not None:
+            raise CorpusError(f"data.bpe={knobs.bpe}: data={data} has token ids already; leave it out")
+        return IdReading(corpus, corpus.ids, tokenizer, knobs.vocab_size)
+    if knobs.bpe is not None:
+        return TextReading(corpus, tokens.trained(corpus, knobs.bpe), size=knobs.bpe)
+    return TextReading(corpus, tokenizer, size=tokenizer.size if tokenizer else BYTES)
 
 
 def _batch(windows: list[Ids], objective: str, generator: np.random.Generator, mask: int) -> Batch:
