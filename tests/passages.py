@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from bench.corpora import Document
-from bench.tasks.text import passages_of
-from bench.tasks.windows import Passage, scored_counts
+from bench.tasks.text import Passage, passages_of, scored_counts
 
 
 def scored_passages(

@@ -13,8 +13,7 @@ from passages import scored_passages
 
 from bench.corpora import Corpus, Document
 from bench.tasks.base import IGNORED, Batch
-from bench.tasks.readings import too_short
-from bench.tasks.text import MASK, MASKED_SHARE, VOCABULARY, train_batch
+from bench.tasks.text import MASK, MASKED_SHARE, VOCABULARY, too_short, train_batch
 from bench.tasks.windows import Passage
 
 
@@ -161,10 +160,9 @@ def test_too_short_says_so_exactly_where_no_window_fits(split: str, seq_len: int
     documents = CORPUS.split(split)
     train_fits = len(CORPUS.train_stream) >= seq_len + 1
     test_fits = max(map(len, documents)) >= seq_len + 1
-    have = len(CORPUS.train_stream)
-    reason = too_short(CORPUS, seq_len, scored=None, unit="bytes", have=have)
+    reason = too_short(CORPUS, seq_len, scored=None)
     assert (reason is None) == train_fits
-    reason = too_short(CORPUS, seq_len, scored=split, unit="bytes", have=have)
+    reason = too_short(CORPUS, seq_len, scored=split)
     assert (reason is None) == (train_fits and test_fits)
     if reason is None:
         assert batch_of(seq_len=seq_len, batch_size=1).inputs.shape == (1, seq_len)

@@ -161,7 +161,7 @@ def test_the_text_learnt_is_that_of_the_training_windows() -> None:
     """Every training window, in bytes, lies in one of the parts."""
     task = text_task(bpe=270)
     learnt = [part.tobytes() for part in task.train_text(6)]
-    names = {index: name for name, index in task.reading.tokenizer.tokenizer.get_vocab().items()}  # type: ignore[union-attr]
+    names = {index: name for name, index in task.tokenizer.tokenizer.get_vocab().items()}  # type: ignore[union-attr]
     total = 0
     for step in range(6):
         batch = task.train_batch(step, 0.0)
@@ -208,7 +208,7 @@ def test_bits_per_byte_of_tokens_equal_those_of_bytes(monkeypatch: pytest.Monkey
         )
         task = Text(TextConfig(**knobs), setting)
         letters, digits = ([token_of(task, word[k : k + 1]) for word in words] for k in (0, 1))
-        pairs = letters if task.reading.tokenizer is None else [token_of(task, word) for word in words]
+        pairs = letters if task.tokenizer is None else [token_of(task, word) for word in words]
         follows = {letter: [digit] for letter, digit in zip(letters, digits, strict=True)}
         follows |= dict.fromkeys({*digits, *pairs} - set(letters), pairs)
         quality = evaluate(
@@ -229,9 +229,9 @@ def test_bits_per_byte_of_tokens_equal_those_of_bytes(monkeypatch: pytest.Monkey
 
 def token_of(task: Text, text: bytes) -> int:
     """The only token of a text."""
-    if task.reading.tokenizer is None:
+    if task.tokenizer is None:
         return text[0]
-    (token,) = task.reading.tokenizer.encode(document(text)).ids.tolist()
+    (token,) = task.tokenizer.encode(document(text)).ids.tolist()
     return int(token)
 
 

@@ -39,6 +39,7 @@ _SHARED = {
     "splits",
     "table_files",
     "token_bytes",
+    "token_ids",
     "tokens",
 }
 

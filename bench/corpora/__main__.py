@@ -25,10 +25,8 @@ def main() -> int:
         command.add_argument("name", help=", ".join(SOURCES))
         command.add_argument("--max-bytes", type=int, metavar="N", help="as data.max_bytes")
     show.add_argument("path", nargs="?", help="as data.path")
-    for knob in ("field", "split", "dtype"):
+    for knob in ("field", "split"):
         show.add_argument(f"--{knob}", help=f"as data.{knob}")
-    for knob in ("vocab_size", "separator"):
-        show.add_argument(f"--{knob.replace('_', '-')}", type=int, metavar="N", help=f"as data.{knob}")
     show.add_argument("--max-undecodable", type=float, metavar="SHARE", help="as data.max_undecodable")
     arguments = parser.parse_args()
     try:
@@ -57,14 +55,9 @@ def _fetch(name: str, options: CorpusOptions) -> None:
 
 def _show(name: str, options: CorpusOptions) -> None:
     corpus = load(name, options)
-    unit = "bytes" if corpus.ids is None else "ids"
     for split in SPLITS:
-        documents = corpus.split(split)
-        print(f"{split:10} {len(documents):6,} documents {corpus.symbols(split):14,} {unit}")
-    if corpus.ids is None:
-        print(f"test words {corpus.words_per_byte() * corpus.symbols('test'):,.0f}")
-    else:
-        print(f"largest id {corpus.ids.most:,}")
+        print(f"{split:10} {len(corpus.split(split)):6,} documents {corpus.symbols(split):14,} bytes")
+    print(f"test words {corpus.words_per_byte() * corpus.symbols('test'):,.0f}")
     for note in corpus.notes:
         print(f"note       {printable(note)}")
     if corpus.skipped:

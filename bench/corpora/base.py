@@ -70,6 +70,21 @@ class Corpus:
         documents = self.split(split)
         return documents.symbols if isinstance(documents, Slices) else sum(map(len, documents))
 
+    def longest(self, split: str) -> int:
+        """Return the length of the longest document of a split."""
+        documents = self.split(split)
+        return int(documents.lengths.max()) if isinstance(documents, Slices) else max(map(len, documents))
+
+    def describe(self, what: str) -> str:
+        """Return what was read, in a line that begins with `what`."""
+        unit = "bytes" if self.ids is None else "token ids"
+        sizes = [
+            f"{split} {self.symbols(split):,} {unit} in {len(self.split(split)):,} documents"
+            for split in SPLITS
+        ]
+        skipped = [f"skipped {in_words(self.skipped)}"] if self.skipped else []
+        return f"{what}: " + "; ".join([*sizes, *self.notes, *skipped])
+
     def words_per_byte(self) -> float:
         """Words per byte of the test documents: a constant of the corpus that converts nats per byte into a
         word-level perplexity. Words are the published number if there is one, else whitespace-separated
@@ -135,9 +150,6 @@ class CorpusOptions:
     max_undecodable: float | None = None
     field: str | None = None
     split: str | None = None
-    dtype: str | None = None
-    vocab_size: int | None = None
-    separator: int | None = None
 
 
 def in_words(counts: Mapping[str, int]) -> str:

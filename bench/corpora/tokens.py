@@ -62,8 +62,6 @@ class TokenText:
     ends: Ids | None = None
     """(N,) the number of bytes of the text up to the end of each token; None if the tokens are bytes, or if
     their bytes are not known."""
-    text: Document | None = None
-    """The bytes, where they are at hand."""
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -75,11 +73,6 @@ class TokenText:
         if not len(self):
             return np.zeros_like(tokens)
         return np.asarray(np.where(tokens > 0, self.ends[tokens - 1], 0), dtype=np.int64)
-
-    @property
-    def first(self) -> int:
-        """Number of bytes of the first token; 0 of an empty text."""
-        return int(self.begin(np.array([min(1, len(self))]))[0])
 
     @property
     def bytes(self) -> int:
@@ -271,4 +264,4 @@ def encoded(
                 file, np.stack([found.ids, found.begin(np.arange(1, len(found) + 1))]), allow_pickle=False
             )
     ids, ends = np.load(path, mmap_mode="r", allow_pickle=False)
-    return TokenText(ids, ends, text)
+    return TokenText(ids, ends)

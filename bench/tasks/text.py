@@ -1,8 +1,7 @@
 """Text: language modelling, causal or masked, on the documents of a corpus, as bytes or as tokens.
 
-Shapes: B batch, T tokens. Tokens are bytes 0–255, the entries of a tokenizer, or ids of a user
-(`bench.tasks.readings`). One additional symbol, the last of the vocabulary, is the mask (MASK for bytes),
-used only by masked models.
+Shapes: B batch, T tokens. Tokens are bytes 0–255, or the entries of a tokenizer (`bench.corpora.tokens`). One
+additional symbol, the last of the vocabulary, is the mask (MASK for bytes), used only by masked models.
 
     clm   inputs   T h e _ q u i c k      targets  h e _ q u i c k _
     mlm   inputs   T h # _ q u # c k      targets  . . e . . . i . .     (. is not scored)
@@ -13,20 +12,18 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
 
 from bench import corpora
-from bench.corpora import CorpusError, CorpusOptions, Document, tokens
-from bench.corpora.base import Ids
-from bench.corpora.tokens import TokenText
+from bench.corpora import Corpus, CorpusOptions, Document, tokens
+from bench.corpora.base import SPLITS, Ids, in_words
+from bench.corpora.tokens import TextTokenizer, TokenText
+from bench.inputs.slow_work import SlowWork
 from bench.tasks.base import IGNORED, Batch, Setting, Task, TaskConfig
-from bench.tasks.id_reading import IdReading
-from bench.tasks.readings import Reading, Stream
-from bench.tasks.text_reading import BYTES, TextReading
-from bench.tasks.windows import Passage, document_batches, sliding_windows, window_batches
+from bench.tasks.windows import Passage, document_batches, scored_counts, sliding_windows, window_batches
 from variants.knobs import knob
 
 MASK = 256
@@ -51,22 +48,15 @@ class TextConfig(TaskConfig):
     """Entries of a byte-pair encoding that is trained on the training split; null reads bytes. The number is
     that of bytes and merges: 2048 and 16384 are usual for small models."""
     tokenizer: str | None = knob(None, younger=True)
-    """A byte-level tokenizer in a file of the library tokenizers, instead of one that is trained. For
-    data=ids it is that of the ids, by which the bytes of each are known."""
+    """A byte-level tokenizer in a file of the library tokenizers, instead of one that is trained."""
     max_undecodable: float | None = knob(None, least=0, most=1, younger=True, decides=False)
     """Maximum share of bytes that are not UTF-8 in a file of data=files; null is 0.3. 1 reads text in any
     encoding."""
     field: str | None = knob(None, younger=True)
-    """Column of data=rows or of tables of data=ids; null is text or input_ids."""
+    """Column of the documents in the tables of data=rows; null is text."""
     split: str | None = knob(None, younger=True)
-    """Split of data=rows or data=ids that is read; null reads all. What is missing of validation and test is
+    """Split of the data of data=rows that is read; null reads all. What is missing of validation and test is
     held out of it by the hash of each document."""
-    dtype: Literal["uint16", "uint32"] | None = knob(None, younger=True)
-    """Number format of a .bin file of data=ids; null reads it from the header of llm.c."""
-    vocab_size: int | None = knob(None, least=1, most=1_048_576, unit="ids", younger=True)
-    """Size of the vocabulary of data=ids; null is that of data.tokenizer."""
-    separator: int | None = knob(None, least=0, younger=True)
-    """Id that stands between the documents of data=ids, such as 50256 of GPT-2; null if there is none."""
 
     def __post_init__(self) -> None:
         only_one = "null beside data.tokenizer, which is a tokenizer already"
@@ -74,24 +64,19 @@ class TextConfig(TaskConfig):
 
     @property
     def vocabulary(self) -> int:
-        """The bytes, the ids or the entries of the tokenizer, and the mask."""
-        if self.vocab_size is not None:
-            return self.vocab_size + 1
+        """The bytes, or the entries of the tokenizer, and the mask."""
         if self.tokenizer is not None:
             return tokens.from_file(self.tokenizer).size + 1
         return (self.bpe or MASK) + 1
 
     def options(self) -> CorpusOptions:
-        """Return the knobs that a corpus may read."""
+        """Return the knobs that corpora read."""
         return CorpusOptions(
             path=self.path,
             max_bytes=self.max_bytes,
             max_undecodable=self.max_undecodable,
             field=self.field,
             split=self.split,
-            dtype=self.dtype,
-            vocab_size=self.vocab_size,
-            separator=self.separator,
         )
 
 
@@ -99,57 +84,91 @@ class Text(Task):
     """Predict the next token, or the masked tokens, of the corpus that `data` names.
 
     The scored bytes of a document do not depend on its tokens: `test_tokens` counts bytes, and the first
-    byte, which no causal model predicts, is a token of its own. For token ids it counts ids.
+    byte, which no causal model predicts, is a token of its own.
     """
 
     Config = TextConfig
-    objectives = ("clm", "mlm")
+    objectives: ClassVar[tuple[str, ...]] = ("clm", "mlm")
 
     def __init__(self, config: TextConfig, setting: Setting) -> None:
         """Loads the corpus. Raises corpora.CorpusError if it is not available."""
         super().__init__(config, setting)
-        self.reading = _reading(config, setting.data)
+        self.corpus = self.load_corpus(config, setting.data)
+        self.tokenizer = _tokenizer(config, self.corpus)
+
+    @classmethod
+    def load_corpus(cls, config: TextConfig, data: str) -> Corpus:
+        """Load the corpus that `data` names. Raises corpora.CorpusError."""
+        return corpora.load(data, config.options())
 
     @classmethod
     def sha256(cls, config: TaskConfig, data: str) -> str:
         """Return the hash of the corpus, which depends only on its documents, and of the tokenizer if there
         is one. Raises corpora.CorpusError."""
-        return _reading(config, data).sha256
+        assert isinstance(config, TextConfig)
+        corpus = cls.load_corpus(config, data)
+        tokenizer = _tokenizer(config, corpus)
+        return corpus.sha256 if tokenizer is None else tokenizer.identity(corpus)
 
     @classmethod
     def prepare(cls, config: TaskConfig, data: str) -> int:
         """Encode the training documents."""
-        return _reading(config, data).prepare()
+        assert isinstance(config, TextConfig)
+        corpus = cls.load_corpus(config, data)
+        tokenizer = _tokenizer(config, corpus)
+        if tokenizer is None:
+            return corpus.symbols("train") + len(corpus.train)  # a newline after each
+        stream = corpus.train_stream
+        with SlowWork(f"data={data}: encoding by {tokenizer.name}", "bytes", len(stream)) as work:
+            return len(tokens.encoded(tokenizer, stream, work.advance))
 
     @classmethod
     def data_figures(cls, config: TaskConfig, data: str) -> dict[str, Any]:
-        """Return how much data there is."""
-        return _reading(config, data).figures()
+        """Return how much was read."""
+        assert isinstance(config, TextConfig)
+        corpus = cls.load_corpus(config, data)
+        return {
+            "data_documents": sum(len(corpus.split(split)) for split in SPLITS),
+            "data_bytes": sum(map(corpus.symbols, SPLITS)) if corpus.ids is None else None,
+            "data_skipped": in_words(corpus.skipped) or None,
+        }
 
     @classmethod
     def describe(cls, config: TaskConfig, data: str) -> str:
         """Return what was read, in a line."""
-        path = _text_config(config).path
-        where = f"data={data}" + (f" data.path={path}" if path else "")
-        return f"{where}: {_reading(config, data).describe()}"
+        assert isinstance(config, TextConfig)
+        corpus = cls.load_corpus(config, data)
+        return corpus.describe(f"data={data}" + (f" data.path={config.path}" if config.path else ""))
 
     def unsupported(self) -> str | None:
         """The corpus must be long enough."""
         seq_len, split = self.setting.seq_len, self.setting.test_split
-        if reason := self.reading.too_short(seq_len, split if self.setting.test_tokens else None):
-            return reason
+        if self.tokenizer is None:
+            return too_short(self.corpus, seq_len, scored=split if self.setting.test_tokens else None)
+        if len(self.train_tokens) <= seq_len:
+            have = f"{len(self.train_tokens):,} tokens to train on"
+            return f"data={self.corpus.name} has {have}; seq_len={seq_len:,} needs more"
         if self.setting.test_tokens and max(len(p.targets) for p in self.passages) < seq_len:
             longest = f"{max(len(p.targets) for p in self.passages):,}"
             return (
-                f"data={self.setting.data}: no scored part of a {split} document has over {longest} tokens; "
+                f"data={self.corpus.name}: no scored part of a {split} document has over {longest} tokens; "
                 f"seq_len={seq_len:,} needs one: raise measure.eval_tokens, which counts bytes"
             )
         return None
 
+    @cached_property
+    def train_tokens(self) -> TokenText:
+        """The training documents as tokens."""
+        return self.tokens_of(self.corpus.train_stream)
+
+    def tokens_of(self, text: Document) -> TokenText:
+        """Return the tokens of a text; those of a tokenizer are cached on the disk."""
+        return TokenText(text) if self.tokenizer is None else tokens.encoded(self.tokenizer, text)
+
     def train_batch(self, step: int, done: float) -> Batch:
         """Windows of the training documents. There is no curriculum, so `done` has no effect."""
         return train_batch(
-            self.reading.train,
+            self.train_tokens.ids,
             seq_len=self.setting.seq_len,
             batch_size=self.setting.batch_size,
             objective=self.objective,
@@ -159,15 +178,22 @@ class Text(Task):
         )
 
     @property
+    def documents(self) -> Sequence[Document]:
+        """The documents that are scored."""
+        return self.corpus.split(self.setting.test_split)
+
+    @property
     def token_documents(self) -> Sequence[Ids]:
         """The tokens of the documents that are scored."""
-        return self.reading.documents(self.setting.test_split)
+        return [self.tokens_of(document).ids for document in self.documents]
 
     @cached_property
     def scored_tokens(self) -> list[TokenText]:
         """The tokens of the scored part of each document; the last is never an input."""
-        setting = self.setting
-        return self.reading.scored(setting.test_split, setting.seq_len, setting.test_tokens)
+        lengths = [len(document) - 1 for document in self.documents]
+        counts = scored_counts(lengths, self.setting.seq_len, self.setting.test_tokens)
+        pairs = zip(self.documents, counts, strict=True)
+        return [_first_apart(document[: count + 1], self.tokenizer) for document, count in pairs]
 
     @cached_property
     def passages(self) -> list[Passage]:
@@ -176,20 +202,21 @@ class Text(Task):
         return passages_of(texts, objective=self.objective, mask=self.vocabulary - 1)
 
     def bytes_per_target(self) -> float | None:
-        """Mean number of bytes of a scored target of a causal model, exact; None if the bytes of the tokens
-        are not known."""
-        if not self.reading.knows_bytes:
-            return None
-        targets = sum(len(text) - 1 for text in self.scored_tokens)
-        return sum(text.bytes - text.first for text in self.scored_tokens) / targets
+        """Mean number of bytes of a scored target of a causal model; exact, because tokens are bytes. None if
+        the bytes of the tokens are not known."""
+        targets = sum(len(text.ids) - 1 for text in self.scored_tokens)
+        return sum(text.bytes - 1 for text in self.scored_tokens if text.bytes) / targets
 
     def words_per_byte(self) -> float | None:
-        """Words per byte of the test documents; None if the words are not known."""
-        return self.reading.words_per_byte()
+        """Words per byte of scored text, a constant of the corpus; None if the words are not known."""
+        return self.corpus.words_per_byte()
 
     def unigram_nats(self) -> npt.NDArray[np.float64]:
         """−ln p of each token under the frequencies of the training tokens, add-one smoothed."""
-        return self.reading.unigram_nats()
+        if self.tokenizer is None:
+            return self.corpus.unigram_nats()
+        counts = np.bincount(self.train_tokens.ids, minlength=self.vocabulary - 1) + 1.0
+        return np.asarray(-np.log(counts / counts.sum()), dtype=np.float64)
 
     def test_batches(self, stride: int | None = None) -> Iterator[Batch]:
         """Yield windows of the test documents at distances of `stride` tokens; None means without overlap."""
@@ -203,42 +230,53 @@ class Text(Task):
     def train_text(self, steps: int) -> list[Document]:
         """Return the bytes of the first `steps` training batches, inputs and targets, as parts of the
         training documents. Bytes of several windows are returned once, in one part."""
-        seq_len, length = self.setting.seq_len, len(self.reading.train)
+        seq_len, text = self.setting.seq_len, self.train_tokens
         starts = [
-            _draw_starts(self.train_generator(step), length, seq_len, self.setting.batch_size)
+            _draw_starts(self.train_generator(step), len(text), seq_len, self.setting.batch_size)
             for step in range(steps)
         ]
-        return self.reading.train_text(np.concatenate(starts), seq_len + 1)
+        windows = np.unique(np.concatenate(starts))
+        first, last = text.begin(windows), text.begin(windows + seq_len + 1)
+        begins = np.flatnonzero(np.append(True, first[1:] >= last[:-1]))
+        ends = np.append(begins[1:], len(windows)) - 1
+        pairs = zip(first[begins].tolist(), last[ends].tolist(), strict=True)
+        return [self.train_bytes(start, stop) for start, stop in pairs]
+
+    def train_bytes(self, start: int, stop: int) -> Document:
+        """Return the bytes [start, stop) of the training documents."""
+        return self.corpus.train_stream[start:stop]
 
     def scored_text(self, stride: int) -> list[tuple[Document, int]]:
         """Return the windows of `test_batches` as bytes: inputs and last target, and the place of the first
-        byte that is scored. Only for clm, and if the bytes of the tokens are known."""
+        byte that is scored. Only for clm."""
         found = []
         windows = sliding_windows([len(p.targets) for p in self.passages], self.setting.seq_len, stride)
         for k, start, stop, scored in windows:
             text = self.scored_tokens[k]
-            begin, first = text.begin(np.array([start, scored + 1])).tolist()
-            found.append((self.reading.text(text, start, stop + 1), first - begin))
+            begin, first, end = text.begin(np.array([start, scored + 1, stop + 1])).tolist()
+            found.append((self.scored_bytes(k, begin, end), first - begin))
         return found
 
+    def scored_bytes(self, document: int, start: int, stop: int) -> Document:
+        """Return the bytes [start, stop) of the scored part of a document."""
+        return self.documents[document][start:stop]
 
-def _text_config(config: TaskConfig) -> TextConfig:
-    assert isinstance(config, TextConfig)
-    return config
+
+def _tokenizer(config: TextConfig, corpus: Corpus) -> TextTokenizer | None:
+    """Return the tokenizer of the knobs; None reads bytes. Raises corpora.CorpusError."""
+    if config.tokenizer is not None:
+        return tokens.from_file(config.tokenizer)
+    return None if config.bpe is None else tokens.trained(corpus, config.bpe)
 
 
-def _reading(config: TaskConfig, data: str) -> Reading:
-    """Return the corpus as the tokens of the knobs. Raises corpora.CorpusError."""
-    knobs = _text_config(config)
-    corpus = corpora.load(data, knobs.options())
-    tokenizer = None if knobs.tokenizer is None else tokens.from_file(knobs.tokenizer)
-    if corpus.ids is not None:
-        if knobs.bpe is not None:
-            raise CorpusError(f"data.bpe={knobs.bpe}: data={data} has token ids already; leave it out")
-        return IdReading(corpus, corpus.ids, tokenizer, knobs.vocab_size)
-    if knobs.bpe is not None:
-        return TextReading(corpus, tokens.trained(corpus, knobs.bpe), size=knobs.bpe)
-    return TextReading(corpus, tokenizer, size=tokenizer.size if tokenizer else BYTES)
+def _first_apart(text: Document, tokenizer: TextTokenizer | None) -> TokenText:
+    """Return the tokens of a passage, the first of which is its first byte."""
+    if tokenizer is None:
+        return TokenText(text)
+    first, rest = tokenizer.encode(text[:1]), tokenizer.encode(text[1:])
+    assert first.ends is not None
+    assert rest.ends is not None
+    return TokenText(np.append(first.ids, rest.ids), np.append(first.ends, 1 + rest.ends))
 
 
 def _batch(windows: list[Ids], objective: str, generator: np.random.Generator, mask: int) -> Batch:
@@ -254,7 +292,7 @@ def _batch(windows: list[Ids], objective: str, generator: np.random.Generator, m
 
 
 def train_batch(
-    stream: Stream,
+    stream: Ids,
     *,
     seq_len: int,
     batch_size: int,
@@ -293,3 +331,17 @@ def passages_of(texts: Sequence[Ids], *, objective: str, mask: int = MASK) -> li
             inputs, targets = np.where(masked, mask, inputs), np.where(masked, inputs, IGNORED)
         found.append(Passage(inputs, targets))
     return found
+
+
+def too_short(corpus: Corpus, seq_len: int, *, scored: str | None) -> str | None:
+    """Return why the corpus is too short for windows of this length, or None;
+    `scored` is the split to score, if any."""
+    if len(corpus.train_stream) <= seq_len:
+        have = len(corpus.train_stream)
+        return f"data={corpus.name} has {have:,} bytes to train on; seq_len={seq_len:,} needs more"
+    if scored and (longest := corpus.longest(scored)) <= seq_len:
+        return (
+            f"data={corpus.name} has no {scored} document over {longest:,} bytes; "
+            f"seq_len={seq_len:,} needs one"
+        )
+    return None

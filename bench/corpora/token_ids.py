@@ -5,13 +5,14 @@ from __future__ import annotations
 import functools
 import re
 from collections import Counter
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from bench.corpora import disk, flat, hub_rows, table_files
-from bench.corpora.base import Corpus, CorpusError, CorpusOptions, Ids, Source
+from bench.corpora.base import Corpus, CorpusError, Ids, Slices
 from bench.corpora.disk import expand, file_type, files_at, open_file
 from bench.corpora.flat import ArrayFile, Indexer
 from bench.corpora.splits import SYNONYMS, chosen
@@ -40,50 +41,84 @@ class TokenFiles(NamedTuple):
     skipped: Counter[str]
 
 
-class TokenIdFiles(Source):
-    """Files of ids are memory-mapped where they are. A row of a table, or of a two-dimensional array, is one
-    document; `data.separator` divides a stream of ids into documents.
+class Options(NamedTuple):
+    """The knobs of `data` that decide which ids are read; see `bench.tasks.ids`."""
 
-    The splits are those in the names of the files (train.bin, val.bin), or those of the table.
+    path: str | None
+    field: str | None
+    split: str | None
+    dtype: str | None
+    separator: int | None
+
+
+@lru_cache(maxsize=4)
+def load(name: str, options: Options) -> Corpus:
+    """Load the documents of `data=name`; they are memory-mapped, files of ids where they are.
+
+    A row of a table, or of a two-dimensional array, is one document; a separator divides ids into documents.
+    The splits are those in the names of the files (train.bin, val.bin), or those of the table; what is
+    missing is held out (`bench.corpora.splits`). Raises CorpusError.
     """
-
-    knobs = ("path", "field", "split", "dtype", "vocab_size", "separator")
-
-    def read(self, options: CorpusOptions) -> Corpus:
-        if not options.path:
-            raise CorpusError(
-                f"data={self.name}: data.path is missing; give a file, folder or glob of .bin, .npy, or "
-                "tables with lists of ids"
-            )
-        setting = f"data.path={options.path}"
-        arrays = _arrays(options.path, setting)
-        if arrays is None:
-            tables = find(options.path, setting)
-            _refuse(setting, "data.dtype", options.dtype, "a table has the type of its ids")
-            return flat.load(
-                self.name,
-                setting,
-                tables.files,
-                [options.field, options.split],
-                functools.partial(_index_tables, tables, options, setting),
-                separator=options.separator,
-                ids=True,
-                stores=True,
-                modules=(table_files, hub_rows, disk),
-            )
-        _refuse(setting, "data.field", options.field, ".bin and .npy have no columns")
-        splits = chosen(list(arrays.by_split), options.split, setting)
+    if not options.path:
+        raise CorpusError(
+            f"data={name}: data.path is missing; give a file, folder or glob of .bin, .npy, or tables with "
+            "lists of ids"
+        )
+    setting = f"data.path={options.path}"
+    arrays = _arrays(options.path, setting)
+    if arrays is None:
+        tables = find(options.path, setting)
+        _refuse(setting, "data.dtype", options.dtype, "a table has the type of its ids")
         return flat.load(
-            self.name,
+            name,
             setting,
-            [file for split in splits for file in arrays.by_split[split]],
-            [options.dtype, splits],
-            functools.partial(_index_arrays, arrays, splits, options.dtype, setting),
+            tables.files,
+            [options.field, options.split],
+            functools.partial(_index_tables, tables, options, setting),
             separator=options.separator,
             ids=True,
-            stores=False,
-            modules=(disk,),
+            stores=True,
+            modules=(table_files, hub_rows, disk),
         )
+    _refuse(setting, "data.field", options.field, ".bin and .npy have no columns")
+    splits = chosen(list(arrays.by_split), options.split, setting)
+    return flat.load(
+        name,
+        setting,
+        [file for split in splits for file in arrays.by_split[split]],
+        [options.dtype, splits],
+        functools.partial(_index_arrays, arrays, splits, options.dtype, setting),
+        separator=options.separator,
+        ids=True,
+        stores=False,
+        modules=(disk,),
+    )
+
+
+class Joined:
+    """Documents of token ids as one stream, which copies only the parts that are read."""
+
+    def __init__(self, documents: Slices, separator: int | None) -> None:
+        """`separator`: an id that follows each document, if any."""
+        self.documents, self.separator = documents, separator
+        self.ends = np.cumsum(documents.lengths + (separator is not None))
+        """(D,) the end of each document, with its separator."""
+
+    def __len__(self) -> int:
+        return int(self.ends[-1])
+
+    def __getitem__(self, part: slice) -> Ids:
+        start, stop, _ = part.indices(len(self))
+        parts: list[Ids] = []
+        index = int(np.searchsorted(self.ends, start, side="right"))
+        begin = int(self.ends[index - 1]) if index else 0
+        while begin < stop:
+            document: Ids = self.documents[index]
+            parts.append(document[max(0, start - begin) : stop - begin].astype(np.int64))
+            begin, index = int(self.ends[index]), index + 1
+            if self.separator is not None and start < begin <= stop:
+                parts.append(np.array([self.separator]))
+        return np.concatenate(parts) if parts else np.zeros(0, dtype=np.int64)
 
 
 def _refuse(setting: str, knob: str, value: str | None, reason: str) -> None:
@@ -184,7 +219,7 @@ def _bin(file: Path, dtype: str | None, setting: str, indexer: Indexer) -> Array
     return ArrayFile(str(file), number.str, 0, (size // number.itemsize,))
 
 
-def _index_tables(tables: Tables, options: CorpusOptions, setting: str, indexer: Indexer) -> None:
+def _index_tables(tables: Tables, options: Options, setting: str, indexer: Indexer) -> None:
     field = options.field or FIELD
     indexer.skipped.update(tables.skipped)
     with (
