@@ -78,10 +78,11 @@ class Corpus:
     def describe(self, what: str) -> str:
         """Return what was read, in a line that begins with `what`."""
         unit = "bytes" if self.ids is None else "token ids"
-        sizes = [
-            f"{split} {self.symbols(split):,} {unit} in {len(self.split(split)):,} documents"
-            for split in SPLITS
-        ]
+        sizes = []
+        for split in SPLITS:
+            count = len(self.split(split))
+            documents = f"{count:,} document{'' if count == 1 else 's'}"
+            sizes.append(f"{split} {self.symbols(split):,} {unit} in {documents}")
         skipped = [f"skipped {in_words(self.skipped)}"] if self.skipped else []
         return f"{what}: " + "; ".join([*sizes, *self.notes, *skipped])
 
