@@ -221,21 +221,26 @@ def refusal_of(config: IdsConfig) -> str:
 @settings(deadline=None)
 @given(
     st.lists(st.lists(st.integers(0, 9), min_size=1, max_size=6), min_size=1, max_size=8),
+    st.lists(st.booleans(), min_size=8, max_size=8),
     st.sampled_from([None, 77]),
     st.integers(0, 70),
     st.integers(0, 70),
 )
 def test_the_stream_is_the_documents_in_a_row(
-    texts: list[list[int]], separator: int | None, start: int, stop: int
+    texts: list[list[int]], kept: list[bool], separator: int | None, start: int, stop: int
 ) -> None:
-    """Documents that lie in reverse order in their array."""
-    array = np.array([token for text in reversed(texts) for token in text])
-    ends = np.cumsum([len(text) for text in reversed(texts)])
-    bounds = np.stack([np.zeros(len(texts)), ends - [len(t) for t in reversed(texts)], ends], axis=1)
-    stream = Joined(Slices([array], bounds[::-1].astype(np.int64)), separator)
-    whole = [token for text in texts for token in [*text, *([] if separator is None else [separator])]]
-    assert len(stream) == len(whole)
-    assert stream[start:stop].tolist() == whole[start:stop]
+    """Some of the documents of an array, in their order and in reverse, with a separator after each there."""
+    after = [] if separator is None else [separator]
+    ends = np.cumsum([len(text) + len(after) for text in texts]) - len(after)
+    begins = ends - [len(text) for text in texts]
+    array = np.array([token for text in texts for token in [*text, *after]])
+    for order in (1, -1):
+        chosen = [k for k in range(len(texts)) if kept[k]][::order] or [0]
+        bounds = np.array([[0, begins[k], ends[k]] for k in chosen], dtype=np.int64)
+        stream = Joined(Slices([array], bounds), separator)
+        whole = [token for k in chosen for token in [*texts[k], *after]]
+        assert len(stream) == len(whole)
+        assert stream[start:stop].tolist() == whole[start:stop]
 
 
 # --- with the bytes of the ids ----------------------------------------------------------------

@@ -96,13 +96,20 @@ def load(name: str, options: Options) -> Corpus:
 
 
 class Joined:
-    """Documents of token ids as one stream, which copies only the parts that are read."""
+    """Documents of token ids as one stream, which copies only the parts that are read.
+
+    Documents that follow each other in their array are one run, with the separators between them.
+    """
 
     def __init__(self, documents: Slices, separator: int | None) -> None:
         """`separator`: an id that follows each document, if any."""
-        self.documents, self.separator = documents, separator
-        self.ends = np.cumsum(documents.lengths + (separator is not None))
-        """(D,) the end of each document, with its separator."""
+        self.separator, between = separator, int(separator is not None)
+        array, start, stop = np.asarray(documents.bounds).T
+        follows = (array[1:] == array[:-1]) & (start[1:] == stop[:-1] + between)
+        first, last = np.append(True, ~follows), np.append(~follows, True)
+        self.runs = Slices(documents.arrays, np.stack([array[first], start[first], stop[last]], axis=1))
+        self.ends = np.cumsum(self.runs.lengths + between)
+        """(R,) the end of each run, with the separator after it."""
 
     def __len__(self) -> int:
         return int(self.ends[-1])
@@ -113,8 +120,8 @@ class Joined:
         index = int(np.searchsorted(self.ends, start, side="right"))
         begin = int(self.ends[index - 1]) if index else 0
         while begin < stop:
-            document: Ids = self.documents[index]
-            parts.append(document[max(0, start - begin) : stop - begin].astype(np.int64))
+            run: Ids = self.runs[index]
+            parts.append(run[max(0, start - begin) : stop - begin].astype(np.int64))
             begin, index = int(self.ends[index]), index + 1
             if self.separator is not None and start < begin <= stop:
                 parts.append(np.array([self.separator]))

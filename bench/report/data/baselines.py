@@ -46,10 +46,18 @@ def undertrained(cells: pd.DataFrame) -> pd.Series[bool]:
     return cells["bits_per_byte_mean"] > cells[LEAST]
 
 
+def without_baseline(cells: pd.DataFrame) -> pd.Series[bool]:
+    """Whether each cell is a causal model of tokens whose bytes are not known (`data=ids` without their
+    tokenizer): there are no bits per byte and no baselines, so nothing says whether it is trained."""
+    causal = cells["objective"].eq("clm") & cells["perplexity_mean"].notna()
+    return causal & cells["bits_per_byte_mean"].isna() & cells["accuracy_mean"].isna()
+
+
 def unranked(cells: pd.DataFrame) -> pd.Series[bool]:
-    """Whether the quality of each cell takes no part in any ranking: it sees the future or is undertrained.
-    Takes the columns `leaks` and `undertrained`; null is False."""
-    return cells["leaks"].eq(True) | cells["undertrained"].eq(True)
+    """Whether the quality of each cell takes no part in any ranking: it sees the future, is undertrained, or
+    has no baseline that would say so. Takes the columns `leaks`, `undertrained` and `no_baseline`; null is
+    False."""
+    return cells[["leaks", "undertrained", "no_baseline"]].eq(True).any(axis=1)
 
 
 def named_means(cells: pd.DataFrame, columns: Iterable[str] = BASELINES) -> list[tuple[str, float]]:

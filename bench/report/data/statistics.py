@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 
 from bench.records import STATUSES
-from bench.report.data.baselines import BASELINES, undertrained, unranked, with_baselines
+from bench.report.data.baselines import BASELINES, undertrained, unranked, with_baselines, without_baseline
 from bench.report.data.collect import MOST_PERPLEXITY
 from bench.report.data.compared_time import RATE, SECONDS, SOURCE
 from bench.report.data.groups import BUDGET, CELL, GROUP, TRAINING
@@ -176,8 +176,9 @@ def quality_cells(frame: pd.DataFrame) -> pd.DataFrame:
     (n − 1; NaN for one replicate) of nll, bits per byte and perplexity (both also with state fresh in every
     window), word perplexity and accuracy, the means of `baselines.BASELINES`, `unigram_perplexity`,
     `guess_accuracy`, `eval_min_context`, the effective context and the widest of its intervals, `leaks`,
-    `undertrained`, and `rank`: the place by bits per byte, else by perplexity, among ranked cells of the same
-    group, length, budget, split and stride (NaN where it is `baselines.unranked` or has neither).
+    `undertrained`, `no_baseline`, and `rank`: the place by bits per byte, else by perplexity, among ranked
+    cells of the same group, length, budget, split and stride (NaN where it is `baselines.unranked` or has
+    neither).
     """
     reset = frame["nll_reset"]
     frame = with_baselines(frame).assign(
@@ -207,6 +208,7 @@ def quality_cells(frame: pd.DataFrame) -> pd.DataFrame:
     columns["leaks"] = grouped["leak_max_abs"].max() > LEAK_LIMIT
     cells = pd.DataFrame(columns).reset_index()
     cells["undertrained"] = undertrained(cells)
+    cells["no_baseline"] = without_baseline(cells)
     cells["score"] = cells["bits_per_byte_mean"].fillna(cells["perplexity_mean"])
     ranked = cells[~unranked(cells)].groupby(list(BUDGET), dropna=False)
     cells["rank"] = ranked["score"].rank(method="min")

@@ -38,9 +38,9 @@ def pareto_cells(summary: pd.DataFrame) -> pd.DataFrame:
     Columns: the keys of `POOL`, `variant`, `label`, `activations`, `learning_rate` (each model's best: that
     of the least mean loss), `score` (a key of `SCORES`), `quality` (its mean over replicates) with its
     interval `quality_low` to `quality_high`, for each of `COSTS` the median `X` with `X_low` and `X_high`,
-    `replicates`, `leaks`, `undertrained`, the baselines, and for each cost `X_front`: 'front' where no other
-    model is better in both, 'noise' where some are but none beyond the intervals of both, '' else. What is
-    not ranked (`baselines.unranked`) is on no front and keeps nobody off one.
+    `replicates`, `leaks`, `undertrained`, `no_baseline`, the baselines, and for each cost `X_front`:
+    'front' where no other model is better in both, 'noise' where some are but none beyond the intervals of
+    both, '' else. What is not ranked (`baselines.unranked`) is on no front and keeps nobody off one.
     """
     trained = summary[(summary["tokens_trained"] > 0) & summary["nll_mean"].notna()]
     if trained.empty:
@@ -61,7 +61,7 @@ def _scored(models: pd.DataFrame) -> pd.DataFrame:
     """The columns of a model before the fronts."""
     taken = [models[f"{name}_mean"].notna() for name in SCORES]
     counts = models["quality_replicates"]
-    own = (*_MODEL, "learning_rate", "leaks", "undertrained", *BASELINES)
+    own = (*_MODEL, "learning_rate", "leaks", "undertrained", "no_baseline", *BASELINES)
     columns: dict[str, Any] = {key: models[key] for key in own}
     columns["score"] = np.select(taken, list(SCORES), "")
     columns["replicates"] = counts
