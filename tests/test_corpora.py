@@ -27,7 +27,7 @@ def texts(corpus: Corpus, split: str) -> list[bytes]:
 
 def files(path: Path | str) -> Corpus:
     """Past the cache of `load`: these files change."""
-    return corpora.load.__wrapped__("files", str(path))
+    return corpora.load.__wrapped__("files", CorpusOptions(path=str(path)))
 
 
 def dealt(contents: dict[str, bytes]) -> Corpus:
@@ -44,7 +44,7 @@ def write(folder: Path, documents: dict[str, bytes]) -> Path:
 def refusal(name: str, path: str | None = None, max_bytes: int | None = None) -> str:
     """The one line with which a corpus is refused."""
     with pytest.raises(CorpusError) as caught:
-        corpora.load.__wrapped__(name, path, max_bytes)
+        corpora.load.__wrapped__(name, CorpusOptions(path=path, max_bytes=max_bytes))
     message = str(caught.value)
     assert "\n" not in message
     return message
@@ -209,12 +209,12 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
 
 def test_an_unknown_corpus_lists_those_there_are_and_the_nearest() -> None:
     message = refusal("wikitxt")
-    assert {"plays", "stdlib", "files", "pg19", "wikitext103", "enwik8"} == {*corpora.SOURCES}
+    assert {"plays", "stdlib", "files", "rows", "pg19", "wikitext103", "enwik8"} == {*corpora.SOURCES}
     assert all(name in message for name in corpora.SOURCES)
     assert message.endswith("did you mean wikitext103?")
 
 
-@pytest.mark.parametrize("name", [name for name in corpora.SOURCES if name not in {"pg19", "wikitext103"}])
+@pytest.mark.parametrize("name", sorted({*corpora.SOURCES} - {"pg19", "rows", "wikitext103"}))
 def test_a_knob_that_a_corpus_does_not_read_is_refused(name: str) -> None:
     assert f"data.max_bytes=5: data={name} does not read it" in refusal(name, max_bytes=5)
 
@@ -234,7 +234,7 @@ def test_enwik8_is_split_in_order_by_bytes(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(enwik8, "SHA256", hashlib.sha256(content).hexdigest())
     monkeypatch.setenv("LONGCTX_BENCH_CACHE", str(tmp_path))
     for path in (None, str(tmp_path / "enwik8")):
-        corpus = corpora.load.__wrapped__("enwik8", path)
+        corpus = corpora.load.__wrapped__("enwik8", CorpusOptions(path=path))
         parts = [texts(corpus, split) for split in SPLITS]
         assert [list(map(len, part)) for part in parts] == [[90_000], [5_000], [5_000]]
         assert b"".join(part[0] for part in parts) == content

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from bench import corpora
-from bench.corpora import CorpusError, plays
+from bench.corpora import CorpusError, CorpusOptions, plays
 from bench.corpora.base import SPLITS
 from bench.inputs.errors import ConfigError
 
@@ -51,7 +51,7 @@ def unprivileged() -> Iterator[None]:
 
 def refusal(name: str, path: Path | str | None = None) -> str:
     with pytest.raises(CorpusError) as caught, unprivileged():
-        corpora.load.__wrapped__(name, None if path is None else str(path))
+        corpora.load.__wrapped__(name, CorpusOptions(path=None if path is None else str(path)))
     message = str(caught.value)
     assert message.isprintable(), "one line"
     return message
@@ -148,7 +148,7 @@ def test_links_in_circles_end_and_are_read_once(
     monkeypatch.setattr(sysconfig, "get_paths", lambda: {"stdlib": str(folder)})
     paths = [str(folder), f"{folder}/**/*.py", f"{folder}/**"] if name == "files" else [None]
     for path in paths:
-        corpus = corpora.load.__wrapped__(name, path)
+        corpus = corpora.load.__wrapped__(name, CorpusOptions(path=path))
         assert b"".join(corpus.split(split)[0].tobytes() for split in SPLITS) == b"print('once')\n" * 9
 
 
@@ -171,7 +171,7 @@ def test_a_glob_finds_what_it_says(folder: Path, monkeypatch: pytest.MonkeyPatch
         "?.txt": ["a.txt"],
     }.items():
         for asked in (pattern, f"{folder}/{pattern}"):
-            corpus = corpora.load.__wrapped__("files", asked)
+            corpus = corpora.load.__wrapped__("files", CorpusOptions(path=asked))
             found = sorted(bytes(text).split()[3].decode() for text in corpus.train)
             assert found == wanted, asked
 
@@ -232,7 +232,7 @@ def test_data_path_may_begin_with_a_tilde(tmp_path: Path, monkeypatch: pytest.Mo
     (tmp_path / "book.txt").write_text("from home " * 9)
     monkeypatch.setenv("HOME", str(tmp_path))
     for path in ("~", "~/book.txt", "~/*.txt"):
-        assert b"from home" in corpora.load.__wrapped__("files", path).train[0].tobytes()
+        assert b"from home" in corpora.load.__wrapped__("files", CorpusOptions(path=path)).train[0].tobytes()
 
 
 def test_without_a_home_the_cache_is_the_account_s_or_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,6 +8,7 @@ import io
 import lzma
 import pickle
 import py_compile
+import re
 import sqlite3
 import sys
 import tarfile
@@ -30,17 +31,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bench import corpora
-from bench.corpora import Corpus, CorpusError
+from bench.corpora import Corpus, CorpusError, CorpusOptions
 from bench.corpora.base import SPLITS
-from bench.corpora.plain import HEAD_BYTES, not_text
+from bench.corpora.plain import HEAD_BYTES, not_text, undecodable
 
 PROSE = "It is a truth universally acknowledged, that a naïve reader – or two – wants “text”.\n" * 40
 TABLE = pa.table({"text": PROSE.splitlines()})
 
 
-def load(path: Path | str) -> Corpus:
+def load(path: Path | str, max_undecodable: float | None = None) -> Corpus:
     """Past the cache of `load`: these files change."""
-    return corpora.load.__wrapped__("files", str(path))
+    return corpora.load.__wrapped__("files", CorpusOptions(path=str(path), max_undecodable=max_undecodable))
 
 
 def refusal(path: Path | str) -> str:
@@ -107,10 +108,13 @@ def image(kind: str) -> Callable[[Path], object]:
 
 
 NOT_TEXT: dict[str, tuple[Callable[[Path], object], str]] = {
-    "parquet": (lambda path: pa.parquet.write_table(TABLE, path), "a Parquet file; write its texts"),
-    "arrow": (lambda path: pa.feather.write_feather(TABLE, path), "an Arrow file"),
+    "parquet": (
+        lambda path: pa.parquet.write_table(TABLE, path),
+        "a Parquet file; data=rows reads the text of its rows",
+    ),
+    "arrow": (lambda path: pa.feather.write_feather(TABLE, path), "an Arrow file; data=rows"),
     "arrows": (stream, "an Arrow file"),
-    "npy": (array(np.save, np.arange(9)), "a NumPy array"),
+    "npy": (array(np.save, np.arange(9)), "a NumPy array; data=ids reads token ids"),
     "npz": (array(np.savez, np.arange(9)), "a zip archive"),
     "pyc": (compiled, "compiled Python"),
     "so": (lambda path: path.write_bytes(Path(sys.executable).resolve().read_bytes()[:9999]), "a program"),
@@ -181,11 +185,31 @@ def test_what_is_not_text_is_refused(kind: str, tmp_path: Path) -> None:
     assert "allowed are text files, in UTF-8 or another encoding" in message
 
 
+NOT_MOSTLY_UTF_8 = {"shift-jis", "koi8-r", "gb18030"}
+
+
 @pytest.mark.parametrize("kind", TEXT)
 def test_text_is_taken_as_it_is(kind: str, tmp_path: Path) -> None:
     (tmp_path / "book").write_bytes(TEXT[kind])
-    corpus = load(tmp_path / "book")
+    corpus = load(tmp_path / "book", max_undecodable=1 if kind in NOT_MOSTLY_UTF_8 else None)
     assert b"".join(corpus.split(split)[0].tobytes() for split in SPLITS) == TEXT[kind]
+
+
+@pytest.mark.parametrize("kind", sorted(NOT_MOSTLY_UTF_8))
+def test_what_is_mostly_not_utf_8_is_refused_with_the_knob_that_reads_it(kind: str, tmp_path: Path) -> None:
+    (tmp_path / "book").write_bytes(TEXT[kind])
+    message = refusal(tmp_path / "book")
+    assert re.search(r"of which \d\d% is not UTF-8, over data.max_undecodable=0.3; ", message)
+    assert "data.max_undecodable=1 reads its bytes as they are" in message
+
+
+@settings(deadline=None)
+@given(st.lists(st.one_of(st.text(max_size=5).map(str.encode), st.binary(max_size=3)), max_size=9))
+def test_the_undecodable_share_is_that_of_the_bytes_that_python_escapes(parts: list[bytes]) -> None:
+    """Python's surrogateescape replaces each byte that is in no character by one surrogate."""
+    text = b"".join(parts)
+    escaped = sum("\udc80" <= character <= "\udcff" for character in text.decode(errors="surrogateescape"))
+    assert undecodable(text) * max(1, len(text)) == pytest.approx(escaped)
 
 
 @settings(deadline=None)
@@ -194,19 +218,54 @@ def test_no_text_in_utf_8_is_refused(text: str) -> None:
     assert not_text(text.encode()) is None
 
 
-@pytest.mark.parametrize("below", ["", "**/*", "**"], ids=["folder", "glob", "glob of all"])
-def test_one_that_is_not_text_among_others_is_named_with_how_many_there_are(
-    below: str, tmp_path: Path
+def folder_of_all_kinds(folder: Path, texts: int = 12) -> None:
+    for k in range(texts):
+        (folder / f"{k:02}.txt").write_text(f"{k} {PROSE}")
+    for hidden in (".git", "__pycache__"):
+        (folder / hidden).mkdir()
+        (folder / hidden / "text").write_text("never read " * 99)
+    compiled(folder / "__pycache__" / "a.pyc")
+    (folder / ".hidden").write_text("nor this " * 99)
+    np.save(folder / "05.npy", np.arange(3))
+    image("png")(folder / "page.png")
+    image("gif")(folder / "page.gif")
+
+
+@pytest.mark.parametrize(
+    ("below", "skipped"),
+    [
+        ("", {"hidden": 2, "__pycache__": 1, "NumPy": 1, "image": 2}),
+        ("**/*", {"__pycache__": 2, "NumPy": 1, "image": 2}),
+        ("**", {"__pycache__": 2, "NumPy": 1, "image": 2}),
+    ],
+    ids=["folder", "glob", "glob of all"],
+)
+def test_what_is_not_text_among_others_is_skipped_and_counted(
+    below: str, skipped: dict[str, int], tmp_path: Path
 ) -> None:
-    for k in range(12):
-        (tmp_path / f"{k:02}.txt").write_text(f"{k} {PROSE}")
-    (tmp_path / "__pycache__").mkdir()
-    compiled(tmp_path / "__pycache__" / "a.pyc")
-    np.save(tmp_path / "05.npy", np.arange(3))
-    message = refusal(f"{tmp_path}/{below}" if below else tmp_path)
-    assert f"2 of 14 files are not text, first {tmp_path}/05.npy: a NumPy array" in message
-    assert "a glob such as" in message
-    assert sum(len(load(f"{tmp_path}/**/*.txt").split(split)) for split in SPLITS) == 12
+    """Hidden folders and `__pycache__` count as one each; a glob finds no hidden files by itself."""
+    folder_of_all_kinds(tmp_path)
+    corpus = load(f"{tmp_path}/{below}" if below else tmp_path)
+    assert corpus.skipped == skipped
+    clean = load(f"{tmp_path}/**/*.txt")
+    assert clean.skipped == {}
+    assert corpus.sha256 == clean.sha256, "a cell keeps its id"
+    assert sum(len(clean.split(split)) for split in SPLITS) == 12
+
+
+def test_a_folder_without_text_says_what_it_has(tmp_path: Path) -> None:
+    folder_of_all_kinds(tmp_path, texts=0)
+    message = refusal(tmp_path)
+    assert "none of its files is text (skipped: 1 NumPy, 1 __pycache__, 2 hidden, 2 image)" in message
+    assert f"{tmp_path}/05.npy is not text but a NumPy array; data=ids reads token ids" in message
+
+
+def test_a_hidden_file_that_is_named_is_read(tmp_path: Path) -> None:
+    (tmp_path / ".config").mkdir()
+    (tmp_path / ".config" / ".notes").write_text(PROSE)
+    named = load(tmp_path / ".config" / ".notes")
+    assert named.skipped == {}
+    assert load(f"{tmp_path}/.config/.*").sha256 == named.sha256
 
 
 def test_an_empty_file_is_no_document(tmp_path: Path) -> None:

@@ -77,7 +77,8 @@ def write(folder: Path, rows: dict[str, Any], column: str = "text") -> Path:
 
 def load(name: str, path: Path | None = None, max_bytes: int | None = None) -> Corpus:
     """Past the cache of `load`: these files change."""
-    return corpora.load.__wrapped__(name, str(path) if path else None, max_bytes)
+    options = CorpusOptions(path=str(path) if path else None, max_bytes=max_bytes)
+    return corpora.load.__wrapped__(name, options)
 
 
 def texts(corpus: Corpus, split: str) -> list[bytes]:
@@ -163,7 +164,7 @@ from bench import corpora
 def others():
     return len(os.listdir("/proc/self/task")) - threading.active_count()
 before = others()
-corpora.load("pg19", sys.argv[1], 900)
+corpora.load("pg19", corpora.CorpusOptions(path=sys.argv[1], max_bytes=900))
 print(others() - before)
 """
 
@@ -415,7 +416,7 @@ def the_line(done: subprocess.CompletedProcess[str]) -> str:
 READ_999 = """
 import sys
 from bench import corpora
-print(corpora.load("pg19", None, 999).sha256)
+print(corpora.load("pg19", corpora.CorpusOptions(max_bytes=999)).sha256)
 assert "datasets" not in sys.modules
 """
 

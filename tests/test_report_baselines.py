@@ -124,6 +124,25 @@ def test_without_a_table_of_order_three_everything_is_ranked(tmp_path: Path, kno
     assert "ᵘ" not in text
 
 
+def test_models_of_ids_whose_bytes_are_unknown_have_no_rank(tmp_path: Path) -> None:
+    """Nothing says whether they are trained; masked models never had baselines and keep their ranks."""
+    unknown = [record(name, bits_per_byte=None, word_perplexity=None) for name in ("dense", "chunked")]
+    masked = [record(name, objective="mlm", bits_per_byte=None) for name in ("dense", "chunked")]
+    cells = quality_cells(frame_of(tmp_path / "cells", [*unknown, *masked])).set_index(["objective", "label"])
+    assert cells["no_baseline"].to_dict() == {key: key[0] == "clm" for key in cells.index}
+    assert cells["rank"].isna().to_dict() == {key: key[0] == "clm" for key in cells.index}
+    text = (build(write(tmp_path / "e", unknown), plots=False) / "summary.md").read_text()
+    rows = table(text.split("## Quality", 1)[1], "### clm, data plays")
+    assert {(row["rank"], row["variant"]) for row in rows} == {("–", "chunkedⁿ"), ("–", "denseⁿ")}
+    assert "- ⁿ no baseline: the bytes of its token ids are not known" in text
+    both = summary(
+        cost_cells(frame_of(tmp_path / "e", unknown)), quality_cells(frame_of(tmp_path / "e", unknown))
+    )
+    fronts = pareto_cells(both)
+    assert len(fronts) == 2
+    assert not fronts.filter(like="_front").eq("front").any(axis=None)
+
+
 def test_a_replicate_alone_decides_nothing(tmp_path: Path) -> None:
     """The mean over replicates is compared with the mean of their tables."""
     found = [

@@ -16,9 +16,33 @@ from functools import lru_cache
 
 from bench.corpora.base import Corpus, CorpusError, CorpusOptions, Document, Source, cache_dir
 
-__all__ = ["SOURCES", "Corpus", "CorpusError", "Document", "best", "cache_dir", "load", "source"]
+__all__ = [
+    "SOURCES",
+    "Corpus",
+    "CorpusError",
+    "CorpusOptions",
+    "Document",
+    "best",
+    "cache_dir",
+    "load",
+    "source",
+]
 
-_SHARED = {"__main__", "base", "dialogues", "disk", "hub", "hub_rows", "plain", "tokens"}
+_SHARED = {
+    "__main__",
+    "base",
+    "dialogues",
+    "disk",
+    "flat",
+    "hub",
+    "hub_rows",
+    "plain",
+    "splits",
+    "table_files",
+    "token_bytes",
+    "token_ids",
+    "tokens",
+}
 
 SOURCES: tuple[str, ...] = tuple(
     sorted(module.name for module in pkgutil.iter_modules(__path__) if module.name not in _SHARED)
@@ -51,14 +75,17 @@ def source(name: str, options: CorpusOptions) -> Source:
     return made
 
 
+NO_OPTIONS = CorpusOptions()
+"""Every knob as the source chooses it."""
+
+
 @lru_cache(maxsize=4)
-def load(name: str, path: str | None = None, max_bytes: int | None = None) -> Corpus:
-    """Load the corpus with this name from local files; the arguments are the knobs of `data`.
+def load(name: str, options: CorpusOptions = NO_OPTIONS) -> Corpus:
+    """Load the corpus with this name from local files.
 
     Raises CorpusError, with a one-line message, for an unknown name, a knob that this corpus does not read,
     or a corpus that is missing, empty or altered.
     """
-    options = CorpusOptions(path=path, max_bytes=max_bytes)
     return source(name, options).read(options)
 
 

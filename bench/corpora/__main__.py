@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import argparse
 import sys
+from dataclasses import fields
 
 from bench.corpora import BEST, SOURCES, CorpusError, best, cache_dir, load, source
-from bench.corpora.base import SPLITS, CorpusOptions
+from bench.corpora.base import SPLITS, CorpusOptions, in_words
 from bench.corpora.disk import file_type
 from bench.inputs.errors import ConfigError
+from bench.inputs.printable import printable
 from variants.safe_output import run
 
 
@@ -23,6 +25,9 @@ def main() -> int:
         command.add_argument("name", help=", ".join(SOURCES))
         command.add_argument("--max-bytes", type=int, metavar="N", help="as data.max_bytes")
     show.add_argument("path", nargs="?", help="as data.path")
+    for knob in ("field", "split"):
+        show.add_argument(f"--{knob}", help=f"as data.{knob}")
+    show.add_argument("--max-undecodable", type=float, metavar="SHARE", help="as data.max_undecodable")
     arguments = parser.parse_args()
     try:
         if arguments.command == "best":
@@ -30,7 +35,8 @@ def main() -> int:
         elif arguments.command == "fetch":
             _fetch(arguments.name, CorpusOptions(max_bytes=arguments.max_bytes))
         else:
-            _show(arguments.name, arguments.path, arguments.max_bytes)
+            options = {knob.name: getattr(arguments, knob.name) for knob in fields(CorpusOptions)}
+            _show(arguments.name, CorpusOptions(**options))
     except (CorpusError, ConfigError) as error:
         print(error, file=sys.stderr)
         return 2
@@ -47,12 +53,15 @@ def _fetch(name: str, options: CorpusOptions) -> None:
         raise CorpusError(f"cannot write to the cache, {folder}: {error.strerror or error}") from None
 
 
-def _show(name: str, path: str | None, max_bytes: int | None) -> None:
-    corpus = load(name, path, max_bytes)
+def _show(name: str, options: CorpusOptions) -> None:
+    corpus = load(name, options)
     for split in SPLITS:
-        documents = corpus.split(split)
-        print(f"{split:10} {len(documents):6,} documents {sum(map(len, documents)):14,} bytes")
-    print(f"test words {corpus.words_per_byte() * sum(map(len, corpus.test)):,.0f}")
+        print(f"{split:10} {len(corpus.split(split)):6,} documents {corpus.symbols(split):14,} bytes")
+    print(f"test words {corpus.words_per_byte() * corpus.symbols('test'):,.0f}")
+    for note in corpus.notes:
+        print(f"note       {printable(note)}")
+    if corpus.skipped:
+        print(f"skipped    {printable(in_words(corpus.skipped))}")
     print(f"sha256     {corpus.sha256}")
 
 

@@ -10,12 +10,15 @@ import errno
 import glob
 import os
 import stat
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
 from bench.corpora.base import CorpusError
 
+CACHED_CODE = "__pycache__"
+"""A folder of compiled Python."""
 _KINDS: dict[str, Callable[[int], bool]] = {
     "a file": stat.S_ISREG,
     "a folder": stat.S_ISDIR,
@@ -99,6 +102,36 @@ def expand(pattern: str, setting: str) -> Iterator[Path]:
     for top in glob.glob("/".join([*parts[:at], ""]) or "./"):  # noqa: PTH207
         for place, _ in _folders(Path(top), setting, lambda name: not name.startswith(".")):
             yield from expand(f"{glob.escape(str(place))}/{after}", setting)
+
+
+def files_at(path: Path, setting: str) -> tuple[Sequence[Path], Counter[str]]:
+    """Return the sorted files that a path or a glob names, and the number of skipped ones by kind.
+
+    Below a folder, hidden files are skipped, and hidden folders and `__pycache__` as a whole, which count as
+    one each. Raises CorpusError if the path names nothing.
+    """
+    skipped: Counter[str] = Counter()
+
+    def enter(folder: str) -> bool:
+        kind = "hidden" if folder.startswith(".") else CACHED_CODE if folder == CACHED_CODE else None
+        skipped.update([kind] if kind else [])
+        return kind is None
+
+    kind = file_type(path, setting)
+    if kind is None:
+        found = {file for file in expand(str(path), setting) if file_type(file, setting) != "a folder"}
+        cached = {file for file in found if CACHED_CODE in file.parts[:-1]}
+        skipped.update([CACHED_CODE] * len(cached))
+        files = found - cached
+    elif kind == "a folder":
+        found = {*walk(path, setting, enter)}
+        files = {file for file in found if not file.name.startswith(".")}
+        skipped.update(["hidden"] * len(found - files))
+    else:
+        return [path], skipped
+    if not files and not skipped:
+        raise CorpusError(f"{setting}: no such file, folder or glob")
+    return sorted(files), skipped
 
 
 def _folders(folder: Path, setting: str, enter: Callable[[str], bool]) -> Iterator[tuple[Path, list[str]]]:

@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
 from pathlib import Path
 
-from bench.corpora.base import Corpus, CorpusError, CorpusOptions, Source
-from bench.corpora.disk import expand, file_type, open_file, read, walk
-from bench.corpora.plain import HEAD_BYTES, not_text, nul_at
+from bench.corpora.base import Corpus, CorpusError, CorpusOptions, Source, in_words
+from bench.corpora.disk import files_at, open_file, read
+from bench.corpora.plain import HEAD_BYTES, MOST_UNDECODABLE, Other, not_text, nul_at
 from bench.inputs.paths import user_path
 
 ALLOWED = "allowed are text files, in UTF-8 or another encoding without NUL bytes"
 
 
 class Files(Source):
-    """Each file is one document. Every file must be text: otherwise a single binary file among a thousand
-    would be used or skipped without anyone noticing."""
+    """Each file is one document. A file that is named must be text. In a folder or a glob, files that are not
+    text, hidden files and `__pycache__` are skipped; the corpus says how many of each kind."""
 
-    knobs = ("path",)
+    knobs = ("path", "max_undecodable")
 
     def read(self, options: CorpusOptions) -> Corpus:
         if not options.path:
@@ -25,49 +25,37 @@ class Files(Source):
                 "data=files: data.path is missing; give a file, a folder or a glob ('books/*.txt')"
             )
         setting = f"data.path={options.path}"
-        files = _files_at(user_path("data.path", options.path), setting)
+        path = user_path("data.path", options.path)
+        files, skipped = files_at(path, setting)
+        most = MOST_UNDECODABLE if options.max_undecodable is None else options.max_undecodable
         documents: dict[str, bytes] = {}
-        others: dict[Path, str] = {}
+        first = None
         for file in files:
-            content, other = _content(file, setting)
+            content, other = _content(file, setting, most)
             if other is None:
                 documents[str(file)] = content
             else:
-                others[file] = other
-        if others:
-            raise CorpusError(f"{setting}: {_refusal(others, files)}")
-        return self.split_documents(documents)
+                skipped[other.kind] += 1
+                first = first or f"{file} is not text but {other.description}"
+        if not documents:
+            alone = f"{first}; {ALLOWED}" if files == [path] else None
+            raise CorpusError(f"{setting}: {alone or _nothing_left(skipped, first)}")
+        return self.split_documents(documents, skipped)
 
 
-def _files_at(path: Path, setting: str) -> Sequence[Path]:
-    """Return the sorted files that a path or a glob names. Raises CorpusError if there are none."""
-    kind = file_type(path, setting)
-    if kind is None:
-        files = {file for file in expand(str(path), setting) if file_type(file, setting) != "a folder"}
-    else:
-        files = {*walk(path, setting)} if kind == "a folder" else {path}
-    if not files:
-        raise CorpusError(f"{setting}: no such file, folder or glob")
-    return sorted(files)
-
-
-def _content(file: Path, setting: str) -> tuple[bytes, str | None]:
-    """Return the content of a file and None; or, for a file that is not text, b"" and its apparent type."""
+def _content(file: Path, setting: str, most_undecodable: float) -> tuple[bytes, Other | None]:
+    """Return the content of a file and None; or, for a file that is not text, b"" and what it is."""
     with open_file(file, setting) as opened:
         content = read(opened, setting, HEAD_BYTES)
-        if other := not_text(content):
+        if other := not_text(content, most_undecodable):
             return b"", other
         content += read(opened, setting)
     nul = content.find(b"\0", HEAD_BYTES)
     return (content, None) if nul < 0 else (b"", nul_at(nul))
 
 
-def _refusal(others: dict[Path, str], files: Sequence[Path]) -> str:
-    """The error message, from the files that are not text and all files that were found."""
-    first, looks = next(iter(others.items()))
-    if len(files) == 1:
-        return f"{first} is not text but {looks}; {ALLOWED}"
+def _nothing_left(skipped: Counter[str], first: str | None) -> str:
+    """The error message of a folder or glob without a text file."""
     return (
-        f"{len(others):,} of {len(files):,} files are not text, first {first}: {looks}; {ALLOWED}; "
-        "a glob such as 'books/**/*.txt' selects some of a folder's files"
+        f"none of its files is text (skipped: {in_words(skipped)}){f'; {first}' if first else ''}; {ALLOWED}"
     )

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from bench.corpora.base import SPLITS, Corpus, CorpusError, CorpusOptions, Document, Source, Text, cache_dir
-from bench.corpora.disk import file_type, open_file
+from bench.corpora.disk import file_type, open_file, walk
 from bench.corpora.hub_rows import first_line, link_with_safe_names, rows, tables, without_output
 from bench.inputs.paths import user_path
 
@@ -157,7 +157,8 @@ class HubSource(Source):
             }
             if folder:
                 temporary = Path(until_read.enter_context(tempfile.TemporaryDirectory()))
-                link_with_safe_names(self._folder(folder), temporary / "data", where)
+                files = self._folder(folder)
+                link_with_safe_names(walk(files, where), files, temporary / "data", where)
                 source = {"path": str(temporary / "data"), "cache_dir": str(temporary / "cache")}
             try:
                 until_read.enter_context(without_output())

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.corpora.base import CorpusError
-from bench.corpora.disk import file_type, walk
+from bench.corpora.disk import file_type
 
 ROWS = 64
 """Rows read at a time. Reading one row at a time is six times slower for lines of text; a large batch may
@@ -58,11 +58,11 @@ _SPECIAL = re.compile(r"[^\w .,+=@~()&'^;-]")
 """Characters with a special meaning to fsspec or `datasets`, such as brackets, `*` and `::`."""
 
 
-def link_with_safe_names(folder: Path, links: Path, where: str) -> None:
-    """Create a folder of links to the files of another folder, with special characters replaced in the names:
+def link_with_safe_names(files: Iterable[Path], folder: Path, links: Path, where: str) -> None:
+    """Create a folder of links to files below another folder, with special characters replaced in the names:
     `datasets` would interpret them as a pattern or an address."""
     links.mkdir()
-    for file in sorted(walk(folder, where)):
+    for file in sorted(files):
         if (kind := file_type(file, where)) != "a file":
             raise CorpusError(f"{where}: {file}: is {kind}, not a file")
         link = links.joinpath(*(_SPECIAL.sub("_", part) for part in file.relative_to(folder).parts))

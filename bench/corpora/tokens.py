@@ -20,10 +20,9 @@ The ids of a split are cached as well, because each cell of a sweep needs them a
 
 from __future__ import annotations
 
-import io
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -32,15 +31,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from bench.corpora.base import Corpus, CorpusError, Document, cache_dir, sha256
+from bench.corpora.base import Corpus, CorpusError, Document, Ids, cache_dir, sha256
+from bench.corpora.token_bytes import ALPHABET, TokenBytes
 from bench.inputs.paths import user_path
 from bench.inputs.printable import printable
+from bench.inputs.slow_work import SlowWork
 from bench.records import atomic_writer, write_atomically
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
-
-Ids = npt.NDArray[np.integer[Any]]
 
 FOLDER = "tokens"
 """Folder of the cache."""
@@ -52,14 +51,6 @@ WORDS = "Ġ?[A-Za-z¡-ÿĢ-Ń]+|Ġ?[0-9]+|Ġ?[^A-Za-z0-9¡-ÿĢ-ŃĊĠ]+|[ĊĠ]+
 before them; digits; other characters; spaces and newlines (Ċ)."""
 
 
-def _alphabet() -> list[str]:
-    """(256,) the character of each byte."""
-    printable_bytes = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
-    others = iter(range(0x100, 0x200))
-    return [chr(byte if byte in printable_bytes else next(others)) for byte in range(256)]
-
-
-ALPHABET = _alphabet()
 _TRANSLATION = dict(enumerate(ALPHABET))
 
 
@@ -70,7 +61,8 @@ class TokenText:
     ids: Ids
     """(N,) the tokens."""
     ends: Ids | None = None
-    """(N,) the number of bytes of the text up to the end of each token; None if the tokens are bytes."""
+    """(N,) the number of bytes of the text up to the end of each token; None if the tokens are bytes, or if
+    their bytes are not known."""
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -125,8 +117,16 @@ class TextTokenizer(ABC):
                 raise CorpusError(f"{self.name}: has no token for byte {byte}; needs one for each of 256")
         return [self._vocabulary[ALPHABET[byte]] for byte in text]
 
-    def encode(self, text: Document, ends: bytes = b"") -> TokenText:
-        """Return the tokens of a text. Raises CorpusError if they are not its bytes.
+    @cached_property
+    def bytes_of_ids(self) -> TokenBytes:
+        """The bytes of each entry. Raises CorpusError if its entries are not bytes."""
+        return TokenBytes.of(self.tokenizer, self.size, self.name)
+
+    def encode(
+        self, text: Document, *, ends: bytes = b"", advance: Callable[[int], None] = lambda done: None
+    ) -> TokenText:
+        """Return the tokens of a text; `advance` is told the bytes that are done.
+        Raises CorpusError if the tokens are not its bytes.
 
         A token ends after each of the bytes `ends`, so that a text has the same tokens as its parts.
         """
@@ -146,6 +146,7 @@ class TextTokenizer(ABC):
             ids.append(np.array([*head, *found.ids, *tail], dtype=np.int64))
             sizes = [*[1] * len(head), *map(len, found.tokens), *[1] * len(tail)]
             lengths.append(np.array(sizes, dtype=np.int64))
+            advance(len(piece))
         return TokenText(np.concatenate(ids), np.cumsum(np.concatenate(lengths)))
 
 
@@ -212,8 +213,16 @@ def train(texts: Sequence[Document], size: int) -> str:
     trainer = library.trainers.BpeTrainer(
         vocab_size=size, initial_alphabet=ALPHABET, special_tokens=[], show_progress=False
     )
-    pieces = (piece for text in texts for piece in _pieces(text.tobytes()))
-    tokenizer.train_from_iterator((p.decode("latin-1").translate(_TRANSLATION) for p in pieces), trainer)
+    size_bytes = sum(map(len, texts))
+    with SlowWork(f"training a byte-pair encoding of {size:,} entries", "bytes", size_bytes) as work:
+
+        def pieces() -> Iterator[str]:
+            for text in texts:
+                for piece in _pieces(text.tobytes()):
+                    yield piece.decode("latin-1").translate(_TRANSLATION)
+                    work.advance(len(piece))
+
+        tokenizer.train_from_iterator(pieces(), trainer)
     return str(tokenizer.to_str())
 
 
@@ -251,17 +260,23 @@ def _parsed(content: bytes, path: Path) -> Tokenizer:
     return tokenizer
 
 
-def encoded(tokenizer: TextTokenizer, text: Document, ends: bytes = b"") -> TokenText:
+def encoded(
+    tokenizer: TextTokenizer,
+    text: Document,
+    *,
+    ends: bytes = b"",
+    advance: Callable[[int], None] = lambda done: None,
+) -> TokenText:
     """Return the tokens of a long text, from the cache if they are there; they are read from the disk when
-    they are used. `ends` are those of `TextTokenizer.encode`."""
+    they are used. Otherwise `advance` is told the bytes that are encoded. `ends` are those of
+    `TextTokenizer.encode`."""
     identity = " ".join([tokenizer.sha256, sha256(text.tobytes()), *([ends.hex()] if ends else [])])
     key = sha256(identity.encode())[:32]
     path = cache_dir() / FOLDER / f"{key}.npy"
     if not path.is_file():
-        found = tokenizer.encode(text, ends)
-        buffer = io.BytesIO()
-        np.save(buffer, np.stack([found.ids, found.begin(np.arange(1, len(found) + 1))]))
+        found = tokenizer.encode(text, ends=ends, advance=advance)
+        byte_ends = found.begin(np.arange(1, len(found) + 1))
         with atomic_writer(path) as file:
-            file.write(buffer.getvalue())
-    ids, byte_ends = np.load(path, mmap_mode="r")
+            np.save(file, np.stack([found.ids, byte_ends]), allow_pickle=False)
+    ids, byte_ends = np.load(path, mmap_mode="r", allow_pickle=False)
     return TokenText(ids, byte_ends)

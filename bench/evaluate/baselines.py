@@ -39,12 +39,15 @@ class Baselines:
 
 
 def measure(task: Text, *, steps: int, stride: int) -> Baselines:
-    """Measure the baselines of a model that was trained for `steps` steps and is scored with `stride`."""
+    """Measure the baselines of a model that was trained for `steps` steps and is scored with `stride`.
+    The bytes of its tokens must be known."""
     learnt = task.train_text(steps)
     scored = [ngram.Piece(*window) for window in task.scored_text(stride)]
     tables = ngram.learn([ngram.Piece(text) for text in learnt])
     text = np.concatenate([piece.text[piece.start :] for piece in scored]).tobytes()
-    context = math.ceil(task.setting.seq_len * task.bytes_per_target())
+    bytes_per_target = task.bytes_per_target()
+    assert bytes_per_target is not None
+    context = math.ceil(task.setting.seq_len * bytes_per_target)
     zstd = compressors.zstd_bytes(text, context)
     return Baselines(
         ngram_bits_per_byte=ngram.bits_per_byte(tables, scored),

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from bench.corpora.tokens import Ids
+from bench.corpora.base import Ids
 from bench.evaluate.nll import Floats, evaluating, token_nll
 from bench.model.language_model import LanguageModel
 

@@ -240,7 +240,7 @@ def of_cell(spec: CellSpec, model: LanguageModel, task: Text, device: torch.devi
         "longer_lengths": found.lengths or None,
         "nll_longer": found.nll or None,
         "nll_longer_error": found.error,
-        "bits_per_byte_longer": found.bits_per_byte() or None,
+        "bits_per_byte_longer": found.bits_per_byte() or None if task.bytes_per_target() else None,
         "nll_longer_by_position": found.by_position or None,
         "longer_memory_positions": found.memory_positions or None,
         "nll_longer_memory": found.nll_memory or None,

@@ -186,8 +186,8 @@ def evaluate(
     *,
     documents: Iterable[Batch] | None = None,
     objective: str,
-    words_per_byte: float,
-    bytes_per_target: float = 1.0,
+    words_per_byte: float | None,
+    bytes_per_target: float | None = 1.0,
     unigram_nats: Floats,
     device: torch.device,
     place_period: int = 0,
@@ -207,7 +207,8 @@ def evaluate(
 
     Bits per byte and word-level perplexity describe a compression of the text and exist only for clm. They
     are exact for any tokens: `bytes_per_target` is the number of bytes that all scored targets stand for,
-    divided by the number of targets.
+    divided by the number of targets; None if the bytes of the tokens are not known, and then there is
+    neither.
     Word-level perplexity uses the corpus's fixed words per byte, as PG-19's authors do (arXiv:1911.05507,
     §4.1). A bucket without a scored target is NaN. `unigram_perplexity` is the perplexity of the token
     frequencies of the training split on the same targets: that of a model without context. `blocks` and
@@ -224,12 +225,14 @@ def evaluate(
     own = carried or reset
     nats = own.nll
     unigram = float(reset.symbols[: len(unigram_nats)] @ unigram_nats) / reset.tokens
+    nats_per_byte = nats / bytes_per_target if causal and bytes_per_target else None
+    nats_per_word = nats_per_byte / words_per_byte if nats_per_byte is not None and words_per_byte else None
     return TextQuality(
         nll=nats,
         nll_reset=reset.nll if carried else None,
         perplexity=_exp(nats),
-        bits_per_byte=nats / bytes_per_target / math.log(2) if causal else None,
-        word_perplexity=_exp(nats / bytes_per_target / words_per_byte) if causal else None,
+        bits_per_byte=None if nats_per_byte is None else nats_per_byte / math.log(2),
+        word_perplexity=None if nats_per_word is None else _exp(nats_per_word),
         unigram_perplexity=_exp(unigram),
         nll_by_position=reset.by(position_buckets(len(reset.nats))),
         nll_by_place=reset.by_place(place_period) if place_period else None,

@@ -79,6 +79,10 @@ class Record:
     data: str
     data_params: dict[str, Any] | None = None
     data_sha256: str
+    data_documents: Count | None = None
+    data_bytes: Count | None = None
+    data_tokens: Count | None = None
+    data_skipped: str | None = None
     dtype: str
     device: str
     device_name: str | None = None

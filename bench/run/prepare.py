@@ -67,6 +67,7 @@ def identity(cell: Cell) -> dict[str, Any]:
         "data": spec.data.name,
         "data_params": spec.data.params,
         "data_sha256": data_sha256,
+        **task.data_figures(task_config, spec.data.name),
         "dtype": spec.dtype,
         "device": spec.device,
         "replicate": spec.replicate,
@@ -232,7 +233,29 @@ def prepare_jobs(cells: Sequence[Cell]) -> list[Job]:
     for folder in to_run(jobs):
         make_folder(folder)
         records.remove_abandoned(folder)
+    prepare_data(jobs)
     return jobs
+
+
+def prepare_data(jobs: Sequence[Job]) -> None:
+    """Print what the jobs without a result read, and compute what is slow and cached, once for all of them.
+
+    It is done here so that it takes none of a cell's time. Raises corpora.CorpusError.
+    """
+    described: set[str] = set()
+    tokens: dict[str, int | None] = {}
+    for job in jobs:
+        spec, key = job.cell.spec, repr(job.cell.spec.data)
+        if job.result is not None:
+            continue
+        task, config, _ = spec.task()
+        if key not in described and (line := task.describe(config, spec.data.name)):
+            print(printable(line), file=sys.stderr, flush=True)
+        described.add(key)
+        if spec.measure.execute:
+            if key not in tokens:
+                tokens[key] = task.prepare(config, spec.data.name)
+            job.known["data_tokens"] = tokens[key]
 
 
 def to_run(jobs: Sequence[Job]) -> set[Path]:

@@ -76,13 +76,14 @@ class QualityEvaluation:
 
     def _evaluate_text(self, task: Text, steps: int) -> float:
         stride = (self.causal and self.measure.eval_stride) or self.spec.seq_len
+        bytes_per_target = task.bytes_per_target() if self.causal else None
         quality = evaluate(
             self.model,
             task.test_batches(stride),
             documents=task.test_documents() if self.stateful else None,
             objective=task.objective,
             words_per_byte=task.words_per_byte(),
-            bytes_per_target=task.bytes_per_target(),
+            bytes_per_target=bytes_per_target,
             unigram_nats=task.unigram_nats(),
             device=self.device,
             place_period=self.measure.place_period,
@@ -106,12 +107,12 @@ class QualityEvaluation:
                 "block_targets": quality.block_targets,
                 "block_documents": task.block_documents(),
                 "tokens_evaluated": quality.tokens,
-                "bytes_evaluated": round(quality.tokens * task.bytes_per_target()) if self.causal else None,
+                "bytes_evaluated": round(quality.tokens * bytes_per_target) if bytes_per_target else None,
                 "eval_stride": stride if self.causal else None,
                 "eval_min_context": least_context(self.spec.seq_len, stride) if self.causal else None,
             }
         )
-        if self.causal:
+        if bytes_per_target:
             self.report(asdict(baselines.of_cell(task, self.folder, steps=steps, stride=stride)))
         if not math.isfinite(quality.nll):
             raise Diverged(f"the loss on held-out text is {quality.nll}", steps, steps)

@@ -76,9 +76,9 @@ class TrainingRun:
             "train_budgets": [steps * step_tokens for steps in training.budget.all_steps],
             "nll_by_budget": nlls,
         }
-        if isinstance(self.task, Text) and self.spec.causal:
-            unit = self.task.bytes_per_target() * math.log(2)
-            figures["bits_per_byte_by_budget"] = [each / unit for each in nlls]
+        known = self.task.bytes_per_target() if isinstance(self.task, Text) and self.spec.causal else None
+        if known is not None:
+            figures["bits_per_byte_by_budget"] = [each / known / math.log(2) for each in nlls]
         return figures
 
     def _budget(self, model: LanguageModel) -> Budget:

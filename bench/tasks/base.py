@@ -14,7 +14,7 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -119,6 +119,22 @@ class Task(ABC):
     def sha256(cls, config: TaskConfig, data: str) -> str:
         """Return the hash of the task's data; for a task that generates its data, of its name and knobs."""
         return hashlib.sha256(json.dumps([data, config.as_dict()], sort_keys=True).encode()).hexdigest()
+
+    @classmethod
+    def prepare(cls, config: TaskConfig, data: str) -> int | None:
+        """Compute what is slow and cached, once before the cells of a sweep, so that it does not count
+        against the time of a cell; returns the number of tokens to train on, None if there is no limit."""
+        return None
+
+    @classmethod
+    def data_figures(cls, config: TaskConfig, data: str) -> dict[str, Any]:
+        """Return how much data was read, by record key; empty for a task that generates its data."""
+        return {}
+
+    @classmethod
+    def describe(cls, config: TaskConfig, data: str) -> str | None:
+        """Return what was read, in a line; None for a task that generates its data."""
+        return None
 
     def unsupported(self) -> str | None:
         """Return why this setting has no batches, which becomes the record's reason, or None."""

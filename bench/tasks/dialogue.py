@@ -23,7 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 from bench.corpora import Corpus, Document, dialogues, tokens
-from bench.corpora.base import sha256
+from bench.corpora.base import Ids, sha256
 from bench.corpora.tokens import TokenText
 from bench.tasks.base import IGNORED, Setting, TaskConfig
 from bench.tasks.text import Text, TextConfig
@@ -141,7 +141,7 @@ class Dialogue(Text):
         return tuple(one.document for one in self.scored)
 
     @property
-    def token_documents(self) -> list[tokens.Ids]:
+    def token_documents(self) -> list[Ids]:
         """The tokens of the dialogues that are scored."""
         return [one.text.ids for one in self.scored]
 

@@ -12,14 +12,16 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
 
 from bench import corpora
-from bench.corpora import Corpus, Document, tokens
-from bench.corpora.tokens import Ids, TextTokenizer, TokenText
+from bench.corpora import Corpus, CorpusOptions, Document, tokens
+from bench.corpora.base import SPLITS, Ids, in_words
+from bench.corpora.tokens import TextTokenizer, TokenText
+from bench.inputs.slow_work import SlowWork
 from bench.tasks.base import IGNORED, Batch, Setting, Task, TaskConfig
 from bench.tasks.windows import (
     Numbered,
@@ -56,6 +58,14 @@ class TextConfig(TaskConfig):
     that of bytes and merges: 2048 and 16384 are usual for small models."""
     tokenizer: str | None = knob(None, younger=True)
     """A byte-level tokenizer in a file of the library tokenizers, instead of one that is trained."""
+    max_undecodable: float | None = knob(None, least=0, most=1, younger=True, decides=False)
+    """Maximum share of bytes that are not UTF-8 in a file of data=files; null is 0.3. 1 reads text in any
+    encoding."""
+    field: str | None = knob(None, younger=True)
+    """Column of the documents in the tables of data=rows; null is text."""
+    split: str | None = knob(None, younger=True)
+    """Split of the data of data=rows that is read; null reads all. What is missing of validation and test is
+    held out of it by the hash of each document."""
 
     def __post_init__(self) -> None:
         only_one = "null beside data.tokenizer, which is a tokenizer already"
@@ -67,6 +77,16 @@ class TextConfig(TaskConfig):
         if self.tokenizer is not None:
             return tokens.from_file(self.tokenizer).size + 1
         return (self.bpe or MASK) + 1
+
+    def options(self) -> CorpusOptions:
+        """Return the knobs that corpora read."""
+        return CorpusOptions(
+            path=self.path,
+            max_bytes=self.max_bytes,
+            max_undecodable=self.max_undecodable,
+            field=self.field,
+            split=self.split,
+        )
 
 
 class Text(Task):
@@ -90,7 +110,7 @@ class Text(Task):
     @classmethod
     def load_corpus(cls, config: TextConfig, data: str) -> Corpus:
         """Load the corpus that `data` names. Raises corpora.CorpusError."""
-        return corpora.load(data, config.path, config.max_bytes)
+        return corpora.load(data, config.options())
 
     @classmethod
     def sha256(cls, config: TaskConfig, data: str) -> str:
@@ -100,6 +120,36 @@ class Text(Task):
         corpus = cls.load_corpus(config, data)
         tokenizer = _tokenizer(config, corpus)
         return corpus.sha256 if tokenizer is None else tokenizer.identity(corpus)
+
+    @classmethod
+    def prepare(cls, config: TaskConfig, data: str) -> int:
+        """Encode the training documents."""
+        assert isinstance(config, TextConfig)
+        corpus = cls.load_corpus(config, data)
+        tokenizer = _tokenizer(config, corpus)
+        if tokenizer is None:
+            return corpus.symbols("train") + len(corpus.train)  # a newline after each
+        stream = corpus.train_stream
+        with SlowWork(f"data={data}: encoding by {tokenizer.name}", "bytes", len(stream)) as work:
+            return len(tokens.encoded(tokenizer, stream, ends=cls.token_ends, advance=work.advance))
+
+    @classmethod
+    def data_figures(cls, config: TaskConfig, data: str) -> dict[str, Any]:
+        """Return how much was read."""
+        assert isinstance(config, TextConfig)
+        corpus = cls.load_corpus(config, data)
+        return {
+            "data_documents": sum(len(corpus.split(split)) for split in SPLITS),
+            "data_bytes": sum(map(corpus.symbols, SPLITS)) if corpus.ids is None else None,
+            "data_skipped": in_words(corpus.skipped) or None,
+        }
+
+    @classmethod
+    def describe(cls, config: TaskConfig, data: str) -> str:
+        """Return what was read, in a line."""
+        assert isinstance(config, TextConfig)
+        corpus = cls.load_corpus(config, data)
+        return corpus.describe(f"data={data}" + (f" data.path={config.path}" if config.path else ""))
 
     def unsupported(self) -> str | None:
         """The corpus must be long enough."""
@@ -154,17 +204,18 @@ class Text(Task):
         return np.asarray((first + rows + step * setting.seq_len) % places, dtype=np.int64)
 
     @property
-    def documents(self) -> tuple[Document, ...]:
+    def documents(self) -> Sequence[Document]:
         """The documents that are scored."""
         return self.corpus.split(self.setting.test_split)
 
     @property
-    def token_texts(self) -> list[TokenText]:
-        """The documents that are scored, as tokens whose bytes are known."""
+    @property
+    def token_texts(self) -> Sequence[TokenText]:
+        """The documents that are scored, as tokens."""
         return [self.tokens_of(document) for document in self.documents]
 
     @property
-    def token_documents(self) -> list[Ids]:
+    def token_documents(self) -> Sequence[Ids]:
         """The tokens of the documents that are scored."""
         return [text.ids for text in self.token_texts]
 
@@ -183,16 +234,17 @@ class Text(Task):
         return passages_of(texts, objective=self.objective, mask=self.vocabulary - 1)
 
     def block_documents(self) -> list[int]:
-        """Return the document of each block of `block_batches`; see `windows.block_documents`."""
+        """Return the document of each block of `blocks`; see `windows.block_documents`."""
         return block_documents(self.passages)
 
-    def bytes_per_target(self) -> float:
-        """Mean number of bytes of a scored target of a causal model; exact, because tokens are bytes."""
+    def bytes_per_target(self) -> float | None:
+        """Mean number of bytes of a scored target of a causal model; exact, because tokens are bytes. None if
+        the bytes of the tokens are not known."""
         targets = sum(len(text.ids) - 1 for text in self.scored_tokens)
         return sum(text.bytes - 1 for text in self.scored_tokens if text.bytes) / targets
 
-    def words_per_byte(self) -> float:
-        """Words per byte of scored text, a constant of the corpus."""
+    def words_per_byte(self) -> float | None:
+        """Words per byte of scored text, a constant of the corpus; None if the words are not known."""
         return self.corpus.words_per_byte()
 
     def history_targets(self) -> list[npt.NDArray[np.bool_]] | None:
@@ -238,8 +290,12 @@ class Text(Task):
         first, last = text.begin(windows), text.begin(windows + seq_len + 1)
         begins = np.flatnonzero(np.append(True, first[1:] >= last[:-1]))
         ends = np.append(begins[1:], len(windows)) - 1
-        stream = self.corpus.train_stream
-        return [stream[first[begin] : last[end]] for begin, end in zip(begins, ends, strict=True)]
+        pairs = zip(first[begins].tolist(), last[ends].tolist(), strict=True)
+        return [self.train_bytes(start, stop) for start, stop in pairs]
+
+    def train_bytes(self, start: int, stop: int) -> Document:
+        """Return the bytes [start, stop) of the training documents."""
+        return self.corpus.train_stream[start:stop]
 
     def scored_text(self, stride: int) -> list[tuple[Document, int]]:
         """Return the windows of `test_batches` as bytes: inputs and last target, and the place of the first
@@ -249,8 +305,12 @@ class Text(Task):
         for k, start, stop, scored in windows:
             text = self.scored_tokens[k]
             begin, first, end = text.begin(np.array([start, scored + 1, stop + 1])).tolist()
-            found.append((self.documents[k][begin:end], first - begin))
+            found.append((self.scored_bytes(k, begin, end), first - begin))
         return found
+
+    def scored_bytes(self, document: int, start: int, stop: int) -> Document:
+        """Return the bytes [start, stop) of the scored part of a document."""
+        return self.documents[document][start:stop]
 
 
 def _tokenizer(config: TextConfig, corpus: Corpus) -> TextTokenizer | None:
@@ -305,7 +365,7 @@ def too_short(corpus: Corpus, seq_len: int, *, scored: str | None) -> str | None
     if len(corpus.train_stream) <= seq_len:
         have = len(corpus.train_stream)
         return f"data={corpus.name} has {have:,} bytes to train on; seq_len={seq_len:,} needs more"
-    if scored and (longest := max(map(len, corpus.split(scored)))) <= seq_len:
+    if scored and (longest := corpus.longest(scored)) <= seq_len:
         return (
             f"data={corpus.name} has no {scored} document over {longest:,} bytes; "
             f"seq_len={seq_len:,} needs one"

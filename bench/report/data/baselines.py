@@ -46,11 +46,18 @@ def undertrained(cells: pd.DataFrame) -> pd.Series[bool]:
     return cells["bits_per_byte_mean"] > cells[LEAST]
 
 
+def without_baseline(cells: pd.DataFrame) -> pd.Series[bool]:
+    """Whether each cell is a causal model of tokens whose bytes are not known (`data=ids` without their
+    tokenizer): there are no bits per byte and no baselines, so nothing says whether it is trained."""
+    causal = cells["objective"].eq("clm") & cells["perplexity_mean"].notna()
+    return causal & cells["bits_per_byte_mean"].isna() & cells["accuracy_mean"].isna()
+
+
 def unranked(cells: pd.DataFrame) -> pd.Series[bool]:
     """Whether the quality of each cell takes no part in any ranking: it sees the future, is undertrained, or
-    an ordering that its pool must show does not appear (`ranking`). Takes the columns `leaks`, `undertrained`
-    and `unsettled`; null is False."""
-    return cells["leaks"].eq(True) | cells["undertrained"].eq(True) | cells["unsettled"].eq(True)
+    has no baseline that would say so, or an ordering that its pool must show does not appear (`ranking`).
+    Takes the columns `leaks`, `undertrained`, `no_baseline` and `unsettled`; null is False."""
+    return cells[["leaks", "undertrained", "no_baseline", "unsettled"]].eq(True).any(axis=1)
 
 
 def named_means(cells: pd.DataFrame, columns: Iterable[str] = BASELINES) -> list[tuple[str, float]]:

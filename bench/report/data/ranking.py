@@ -45,7 +45,7 @@ class Ranking:
 def ranked(cells: pd.DataFrame, records: pd.DataFrame) -> Ranking:
     """Rank the cells of every pool.
 
-    `cells` is a row a model with `leaks`, `undertrained`, `nll_mean`, `bits_per_byte_mean` and
+    `cells` is a row a model with `leaks`, `undertrained`, `no_baseline`, `nll_mean`, `bits_per_byte_mean` and
     `perplexity_mean`, indexed from 0; the finished `records` have the `number` of their cell, its index. New
     columns: `rank_low` and `rank_high` (NaN for what is not ranked), `comparisons` of the family, `doubt`
     (what the intervals cover), `nll_to_dense` with `_low` and `_high` (nats per target, 95 %, each alone),
@@ -149,7 +149,7 @@ def _judge(own: pd.DataFrame, pool: Pool, declared: Mapping[int, Row]) -> _Judge
     differences = pool.compared(first, second)
     prior = differences.prior(pool.most_freedom)
     judged = differences.judged(prior)
-    takes_part = ~(own["undertrained"].eq(True).to_numpy())
+    takes_part = ~own[["undertrained", "no_baseline"]].eq(True).any(axis=1).to_numpy()
     in_family = takes_part[first] & takes_part[second]
     corrected = np.full(len(first), np.nan)
     corrected[in_family] = holm(judged.p[in_family])

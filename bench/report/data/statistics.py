@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 
 from bench.records import STATUSES
-from bench.report.data.baselines import BASELINES, undertrained, with_baselines
+from bench.report.data.baselines import BASELINES, undertrained, with_baselines, without_baseline
 from bench.report.data.collect import MOST_PERPLEXITY
 from bench.report.data.compared_time import RATE, SECONDS, SOURCE
 from bench.report.data.different import differs
@@ -210,8 +210,8 @@ def quality(frame: pd.DataFrame) -> Ranking:
     (n − 1; NaN for one replicate) of nll, bits per byte and perplexity (both also with state fresh in every
     window), word perplexity and accuracy, the means of `baselines.BASELINES`, `unigram_perplexity`,
     `guess_accuracy`, `eval_min_context`, the effective context and the widest of its intervals, `leaks`,
-    `undertrained`, and those of `ranking.ranked`: the interval of its rank among the cells of the same group,
-    length, budget, split and stride.
+    `undertrained`, `no_baseline`, and those of `ranking.ranked`: the interval of its rank among the cells of
+    the same group, length, budget, split and stride.
     """
     reset = frame["nll_reset"]
     frame = with_baselines(frame).assign(
@@ -235,6 +235,7 @@ def quality(frame: pd.DataFrame) -> Ranking:
     columns["leaks"] = grouped["leak_max_abs"].max() > LEAK_LIMIT
     cells = pd.DataFrame(columns).reset_index()
     cells["undertrained"] = undertrained(cells)
+    cells["no_baseline"] = without_baseline(cells)
     found = ranked(cells, ok)
     cells = found.cells.assign(score=cells["bits_per_byte_mean"].fillna(cells["perplexity_mean"]))
     # Cells that leak come last: their quality is not comparable.

@@ -10,18 +10,21 @@ import pandas as pd
 from bench.report.data.compared_time import DEVICE, SECONDS, SOURCE, WALL
 from bench.report.text import markdown, units
 from bench.report.text.columns import Column, each
-from bench.report.text.marks import LAUNCH_BOUND, LEAK, MATH, PREDICTED, UNDERTRAINED, timed
+from bench.report.text.marks import LAUNCH_BOUND, LEAK, MATH, NO_BASELINE, PREDICTED, UNDERTRAINED, timed
 
 
 def label_of(row: pd.Series[Any]) -> str:
-    """A variant's label, marked where it sees the future, or is trained and undertrained."""
+    """A variant's label, marked where it sees the future, or is trained and undertrained or without a
+    baseline."""
     return str(row["label"]) + (LEAK if row["leaks"] else "") + undertrained(row)
 
 
 def undertrained(row: pd.Series[Any]) -> str:
-    """The mark of a row that was trained and is undertrained, else nothing."""
-    value = row.get("undertrained")
-    return UNDERTRAINED if not pd.isna(value) and bool(value) else ""
+    """The mark of a row that was trained and is undertrained, or has no baseline; else nothing."""
+    found = {
+        mark: row.get(key) for mark, key in ((UNDERTRAINED, "undertrained"), (NO_BASELINE, "no_baseline"))
+    }
+    return "".join(mark for mark, value in found.items() if not pd.isna(value) and bool(value))
 
 
 def peak(row: pd.Series[Any]) -> str:

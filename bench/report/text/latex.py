@@ -27,6 +27,7 @@ _SIGNS = {
     "§": r"\S{}",
     "ʳ": r"\textsuperscript{r}",
     "ᵘ": r"\textsuperscript{u}",
+    "ⁿ": r"\textsuperscript{n}",
     "ᵖ": r"\textsuperscript{p}",
     "…": r"\ldots{}",
 }

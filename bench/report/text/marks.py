@@ -14,7 +14,7 @@ from bench.report.text import units
 
 LEAK, DRIFT, PREDICTED, UNDERTRAINED = "†", "‡", "ᵖ", "ᵘ"
 ALIKE, UNTOLD, OF_TWO, CONTAMINATED = "≈", "?", "ʳ", "§"
-LAUNCH_BOUND, MATH, SHORT = "ʰ", "ᵐ", "ˢ"
+LAUNCH_BOUND, MATH, SHORT, NO_BASELINE = "ʰ", "ᵐ", "ˢ", "ⁿ"
 OF_INTERVALS = {
     ALIKE: "not called different from dense: an end of the ratio's interval lies within the noise floor (its "
     "upper bound; of n replicates, three or more: over √n), or the difference does not pass Holm's "
@@ -29,6 +29,8 @@ NOTES = {
     "future, so its perplexity is not ranked and stands after the leak-free ones",
     UNDERTRAINED: "undertrained: it needs more bits per byte than a 3-gram table that learnt the same bytes, "
     "so it is not ranked: such an order says who learns local statistics faster, not who uses a long context",
+    NO_BASELINE: "no baseline: the bytes of its token ids are not known (data.tokenizer), so nothing says "
+    "whether it is trained, and it is not ranked",
     PREDICTED: "predicted, not measured",
     LAUNCH_BOUND: "launch-bound in one replicate at least: the device was busy for less than 90 % of this "
     "time, which is the time of the host that submits the operations",
@@ -43,6 +45,7 @@ NOTES = {
 SHORT_NOTES = {
     LEAK: f"sees the future: the gate measured a leak of more than {LEAK_LIMIT:g}",
     UNDERTRAINED: "undertrained: worse than a 3-gram table that learnt the same bytes; not ranked",
+    NO_BASELINE: "no baseline, because the bytes of its token ids are not known; not ranked",
     PREDICTED: NOTES[PREDICTED],
     SHORT: NOTES[SHORT],
     LAUNCH_BOUND: NOTES[LAUNCH_BOUND],

@@ -18,7 +18,7 @@ from bench.report.sections.pareto.charts import pareto_figures
 from bench.report.sections.pareto.data import POOL, pareto_cells, pools
 from bench.report.sections.pareto.plots import pareto
 from bench.report.sections.pareto.tables import MAYBE, models
-from bench.report.text.marks import CONTAMINATED, LEAK, UNDERTRAINED
+from bench.report.text.marks import CONTAMINATED, LEAK, NO_BASELINE, UNDERTRAINED
 from bench.report.text.phrases import describe, training
 from bench.report.text.tables import Table, first_open
 
@@ -52,6 +52,7 @@ class Pareto(Section[Fronts]):
             "time",
             LEAK: "sees the future: on no front",
             UNDERTRAINED: "undertrained: worse than a 3-gram table that learnt the same bytes; on no front",
+            NO_BASELINE: "no baseline: the bytes of its token ids are not known; on no front",
         }
     )
     csv = ("pareto",)

@@ -39,9 +39,9 @@ def pareto_cells(summary: pd.DataFrame) -> pd.DataFrame:
     Columns: the keys of `POOL`, `variant`, `label`, `activations`, `learning_rate` (each model's best: that
     of the least mean loss), `score` (a key of `SCORES`), `quality` (its mean over replicates) with its
     interval `quality_low` to `quality_high`, for each of `COSTS` the median `X` with `X_low` and `X_high`,
-    `replicates`, `leaks`, `undertrained`, `unsettled`, the baselines, and for each cost `X_front`: 'front'
-    where no other model is better in both, 'noise' where some are but none beyond the intervals of both, ''
-    else. What is not ranked (`baselines.unranked`) is on no front and keeps nobody off one; so is, on the
+    `replicates`, `leaks`, `undertrained`, `no_baseline`, `unsettled`, the baselines, and for each cost
+    `X_front`: 'front' where no other model is better in both, 'noise' where some are but none beyond the
+    intervals of both, '' else. What is not ranked (`baselines.unranked`) is on no front and keeps nobody off one; so is, on the
     front of time, a model with disturbed measurements alone (`disturbed`). Two times differ beyond their
     intervals only if they are also further apart than the noise floor.
     """
@@ -69,6 +69,7 @@ def _scored(models: pd.DataFrame) -> pd.DataFrame:
         "learning_rate",
         "leaks",
         "undertrained",
+        "no_baseline",
         "unsettled",
         DISTURBED,
         "noise_floor",

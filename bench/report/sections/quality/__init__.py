@@ -17,7 +17,7 @@ from bench.report.sections import Section
 from bench.report.sections.quality.by_position import by_answer, by_history, by_position
 from bench.report.sections.quality.plots import context, losses
 from bench.report.sections.quality.tables import comparable, families, quality
-from bench.report.text.marks import LEAK, UNDERTRAINED, meanings
+from bench.report.text.marks import LEAK, NO_BASELINE, UNDERTRAINED, meanings
 from bench.report.text.phrases import headed
 from bench.report.text.tables import Table
 
@@ -62,7 +62,7 @@ class Quality(Section[Trained]):
         "follow. *unigram* is the perplexity of a model that knows only how often each token occurs: what "
         "does not beat it has learnt nothing from context."
     )
-    marks = meanings(LEAK, UNDERTRAINED)
+    marks = meanings(LEAK, UNDERTRAINED, NO_BASELINE)
     figures_alone = False
     csv = ("differences",)
 

@@ -14,7 +14,7 @@ from bench.report.sections import Section
 from bench.report.sections.rates.data import rate_cells
 from bench.report.sections.rates.plots import by_rate
 from bench.report.sections.rates.tables import rates
-from bench.report.text.marks import LEAK, UNDERTRAINED, meanings
+from bench.report.text.marks import LEAK, NO_BASELINE, UNDERTRAINED, meanings
 from bench.report.text.phrases import headed
 from bench.report.text.tables import Table
 
@@ -31,7 +31,7 @@ class Rates(Section[pd.DataFrame]):
         "of which diverged. Where it is the lowest or the highest tried, a better one may lie beyond. On the "
         "split *validation* it is chosen on text that a comparison does not score."
     )
-    marks = meanings(LEAK, UNDERTRAINED)
+    marks = meanings(LEAK, UNDERTRAINED, NO_BASELINE)
     csv = ("rates",)
 
     def compute(self, records: Experiment, done: Mapping[str, Any]) -> pd.DataFrame:

@@ -38,6 +38,7 @@ def rate_cells(frame: pd.DataFrame, quality: pd.DataFrame) -> pd.DataFrame:
         "accuracy_std",
         "leaks",
         "undertrained",
+        "no_baseline",
         *BASELINES,
     ]
     cells = cells.merge(quality[[*keys, "quality_replicates", *figures]], on=keys, how="left")
