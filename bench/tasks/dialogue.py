@@ -22,7 +22,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from bench.corpora import Corpus, Document, dialogues, tokens
+from bench.corpora import Corpus, Document, dialogues
 from bench.corpora.base import Ids, sha256
 from bench.corpora.tokens import TokenText
 from bench.tasks.base import IGNORED, Setting, TaskConfig

@@ -41,9 +41,9 @@ def pareto_cells(summary: pd.DataFrame) -> pd.DataFrame:
     interval `quality_low` to `quality_high`, for each of `COSTS` the median `X` with `X_low` and `X_high`,
     `replicates`, `leaks`, `undertrained`, `no_baseline`, `unsettled`, the baselines, and for each cost
     `X_front`: 'front' where no other model is better in both, 'noise' where some are but none beyond the
-    intervals of both, '' else. What is not ranked (`baselines.unranked`) is on no front and keeps nobody off one; so is, on the
-    front of time, a model with disturbed measurements alone (`disturbed`). Two times differ beyond their
-    intervals only if they are also further apart than the noise floor.
+    intervals of both, '' else. What is not ranked (`baselines.unranked`) is on no front and keeps nobody off
+    one; so is, on the front of time, a model with disturbed measurements alone (`disturbed`). Two times
+    differ beyond their intervals only if they are also further apart than the noise floor.
     """
     trained = summary[(summary["tokens_trained"] > 0) & summary["nll_mean"].notna()]
     if trained.empty:
