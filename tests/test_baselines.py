@@ -21,7 +21,8 @@ from bench.corpora import Corpus
 from bench.evaluate import baselines, compressors, ngram
 from bench.evaluate.ngram import Piece
 from bench.tasks.base import IGNORED, Setting
-from bench.tasks.text import Text, TextConfig
+from bench.tasks.text import Text
+from bench.tasks.text_config import TextConfig
 
 letters = st.binary(min_size=1, max_size=60).map(lambda text: bytes(97 + byte % 4 for byte in text))
 texts = st.lists(letters, min_size=1, max_size=5)

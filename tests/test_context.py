@@ -22,6 +22,7 @@ from bench.model.language_model import LanguageModel
 from bench.model.slots import ModelSpec, feed_forward
 from bench.tasks import text
 from bench.tasks.base import Setting
+from bench.tasks.text_config import TextConfig
 from bench.tasks.windows import document_batches, window_batches
 from bench.train.step import optimizer_for, training_step
 from variants.base import Workload
@@ -65,7 +66,7 @@ def trained(name: str, replicate: int, *, batch_size: int, steps: int, **knobs: 
         replicate=replicate,
         test_tokens=0,
     )
-    task = text.Text(text.TextConfig(), setting)
+    task = text.Text(TextConfig(), setting)
     for step in range(steps):
         for group in optimizer.param_groups:
             group["lr"] = LEARNING_RATE * min(10 * (step + 1) / steps, 1 - step / steps)

@@ -21,7 +21,8 @@ from bench.evaluate.nll import TextQuality, evaluate, position_buckets, tally
 from bench.measure.memory import LiveStorage
 from bench.model.language_model import LanguageModel
 from bench.tasks.base import IGNORED, Batch
-from bench.tasks.text import MASK, VOCABULARY
+from bench.tasks.text import VOCABULARY
+from bench.tasks.text_config import MASK
 from bench.tasks.windows import Numbered, Passage, document_batches, numbered, window_batches
 
 CPU = torch.device("cpu")

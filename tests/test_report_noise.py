@@ -328,12 +328,10 @@ def test_the_head_says_the_noise_of_each_machine(tmp_path: Path) -> None:
 def test_measurements_short_of_their_precision_are_counted(tmp_path: Path) -> None:
     frame = frame_of(tmp_path / "e", {"dense": [1.0, 1.0], "chunked": [1.3, 1.3]})
     widths = {"dense": [0.05, 0.02], "chunked": [0.04, 0.09]}
-    frame["sampling_half_width"] = [
+    frame["step_precision"] = [
         widths[v][r] for v, r in zip(frame["variant"], frame["replicate"], strict=True)
     ]
-    frame["sampling_end"] = [
-        "precise" if width == 0.02 else "budget" for width in frame["sampling_half_width"]
-    ]
+    frame["sampling_end"] = ["precise" if width == 0.02 else "budget" for width in frame["step_precision"]]
     found = noise.sampling(frame)
     assert (found["measurements"], found["sampled_short"]) == (4, 3)
     assert found["half_width"] == pytest.approx(0.045)

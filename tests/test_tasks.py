@@ -19,7 +19,8 @@ from bench.measure import predict
 from bench.records import Record, read
 from bench.run import prepare, sweep
 from bench.tasks.base import IGNORED, Task
-from bench.tasks.text import MASK, VOCABULARY, Text
+from bench.tasks.text import VOCABULARY, Text
+from bench.tasks.text_config import MASK
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 SYNTHETIC = [name for name in tasks.names() if not issubclass(tasks.load(name), Text)]

@@ -14,7 +14,8 @@ from passages import scored_passages
 
 from bench.corpora import Corpus, Document
 from bench.tasks.base import IGNORED, Batch, Setting
-from bench.tasks.text import MASK, MASKED_SHARE, VOCABULARY, Text, TextConfig, too_short
+from bench.tasks.text import MASKED_SHARE, VOCABULARY, Text
+from bench.tasks.text_config import MASK, TextConfig
 from bench.tasks.windows import Passage
 
 
@@ -191,9 +192,9 @@ def test_too_short_says_so_exactly_where_no_window_fits(split: str, seq_len: int
     documents = CORPUS.split(split)
     train_fits = len(CORPUS.train_stream) >= seq_len + 1
     test_fits = max(map(len, documents)) >= seq_len + 1
-    reason = too_short(CORPUS, seq_len, scored=None)
+    reason = CORPUS.too_short(seq_len, scored=None)
     assert (reason is None) == train_fits
-    reason = too_short(CORPUS, seq_len, scored=split)
+    reason = CORPUS.too_short(seq_len, scored=split)
     assert (reason is None) == (train_fits and test_fits)
     if reason is None:
         assert batch_of(seq_len=seq_len, batch_size=1).inputs.shape == (1, seq_len)

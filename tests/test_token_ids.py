@@ -28,7 +28,8 @@ from bench.records import Record
 from bench.run import prepare, sweep
 from bench.tasks.base import IGNORED, Setting
 from bench.tasks.ids import IdsConfig, IdsOfUser
-from bench.tasks.text import Text, TextConfig
+from bench.tasks.text import Text
+from bench.tasks.text_config import TextConfig
 
 IDS = np.random.default_rng(0).integers(0, 500, 24_000)
 ROWS = IDS.reshape(40, 600)

@@ -19,7 +19,8 @@ from bench.corpora import Corpus, CorpusError, tokens
 from bench.corpora.tokens import ALPHABET, FromFile, TextTokenizer, Trained
 from bench.evaluate.nll import evaluate
 from bench.tasks.base import IGNORED, Setting
-from bench.tasks.text import Text, TextConfig
+from bench.tasks.text import Text
+from bench.tasks.text_config import TextConfig
 
 WORDS = [b"the ", b"cat ", b"and ", b"hat\n", b"that's ", "na\u00efve ".encode(), b"\xff\xfe ", b"12, "]
 

@@ -86,6 +86,18 @@ class Corpus:
         skipped = [f"skipped {in_words(self.skipped)}"] if self.skipped else []
         return f"{what}: " + "; ".join([*sizes, *self.notes, *skipped])
 
+    def too_short(self, seq_len: int, *, scored: str | None) -> str | None:
+        """Return why there is too little text for windows of this length, or None;
+        `scored` is the split to score, if any."""
+        if (have := len(self.train_stream)) <= seq_len:
+            return f"data={self.name} has {have:,} bytes to train on; seq_len={seq_len:,} needs more"
+        if scored and (longest := self.longest(scored)) <= seq_len:
+            return (
+                f"data={self.name} has no {scored} document over {longest:,} bytes; "
+                f"seq_len={seq_len:,} needs one"
+            )
+        return None
+
     def words_per_byte(self) -> float:
         """Words per byte of the test documents: a constant of the corpus that converts nats per byte into a
         word-level perplexity. Words are the published number if there is one, else whitespace-separated

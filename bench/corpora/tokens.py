@@ -280,3 +280,13 @@ def encoded(
             np.save(file, np.stack([found.ids, byte_ends]), allow_pickle=False)
     ids, byte_ends = np.load(path, mmap_mode="r", allow_pickle=False)
     return TokenText(ids, byte_ends)
+
+
+def first_apart(text: Document, tokenizer: TextTokenizer | None) -> TokenText:
+    """Return the tokens of a passage, the first of which is its first byte."""
+    if tokenizer is None:
+        return TokenText(text)
+    first, rest = tokenizer.encode(text[:1]), tokenizer.encode(text[1:])
+    assert first.ends is not None
+    assert rest.ends is not None
+    return TokenText(np.append(first.ids, rest.ids), np.append(first.ends, 1 + rest.ends))

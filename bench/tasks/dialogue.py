@@ -26,7 +26,8 @@ from bench.corpora import Corpus, Document, dialogues
 from bench.corpora.base import Ids, sha256
 from bench.corpora.tokens import TokenText
 from bench.tasks.base import IGNORED, Setting, TaskConfig
-from bench.tasks.text import Text, TextConfig
+from bench.tasks.text import Text
+from bench.tasks.text_config import TextConfig
 from bench.tasks.windows import Numbered, Passage, sliding_windows
 from variants.knobs import knob, knobs_of
 

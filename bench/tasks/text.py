@@ -10,7 +10,6 @@ additional symbol, the last of the vocabulary, is the mask (MASK for bytes), use
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, ClassVar
 
@@ -18,11 +17,12 @@ import numpy as np
 import numpy.typing as npt
 
 from bench import corpora
-from bench.corpora import Corpus, CorpusOptions, Document, tokens
+from bench.corpora import Corpus, Document, tokens
 from bench.corpora.base import SPLITS, Ids, in_words
-from bench.corpora.tokens import TextTokenizer, TokenText
+from bench.corpora.tokens import TokenText
 from bench.inputs.slow_work import SlowWork
 from bench.tasks.base import IGNORED, Batch, Setting, Task, TaskConfig
+from bench.tasks.text_config import MASK, TextConfig, tokenizer_of
 from bench.tasks.windows import (
     Numbered,
     Passage,
@@ -33,60 +33,13 @@ from bench.tasks.windows import (
     sliding_windows,
     window_batches,
 )
-from variants.knobs import knob
 
-MASK = 256
-VOCABULARY = 257
+VOCABULARY = MASK + 1
 MASKED_SHARE = 0.15
 """Share of the tokens that a masked model must predict (Devlin 2018, arXiv:1810.04805). Each of them is
 replaced by MASK. The paper's 80/10/10 mixture helps fine-tuning, which is not done here."""
 
 Ints = npt.NDArray[np.int64]
-
-
-@dataclass(frozen=True, kw_only=True)
-class TextConfig(TaskConfig):
-    """The knobs of a corpus."""
-
-    path: str | None = None
-    """A file, folder or glob, for data=files. For other corpora: the location of their files, if not the
-    cache."""
-    max_bytes: int | None = knob(None, least=1, unit="bytes")
-    """Maximum number of bytes of training documents, for corpora that are too large to use as a whole."""
-    bpe: int | None = knob(None, least=257, most=1_048_576, unit="tokens", younger=True)
-    """Entries of a byte-pair encoding that is trained on the training split; null reads bytes. The number is
-    that of bytes and merges: 2048 and 16384 are usual for small models."""
-    tokenizer: str | None = knob(None, younger=True)
-    """A byte-level tokenizer in a file of the library tokenizers, instead of one that is trained."""
-    max_undecodable: float | None = knob(None, least=0, most=1, younger=True, decides=False)
-    """Maximum share of bytes that are not UTF-8 in a file of data=files; null is 0.3. 1 reads text in any
-    encoding."""
-    field: str | None = knob(None, younger=True)
-    """Column of the documents in the tables of data=rows; null is text."""
-    split: str | None = knob(None, younger=True)
-    """Split of the data of data=rows that is read; null reads all. What is missing of validation and test is
-    held out of it by the hash of each document."""
-
-    def __post_init__(self) -> None:
-        only_one = "null beside data.tokenizer, which is a tokenizer already"
-        self.require("bpe", self.bpe is None or self.tokenizer is None, only_one)
-
-    @property
-    def vocabulary(self) -> int:
-        """The bytes, or the entries of the tokenizer, and the mask."""
-        if self.tokenizer is not None:
-            return tokens.from_file(self.tokenizer).size + 1
-        return (self.bpe or MASK) + 1
-
-    def options(self) -> CorpusOptions:
-        """Return the knobs that corpora read."""
-        return CorpusOptions(
-            path=self.path,
-            max_bytes=self.max_bytes,
-            max_undecodable=self.max_undecodable,
-            field=self.field,
-            split=self.split,
-        )
 
 
 class Text(Task):
@@ -105,7 +58,7 @@ class Text(Task):
         """Loads the corpus. Raises corpora.CorpusError if it is not available."""
         super().__init__(config, setting)
         self.corpus = self.load_corpus(config, setting.data)
-        self.tokenizer = _tokenizer(config, self.corpus)
+        self.tokenizer = tokenizer_of(config, self.corpus)
 
     @classmethod
     def load_corpus(cls, config: TextConfig, data: str) -> Corpus:
@@ -118,7 +71,7 @@ class Text(Task):
         is one. Raises corpora.CorpusError."""
         assert isinstance(config, TextConfig)
         corpus = cls.load_corpus(config, data)
-        tokenizer = _tokenizer(config, corpus)
+        tokenizer = tokenizer_of(config, corpus)
         return corpus.sha256 if tokenizer is None else tokenizer.identity(corpus)
 
     @classmethod
@@ -126,7 +79,7 @@ class Text(Task):
         """Encode the training documents."""
         assert isinstance(config, TextConfig)
         corpus = cls.load_corpus(config, data)
-        tokenizer = _tokenizer(config, corpus)
+        tokenizer = tokenizer_of(config, corpus)
         if tokenizer is None:
             return corpus.symbols("train") + len(corpus.train)  # a newline after each
         stream = corpus.train_stream
@@ -155,7 +108,7 @@ class Text(Task):
         """The corpus must be long enough."""
         seq_len, split = self.setting.seq_len, self.setting.test_split
         if self.tokenizer is None:
-            return too_short(self.corpus, seq_len, scored=split if self.setting.test_tokens else None)
+            return self.corpus.too_short(seq_len, scored=split if self.setting.test_tokens else None)
         if len(self.train_tokens) <= seq_len:
             have = f"{len(self.train_tokens):,} tokens to train on"
             return f"data={self.corpus.name} has {have}; seq_len={seq_len:,} needs more"
@@ -209,7 +162,6 @@ class Text(Task):
         return self.corpus.split(self.setting.test_split)
 
     @property
-    @property
     def token_texts(self) -> Sequence[TokenText]:
         """The documents that are scored, as tokens."""
         return [self.tokens_of(document) for document in self.documents]
@@ -225,7 +177,7 @@ class Text(Task):
         lengths = [len(document) - 1 for document in self.documents]
         counts = scored_counts(lengths, self.setting.seq_len, self.setting.test_tokens)
         pairs = zip(self.documents, counts, strict=True)
-        return [_first_apart(document[: count + 1], self.tokenizer) for document, count in pairs]
+        return [tokens.first_apart(document[: count + 1], self.tokenizer) for document, count in pairs]
 
     @cached_property
     def passages(self) -> list[Passage]:
@@ -313,23 +265,6 @@ class Text(Task):
         return self.documents[document][start:stop]
 
 
-def _tokenizer(config: TextConfig, corpus: Corpus) -> TextTokenizer | None:
-    """Return the tokenizer of the knobs; None reads bytes. Raises corpora.CorpusError."""
-    if config.tokenizer is not None:
-        return tokens.from_file(config.tokenizer)
-    return None if config.bpe is None else tokens.trained(corpus, config.bpe)
-
-
-def _first_apart(text: Document, tokenizer: TextTokenizer | None) -> TokenText:
-    """Return the tokens of a passage, the first of which is its first byte."""
-    if tokenizer is None:
-        return TokenText(text)
-    first, rest = tokenizer.encode(text[:1]), tokenizer.encode(text[1:])
-    assert first.ends is not None
-    assert rest.ends is not None
-    return TokenText(np.append(first.ids, rest.ids), np.append(first.ends, 1 + rest.ends))
-
-
 def _batch(windows: list[Ids], objective: str, generator: np.random.Generator, mask: int) -> Batch:
     """Windows of T + 1 tokens → a batch. Both objectives use the same first T tokens."""
     rows: Ints = np.stack(windows).astype(np.int64)
@@ -357,17 +292,3 @@ def passages_of(texts: Sequence[Ids], *, objective: str, mask: int = MASK) -> li
             inputs, targets = np.where(masked, mask, inputs), np.where(masked, inputs, IGNORED)
         found.append(Passage(inputs, targets))
     return found
-
-
-def too_short(corpus: Corpus, seq_len: int, *, scored: str | None) -> str | None:
-    """Return why the corpus is too short for windows of this length, or None;
-    `scored` is the split to score, if any."""
-    if len(corpus.train_stream) <= seq_len:
-        have = len(corpus.train_stream)
-        return f"data={corpus.name} has {have:,} bytes to train on; seq_len={seq_len:,} needs more"
-    if scored and (longest := corpus.longest(scored)) <= seq_len:
-        return (
-            f"data={corpus.name} has no {scored} document over {longest:,} bytes; "
-            f"seq_len={seq_len:,} needs one"
-        )
-    return None

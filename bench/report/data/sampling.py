@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pandas as pd
 
-HALF_WIDTH = "sampling_half_width"
+HALF_WIDTH = "step_precision"
 """Key of records: half-width of the 95 % interval of the median step, as a share of it."""
 
 
