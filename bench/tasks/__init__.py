@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 TEXT = "text"
 """The module of the task that is used with every corpus."""
-_SHARED = {"base", TEXT, "windows"}
+_SHARED = {"base", TEXT, "text_config", "windows"}
 
 
 def names() -> list[str]:

@@ -28,7 +28,8 @@ from bench.corpora.base import Ids, Slices
 from bench.corpora.token_ids import Joined
 from bench.corpora.tokens import TokenText
 from bench.tasks.base import Setting, TaskConfig
-from bench.tasks.text import Text, TextConfig
+from bench.tasks.text import Text
+from bench.tasks.text_config import TextConfig
 from bench.tasks.windows import scored_counts
 from variants.knobs import knob
 

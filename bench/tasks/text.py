@@ -10,7 +10,6 @@ additional symbol, the last of the vocabulary, is the mask (MASK for bytes), use
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, ClassVar
 
@@ -18,66 +17,20 @@ import numpy as np
 import numpy.typing as npt
 
 from bench import corpora
-from bench.corpora import Corpus, CorpusOptions, Document, tokens
+from bench.corpora import Corpus, Document, tokens
 from bench.corpora.base import SPLITS, Ids, in_words
 from bench.corpora.tokens import TextTokenizer, TokenText
 from bench.inputs.slow_work import SlowWork
 from bench.tasks.base import IGNORED, Batch, Setting, Task, TaskConfig
+from bench.tasks.text_config import MASK, TextConfig, tokenizer_of
 from bench.tasks.windows import Passage, document_batches, scored_counts, sliding_windows, window_batches
-from variants.knobs import knob
 
-MASK = 256
 VOCABULARY = 257
 MASKED_SHARE = 0.15
 """Share of the tokens that a masked model must predict (Devlin 2018, arXiv:1810.04805). Each of them is
 replaced by MASK. The paper's 80/10/10 mixture helps fine-tuning, which is not done here."""
 
 Ints = npt.NDArray[np.int64]
-
-
-@dataclass(frozen=True, kw_only=True)
-class TextConfig(TaskConfig):
-    """The knobs of a corpus."""
-
-    path: str | None = None
-    """A file, folder or glob, for data=files. For other corpora: the location of their files, if not the
-    cache."""
-    max_bytes: int | None = knob(None, least=1, unit="bytes")
-    """Maximum number of bytes of training documents, for corpora that are too large to use as a whole."""
-    bpe: int | None = knob(None, least=257, most=1_048_576, unit="tokens", younger=True)
-    """Entries of a byte-pair encoding that is trained on the training split; null reads bytes. The number is
-    that of bytes and merges: 2048 and 16384 are usual for small models."""
-    tokenizer: str | None = knob(None, younger=True)
-    """A byte-level tokenizer in a file of the library tokenizers, instead of one that is trained."""
-    max_undecodable: float | None = knob(None, least=0, most=1, younger=True, decides=False)
-    """Maximum share of bytes that are not UTF-8 in a file of data=files; null is 0.3. 1 reads text in any
-    encoding."""
-    field: str | None = knob(None, younger=True)
-    """Column of the documents in the tables of data=rows; null is text."""
-    split: str | None = knob(None, younger=True)
-    """Split of the data of data=rows that is read; null reads all. What is missing of validation and test is
-    held out of it by the hash of each document."""
-
-    def __post_init__(self) -> None:
-        only_one = "null beside data.tokenizer, which is a tokenizer already"
-        self.require("bpe", self.bpe is None or self.tokenizer is None, only_one)
-
-    @property
-    def vocabulary(self) -> int:
-        """The bytes, or the entries of the tokenizer, and the mask."""
-        if self.tokenizer is not None:
-            return tokens.from_file(self.tokenizer).size + 1
-        return (self.bpe or MASK) + 1
-
-    def options(self) -> CorpusOptions:
-        """Return the knobs that corpora read."""
-        return CorpusOptions(
-            path=self.path,
-            max_bytes=self.max_bytes,
-            max_undecodable=self.max_undecodable,
-            field=self.field,
-            split=self.split,
-        )
 
 
 class Text(Task):
@@ -94,7 +47,7 @@ class Text(Task):
         """Loads the corpus. Raises corpora.CorpusError if it is not available."""
         super().__init__(config, setting)
         self.corpus = self.load_corpus(config, setting.data)
-        self.tokenizer = _tokenizer(config, self.corpus)
+        self.tokenizer = tokenizer_of(config, self.corpus)
 
     @classmethod
     def load_corpus(cls, config: TextConfig, data: str) -> Corpus:
@@ -107,7 +60,7 @@ class Text(Task):
         is one. Raises corpora.CorpusError."""
         assert isinstance(config, TextConfig)
         corpus = cls.load_corpus(config, data)
-        tokenizer = _tokenizer(config, corpus)
+        tokenizer = tokenizer_of(config, corpus)
         return corpus.sha256 if tokenizer is None else tokenizer.identity(corpus)
 
     @classmethod
@@ -115,7 +68,7 @@ class Text(Task):
         """Encode the training documents."""
         assert isinstance(config, TextConfig)
         corpus = cls.load_corpus(config, data)
-        tokenizer = _tokenizer(config, corpus)
+        tokenizer = tokenizer_of(config, corpus)
         if tokenizer is None:
             return corpus.symbols("train") + len(corpus.train)  # a newline after each
         stream = corpus.train_stream
@@ -260,13 +213,6 @@ class Text(Task):
     def scored_bytes(self, document: int, start: int, stop: int) -> Document:
         """Return the bytes [start, stop) of the scored part of a document."""
         return self.documents[document][start:stop]
-
-
-def _tokenizer(config: TextConfig, corpus: Corpus) -> TextTokenizer | None:
-    """Return the tokenizer of the knobs; None reads bytes. Raises corpora.CorpusError."""
-    if config.tokenizer is not None:
-        return tokens.from_file(config.tokenizer)
-    return None if config.bpe is None else tokens.trained(corpus, config.bpe)
 
 
 def _first_apart(text: Document, tokenizer: TextTokenizer | None) -> TokenText:
