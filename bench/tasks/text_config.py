@@ -10,7 +10,7 @@ from bench.tasks.base import TaskConfig
 from variants.knobs import knob
 
 MASK = 256
-"""The mask of bytes."""
+"""The mask of bytes; its number is that of the bytes."""
 
 
 @dataclass(frozen=True, kw_only=True)
