@@ -18,6 +18,8 @@ from bench.report.text.listing import PageList, listed_columns
 from bench.report.text.phrases import describe, training
 from bench.report.text.tables import Table
 
+SIZES = ("depth", "seq_len")
+"""Keys that order the rows of the table, as they are read."""
 MOST_NAMED = 3
 """Pools that a line of the head names."""
 
@@ -42,7 +44,7 @@ class Sanity(Section[pd.DataFrame]):
     def compute(self, records: Experiment, done: Mapping[str, Any]) -> pd.DataFrame:
         """What the ranking was decided by."""
         orderings: pd.DataFrame = done["quality"].ranking.orderings
-        return orderings
+        return orderings.sort_values([*SIZES], kind="stable") if len(orderings) else orderings
 
     def tables(self, data: pd.DataFrame) -> list[Table]:
         """One table of all pools."""

@@ -149,15 +149,17 @@ def comparable(cells: pd.DataFrame) -> str:
 
 
 def families(cells: pd.DataFrame) -> str:
-    """How many comparisons the ranks of a table are corrected for, and what their doubt is over."""
-    compared = cells[cells["comparisons"] > 0].drop_duplicates(list(BUDGET))
+    """How many comparisons the ranks of a table are corrected for, and what intervals and ranks cover."""
+    compared = cells[cells["comparisons"] > 0].sort_values("rank_low").drop_duplicates(list(BUDGET))
     if compared.empty:
         return ""
-    sizes = sorted({int(size) for size in compared["comparisons"]})
+    over = "replicates and text" if (compared["doubt"] == OF_BOTH).all() else OF_REPLICATES_ONLY
+    sizes = sorted({int(size) for size in compared.loc[compared["rank_low"].notna(), "comparisons"]})
+    if not sizes:
+        return f"The intervals of − dense are over {over}."
     count = "1 comparison" if sizes == [1] else f"{' or '.join(map(str, sizes))} comparisons"
     family = "in each length, model and budget" if len(compared) > 1 else "in all"
-    over = "replicates and text" if (compared["doubt"] == OF_BOTH).all() else OF_REPLICATES_ONLY
-    return f"Ranks are corrected for {count} {family}; their doubt is over {over}."
+    return f"Ranks are corrected for {count} {family}. Ranks and the intervals of − dense are over {over}."
 
 
 def _range(values: pd.Series[Any], show: Any) -> str:

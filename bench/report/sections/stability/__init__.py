@@ -44,7 +44,10 @@ class Stability(Section[Stable]):
     def compute(self, records: Experiment, done: Mapping[str, Any]) -> Stable:
         """From the records and the models of quality."""
         every = with_budgets(records.kinds.plain)
-        return Stable(orders(every, done["quality"].cells), curves(every))
+        found = orders(every, done["quality"].cells), curves(every)
+        return Stable(
+            *(one.sort_values(["depth", "seq_len"], kind="stable") if len(one) else one for one in found)
+        )
 
     def tables(self, data: Stable) -> list[Table]:
         """A table of orders, and one of curves if a run has several budgets."""
