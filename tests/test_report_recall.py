@@ -33,7 +33,7 @@ PAIRS = (4, 16, 8)
 
 
 def answers(variant: str, n_pairs: int, replicate: int = 0, **other: Any) -> Record:
-    """A finished cell of associative recall; text's figures are null."""
+    """A finished cell of associative recall; text's figures are null. `state_bytes` is of one sequence."""
     accuracy = 0.99 if variant == "dense" else 0.9 - 0.04 * n_pairs + 0.01 * replicate
     text = ("perplexity", "bits_per_byte", "word_perplexity", "unigram_perplexity", "nll_by_position")
     values: dict[str, Any] = {
@@ -51,7 +51,9 @@ def answers(variant: str, n_pairs: int, replicate: int = 0, **other: Any) -> Rec
         "distance_edges": [1, 2, 4, 8, 16, 32],
         "accuracy_by_distance": [None, *(accuracy - 0.01 * k for k in range(5))],
     }
-    return record(variant, replicate=replicate, **{**values, **other})
+    values = {"batch_size": 4, **values, **other}
+    values["state_bytes"] *= values["batch_size"]  # a record has the state of the whole batch
+    return record(variant, replicate=replicate, **values)
 
 
 def recalled() -> list[Record]:
@@ -183,7 +185,7 @@ def test_accuracy_against_state_has_a_panel_a_number_of_pairs(tmp_path: Path) ->
         assert {float(np.asarray(p.get_xdata())[0]) for p in points} == set(STATE.values())
         (guess,) = lines(axis, "--").values()
         assert {y for _, y in guess} == {1 / n}
-    same = recall_cells(frame, pd.DataFrame()).assign(state_bytes=1.0)
+    same = recall_cells(frame, pd.DataFrame()).assign(sequence_state_bytes=1.0)
     assert by_state(same, look(frame)) is None
 
 
@@ -191,7 +193,7 @@ def test_a_variant_that_carries_nothing_has_its_place_beside_the_others(tmp_path
     """Chunks do, where one has just ended."""
     frame = frame_of(tmp_path / "e", recalled())
     cells = recall_cells(frame, pd.DataFrame())
-    cells.loc[cells["state_bytes"] == min(STATE.values()), "state_bytes"] = 0
+    cells.loc[cells["sequence_state_bytes"] == min(STATE.values()), "sequence_state_bytes"] = 0
     figure = by_state(cells, look(frame))
     assert figure is not None
     for axis in figure.axes:
@@ -246,6 +248,9 @@ def test_the_table_says_how_much_state_is_needed(tmp_path: Path) -> None:
     assert rows["performer"]["state needed"] == "–"
     best = [rows["performer"][title] for title in ("best accuracy", "at", "of", "dense")]
     assert best == ["45.0 %", "64.0 KiB", "performer (n_features=64)", "99.0 %"]
+    batch = [answers("dense", 4, batch_size=8), answers("longformer", 4, batch_size=8)]
+    cells = recall_cells(frame_of(tmp_path / "batch", batch), pd.DataFrame())
+    assert list(cells["sequence_state_bytes"]) == [STATE["dense"], STATE["longformer"]]
     frame = frame_of(tmp_path / "one", recalled())
     assert state_needed(recall_cells(frame, pd.DataFrame())).empty, "each has one size"
 

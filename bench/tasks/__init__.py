@@ -1,9 +1,9 @@
-"""Tasks: language modelling on the text of a corpus, and synthetic tasks that require the context.
+"""Tasks: language modelling on the text of a corpus, synthetic tasks that require the context, and dialogues.
 
-Each module of this package defines one task. `names()` lists the tasks that generate their own data, and
-`load(name)` returns the task for `data=name`. There is no list to extend: a new file is a new task. A name
-that is not a module here is the name of a corpus (`bench.corpora`), and its task is `text`. Importing this
-package imports neither a task nor torch.
+Each module of this package defines one task. `names()` lists the tasks that are no corpora, and `load(name)`
+returns the task for `data=name`. There is no list to extend: a new file is a new task. A name that is not a
+module here is the name of a corpus (`bench.corpora`), and its task is `text`. Importing this package imports
+neither a task nor torch.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _SHARED = {"base", TEXT, "text_config", "windows"}
 
 
 def names() -> list[str]:
-    """Return the sorted names of the tasks that generate their own data, without importing them."""
+    """Return the sorted names of the tasks that need no corpus of `bench.corpora`, without importing them."""
     found = {module.name for module in pkgutil.iter_modules(__path__)}
     return sorted(name for name in found - _SHARED if not name.startswith("_"))
 

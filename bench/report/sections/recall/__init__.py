@@ -37,9 +37,10 @@ class Recall(Section[pd.DataFrame]):
         "The share of answers that are right: the mean ± standard deviation over replicates. *guessing* is "
         "what comes of guessing among the values in the context, or of always naming the most frequent "
         "class: what does not beat it has learnt nothing of the task. *state*: the bytes that all layers "
-        "carry to the next token. *reaches*: how many tokens before the last the farthest lies that its "
-        "output can depend on, by the variant's pattern; a dash where the content decides. Where several "
-        "learning rates were tried, all figures are at a variant's best, by the least mean loss."
+        "carry to the next token of one sequence. *reaches*: how many tokens before the last the farthest "
+        "lies that its output can depend on, by the variant's pattern; a dash where the content decides. "
+        "Where several learning rates were tried, all figures are at a variant's best, by the least mean "
+        "loss."
     )
     marks = meanings(LEAK)
     csv = ("recall",)

@@ -20,7 +20,8 @@ def recall_cells(frame: pd.DataFrame, rates: pd.DataFrame) -> pd.DataFrame:
     """One row a cell, training and state policy with an accuracy; dense first, then by name and length.
 
     Columns: the keys, `replicates`, `accuracy_mean` and `accuracy_std` (n − 1; NaN for one replicate),
-    `accuracy_min`, `accuracy_max`, medians of `guess_accuracy`, `state_bytes`, `reach` and
+    `accuracy_min`, `accuracy_max`, medians of `guess_accuracy`, `sequence_state_bytes` (the state of one
+    sequence of the batch), `reach` and
     `tokens_trained`, `nll_mean`, `leaks`, `data_params`, `distance_edges`, `accuracy_by_distance` (a
     mean over replicates a bucket, a list; None where the task has no distances) and `best`: whether its
     learning rate is the best by `rates.rate_cells`, or the only one.
@@ -28,11 +29,12 @@ def recall_cells(frame: pd.DataFrame, rates: pd.DataFrame) -> pd.DataFrame:
     ok = frame[(frame["status"] == "ok") & frame["accuracy"].notna()]
     if ok.empty:
         return pd.DataFrame()
+    ok = ok.assign(sequence_state_bytes=ok["state_bytes"] / ok["batch_size"])
     groups = ok.groupby(_KEYS, sort=False, dropna=False)
     columns: dict[str, pd.Series[Any]] = {"replicates": groups["replicate"].nunique()}
     for statistic in ("mean", "std", "min", "max"):
         columns[f"accuracy_{statistic}"] = groups["accuracy"].agg(statistic)
-    for name in ("guess_accuracy", "state_bytes", "reach", "tokens_trained"):
+    for name in ("guess_accuracy", "sequence_state_bytes", "reach", "tokens_trained"):
         columns[name] = groups[name].median()
     columns["nll_mean"] = groups["nll"].mean()
     columns["leaks"] = groups["leak_max_abs"].max() > LEAK_LIMIT

@@ -33,7 +33,7 @@ ENOUGH = 0.9
 
 def swept(cells: pd.DataFrame) -> pd.Series[bool]:
     """Whether each cell is of a variant that was measured with states of several sizes."""
-    return cells.groupby("variant")["state_bytes"].transform("nunique") > 1
+    return cells.groupby("variant")["sequence_state_bytes"].transform("nunique") > 1
 
 
 def by_state(cells: pd.DataFrame, look: Look) -> Figure | None:
@@ -41,17 +41,17 @@ def by_state(cells: pd.DataFrame, look: Look) -> Figure | None:
 
     The line connects the best cells of each size. Where no variant has several sizes, labels are markers.
     """
-    cells = cells[cells["state_bytes"].notna()]
-    if cells["state_bytes"].nunique() < 2:
+    cells = cells[cells["sequence_state_bytes"].notna()]
+    if cells["sequence_state_bytes"].nunique() < 2:
         return None
     keys = panel_keys(cells, "knobs", trained=trained_apart(cells))
     several = _several(cells, keys)
     if several:
         pairs = {(str(name), str(name)) for name in cells["variant"]}
         cells, look = cells.assign(label=cells["variant"]), Look(styles(pairs), look.setting, look.footer)
-    smallest = cells.loc[cells["state_bytes"] > 0, "state_bytes"].min()
-    low, high = smallest / 1.4, cells["state_bytes"].max() * 1.4
-    nothing = (cells["state_bytes"] == 0).any()  # as of chunks, where one has just ended
+    smallest = cells.loc[cells["sequence_state_bytes"] > 0, "sequence_state_bytes"].min()
+    low, high = smallest / 1.4, cells["sequence_state_bytes"].max() * 1.4
+    nothing = (cells["sequence_state_bytes"] == 0).any()  # as of chunks, where one has just ended
 
     def draw(axis: Axes, part: pd.DataFrame) -> None:
         for label, own in part.groupby("label"):
@@ -81,18 +81,18 @@ def by_state(cells: pd.DataFrame, look: Look) -> Figure | None:
 
 def _several(cells: pd.DataFrame, keys: list[str]) -> bool:
     """Whether some panel has a variant with states of several sizes."""
-    return bool((cells.groupby([*keys, "variant"], dropna=False)["state_bytes"].nunique() > 1).any())
+    return bool((cells.groupby([*keys, "variant"], dropna=False)["sequence_state_bytes"].nunique() > 1).any())
 
 
 def _points(axis: Axes, own: pd.DataFrame, style: Style) -> None:
     """A marker and its range at each cell, and a line through the best of each size."""
     for _, cell in own.iterrows():
-        mean, state = float(cell["accuracy_mean"]), cell["state_bytes"]
+        mean, state = float(cell["accuracy_mean"]), cell["sequence_state_bytes"]
         axis.vlines(state, cell["accuracy_min"], cell["accuracy_max"], color=style.colour, linewidth=1.2)
         marker = line_of(style, hollow=bool(cell["leaks"]))
         marker.set_data([state], [mean])
         axis.add_line(marker)
-    best = own.groupby("state_bytes")["accuracy_mean"].max()
+    best = own.groupby("sequence_state_bytes")["accuracy_mean"].max()
     if len(best) > 1:
         axis.plot(best.index, best, color=style.colour, linewidth=1.4)
 
@@ -106,24 +106,28 @@ def state_needed(cells: pd.DataFrame) -> pd.DataFrame:
     """
     keys = ["knobs", "depth", "seq_len", *trained_apart(cells)]
     rows: list[dict[str, Any]] = []
-    for values, part in cells[cells["state_bytes"].notna()].groupby(keys, sort=False, dropna=False):
+    for values, part in cells[cells["sequence_state_bytes"].notna()].groupby(keys, sort=False, dropna=False):
         dense = part[part["variant"] == BASELINE]
         if dense.empty:
             continue
         limit = dense.sort_values("accuracy_mean").iloc[-1]
         for variant, own in part[swept(part)].groupby("variant", sort=True):
-            own = own.sort_values("state_bytes")
+            own = own.sort_values("sequence_state_bytes")
             good = own[own["accuracy_mean"] >= ENOUGH * limit["accuracy_mean"]]
             best = own.iloc[int(own["accuracy_mean"].argmax())]
             row: dict[str, Any] = dict(zip(keys, values, strict=True))
-            row |= {"variant": variant, "low": own["state_bytes"].min(), "high": own["state_bytes"].max()}
             row |= {
-                "needed": good["state_bytes"].min(),
+                "variant": variant,
+                "low": own["sequence_state_bytes"].min(),
+                "high": own["sequence_state_bytes"].max(),
+            }
+            row |= {
+                "needed": good["sequence_state_bytes"].min(),
                 "label": label_of(good.iloc[0]) if len(good) else None,
             }
-            row |= {"share": row["needed"] / limit["state_bytes"], "best": best["accuracy_mean"]}
+            row |= {"share": row["needed"] / limit["sequence_state_bytes"], "best": best["accuracy_mean"]}
             row |= {
-                "best_bytes": best["state_bytes"],
+                "best_bytes": best["sequence_state_bytes"],
                 "best_label": label_of(best),
                 "dense": limit["accuracy_mean"],
             }

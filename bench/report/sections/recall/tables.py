@@ -75,7 +75,7 @@ def _summed_up(own: pd.DataFrame) -> pd.Series[Any]:
     row["shown"], row["reaches"] = label_of(row), reach
     row["tokens"] = _range(own["tokens_trained"], units.count)
     row["rates"] = _range(own["learning_rate"], units.learning_rate)
-    row["state"] = units.between(own["state_bytes"].min(), own["state_bytes"].max(), "size")
+    row["state"] = units.between(own["sequence_state_bytes"].min(), own["sequence_state_bytes"].max(), "size")
     row["replicates"] = _range(own["replicates"], units.whole)
     return row
 
