@@ -7,15 +7,20 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from conftest import HANG_SECONDS
+from hydra_sweeps import swept
 
+from bench.config.spec import DataSpec
 from bench.corpora import CorpusError, Document, dialogues, tokens
+from bench.evaluate import longer
 from bench.evaluate.context_use import target_positions
 from bench.evaluate.nll import evaluate
 from bench.model.language_model import LanguageModel
@@ -398,3 +403,16 @@ def test_records_have_the_loss_of_each_answer(tmp_path: Path) -> None:
     frequencies = np.bincount(np.frombuffer(scored, dtype=np.uint8), minlength=256) / len(scored)
     entropy = -(frequencies[frequencies > 0] * np.log2(frequencies[frequencies > 0])).sum()
     assert cells["dense"]["ngram_bits_per_byte"][0] > entropy
+
+
+def test_longer_sequences_are_refused_because_they_score_every_token(
+    read: Callable[..., Dialogue],
+) -> None:
+    (cell,) = swept("data=plays", "measure=standard", "measure.longer=2")
+    spec = replace(cell.spec, data=DataSpec(name="dialogue"))
+    model: Any = SimpleNamespace(position_scheme="rotary")
+    found = longer.of_cell(spec, model, read(lines(TALKS)), torch.device("cpu"))
+    assert found["longer_reason"] == (
+        "data=dialogue: not all tokens are scored, and longer sequences score all"
+    )
+    assert found.keys() == {"positions", "longer_reason"}

@@ -225,7 +225,10 @@ def unsupported(spec: CellSpec) -> str | None:
 def of_cell(spec: CellSpec, model: LanguageModel, task: Text, device: torch.device) -> dict[str, Any]:
     """Return the figures of a cell's trained model by the keys of its record."""
     figures: dict[str, Any] = {"positions": model.position_scheme}
-    if reason := unsupported(spec):
+    reason = unsupported(spec)
+    if reason is None and task.history_targets() is not None:
+        reason = f"data={spec.data.name}: not all tokens are scored, and longer sequences score all"
+    if reason is not None:
         return {**figures, "longer_reason": reason}
     found = measure_longer(
         model,

@@ -142,6 +142,11 @@ class Dialogue(Text):
         return tuple(one.document for one in self.scored)
 
     @property
+    def token_texts(self) -> list[TokenText]:
+        """The dialogues that are scored, as tokens."""
+        return [one.text for one in self.scored]
+
+    @property
     def token_documents(self) -> list[Ids]:
         """The tokens of the dialogues that are scored."""
         return [one.text.ids for one in self.scored]
