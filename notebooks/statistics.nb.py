@@ -60,7 +60,7 @@ ok = cells[cells["status"] == "ok"]
 # %% [markdown]
 # ## Median and interval over replicates
 #
-# Both are computed from logarithms. For two replicates the interval is their range, for more it is Student's t interval.
+# Both are computed from logarithms. For two replicates the interval is their range, for more it is Student's t interval. A time that was measured under other load counts only if the cell has no other: of the twins of a replicate the first that is undisturbed counts, and replicates without one are left out.
 
 # %%
 def interval(values):
@@ -71,6 +71,13 @@ def interval(values):
         return np.exp(logs.min()), np.exp(logs.max())
     reach = stats.t.ppf(0.975, len(logs) - 1) * stats.sem(logs)
     return np.exp(logs.mean() - reach), np.exp(logs.mean() + reach)
+
+
+def undisturbed(rows):
+    order = rows["disturbed"] * 1000 + rows["twin"]
+    rows = rows[order == order.groupby([rows[key] for key in [*CELL, "replicate"]]).transform("min")]
+    some = (~rows["disturbed"]).groupby([rows[key] for key in CELL]).transform("any")
+    return rows[~rows["disturbed"] | ~some]
 
 
 def low(values):
@@ -92,10 +99,17 @@ FIGURES = {
     "forward_tokens_per_second": "forward_tokens_per_second",
     "peak_bytes": "peak_bytes",
 }
-rounds = ok.groupby([*CELL, "replicate"])[list(FIGURES)].median()
+timed = records[(records["status"] == "ok") & records["compared_seconds"].notna()]
+timed = timed.assign(disturbed=timed["contaminated"].notna())
+own = undisturbed(timed)
+times = [name for name in FIGURES if name != "peak_bytes"]
+rounds = own.groupby([*CELL, "replicate"])[times].median()
+rounds = rounds.join(ok.groupby([*CELL, "replicate"])[["peak_bytes"]].median(), how="outer")
+ranges = own.groupby(CELL)[times].agg(["min", "max"])
+ranges = ranges.join(ok.groupby(CELL)[["peak_bytes"]].agg(["min", "max"]), how="outer")
 cost = pd.concat(
     {
-        name: rounds[source].groupby(level=CELL).agg(["median", low, high, "min", "max"])
+        name: rounds[source].groupby(level=CELL).agg(["median", low, high]).join(ranges[source])
         for source, name in FIGURES.items()
     },
     axis=1,
@@ -109,7 +123,7 @@ cost
 # Other measured figures are from finished cells, figures that follow from the configuration are from all cells, and the errors of the gates are maxima.
 
 # %%
-MEASURED = ["mfu", "rss_peak_bytes", "param_bytes", "optimizer_bytes", "peak_grad_bytes"]
+MEASURED = ["rss_peak_bytes", "param_bytes", "optimizer_bytes", "peak_grad_bytes"]
 MEASURED += ["peak_activation_bytes", "peak_workspace_bytes", "activation_bytes", "nvml_process_bytes"]
 COMPUTED = ["params", "flops_algorithmic_step", "flops_executed_step", "flops_attention_step"]
 LAUNCHES = ["launches_step", "bytes_moved_step"]
@@ -130,29 +144,62 @@ flags = pd.DataFrame({"launch_bound": ok["launch_bound"].eq(True), "unasked_math
 flags = flags.groupby([ok[key] for key in CELL]).any().reindex(others.index, fill_value=False)
 others[flags.columns] = flags
 others["contaminated"] = ok.groupby(CELL)["contaminated"].count()
-counts = ["replicates", "contaminated"]
+by_time = own.groupby(CELL)
+width = "step_precision" if "step_precision" in records else "sampling_half_width"
+others["mfu"], others["half_width"] = by_time["mfu"].median(), by_time[width].median()
+others["sampled_short"] = own["sampling_end"].eq("budget").groupby([own[key] for key in CELL]).sum()
+others["disturbed"] = by_time["disturbed"].any()
+others["disturbed"] = others["disturbed"].eq(True)
+counts = ["replicates", "contaminated", "sampled_short"]
 others[counts] = others[counts].fillna(0)
 others
 
 # %% [markdown]
 # ## Ratios to dense
 #
-# Ratios of times and rates are computed within a replicate; those of other figures from the medians. The reference is dense attention with `impl=sdpa`.
+# Ratios of times and rates are computed within a replicate: to the geometric mean of the measurements of dense that started last before and first after, undisturbed if there are any. A ratio is disturbed if either side is. Those of other figures are computed from the medians. The reference is dense attention with `impl=sdpa`.
 
 # %%
 WHERE = [*GROUP, "seq_len", "replicate"]
-flat = rounds.reset_index()
+RATIOS = ["compared_seconds", "compared_tokens_per_second", "step_seconds_median", "tokens_per_second"]
 sdpa = set(cells.loc[(cells["variant"] == "dense") & (cells["impl"] == "sdpa"), "label"])
-dense = flat[flat["label"].isin(sdpa)]
-pairs = flat.merge(dense[[*WHERE, *FIGURES]], on=WHERE, suffixes=("", "_dense"))
+dense = dict(list(timed[timed["label"].isin(sdpa)].groupby(WHERE)))
+
+
+def nearest(row):
+    found = dense[tuple(row[WHERE])]
+    found = found if found["disturbed"].all() else found[~found["disturbed"]]
+    start, starts = row["started_at"], found["started_at"]
+    before, after = starts[starts <= start].max(), starts[starts > start].min()
+    return found[starts.isin([before, after])]
+
+
+compared = []
+for _, row in timed.iterrows():
+    if tuple(row[WHERE]) not in dense:
+        continue
+    if row["label"] in sdpa:
+        compared.append(row[[*CELL, "replicate", "twin"]].to_dict() | dict.fromkeys(RATIOS, 1.0))
+        compared[-1] |= {"disturbed": False, "baseline_measurements": np.nan}
+        continue
+    found = nearest(row)
+    ratio = {name: row[name] / np.exp(np.log(found[name]).mean()) for name in RATIOS}
+    compared.append(row[[*CELL, "replicate", "twin"]].to_dict() | ratio)
+    compared[-1]["disturbed"] = row["disturbed"] or found["disturbed"].any()
+    compared[-1]["baseline_measurements"] = len(found)
+compared = undisturbed(pd.DataFrame(compared))
+by_round = compared.groupby([*CELL, "replicate"])[RATIOS].median()
 ratios = pd.DataFrame(index=others.index)
-for source in ("compared_seconds", "compared_tokens_per_second", "step_seconds_median", "tokens_per_second"):
-    ratio = pairs.set_index(CELL)[source] / pairs.set_index(CELL)[f"{source}_dense"]
+for source in RATIOS:
     name = f"{FIGURES[source]}_ratio"
-    ratios[[name, f"{name}_low", f"{name}_high"]] = ratio.groupby(level=CELL).agg(["median", low, high])
+    ends = by_round[source].groupby(level=CELL).agg(["median", low, high])
+    ratios[[name, f"{name}_low", f"{name}_high"]] = ends
 itself = ratios.index.get_level_values("label").isin(sdpa)
 ratios.loc[itself, ratios.columns.str.contains("_low|_high")] = np.nan
-ratios["rounds"] = pairs.groupby(CELL)["compared_seconds"].count().reindex(ratios.index, fill_value=0)
+ratios["rounds"] = by_round.groupby(level=CELL).size().reindex(ratios.index, fill_value=0)
+flags = compared.groupby(CELL).agg({"disturbed": "any", "baseline_measurements": "min"})
+ratios[["ratio_disturbed", "baseline_measurements"]] = flags
+ratios["ratio_disturbed"] = ratios["ratio_disturbed"].eq(True)
 
 of = others[["flops_executed_step", "params"]].join(cost["peak_bytes_median"]).reset_index()
 same = of[of["label"].isin(sdpa)].drop(columns=["variant", "label"])
@@ -165,41 +212,67 @@ ratios
 # %% [markdown]
 # ## The noise floor
 #
-# The noise is the ratio of twin 1 to twin 0 of the same cell and replicate. With 19 pairs or more the floor is their 95th percentile, with fewer pairs it is Student's bound for one additional pair.
+# Undisturbed twins of one cell and replicate are paired in the order in which they started; the noise is the logarithm of the ratio of a pair. With 60 pairs or more the floor is their 95th percentile, and its bound an order statistic. With fewer pairs both follow from a model of all undisturbed measurements, log time = round + cell + error, with normal errors. The bound is that of a variance; it is wider if the errors have long tails.
 
 # %%
-timed = records[(records["status"] == "ok") & records["compared_seconds"].notna()]
-twins = timed.pivot_table(
-    "compared_seconds", [*CELL, "measure", "replicate"], "twin", aggfunc="median"
-).reindex(columns=[0, 1])
-aa = np.log(twins[1] / twins[0]).dropna()
+SAME = [*CELL, *TRAINING, "measure"]
+ROUND = [*(key for key in GROUP if key != "depth"), "measure", "replicate"]
+sound = timed[~timed["disturbed"]].sort_values(["started_at", "twin"], kind="stable")
+place = sound.groupby([*SAME, "replicate"], dropna=False).cumcount()
+numbered = sound.assign(number=sound.groupby(SAME, dropna=False).ngroup(), pair=place // 2, later=place % 2)
+twins = numbered.pivot_table("compared_seconds", ["device_name", "number", "replicate", "pair"], "later")
+aa = np.log(twins[1] / twins[0]).dropna() if 1 in twins else pd.Series(dtype=float)
 
 
-def floor_of(logs):
-    sizes = np.abs(logs.to_numpy(dtype=float))
-    if len(sizes) >= 19:
-        return np.quantile(sizes, 0.95, method="weibull")
-    return stats.t.ppf(0.975, len(sizes)) * np.sqrt(np.mean(sizes**2)) if len(sizes) else np.nan
+def bounds(logs, rows):  # the floor and its upper bound, as logarithms
+    if len(logs) >= 60:
+        sizes = np.sort(np.abs(logs.to_numpy()))
+        rank = int(stats.binom.ppf(0.95, len(sizes), 0.95)) + 1
+        return np.quantile(sizes, 0.95, method="weibull"), sizes[rank - 1]
+    effects = [rows.groupby(keys, dropna=False).ngroup() for keys in (SAME, ROUND)]
+    design = np.hstack([pd.get_dummies(effect).to_numpy(dtype=float) for effect in effects])
+    target = np.log(rows["compared_seconds"].to_numpy(dtype=float))
+    fitted, _, rank, _ = np.linalg.lstsq(design, target, rcond=None)
+    rest = target - design @ fitted
+    freedom = len(rows) - rank
+    kurtosis = max(np.mean(rest**4) / np.mean(rest**2) ** 2, 6)
+    floor = stats.norm.ppf(0.975) * np.sqrt(2 * np.sum(rest**2) / freedom)
+    freedom = max(1, freedom * 2 / (kurtosis - 1))
+    return floor, floor * np.sqrt(freedom / stats.chi2.ppf(0.05, freedom))
 
 
-floors = aa.groupby("device_name").apply(floor_of)
-noise = pd.DataFrame({"floor": np.exp(floors), "pairs": aa.groupby("device_name").size()})
+found = {
+    name: bounds(logs, sound[sound["device_name"] == name]) for name, logs in aa.groupby("device_name")
+}
+uppers = pd.Series({name: ends[1] for name, ends in found.items()}, dtype=float)
+noise = pd.DataFrame({name: np.exp(ends) for name, ends in found.items()}, index=["floor", "upper"]).T
+noise["pairs"] = aa.groupby("device_name").size()
 noise["median"] = np.exp(aa.abs().groupby("device_name").median())
 noise
 
 # %% [markdown]
 # ## Significant differences from dense
 #
-# A difference is significant if the interval of the ratio excludes 1 and extends beyond the noise floor. The floor is that of one pair, divided by √n for n ≥ 3 replicates. With one replicate, or with two if the floor is not known, there is no decision.
+# A difference is significant if both ends of the ratio's interval are outside the noise floor's upper bound, on one side of 1, and if its p-value passes Holm's correction over all ratios. The floor is that of one pair, divided by √n for n ≥ 3 replicates. The p-value is that of the mean if the noise is normal, with the bound as its 95th percentile; without a floor, that of Student's t test. With one replicate, or with two if the floor is not known, there is no decision.
 
 # %%
-pair = floors.reindex(ratios.index.get_level_values("device_name")).to_numpy(dtype=float)
-floor = pair / np.where(ratios["rounds"] > 2, np.sqrt(np.maximum(ratios["rounds"], 1)), 1)
-ends = np.log(ratios[["compared_seconds_ratio_low", "compared_seconds_ratio_high"]])
-slower = (ends.iloc[:, 0] > 0) & (ends.iloc[:, 1] > np.nan_to_num(floor))
-faster = (ends.iloc[:, 1] < 0) & (ends.iloc[:, 0] < -np.nan_to_num(floor))
-judged = ends.notna().all(axis=1) & ((ratios["rounds"] > 2) | ~np.isnan(floor))
-ratios["differs"] = (slower | faster).where(judged).astype("boolean")
+pair = uppers.reindex(ratios.index.get_level_values("device_name")).to_numpy(dtype=float)
+n = ratios["rounds"].to_numpy()
+floor = np.nan_to_num(pair / np.where(n > 2, np.sqrt(np.maximum(n, 1)), 1))
+ends = np.log(ratios[["compared_seconds_ratio_low", "compared_seconds_ratio_high"]].to_numpy())
+is_outside = (ends[:, 0] > floor) | (ends[:, 1] < -floor)
+judged = ~np.isnan(ends).any(axis=1) & ((n > 2) | ~np.isnan(pair))
+mean, reach = np.abs(ends.sum(axis=1)) / 2, np.diff(ends, axis=1)[:, 0] / 2
+freedom = np.maximum(n - 1, 1)
+with np.errstate(divide="ignore", invalid="ignore"):
+    normal = 2 * stats.norm.sf(mean * np.sqrt(n) * stats.norm.ppf(0.975) / pair)
+    student = 2 * stats.t.sf(mean * stats.t.ppf(0.975, freedom) / reach, freedom)
+p = np.where(np.isnan(pair), student, normal)
+order = [row for row in np.argsort(p) if judged[row]]
+corrected = np.maximum.accumulate([p[row] * (len(order) - place) for place, row in enumerate(order)])
+significant = np.zeros(len(p), dtype=bool)
+significant[order] = corrected <= 0.05
+ratios["differs"] = pd.Series(significant & is_outside, ratios.index).where(judged).astype("boolean")
 ratios["noise_floor"] = np.exp(pair)
 ratios["differs"].value_counts(dropna=False)
 
@@ -207,18 +280,22 @@ ratios["differs"].value_counts(dropna=False)
 # %% [markdown]
 # ## The smallest slowdown that is detected
 #
-# Each repetition samples its replicates from the A/A pairs, in either order of the twins. Its interval determines the shift from which it would be called different; in 95 % of the repetitions this shift is smaller than the percentile.
+# Each repetition samples its replicates from the A/A pairs, in either order of the twins. Its interval and its mean determine the shift from which it would be called different, as the only difference among all ratios; in 95 % of the repetitions this shift is smaller than the percentile.
 
 # %%
-def smallest_found(logs, replicates):  # for three or more replicates
+def smallest_found(logs, replicates, upper):  # for three or more replicates
     either = np.sort(np.concatenate([logs, -logs]))
     draws = np.random.default_rng(0).choice(either, size=(4000, replicates))
     ends = np.array([np.log(interval(pd.Series(np.exp(draw)))) for draw in draws])
-    floor = floor_of(pd.Series(logs)) / np.sqrt(replicates)
-    return np.exp(np.quantile(np.maximum(-ends[:, 0], floor - ends[:, 1]), 0.95))
+    floor = upper / np.sqrt(replicates)
+    level = stats.norm.isf(0.025 / len(order)) / stats.norm.ppf(0.975)
+    shift = np.maximum(floor - ends[:, 0], floor * level - ends.mean(axis=1))
+    return np.exp(np.quantile(shift, 0.95))
 
 
-noise["found_suggested"] = [smallest_found(aa.xs(name, level="device_name"), 5) for name in noise.index]
+noise["found_suggested"] = [
+    smallest_found(aa.xs(name, level="device_name"), 5, uppers[name]) for name in noise.index
+]
 noise
 
 # %% [markdown]

@@ -107,7 +107,7 @@ def test_the_notebook_finds_the_noise_of_the_report(run: tuple[Path, dict[str, A
     report, names = run
     theirs, mine = pd.read_csv(report / "noise.csv").set_index("machine"), names["noise"]
     assert theirs["pairs"].sum() == len(names["aa"])
-    for name in ("floor", "median", "found_suggested"):
+    for name in ("floor", "upper", "median", "found_suggested"):
         expected = theirs[name].dropna()
         assert mine[name].to_numpy() == pytest.approx(expected.to_numpy(), rel=1e-9)
 

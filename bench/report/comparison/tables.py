@@ -100,7 +100,7 @@ def _cells(cells: pd.DataFrame) -> str:
             Column(f"{time_title(cells)}, first", [_time(row, "first") for row in rows]),
             Column("second", [_time(row, "second") for row in rows]),
             Column("ratio", [units.ratio(r[f"{SECONDS}_ratio"]) + _mark(r) for r in rows]),
-            Column("95 % interval", marked_range(ends, cells["rounds"])),
+            Column("95 % interval", marked_range(ends, cells["rounds"], cells[RATIO_DISTURBED])),
             each(cells, "peak memory, first", "peak_bytes_first", units.size),
             each(cells, "second", "peak_bytes_second", units.size),
             each(cells, "ratio", "peak_bytes_ratio", units.ratio),

@@ -9,6 +9,22 @@ equal cells different to 5 %.
 The p-value is of the mean log ratio of n replicates, if the noise of a ratio is normal and its 95th
 percentile the floor; the floor is an upper bound, so the deviation that follows from it is one too. Without a
 floor it is that of Student's t test over the replicates.
+
+Simulated for n replicates and the noise of `intervals`, with the floor known (the least and the most of the
+three distributions, in per cent). *called*: how often equal cells are outside the floor. *family*: how many
+reports of 80 independent comparisons call any of them different. *found*: how often a cell that is slower by
+10 % is called different in such a report.
+
+| n | called | family | found |
+|---|---|---|---|
+| 2 | 0.1–0.2 | 2.5–10 | 97–98 |
+| 3 | 0.0–0.1 | 0.1–0.9 | 85–89 |
+| 5 | 0.0 | 0.0–0.8 | 98–100 |
+| 12 | 0.0 | 0.0–0.8 | 100 |
+
+Two replicates of noise with such long tails are too many errors for a floor that is known. One that is
+estimated is used by its upper bound: with a bound of 1.15 times the floor it is 0.5 to 4 per cent, and 15 %
+is less than the bounds of the committed runs allow.
 """
 
 from __future__ import annotations

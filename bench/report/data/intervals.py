@@ -1,33 +1,29 @@
-"""Intervals over replicates, and when one of them says that two cells differ.
+"""Intervals over replicates; `different` has the rule by which one of them says that two cells differ.
 
 A replicate is a process of its own and counts as one figure, the median of its samples. Everything
 here is of logarithms of figures: ratios then add, and a slowdown is as far from 1 as its speed-up.
 
-The interval and the rule were chosen by simulation: ratios of equal cells whose processes vary by 1.5 %,
-normally distributed, or with the tails of Student's t of 3 degrees of freedom, or as a difference of
-lognormals (2,000 repeats each; the least and the most of the three, in per cent). *covers*: how often the
-interval contains 1. *called*: how often `differs` is true for equal cells, with the floor known. *found*: how
-often it is true for a cell that is slower by 10 %.
+The interval was chosen by simulation: ratios of equal cells whose processes vary by 1.5 %, normally
+distributed, or with the tails of Student's t of 3 degrees of freedom, or as a difference of lognormals (2,000
+repeats each; the least and the most of the three, in per cent). *covers*: how often the interval contains 1.
 
-| n | interval | covers | called | found |
-|---|---|---|---|---|
-| 2 | range (taken) | 47–50 | 4.4–5.1 | 99–100 |
-| 2 | Student's t | 95–97 | 0.1–0.9 | 37–59 |
-| 3 | Student's t (taken) | 95–97 | 0.4–3.0 | 94–96 |
-| 3 | bootstrap of the median, percentile | 74–75 | 8–15 | 99–100 |
-| 3 | bootstrap of the mean, BCa | 69–73 | 11–16 | 99–100 |
-| 5 | Student's t (taken) | 96–98 | 0.9–3.7 | 99–100 |
-| 5 | bootstrap of the median, percentile | 93–95 | 3.4–5.9 | 98–100 |
-| 5 | bootstrap of the mean, BCa | 79–85 | 12–14 | 99–100 |
-| 12 | Student's t (taken) | 95–97 | 2.8–4.6 | 100 |
-| 12 | bootstrap of the median, percentile | 93–94 | 3.6–6.6 | 100 |
-| 12 | bootstrap of the mean, BCa | 83–91 | 9–15 | 100 |
+| n | interval | covers |
+|---|---|---|
+| 2 | range (taken) | 47–50 |
+| 2 | Student's t | 95–97 |
+| 3 | Student's t (taken) | 95–97 |
+| 3 | bootstrap of the median, percentile | 74–75 |
+| 3 | bootstrap of the mean, BCa | 69–73 |
+| 5 | Student's t (taken) | 96–98 |
+| 5 | bootstrap of the median, percentile | 93–95 |
+| 5 | bootstrap of the mean, BCa | 79–85 |
+| 12 | Student's t (taken) | 95–97 |
+| 12 | bootstrap of the median, percentile | 93–94 |
+| 12 | bootstrap of the mean, BCa | 83–91 |
 
 So no bootstrap is used: for so few replicates it covers too little, and up to five a bootstrap of the median
 is their range at most, which covers 1 − 2 ∙ 0.5ⁿ. For two replicates Student's t interval is some ten times
-as wide as their range, so the range is used and the noise floor decides. This bounds *called* to 5 % for any
-distribution: both signs must agree, and one of two sizes must exceed a bound that one in twenty exceeds.
-Three replicates do not depend on the floor in this way, and may find less than two.
+as wide as their range, so the range is used and the noise floor decides.
 """
 
 from __future__ import annotations

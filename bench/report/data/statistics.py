@@ -17,14 +17,14 @@ import pandas as pd
 from bench.records import STATUSES
 from bench.report.data.baselines import BASELINES, undertrained, with_baselines, without_baseline
 from bench.report.data.collect import MOST_PERPLEXITY
-from bench.report.data.compared_time import RATE, SECONDS, SOURCE
+from bench.report.data.compared_time import SECONDS, SOURCE
 from bench.report.data.different import differs
-from bench.report.data.disturbed import DISTURBED, RATIO_DISTURBED, flags, marked, one_a_round
+from bench.report.data.disturbed import DISTURBED, flags, one_a_round
 from bench.report.data.groups import BUDGET, CELL, GROUP, TRAINING
 from bench.report.data.intervals import by_cell
 from bench.report.data.ranking import Ranking, ranked
-from bench.report.data.ratios import MEASURED, ratios_to
-from bench.report.data.sampling import HALF_WIDTH, ended_short
+from bench.report.data.sampling import HALF_WIDTH
+from bench.report.data.timings import TIMES, paired, timings
 
 LEAK_LIMIT = 1e-3
 """An output before the cut that changes by more than this depends on the future: far above rounding."""
@@ -34,25 +34,7 @@ BASELINE = "dense"
 
 UNKNOWN_FLOORS: Mapping[str, float] = MappingProxyType({})
 
-# Figure of a record → name in the table; these get a median, an interval and a range.
-_TIMES = {
-    "step_seconds_median": "step_seconds",
-    "forward_seconds_median": "forward_seconds",
-    "tokens_per_second": "tokens_per_second",
-    "device_seconds_step": "device_seconds",
-    SECONDS: SECONDS,
-    RATE: RATE,
-    "forward_tokens_per_second": "forward_tokens_per_second",
-}
-"""Those that a disturbance changes."""
-_SPREAD = {**_TIMES, "peak_bytes": "peak_bytes"}
-_PAIRED = {
-    "step_seconds_median": "step_seconds",
-    "tokens_per_second": "tokens_per_second",
-    SECONDS: SECONDS,
-    RATE: RATE,
-}
-"""Figures whose ratio to dense is taken within each replicate: a slow round slows both."""
+_FIGURES = {**TIMES, "peak_bytes": "peak_bytes"}
 _MEASURED = (
     "rss_peak_bytes",
     "param_bytes",
@@ -145,7 +127,7 @@ def cost_cells(
     tells the cell apart from `baseline`, as `different.differs` does, with all cells as one family and the
     noise floor in `floors` by machine.
     """
-    frame = _finished_only(frame, [*_SPREAD, *_MEASURED])
+    frame = _finished_only(frame, [*_FIGURES, *_MEASURED])
     grouped = frame.groupby(list(CELL), sort=False, dropna=False)
     columns: dict[str, pd.Series[Any]] = {
         "data": grouped["data"].first(),
@@ -156,9 +138,9 @@ def cost_cells(
         "status": grouped["status"].agg(status_counts),
         "reason": grouped["reason"].agg(distinct),
     }
-    timed = _timed(frame, every)
+    timed = timings(frame, every)
     own = one_a_round(timed, CELL)
-    for figures, rows in ((_TIMES, own), ({"peak_bytes": "peak_bytes"}, frame)):
+    for figures, rows in ((TIMES, own), ({"peak_bytes": "peak_bytes"}, frame)):
         rounds = rows.groupby([*CELL, "replicate"], sort=False, dropna=False)[list(figures)].median()
         ranges = rows.groupby(list(CELL), sort=False, dropna=False)
         for source, name in figures.items():
@@ -166,10 +148,10 @@ def cost_cells(
             ends = by_cell(rounds[source], list(CELL))
             columns |= {f"{name}_{end}": ends[end] for end in ("low", "high")}
             columns |= {f"{name}_{end}": ranges[source].agg(end) for end in ("min", "max")}
-    timings = own.groupby(list(CELL), sort=False, dropna=False)
-    columns["mfu"] = timings["mfu"].median()
-    columns["half_width"] = timings[HALF_WIDTH].median()
-    columns["sampled_short"] = timings["sampled_short"].sum()
+    by_time = own.groupby(list(CELL), sort=False, dropna=False)
+    columns["mfu"] = by_time["mfu"].median()
+    columns["half_width"] = by_time[HALF_WIDTH].median()
+    columns["sampled_short"] = by_time["sampled_short"].sum()
     columns |= {name: grouped[name].agg(distinct) for name in ("peak_bytes_source", "peak_phase")}
     columns[SOURCE] = grouped[SOURCE].first()
     columns["attention_kernels"] = grouped["attention_kernels"].agg(distinct)
@@ -189,7 +171,7 @@ def cost_cells(
     cells = pd.DataFrame(columns).reset_index()
     cells["sampled_short"] = cells["sampled_short"].fillna(0).astype(int)
     cells["leaks"] = cells["leak_max_abs"] > LEAK_LIMIT
-    cells = _paired(_compared(_ordered(cells)), timed)
+    cells = paired(_compared(_ordered(cells)), timed)
     floor = cells["machine"].map(dict(floors)).astype(float)
     cells["noise_floor"] = np.exp(floor)
     low, high = (np.log(cells[f"{SECONDS}_ratio_{end}"].to_numpy(dtype=float)) for end in ("low", "high"))
@@ -255,18 +237,6 @@ def _finished_only(frame: pd.DataFrame, figures: list[str]) -> pd.DataFrame:
     return frame
 
 
-def _timed(frame: pd.DataFrame, every: pd.DataFrame | None) -> pd.DataFrame:
-    """The timed, finished records of the frame and the twins of its cells."""
-    rows = frame
-    if every is not None:
-        twins = every[every["twin"] != 0]
-        known = pd.MultiIndex.from_frame(frame[list(CELL)].drop_duplicates())
-        twins = twins[pd.MultiIndex.from_frame(twins[list(CELL)]).isin(known)]
-        rows = pd.concat([frame, _finished_only(twins, list(_TIMES))]) if len(twins) else frame
-    rows = rows[rows["ok"] & rows[list(_TIMES)].notna().any(axis=1)]
-    return marked(rows).assign(sampled_short=ended_short(rows))
-
-
 def _ordered(cells: pd.DataFrame) -> pd.DataFrame:
     """By setting and depth; within them dense first, then by name and length."""
     cells = cells.assign(later=cells["variant"] != BASELINE)
@@ -300,34 +270,6 @@ def _compared(cells: pd.DataFrame) -> pd.DataFrame:
     reference = against["params"].fillna(cells.join(usual, on=list(GROUP))["usual"])
     cells["params_ratio"] = cells["params"] / reference
     return cells
-
-
-def _paired(cells: pd.DataFrame, timed: pd.DataFrame) -> pd.DataFrame:
-    """Add `rounds` and, for the figures of `_PAIRED`, the ratio to the baseline's measurements nearest in
-    time: its median over the rounds and its interval. The baseline itself has the ratio 1 and no interval."""
-    keys = [*CELL, "replicate", "twin", DISTURBED, "started_at"]
-    each = timed[[*keys, *_PAIRED]].merge(cells[[*CELL, "baseline"]], on=list(CELL))
-    is_baseline = each["label"] == each["baseline"]
-    itself, others = each[is_baseline], each[~is_baseline]
-    ratios = ratios_to(others, itself, [*GROUP, "seq_len", "replicate"], list(_PAIRED))
-    # NaN stays: a figure that was not taken has no ratio
-    ones = itself.assign(**{name: itself[name] / itself[name] for name in _PAIRED}, **{DISTURBED: False})
-    own = one_a_round(pd.concat([ratios, ones]) if len(ratios) else ones, CELL)
-    rounds = own.groupby([*CELL, "replicate"], sort=False, dropna=False)[list(_PAIRED)].median()
-    cells = cells.set_index(list(CELL))
-    itself_cells = cells.index.get_level_values("label") == cells["baseline"]
-    for source, name in _PAIRED.items():
-        intervals = by_cell(rounds[source], list(CELL))
-        cells[f"{name}_ratio"] = rounds[source].groupby(level=list(CELL), sort=False).median()
-        for end in ("low", "high"):
-            cells[f"{name}_ratio_{end}"] = intervals[end].where(~itself_cells)
-        if name == SECONDS:
-            cells["rounds"] = intervals["count"]
-    cells["rounds"] = cells["rounds"].fillna(0).astype(int)
-    cells[RATIO_DISTURBED] = flags(own, list(CELL)).reindex(cells.index).eq(True)
-    least = own[MEASURED].groupby([own[key] for key in CELL], sort=False).min() if MEASURED in own else np.nan
-    cells[MEASURED] = least
-    return cells.reset_index()
 
 
 def at_best_rate(frame: pd.DataFrame, keys: Sequence[str]) -> pd.DataFrame:

@@ -14,6 +14,7 @@ from matplotlib.lines import Line2D
 from bench.report.figures.style import Style
 
 GREY = "#555555"
+DISTURBED_NOTE = " · § timed while something else ran"
 
 
 @dataclass(frozen=True)
@@ -27,13 +28,15 @@ class Look:
 
 @dataclass(frozen=True)
 class Curve:
-    """One figure of a cell as a line; `spread` names the columns of its interval; hollow: predicted."""
+    """One figure of a cell as a line; `spread` names the columns of its interval, `flag` the one that says
+    which points are disturbed; hollow: predicted."""
 
     column: str
     name: str = ""
     spread: tuple[str, str] | None = None
     dashed: bool = False
     hollow: bool = False
+    flag: str = ""
 
 
 def line_of(style: Style, *, label: str = "", dashed: bool = False, hollow: bool = False) -> Line2D:
@@ -72,6 +75,8 @@ def draw_curve(axis: Axes, own: pd.DataFrame, curve: Curve, style: Style, *, x: 
     elif curve.dashed and not curve.hollow:
         line.set_marker("")  # the solid line beside it has the markers
     axis.add_line(line)
+    if curve.flag and curve.flag in own:
+        mark_disturbed(axis, own[own[curve.flag].eq(True)], x, curve.column)
     if curve.spread is None or own[list(curve.spread)].isna().all(axis=None):
         return
     places, low, high = own[x], own[curve.spread[0]], own[curve.spread[1]]
@@ -79,6 +84,17 @@ def draw_curve(axis: Axes, own: pd.DataFrame, curve: Curve, style: Style, *, x: 
         axis.fill_between(places, low, high, color=style.colour, alpha=0.2, linewidth=0)
     else:
         axis.vlines(places, low, high, color=style.colour, linewidth=1.2)
+
+
+def mark_disturbed(axis: Axes, cells: pd.DataFrame, x: str, y: str) -> None:
+    """A § beside the point of each of these cells; `DISTURBED_NOTE` explains it in the footer."""
+    for place, value in zip(cells[x], cells[y], strict=True):
+        axis.annotate("§", (place, value), xytext=(4, 3), textcoords="offset points", fontsize=8, color=GREY)
+
+
+def disturbed_note(cells: pd.DataFrame, *columns: str) -> str:
+    """The end of a footer that explains the §, if any of the columns is true for any cell."""
+    return DISTURBED_NOTE if any(cells[name].eq(True).any() for name in columns if name in cells) else ""
 
 
 def replicates(counts: pd.Series[int]) -> str:

@@ -10,12 +10,14 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
 from bench.report.data.crossing import FIGURES, crossing
+from bench.report.data.disturbed import RATIO_DISTURBED
 from bench.report.data.groups import split
 from bench.report.figures import canvas
 from bench.report.figures.lines import (
     GREY,
     Curve,
     Look,
+    disturbed_note,
     draw_curve,
     interval_of,
     label_handles,
@@ -50,7 +52,8 @@ def ratios(cells: pd.DataFrame, look: Look, title: str, y: str, rings: str = "")
         handles.append(ring([], [], GREY, label=rings))
     if (counts > 1).any():
         handles.append(Patch(color=GREY, alpha=0.2, linewidth=0, label=interval_of(counts)))
-    canvas.dress(figure, title, look.setting, f"{look.footer} · {replicates(counts)}", handles)
+    footer = f"{look.footer} · {replicates(counts)}{disturbed_note(cells, RATIO_DISTURBED)}"
+    canvas.dress(figure, title, look.setting, footer, handles)
     return figure
 
 
@@ -60,7 +63,8 @@ def _line(axis: Axes, own: pd.DataFrame, name: str, style: Style, *, rings: bool
     if own.empty:
         return
     ends = (f"{column}_low", f"{column}_high")
-    draw_curve(axis, own, Curve(column, spread=ends if ends[0] in own else None), style)
+    flag = RATIO_DISTURBED if name == "time" else ""
+    draw_curve(axis, own, Curve(column, spread=ends if ends[0] in own else None, flag=flag), style)
     outcome, place = crossing(list(own["seq_len"]), list(own[column]))
     if rings and outcome in ("from", "until"):
         axis.add_line(ring([place], [1.0], style.colour))

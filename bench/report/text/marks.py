@@ -78,16 +78,17 @@ def sampled(row: pd.Series[Any]) -> str:
 
 
 def interval(rows: Sequence[pd.Series[Any]], name: str, unit: str) -> list[str]:
-    """The intervals of a figure over its replicates."""
+    """The intervals of a time or a rate over its replicates."""
     texts = [units.between(row[f"{name}_low"], row[f"{name}_high"], unit) for row in rows]
-    return marked_range(texts, [row["replicates"] for row in rows])
+    return marked_range(texts, [row["replicates"] for row in rows], [row[DISTURBED] for row in rows])
 
 
-def marked_range(texts: Sequence[str], counts: Iterable[int]) -> list[str]:
-    """Intervals in words, marked where they are the range of two."""
+def marked_range(texts: Sequence[str], counts: Iterable[int], flags: Iterable[bool]) -> list[str]:
+    """Intervals in words, marked where they are the range of two, and where they are of disturbed
+    measurements."""
     return [
-        text + OF_TWO if n == 2 and text != units.MISSING else text
-        for text, n in zip(texts, counts, strict=True)
+        text + (OF_TWO if n == 2 else "") + (CONTAMINATED if flag else "") if text != units.MISSING else text
+        for text, n, flag in zip(texts, counts, flags, strict=True)
     ]
 
 

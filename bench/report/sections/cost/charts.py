@@ -8,7 +8,9 @@ import numpy as np
 import pandas as pd
 
 from bench.report.figures.chart_data import Json, numbers, ticks
+from bench.report.figures.lines import Curve
 from bench.report.sections.cost.plots import BY_LENGTH, CostPlot, with_predictions
+from bench.report.text.marks import disturbed
 
 
 def cost_figures(cells: pd.DataFrame) -> list[Json]:
@@ -44,6 +46,12 @@ def _head(plot: CostPlot) -> Json:
     }
 
 
+def _texts(plot: CostPlot, cells: pd.DataFrame, curve: Curve) -> list[str]:
+    if not curve.flag:
+        return [plot.unit(value) for value in cells[curve.column]]
+    return [disturbed(row, curve.column, plot.unit, curve.flag) for _, row in cells.iterrows()]
+
+
 def _curves(plot: CostPlot, cells: pd.DataFrame) -> list[Json]:
     return [
         {
@@ -51,7 +59,7 @@ def _curves(plot: CostPlot, cells: pd.DataFrame) -> list[Json]:
             "dashed": curve.dashed,
             "hollow": curve.hollow,
             "value": numbers(cells[curve.column].where(cells[curve.column] > 0)),
-            "text": [plot.unit(value) for value in cells[curve.column]],
+            "text": _texts(plot, cells, curve),
             **(
                 {end: numbers(cells[name]) for end, name in zip(("low", "high"), curve.spread, strict=True)}
                 if curve.spread

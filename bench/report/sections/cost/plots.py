@@ -14,9 +14,19 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
 from bench.report.data.compared_time import DEVICE, RATE, SECONDS, SOURCE
+from bench.report.data.disturbed import DISTURBED
 from bench.report.data.groups import split
 from bench.report.figures import canvas
-from bench.report.figures.lines import GREY, Curve, Look, draw_curve, interval_of, line_of, replicates
+from bench.report.figures.lines import (
+    GREY,
+    Curve,
+    Look,
+    disturbed_note,
+    draw_curve,
+    interval_of,
+    line_of,
+    replicates,
+)
 from bench.report.figures.style import Style
 from bench.report.text import units
 
@@ -81,7 +91,9 @@ class CostPlot:
         )
         for axis, (_, part) in zip(axes, parts, strict=True):
             _failures(axis, part, look.styles, top, along.x)
-        canvas.dress(figure, self.title, look.setting, _footer(cells, look), self._legend(cells, look))
+        flags = [curve.flag for curve in self.curves if curve.flag]
+        footer = _footer(cells, look) + disturbed_note(cells, *flags)
+        canvas.dress(figure, self.title, look.setting, footer, self._legend(cells, look))
         return figure
 
     def _tick(self, value: float) -> str:
@@ -191,14 +203,14 @@ BY_LENGTH = (
         "step_time",
         "Time of a training step",
         "time of a step",
-        (Curve(f"{SECONDS}_median", spread=(f"{SECONDS}_low", f"{SECONDS}_high")),),
+        (Curve(f"{SECONDS}_median", spread=(f"{SECONDS}_low", f"{SECONDS}_high"), flag=DISTURBED),),
         units.seconds,
     ),
     CostPlot(
         "throughput",
         "Training throughput",
         "tokens per second",
-        (Curve(f"{RATE}_median", spread=(f"{RATE}_low", f"{RATE}_high")),),
+        (Curve(f"{RATE}_median", spread=(f"{RATE}_low", f"{RATE}_high"), flag=DISTURBED),),
         units.rate,
         more_is_better=True,
     ),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pandas as pd
 
 from bench.report.data.compared_time import RATE, SECONDS
+from bench.report.data.disturbed import RATIO_DISTURBED
 from bench.report.text import units
 from bench.report.text.cells import compared, label_of, or_dash, peak, time_title, wall
 from bench.report.text.columns import Column, each
@@ -21,7 +22,7 @@ def cost(cells: pd.DataFrame) -> list[Column]:
         Column(time_title(cells), [compared(row) for row in rows]),
         Column("95 % interval", interval(rows, SECONDS, "seconds")),
         Column("time / dense", [units.ratio(r[f"{SECONDS}_ratio"]) + against(r) for r in rows]),
-        Column("95 % of ratio", marked_range(ratio_ends, cells["rounds"])),
+        Column("95 % of ratio", marked_range(ratio_ends, cells["rounds"], cells[RATIO_DISTURBED])),
         Column("sampled within", [sampled(row) for row in rows]),
         Column("wall time", [wall(row) for row in rows]),
         Column("throughput", [timed(row, f"{RATE}_median", units.rate) for row in rows]),

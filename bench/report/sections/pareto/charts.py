@@ -9,12 +9,14 @@ import numpy as np
 import pandas as pd
 
 from bench.report.data.baselines import named_means
+from bench.report.data.disturbed import DISTURBED
 from bench.report.data.groups import COMMON, TRAINING
 from bench.report.figures.baselines import DASHES
 from bench.report.figures.chart_data import Json, number, numbers, ticks
 from bench.report.sections.pareto.data import FRONT, SCORES, pools
 from bench.report.sections.pareto.plots import AXES
 from bench.report.text import units
+from bench.report.text.marks import CONTAMINATED
 from bench.report.text.phrases import describe, training
 
 
@@ -48,7 +50,7 @@ def pareto_figures(cells: pd.DataFrame, settings: Mapping[tuple[Any, ...], int])
                 "costs": [
                     {
                         "name": AXES[cost][0],
-                        **_figure(own, cost, AXES[cost][1]),
+                        **_figure(own, cost, AXES[cost][1], DISTURBED if cost == "time" else ""),
                         "front": [mark == FRONT for mark in own[f"{cost}_front"]],
                         "ticks": _cost_ticks(own, cost),
                     }
@@ -66,10 +68,14 @@ def _cost_ticks(own: pd.DataFrame, cost: str) -> list[list[tuple[float, str]]]:
     return ticks(*ends, lambda value: AXES[cost][1](value, short=True), binary=cost == "memory")
 
 
-def _figure(own: pd.DataFrame, name: str, show: Callable[[float], str]) -> Json:
+def _figure(own: pd.DataFrame, name: str, show: Callable[[float], str], flag: str = "") -> Json:
+    marks = own[flag] if flag else [False] * len(own)
     return {
         "value": numbers(own[name]),
         "low": numbers(own[f"{name}_low"]),
         "high": numbers(own[f"{name}_high"]),
-        "text": [show(value) for value in own[name]],
+        "text": [
+            show(value) + (CONTAMINATED if is_marked and not pd.isna(value) else "")
+            for value, is_marked in zip(own[name], marks, strict=True)
+        ],
     }

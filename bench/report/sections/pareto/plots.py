@@ -9,12 +9,21 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from bench.report.data.disturbed import DISTURBED
 from bench.report.data.groups import split
 from bench.report.data.intervals import Floats
 from bench.report.data.kinds import KEEP
 from bench.report.figures import canvas
 from bench.report.figures.baselines import baseline_handles, draw_baselines
-from bench.report.figures.lines import GREY, Look, interval_of, label_handles, replicates
+from bench.report.figures.lines import (
+    GREY,
+    Look,
+    disturbed_note,
+    interval_of,
+    label_handles,
+    mark_disturbed,
+    replicates,
+)
 from bench.report.sections.pareto.data import COSTS, FRONT, SCORES
 from bench.report.text import units
 
@@ -55,6 +64,7 @@ def pareto(cells: pd.DataFrame, look: Look) -> Figure | None:
         handles.append(hollow)
     handles += baseline_handles(cells)
     footer = f"{look.footer} · {interval_of(cells['replicates'])}, {replicates(cells['replicates'])}"
+    footer += disturbed_note(cells[cells["time"].notna()], DISTURBED)
     canvas.dress(
         figure, "Quality against cost, trained on equally many tokens", look.setting, footer, handles
     )
@@ -77,6 +87,8 @@ def _models(axis: Axes, part: pd.DataFrame, cost: str, look: Look) -> None:
             linestyle="",
             elinewidth=1,
         )
+    if cost == "time":
+        mark_disturbed(axis, shown[shown[DISTURBED]], cost, "quality")
     named = shown[shown["activations"] != KEEP]
     for x, y, name in zip(named[cost], named["quality"], named["activations"], strict=True):
         axis.annotate(name, (x, y), xytext=(4, 4), textcoords="offset points", fontsize=6, color=GREY)

@@ -9,9 +9,19 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import PercentFormatter
 
+from bench.report.data.disturbed import DISTURBED
 from bench.report.data.groups import split
 from bench.report.figures import canvas
-from bench.report.figures.lines import GREY, Curve, Look, draw_curve, interval_of, label_handles, replicates
+from bench.report.figures.lines import (
+    GREY,
+    Curve,
+    Look,
+    disturbed_note,
+    draw_curve,
+    interval_of,
+    label_handles,
+    replicates,
+)
 
 
 def utilisation(cells: pd.DataFrame, look: Look) -> Figure | None:
@@ -20,7 +30,7 @@ def utilisation(cells: pd.DataFrame, look: Look) -> Figure | None:
         return None
     parts = list(split(cells, ["depth"]))
     figure, axes = canvas.panels(len(parts))
-    curve = Curve("utilisation", spread=("utilisation_low", "utilisation_high"))
+    curve = Curve("utilisation", spread=("utilisation_low", "utilisation_high"), flag=DISTURBED)
     lengths = cells["seq_len"]
     for number, (axis, (values, part)) in enumerate(zip(axes, parts, strict=True)):
         axis.set_title(f"depth {values['depth']}")
@@ -40,5 +50,6 @@ def utilisation(cells: pd.DataFrame, look: Look) -> Figure | None:
     if (cells["replicates"] > 1).any():
         handles.append(Patch(color=GREY, alpha=0.2, linewidth=0, label=interval_of(cells["replicates"])))
     title = "Utilisation of the machine's matrix products"
-    canvas.dress(figure, title, look.setting, f"{look.footer} · {replicates(cells['replicates'])}", handles)
+    footer = f"{look.footer} · {replicates(cells['replicates'])}{disturbed_note(cells, DISTURBED)}"
+    canvas.dress(figure, title, look.setting, footer, handles)
     return figure

@@ -1,0 +1,71 @@
+"""The timed measurements of cells, with their twins, and the ratios of their times to the baseline."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+
+from bench.report.data.compared_time import RATE, SECONDS
+from bench.report.data.disturbed import DISTURBED, RATIO_DISTURBED, flags, marked, one_a_round
+from bench.report.data.groups import CELL, GROUP
+from bench.report.data.intervals import by_cell
+from bench.report.data.ratios import MEASURED, ratios_to
+from bench.report.data.sampling import ended_short
+
+TIMES = {
+    "step_seconds_median": "step_seconds",
+    "forward_seconds_median": "forward_seconds",
+    "tokens_per_second": "tokens_per_second",
+    "device_seconds_step": "device_seconds",
+    SECONDS: SECONDS,
+    RATE: RATE,
+    "forward_tokens_per_second": "forward_tokens_per_second",
+}
+"""Figures that a disturbance changes → their names in tables."""
+PAIRED = {
+    "step_seconds_median": "step_seconds",
+    "tokens_per_second": "tokens_per_second",
+    SECONDS: SECONDS,
+    RATE: RATE,
+}
+"""Figures whose ratio to dense is taken within each replicate: a slow round slows both."""
+
+
+def timings(frame: pd.DataFrame, every: pd.DataFrame | None) -> pd.DataFrame:
+    """The timed, finished records of the frame and the twins of its cells."""
+    rows = frame
+    if every is not None:
+        twins = every[every["twin"] != 0]
+        known = pd.MultiIndex.from_frame(frame[list(CELL)].drop_duplicates())
+        twins = twins[pd.MultiIndex.from_frame(twins[list(CELL)]).isin(known)]
+        rows = pd.concat([frame, twins]) if len(twins) else frame
+    rows = rows[(rows["status"] == "ok") & rows[list(TIMES)].notna().any(axis=1)]
+    return marked(rows).assign(sampled_short=ended_short(rows))
+
+
+def paired(cells: pd.DataFrame, timed: pd.DataFrame) -> pd.DataFrame:
+    """Add `rounds` and, for the figures of `PAIRED`, the ratio to the baseline's measurements nearest in
+    time: its median over the rounds and its interval. The baseline itself has the ratio 1 and no interval."""
+    keys = [*CELL, "replicate", "twin", DISTURBED, "started_at"]
+    each = timed[[*keys, *PAIRED]].merge(cells[[*CELL, "baseline"]], on=list(CELL))
+    is_baseline = each["label"] == each["baseline"]
+    itself, others = each[is_baseline], each[~is_baseline]
+    ratios = ratios_to(others, itself, [*GROUP, "seq_len", "replicate"], list(PAIRED))
+    # NaN stays: a figure that was not taken has no ratio
+    ones = itself.assign(**{name: itself[name] / itself[name] for name in PAIRED}, **{DISTURBED: False})
+    own = one_a_round(pd.concat([ratios, ones]) if len(ratios) else ones, CELL)
+    rounds = own.groupby([*CELL, "replicate"], sort=False, dropna=False)[list(PAIRED)].median()
+    cells = cells.set_index(list(CELL))
+    itself_cells = cells.index.get_level_values("label") == cells["baseline"]
+    for source, name in PAIRED.items():
+        intervals = by_cell(rounds[source], list(CELL))
+        cells[f"{name}_ratio"] = rounds[source].groupby(level=list(CELL), sort=False).median()
+        for end in ("low", "high"):
+            cells[f"{name}_ratio_{end}"] = intervals[end].where(~itself_cells)
+        if name == SECONDS:
+            cells["rounds"] = intervals["count"]
+    cells["rounds"] = cells["rounds"].fillna(0).astype(int)
+    cells[RATIO_DISTURBED] = flags(own, list(CELL)).reindex(cells.index).eq(True)
+    least = own[MEASURED].groupby([own[key] for key in CELL], sort=False).min() if MEASURED in own else np.nan
+    cells[MEASURED] = least
+    return cells.reset_index()
