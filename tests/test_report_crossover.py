@@ -6,13 +6,11 @@ import math
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from matplotlib.axes import Axes
-from scipy import stats
 from test_report import record, table
 from test_report_memory import frame_of, look, text_of
 
@@ -118,18 +116,13 @@ def test_ratios_are_taken_within_a_replicate(tmp_path: Path) -> None:
     assert (time["low"], time["high"]) == (pytest.approx(1500), pytest.approx(1500))
 
 
-def test_the_interval_is_where_the_ratios_interval_crosses(tmp_path: Path) -> None:
-    time = found_in(tmp_path / "two", crossing_at(1500.0, 0.9, 1.2))["time"]
-    assert time["length"] == pytest.approx(1500 * (0.9 + 1.2) / 2)
-    assert (time["low"], time["high"]) == (pytest.approx(1500 * 0.9), pytest.approx(1500 * 1.2))
-    time = found_in(tmp_path / "three", crossing_at(1500.0, 0.9, 1.0, 1.2))["time"]
-    logs = np.log([0.9, 1.0, 1.2])
-    low, high = stats.t.interval(0.95, 2, logs.mean(), stats.sem(logs))
-    assert time["length"] == pytest.approx(1500)
-    assert (time["low"], time["high"]) == (
-        pytest.approx(1500 * math.exp(low)),
-        pytest.approx(1500 * math.exp(high)),
-    )
+def test_the_interval_holds_the_crossings_of_the_replicates(tmp_path: Path) -> None:
+    """Two replicates without a noise floor say little; five that spread as much say more."""
+    two = found_in(tmp_path / "two", crossing_at(1500.0, 0.9, 1.2))["time"]
+    assert two["length"] == pytest.approx(1500 * (0.9 + 1.2) / 2)
+    assert two["low"] < 1500 * 0.9 < 1500 * 1.2 < two["high"]
+    five = found_in(tmp_path / "five", crossing_at(1500.0, 0.9, 1.0, 1.05, 1.1, 1.2))["time"]
+    assert two["low"] < five["low"] < five["length"] < five["high"] < two["high"]
 
 
 def test_one_replicate_has_no_interval(tmp_path: Path) -> None:
@@ -234,7 +227,8 @@ def test_the_table_says_it_all(tmp_path: Path) -> None:
     (row,) = table(text.split("## Crossover", 1)[1], heading)
     assert row["variant"] == "chunked"
     assert row["lengths"] == "512–8k"
-    assert row["cheaper in time"] == "from 1,575 on (1,350 to 1,800)"
+    assert row["cheaper in time"].startswith("from 1,575 on (")
+    assert " to > 8k)" in row["cheaper in time"]
     assert row["in peak memory"] == "never up to 8k"
     assert row["loss over dense"] == "+0.120 (+0.110 to +0.130) at 2k, width 32, depth 1"
 
