@@ -22,9 +22,9 @@ reports of 80 independent comparisons call any of them different. *found*: how o
 | 5 | 0.0 | 0.0–0.8 | 98–100 |
 | 12 | 0.0 | 0.0–0.8 | 100 |
 
-Two replicates of noise with such long tails are too many errors for a floor that is known. One that is
-estimated is used by its upper bound: with a bound of 1.15 times the floor it is 0.5 to 4 per cent, and 15 %
-is less than the bounds of the committed runs allow.
+With two replicates, noise with long tails and a floor that is known exactly, too many reports call a cell
+different. An estimated floor is used by its upper confidence bound: with a bound of 1.15 times the floor, the
+same simulation gives 0.5 to 4 per cent. Bounds from fewer than 60 pairs are usually larger than that.
 """
 
 from __future__ import annotations

@@ -26,9 +26,9 @@ that varies more than the others from being called different too often: the othe
 `MOST_WEIGHT` times as much as the pair itself, and the drawn variance is never below the pair's own. One pair
 alone keeps its own.
 
-Chosen by simulation, with 64 blocks: how often, in per cent of 200 pools of n equal variants, any pair is
-called different after Holm's correction, and how often a difference of 5 standard deviations between
-replicates is found. *uneven*: the replicates of one variant vary five times as much.
+Chosen by simulation, with 64 blocks: how often, in per cent of 120 to 200 pools of n equal variants, any pair
+is called different after Holm's correction, and how often, of 60 pools, a difference of 5 standard deviations
+between replicates is found. *uneven*: the replicates of one variant vary five times as much.
 
 | n | replicates | equal | uneven | found |
 |---|---|---|---|---|
