@@ -38,7 +38,8 @@ GROUP = ["objective", "data", "d_model", "heads", *SLOTS.values(), "ff_chunks", 
 GROUP += ["dtype", "device", "device_name", "threads", "compile", "activations", "depth"]
 records["compile"] = records["compile"].fillna("off") if "compile" in records else "off"
 CELL = [*GROUP, "variant", "label", "seq_len"]
-TRAINING = ["train_budget", "train_amount", "learning_rate", "eval_split", "eval_stride"]
+TRAINING = ["train_budget", "train_amount", "schedule", "train_state", "learning_rate", "eval_split"]
+TRAINING += ["eval_stride"]
 one = records.sort_values(["started_at", "cell_id"]).groupby([*CELL, *TRAINING, "measure"], dropna=False)
 newest = one["code_sha256"].transform("last")
 records = records[(records["code_sha256"] == newest) & records["budget_bytes"].isna()]

@@ -310,8 +310,9 @@ def test_the_same_cell_twice_in_a_command_runs_once(tmp_path: Path) -> None:
     cells = ["variant=dense,chunked,dense", "seq_len=32,32", "data=stdlib", "measure=plan"]
     done = bench("-m", *cells, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    twice, first, second = done.stderr.splitlines()
+    twice, read, first, second = done.stderr.splitlines()
     assert twice == "4 of 6 cells are duplicates and run only once; twin=0,1 measures a cell twice"
+    assert read.startswith("data=stdlib: train ")
     assert first.startswith("[1/2] ok ")
     assert second.startswith("[2/2] ok ")
     assert len(records(tmp_path / "results/adhoc")) == 2

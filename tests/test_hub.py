@@ -577,7 +577,8 @@ def entry(name: str) -> dict[str, Any]:
 def test_the_entry_holds_the_defaults(name: str) -> None:
     knobs = entry(name)
     corpus = {"name": name, "path": None, "max_bytes": HUB_SETS[name].max_bytes}
-    assert knobs == {**corpus, "bpe": None, "tokenizer": None}
+    others = dict.fromkeys(("bpe", "tokenizer", "max_undecodable", "field", "split"))
+    assert knobs == {**corpus, **others}
 
 
 @pytest.mark.parametrize("name", HUB_SETS)

@@ -130,7 +130,7 @@ def test_models_of_ids_whose_bytes_are_unknown_have_no_rank(tmp_path: Path) -> N
     masked = [record(name, objective="mlm", bits_per_byte=None) for name in ("dense", "chunked")]
     cells = quality_cells(frame_of(tmp_path / "cells", [*unknown, *masked])).set_index(["objective", "label"])
     assert cells["no_baseline"].to_dict() == {key: key[0] == "clm" for key in cells.index}
-    assert cells["rank"].isna().to_dict() == {key: key[0] == "clm" for key in cells.index}
+    assert cells["rank_low"].isna().to_dict() == {key: key[0] == "clm" for key in cells.index}
     text = (build(write(tmp_path / "e", unknown), plots=False) / "summary.md").read_text()
     rows = table(text.split("## Quality", 1)[1], "### clm, data plays")
     assert {(row["rank"], row["variant"]) for row in rows} == {("–", "chunkedⁿ"), ("–", "denseⁿ")}

@@ -143,8 +143,8 @@ def test_the_noise_floor_is_of_the_time_that_is_compared(tmp_path: Path) -> None
     ]
     every = collect(write(tmp_path / "demo", twins)).every
     assert pairs(every).log_ratio.to_list() == pytest.approx([np.log(1.01)] * 3)
-    (floor,) = floors(pairs(every)).values()
-    assert 0.01 < floor < 0.04
+    (floor,) = floors(every).values()
+    assert 0.01 < floor < np.log(1.5), "of three pairs the bound is far above the estimate"
 
 
 def test_two_runs_are_compared_by_the_time_that_both_have(tmp_path: Path) -> None:

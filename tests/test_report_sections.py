@@ -222,9 +222,10 @@ def test_a_section_that_would_overwrite_is_one_line(folder: Path, wrong: Heads, 
 def test_a_section_without_data_has_neither_heading_nor_file(folder: Path) -> None:
     """Two cells of one length: no growth, no crossover, no budgets, no training curves."""
     report = builder.build_report(folder, plots=False)
-    assert {path.stem for path in report.glob("*.csv")} == {"summary", "noise", "pareto", "differences"}
+    files = {"summary", "noise", "noise_by_length", "pareto", "differences"}
+    assert {path.stem for path in report.glob("*.csv")} == files
     headings = re.findall(r"^## (.*)$", (report / "summary.md").read_text(), re.M)
-    assert headings == ["Cost", "Pareto fronts", "Memory", "Quality", "Parameters", "Gates"]
+    assert headings == ["Cost", "Pareto fronts", "Memory", "Quality", "Parameters", "Gates", "Noise"]
 
 
 # --- read from the sources ------------------------------------------------------------------------

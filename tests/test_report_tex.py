@@ -23,6 +23,7 @@ PLAIN = {
     r"$\approx$": "≈",
     r"$\pm$": "±",
     r"$\geq$": "≥",
+    "$-$": "−",
 }
 PLAIN |= {"{-}": "-", "{[}": "[", "{]}": "]"}
 PLAIN |= {r"\textsuperscript{r}": "ʳ", r"\textsuperscript{p}": "ᵖ", r"\textdagger{}": "†", r"\S{}": "§"}

@@ -23,8 +23,9 @@ from bench.train.step import optimizer_for, training_step
 from variants.base import Workload
 
 ON_HOST = [name for name, strategy in strategies.STRATEGIES.items() if not strategy.needs_device]
-TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 4e-3}
-"""Largest error of a gradient, relative to the largest entry of any: rounding of the matrix products."""
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 5e-3}
+"""Largest error of a gradient, relative to the largest entry of any: rounding of the matrix products. Two
+neighbours in bfloat16 differ by up to 0.0078."""
 
 REPLAYED = [name for name in ON_HOST if name not in ("keep", "checkpoint", "reversible")]
 

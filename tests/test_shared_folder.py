@@ -149,7 +149,8 @@ def test_what_a_cell_could_not_write_is_known_before_it_is_measured(
         places, run(tmp_path, [bench("022", tmp_path / place, 1) for place in places]), strict=True
     ):
         assert status == 2
-        (line,) = errors.splitlines()
+        *read, line = errors.splitlines()
+        assert all(said.startswith("data=") for said in read)
         assert line.startswith(f"error: results_dir: cannot {'lock' if place == '.claims' else 'write'}")
         assert f"/{place}/adhoc" in line
         assert len(list((tmp_path / place / "adhoc/records").glob("*.json"))) == 1

@@ -98,10 +98,10 @@ def compare(first: Run, second: Run) -> Comparison:
     figures_of = groups[FIGURES].median()
     timings = timed.groupby([*CELL, "run"], sort=False, dropna=False)
     figures_of[TIMES] = timings[TIMES].median()
-    disturbed = timings[DISTURBED].any().unstack("run")
     medians = figures_of.unstack("run")
     statuses = groups["status"].agg(lambda values: ", ".join(sorted(values.unique()))).unstack("run")
     matched = statuses.notna().all(axis=1)
+    disturbed = timings[DISTURBED].any().unstack("run").reindex(index=statuses.index, columns=[0, 1])
     columns = {f"status_{end}": statuses[run] for run, end in enumerate(("first", "second"))}
     columns["same_data"] = groups["hash"].first().unstack("run").nunique(axis=1) == 1
     columns |= {

@@ -58,7 +58,7 @@ def training(values: Mapping[str, Any], keys: Sequence[str]) -> list[str]:
     words = []
     if "train_budget" in keys or "train_amount" in keys:
         words.append(units.budget(values["train_budget"], values["train_amount"]))
-    if "schedule" in keys:
+    if "schedule" in keys and values["schedule"] != "cosine":
         words.append(f"schedule {values['schedule']}")
     if "train_state" in keys and values["train_state"] == "carried":
         words.append("state carried between steps")

@@ -68,19 +68,19 @@ def _has_list(values: pd.Series[Any]) -> pd.Series[bool]:
 def _figures(own: pd.DataFrame, kind: str) -> list[dict[str, Any]]:
     """A row for each size that all records of a cell have."""
     sizes, losses, errors = _SOURCES[kind]
-    own = own[_has_list(own[losses])]
+    needed = (losses, sizes, "nll_longer", "bits_per_byte_longer")
+    own = own[np.logical_and.reduce([_has_list(own[key]) for key in needed])]
     if own.empty:
         return []
-    common = min(own[sizes], key=len)
-    table = np.array([_floats(values)[: len(common)] for values in own[losses]])  # (R, K) nats
+    known = min(len(values) for key in (sizes, losses) for values in own[key])
+    common = own[sizes].iloc[0][:known]
+    table = np.array([_floats(values)[:known] for values in own[losses]])  # (R, K) nats
     first = np.array([_floats(values)[0] for values in own["nll_longer"]])
     bits = np.array([_floats(values)[0] for values in own["bits_per_byte_longer"]])
     factor = (bits / first)[:, None]  # of the targets, which all sizes share
     table *= factor
-    text = [
-        [math.nan] * len(common) if values is None else _floats(values)[: len(common)]
-        for values in own[errors]
-    ]
+    unknown = [math.nan] * known
+    text = [(_floats(values if isinstance(values, list) else []) + unknown)[:known] for values in own[errors]]
     groups = float((own["tokens_evaluated_longer"] / (own["seq_len"] // GROUP_SHARE)).min())
     extra = table - table[:, :1]
     half = _half_width(extra, np.array(text) * factor, groups)

@@ -64,7 +64,8 @@ def orders(every: pd.DataFrame, cells: pd.DataFrame) -> pd.DataFrame:
     every other one, of the means over replicates. Takes `with_budgets` and the cells of quality.
     """
     sound = cells.loc[~cells["leaks"].eq(True) & ~cells["is_other_rate"], [*BUDGET, *MODEL]]
-    every = every.merge(sound, on=[*BUDGET, *MODEL])
+    keys = [*BUDGET, *MODEL]  # as objects, because a key without a value in one of them is a float there
+    every = every.astype(dict.fromkeys(keys, object)).merge(sound.astype(object), on=keys)
     rows = []
     for values, own in every.groupby(list(BUDGET), sort=False, dropna=False):
         largest = own["tokens"] == own.groupby(MODEL, dropna=False)["tokens"].transform("max")
