@@ -242,9 +242,7 @@ def bounds(logs, rows):  # the floor and its upper bound, as logarithms
     return floor, floor * np.sqrt(freedom / stats.chi2.ppf(0.05, freedom))
 
 
-found = {
-    name: bounds(logs, sound[sound["device_name"] == name]) for name, logs in aa.groupby("device_name")
-}
+found = {name: bounds(logs, sound[sound["device_name"] == name]) for name, logs in aa.groupby("device_name")}
 uppers = pd.Series({name: ends[1] for name, ends in found.items()}, dtype=float)
 noise = pd.DataFrame({name: np.exp(ends) for name, ends in found.items()}, index=["floor", "upper"]).T
 noise["pairs"] = aa.groupby("device_name").size()

@@ -99,3 +99,10 @@ def test_strategies_keep_their_order_and_looks_whatever_stands_beside_them() -> 
     assert list(beside) == [*STRATEGIES, "archive", "zip"]
     assert {name: beside[name] for name in alone} == alone
     assert len({(look.colour, look.marker) for look in beside.values()}) == len(beside)
+
+
+def test_a_ratio_that_says_nothing_is_written_without_its_digits() -> None:
+    assert units.above_one(1.123) == "12.3 %"
+    assert units.above_one(11.0) == "1,000 %"
+    assert units.above_one(12.0) == units.above_one(math.inf) == "over 1,000 %"
+    assert units.above_one(math.nan) == units.MISSING

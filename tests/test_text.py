@@ -111,9 +111,10 @@ def test_training_windows_reach_the_whole_stream() -> None:
 
 
 @settings(deadline=None)
-@given(seq_len=st.integers(1, 200), batch_size=st.integers(1, 4), replicate=st.integers(0, 50))
+@given(seq_len=st.integers(20, 200), batch_size=st.integers(1, 4), replicate=st.integers(0, 50))
 def test_continuous_rows_go_on_where_they_stopped(seq_len: int, batch_size: int, replicate: int) -> None:
-    """Until the end of the text, after which a row begins again."""
+    """Until the end of the text, after which a row begins again. Windows of noise are found by their content,
+    which a few bytes do not determine."""
     task = task_of(seq_len=seq_len, batch_size=batch_size, replicate=replicate, is_continuous=True)
     stream = CORPUS.train_stream.tobytes()
     places = len(stream) - seq_len

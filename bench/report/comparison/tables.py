@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from bench.records.configurations import UNKNOWN
@@ -85,7 +85,7 @@ def _facts(run: Run) -> dict[str, str]:
 def _floor(floor: Floor) -> str:
     if not floor.method:
         return "unknown, no A/A cells"
-    estimate, upper = (units.percent(math.expm1(value)) for value in (floor.estimate, floor.upper))
+    estimate, upper = (units.above_one(float(np.exp(value))) for value in (floor.estimate, floor.upper))
     return f"{estimate}, at most {upper}"
 
 

@@ -131,6 +131,18 @@ def percent(value: float | None) -> str:
     return MISSING if value is None or math.isnan(value) else f"{digits(value * 100)} %"
 
 
+LARGEST_EXCESS = 10.0
+"""Share above 1 of a ratio whose digits are still shown."""
+
+
+def above_one(ratio: float) -> str:
+    """How much a ratio is above 1, in percent; one that says nothing, such as a bound from two pairs, without
+    its digits: over 1,000 %."""
+    if not math.isnan(ratio) and ratio - 1 > LARGEST_EXCESS:
+        return f"over {percent(LARGEST_EXCESS)}"
+    return percent(ratio - 1)
+
+
 def share(mean: float | None, deviation: float | None = None) -> str:
     """A share in percent, with its deviation if there is one: 98.4 %, 98.4 ± 0.3 %."""
     if mean is None or math.isnan(mean):

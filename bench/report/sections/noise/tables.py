@@ -38,18 +38,14 @@ def lengths(noise: pd.DataFrame) -> list[Column]:
         each(noise, "length", "seq_len", str, optional=False),
         each(noise, "A/A pairs", "pairs", str, optional=False),
         Column("disturbed", [_disturbed(row) or units.MISSING for row in rows]),
-        Column("median difference", [_share(row["median"]) for row in rows]),
-        Column("floor", [_share(row["floor"]) for row in rows]),
-        Column("at most", [_share(row["upper"]) for row in rows]),
+        Column("median difference", [units.above_one(row["median"]) for row in rows]),
+        Column("floor", [units.above_one(row["floor"]) for row in rows]),
+        Column("at most", [units.above_one(row["upper"]) for row in rows]),
         Column("by", [METHODS[row["method"]] or units.MISSING for row in rows], right=False),
         each(noise, "measurements", "measurements", str),
         each(noise, "short of precision", "sampled_short", str),
         Column("half-width", [_widths(row) or units.MISSING for row in rows]),
     ]
-
-
-def _share(ratio: float) -> str:
-    return units.MISSING if units.missing(ratio) else units.percent(ratio - 1)
 
 
 def _disturbed(row: pd.Series[Any]) -> str:
@@ -74,8 +70,8 @@ def _floor(row: pd.Series[Any]) -> str:
     elif row["left_out"]:
         pairs += f" without {row['left_out']} contaminated"
     return (
-        f"{_share(row['floor'])}, at most {_share(row['upper'])} with 95 % confidence "
-        f"({METHODS[row['method']]}, {pairs}; half of them are within {_share(row['median'])}); "
+        f"{units.above_one(row['floor'])}, at most {units.above_one(row['upper'])} with 95 % confidence "
+        f"({METHODS[row['method']]}, {pairs}; half of them are within {units.above_one(row['median'])}); "
         "differences are compared with the latter"
     )
 
@@ -95,7 +91,7 @@ def _found(row: pd.Series[Any]) -> str:
     with_n = {int(row["replicates"]): row["found"]}
     if row["replicates"] < SUGGESTED:
         with_n[SUGGESTED] = row["found_suggested"]
-    phrases = [f"with {n} replicates from {_share(ratio)}" for n, ratio in with_n.items() if n > 1]
+    phrases = [f"with {n} replicates from {units.above_one(ratio)}" for n, ratio in with_n.items() if n > 1]
     family = f", among {row['comparisons']} comparisons" if row["comparisons"] > 1 else ""
     return f"{', '.join(phrases)} (in 95 % of repeats, resampled from these pairs{family})"
 
