@@ -219,7 +219,8 @@ def test_twins_are_cells_of_their_own_and_run_after_the_others_of_their_round(tm
 
 @pytest.mark.slow
 def test_only_contaminated_cells_are_run_again_and_only_if_asked(tmp_path: Path) -> None:
-    sweep = ["-m", "replicate=0,1", *QUICK]
+    """Once a sweep has ended without measuring them again by itself."""
+    sweep = ["-m", "replicate=0,1", "remeasure=false", *QUICK]
     assert bench(*sweep, cwd=tmp_path).returncode == 0
     folder = tmp_path / "results/adhoc/records"
     for path in folder.iterdir():
