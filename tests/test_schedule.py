@@ -11,14 +11,19 @@ from typing import Any
 
 import pytest
 import torch
+from hydra_sweeps import swept
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 import variants
 from bench.config.spec import MeasureSpec
+from bench.measure import predict
+from bench.model.activations import STRATEGIES
 from bench.model.language_model import LanguageModel
 from bench.model.slots import ModelSpec, feed_forward
+from bench.scenarios.support import Unsupported, check_supported
+from bench.scenarios.training import TrainingRun
 from bench.tasks.base import Batch
 from bench.train import checkpoints, loop
 from bench.train.checkpoints import CheckpointStore
@@ -257,3 +262,46 @@ def test_a_rate_that_diverges_is_not_the_best() -> None:
     assert list(found.nlls) == [1e-4, 1e-3, 1e-2, 1e-1], "which is at an end"
     lower = search((1e-3, 1e-2), lambda _: math.inf)
     assert list(lower.nlls) == [1e-5, 1e-4, 1e-3, 1e-2], "if all diverge, lower ones may not"
+
+
+SMALL = ("data=stdlib", "seq_len=32", "depth=1", "model.d_model=16", "measure=standard")
+TRAINED = ("measure.train_tokens=256", "measure.eval_tokens=64", "measure.schedule=wsd")
+
+
+def test_only_steps_of_training_are_compiled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is scored during training has other shapes, for which the compiler would start again."""
+    (cell,) = swept(*SMALL, *TRAINED, "measure.train_budgets=2", "measure.validations=2")
+    model = predict.build_model(cell.spec)
+    has_gradients: list[bool] = []
+
+    def compiled(visits: Any, *others: Any) -> Any:
+        has_gradients.append(torch.is_grad_enabled())
+        return STRATEGIES["keep"].run(visits, *others)
+
+    monkeypatch.setattr("bench.scenarios.training.compiling", lambda model, _: model.running(compiled))
+    store = CheckpointStore(
+        folder=tmp_path, cell_id="c", code_sha256="x", device_name=None, every_seconds=math.inf
+    )
+    make_task, config, setting = cell.spec.task()
+    told: dict[str, Any] = {}
+    run_of_cell = TrainingRun(
+        spec=cell.spec,
+        task=make_task(config, setting),
+        device=torch.device("cpu"),
+        folder=tmp_path,
+        checkpoints=store,
+        report=told.update,
+    )
+    training = run_of_cell.run(model)
+    assert len(training.results) == 1
+    assert len(told["validation_nll"]) == 2
+    assert has_gradients == [True] * (8 + 1)  # 256 tokens, and the decay of the branch
+
+
+def test_a_task_without_continuous_text_carries_no_state() -> None:
+    """Its sequences have nothing to do with each other."""
+    carried = (*TRAINED, "measure=standard", "measure.carry_state=true", "variant=transformer_xl")
+    (text,), (task,) = (swept(*carried, data) for data in ("data=stdlib", "data=mqar"))
+    check_supported(text.spec)
+    with pytest.raises(Unsupported, match="carry_state=true: data=mqar has no continuous text"):
+        check_supported(task.spec)

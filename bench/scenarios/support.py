@@ -7,6 +7,7 @@ import torch
 from bench.config.spec import CellSpec
 from bench.measure.predict import CPU
 from bench.model.activations import STRATEGIES
+from bench.tasks.text import Text
 
 
 class Unsupported(Exception):
@@ -33,6 +34,9 @@ def check_supported(spec: CellSpec) -> None:
         )
     if reason := STRATEGIES[spec.activations].unsupported(device.type, spec.compile):
         raise Unsupported(f"activations={spec.activations}: {reason}")
+    task, _, _ = spec.task()
+    if spec.measure.carry_state and not issubclass(task, Text):
+        raise Unsupported(f"measure.carry_state=true: data={spec.data.name} has no continuous text")
     needs_plan = not spec.measure.execute or spec.measure.budget is not None
     if needs_plan and (reason := missing_kernel(spec, CPU)):
         raise Unsupported(f"a plan runs on fake tensors of the CPU: {reason}")

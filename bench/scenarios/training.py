@@ -46,7 +46,13 @@ class TrainingRun:
         """Train the model with the budgets of the cell. Raises Diverged."""
         learning_rate = self._learning_rate(model)
         measure, budget = self.spec.measure, self._budget(model)
-        validation_task = self._with_split("validation") if measure.validations else None
+        validation_task = self._with_split("validation") if measure.validations else self.task
+        eager = model.run_blocks, model.run_segment
+
+        def score(task: Task) -> float:
+            with model.running(*eager):  # other shapes than those that training has compiled
+                return nll_of(self.spec, task, model, self.device)
+
         training = self._train(
             self.spec,
             self.task,
@@ -54,8 +60,8 @@ class TrainingRun:
             budget,
             learning_rate,
             checkpoints=self.checkpoints,
-            evaluate=lambda: nll_of(self.spec, self.task, model, self.device),
-            validate=lambda: nll_of(self.spec, validation_task or self.task, model, self.device),
+            evaluate=lambda: score(self.task),
+            validate=lambda: score(validation_task),
             validations=measure.validations,
         )
         self.report({"tokens_trained": training.tokens, "train_seconds": training.seconds})
