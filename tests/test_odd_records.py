@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from test_records import record_of
 
@@ -127,6 +127,8 @@ def report_of(found: list[Record]) -> None:
 
 @given(st.integers(0, 2**32), st.integers(1, 6))
 @settings(deadline=None, max_examples=4)
+@example(3706550, 2)  # cells that start in the year 9999
+@example(226, 1)  # losses by position without the lengths of the sequences
 def test_whatever_readable_records_hold_a_report_is_drawn(seed: int, count: int) -> None:
     report_of(odd_records(seed, count))
 

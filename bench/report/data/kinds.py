@@ -16,6 +16,19 @@ def predicted(sources: pd.Series[Any]) -> pd.Series[bool]:
     return sources.astype(object).fillna("").astype(str).str.contains("predicted")
 
 
+def has_list(values: pd.Series[Any]) -> pd.Series[bool]:
+    """Whether each value is a list with elements."""
+    return values.map(lambda value: isinstance(value, list) and len(value) > 0).astype(bool)
+
+
+def with_lists(frame: pd.DataFrame, *keys: str) -> pd.DataFrame:
+    """The finished records that have a list with elements at each of the keys."""
+    kept = frame[frame["status"] == "ok"]
+    for key in keys:
+        kept = kept[has_list(kept[key])]
+    return kept
+
+
 @dataclass(frozen=True)
 class Kinds:
     """An experiment's records by the question of their cell.

@@ -52,4 +52,5 @@ def _start(rows: pd.DataFrame) -> pd.Series[float]:
     if "started_at" not in rows:
         return pd.Series(np.nan, index=rows.index)
     times = pd.to_datetime(rows["started_at"], utc=True, format="ISO8601", errors="coerce")
-    return (times - pd.Timestamp(0, tz="UTC")).dt.total_seconds()
+    # The unit of seconds: dates beyond the year 2262 have no number of nanoseconds.
+    return (times - pd.Timestamp(0, unit="s", tz="UTC").as_unit("s")).dt.total_seconds()

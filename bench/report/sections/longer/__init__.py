@@ -10,6 +10,7 @@ import pandas as pd
 
 from bench.report.data.experiment import Experiment
 from bench.report.data.groups import SETTING
+from bench.report.data.kinds import with_lists
 from bench.report.figures.spec import FigureSpec
 from bench.report.sections import Section
 from bench.report.sections.longer.data import TOLERANCE, longer_cells
@@ -57,8 +58,7 @@ class Longer(Section[LongerData]):
     def compute(self, records: Experiment, done: Mapping[str, Any]) -> LongerData:
         """One row a cell and length or memory."""
         frame = records.kinds.plain
-        has_list = [isinstance(v, list) and len(v) > 0 for v in frame["nll_longer_by_position"]]
-        drawn = frame[(frame["status"] == "ok") & pd.Series(has_list, index=frame.index, dtype=bool)]
+        drawn = with_lists(frame, "nll_longer_by_position", "longer_lengths")
         return LongerData(longer_cells(frame), drawn)
 
     def tables(self, data: LongerData) -> list[Table]:

@@ -10,6 +10,7 @@ import pandas as pd
 
 from bench.report.data.groups import CELL, TRAINING
 from bench.report.data.intervals import Floats, student
+from bench.report.data.kinds import has_list, with_lists
 from bench.report.data.statistics import BASELINE, LEAK_LIMIT
 
 KEYS = [*CELL, *TRAINING]
@@ -36,7 +37,7 @@ def longer_cells(frame: pd.DataFrame) -> pd.DataFrame:
     The interval contains the chance of the text, over groups of targets, which replicates share, and that of
     the seed, over replicates.
     """
-    asked = frame["longer_reason"].notna() | _has_list(frame["nll_longer"])
+    asked = frame["longer_reason"].notna() | has_list(frame["nll_longer"])
     ok = frame[(frame["status"] == "ok") & asked]
     rows: list[dict[str, Any]] = []
     for values, own in ok.groupby(KEYS, sort=False, dropna=False):
@@ -46,7 +47,7 @@ def longer_cells(frame: pd.DataFrame) -> pd.DataFrame:
             "reason": "; ".join(own["longer_reason"].dropna().unique()) or None,
             "leaks": own["leak_max_abs"].max() > LEAK_LIMIT,
         }
-        measured = own[_has_list(own["nll_longer"])]
+        measured = own[has_list(own["nll_longer"])]
         figures = [row for kind in _SOURCES for row in _figures(measured, kind)]
         rows += [{**cell, **row} for row in figures or [{"replicates": 0}]]
     if not rows:
@@ -60,20 +61,17 @@ def longer_cells(frame: pd.DataFrame) -> pd.DataFrame:
     return cells.sort_values(order, ignore_index=True, kind="stable").drop(columns=["none", "later"])
 
 
-def _has_list(values: pd.Series[Any]) -> pd.Series[bool]:
-    has = values.map(lambda value: isinstance(value, list) and len(value) > 0)
-    return has.astype(bool)
-
-
 def _figures(own: pd.DataFrame, kind: str) -> list[dict[str, Any]]:
     """A row for each size that all records of a cell have."""
     sizes, losses, errors = _SOURCES[kind]
     needed = (losses, sizes, "nll_longer", "bits_per_byte_longer")
-    own = own[np.logical_and.reduce([_has_list(own[key]) for key in needed])]
+    own = with_lists(own, *needed)
     if own.empty:
         return []
     known = min(len(values) for key in (sizes, losses) for values in own[key])
     common = own[sizes].iloc[0][:known]
+    if common[0] is None:
+        return []
     table = np.array([_floats(values)[:known] for values in own[losses]])  # (R, K) nats
     first = np.array([_floats(values)[0] for values in own["nll_longer"]])
     bits = np.array([_floats(values)[0] for values in own["bits_per_byte_longer"]])
@@ -81,7 +79,8 @@ def _figures(own: pd.DataFrame, kind: str) -> list[dict[str, Any]]:
     table *= factor
     unknown = [math.nan] * known
     text = [(_floats(values if isinstance(values, list) else []) + unknown)[:known] for values in own[errors]]
-    groups = float((own["tokens_evaluated_longer"] / (own["seq_len"] // GROUP_SHARE)).min())
+    targets = own["tokens_evaluated_longer"].astype(float)
+    groups = float((targets / (own["seq_len"] // GROUP_SHARE).clip(lower=1)).min())
     extra = table - table[:, :1]
     half = _half_width(extra, np.array(text) * factor, groups)
     return [
@@ -96,18 +95,21 @@ def _figures(own: pd.DataFrame, kind: str) -> list[dict[str, Any]]:
             "extra_half": half[k],
         }
         for k, size in enumerate(common)
+        if size is not None
     ]
 
 
 def _half_width(extra: Floats, text: Floats, groups: float) -> Floats:
     """(K,) half the width of the interval of differences (R, K), given the errors over text (R, K); NaN for a
-    single group.
+    single group, and for an unknown number of groups.
 
     Half the widths of the intervals over groups and over replicates, each by Student's t, are added as
     squares. In simulations with 16 groups and three or five replicates this covers 96 to 98 %; degrees of
     freedom by Welch and Satterthwaite cover 93 to 96 %. Two replicates, for which Student's t is too wide to
     show anything, have their range, extended at both ends by the interval over groups; it covers less.
     """
+    if math.isnan(groups):
+        return np.full(text.shape[1], math.nan)
     over_text = student(max(1, round(groups) - 1)) * np.sqrt((text**2).mean(axis=0))
     replicates = len(extra)
     if replicates == 1:

@@ -41,13 +41,16 @@ def by_position(frame: pd.DataFrame, look: Look) -> Figure | None:
 
 
 def _line(own: pd.DataFrame) -> Line | None:
+    """None where no record says how long its longest sequences are."""
+    longest = max((n for lengths in own["longer_lengths"] for n in lengths if n is not None), default=None)
+    if longest is None:
+        return None
     values = [
         [np.nan if nats is None else nats * factor for nats in losses]
         for losses, factor in zip(own["nll_longer_by_position"], in_loss_unit(own), strict=True)
     ]
     parts = max(map(len, values))
-    part = max(lengths[-1] for lengths in own["longer_lengths"]) / parts
-    return over_replicates(values, (np.arange(parts) + 0.5) * part)
+    return over_replicates(values, (np.arange(parts) + 0.5) * longest / parts)
 
 
 def _mark(axis: Axes, own: pd.DataFrame, line: Line, style: Style) -> None:

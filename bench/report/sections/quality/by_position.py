@@ -7,16 +7,11 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from bench.report.data.kinds import with_lists
 from bench.report.figures.baselines import in_loss_unit, loss_unit
 from bench.report.figures.families import Family, Line, draw_family, octaves, over_replicates
 from bench.report.figures.lines import GREY, Look, ring
 from bench.report.figures.style import Style
-
-
-def _with_list(frame: pd.DataFrame, key: str) -> pd.DataFrame:
-    """The finished records that have the list."""
-    has_list = [isinstance(value, list) and len(value) > 0 for value in frame[key]]
-    return frame[(frame["status"] == "ok") & np.array(has_list, dtype=bool)]
 
 
 def _losses(own: pd.DataFrame, key: str) -> list[list[float]]:
@@ -44,7 +39,7 @@ def by_position(frame: pd.DataFrame, look: Look) -> Figure | None:
         line=line,
         axis=octaves,
     )
-    return draw_family(_with_list(frame, "nll_by_position"), look, family)
+    return draw_family(with_lists(frame, "nll_by_position"), look, family)
 
 
 def by_answer(frame: pd.DataFrame, look: Look) -> Figure | None:
@@ -65,7 +60,7 @@ def by_answer(frame: pd.DataFrame, look: Look) -> Figure | None:
         line=line,
         axis=_numbers,
     )
-    return draw_family(_with_list(frame, "nll_by_answer"), look, family)
+    return draw_family(with_lists(frame, "nll_by_answer"), look, family)
 
 
 def _numbers(axis: Axes, largest: float) -> None:
@@ -103,4 +98,4 @@ def by_history(frame: pd.DataFrame, look: Look) -> Figure | None:
         mark=mark,
         handles=(ring([], [], GREY, label="effective context"),),
     )
-    return draw_family(_with_list(frame, "nll_by_history"), look, family)
+    return draw_family(with_lists(frame, "nll_by_history"), look, family)
