@@ -16,7 +16,7 @@ from bench.records import Record
 from bench.report import build
 from bench.report.data.collect import collect
 from bench.report.sections.training.data import training_curves
-from bench.report.sections.training.plots import BINS, training_loss
+from bench.report.sections.training.plots import BINS, training_loss, validation_loss
 from bench.train import loss_curve as kept
 
 
@@ -64,3 +64,26 @@ def test_a_file_that_is_no_curve_is_named_and_left_out(tmp_path: Path) -> None:
     text = (build(folder) / "summary.md").read_text()
     assert "c1.csv: not a training curve" in text
     assert "](plots/training_loss.png)](plots/training_loss.svg)" in text
+
+
+def test_validation_loss_is_over_the_records_that_were_validated_at_the_same_tokens(tmp_path: Path) -> None:
+    """One replicate ended early, and one number is missing: a point has the records that have it."""
+    folder = tmp_path / "e"
+    write(
+        folder,
+        [
+            record(
+                replicate=0, cell_id="a", validation_tokens=[100, 200, 300], validation_nll=[4.0, 3.0, 2.0]
+            ),
+            record(replicate=1, cell_id="b", validation_tokens=[100, 200], validation_nll=[6.0, None]),
+            record(replicate=2, cell_id="c"),
+        ],
+    )
+    report = build(folder)
+    assert "](plots/validation_loss.png)](plots/validation_loss.svg)" in (report / "summary.md").read_text()
+    frame = collect(folder).frame
+    figure = validation_loss(frame[frame["validation_nll"].notna()], look(frame))
+    assert figure is not None
+    (line,) = figure.axes[0].get_lines()
+    assert list(np.asarray(line.get_xdata())) == [100, 200, 300]
+    assert list(np.asarray(line.get_ydata())) == pytest.approx([n / math.log(2) for n in (5.0, 3.0, 2.0)])

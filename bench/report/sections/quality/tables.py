@@ -109,7 +109,7 @@ def quality(cells: pd.DataFrame) -> list[Column]:
         each(cells, "length", "seq_len", str, optional=False),
         of_models("width", "d_model"),
         of_models("heads", "heads"),
-        each(cells, "depth", "depth", str, optional=False),
+        of_models("depth", "depth"),
         *training_columns(cells, varying_training),
         Column("tokens trained", [_learnt(row) for row in rows]),
         Column("bits per byte", [_bits(row) for row in rows]),

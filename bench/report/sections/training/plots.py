@@ -1,4 +1,4 @@
-"""Training loss against tokens, a line a variant."""
+"""Loss against the tokens of training, a line a variant: on the trained batches and the validation split."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def training_loss(frame: pd.DataFrame, look: Look) -> Figure | None:
     family = Family(
         title="Training loss",
         x="tokens trained on",
-        y=loss_unit(frame) if frame["bits_per_byte"].notna().any() else "nats per target",
+        y=_unit(frame),
         baselines=True,
         footer="median and min–max over {}; a point is the mean of the steps since the one before",
         line=_binned,
@@ -29,6 +29,45 @@ def training_loss(frame: pd.DataFrame, look: Look) -> Figure | None:
         markers=False,
     )
     return draw_family(frame, look, family)
+
+
+def validation_loss(frame: pd.DataFrame, look: Look) -> Figure | None:
+    """Loss on the validation split against tokens; takes records that have `validation_tokens`.
+
+    The baselines are not drawn, because they are scored on another split.
+    """
+    family = Family(
+        title="Validation loss",
+        x="tokens trained on",
+        y=_unit(frame),
+        footer="mean and min–max over {}; the same text of the validation split each time",
+        line=_validated,
+        axis=_tokens,
+    )
+    return draw_family(frame, look, family)
+
+
+def _unit(frame: pd.DataFrame) -> str:
+    return loss_unit(frame) if frame["bits_per_byte"].notna().any() else "nats per target"
+
+
+def _validated(own: pd.DataFrame) -> Line | None:
+    """Mean and range over the records that were validated after the same number of tokens."""
+    points = [
+        (tokens, factor * nats)
+        for at, losses, factor in zip(
+            own["validation_tokens"], own["validation_nll"], in_loss_unit(own), strict=True
+        )
+        for tokens, nats in zip(at, losses, strict=False)
+        if tokens is not None and nats is not None
+    ]
+    if not points:
+        return None
+    losses = pd.DataFrame(points, columns=["tokens", "loss"]).groupby("tokens")["loss"]
+    means = losses.mean()
+    return Line(
+        means.index.to_numpy(dtype=float), *(s.to_numpy() for s in (means, losses.min(), losses.max()))
+    )
 
 
 def _tokens(axis: Axes, largest: float) -> None:
