@@ -373,7 +373,8 @@ import sys, time
 from functools import cache
 from bench.run import locks
 from bench.run.devices import Device
-with locks.on_device(Device(sys.argv[1], sys.argv[2] or None), cache(lambda: print("waiting", flush=True))):
+say = cache(lambda holder: print(holder, flush=True))
+with locks.on_device(Device(sys.argv[1], sys.argv[2] or None), say):
     print("has it", flush=True)
     time.sleep(3600)
 """
@@ -394,12 +395,26 @@ def test_a_device_is_one_run_s_whatever_the_temporary_folders(tmp_path: Path) ->
     second = hold("cpu", TMPDIR=str(other))
     assert second.stdout is not None
     try:
-        assert second.stdout.readline() == "waiting\n"
+        holder = second.stdout.readline()  # the process, with the beginning of its command
+        assert holder.startswith(f"process {first.pid} ({shlex.quote(sys.executable)} -c ")
         first.kill()  # and the system lets go
         assert second.stdout.readline() == "has it\n"
     finally:
         first.kill(), second.kill()
         first.communicate(), second.communicate()
+
+
+def test_a_plan_waits_for_no_measurement(tmp_path: Path) -> None:
+    """The lock of the CPU is held all the time, so that a waiting run would never end."""
+    holder = hold("cpu")
+    assert holder.stdout is not None
+    try:
+        assert holder.stdout.readline() == "has it\n"
+        planned = bench("measure=plan", "seq_len=64", cwd=tmp_path)
+        assert planned.returncode == 0, planned.stderr
+        assert "waiting" not in planned.stderr
+    finally:
+        holder.kill(), holder.communicate()
 
 
 def test_runs_on_two_accelerators_of_a_machine_do_not_wait_for_each_other() -> None:
@@ -408,7 +423,8 @@ def test_runs_on_two_accelerators_of_a_machine_do_not_wait_for_each_other() -> N
     try:
         first, second, third = (run.stdout.readline() for run in runs if run.stdout)
         assert second == "has it\n"
-        assert sorted([first, third]) == ["has it\n", "waiting\n"]
+        assert sorted([first == "has it\n", third == "has it\n"]) == [False, True]
+        assert f"process {runs[0].pid} (" in third or f"process {runs[2].pid} (" in first
     finally:
         for run in runs:
             run.kill(), run.communicate()

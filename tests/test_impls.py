@@ -154,7 +154,7 @@ def test_a_device_that_another_run_holds_is_waited_for_until_the_time_is_over(
     with on_device(CPU):
         (result,) = collect(SETTING, [AUTO], CPU, left=lambda: next(left), measure=crashes)
     assert (result.figures, result.failure) == ([], table.NOT_TRIED)
-    assert capfd.readouterr().err.count("waiting: another run") == 1
+    assert capfd.readouterr().err.count(f"waiting: process {os.getpid()} (") == 1
 
 
 @pytest.mark.parametrize("name", ["dense", *slow(*(n for n in variants.mixers() if n != "dense"))])

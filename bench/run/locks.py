@@ -5,11 +5,12 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import shlex
 import socket
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from bench import records
@@ -21,22 +22,26 @@ from bench.run.devices import Device
 LOCKS = "LONGCTX_BENCH_LOCKS"
 """Environment variable: runs with different values do not share device locks. Tests set it."""
 LOCK_FILE = ".claims"
+MOST = 100
+"""Characters of a command that are shown."""
 POLL_SECONDS = 0.25
 """Polling interval of a run that waits for a device; long enough not to disturb the cell that runs there."""
 _CANNOT_LOCK = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}
 
 
 @contextmanager
-def on_device(device: Device, waiting: Callable[[], None] = lambda: None) -> Iterator[None]:
+def on_device(device: Device, waiting: Callable[[str], None] = lambda holder: None) -> Iterator[None]:
     """Lock a device of this machine inside the context; `waiting` is called repeatedly while another run
-    holds the lock, and may raise.
+    holds the lock, with a description of its process, and may raise.
 
     An accelerator is identified by its UUID, independent of its index under CUDA_VISIBLE_DEVICES in this
     process. Runs on different accelerators of one machine do not wait for each other.
     """
     name = f"longctx-bench-{digest([os.environ.get(LOCKS), device.identity])}"  # names of sockets are short
+    holder = None
     while (held := _bind(name)) is None:
-        waiting()
+        holder = holder or _holder(name)
+        waiting(holder)
         time.sleep(POLL_SECONDS)
     with held:
         yield
@@ -59,6 +64,22 @@ def _bind(name: str) -> socket.socket | None:
             raise
         return None
     return held
+
+
+def _holder(name: str) -> str:
+    """Describe the process that has bound an abstract socket name, as far as this user may see it."""
+    try:
+        lines = [line.split() for line in Path("/proc/net/unix").read_text().splitlines()]
+        target = next(f"socket:[{line[6]}]" for line in lines if line[7:] == [f"@{name}"])
+        for link in Path("/proc").glob("[1-9]*/fd/*"):
+            with suppress(OSError):  # another user's process, or one that has ended
+                if str(link.readlink()) == target:
+                    command = (link.parents[1] / "cmdline").read_bytes().decode(errors="replace")
+                    words = printable(shlex.join(command.split("\0")[:-1]))
+                    return f"process {link.parts[2]} ({words if len(words) <= MOST else words[:MOST] + '…'})"
+    except (OSError, StopIteration):  # no such files, or the lock was released meanwhile
+        pass
+    return "another run"
 
 
 class CellLocks:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import threading
 import time
+from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING
 
@@ -60,6 +61,15 @@ def duration(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
+@dataclass
+class Wait:
+    """A wait for another run. All times are in seconds."""
+
+    begun: float
+    next: float = 60.0
+    """When it is shown again, from its beginning."""
+
+
 class Progress:
     """Context manager that shows the progress of a sweep of `total` cells,
     some of which may already be finished. Threads that run cells on several devices share it."""
@@ -68,7 +78,7 @@ class Progress:
         self.total, self.done, self.measured = total, 0, 0
         self.begun = time.monotonic()
         self.bar: RichProgress | None = None
-        self.waited = False
+        self.wait: Wait | None = None
         self._counting = threading.Lock()
 
     def __enter__(self) -> Progress:
@@ -105,25 +115,32 @@ class Progress:
     def starting(self, label: str) -> None:
         """Show that a cell starts."""
         if self.bar:
-            self.waited = False
+            self.wait = None
             self.bar.update(self.bar.task_ids[0], description=f"{self.eta()}  {label}", refresh=True)
 
-    def skipped(self, count: int) -> None:
-        """Show the number of cells that an earlier run finished."""
+    def skipped(self, count: int, disturbed: int) -> None:
+        """Show the number of cells that an earlier run finished, and how many of them are measured again."""
         if count:
             self.done += count
-            self._say(f"{count} of {self.total} cells were finished before and are not run again")
+            then = f"; of these, {disturbed} were disturbed and are measured again" if disturbed else ""
+            self._say(f"{count} of {self.total} cells were finished before{then or ' and are not run again'}")
 
     def waiting(self, what: str) -> None:
-        """Show that the sweep waits for another sweep: on a terminal until the next cell starts; plain output
-        shows it once."""
-        if self.waited:
-            return
-        self.waited = True
-        if self.bar:
-            self.bar.update(self.bar.task_ids[0], description=f"waiting: {what}", refresh=True)
+        """Show that the sweep waits for another run, and after 1, 2, 4, … minutes for how long it has. On a
+        terminal until the next cell starts; plain output shows the first wait only."""
+        now = time.monotonic()
+        if self.wait is None:
+            self.wait = Wait(now)
+            text = f"waiting: {what}"
+        elif now >= self.wait.begun + self.wait.next:
+            self.wait.next *= 2
+            text = f"waiting for {duration(now - self.wait.begun)}: {what}"
         else:
-            print(f"waiting: {what}", file=sys.stderr, flush=True)
+            return
+        if self.bar:
+            self.bar.update(self.bar.task_ids[0], description=text, refresh=True)
+        else:
+            print(text, file=sys.stderr, flush=True)
 
     def note(self, line: str) -> None:
         """Show a line that is not about a cell."""

@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -60,7 +60,8 @@ def run(cells: Sequence[Cell]) -> list[Record]:
         interrupts = stack.enter_context(Interrupts())
         folders = to_run(jobs)
         locks = {folder: stack.enter_context(closing(CellLocks(folder))) for folder in folders}
-        progress.skipped(sum(job.result is not None for job in jobs))
+        ended = [job for job in jobs if job.result is not None]
+        progress.skipped(len(ended), sum(remeasure.is_due(job.cell, job.result) for job in ended))
         reports = RoundReports(jobs, progress, interrupts)
         _run_all(jobs, locks, skip, progress, interrupts, reports)
     for folder in folders:
@@ -140,7 +141,7 @@ def _run_job(
     if cell.spec.is_compiled and (reason := compiler.missing(cell.spec.device)):
         return _not_run(job, "unsupported", f"compile={cell.spec.compile} {reason}", progress)
 
-    with _alone_on(device, progress, interrupts):
+    with _alone_on(device, cell, progress, interrupts):
         progress.starting(cell.spec.label)
         begun = provenance.provenance()
         try:
@@ -162,14 +163,15 @@ def _run_job(
 
 
 @contextmanager
-def _alone_on(device: Device, progress: Progress, interrupts: Interrupts) -> Iterator[None]:
-    """Lock the device, and defer signals, inside the context."""
+def _alone_on(device: Device, cell: Cell, progress: Progress, interrupts: Interrupts) -> Iterator[None]:
+    """Lock the device, and defer signals, inside the context. A cell that is only planned locks no device,
+    because nothing is timed."""
 
-    def waiting() -> None:
+    def waiting(holder: str) -> None:
         interrupts.check()
-        progress.waiting(f"another run measures on {device.kind}")
+        progress.waiting(f"{holder} measures on {device.kind}")
 
-    with on_device(device, waiting), interrupts.deferred():
+    with on_device(device, waiting) if cell.spec.measure.execute else nullcontext(), interrupts.deferred():
         yield
 
 
@@ -186,7 +188,7 @@ def _run_again(
     if not allowance.permits(first):
         return first
     job.before = first  # which no failed attempt replaces
-    with _alone_on(device, progress, interrupts):
+    with _alone_on(device, cell, progress, interrupts):
         progress.starting(f"{cell.spec.label} again")
         begun = provenance.provenance()
         figures = isolate.run(cell, job.cell_id, job.known["code_sha256"], interrupts.signal_fd, device)

@@ -96,14 +96,14 @@ class _Busy(Exception):
     """Another run held the device until the time was over."""
 
 
-def _waiting(left: Callable[[], float]) -> Callable[[], None]:
+def _waiting(left: Callable[[], float]) -> Callable[[str], None]:
     """Return what is called while another run holds the device: it says so once, and ends the wait with the
     time."""
     said: list[bool] = []
 
-    def waiting() -> None:
+    def waiting(holder: str) -> None:
         if not said:
-            print("waiting: another run measures on the device", file=sys.stderr, flush=True)
+            print(f"waiting: {holder} measures on the device", file=sys.stderr, flush=True)
             said.append(True)
         if left() < LEAST_SECONDS:
             raise _Busy
