@@ -141,7 +141,8 @@ def test_the_report_knows_where_searches_end() -> None:
         ("80GB", 80 * 10**9),
         ("8e10", 8 * 10**10),
         (8e10, 8 * 10**10),
-        (512, 512),
+        ("512B", 512),
+        (2**20, 2**20),
         ("1.5MiB", 3 * 2**19),
         ("24564MiB", 24564 * 2**20),
     ],
@@ -157,6 +158,11 @@ def test_nonsense_is_refused_with_examples(said: object) -> None:
     with pytest.raises(ConfigError, match="80GiB, 80GB, 512MiB or 8e10") as refusal:
         parse_bytes("measure.budget", said)
     assert f"measure.budget={said}" in str(refusal.value)
+
+
+def test_a_small_number_needs_a_unit() -> None:
+    with pytest.raises(ConfigError, match="did you mean 24GiB or 24B"):
+        spec_of("batch_size=fit", "measure.budget=24")
 
 
 def test_a_batch_that_fits_needs_a_budget() -> None:

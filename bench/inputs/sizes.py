@@ -14,6 +14,10 @@ _UNITS = {"": 1, "B": 1} | {
 }
 
 
+LEAST_WITHOUT_UNIT = 2**20
+"""A smaller number without a unit is refused: whoever writes 24 means 24GiB."""
+
+
 def parse_bytes(knob: str, value: Any) -> int:
     """A size in bytes from 80GiB, 80 GB, 8e10 or a number. Raises ConfigError with examples."""
     match = re.fullmatch(r"\s*([0-9.]+(?:[eE][+-]?[0-9]+)?)\s*([A-Za-z]*)\s*", str(value))
@@ -24,4 +28,6 @@ def parse_bytes(knob: str, value: Any) -> int:
         size = 0.0
     if not 1 <= size < 2**63:
         raise ConfigError(f"{knob}={value}: not a size in memory; write it like 80GiB, 80GB, 512MiB or 8e10")
+    if match and not match[2] and size < LEAST_WITHOUT_UNIT:
+        raise ConfigError(f"{knob}={value}: {value} bytes are too few; did you mean {value}GiB or {value}B?")
     return int(size)
