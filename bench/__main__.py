@@ -57,10 +57,11 @@ def main() -> int:
     """Run the cells of the command line, or print the help; returns the exit status."""
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises exceptions instead of printing them
     from bench.cli import errors, guard
+    from bench.config import folders
     from bench.run import sweep
 
     try:
-        sys.argv[1:] = arguments = guard.checked(sys.argv[1:])
+        sys.argv[1:] = arguments = guard.checked(folders.take(sys.argv[1:]))
         if guard.options(arguments).help:
             from bench.cli import help
 

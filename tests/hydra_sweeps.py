@@ -5,7 +5,7 @@ from __future__ import annotations
 from hydra import initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.types import RunMode
-from hydra_plugins.longctx_bench import Preset, cells_of, grids_of
+from hydra_plugins.longctx_bench import cells_of, presets_of
 
 from bench import CONFIGS
 from bench.config.spec import Cell
@@ -16,6 +16,5 @@ def swept(*arguments: str) -> list[Cell]:
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
         loader = GlobalHydra.instance().config_loader()
         composed = loader.load_configuration("config", ["hydra.mode=MULTIRUN", *arguments], RunMode.MULTIRUN)
-        sweeper, given = composed.hydra.sweeper, list(composed.hydra.overrides.task)
-        preset = Preset(composed, grids_of(sweeper.params, sweeper.grids), given)
-        return [cell for cell, _ in cells_of(loader, preset)]
+        presets = presets_of(loader, composed, list(composed.hydra.overrides.task))
+        return [cell for preset in presets for cell, _ in cells_of(loader, preset)]

@@ -19,8 +19,9 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from bench.cli import overrides
 from bench.inputs.errors import ConfigError
 
-_READS = ("experimental_rerun", "config_dir", "config_path", "config_name")
-"""Options that make Hydra read a file or a folder."""
+_READS = ("experimental_rerun", "config_path", "config_name")
+"""Options that make Hydra read a file or a folder without checks. The option --config-dir is not among the
+arguments here, unless it is abbreviated: `bench.config.folders` takes it."""
 _COMPLETION = re.compile(r"(install|uninstall|query)=(bash|fish|zsh)")
 
 
@@ -48,11 +49,14 @@ def options(arguments: Sequence[str]) -> argparse.Namespace:
     parser = get_args_parser()
     parser.error = _refuse  # type: ignore[method-assign]  # the original prints pages and exits
     options = parser.parse_args(arguments)
+    if options.config_dir is not None:
+        raise ConfigError("--config-dir: write this option in full, for example --config-dir my_configs")
     for name in _READS:
         if getattr(options, name) is not None:
             option = "--" + name.replace("_", "-")
             raise ConfigError(
-                f"{option}: not allowed, because it reads a file that could name code to run; use configs/"
+                f"{option}: not allowed, because it reads a file that could name code to run; "
+                "for configs of your own, use --config-dir FOLDER"
             )
     modes = ("run", "multirun", "cfg", "info", "shell_completion")
     if len(chosen := [mode for mode in modes if getattr(options, mode)]) > 1:

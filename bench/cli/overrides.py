@@ -14,9 +14,9 @@ from typing import Any
 
 from hydra.core.override_parser.types import ChoiceSweep, Glob, Override
 
-from bench import CONFIGS
 from bench.config.chosen import CHOSEN
-from bench.config.groups import GROUPS, RENAMED, entries, knob_of
+from bench.config.folders import folders, group_names
+from bench.config.groups import RENAMED, entries, knob_of
 from bench.inputs.errors import ConfigError
 
 LAUNCHER = "hydra/launcher"
@@ -37,15 +37,15 @@ NAME = re.compile(r"\w[\w-]*")
 """Valid names of a group's entries; a path is not one."""
 
 
-@cache
-def groups() -> frozenset[str]:
-    """Return the declared groups and the groups in configs/, without Hydra's own."""
-    return frozenset({folder.name for folder in CONFIGS.iterdir() if folder.is_dir()} - {"hydra"} | {*GROUPS})
+groups = cache(group_names)
 
 
 def options(group: str) -> list[str]:
-    """Return the names of a group's entries, including plug-ins; empty if only Hydra knows the group."""
-    files = {path.stem for path in (CONFIGS / group).glob("*.yaml")} if group in groups() else set()
+    """Return the names of a group's entries, including plug-ins and the user's files; empty if only Hydra
+    knows the group."""
+    if group not in groups():
+        return []
+    files = {path.stem for folder in folders() for path in (folder / group).glob("*.yaml")}
     return sorted(files | {*entries(group)})
 
 

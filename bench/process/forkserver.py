@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import multiprocessing
+import multiprocessing.context
 import multiprocessing.forkserver
+import multiprocessing.popen_forkserver
 import multiprocessing.util
 import os
 import signal
+import sys
 import tempfile
+import threading
+import types
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from multiprocessing.process import BaseProcess
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -44,15 +50,44 @@ def _find_room_for_sockets() -> None:
         tempfile.tempdir = folder
 
 
+class _Popen(multiprocessing.popen_forkserver.Popen):
+    """Starts a child that does not import the main module of this process. A script without `if __name__ ==
+    "__main__"` would otherwise run again in each child, without end."""
+
+    def _launch(self, process_obj: BaseProcess) -> None:
+        with _starting:
+            main = sys.modules["__main__"]
+            sys.modules["__main__"] = types.ModuleType("__main__")
+            try:
+                super()._launch(process_obj)  # type: ignore[misc]  # of BaseProcess.start
+            finally:
+                sys.modules["__main__"] = main
+
+
+class _Process(multiprocessing.context.ForkServerProcess):
+    @staticmethod
+    def _Popen(process_obj: BaseProcess) -> _Popen:
+        return _Popen(process_obj)
+
+
+class _Context(multiprocessing.context.ForkServerContext):
+    Process = _Process
+
+
+_starting = threading.Lock()
+"""One process is started at a time, because that changes `sys.modules`."""
+
+
 def context() -> Any:
-    """Return the multiprocessing context that starts child processes.
+    """Return the multiprocessing context that starts child processes. What a child calls must be in a module
+    that it can import: not in `__main__`.
 
     CUDA cannot be used after a fork, so the preloaded modules must not initialise it. The server and its
     children block SIGHUP; the process that started them receives it and ends them.
     """
     _find_room_for_sockets()
     os.environ.update({k: v for k, v in {**_KEEP_MEMORY, **_QUIET}.items() if k not in os.environ})
-    forkserver = multiprocessing.get_context("forkserver")
+    forkserver = _Context()
     forkserver.set_forkserver_preload(_PRELOAD)
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})
     try:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import math
 import os
-import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -22,6 +21,7 @@ from omegaconf import DictConfig, OmegaConf
 from bench import records
 from bench.config import parse
 from bench.config.spec import Cell, ClusterSpec
+from bench.inputs.quoting import quoted
 from bench.records import Record
 from bench.run import prepare, sweep
 from bench.run.prepare import Job
@@ -117,11 +117,6 @@ def requirements(cluster: ClusterSpec, groups: Sequence[Sequence[Cell]]) -> Clus
 
 def quote(lines: Sequence[Sequence[str]]) -> str:
     """Return lists of overrides as a value in Hydra's grammar."""
-
-    def quoted(text: str) -> str:  # a backslash is literal, except before a quote
-        escaped = re.sub(r"(\\*)('|$)", lambda match: match[1] * 2 + match[2].replace("'", "\\'"), text)
-        return f"'{escaped}'"
-
     return "[" + ",".join("[" + ",".join(map(quoted, line)) + "]" for line in lines) + "]"
 
 

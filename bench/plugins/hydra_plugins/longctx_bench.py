@@ -117,7 +117,7 @@ class CellSweeper(Sweeper):
     """
 
     def __init__(self, params: DictConfig | None = None, grids: Sequence[DictConfig] | None = None) -> None:
-        self.grids = grids_of(params, grids)
+        """The arguments are read from the config of each preset (`Preset.of`)."""
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         """Store the arguments for `sweep`."""
@@ -130,7 +130,8 @@ class CellSweeper(Sweeper):
         from bench.run import cluster, sweep
 
         loader = self.context.config_loader
-        placed = [pair for preset in self._presets(arguments) for pair in cells_of(loader, preset)]
+        presets = presets_of(loader, self.composed, arguments)
+        placed = [pair for preset in presets for pair in cells_of(loader, preset)]
         cells, overrides = [cell for cell, _ in placed], [line for _, line in placed]
         is_estimated = bool(cells and cells[0].estimate)
         if is_estimated or self.composed.hydra.launcher._target_ == IN_THIS_PROCESS:
@@ -141,23 +142,6 @@ class CellSweeper(Sweeper):
             return self._launch(task, knobs, jobs)
 
         return cluster.run(cells, overrides, parse.parse_cluster(self.composed), launch)
-
-    def _presets(self, arguments: list[str]) -> Iterator[Preset]:
-        """Yield the swept config, or for a sweep over presets the config and the grids of each."""
-        loader = self.context.config_loader
-        parsed = OverridesParser.create(config_loader=loader).parse_overrides(arguments)
-        swept = {o.key_or_group: o for o in parsed if o.is_sweep_override()}.get("experiment")
-        if swept is None:
-            yield Preset(self.composed, self.grids, arguments)
-            return
-        others = [text for override, text in zip(parsed, arguments, strict=True) if override is not swept]
-        for choice in swept.sweep_string_iterator():
-            chosen = [f"experiment={choice}", *others]
-            settings = [*self.composed.hydra.overrides.hydra, *chosen]
-            name = self.composed.hydra.job.config_name
-            composed = loader.load_configuration(name, settings, RunMode.MULTIRUN)
-            sweeper = composed.hydra.sweeper
-            yield Preset(composed, grids_of(sweeper.params, sweeper.grids), chosen)
 
     def _launch(self, task: TaskFunction, knobs: Any, jobs: list[list[str]]) -> list[list[str] | Exception]:
         """Call the task for each job through the chosen launcher, whose options refer to the knobs."""
@@ -178,13 +162,30 @@ class Preset(NamedTuple):
     composed: DictConfig
     """The config of the sweep."""
     grids: Sequence[DictConfig]
-    arguments: list[str]
+    arguments: Sequence[str]
     """The overrides of the command line."""
 
+    @classmethod
+    def of(cls, composed: DictConfig, arguments: Sequence[str]) -> Preset:
+        """Return a preset with the grids of its config."""
+        sweeper = composed.hydra.sweeper
+        return cls(composed, sweeper.grids or [sweeper.params or OmegaConf.create({})], arguments)
 
-def grids_of(params: DictConfig | None, grids: Sequence[DictConfig] | None) -> Sequence[DictConfig]:
-    """Return the grids of a sweeper's settings."""
-    return grids or [params or OmegaConf.create({})]
+
+def presets_of(loader: ConfigLoader, composed: DictConfig, arguments: Sequence[str]) -> Iterator[Preset]:
+    """Yield the config of a sweep with these overrides, or for a sweep over presets that of each, with their
+    grids."""
+    parsed = OverridesParser.create(config_loader=loader).parse_overrides([*arguments])
+    swept = {o.key_or_group: o for o in parsed if o.is_sweep_override()}.get("experiment")
+    if swept is None:
+        yield Preset.of(composed, arguments)
+        return
+    others = [text for override, text in zip(parsed, arguments, strict=True) if override is not swept]
+    for choice in swept.sweep_string_iterator():
+        chosen = [f"experiment={choice}", *others]
+        settings = [*composed.hydra.overrides.hydra, *chosen]
+        name = composed.hydra.job.config_name
+        yield Preset.of(loader.load_configuration(name, settings, RunMode.MULTIRUN), chosen)
 
 
 def cells_of(loader: ConfigLoader, preset: Preset) -> list[tuple[Cell, list[str]]]:
@@ -212,7 +213,7 @@ def cells_of(loader: ConfigLoader, preset: Preset) -> list[tuple[Cell, list[str]
     return [pair for rule, part in parts for pair in (rule.apply(part, compose) if rule else part)]
 
 
-def product(loader: ConfigLoader, grid: DictConfig, arguments: list[str]) -> list[list[str]]:
+def product(loader: ConfigLoader, grid: DictConfig, arguments: Sequence[str]) -> list[list[str]]:
     """Return the overrides of each cell of a grid, without those that it interleaves. Raises ConfigError for
     a line that is not allowed."""
     from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
@@ -227,7 +228,7 @@ def product(loader: ConfigLoader, grid: DictConfig, arguments: list[str]) -> lis
     for override in swept:
         overrides.check(override)
         overrides.check_swept(override)
-    fixed = parser.parse_overrides(arguments)
+    fixed = parser.parse_overrides([*arguments])
     (jobs,) = BasicSweeper.split_arguments([*swept, *fixed], max_batch_size=None)
     return jobs
 

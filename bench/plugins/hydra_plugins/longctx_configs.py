@@ -1,4 +1,5 @@
-"""Hydra plug-ins: the config source of configs/. Every file is checked when Hydra loads it.
+"""Hydra plug-ins: the config sources of configs/ and of the user's folders. Every file is checked when Hydra
+loads it.
 
 Hydra finds plug-ins only in the namespace package `hydra_plugins`, and imports them at every start. Therefore
 these classes are here, and their functions import other modules only when they run.
@@ -17,15 +18,18 @@ from omegaconf import OmegaConf
 
 
 class CheckedConfigs(SearchPathPlugin):
-    """Makes `CheckedSource` read the files of configs/, and only those."""
+    """Makes `CheckedSource` read the files of configs/, and `OwnSource` those of the user's folders."""
 
     def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
-        """Change the reader of configs/ in the search path, but not the order of the path."""
+        """Change the reader of configs/ in the search path, and add the user's folders to its end."""
         from bench import CONFIGS
+        from bench.config.folders import folders
 
         for element in search_path.get_path():
             if element.provider == "main" and element.path.removeprefix("file://") == str(CONFIGS):
                 element.path = f"{CheckedSource.scheme()}://{CONFIGS}"
+        for folder in folders()[1:]:
+            search_path.append("user", f"{OwnSource.scheme()}://{folder}")
 
 
 class CheckedSource(FileConfigSource):
@@ -93,3 +97,41 @@ class CheckedSource(FileConfigSource):
         path = Path(self.path, f"{name}.yaml")
         group, _, entry = name.rpartition("/")
         return path if path.is_file() else file_beside(group, entry)
+
+
+class OwnSource(CheckedSource):
+    """A folder of the user: only files, and only in folders of the project's groups. Files of any other
+    folder, such as one of Hydra's own groups, are not read, because they could name code."""
+
+    @staticmethod
+    def scheme() -> str:
+        """The scheme of this source in the search path."""
+        return "longctx-bench-own"
+
+    def load_config(self, config_path: str) -> ConfigResult:
+        """Load a file, as configs/ does. Raises ConfigLoadError if there is none."""
+        if not self.is_config(config_path):
+            raise ConfigLoadError(f"Config not found : {Path(self.path, config_path)}")
+        return super().load_config(config_path)
+
+    def is_group(self, config_path: str) -> bool:
+        """Return whether this is a group of the project with a folder here."""
+        from bench.config.folders import group_names
+
+        return config_path in group_names() and Path(self.path, config_path).is_dir()
+
+    def is_config(self, config_path: str) -> bool:
+        """Return whether this is a file in such a folder."""
+        name = config_path.removesuffix(".yaml")
+        return self.is_group(name.rpartition("/")[0]) and Path(self.path, f"{name}.yaml").is_file()
+
+    def list(self, config_path: str, results_filter: ObjectType | None) -> list[str]:
+        """Return the names of files or groups, sorted."""
+        from bench.config.folders import group_names
+
+        if not config_path:
+            groups = [name for name in group_names() if self.is_group(name)]
+            return sorted(groups) if results_filter in (None, ObjectType.GROUP) else []
+        if not self.is_group(config_path) or results_filter == ObjectType.GROUP:
+            return []
+        return sorted(path.stem for path in Path(self.path, config_path).glob("*.yaml"))
