@@ -14,9 +14,11 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from bench.cli import overrides
+from bench.config.groups import declared
 from bench.corpora import CorpusError
 from bench.inputs.errors import ConfigError
 from variants import PluginClash
+from variants.knobs import knobs_of
 
 KINDS: tuple[type[Exception], ...] = (
     ConfigError,
@@ -61,7 +63,20 @@ def _unknown_knob(knob: str, arguments: list[str], configs: Path) -> str:
     knobs = sorted(_knobs(arguments, configs))
     section, _, _ = knob.rpartition(".")
     of_section = [known for known in knobs if known.rpartition(".")[0] == section] or knobs
-    return f"{knob}: unknown knob; allowed are {', '.join(of_section)}{_near(knob, knobs)}"
+    return f"{knob}: unknown knob; allowed are {', '.join(of_section)}{_near(knob, knobs)}{_of_others(knob)}"
+
+
+def _of_others(knob: str) -> str:
+    """How to sweep a knob that other variants have."""
+    section, _, name = knob.rpartition(".")
+    having = [
+        variant
+        for variant in overrides.options(section if section == "variant" else "")
+        if (own := declared(section, variant)) and name in knobs_of(own.config)
+    ]
+    if not having:
+        return ""
+    return f"; {', '.join(having)} have it: in a sweep over variants, write {having[0]}.{name}=…"
 
 
 def _knobs(arguments: list[str], configs: Path) -> set[str]:

@@ -16,7 +16,7 @@ from typing import NoReturn
 from hydra._internal.utils import get_args_parser
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
-from bench.cli import overrides
+from bench.cli import overrides, variant_knobs
 from bench.inputs.errors import ConfigError
 
 _READS = ("experimental_rerun", "config_path", "config_name")
@@ -39,8 +39,10 @@ def checked(arguments: Sequence[str]) -> list[str]:
     if parsed.shell_completion:
         return list(arguments)
     quoted = {text: overrides.quote_text(text) for text in parsed.overrides}
-    for override in OverridesParser.create().parse_overrides([*quoted.values()]):
+    parsed_lines = OverridesParser.create().parse_overrides([*quoted.values()])
+    for text, override in zip(quoted, parsed_lines, strict=True):
         overrides.check(override)
+        quoted[text] = variant_knobs.as_axis(quoted[text], override)
     return [quoted.get(argument, argument) for argument in arguments]
 
 

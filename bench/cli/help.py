@@ -20,6 +20,7 @@ FOOTER = """\
 Examples
   python -m bench variant=longformer seq_len=4096 depth=4 activations=checkpoint
   python -m bench -m 'variant=glob(*)' seq_len=512,1024
+  python -m bench -m variant=dense,longformer longformer.window=64,256
   python -m bench experiment=smoke
   python -m bench.report results/smoke
 

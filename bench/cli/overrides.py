@@ -131,6 +131,8 @@ def _check_choice(override: Override) -> None:
             names = options(key)
             allowed = f"one of {', '.join(names)}" if names else "the name of an installed launcher"
             several = f"; to run several, use -m {key}=… with commas" if isinstance(value, list) else ""
+            if several and key == "variant":
+                several += f"; a mixture by layers is variant=hybrid variant.layers={text.partition('=')[2]}"
             near = difflib.get_close_matches(str(value), names, n=1, cutoff=0.5)
             hint = f"; did you mean {near[0]}?" if near else ""
             raise ConfigError(f"{text}: allowed is {allowed}{several}{hint}")

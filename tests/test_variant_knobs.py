@@ -1,0 +1,72 @@
+"""`longformer.window=64,256` in a sweep over variants: a knob of one of them."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hydra_sweeps import swept
+
+from bench.cli import guard
+from bench.inputs.errors import ConfigError
+
+
+def cells(*arguments: str) -> list[tuple[str, object]]:
+    """The variant of each cell and its window."""
+    found = swept(*guard.checked(arguments))
+    return [(c.spec.variant, {**c.spec.variant_params}.get("window")) for c in found]
+
+
+def test_a_knob_is_swept_where_the_variant_has_it() -> None:
+    assert cells("variant=dense,longformer", "longformer.window=64,256") == [
+        ("dense", None),
+        ("longformer", [64]),
+        ("longformer", [256]),
+    ]
+
+
+def test_one_value_applies_to_its_variant_alone() -> None:
+    assert cells("variant=dense,longformer", "longformer.window=16", "seq_len=32") == [
+        ("dense", None),
+        ("longformer", [16]),
+    ]
+    found = swept(
+        *guard.checked(["variant=glob(*,exclude=hybrid)", "reformer.impl=plain", "chunked.chunk=8"])
+    )
+    assert {c.spec.variant for c in found if c.spec.variant_params.get("chunk") == 8} == {"chunked"}
+    assert len(found) == len({c.spec.variant for c in found})
+
+
+def test_it_applies_to_all_grids_of_a_preset() -> None:
+    found = [
+        value for variant, value in cells("experiment=cpu", "longformer.window=32") if variant == "longformer"
+    ]
+    assert found
+    assert all(value == [32] for value in found)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["variant=dense,chunked", "longformer.window=8"], "no cell of the sweep has variant=longformer"),
+        (
+            ["variant=longformer", "longformer.window=8", "variant.window=16"],
+            "variant.window is given too",
+        ),
+        (["variant=[dense,longformer]"], r"variant=hybrid variant.layers=\[dense,longformer\]"),
+    ],
+)
+def test_what_is_ambiguous_is_refused(arguments: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        cells(*arguments)
+
+
+def test_the_message_about_a_knob_of_another_variant_says_how(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "bench", "-m", "variant=dense,longformer", "variant.window=64,256"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert "longformer" in line
+    assert "in a sweep over variants, write longformer.window=…" in line
