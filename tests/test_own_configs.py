@@ -20,6 +20,7 @@ from bench.config.spec import CellSpec
 from bench.inputs.errors import ConfigError
 
 PRESET = """# @package _global_
+# What sayings cost. They are short. It takes two minutes.
 defaults:
   - override /data: sayings
 name: mine
@@ -63,7 +64,9 @@ def test_an_entry_of_each_group_is_chosen_by_its_name(ours: Path) -> None:
     assert (spec.model.size, spec.model.d_model) == ("wide", 96)
     assert list(composed("variant=narrow", "variant.window=16").variant_params["window"]) == [16]
     assert "narrow" in overrides.options("variant")
-    assert "mine" in help.text([], CONFIGS).partition("  experiment: ")[2].partition("\n")[0]
+    lines = help.text([], CONFIGS).splitlines()
+    assert "mine" in next(line for line in lines if line.startswith("  experiment: "))
+    assert "  mine: What sayings cost. It takes two minutes." in lines
 
 
 @pytest.mark.parametrize("way", ["option", "variable"])

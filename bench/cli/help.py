@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ from hydra.core.global_hydra import GlobalHydra
 
 from bench.cli import overrides
 from bench.config import groups, parse
+from bench.config.folders import folders
 from variants.declarations import line_of
 from variants.knobs import knobs_of
 
@@ -36,10 +39,26 @@ def text(lines: Sequence[str], configs: Path) -> str:
     parts = [
         [HEADER],
         ["Groups (group=option)", *options],
+        ["Presets (experiment=name)", *presets()],
         ["Knobs (knob=value, or section.knob=value), as this command line sets them", *_knobs(config)],
         [FOOTER],
     ]
     return "\n\n".join("\n".join(part) for part in parts)
+
+
+_SENTENCE = re.compile(r"(?<=[.?])\s+(?=[A-Z`])")
+_DURATION = re.compile(r"\b(seconds?|minutes?|hours?|night|days?)\b")
+
+
+def presets() -> Iterator[str]:
+    """Yield a line for each preset: what its file says that it does, and how long that takes."""
+    files = {path.stem: path for folder in folders() for path in (folder / "experiment").glob("*.yaml")}
+    for name, path in sorted(files.items()):
+        lines = itertools.takewhile(lambda line: line.startswith("#"), path.read_text("utf-8").splitlines())
+        words = " ".join(line.lstrip("# ") for line in lines if "@package" not in line)
+        first, *rest = _SENTENCE.split(words)
+        times = [] if _DURATION.search(first) else [line for line in rest if _DURATION.search(line)][-1:]
+        yield f"  {name}: {' '.join([first, *times])}".rstrip(": ")
 
 
 def _knobs(config: dict[str, Any]) -> Iterator[str]:
