@@ -81,14 +81,13 @@ def table(records: list[Record], show: Callable[[str], str] = str) -> pd.DataFra
         columns[key] = [names[text] for text in columns[key]]
     columns["params_json"] = _as_json(columns["variant_params"])
     for name in OTHER_PARAMS:
-        columns[f"{name}_json"] = _as_json(columns[f"{name}_params"])
-    columns["data_json"] = _as_json(map(_without_nulls, columns["data_params"]))
+        columns[f"{name}_json"] = _as_json(map(_without_nulls, columns[f"{name}_params"]))
     columns["written"] = [record.order for record in records]
     return pd.DataFrame(columns).astype(dict.fromkeys(_FIGURES, float))
 
 
 def _without_nulls(params: dict[str, Any] | None) -> dict[str, Any] | None:
-    """The knobs of a corpus or task without those that are null, as are those that older records lack."""
+    """The knobs of an entry without those that are null, as are those that older records lack."""
     return None if params is None else {key: value for key, value in params.items() if value is not None}
 
 

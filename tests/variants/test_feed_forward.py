@@ -46,6 +46,9 @@ def cases() -> Iterator[object]:
                 if word != knob.default:
                     config = layer.Config.of({knob.name: word})
                     yield pytest.param(Case(layer, config), id=f"{name}-{knob.name}={word}")
+        if "width" in knobs_of(layer.Config):
+            for width in (1, D_MODEL + 5):
+                yield pytest.param(Case(layer, layer.Config.of({"width": width})), id=f"{name}-width={width}")
 
 
 every_name = pytest.mark.parametrize("name", FEED_FORWARD.names())
@@ -161,3 +164,15 @@ def test_a_gate_finds_a_wrong_layer() -> None:
 
     with pytest.raises(gates.GateFailed, match="feed-forward"):
         gates.feed_forward_error(Wrong, MLPConfig(), D_MODEL, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("name", ["mlp", "glu"])
+def test_a_width_takes_the_place_of_a_multiple(name: str) -> None:
+    """The same layer, if it is the width that the multiple gives; and any other width."""
+    layer = FEED_FORWARD.load(name)
+    by_mult = layer.Config.of({"mult": 3})
+    by_width = layer.Config.of({"width": by_mult.hidden(D_MODEL)})  # type: ignore[attr-defined]
+    shapes = [[p.shape for p in layer(config, D_MODEL).parameters()] for config in (by_mult, by_width)]
+    assert shapes[0] == shapes[1]
+    odd = layer(layer.Config.of({"width": 37}), D_MODEL)
+    assert odd.out.weight.shape == (D_MODEL, 37)

@@ -40,9 +40,12 @@ class GLUConfig(FeedForwardConfig):
     """Width of an MLP with about as many parameters, as a multiple of the model's channels. The hidden layer
     has two thirds of this width, rounded to the nearest multiple of 8, and at least 8 channels."""
 
+    width: int | None = knob(None, least=1, unit="channels", younger=True)
+    """Width of the hidden layer, in place of mult; null is two thirds of mult times the model's channels."""
+
     def hidden(self, d_model: int) -> int:
         """Channels of the hidden layer."""
-        return MULTIPLE * max(1, round(2 * self.mult * d_model / (3 * MULTIPLE)))
+        return self.width or MULTIPLE * max(1, round(2 * self.mult * d_model / (3 * MULTIPLE)))
 
 
 class GLU(FeedForward):

@@ -1,6 +1,6 @@
 """The feed-forward layer of GPT-2: two linear maps with a GELU between (Hendrycks 2016, arXiv:1606.08415).
 
-Shapes: B batch, T tokens, C channels, m the multiple.
+Shapes: B batch, T tokens, C channels, D hidden channels.
 """
 
 from __future__ import annotations
@@ -21,10 +21,16 @@ class MLPConfig(FeedForwardConfig):
 
     mult: int = knob(4, least=1, younger=True)
     """Width of the hidden layer as a multiple of the model's channels."""
+    width: int | None = knob(None, least=1, unit="channels", younger=True)
+    """Width of the hidden layer, in place of mult; null is mult times the model's channels."""
+
+    def hidden(self, d_model: int) -> int:
+        """Channels of the hidden layer."""
+        return self.width or self.mult * d_model
 
 
 class MLP(FeedForward):
-    """W₂ gelu(W₁ x), without biases: C → m·C → C."""
+    """W₂ gelu(W₁ x), without biases: C → D → C."""
 
     Config = MLPConfig
     config: MLPConfig
@@ -32,8 +38,9 @@ class MLP(FeedForward):
 
     def __init__(self, config: MLPConfig, d_model: int) -> None:
         super().__init__(config, d_model)
-        self.up = nn.Linear(d_model, config.mult * d_model, bias=False)
-        self.out = nn.Linear(config.mult * d_model, d_model, bias=False)
+        hidden = config.hidden(d_model)
+        self.up = nn.Linear(d_model, hidden, bias=False)
+        self.out = nn.Linear(hidden, d_model, bias=False)
 
     def forward(self, x: Tensor) -> FFOut:
         """(B, T, C) → FFOut."""
@@ -46,6 +53,6 @@ class MLP(FeedForward):
         return torch.einsum("btd,cd->btc", hidden, self.out.weight)
 
     def cost(self, work: Workload) -> Cost:
-        """Two products of m·C² multiply-accumulates a token."""
-        flops = 4 * work.batch_size * work.seq_len * self.config.mult * work.d_model**2
-        return Cost({"feed_forward": flops})
+        """Two products of C·D multiply-accumulates a token."""
+        hidden = self.config.hidden(work.d_model)
+        return Cost({"feed_forward": 4 * work.batch_size * work.seq_len * work.d_model * hidden})
