@@ -3,7 +3,7 @@
 Exit status:
 
 - 0: every cell is ok or has a stated reason (unsupported, out of memory).
-- 1: a cell failed; the failed cells are listed at the end.
+- 1: a cell failed, and the failed cells are listed at the end; or the machine has the device of no cell.
 - 2: the command is invalid; the error is one line, and nothing is written.
 - 130 or 143: Ctrl-C or SIGTERM stopped the command, which then prints how to resume.
 
@@ -27,7 +27,7 @@ from omegaconf import DictConfig
 from bench import CONFIGS
 from bench.inputs.printable import printable
 from bench.records import FINAL, Record, path_of
-from bench.run.progress import describe
+from bench.run.progress import describe, is_without_device
 from variants.safe_output import run
 
 if TYPE_CHECKING:
@@ -85,6 +85,7 @@ def _stopped(by: signal.Signals) -> int:
 def _summary(finished: list[tuple[Path, Record]]) -> int:
     """Print the result of a single cell, or the failed cells of a sweep; returns the exit status."""
     failed = [record for _, record in finished if record.status not in FINAL]
+    absent = [record for _, record in finished if is_without_device(record)]
     if len(finished) == 1:
         folder, record = finished[0]
         print(describe(record))
@@ -99,6 +100,13 @@ def _summary(finished: list[tuple[Path, Record]]) -> int:
             "the same command with rerun=contaminated measures them again",
             file=sys.stderr,
         )
+    if absent and len(absent) == len(finished):
+        print(
+            f"error: no cell could run: this machine has no device={absent[0].device}; measure=plan predicts "
+            "without one",
+            file=sys.stderr,
+        )
+        return 1
     return 1 if failed else 0
 
 

@@ -61,6 +61,11 @@ def duration(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
+def is_without_device(record: Record) -> bool:
+    """Return whether a cell did not run because the machine has no device of its kind."""
+    return record.status == "unsupported" and (record.reason or "").startswith(f"device={record.device}:")
+
+
 @dataclass
 class Wait:
     """A wait for another run. All times are in seconds."""
