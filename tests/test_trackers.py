@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
+import struct
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import HANG_SECONDS
@@ -99,12 +103,62 @@ def test_mlflow_reads_back_what_it_was_told(told: tuple[Path, Record]) -> None:
         assert [(point.step, point.value) for point in curve] == [(1, 5.5), (2, 4.25)]
 
 
-@pytest.mark.parametrize("name", ["mlflow", "tensorboard"])
+def entries_of(path: Path) -> Iterator[bytes]:
+    """The entries of a file of Weights & Biases: after a header of 7 bytes, blocks of 32 KiB of pieces, each
+    with a checksum, its length, and whether it is whole, the first, a middle or the last of an entry."""
+    data, at, entry = path.read_bytes(), 7, b""
+    while at < len(data):
+        if (left := 2**15 - at % 2**15) < 7:
+            at += left
+            continue
+        _, length, kind = struct.unpack_from("<IHB", data, at)
+        entry += data[at + 7 : at + 7 + length]
+        at += 7 + length
+        if kind in (1, 4):
+            yield entry
+            entry = b""
+
+
+@pytest.mark.filterwarnings("default")  # theirs to fix
+def test_wandb_wrote_what_it_was_told(told: tuple[Path, Record], monkeypatch: pytest.MonkeyPatch) -> None:
+    """From its local file; no network is used."""
+    pytest.importorskip("wandb", reason="the extra `trackers` is not installed")
+    from wandb.proto import wandb_internal_pb2
+
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    folder, cell = told
+    trackers.log(TrackerSpec(name="wandb"), folder, cell)
+    (path,) = (folder.parent / "wandb").rglob("*.wandb")
+    config: dict[str, Any] = {}
+    summary: dict[str, Any] = {}
+    curve: list[tuple[int, float]] = []
+    for data in entries_of(path):
+        entry = wandb_internal_pb2.Record()
+        entry.ParseFromString(data)
+        if entry.HasField("run"):
+            assert (entry.run.project, entry.run.display_name) == ("demo", "longformer T=512 #0")
+            config |= {item.key: json.loads(item.value_json) for item in entry.run.config.update}
+        for item in entry.summary.update:
+            summary[item.key or ".".join(item.nested_key)] = json.loads(item.value_json)
+        step = entry.history.step.num
+        row = {
+            ".".join(item.nested_key) or item.key: json.loads(item.value_json) for item in entry.history.item
+        }
+        if "training/nll" in row:
+            curve.append((step, row["training/nll"]))
+    assert config.items() >= trackers.settings(cell).items()
+    assert summary.items() >= trackers.figures(cell).items()
+    assert (summary["cell_id"], summary["status"]) == (cell.cell_id, "ok")
+    assert curve == [(1, 5.5), (2, 4.25)]
+
+
+@pytest.mark.parametrize("name", ["mlflow", "tensorboard", "wandb"])
 def test_a_tracker_that_is_not_installed_is_refused_before_anything_runs(name: str, tmp_path: Path) -> None:
     """Whatever is installed here: in a process that cannot find it."""
     blind = (
+        "NAMES = ('mlflow', 'tensorboard', 'wandb')\n"
         "import importlib.util, sys; real = importlib.util.find_spec\n"
-        "importlib.util.find_spec = lambda n, *a: None if n in ('mlflow', 'tensorboard') else real(n, *a)\n"
+        "importlib.util.find_spec = lambda n, *a: None if n in NAMES else real(n, *a)\n"
         "from bench.__main__ import main; sys.exit(main())"
     )
     done = subprocess.run(

@@ -1,5 +1,5 @@
-"""Experiment trackers, which receive finished records in addition to the results folder: MLflow and
-TensorBoard.
+"""Experiment trackers, which receive finished records in addition to the results folder: MLflow, TensorBoard
+and Weights & Biases.
 
 Each tracker is one file of this package, found by its name and imported only if it is selected. The record is
 on disk before a tracker receives it. If a tracker fails, a one-line message is printed; the record and the
