@@ -26,7 +26,7 @@ from omegaconf import DictConfig
 
 from bench import CONFIGS
 from bench.inputs.printable import printable
-from bench.records import FINAL, Record, path_of
+from bench.records import FINAL, Record, path_of, profile_path_of
 from bench.run.progress import describe, is_without_device
 from variants.safe_output import run
 
@@ -90,6 +90,8 @@ def _summary(finished: list[tuple[Path, Record]]) -> int:
         folder, record = finished[0]
         print(describe(record))
         print(path_of(folder, record.cell_id))
+        if (profile := profile_path_of(folder, record.cell_id)).is_file():
+            print(f"{profile.with_suffix('.json.gz')}\n\n{profile.read_text()}", end="")
     elif failed:
         print(f"{len(failed)} of {len(finished)} cells failed:", file=sys.stderr)
         for record in failed:

@@ -152,6 +152,9 @@ class MeasureSpec(Spec):
     precision: float = knob(0.03, least=0, younger=True)
     """Half-width of the median's 95 % interval at which sampling ends early. It is relative to the median; 0
     always uses the whole time."""
+    profile: bool = knob(False, younger=True)
+    """Trace one training step with torch's profiler, after it was timed. The experiment's folder profiles/
+    has the trace, and a table of the ten operations that take the most time."""
     train_budget: TrainBudget = "tokens"
     """Which of the next three knobs limits training; the other two are ignored. For tokens and FLOPs the
     number of steps is rounded up, and the cell is reproducible to the bit on a CPU. For seconds the number of

@@ -25,6 +25,7 @@ from pathlib import Path
 
 RECORDS_DIR = "records"
 CURVES_DIR = "curves"
+PROFILES_DIR = "profiles"
 TEMPORARY, ASIDE = ".tmp", ".aside"
 ABANDONED_SECONDS = 3600.0
 """A temporary file that has not been modified for this long belongs to a dead process, on any machine."""
@@ -45,6 +46,11 @@ def parts_of(folder: Path) -> Path:
 def curve_path_of(folder: Path, cell_id: str) -> Path:
     """Return the path of a cell's training curve in the experiment's folder."""
     return folder / CURVES_DIR / f"{cell_id}.csv"
+
+
+def profile_path_of(folder: Path, cell_id: str) -> Path:
+    """Return the path of the table of a cell's profile. The trace beside it has the suffix .json.gz."""
+    return folder / PROFILES_DIR / f"{cell_id}.md"
 
 
 @contextmanager

@@ -87,6 +87,7 @@ class CellRun:
                 task,
                 self.device,
                 folder=self.cell.folder,
+                cell_id=self.cell_id,
                 device_name=device_name,
                 report=self.report,
             ).run()

@@ -36,6 +36,7 @@ FOLDERS = (
     "roofline",
     "launch",
     "baselines",
+    records.PROFILES_DIR,
 )
 """Folders of an experiment into which a cell writes."""
 

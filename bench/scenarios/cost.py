@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from bench.config.spec import CellSpec
-from bench.measure import allocator, contention, device_time, nvml, predict, timing
+from bench.measure import allocator, contention, device_time, nvml, predict, step_profile, timing
 from bench.measure import step as step_measure
 from bench.measure.compile_time import CompiledStep
 from bench.measure.roofline import Roofline
@@ -33,10 +33,12 @@ class CostMeasurement:
         device: torch.device,
         *,
         folder: Path,
+        cell_id: str,
         device_name: str | None,
         report: Report,
     ) -> None:
         """`folder`: the experiment's folder, which caches the roofline of the device `device_name`."""
+        self.cell_id = cell_id
         self.spec, self.task, self.device, self.report = spec, task, device, report
         self.folder, self.device_name = folder, device_name
         self.compiled: CompiledStep | None = None
@@ -55,6 +57,9 @@ class CostMeasurement:
                 self._drift(subject)
             roofline = self._roofline()
             self._utilisation(subject, roofline, seconds=self._time(subject))
+            if self.spec.measure.profile:
+                subject.model.train()
+                step_profile.write(subject.step, self.device, self.folder, self.cell_id)
 
     def _step(self) -> tuple[step_measure.Subject, step_measure.StepFigures]:
         """Count FLOPs and launches, and measure memory, of a step without compilation: compiled code does not
