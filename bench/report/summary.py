@@ -1,4 +1,6 @@
-"""summary.md and summary.tex: the head, then every section's figures and tables with its marks explained."""
+"""summary.md and summary.tex: the head, the answer, then every section's figures and tables with its marks
+explained. In summary.md, what comes after the answer is folded.
+"""
 
 from __future__ import annotations
 
@@ -18,12 +20,25 @@ from bench.report.text.machines import dates, machines, settings
 from bench.report.text.markdown import escape
 from bench.report.text.marks import SHORT_NOTES
 
+MOST_FRONT = 6
+"""Figures before the fold."""
+REST = "All tables and figures"
+
 
 def text(results: Results, plots: Plots, notes: Sequence[str] = ()) -> str:
     """The whole of summary.md; `notes` are more lines of its head."""
-    parts = [_head(results, notes)]
-    parts += [_section(section, data, plots.get(section.name, ())) for section, data in results]
-    return "\n".join(part for part in parts if part)
+    front = [one for drawn in plots.values() for one in drawn if one.front and not one.linked][:MOST_FRONT]
+    answer = [_section(section, data, front) for section, data in results if section.front]
+    shown = front if any(answer) else []
+    others = [
+        _section(section, data, [one for one in plots.get(section.name, ()) if one not in shown])
+        for section, data in results
+        if not section.front
+    ]
+    rest = "\n".join(part for part in others if part)
+    if any(answer) and rest:
+        rest = markdown.folded(REST, rest)
+    return "\n".join(part for part in (_head(results, notes), *answer, rest) if part)
 
 
 def _section(section: Section[Any], data: Any, plots: Sequence[Drawn]) -> str:

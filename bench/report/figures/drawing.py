@@ -66,7 +66,7 @@ def draw_all(
                 canvas.save(figure, report / "plots", name)
                 words = describe(values, varying_keys)
                 title = f"{spec.title} ({words})" if words else spec.title
-                drawn.setdefault(section, []).append(Drawn(title, f"plots/{name}", linked))
+                drawn.setdefault(section, []).append(Drawn(title, f"plots/{name}", linked, spec.front))
     return drawn, undrawn
 
 

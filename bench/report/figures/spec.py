@@ -30,7 +30,8 @@ class FigureSpec:
     None if there is nothing to draw. `kind` names the records (a field of `bench.report.data.kinds.Kinds`)
     whose machines and dates are in the footer, and whose differing keys are part of the file name. A
     setting is omitted if `condition` returns False for its keys and cells. If `linked` returns a text,
-    summary.md has a link with this text instead of the image.
+    summary.md has a link with this text instead of the image. A `front` figure belongs to the answer, at the
+    beginning of summary.md.
     """
 
     stem: str
@@ -41,16 +42,18 @@ class FigureSpec:
     kind: Literal["plain", "fits", "payoff"] = "plain"
     condition: Callable[[Mapping[str, Any], pd.DataFrame], bool] = _always
     linked: Callable[[Mapping[str, Any]], str] = _shown
+    front: bool = False
 
 
 @dataclass(frozen=True)
 class Drawn:
-    """A figure that was written: its title, its path relative to the report without suffix, and the words
-    under which it is linked (empty: it is shown)."""
+    """A figure that was written: its title, its path relative to the report without suffix, the words under
+    which it is linked (empty: it is shown), and whether it is `front`."""
 
     title: str
     path: str
     linked: str = ""
+    front: bool = False
 
 
 def one_point(cells: pd.DataFrame) -> bool:

@@ -49,6 +49,9 @@ class Section(Protocol[Data]):
     csv: tuple[str, ...] = ()
     """Names, without suffix, of the CSV files that the section may write; an earlier report's files of these
     names are removed."""
+    front: bool = False
+    """Whether summary.md begins with this section. If a section of this kind has tables, all others are
+    folded behind it, with their figures that are not `front` themselves."""
     figures_first: bool = True
     """Whether the figures are above the tables."""
     figures_alone: bool = True

@@ -47,7 +47,7 @@ class Fits(Section[pd.DataFrame]):
         given_batch = [key for key in FIT if key != "seq_len"]
         longest, largest = "The longest sequence that fits", "The largest batch that fits"
         return [
-            FigureSpec("longest_sequence", longest, data, plots.longest, given_batch, "fits"),
+            FigureSpec("longest_sequence", longest, data, plots.longest, given_batch, "fits", front=True),
             FigureSpec("largest_batch", largest, data, plots.largest, PAYOFF, "fits"),
         ]
 

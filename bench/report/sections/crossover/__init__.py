@@ -62,7 +62,7 @@ class Crossover(Section[Crossings]):
 
     def figures(self, data: Crossings) -> list[FigureSpec]:
         """Ratios against length."""
-        return [FigureSpec("crossover", "Cost over dense's", data.compared, crossover, SETTING)]
+        return [FigureSpec("crossover", "Cost over dense's", data.compared, crossover, SETTING, front=True)]
 
     def csv_tables(self, data: Crossings) -> dict[str, pd.DataFrame]:
         """The crossovers, if there are any."""

@@ -83,7 +83,8 @@ class Pareto(Section[Fronts]):
             return not (data.corpora and one_point(part))
 
         keys = (*COMMON, "depth")
-        return [FigureSpec("pareto", "Quality against cost", data.models, pareto, keys, condition=is_shown)]
+        title = "Quality against cost"
+        return [FigureSpec("pareto", title, data.models, pareto, keys, condition=is_shown, front=True)]
 
     def csv_tables(self, data: Fronts) -> dict[str, pd.DataFrame]:
         """The models, if there are any."""

@@ -1,0 +1,99 @@
+"""The beginning of a report: which variant at which length, with ties, and all else folded behind it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from test_report import record, table, write
+
+from bench.records import Record
+from bench.report import build
+
+MIB = 2**20
+
+
+def text_of(folder: Path, found: list[Record], *, plots: bool = False) -> str:
+    return (build(write(folder, found), plots=plots) / "summary.md").read_text()
+
+
+def cell(variant: str, seconds: float, peak: int, seq_len: int = 512, **other: Any) -> Record:
+    timed = {"step_seconds_median": seconds, "step_seconds_samples": [seconds], "peak_bytes": peak * MIB}
+    return record(variant, seq_len, **timed, variant_params={}, **other)
+
+
+def swept(replicates: int = 3) -> list[Record]:
+    """At 512 tokens dense is the fastest and needs as much memory as chunks; at 1,024 chunks are faster.
+    Twins differ by ten per cent in turns, so that smaller differences are noise."""
+    found = []
+    for replicate in range(replicates):
+        drift = 1.1 if replicate % 2 else 1.0
+        for seq_len, times in ((512, (1.0, 2.0, 3.0)), (1024, (4.0, 1.0, 1.05))):
+            for (variant, peak), seconds in zip(
+                (("dense", 100), ("chunked", 101), ("performer", 200)), times, strict=True
+            ):
+                key = {"replicate": replicate, "cell_id": f"{variant}-{seq_len}-{replicate}"}
+                found.append(cell(variant, seconds, peak * seq_len // 512, seq_len, **key))
+                twin = {**key, "twin": 1, "cell_id": f"{variant}-{seq_len}-{replicate}-twin"}
+                found.append(cell(variant, seconds * drift, peak * seq_len // 512, seq_len, **twin))
+    return found
+
+
+def test_ties_are_named_together(tmp_path: Path) -> None:
+    """Performer's five per cent at 1,024 tokens are within the noise, one per cent of memory is the same."""
+    rows = table(text_of(tmp_path / "e", swept()), "### Cost of a training step")
+    said = {row["length"]: (row["fastest"], row["least memory"]) for row in rows}
+    assert said == {
+        "512": ("dense (1.00×)", "dense (1.00×), chunked (1.01×)"),
+        "1024": ("chunked (0.250×), performer (0.263×)", "dense (1.00×), chunked (1.01×)"),
+    }
+
+
+def test_without_twins_no_noise_is_known(tmp_path: Path) -> None:
+    found = [one for one in swept() if not one.twin]
+    rows = table(text_of(tmp_path / "e", found), "### Cost of a training step")
+    assert [row["fastest"] for row in rows] == ["dense (1.00×)", "chunked (0.250×)"]
+
+
+def test_what_sees_the_future_is_no_answer(tmp_path: Path) -> None:
+    found = swept() + [
+        cell("reformer", 0.01, 1, n, replicate=r, cell_id=f"leak-{n}-{r}", leak_max_abs=0.5)
+        for n in (512, 1024)
+        for r in range(3)
+    ]
+    text = text_of(tmp_path / "e", found)
+    answer, _, rest = text.partition("<details>")
+    assert "reformer" not in answer
+    assert "reformer" in rest
+
+
+def test_everything_else_is_folded_behind_the_answer(tmp_path: Path) -> None:
+    text = text_of(tmp_path / "e", swept(), plots=True)
+    answer, _, rest = text.partition("<details><summary>All tables and figures</summary>")
+    assert answer.index("## Which one?") < answer.index("### Cost of a training step")
+    assert "[![Cost over dense's]" in answer
+    assert "[![Cost over dense's]" not in rest
+    assert "## Cost\n" in rest
+    assert len(answer.split()) < 2500
+    assert answer.count("[![") <= 12
+    assert text.count("<details>") == text.count("</details>")
+
+
+def test_one_variant_has_no_answer_and_nothing_is_folded(tmp_path: Path) -> None:
+    text = text_of(tmp_path / "e", [one for one in swept() if one.variant == "dense"])
+    assert "Which one?" not in text
+    assert "<details>" not in text
+    assert "## Cost\n" in text
+
+
+def test_the_best_models_are_those_that_none_is_certainly_better_than(tmp_path: Path) -> None:
+    """Two that are equal but for their seeds, and one that is worse by a nat."""
+    found = []
+    for replicate in range(5):
+        shift = 0.01 * (-1) ** replicate
+        for variant, nll in (("dense", 1.5 + shift), ("chunked", 1.5 - shift), ("performer", 2.5)):
+            key = {"replicate": replicate, "cell_id": f"{variant}-{replicate}", "nll": nll}
+            found.append(cell(variant, 1.0, 100, **key))
+    (row,) = table(text_of(tmp_path / "e", found), "### Quality after training")
+    assert set(row["best"].split(", ")) == {"dense", "chunked"}
+    assert row["score"].endswith(" ± 0.016 bits per byte")
