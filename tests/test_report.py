@@ -319,9 +319,9 @@ def test_a_value_of_the_wrong_type_is_named_and_skipped(tmp_path: Path) -> None:
 
 def test_plots_decode_and_are_linked(demo: Path) -> None:
     plots = demo / "report" / "plots"
-    stems = {"step_time", "throughput", "peak_memory", "flops", "held_out_loss", "nll_by_position"}
+    stems = {"step_time", "forward_time", "peak_memory", "flops", "held_out_loss", "nll_by_position"}
     stems |= {"crossover", "pareto-depth_2", "pareto-depth_4"}
-    linked_alone = {f"{cost}_by_depth" for cost in ("step_time", "throughput", "peak_memory", "flops")}
+    linked_alone = {f"{cost}_by_depth" for cost in ("step_time", "forward_time", "peak_memory", "flops")}
     stems |= linked_alone
     assert {p.stem for p in plots.glob("*.png")} == {p.stem for p in plots.glob("*.svg")} == stems
     for path in plots.glob("*.png"):
@@ -572,7 +572,7 @@ def test_a_single_cell_and_no_plot_outlives_its_data(tmp_path: Path) -> None:
     build(folder)
     assert {p.stem for p in (report / "plots").glob("*.png")} == {
         "step_time",
-        "throughput",
+        "forward_time",
         "peak_memory",
         "flops",
     }

@@ -185,7 +185,7 @@ def test_every_memory_picture_is_drawn_and_linked(tmp_path: Path) -> None:
     stems |= {"longest_sequence", "largest_batch", "batch_payoff"}
     stems |= {f"pareto-depth_{depth}" for depth in (2, 4, 8)}
     linked = {
-        f"{cost}_by_depth-activations_keep" for cost in ("step_time", "throughput", "peak_memory", "flops")
+        f"{cost}_by_depth-activations_keep" for cost in ("step_time", "forward_time", "peak_memory", "flops")
     }
     assert {path.stem for path in plots.glob("*.png")} == stems | linked
     assert all(f"](plots/{stem}.png)" in text for stem in linked)

@@ -24,6 +24,7 @@ TIMES = {
 """Figures that a disturbance changes → their names in tables."""
 PAIRED = {
     "step_seconds_median": "step_seconds",
+    "forward_seconds_median": "forward_seconds",
     "tokens_per_second": "tokens_per_second",
     SECONDS: SECONDS,
     RATE: RATE,

@@ -92,7 +92,7 @@ function costSpec(figure) {
 /** Of a single length: a row a variant instead of a line, the best on top. */
 function dots(lines, cost, tooltip, length, figure) {
   const rows = lines.map((row) => ({ ...row, hollow: row.hollow || row.dashed }));
-  const y = { field: "name", type: "nominal", sort: { field: "value", op: "min", order: figure.more_is_better ? "descending" : "ascending" }, axis: { title: null, grid: true, labelLimit: 130 } };
+  const y = { field: "name", type: "nominal", sort: { field: "value", op: "min", order: "ascending" }, axis: { title: null, grid: true, labelLimit: 130 } };
   const { axis: { values, labelExpr }, scale } = cost;
   const x = { field: "value", type: "quantitative", scale, axis: { values, labelExpr, title: `${figure.axis} at length ${full(length)}` } };
   const each = distinct(rows.map((row) => row.name)).length;

@@ -92,6 +92,12 @@ COLUMNS = (
         f"{RATE}_median",
         "tokens trained on in a second of the step time",
     ),
+    Shown(
+        "forward",
+        lambda row: timed(row, "forward_seconds_median", units.seconds),
+        "forward_seconds_median",
+        "wall-clock time of a forward pass without gradients over the same tokens",
+    ),
     Shown("peak memory", peak, "peak_shown", "the most that is live in a step"),
     Shown(
         "memory / dense",

@@ -42,7 +42,6 @@ def _head(plot: CostPlot) -> Json:
         "stem": plot.stem,
         "title": plot.title.removesuffix(" against sequence length"),
         "axis": plot.axis,
-        "more_is_better": plot.more_is_better,
     }
 
 

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
-from bench.report.data.compared_time import DEVICE, RATE, SECONDS, SOURCE
+from bench.report.data.compared_time import DEVICE, SECONDS, SOURCE
 from bench.report.data.disturbed import DISTURBED
 from bench.report.data.groups import split
 from bench.report.figures import canvas
@@ -59,7 +59,6 @@ class CostPlot:
     curves: tuple[Curve, ...]
     unit: Callable[..., str]
     binary: bool = False
-    more_is_better: bool = False
     along: Along = LENGTH
 
     @property
@@ -207,12 +206,17 @@ BY_LENGTH = (
         units.seconds,
     ),
     CostPlot(
-        "throughput",
-        "Training throughput",
-        "tokens per second",
-        (Curve(f"{RATE}_median", spread=(f"{RATE}_low", f"{RATE}_high"), flag=DISTURBED),),
-        units.rate,
-        more_is_better=True,
+        "forward_time",
+        "Time of a forward pass",
+        "time of a forward pass",
+        (
+            Curve(
+                "forward_seconds_median",
+                spread=("forward_seconds_low", "forward_seconds_high"),
+                flag=DISTURBED,
+            ),
+        ),
+        units.seconds,
     ),
     CostPlot(
         "peak_memory",

@@ -26,6 +26,8 @@ def cost(cells: pd.DataFrame) -> list[Column]:
         Column("sampled within", [sampled(row) for row in rows]),
         Column("wall time", [wall(row) for row in rows]),
         Column("throughput", [timed(row, f"{RATE}_median", units.rate) for row in rows]),
+        Column("forward", [timed(row, "forward_seconds_median", units.seconds) for row in rows]),
+        each(cells, "forward / dense", "forward_seconds_ratio", units.ratio),
         Column("utilisation", [timed(row, "mfu", units.percent) for row in rows]),
         Column("peak memory", [peak(row) for row in rows]),
         each(cells, "memory / dense", "peak_bytes_ratio", units.ratio),
