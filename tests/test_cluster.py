@@ -417,6 +417,41 @@ def test_a_plan_waits_for_no_measurement(tmp_path: Path) -> None:
         holder.kill(), holder.communicate()
 
 
+def test_without_abstract_sockets_a_file_is_locked(tmp_path: Path) -> None:
+    """As on macOS, whose name the processes are given."""
+    here = {"TMPDIR": str(tmp_path)}
+    script = HOLDER.replace("import sys, time", "import sys, time; sys.platform = 'darwin'")
+    runs = [
+        subprocess.Popen(
+            [sys.executable, "-c", script, "cpu", ""],
+            env={**os.environ, **here},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+    ]
+    try:
+        assert runs[0].stdout is not None
+        assert runs[0].stdout.readline() == "has it\n"
+        runs.append(
+            subprocess.Popen(runs[0].args, env={**os.environ, **here}, stdout=subprocess.PIPE, text=True)
+        )
+        assert runs[1].stdout is not None
+        assert runs[1].stdout.readline() == "another run\n"
+        runs[0].kill()
+        assert runs[1].stdout.readline() == "has it\n"
+    finally:
+        for run in runs:
+            run.kill(), run.communicate()
+
+
+def test_windows_is_told_in_one_line() -> None:
+    script = "import sys; sys.platform = 'win32'; import bench"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 1
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("error: longctx-bench does not run on Windows")
+
+
 def test_runs_on_two_accelerators_of_a_machine_do_not_wait_for_each_other() -> None:
     """Each calls its own cuda: the driver's names differ."""
     runs = [hold("cuda", "GPU-one"), hold("cuda", "GPU-two"), hold("cuda", "GPU-one")]

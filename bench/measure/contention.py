@@ -117,7 +117,7 @@ class ContentionMonitor:
             device=_worst_of(self.state, nvml.read(self.device)),
         )
         on_host = threads if self.device.type == "cpu" else 1
-        return load.figures() | {"contaminated": load.contaminated(threads=on_host, cores=len(_cores()))}
+        return load.figures() | {"contaminated": load.contaminated(threads=on_host, cores=len(cores()))}
 
 
 class Counters:
@@ -143,7 +143,7 @@ def foreign_cores(begun: Counters, ended: Counters) -> float | None:
     return _share(begun.busy, ended.busy, seconds, less=ended.used - begun.used)
 
 
-def _cores() -> set[int]:
+def cores() -> set[int]:
     """Return the indices of the cores that this process may use."""
     if hasattr(os, "sched_getaffinity"):
         return os.sched_getaffinity(0)
@@ -176,7 +176,7 @@ def busy_seconds() -> float | None:
         lines = Path("/proc/stat").read_text().splitlines()
     except OSError:
         return None
-    ours = {f"cpu{core}" for core in _cores()}
+    ours = {f"cpu{core}" for core in cores()}
     total = 0
     for line in lines:
         name, *ticks = line.split()

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -22,6 +21,7 @@ from bench import records
 from bench.config import parse
 from bench.config.spec import Cell, ClusterSpec
 from bench.inputs.quoting import quoted
+from bench.measure.contention import cores
 from bench.records import Record
 from bench.run import prepare, sweep
 from bench.run.prepare import Job
@@ -110,7 +110,7 @@ def requirements(cluster: ClusterSpec, groups: Sequence[Sequence[Cell]]) -> Clus
     return replace(
         cluster,
         gpus=int(not on_cpu) if cluster.gpus is None else cluster.gpus,
-        cpus=(len(os.sched_getaffinity(0)) if on_cpu else 1) if cluster.cpus is None else cluster.cpus,
+        cpus=(len(cores()) if on_cpu else 1) if cluster.cpus is None else cluster.cpus,
         minutes=cluster.minutes or math.ceil(min((SECONDS_TO_START + max(limits)) / 60, A_YEAR)),
     )
 

@@ -8,10 +8,12 @@ import os
 import shlex
 import socket
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from bench import records
 from bench.config.spec import digest
@@ -47,20 +49,35 @@ def on_device(device: Device, waiting: Callable[[str], None] = lambda holder: No
         yield
 
 
-def _bind(name: str) -> socket.socket | None:
+def _bind(name: str) -> AbstractContextManager[Any] | None:
     """Bind an abstract socket name of this machine until the socket is closed or the process ends; None if it
-    is in use.
+    is in use. Only Linux has such names; other systems lock a file in the temporary folder.
 
     A lock file would not work: schedulers may give each job its own temporary folder, or even its own /tmp,
     so two jobs on one machine would not share the file. Linux has one set of abstract socket names per
     network namespace (unix(7)). Users and jobs share it; containers share it if they use the host's network.
     """
+    if sys.platform != "linux":
+        return _lock_file(Path(tempfile.gettempdir(), f"{name}.lock"))
     held = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
     try:
         held.bind(f"\0{name}")
     except OSError as error:
         held.close()
         if error.errno != errno.EADDRINUSE:
+            raise
+        return None
+    return held
+
+
+def _lock_file(path: Path) -> AbstractContextManager[Any] | None:
+    """Lock a file until it is closed or the process ends; None if another process has locked it."""
+    held = path.open("w")
+    try:
+        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        held.close()
+        if error.errno not in (errno.EACCES, errno.EAGAIN):
             raise
         return None
     return held
