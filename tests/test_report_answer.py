@@ -55,6 +55,13 @@ def test_without_twins_no_noise_is_known(tmp_path: Path) -> None:
     assert [row["fastest"] for row in rows] == ["dense (1.00×)", "chunked (0.250×)"]
 
 
+def test_dense_is_a_tie_where_the_fastest_is_not_certainly_different(tmp_path: Path) -> None:
+    """One replicate decides nothing, however large the difference."""
+    found = [one for one in swept(replicates=1) if not one.twin]
+    rows = table(text_of(tmp_path / "e", found), "### Cost of a training step")
+    assert [row["fastest"] for row in rows] == ["dense (1.00×)", "chunked (0.250×), dense (1.00×)"]
+
+
 def test_what_sees_the_future_is_no_answer(tmp_path: Path) -> None:
     found = swept() + [
         cell("reformer", 0.01, 1, n, replicate=r, cell_id=f"leak-{n}-{r}", leak_max_abs=0.5)

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from bench.report.data.compared_time import SECONDS
@@ -49,7 +50,8 @@ class Answer(Section[Answers]):
     figures_alone = False
     lead = (
         "Variants in one cell of a table are ties: nothing measured here tells them apart. *fastest*: whose "
-        "training step takes at most the machine's noise floor longer than the shortest one. *least memory*: "
+        "training step takes at most the machine's noise floor longer than the shortest one, and dense where "
+        "the fastest is not certainly different from it. *least memory*: "
         f"whose peak is at most {SAME_MEMORY - 1:.0%} above the lowest. In parentheses is the ratio to dense "
         "attention. *best*: trained models that no other is certainly better than (see *Quality*)."
     )
@@ -84,8 +86,8 @@ def _costs(cells: pd.DataFrame) -> list[dict[str, Any]]:
                 "setting": _setting(values, ("objective", "corpus", "d_model", "batch_size")),
                 "length": values["seq_len"],
                 "depth": values["depth"],
-                "fastest": _ties(sound, seconds, floor, f"{SECONDS}_ratio"),
-                "least memory": _ties(own, peak, SAME_MEMORY, "peak_bytes_ratio"),
+                "fastest": _listed(sound, _fastest(sound, seconds, floor), f"{SECONDS}_ratio"),
+                "least memory": _listed(own, peak[peak <= SAME_MEMORY * peak.min()], "peak_bytes_ratio"),
                 "variants": own["label"].nunique(),
             }
         )
@@ -107,7 +109,7 @@ def _models(cells: pd.DataFrame) -> list[dict[str, Any]]:
                 "length": values["seq_len"],
                 "depth": values["depth"],
                 "trained": ", ".join(training(values, keys)),
-                "best": _listed([str(label) for label in best["label"]]) or "not ranked",
+                "best": _named([str(label) for label in best["label"]]) or "not ranked",
                 "score": _range(own) if first is None else _score(first),
                 "3-gram": units.score(own["ngram_3_bits_per_byte"].mean()),
                 "variants": own["label"].nunique(),
@@ -120,18 +122,29 @@ def _setting(values: Mapping[str, Any], keys: Sequence[str]) -> str:
     return describe(values, keys)
 
 
-def _ties(cells: pd.DataFrame, values: pd.Series[float], factor: float, ratio: str) -> str:
-    """The labels whose value is at most `factor` times the least, with their ratios to dense."""
-    near = values[values <= factor * values.min()].sort_values()
-    named = []
-    for place in near.index:
-        relative = cells.loc[place, ratio]
-        words = "" if pd.isna(relative) else f" ({units.ratio(relative)})"
-        named.append(f"{cells.loc[place, 'label']}{words}")
-    return _listed(named)
+def _fastest(cells: pd.DataFrame, seconds: pd.Series[float], floor: float) -> pd.Series[float]:
+    """The times that are at most `floor` times the shortest; also that of dense, if the fastest variant is
+    not certainly different from it."""
+    is_tie = seconds <= floor * seconds.min()
+    is_different = cells["differs"].fillna(False).to_numpy(dtype=bool)
+    if is_tie.any() and not is_different[np.nanargmin(seconds.to_numpy())]:
+        is_tie |= (cells["label"] == cells["baseline"]) & seconds.notna()
+    return seconds[is_tie]
 
 
-def _listed(names: Sequence[str]) -> str:
+def _listed(cells: pd.DataFrame, values: pd.Series[float], ratio: str) -> str:
+    """The labels of these values, the least first, with their ratios to dense."""
+    ratios = cells[ratio]
+    return _named(
+        [
+            f"{cells.loc[place, 'label']}"
+            + ("" if pd.isna(ratios[place]) else f" ({units.ratio(ratios[place])})")
+            for place in values.sort_values().index
+        ]
+    )
+
+
+def _named(names: Sequence[str]) -> str:
     more = len(names) - MOST_NAMES
     return ", ".join(names) if more <= 1 else f"{', '.join(names[:MOST_NAMES])} and {more} more"
 
