@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import quality_table
 
 from bench import records
 
@@ -43,28 +44,27 @@ def over_dense(frame: pd.DataFrame, figure: str) -> pd.Series[float]:
     return table.div(table["dense"], axis=0).median()
 
 
+def rows_between(begin: str, end: str) -> list[list[str]]:
+    """The cells of the rows of a table of the README, without its head."""
+    lines = README.partition(begin)[2].partition(end)[0].splitlines()
+    return [line.strip("| ").split(" | ") for line in lines if line.startswith("| ")][1:]
+
+
 def test_the_table_of_the_readme(cpu: pd.DataFrame) -> None:
     at = cells(cpu, **CPU, seq_len=4096)
-    trained = cpu[cpu["nll"].notna() & (cpu["objective"] == "clm")]
-    bits = (trained["nll"] / np.log(2)).groupby(trained["variant"])
-    unigram = np.log2(trained["unigram_perplexity"].median())
-    assert f"byte frequencies alone reach {unigram:.2f}." in README
     figures = ("step_seconds_median", "peak_bytes", "flops_executed_step")
     times, memory, flops = (over_dense(at, figure) for figure in figures)
     seconds = at.groupby("variant")["step_seconds_median"].median()
     peaks = at.groupby("variant")["peak_bytes"].median()
-    rows = re.findall(r"^\| (\w+) \| (.*) \|$", README.partition("reference:end")[0], re.M)
-    found = {name: [cell.strip(" ≈") for cell in cells.split("|")] for name, cells in rows}
-    del found["variant"]
+    found = {name: row for name, *row in rows_between("reference:begin", "reference:end")}
     assert found.keys() == set(seconds.index)
     for name, stated in found.items():
-        assert stated == [
+        assert [cell.strip("≈") for cell in stated] == [
             f"{1e3 * seconds[name]:.0f} ms",
             f"{times[name]:.2f}×",
             f"{peaks[name] / 2**20:.0f} MiB",
             f"{memory[name]:.2f}×",
             f"{flops[name]:.2f}×",
-            f"{bits.mean()[name]:.3f} ± {bits.std()[name]:.3f}",
         ]
 
 
@@ -74,10 +74,25 @@ def test_the_conclusions_of_the_readme(cpu: pd.DataFrame) -> None:
     assert f"`chunked` {short.min():.2f}×≈" in README
     assert (short > 1).sum() > len(short) / 2
     assert f"cost {long['overlapping'] / long['chunked']:.1f} times as much as chunks" in README
-    costs, trained = (cpu[cpu["d_model"] == width] for width in (256, 64))
-    here, there = (frame.groupby("variant")["params"].median() for frame in (cells(costs, depth=4), trained))
-    wide, narrow = (sizes["compressive"] / sizes["dense"] for sizes in (here, there))
-    assert f"{wide:.2f} times the parameters of `dense` here, and {narrow:.2f} times" in README
+    sizes = cells(cpu, d_model=256, depth=4).groupby("variant")["params"].median()
+    assert f"{sizes['compressive'] / sizes['dense']:.2f} times the parameters of `dense`" in README
+
+
+def test_the_quality_table_of_the_readme() -> None:
+    frame = records.load(ROOT / "results" / "quality-cpu")
+    assert rows_between("quality:begin", "quality:end") == quality_table.rows_of(frame)
+    trained = frame[frame["bits_per_byte"].notna()]
+    assert trained["replicate"].nunique() == 5
+    assert set(trained["bits_per_byte_by_budget"].map(len)) == {3}
+    budgets = np.array(trained["train_budgets"].iloc[0])
+    for size in budgets / budgets[-1] * trained["ngram_train_bytes"].mean() / 1e6:
+        assert f"after {size:.1f} million" in README
+    ngram = np.array(trained["ngram_bits_per_byte"].tolist()).mean(axis=0)
+    stated = (
+        f"A table of 3-grams that learnt the same bytes reaches {ngram[2]:.2f}, "
+        f"one of 5-grams {ngram[4]:.2f}, and `xz` {trained['xz_bits_per_byte'].mean():.2f}."
+    )
+    assert stated in README
 
 
 def test_the_round_on_a_gpu(relative: pd.DataFrame) -> None:
