@@ -370,3 +370,50 @@ def test_a_plugin_that_cannot_be_imported_says_why_and_still_has_its_source(
         "variants.BrokenVariant: plug-in lagged_attention.lagged:Lagged cannot be imported: "
     )
     assert why in last
+
+
+# --- the checks that a plug-in's author runs ------------------------------------------------------
+
+
+def test_a_plug_in_is_checked(plugged: Path, tmp_path: Path) -> None:
+    done = python("-m", "bench.tools.check", "lagged", "lag=5", "--tokens", "97", path=plugged, cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    lines = done.stdout.splitlines()
+    assert all(line.startswith("ok      ") for line in lines)
+    for words in ("causal, 97 tokens, gates: leak 0.0e+00", "a plan of 65,536 tokens", "not supported"):
+        assert any(words in line for line in lines), words
+
+
+@pytest.mark.parametrize(
+    ("planted", "by", "words"),
+    [
+        ("(back == 0) | (back == self.config.lag)", "(back == 0) | (back == -self.config.lag)", "causality"),
+        (
+            "return MixerOut(self.reference(x, ctx))",
+            "return MixerOut(1.01 * self.reference(x, ctx))",
+            "reference",
+        ),
+        (
+            "return MixerOut(self.reference(x, ctx))",
+            "return MixerOut(self.reference(x, ctx) + 0.01 * x.mean(dim=(0, 1)))",
+            "another sequence of its batch",
+        ),
+        ("* work.seq_len**2", "* work.seq_len", "cost gate"),
+    ],
+)
+def test_a_fault_of_a_plug_in_is_found(planted: str, by: str, words: str, tmp_path: Path) -> None:
+    site = distribution(tmp_path / "site", {"lagged": "lagged_attention.lagged:Lagged"})
+    module = site / "lagged_attention" / "lagged.py"
+    assert planted in module.read_text()
+    module.write_text(module.read_text().replace(planted, by))
+    done = python("-m", "bench.tools.check", "lagged", "--tokens", "97", path=site, cwd=tmp_path)
+    assert done.returncode == 1, done.stdout
+    assert any(line.startswith("FAILED") and words in line for line in done.stdout.splitlines()), done.stdout
+
+
+def test_a_mistake_in_a_check_is_one_line(tmp_path: Path) -> None:
+    for arguments, words in ((["longfromer"], "longformer"), (["chunked", "chunks=3"], "chunk")):
+        done = python("-m", "bench.tools.check", *arguments, cwd=tmp_path)
+        assert done.returncode == 2
+        (line,) = done.stderr.splitlines()
+        assert words in line

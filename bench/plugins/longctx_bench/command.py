@@ -14,6 +14,7 @@ COMMANDS = {
     "claims": "bench.claims",
     "corpora": "bench.corpora",
     "variants": "variants",
+    "check": "bench.tools.check",
 }
 """The first argument → the module of the command. Anything else is for `python -m bench`."""
 

@@ -1,0 +1,192 @@
+"""`python -m bench.tools.check my_variant window=64`: does a variant keep its promises?
+
+Runs the gates of the benchmark on a variant, a plug-in of another package included, at lengths that are no
+multiple of any block, in each direction that it supports: no output depends on a later token; the fast path
+equals the reference in outputs and gradients, in float32 and with bfloat16; strategies for activations give
+the same gradients; sequences of a batch do not reach each other; the dispatched FLOPs are those of the
+formula; and a long sequence can be planned on fake tensors. Exit status 1 if a check fails.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+import variants
+from bench.config.spec import CellSpec, DataSpec, MeasureSpec, ModelSizes
+from bench.inputs.errors import ConfigError
+from bench.inputs.printable import printable
+from bench.measure import gates, predict, step
+from bench.measure.gate_failed import GateFailed
+from bench.scenarios.figures import flop_figures
+from bench.scenarios.support import Unsupported, check_supported
+from bench.tasks.base import Batch
+from variants.safe_output import run
+
+LENGTHS = (1, 64, 97, 600)
+"""Tokens of the checks: one, a multiple of blocks, and two that are none; 600 is past the default windows."""
+LONG = 65_536
+"""Tokens of the plan."""
+CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of one check: `found` is None if it failed, with the reason."""
+
+    what: str
+    found: str | None
+    reason: str = ""
+
+    def __str__(self) -> str:
+        return f"ok      {self.what}: {self.found}" if self.found else f"FAILED  {self.what}: {self.reason}"
+
+
+def main() -> int:
+    """Print a line for each check; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m bench.tools.check", description=__doc__)
+    parser.add_argument("variant", help="its name, as python -m variants --names prints it")
+    parser.add_argument("knobs", nargs="*", metavar="knob=value", help="knobs of the variant")
+    parser.add_argument("--tokens", nargs="+", type=int, default=[*LENGTHS], help="lengths of the checks")
+    given = parser.parse_args()
+    try:
+        spec = cell(given.variant, given.knobs)
+    except (ConfigError, ValueError, variants.BrokenVariant, variants.PluginClash) as error:
+        print(f"error: {printable(str(error))}", file=sys.stderr)
+        return 2
+    failed = 0
+    for outcome in outcomes(spec, given.tokens):
+        print(outcome, flush=True)
+        failed += outcome.found is None
+    if failed:
+        print(f"error: {failed} checks failed", file=sys.stderr)
+    return 1 if failed else 0
+
+
+def cell(variant: str, knobs: list[str]) -> CellSpec:
+    """A small cell with this variant. Raises ValueError for an unknown knob or value."""
+    pairs = [text.partition("=") for text in knobs]
+    values = {name.removeprefix("variant."): yaml.safe_load(value) for name, _, value in pairs}
+    return CellSpec(
+        variant=variant,
+        variant_params=variants.load(variant).Config.of(values).as_dict(),
+        seq_len=LENGTHS[-1],
+        depth=2,
+        batch_size=2,
+        replicate=0,
+        objective="clm",
+        device="cpu",
+        dtype="float32",
+        activations="keep",
+        model=ModelSizes(d_model=32, heads=2),
+        data=DataSpec(name="plays"),
+        measure=MeasureSpec(),
+    )
+
+
+def outcomes(spec: CellSpec, lengths: Sequence[int] = LENGTHS) -> Iterator[Outcome]:
+    """Every check of the variant, in each direction and at each length that it supports; those that take
+    long at the last length only."""
+    with tempfile.TemporaryDirectory() as folder:
+        for objective in ("clm", "mlm"):
+            for seq_len in lengths:
+                one = replace(spec, objective=objective, seq_len=seq_len)
+                where = f"{'causal' if one.causal else 'bidirectional'}, {seq_len} tokens"
+                try:
+                    check_supported(one)
+                except Unsupported as reason:
+                    yield Outcome(where, f"not supported: {reason}")
+                    continue
+                yield from _at(one, where, Path(folder))
+                if seq_len == lengths[-1]:
+                    yield from _at_the_last(one, where, Path(folder))
+
+
+def _at(spec: CellSpec, where: str, folder: Path) -> Iterator[Outcome]:
+    yield _tried(f"{where}, gates", lambda: _gates(spec, folder))
+    yield _tried(f"{where}, gates with bfloat16", lambda: _gates(replace(spec, dtype="bfloat16"), folder))
+    yield _tried(f"{where}, sequences of a batch", lambda: _isolated(spec))
+    yield _tried(f"{where}, FLOPs", lambda: _flops(spec))
+
+
+def _at_the_last(spec: CellSpec, where: str, folder: Path) -> Iterator[Outcome]:
+    for activations in ("checkpoint", "reversible"):
+        stored = replace(spec, activations=activations)
+        yield _tried(f"{where}, activations {activations}", partial(_gates, stored, folder))
+    longer = replace(spec, seq_len=LONG, batch_size=1)
+    yield _tried(f"{where.partition(',')[0]}, a plan of {LONG:,} tokens", lambda: _plan(longer))
+
+
+def _tried(what: str, check: Callable[[], str]) -> Outcome:
+    try:
+        return Outcome(what, check())
+    except Unsupported as reason:
+        return Outcome(what, f"not supported: {reason}")
+    except Exception as error:  # whatever the code of a variant raises
+        first = (str(error).strip().splitlines() or [""])[0]
+        return Outcome(what, None, f"{type(error).__name__}: {printable(first)}")
+
+
+def _gates(spec: CellSpec, folder: Path) -> str:
+    check_supported(spec)
+    figures = gates.check(spec, folder, "")
+    named = {
+        "leak": figures.leak_max_abs,
+        "reference": figures.reference_max_abs,
+        "recomputed": figures.recompute_max_abs,
+        "reference with bfloat16 (rms)": figures.dtype_reference_rms,
+    }
+    return ", ".join(f"{name} {value:.1e}" for name, value in named.items() if value is not None) or "equal"
+
+
+def _model(spec: CellSpec) -> Any:
+    return predict.build_model(spec).eval()
+
+
+def _isolated(spec: CellSpec) -> str:
+    """The logits of a sequence do not depend on the other sequence of its batch."""
+    model = _model(spec)
+    source = torch.Generator().manual_seed(0)
+    tokens = torch.randint(256, (2, spec.seq_len), generator=source)
+    other = tokens.clone()
+    other[1] = torch.randint(256, (spec.seq_len,), generator=source)
+    with torch.no_grad():
+        logits = []
+        for batch in (tokens, other):
+            torch.manual_seed(0)
+            segments = [out.logits for _, out in model.stream(batch, causal=spec.causal)]
+            logits.append(torch.cat(segments, dim=1))
+    error = float((logits[0][0] - logits[1][0]).abs().max())
+    if error > gates.LEAK_TOLERANCE:
+        raise GateFailed(f"a sequence changes by {error:.1e} with another sequence of its batch")
+    return f"change {error:.1e}"
+
+
+def _flops(spec: CellSpec) -> str:
+    def batch() -> Batch:
+        tokens = torch.zeros(spec.batch_size, spec.seq_len, dtype=torch.int64)
+        return Batch(tokens, tokens.clone())
+
+    subject, figures = step.on_host(lambda: predict.subject(spec, batch, CPU))
+    found = flop_figures(spec, subject.model, figures, source="dispatched")
+    reason = f" ({found['cost_ratio_reason']})" if found["cost_ratio_reason"] else ""
+    return f"{found['cost_ratio']:.3f} times the formula{reason}"
+
+
+def _plan(spec: CellSpec) -> str:
+    check_supported(spec)
+    figures = predict.Prediction(spec).predict()
+    return f"{figures.peak_bytes / 2**20:,.0f} MiB"
+
+
+if __name__ == "__main__":
+    run(main)
