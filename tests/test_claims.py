@@ -23,7 +23,7 @@ import pytest
 from conftest import HANG_SECONDS
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
-from hydra_plugins.longctx_bench import CellSweeper, product
+from hydra_plugins.longctx_bench import Preset, product
 from test_report import failed, record, write
 
 import bench.claims
@@ -49,9 +49,8 @@ def specs_of(preset: str, *arguments: str) -> list[CellSpec]:
     """Every cell of a preset, with these overrides."""
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
         composed = compose("config", overrides=[f"experiment={preset}"], return_hydra_config=True)
-        sweeper = CellSweeper(composed.hydra.sweeper.get("params"), composed.hydra.sweeper.get("grids"))
         loader = GlobalHydra.instance().config_loader()
-        jobs = [job for grid in sweeper.grids for job in product(loader, grid, [*arguments])]
+        jobs = [job for grid in Preset.of(composed, []).grids for job in product(loader, grid, [*arguments])]
         settings: dict[str, CellSpec] = {}
 
         def spec(job: list[str]) -> CellSpec:

@@ -12,7 +12,7 @@ from hydra._internal.callbacks import Callbacks
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra.core.global_hydra import GlobalHydra
 from hydra.types import HydraContext, RunMode
-from hydra_plugins.longctx_bench import CellSweeper, Composer, product
+from hydra_plugins.longctx_bench import CellSweeper, Composer, Preset, product
 from omegaconf import DictConfig, OmegaConf
 
 import variants
@@ -374,9 +374,9 @@ def jobs_of(preset: str) -> list[dict[str, str]]:
     """The overrides of each cell of a preset, in the sweep's order."""
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
         composed = compose("config", overrides=[f"experiment={preset}"], return_hydra_config=True)
-        sweeper = CellSweeper(composed.hydra.sweeper.get("params"), composed.hydra.sweeper.get("grids"))
+        grids = Preset.of(composed, []).grids
         loader = GlobalHydra.instance().config_loader()
-        jobs = [job for grid in sweeper.grids for job in product(loader, grid, [])]
+        jobs = [job for grid in grids for job in product(loader, grid, [])]
     return [dict(override.split("=", 1) for override in job) for job in jobs]
 
 
