@@ -65,6 +65,10 @@ def assert_works_away_from_checkout(environment: Path, elsewhere: Path) -> None:
 
     assert "dense" in run(python, "-m", "variants", "--names", cwd=elsewhere).stdout.split()
 
+    script = environment / "bin" / "longctx-bench"
+    assert "dense" in run(script, "variants", "--names", cwd=elsewhere).stdout.split()
+    assert run(python, "-c", "import longctx_bench", cwd=elsewhere).returncode == 0
+
     results = elsewhere / "results"
     cell = ["variant=dense", "seq_len=64", "depth=1", "data=stdlib", "measure=quick"]
     run(python, "-m", "bench", *cell, f"results_dir={results}", cwd=elsewhere)
@@ -84,7 +88,8 @@ def test_wheel_has_all_code_and_configs_and_nothing_else(wheel: Path) -> None:
     assert configs, "the checkout has no configs"
     assert code | configs <= names
     dist_info = f"longctx_bench-{PROJECT['version']}.dist-info"
-    assert {name.split("/")[0] for name in names} == {"bench", "variants", "hydra_plugins", dist_info}
+    packages = {"bench", "variants", "hydra_plugins", "longctx_bench"}
+    assert {name.split("/")[0] for name in names} == {*packages, dist_info}
     assert f"{dist_info}/licenses/LICENSE" in names
 
 

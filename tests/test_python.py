@@ -7,9 +7,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import longctx_bench
 import pytest
 
+import longctx_bench
 from bench.inputs.errors import ConfigError
 from bench.records import Record
 

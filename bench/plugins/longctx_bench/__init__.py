@@ -93,7 +93,7 @@ def report(folder: str | Path) -> Path:
     """Write the report of an experiment; returns its folder, which contains index.html and summary.md."""
     from bench.report import build
 
-    return build(folder)
+    return build(Path(folder))
 
 
 def _run(cells: Sequence[Cell]) -> list[Record]:
