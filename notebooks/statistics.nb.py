@@ -163,6 +163,7 @@ others
 # %%
 WHERE = [*GROUP, "seq_len", "replicate"]
 RATIOS = ["compared_seconds", "compared_tokens_per_second", "step_seconds_median", "tokens_per_second"]
+RATIOS += ["forward_seconds_median"]
 sdpa = set(cells.loc[(cells["variant"] == "dense") & (cells["impl"] == "sdpa"), "label"])
 dense = dict(list(timed[timed["label"].isin(sdpa)].groupby(WHERE)))
 

@@ -101,6 +101,6 @@ def test_the_best_models_are_those_that_none_is_certainly_better_than(tmp_path: 
         for variant, nll in (("dense", 1.5 + shift), ("chunked", 1.5 - shift), ("performer", 2.5)):
             key = {"replicate": replicate, "cell_id": f"{variant}-{replicate}", "nll": nll}
             found.append(cell(variant, 1.0, 100, **key))
-    (row,) = table(text_of(tmp_path / "e", found), "### Quality after training")
+    (row,) = table(text_of(tmp_path / "e", found), "### Trained models")
     assert set(row["best"].split(", ")) == {"dense", "chunked"}
     assert row["score"].endswith(" ± 0.016 bits per byte")

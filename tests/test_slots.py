@@ -177,7 +177,7 @@ def test_more_layers_than_the_depth_are_refused_in_one_line() -> None:
 
 def test_the_command_line_fills_the_slots() -> None:
     spec = cell("feed_forward=glu", "feed_forward.activation=relu", "stack=universal", "depth=3")
-    assert spec.feed_forward.params == {"activation": "relu", "mult": 4}
+    assert spec.feed_forward.params == {"activation": "relu", "mult": 4, "width": None}
     model = spec.model_spec()
     (layer,) = model.layers
     assert (layer.feed_forward.layer, layer.feed_forward.config) == (GLU, GLUConfig(activation="relu"))

@@ -52,7 +52,7 @@ def options(arguments: Sequence[str]) -> argparse.Namespace:
     parser.error = _refuse  # type: ignore[method-assign]  # the original prints pages and exits
     options = parser.parse_args(arguments)
     if options.config_dir is not None:
-        raise ConfigError("--config-dir: write this option in full, for example --config-dir my_configs")
+        raise ConfigError("--config-dir: not allowed in this form; write --config-dir FOLDER")
     for name in _READS:
         if getattr(options, name) is not None:
             option = "--" + name.replace("_", "-")

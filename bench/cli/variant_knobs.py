@@ -19,13 +19,20 @@ _OWN = re.compile(r"(\w+)\.([\w.]+)=(.*)", re.DOTALL)
 
 
 def applied(jobs: Sequence[Sequence[str]], default: str, used: set[str]) -> list[list[str]]:
-    """Return the overrides of each cell, each cell once, with the knobs of its own variant only, as
-    `variant.…`.
+    """Return the overrides of each cell with the knobs of its own variant only, as `variant.…`. Cells that
+    differ in a knob of another variant become one.
 
     `default` is the variant of cells that choose none. The names of the overrides that a cell took are added
     to `used`. Raises ConfigError if a knob is given for the variant and for all variants.
     """
-    return [list(job) for job in dict.fromkeys(tuple(_of_cell(job, default, used)) for job in jobs)]
+    found, without = list[list[str]](), set[tuple[str, ...]]()
+    for job in jobs:
+        own = _of_cell(job, default, used)
+        if len(own) == len(job) or tuple(own) not in without:
+            found.append(own)
+        if len(own) < len(job):
+            without.add(tuple(own))
+    return found
 
 
 def as_axis(line: str, override: Override) -> str:

@@ -68,7 +68,7 @@ class Answer(Section[Answers]):
         """One of costs, one of models."""
         return [
             *(_table("Cost of a training step", data.costs, ("fastest", "least memory"))),
-            *(_table("Quality after training", data.models, ("trained", "best", "score", "3-gram"))),
+            *(_table("Trained models", data.models, ("trained", "best", "score", "3-gram"))),
         ]
 
 
