@@ -65,7 +65,8 @@ class Longer(Section[LongerData]):
         """For each data set and model size a table of lengths, and one of memories if there are any."""
         tables = []
         for _, heading, group in headed(data.cells, HEADING) if len(data.cells) else ():
-            tables.append(Table(lengths(group), heading, caption=f"{NAME}: {heading}. Bits per byte"))
+            if columns := lengths(group):
+                tables.append(Table(columns, heading, caption=f"{NAME}: {heading}. Bits per byte"))
             if columns := memories(group):
                 tables.append(Table(columns, f"Longer memory at test: {heading}", note=MEMORY_NOTE))
         return tables

@@ -70,7 +70,7 @@ def _figures(own: pd.DataFrame, kind: str) -> list[dict[str, Any]]:
         return []
     known = min(len(values) for key in (sizes, losses) for values in own[key])
     common = own[sizes].iloc[0][:known]
-    if common[0] is None:
+    if not common[0]:  # null, or a memory of no positions
         return []
     table = np.array([_floats(values)[:known] for values in own[losses]])  # (R, K) nats
     first = np.array([_floats(values)[0] for values in own["nll_longer"]])

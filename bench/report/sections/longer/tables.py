@@ -15,8 +15,9 @@ from bench.report.text.marks import OF_TWO
 
 
 def lengths(cells: pd.DataFrame) -> list[Column]:
-    """A row a cell; cells without figures have the reason."""
-    return _columns(cells[cells["kind"] != MEMORY], LENGTH)
+    """A row a cell; cells without figures have the reason. No columns if there is no cell."""
+    own = cells[cells["kind"] != MEMORY]
+    return _columns(own, LENGTH) if len(own) else []
 
 
 def memories(cells: pd.DataFrame) -> list[Column]:

@@ -46,7 +46,7 @@ def with_budgets(records: pd.DataFrame) -> pd.DataFrame:
 def _pairs(sizes: Any, losses: Any) -> list[tuple[float, float | None]]:
     if not isinstance(sizes, list) or not isinstance(losses, list) or len(sizes) != len(losses):
         return []
-    return list(zip(sizes, losses, strict=True))
+    return [(size, loss) for size, loss in zip(sizes, losses, strict=True) if size is not None]
 
 
 def kendall(first: pd.Series[float], second: pd.Series[float]) -> float:
