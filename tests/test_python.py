@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import HANG_SECONDS
 
 import longctx_bench
 from bench.inputs.errors import ConfigError
@@ -24,7 +25,9 @@ QUICK: dict[str, Any] = {
 
 
 def python(*arguments: str | Path, cwd: Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, *arguments], cwd=cwd, capture_output=True, text=True)
+    return subprocess.run(
+        [sys.executable, *arguments], cwd=cwd, capture_output=True, text=True, timeout=HANG_SECONDS
+    )
 
 
 SCRIPT = """

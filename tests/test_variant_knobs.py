@@ -70,3 +70,14 @@ def test_the_message_about_a_knob_of_another_variant_says_how(tmp_path: Path) ->
     (line,) = done.stderr.splitlines()
     assert "longformer" in line
     assert "in a sweep over variants, write longformer.window=…" in line
+
+
+def test_the_message_survives_an_entry_of_one_s_own(tmp_path: Path) -> None:
+    """Its name is no variant's."""
+    (tmp_path / "ours/variant").mkdir(parents=True)
+    (tmp_path / "ours/variant/narrow.yaml").write_text("name: longformer\nwindow: 8\n")
+    command = [sys.executable, "-m", "bench", "--config-dir", "ours", "variant=dense", "variant.window=8"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert "variant.window: unknown knob" in line

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 from hydra import compose, initialize_config_dir
@@ -13,8 +14,8 @@ from hydra.errors import HydraException, MissingConfigException, OverrideParseEx
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+import variants
 from bench.cli import overrides
-from bench.config.groups import declared
 from bench.corpora import CorpusError
 from bench.inputs.errors import ConfigError
 from variants import PluginClash
@@ -69,11 +70,13 @@ def _unknown_knob(knob: str, arguments: list[str], configs: Path) -> str:
 def _of_others(knob: str) -> str:
     """How to sweep a knob that other variants have."""
     section, _, name = knob.rpartition(".")
-    having = [
-        variant
-        for variant in overrides.options(section if section == "variant" else "")
-        if (own := declared(section, variant)) and name in knobs_of(own.config)
-    ]
+    if section != "variant":
+        return ""
+    having = []
+    for variant in variants.names():
+        with suppress(variants.BrokenVariant):  # of another package
+            if name in knobs_of(variants.declared(variant).config):
+                having.append(variant)
     if not having:
         return ""
     return f"; {', '.join(having)} have it: in a sweep over variants, write {having[0]}.{name}=…"

@@ -50,9 +50,10 @@ class Answer(Section[Answers]):
     figures_alone = False
     lead = (
         "Variants in one cell of a table are ties: nothing measured here tells them apart. *fastest*: whose "
-        "training step takes at most the machine's noise floor longer than the shortest one, and dense where "
-        "the fastest is not certainly different from it. *least memory*: "
-        f"whose peak is at most {SAME_MEMORY - 1:.0%} above the lowest. In parentheses is the ratio to dense "
+        "training step takes at most the machine's noise floor longer than the shortest one. Where the "
+        "fastest is not certainly different from dense, dense is named too. Without cells that were measured "
+        "twice, the noise floor is not known, and the shortest time stands alone. *least memory*: whose peak "
+        f"is at most {100 * (SAME_MEMORY - 1):.0f} % above the lowest. In parentheses is the ratio to dense "
         "attention. *best*: trained models that no other is certainly better than (see *Quality*)."
     )
 
@@ -83,7 +84,7 @@ def _costs(cells: pd.DataFrame) -> list[dict[str, Any]]:
         peak = own["peak_bytes_median"].fillna(own["peak_bytes_predicted"]).astype(float)
         rows.append(
             {
-                "setting": _setting(values, ("objective", "corpus", "d_model", "batch_size")),
+                "setting": describe(values, ("objective", "corpus", "d_model", "batch_size")),
                 "length": values["seq_len"],
                 "depth": values["depth"],
                 "fastest": _listed(sound, _fastest(sound, seconds, floor), f"{SECONDS}_ratio"),
@@ -105,7 +106,7 @@ def _models(cells: pd.DataFrame) -> list[dict[str, Any]]:
         first = best.iloc[0] if len(best) else None
         rows.append(
             {
-                "setting": _setting(values, ("objective", "corpus", "d_model")),
+                "setting": describe(values, ("objective", "corpus", "d_model")),
                 "length": values["seq_len"],
                 "depth": values["depth"],
                 "trained": ", ".join(training(values, keys)),
@@ -116,10 +117,6 @@ def _models(cells: pd.DataFrame) -> list[dict[str, Any]]:
             }
         )
     return _most(rows)
-
-
-def _setting(values: Mapping[str, Any], keys: Sequence[str]) -> str:
-    return describe(values, keys)
 
 
 def _fastest(cells: pd.DataFrame, seconds: pd.Series[float], floor: float) -> pd.Series[float]:
