@@ -105,7 +105,7 @@ gpu-report: $(STAMP) ## try everything on a GPU within MINUTES (25), and measure
 	@$(PY) -m bench.tools.gpu_report --minutes $(or $(strip $(MINUTES)),25) $(ARGS)
 
 # The task of the second preset is no text. The records end in few files, which can be committed with claims.md.
-claims: corpus ## check claims of the literature on this machine (40 minutes); writes results/claims/claims.md
+claims: corpus ## check claims of the literature on this machine (half an hour); writes results/claims/claims.md
 	@status=0; \
 	$(PY) -m bench experiment=claims $(ARGS) || status=$$?; \
 	$(PY) -m bench experiment=claims_recall $(filter-out data=% data.%,$(ARGS)) || status=$$?; \
