@@ -14,7 +14,7 @@ from bench import records
 
 ROOT = Path(__file__).resolve().parents[1]
 README, CHOOSING = (ROOT / "README.md").read_text(), (ROOT / "docs" / "choosing.md").read_text()
-CPU = {"depth": 4, "d_model": 256, "objective": "clm", "twin": 0}
+CPU = {"depth": 2, "d_model": 256, "objective": "clm", "twin": 0}
 """The setting of the README's costs."""
 
 
@@ -71,10 +71,10 @@ def test_the_table_of_the_readme(cpu: pd.DataFrame) -> None:
 def test_the_conclusions_of_the_readme(cpu: pd.DataFrame) -> None:
     short, long = (over_dense(cells(cpu, **CPU, seq_len=n), "step_seconds_median") for n in (512, 4096))
     assert short.idxmin() == "chunked"
-    assert f"`chunked` {short.min():.2f}×≈" in README
+    assert f"only `chunked` is certainly faster than `dense` ({short.min():.2f}×)" in README
     assert (short > 1).sum() > len(short) / 2
     assert f"cost {long['overlapping'] / long['chunked']:.1f} times as much as chunks" in README
-    sizes = cells(cpu, d_model=256, depth=4).groupby("variant")["params"].median()
+    sizes = cells(cpu, d_model=256, depth=2).groupby("variant")["params"].median()
     assert f"{sizes['compressive'] / sizes['dense']:.2f} times the parameters of `dense`" in README
 
 
@@ -120,14 +120,14 @@ def test_the_round_on_a_gpu(relative: pd.DataFrame) -> None:
 
 def test_the_crossovers_on_two_cores() -> None:
     table = pd.read_csv(ROOT / "results" / "reference-cpu" / "report" / "crossovers.csv")
-    own = cells(table, figure="time", depth=4, d_model=256, objective="clm").set_index("variant")
+    own = cells(table, figure="time", depth=2, d_model=256, objective="clm").set_index("variant")
     first, last = int(own["first"].iloc[0]), int(own["last"].iloc[0])
     sentences = CHOOSING.partition("is faster than that of `dense` from these lengths on: ")[2].split(". ")[
         :2
     ]
     stated = {
         name: int(length.replace(",", ""))
-        for names, length in re.findall(r"((?:`\w+`(?: and )?)+) ([\d,]+)", sentences[0])
+        for names, length in re.findall(r"((?:`\w+`(?:, | and )?)+) ([\d,]+)", sentences[0])
         for name in re.findall(r"\w+", names.replace(" and ", " "))
     }
     outcomes = own["outcome"].to_dict()
@@ -135,5 +135,8 @@ def test_the_crossovers_on_two_cores() -> None:
     expected |= {name: round(own["length"][name]) for name, outcome in outcomes.items() if outcome == "from"}
     assert stated == expected
     never = [name for name, outcome in outcomes.items() if outcome == "never"]
-    assert sentences[1] == f"`{never[0]}` is not faster up to {last:,}"
+    if never:
+        assert sentences[1] == f"`{never[0]}` is not faster up to {last:,}"
+    else:
+        assert sentences[1].startswith("Measure your device")
     assert len(never) + len(stated) == len(own)

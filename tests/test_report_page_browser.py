@@ -6,6 +6,7 @@ Screenshots of every page go to tests/shots, for people to look at.
 from __future__ import annotations
 
 import base64
+import io
 import json
 import os
 import shutil
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pypdf import PdfReader
 from selenium import webdriver
 from selenium.webdriver.common.action_chains import ActionChains
 from selenium.webdriver.common.by import By
@@ -143,6 +145,10 @@ def requested(browser: webdriver.Chrome) -> set[str]:
 
 def find(browser: webdriver.Chrome, selector: str) -> list[WebElement]:
     return browser.find_elements(By.CSS_SELECTOR, selector)
+
+
+def find_in(element: WebElement, selector: str) -> list[WebElement]:
+    return element.find_elements(By.CSS_SELECTOR, selector)
 
 
 def one(browser: webdriver.Chrome, selector: str) -> WebElement:
@@ -351,6 +357,27 @@ def test_crosses_stand_where_cells_did_not_finish(browser: webdriver.Chrome, pag
     ActionChains(browser).move_to_element(find(browser, crosses)[0]).perform()
     tip = wait(browser, lambda: find(browser, "#vg-tooltip-element.visible"))[0]
     assert any(status in tip.text for status in ("oom", "timeout", "error"))
+
+
+def test_a_page_is_printed_with_its_charts(browser: webdriver.Chrome, pages: Pages) -> None:
+    """Nobody scrolls before printing, so all charts must be drawn by themselves. In the PDF each has its
+    title and, as text of the chart itself, that of its axis."""
+    show(browser, pages("sweep"))
+    charts = """return [...document.querySelectorAll('#charts figure')].filter((f) => f.checkVisibility())
+        .map((f) => f.querySelector('svg.marks')?.getBoundingClientRect().height ?? 0)"""
+    wait(browser, lambda: min(browser.execute_script(charts)) > 100)
+    assert browser.execute_script("return scrollY") == 0
+    SHOTS.mkdir(exist_ok=True)
+    printed = base64.b64decode(browser.print_page())
+    (SHOTS / "printed.pdf").write_bytes(printed)
+    pages_of_it = [page.extract_text() for page in PdfReader(io.BytesIO(printed)).pages]
+    text = " ".join(" ".join(pages_of_it).split())
+    for figure in find(browser, "#charts figure"):
+        if figure.is_displayed():
+            title, axes = figure.get_attribute("data-title"), find_in(figure, "svg .role-axis-title text")
+            assert str(title) in text
+            assert axes
+            assert all(axis.get_attribute("textContent") in text for axis in axes)
 
 
 def test_another_colour_scheme_recolours_charts_that_are_drawn(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -88,3 +89,21 @@ def test_latex_takes_it(tmp_path: Path) -> None:
         command, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=HANG_SECONDS
     )
     assert ran.returncode == 0, ran.stdout[-2000:]
+
+
+def test_a_choice_of_columns(tmp_path: Path) -> None:
+    folder = write(tmp_path / "x", sweep())
+    path = folder / "report" / "summary.tex"
+    build(folder, plots=False)
+    whole = rows(path.read_text())
+    command = [sys.executable, "-m", "bench.report", str(folder), "--no-plots", "--tex-columns"]
+    subprocess.run([*command, "step time, time / dense"], check=True, capture_output=True)
+    few = rows(path.read_text())
+    assert {"variant", "step time"} <= {*few[0]} < {*whole[0]}
+    place = whole[0].index("step time")
+    assert [row[few[0].index("step time")] for row in few] == [row[place] for row in whole[: len(few)]]
+    run = subprocess.run([*command, "step tme"], check=False, capture_output=True, text=True)
+    assert run.returncode == 2
+    assert "column=step tme: unknown" in run.stderr
+    assert "did you mean step time?" in run.stderr
+    assert rows(path.read_text()) == few, "the report is as it was"

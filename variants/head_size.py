@@ -1,6 +1,9 @@
-"""Validation of the number of heads for attention with rotary positions. Does not import torch."""
+"""Rotary positions: their base, and the numbers of heads that allow them. Does not import torch."""
 
 from __future__ import annotations
+
+ROTARY_BASE = 10_000.0
+"""Base of the rotary angles (Su 2021, arXiv:2104.09864, §3.2.2), unless a model has another."""
 
 
 def unusable_heads(d_model: int, heads: int) -> str | None:

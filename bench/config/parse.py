@@ -70,6 +70,7 @@ def parse(cfg: DictConfig | Mapping[str, Any]) -> Cell:
         stack=_slot(STACK, _mapping(given, STACK.group)),
     )
     _check_model(spec)
+    _check_vocabulary(spec)
     return Cell(
         spec=spec,
         folder=user_path("results_dir", root.results_dir) / _name(root.name),
@@ -219,6 +220,20 @@ def _check_model(spec: CellSpec) -> None:
         return
     if reason := model.conflict(spec.depth, spec.activations):
         raise ConfigError(reason)
+
+
+def _check_vocabulary(spec: CellSpec) -> None:
+    """Raise ConfigError for a vocabulary of the model in which the data does not fit."""
+    if spec.model.vocab_size is None:
+        return
+    _, config, _ = spec.task()
+    try:
+        needed = config.vocabulary
+    except corpora.CorpusError:  # reported by the cell
+        return
+    if spec.model.vocab_size < needed:
+        allowed = f"null, or {needed:,} or more, for the tokens of data={spec.data.name} and the mask"
+        raise ConfigError(f"model.vocab_size={spec.model.vocab_size}: allowed is {allowed}")
 
 
 def _data(given: dict[str, Any]) -> DataSpec:

@@ -23,7 +23,7 @@ from bench import tasks
 from bench.config import chosen
 from bench.inputs.sizes import parse_bytes
 from bench.trackers import TrackerSpec
-from variants.head_size import unusable_heads
+from variants.head_size import ROTARY_BASE, unusable_heads
 from variants.knobs import Knobs, decisive, knob, knobs_of
 from variants.slots import FEED_FORWARD, SLOTS, STACK, Slot
 
@@ -122,6 +122,13 @@ class ModelSizes(Spec):
     """Pieces of the sequence to which the feed-forward layer is applied one at a time."""
     dropout: float = knob(0.0, least=0, below=1)
     """Probability that an activation is dropped in training."""
+    vocab_size: int | None = knob(None, least=2, unit="tokens", younger=True)
+    """Rows of the embedding and of the output layer; null is the vocabulary of the data. Rows beyond it are
+    never used, but cost as much as those of a model with a larger vocabulary."""
+    tie_embeddings: bool = knob(False, younger=True)
+    """Use the weights of the embedding as those of the output layer."""
+    rotary_base: float = knob(ROTARY_BASE, above=1, younger=True)
+    """Base of the angles of rotary positions. Layers with another position scheme do not use it."""
 
     def __post_init__(self) -> None:
         if reason := unusable_heads(self.d_model, self.heads):
@@ -211,6 +218,9 @@ class MeasureSpec(Spec):
     """Minimum wall-clock time of training between checkpoints. A killed cell loses at most this time."""
     budget: int | None = knob(None, least=1, unit="bytes")
     """Memory for a training step, such as 80GiB; predictions find what fits into it."""
+    reserve: float = knob(0.05, least=0, below=1, younger=True)
+    """Share of measure.budget that predictions leave free, for what is not in them: the context of the
+    device, libraries and fragmentation."""
     card: Literal["h100", "a100", "rtx4090", "b200"] | None = knob(None, younger=True)
     """Card for which the time of a step is estimated, with device=cuda and dtype=bfloat16; null for none."""
     limit_bytes: int | None = knob(None, least=1, unit="bytes", decides=False)
@@ -369,6 +379,7 @@ class CellSpec:
             d_model=self.model.d_model,
             heads=self.model.heads,
             device_type=self.device.partition(":")[0],
+            rotary_base=self.model.rotary_base,
         )
         return variant, variant.Config.of(self.variant_params), dims
 

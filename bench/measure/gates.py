@@ -106,6 +106,7 @@ def check(spec: CellSpec, folder: Path, code_sha256: str) -> Figures:
         layers = min(spec.depth, max(2, len(model.layers)))
         decides = [[identity(layer.mixer), identity(layer.feed_forward)] for layer in model.layers]
         decides += [identity(model.depth), layers, spec.activations, spec.model.ff_chunks, *settings]
+        decides += ["tied"] * spec.model.tie_embeddings
         fits = {sizes.fit(layer.mixer, sizes.dtype) for layer in model.layers}
         dims = sizes.small if fits == {sizes.small} else sizes.own
         decides += [spec.compile] * spec.is_compiled
@@ -144,7 +145,12 @@ class Sizes:
         tokens = min(spec.seq_len, GATE_TOKENS)
 
         def dims(tokens: int, d_model: int) -> Dims:
-            few = Dims(seq_len=tokens, d_model=d_model, heads=spec.model.heads)
+            few = Dims(
+                seq_len=tokens,
+                d_model=d_model,
+                heads=spec.model.heads,
+                rotary_base=spec.model.rotary_base,
+            )
             enough = not variant.unsupported(config, few, causal=spec.causal)
             return few if enough else replace(few, seq_len=spec.seq_len)
 

@@ -90,7 +90,8 @@ def build_model(spec: CellSpec) -> LanguageModel:
         depth=spec.depth,
         ff_chunks=spec.model.ff_chunks,
         dropout=spec.model.dropout,
-        vocabulary=task_config.vocabulary,
+        vocabulary=spec.model.vocab_size or task_config.vocabulary,
+        tie_embeddings=spec.model.tie_embeddings,
         activations=spec.activations,
         dtype=getattr(torch, spec.dtype),
     )

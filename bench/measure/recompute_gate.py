@@ -47,6 +47,7 @@ def recompute_error(spec: CellSpec, dims: Dims, layers: int, device: torch.devic
                 ff_chunks=spec.model.ff_chunks,
                 dropout=0.1,
                 vocabulary=VOCABULARY,
+                tie_embeddings=spec.model.tie_embeddings,
                 activations="keep",
                 dtype=getattr(torch, spec.dtype),
             )

@@ -123,10 +123,12 @@ class LanguageModel(nn.Module):
         dropout: float,
         vocabulary: int,
         activations: str,
+        tie_embeddings: bool = False,
         ff_chunks: int = 1,
         dtype: torch.dtype = torch.float32,
     ) -> None:
-        """`dtype` is the autocast dtype of matrix products; parameters and sums are float32."""
+        """`tie_embeddings`: the output layer has the weights of the embedding (Press 2016, arXiv:1608.05859).
+        `dtype` is the autocast dtype of matrix products; parameters and sums are float32."""
         super().__init__()
         self.spec, self.input_schedule = spec, spec.input
         self.depth_schedule = spec.depth.layer(spec.depth.config, depth)
@@ -153,6 +155,8 @@ class LanguageModel(nn.Module):
         tie(self.layers)
         self.norm = nn.LayerNorm(dims.d_model)
         self.head = nn.Linear(dims.d_model, vocabulary, bias=False)
+        if tie_embeddings:
+            self.head.weight = self.embedding.weight
         std = initial_std(dims.d_model)
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Embedding) and module.weight.requires_grad:

@@ -32,6 +32,9 @@ TRAINING_KEYS = (
 """How a model was trained and scored."""
 OTHER_PARAMS = (*SLOTS, "data")
 """What has knobs in a record, `<name>_params`, beside the variant."""
+MODEL_OPTIONS = {"vocab_size": "that of the data", "tie_embeddings": "untied", "rotary_base": "10000"}
+"""Options of the model, and their usual values as `filled_in` writes them. Older records do
+not contain them."""
 CONFIGURATION = (
     "variant",
     "params_json",
@@ -45,6 +48,7 @@ CONFIGURATION = (
     "stack",
     "stack_json",
     "ff_chunks",
+    *MODEL_OPTIONS,
     "batch_size",
     "activations",
     "compile",
@@ -57,6 +61,7 @@ CONFIGURATION = (
     "machine",
     "threads",
     "budget_bytes",
+    "reserve",
     *TRAINING_KEYS,
 )
 """Columns of `filled_in` that records of one configuration share; the code, the content of the data and the
@@ -105,6 +110,10 @@ def filled_in(frame: pd.DataFrame) -> pd.DataFrame:
         for value in _filled(frame, "threads", ["device"])
     ]
     frame["compile"] = frame["compile"].fillna(NOT_COMPILED)  # older records do not contain it
+    for key, usual in MODEL_OPTIONS.items():
+        words = frame[key].map(_option, na_action="ignore").astype(object)
+        frame[key] = words.where(words.notna(), usual)
+    frame["reserve"] = frame["reserve"].fillna(0.0)  # of older records
     frame["measure"] = _filled(frame, "measure", [])
     is_trained = frame["train_budget"].notna()
     for key, older in (("schedule", "cosine"), ("train_state", "fresh")):  # older records do not contain them
@@ -120,6 +129,15 @@ def filled_in(frame: pd.DataFrame) -> pd.DataFrame:
     for slot in SLOTS:  # older records do not contain the knobs; null if their peers have several values
         frame[f"{slot}_json"] = _only(frame[f"{slot}_json"], [frame[slot]])
     return frame
+
+
+def _option(value: float | bool | str) -> str:
+    """An option of the model as text: 'tied', '50257'. Text stays as it is."""
+    if isinstance(value, str):
+        return value
+    if isinstance(value, bool):
+        return "tied" if value else MODEL_OPTIONS["tie_embeddings"]
+    return f"{value:.15g}"
 
 
 def _unnamed_machine(frame: pd.DataFrame) -> pd.Series[Any]:

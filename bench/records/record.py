@@ -72,6 +72,9 @@ class Record:
     stack: str = "stack"
     stack_params: dict[str, Any] | None = None
     ff_chunks: Size = 1
+    vocab_size: Size | None = None
+    tie_embeddings: bool | None = None
+    rotary_base: Amount | None = None
     batch_size: Count
     activations: str
     compile: str | None = None
@@ -146,6 +149,7 @@ class Record:
 
     # predicted sizes that fit into a memory budget
     budget_bytes: Size | None = None
+    reserve: Amount | None = None
     longest_seq_len: Count | None = None
     largest_batch_size: Count | None = None
 

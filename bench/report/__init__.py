@@ -5,6 +5,7 @@ Importing this package costs nothing: pandas and matplotlib load when a report i
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 
@@ -12,17 +13,24 @@ class ReportError(ValueError):
     """No records to report on; the message is one line and names the folder."""
 
 
-def build(folder: Path, *, plots: bool = True, all_plots: bool = False) -> Path:
+def build(
+    folder: Path,
+    *,
+    plots: bool = True,
+    all_plots: bool = False,
+    tex_columns: Sequence[str] | None = None,
+) -> Path:
     """Rebuild `folder`/report from `folder`/records and return the path of the report.
 
     `folder` is an experiment's folder, such as results/scaling. With `plots` False only the tables are
-    written; `all_plots` draws every figure however many records there are. Record files that cannot be read
+    written; `all_plots` draws every figure however many records there are. `tex_columns`
+    are the titles of the columns of figures in summary.tex; None is all. Record files that cannot be read
     are logged as warnings, named in summary.md and skipped. Raises ReportError for a folder that is missing
-    or has no record.
+    or has no record, and for a title that no column has.
     """
     from bench.report.builder import build_report
 
-    return build_report(Path(folder), plots=plots, all_plots=all_plots)
+    return build_report(Path(folder), plots=plots, all_plots=all_plots, tex_columns=tex_columns)
 
 
 def compare(first: Path, second: Path, *, plots: bool = True) -> Path:

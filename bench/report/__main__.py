@@ -38,13 +38,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--all-plots", action="store_true", help="draw every plot of thousands of records too"
     )
+    parser.add_argument(
+        "--tex-columns",
+        metavar="TITLES",
+        help="columns of figures in summary.tex, with commas between them, such as 'step time,time / dense'",
+    )
     options = parser.parse_args(arguments)
+    titles = (
+        None if options.tex_columns is None else [title.strip() for title in options.tex_columns.split(",")]
+    )
     try:
         if options.second:
             side_by_side = compare(options.folder, options.second, plots=not options.no_plots)
             print(f"comparison: {shown(side_by_side / 'compare.md')}")
             return 0
-        report = build(options.folder, plots=not options.no_plots, all_plots=options.all_plots)
+        report = build(
+            options.folder, plots=not options.no_plots, all_plots=options.all_plots, tex_columns=titles
+        )
     except Stopped as stop:
         print(f"bench.report: stopped by {stop.signal.name}; the report is as it was before", file=sys.stderr)
         return 128 + stop.signal

@@ -29,6 +29,7 @@ def build_report(
     *,
     plots: bool = True,
     all_plots: bool = False,
+    tex_columns: Sequence[str] | None = None,
     sections: Sequence[Section[Any]] | None = None,
 ) -> Path:
     """See `bench.report.build`; `sections` are those of `bench.report.sections` unless given."""
@@ -41,11 +42,13 @@ def build_report(
     own = (*PICTURES, *(f"{name}.csv" for section in results.sections for name in section.csv))
     report = folder / "report"
     with replacing_files(report, own) as new:
-        _write(new, results, plots=plots, all_plots=all_plots)
+        _write(new, results, plots=plots, all_plots=all_plots, tex_columns=tex_columns)
     return report
 
 
-def _write(report: Path, results: Results, *, plots: bool, all_plots: bool) -> None:
+def _write(
+    report: Path, results: Results, *, plots: bool, all_plots: bool, tex_columns: Sequence[str] | None
+) -> None:
     """Every file of a report into a folder that has none yet."""
     collected = results.records.collected
     pictures: Plots = {}
@@ -68,7 +71,7 @@ def _write(report: Path, results: Results, *, plots: bool, all_plots: bool) -> N
                 raise ValueError(f"section {section.name!r} writes {name}.csv, which its csv does not name")
             write_atomically(report / f"{name}.csv", csv(table))
     write_atomically(report / "summary.md", summary.text(results, pictures, notes))
-    write_atomically(report / "summary.tex", summary.tex(results))
+    write_atomically(report / "summary.tex", summary.tex(results, tex_columns))
     write_atomically(report / "index.html", page.html(results))
     with atomic_writer(report / "cells.parquet") as file:
         file.write(parquet(collected.records, collected.stale))

@@ -9,8 +9,10 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
+from bench.inputs.errors import ConfigError, choose
 from bench.records import STATUSES
 from bench.records.configurations import UNKNOWN
+from bench.report import ReportError
 from bench.report.data.collect import Collected
 from bench.report.figures.drawing import Plots
 from bench.report.figures.spec import Drawn
@@ -55,8 +57,12 @@ def _section(section: Section[Any], data: Any, plots: Sequence[Drawn]) -> str:
     return markdown.section(section.title, "\n".join(body), section.marks, section.lead)
 
 
-def tex(results: Results) -> str:
-    """The whole of summary.tex, to be read by \\input: a floating table for each table that has a caption."""
+def tex(results: Results, chosen: Sequence[str] | None = None) -> str:
+    """The whole of summary.tex, to be read by \\input: a floating table for each table that has a caption.
+
+    `chosen` are titles of columns of figures. Columns of text name the rows and are always there; a table
+    with none of the chosen columns is left out. Raises ReportError for a title that no table has.
+    """
     frame = results.records.collected.frame
     when = dates(frame)
     names = ", ".join(sorted(frame["name"].unique()))
@@ -64,15 +70,26 @@ def tex(results: Results) -> str:
         f"% {' '.join(names.split())}: {' '.join(machines(frame).split())}; {when}\n"
         "% \\usepackage{booktabs,graphicx}, then \\input this file.\n"
     )
-    parts = [
-        latex.table(
-            table.columns,
-            caption=f"{table.caption}, {when}.",
-            label=f"tab:{section.name}-{number}",
-            notes=SHORT_NOTES,
-        )
+    captioned = [
+        (section.name, number, table)
         for section, data in results
         for number, table in enumerate((table for table in section.tables(data) if table.caption), 1)
+    ]
+    titles = {column.title for *_, table in captioned for column in table.columns if column.right}
+    for title in chosen or ():
+        try:
+            choose("column", title, sorted(titles))
+        except ConfigError as error:
+            raise ReportError(str(error)) from None
+    parts = [
+        latex.table(
+            [c for c in table.columns if chosen is None or not c.right or c.title in chosen],
+            caption=f"{table.caption}, {when}.",
+            label=f"tab:{name}-{number}",
+            notes=SHORT_NOTES,
+        )
+        for name, number, table in captioned
+        if chosen is None or any(c.right and c.title in chosen for c in table.columns)
     ]
     return "\n".join([head, *parts])
 

@@ -34,22 +34,28 @@ class Plan:
         self.prediction = predict.Prediction(spec)
 
     def fit(self, budget: int) -> CellSpec:
-        """Search for the largest batch and the longest sequence whose step fits into `budget` bytes.
+        """Search for the largest batch and the longest sequence whose step fits into `budget` bytes less the
+        share `measure.reserve` of them.
 
         Returns the cell's spec; with `batch_size=fit` its batch size is the largest one. Raises DoesNotFit if
         not even one sequence fits.
         """
-        self.report({"budget_bytes": budget})
-        batch_size = self.prediction.largest_batch_size(budget)
+        reserve = self.spec.measure.reserve
+        self.report({"budget_bytes": budget, "reserve": reserve})
+        usable = int(budget * (1 - reserve))
+        batch_size = self.prediction.largest_batch_size(usable)
         self.report({"largest_batch_size": batch_size})
         if self.spec.batch_size:
-            self.report({"longest_seq_len": self.prediction.longest_seq_len(budget)})
+            self.report({"longest_seq_len": self.prediction.longest_seq_len(usable)})
         elif batch_size:
             self.spec = replace(self.spec, batch_size=batch_size)
             self.report({"batch_size": batch_size})
         else:
             needed = self.prediction.predict(batch_size=1).peak_bytes
-            raise DoesNotFit(f"one sequence is predicted to need {needed:,} bytes of {budget:,}")
+            raise DoesNotFit(
+                f"one sequence is predicted to need {needed:,} bytes of {usable:,}: "
+                f"the budget of {budget:,} less measure.reserve={reserve:g}"
+            )
         return self.spec
 
     def check_memory(self, limit: int, *, cell_id: str, audit_share: float) -> None:

@@ -65,7 +65,7 @@ class Linformer(SequenceMixer):
 
     def __init__(self, config: LinformerConfig, dims: Dims, layer: int = 0) -> None:
         super().__init__(config, dims, layer)
-        self.projections = Projections(dims.d_model, dims.heads)
+        self.projections = Projections(dims.d_model, dims.heads, dims.rotary_base)
         heads = (dims.heads,) if config.sharing == "none" else ()
         self.key_mixture = self._draw(*heads, config.k, dims.seq_len)  # E, (H, k, L) or (k, L)
         apart = config.sharing in ("none", "headwise")

@@ -201,8 +201,9 @@ class Longformer(MaskedAttention):
         """(B, T, C) → queries (B, H, n, D) of the global tokens, keys and values (B, H, T, D) for them."""
         weights = zip((x[:, :n], x, x), self.global_qkv.weight.chunk(3), strict=True)
         q, k, v = (F.linear(part, w).unflatten(-1, (self.dims.heads, -1)) for part, w in weights)
-        q = rotary(q, None if positions is None else positions[:n])
-        return q.transpose(1, 2), rotary(k, positions).transpose(1, 2), v.transpose(1, 2)
+        base = self.dims.rotary_base
+        q, k = rotary(q, None if positions is None else positions[:n], base), rotary(k, positions, base)
+        return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
 
     def reference(self, x: Tensor, ctx: Context) -> Tensor:
         """Masked attention with the window of each head; global queries have their own projections."""

@@ -135,7 +135,7 @@ class Performer(SequenceMixer):
 
     def __init__(self, config: PerformerConfig, dims: Dims, layer: int = 0) -> None:
         super().__init__(config, dims, layer)
-        self.projections = Projections(dims.d_model, dims.heads)
+        self.projections = Projections(dims.d_model, dims.heads, dims.rotary_base)
         self.register_buffer("directions", self._draw())  # (m, D)
         self.steps = 0
 

@@ -196,7 +196,7 @@ class Reformer(SequenceMixer):
         return x.view(*x.shape[:-1], self.dims.heads, -1)
 
     def _split(self, projected: Tensor, positions: Tensor | None = None) -> Tensor:
-        return rotary(self._heads(projected), positions)
+        return rotary(self._heads(projected), positions, self.dims.rotary_base)
 
     def _window(self, seq_len: int, causal: bool) -> Window:
         band = self.config.neighbourhood == "band"

@@ -129,7 +129,7 @@ class Routing(SequenceMixer):
 
     def __init__(self, config: RoutingConfig, dims: Dims, layer: int = 0) -> None:
         super().__init__(config, dims, layer)
-        self.projections = Projections(dims.d_model, dims.heads)
+        self.projections = Projections(dims.d_model, dims.heads, dims.rotary_base)
         self.routed = dims.heads // 2
         self.local = dims.heads - self.routed
         self.clusters = config.n_clusters or max(1, round(math.sqrt(dims.seq_len)))
@@ -185,9 +185,13 @@ class Routing(SequenceMixer):
     def forward(self, x: Tensor, ctx: Context, state: Any = None) -> MixerOut:
         """(B, T, C) → MixerOut; carries no state."""
         q, k, v, q_routed, k_routed, v_routed = self._split(x, self._shares_keys(ctx.causal))
-        q, k = rotary(q, ctx.positions), rotary(k, ctx.positions)
+        q, k = (self._turned(part, ctx) for part in (q, k))
         y = self.run_impl(self, (q, k, v), (q_routed, k_routed, v_routed), ctx)
         return MixerOut(self.projections.out(y.flatten(2)))
+
+    def _turned(self, x: Tensor, ctx: Context) -> Tensor:
+        """(B, T, …, D) with rotary positions."""
+        return rotary(x, ctx.positions, self.dims.rotary_base)
 
     def in_clusters(self, x: Tensor, keys: Tensor, v: Tensor, ctx: Context, kernels: Kernels) -> Tensor:
         """Queries x, keys (the same tensor if they are shared) and values (B, T, H, D) → (B, T, H, D).
@@ -196,7 +200,15 @@ class Routing(SequenceMixer):
         """
         selection = self._selection(ctx.causal)
         size = self._cluster_size(x.shape[1]) if selection == "topk" else self.cluster_window
-        rule = clusters.Rule(self.centroids, size, ctx.causal, ctx.positions, self.device_type, self.layer)
+        rule = clusters.Rule(
+            self.centroids,
+            size,
+            ctx.causal,
+            ctx.positions,
+            self.dims.rotary_base,
+            self.device_type,
+            self.layer,
+        )
         y, sums = clusters.ASSIGNMENTS[selection](x, keys, v, rule, kernels)
         if self.training:
             self.sums.copy_(sums)
@@ -234,9 +246,9 @@ class Routing(SequenceMixer):
         q, k, v, q_routed, k_routed, v_routed = self._split(x, self._shares_keys(ctx.causal))
         rule = masks.Window(self.config.window)
         local = masks.matrix(rule & masks.causal if ctx.causal else rule, seq_len)
-        q, k, v = (t.transpose(1, 2) for t in (rotary(q, ctx.positions), rotary(k, ctx.positions), v))
+        q, k, v = (t.transpose(1, 2) for t in (self._turned(q, ctx), self._turned(k, ctx), v))
         lower = masked_attention(q, k, v, local)
-        q, k = (rotary(_normalised(t), ctx.positions).transpose(1, 2) for t in (q_routed, k_routed))
+        q, k = (self._turned(_normalised(t), ctx).transpose(1, 2) for t in (q_routed, k_routed))
         v = v_routed.transpose(1, 2)
         before = masks.matrix(masks.causal if ctx.causal else masks.all_keys, seq_len).to(x.device)
         if selection != "topk":

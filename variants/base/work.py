@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from variants.head_size import unusable_heads
+from variants.head_size import ROTARY_BASE, unusable_heads
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,6 +24,8 @@ class Dims:
     device_type: str | None = None
     """Type of the device for which piece sizes are chosen; None: the device of the parameters. A plan for a
     GPU runs on fake tensors of the CPU with the piece sizes of the GPU."""
+    rotary_base: float = ROTARY_BASE
+    """Base of the angles of rotary positions; layers with another position scheme do not use it."""
 
     @property
     def head_dim(self) -> int:

@@ -28,6 +28,7 @@ class Rule(NamedTuple):
     is_causal: bool
     positions: Tensor | None
     """(T,); None: 0 … T − 1."""
+    rotary_base: float
     device_type: str
     layer: int = 0
     """Number of the layer, which decides what `by_position` draws."""
@@ -85,8 +86,8 @@ def by_topk(x: Tensor, keys: Tensor, v: Tensor, rule: Rule, kernels: Kernels) ->
     The output of a token is the mean over its clusters; 0 if it has none.
     """
     (batch, seq_len, heads, _), device = v.shape, v.device
-    q = rotary(kmeans.unit(x), rule.positions).to(v.dtype)
-    k = q if keys is x else rotary(kmeans.unit(keys), rule.positions).to(v.dtype)
+    q = rotary(kmeans.unit(x), rule.positions, rule.rotary_base).to(v.dtype)
+    k = q if keys is x else rotary(kmeans.unit(keys), rule.positions, rule.rotary_base).to(v.dtype)
     q_members, sums = kmeans.members(x, rule.centroids, rule.size, rule.device_type)  # (B, H, K, w)
     k_members = q_members
     if keys is not x:
@@ -119,18 +120,18 @@ def _flash(q: Tensor, k: Tensor, v: Tensor, is_causal: bool) -> Tensor:
 
 
 def _tiled_windows(x: Tensor, v: Tensor, cluster: Tensor, rule: Rule) -> Tensor:
-    centroids, size, is_causal, positions, device_type, _ = rule
+    centroids, size, is_causal, positions, base, device_type, _ = rule
     layout = kmeans_attention.lay_out(
         cluster, centroids.shape[1], size, is_causal=is_causal, device_type=device_type
     )
-    rows = rotary(kmeans.unit(x), positions).to(v.dtype)
+    rows = rotary(kmeans.unit(x), positions, base).to(v.dtype)
     y: Tensor = kmeans_attention.Windowed.apply(rows, v, layout)  # type: ignore[no-untyped-call]
     return y
 
 
 def _flash_windows(x: Tensor, v: Tensor, cluster: Tensor, rule: Rule) -> Tensor:
     """Causal only: the kernel aligns the last query of a chunk with its last key."""
-    rows = rotary(kmeans.rounded_unit(x), rule.positions)
+    rows = rotary(kmeans.rounded_unit(x), rule.positions, rule.rotary_base)
     return kmeans_flash.cluster_attention(rows, v, cluster, rule.centroids.shape[1], rule.size)
 
 

@@ -63,7 +63,7 @@ class MaskedAttention(SequenceMixer):
 
     def __init__(self, config: VariantConfig, dims: Dims, layer: int = 0) -> None:
         super().__init__(config, dims, layer)
-        self.projections = Projections(dims.d_model, dims.heads)
+        self.projections = Projections(dims.d_model, dims.heads, dims.rotary_base)
 
     # --- defined by a variant ---------------------------------------------------------------------
 

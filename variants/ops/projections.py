@@ -12,18 +12,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-ROTARY_BASE = 10_000.0
+from variants.head_size import ROTARY_BASE
+
 TABLE_BLOCK = 128
 """Positions of a block of `rotary_table`."""
 
 
-def rotary_table(seq_len: int, head_dim: int, like: Tensor) -> tuple[Tensor, Tensor]:
+def rotary_table(
+    seq_len: int, head_dim: int, like: Tensor, base: float = ROTARY_BASE
+) -> tuple[Tensor, Tensor]:
     """Cosines and sines (T, D/2) of the rotary angles of positions 0 … T−1; dtype and device of `like`.
 
     They are computed in float64 and rounded once; in float32 an angle of 2²⁰ radians would have an error of
     up to 0.03. The addition theorems replace most cosines and sines by products.
     """
-    rate = _rates(head_dim, like)
+    rate = _rates(head_dim, like, base)
     fine = torch.arange(TABLE_BLOCK, device=like.device, dtype=torch.float64)[:, None] * rate
     block = torch.arange(-(-seq_len // TABLE_BLOCK), device=like.device, dtype=torch.float64)
     coarse = (block * TABLE_BLOCK)[:, None, None] * rate
@@ -33,20 +36,22 @@ def rotary_table(seq_len: int, head_dim: int, like: Tensor) -> tuple[Tensor, Ten
     return cos.flatten(0, 1)[:seq_len], sin.flatten(0, 1)[:seq_len]
 
 
-def rotary_table_at(positions: Tensor, head_dim: int, like: Tensor) -> tuple[Tensor, Tensor]:
+def rotary_table_at(
+    positions: Tensor, head_dim: int, like: Tensor, base: float = ROTARY_BASE
+) -> tuple[Tensor, Tensor]:
     """`rotary_table` for arbitrary positions (T,): cosines and sines (T, D/2), rounded once."""
-    angle = positions.to(like.device, torch.float64)[:, None] * _rates(head_dim, like)
+    angle = positions.to(like.device, torch.float64)[:, None] * _rates(head_dim, like, base)
     return angle.cos().to(like.dtype), angle.sin().to(like.dtype)
 
 
-def _rates(head_dim: int, like: Tensor) -> Tensor:
+def _rates(head_dim: int, like: Tensor, base: float) -> Tensor:
     """Angle for each position, in radians (D/2,), float64."""
     half = head_dim // 2
     channel = torch.arange(half, device=like.device, dtype=torch.float64)
-    return torch.exp(channel * (-math.log(ROTARY_BASE) / half))
+    return torch.exp(channel * (-math.log(base) / half))
 
 
-def rotary(x: Tensor, positions: Tensor | None = None) -> Tensor:
+def rotary(x: Tensor, positions: Tensor | None = None, base: float = ROTARY_BASE) -> Tensor:
     """Apply rotary positions to x (B, T, …, D), D even (Su 2021, arXiv:2104.09864).
 
     `positions` are (T,); None: 0 … T−1. Channel i is paired with channel i + D/2, as in most current code.
@@ -55,9 +60,9 @@ def rotary(x: Tensor, positions: Tensor | None = None) -> Tensor:
     seq_len, head_dim = x.shape[1], x.shape[-1]
     shape = (seq_len, *[1] * (x.dim() - 3), head_dim // 2)
     if positions is None:
-        tables = rotary_table(seq_len, head_dim, x)
+        tables = rotary_table(seq_len, head_dim, x, base)
     else:
-        tables = rotary_table_at(positions, head_dim, x)
+        tables = rotary_table_at(positions, head_dim, x, base)
     cos, sin = (table.view(shape) for table in tables)
     rotated: Tensor = _Rotation.apply(x, cos, sin)  # type: ignore[no-untyped-call]
     return rotated
@@ -92,9 +97,9 @@ def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 class Projections(nn.Module):
     """The four projections of multi-head attention, without biases."""
 
-    def __init__(self, d_model: int, heads: int) -> None:
+    def __init__(self, d_model: int, heads: int, rotary_base: float = ROTARY_BASE) -> None:
         super().__init__()
-        self.heads = heads
+        self.heads, self.rotary_base = heads, rotary_base
         self.qkv = nn.Linear(d_model, 3 * d_model, bias=False)
         self.out = nn.Linear(d_model, d_model, bias=False)
 
@@ -106,7 +111,8 @@ class Projections(nn.Module):
         channels = x.shape[-1]
         # two products: if v were a view of one product, it would keep the unrotated q and k in memory
         w_qk, w_v = self.qkv.weight.split([2 * channels, channels])
-        qk = rotary(F.linear(x, w_qk).unflatten(-1, (2, self.heads, -1)), positions)  # (B, T, 2, H, D)
+        qk = F.linear(x, w_qk).unflatten(-1, (2, self.heads, -1))  # (B, T, 2, H, D)
+        qk = rotary(qk, positions, self.rotary_base)
         v = F.linear(x, w_v).unflatten(-1, (self.heads, -1))
         q, k = qk.unbind(2)
         return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)

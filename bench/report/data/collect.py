@@ -24,7 +24,7 @@ MOST, MOST_KNOBS = 80, 200
 MOST_PERPLEXITY = 1e100
 """The perplexity of a loss of 230 nats. A larger one counts as null: no axis can show it, and its square is
 no float."""
-_IDENTITY = [key for key in CONFIGURATION if key not in ("data", "data_json", "budget_bytes")]
+_IDENTITY = [key for key in CONFIGURATION if key not in ("data", "data_json", "budget_bytes", "reserve")]
 _IDENTITY += ["corpus", "replicate", "twin"]
 
 

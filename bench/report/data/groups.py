@@ -12,7 +12,7 @@ from typing import Any
 
 import pandas as pd
 
-from bench.records.configurations import TRAINING_KEYS
+from bench.records.configurations import MODEL_OPTIONS, TRAINING_KEYS
 
 SLOT_COLUMNS = {"feed_forward": "feed_forward_layer", "stack": "depth_schedule"}
 """Key of a record that names what fills a slot of the model → the column with that entry and those of its
@@ -24,6 +24,7 @@ SETTING = (
     "heads",
     *SLOT_COLUMNS.values(),
     "ff_chunks",
+    *MODEL_OPTIONS,
     "batch_size",
     "dtype",
     "device",

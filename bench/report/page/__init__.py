@@ -25,6 +25,7 @@ from bench.report.figures.style import styles
 from bench.report.page.environment import environments
 from bench.report.page.symbols import DARK, symbols
 from bench.report.sections import Results
+from bench.report.text.listing import PageList
 from bench.report.text.marks import NOTES
 
 SCRIPTS = ("common.js", "choose.js", "charts.js", "table.js")
@@ -57,9 +58,18 @@ def html(results: Results) -> str:
         problems=problems,
         environment=environments(frame),
         lists=[one for one in lists if not one.about_noise],
+        links=_links(one for one in lists if not one.about_noise),
         about_noise=[one for one in lists if one.about_noise],
         notes={mark: words.replace("*", "") for mark, words in NOTES.items() if mark in texts},
     )
+
+
+def _links(lists: Iterable[PageList]) -> dict[str, str]:
+    """The anchor of the first list of each title."""
+    links: dict[str, str] = {}
+    for one in lists:
+        links.setdefault(one.title, one.anchor)
+    return links
 
 
 def document(results: Results, charts: Json) -> Json:

@@ -124,7 +124,7 @@ function paretoSpec() {
     ...markers({ x, y }, tooltip)] };
 }
 
-/** A chart's place on the page; it is drawn when it first comes near the screen, and again when the choice changes. */
+/** A chart's place on the page; it is drawn when it first comes near the screen or in idle time, and again when the choice changes. */
 const waiting = new IntersectionObserver((entries) => entries.forEach(({ target, isIntersecting }) => {
   target.near = isIntersecting;
   if (isIntersecting && target.stale) refresh(target);
@@ -139,7 +139,19 @@ function place(host, title, note, spec) {
   host.append(figure);
   waiting.observe(figure);
 }
-const redraw = () => document.querySelectorAll("#charts figure").forEach(refresh);
+function redraw() {
+  document.querySelectorAll("#charts figure").forEach(refresh);
+  drawTheRest();
+}
+/** Draw the charts that are not near the screen in idle time, so that all of them are there when the page is printed. */
+const whenIdle = window.requestIdleCallback ?? ((act) => setTimeout(act, 100));
+const drawTheRest = () => whenIdle(async () => {
+  const figure = [...document.querySelectorAll("#charts figure")].find((one) => one.stale && one.offsetWidth > 0);
+  if (!figure) return;
+  figure.stale = false;
+  await draw(figure, figure.spec());
+  drawTheRest();
+});
 
 function offerCharts() {
   const own = inSetting();

@@ -8,6 +8,7 @@ from typing import Any
 import pandas as pd
 
 from bench.records import NOT_COMPILED, Record
+from bench.records.configurations import MODEL_OPTIONS
 from bench.report.data.groups import GROUP, SLOT_COLUMNS, TRAINING, split, varying
 from bench.report.text import units
 
@@ -19,6 +20,9 @@ _PHRASES = {
     "feed_forward_layer": "feed-forward {}",
     "depth_schedule": "depth schedule {}",
     "ff_chunks": "feed-forward in {} pieces",
+    "vocab_size": "vocabulary {}",
+    "tie_embeddings": "embeddings {}",
+    "rotary_base": "rotary base {}",
     "batch_size": "batch {}",
     "threads": "{} threads",
     "activations": "activations {}",
@@ -30,6 +34,7 @@ _PHRASES = {
 
 _USUAL = {
     "ff_chunks": Record.ff_chunks,
+    **MODEL_OPTIONS,
     **{column: getattr(Record, key) for key, column in SLOT_COLUMNS.items()},
     "compile": NOT_COMPILED,
 }

@@ -1,0 +1,118 @@
+"""Options of the model beside its sizes: its vocabulary, tied embeddings, the base of rotary positions; and
+the share of a memory budget that stays free."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+
+import variants
+from bench import CONFIGS
+from bench.config.parse import parse
+from bench.config.spec import CellSpec
+from bench.inputs.errors import ConfigError
+from bench.measure.predict import Prediction, build_model
+from bench.records import load
+from variants.base import Context, Dims
+from variants.ops.projections import rotary
+
+TINY = ["data=stdlib", "measure=plan", "seq_len=16", "depth=1", "model.d_model=16", "device=cpu"]
+ROTARY = ["dense", "chunked", "longformer", "performer", "reformer", "routing", "linformer"]
+
+
+def spec_of(*overrides: str) -> CellSpec:
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        return parse(compose("config", overrides=[*TINY, *overrides])).spec
+
+
+def test_tied_embeddings_are_one_parameter_with_both_gradients() -> None:
+    untied, tied = (build_model(spec_of(f"model.tie_embeddings={flag}")) for flag in ("false", "true"))
+    sizes = [sum(p.numel() for p in model.parameters()) for model in (untied, tied)]
+    assert sizes[0] - sizes[1] == untied.vocabulary * 16
+    tokens, seen = torch.arange(8)[None] % 3, torch.zeros(tied.vocabulary, dtype=torch.bool)
+    seen[:3] = True
+    tied(tokens, causal=True).logits.logsumexp(-1).sum().backward()
+    assert tied.embedding.weight.grad is not None
+    row_is_used = tied.embedding.weight.grad.abs().sum(1) > 0
+    assert row_is_used.all(), "the output layer reaches every row"
+    untied(tokens, causal=True).logits.logsumexp(-1).sum().backward()
+    assert untied.embedding.weight.grad is not None
+    assert torch.equal(untied.embedding.weight.grad.abs().sum(1) > 0, seen)
+
+
+def test_a_larger_vocabulary_costs_its_products_and_its_logits() -> None:
+    few, many = (Prediction(spec_of(f"model.vocab_size={n}")).predict() for n in (300, 50_304))
+    tokens, rows = 16 * spec_of().batch_size, 50_304 - 300
+    costs = []
+    for n in (300, 50_304):
+        spec = spec_of(f"model.vocab_size={n}")
+        costs.append(build_model(spec).cost(spec.workload()).step)
+    assert costs[1] - costs[0] == 6 * tokens * 16 * rows
+    logits = 4 * tokens * rows
+    weights = 4 * 4 * 2 * 16 * rows  # parameters, gradients and the optimiser's two moments of both matrices
+    assert many.peak_bytes - few.peak_bytes >= weights + logits
+
+
+def test_the_data_must_fit_into_the_vocabulary() -> None:
+    with pytest.raises(ConfigError, match=r"model.vocab_size=256: allowed is null, or 257 or more"):
+        spec_of("model.vocab_size=256")
+    assert build_model(spec_of("model.vocab_size=257")).vocabulary == 257
+
+
+@pytest.mark.parametrize("base", [100.0, 10_000.0, 500_000.0])
+def test_rotary_angles_have_their_base(base: float) -> None:
+    """Against products of complex numbers."""
+    x = torch.randn(1, 300, 2, 8, dtype=torch.float64)
+    angle = torch.arange(300)[:, None] * torch.tensor(
+        [base ** (-i / 4) for i in range(4)], dtype=torch.float64
+    )
+    turned = torch.complex(x[..., :4], x[..., 4:]) * torch.polar(torch.ones_like(angle), angle)[:, None]
+    assert torch.allclose(rotary(x, None, base), torch.cat([turned.real, turned.imag], -1), atol=1e-12)
+    later = rotary(x[:, 200:], torch.arange(200, 300), base)
+    assert torch.allclose(later, rotary(x, None, base)[:, 200:], atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ROTARY)
+def test_each_layer_and_its_reference_use_the_base(name: str) -> None:
+    variant = variants.load(name)
+    options = {"window": (4,), "global_tokens": 2} if name == "longformer" else {}
+    config, causal = variant.Config(**options), name not in ("linformer", "longformer")
+    outputs = []
+    for base in (10_000.0, 20.0):
+        torch.manual_seed(0)
+        layer = variant(config, Dims(seq_len=24, d_model=16, heads=2, rotary_base=base)).double().eval()
+        x = torch.randn(2, 24, 16, dtype=torch.float64)
+        torch.manual_seed(1)
+        got = layer(x, Context(causal=causal)).y
+        torch.manual_seed(1)
+        assert torch.allclose(got, layer.reference(x, Context(causal=causal)), atol=1e-6)
+        outputs.append(got)
+    assert (outputs[0] - outputs[1]).abs().max() > 1e-6
+
+
+def test_a_cell_records_its_options_and_keeps_the_reserve(tmp_path: Path) -> None:
+    options = ["model.vocab_size=1000", "model.tie_embeddings=true", "model.rotary_base=500"]
+    for reserve in ("0", "0.5"):
+        command = [
+            sys.executable,
+            "-m",
+            "bench",
+            *TINY,
+            *options,
+            f"results_dir={tmp_path}",
+            f"name=r{reserve}",
+        ]
+        command += ["measure=fits", "measure.budget=8MiB", f"measure.reserve={reserve}", "batch_size=fit"]
+        subprocess.run(command, check=True, capture_output=True)
+    full, half = (load(tmp_path / f"r{reserve}").iloc[0] for reserve in ("0", "0.5"))
+    assert (full.vocab_size, full.tie_embeddings, full.rotary_base) == (1000, True, 500.0)
+    assert half.peak_bytes <= 4 * 2**20 < full.peak_bytes <= 8 * 2**20
+    assert (full.reserve, half.reserve) == (0.0, 0.5)
+    written = json.loads(next((tmp_path / "r0" / "records").glob("*.json")).read_text())
+    assert written["budget_bytes"] == 8 * 2**20
