@@ -56,3 +56,14 @@ def test_one_depth_is_not_drawn_against_depth(tmp_path: Path) -> None:
     cells = statistics.cost_cells(frame)
     assert all(plot.draw(cells, look) is None for plot in cost_plots.BY_DEPTH)
     assert all(plot.draw(cells, look) is not None for plot in cost_plots.BY_LENGTH)
+
+
+@pytest.mark.parametrize("plot", [*cost_plots.BY_LENGTH, *cost_plots.BY_DEPTH], ids=lambda plot: plot.stem)
+def test_a_panel_needs_several_places_on_its_axis(tmp_path: Path, plot: cost_plots.CostPlot) -> None:
+    """Depth 2 has two lengths and depth 8 one; 2,048 tokens have one depth and 512 have two."""
+    sizes = [(512, 2), (2048, 2), (512, 8)]
+    frame, look = drawn(tmp_path / "e", [record(v, n, d) for v in VARIANTS for n, d in sizes])
+    figure = plot.draw(statistics.cost_cells(frame), look)
+    assert figure is not None
+    titles = {"seq_len": ["depth 2"], "depth": ["512 tokens"]}
+    assert [axis.get_title() for axis in figure.axes] == titles[plot.along.x]

@@ -63,6 +63,12 @@ def split(frame: pd.DataFrame, keys: Sequence[str]) -> Iterator[tuple[dict[str, 
         yield dict(zip(keys, values, strict=True)), part
 
 
+def with_lines(cells: pd.DataFrame, panel: str, axis: str) -> pd.DataFrame:
+    """The cells of the panels that have several places on their axis; all cells if no panel has."""
+    has_line = cells.groupby(panel)[axis].transform("nunique") > 1
+    return cells[has_line] if has_line.any() else cells
+
+
 def natural(value: object) -> tuple[Any, ...]:
     """A sort key that orders numbers within texts as numbers, 'n_pairs=4' before 'n_pairs=16', and nulls
     last."""

@@ -11,7 +11,7 @@ from matplotlib.patches import Patch
 
 from bench.report.data.crossing import FIGURES, crossing
 from bench.report.data.disturbed import RATIO_DISTURBED
-from bench.report.data.groups import split
+from bench.report.data.groups import split, with_lines
 from bench.report.figures import canvas
 from bench.report.figures.lines import (
     GREY,
@@ -37,6 +37,7 @@ def ratios(cells: pd.DataFrame, look: Look, title: str, y: str, rings: str = "")
     """
     if cells.empty or cells["seq_len"].nunique() < 2:
         return None
+    cells = with_lines(cells, "depth", "seq_len")
     counts = cells["rounds"]
     parts = list(split(cells, ["depth"]))
     figure, axes = canvas.panels(len(FIGURES) * len(parts), columns=len(FIGURES), width=3.2, height=2.9)

@@ -15,7 +15,7 @@ from matplotlib.patches import Patch
 
 from bench.report.data.compared_time import DEVICE, SECONDS, SOURCE
 from bench.report.data.disturbed import DISTURBED
-from bench.report.data.groups import split
+from bench.report.data.groups import split, with_lines
 from bench.report.figures import canvas
 from bench.report.figures.lines import (
     GREY,
@@ -73,7 +73,8 @@ class CostPlot:
 
     def draw(self, cells: pd.DataFrame, look: Look) -> Figure | None:
         """The figure, or None where no cell has any of its figures, or all have one depth to draw against."""
-        cells, along = with_predictions(cells), self.along
+        along = self.along
+        cells = with_lines(with_predictions(cells), along.panel, along.x)
         columns = [curve.column for curve in self.curves]
         if not (cells[columns] > 0).any(axis=None) or (along is DEPTH and cells["depth"].nunique() < 2):
             return None
