@@ -56,7 +56,7 @@ def test_the_table_of_the_readme(cpu: pd.DataFrame) -> None:
     times, memory, flops = (over_dense(at, figure) for figure in figures)
     seconds = at.groupby("variant")["step_seconds_median"].median()
     peaks = at.groupby("variant")["peak_bytes"].median()
-    found = {name: row for name, *row in rows_between("reference:begin", "reference:end")}
+    found = {name: row for name, *row in rows_between("reference:begin", "Which one, by length")}
     assert found.keys() == set(seconds.index)
     for name, stated in found.items():
         assert [cell.strip("≈") for cell in stated] == [
@@ -66,6 +66,19 @@ def test_the_table_of_the_readme(cpu: pd.DataFrame) -> None:
             f"{memory[name]:.2f}×",
             f"{flops[name]:.2f}×",
         ]
+
+
+def test_the_recommendations_of_the_readme() -> None:
+    """They are the rows of the report's answer."""
+    text = (ROOT / "results" / "reference-cpu" / "report" / "summary.md").read_text()
+    head = text.partition("<details>")[0].splitlines()
+    rows = [
+        [cell.strip() for cell in line.strip("|").split("|")] for line in head if line.startswith("| clm")
+    ]
+    of_size = [row for row in rows if "width 256" in row[0] and row[2] == "2"]
+    stated = rows_between("Which one, by length", "Conclusions from this run")
+    assert stated == [[f"{int(length):,}", *names] for _, length, _, *names in of_size]
+    assert len(stated) == 4
 
 
 def test_the_conclusions_of_the_readme(cpu: pd.DataFrame) -> None:
