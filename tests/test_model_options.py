@@ -7,10 +7,13 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
+import pandas as pd
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
+from test_report import record, write
 
 import variants
 from bench import CONFIGS
@@ -19,6 +22,7 @@ from bench.config.spec import CellSpec
 from bench.inputs.errors import ConfigError
 from bench.measure.predict import Prediction, build_model
 from bench.records import load
+from bench.report import build
 from variants.base import Context, Dims
 from variants.ops.projections import rotary
 
@@ -116,3 +120,27 @@ def test_a_cell_records_its_options_and_keeps_the_reserve(tmp_path: Path) -> Non
     assert (full.reserve, half.reserve) == (0.0, 0.5)
     written = json.loads(next((tmp_path / "r0" / "records").glob("*.json")).read_text())
     assert written["budget_bytes"] == 8 * 2**20
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "words"),
+    [
+        ("vocab_size", 50_304, "vocabulary 50304"),
+        ("tie_embeddings", True, "embeddings tied"),
+        ("rotary_base", 500_000.0, "rotary base 500000"),
+        ("dropout", 0.1, "dropout 0.1"),
+    ],
+)
+def test_models_with_other_options_are_never_mixed(
+    option: str, value: Any, words: str, tmp_path: Path
+) -> None:
+    """An older record, without the key, is one with the usual value."""
+    usual = {"tie_embeddings": False, "rotary_base": 10_000.0, "dropout": 0.0}.get(option)
+    found = [
+        record(cell_id=f"c{n}", replicate=n % 3, step_seconds_median=n + 1.0, **{option: each})
+        for n, each in enumerate([None, usual, usual, value, value, value])
+    ]
+    folder = write(tmp_path / "x", found)
+    summary = pd.read_csv(build(folder, plots=False) / "summary.csv")
+    assert sorted(summary["step_seconds_median"]) == [2.0, 5.0]
+    assert words in (folder / "report" / "summary.md").read_text()

@@ -75,6 +75,7 @@ class Record:
     vocab_size: Size | None = None
     tie_embeddings: bool | None = None
     rotary_base: Amount | None = None
+    dropout: Amount | None = None
     batch_size: Count
     activations: str
     compile: str | None = None
