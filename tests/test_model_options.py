@@ -22,7 +22,9 @@ from bench.config.spec import CellSpec
 from bench.inputs.errors import ConfigError
 from bench.measure.predict import Prediction, build_model
 from bench.records import load
+from bench.records.record import MODEL_OPTIONS
 from bench.report import build
+from bench.run.progress import describe
 from variants.base import Context, Dims
 from variants.ops.projections import rotary
 
@@ -144,3 +146,12 @@ def test_models_with_other_options_are_never_mixed(
     summary = pd.read_csv(build(folder, plots=False) / "summary.csv")
     assert sorted(summary["step_seconds_median"]) == [2.0, 5.0]
     assert words in (folder / "report" / "summary.md").read_text()
+
+
+def test_progress_mentions_unusual_options() -> None:
+    usual = {"vocab_size": None, "tie_embeddings": False, "rotary_base": 10_000.0, "dropout": 0.0}
+    assert MODEL_OPTIONS.keys() == usual.keys()
+    plain = describe(record(**usual))
+    assert plain == describe(record())
+    told = describe(record(**usual | {"vocab_size": 50_304, "tie_embeddings": True}))
+    assert "d=64 vocab_size=50304 tie_embeddings=True keep" in told

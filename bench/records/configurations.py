@@ -13,7 +13,7 @@ from typing import Any
 
 import pandas as pd
 
-from bench.records.record import NOT_COMPILED, SLOTS, Record
+from bench.records.record import MODEL_OPTIONS, NOT_COMPILED, SLOTS, Record
 from bench.records.store import columns_of
 
 UNKNOWN = "unknown"
@@ -32,14 +32,6 @@ TRAINING_KEYS = (
 """How a model was trained and scored."""
 OTHER_PARAMS = (*SLOTS, "data")
 """What has knobs in a record, `<name>_params`, beside the variant."""
-MODEL_OPTIONS = {
-    "vocab_size": "that of the data",
-    "tie_embeddings": "untied",
-    "rotary_base": "10000",
-    "dropout": "0",
-}
-"""Options of the model, and their usual values as `filled_in` writes them. Older records, without these keys,
-are taken to have them."""
 CONFIGURATION = (
     "variant",
     "params_json",

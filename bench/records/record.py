@@ -50,6 +50,14 @@ SLOTS = ("feed_forward", "stack")
 part that all models had before there was a choice."""
 NOT_COMPILED = "off"
 """The value of `compile` for a cell that is not compiled."""
+MODEL_OPTIONS = {
+    "vocab_size": "that of the data",
+    "tie_embeddings": "untied",
+    "rotary_base": "10000",
+    "dropout": "0",
+}
+"""Options of the model, and their usual values as tables write them. Older records, without these keys,
+are taken to have them."""
 
 
 @dataclass(kw_only=True)

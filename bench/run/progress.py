@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING
 
+from bench.config.spec import ModelSizes
 from bench.inputs.printable import printable
 from bench.records import Record
-from bench.records.record import NOT_COMPILED, SLOTS
+from bench.records.record import MODEL_OPTIONS, NOT_COMPILED, SLOTS
 
 if TYPE_CHECKING:
     from rich.progress import Progress as RichProgress
@@ -25,9 +26,14 @@ def describe(record: Record) -> str:
     slots = "".join(
         f"{slot}={getattr(record, slot)} " for slot in SLOTS if getattr(record, slot) != getattr(Record, slot)
     )
+    options = "".join(
+        f"{key}={getattr(record, key)} "
+        for key in MODEL_OPTIONS
+        if getattr(record, key) not in (None, getattr(ModelSizes, key))
+    )
     cell = (
         f"{record.variant} {slots}T={record.seq_len} depth={record.depth} d={record.d_model} "
-        f"{record.activations} "
+        f"{options}{record.activations} "
         + (f"compile={record.compile} " if record.compile not in (None, NOT_COMPILED) else "")
         + f"#{record.replicate}"
         + (f" twin {record.twin}" if record.twin else "")

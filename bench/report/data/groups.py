@@ -12,7 +12,8 @@ from typing import Any
 
 import pandas as pd
 
-from bench.records.configurations import MODEL_OPTIONS, TRAINING_KEYS
+from bench.records.configurations import TRAINING_KEYS
+from bench.records.record import MODEL_OPTIONS
 
 SLOT_COLUMNS = {"feed_forward": "feed_forward_layer", "stack": "depth_schedule"}
 """Key of a record that names what fills a slot of the model → the column with that entry and those of its

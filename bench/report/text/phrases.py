@@ -8,7 +8,7 @@ from typing import Any
 import pandas as pd
 
 from bench.records import NOT_COMPILED, Record
-from bench.records.configurations import MODEL_OPTIONS
+from bench.records.record import MODEL_OPTIONS
 from bench.report.data.groups import GROUP, SLOT_COLUMNS, TRAINING, split, varying
 from bench.report.text import units
 
