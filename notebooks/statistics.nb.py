@@ -34,8 +34,23 @@ for key, column in SLOTS.items():
     params = records[f"{key}_params"].fillna(records.groupby(key)[f"{key}_params"].transform("first"))
     records[column] = slot_names(records[key], params)
 
+USUAL = {"tie_embeddings": False, "rotary_base": 10_000.0, "dropout": 0.0}
+for key, usual in USUAL.items():  # older records do not contain them
+    records[key] = records[key].fillna(usual).astype(type(usual)) if key in records else usual
+records["vocab_size"] = records["vocab_size"].fillna(0) if "vocab_size" in records else 0
+
 GROUP = ["objective", "data", "d_model", "heads", *SLOTS.values(), "ff_chunks", "batch_size"]
-GROUP += ["dtype", "device", "device_name", "threads", "compile", "activations", "depth"]
+GROUP += [
+    *USUAL,
+    "vocab_size",
+    "dtype",
+    "device",
+    "device_name",
+    "threads",
+    "compile",
+    "activations",
+    "depth",
+]
 records["compile"] = records["compile"].fillna("off") if "compile" in records else "off"
 CELL = [*GROUP, "variant", "label", "seq_len"]
 TRAINING = ["train_budget", "train_amount", "schedule", "train_state", "learning_rate", "eval_split"]

@@ -236,7 +236,8 @@ def test_what_any_process_needs_needs_nothing(module: str) -> None:
 def test_report_reads_records_and_nothing_else() -> None:
     for module in of_report:
         others = {t for t in ours(module) if t != "bench.report" and not t.startswith("bench.report.")}
-        read = {f"bench.records{name}" for name in ("", ".configurations", ".files")}
+        read = {f"bench.records{name}" for name in ("", ".configurations", ".files", ".record")}
+        read.add("bench.inputs.errors")
         assert others <= read | OF_ANY_PROCESS, module
         assert "torch" not in outside(module), module
 

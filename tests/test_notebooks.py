@@ -178,7 +178,7 @@ def test_compare_shows_the_reference_run_without_torch() -> None:
     notebook = ran("compare", TORCH_FREE)
     assert pictures(notebook) == 4
     printed = [output.text for output in outputs(notebook, "stream")]
-    assert printed[0].startswith("228 records")
+    assert printed[0].startswith("156 records")
     assert printed[-1] == "False\n"
     (style, *_) = [
         o.data["text/html"] for o in outputs(notebook, "execute_result") if "1.00×" in o.data["text/html"]

@@ -80,12 +80,13 @@ def test_the_position_scheme_is_that_which_is_declared(name: str, monkeypatch: p
     layer, x = make_layer(variant, config, dims).eval(), numbers(1, TOKENS, dims.d_model)
     context = Context(causal=variant.info.caps.causal)
     want, schemes = layer(x, context).y, set()
-    for scheme, module, base in (
-        ("rotary", projections, "ROTARY_BASE"),
-        ("relative", relative_attention, "SINUSOID_BASE"),
+    rates = projections._rates
+    for scheme, module, name_of_base, other in (
+        ("rotary", projections, "_rates", lambda head_dim, like, _: rates(head_dim, like, 7.0)),
+        ("relative", relative_attention, "SINUSOID_BASE", 7.0),
     ):
         with monkeypatch.context() as patch:
-            patch.setattr(module, base, 7.0)
+            patch.setattr(module, name_of_base, other)
             schemes |= {scheme} if difference(layer(x, context).y, want) > 1e-6 else set()
     assert schemes == {variant.position_scheme}
 

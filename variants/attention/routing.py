@@ -1,5 +1,7 @@
 """Routing attention: tokens read the tokens of their cluster (Roy 2020, arXiv:2003.05997, §4).
 
+Over 300 lines: four ways of selecting clusters share their projections, state and cost.
+
 Shapes: B batch, T tokens, C channels, H heads, D = C / H, K clusters of a head.
 """
 
