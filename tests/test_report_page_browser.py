@@ -260,6 +260,23 @@ def test_the_chooser_ranks_what_fits(browser: webdriver.Chrome, pages: Pages) ->
     assert set(column(browser, "#by-speed", "variant")) == finished
 
 
+@pytest.mark.parametrize(("width", "height"), [(1280, 900), (390, 844)])
+def test_the_first_screen_has_the_controls_and_three_rows_of_an_answer(
+    browser: webdriver.Chrome, pages: Pages, width: int, height: int
+) -> None:
+    show(browser, pages("sweep"), width=width)
+    rows = find(browser, "#by-quality tbody tr")
+    assert len(rows) >= 3
+    for shown in (*find(browser, "#choice select, #choice input"), *rows[:3]):
+        assert shown.rect["y"] + shown.rect["height"] <= height
+
+
+def test_the_fastest_table_needs_no_sideways_scroll_at_1280(browser: webdriver.Chrome, pages: Pages) -> None:
+    show(browser, pages("sweep"), width=1280)
+    room = "const room = document.querySelector('#by-speed').parentElement; "
+    assert browser.execute_script(room + "return room.scrollWidth - room.clientWidth") <= 0
+
+
 def test_the_chooser_says_where_quality_was_measured(browser: webdriver.Chrome, tmp_path: Path) -> None:
     """Where no model was trained at the length that is asked for, the nearest one speaks, and is named."""
     untrained = dict.fromkeys(("nll", "perplexity", "bits_per_byte", "word_perplexity"))
