@@ -34,15 +34,14 @@ for key, column in SLOTS.items():
     params = records[f"{key}_params"].fillna(records.groupby(key)[f"{key}_params"].transform("first"))
     records[column] = slot_names(records[key], params)
 
-USUAL = {"tie_embeddings": False, "rotary_base": 10_000.0, "dropout": 0.0}
+USUAL = {"vocab_size": "that of the data", "tie_embeddings": "untied", "rotary_base": 10_000, "dropout": 0}
 for key, usual in USUAL.items():  # older records do not contain them
-    records[key] = records[key].fillna(usual).astype(type(usual)) if key in records else usual
-records["vocab_size"] = records["vocab_size"].fillna(0) if "vocab_size" in records else 0
+    records[key] = records[key].astype(object).fillna(usual) if key in records else usual
+records["tie_embeddings"] = records["tie_embeddings"].replace({True: "tied", False: "untied"})
 
 GROUP = ["objective", "data", "d_model", "heads", *SLOTS.values(), "ff_chunks", "batch_size"]
 GROUP += [
     *USUAL,
-    "vocab_size",
     "dtype",
     "device",
     "device_name",
@@ -77,6 +76,7 @@ ok = cells[cells["status"] == "ok"]
 # ## Median and interval over replicates
 #
 # Both are computed from logarithms. For two replicates the interval is their range, for more it is Student's t interval. A time that was measured under other load counts only if the cell has no other: of the twins of a replicate the first that is undisturbed counts, and replicates without one are left out.
+
 
 # %%
 def interval(values):
@@ -297,6 +297,7 @@ ratios["differs"].value_counts(dropna=False)
 #
 # Each repetition samples its replicates from the A/A pairs, in either order of the twins. Its interval and its mean determine the shift from which it would be called different, as the only difference among all ratios; in 95 % of the repetitions this shift is smaller than the percentile.
 
+
 # %%
 def smallest_found(logs, replicates, upper):  # for three or more replicates
     either = np.sort(np.concatenate([logs, -logs]))
@@ -363,7 +364,8 @@ mine = others.join(cost).join(ratios).reset_index().rename(columns={"device_name
 trained = quality.rename(columns={"device_name": "machine"}).drop(columns="leak_max_abs")
 mine = mine.merge(trained, on=KEYS, how="left")
 theirs = pd.read_csv(FOLDER / "report" / "summary.csv")
-theirs["compile"] = theirs.get("compile", "off")  # older reports have none
+for key, usual in {**USUAL, "compile": "off"}.items():
+    theirs[key] = theirs.get(key, usual)  # older reports have none
 MATCH = [*KEYS, *(key for key in ("learning_rate", "train_budget", "eval_split") if key in theirs)]
 for frame in (mine, theirs):
     frame[MATCH] = frame[MATCH].astype(object).fillna("")
