@@ -364,8 +364,8 @@ mine = others.join(cost).join(ratios).reset_index().rename(columns={"device_name
 trained = quality.rename(columns={"device_name": "machine"}).drop(columns="leak_max_abs")
 mine = mine.merge(trained, on=KEYS, how="left")
 theirs = pd.read_csv(FOLDER / "report" / "summary.csv")
-for key, usual in {**USUAL, "compile": "off"}.items():
-    theirs[key] = theirs.get(key, usual)  # older reports have none
+older = {key: usual for key, usual in {**USUAL, "compile": "off"}.items() if key not in theirs}
+theirs = theirs.assign(**older)  # older reports do not have them
 MATCH = [*KEYS, *(key for key in ("learning_rate", "train_budget", "eval_split") if key in theirs)]
 for frame in (mine, theirs):
     frame[MATCH] = frame[MATCH].astype(object).fillna("")
