@@ -365,7 +365,7 @@ trained = quality.rename(columns={"device_name": "machine"}).drop(columns="leak_
 mine = mine.merge(trained, on=KEYS, how="left")
 theirs = pd.read_csv(FOLDER / "report" / "summary.csv")
 older = {key: usual for key, usual in {**USUAL, "compile": "off"}.items() if key not in theirs}
-theirs = theirs.assign(**older)  # older reports do not have them
+theirs = pd.concat([theirs, pd.DataFrame(older, index=theirs.index)], axis=1)  # older reports have none
 MATCH = [*KEYS, *(key for key in ("learning_rate", "train_budget", "eval_split") if key in theirs)]
 for frame in (mine, theirs):
     frame[MATCH] = frame[MATCH].astype(object).fillna("")
