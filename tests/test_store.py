@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -437,10 +438,12 @@ def test_killed_at_any_line_it_loses_nothing(thirty: Path) -> None:
 def test_several_at_once_killed_at_any_moment_lose_nothing(thirty: Path) -> None:
     at = random.Random(1)
     want = by_cell(thirty)
-    for turn in range(40):
+    started = datetime(2026, 2, 1)
+    for _ in range(40):
         running = [python(KILLED, thirty, at.uniform(0.2, 0.8)) for _ in range(3)]
         while any(one.poll() is None for one in running):
-            fresh = numbered(at.randrange(60), f"2026-02-{turn + 1:02}T{time.monotonic():020.9f}")
+            started += timedelta(seconds=1)
+            fresh = numbered(at.randrange(60), started.isoformat())
             records.write(thirty, fresh)
             want[fresh.cell_id] = fresh
             assert by_cell(thirty) == want
