@@ -53,7 +53,7 @@ class Lagged(SequenceMixer):
 
     def __init__(self, config: LaggedConfig, dims: Dims, layer: int = 0) -> None:
         super().__init__(config, dims, layer)
-        self.projections = Projections(dims.d_model, dims.heads)
+        self.projections = Projections(dims)
 
     def forward(self, x: Tensor, ctx: Context, state: Any = None) -> MixerOut:
         return MixerOut(self.reference(x, ctx))
@@ -65,7 +65,7 @@ class Lagged(SequenceMixer):
 
     def cost(self, work: Workload) -> Cost:
         attention = 4 * work.batch_size * work.d_model * work.seq_len**2
-        projections = Projections.flops(work.batch_size, work.seq_len, work.d_model)
+        projections = Projections.flops(work)
         return Cost({"projections": projections, "attention": attention})
 
     def state_bytes(self, work: Workload) -> int:

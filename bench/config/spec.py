@@ -117,7 +117,7 @@ class ModelSizes(Spec):
     d_model: int = knob(64, least=2, unit="channels")
     """Width of the model."""
     heads: int = knob(2, least=1, unit="heads")
-    """Attention heads of a layer; they divide d_model."""
+    """Attention heads of a layer; they divide d_model, unless model.head_size is given."""
     ff_chunks: int = knob(1, least=1, unit="pieces")
     """Pieces of the sequence to which the feed-forward layer is applied one at a time."""
     dropout: float = knob(0.0, least=0, below=1)
@@ -129,9 +129,11 @@ class ModelSizes(Spec):
     """Use the weights of the embedding as those of the output layer."""
     rotary_base: float = knob(ROTARY_BASE, above=1, younger=True)
     """Base of the angles of rotary positions. Layers with another position scheme do not use it."""
+    head_size: int | None = knob(None, least=2, unit="channels", younger=True)
+    """Channels of an attention head, an even number; null is d_model / heads."""
 
     def __post_init__(self) -> None:
-        if reason := unusable_heads(self.d_model, self.heads):
+        if reason := unusable_heads(self.d_model, self.heads, self.head_size):
             raise ValueError(reason)
 
 
@@ -380,6 +382,7 @@ class CellSpec:
             heads=self.model.heads,
             device_type=self.device.partition(":")[0],
             rotary_base=self.model.rotary_base,
+            head_size=self.model.head_size,
         )
         return variant, variant.Config.of(self.variant_params), dims
 
@@ -422,6 +425,7 @@ class CellSpec:
             seq_len=self.seq_len,
             d_model=self.model.d_model,
             heads=self.model.heads,
+            head_size=self.model.head_size,
             causal=self.causal,
         )
 

@@ -54,6 +54,7 @@ MODEL_OPTIONS = {
     "vocab_size": "that of the data",
     "tie_embeddings": "untied",
     "rotary_base": "10000",
+    "head_size": "width / heads",
     "dropout": "0",
 }
 """Options of the model, and their usual values as tables write them. Older records, without these keys,
@@ -83,6 +84,7 @@ class Record:
     vocab_size: Size | None = None
     tie_embeddings: bool | None = None
     rotary_base: Amount | None = None
+    head_size: Size | None = None
     dropout: Amount | None = None
     batch_size: Count
     activations: str

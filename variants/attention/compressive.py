@@ -2,7 +2,7 @@
 
 Shapes: B batch, T tokens of a group of segments, S tokens of a segment, M positions of memory, M_c compressed
 memories, F positions that fall out of the memory after a segment, N segments of a run, c compression rate,
-C channels, H heads, D = C / H.
+C channels, H heads, D channels of a head.
 
 Over 300 lines: the form for one segment, the form for a group of segments and the readable reference compute
 the same and are read side by side.
@@ -323,7 +323,7 @@ class Compressive(Recurrent):
         for part in self.stretches(work.seq_len):
             tokens, fallen = part.sizes.tokens, part.sizes.fallen
             compressed = fallen // self.config.rate
-            total += 4 * work.d_model * (tokens * (fallen + compressed) + compressed * work.d_model)
+            total += 4 * work.inner_dim * (tokens * (fallen + compressed) + compressed * work.d_model)
         return work.batch_size * total
 
     def state_bytes(self, work: Workload) -> int:

@@ -1,6 +1,6 @@
 """Performer: softmax attention estimated by random features (Choromanski 2020, arXiv:2009.14794).
 
-Shapes: B batch, T tokens, C channels, H heads, D = C / H, m features.
+Shapes: B batch, T tokens, C channels, H heads, D channels of a head, m features.
 """
 
 from __future__ import annotations
@@ -135,7 +135,7 @@ class Performer(SequenceMixer):
 
     def __init__(self, config: PerformerConfig, dims: Dims, layer: int = 0) -> None:
         super().__init__(config, dims, layer)
-        self.projections = Projections(dims.d_model, dims.heads, dims.rotary_base)
+        self.projections = Projections(dims)
         self.register_buffer("directions", self._draw())  # (m, D)
         self.steps = 0
 
@@ -228,7 +228,7 @@ class Performer(SequenceMixer):
                 per_head += number * (pairs * 2 * m + of_values * 2 * d)
         return Cost(
             {
-                "projections": Projections.flops(work.batch_size, t, work.d_model),
+                "projections": Projections.flops(work),
                 "features": work.batch_size * work.heads * 4 * t * m * d,
                 "attention": work.batch_size * work.heads * per_head,
             },

@@ -1,6 +1,6 @@
 """Reformer's hashed attention (Kitaev 2020, arXiv:2001.04451, §2).
 
-Shapes: B batch, T tokens, C channels, H heads, D = C / H, R rounds of hashing, N = H·B sequences.
+Shapes: B batch, T tokens, C channels, H heads, D channels of a head, R rounds of hashing, N = H·B sequences.
 """
 
 from __future__ import annotations
@@ -172,9 +172,9 @@ class Reformer(SequenceMixer):
         self.n_buckets = config.buckets(dims.seq_len)
         # with one bucket nothing is hashed, so all rounds would be equal
         self.rounds = config.n_hashes if self.n_buckets > 1 else 1
-        self.qk = nn.Linear(dims.d_model, dims.d_model, bias=False)
-        self.value = nn.Linear(dims.d_model, dims.d_model, bias=False)
-        self.out = nn.Linear(dims.d_model, dims.d_model, bias=False)
+        self.qk = nn.Linear(dims.d_model, dims.inner_dim, bias=False)
+        self.value = nn.Linear(dims.d_model, dims.inner_dim, bias=False)
+        self.out = nn.Linear(dims.inner_dim, dims.d_model, bias=False)
 
     @classmethod
     def leak(cls, config: VariantConfig) -> str | None:
@@ -268,12 +268,12 @@ class Reformer(SequenceMixer):
         The number of pairs depends on content, so this is an upper bound. A pair is counted in each round
         that allows it. Hashing is a product with D × f/2 numbers for each factor f of the number of buckets.
         """
-        t, c = work.seq_len, work.d_model
+        t, c = work.seq_len, work.inner_dim
         pairs = self.rounds * self._window(t, work.causal).admitted
         columns = self.rounds * sum(size // 2 for size in factors(self.n_buckets))
         return Cost(
             {
-                "projections": 6 * work.batch_size * t * c * c,
+                "projections": 6 * work.batch_size * t * c * work.d_model,
                 "hashing": 2 * work.batch_size * c * t * columns,
                 "attention": 4 * work.batch_size * c * pairs,
             },
@@ -291,10 +291,10 @@ class Reformer(SequenceMixer):
         t, n_buckets, chunk = work.seq_len, self.n_buckets, self.config.chunk
         band = self.config.neighbourhood == "band"
         tokens = min(t, self.rounds * n_buckets * (chunk if band else 2 * chunk - 1))
-        numbers = tokens * 2 * work.d_model * work.element_bytes
+        numbers = tokens * 2 * work.inner_dim * work.element_bytes
         if n_buckets == 1:
             return work.batch_size * numbers
         integers = tokens if band or tokens == t else tokens + n_buckets  # int32, as are counts
         indices = 4 * self.rounds * work.heads * integers
         columns = sum(size // 2 for size in factors(n_buckets))  # float32, the same for all sequences
-        return work.batch_size * (numbers + indices) + 4 * self.rounds * work.d_model * columns
+        return work.batch_size * (numbers + indices) + 4 * self.rounds * work.inner_dim * columns

@@ -2,7 +2,7 @@
 
 Over 300 lines: four ways of selecting clusters share their projections, state and cost.
 
-Shapes: B batch, T tokens, C channels, H heads, D = C / H, K clusters of a head.
+Shapes: B batch, T tokens, C channels, H heads, D channels of a head, K clusters of a head.
 """
 
 from __future__ import annotations
@@ -131,7 +131,7 @@ class Routing(SequenceMixer):
 
     def __init__(self, config: RoutingConfig, dims: Dims, layer: int = 0) -> None:
         super().__init__(config, dims, layer)
-        self.projections = Projections(dims.d_model, dims.heads, dims.rotary_base)
+        self.projections = Projections(dims)
         self.routed = dims.heads // 2
         self.local = dims.heads - self.routed
         self.clusters = config.n_clusters or max(1, round(math.sqrt(dims.seq_len)))
@@ -290,7 +290,9 @@ class Routing(SequenceMixer):
         each = work.batch_size * work.head_dim
         return Cost(
             {
-                "projections": int(2 * work.batch_size * t * (3.5 if shared else 4) * work.d_model**2),
+                "projections": int(
+                    2 * work.batch_size * t * (3.5 if shared else 4) * work.d_model * work.inner_dim
+                ),
                 "clustering": 2 * each * self.routed * routing,
                 "attention": 4 * each * (self.local * local + self.routed * pairs),
             },

@@ -1,6 +1,6 @@
 """Interfaces of variants, and of sequence mixers: layers that map hidden states to hidden states.
 
-Shapes: B batch, T tokens, C channels (d_model), H heads, D = C / H.
+Shapes: B batch, T tokens, C channels (d_model), H heads, D channels of a head.
 
 A variant is one module in `variants.attention` (or a plug-in: see `variants.load`) that defines one subclass
 of `Variant`, usually a `SequenceMixer`. It imports `variants.base`, `variants.ops`, `variants.input_schedule`

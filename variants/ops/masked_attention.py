@@ -1,6 +1,6 @@
 """Base class of attention whose rule is a mask: a variant states which pairs are allowed.
 
-Shapes: B batch, T tokens, C channels, H heads, D = C / H; (B, H, T, D) for queries, keys, values.
+Shapes: B batch, T tokens, C channels, H heads, D channels of a head; (B, H, T, D) for queries, keys, values.
 
 A variant defines `rule` and, if it makes attention faster, `order`. The reference, the attention mask, the
 numbers of pairs, the state and the implementations are derived from them. See docs/adding-a-variant.md.
@@ -63,7 +63,7 @@ class MaskedAttention(SequenceMixer):
 
     def __init__(self, config: VariantConfig, dims: Dims, layer: int = 0) -> None:
         super().__init__(config, dims, layer)
-        self.projections = Projections(dims.d_model, dims.heads, dims.rotary_base)
+        self.projections = Projections(dims)
 
     # --- defined by a variant ---------------------------------------------------------------------
 
@@ -150,7 +150,7 @@ class MaskedAttention(SequenceMixer):
         pairs = self.pairs(work.seq_len, causal=work.causal)
         return Cost(
             {
-                "projections": Projections.flops(work.batch_size, work.seq_len, work.d_model),
+                "projections": Projections.flops(work),
                 "attention": 4 * work.batch_size * work.head_dim * pairs,
             }
         )

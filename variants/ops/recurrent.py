@@ -1,8 +1,8 @@
 """A layer that attends to a memory of its own earlier inputs: what such variants share.
 
 Shapes: B batch, T tokens of a group of segments, S tokens of a segment, M positions of memory before it,
-J = M + S keys, N segments of a run, C channels, H heads, D = C / H. Heads come first, (H, B, S, D), because
-all sequences of a batch share the positions of a head.
+J = M + S keys, N segments of a run, C channels, H heads, D channels of a head. Heads come first,
+(H, B, S, D), because all sequences of a batch share the positions of a head.
 """
 
 from __future__ import annotations
@@ -92,13 +92,13 @@ class Recurrent(SequenceMixer):
 
     def __init__(self, config: RecurrentConfig, dims: Dims, layer: int = 0) -> None:
         super().__init__(config, dims, layer)
-        channels, self.heads = dims.d_model, dims.heads
-        self.q = nn.Linear(channels, channels, bias=False)
-        self.kv = nn.Linear(channels, 2 * channels, bias=False)
-        self.r = nn.Linear(channels, channels, bias=False)
+        channels, inner, self.heads = dims.d_model, dims.inner_dim, dims.heads
+        self.q = nn.Linear(channels, inner, bias=False)
+        self.kv = nn.Linear(channels, 2 * inner, bias=False)
+        self.r = nn.Linear(channels, inner, bias=False)
         self.u = nn.Parameter(0.02 * torch.randn(dims.heads, dims.head_dim, dtype=torch.float32))
         self.v = nn.Parameter(0.02 * torch.randn(dims.heads, dims.head_dim, dtype=torch.float32))
-        self.out = nn.Linear(channels, channels, bias=False)
+        self.out = nn.Linear(inner, channels, bias=False)
 
     @classmethod
     def input_schedule(cls, config: VariantConfig) -> Segments:
@@ -219,22 +219,22 @@ class Recurrent(SequenceMixer):
         return Attended(self.out(y.permute(1, 2, 0, 3).flatten(2)), q, kv, weights.sum(dim=2).mean(dim=0))
 
     def group_cost(self, work: Workload, runs: Sequence[SegmentRun], new_memories: int = 0) -> Cost:
-        """Forward FLOPs of a group of segments: content, position and weighted sum are 2·C for each pair.
+        """Forward FLOPs of a group of segments: content, position and weighted sum are 2·H·D for each pair.
 
         Keys and values are computed for the memories that exist before the group, and for `new_memories` of
         its own that its segments read; those of its tokens are part of the projections. Positions are
         projected once. Memories are detached and positions constant, so both have gradients of weights only.
         """
-        channels = work.d_model
+        channels, inner = work.d_model, work.inner_dim
         tokens = sum(run.length for run in runs)
         pairs = sum(run.length * (2 * run.keys - run.sizes.tokens + 1) // 2 for run in runs)
         carried = runs[0].sizes.memory + runs[0].sizes.compressed
         return Cost(
             {
-                "projections": Projections.flops(work.batch_size, tokens, channels),
-                "attention": 6 * work.batch_size * channels * pairs,
-                "memory": 4 * work.batch_size * (carried + new_memories) * channels**2,
-                "positions": 2 * max(run.keys for run in runs) * channels**2,
+                "projections": Projections.flops(work, tokens),
+                "attention": 6 * work.batch_size * inner * pairs,
+                "memory": 4 * work.batch_size * (carried + new_memories) * channels * inner,
+                "positions": 2 * max(run.keys for run in runs) * channels * inner,
             },
             gradients={"memory": 1, "positions": 1},
         )
