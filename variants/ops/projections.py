@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from variants.base import Dims, Workload
+from variants.base import Clock, Dims, Workload
 from variants.head_size import ROTARY_BASE
 
 TABLE_BLOCK = 128
@@ -69,6 +69,17 @@ def rotary(x: Tensor, positions: Tensor | None = None, base: float = ROTARY_BASE
     return rotated
 
 
+def rotary_next(x: Tensor, clock: Clock, base: float) -> Tensor:
+    """`rotary` for the next tokens of sequences that are decoded; all layers share the angles."""
+    tokens, head_dim = x.shape[1], x.shape[-1]
+    cos, sin = clock.once(
+        ("rotary", tokens, head_dim, base, x.dtype, x.device),
+        lambda: rotary_table_at(clock.positions(tokens, x.device), head_dim, x, base),
+    )
+    shape = (tokens, *[1] * (x.dim() - 3), head_dim // 2)
+    return _rotated(x, cos.view(shape), sin.view(shape))
+
+
 class _Rotation(torch.autograd.Function):
     """Rotate pairs of channels. Backward rotates by the negative angles, so x is not saved.
 
@@ -103,6 +114,12 @@ class Projections(nn.Module):
         self.heads, self.inner, self.rotary_base = dims.heads, dims.inner_dim, dims.rotary_base
         self.qkv = nn.Linear(dims.d_model, 3 * self.inner, bias=False)
         self.out = nn.Linear(self.inner, dims.d_model, bias=False)
+
+    def split_next(self, x: Tensor, clock: Clock) -> tuple[Tensor, Tensor, Tensor]:
+        """`split` of the next tokens of sequences that are decoded."""
+        q, k, v = F.linear(x, self.qkv.weight).unflatten(-1, (3, self.heads, -1)).unbind(2)
+        q, k = (rotary_next(part, clock, self.rotary_base) for part in (q, k))
+        return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
 
     def split(self, x: Tensor, positions: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """(B, T, C) → queries and keys with rotary positions, and values: each (B, H, T, D).

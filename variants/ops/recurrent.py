@@ -17,10 +17,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from variants.base import Cost, Dims, Info, SequenceMixer, VariantConfig, Workload
+from variants.base import Clock, Cost, Dims, Info, SequenceMixer, VariantConfig, Workload
 from variants.input_schedule import Segments
 from variants.knobs import knob
 from variants.ops.projections import Projections
+from variants.ops.recurrent_state import RecurrentState
 from variants.ops.relative_attention import BLOCK, plain_attention, relative_attention, sinusoids
 from variants.ops.segment_windows import SegmentRun, Span, fold, known_product, unfold, windows_of
 
@@ -211,6 +212,29 @@ class Recurrent(SequenceMixer):
             outputs.append(unfold(y, run))
         y = torch.cat(outputs, dim=1) if len(outputs) > 1 else outputs[0]
         return AttendedGroup(self.out(y), queries, windows)
+
+    def decode(
+        self, x: Tensor, state: RecurrentState, *, count: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
+        """The next tokens (B, n, C) of a segment → outputs (B, n, C), and with `count` the usage (B, J)."""
+        q = self.q(x).unflatten(-1, (self.heads, -1)).permute(2, 0, 1, 3)
+        kv, r = state.append(self.kv(x).unflatten(-1, (2, self.heads, -1)).permute(2, 3, 0, 1, 4))
+        u, v = self.u.to(q.dtype), self.v.to(q.dtype)
+        block = BLOCK.on(self.device_type)
+        y, usage = relative_attention(q, kv.to(q.dtype), r.to(q.dtype), u, v, count=count, block=block)
+        return self.out(y.permute(1, 2, 0, 3).flatten(2)), usage
+
+    def make_state(
+        self, batch_size: int, max_len: int, keys: int, clock: Clock, dtype: torch.dtype
+    ) -> RecurrentState:
+        """A state for at most `keys` keys at a time."""
+        like = self.r.weight.new_empty(1, self.dims.d_model)
+        shape = self.heads, batch_size, keys, self.dims.head_dim
+        return RecurrentState(clock, max_len, shape, self.positions(keys, like).detach().to(dtype), dtype)
+
+    def state_of_keys(self, work: Workload, keys: int) -> int:
+        """Bytes of such a state: keys and values of each sequence, and the positions of all."""
+        return work.element_bytes * work.inner_dim * (2 * work.batch_size * keys + keys + 1)
 
     def plainly_attend(self, x: Tensor, memory: Tensor) -> Attended:
         """The readable form of `attend`."""
