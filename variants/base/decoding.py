@@ -51,7 +51,8 @@ class Clock:
 
 
 class DecodingState:
-    """Base class of what a layer keeps: the attributes that are tensors, and those of `parts`.
+    """Base class of what a layer keeps: attributes that are tensors, or lists of them,
+    and those of `parts`.
 
     Before the first token all tensors are 0, except those that a subclass names in `constants`: they do not
     depend on the tokens.
@@ -65,8 +66,9 @@ class DecodingState:
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """The attributes that are tensors, by name; those of states within this one too."""
         for name, value in vars(self).items():
-            if isinstance(value, Tensor):
-                yield name, value
+            for tensor in value if isinstance(value, list) else [value]:
+                if isinstance(tensor, Tensor):
+                    yield name, tensor
         for part in self.parts():
             yield from part.tensors()
 

@@ -2,6 +2,8 @@
 
 Shapes: B batch, H heads, n tokens of a step, D channels of a head, S slots, R slots of a ring, p period.
 
+Over 300 lines: what is kept, what is read and what is written follow from each other.
+
 A rule with a period p is the same for all keys of a residue j mod p. Residues that queries may read at any
 distance are *summaries*: each of their keys has a slot for ever. All other keys are read only up to a
 distance R, and share a ring of R slots. Examples: dense attention has period 1, and its only residue is a

@@ -1,5 +1,7 @@
 """Attention masks as rules: pure functions (head, query index, key index) → may the query read the key.
 
+Over 300 lines: a list of small rules.
+
 A rule takes three integer tensors that broadcast against each other, and returns a bool tensor. Rules are
 combined with `&`, `|`, `-` (difference) and `~`. They are compared and hashed by value. The period of a rule
 is a number of tokens: shifting query and key by it does not change the result. With it, `variants.ops.tiles`
