@@ -218,6 +218,12 @@ class MeasureSpec(Spec):
     """How often the validation split is scored during training, at equal distances."""
     checkpoint_seconds: float = knob(30.0, least=0, unit="seconds", decides=False)
     """Minimum wall-clock time of training between checkpoints. A killed cell loses at most this time."""
+    step: bool = knob(True, younger=True)
+    """Measure a training step: its FLOPs, memory and time."""
+    decode_tokens: int = knob(0, least=0, unit="tokens", younger=True)
+    """Tokens that are decoded one by one after a prompt of seq_len tokens; 0 measures no decoding."""
+    decode_block: int = knob(8, least=1, unit="tokens", younger=True)
+    """Tokens of a block that is read in one step after the prompt, as in speculative decoding."""
     budget: int | None = knob(None, least=1, unit="bytes")
     """Memory for a training step, such as 80GiB; predictions find what fits into it."""
     reserve: float = knob(0.05, least=0, below=1, younger=True)
@@ -249,6 +255,8 @@ class MeasureSpec(Spec):
             unspent = f"train_budget={self.train_budget} has nothing to spend"
             allowed = f"more than 0: {unspent}; give it, or take train_budget={given[0]}"
             self.require(f"train_{self.train_budget}", bool(self.train_amount), allowed)
+        nothing = not (self.step or self.decode_tokens or self.train_amount)
+        self.require("step", not nothing, "true: nothing else is measured")
         if self.train_amount:
             self.require("eval_tokens", self.eval_tokens >= 1, "1 or more tokens after training")
 

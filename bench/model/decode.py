@@ -105,6 +105,23 @@ class Decoder:
         self.windows = [_Window(model, batch_size, length, dtype) for _ in range(count)]
         self.windows[0].begin(0)
 
+    def restart(self) -> None:
+        """Forget all tokens."""
+        self.position = 0
+        for window in self.windows:
+            window.start = None
+        self.windows[0].begin(0)
+
+    def like(self, other: Decoder) -> None:
+        """Take over the tokens of a decoder of one sequence, in every sequence."""
+        self.position = other.position
+        for window, single in zip(self.windows, other.windows, strict=True):
+            window.start = single.start
+            window.clock.position = single.clock.position
+            window.segment_clock.position = single.segment_clock.position
+            for state, one in zip(window.states, single.states, strict=True):
+                state.like(one)
+
     @property
     def nbytes(self) -> int:
         """Bytes of all states."""

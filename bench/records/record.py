@@ -186,6 +186,28 @@ class Record:
     peak_flops_per_second: Positive | None = None
     peak_bytes_per_second: Positive | None = None
 
+    # decoding: a prompt of seq_len tokens, then tokens one by one
+    decode_reason: str | None = None
+    decode_max_abs: Amount | None = None
+    decode_source: str | None = None
+    decode_state_bytes: Count | None = None
+    decode_weight_bytes: Size | None = None
+    prefill_peak_bytes: Size | None = None
+    decode_peak_bytes: Size | None = None
+    decode_launches: Count | None = None
+    decode_bytes_moved: Count | None = None
+    decode_flops: Count | None = None
+    prefill_seconds_median: Positive | None = None
+    prefill_seconds_samples: list[Positive] | None = None
+    decode_seconds_median: Positive | None = None
+    decode_seconds_p95: Positive | None = None
+    decode_seconds_samples: list[Positive] | None = None
+    decode_block: Size | None = None
+    decode_block_seconds_median: Positive | None = None
+    decode_largest_batch: Count | None = None
+    decode_batch_size: Size | None = None
+    decode_batch_seconds_median: Positive | None = None
+
     # claimed growth of cost
     claimed_time_exponent: Number | None = None
     claimed_memory_exponent: Number | None = None

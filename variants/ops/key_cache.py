@@ -187,6 +187,11 @@ class _Group(DecodingState):
         super().__init__(clock, max_len)
         batch, heads, head_dim = shape
         self.rule, self.kept = rule, kept
+        # tables, the same for all sequences: not part of the state
+        self._tables = {
+            "distances": torch.tensor(kept.distances or (), dtype=torch.int64, device=device),
+            "summaries": torch.tensor(kept.summaries, dtype=torch.int64, device=device),
+        }
         self.ring = kept.ring(max_len)
         self.summary_keys, self.summary_values = (
             torch.zeros(batch, heads, kept.slots(max_len), head_dim, dtype=dtype, device=device)
@@ -251,7 +256,7 @@ class _Group(DecodingState):
         if kept.by_distance and tokens == 1:
             if kept.distances is None:
                 return self.summary_keys[:, :, :visible], self.summary_values[:, :, :visible], None
-            slots = position - self._near(like)
+            slots = position - self._near()
             return self.summary_keys[:, :, slots], self.summary_values[:, :, slots], None
         where = self._positions_of_summaries(visible, like)
         allowed = self._allowed(where[:, None], tokens) & (where < position)[:, None]
@@ -265,7 +270,7 @@ class _Group(DecodingState):
         if kept.by_distance and tokens == 1:
             if kept.distances is None:
                 return self.ring_keys[:, :, :visible], self.ring_values[:, :, :visible], None
-            slots = (position - self._near(like)) % self.ring
+            slots = (position - self._near()) % self.ring
             return self.ring_keys[:, :, slots], self.ring_values[:, :, slots], None
         slot = torch.arange(visible, device=like.device)
         where = (position - 1 - (position - 1 - slot) % self.ring)[None]
@@ -274,25 +279,24 @@ class _Group(DecodingState):
             allowed = allowed & ~self._is_summary(where)[:, None]
         return self.ring_keys[:, :, :visible], self.ring_values[:, :, :visible], allowed
 
-    def _near(self, like: Tensor) -> Tensor:
+    def _near(self) -> Tensor:
         """The distances that are read from this position."""
         distances = self.kept.distances
         assert distances is not None
         far = self.clock.position if self.kept.summaries[0] else min(self.clock.position, self.ring)
         count = bisect_right(distances, far)
-        every = _on_device(distances, like.device)
-        return every[:count]
+        return self._tables["distances"][:count]
 
     def _positions_of_summaries(self, visible: int, like: Tensor) -> Tensor:
         """The positions (H or 1, S) of the first slots."""
-        own = _on_device(self.kept.summaries, like.device)
+        own = self._tables["summaries"]
         slot = torch.arange(visible, device=like.device)
         count = own.shape[1]
         return slot // count * self.kept.period + own[:, slot % count]
 
     def _is_summary(self, where: Tensor) -> Tensor:
         """Whether the keys at these positions (1, S) are summaries of each head: (H, S)."""
-        own = _on_device(self.kept.summaries, where.device)
+        own = self._tables["summaries"]
         return (where[..., None] % self.kept.period == own[:, None]).any(-1)
 
     def _allowed(self, keys: Tensor, tokens: int) -> Tensor:
@@ -357,9 +361,3 @@ def _span(indices: tuple[int, ...]) -> slice | list[int]:
     first = indices[0]
     contiguous = indices == tuple(range(first, first + len(indices)))
     return slice(first, first + len(indices)) if contiguous else list(indices)
-
-
-@lru_cache(maxsize=256)
-def _on_device(numbers: tuple[int, ...] | tuple[tuple[int, ...], ...], device: torch.device) -> Tensor:
-    with _disable_current_modes():
-        return torch.tensor(numbers, dtype=torch.int64, device=device)
