@@ -130,6 +130,8 @@ def test_a_notebook_becomes_a_page(tmp_path: Path) -> None:
     assert "1.0" in table
     assert "\n\n" not in table, "an empty line ends HTML in Markdown"
     assert "<style" not in text
+    assert pages("one.ipynb", "--out", "again", cwd=tmp_path).returncode == 0
+    assert (tmp_path / "again" / "one.md").read_text() == text, "only changes of figures change a page"
     (picture,) = (tmp_path / "pages" / "one_files").iterdir()
     assert f"](one_files/{picture.name})" in text
     with Image.open(picture) as opened:

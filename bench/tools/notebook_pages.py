@@ -92,8 +92,12 @@ def for_github(text: str) -> str:
 
 
 def without_style(html: str) -> str:
-    """Remove the style sheets of tables, and empty lines, which would end the table."""
+    """Remove the style sheets of tables, what refers to them, and empty lines, which would end the table.
+
+    The identifiers of a styled table are random: with them, no two pages would be equal.
+    """
     html = re.sub(r"<style.*?</style>", "", html, flags=re.DOTALL)
+    html = re.sub(r' (?:id|class|style|border)="[^"]*"', "", html)
     return "\n".join(line.strip() for line in html.splitlines() if line.strip())
 
 
