@@ -234,7 +234,7 @@ pd.DataFrame(
 # %% [markdown]
 # The loss is in nats per token and counts only the answers, which are the turns of `system`. Questions are read, not scored. Read the rows in pairs:
 #
-# - *dense* and *shared QK*: the cost of one projection for queries and keys. At the paper's sizes, after long training, there is none (§5, figure 3). After a training as short as this one, there can be: keys have unit length (§2), so a model needs long queries for sharp attention, and must learn them first.
+# - *dense* and *shared QK*: the cost of one projection for queries and keys. At the paper's sizes, after long training, there is none (§5, figure 3). After a training as short as this one, there can be. One possible reason, which this notebook does not test, is that keys have unit length (§2): a model needs long queries for sharp attention, and must learn them first.
 # - *shared QK*, *4 rounds* and *1 round*: the cost of hashing. Training draws new rotations in every step. With one round, most of the pairs that a model would learn from are missed in most steps, and it may not even learn to copy from the turn before; four rounds can be as good as full attention.
 # - *keep* and *reversible*: the network with two streams is another network of the same size. Its loss differs a little, in either direction; its memory is smaller, and its step slower.
 #
@@ -270,7 +270,7 @@ pd.DataFrame(
 )
 
 # %% [markdown]
-# With one bucket the error is 0 up to rounding, as it must be. A larger `n_hashes` brings a layer nearer to full attention, and the attention costs proportionally more (§5, figure 4). At these few tokens, four rounds have more FLOPs than full attention: hashing is for long sequences, as the first table shows. One short run with one seed does not rank models whose losses are near each other: repeat it with `replicate=1, 2, …` before you conclude anything from a small difference.
+# With one bucket the error is 0 up to rounding, as it must be. A larger `n_hashes` brings a layer nearer to full attention, and the attention costs proportionally more (§5, figure 4). At these few tokens, four rounds have more FLOPs than full attention: hashing is for long sequences, as the first table shows. One short run with one seed does not rank models whose losses are near each other: repeat it with `replicate=1, 2, …` before you conclude anything from a small difference. The sizes and rates here were chosen so that a few minutes of training show something; they were not tuned for each model.
 #
 # ## The report
 #
