@@ -58,7 +58,9 @@ def _figure(cells: pd.DataFrame, look: Look, wanted: tuple[Panel, ...], title: s
         return None
     cells = with_lines(cells, "depth", "seq_len")
     parts = list(split(cells, ["depth"]))
-    figure, axes = canvas.panels(len(parts) * len(shown), columns=len(shown), width=3.4, height=2.9)
+    figure, axes = canvas.panels(
+        len(parts) * len(shown), columns=len(shown), width=3.4, height=2.9, sharey=False
+    )
     lengths = cells["seq_len"]
     for number, axis in enumerate(axes):
         (values, part), panel = parts[number // len(shown)], shown[number % len(shown)]
