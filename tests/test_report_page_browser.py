@@ -11,6 +11,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.remote.webelement import WebElement
 from selenium.webdriver.support.ui import Select, WebDriverWait
 from test_report import failed, record, sweep, write
-from test_report_baselines import models
+from test_report_baselines import BITS, models
 from test_report_page import HOSTILE, two_thousand_cells
 
 from bench.report import build
@@ -32,6 +33,7 @@ SHOTS = Path(__file__).parent / "shots"
 CHECKS = (Path(__file__).parent / "page_checks.js").read_text()
 Pages = Callable[[str], Path]
 """The page of an experiment by name."""
+LOADED = {"contaminated": "load 3.1"}
 PATIENCE = 60
 """Seconds to wait for what happens at once on an idle machine."""
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
@@ -59,6 +61,11 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[webdriver.Chro
     driver.quit()
 
 
+def fourteen() -> list[str]:
+    """As many variants as one sees beside each other, with names of usual length."""
+    return ["dense", *(f"variant_{number}" for number in range(13))]
+
+
 @pytest.fixture(scope="module")
 def pages(tmp_path_factory: pytest.TempPathFactory) -> Pages:
     """The page of an experiment by name, built when it is first asked for."""
@@ -76,6 +83,19 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> Pages:
             record(name, length, **where, cell_id=f"{name}-{length}-{len(where)}")
             for where in ({}, elsewhere)
             for name in ("dense", "chunked", *(["longformer"] if where else []))
+            for length in (512, 1024)
+        ],
+        "many": lambda: [record(name, length) for name in fourteen() for length in (512, 1024)],
+        "two tasks": lambda: [
+            *models(),
+            *(
+                record(name, 1024, code_sha256="0" * 64, cell_id=f"other-{name}", **elsewhere)
+                for name in BITS
+            ),
+        ],
+        "disturbed": lambda: [
+            record(name, length, **(LOADED if (name, length) == ("chunked", 1024) else {}))
+            for name in ("dense", "chunked")
             for length in (512, 1024)
         ],
         "hostile": lambda: [
@@ -261,14 +281,28 @@ def test_the_chooser_ranks_what_fits(browser: webdriver.Chrome, pages: Pages) ->
 
 
 @pytest.mark.parametrize(("width", "height"), [(1280, 900), (390, 844)])
-def test_the_first_screen_has_the_controls_and_three_rows_of_an_answer(
-    browser: webdriver.Chrome, pages: Pages, width: int, height: int
+@pytest.mark.parametrize("name", ["sweep", "two tasks"])
+def test_the_first_screen_has_the_controls_and_three_rows_of_both_answers(
+    browser: webdriver.Chrome, pages: Pages, name: str, width: int, height: int
 ) -> None:
-    show(browser, pages("sweep"), width=width)
-    rows = find(browser, "#by-quality tbody tr")
-    assert len(rows) >= 3
-    for shown in (*find(browser, "#choice select, #choice input"), *rows[:3]):
+    """Also below a choice of settings and a warning, as a report of several tasks has."""
+    show(browser, pages(name), width=width)
+    assert bool(find(browser, ".warning")) == bool(find(browser, "#setting")) == (name == "two tasks")
+    best, fastest = (find(browser, f"#{table} tbody tr") for table in ("by-quality", "by-speed"))
+    assert min(len(best), len(fastest)) >= 3
+    for shown in (*find(browser, "#choice select, #choice input"), *best[:3], *fastest[:3]):
         assert shown.rect["y"] + shown.rect["height"] <= height
+
+
+@pytest.mark.parametrize("width", [1280, 390])
+@pytest.mark.parametrize("name", ["sweep", "two tasks", "hostile"])
+def test_no_table_leaves_the_page(browser: webdriver.Chrome, pages: Pages, name: str, width: int) -> None:
+    """A wide table scrolls inside its box; the page itself never scrolls sideways."""
+    show(browser, pages(name), width=width)
+    boxes = "return [...document.querySelectorAll('table')].map((t) => t.parentElement).filter("
+    outside = "(box) => box.checkVisibility() && box.getBoundingClientRect().right > innerWidth)"
+    assert browser.execute_script(f"{boxes}{outside}.map((box) => box.outerHTML.slice(0, 80))") == []
+    assert browser.execute_script("return document.documentElement.scrollWidth") <= width
 
 
 def test_the_fastest_table_needs_no_sideways_scroll_at_1280(browser: webdriver.Chrome, pages: Pages) -> None:
@@ -362,6 +396,38 @@ def test_the_pointer_on_a_point_tells_its_figures_and_picks_out_its_variant(
         return drawn_with(browser, 2, "opacity")
 
     wait(browser, lambda: len(faded()) > 1)
+
+
+@pytest.mark.parametrize("width", [390, 1280])
+def test_each_line_of_a_chart_carries_its_name_without_overlap(
+    browser: webdriver.Chrome, pages: Pages, width: int
+) -> None:
+    show(browser, pages("many"), width=width)
+    whole(browser, width)
+    script = """return [...document.querySelectorAll(
+        '#figures figure:first-child svg.marks .mark-text.role-mark text')]
+        .map((text) => [text.textContent, text.getBoundingClientRect().toJSON()])"""
+    names = wait(browser, lambda: browser.execute_script(script))
+    assert sorted(name for name, _ in names) == sorted(fourteen())
+    boxes = sorted((box for _, box in names), key=lambda box: box["y"])
+    assert all(below["y"] - above["y"] >= 12 for above, below in pairwise(boxes))
+    assert all(box["x"] + box["width"] <= width for box in boxes)
+
+
+def test_points_timed_beside_other_load_are_hollow_and_explained(
+    browser: webdriver.Chrome, pages: Pages
+) -> None:
+    """Of two variants at two lengths, one of which was disturbed at one of them."""
+    show(browser, pages("disturbed"))
+    whole(browser, 1280)
+    filled = """return [...document.querySelectorAll('#figures figure:nth-child(' + arguments[0] +
+        ') svg.marks .mark-symbol path')].map((mark) => mark.getAttribute('fill'))"""
+    notes = [note.text for note in find(browser, "#figures figure .hollow")]
+    assert "timed while something else ran" in notes[0]
+    assert browser.execute_script(filled, 1).count("#fff") == 1
+    memory = 3
+    assert notes[memory - 1] == ""
+    assert "#fff" not in browser.execute_script(filled, memory)
 
 
 def test_crosses_stand_where_cells_did_not_finish(browser: webdriver.Chrome, pages: Pages) -> None:

@@ -216,6 +216,8 @@ class MeasureSpec(Spec):
     and layers with memory keep it, as the papers on Transformer-XL and its successors train."""
     validations: int = knob(0, least=0, younger=True)
     """How often the validation split is scored during training, at equal distances."""
+    keep_model: bool = knob(False, decides=False)
+    """Keep the trained model, in the experiment's folder models/, for `python -m bench.generate`."""
     checkpoint_seconds: float = knob(30.0, least=0, unit="seconds", decides=False)
     """Minimum wall-clock time of training between checkpoints. A killed cell loses at most this time."""
     step: bool = knob(True, younger=True)
@@ -355,6 +357,18 @@ class CellSpec:
     """Above 0: the same cell again, to measure the noise."""
     compile: str = "off"
     """See `Root.compile`."""
+
+    @classmethod
+    def from_values(cls, values: Mapping[str, Any]) -> Self:
+        """Return the spec whose `dataclasses.asdict` these values are."""
+        parts = {
+            "model": ModelSizes,
+            "data": DataSpec,
+            "measure": MeasureSpec,
+            "feed_forward": SlotChoice,
+            "stack": SlotChoice,
+        }
+        return cls(**{**values, **{name: part(**values[name]) for name, part in parts.items()}})
 
     @property
     def causal(self) -> bool:

@@ -18,6 +18,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
 from PIL import Image
 
+from bench.report.figures.line_ends import name_ends, named_lines, width_of_names
 from bench.report.text import units
 
 COLUMNS = 3
@@ -25,6 +26,8 @@ SMALL_COLUMNS = 4
 MOST_TICKS = 9
 MARK_ROW, MOST_MARK_ROWS = 0.05, 8
 """Of the strip above the data for cells that failed: a row's share of the panel, and the number of rows."""
+NOTE_HEIGHT = 0.12
+"""Height of a line of the footer, in inches."""
 LEGEND = 2.3
 """Space for the legend to the right of the panels, in inches."""
 
@@ -123,19 +126,36 @@ def _set_ticks(axis: Axis, ticks: Sequence[float], show: Callable[[float], str])
 
 
 def dress(figure: Figure, title: str, setting: str, footer: str, handles: Sequence[Artist]) -> None:
-    """Title and setting above, legend to the right of the data, footer below."""
+    """Title and setting above, legend to the right of the data, footer below.
+
+    Lines that have a name carry it at their ends; it leaves the legend, which then goes below the data.
+    """
+    axes = [axis for axis in figure.axes if axis.get_visible()]
+    named = {name for axis in axes for name in named_lines(axis)}
+    handles = [handle for handle in handles if handle.get_label() not in named]
+    if named:
+        columns = max(
+            place.get_gridspec().ncols for axis in axes if (place := axis.get_subplotspec()) is not None
+        )
+        figure.set_figwidth(figure.get_figwidth() - LEGEND + columns * (width_of_names(axes) + 0.1))
+    wide, high = figure.get_size_inches()
+    notes = textwrap.wrap(footer, int(wide * 16))
+    rows = 0
+    if not named:
+        figure.legend(handles=handles, loc="outside right upper", fontsize=8)
+    elif handles:
+        longest = max(len(str(handle.get_label())) for handle in handles)
+        fit = max(1, int(wide / (0.65 + 0.075 * longest)))
+        rows = -(-len(handles) // fit)
+        corner = (0.0, len(notes) * NOTE_HEIGHT / high)
+        figure.legend(handles=handles, loc="lower left", bbox_to_anchor=corner, fontsize=8, ncols=fit)
     # Characters that fit beside the legend, at about 14 an inch.
-    wide = int((figure.get_figwidth() - LEGEND) * 14)
-    words = "\n".join([title, *textwrap.wrap(setting, wide)])
+    words = "\n".join([title, *textwrap.wrap(setting, int((wide - (0 if named else LEGEND)) * 14))])
     figure.suptitle(words, fontsize=10, x=0.01, ha="left")
-    figure.legend(handles=list(handles), loc="outside right upper", fontsize=8)
-    figure.supxlabel(
-        "\n".join(textwrap.wrap(footer, int(figure.get_figwidth() * 16))),
-        x=0.01,
-        ha="left",
-        fontsize=7,
-        color="#555555",
-    )
+    room = [""] * round((0.1 + 0.18 * rows) / NOTE_HEIGHT if rows else 0)
+    figure.supxlabel("\n".join([*room, *notes]), x=0.01, ha="left", fontsize=7, color="#555555")
+    if named:
+        name_ends(figure, axes)
 
 
 def save(figure: Figure, folder: Path, stem: str) -> None:

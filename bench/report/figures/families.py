@@ -76,7 +76,7 @@ def draw_family(frame: pd.DataFrame, look: Look, family: Family) -> Figure | Non
                 continue
             style = look.styles[str(label)]
             leaks = bool((own["leak_max_abs"] > LEAK_LIMIT).any())
-            _plot(axis, line, style, markers=family.markers, leaks=leaks, several=len(own) > 1)
+            _plot(axis, line, style, str(label), markers=family.markers, leaks=leaks, several=len(own) > 1)
             if family.mark is not None:
                 family.mark(axis, own, line, style)
             largest = max(largest, float(line.x[-1]))
@@ -121,8 +121,10 @@ def panel_title(values: Mapping[str, Any]) -> str:
     return ", ".join(words)
 
 
-def _plot(axis: Axes, line: Line, style: Style, *, markers: bool, leaks: bool, several: bool) -> None:
-    drawn = line_of(style, hollow=leaks)
+def _plot(
+    axis: Axes, line: Line, style: Style, name: str, *, markers: bool, leaks: bool, several: bool
+) -> None:
+    drawn = line_of(style, label=name, hollow=leaks)
     drawn.set_data(line.x, line.y)
     drawn.set_markersize(4)
     if not markers:

@@ -14,7 +14,7 @@ from matplotlib.lines import Line2D
 from bench.report.figures.style import Style
 
 GREY = "#555555"
-DISTURBED_NOTE = " · § timed while something else ran"
+DISTURBED_NOTE = " · hollow: timed while something else ran (§ in the tables)"
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Look:
 @dataclass(frozen=True)
 class Curve:
     """One figure of a cell as a line; `spread` names the columns of its interval, `flag` the one that says
-    which points are disturbed; hollow: predicted."""
+    which points are disturbed, and so hollow; hollow: predicted."""
 
     column: str
     name: str = ""
@@ -40,7 +40,7 @@ class Curve:
 
 
 def line_of(style: Style, *, label: str = "", dashed: bool = False, hollow: bool = False) -> Line2D:
-    """A line, or a handle of a legend, in a style; hollow where it shows predictions."""
+    """A line, or a handle of a legend, in a style; hollow for predictions and disturbed times."""
     return Line2D(
         [],
         [],
@@ -63,12 +63,17 @@ def label_handles(cells: pd.DataFrame, look: Look, line: Literal["-", ""] = "-")
     return [*handles]
 
 
-def draw_curve(axis: Axes, own: pd.DataFrame, curve: Curve, style: Style, *, x: str = "seq_len") -> None:
-    """A line through the cells that have the figure; a single cell is a marker. A band is the interval."""
+def draw_curve(
+    axis: Axes, own: pd.DataFrame, curve: Curve, style: Style, name: str, *, x: str = "seq_len"
+) -> None:
+    """A line through the cells that have the figure; a single cell is a marker. A band is the interval.
+
+    The line has the name, which `canvas.dress` writes at its end.
+    """
     own = own[own[curve.column] > 0].sort_values(x)
     if own.empty:
         return
-    line = line_of(style, dashed=curve.dashed, hollow=curve.hollow)
+    line = line_of(style, label=name, dashed=curve.dashed, hollow=curve.hollow)
     line.set_data(own[x].to_numpy(), own[curve.column].to_numpy())
     if len(own) < 2:
         line.set_linestyle("")
@@ -76,7 +81,11 @@ def draw_curve(axis: Axes, own: pd.DataFrame, curve: Curve, style: Style, *, x: 
         line.set_marker("")  # the solid line beside it has the markers
     axis.add_line(line)
     if curve.flag and curve.flag in own:
-        mark_disturbed(axis, own[own[curve.flag].eq(True)], x, curve.column)
+        flagged = own[own[curve.flag].eq(True)]
+        points = line_of(style, hollow=True)
+        points.set_linestyle("")
+        points.set_data(flagged[x].to_numpy(), flagged[curve.column].to_numpy())
+        axis.add_line(points)
     if curve.spread is None or own[list(curve.spread)].isna().all(axis=None):
         return
     places, low, high = own[x], own[curve.spread[0]], own[curve.spread[1]]
@@ -86,14 +95,8 @@ def draw_curve(axis: Axes, own: pd.DataFrame, curve: Curve, style: Style, *, x: 
         axis.vlines(places, low, high, color=style.colour, linewidth=1.2)
 
 
-def mark_disturbed(axis: Axes, cells: pd.DataFrame, x: str, y: str) -> None:
-    """A § beside the point of each of these cells; `DISTURBED_NOTE` explains it in the footer."""
-    for place, value in zip(cells[x], cells[y], strict=True):
-        axis.annotate("§", (place, value), xytext=(4, 3), textcoords="offset points", fontsize=8, color=GREY)
-
-
 def disturbed_note(cells: pd.DataFrame, *columns: str) -> str:
-    """The end of a footer that explains the §, if any of the columns is true for any cell."""
+    """The end of a footer that explains hollow points, if any of the columns is true for any cell."""
     return DISTURBED_NOTE if any(cells[name].eq(True).any() for name in columns if name in cells) else ""
 
 

@@ -24,7 +24,6 @@ from bench.report.figures.lines import (
     replicates,
     ring,
 )
-from bench.report.figures.style import Style
 from bench.report.text import units
 
 TITLES = {"time": "step time", "memory": "peak memory", "flops": "executed FLOPs"}
@@ -46,7 +45,7 @@ def ratios(cells: pd.DataFrame, look: Look, title: str, y: str, rings: str = "")
         axis.set_title(f"{TITLES[name]}, depth {values['depth']}")
         axis.axhline(1.0, color=GREY, linewidth=1.0)
         for label, own in part.groupby("label"):
-            _line(axis, own.sort_values("seq_len"), name, look.styles[str(label)], rings=bool(rings))
+            _line(axis, own.sort_values("seq_len"), name, str(label), look, rings=bool(rings))
     _scales(axes, cells, y)
     handles: list[Artist] = [*label_handles(cells, look)]
     if rings:
@@ -58,14 +57,16 @@ def ratios(cells: pd.DataFrame, look: Look, title: str, y: str, rings: str = "")
     return figure
 
 
-def _line(axis: Axes, own: pd.DataFrame, name: str, style: Style, *, rings: bool) -> None:
+def _line(axis: Axes, own: pd.DataFrame, name: str, label: str, look: Look, *, rings: bool) -> None:
     column = FIGURES[name]
     own = own[own[column].notna()]
     if own.empty:
         return
+    style = look.styles[label]
     ends = (f"{column}_low", f"{column}_high")
     flag = RATIO_DISTURBED if name == "time" else ""
-    draw_curve(axis, own, Curve(column, spread=ends if ends[0] in own else None, flag=flag), style)
+    curve = Curve(column, spread=ends if ends[0] in own else None, flag=flag)
+    draw_curve(axis, own, curve, style, label)
     outcome, place = crossing(list(own["seq_len"]), list(own[column]))
     if rings and outcome in ("from", "until"):
         axis.add_line(ring([place], [1.0], style.colour))

@@ -1,5 +1,6 @@
 // Cost against length and quality against cost, drawn by Vega-Lite from the rows of what is chosen.
-const MOST_TICKS = 7, HEIGHT = 270, STRIP = 11;
+const MOST_TICKS = 7, HEIGHT = 270, STRIP = 11, NAME_HEIGHT = 13;
+const DISTURBED = "timed while something else ran, without an undisturbed measurement (§)";
 const CROSS = "M-1,-1L1,1M-1,1L1,-1";
 const night = matchMedia("(prefers-color-scheme: dark)");
 const views = new Set();
@@ -39,6 +40,8 @@ async function draw(figure, spec) {
   const style = { labelColor: quiet, titleColor: ink, gridColor: tone("grid"), domainColor: tone("line"), tickColor: tone("line"), titleFontWeight: "normal", labelFontSize: 11, titleFontSize: 12, labelOverlap: true, labelSeparation: 6 };
   const room = figure.querySelector(".chart");
   if (figure.view) { views.delete(figure.view); figure.view.finalize(); figure.view = null; }
+  const hollow = distinct((spec?.data.values ?? []).map((row) => row.hollow).filter(Boolean));
+  figure.querySelector(".hollow").textContent = hollow.length ? `Hollow: ${hollow.join("; ")}.` : "";
   if (spec === null) { room.replaceChildren(make("p", { class: "empty" }, "Nothing to draw for this choice.")); return; }
   const whole = { width: "container", height: HEIGHT, autosize: { type: "fit-x", contains: "padding" }, background: null, description: figure.dataset.title,
     params: [{ name: "hot", value: "" }], config: { font: getComputedStyle(document.body).fontFamily, view: { stroke: null }, axis: style, axisY: { minExtent: 52 } }, ...spec };
@@ -55,7 +58,37 @@ function costRows(figure, chosen) {
   return figure.curves.flatMap((curve) => chosen.filter((cell) => curve.value[cell] !== null).map((cell) => ({
     ...looks(doc.label[cell]), name: doc.label[cell] + (doc.leaks[cell] ? "†" : ""), length: doc.length[cell], value: curve.value[cell],
     low: curve.low?.[cell] ?? null, high: curve.high?.[cell] ?? null, text: curve.text[cell] + (curve.name ? ` (${curve.name})` : ""),
-    group: `${doc.label[cell]}\n${curve.name}`, dashed: curve.dashed, hollow: curve.hollow, replicates: doc.replicate_counts[cell] })));
+    group: `${doc.label[cell]}\n${curve.name}`, curve: curve.name, dashed: curve.dashed, hollow: curve.hollow ? curve.name : curve.timed && doc.disturbed[cell] ? DISTURBED : "", replicates: doc.replicate_counts[cell] })));
+}
+
+/** Places at least `gap` apart, in the order of `places` (ascending) and as near to them as possible, between 0 and `room` if they fit. */
+function spread(places, gap, room) {
+  const blocks = [];
+  for (const [number, place] of places.entries()) {
+    let block = { sum: place - number * gap, size: 1 };
+    while (blocks.length && blocks.at(-1).sum / blocks.at(-1).size > block.sum / block.size) {
+      const before = blocks.pop();
+      block = { sum: before.sum + block.sum, size: before.size + block.size };
+    }
+    blocks.push(block);
+  }
+  const spare = room - gap * (places.length - 1), start = Math.min(spare, 0) / 2;
+  const free = blocks.flatMap(({ sum, size }) => Array(size).fill(Math.min(Math.max(sum / size, start), start + Math.max(spare, 0))));
+  return free.map((place, number) => place + number * gap);
+}
+
+/** The name of each variant at the right end of its line, with a leader from its last point. */
+function nameEnds(rows, x, cost) {
+  const [low, high] = cost.scale.domain.map(Math.log2);
+  const ends = Object.values(Object.groupBy(rows, (row) => row.label)).map((own) => own.reduce((last, row) => (row.length > last.length ? row : last)));
+  ends.sort((a, b) => a.value - b.value);
+  const places = spread(ends.map((row) => (Math.log2(row.value) - low) / (high - low) * HEIGHT), NAME_HEIGHT, HEIGHT);
+  const values = ends.map((row, number) => ({ ...row, at: 2 ** (low + places[number] / HEIGHT * (high - low)) }));
+  const right = { value: "width" };
+  return [
+    { data: { values }, mark: { type: "rule", strokeWidth: 0.8, x2Offset: 5 }, encoding: { x, x2: right, y: { ...cost, field: "value" }, y2: { field: "at" }, stroke: raw("colour"), opacity: opacity(0.6) } },
+    { data: { values }, mark: { type: "text", align: "left", baseline: "middle", dx: 7, fontSize: 11 }, encoding: { x: right, y: { ...cost, field: "at" }, text: { field: "name" }, color: raw("colour"), opacity: opacity(1) } },
+  ];
 }
 
 function costSpec(figure) {
@@ -82,6 +115,7 @@ function costSpec(figure) {
     { transform: [{ filter: "datum.low !== null" }, count, several], mark: { type: "area" }, encoding: { x, y: { ...cost, field: "low" }, y2: { field: "high" }, detail: { field: "group" }, fill: raw("colour"), opacity: opacity(0.18) } },
     { transform: [count, several], mark: { type: "line", strokeWidth: 1.8 }, encoding: { ...position, detail: { field: "group" }, stroke: raw("colour"), opacity: opacity(1),
       strokeDash: { condition: { test: "datum.dashed", value: [5, 4] }, value: [1, 0] } } },
+    ...nameEnds(rows, x, cost),
     ...markers(position, tooltip, [count, { filter: "!datum.dashed || datum.hollow || datum.count < 2" }]),
     { data: { values: lost }, mark: { type: "point", size: 60, strokeWidth: 2, shape: CROSS, y: { expr: `datum.place * ${STRIP} - 4` } },
       encoding: { x, stroke: raw("colour"), opacity: { condition: { test: "datum.whole", value: 1 }, value: 0.5 },
@@ -91,7 +125,7 @@ function costSpec(figure) {
 
 /** Of a single length: a row a variant instead of a line, the best on top. */
 function dots(lines, cost, tooltip, length, figure) {
-  const rows = lines.map((row) => ({ ...row, hollow: row.hollow || row.dashed }));
+  const rows = lines.map((row) => ({ ...row, hollow: row.hollow || (row.dashed ? row.curve : "") }));
   const y = { field: "name", type: "nominal", sort: { field: "value", op: "min", order: "ascending" }, axis: { title: null, grid: true, labelLimit: 130 } };
   const { axis: { values, labelExpr }, scale } = cost;
   const x = { field: "value", type: "quantitative", scale, axis: { values, labelExpr, title: `${figure.axis} at length ${full(length)}` } };
@@ -104,7 +138,7 @@ function dots(lines, cost, tooltip, length, figure) {
 function paretoSpec() {
   const pool = doc.pareto[Number($("pool").value)], cost = pool?.costs[Number($("cost").value)];
   if (!cost) return null;
-  const rows = pool.label.map((label, place) => ({ ...looks(label), name: label + (pool.leaks[place] ? "†" : "") + (pool.undertrained[place] ? "ᵘ" : ""), hollow: pool.leaks[place], activations: pool.activations[place],
+  const rows = pool.label.map((label, place) => ({ ...looks(label), name: label + (pool.leaks[place] ? "†" : "") + (pool.undertrained[place] ? "ᵘ" : ""), hollow: pool.leaks[place] ? "sees the future (†)" : cost.disturbed[place] ? DISTURBED : "", activations: pool.activations[place],
     value: cost.value[place], low: cost.low[place], high: cost.high[place], text: cost.text[place], front: cost.front[place], quality: pool.quality.value[place],
     worst: pool.quality.low[place], most: pool.quality.high[place], said: pool.quality.text[place] })).filter((row) => row.value !== null && !hidden.has(row.label));
   if (!rows.length) return null;
@@ -134,7 +168,7 @@ function refresh(figure) {
   if (figure.near) draw(figure, figure.spec());
 }
 function place(host, title, note, spec) {
-  const figure = make("figure", { "data-title": title }, make("figcaption", {}, title, " ", make("span", { class: "note" }, note)), make("div", { class: "chart" }));
+  const figure = make("figure", { "data-title": title }, make("figcaption", {}, title, " ", make("span", { class: "note" }, note)), make("div", { class: "chart" }), make("p", { class: "note hollow" }));
   Object.assign(figure, { spec, stale: true, near: false });
   host.append(figure);
   waiting.observe(figure);

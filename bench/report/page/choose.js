@@ -95,6 +95,7 @@ function choose() {
   const values = best.map((cell) => (sound(cell) ? null : value(cell)));
   const baselines = pool.length && doc.score_name[pool[0]] === "bits per byte" ? doc.baselines[pool[0]] : [];
   fill($("by-quality"), ["", "variant", (pool.length && doc.score_name[pool[0]]) || "bits per byte", "memory"], amongBaselines(rows, values, baselines));
+  $("by-quality").parentElement.hidden = !pool.length;
   $("quality-note").textContent = trainedWhere(pool, setting, length, depth);
 
   // What was disturbed comes after the undisturbed, and what was not timed last; neither has a rank.

@@ -13,9 +13,10 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
+from bench.report.data.disturbed import DISTURBED, RATIO_DISTURBED
 from bench.report.data.groups import split
 from bench.report.figures import canvas
-from bench.report.figures.lines import GREY, Look, interval_of, line_of, replicates
+from bench.report.figures.lines import GREY, Look, disturbed_note, interval_of, line_of, replicates
 from bench.report.figures.style import Style, strategy_styles
 from bench.report.sections.budgets.data import LARGEST, LONGEST
 from bench.report.text import units
@@ -36,6 +37,8 @@ class Dots:
     linear: bool = False
     spread: tuple[str, str] | None = None
     note: Callable[[pd.Series[float]], str] | None = None
+    flag: str = ""
+    """The column that says which dots are disturbed, and so hollow."""
 
 
 def _figure(cells: pd.DataFrame, look: Look, dots: Sequence[Dots], title: str, footer: str) -> Figure | None:
@@ -106,7 +109,16 @@ def _dot(axis: Axes, cell: pd.Series[float], dots: Dots, place: float, style: St
             [0.012], [place], marker="x", color=style.colour, transform=edge, clip_on=False, markersize=4
         )
         return
-    axis.plot([value], [place], marker=style.marker, color=style.colour, linestyle="", markersize=4.5)
+    fill = "none" if dots.flag and pd.notna(cell[dots.flag]) and cell[dots.flag] else "full"
+    axis.plot(
+        [value],
+        [place],
+        marker=style.marker,
+        fillstyle=fill,
+        color=style.colour,
+        linestyle="",
+        markersize=4.5,
+    )
     right = value
     if dots.spread is not None:
         low, high = (float(cell[column]) for column in dots.spread)
@@ -140,10 +152,14 @@ def payoff(cells: pd.DataFrame, look: Look) -> Figure | None:
         binary=False,
         spread=("tokens_per_second_low", "tokens_per_second_high"),
         note=lambda cell: f"batch {cell['largest_batch_size']:,.0f}",
+        flag=DISTURBED,
     )
-    gain = Dots("gain", "throughput over that of keep", lambda value: f"{value:g}×", linear=True)
+    gain = Dots(
+        "gain", "throughput over that of keep", lambda value: f"{value:g}×", linear=True, flag=RATIO_DISTURBED
+    )
     counts = cells["replicates"]
     footer = f"median and {interval_of(counts)} over {replicates(counts)}; batch: sequences in a step"
+    footer += disturbed_note(cells, DISTURBED, RATIO_DISTURBED)
     title = "Training throughput at the largest batch that fits"
     nothing = cells["largest_batch_size"] == 0
     cells = cells.assign(tokens_per_second=cells["tokens_per_second"].mask(nothing, 0.0))

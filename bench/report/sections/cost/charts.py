@@ -57,6 +57,7 @@ def _curves(plot: CostPlot, cells: pd.DataFrame) -> list[Json]:
             "name": curve.name,
             "dashed": curve.dashed,
             "hollow": curve.hollow,
+            "timed": bool(curve.flag),
             "value": numbers(cells[curve.column].where(cells[curve.column] > 0)),
             "text": _texts(plot, cells, curve),
             **(

@@ -84,7 +84,7 @@ class CostPlot:
             axis.set_title(along.heading(values[along.panel]))
             for label, own in part.groupby("label"):
                 for curve in self.curves:
-                    draw_curve(axis, own, curve, look.styles[str(label)], x=along.x)
+                    draw_curve(axis, own, curve, look.styles[str(label)], str(label), x=along.x)
         lost = cells[cells["finished"] < cells["records"]]
         top = self._axes(
             axes, cells, rows=int(lost.groupby(["depth", "seq_len"]).size().max() or 0) if len(lost) else 0

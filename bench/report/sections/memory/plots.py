@@ -131,7 +131,7 @@ def _by_depth(cells: pd.DataFrame, look: Look, title: str, name: str, figure_of:
         axis.set_title(panel)
         for line, part in own.groupby(key, sort=False):
             for curve in curves:
-                draw_curve(axis, part, curve, styles[str(line)], x="depth")
+                draw_curve(axis, part, curve, styles[str(line)], str(line), x="depth")
         axis.set_xscale("log", base=2)
         axis.set_yscale("log", base=2)
         axis.set_xlim(cells["depth"].min() / 1.25, cells["depth"].max() * 1.25)

@@ -74,6 +74,7 @@ def _figure(own: pd.DataFrame, name: str, show: Callable[[float], str], flag: st
         "value": numbers(own[name]),
         "low": numbers(own[f"{name}_low"]),
         "high": numbers(own[f"{name}_high"]),
+        "disturbed": [bool(mark) for mark in marks],
         "text": [
             show(value) + (CONTAMINATED if is_marked and not pd.isna(value) else "")
             for value, is_marked in zip(own[name], marks, strict=True)

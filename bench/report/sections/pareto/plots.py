@@ -21,11 +21,11 @@ from bench.report.figures.lines import (
     disturbed_note,
     interval_of,
     label_handles,
-    mark_disturbed,
     replicates,
 )
 from bench.report.sections.pareto.data import COSTS, FRONT, SCORES
 from bench.report.text import units
+from bench.report.text.marks import LEAK
 
 AXES = {
     "time": ("time of a step", units.seconds),
@@ -59,7 +59,7 @@ def pareto(cells: pd.DataFrame, look: Look) -> Figure | None:
     handles.append(Line2D([], [], color=GREY, linewidth=1, label="front"))
     if cells["leaks"].any():
         hollow = Line2D(
-            [], [], color=GREY, marker="o", fillstyle="none", linestyle="", label="† sees the future"
+            [], [], color=GREY, marker="o", fillstyle="none", linestyle="", label=f"{LEAK} sees the future"
         )
         handles.append(hollow)
     handles += baseline_handles(cells)
@@ -73,8 +73,9 @@ def pareto(cells: pd.DataFrame, look: Look) -> Figure | None:
 
 def _models(axis: Axes, part: pd.DataFrame, cost: str, look: Look) -> None:
     shown = part[part[cost].notna()]
-    for (label, _), models in shown.groupby(["label", "leaks"], sort=False):
-        style, leaks = look.styles[str(label)], bool(models["leaks"].iloc[0])
+    shown = shown.assign(hollow=shown["leaks"] | (shown[DISTURBED] & (cost == "time")))
+    for (label, _), models in shown.groupby(["label", "hollow"], sort=False):
+        style = look.styles[str(label)]
         axis.errorbar(
             models[cost],
             models["quality"],
@@ -82,15 +83,13 @@ def _models(axis: Axes, part: pd.DataFrame, cost: str, look: Look) -> None:
             yerr=_reach(models, "quality"),
             color=style.colour,
             marker=style.marker,
-            fillstyle="none" if leaks else style.fill,
+            fillstyle="none" if bool(models["hollow"].iloc[0]) else style.fill,
             markerfacecoloralt="white",
             linestyle="",
             elinewidth=1,
         )
-    if cost == "time":
-        mark_disturbed(axis, shown[shown[DISTURBED]], cost, "quality")
-    named = shown[shown["activations"] != KEEP]
-    for x, y, name in zip(named[cost], named["quality"], named["activations"], strict=True):
+    names = shown["activations"].where(shown["activations"] != KEEP, "") + np.where(shown["leaks"], LEAK, "")
+    for x, y, name in zip(shown[cost], shown["quality"], names, strict=True):
         axis.annotate(name, (x, y), xytext=(4, 4), textcoords="offset points", fontsize=6, color=GREY)
     front = part[part[f"{cost}_front"] == FRONT].sort_values(cost)
     # steps, because there is no model between two neighbours on a front

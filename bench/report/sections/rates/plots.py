@@ -43,7 +43,7 @@ def by_rate(cells: pd.DataFrame, look: Look) -> Figure | None:
         axis.set_title(panel_title(where), fontsize=8)
         _diverged(axis, part, look.styles)
         for label, own in part.groupby("label"):
-            _rates(axis, own.sort_values("learning_rate"), name, look.styles[str(label)])
+            _rates(axis, own.sort_values("learning_rate"), name, look.styles[str(label)], str(label))
         if name == "bits_per_byte":
             draw_baselines(axis, part)
         _axes(axis, cells["learning_rate"])
@@ -91,12 +91,12 @@ def _room_above(axis: Axes, rows: int) -> None:
         axis.set_ylim(top=float(scale.inverted().transform(np.array([top]))[0]))
 
 
-def _rates(axis: Axes, own: pd.DataFrame, name: str, style: Style) -> None:
+def _rates(axis: Axes, own: pd.DataFrame, name: str, style: Style, label: str) -> None:
     own = own[own[f"{name}_mean"].notna()]
     if own.empty:
         return
     x, y = own["learning_rate"].to_numpy(), own[f"{name}_mean"].to_numpy()
-    line = line_of(style, hollow=bool(own["leaks"].any()))
+    line = line_of(style, label=label, hollow=bool(own["leaks"].any()))
     line.set_data(x, y)
     axis.add_line(line)
     deviation = own[f"{name}_std"].fillna(0.0).to_numpy()

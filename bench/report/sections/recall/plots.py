@@ -41,7 +41,7 @@ def _against(cells: pd.DataFrame, look: Look, *, axis_name: str) -> Figure | Non
 
     def draw(axis: Axes, part: pd.DataFrame) -> None:
         for label, own in part.groupby("label"):
-            _line(axis, own.sort_values("x"), "x", look.styles[str(label)])
+            _line(axis, own.sort_values("x"), "x", look.styles[str(label)], str(label))
         guess = part.groupby("x")["guess_accuracy"].median().dropna()
         if len(guess):
             axis.plot(guess.index, guess, color=GREY, linestyle="--", linewidth=1)
@@ -69,7 +69,7 @@ def by_distance(cells: pd.DataFrame, look: Look) -> Figure | None:
                 style = look.styles[str(label)]
                 values = _shares(cell)
                 x = np.array(cell["distance_edges"], dtype=float)
-                line = line_of(style, hollow=bool(cell["leaks"]))
+                line = line_of(style, label=str(label), hollow=bool(cell["leaks"]))
                 line.set_data(x[np.isfinite(values)], values[np.isfinite(values)])
                 line.set_markersize(4)
                 axis.add_line(line)
@@ -196,8 +196,8 @@ def recall_figure(
     return figure
 
 
-def _line(axis: Axes, own: pd.DataFrame, x: str, style: Style) -> None:
-    line = line_of(style, hollow=bool(own["leaks"].any()))
+def _line(axis: Axes, own: pd.DataFrame, x: str, style: Style, name: str) -> None:
+    line = line_of(style, label=name, hollow=bool(own["leaks"].any()))
     line.set_data(own[x], own["accuracy_mean"])
     if len(own) < 2:
         line.set_linestyle("")

@@ -35,7 +35,7 @@ def utilisation(cells: pd.DataFrame, look: Look) -> Figure | None:
     for number, (axis, (values, part)) in enumerate(zip(axes, parts, strict=True)):
         axis.set_title(f"depth {values['depth']}")
         for label, own in part.groupby("label"):
-            draw_curve(axis, own, curve, look.styles[str(label)])
+            draw_curve(axis, own, curve, look.styles[str(label)], str(label))
         axis.set_xscale("log", base=2)
         axis.set_xlim(lengths.min() / 1.25, lengths.max() * 1.25)
         canvas.lengths_axis(axis.xaxis, lengths)
