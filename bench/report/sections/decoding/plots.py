@@ -67,7 +67,7 @@ def _figure(cells: pd.DataFrame, look: Look, wanted: tuple[Panel, ...], title: s
         axis.set_title(f"{panel.title}, depth {values['depth']}")
         flag = DISTURBED if "seconds" in panel.column or "rate" in panel.column else ""
         for label, own in part.groupby("label"):
-            draw_curve(axis, own, Curve(panel.column, flag=flag), look.styles[str(label)])
+            draw_curve(axis, own, Curve(panel.column, flag=flag), look.styles[str(label)], str(label))
         axis.set_xscale("log", base=2)
         axis.set_yscale("log", base=2 if panel.binary else 10)
         axis.set_xlim(lengths.min() / 1.25, lengths.max() * 1.25)
