@@ -99,6 +99,10 @@ def test_the_next_token_costs_the_same_wherever_the_state_is_fixed() -> None:
         assert far.launches == near.launches
         if name == "dense":
             assert far.bytes_moved - near.bytes_moved == 2 * 2 * 2 * (8192 - 1024) * 32 * 4
+            held = far.state_bytes - near.state_bytes
+            assert far.decode_peak_bytes - near.decode_peak_bytes == held, (
+                "a step allocates nothing that grows"
+            )
         else:
             assert (far.bytes_moved, far.state_bytes) == (near.bytes_moved, near.state_bytes)
             assert far.decode_peak_bytes == near.decode_peak_bytes

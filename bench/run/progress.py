@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING
 
+from bench.config.chosen import declared
 from bench.config.spec import ModelSizes
 from bench.inputs.printable import printable
 from bench.records import Record
@@ -32,7 +33,7 @@ def describe(record: Record) -> str:
         if getattr(record, key) not in (None, getattr(ModelSizes, key))
     )
     cell = (
-        f"{record.variant} {slots}T={record.seq_len} depth={record.depth} d={record.d_model} "
+        f"{record.variant} {_knobs(record)}{slots}T={record.seq_len} depth={record.depth} d={record.d_model} "
         f"{options}{record.activations} "
         + (f"compile={record.compile} " if record.compile not in (None, NOT_COMPILED) else "")
         + f"#{record.replicate}"
@@ -44,6 +45,7 @@ def describe(record: Record) -> str:
         f"step {record.step_seconds_median * 1e3:,.1f} ms" if record.step_seconds_median else None,
         f"peak {record.peak_bytes / 2**20:,.1f} MiB" if record.peak_bytes else None,
         f"{record.flops_executed_step / 1e9:,.2f} GFLOP" if record.flops_executed_step else None,
+        _decoding(record),
         f"longest that fits T={record.longest_seq_len}" if record.longest_seq_len is not None else None,
         f"largest batch {record.largest_batch_size}" if record.largest_batch_size is not None else None,
         _loss(record),
@@ -51,6 +53,28 @@ def describe(record: Record) -> str:
         f"contaminated: {record.contaminated}" if record.contaminated else None,
     ]
     return f"{record.status:11} {printable(f'{cell}: ' + ', '.join(filter(None, figures)), MOST)}"
+
+
+def _knobs(record: Record) -> str:
+    """The knobs of the variant that differ from their defaults: "window=64 "; none of an unknown variant."""
+    found = declared("variant", record.variant)
+    usual = found.config().as_dict() if found else record.variant_params
+    other = {key: value for key, value in record.variant_params.items() if usual.get(key) != value}
+    return "".join(f"{key}={_plain(value)} " for key, value in other.items())
+
+
+def _plain(value: object) -> str:
+    """A list as [1,2], as on the command line."""
+    return str(list(value)).replace(" ", "") if isinstance(value, list | tuple) else str(value)
+
+
+def _decoding(record: Record) -> str | None:
+    """The time of a token, if it was measured, and the state."""
+    if record.decode_state_bytes is None:
+        return None
+    state = f"state {record.decode_state_bytes / 2**20:,.1f} MiB"
+    seconds = record.decode_seconds_median
+    return f"a token {seconds * 1e3:,.2f} ms, {state}" if seconds else state
 
 
 def _loss(record: Record) -> str | None:
