@@ -82,6 +82,9 @@ def checked(line: str, cwd: Path) -> None:
         assert done.returncode == 2, f"{line}\n{done.stdout}{done.stderr}"
         assert done.stderr.count("\n") == 1, done.stderr
         assert "usage" not in done.stderr
+    elif module == "bench.generate":  # its arguments are understood, but nothing was trained
+        done = call([sys.executable, "-m", module, *arguments], cwd)
+        assert (done.returncode, "keeps no model" in done.stderr) == (2, True), f"{line}\n{done.stderr}"
     else:
         if module == "bench.report":
             for folder in (cwd / a for a in arguments if not a.startswith("-")):

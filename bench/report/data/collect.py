@@ -60,7 +60,7 @@ def collect(folder: Path) -> Collected:
         frame[key] = frame[key].where(frame[key] <= MOST_PERPLEXITY)
     frame = filled_in(frame)
     stale = reasons(frame)
-    current = with_compared_time(_labelled(frame[~frame["cell_id"].isin(stale)]))
+    current = with_compared_time(_labelled(frame[~frame["cell_id"].isin(stale)])).copy()
     alike = int(current.duplicated(_IDENTITY).sum())
     once = current[current["twin"] == 0]
     return Collected(once, current, found, problems, stale, alike)

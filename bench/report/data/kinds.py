@@ -47,15 +47,15 @@ class Kinds:
 def kinds(frame: pd.DataFrame) -> Kinds:
     """The records by kind; `budget_bytes` is filled in for a cell that stopped before it was known."""
     decoding = frame["decode_source"].notna()
-    other = (
-        frame[["params", "nll"]].notna().any(axis=1)
-    )  # a step was measured or predicted, or a model trained
+    # of these, a step was measured or predicted too, or a model trained
+    other = frame[["params", "nll"]].notna().any(axis=1)
     frame, decoded = frame[~decoding | other], frame[decoding]
     # A batch that is to be found is 0 until it is.
     fitted = (frame["batch_size"] == frame["largest_batch_size"]) & frame["longest_seq_len"].isna()
     payoff = fitted | (frame["batch_size"] == 0)
     frame = frame.assign(budget_bytes=_budget(frame, payoff))
-    fits = frame["budget_bytes"].notna() & ~payoff
+    decoded_only = frame["decode_source"].notna() & frame["longest_seq_len"].isna()
+    fits = frame["budget_bytes"].notna() & ~payoff & ~decoded_only
     measured = frame["peak_bytes"].notna() & ~predicted(frame["peak_bytes_source"])
     return Kinds(frame[~payoff & (~fits | measured)], frame[fits], frame[payoff], decoded)
 

@@ -234,7 +234,7 @@ def _finished_only(frame: pd.DataFrame, figures: list[str]) -> pd.DataFrame:
     """A copy with a column `ok`, and those figures only where the cell finished."""
     frame = frame.assign(ok=frame["status"] == "ok")
     frame[figures] = frame[figures].where(frame["ok"])
-    return frame
+    return frame.copy()  # in one piece again: each of the figures has become a block of its own
 
 
 def _ordered(cells: pd.DataFrame) -> pd.DataFrame:

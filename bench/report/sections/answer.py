@@ -82,6 +82,8 @@ def _costs(cells: pd.DataFrame) -> list[dict[str, Any]]:
         seconds = sound[f"{SECONDS}_median"].astype(float)
         floor = float(sound["noise_floor"].fillna(1.0).max())
         peak = own["peak_bytes_median"].fillna(own["peak_bytes_predicted"]).astype(float)
+        if seconds.isna().all() and peak.isna().all():  # no step was measured
+            continue
         rows.append(
             {
                 "setting": describe(values, ("objective", "corpus", "d_model", "batch_size")),

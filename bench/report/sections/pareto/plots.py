@@ -35,11 +35,14 @@ AXES = {
 
 
 def pareto(cells: pd.DataFrame, look: Look) -> Figure | None:
-    """Of one depth: a row of panels a length and training, a panel a cost; takes `pareto.pareto_cells`."""
-    if cells.empty:
+    """Of one depth: a row of panels a length and training, a panel a cost; takes `pareto.pareto_cells`.
+
+    None if no cost was measured.
+    """
+    costs = [name for name in COSTS if len(cells) and cells[name].notna().any()]
+    if not costs:
         return None
     parts = list(split(cells, ["seq_len", "tokens_trained", "score"]))
-    costs = [name for name in COSTS if cells[name].notna().any()]
     figure, axes = canvas.panels(
         len(costs) * len(parts), columns=len(costs), width=3.2, height=2.9, sharey=len(parts) == 1
     )

@@ -1,0 +1,104 @@
+"""The report's section on decoding, from records that measured it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+from test_report import record, write
+
+from bench.report import build
+
+
+def cell(variant: str, seq_len: int, replicate: int, token: float, **figures: Any) -> dict[str, Any]:
+    """A record of a cell that measured decoding only."""
+    nothing = dict.fromkeys(
+        ("step_seconds_median", "forward_seconds_median", "peak_bytes_predicted", "peak_bytes")
+    )
+    nothing |= dict.fromkeys(
+        ("flops_executed_step", "flops_algorithmic_step", "tokens_per_second", "nll", "params")
+    )
+    decoded = {
+        "decode_source": "measured",
+        "decode_state_bytes": 1024 * seq_len if variant == "dense" else 4096,
+        "decode_weight_bytes": 1000,
+        "decode_seconds_median": token,
+        "decode_seconds_p95": 2 * token,
+        "decode_block": 8,
+        "decode_block_seconds_median": 4 * token,
+        "prefill_seconds_median": 100 * token,
+        "decode_launches": 50,
+        "decode_bytes_moved": 5000,
+        "decode_peak_bytes": 9000,
+        "prefill_peak_bytes": 90_000,
+        "decode_batch_size": 10,
+        "decode_largest_batch": 10,
+        "decode_batch_seconds_median": 5 * token,
+        "budget_bytes": 2**30,
+    }
+    identity = {"cell_id": f"{variant}{seq_len}-{replicate}", "variant": variant, "seq_len": seq_len}
+    return record(**identity, replicate=replicate, **{**nothing, **decoded, **figures})
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Dense grows with the length, the window does not; the second replicate ran on a slower machine."""
+    found = [
+        cell(variant, length, replicate, (1 + replicate) * token)
+        for replicate in (0, 1)
+        for length in (512, 2048, 8192)
+        for variant, token in (("dense", length * 1e-6), ("longformer", 0.002))
+    ]
+    folder = write(tmp_path_factory.mktemp("decoding") / "x", found)
+    build(folder, plots=True)
+    return folder
+
+
+def test_ratios_are_taken_within_a_replicate(folder: Path) -> None:
+    cells = pd.read_csv(folder / "report" / "decoding.csv").set_index(["label", "seq_len"])
+    assert cells.loc[("longformer", 8192), "token_ratio"] == pytest.approx(2000 / 8192)
+    assert cells.loc[("longformer", 512), "decode_seconds_median"] == pytest.approx(0.003)
+    assert cells.loc[("longformer", 512), "decode_token_of_block"] == pytest.approx(0.0015)
+    assert cells.loc[("dense", 512), "decode_batch_rate"] == pytest.approx((10 / 0.00256 + 10 / 0.00512) / 2)
+    assert cells.loc[("longformer", 2048), "state_ratio"] == pytest.approx(4096 / (1024 * 2048))
+    assert (cells["replicates"] == 2).all()
+
+
+def test_the_context_from_which_a_token_is_cheaper(folder: Path) -> None:
+    text = (folder / "report" / "summary.md").read_text()
+    own = text[text.index("## Decoding") :]
+    line = next(line for line in own.splitlines() if "from 2,000 on" in line or "from 2000 on" in line)
+    assert line.lstrip("| ").startswith("longformer")
+    assert line.rstrip("| ").endswith("1.00×")
+
+
+def test_the_figures_are_drawn_and_no_table_of_steps_is_empty(folder: Path) -> None:
+    plots = {path.stem for path in (folder / "report" / "plots").glob("*.svg")}
+    assert {"decoding", "decoding_batch"} <= plots
+    text = (folder / "report" / "summary.md").read_text()
+    assert "\n## Cost\n" not in text, "no training step was measured"
+    assert "\n## What fits\n" not in text, "a budget of decoding is no search for what fits"
+
+
+def test_disturbed_times_are_marked(tmp_path: Path) -> None:
+    found = [cell("dense", 512, 0, 0.001), cell("longformer", 512, 0, 0.002, contaminated="other load")]
+    text = (build(write(tmp_path / "x", found), plots=False) / "summary.md").read_text()
+    assert "2.00 ms§" in text
+    own = text[text.index("## Decoding") :]
+    assert "§" not in next(line for line in own.splitlines() if line.startswith("| dense"))
+
+
+def test_a_trained_model_without_costs_of_steps_has_a_report(tmp_path: Path) -> None:
+    """Training and decoding with measure.step=false."""
+    found = [cell(name, 512, 0, 0.001, nll=1.0) for name in ("dense", "longformer")]
+    text = (build(write(tmp_path / "x", found)) / "summary.md").read_text()
+    assert "## Quality" in text
+    assert "### Cost of a training step" not in text
+    assert "## Decoding" in text
+
+
+def test_a_report_without_decoding_has_no_section(tmp_path: Path) -> None:
+    text = (build(write(tmp_path / "x", [record()]), plots=False) / "summary.md").read_text()
+    assert "## Decoding" not in text
