@@ -22,7 +22,7 @@ from bench.model.decode import Decoder
 
 @dataclass(frozen=True, kw_only=True)
 class DecodingFigures:
-    """Of one model at one position; bytes and counts of a step of one token."""
+    """Of one model at one position. Counts are of the second token after the prompt, the peak of both."""
 
     weight_bytes: int
     state_bytes: int
@@ -53,6 +53,7 @@ class Decoding:
             prefill_peak = self._peak(storage)
             token = self.token()
             self._begin(storage)
+            self.decoder.read(token)  # may end a segment, which only few tokens do
             with CountFlops() as counter:
                 self.decoder.read(token)
             decode_peak = self._peak(storage)

@@ -69,8 +69,9 @@ def kept_keys(rule: Rule, heads: int, max_len: int) -> tuple[Kept, ...]:
         for head in range(heads if apart else 1):
             own = _of_head(rule, head, max_len)
             if groups and _alike(groups[-1], own):
-                own = replace(own, first=groups[-1].first, summaries=groups[-1].summaries + own.summaries)
-                groups.pop()
+                last = groups.pop()
+                summaries, reach = last.summaries + own.summaries, max(last.reach, own.reach)
+                own = replace(own, first=last.first, summaries=summaries, reach=reach)
             groups.append(own)
         if not apart:
             groups = [replace(groups[0], last=heads, summaries=groups[0].summaries * heads)]
@@ -78,8 +79,10 @@ def kept_keys(rule: Rule, heads: int, max_len: int) -> tuple[Kept, ...]:
 
 
 def _alike(one: Kept, two: Kept) -> bool:
-    """Whether heads with the same number of slots read them in the same way."""
-    same = replace(one, first=two.first, last=two.last, summaries=two.summaries) == two
+    """Whether heads are read in the same way, and have as many slots. Rings of a periodic rule may differ by
+    parts of a period: then all have the longest, so that few operations read all heads."""
+    reach = one.reach if one.by_distance else two.reach
+    same = replace(one, first=two.first, last=two.last, summaries=two.summaries, reach=reach) == two
     return same and len(one.summaries[0]) == len(two.summaries[0])
 
 
