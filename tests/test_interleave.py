@@ -151,7 +151,9 @@ def test_dense_is_measured_around_every_two_variants_of_the_costs_on_a_cpu() -> 
     cells = order_in_rounds(swept("experiment=cpu", "device=cpu", "data=stdlib", "replicate=1"))
     specs = [repr(cell.spec) for cell in cells]
     assert len(specs) == len({*specs}), "no cell is there twice"
-    found = settings_of([cell for cell in cells if cell.spec.model.size == "small"])
+    masked_dense = {("dense", "mlm")}
+    costs = [cell for cell in cells if cell.spec.model.size == "small"]
+    found = settings_of([c for c in costs if (c.spec.variant, c.spec.objective) not in masked_dense])
     assert {key[1] for key, _ in found} == {512, 1024, 2048, 4096}
     for _, specs_of_round in found:
         order = [spec for spec in specs_of_round if not spec.twin or spec.variant == "dense"]
