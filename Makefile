@@ -34,7 +34,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install corpus bench plan bench-layers launches gpu-report claims gallery smoke report notebooks test test-slow test-touched test-cuda test-peers compare lint format clean distclean named FORCE
+.PHONY: help install corpus bench plan bench-layers launches gpu-report claims gallery smoke report notebooks notebooks-docs test test-slow test-touched test-cuda test-peers compare lint format clean distclean named FORCE
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -127,6 +127,9 @@ notebooks: $(STAMP) ## run the notebooks on results/NAME or the reference run; w
 	@$(if $(strip $(NAME)),RESULTS='$(CURDIR)/results/$(strip $(NAME))') $(PY) $(VENV)/bin/jupyter-execute \
 		--output='../outputs/notebooks/{notebook_name}' $(wildcard notebooks/*.ipynb)
 	@echo "notebooks with outputs: outputs/notebooks"
+
+notebooks-docs: $(STAMP) ## run the notebooks and write them as pages with pictures; writes docs/notebooks
+	@$(PY) -m bench.tools.notebook_pages $(ARGS)
 
 # One worker per core, at most four, because each loads torch. A file's tests run on one worker, so that they share
 # its fixtures. In the files' own order: the one with most tests is not the one that takes longest.

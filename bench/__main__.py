@@ -62,6 +62,8 @@ def main() -> int:
 
     try:
         sys.argv[1:] = arguments = guard.checked(folders.take(sys.argv[1:]))
+        if guard.options(arguments).shell_completion:
+            sys.argv[0] = "longctx-bench"  # Hydra completes the command of this name, and not all of python
         if guard.options(arguments).help:
             from bench.cli import help
 

@@ -5,6 +5,7 @@
 
 # %%
 import os
+from functools import partial
 
 from bench.records import load
 
@@ -54,7 +55,7 @@ table.style.format("{:.2f}×", na_rep="–").background_gradient(
 )
 
 # %% [markdown]
-# Below 1× a variant is cheaper than dense (purple), above it more expensive (orange). Find the length at which the colour of a row changes: a variant whose cost is linear in the length is not necessarily cheap at 512 tokens. If no dense model of the experiment has the same objective, a variant has no ratio and no row: in the reference run this is the case for Linformer, which is bidirectional only.
+# Below 1× a variant is cheaper than dense, above it more expensive; a notebook colours these cells purple and orange. Find the length at which a row crosses 1×: a variant whose cost is linear in the length is not necessarily cheap at 512 tokens. If no dense model of the experiment has the same objective, a variant has no ratio and no row: in the reference run this is the case for Linformer, which is bidirectional only.
 #
 # ## Time and memory against length
 #
@@ -156,9 +157,9 @@ if len(trained):
         if models["table"].notna().any():
             panel.axhline(models["table"].mean(), color="#555555", linestyle=":", label="3-gram table")
         panel.set(xscale="log", xlabel="time of a step", ylabel=f"held-out loss, {unit} (lower is better)")
-        human_axis(panel.xaxis, *panel.get_xlim(), units.seconds, binary=False)
+        human_axis(panel.xaxis, *panel.get_xlim(), partial(units.seconds, short=True), binary=False)
         panel.set_title(
-            f"{pool[0]}, {pool[1]}, width {pool[2]}, depth {pool[3]}, {pool[4]} tokens a sequence; "
+            f"{pool[0]}, {pool[1]}, width {pool[2]}, depth {pool[5]}, {pool[6]} tokens a sequence; "
             f"mean ± deviation\n{source(models)}",
             fontsize=8,
         )

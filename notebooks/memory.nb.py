@@ -55,7 +55,7 @@ with look():
     plt.show()
 
 # %% [markdown]
-# *Parameters*, *optimizer* (two moments in Adam) and *gradients* depend only on the model; the attention variant does not change them. Two parts grow with the length: *activations*, which the forward pass stores for the backward pass, and *workspace*, the memory of operations while they run. The reference run shows two facts. Fused dense attention stores no length × length matrix, so exact attention needs no more memory than a window. Variants that train on one segment after the other (Transformer-XL, Compressive Transformer) hold the activations of only one segment at a time, at every length.
+# *Parameters*, *optimizer* (two moments in Adam) and *gradients* do not grow with the length. Variants differ in them a little, because their projections differ, and because not all gradients exist at the moment of the peak. Two parts grow with the length: *activations*, which the forward pass stores for the backward pass, and *workspace*, the memory of operations while they run. The reference run shows two facts. Fused dense attention stores no length × length matrix, so exact attention needs no more memory than a window. Variants that train on one segment after the other (Transformer-XL, Compressive Transformer) hold the activations of only one segment at a time, at every length.
 #
 # How accurate is a prediction? Every record has both figures.
 

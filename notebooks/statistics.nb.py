@@ -34,7 +34,13 @@ for key, column in SLOTS.items():
     params = records[f"{key}_params"].fillna(records.groupby(key)[f"{key}_params"].transform("first"))
     records[column] = slot_names(records[key], params)
 
-USUAL = {"vocab_size": "that of the data", "tie_embeddings": "untied", "rotary_base": 10_000, "dropout": 0}
+USUAL = {
+    "vocab_size": "that of the data",
+    "tie_embeddings": "untied",
+    "rotary_base": 10_000,
+    "head_size": "width / heads",
+    "dropout": 0,
+}
 for key, usual in USUAL.items():  # older records do not contain them
     records[key] = records[key].astype(object).fillna(usual) if key in records else usual
 records["tie_embeddings"] = records["tie_embeddings"].replace({True: "tied", False: "untied"})

@@ -21,6 +21,7 @@ LAYERS = (
     "bench.plugins",
     "bench.__main__",
     "bench.tools",
+    "bench.generate",
     "bench.cli",
     "bench.run",
     "bench.scenarios",

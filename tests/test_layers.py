@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from bench.measure.flops import CountFlops
+from variants.base import Dims, Workload
 from variants.ops.projections import Projections, local_attention, masked_attention, rotary, rotary_table
 
 both_directions = pytest.mark.parametrize("causal", [True, False])
@@ -138,7 +139,7 @@ def test_rotary_gradients() -> None:
 
 def test_projections_split_and_merge_are_the_four_matrices() -> None:
     torch.manual_seed(0)
-    projections = Projections(12, 3).double()
+    projections = Projections(Dims(seq_len=64, d_model=12, heads=3)).double()
     x = numbers(2, 9, 12)
     w_q, w_k, w_v = projections.qkv.weight.chunk(3)
     for got, weight, turned in zip(projections.split(x), (w_q, w_k, w_v), (True, True, False), strict=True):
@@ -150,12 +151,15 @@ def test_projections_split_and_merge_are_the_four_matrices() -> None:
     torch.testing.assert_close(projections.merge(y), heads @ projections.out.weight.T)
 
 
-def test_projections_flops_are_those_dispatched() -> None:
-    projections = Projections(24, 2)
+@pytest.mark.parametrize("size", [None, 20])
+def test_projections_flops_are_those_dispatched(size: int | None) -> None:
+    projections = Projections(Dims(seq_len=64, d_model=24, heads=2, head_size=size))
     with CountFlops() as counter:
         _, _, v = projections.split(torch.zeros(3, 50, 24))
         projections.merge(v)
-    assert counter.total == Projections.flops(3, 50, 24)
+    work = Workload(batch_size=3, seq_len=50, d_model=24, heads=2, head_size=size, causal=True)
+    assert counter.total == Projections.flops(work)
+    assert 5 * Projections.flops(work, 10) == Projections.flops(work)
 
 
 # --- attention ------------------------------------------------------------------------------------

@@ -1,5 +1,5 @@
-"""Options of the model beside its sizes: its vocabulary, tied embeddings, the base of rotary positions; and
-the share of a memory budget that stays free."""
+"""Options of the model beside its sizes: its vocabulary, tied embeddings, the base of rotary positions, the
+size of heads; and the share of a memory budget that stays free."""
 
 from __future__ import annotations
 
@@ -20,6 +20,8 @@ from bench import CONFIGS
 from bench.config.parse import parse
 from bench.config.spec import CellSpec
 from bench.inputs.errors import ConfigError
+from bench.measure import gates
+from bench.measure.flops import CountFlops
 from bench.measure.predict import Prediction, build_model
 from bench.records import load
 from bench.records.record import MODEL_OPTIONS
@@ -102,8 +104,48 @@ def test_each_layer_and_its_reference_use_the_base(name: str) -> None:
     assert (outputs[0] - outputs[1]).abs().max() > 1e-6
 
 
+@pytest.mark.parametrize("name", variants.mixers())
+def test_every_layer_has_heads_of_the_given_size(name: str, tmp_path: Path) -> None:
+    """The gates of leak and reference; and the formula of FLOPs is as near to those dispatched as usual."""
+    options = [f"variant={name}", "seq_len=80", "objective=auto", "model.heads=2"]
+    other, usual = (spec_of(*options, f"model.head_size={size}") for size in ("12", "null"))
+    assert gates.check(other, tmp_path, "code").reference_max_abs is not None
+    models = [build_model(spec) for spec in (other, usual)]
+    costs = [model.cost(spec.workload()) for model, spec in zip(models, (other, usual), strict=True)]
+    assert costs[0].parts["projections"] == 24 / 16 * costs[1].parts["projections"]
+    ratios = []
+    for model, cost in zip(models, costs, strict=True):
+        with CountFlops() as counter:
+            model(torch.zeros(other.batch_size, 80, dtype=torch.long), causal=other.causal)
+        ratios.append(gates.cost_ratio(counter.total, cost, model.flop_overhead_reason, bounded=False))
+    assert ratios[0] == pytest.approx(ratios[1], rel=0.05)
+    states = [model.state_bytes(spec.workload()) for model, spec in zip(models, (other, usual), strict=True)]
+    keeps_hidden_states = models[0].layers[0].info.caps.stateful
+    assert states[0] == states[1] if keeps_hidden_states else states[0] > states[1]
+
+
+def test_a_head_size_of_width_by_heads_changes_nothing() -> None:
+    given, usual = (build_model(spec_of(f"model.head_size={size}")) for size in ("8", "null"))
+    assert [p.shape for p in given.parameters()] == [p.shape for p in usual.parameters()]
+
+
+def test_heads_need_not_divide_the_width_if_their_size_is_given() -> None:
+    assert build_model(spec_of("model.heads=3", "model.head_size=4")).layers[0].dims.inner_dim == 12
+    with pytest.raises(ConfigError, match="heads=3: must divide d_model=16"):
+        spec_of("model.heads=3")
+    with pytest.raises(
+        ConfigError, match=r"head_size=7: rotary positions need an even number.* nearest is 6"
+    ):
+        spec_of("model.head_size=7")
+
+
 def test_a_cell_records_its_options_and_keeps_the_reserve(tmp_path: Path) -> None:
-    options = ["model.vocab_size=1000", "model.tie_embeddings=true", "model.rotary_base=500"]
+    options = [
+        "model.vocab_size=1000",
+        "model.tie_embeddings=true",
+        "model.rotary_base=500",
+        "model.head_size=12",
+    ]
     for reserve in ("0", "0.5"):
         command = [
             sys.executable,
@@ -118,6 +160,7 @@ def test_a_cell_records_its_options_and_keeps_the_reserve(tmp_path: Path) -> Non
         subprocess.run(command, check=True, capture_output=True)
     full, half = (load(tmp_path / f"r{reserve}").iloc[0] for reserve in ("0", "0.5"))
     assert (full.vocab_size, full.tie_embeddings, full.rotary_base) == (1000, True, 500.0)
+    assert full.head_size == 12
     assert half.peak_bytes <= 4 * 2**20 < full.peak_bytes <= 8 * 2**20
     assert (full.reserve, half.reserve) == (0.0, 0.5)
     written = json.loads(next((tmp_path / "r0" / "records").glob("*.json")).read_text())
@@ -130,6 +173,7 @@ def test_a_cell_records_its_options_and_keeps_the_reserve(tmp_path: Path) -> Non
         ("vocab_size", 50_304, "vocabulary 50304"),
         ("tie_embeddings", True, "embeddings tied"),
         ("rotary_base", 500_000.0, "rotary base 500000"),
+        ("head_size", 128, "heads of 128 channels"),
         ("dropout", 0.1, "dropout 0.1"),
     ],
 )
@@ -149,7 +193,13 @@ def test_models_with_other_options_are_never_mixed(
 
 
 def test_progress_mentions_unusual_options() -> None:
-    usual = {"vocab_size": None, "tie_embeddings": False, "rotary_base": 10_000.0, "dropout": 0.0}
+    usual = {
+        "vocab_size": None,
+        "tie_embeddings": False,
+        "rotary_base": 10_000.0,
+        "head_size": None,
+        "dropout": 0.0,
+    }
     assert MODEL_OPTIONS.keys() == usual.keys()
     plain = describe(record(**usual))
     assert plain == describe(record())

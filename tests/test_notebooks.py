@@ -7,6 +7,7 @@ import itertools
 import json
 import random
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,8 @@ import variants
 from bench import records
 from bench.records import Record
 from bench.report import build
+from bench.tasks.base import Setting
+from bench.tasks.dialogue import Dialogue, DialogueConfig
 
 ROOT = Path(__file__).parents[1]
 PAIRING = load_jupytext_config(str(ROOT / "notebooks" / "statistics.ipynb"))
@@ -146,12 +149,29 @@ def test_a_notebook_and_its_text_are_one(path: Path) -> None:
 
 def test_every_text_has_its_notebook() -> None:
     texts = {path.name.removesuffix(".nb.py") for path in (ROOT / "notebooks").glob("*.py")}
-    assert texts == {path.stem for path in NOTEBOOKS} >= {"compare", "memory", "patterns", "statistics"}
+    assert (
+        texts
+        == {path.stem for path in NOTEBOOKS}
+        >= {
+            "compare",
+            "memory",
+            "patterns",
+            "reformer_dialogue",
+            "statistics",
+        }
+    )
 
 
-def ran(name: str, *more: str) -> NotebookNode:
-    """A notebook after it ran in a kernel of its own, as by `make notebooks`, with more cells at its end."""
+def ran(name: str, *more: str, after: tuple[str, str] | None = None, measures: bool = False) -> NotebookNode:
+    """A notebook after it ran in a kernel of its own, as by `make notebooks`, with more cells at its end.
+
+    `after`: how a cell begins, and the code of a cell that is inserted after it. `measures`: it runs cells of
+    the benchmark, whose progress goes to stderr.
+    """
     notebook = nbformat.read(ROOT / "notebooks" / f"{name}.ipynb", as_version=4)
+    if after:
+        (place,) = [k for k, cell in enumerate(notebook.cells) if cell.source.startswith(after[0])]
+        notebook.cells.insert(place + 1, nbformat.v4.new_code_cell(after[1]))
     notebook.cells += [nbformat.v4.new_code_cell(source) for source in more]
     client = NotebookClient(
         notebook,
@@ -161,7 +181,7 @@ def ran(name: str, *more: str) -> NotebookNode:
     )
     client.execute()
     said = [output.text for output in outputs(notebook, "stream") if output.name == "stderr"]
-    assert not said, "a notebook warns of nothing"
+    assert bool(said) == measures, "a notebook warns of nothing"
     return notebook
 
 
@@ -210,6 +230,58 @@ def test_patterns_explains_every_variant_with_its_formula_and_its_paper() -> Non
         for number in re.findall(r"\d{4}\.\d{5}", paper):
             assert f"(https://arxiv.org/abs/{number})" in text, name
         assert "arXiv" in paper or paper in text, name
+
+
+CONSTANTS = "FOLDER = "
+"""How the cell begins that has the sizes of the training notebook."""
+
+
+def test_the_dialogues_of_the_training_notebook_fill_its_windows(tmp_path: Path) -> None:
+    """At the notebook's own sizes, up to where it would measure; and hashing finds what it should."""
+    names: dict[str, Any] = {}
+    notebook = nbformat.read(ROOT / "notebooks" / "reformer_dialogue.ipynb", as_version=4)
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            if "longctx_bench.sweep" in cell.source:
+                break
+            exec(compile(cell.source, f"<{cell['id']}>", "exec"), names)
+            if cell.source.startswith(CONSTANTS):
+                names["FOLDER"] = tmp_path
+    config = DialogueConfig(path=str(names["path"]), bpe=400)
+    setting = Setting(
+        data="dialogue",
+        objective="clm",
+        replicate=0,
+        seq_len=names["SEQ_LEN"],
+        test_tokens=65_536,
+        batch_size=4,
+    )
+    assert Dialogue(config, setting).unsupported() is None
+    longer = replace(setting, seq_len=10 * names["SEQ_LEN"])
+    assert Dialogue(config, longer).unsupported(), "the check itself"
+    probability = names["same_bucket"]
+    assert probability[-1] == 1, "equal vectors have equal hashes"
+    assert probability[np.abs(names["cosines"]).argmin()] == pytest.approx(1 / names["N_BUCKETS"], abs=0.03)
+    assert (np.diff(probability) > -0.03).all(), "the nearer, the more likely"
+
+
+@pytest.mark.slow
+def test_reformer_dialogue_trains_in_small(tmp_path: Path) -> None:
+    sizes = f"""
+FOLDER = Path({str(tmp_path)!r})
+N_DIALOGUES, SEQ_LEN, TRAIN_TOKENS, LENGTHS, DEPTH = 100, 128, 4000, [64, 128], 4
+"""
+    frames = "print(sizes['peak_bytes'].to_json()); print(trained['softmax_error'].to_json())"
+    notebook = ran("reformer_dialogue", frames, after=(CONSTANTS, sizes), measures=True)
+    assert pictures(notebook) == 3
+    *_, peaks, errors = (json.loads(line) for line in outputs(notebook, "stream")[-1].text.splitlines())
+    for seq_len in (64, 128):
+        for variant in ("dense", "reformer"):
+            kept, reversible = (peaks[str((seq_len, variant, name))] for name in ("keep", "reversible"))
+            assert reversible < kept
+    assert errors["dense"] is None
+    assert errors["shared QK"] < 1e-4 < errors["4 rounds"] < errors["1 round"]
+    assert (tmp_path / "trained" / "report" / "index.html").exists()
 
 
 @pytest.mark.slow

@@ -8,9 +8,11 @@ import re
 import subprocess
 import sys
 import sysconfig
+import tarfile
 import tomllib
 import venv
 import zipfile
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pytest
@@ -93,6 +95,16 @@ def test_wheel_has_all_code_and_configs_and_nothing_else(wheel: Path) -> None:
     assert f"{dist_info}/licenses/LICENSE" in names
 
 
+def test_sdist_has_the_notebooks_and_their_pages(tmp_path: Path) -> None:
+    run(sys.executable, "-m", "hatchling", "build", "-t", "sdist", "-d", tmp_path, cwd=ROOT)
+    (built,) = tmp_path.glob("*.tar.gz")
+    with tarfile.open(built) as opened:
+        names = {name.partition("/")[2] for name in opened.getnames()}
+    notebooks = tree("notebooks", "*.ipynb") | tree("notebooks", "*.nb.py")
+    assert len(notebooks) > 2
+    assert notebooks | tree("docs/notebooks", "*.md") | tree("docs/notebooks", "*.png") <= names
+
+
 def test_editable_install_leaves_configs_in_the_checkout(tmp_path: Path) -> None:
     """A copy in site-packages would go stale: an edited yaml must take effect at once."""
     run(sys.executable, "-m", "hatchling", "build", "-t", "wheel:editable", "-d", tmp_path, cwd=ROOT)
@@ -143,6 +155,15 @@ def pins(name: str) -> dict[str, str]:
     return {str(canonicalize_name(package)): version for package, version in entries}
 
 
+def required_by(extras: Iterable[str]) -> Iterator[Requirement]:
+    """The requirements of these extras; one may include others of the project."""
+    for requirement in map(Requirement, (r for e in extras for r in PROJECT["optional-dependencies"][e])):
+        if requirement.name == PROJECT["name"]:
+            yield from required_by(requirement.extras)
+        else:
+            yield requirement
+
+
 @pytest.mark.parametrize(
     ("names", "extras"),
     [
@@ -154,8 +175,8 @@ def pins(name: str) -> dict[str, str]:
 )
 def test_every_declared_dependency_is_pinned_within_its_range(names: list[str], extras: list[str]) -> None:
     pinned = {package: version for name in names for package, version in pins(name).items()}
-    declared = PROJECT["dependencies"] + [r for e in extras for r in PROJECT["optional-dependencies"][e]]
-    for requirement in map(Requirement, declared):
+    declared = [*map(Requirement, PROJECT["dependencies"]), *required_by(extras)]
+    for requirement in declared:
         version = pinned.get(canonicalize_name(requirement.name))
         assert version, f"{requirement} has no pin in constraints/: {names}"
         assert requirement.specifier.contains(version), f"{requirement} is pinned to {version}"

@@ -28,6 +28,7 @@ from torch import Tensor
 
 from variants.base import Caps, Complexity, Context, Cost, Dims, Info, MixerOut
 from variants.base import SequenceMixer, VariantConfig, Workload
+from variants.knobs import knob
 from variants.ops.projections import Projections, masked_attention
 
 
@@ -35,7 +36,7 @@ from variants.ops.projections import Projections, masked_attention
 class LaggedConfig(VariantConfig):
     """Knobs."""
 
-    lag: int = 1
+    lag: int = knob(1, least=1)
     """Tokens back."""
 
 
@@ -53,7 +54,7 @@ class Lagged(SequenceMixer):
 
     def __init__(self, config: LaggedConfig, dims: Dims, layer: int = 0) -> None:
         super().__init__(config, dims, layer)
-        self.projections = Projections(dims.d_model, dims.heads)
+        self.projections = Projections(dims)
 
     def forward(self, x: Tensor, ctx: Context, state: Any = None) -> MixerOut:
         return MixerOut(self.reference(x, ctx))
@@ -65,7 +66,7 @@ class Lagged(SequenceMixer):
 
     def cost(self, work: Workload) -> Cost:
         attention = 4 * work.batch_size * work.d_model * work.seq_len**2
-        projections = Projections.flops(work.batch_size, work.seq_len, work.d_model)
+        projections = Projections.flops(work)
         return Cost({"projections": projections, "attention": attention})
 
     def state_bytes(self, work: Workload) -> int:
@@ -186,7 +187,7 @@ def test_command_describes_every_variant(plugged: Path, tmp_path: Path) -> None:
         else:
             parts[[*parts][-1]].append(line)
     assert [*parts] == sorted({*variants.names(), "lagged"})
-    assert "variant.lag=1  # Tokens back (an integer)" in "\n".join(parts.pop("lagged"))
+    assert "variant.lag=1  # Tokens back (an integer, 1 or more)" in "\n".join(parts.pop("lagged"))
     for name, lines in parts.items():
         variant, text = variants.load(name), "\n".join(lines)
         if name in variants.mixers():
@@ -399,6 +400,14 @@ def test_a_plug_in_is_checked(plugged: Path, tmp_path: Path) -> None:
             "another sequence of its batch",
         ),
         ("* work.seq_len**2", "* work.seq_len", "cost gate"),
+        ("return 2 * work.batch_size * self.config.lag", "return -2", "state_bytes after 1 tokens is -"),
+        ("lag: int = knob(1, least=1)", "lag: int = 1", "lag=-1 is accepted"),
+        ('    """Tokens back."""\n', "", "lag: no meaning"),
+        (
+            "return MixerOut(self.reference(x, ctx))",
+            "torch._dynamo.graph_break()\n        return MixerOut(self.reference(x, ctx))",
+            "one graph",
+        ),
     ],
 )
 def test_a_fault_of_a_plug_in_is_found(planted: str, by: str, words: str, tmp_path: Path) -> None:

@@ -43,6 +43,7 @@ UNSTORABLE = {
     "ff_chunks": [f"model.ff_chunks={BEYOND}"],
     "vocab_size": [f"model.vocab_size={BEYOND}"],
     "rotary_base": ["model.rotary_base=inf"],
+    "head_size": ["model.head_size=9", "model.head_size=0"],
     "seq_len": [f"seq_len={BEYOND}"],
     "depth": [f"depth={BEYOND}"],
     "batch_size": [f"batch_size={BEYOND}"],

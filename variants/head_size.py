@@ -6,8 +6,18 @@ ROTARY_BASE = 10_000.0
 """Base of the rotary angles (Su 2021, arXiv:2104.09864, §3.2.2), unless a model has another."""
 
 
-def unusable_heads(d_model: int, heads: int) -> str | None:
-    """The reason why attention with rotary positions cannot have this width and number of heads, or None."""
+def unusable_heads(d_model: int, heads: int, head_size: int | None = None) -> str | None:
+    """The reason why attention with rotary positions cannot have these heads, or None.
+
+    `head_size` is the number of channels of a head; None: d_model / heads.
+    """
+    if head_size is not None:
+        if heads < 1:
+            return f"heads={heads}: allowed is 1 or more"
+        if head_size < 2 or head_size % 2:
+            allowed = "rotary positions need an even number, 2 or more"
+            return f"head_size={head_size}: {allowed}; the nearest is {max(2, head_size // 2 * 2)}"
+        return None
     if heads < 1 or d_model % heads:
         nearest = _nearest_divisor(d_model, heads)
         return f"heads={heads}: must divide d_model={d_model}; the nearest divisor is {nearest}"

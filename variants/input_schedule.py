@@ -82,6 +82,16 @@ class InputSchedule(ABC):
         """The numbers of tokens so far of all windows that the next token, T, belongs to or needs."""
         return [seq_len]
 
+    @property
+    def separate(self) -> tuple[int, int] | None:
+        """(length, stride) of windows that the network processes separately, also in decoding; or None."""
+        return None
+
+    @property
+    def restart(self) -> int | None:
+        """Number of tokens after which a layer without state begins anew; None: never."""
+        return None
+
     def stateless_unsupported(self) -> str | None:
         """Return why a layer that carries no state cannot be fed in this way, or None."""
         return None
@@ -141,6 +151,11 @@ class Segments(WholeSequence):
         masks = [mask_of(segment.stop - segment.start) for segment in self.split(seq_len)]
         known = [mask for mask in masks if mask is not None]
         return torch.block_diag(*known).bool() if len(known) == len(masks) else None
+
+    @property
+    def restart(self) -> int:
+        """The length of a segment."""
+        return self.length
 
     def open_windows(self, seq_len: int) -> list[int]:
         """The current segment."""
@@ -220,6 +235,11 @@ class Chunks(InputSchedule):
             pieces.append(y[:, lo:] if full else y)
         pieces = [piece for piece in pieces if piece.shape[1]]
         return NetworkOut(pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=1), None, losses)
+
+    @property
+    def separate(self) -> tuple[int, int]:
+        """The chunks."""
+        return self.length, self.stride
 
     def open_windows(self, seq_len: int) -> list[int]:
         """All current chunks. Each has its own state, because positions restart in a chunk, and hidden states

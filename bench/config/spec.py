@@ -117,7 +117,7 @@ class ModelSizes(Spec):
     d_model: int = knob(64, least=2, unit="channels")
     """Width of the model."""
     heads: int = knob(2, least=1, unit="heads")
-    """Attention heads of a layer; they divide d_model."""
+    """Attention heads of a layer; they divide d_model, unless model.head_size is given."""
     ff_chunks: int = knob(1, least=1, unit="pieces")
     """Pieces of the sequence to which the feed-forward layer is applied one at a time."""
     dropout: float = knob(0.0, least=0, below=1)
@@ -129,9 +129,11 @@ class ModelSizes(Spec):
     """Use the weights of the embedding as those of the output layer."""
     rotary_base: float = knob(ROTARY_BASE, above=1, younger=True)
     """Base of the angles of rotary positions. Layers with another position scheme do not use it."""
+    head_size: int | None = knob(None, least=2, unit="channels", younger=True)
+    """Channels of an attention head, an even number; null is d_model / heads."""
 
     def __post_init__(self) -> None:
-        if reason := unusable_heads(self.d_model, self.heads):
+        if reason := unusable_heads(self.d_model, self.heads, self.head_size):
             raise ValueError(reason)
 
 
@@ -214,8 +216,16 @@ class MeasureSpec(Spec):
     and layers with memory keep it, as the papers on Transformer-XL and its successors train."""
     validations: int = knob(0, least=0, younger=True)
     """How often the validation split is scored during training, at equal distances."""
+    keep_model: bool = knob(False, decides=False)
+    """Keep the trained model, in the experiment's folder models/, for `python -m bench.generate`."""
     checkpoint_seconds: float = knob(30.0, least=0, unit="seconds", decides=False)
     """Minimum wall-clock time of training between checkpoints. A killed cell loses at most this time."""
+    step: bool = knob(True, younger=True)
+    """Measure a training step: its FLOPs, memory and time."""
+    decode_tokens: int = knob(0, least=0, unit="tokens", younger=True)
+    """Tokens that are decoded one by one after a prompt of seq_len tokens; 0 measures no decoding."""
+    decode_block: int = knob(8, least=1, unit="tokens", younger=True)
+    """Tokens of a block that is read in one step after the prompt, as in speculative decoding."""
     budget: int | None = knob(None, least=1, unit="bytes")
     """Memory for a training step, such as 80GiB; predictions find what fits into it."""
     reserve: float = knob(0.05, least=0, below=1, younger=True)
@@ -247,6 +257,8 @@ class MeasureSpec(Spec):
             unspent = f"train_budget={self.train_budget} has nothing to spend"
             allowed = f"more than 0: {unspent}; give it, or take train_budget={given[0]}"
             self.require(f"train_{self.train_budget}", bool(self.train_amount), allowed)
+        nothing = not (self.step or self.decode_tokens or self.train_amount)
+        self.require("step", not nothing, "true: nothing else is measured")
         if self.train_amount:
             self.require("eval_tokens", self.eval_tokens >= 1, "1 or more tokens after training")
 
@@ -346,6 +358,18 @@ class CellSpec:
     compile: str = "off"
     """See `Root.compile`."""
 
+    @classmethod
+    def from_values(cls, values: Mapping[str, Any]) -> Self:
+        """Return the spec whose `dataclasses.asdict` these values are."""
+        parts = {
+            "model": ModelSizes,
+            "data": DataSpec,
+            "measure": MeasureSpec,
+            "feed_forward": SlotChoice,
+            "stack": SlotChoice,
+        }
+        return cls(**{**values, **{name: part(**values[name]) for name, part in parts.items()}})
+
     @property
     def causal(self) -> bool:
         """Whether no output may read a later token. For a task's own objectives: whether the variant can be
@@ -380,6 +404,7 @@ class CellSpec:
             heads=self.model.heads,
             device_type=self.device.partition(":")[0],
             rotary_base=self.model.rotary_base,
+            head_size=self.model.head_size,
         )
         return variant, variant.Config.of(self.variant_params), dims
 
@@ -422,6 +447,7 @@ class CellSpec:
             seq_len=self.seq_len,
             d_model=self.model.d_model,
             heads=self.model.heads,
+            head_size=self.model.head_size,
             causal=self.causal,
         )
 

@@ -144,19 +144,22 @@ class Sizes:
         variant, config, _ = spec.attention()
         tokens = min(spec.seq_len, GATE_TOKENS)
 
-        def dims(tokens: int, d_model: int) -> Dims:
+        def dims(tokens: int, d_model: int, head_size: int | None) -> Dims:
             few = Dims(
                 seq_len=tokens,
                 d_model=d_model,
                 heads=spec.model.heads,
                 rotary_base=spec.model.rotary_base,
+                head_size=head_size,
             )
             enough = not variant.unsupported(config, few, causal=spec.causal)
             return few if enough else replace(few, seq_len=spec.seq_len)
 
         device, dtype = torch.device(spec.device), getattr(torch, spec.dtype)
-        small, own = HEAD_DIM * spec.model.heads, spec.model.d_model
-        return cls(dims(tokens, small), dims(max(tokens, FEWEST_TOKENS), own), device, dtype)
+        model = spec.model
+        small = dims(tokens, HEAD_DIM * model.heads, HEAD_DIM if model.head_size else None)
+        own = dims(max(tokens, FEWEST_TOKENS), model.d_model, model.head_size)
+        return cls(small, own, device, dtype)
 
     def fit(self, mixer: SlotSpec[SequenceMixer], dtype: torch.dtype) -> Dims | None:
         """Return the smaller heads for which the layer's kernel exists in `dtype`, or None."""

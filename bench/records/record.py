@@ -54,6 +54,7 @@ MODEL_OPTIONS = {
     "vocab_size": "that of the data",
     "tie_embeddings": "untied",
     "rotary_base": "10000",
+    "head_size": "width / heads",
     "dropout": "0",
 }
 """Options of the model, and their usual values as tables write them. Older records, without these keys,
@@ -83,6 +84,7 @@ class Record:
     vocab_size: Size | None = None
     tie_embeddings: bool | None = None
     rotary_base: Amount | None = None
+    head_size: Size | None = None
     dropout: Amount | None = None
     batch_size: Count
     activations: str
@@ -183,6 +185,28 @@ class Record:
     mfu: Share | None = None
     peak_flops_per_second: Positive | None = None
     peak_bytes_per_second: Positive | None = None
+
+    # decoding: a prompt of seq_len tokens, then tokens one by one
+    decode_reason: str | None = None
+    decode_max_abs: Amount | None = None
+    decode_source: str | None = None
+    decode_state_bytes: Count | None = None
+    decode_weight_bytes: Size | None = None
+    prefill_peak_bytes: Size | None = None
+    decode_peak_bytes: Size | None = None
+    decode_launches: Count | None = None
+    decode_bytes_moved: Count | None = None
+    decode_flops: Count | None = None
+    prefill_seconds_median: Positive | None = None
+    prefill_seconds_samples: list[Positive] | None = None
+    decode_seconds_median: Positive | None = None
+    decode_seconds_p95: Positive | None = None
+    decode_seconds_samples: list[Positive] | None = None
+    decode_block: Size | None = None
+    decode_block_seconds_median: Positive | None = None
+    decode_largest_batch: Count | None = None
+    decode_batch_size: Size | None = None
+    decode_batch_seconds_median: Positive | None = None
 
     # claimed growth of cost
     claimed_time_exponent: Number | None = None

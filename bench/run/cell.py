@@ -6,13 +6,13 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
 
-from bench.config.spec import Cell
-from bench.measure import compile_gate, gates
+from bench.config.spec import Cell, CellSpec
+from bench.measure import compile_gate, decoding, decoding_gate, gates
 from bench.measure.device_settings import device_settings
 from bench.measure.gate_failed import largest
 from bench.measure.predict import CPU
@@ -21,7 +21,8 @@ from bench.records import Report
 from bench.run import provenance
 from bench.run.memory_limit import UNLIMITED
 from bench.scenarios.cost import CostMeasurement
-from bench.scenarios.plan import Plan
+from bench.scenarios.decoding import DecodingMeasurement, reason_not_to_decode, room
+from bench.scenarios.plan import DoesNotFit, Plan
 from bench.scenarios.quality import QualityEvaluation
 from bench.scenarios.support import Unsupported, check_supported, missing_kernel
 from bench.train.checkpoints import CheckpointStore
@@ -65,16 +66,18 @@ class CellRun:
         plan = Plan(spec, self.report)
         with self._work():
             if spec.measure.budget is not None:
-                spec = plan.fit(spec.measure.budget)
+                spec = plan.fit(spec.measure.budget) if spec.measure.step else self._fit_decoding(spec)
             if not spec.measure.execute:
                 plan.run()
+                if spec.measure.decode_tokens and self._can_decode(spec):
+                    DecodingMeasurement(spec, self.device, limit=self.memory, report=self.report).predict()
                 return
         make_task, task_config, setting = spec.task()
         task = make_task(task_config, setting)
         if reason := task.unsupported():
             raise Unsupported(reason)
         with self._work():
-            if not missing_kernel(spec, CPU):  # without it there is no prediction
+            if spec.measure.step and not missing_kernel(spec, CPU):  # without it there is no prediction
                 plan.check_memory(self.memory, cell_id=self.cell_id, audit_share=self.cell.audit_oom)
             figures = asdict(gates.check(spec, self.cell.folder, self.code_sha256))
             if spec.is_compiled:
@@ -82,15 +85,19 @@ class CellRun:
                 if figures["reference_max_abs"] is not None:
                     figures["reference_max_abs"] = largest([figures["reference_max_abs"], compiled])
             self.report(figures)
-            CostMeasurement(
-                spec,
-                task,
-                self.device,
-                folder=self.cell.folder,
-                cell_id=self.cell_id,
-                device_name=device_name,
-                report=self.report,
-            ).run()
+            if spec.measure.step:
+                CostMeasurement(
+                    spec,
+                    task,
+                    self.device,
+                    folder=self.cell.folder,
+                    cell_id=self.cell_id,
+                    device_name=device_name,
+                    report=self.report,
+                ).run()
+            if spec.measure.decode_tokens and self._can_decode(spec):
+                self.report({"decode_max_abs": decoding_gate.check(spec, self.cell.folder, self.code_sha256)})
+                DecodingMeasurement(spec, self.device, limit=self.memory, report=self.report).run()
             if spec.measure.train_amount and not self.cell.only_cost:
                 checkpoints = self._checkpoints(device_name)
                 QualityEvaluation(
@@ -101,6 +108,33 @@ class CellRun:
                     checkpoints=checkpoints,
                     report=self.report,
                 ).run()
+
+    def _fit_decoding(self, spec: CellSpec) -> CellSpec:
+        """With `batch_size=fit` and no training step: the largest batch that is decoded within the budget."""
+        budget = spec.measure.budget
+        assert budget is not None
+        usable = int(budget * (1 - spec.measure.reserve))
+        self.report({"budget_bytes": budget, "reserve": spec.measure.reserve})
+        if spec.batch_size:
+            return spec
+        if reason := reason_not_to_decode(spec):
+            raise Unsupported(reason)
+        batch_size = decoding.largest_batch(spec, usable, room=room(spec))
+        if not batch_size:
+            raise DoesNotFit(
+                f"one sequence does not fit into {usable:,} bytes, the budget without its reserve"
+            )
+        self.report({"batch_size": batch_size})
+        return replace(spec, batch_size=batch_size)
+
+    def _can_decode(self, spec: CellSpec) -> bool:
+        """Whether the model can be decoded; if not, the reason is reported. Raises Unsupported if no step is
+        measured either."""
+        reason = reason_not_to_decode(spec)
+        if reason and not spec.measure.step:
+            raise Unsupported(reason)
+        self.report({"decode_reason": reason})
+        return reason is None
 
     def _device_name(self) -> str | None:
         if self.device.type == "cpu":

@@ -64,6 +64,7 @@ def identity(cell: Cell) -> dict[str, Any]:
         "vocab_size": spec.model.vocab_size,
         "tie_embeddings": spec.model.tie_embeddings,
         "rotary_base": spec.model.rotary_base,
+        "head_size": spec.model.head_size,
         "dropout": spec.model.dropout,
         "batch_size": spec.batch_size,
         "activations": spec.activations,

@@ -21,6 +21,7 @@ from bench.scenarios.training import TrainingRun
 from bench.tasks.base import Task
 from bench.tasks.text import Text
 from bench.tasks.windows import least_context
+from bench.train import kept_model
 from bench.train.checkpoints import CheckpointStore
 from bench.train.loop import Diverged
 
@@ -70,6 +71,9 @@ class QualityEvaluation:
             report=self.report,
         )
         training = run.run(self.model)
+        if self.measure.keep_model:
+            kept = self.checkpoints
+            kept_model.save(kept.folder, kept.cell_id, self.spec, kept.code_sha256, self.model)
         nll = self._evaluate_text(text, training.step) if text else self._evaluate_answers()
         self.report(run.budget_figures(training, nll))
         self.report({"state_policy": "carried" if self.stateful else "none"})

@@ -4,12 +4,15 @@ Runs the gates of the benchmark on a variant, a plug-in of another package inclu
 multiple of any block, in each direction that it supports: no output depends on a later token; the fast path
 equals the reference in outputs and gradients, in float32 and with bfloat16; strategies for activations give
 the same gradients; sequences of a batch do not reach each other; the dispatched FLOPs are those of the
-formula; and a long sequence can be planned on fake tensors. Exit status 1 if a check fails.
+formula; the mixer is one graph for torch.compile; the state does not shrink with the sequence; and a long
+sequence can be planned on fake tensors. Every knob must have a meaning and refuse senseless values, and
+`unsupported` must agree with the capabilities. Exit status 1 if a check fails.
 """
 
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -27,9 +30,12 @@ from bench.inputs.errors import ConfigError
 from bench.inputs.printable import printable
 from bench.measure import gates, predict, step
 from bench.measure.gate_failed import GateFailed
+from bench.measure.reference_gate import reference_error
 from bench.scenarios.figures import flop_figures
 from bench.scenarios.support import Unsupported, check_supported
 from bench.tasks.base import Batch
+from variants.base import Workload
+from variants.knobs import Knobs, knobs_of
 from variants.safe_output import run
 
 LENGTHS = (1, 64, 97, 600)
@@ -96,6 +102,8 @@ def cell(variant: str, knobs: list[str]) -> CellSpec:
 def outcomes(spec: CellSpec, lengths: Sequence[int] = LENGTHS) -> Iterator[Outcome]:
     """Every check of the variant, in each direction and at each length that it supports; those that take
     long at the last length only."""
+    yield _tried("knobs", lambda: _knobs(spec.variant))
+    yield _tried("capabilities", lambda: _capabilities(spec))
     with tempfile.TemporaryDirectory() as folder:
         for objective in ("clm", "mlm"):
             for seq_len in lengths:
@@ -122,6 +130,8 @@ def _at_the_last(spec: CellSpec, where: str, folder: Path) -> Iterator[Outcome]:
     for activations in ("checkpoint", "reversible"):
         stored = replace(spec, activations=activations)
         yield _tried(f"{where}, activations {activations}", partial(_gates, stored, folder))
+    yield _tried(f"{where}, one graph", lambda: _one_graph(spec))
+    yield _tried(f"{where}, state", lambda: _state(spec))
     longer = replace(spec, seq_len=LONG, batch_size=1)
     yield _tried(f"{where.partition(',')[0]}, a plan of {LONG:,} tokens", lambda: _plan(longer))
 
@@ -180,6 +190,95 @@ def _flops(spec: CellSpec) -> str:
     found = flop_figures(spec, subject.model, figures, source="dispatched")
     reason = f" ({found['cost_ratio_reason']})" if found["cost_ratio_reason"] else ""
     return f"{found['cost_ratio']:.3f} times the formula{reason}"
+
+
+def _knobs(variant: str) -> str:
+    declared = variants.declared(variant)
+    if missing := knobs_of(declared.config).keys() - declared.meanings.keys():
+        raise GateFailed(f"{', '.join(sorted(missing))}: no meaning; write a string below the field")
+    check_refusals(declared.config)
+    return f"{len(knobs_of(declared.config))} with a meaning and bounds"
+
+
+def check_refusals(config: type[Knobs]) -> None:
+    """Raise GateFailed if a knob that counts or measures accepts −1, or refuses it without its name."""
+    for name, knob in knobs_of(config).items():
+        if isinstance(knob.default, str | bool):
+            continue
+        bad = (-1,) if knob.is_list else -1
+        try:
+            config(**{name: bad})
+        except ValueError as error:
+            if re.match(rf"{name}=\[?-1\]?: allowed is .", str(error)):
+                continue
+            raise GateFailed(f"{name}=-1: the message does not begin with the knob: {error}") from None
+        raise GateFailed(f"{name}=-1 is accepted; allowed must be stated: knob(…, least=…)")
+
+
+def _capabilities(spec: CellSpec) -> str:
+    variant, config, dims = spec.attention()
+    caps = variant.info_for(config).caps
+    for causal, can in ((True, caps.causal), (False, caps.bidirectional)):
+        reason = variant.unsupported(config, dims, causal=causal)
+        if (reason is None) != can or (reason is not None and not reason.strip()):
+            raise GateFailed(f"causal={causal}: caps say {can}, unsupported returns {reason!r}")
+    return "agree with unsupported"
+
+
+def _one_graph(spec: CellSpec) -> str:
+    """The mixer and its gradients are traced as one graph, without code generation."""
+
+    def traced(function: Any) -> Any:
+        return torch.compile(function, backend="aot_eager", fullgraph=True, dynamic=False)
+
+    variant, config, dims = spec.attention()
+    schedule = spec.model_spec().input
+    torch.compiler.reset()
+    errors = [
+        reference_error(
+            slot.layer, slot.config, dims, 0, CPU, causal=spec.causal, schedule=schedule, wrap=traced
+        )
+        for slot in dict.fromkeys(variant.mixers(config))
+    ]
+    return f"reference {max(errors):.1e}"
+
+
+def _state(spec: CellSpec) -> str:
+    model, (_, _, dims) = _model(spec), spec.attention()
+
+    def bytes_after(tokens: int) -> int:
+        work = Workload(
+            batch_size=1,
+            seq_len=tokens,
+            d_model=dims.d_model,
+            heads=dims.heads,
+            causal=spec.causal,
+            element_bytes=4,
+        )
+        size: int = model.state_bytes(work)
+        return size
+
+    return f"up to {check_state(bytes_after):,} bytes"
+
+
+def check_state(bytes_after: Callable[[int], int]) -> int:
+    """Return the largest state, in bytes, of up to 4,095 tokens.
+
+    Raises GateFailed for a size that is no whole number from 0 on, or if the largest of a stretch of lengths
+    is less than that of a shorter one: within a stretch, a block that ends may be let go.
+    """
+    largest = 0
+    for power in range(6):
+        sizes = {tokens: bytes_after(tokens) for tokens in range(4**power, 4 ** (power + 1))}
+        for tokens, size in sizes.items():
+            if type(size) is not int or size < 0:
+                raise GateFailed(
+                    f"state_bytes after {tokens} tokens is {size!r}; allowed is an integer from 0"
+                )
+        if max(sizes.values()) < largest:
+            raise GateFailed(f"state_bytes shrinks from {largest:,} after {4**power} tokens")
+        largest = max(sizes.values())
+    return largest
 
 
 def _plan(spec: CellSpec) -> str:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from oracles import assert_same, difference, dims_for, everything, feed, make_layer, numbers, oracle
 
 from variants.attention.dense import Dense, DenseConfig
-from variants.base import Workload
+from variants.base import Dims, Workload
 from variants.ops.projections import Projections
 
 SMALL: list[dict[str, Any]] = [{"impl": "naive"}, {"impl": "flash"}, {"impl": "math"}]
@@ -49,7 +49,7 @@ def test_equals_the_oracle(impl: str, causal: bool, tokens: int, batch: int, hea
 def test_scores_depend_on_relative_positions_alone(tokens: int, shift: int) -> None:
     """The same tokens later in a sequence have the same scores with one another."""
     torch.manual_seed(0)
-    projections = Projections(16, 2).double()
+    projections = Projections(Dims(seq_len=64, d_model=16, heads=2)).double()
     x = numbers(1, tokens, 16).detach()
     before = numbers(1, shift, 16, seed=5).detach()
     q, k, _ = projections.split(x)

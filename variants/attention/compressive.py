@@ -2,7 +2,7 @@
 
 Shapes: B batch, T tokens of a group of segments, S tokens of a segment, M positions of memory, M_c compressed
 memories, F positions that fall out of the memory after a segment, N segments of a run, c compression rate,
-C channels, H heads, D = C / H.
+C channels, H heads, D channels of a head.
 
 Over 300 lines: the form for one segment, the form for a group of segments and the readable reference compute
 the same and are read side by side.
@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from variants.base import Caps, Complexity, Context, Cost, Dims, Info, MixerOut, Workload
+from variants.base import Caps, Clock, Complexity, Context, Cost, Dims, Info, MixerOut, Workload
 from variants.knobs import knob
 from variants.ops.compression import (
     COMPRESSIONS,
@@ -31,6 +31,7 @@ from variants.ops.compression import (
     stretches,
 )
 from variants.ops.recurrent import Recurrent, RecurrentConfig, slide
+from variants.ops.recurrent_state import CompressiveState
 from variants.ops.segment_windows import SegmentRun
 
 
@@ -302,6 +303,64 @@ class Compressive(Recurrent):
         """The segments of a sequence."""
         return stretches(self.rule, self.compressor.reach, seq_len)
 
+    def init_state(
+        self, batch_size: int, max_len: int, *, clock: Clock, dtype: torch.dtype
+    ) -> CompressiveState:
+        """Keys and values of both memories and a segment; hidden states, which are compressed later."""
+        keys = self._most_keys(max_len)
+        held, device = min(max_len, self._most_held()), self.u.device
+        wide = torch.promote_types(dtype, torch.float32)
+        return CompressiveState(
+            self.make_state(batch_size, max_len, keys, clock, dtype),
+            torch.zeros(batch_size, held, self.dims.d_model, dtype=dtype, device=device),
+            torch.zeros(batch_size, held, dtype=wide, device=device) if self.counts else None,
+        )
+
+    def _most_held(self) -> int:
+        """Positions of the memory, with those that wait for their group, and of a segment."""
+        return self.config.mem_len + self.config.segment + (self.config.rate - 1) * bool(self.config.comp_len)
+
+    def _most_keys(self, max_len: int) -> int:
+        return min(max_len, self._most_held() + self.config.comp_len)
+
+    def step(self, x: Tensor, state: CompressiveState) -> Tensor:
+        """(B, n, C) → (B, n, C), segment by segment."""
+        outputs = []
+        while x.shape[1]:
+            if state.keys.segment == self.config.segment:
+                self._end_segment(state)
+            tokens = x[:, : self.config.segment - state.keys.segment]
+            y, received = self.decode(tokens, state.keys, count=self.counts)
+            state.hold(tokens, received)
+            outputs.append(y)
+            x = x[:, tokens.shape[1] :]
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
+
+    def _end_segment(self, state: CompressiveState) -> None:
+        """Compress what leaves the memory."""
+        keys, memory = state.keys, state.held - state.keys.segment
+        old = keys.before - memory  # compressed memories
+        fallen = self.rule.falls(memory, keys.segment)
+        new = None
+        if fallen and self.config.comp_len:
+            mean_usage = None
+            if state.usage is not None:
+                readers = torch.arange(state.held, 0, -1, device=state.usage.device, dtype=state.usage.dtype)
+                mean_usage = (state.usage[:, : state.held] / readers)[:, :fallen]
+            new = self.compressor(state.hidden[:, :fallen], mean_usage)[:, -self.config.comp_len :]
+        keys.forget(fallen, start=old)
+        state.drop(fallen)
+        if new is not None:
+            kv = self.kv(new).unflatten(-1, (2, self.heads, -1)).permute(2, 3, 0, 1, 4)
+            keys.insert(kv, at=old, limit=self.config.comp_len)
+
+    def decoding_bytes(self, work: Workload) -> int:
+        """Keys and values, hidden states of the memory and the segment, and for most_used their usage."""
+        held = min(work.seq_len, self._most_held())
+        hidden = work.batch_size * held * work.d_model * work.element_bytes
+        usage = work.batch_size * held * max(4, work.element_bytes) if self.counts else 0
+        return self.state_of_keys(work, self._most_keys(work.seq_len)) + hidden + usage
+
     def cost(self, work: Workload) -> Cost:
         """The groups of a sequence, each with the memories that exist by then, and the compression."""
         total, memory, compressed = Cost(), 0, 0
@@ -323,7 +382,7 @@ class Compressive(Recurrent):
         for part in self.stretches(work.seq_len):
             tokens, fallen = part.sizes.tokens, part.sizes.fallen
             compressed = fallen // self.config.rate
-            total += 4 * work.d_model * (tokens * (fallen + compressed) + compressed * work.d_model)
+            total += 4 * work.inner_dim * (tokens * (fallen + compressed) + compressed * work.d_model)
         return work.batch_size * total
 
     def state_bytes(self, work: Workload) -> int:

@@ -1,6 +1,6 @@
 """Dense attention: a token reads all tokens that the objective allows (Vaswani 2017, arXiv:1706.03762, §3.2).
 
-Shapes: B batch, T tokens, C channels, H heads, D = C / H.
+Shapes: B batch, T tokens, C channels, H heads, D channels of a head.
 """
 
 from __future__ import annotations

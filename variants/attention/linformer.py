@@ -1,6 +1,6 @@
 """Linformer: attention over k linear combinations of the positions (Wang 2020, arXiv:2006.04768, §4).
 
-Shapes: B batch, T tokens, C channels, H heads, D = C / H, k projected length, L maximum sequence length.
+Shapes: B batch, T tokens, C channels, H heads, D their channels, k projected length, L maximum length.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ class Linformer(SequenceMixer):
 
     def __init__(self, config: LinformerConfig, dims: Dims, layer: int = 0) -> None:
         super().__init__(config, dims, layer)
-        self.projections = Projections(dims.d_model, dims.heads, dims.rotary_base)
+        self.projections = Projections(dims)
         heads = (dims.heads,) if config.sharing == "none" else ()
         self.key_mixture = self._draw(*heads, config.k, dims.seq_len)  # E, (H, k, L) or (k, L)
         apart = config.sharing in ("none", "headwise")
@@ -152,18 +152,18 @@ class Linformer(SequenceMixer):
         )
 
     def cost(self, work: Workload) -> Cost:
-        """Length projections of keys and values, scores and weighted sum: each 2·C for T·k pairs."""
+        """Length projections of keys and values, scores and weighted sum: each 2·H·D for T·k pairs."""
         t = work.seq_len
         return Cost(
             {
-                "projections": Projections.flops(work.batch_size, t, work.d_model),
-                "attention": 8 * work.batch_size * work.d_model * t * self.config.k,
+                "projections": Projections.flops(work),
+                "attention": 8 * work.batch_size * work.inner_dim * t * self.config.k,
             }
         )
 
     def state_bytes(self, work: Workload) -> int:
         """Bytes of the k projected keys and values: sums over tokens, to which a next token can be added."""
-        return 2 * work.batch_size * self.config.k * work.d_model * work.element_bytes
+        return 2 * work.batch_size * self.config.k * work.inner_dim * work.element_bytes
 
     def attention_mask(self, seq_len: int, *, causal: bool) -> Tensor:
         """All keys; they are read through k linear combinations."""

@@ -1,6 +1,6 @@
 """Longformer's sliding window and global tokens (Beltagy 2020, arXiv:2004.05150, §3.1).
 
-Shapes: B batch, T tokens, C channels, H heads, D = C / H, n global tokens.
+Shapes: B batch, T tokens, C channels, H heads, D channels of a head, n global tokens.
 """
 
 from __future__ import annotations
@@ -127,7 +127,7 @@ class Longformer(MaskedAttention):
         self.window = config.window[min(layer, len(config.window) - 1)]
         self.dilations = tuple(config.dilation[h % len(config.dilation)] for h in range(dims.heads))
         if config.global_tokens:
-            self.global_qkv = nn.Linear(dims.d_model, 3 * dims.d_model, bias=False)
+            self.global_qkv = nn.Linear(dims.d_model, 3 * dims.inner_dim, bias=False)
 
     @classmethod
     def no_form(cls, config: VariantConfig, *, causal: bool) -> str | None:
@@ -225,7 +225,8 @@ class Longformer(MaskedAttention):
     def cost(self, work: Workload) -> Cost:
         """The cost of the mask, and the projections of the global queries and of their keys and values."""
         n = min(self.config.global_tokens, work.seq_len)
-        queries_keys_values = 2 * work.batch_size * (2 * work.seq_len + n) * work.d_model**2 if n else 0
+        tokens = 2 * work.seq_len + n if n else 0
+        queries_keys_values = 2 * work.batch_size * tokens * work.d_model * work.inner_dim
         return super().cost(work) + Cost({"projections": queries_keys_values})
 
     def carried(self, seq_len: int) -> int:

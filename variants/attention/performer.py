@@ -1,6 +1,6 @@
 """Performer: softmax attention estimated by random features (Choromanski 2020, arXiv:2009.14794).
 
-Shapes: B batch, T tokens, C channels, H heads, D = C / H, m features.
+Shapes: B batch, T tokens, C channels, H heads, D channels of a head, m features.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from variants.base import (
     Caps,
+    Clock,
     Complexity,
     Context,
     Cost,
@@ -29,6 +30,7 @@ from variants.base import (
 from variants.knobs import knob
 from variants.ops import masks
 from variants.ops.causal_linear_attention import causal_favor
+from variants.ops.feature_state import FeatureState
 from variants.ops.fla_products import CHUNKS, fla_favor, missing_fla
 from variants.ops.linear_attention import full_favor
 from variants.ops.positive_features import RELU_FLOOR
@@ -135,7 +137,7 @@ class Performer(SequenceMixer):
 
     def __init__(self, config: PerformerConfig, dims: Dims, layer: int = 0) -> None:
         super().__init__(config, dims, layer)
-        self.projections = Projections(dims.d_model, dims.heads, dims.rotary_base)
+        self.projections = Projections(dims)
         self.register_buffer("directions", self._draw())  # (m, D)
         self.steps = 0
 
@@ -228,12 +230,48 @@ class Performer(SequenceMixer):
                 per_head += number * (pairs * 2 * m + of_values * 2 * d)
         return Cost(
             {
-                "projections": Projections.flops(work.batch_size, t, work.d_model),
+                "projections": Projections.flops(work),
                 "features": work.batch_size * work.heads * 4 * t * m * d,
                 "attention": work.batch_size * work.heads * per_head,
             },
             gradients={"features": 1},
         )
+
+    def _exponents(self, x: Tensor, directions: Tensor) -> Tensor:
+        """The logarithms (B, H, n, m) of the features of queries or keys x (B, H, n, D)."""
+        along = x.to(directions.dtype) @ directions.mT
+        if self.config.features == "relu":
+            return (along.relu() + RELU_FLOOR).log()
+        return along - x.to(along.dtype).square().sum(-1, keepdim=True) / (2 * math.sqrt(self.dims.head_dim))
+
+    def init_state(self, batch_size: int, max_len: int, *, clock: Clock, dtype: torch.dtype) -> FeatureState:
+        """The sums over keys."""
+        shape = batch_size, self.dims.heads, self.config.n_features, self.dims.head_dim
+        wide = torch.promote_types(dtype, torch.float32)
+        return FeatureState(clock, max_len, shape, wide, self.directions.device)
+
+    def step(self, x: Tensor, state: FeatureState) -> Tensor:
+        """(B, n, C) → (B, n, C). A prompt is computed like a whole sequence, other tokens one by one."""
+        q, k, v = self.projections.split_next(x, state.clock)
+        softmax = self.config.features == "softmax"
+        with torch.autocast(x.device.type, enabled=False):
+            directions = self._scaled(q)
+            exponents = self._exponents(k, directions)
+            if state.clock.position == 0 and x.shape[1] > 1:
+                y = self.run_impl(q, k, v, directions, softmax, self.config.chunk, self.device_type)
+                state.add(exponents, v)
+            else:
+                queries, outputs = self._exponents(q, directions), []
+                for token in range(x.shape[1]):
+                    state.add(exponents[:, :, token : token + 1], v[:, :, token : token + 1])
+                    outputs.append(state.read(queries[:, :, token]).to(v.dtype))
+                y = torch.stack(outputs, dim=2)
+        return self.projections.merge(y)
+
+    def decoding_bytes(self, work: Workload) -> int:
+        """The sums do not grow. For relu features they have levels too."""
+        numbers = work.batch_size * work.heads * self.config.n_features * (work.head_dim + 2)
+        return max(4, work.element_bytes) * numbers
 
     def state_bytes(self, work: Workload) -> int:
         """Bytes of the float32 sums over keys of each head: m × D values, m normalisers and, for softmax

@@ -1,6 +1,8 @@
 """Reformer's hashed attention (Kitaev 2020, arXiv:2001.04451, §2).
 
-Shapes: B batch, T tokens, C channels, H heads, D = C / H, R rounds of hashing, N = H·B sequences.
+Over 300 lines: the parallel form, the readable reference and decoding share the hashing.
+
+Shapes: B batch, T tokens, C channels, H heads, D channels of a head, R rounds of hashing, N = H·B sequences.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from torch import Tensor, nn
 
 from variants.base import (
     Caps,
+    Clock,
     Complexity,
     Context,
     Cost,
@@ -28,6 +31,7 @@ from variants.base import (
 )
 from variants.knobs import knob
 from variants.ops import backends, masks
+from variants.ops.bucket_cache import BucketCache, bucket_cache_bytes
 from variants.ops.lsh.attention import lsh_attention
 from variants.ops.lsh.flex import KEYS
 from variants.ops.lsh.hashing import (
@@ -172,9 +176,9 @@ class Reformer(SequenceMixer):
         self.n_buckets = config.buckets(dims.seq_len)
         # with one bucket nothing is hashed, so all rounds would be equal
         self.rounds = config.n_hashes if self.n_buckets > 1 else 1
-        self.qk = nn.Linear(dims.d_model, dims.d_model, bias=False)
-        self.value = nn.Linear(dims.d_model, dims.d_model, bias=False)
-        self.out = nn.Linear(dims.d_model, dims.d_model, bias=False)
+        self.qk = nn.Linear(dims.d_model, dims.inner_dim, bias=False)
+        self.value = nn.Linear(dims.d_model, dims.inner_dim, bias=False)
+        self.out = nn.Linear(dims.inner_dim, dims.d_model, bias=False)
 
     @classmethod
     def leak(cls, config: VariantConfig) -> str | None:
@@ -209,18 +213,24 @@ class Reformer(SequenceMixer):
             device_type=self.device_type,
         )
 
+    def _rotations(self, device: torch.device) -> list[Tensor]:
+        """The matrices of all rounds; in evaluation they are always the same."""
+        seed = None if self.training else self.layer
+        sizes = factors(self.n_buckets)
+        return rotations(self.dims.heads, self.dims.head_dim, self.rounds, sizes, device, seed)
+
     @torch.no_grad()
-    def _buckets(self, x: Tensor, qk: Tensor, positions: Tensor | None = None) -> Tensor:
-        """The bucket of each token in each round: (R, N, T).
+    def _buckets(
+        self, x: Tensor, qk: Tensor, positions: Tensor | None = None, matrices: list[Tensor] | None = None
+    ) -> Tensor:
+        """The bucket of each token in each round: (R, N, T), by `matrices` or new rotations.
 
         A float64 layer hashes float32 projections: otherwise rounding would move tokens between two buckets.
         """
         if qk.dtype == torch.float64:
             qk = self._split(F.linear(x.float(), self.qk.weight.float()), positions)
-        heads, head_dim = qk.shape[2:]
-        sizes = factors(self.n_buckets)
-        seed = None if self.training else self.layer
-        matrices = rotations(heads, head_dim, self.rounds, sizes, x.device, seed)
+        if matrices is None:
+            matrices = self._rotations(x.device)
         return hash_rows(qk, matrices, self.rounds, self.device_type)
 
     def choices(self, x: Tensor, ctx: Context) -> Tensor:
@@ -262,18 +272,69 @@ class Reformer(SequenceMixer):
             neighbours = (chunks_back == 0) | (chunks_back == 1)
         return same & neighbours & ((j <= i) | (not causal)) & (i != j)
 
+    @classmethod
+    def no_decoding(cls, config: VariantConfig) -> str | None:
+        """Buckets must not change when later tokens come."""
+        if reason := super().no_decoding(config):
+            return reason
+        return f"has no form for decoding: {leak}" if (leak := cls.leak(config)) else None
+
+    def _cache_shape(self, batch_size: int) -> tuple[int, int, int, int]:
+        rounds = self.rounds if self.n_buckets > 1 else 0
+        return rounds, batch_size, self.dims.heads, self.dims.head_dim
+
+    def init_state(self, batch_size: int, max_len: int, *, clock: Clock, dtype: torch.dtype) -> BucketCache:
+        """Keys, values and buckets of all tokens."""
+        shape, device = self._cache_shape(batch_size), self.qk.weight.device
+        turns = self._rotations(device)
+        return BucketCache(shape, max_len, clock=clock, dtype=dtype, device=device, rotations=turns)
+
+    def step(self, x: Tensor, state: BucketCache) -> Tensor:
+        """(B, n, C) → (B, n, C). A prompt is computed like a whole sequence, other tokens one by one."""
+        positions = state.clock.positions(x.shape[1], x.device)
+        qk, value = self._split(self.qk(x), positions), self._heads(self.value(x))
+        buckets = self._buckets(x, qk, positions, state.rotations)
+        q, k, v = (t.transpose(1, 2) for t in (qk, qk * inverse_length(qk), value))  # (B, H, n, D)
+        of_sequences = buckets.unflatten(1, (self.dims.heads, -1)).transpose(1, 2)  # (R, B, H, n)
+        is_prompt = state.clock.position == 0 and x.shape[1] > 1
+        state.write(k, v, of_sequences)
+        if is_prompt:
+            y = self.run_impl(self, qk, value, buckets, True)
+        else:
+            y = torch.stack(
+                [
+                    state.attend(
+                        q[:, :, token],
+                        of_sequences[..., token],
+                        self.config.chunk,
+                        token,
+                        (k[:, :, token], v[:, :, token]),
+                        itself=False,
+                    )
+                    for token in range(x.shape[1])
+                ],
+                dim=1,
+            )
+        merged: Tensor = self.out(y.flatten(2))
+        return merged
+
+    def decoding_bytes(self, work: Workload) -> int:
+        """All tokens, because content decides which of them are read, and the float32 rotations."""
+        tokens = bucket_cache_bytes(self._cache_shape(work.batch_size), work.seq_len, work.element_bytes)
+        return tokens + 4 * self.rounds * work.inner_dim * sum(size // 2 for size in factors(self.n_buckets))
+
     def cost(self, work: Workload) -> Cost:
         """Projections, hashing, and 4·D for each pair that the windows allow if each lies in one bucket.
 
         The number of pairs depends on content, so this is an upper bound. A pair is counted in each round
         that allows it. Hashing is a product with D × f/2 numbers for each factor f of the number of buckets.
         """
-        t, c = work.seq_len, work.d_model
+        t, c = work.seq_len, work.inner_dim
         pairs = self.rounds * self._window(t, work.causal).admitted
         columns = self.rounds * sum(size // 2 for size in factors(self.n_buckets))
         return Cost(
             {
-                "projections": 6 * work.batch_size * t * c * c,
+                "projections": 6 * work.batch_size * t * c * work.d_model,
                 "hashing": 2 * work.batch_size * c * t * columns,
                 "attention": 4 * work.batch_size * c * pairs,
             },
@@ -291,10 +352,10 @@ class Reformer(SequenceMixer):
         t, n_buckets, chunk = work.seq_len, self.n_buckets, self.config.chunk
         band = self.config.neighbourhood == "band"
         tokens = min(t, self.rounds * n_buckets * (chunk if band else 2 * chunk - 1))
-        numbers = tokens * 2 * work.d_model * work.element_bytes
+        numbers = tokens * 2 * work.inner_dim * work.element_bytes
         if n_buckets == 1:
             return work.batch_size * numbers
         integers = tokens if band or tokens == t else tokens + n_buckets  # int32, as are counts
         indices = 4 * self.rounds * work.heads * integers
         columns = sum(size // 2 for size in factors(n_buckets))  # float32, the same for all sequences
-        return work.batch_size * (numbers + indices) + 4 * self.rounds * work.d_model * columns
+        return work.batch_size * (numbers + indices) + 4 * self.rounds * work.inner_dim * columns

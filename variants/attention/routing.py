@@ -2,7 +2,7 @@
 
 Over 300 lines: four ways of selecting clusters share their projections, state and cost.
 
-Shapes: B batch, T tokens, C channels, H heads, D = C / H, K clusters of a head.
+Shapes: B batch, T tokens, C channels, H heads, D channels of a head, K clusters of a head.
 """
 
 from __future__ import annotations
@@ -18,9 +18,11 @@ from torch import Tensor
 
 from variants.base import (
     Caps,
+    Clock,
     Complexity,
     Context,
     Cost,
+    DecodingState,
     Dims,
     Impl,
     Info,
@@ -30,12 +32,14 @@ from variants.base import (
     Workload,
 )
 from variants.knobs import knob
-from variants.ops import clusters, masks
+from variants.ops import clusters, kmeans, masks
+from variants.ops.bucket_cache import BucketCache, bucket_cache_bytes
 from variants.ops.clusters import Kernels
 from variants.ops.flash import missing_flash
 from variants.ops.flash_windows import window_attention
+from variants.ops.key_cache import KeyCache, cache_bytes
 from variants.ops.pair_counts import window_pairs
-from variants.ops.projections import Projections, local_attention, masked_attention, rotary
+from variants.ops.projections import Projections, local_attention, masked_attention, rotary, rotary_next
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,7 +135,7 @@ class Routing(SequenceMixer):
 
     def __init__(self, config: RoutingConfig, dims: Dims, layer: int = 0) -> None:
         super().__init__(config, dims, layer)
-        self.projections = Projections(dims.d_model, dims.heads, dims.rotary_base)
+        self.projections = Projections(dims)
         self.routed = dims.heads // 2
         self.local = dims.heads - self.routed
         self.clusters = config.n_clusters or max(1, round(math.sqrt(dims.seq_len)))
@@ -273,6 +277,73 @@ class Routing(SequenceMixer):
             upper = upper / memberships.clamp(min=1)
         return self.projections.merge(torch.cat([lower, upper], dim=1))
 
+    @classmethod
+    def no_decoding(cls, config: VariantConfig) -> str | None:
+        """A member must stay one when later tokens come."""
+        if reason := super().no_decoding(config):
+            return reason
+        return f"has no form for decoding: {leak}" if (leak := cls.leak(config)) else None
+
+    def init_state(self, batch_size: int, max_len: int, *, clock: Clock, dtype: torch.dtype) -> RoutingState:
+        """The windows of local heads, and the tokens of routed heads with their clusters."""
+        device, head_dim = self.centroids.device, self.dims.head_dim
+        local = (batch_size, self.local, head_dim)
+        routed = (1, batch_size, self.routed, head_dim)
+        return RoutingState(
+            KeyCache(self._local_rule, local, max_len, clock=clock, dtype=dtype, device=device),
+            BucketCache(routed, max_len, clock=clock, dtype=dtype, device=device),
+        )
+
+    @property
+    def _local_rule(self) -> masks.Rule:
+        return masks.Window(self.config.window) & masks.causal
+
+    def step(self, x: Tensor, state: RoutingState) -> Tensor:
+        """(B, n, C) → (B, n, C). A prompt is computed like a whole sequence, other tokens one by one."""
+        clock, tokens = state.clock, x.shape[1]
+        q, k, v, raw, _, v_routed = self._split(x, True)
+        q, k = (rotary_next(part, clock, self.dims.rotary_base) for part in (q, k))
+        keys = rotary_next(kmeans.unit(raw), clock, self.dims.rotary_base).to(v.dtype)
+        if self._selection(True) == "random":
+            drawn = clusters.random_clusters(
+                clock.position + tokens, self.routed, self.clusters, self.layer, x.device
+            )
+            cluster = drawn[:, clock.position :].expand(x.shape[0], -1, -1)
+        else:
+            cluster = kmeans.nearest(raw, self.centroids, self.device_type)[0]  # (B, H, n)
+        local = [t.transpose(1, 2) for t in (q, k, v)]
+        rows, values = keys.transpose(1, 2), v_routed.transpose(1, 2)
+        if clock.position == 0 and tokens > 1:
+            ctx = Context(causal=True)
+            y = self.run_impl(self, (q, k, v), (raw, raw, v_routed), ctx)
+            state.routed.write(rows, values, cluster[None])
+        else:
+            state.routed.write(rows, values, cluster[None])
+            upper = [
+                state.routed.attend(
+                    rows[:, :, t],
+                    cluster[None, ..., t],
+                    self.cluster_window - 1,
+                    t,
+                    (rows[:, :, t], values[:, :, t]),
+                    itself=True,
+                )
+                for t in range(tokens)
+            ]
+            lower = state.local.attend(*local).transpose(1, 2)
+            y = torch.cat([lower, torch.stack(upper, dim=1)], dim=2)
+        state.local.write(*local[1:])
+        merged: Tensor = self.projections.out(y.flatten(2))
+        return merged
+
+    def decoding_bytes(self, work: Workload) -> int:
+        """Windows of local heads; all tokens of routed heads, because any of them may be read."""
+        numbers = 2 * work.batch_size * work.head_dim * work.element_bytes
+        routed = (1, work.batch_size, self.routed, work.head_dim)
+        return cache_bytes(self._local_rule, self.local, work.seq_len, numbers) + bucket_cache_bytes(
+            routed, work.seq_len, work.element_bytes
+        )
+
     def _cluster_size(self, seq_len: int) -> int:
         """Number of tokens that a centroid selects in `topk`."""
         return -(-seq_len // self.clusters)
@@ -290,7 +361,9 @@ class Routing(SequenceMixer):
         each = work.batch_size * work.head_dim
         return Cost(
             {
-                "projections": int(2 * work.batch_size * t * (3.5 if shared else 4) * work.d_model**2),
+                "projections": int(
+                    2 * work.batch_size * t * (3.5 if shared else 4) * work.d_model * work.inner_dim
+                ),
                 "clustering": 2 * each * self.routed * routing,
                 "attention": 4 * each * (self.local * local + self.routed * pairs),
             },
@@ -305,6 +378,18 @@ class Routing(SequenceMixer):
         routed = work.seq_len if self.config.selection == "topk" else min(work.seq_len, members)
         tokens = self.local * min(work.seq_len, self.config.window - 1) + self.routed * routed
         return 2 * work.batch_size * tokens * work.head_dim * work.element_bytes
+
+
+class RoutingState(DecodingState):
+    """The windows of local heads, and the tokens of routed heads."""
+
+    def __init__(self, local: KeyCache, routed: BucketCache) -> None:
+        super().__init__(local.clock, local.max_len)
+        self.local, self.routed = local, routed
+
+    def parts(self) -> tuple[DecodingState, ...]:
+        """Both."""
+        return self.local, self.routed
 
 
 def _normalised(t: Tensor) -> Tensor:

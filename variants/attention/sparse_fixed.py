@@ -1,6 +1,6 @@
 """Sparse Transformer, fixed pattern (Child 2019, arXiv:1904.10509, §4.3).
 
-Shapes: B batch, T tokens, C channels, H heads, D = C / H; l the stride, c summary positions of a block.
+Shapes: B batch, T tokens, C channels, H heads, D their channels; l the stride, c summary positions a block.
 """
 
 from __future__ import annotations

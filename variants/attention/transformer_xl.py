@@ -10,9 +10,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from variants.base import Caps, Complexity, Context, Cost, Info, MixerOut, Workload
+from variants.base import Caps, Clock, Complexity, Context, Cost, Info, MixerOut, Workload
 from variants.ops import masks
 from variants.ops.recurrent import Recurrent, RecurrentConfig, slide
+from variants.ops.recurrent_state import RecurrentState
 from variants.ops.segment_windows import SegmentRun, SegmentSizes, runs_of
 
 
@@ -75,6 +76,30 @@ class TransformerXL(Recurrent):
             outputs.append(self.plainly_attend(x[:, segment], memory).y)
             memory = x[:, max(0, segment.stop - self.config.mem_len) : segment.stop].detach()
         return torch.cat(outputs, dim=1)
+
+    def init_state(
+        self, batch_size: int, max_len: int, *, clock: Clock, dtype: torch.dtype
+    ) -> RecurrentState:
+        """The keys and values of the memory and of a segment."""
+        return self.make_state(batch_size, max_len, self._most_keys(max_len), clock, dtype)
+
+    def step(self, x: Tensor, state: RecurrentState) -> Tensor:
+        """(B, n, C) → (B, n, C), segment by segment."""
+        outputs = []
+        while x.shape[1]:
+            if state.segment == self.config.segment:
+                state.forget(max(0, state.keys - self.config.mem_len))
+            tokens = self.config.segment - state.segment
+            outputs.append(self.decode(x[:, :tokens], state)[0])
+            x = x[:, tokens:]
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
+
+    def _most_keys(self, max_len: int) -> int:
+        return min(max_len, self.config.mem_len + self.config.segment)
+
+    def decoding_bytes(self, work: Workload) -> int:
+        """Keys and values, which have twice the size of hidden states."""
+        return self.state_of_keys(work, self._most_keys(work.seq_len))
 
     def cost(self, work: Workload) -> Cost:
         """The groups of a sequence, each with the memory that exists by then."""

@@ -1,5 +1,6 @@
 """Interfaces of the slots of a model: sequence mixers, feed-forward layers and depth schedules."""
 
+from variants.base.decoding import Clock, DecodingState
 from variants.base.depth import DepthConfig, DepthSchedule, Visit, VisitOut
 from variants.base.feed_forward import FeedForward, FeedForwardConfig, FFOut
 from variants.base.impl import Impl
@@ -33,9 +34,11 @@ __all__ = [
     "TOKENWISE",
     "AuxiliaryLoss",
     "Caps",
+    "Clock",
     "Complexity",
     "Context",
     "Cost",
+    "DecodingState",
     "DepthConfig",
     "DepthSchedule",
     "Dims",

@@ -1,6 +1,6 @@
 """Interfaces of variants, and of sequence mixers: layers that map hidden states to hidden states.
 
-Shapes: B batch, T tokens, C channels (d_model), H heads, D = C / H.
+Shapes: B batch, T tokens, C channels (d_model), H heads, D channels of a head.
 
 A variant is one module in `variants.attention` (or a plug-in: see `variants.load`) that defines one subclass
 of `Variant`, usually a `SequenceMixer`. It imports `variants.base`, `variants.ops`, `variants.input_schedule`
@@ -17,6 +17,7 @@ from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
+from variants.base.decoding import Clock, DecodingState
 from variants.base.impl import Impl
 from variants.base.info import Info, PositionScheme
 from variants.base.work import Context, Cost, Dims, Workload
@@ -148,12 +149,15 @@ class SequenceMixer(nn.Module, Variant):
             self.overhead_is_bounded = impl.overhead_is_bounded
 
     def __call__(self, x: Tensor, ctx: Context, state: Any = None) -> MixerOut:
-        """Check the input and the objective, then call `forward`.
+        """Check the input and the objective, then call `forward`, or `step` with a state for decoding.
 
         Raises ValueError for an input without tokens, or an objective that the layer has no form for.
         """
         require_tokens(x)
         self.require_objective(causal=ctx.causal)
+        if isinstance(state, DecodingState):
+            state.require_room(x.shape[1])
+            return MixerOut(self.step(x, state), state)
         out: MixerOut = super().__call__(x, ctx, state)
         return out
 
@@ -234,6 +238,40 @@ class SequenceMixer(nn.Module, Variant):
     @abstractmethod
     def forward(self, x: Tensor, ctx: Context, state: Any = None) -> MixerOut:
         """(B, T, C) → MixerOut. `state` is the state that the previous segment returned, or None."""
+
+    @classmethod
+    def no_decoding(cls, config: VariantConfig) -> str | None:
+        """The reason why sequences cannot be decoded token by token, or None.
+
+        An override must also return the reason of this method.
+        """
+        if reason := cls.no_form(config, causal=True):
+            return reason
+        if cls.init_state is SequenceMixer.init_state:
+            return "has no form for decoding: the layer defines no init_state"
+        return None
+
+    def init_state(self, batch_size: int, max_len: int, *, clock: Clock, dtype: torch.dtype) -> DecodingState:
+        """The state before the first token of `batch_size` sequences of at most `max_len` tokens.
+
+        `dtype` is that of keys and values. Raises NotImplementedError if there is no form for decoding.
+        """
+        raise NotImplementedError(f"{type(self).__name__} {self.no_decoding(self.config)}")
+
+    def step(self, x: Tensor, state: Any) -> Tensor:
+        """Read the next n tokens: (B, n, C) → (B, n, C), and change the state in place.
+
+        The outputs equal those of `forward` for the whole sequence so far. The position is that of the clock
+        of the state, which the caller advances after all layers. The first step may be a long prompt.
+        """
+        raise NotImplementedError(f"{type(self).__name__} {self.no_decoding(self.config)}")
+
+    def decoding_bytes(self, work: Workload) -> int:
+        """Bytes that `init_state` allocates for work.batch_size sequences of at most work.seq_len tokens.
+
+        At least the largest `state_bytes` of any length up to there, which is what is needed.
+        """
+        raise NotImplementedError(f"{type(self).__name__} {self.no_decoding(self.config)}")
 
     @abstractmethod
     def reference(self, x: Tensor, ctx: Context) -> Tensor:

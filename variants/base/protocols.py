@@ -1,6 +1,6 @@
 """Optional protocols of sequence mixers. A layer implements a protocol by defining its methods.
 
-Shapes: B batch, T tokens, C channels (d_model), H heads, D = C / H.
+Shapes: B batch, T tokens, C channels (d_model), H heads, D channels of a head.
 """
 
 from __future__ import annotations

@@ -26,15 +26,22 @@ class Dims:
     GPU runs on fake tensors of the CPU with the piece sizes of the GPU."""
     rotary_base: float = ROTARY_BASE
     """Base of the angles of rotary positions; layers with another position scheme do not use it."""
+    head_size: int | None = None
+    """Number of channels of one head; None: d_model / heads."""
 
     @property
     def head_dim(self) -> int:
         """Number of channels of one head."""
-        return self.d_model // self.heads
+        return self.head_size or self.d_model // self.heads
+
+    @property
+    def inner_dim(self) -> int:
+        """Number of channels of all heads: d_model, unless `head_size` says otherwise."""
+        return self.heads * self.head_dim
 
     def unusable(self) -> str | None:
         """The reason why these sizes are impossible, or None. Heads must have an even number of channels."""
-        return unusable_heads(self.d_model, self.heads)
+        return unusable_heads(self.d_model, self.heads, self.head_size)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,6 +1,6 @@
 """One softmax over the union of several sets of keys, each of which is computed separately.
 
-Shapes: B batch, T tokens, C channels, H heads, D = C / H.
+Shapes: B batch, T tokens, C channels, H heads, D channels of a head.
 
 The pairs are divided into disjoint *parts*: rectangles or triangles of (query, key) pairs over strided views
 of the sequence. The partial results are combined by their logsumexp.

@@ -1,6 +1,6 @@
 """Base class of the two patterns of Sparse Transformers (Child 2019, arXiv:1904.10509).
 
-Shapes: B batch, T tokens, C channels, H heads, D = C / H; l the stride.
+Shapes: B batch, T tokens, C channels, H heads, D channels of a head; l the stride.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Base class of attention whose rule is a mask: a variant states which pairs are allowed.
 
-Shapes: B batch, T tokens, C channels, H heads, D = C / H; (B, H, T, D) for queries, keys, values.
+Shapes: B batch, T tokens, C channels, H heads, D channels of a head; (B, H, T, D) for queries, keys, values.
 
 A variant defines `rule` and, if it makes attention faster, `order`. The reference, the attention mask, the
 numbers of pairs, the state and the implementations are derived from them. See docs/adding-a-variant.md.
@@ -30,9 +30,10 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from variants.base import Context, Cost, Dims, Impl, MixerOut, SequenceMixer, VariantConfig, Workload
+from variants.base import Clock, Context, Cost, Dims, Impl, MixerOut, SequenceMixer, VariantConfig, Workload
 from variants.ops import backends, masks
 from variants.ops.block_sparse import union_attention
+from variants.ops.key_cache import KeyCache, cache_bytes
 from variants.ops.masks import Rule
 from variants.ops.pair_counts import carried_keys, count_pairs
 from variants.ops.part_kernels import missing_fused
@@ -63,7 +64,7 @@ class MaskedAttention(SequenceMixer):
 
     def __init__(self, config: VariantConfig, dims: Dims, layer: int = 0) -> None:
         super().__init__(config, dims, layer)
-        self.projections = Projections(dims.d_model, dims.heads, dims.rotary_base)
+        self.projections = Projections(dims)
 
     # --- defined by a variant ---------------------------------------------------------------------
 
@@ -150,10 +151,30 @@ class MaskedAttention(SequenceMixer):
         pairs = self.pairs(work.seq_len, causal=work.causal)
         return Cost(
             {
-                "projections": Projections.flops(work.batch_size, work.seq_len, work.d_model),
+                "projections": Projections.flops(work),
                 "attention": 4 * work.batch_size * work.head_dim * pairs,
             }
         )
+
+    def init_state(self, batch_size: int, max_len: int, *, clock: Clock, dtype: torch.dtype) -> KeyCache:
+        """The keys and values that later queries may read."""
+        shape = batch_size, self.dims.heads, self.dims.head_dim
+        device = self.projections.qkv.weight.device
+        rule = self.mask(max_len, causal=True)
+        return KeyCache(rule, shape, max_len, clock=clock, dtype=dtype, device=device)
+
+    def step(self, x: Tensor, state: KeyCache) -> Tensor:
+        """(B, n, C) → (B, n, C). A prompt is computed like a whole sequence."""
+        q, k, v = self.projections.split_next(x, state.clock)
+        is_prompt = state.clock.position == 0 and x.shape[1] > 1
+        y = self.run_impl(self, q, k, v, True) if is_prompt else state.attend(q, k, v)
+        state.write(k, v)
+        return self.projections.merge(y)
+
+    def decoding_bytes(self, work: Workload) -> int:
+        """The keys and values of rings and summaries."""
+        numbers = 2 * work.batch_size * work.head_dim * work.element_bytes
+        return cache_bytes(self.mask(work.seq_len, causal=True), self.dims.heads, work.seq_len, numbers)
 
     def state_bytes(self, work: Workload) -> int:
         """Bytes of the keys and values that later queries may read, counted for each head."""

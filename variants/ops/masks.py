@@ -1,5 +1,7 @@
 """Attention masks as rules: pure functions (head, query index, key index) → may the query read the key.
 
+Over 300 lines: a list of small rules.
+
 A rule takes three integer tensors that broadcast against each other, and returns a bool tensor. Rules are
 combined with `&`, `|`, `-` (difference) and `~`. They are compared and hashed by value. The period of a rule
 is a number of tokens: shifting query and key by it does not change the result. With it, `variants.ops.tiles`
@@ -36,6 +38,10 @@ class Rule(ABC):
     def reach(self) -> int | None:
         """The largest distance, in tokens, at which a query may read a key; None: unlimited or not known."""
         return None
+
+    def for_head(self, head: int) -> Rule:
+        """A rule that gives the same for this head, and may have a shorter period or reach."""
+        return self
 
     @abstractmethod
     def __call__(self, head: Tensor, i: Tensor, j: Tensor) -> Tensor:
@@ -83,6 +89,10 @@ class Both(Rule):
         """The smaller reach."""
         return min((r for r in (self.one.reach, self.two.reach) if r is not None), default=None)
 
+    def for_head(self, head: int) -> Rule:
+        """Both rules for this head."""
+        return Both(self.one.for_head(head), self.two.for_head(head))
+
     def __call__(self, head: Tensor, i: Tensor, j: Tensor) -> Tensor:
         """Logical and."""
         return self.one(head, i, j) & self.two(head, i, j)
@@ -105,6 +115,10 @@ class Either(Rule):
         """The larger reach."""
         return longest_reach(self.one, self.two)
 
+    def for_head(self, head: int) -> Rule:
+        """Both rules for this head."""
+        return Either(self.one.for_head(head), self.two.for_head(head))
+
     def __call__(self, head: Tensor, i: Tensor, j: Tensor) -> Tensor:
         """Logical or."""
         return self.one(head, i, j) | self.two(head, i, j)
@@ -120,6 +134,10 @@ class Not(Rule):
     def period(self) -> int | None:
         """The period of the rule."""
         return self.rule.period
+
+    def for_head(self, head: int) -> Rule:
+        """The rule for this head."""
+        return Not(self.rule.for_head(head))
 
     def __call__(self, head: Tensor, i: Tensor, j: Tensor) -> Tensor:
         """Logical not."""
@@ -231,6 +249,10 @@ class ByHead(Rule):
         """The longest reach."""
         return longest_reach(*self.rules)
 
+    def for_head(self, head: int) -> Rule:
+        """The rule of this head."""
+        return self.rules[head % len(self.rules)].for_head(head)
+
     def __call__(self, head: Tensor, i: Tensor, j: Tensor) -> Tensor:
         """The result of the rule of each head."""
         allowed = self.rules[0](head, i, j)
@@ -256,6 +278,10 @@ class HeadSplit(Rule):
     def reach(self) -> int | None:
         """The longer reach."""
         return longest_reach(self.below, self.others)
+
+    def for_head(self, head: int) -> Rule:
+        """The rule of this head."""
+        return (self.below if head < self.at else self.others).for_head(head)
 
     def __call__(self, head: Tensor, i: Tensor, j: Tensor) -> Tensor:
         """The result of the rule of each head."""

@@ -1,6 +1,6 @@
 """Projections with rotary positions, masked attention as a reference, and local attention.
 
-Shapes: B batch, T tokens, C channels, H heads, D = C / H; (B, H, T, D) for queries, keys, values.
+Shapes: B batch, T tokens, C channels, H heads, D channels of a head; (B, H, T, D) for queries, keys, values.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from variants.base import Clock, Dims, Workload
 from variants.head_size import ROTARY_BASE
 
 TABLE_BLOCK = 128
@@ -68,6 +69,17 @@ def rotary(x: Tensor, positions: Tensor | None = None, base: float = ROTARY_BASE
     return rotated
 
 
+def rotary_next(x: Tensor, clock: Clock, base: float) -> Tensor:
+    """`rotary` for the next tokens of sequences that are decoded; all layers share the angles."""
+    tokens, head_dim = x.shape[1], x.shape[-1]
+    cos, sin = clock.once(
+        ("rotary", tokens, head_dim, base, x.dtype, x.device),
+        lambda: rotary_table_at(clock.positions(tokens, x.device), head_dim, x, base),
+    )
+    shape = (tokens, *[1] * (x.dim() - 3), head_dim // 2)
+    return _rotated(x, cos.view(shape), sin.view(shape))
+
+
 class _Rotation(torch.autograd.Function):
     """Rotate pairs of channels. Backward rotates by the negative angles, so x is not saved.
 
@@ -97,20 +109,25 @@ def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 class Projections(nn.Module):
     """The four projections of multi-head attention, without biases."""
 
-    def __init__(self, d_model: int, heads: int, rotary_base: float = ROTARY_BASE) -> None:
+    def __init__(self, dims: Dims) -> None:
         super().__init__()
-        self.heads, self.rotary_base = heads, rotary_base
-        self.qkv = nn.Linear(d_model, 3 * d_model, bias=False)
-        self.out = nn.Linear(d_model, d_model, bias=False)
+        self.heads, self.inner, self.rotary_base = dims.heads, dims.inner_dim, dims.rotary_base
+        self.qkv = nn.Linear(dims.d_model, 3 * self.inner, bias=False)
+        self.out = nn.Linear(self.inner, dims.d_model, bias=False)
+
+    def split_next(self, x: Tensor, clock: Clock) -> tuple[Tensor, Tensor, Tensor]:
+        """`split` of the next tokens of sequences that are decoded."""
+        q, k, v = F.linear(x, self.qkv.weight).unflatten(-1, (3, self.heads, -1)).unbind(2)
+        q, k = (rotary_next(part, clock, self.rotary_base) for part in (q, k))
+        return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
 
     def split(self, x: Tensor, positions: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """(B, T, C) → queries and keys with rotary positions, and values: each (B, H, T, D).
 
         `positions` (T,) are the positions of the tokens; None: 0 … T−1.
         """
-        channels = x.shape[-1]
         # two products: if v were a view of one product, it would keep the unrotated q and k in memory
-        w_qk, w_v = self.qkv.weight.split([2 * channels, channels])
+        w_qk, w_v = self.qkv.weight.split([2 * self.inner, self.inner])
         qk = F.linear(x, w_qk).unflatten(-1, (2, self.heads, -1))  # (B, T, 2, H, D)
         qk = rotary(qk, positions, self.rotary_base)
         v = F.linear(x, w_v).unflatten(-1, (self.heads, -1))
@@ -123,9 +140,11 @@ class Projections(nn.Module):
         return merged
 
     @staticmethod
-    def flops(batch_size: int, seq_len: int, d_model: int) -> int:
-        """Forward FLOPs of the four projections."""
-        return 8 * batch_size * seq_len * d_model * d_model
+    def flops(work: Workload, tokens: int | None = None) -> int:
+        """Forward FLOPs of the four projections of `tokens` tokens; None: of all."""
+        return (
+            8 * work.batch_size * (work.seq_len if tokens is None else tokens) * work.d_model * work.inner_dim
+        )
 
 
 def masked_attention(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor) -> Tensor:

@@ -1,8 +1,8 @@
 """A layer that attends to a memory of its own earlier inputs: what such variants share.
 
 Shapes: B batch, T tokens of a group of segments, S tokens of a segment, M positions of memory before it,
-J = M + S keys, N segments of a run, C channels, H heads, D = C / H. Heads come first, (H, B, S, D), because
-all sequences of a batch share the positions of a head.
+J = M + S keys, N segments of a run, C channels, H heads, D channels of a head. Heads come first,
+(H, B, S, D), because all sequences of a batch share the positions of a head.
 """
 
 from __future__ import annotations
@@ -17,10 +17,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from variants.base import Cost, Dims, Info, SequenceMixer, VariantConfig, Workload
+from variants.base import Clock, Cost, Dims, Info, SequenceMixer, VariantConfig, Workload
 from variants.input_schedule import Segments
 from variants.knobs import knob
 from variants.ops.projections import Projections
+from variants.ops.recurrent_state import RecurrentState
 from variants.ops.relative_attention import BLOCK, plain_attention, relative_attention, sinusoids
 from variants.ops.segment_windows import SegmentRun, Span, fold, known_product, unfold, windows_of
 
@@ -92,13 +93,13 @@ class Recurrent(SequenceMixer):
 
     def __init__(self, config: RecurrentConfig, dims: Dims, layer: int = 0) -> None:
         super().__init__(config, dims, layer)
-        channels, self.heads = dims.d_model, dims.heads
-        self.q = nn.Linear(channels, channels, bias=False)
-        self.kv = nn.Linear(channels, 2 * channels, bias=False)
-        self.r = nn.Linear(channels, channels, bias=False)
+        channels, inner, self.heads = dims.d_model, dims.inner_dim, dims.heads
+        self.q = nn.Linear(channels, inner, bias=False)
+        self.kv = nn.Linear(channels, 2 * inner, bias=False)
+        self.r = nn.Linear(channels, inner, bias=False)
         self.u = nn.Parameter(0.02 * torch.randn(dims.heads, dims.head_dim, dtype=torch.float32))
         self.v = nn.Parameter(0.02 * torch.randn(dims.heads, dims.head_dim, dtype=torch.float32))
-        self.out = nn.Linear(channels, channels, bias=False)
+        self.out = nn.Linear(inner, channels, bias=False)
 
     @classmethod
     def input_schedule(cls, config: VariantConfig) -> Segments:
@@ -212,6 +213,29 @@ class Recurrent(SequenceMixer):
         y = torch.cat(outputs, dim=1) if len(outputs) > 1 else outputs[0]
         return AttendedGroup(self.out(y), queries, windows)
 
+    def decode(
+        self, x: Tensor, state: RecurrentState, *, count: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
+        """The next tokens (B, n, C) of a segment → outputs (B, n, C), and with `count` the usage (B, J)."""
+        q = self.q(x).unflatten(-1, (self.heads, -1)).permute(2, 0, 1, 3)
+        kv, r = state.append(self.kv(x).unflatten(-1, (2, self.heads, -1)).permute(2, 3, 0, 1, 4))
+        u, v = self.u.to(q.dtype), self.v.to(q.dtype)
+        block = BLOCK.on(self.device_type)
+        y, usage = relative_attention(q, kv.to(q.dtype), r.to(q.dtype), u, v, count=count, block=block)
+        return self.out(y.permute(1, 2, 0, 3).flatten(2)), usage
+
+    def make_state(
+        self, batch_size: int, max_len: int, keys: int, clock: Clock, dtype: torch.dtype
+    ) -> RecurrentState:
+        """A state for at most `keys` keys at a time."""
+        like = self.r.weight.new_empty(1, self.dims.d_model)
+        shape = self.heads, batch_size, keys, self.dims.head_dim
+        return RecurrentState(clock, max_len, shape, self.positions(keys, like).detach().to(dtype), dtype)
+
+    def state_of_keys(self, work: Workload, keys: int) -> int:
+        """Bytes of such a state: keys and values of each sequence, and the positions of all."""
+        return work.element_bytes * work.inner_dim * (2 * work.batch_size * keys + keys + 1)
+
     def plainly_attend(self, x: Tensor, memory: Tensor) -> Attended:
         """The readable form of `attend`."""
         q, kv, r = self.project(x, memory)
@@ -219,22 +243,22 @@ class Recurrent(SequenceMixer):
         return Attended(self.out(y.permute(1, 2, 0, 3).flatten(2)), q, kv, weights.sum(dim=2).mean(dim=0))
 
     def group_cost(self, work: Workload, runs: Sequence[SegmentRun], new_memories: int = 0) -> Cost:
-        """Forward FLOPs of a group of segments: content, position and weighted sum are 2·C for each pair.
+        """Forward FLOPs of a group of segments: content, position and weighted sum are 2·H·D for each pair.
 
         Keys and values are computed for the memories that exist before the group, and for `new_memories` of
         its own that its segments read; those of its tokens are part of the projections. Positions are
         projected once. Memories are detached and positions constant, so both have gradients of weights only.
         """
-        channels = work.d_model
+        channels, inner = work.d_model, work.inner_dim
         tokens = sum(run.length for run in runs)
         pairs = sum(run.length * (2 * run.keys - run.sizes.tokens + 1) // 2 for run in runs)
         carried = runs[0].sizes.memory + runs[0].sizes.compressed
         return Cost(
             {
-                "projections": Projections.flops(work.batch_size, tokens, channels),
-                "attention": 6 * work.batch_size * channels * pairs,
-                "memory": 4 * work.batch_size * (carried + new_memories) * channels**2,
-                "positions": 2 * max(run.keys for run in runs) * channels**2,
+                "projections": Projections.flops(work, tokens),
+                "attention": 6 * work.batch_size * inner * pairs,
+                "memory": 4 * work.batch_size * (carried + new_memories) * channels * inner,
+                "positions": 2 * max(run.keys for run in runs) * channels * inner,
             },
             gradients={"memory": 1, "positions": 1},
         )

@@ -1,7 +1,8 @@
 """Softmax attention of a segment to itself and to a memory before it, with relative positions.
 
 Shapes: B sequences, S tokens of a segment, M positions of memory before them, J = M + S keys, C channels,
-H heads, D = C / H. Heads come first, (H, B, S, D), because all sequences share the positions of a head.
+H heads, D channels of a head. Heads come first, (H, B, S, D), because all sequences share the positions of a
+head.
 
 The score of a query at a key d positions back has four terms (Dai 2019, arXiv:1901.02860, §3.3):
 (q + u)·k + (q + v)·(W_r R_d). R_d is a sinusoid; u and v are learnt vectors, one of each for every head.

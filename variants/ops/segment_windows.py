@@ -3,7 +3,8 @@
 Segments whose sizes are equal are attended to as one batch. Each needs a window of keys: its memory and its
 own tokens. Windows of neighbouring segments overlap, because the tokens of one are the memory of the next.
 
-Shapes: B sequences, P tokens of a stream, C channels, H heads, D = C / H, N segments of a run, J keys of one.
+Shapes: B sequences, P tokens of a stream, C channels, H heads, D channels of a head, N segments of a run,
+J keys of one.
 """
 
 from __future__ import annotations

@@ -102,6 +102,11 @@ class Summaries(Rule):
     short_block: tuple[int, int] | None
     """[begin, end) of a shorter last block whose summary positions are its last c tokens, or None."""
 
+    @property
+    def period(self) -> int | None:
+        """The length of a block, without a shorter one at the end."""
+        return self.positions.stride if self.short_block is None else None
+
     def __call__(self, head: Tensor, i: Tensor, j: Tensor) -> Tensor:
         """Does not depend on the query."""
         stride, c = self.positions.stride, self.positions.c

@@ -35,22 +35,29 @@ class Kinds:
 
     `plain`: an ordinary cell. `fits`: what fits into a budget. `payoff`: training at the largest batch that
     fits. A cell of a given batch that was measured and also searched for what fits is in the first two.
+    `decoding`: cells that measured decoding; they are in `plain` too if they also measured a step or trained.
     """
 
     plain: pd.DataFrame
     fits: pd.DataFrame
     payoff: pd.DataFrame
+    decoding: pd.DataFrame
 
 
 def kinds(frame: pd.DataFrame) -> Kinds:
     """The records by kind; `budget_bytes` is filled in for a cell that stopped before it was known."""
+    decoding = frame["decode_source"].notna()
+    other = (
+        frame[["params", "nll"]].notna().any(axis=1)
+    )  # a step was measured or predicted, or a model trained
+    frame, decoded = frame[~decoding | other], frame[decoding]
     # A batch that is to be found is 0 until it is.
     fitted = (frame["batch_size"] == frame["largest_batch_size"]) & frame["longest_seq_len"].isna()
     payoff = fitted | (frame["batch_size"] == 0)
     frame = frame.assign(budget_bytes=_budget(frame, payoff))
     fits = frame["budget_bytes"].notna() & ~payoff
     measured = frame["peak_bytes"].notna() & ~predicted(frame["peak_bytes_source"])
-    return Kinds(frame[~payoff & (~fits | measured)], frame[fits], frame[payoff])
+    return Kinds(frame[~payoff & (~fits | measured)], frame[fits], frame[payoff], decoded)
 
 
 def _budget(frame: pd.DataFrame, payoff: pd.Series[bool]) -> pd.Series[float]:

@@ -39,7 +39,7 @@ class FigureSpec:
     cells: pd.DataFrame
     draw: Draw
     keys: Sequence[str]
-    kind: Literal["plain", "fits", "payoff"] = "plain"
+    kind: Literal["plain", "fits", "payoff", "decoding"] = "plain"
     condition: Callable[[Mapping[str, Any], pd.DataFrame], bool] = _always
     linked: Callable[[Mapping[str, Any]], str] = _shown
     front: bool = False

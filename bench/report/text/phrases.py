@@ -23,6 +23,7 @@ _PHRASES = {
     "vocab_size": "vocabulary {}",
     "tie_embeddings": "embeddings {}",
     "rotary_base": "rotary base {}",
+    "head_size": "heads of {} channels",
     "dropout": "dropout {}",
     "batch_size": "batch {}",
     "threads": "{} threads",
