@@ -153,13 +153,26 @@ def test_dense_is_measured_around_every_two_variants_of_the_costs_on_a_cpu() -> 
     assert len(specs) == len({*specs}), "no cell is there twice"
     found = settings_of([cell for cell in cells if cell.spec.model.size == "small"])
     assert {key[1] for key, _ in found} == {512, 1024, 2048, 4096}
+    masked = {name for name in OTHERS if not variants.load_mixer(name).info.caps.causal}
     for _, specs_of_round in found:
         order = [spec for spec in specs_of_round if not spec.twin or spec.variant == "dense"]
-        names = [spec.variant for spec in order]
-        assert {*names} == {"dense", *OTHERS}
-        places = [place for place, name in enumerate(names) if name == "dense"]
-        assert (places[0], places[-1]) == (0, len(names) - 1)
-        assert max(after - before for before, after in pairwise(places)) == 3
+        for objective, others in (("clm", {*OTHERS} - masked), ("mlm", masked)):
+            names = [spec.variant for spec in order if spec.objective == objective]
+            assert {*names} == {"dense", *others}
+            places = [place for place, name in enumerate(names) if name == "dense"]
+            assert (places[0], places[-1]) == (0, len(names) - 1)
+            assert max(after - before for before, after in pairwise(places)) <= 3
+        assert len([*groupby(order, lambda spec: spec.objective)]) == 2, "each objective is together"
+
+
+def test_the_baseline_has_the_objective_of_the_cells_around_it() -> None:
+    """Linformer exists only with a masked objective."""
+    rule = {"interleave": "{every:2,cell:{variant:dense}}"}
+    found = planned(grid(variant="'chunked,linformer,longformer'", seq_len="'64,128'", **rule))
+    causal = [("dense", "clm"), ("chunked", "clm"), ("longformer", "clm"), ("dense", "clm")]
+    masked = [("dense", "mlm"), ("linformer", "mlm"), ("dense", "mlm")]
+    assert [(cell.spec.variant, cell.spec.objective) for cell in found] == [*causal, *masked] * 2
+    assert len({repr(cell.spec) for cell in found}) == len(found), "no cell is there twice"
 
 
 def test_a_setting_that_two_grids_share_has_one_baseline() -> None:

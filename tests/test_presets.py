@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from hydra import compose, initialize_config_dir
 from hydra.core.object_type import ObjectType
 from hydra.plugins.config_source import ConfigLoadError
 from hydra_plugins.longctx_configs import CheckedSource
+from hydra_sweeps import swept
 from omegaconf import OmegaConf
 
 import variants
@@ -206,3 +208,19 @@ def test_a_preset_that_names_code_runs_nothing(group: str, tmp_path: Path) -> No
         "a preset sets hydra.mode, .sweeper, .launcher\n"
     )
     assert [path.name for path in tmp_path.iterdir()] == ["configs"]
+
+
+@pytest.mark.parametrize(
+    "preset", sorted(p.stem for p in (CONFIGS / "experiment").glob("*.yaml") if "glob(*" in p.read_text())
+)
+def test_masked_variants_have_a_baseline_wherever_causal_ones_do(preset: str) -> None:
+    """Where causal variants are compared with dense attention, those that exist only with a masked objective
+    are compared with dense attention of that objective."""
+    found: dict[str, set[tuple[str, str]]] = {}
+    for cell in swept(f"experiment={preset}", "replicate=0"):
+        setting = replace(cell.spec, variant="", variant_params={}, objective="", twin=0)
+        found.setdefault(repr(setting), set()).add((cell.spec.objective, cell.spec.variant))
+    for setting, cells in found.items():
+        has_masked = any(objective == "mlm" for objective, _ in cells)
+        if has_masked and ("clm", "dense") in cells:
+            assert ("mlm", "dense") in cells, setting

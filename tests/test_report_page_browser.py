@@ -27,6 +27,7 @@ from test_report import failed, record, sweep, write
 from test_report_baselines import BITS, models
 from test_report_page import HOSTILE, two_thousand_cells
 
+import variants
 from bench.report import build
 
 SHOTS = Path(__file__).parent / "shots"
@@ -307,6 +308,19 @@ def test_no_table_leaves_the_page(browser: webdriver.Chrome, pages: Pages, name:
 
 def test_the_fastest_table_needs_no_sideways_scroll_at_1280(browser: webdriver.Chrome, pages: Pages) -> None:
     show(browser, pages("sweep"), width=1280)
+    room = "const room = document.querySelector('#by-speed').parentElement; "
+    assert browser.execute_script(room + "return room.scrollWidth - room.clientWidth") <= 0
+
+
+def test_on_a_phone_names_of_variants_are_on_one_line_and_the_fastest_table_fits(
+    browser: webdriver.Chrome, tmp_path: Path
+) -> None:
+    shown = {*variants.names()} - {"hybrid"}  # whose name is that of its layers
+    found = [record(name, length) for name in shown for length in (512, 1024)]
+    show(browser, build(write(tmp_path, found), plots=False) / "index.html", width=390)
+    names = find(browser, "#by-speed tbody th .name")
+    assert {name.text for name in names} == shown
+    assert len({name.rect["height"] for name in names}) == 1
     room = "const room = document.querySelector('#by-speed').parentElement; "
     assert browser.execute_script(room + "return room.scrollWidth - room.clientWidth") <= 0
 

@@ -3,8 +3,9 @@
 The speed of a machine drifts within a round. A ratio to a baseline is only free of this drift if both were
 measured one after the other. With `interleave: {every: 2, cell: {variant: dense}}` the baseline of a setting
 is measured before the cells of this setting, after every two of them, and after the last one. The repeated
-cells are twins of the baseline, with all other knobs of the cells around them. Grids with the same rule are
-treated as one, because their cells may have the same settings.
+cells are twins of the baseline, with all other knobs of the cells around them, and with their objective: a
+variant that exists only with a masked objective is between baselines of this objective. Grids with the same
+rule are treated as one, because their cells may have the same settings.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ Line = list[str]
 
 @dataclass
 class _Group:
-    """The cells of one setting and replicate."""
+    """The cells of one setting, objective and replicate."""
 
     baseline: Cell
     line: Line
@@ -65,23 +66,30 @@ class Interleave:
     ) -> list[tuple[Cell, Line]]:
         """Return the cells of grids with their overrides, ordered by setting, with the baselines between
         them."""
-        groups: dict[str, _Group] = {}
+        groups: dict[str, dict[str, _Group]] = {}  # by setting, and by objective
         for cell, line in cells:
-            line_of_baseline = self.baseline(line)
+            line_of_baseline = self.baseline(cell, line)
             baseline = compose(line_of_baseline)
-            key = repr((baseline.folder, baseline.spec))
-            groups.setdefault(key, _Group(baseline, line_of_baseline)).members.append((cell, line))
-        return [placed for group in groups.values() for placed in self._around(group, compose)]
+            objective = baseline.spec.objective
+            setting = groups.setdefault(repr((baseline.folder, replace(baseline.spec, objective=""))), {})
+            setting.setdefault(objective, _Group(baseline, line_of_baseline)).members.append((cell, line))
+        return [
+            placed
+            for setting in groups.values()
+            for group in setting.values()
+            for placed in self._around(group, compose)
+        ]
 
-    def baseline(self, line: Line) -> Line:
-        """Return the overrides of the baseline that is compared with a cell."""
-        sections = tuple(f"{key}." for key in self.cell)
+    def baseline(self, cell: Cell, line: Line) -> Line:
+        """Return the overrides of the baseline that is compared with a cell, which has these overrides."""
+        chosen = {"objective": cell.spec.objective, **self.cell}
+        sections = tuple(f"{key}." for key in chosen)
 
         def is_kept(override: str) -> bool:
             key = override.lstrip("+").partition("=")[0]
-            return key not in self.cell and key != "twin" and not key.startswith(sections)
+            return key not in chosen and key != "twin" and not key.startswith(sections)
 
-        own = [overrides.quote_text(f"{key}={value}") for key, value in self.cell.items()]
+        own = [overrides.quote_text(f"{key}={value}") for key, value in chosen.items()]
         return [*filter(is_kept, line), *own]
 
     def _around(self, group: _Group, compose: Callable[[Line], Cell]) -> list[tuple[Cell, Line]]:
