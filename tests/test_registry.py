@@ -11,9 +11,15 @@ from importlib.metadata import entry_points
 from pathlib import Path
 
 import pytest
+import yaml
 
 import variants
 from variants import attention
+from variants.knobs import knobs_of
+from variants.slots import SLOTS
+
+LAYERS = {f"{slot.group}={name}": slot.load(name) for slot in SLOTS.values() for name in slot.names()}
+"""Feed-forward layers and depth schedules by what selects them."""
 
 MODULE = '''
 """A variant of somebody else's: every token reads itself and the token `lag` before it."""
@@ -174,10 +180,11 @@ assert "torch" not in sys.modules
     done = python("-c", code, path=plugged, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     named = [line for line in done.stdout.splitlines() if not line.startswith(" ")]
-    assert named == sorted({*variants.names(), "lagged"})
+    names = sorted({*variants.names(), "lagged"})
+    assert named == (names if options else [*(f"variant={name}" for name in names), *LAYERS])
 
 
-def test_command_describes_every_variant(plugged: Path, tmp_path: Path) -> None:
+def test_command_describes_every_entry(plugged: Path, tmp_path: Path) -> None:
     done = python("-m", "variants", path=plugged, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     parts: dict[str, list[str]] = {}
@@ -186,12 +193,19 @@ def test_command_describes_every_variant(plugged: Path, tmp_path: Path) -> None:
             parts[line] = []
         else:
             parts[[*parts][-1]].append(line)
-    assert [*parts] == sorted({*variants.names(), "lagged"})
-    assert "variant.lag=1  # Tokens back (an integer, 1 or more)" in "\n".join(parts.pop("lagged"))
-    for name, lines in parts.items():
-        variant, text = variants.load(name), "\n".join(lines)
-        if name in variants.mixers():
-            info = variant.info_for(variant.Config())
+    assert "variant.lag=1  # Tokens back (an integer, 1 or more)" in "\n".join(parts.pop("variant=lagged"))
+    for entry, lines in parts.items():
+        group, _, name = entry.partition("=")
+        cls, text = LAYERS.get(entry) or variants.load(name), "\n".join(lines)
+        for knob in knobs_of(cls.Config).values():
+            (line,) = [line for line in lines if f" {group}.{knob.name}=" in line]
+            value, _, meaning = line.partition("=")[2].partition("  # ")
+            assert knob.read(yaml.safe_load(value)) == knob.default
+            assert meaning.endswith(f" ({knob.allowed()})")
+        if entry in LAYERS:
+            assert cls.paper in text
+        elif name in variants.mixers():
+            info = cls.info_for(cls.Config())
             assert info.paper in text
             assert info.family in text
             assert info.complexity.formula in text
@@ -199,7 +213,7 @@ def test_command_describes_every_variant(plugged: Path, tmp_path: Path) -> None:
         else:
             assert "mixture" in text
         knobs = {line.split()[1].partition("=")[0] for line in lines if line.split()[0] == "knob"}
-        assert knobs == {f"variant.{field.name}" for field in dataclasses.fields(variant.Config)}
+        assert knobs == {f"{group}.{field.name}" for field in dataclasses.fields(cls.Config)}
 
 
 @pytest.mark.parametrize(("wrong", "near"), [("longfromer", "longformer"), ("Dense", "dense")])

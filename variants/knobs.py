@@ -213,7 +213,7 @@ def _number(text: str) -> int | float | str:
     return text
 
 
-def _as_text(value: Any) -> str:
+def as_text(value: Any) -> str:
     """A value in the syntax of a configuration: a tuple as a list, null for None."""
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
@@ -262,13 +262,13 @@ class Knobs:
         known = knobs_of(cls)
         for name, value in values.items():
             if name in known and (allowed := known[name].reject(value)):  # __init__ rejects other names
-                raise ValueError(f"{name}={_as_text(value)}: allowed is {allowed}")
+                raise ValueError(f"{name}={as_text(value)}: allowed is {allowed}")
         return super().__new__(cls)
 
     def require(self, name: str, ok: bool, allowed: str) -> None:
         """Raise ValueError with the value of a knob and the `allowed` values, unless `ok`."""
         if not ok:
-            raise ValueError(f"{name}={_as_text(getattr(self, name))}: allowed is {allowed}")
+            raise ValueError(f"{name}={as_text(getattr(self, name))}: allowed is {allowed}")
 
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> Self:
