@@ -9,13 +9,16 @@ import subprocess
 import sys
 from importlib.metadata import entry_points
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import yaml
 
 import variants
+from bench.measure.gate_failed import GateFailed
+from bench.tools import check
 from variants import attention
-from variants.knobs import knobs_of
+from variants.knobs import Knobs, knob, knobs_of
 from variants.slots import SLOTS
 
 LAYERS = {f"{slot.group}={name}": slot.load(name) for slot in SLOTS.values() for name in slot.names()}
@@ -197,11 +200,11 @@ def test_command_describes_every_entry(plugged: Path, tmp_path: Path) -> None:
     for entry, lines in parts.items():
         group, _, name = entry.partition("=")
         cls, text = LAYERS.get(entry) or variants.load(name), "\n".join(lines)
-        for knob in knobs_of(cls.Config).values():
-            (line,) = [line for line in lines if f" {group}.{knob.name}=" in line]
+        for one in knobs_of(cls.Config).values():
+            (line,) = [line for line in lines if f" {group}.{one.name}=" in line]
             value, _, meaning = line.partition("=")[2].partition("  # ")
-            assert knob.read(yaml.safe_load(value)) == knob.default
-            assert meaning.endswith(f" ({knob.allowed()})")
+            assert one.read(yaml.safe_load(value)) == one.default
+            assert meaning.endswith(f" ({one.allowed()})")
         if entry in LAYERS:
             assert cls.paper in text
         elif name in variants.mixers():
@@ -395,7 +398,12 @@ def test_a_plug_in_is_checked(plugged: Path, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     lines = done.stdout.splitlines()
     assert all(line.startswith("ok      ") for line in lines)
-    for words in ("causal, 97 tokens, gates: leak 0.0e+00", "a plan of 65,536 tokens", "not supported"):
+    for words in (
+        "causal, 97 tokens, gates: leak 0.0e+00",
+        "a plan of 65,536 tokens",
+        "not supported",
+        "decoding: not decoded: has no form for decoding",
+    ):
         assert any(words in line for line in lines), words
 
 
@@ -415,7 +423,7 @@ def test_a_plug_in_is_checked(plugged: Path, tmp_path: Path) -> None:
         ),
         ("* work.seq_len**2", "* work.seq_len", "cost gate"),
         ("return 2 * work.batch_size * self.config.lag", "return -2", "state_bytes after 1 tokens is -"),
-        ("lag: int = knob(1, least=1)", "lag: int = 1", "lag=-1 is accepted"),
+        ("lag: int = knob(1, least=1)", "lag: int = 1", "lag has no bounds"),
         ('    """Tokens back."""\n', "", "lag: no meaning"),
         (
             "return MixerOut(self.reference(x, ctx))",
@@ -432,6 +440,48 @@ def test_a_fault_of_a_plug_in_is_found(planted: str, by: str, words: str, tmp_pa
     done = python("-m", "bench.tools.check", "lagged", "--tokens", "97", path=site, cwd=tmp_path)
     assert done.returncode == 1, done.stdout
     assert any(line.startswith("FAILED") and words in line for line in done.stdout.splitlines()), done.stdout
+
+
+def decoded(name: str) -> check.Outcome:
+    """What the check says of decoding a variant."""
+    outcomes = check.outcomes(check.cell(name, []), [33])
+    return next(outcome for outcome in outcomes if outcome.what == "causal, 33 tokens, decoding")
+
+
+def test_decoding_is_checked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps that differ from the parallel pass are found, and a state of another size than is stated."""
+    good = decoded("dense")
+    assert good.found
+    assert good.found.startswith("error ")
+    dense = variants.load_mixer("dense")
+    step, stated = dense.step, dense.decoding_bytes
+    with monkeypatch.context() as patched:
+        patched.setattr(dense, "step", lambda self, x, state: 1.01 * step(self, x, state))
+        assert "steps changed a logit" in decoded("dense").reason
+    with monkeypatch.context() as patched:
+        patched.setattr(dense, "decoding_bytes", lambda self, work: stated(self, work) + 1)
+        assert "are stated" in decoded("dense").reason
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Bounded(Knobs):
+    """Every kind of bound, −1 within some of them."""
+
+    lowest: int = knob(0, least=-5)
+    share: float = knob(0.5, above=0, most=1)
+    offsets: tuple[int, ...] = knob((-3,), below=0)
+    groups: int | None = knob(None, multiple=4)
+    size: int | Literal["all"] = knob("all", least=1)
+    word: str = ""
+    on: bool = False
+
+
+def test_a_knob_may_allow_negative_numbers_if_it_has_bounds() -> None:
+    check.check_refusals(Bounded)
+    for annotation in (int, float, int | None, tuple[float, ...]):
+        unbounded = dataclasses.make_dataclass("U", [("x", annotation, None)], bases=(Knobs,), frozen=True)
+        with pytest.raises(GateFailed, match="x has no bounds"):
+            check.check_refusals(unbounded)
 
 
 def test_a_mistake_in_a_check_is_one_line(tmp_path: Path) -> None:

@@ -155,6 +155,12 @@ class Knob:
         return any(get_origin(one) is tuple for one in self._types())
 
     @property
+    def number(self) -> type[int] | type[float] | None:
+        """The type of its numbers, or of the entries of a list; None if it takes no numbers."""
+        taken = [get_args(one)[0] if get_origin(one) is tuple else one for one in self._types()]
+        return float if float in taken else int if int in taken else None
+
+    @property
     def is_text(self) -> bool:
         """Whether all its values are text, so that a number in a configuration is text too."""
         return all(one is str or get_origin(one) is Literal for one in self._types())
