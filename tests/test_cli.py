@@ -424,6 +424,15 @@ def test_help_names_groups_and_knobs_and_does_not_load_torch(tmp_path: Path) -> 
     assert not list(tmp_path.iterdir())
 
 
+PRESETS = sorted(path.stem for path in (CONFIGS / "experiment").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_help_says_how_long_a_preset_takes(preset: str) -> None:
+    (line,) = [line for line in help.presets() if line.startswith(f"  {preset}: ")]
+    assert re.search(r"\b(seconds|minutes?|hours?|night|days?)\b", line)
+
+
 def test_help_describes_every_knob_of_what_is_chosen(tmp_path: Path) -> None:
     chosen = ["variant=reformer", "variant.n_hashes=2", "data=needle", "measure=quick", "tracker=mlflow"]
     text = help.text([*chosen, "feed_forward=glu", "feed_forward.mult=2", "stack=universal"], CONFIGS)

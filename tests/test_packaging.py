@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+from test_registry import distribution
 
 ROOT = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -115,22 +116,47 @@ def test_editable_install_leaves_configs_in_the_checkout(tmp_path: Path) -> None
     }
 
 
-def test_wheel_works_away_from_checkout(wheel: Path, tmp_path: Path) -> None:
-    """The project from the wheel, its dependencies from this environment."""
-    environment, elsewhere = tmp_path / "venv", tmp_path / "elsewhere"
-    elsewhere.mkdir()
+@pytest.fixture(scope="module")
+def from_wheel(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A virtual environment with the project from the wheel, and its dependencies from this environment."""
+    environment = tmp_path_factory.mktemp("from_wheel") / "venv"
     venv.create(environment, symlinks=True)
     run(
         *(sys.executable, "-m", "pip", "-q", "--python", bin_python(environment)),
         *("install", "--no-deps", "--no-index", wheel),
-        cwd=elsewhere,
+        cwd=environment,
     )
     # A folder named in a .pth comes last, and the .pth files inside it are not read: a checkout that is
     # installed as editable in this environment stays out.
     (site_packages,) = environment.glob("lib/python*/site-packages")
     borrowed = {sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}
     (site_packages / "borrowed.pth").write_text("\n".join(sorted(borrowed)) + "\n")
-    assert_works_away_from_checkout(environment, elsewhere)
+    return environment
+
+
+def test_wheel_works_away_from_checkout(from_wheel: Path, tmp_path: Path) -> None:
+    assert_works_away_from_checkout(from_wheel, tmp_path)
+
+
+@pytest.mark.slow
+def test_wheel_checks_a_plug_in_of_another_folder(from_wheel: Path, tmp_path: Path) -> None:
+    """A faulty plug-in fails, so that it is not another variant that was checked."""
+    site = distribution(tmp_path / "site", {"lagged": "lagged_attention.lagged:Lagged"})
+    (site_packages,) = from_wheel.glob("lib/python*/site-packages")
+    path = site_packages / "plug_in.pth"
+    path.write_text(f"{site}\n")
+    command = [from_wheel / "bin" / "longctx-bench", "check", "lagged", "lag=2", "--tokens", "97"]
+    try:
+        lines = run(*command, cwd=tmp_path).stdout.splitlines()
+        assert len(lines) > 5
+        assert all(line.startswith("ok ") for line in lines)
+        module = site / "lagged_attention" / "lagged.py"
+        module.write_text(module.read_text().replace("self.reference(x, ctx)", "2 * self.reference(x, ctx)"))
+        faulty = run(*command, cwd=tmp_path, check=False)
+        assert faulty.returncode == 1, faulty.stderr
+        assert "FAILED  causal, 97 tokens, gates: GateFailed: reference" in faulty.stdout
+    finally:
+        path.unlink()
 
 
 @pytest.mark.slow

@@ -9,11 +9,20 @@ import subprocess
 import sys
 from importlib.metadata import entry_points
 from pathlib import Path
+from typing import Literal
 
 import pytest
+import yaml
 
 import variants
+from bench.measure.gate_failed import GateFailed
+from bench.tools import check
 from variants import attention
+from variants.knobs import Knobs, knob, knobs_of
+from variants.slots import SLOTS
+
+LAYERS = {f"{slot.group}={name}": slot.load(name) for slot in SLOTS.values() for name in slot.names()}
+"""Feed-forward layers and depth schedules by what selects them."""
 
 MODULE = '''
 """A variant of somebody else's: every token reads itself and the token `lag` before it."""
@@ -174,10 +183,11 @@ assert "torch" not in sys.modules
     done = python("-c", code, path=plugged, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     named = [line for line in done.stdout.splitlines() if not line.startswith(" ")]
-    assert named == sorted({*variants.names(), "lagged"})
+    names = sorted({*variants.names(), "lagged"})
+    assert named == (names if options else [*(f"variant={name}" for name in names), *LAYERS])
 
 
-def test_command_describes_every_variant(plugged: Path, tmp_path: Path) -> None:
+def test_command_describes_every_entry(plugged: Path, tmp_path: Path) -> None:
     done = python("-m", "variants", path=plugged, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     parts: dict[str, list[str]] = {}
@@ -186,12 +196,19 @@ def test_command_describes_every_variant(plugged: Path, tmp_path: Path) -> None:
             parts[line] = []
         else:
             parts[[*parts][-1]].append(line)
-    assert [*parts] == sorted({*variants.names(), "lagged"})
-    assert "variant.lag=1  # Tokens back (an integer, 1 or more)" in "\n".join(parts.pop("lagged"))
-    for name, lines in parts.items():
-        variant, text = variants.load(name), "\n".join(lines)
-        if name in variants.mixers():
-            info = variant.info_for(variant.Config())
+    assert "variant.lag=1  # Tokens back (an integer, 1 or more)" in "\n".join(parts.pop("variant=lagged"))
+    for entry, lines in parts.items():
+        group, _, name = entry.partition("=")
+        cls, text = LAYERS.get(entry) or variants.load(name), "\n".join(lines)
+        for one in knobs_of(cls.Config).values():
+            (line,) = [line for line in lines if f" {group}.{one.name}=" in line]
+            value, _, meaning = line.partition("=")[2].partition("  # ")
+            assert one.read(yaml.safe_load(value)) == one.default
+            assert meaning.endswith(f" ({one.allowed()})")
+        if entry in LAYERS:
+            assert cls.paper in text
+        elif name in variants.mixers():
+            info = cls.info_for(cls.Config())
             assert info.paper in text
             assert info.family in text
             assert info.complexity.formula in text
@@ -199,7 +216,7 @@ def test_command_describes_every_variant(plugged: Path, tmp_path: Path) -> None:
         else:
             assert "mixture" in text
         knobs = {line.split()[1].partition("=")[0] for line in lines if line.split()[0] == "knob"}
-        assert knobs == {f"variant.{field.name}" for field in dataclasses.fields(variant.Config)}
+        assert knobs == {f"{group}.{field.name}" for field in dataclasses.fields(cls.Config)}
 
 
 @pytest.mark.parametrize(("wrong", "near"), [("longfromer", "longformer"), ("Dense", "dense")])
@@ -381,7 +398,12 @@ def test_a_plug_in_is_checked(plugged: Path, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     lines = done.stdout.splitlines()
     assert all(line.startswith("ok      ") for line in lines)
-    for words in ("causal, 97 tokens, gates: leak 0.0e+00", "a plan of 65,536 tokens", "not supported"):
+    for words in (
+        "causal, 97 tokens, gates: leak 0.0e+00",
+        "a plan of 65,536 tokens",
+        "not supported",
+        "decoding: not decoded: has no form for decoding",
+    ):
         assert any(words in line for line in lines), words
 
 
@@ -401,7 +423,7 @@ def test_a_plug_in_is_checked(plugged: Path, tmp_path: Path) -> None:
         ),
         ("* work.seq_len**2", "* work.seq_len", "cost gate"),
         ("return 2 * work.batch_size * self.config.lag", "return -2", "state_bytes after 1 tokens is -"),
-        ("lag: int = knob(1, least=1)", "lag: int = 1", "lag=-1 is accepted"),
+        ("lag: int = knob(1, least=1)", "lag: int = 1", "lag has no bounds"),
         ('    """Tokens back."""\n', "", "lag: no meaning"),
         (
             "return MixerOut(self.reference(x, ctx))",
@@ -418,6 +440,48 @@ def test_a_fault_of_a_plug_in_is_found(planted: str, by: str, words: str, tmp_pa
     done = python("-m", "bench.tools.check", "lagged", "--tokens", "97", path=site, cwd=tmp_path)
     assert done.returncode == 1, done.stdout
     assert any(line.startswith("FAILED") and words in line for line in done.stdout.splitlines()), done.stdout
+
+
+def decoded(name: str) -> check.Outcome:
+    """What the check says of decoding a variant."""
+    outcomes = check.outcomes(check.cell(name, []), [33])
+    return next(outcome for outcome in outcomes if outcome.what == "causal, 33 tokens, decoding")
+
+
+def test_decoding_is_checked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps that differ from the parallel pass are found, and a state of another size than is stated."""
+    good = decoded("dense")
+    assert good.found
+    assert good.found.startswith("error ")
+    dense = variants.load_mixer("dense")
+    step, stated = dense.step, dense.decoding_bytes
+    with monkeypatch.context() as patched:
+        patched.setattr(dense, "step", lambda self, x, state: 1.01 * step(self, x, state))
+        assert "steps changed a logit" in decoded("dense").reason
+    with monkeypatch.context() as patched:
+        patched.setattr(dense, "decoding_bytes", lambda self, work: stated(self, work) + 1)
+        assert "are stated" in decoded("dense").reason
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Bounded(Knobs):
+    """Every kind of bound, −1 within some of them."""
+
+    lowest: int = knob(0, least=-5)
+    share: float = knob(0.5, above=0, most=1)
+    offsets: tuple[int, ...] = knob((-3,), below=0)
+    groups: int | None = knob(None, multiple=4)
+    size: int | Literal["all"] = knob("all", least=1)
+    word: str = ""
+    on: bool = False
+
+
+def test_a_knob_may_allow_negative_numbers_if_it_has_bounds() -> None:
+    check.check_refusals(Bounded)
+    for annotation in (int, float, int | None, tuple[float, ...]):
+        unbounded = dataclasses.make_dataclass("U", [("x", annotation, None)], bases=(Knobs,), frozen=True)
+        with pytest.raises(GateFailed, match="x has no bounds"):
+            check.check_refusals(unbounded)
 
 
 def test_a_mistake_in_a_check_is_one_line(tmp_path: Path) -> None:

@@ -1,43 +1,63 @@
-"""`python -m variants`: list the variants with their papers, capabilities, claims and knobs."""
+"""`python -m variants`: list variants, feed-forward layers and depth schedules with papers and knobs.
+
+For each attention variant also its family, its capabilities, and the complexity that its paper claims.
+"""
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import variants
-from variants.declarations import Unreadable, attribute, line_of
-from variants.knobs import knobs_of
+from variants.declarations import Declared, Unreadable, attribute, line_of
+from variants.knobs import as_text, knobs_of
 from variants.safe_output import run
+from variants.slots import SLOTS, Slot
 
 
 def main() -> int:
-    """Print all variants with details or, with --names, their names only. Does not import torch."""
+    """Print all entries with details or, with --names, the variants' names only. Does not import torch."""
     parser = argparse.ArgumentParser(prog="python -m variants", description=__doc__)
-    parser.add_argument("--names", action="store_true", help="print names only, one on each line")
+    parser.add_argument("--names", action="store_true", help="print names of variants only, one on each line")
     names_only = parser.parse_args().names
     try:
         names = variants.names()
     except variants.PluginClash as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    if names_only:
+        print(*names, sep="\n")
+        return 0
     for name in names:
-        print(name if names_only else "\n".join([name, *_details(name)]))
+        print(f"variant={name}", *_variant(name), sep="\n")
+    for slot in SLOTS.values():
+        for name in slot.names():
+            print(f"{slot.group}={name}", *_layer(slot, name), sep="\n")
     return 0
 
 
-def _details(name: str) -> list[str]:
-    """The lines below the name of a variant."""
+def _variant(name: str) -> list[str]:
+    """The lines below a variant."""
+    return _described("variant", lambda: _facts(name), lambda: variants.declared(name))
+
+
+def _layer(slot: Slot[Any], name: str) -> list[str]:
+    """The lines below a feed-forward layer or a depth schedule."""
+    return _described(slot.group, lambda: [f"  paper    {_paper(slot, name)}"], lambda: slot.declared(name))
+
+
+def _described(group: str, facts: Callable[[], list[str]], declared: Callable[[], Declared]) -> list[str]:
+    """The facts of an entry and a line for each of its knobs, or why it cannot be read."""
     try:
-        lines, declared = _facts(name), variants.declared(name)
-    except variants.BrokenVariant as error:
+        lines, found = facts(), declared()
+    except (variants.BrokenVariant, TypeError) as error:
         return [f"  broken   {error}"]
-    defaults = declared.config().as_dict()
-    for knob in knobs_of(declared.config).values():
-        line = line_of(knob, declared.meanings.get(knob.name, ""))
-        lines.append(f"  knob     variant.{knob.name}={defaults[knob.name]}  # {line}")
+    for name, knob in knobs_of(found.config).items():
+        value = knob.default if isinstance(knob.default, str) else as_text(knob.default)
+        lines.append(f"  knob     {group}.{name}={value}  # {line_of(knob, found.meanings.get(name, ''))}")
     return lines
 
 
@@ -65,6 +85,14 @@ def _info(name: str) -> dict[str, Any] | None:
     except Unreadable:
         variant = variants.load(name)
         return dataclasses.asdict(variant.info_for(variant.Config()))
+
+
+def _paper(slot: Slot[Any], name: str) -> str:
+    """The paper of a layer or schedule. Imports its module if the source has no literal."""
+    try:
+        return str(attribute(slot.module_of(name), None, "paper"))
+    except Unreadable:
+        return str(slot.load(name).paper)
 
 
 if __name__ == "__main__":

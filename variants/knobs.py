@@ -155,6 +155,12 @@ class Knob:
         return any(get_origin(one) is tuple for one in self._types())
 
     @property
+    def number(self) -> type[int] | type[float] | None:
+        """The type of its numbers, or of the entries of a list; None if it takes no numbers."""
+        taken = [get_args(one)[0] if get_origin(one) is tuple else one for one in self._types()]
+        return float if float in taken else int if int in taken else None
+
+    @property
     def is_text(self) -> bool:
         """Whether all its values are text, so that a number in a configuration is text too."""
         return all(one is str or get_origin(one) is Literal for one in self._types())
@@ -213,7 +219,7 @@ def _number(text: str) -> int | float | str:
     return text
 
 
-def _as_text(value: Any) -> str:
+def as_text(value: Any) -> str:
     """A value in the syntax of a configuration: a tuple as a list, null for None."""
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
@@ -262,13 +268,13 @@ class Knobs:
         known = knobs_of(cls)
         for name, value in values.items():
             if name in known and (allowed := known[name].reject(value)):  # __init__ rejects other names
-                raise ValueError(f"{name}={_as_text(value)}: allowed is {allowed}")
+                raise ValueError(f"{name}={as_text(value)}: allowed is {allowed}")
         return super().__new__(cls)
 
     def require(self, name: str, ok: bool, allowed: str) -> None:
         """Raise ValueError with the value of a knob and the `allowed` values, unless `ok`."""
         if not ok:
-            raise ValueError(f"{name}={_as_text(getattr(self, name))}: allowed is {allowed}")
+            raise ValueError(f"{name}={as_text(getattr(self, name))}: allowed is {allowed}")
 
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> Self:

@@ -5,14 +5,17 @@ multiple of any block, in each direction that it supports: no output depends on 
 equals the reference in outputs and gradients, in float32 and with bfloat16; strategies for activations give
 the same gradients; sequences of a batch do not reach each other; the dispatched FLOPs are those of the
 formula; the mixer is one graph for torch.compile; the state does not shrink with the sequence; and a long
-sequence can be planned on fake tensors. Every knob must have a meaning and refuse senseless values, and
-`unsupported` must agree with the capabilities. Exit status 1 if a check fails.
+sequence can be planned on fake tensors. If the variant can be decoded, a prompt and steps give the outputs of
+the parallel pass, from states of the stated size. Every knob must have a meaning, those for numbers must have
+bounds, and `unsupported` must agree with the capabilities. Exit status 1 if a check fails.
+
+Over 300 lines: each check is a short function.
 """
 
 from __future__ import annotations
 
 import argparse
-import re
+import math
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -29,13 +32,16 @@ from bench.config.spec import CellSpec, DataSpec, MeasureSpec, ModelSizes
 from bench.inputs.errors import ConfigError
 from bench.inputs.printable import printable
 from bench.measure import gates, predict, step
+from bench.measure.decoding_gate import decoding_error
 from bench.measure.gate_failed import GateFailed
 from bench.measure.reference_gate import reference_error
+from bench.model.decode import Decoder, decoding_bytes
+from bench.scenarios.decoding import reason_not_to_decode
 from bench.scenarios.figures import flop_figures
 from bench.scenarios.support import Unsupported, check_supported
 from bench.tasks.base import Batch
 from variants.base import Workload
-from variants.knobs import Knobs, knobs_of
+from variants.knobs import Knob, Knobs, as_text, knobs_of
 from variants.safe_output import run
 
 LENGTHS = (1, 64, 97, 600)
@@ -124,6 +130,8 @@ def _at(spec: CellSpec, where: str, folder: Path) -> Iterator[Outcome]:
     yield _tried(f"{where}, gates with bfloat16", lambda: _gates(replace(spec, dtype="bfloat16"), folder))
     yield _tried(f"{where}, sequences of a batch", lambda: _isolated(spec))
     yield _tried(f"{where}, FLOPs", lambda: _flops(spec))
+    if spec.causal:
+        yield _tried(f"{where}, decoding", lambda: _decoding(spec))
 
 
 def _at_the_last(spec: CellSpec, where: str, folder: Path) -> Iterator[Outcome]:
@@ -192,6 +200,19 @@ def _flops(spec: CellSpec) -> str:
     return f"{found['cost_ratio']:.3f} times the formula{reason}"
 
 
+def _decoding(spec: CellSpec) -> str:
+    if reason := reason_not_to_decode(spec):
+        return f"not decoded: {reason}"
+    _, _, dims = spec.attention()
+    error = decoding_error(spec, dims, spec.depth, CPU)
+    model = _model(spec)
+    held = Decoder(model, spec.batch_size, spec.seq_len).nbytes
+    stated = decoding_bytes(model, replace(spec.workload(), element_bytes=4))
+    if held != stated:
+        raise GateFailed(f"decoding gate: states of {held:,} bytes; {stated:,} are stated")
+    return f"error {error:.1e}, states of {held:,} bytes"
+
+
 def _knobs(variant: str) -> str:
     declared = variants.declared(variant)
     if missing := knobs_of(declared.config).keys() - declared.meanings.keys():
@@ -201,18 +222,33 @@ def _knobs(variant: str) -> str:
 
 
 def check_refusals(config: type[Knobs]) -> None:
-    """Raise GateFailed if a knob that counts or measures accepts −1, or refuses it without its name."""
+    """Raise GateFailed if a knob for numbers has no bounds, accepts a number just outside of them, or refuses
+    it without its name."""
     for name, knob in knobs_of(config).items():
-        if isinstance(knob.default, str | bool):
-            continue
-        bad = (-1,) if knob.is_list else -1
-        try:
-            config(**{name: bad})
-        except ValueError as error:
-            if re.match(rf"{name}=\[?-1\]?: allowed is .", str(error)):
-                continue
-            raise GateFailed(f"{name}=-1: the message does not begin with the knob: {error}") from None
-        raise GateFailed(f"{name}=-1 is accepted; allowed must be stated: knob(…, least=…)")
+        if knob.number is not None and not _outside(knob):
+            raise GateFailed(f"{name} has no bounds; state them: knob(…, least=…)")
+        for number in _outside(knob):
+            bad = (number,) if knob.is_list else number
+            shown = f"{name}={as_text(bad)}"
+            try:
+                config(**{name: bad})
+            except ValueError as error:
+                if str(error).startswith(f"{shown}: allowed is "):
+                    continue
+                raise GateFailed(f"{shown}: the message does not begin with the knob: {error}") from None
+            raise GateFailed(f"{shown} is accepted")
+
+
+def _outside(knob: Knob) -> list[float]:
+    """Numbers that are just outside of the stated bounds of a knob."""
+    declared = knob.declaration
+    found = [bound for bound in (declared.above, declared.below) if bound is not None]
+    for bound, way in ((declared.least, -1), (declared.most, 1)):
+        if bound is not None:
+            found.append(math.nextafter(bound, way * math.inf) if knob.number is float else bound + way)
+    if declared.multiple not in (None, 1):
+        found.append(declared.multiple + 1)
+    return found
 
 
 def _capabilities(spec: CellSpec) -> str:

@@ -274,7 +274,7 @@ def test_no_mode_leaks_unless_it_says_so(mode: Mode) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_knob_that_makes_no_sense_is_refused_by_name(name: str) -> None:
-    """−1 of anything that is counted or measured, and a word that is none."""
+    """Numbers outside of the bounds, and a word that is none."""
     config_class = variants.load(name).Config
     assert {*words(name)} <= {field.name for field in dataclasses.fields(config_class)}
     check.check_refusals(config_class)
