@@ -9,8 +9,11 @@ import numpy as np
 import pandas as pd
 import pytest
 import quality_table
+import torch
+from test_model_options import spec_of
 
 from bench import records
+from bench.measure.predict import Prediction, build_model
 
 ROOT = Path(__file__).resolve().parents[1]
 README, CHOOSING = (ROOT / "README.md").read_text(), (ROOT / "docs" / "choosing.md").read_text()
@@ -153,3 +156,20 @@ def test_the_crossovers_on_two_cores() -> None:
     else:
         assert sentences[1].startswith("Measure your device")
     assert len(never) + len(stated) == len(own)
+
+
+@pytest.mark.slow
+def test_a_million_tokens_need_the_memory_that_the_readme_states() -> None:
+    """Predicted as `experiment=million` predicts it, at 12 layers."""
+    options = ["model=small", "model.ff_chunks=64", "seq_len=1048576", "depth=12", "activations=reversible"]
+    found = {}
+    for name in ("reformer", "dense"):
+        spec = spec_of(*options, f"variant={name}", "model.d_model=256", "batch_size=1")
+        with torch.device("meta"):
+            flops = build_model(spec).cost(spec.workload()).step
+        found[name] = Prediction(spec).predict().peak_bytes / 2**30, flops
+    stated = re.search(r"1,048,576 tokens in ([\d.]+) GiB.*?need ([\d.]+) GiB, at (\d+) times", README)
+    assert stated
+    assert float(stated[1]) == round(found["reformer"][0], 1)
+    assert float(stated[2]) == round(found["dense"][0], 1)
+    assert int(stated[3]) == round(found["dense"][1] / found["reformer"][1])

@@ -1,5 +1,5 @@
 // Cost against length and quality against cost, drawn by Vega-Lite from the rows of what is chosen.
-const MOST_TICKS = 7, HEIGHT = 270, STRIP = 11, NAME_HEIGHT = 13;
+const MOST_TICKS = 7, HEIGHT = 270, STRIP = 11, NAME_HEIGHT = 13, NAME_WIDTH = 130;
 const DISTURBED = "timed while something else ran, without an undisturbed measurement (§)";
 const CROSS = "M-1,-1L1,1M-1,1L1,-1";
 const night = matchMedia("(prefers-color-scheme: dark)");
@@ -87,7 +87,7 @@ function nameEnds(rows, x, cost) {
   const right = { value: "width" };
   return [
     { data: { values }, mark: { type: "rule", strokeWidth: 0.8, x2Offset: 5 }, encoding: { x, x2: right, y: { ...cost, field: "value" }, y2: { field: "at" }, stroke: raw("colour"), opacity: opacity(0.6) } },
-    { data: { values }, mark: { type: "text", align: "left", baseline: "middle", dx: 7, fontSize: 11 }, encoding: { x: right, y: { ...cost, field: "at" }, text: { field: "name" }, color: raw("colour"), opacity: opacity(1) } },
+    { data: { values }, mark: { type: "text", align: "left", baseline: "middle", dx: 7, fontSize: 11, limit: NAME_WIDTH }, encoding: { x: right, y: { ...cost, field: "at" }, text: { field: "name" }, color: raw("colour"), opacity: opacity(1) } },
   ];
 }
 
@@ -126,7 +126,7 @@ function costSpec(figure) {
 /** Of a single length: a row a variant instead of a line, the best on top. */
 function dots(lines, cost, tooltip, length, figure) {
   const rows = lines.map((row) => ({ ...row, hollow: row.hollow || (row.dashed ? row.curve : "") }));
-  const y = { field: "name", type: "nominal", sort: { field: "value", op: "min", order: "ascending" }, axis: { title: null, grid: true, labelLimit: 130 } };
+  const y = { field: "name", type: "nominal", sort: { field: "value", op: "min", order: "ascending" }, axis: { title: null, grid: true, labelLimit: NAME_WIDTH } };
   const { axis: { values, labelExpr }, scale } = cost;
   const x = { field: "value", type: "quantitative", scale, axis: { values, labelExpr, title: `${figure.axis} at length ${full(length)}` } };
   const each = distinct(rows.map((row) => row.name)).length;
