@@ -59,7 +59,7 @@ def assert_close(got: torch.Tensor, want: torch.Tensor) -> None:
     assert (got - want).abs().max() <= 1e-6 * want.abs().max()
 
 
-@pytest.mark.parametrize("prompt", [0, 1, 7, 24, 40])
+@pytest.mark.parametrize("prompt", [0, 1, 7, 14, 24, 40])
 @pytest.mark.parametrize(("name", "knobs"), MODELS)
 def test_steps_give_the_logits_of_the_parallel_pass(name: str, knobs: dict[str, Any], prompt: int) -> None:
     model = model_of(name, knobs)
@@ -92,6 +92,22 @@ def test_every_strategy_and_depth_schedule_decodes_the_network_it_trains(
     decoder = Decoder(model, BATCH, TOKENS)
     got = torch.cat([decoder.read_all(tokens[:, :30]), *map(decoder.read_all, tokens[:, 30:].split(1, 1))], 1)
     assert_close(got, whole(model, tokens))
+
+
+@pytest.mark.parametrize("name", ["dense", "longformer", "sparse_fixed", "performer", "transformer_xl"])
+def test_in_bfloat16_steps_are_as_near_as_the_parallel_pass(name: str) -> None:
+    """Both round differently; neither is farther from float32 than twice the other."""
+    exact = model_of(name, {}).float()
+    half = model_of(name, {}).float()
+    half.dtype = torch.bfloat16
+    tokens = torch.randint(19, (BATCH, TOKENS))
+    decoder = Decoder(half, BATCH, TOKENS)
+    steps = torch.cat(
+        [decoder.read_all(tokens[:, :20]), *map(decoder.read_all, tokens[:, 20:].split(1, 1))], 1
+    )
+    want = whole(exact, tokens)
+    errors = [(got - want).square().mean().sqrt() for got in (steps, whole(half, tokens))]
+    assert 0 < errors[0] <= 2 * errors[1]
 
 
 def test_what_a_decoder_has_no_room_for_is_one_line() -> None:

@@ -11,7 +11,7 @@ import torch
 from test_model_options import spec_of
 
 from bench.config.spec import CellSpec
-from bench.generate.__main__ import Generator
+from bench.generate.__main__ import TextModel
 from bench.train.kept_model import find, load
 
 TRAINED = ["data=stdlib", "seq_len=64", "depth=1", "model.d_model=32", "measure.step=false", "device=cpu"]
@@ -96,9 +96,9 @@ def test_a_folder_without_models_says_how_to_keep_one(tmp_path: Path) -> None:
 
 def test_tokens_of_a_tokenizer_become_text(tmp_path: Path) -> None:
     kept = train(tmp_path, "data.bpe=300", "variant=dense", "measure.eval_tokens=4000")
-    generator = Generator(load(find(kept, "")))
+    model = TextModel(load(find(kept, "")))
     text = "for line in lines: print(line)"
-    assert b"".join(generator.decode(int(token)) for token in generator.encode(text)).decode() == text
+    assert b"".join(model.decode(int(token)) for token in model.encode(text)).decode() == text
     assert generate(str(kept), "--prompt", text, "--tokens", "5").returncode == 0
 
 

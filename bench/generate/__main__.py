@@ -29,7 +29,7 @@ from bench.train.kept_model import KeptModel, ModelError, find, load
 from variants.safe_output import run
 
 
-class Generator:
+class TextModel:
     """A kept model, and the tokens of its data."""
 
     def __init__(self, kept: KeptModel) -> None:
@@ -115,34 +115,34 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if not value >= least:
             parser.error(f"--{name} {value}: allowed is {least} or more")
     try:
-        generator = Generator(load(find(given.folder, given.cell)))
-        prompt = generator.encode(given.prompt)
-        steps = generator.run(
+        model = TextModel(load(find(given.folder, given.cell)))
+        prompt = model.encode(given.prompt)
+        steps = model.run(
             prompt,
             given.tokens,
-            max_len=given.max_len or generator.seq_len,
+            max_len=given.max_len or model.seq_len,
             temperature=given.temperature,
             seed=given.seed,
         )
-        chosen, logits = _write(generator, given.prompt, steps)
+        chosen, logits = _write(model, given.prompt, steps)
     except (ModelError, CorpusError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    want = generator.parallel(torch.cat([prompt, torch.tensor(chosen)]))[len(prompt) - 1 : -1]
+    want = model.parallel(torch.cat([prompt, torch.tensor(chosen)]))[len(prompt) - 1 : -1]
     worst = (torch.stack(logits) - want).abs().max().item() / want.abs().max().item()
     print(f"steps and a parallel pass: logits differ by at most {worst:.1e} of the largest", file=sys.stderr)
     return 0
 
 
 def _write(
-    generator: Generator, prompt: str, steps: Iterator[tuple[int, Tensor]]
+    model: TextModel, prompt: str, steps: Iterator[tuple[int, Tensor]]
 ) -> tuple[list[int], list[Tensor]]:
     """Write the text as it is generated; return the tokens and their logits."""
     reader = codecs.getincrementaldecoder("utf-8")(errors="replace")
     chosen, logits = [], []
     first = prompt
     for token, before in steps:
-        print(first + reader.decode(generator.decode(token)), end="", flush=True)
+        print(first + reader.decode(model.decode(token)), end="", flush=True)
         first = ""
         chosen.append(token)
         logits.append(before)

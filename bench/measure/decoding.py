@@ -51,7 +51,7 @@ class Decoding:
             self._begin(storage)
             self.prefill()
             prefill_peak = self._peak(storage)
-            token = self.token()
+            token = self.tokens()
             self._begin(storage)
             self.decoder.read(token)  # may end a segment, which only few tokens do
             with CountFlops() as counter:
@@ -83,13 +83,10 @@ class Decoding:
     def prefill(self) -> None:
         """Read the prompt, from the start."""
         self.decoder.restart()
-        self.decoder.read(self._tokens(self.spec.seq_len))
+        self.decoder.read(self.tokens(self.spec.seq_len))
 
-    def token(self, tokens: int = 1) -> Tensor:
-        """Tokens (B, n) for a step."""
-        return self._tokens(tokens)
-
-    def _tokens(self, count: int) -> Tensor:
+    def tokens(self, count: int = 1) -> Tensor:
+        """Tokens (B, count) to read."""
         return torch.zeros(self.spec.batch_size, count, dtype=torch.long, device=self.device)
 
 

@@ -23,7 +23,7 @@ moves tokens between buckets, so that single outputs differ; logits are float32.
 SEQUENCES = 2
 """Batch size of the gate."""
 STEPS = 40
-"""Tokens that are read one by one, at each of three places."""
+"""Tokens that are read one by one, from the first on and after a prompt."""
 
 
 def check(spec: CellSpec, folder: Path, code_sha256: str) -> float:

@@ -10,6 +10,7 @@ chunk has its states, and overlapping chunks run side by side.
 from __future__ import annotations
 
 from dataclasses import replace
+from operator import itemgetter
 
 import torch
 from torch import Tensor
@@ -112,7 +113,7 @@ class Decoder:
             window.start = None
         self.windows[0].begin(0)
 
-    def like(self, other: Decoder) -> None:
+    def copy_from(self, other: Decoder) -> None:
         """Take over the tokens of a decoder of one sequence, in every sequence."""
         self.position = other.position
         for window, single in zip(self.windows, other.windows, strict=True):
@@ -120,7 +121,7 @@ class Decoder:
             window.clock.position = single.clock.position
             window.segment_clock.position = single.segment_clock.position
             for state, one in zip(window.states, single.states, strict=True):
-                state.like(one)
+                state.copy_from(one)
 
     @property
     def nbytes(self) -> int:
@@ -133,13 +134,16 @@ class Decoder:
 
         Raises ValueError without a token, or if there is no room for so many.
         """
+        self._require_room(tokens)
         skipped = self._without_influence(tokens.shape[1])
-        self.position += skipped
+        if skipped:
+            self.position, self.windows[0].start = skipped, None  # no open window has read what is skipped
         return self._logits(self._hidden(tokens[:, skipped:])[-1][:, -1:])[:, 0]
 
     @torch.no_grad()
     def read_all(self, tokens: Tensor) -> Tensor:
         """Read the next tokens (B, n) → logits (B, n, V) of the token after each of them."""
+        self._require_room(tokens)
         return self._logits(torch.cat(self._hidden(tokens), dim=1))
 
     def _logits(self, x: Tensor) -> Tensor:
@@ -152,10 +156,6 @@ class Decoder:
 
     def _hidden(self, tokens: Tensor) -> list[Tensor]:
         """The hidden states (B, n, C) of each piece that the input schedule feeds at once."""
-        require_tokens(tokens)
-        if self.position + tokens.shape[1] > self.max_len:
-            after = f"{tokens.shape[1]} tokens after {self.position}"
-            raise ValueError(f"{after}: the decoder was made for at most {self.max_len}")
         hidden = []
         with self._autocast(tokens):
             for piece in tokens.split(self._pieces(tokens.shape[1]), dim=1):
@@ -165,6 +165,12 @@ class Decoder:
                 hidden.append(outputs[0])
                 self.position += piece.shape[1]
         return hidden
+
+    def _require_room(self, tokens: Tensor) -> None:
+        require_tokens(tokens)
+        if self.position + tokens.shape[1] > self.max_len:
+            after = f"{tokens.shape[1]} tokens after {self.position}"
+            raise ValueError(f"{after}: the decoder was made for at most {self.max_len}")
 
     def _without_influence(self, tokens: int) -> int:
         """Number of tokens at the start of a prompt that no window reads which is open at its end."""
@@ -192,13 +198,11 @@ class Decoder:
         """The windows that read the next token, the oldest first: its output counts."""
         length = self.schedule.separate[0] if self.schedule.separate else self.max_len
         begun = [(window.start, window) for window in self.windows if window.start is not None]
-        return [window for start, window in sorted(begun, key=_first) if self.position < start + length]
+        return [
+            window for start, window in sorted(begun, key=itemgetter(0)) if self.position < start + length
+        ]
 
     def _run(self, window: _Window, x: Tensor) -> Tensor:
         y = self.model.run_visits(x, list(window.states), Context(causal=True)).y
         window.advance(x.shape[1])
         return y
-
-
-def _first(pair: tuple[int, _Window]) -> int:
-    return pair[0]

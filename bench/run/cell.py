@@ -68,7 +68,8 @@ class CellRun:
             if spec.measure.budget is not None:
                 spec = plan.fit(spec.measure.budget) if spec.measure.step else self._fit_decoding(spec)
             if not spec.measure.execute:
-                plan.run()
+                if spec.measure.step:
+                    plan.run()
                 if spec.measure.decode_tokens and self._can_decode(spec):
                     DecodingMeasurement(spec, self.device, limit=self.memory, report=self.report).predict()
                 return

@@ -64,13 +64,15 @@ class DecodingMeasurement:
             at_least=measure.min_samples,
             precision=measure.precision,
         )
-        token, block = subject.token(), subject.token(measure.decode_block)
+        token, block = subject.tokens(), subject.tokens(measure.decode_block)
         decoder = subject.decoder
         self._seconds(lambda: decoder.read(token), WARM_UP)
         tokens = self._seconds(lambda: decoder.read(token), measure.decode_tokens)
         self._seconds(lambda: decoder.read_all(block), 1)
         blocks = self._seconds(lambda: decoder.read_all(block), BLOCKS)
         load = monitor.end()
+        if measure.step and not load["contaminated"]:  # the load while the step was timed is in the record
+            load = {}
         self.report(
             {
                 "prefill_seconds_median": prefill.median,
@@ -128,8 +130,8 @@ class DecodingMeasurement:
             return
         single = Decoding(replace(self.spec, batch_size=1), self.device, room=self.room)
         decoder = Decoder(single.model, found, self.spec.seq_len + self.room)
-        decoder.like(single.decoder)
-        token = single.token().expand(found, -1)
+        decoder.copy_from(single.decoder)
+        token = single.tokens().expand(found, -1)
         self._seconds(lambda: decoder.read(token), WARM_UP)
         taken = self._seconds(lambda: decoder.read(token), max(3, measure.decode_tokens // 8))
         self.report({"decode_batch_size": found, "decode_batch_seconds_median": statistics.median(taken)})

@@ -316,6 +316,7 @@ class Routing(SequenceMixer):
         if clock.position == 0 and tokens > 1:
             ctx = Context(causal=True)
             y = self.run_impl(self, (q, k, v), (raw, raw, v_routed), ctx)
+            state.local.write(*local[1:])
             state.routed.write(rows, values, cluster[None])
         else:
             state.routed.write(rows, values, cluster[None])
@@ -332,7 +333,6 @@ class Routing(SequenceMixer):
             ]
             lower = state.local.attend(*local).transpose(1, 2)
             y = torch.cat([lower, torch.stack(upper, dim=1)], dim=2)
-        state.local.write(*local[1:])
         merged: Tensor = self.projections.out(y.flatten(2))
         return merged
 

@@ -89,7 +89,7 @@ class DecodingState:
         for part in self.parts():
             part.reset()
 
-    def like(self, other: DecodingState) -> None:
+    def copy_from(self, other: DecodingState) -> None:
         """Take over the tokens of a state of one sequence, in every sequence."""
         for name, value in vars(other).items():
             if isinstance(value, Tensor):
@@ -97,7 +97,7 @@ class DecodingState:
             elif isinstance(value, int):
                 setattr(self, name, value)
         for part, one in zip(self.parts(), other.parts(), strict=True):
-            part.like(one)
+            part.copy_from(one)
 
     def require_room(self, tokens: int) -> None:
         """Raise ValueError if a step of this many tokens would exceed `max_len`."""

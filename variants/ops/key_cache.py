@@ -160,12 +160,13 @@ class KeyCache(DecodingState):
         ]
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """The next tokens read the keys that are kept, and each other: (B, H, n, D) → (B, H, n, D)."""
+        """The next tokens read the keys that are kept, and each other; then their own keys and values are
+        kept: (B, H, n, D) → (B, H, n, D)."""
         outputs = [group.attend(*group.of_heads(q, k, v)) for group in self.groups]
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
 
     def write(self, k: Tensor, v: Tensor) -> None:
-        """Keep the keys and values (B, H, n, D) of the next tokens."""
+        """Keep the keys and values (B, H, n, D) of a prompt that is read without the cache."""
         for group in self.groups:
             group.write(*group.of_heads(k, v))
 
@@ -214,14 +215,19 @@ class _Group(DecodingState):
     # --- reading ------------------------------------------------------------------------------------------
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """One softmax over the keys that are kept and the new ones."""
-        kept, position, tokens = self.kept, self.clock.position, q.shape[2]
-        if self._keeps_all() and tokens == 1:  # `write` comes later, so the own key is put in its slot here
-            self._write_summaries(k, v)
-            end = position + 1
+        """One softmax over the keys that are kept and the new ones, which are kept afterwards."""
+        if self._keeps_all() and q.shape[2] == 1:  # the own key is already in its slot, beside all others
+            self.write(k, v)
+            end = self.clock.position + 1
             return F.scaled_dot_product_attention(
                 q, self.summary_keys[:, :, :end].to(q.dtype), self.summary_values[:, :, :end].to(q.dtype)
             )
+        y = self._attend(q, k, v)
+        self.write(k, v)  # not before: a ring has no slot beside those that are read
+        return y
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        tokens = q.shape[2]
         parts = [part for part in (self._summaries(tokens, q), self._ring(tokens, q)) if part is not None]
         parts.append((k, v, self._own(tokens, q)))
         scale = q.shape[-1] ** -0.5
@@ -230,7 +236,7 @@ class _Group(DecodingState):
             score = (q @ keys.to(q.dtype).transpose(-1, -2)) * scale
             scores.append(score if allowed is None else score.masked_fill(~allowed, float("-inf")))
         weights = torch.cat(scores, dim=-1).softmax(dim=-1)
-        if not kept.reads_itself:  # a query may have no key, and gives 0
+        if not self.kept.reads_itself:  # a query may have no key, and gives 0
             weights = weights.nan_to_num(0.0)
         sizes = [keys.shape[2] for keys, _, _ in parts]
         pieces = weights.split(sizes, dim=-1)

@@ -166,10 +166,10 @@ class MaskedAttention(SequenceMixer):
     def step(self, x: Tensor, state: KeyCache) -> Tensor:
         """(B, n, C) → (B, n, C). A prompt is computed like a whole sequence."""
         q, k, v = self.projections.split_next(x, state.clock)
-        is_prompt = state.clock.position == 0 and x.shape[1] > 1
-        y = self.run_impl(self, q, k, v, True) if is_prompt else state.attend(q, k, v)
+        if state.clock.position or x.shape[1] == 1:
+            return self.projections.merge(state.attend(q, k, v))
         state.write(k, v)
-        return self.projections.merge(y)
+        return self.projections.merge(self.run_impl(self, q, k, v, True))
 
     def decoding_bytes(self, work: Workload) -> int:
         """The keys and values of rings and summaries."""
