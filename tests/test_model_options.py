@@ -145,6 +145,8 @@ def test_a_cell_records_its_options_and_keeps_the_reserve(tmp_path: Path) -> Non
         "model.tie_embeddings=true",
         "model.rotary_base=500",
         "model.head_size=12",
+        "model.kv_heads=1",
+        "model.widen_feed_forward=true",
     ]
     for reserve in ("0", "0.5"):
         command = [
@@ -160,7 +162,7 @@ def test_a_cell_records_its_options_and_keeps_the_reserve(tmp_path: Path) -> Non
         subprocess.run(command, check=True, capture_output=True)
     full, half = (load(tmp_path / f"r{reserve}").iloc[0] for reserve in ("0", "0.5"))
     assert (full.vocab_size, full.tie_embeddings, full.rotary_base) == (1000, True, 500.0)
-    assert full.head_size == 12
+    assert (full.head_size, full.kv_heads, full.widen_feed_forward) == (12, 1, True)
     assert half.peak_bytes <= 4 * 2**20 < full.peak_bytes <= 8 * 2**20
     assert (full.reserve, half.reserve) == (0.0, 0.5)
     written = json.loads(next((tmp_path / "r0" / "records").glob("*.json")).read_text())
@@ -174,6 +176,8 @@ def test_a_cell_records_its_options_and_keeps_the_reserve(tmp_path: Path) -> Non
         ("tie_embeddings", True, "embeddings tied"),
         ("rotary_base", 500_000.0, "rotary base 500000"),
         ("head_size", 128, "heads of 128 channels"),
+        ("kv_heads", 2, "2 heads of keys and values"),
+        ("widen_feed_forward", True, "feed-forward layers wider"),
         ("dropout", 0.1, "dropout 0.1"),
     ],
 )
@@ -181,7 +185,12 @@ def test_models_with_other_options_are_never_mixed(
     option: str, value: Any, words: str, tmp_path: Path
 ) -> None:
     """An older record, without the key, is one with the usual value."""
-    usual = {"tie_embeddings": False, "rotary_base": 10_000.0, "dropout": 0.0}.get(option)
+    usual = {
+        "tie_embeddings": False,
+        "widen_feed_forward": False,
+        "rotary_base": 10_000.0,
+        "dropout": 0.0,
+    }.get(option)
     found = [
         record(cell_id=f"c{n}", replicate=n % 3, step_seconds_median=n + 1.0, **{option: each})
         for n, each in enumerate([None, usual, usual, value, value, value])
@@ -198,6 +207,8 @@ def test_progress_mentions_unusual_options() -> None:
         "tie_embeddings": False,
         "rotary_base": 10_000.0,
         "head_size": None,
+        "kv_heads": None,
+        "widen_feed_forward": False,
         "dropout": 0.0,
     }
     assert MODEL_OPTIONS.keys() == usual.keys()

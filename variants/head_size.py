@@ -1,4 +1,4 @@
-"""Rotary positions: their base, and the numbers of heads that allow them. Does not import torch."""
+"""Rotary positions: their base, and the numbers of heads that are possible. Does not import torch."""
 
 from __future__ import annotations
 
@@ -6,11 +6,17 @@ ROTARY_BASE = 10_000.0
 """Base of the rotary angles (Su 2021, arXiv:2104.09864, §3.2.2), unless a model has another."""
 
 
-def unusable_heads(d_model: int, heads: int, head_size: int | None = None) -> str | None:
+def unusable_heads(
+    d_model: int, heads: int, head_size: int | None = None, kv_heads: int | None = None
+) -> str | None:
     """The reason why attention with rotary positions cannot have these heads, or None.
 
-    `head_size` is the number of channels of a head; None: d_model / heads.
+    `head_size` is the number of channels of a head; None: d_model / heads. `kv_heads` is the number of heads
+    of keys and values; None: `heads`.
     """
+    if kv_heads is not None and heads >= 1 and (kv_heads < 1 or heads % kv_heads):
+        nearest = _nearest_divisor(heads, kv_heads)
+        return f"kv_heads={kv_heads}: must divide heads={heads}; the nearest divisor is {nearest}"
     if head_size is not None:
         if heads < 1:
             return f"heads={heads}: allowed is 1 or more"

@@ -212,12 +212,15 @@ def _slot(slot: Slot[Any], given: dict[str, Any]) -> SlotChoice:
 def _check_model(spec: CellSpec) -> None:
     """Raise ConfigError for a model that cannot be built."""
     # equal layers in a stack are allowed for every depth and strategy
-    if variants.outline(spec.variant) and spec.stack.name == STACK.default:
+    widens = spec.model.widen_feed_forward
+    if variants.outline(spec.variant) and spec.stack.name == STACK.default and not widens:
         return
     try:
         model = spec.model_spec()
     except variants.BrokenVariant:  # reported by the cell
         return
+    except ValueError as error:
+        raise ConfigError(f"model.widen_feed_forward=true: {error}") from None
     if reason := model.conflict(spec.depth, spec.activations):
         raise ConfigError(reason)
 

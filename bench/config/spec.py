@@ -14,7 +14,7 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self, get_args
 
@@ -131,10 +131,17 @@ class ModelSizes(Spec):
     """Base of the angles of rotary positions. Layers with another position scheme do not use it."""
     head_size: int | None = knob(None, least=2, unit="channels", younger=True)
     """Channels of an attention head, an even number; null is d_model / heads."""
+    kv_heads: int | None = knob(None, least=1, unit="heads", younger=True)
+    """Heads of keys and values, which divide the heads; null is the number of heads. With 1, all query heads
+    read the same keys and values (multi-query attention); with more, groups of them do (grouped-query)."""
+    widen_feed_forward: bool = knob(False, younger=True)
+    """Widen the feed-forward layers by the parameters that shared keys and values save."""
 
     def __post_init__(self) -> None:
-        if reason := unusable_heads(self.d_model, self.heads, self.head_size):
+        if reason := unusable_heads(self.d_model, self.heads, self.head_size, self.kv_heads):
             raise ValueError(reason)
+        if self.widen_feed_forward and self.kv_heads is None:
+            raise ValueError("widen_feed_forward=true: needs kv_heads, which says how many parameters to add")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -405,6 +412,7 @@ class CellSpec:
             device_type=self.device.partition(":")[0],
             rotary_base=self.model.rotary_base,
             head_size=self.model.head_size,
+            kv_heads=self.model.kv_heads,
         )
         return variant, variant.Config.of(self.variant_params), dims
 
@@ -430,11 +438,15 @@ class CellSpec:
         """Return the parts of the model (imports torch)."""
         from bench.model.slots import ModelSpec, depth_schedule, feed_forward
 
-        variant, config, _ = self.attention()
+        variant, config, dims = self.attention()
+        layer = feed_forward(self.feed_forward.name, **self.feed_forward.params)
+        if self.model.widen_feed_forward and dims.shared_parameters:
+            wider = layer.layer.widened(layer.config, dims.d_model, dims.shared_parameters)
+            layer = replace(layer, config=wider)
         return ModelSpec.of(
             variant,
             config,
-            feed_forward=feed_forward(self.feed_forward.name, **self.feed_forward.params),
+            feed_forward=layer,
             depth=depth_schedule(self.stack.name, **self.stack.params),
         )
 
@@ -448,6 +460,7 @@ class CellSpec:
             d_model=self.model.d_model,
             heads=self.model.heads,
             head_size=self.model.head_size,
+            kv_heads=self.model.kv_heads,
             causal=self.causal,
         )
 

@@ -151,6 +151,7 @@ class Sizes:
                 heads=spec.model.heads,
                 rotary_base=spec.model.rotary_base,
                 head_size=head_size,
+                kv_heads=spec.model.kv_heads,
             )
             enough = not variant.unsupported(config, few, causal=spec.causal)
             return few if enough else replace(few, seq_len=spec.seq_len)

@@ -9,11 +9,12 @@ from __future__ import annotations
 import json
 import typing
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any
 
 import pandas as pd
 
-from bench.records.record import MODEL_OPTIONS, NOT_COMPILED, SLOTS, Record
+from bench.records.record import MODEL_OPTIONS, NOT_COMPILED, SLOTS, SWITCHED_ON, Record
 from bench.records.store import columns_of
 
 UNKNOWN = "unknown"
@@ -108,7 +109,7 @@ def filled_in(frame: pd.DataFrame) -> pd.DataFrame:
     ]
     frame["compile"] = frame["compile"].fillna(NOT_COMPILED)  # older records do not contain it
     for key, usual in MODEL_OPTIONS.items():
-        words = frame[key].map(_option, na_action="ignore").astype(object)
+        words = frame[key].map(partial(_option, key), na_action="ignore").astype(object)
         frame[key] = words.where(words.notna(), usual)
     frame["reserve"] = frame["reserve"].fillna(0.0)  # of older records
     frame["measure"] = _filled(frame, "measure", [])
@@ -128,12 +129,12 @@ def filled_in(frame: pd.DataFrame) -> pd.DataFrame:
     return frame
 
 
-def _option(value: float | bool | str) -> str:
+def _option(key: str, value: float | bool | str) -> str:
     """An option of the model as text: 'tied', '50257'. Text stays as it is."""
     if isinstance(value, str):
         return value
     if isinstance(value, bool):
-        return "tied" if value else MODEL_OPTIONS["tie_embeddings"]
+        return SWITCHED_ON[key] if value else MODEL_OPTIONS[key]
     return f"{value:.15g}"
 
 

@@ -55,10 +55,14 @@ MODEL_OPTIONS = {
     "tie_embeddings": "untied",
     "rotary_base": "10000",
     "head_size": "width / heads",
+    "kv_heads": "heads",
+    "widen_feed_forward": "as wide as usual",
     "dropout": "0",
 }
 """Options of the model, and their usual values as tables write them. Older records, without these keys,
 are taken to have them."""
+SWITCHED_ON = {"tie_embeddings": "tied", "widen_feed_forward": "wider"}
+"""The words of tables for options that are true."""
 
 
 @dataclass(kw_only=True)
@@ -85,6 +89,8 @@ class Record:
     tie_embeddings: bool | None = None
     rotary_base: Amount | None = None
     head_size: Size | None = None
+    kv_heads: Size | None = None
+    widen_feed_forward: bool | None = None
     dropout: Amount | None = None
     batch_size: Count
     activations: str

@@ -65,6 +65,8 @@ def identity(cell: Cell) -> dict[str, Any]:
         "tie_embeddings": spec.model.tie_embeddings,
         "rotary_base": spec.model.rotary_base,
         "head_size": spec.model.head_size,
+        "kv_heads": spec.model.kv_heads,
+        "widen_feed_forward": spec.model.widen_feed_forward,
         "dropout": spec.model.dropout,
         "batch_size": spec.batch_size,
         "activations": spec.activations,

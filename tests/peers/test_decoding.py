@@ -38,10 +38,10 @@ class _Feed(nn.Module):
         return y
 
 
-def ours(seq_len: int) -> LanguageModel:
+def ours(seq_len: int, kv_heads: int = HEADS) -> LanguageModel:
     torch.manual_seed(0)
     spec = ModelSpec.of(Dense, DenseConfig())
-    dims = Dims(seq_len=seq_len, d_model=WIDTH, heads=HEADS)
+    dims = Dims(seq_len=seq_len, d_model=WIDTH, heads=HEADS, kv_heads=kv_heads)
     model = LanguageModel(spec, dims, depth=DEPTH, dropout=0.0, vocabulary=VOCABULARY, activations="keep")
     return model.eval()
 
@@ -55,7 +55,7 @@ def theirs(model: LanguageModel, seq_len: int) -> Any:
         intermediate_size=4 * WIDTH,
         num_hidden_layers=DEPTH,
         num_attention_heads=HEADS,
-        num_key_value_heads=HEADS,
+        num_key_value_heads=model.layers[0].dims.key_heads,
         max_position_embeddings=seq_len,
         rope_parameters={"rope_type": "default", "rope_theta": ROTARY_BASE},
         attn_implementation="sdpa",
@@ -69,7 +69,9 @@ def theirs(model: LanguageModel, seq_len: int) -> Any:
     for block, layer in zip(model.visits, llama.model.layers, strict=True):
         layer.input_layernorm, layer.post_attention_layernorm = block.mixer_norm, block.feed_forward_norm
         layer.mlp = _Feed(block.feed_forward)
-        qkv = block.mixer.get_parameter("projections.qkv.weight").chunk(3)
+        dims = block.mixer.dims
+        sizes = [dims.inner_dim, dims.key_dim, dims.key_dim]
+        qkv = block.mixer.get_parameter("projections.qkv.weight").split(sizes)
         for name, weight in zip(("q_proj", "k_proj", "v_proj"), qkv, strict=True):
             getattr(layer.self_attn, name).weight = nn.Parameter(weight)
         layer.self_attn.o_proj.weight = block.mixer.get_parameter("projections.out.weight")
@@ -111,10 +113,11 @@ def their_tokens(llama: Any, prompt: Tensor, count: int, max_len: int) -> tuple[
     return chosen, seconds
 
 
+@pytest.mark.parametrize("kv_heads", [HEADS, 1])
 @pytest.mark.parametrize(("prompt", "count"), [(1, 30), (100, 60), (2000, 40)])
-def test_greedy_tokens_equal_those_of_llama(prompt: int, count: int) -> None:
+def test_greedy_tokens_equal_those_of_llama(prompt: int, count: int, kv_heads: int) -> None:
     max_len = prompt + count
-    model = ours(max_len)
+    model = ours(max_len, kv_heads)
     llama = theirs(model, max_len)
     tokens = torch.randint(VOCABULARY, (1, prompt), generator=torch.Generator().manual_seed(1))
     pairs = [
@@ -123,4 +126,5 @@ def test_greedy_tokens_equal_those_of_llama(prompt: int, count: int) -> None:
     ]
     assert all(own[0] == other[0] for own, other in pairs)
     own, other = (statistics.median(each for pair in pairs for each in pair[side][1]) for side in (0, 1))
-    print(f"\nprompt {prompt}: {1e3 * own:.2f} ms a token, Llama {1e3 * other:.2f} ms: {own / other:.2f}×")
+    setting, times = f"prompt {prompt}, {kv_heads} heads of keys", f"Llama {1e3 * other:.2f} ms"
+    print(f"\n{setting}: {1e3 * own:.2f} ms a token, {times}: {own / other:.2f}×")

@@ -30,6 +30,7 @@ from variants.ops.compression import (
     group_of,
     stretches,
 )
+from variants.ops.projections import spread
 from variants.ops.recurrent import Recurrent, RecurrentConfig, slide
 from variants.ops.recurrent_state import CompressiveState
 from variants.ops.segment_windows import SegmentRun
@@ -245,12 +246,12 @@ class Compressive(Recurrent):
         self, q: Tensor, kv: Tensor, keys: slice, compressed: Tensor, weight: Tensor
     ) -> Tensor:
         """Algorithm 2, for segments with queries q (H, B, S, D), keys and values kv (2, H, B, J, D). `keys`
-        are the positions that fell out, and `compressed` (B, F / c, C) their compression. `weight` (2·C, C)
-        is that of keys and values, detached."""
+        are the positions that fell out, and `compressed` (B, F / c, C) their compression. `weight` is that of
+        keys and values, detached."""
         q = q.detach().transpose(0, 1)
         k, v = kv.detach()[..., keys, :].transpose(1, 2)  # (B, H, F, D)
-        shorter = F.linear(compressed, weight).unflatten(-1, (2, self.heads, -1))
-        k_short, v_short = shorter.permute(2, 0, 3, 1, 4)
+        shorter = self.spread(self.by_head(F.linear(compressed, weight)))
+        k_short, v_short = shorter.transpose(1, 2)
         want = F.scaled_dot_product_attention(q, k, v)
         error = F.scaled_dot_product_attention(q, k_short, v_short) - want
         # `mse_loss` computes the same, but its result keeps a buffer as large as `error` alive on the CPU
@@ -295,7 +296,8 @@ class Compressive(Recurrent):
     def _content(self, h: Tensor, memory: Tensor, w_q: Tensor, w_kv: Tensor) -> Tensor:
         """Content attention of h (B, S, C) to a memory, with the weights given: (B, H, S, D)."""
         q, (k, v) = h @ w_q.T, (memory @ w_kv.T).chunk(2, dim=-1)
-        q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in (q, k, v))
+        q, k, v = (t.unflatten(-1, (-1, self.dims.head_dim)).transpose(1, 2) for t in (q, k, v))
+        k, v = (spread(t, self.dims.queries_per_key, dim=1) for t in (k, v))
         attended: Tensor = (q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5).softmax(dim=-1) @ v
         return attended
 
@@ -351,8 +353,7 @@ class Compressive(Recurrent):
         keys.forget(fallen, start=old)
         state.drop(fallen)
         if new is not None:
-            kv = self.kv(new).unflatten(-1, (2, self.heads, -1)).permute(2, 3, 0, 1, 4)
-            keys.insert(kv, at=old, limit=self.config.comp_len)
+            keys.insert(self.by_head(self.kv(new)), at=old, limit=self.config.comp_len)
 
     def decoding_bytes(self, work: Workload) -> int:
         """Keys and values, hidden states of the memory and the segment, and for most_used their usage."""
@@ -382,7 +383,8 @@ class Compressive(Recurrent):
         for part in self.stretches(work.seq_len):
             tokens, fallen = part.sizes.tokens, part.sizes.fallen
             compressed = fallen // self.config.rate
-            total += 4 * work.inner_dim * (tokens * (fallen + compressed) + compressed * work.d_model)
+            pairs = work.inner_dim * tokens * (fallen + compressed)
+            total += 4 * (pairs + work.key_dim * compressed * work.d_model)
         return work.batch_size * total
 
     def state_bytes(self, work: Workload) -> int:

@@ -1,6 +1,7 @@
 """Linformer: attention over k linear combinations of the positions (Wang 2020, arXiv:2006.04768, §4).
 
-Shapes: B batch, T tokens, C channels, H heads, D their channels, k projected length, L maximum length.
+Shapes: B batch, T tokens, C channels, H heads, K heads of keys, D channels of a head, k projected length, L
+maximum length.
 """
 
 from __future__ import annotations
@@ -63,10 +64,12 @@ class Linformer(SequenceMixer):
         caps=Caps(causal=False, bidirectional=True, fixed_length=True),
     )
 
+    no_shared_keys = None
+
     def __init__(self, config: LinformerConfig, dims: Dims, layer: int = 0) -> None:
         super().__init__(config, dims, layer)
         self.projections = Projections(dims)
-        heads = (dims.heads,) if config.sharing == "none" else ()
+        heads = (dims.key_heads,) if config.sharing == "none" else ()
         self.key_mixture = self._draw(*heads, config.k, dims.seq_len)  # E, (H, k, L) or (k, L)
         apart = config.sharing in ("none", "headwise")
         self.value_mixture = self._draw(*heads, config.k, dims.seq_len) if apart else self.key_mixture  # F
@@ -116,7 +119,7 @@ class Linformer(SequenceMixer):
         return mixture if seq_len == longest else mixture[..., :seq_len]
 
     def _mix(self, mixture: Tensor, x: Tensor) -> Tensor:
-        """Keys or values (B, H, T, D) → (B, H, k, D)."""
+        """Keys or values (B, K, T, D) → (B, K, k, D)."""
         columns = self._columns(mixture, x.shape[2])
         if columns.dim() == 3:
             return columns @ x
@@ -127,20 +130,22 @@ class Linformer(SequenceMixer):
 
     def forward(self, x: Tensor, ctx: Context, state: Any = None) -> MixerOut:
         """(B, T, C) → MixerOut; carries no state. Raises ValueError where T > L."""
-        q, k, v = self.projections.split(x, ctx.positions)
-        k, v = self._mix(self.key_mixture, k), self._mix(self.value_mixture, v)
+        q, k, v = self.projections.split_shared(x, ctx.positions)
+        mixed = self._mix(self.key_mixture, k), self._mix(self.value_mixture, v)
+        k, v = map(self.projections.spread, mixed)
         return MixerOut(self.projections.merge(F.scaled_dot_product_attention(q, k, v)))
 
     def reference(self, x: Tensor, ctx: Context) -> Tensor:
         """Project the keys and values of each head along the length, then dense attention to them."""
         self.require_objective(causal=ctx.causal)
-        q, k, v = self.projections.split(x, ctx.positions)
+        q, k, v = self.projections.split_shared(x, ctx.positions)
         e, f = (
-            self._columns(mixture, x.shape[1]).expand(q.shape[1], -1, -1)  # (H, k, T)
+            self._columns(mixture, x.shape[1]).expand(self.dims.key_heads, -1, -1)  # (K, k, T)
             for mixture in (self.key_mixture, self.value_mixture)
         )
         k = torch.einsum("hkt,bhtd->bhkd", e, k)
         v = torch.einsum("hkt,bhtd->bhkd", f, v)
+        k, v = self.projections.spread(k), self.projections.spread(v)
         allowed = torch.ones(x.shape[1], self.config.k, dtype=torch.bool)
         return self.projections.merge(masked_attention(q, k, v, allowed))
 
@@ -152,18 +157,19 @@ class Linformer(SequenceMixer):
         )
 
     def cost(self, work: Workload) -> Cost:
-        """Length projections of keys and values, scores and weighted sum: each 2·H·D for T·k pairs."""
+        """Length projections of keys and values, each 2·K·D, scores and weighted sum, each 2·H·D, for T·k
+        pairs."""
         t = work.seq_len
         return Cost(
             {
                 "projections": Projections.flops(work),
-                "attention": 8 * work.batch_size * work.inner_dim * t * self.config.k,
+                "attention": 4 * work.batch_size * (work.inner_dim + work.key_dim) * t * self.config.k,
             }
         )
 
     def state_bytes(self, work: Workload) -> int:
         """Bytes of the k projected keys and values: sums over tokens, to which a next token can be added."""
-        return 2 * work.batch_size * self.config.k * work.inner_dim * work.element_bytes
+        return 2 * work.batch_size * self.config.k * work.key_dim * work.element_bytes
 
     def attention_mask(self, seq_len: int, *, causal: bool) -> Tensor:
         """All keys; they are read through k linear combinations."""

@@ -146,6 +146,9 @@ class Longformer(MaskedAttention):
         if config.impl in ("blocks", "flex", "flash") and config.global_tokens:
             n = config.global_tokens
             return f"global_tokens={n}: not supported by impl={config.impl}, use impl=auto"
+        if config.global_tokens and dims.queries_per_key > 1:
+            reason = "the projections of global tokens have keys for every head"
+            return f"kv_heads={dims.kv_heads}: {reason}; with global tokens allowed is {dims.heads}"
         if len(config.dilation) > dims.heads:
             entries = f"dilation={config.dilation}: {len(config.dilation)} entries"
             return f"{entries} for {dims.heads} heads; allowed are 1 to {dims.heads}"
@@ -234,6 +237,8 @@ class Longformer(MaskedAttention):
 
         As for every variant, keys of later tokens are not counted, although global queries read them.
         """
+        if self.dims.queries_per_key > 1:  # without global tokens
+            return super().carried(seq_len)
         n = min(self.config.global_tokens, seq_len)
         windows = ByHead(tuple(Window(self.window, dilation) for dilation in self.dilations))
         return n * self.dims.heads + carried_keys(windows, seq_len - n, self.dims.heads)

@@ -136,7 +136,9 @@ class SparseFixed(SparseAttention):
         return {"local": local, "long_range": others + own, "merged": local + others}[role.factor]
 
     def carried(self, seq_len: int) -> int:
-        """In closed form, like `pairs`."""
+        """In closed form, like `pairs`, unless heads share keys."""
+        if self.dims.queries_per_key > 1:
+            return super().carried(seq_len)
         return sum(
             self._role_carried(seq_len, role, head)
             for role in self.roles

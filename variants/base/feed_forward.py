@@ -44,6 +44,14 @@ class FeedForward(nn.Module, ABC):
         """The reason why no layer with these knobs and this width exists, or None."""
         return None
 
+    @classmethod
+    def widened(cls, config: Any, d_model: int, parameters: int) -> Any:
+        """The knobs of a layer with about this many parameters more, which its hidden channels have.
+
+        Raises ValueError for a layer without such a knob.
+        """
+        raise ValueError(f"{cls.__name__} has no knob for its hidden channels, so it cannot be widened")
+
     @abstractmethod
     def forward(self, x: Tensor) -> FFOut:
         """(B, T, C) → FFOut."""

@@ -124,6 +124,8 @@ class SequenceMixer(nn.Module, Variant):
     info: ClassVar[Info]
     position_scheme: ClassVar[PositionScheme | None] = None
     """How the layer encodes positions; None if the variant does not say."""
+    no_shared_keys: ClassVar[str | None] = "its heads cannot share keys and values"
+    """The reason why query heads cannot share keys and values (`Dims.kv_heads`); None if they can."""
     IMPLS: ClassVar[Mapping[str, Impl]] = {}
     """The values of the knob `impl`, except "auto", with their implementations; empty without this knob."""
     flop_overhead_reason: str | None = None
@@ -196,6 +198,9 @@ class SequenceMixer(nn.Module, Variant):
 
         An override must also return the reason of this method.
         """
+        if cls.no_shared_keys and dims.queries_per_key > 1:
+            most = f"allowed is {dims.heads}, the number of heads"
+            return dims.unusable() or f"kv_heads={dims.kv_heads}: {cls.no_shared_keys}; {most}"
         return dims.unusable() or cls.no_form(config, causal=causal)
 
     @classmethod

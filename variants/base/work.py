@@ -28,6 +28,9 @@ class Dims:
     """Base of the angles of rotary positions; layers with another position scheme do not use it."""
     head_size: int | None = None
     """Number of channels of one head; None: d_model / heads."""
+    kv_heads: int | None = None
+    """Number of heads of keys and values; None: `heads`. Query head h reads key head ⌊h · kv_heads / heads⌋
+    (multi-query: Shazeer 2019, arXiv:1911.02150; grouped-query: Ainslie 2023, arXiv:2305.13245)."""
 
     @property
     def head_dim(self) -> int:
@@ -39,9 +42,29 @@ class Dims:
         """Number of channels of all heads: d_model, unless `head_size` says otherwise."""
         return self.heads * self.head_dim
 
+    @property
+    def key_heads(self) -> int:
+        """Number of heads of keys and values."""
+        return self.kv_heads or self.heads
+
+    @property
+    def queries_per_key(self) -> int:
+        """Number of query heads that read the same keys."""
+        return self.heads // self.key_heads
+
+    @property
+    def key_dim(self) -> int:
+        """Number of channels of all heads of keys, and of all heads of values."""
+        return self.key_heads * self.head_dim
+
+    @property
+    def shared_parameters(self) -> int:
+        """Parameters that a layer saves because query heads share keys and values."""
+        return 2 * self.d_model * (self.inner_dim - self.key_dim)
+
     def unusable(self) -> str | None:
         """The reason why these sizes are impossible, or None. Heads must have an even number of channels."""
-        return unusable_heads(self.d_model, self.heads, self.head_size)
+        return unusable_heads(self.d_model, self.heads, self.head_size, self.kv_heads)
 
 
 @dataclass(frozen=True, kw_only=True)

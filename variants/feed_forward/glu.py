@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -60,6 +60,11 @@ class GLU(FeedForward):
         hidden = config.hidden(d_model)
         self.up = nn.Linear(d_model, 2 * hidden, bias=False)  # rows of W, then rows of V
         self.out = nn.Linear(hidden, d_model, bias=False)
+
+    @classmethod
+    def widened(cls, config: GLUConfig, d_model: int, parameters: int) -> GLUConfig:
+        """Each hidden channel has d_model parameters in the three matrices."""
+        return replace(config, width=config.hidden(d_model) + round(parameters / (3 * d_model)))
 
     def forward(self, x: Tensor) -> FFOut:
         """(B, T, C) → FFOut."""

@@ -6,7 +6,7 @@ Shapes: B batch, T tokens, C channels, D hidden channels.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -41,6 +41,11 @@ class MLP(FeedForward):
         hidden = config.hidden(d_model)
         self.up = nn.Linear(d_model, hidden, bias=False)
         self.out = nn.Linear(hidden, d_model, bias=False)
+
+    @classmethod
+    def widened(cls, config: MLPConfig, d_model: int, parameters: int) -> MLPConfig:
+        """Each hidden channel has d_model parameters in both matrices."""
+        return replace(config, width=config.hidden(d_model) + round(parameters / (2 * d_model)))
 
     def forward(self, x: Tensor) -> FFOut:
         """(B, T, C) → FFOut."""

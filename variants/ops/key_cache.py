@@ -1,6 +1,7 @@
 """Keys and values that decoding keeps for a mask: those that a later query may read, and no others.
 
-Shapes: B batch, H heads, n tokens of a step, D channels of a head, S slots, R slots of a ring, p period.
+Shapes: B batch, H heads, K heads of keys, n tokens of a step, D channels of a head, S slots, R slots of a
+ring, p period.
 
 Over 300 lines: what is kept, what is read and what is written follow from each other.
 
@@ -24,12 +25,13 @@ from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 from variants.base import Clock, DecodingState
-from variants.ops.masks import Rule, depends_on_head
+from variants.ops.masks import AnyOfGroup, Rule, depends_on_head
+from variants.ops.projections import spread
 
 
 @dataclass(frozen=True)
 class Kept:
-    """What the heads [first, last) keep."""
+    """What the heads [first, last) of keys keep."""
 
     first: int
     last: int
@@ -133,7 +135,10 @@ def _farthest(read: Tensor) -> int:
 
 
 def cache_bytes(rule: Rule, heads: int, max_len: int, numbers: int) -> int:
-    """Bytes of keys and values: `numbers` is the bytes of a key and a value of one head of all sequences."""
+    """Bytes of keys and values: `numbers` is the bytes of a key and a value of one head of all sequences.
+
+    `heads` are those of keys and values, and the rule is theirs (`AnyOfGroup` if query heads share them).
+    """
     kept = kept_keys(rule, heads, max_len)
     return numbers * sum(group.heads * (group.slots(max_len) + group.ring(max_len)) for group in kept)
 
@@ -151,7 +156,7 @@ class KeyCache(DecodingState):
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
-        """`rule` is causal; `shape` is (B, H, D)."""
+        """`rule` is causal, and that of the heads of keys; `shape` is (B, K, D)."""
         super().__init__(clock, max_len)
         batch, heads, head_dim = shape
         self.groups = [
@@ -161,12 +166,13 @@ class KeyCache(DecodingState):
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """The next tokens read the keys that are kept, and each other; then their own keys and values are
-        kept: (B, H, n, D) → (B, H, n, D)."""
-        outputs = [group.attend(*group.of_heads(q, k, v)) for group in self.groups]
+        kept: queries (B, H, n, D), keys and values (B, K, n, D) → (B, H, n, D)."""
+        queries = q.unflatten(1, (k.shape[1], -1))  # (B, K, H/K, n, D)
+        outputs = [group.attend(*group.of_heads(queries, k, v)) for group in self.groups]
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
 
     def write(self, k: Tensor, v: Tensor) -> None:
-        """Keep the keys and values (B, H, n, D) of a prompt that is read without the cache."""
+        """Keep the keys and values (B, K, n, D) of a prompt that is read without the cache."""
         for group in self.groups:
             group.write(*group.of_heads(k, v))
 
@@ -176,7 +182,10 @@ class KeyCache(DecodingState):
 
 
 class _Group(DecodingState):
-    """Keys and values of the heads that keep equally many."""
+    """Keys and values of the heads that keep equally many.
+
+    The G query heads that share a head of keys are processed like G times as many queries.
+    """
 
     def __init__(
         self,
@@ -190,7 +199,12 @@ class _Group(DecodingState):
     ) -> None:
         super().__init__(clock, max_len)
         batch, heads, head_dim = shape
-        self.rule, self.kept = rule, kept
+        self.kept = kept
+        self.rule, self.queries_per_key, self.is_common = rule, 1, True
+        """The rule of the query heads; how many share keys; whether these read the same of them."""
+        if isinstance(rule, AnyOfGroup):
+            self.rule, self.queries_per_key = rule.rule, rule.size
+            self.is_common = all(map(rule.is_common, range(kept.first, kept.last)))
         # tables, the same for all sequences: not part of the state
         self._tables = {
             "distances": torch.tensor(kept.distances or (), dtype=torch.int64, device=device),
@@ -206,7 +220,7 @@ class _Group(DecodingState):
         )
 
     def of_heads(self, *tensors: Tensor) -> tuple[Tensor, ...]:
-        """The heads of this group, of tensors (B, H, n, D)."""
+        """The heads of this group, of tensors (B, K, …)."""
         kept = self.kept
         if kept.first == 0 and kept.last == tensors[0].shape[1]:
             return tensors
@@ -215,19 +229,23 @@ class _Group(DecodingState):
     # --- reading ------------------------------------------------------------------------------------------
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """One softmax over the keys that are kept and the new ones, which are kept afterwards."""
-        if self._keeps_all() and q.shape[2] == 1:  # the own key is already in its slot, beside all others
+        """One softmax over the keys that are kept and the new ones, which are kept afterwards:
+        queries (B, K, G, n, D) → (B, K·G, n, D)."""
+        tokens = q.shape[3]
+        rows = q.flatten(2, 3)  # (B, K, G·n, D)
+        if self._keeps_all() and tokens == 1:  # the own key is already in its slot, beside all others
             self.write(k, v)
             end = self.clock.position + 1
-            return F.scaled_dot_product_attention(
-                q, self.summary_keys[:, :, :end].to(q.dtype), self.summary_values[:, :, :end].to(q.dtype)
+            y = F.scaled_dot_product_attention(
+                rows, self.summary_keys[:, :, :end].to(q.dtype), self.summary_values[:, :, :end].to(q.dtype)
             )
-        y = self._attend(q, k, v)
-        self.write(k, v)  # not before: a ring has no slot beside those that are read
-        return y
+        else:
+            y = self._attend(rows, k, v, tokens)
+            self.write(k, v)  # not before: a ring has no slot beside those that are read
+        by_head: Tensor = y.unflatten(2, (-1, tokens)).flatten(1, 2)
+        return by_head
 
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        tokens = q.shape[2]
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, tokens: int) -> Tensor:
         parts = [part for part in (self._summaries(tokens, q), self._ring(tokens, q)) if part is not None]
         parts.append((k, v, self._own(tokens, q)))
         scale = q.shape[-1] ** -0.5
@@ -236,7 +254,7 @@ class _Group(DecodingState):
             score = (q @ keys.to(q.dtype).transpose(-1, -2)) * scale
             scores.append(score if allowed is None else score.masked_fill(~allowed, float("-inf")))
         weights = torch.cat(scores, dim=-1).softmax(dim=-1)
-        if not self.kept.reads_itself:  # a query may have no key, and gives 0
+        if not self._reads_itself():  # a query may have no key, and gives 0
             weights = weights.nan_to_num(0.0)
         sizes = [keys.shape[2] for keys, _, _ in parts]
         pieces = weights.split(sizes, dim=-1)
@@ -248,11 +266,18 @@ class _Group(DecodingState):
     def _keeps_all(self) -> bool:
         """Whether every query reads all keys up to itself."""
         kept = self.kept
-        return kept.by_distance and bool(kept.summaries[0]) and kept.distances is None and kept.reads_itself
+        reads_all = bool(kept.summaries[0]) and kept.distances is None and kept.reads_itself
+        return self._by_distance() and reads_all
+
+    def _reads_itself(self) -> bool:
+        return self.is_common and self.kept.reads_itself
+
+    def _by_distance(self) -> bool:
+        return self.is_common and self.kept.by_distance
 
     def _own(self, tokens: int, like: Tensor) -> Tensor | None:
         """Which of the new keys each new query may read; None: a single one, which it reads."""
-        if tokens == 1 and self.kept.reads_itself:
+        if tokens == 1 and self._reads_itself():
             return None
         positions = self.clock.positions(tokens, like.device)
         return self._allowed(positions[None, None], tokens)
@@ -262,7 +287,7 @@ class _Group(DecodingState):
         visible = kept.slots(position)
         if not visible:
             return None
-        if kept.by_distance and tokens == 1:
+        if self._by_distance() and tokens == 1:
             if kept.distances is None:
                 return self.summary_keys[:, :, :visible], self.summary_values[:, :, :visible], None
             slots = position - self._near()
@@ -276,7 +301,7 @@ class _Group(DecodingState):
         visible = min(position, self.ring)
         if not visible:
             return None
-        if kept.by_distance and tokens == 1:
+        if self._by_distance() and tokens == 1:
             if kept.distances is None:
                 return self.ring_keys[:, :, :visible], self.ring_values[:, :, :visible], None
             slots = (position - self._near()) % self.ring
@@ -297,28 +322,36 @@ class _Group(DecodingState):
         return self._tables["distances"][:count]
 
     def _positions_of_summaries(self, visible: int, like: Tensor) -> Tensor:
-        """The positions (H or 1, S) of the first slots."""
+        """The positions (K or 1, S) of the first slots."""
         own = self._tables["summaries"]
         slot = torch.arange(visible, device=like.device)
         count = own.shape[1]
         return slot // count * self.kept.period + own[:, slot % count]
 
     def _is_summary(self, where: Tensor) -> Tensor:
-        """Whether the keys at these positions (1, S) are summaries of each head: (H, S)."""
+        """Whether the keys at these positions (1, S) are summaries of each head of keys: (K, S)."""
         own = self._tables["summaries"]
         return (where[..., None] % self.kept.period == own[:, None]).any(-1)
 
     def _allowed(self, keys: Tensor, tokens: int) -> Tensor:
-        """May the new queries read keys at the positions (H or 1, 1, S): (H or 1, n, S)."""
-        head = torch.arange(self.kept.first, self.kept.last, device=keys.device)[:, None, None]
+        """May the new queries read keys at the positions (K or 1, 1, S): (K or 1, G·n, S)."""
+        group = self.queries_per_key
+        head = torch.arange(self.kept.first * group, self.kept.last * group, device=keys.device)
         queries = self.clock.positions(tokens, keys.device)[None, :, None]
-        allowed = self.rule(head, queries, keys)
-        return allowed.expand(*torch.broadcast_shapes(allowed.shape, (1, tokens, keys.shape[-1])))
+        keys = spread(keys, group, dim=0) if len(keys) > 1 else keys
+        allowed = self.rule(head[:, None, None], queries, keys)
+        allowed = allowed.expand(*torch.broadcast_shapes(allowed.shape, (1, tokens, keys.shape[-1])))
+        if group == 1:
+            return allowed
+        if len(allowed) == 1:
+            return allowed.repeat(1, group, 1)
+        rows: Tensor = allowed.unflatten(0, (-1, group)).flatten(1, 2)
+        return rows
 
     # --- writing ------------------------------------------------------------------------------------------
 
     def write(self, k: Tensor, v: Tensor) -> None:
-        """Keep the keys and values (B, H, n, D) of the next tokens."""
+        """Keep the keys and values (B, K, n, D) of the next tokens."""
         self._write_summaries(k, v)
         count = min(k.shape[2], self.ring)
         if not count:

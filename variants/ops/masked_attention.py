@@ -61,6 +61,7 @@ class MaskedAttention(SequenceMixer):
 
     Config: ClassVar[type[VariantConfig]] = MaskedConfig
     position_scheme = "rotary"
+    no_shared_keys = None
 
     def __init__(self, config: VariantConfig, dims: Dims, layer: int = 0) -> None:
         super().__init__(config, dims, layer)
@@ -90,6 +91,11 @@ class MaskedAttention(SequenceMixer):
         """The rule, with causality."""
         rule = self.rule(seq_len, causal=causal)
         return rule & masks.causal if causal else rule
+
+    def key_mask(self, seq_len: int) -> Rule:
+        """The causal rule of the heads of keys: pairs that any query head of the same keys may read."""
+        rule, size = self.mask(seq_len, causal=True), self.dims.queries_per_key
+        return rule if size == 1 else masks.AnyOfGroup(rule, size)
 
     def forward(self, x: Tensor, ctx: Context, state: Any = None) -> MixerOut:
         """(B, T, C) → MixerOut; carries no state."""
@@ -143,8 +149,9 @@ class MaskedAttention(SequenceMixer):
         return sum(count_pairs(region, seq_len) for region in self.regions(seq_len, causal=causal))
 
     def carried(self, seq_len: int) -> int:
-        """The number of pairs (head, key) that queries after seq_len tokens of a causal model may read."""
-        return carried_keys(self.mask(seq_len, causal=True), seq_len, self.dims.heads)
+        """The number of pairs (head of keys, key) that queries after seq_len tokens of a causal model may
+        read."""
+        return carried_keys(self.key_mask(seq_len), seq_len, self.dims.key_heads)
 
     def cost(self, work: Workload) -> Cost:
         """Projections; scores and weighted sum: 4·D for each allowed pair of each head."""
@@ -158,10 +165,9 @@ class MaskedAttention(SequenceMixer):
 
     def init_state(self, batch_size: int, max_len: int, *, clock: Clock, dtype: torch.dtype) -> KeyCache:
         """The keys and values that later queries may read."""
-        shape = batch_size, self.dims.heads, self.dims.head_dim
+        shape = batch_size, self.dims.key_heads, self.dims.head_dim
         device = self.projections.qkv.weight.device
-        rule = self.mask(max_len, causal=True)
-        return KeyCache(rule, shape, max_len, clock=clock, dtype=dtype, device=device)
+        return KeyCache(self.key_mask(max_len), shape, max_len, clock=clock, dtype=dtype, device=device)
 
     def step(self, x: Tensor, state: KeyCache) -> Tensor:
         """(B, n, C) → (B, n, C). A prompt is computed like a whole sequence."""
@@ -169,15 +175,16 @@ class MaskedAttention(SequenceMixer):
         if state.clock.position or x.shape[1] == 1:
             return self.projections.merge(state.attend(q, k, v))
         state.write(k, v)
+        k, v = self.projections.spread(k), self.projections.spread(v)
         return self.projections.merge(self.run_impl(self, q, k, v, True))
 
     def decoding_bytes(self, work: Workload) -> int:
         """The keys and values of rings and summaries."""
         numbers = 2 * work.batch_size * work.head_dim * work.element_bytes
-        return cache_bytes(self.mask(work.seq_len, causal=True), self.dims.heads, work.seq_len, numbers)
+        return cache_bytes(self.key_mask(work.seq_len), self.dims.key_heads, work.seq_len, numbers)
 
     def state_bytes(self, work: Workload) -> int:
-        """Bytes of the keys and values that later queries may read, counted for each head."""
+        """Bytes of the keys and values that later queries may read, counted for each head of keys."""
         return 2 * work.batch_size * self.carried(work.seq_len) * work.head_dim * work.element_bytes
 
 

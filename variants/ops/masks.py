@@ -288,6 +288,43 @@ class HeadSplit(Rule):
         return torch.where(head < self.at, self.below(head, i, j), self.others(head, i, j))
 
 
+@dataclass(frozen=True)
+class AnyOfGroup(Rule):
+    """Keys that any head of a group reads: head h stands for the heads h·size … h·size + size − 1."""
+
+    rule: Rule
+    size: int
+
+    @property
+    def period(self) -> int | None:
+        """The period of the rule."""
+        return self.rule.period
+
+    @property
+    def reach(self) -> int | None:
+        """The reach of the rule."""
+        return self.rule.reach
+
+    def for_head(self, head: int) -> Rule:
+        """The rule that all heads of a group have in common, if there is one."""
+        first, *others = self._rules(head)
+        return self if others or depends_on_head(first) else first
+
+    def is_common(self, head: int) -> bool:
+        """Whether all heads of a group read the same keys."""
+        return self.for_head(head) is not self
+
+    def _rules(self, head: int) -> list[Rule]:
+        return list(dict.fromkeys(self.rule.for_head(head * self.size + n) for n in range(self.size)))
+
+    def __call__(self, head: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        """Whether one of the heads may read the key."""
+        allowed = self.rule(head * self.size, i, j)
+        for n in range(1, self.size):
+            allowed = allowed | self.rule(head * self.size + n, i, j)
+        return allowed
+
+
 all_keys, causal = Everything(), Causal()
 
 

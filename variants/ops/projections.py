@@ -107,32 +107,47 @@ def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class Projections(nn.Module):
-    """The four projections of multi-head attention, without biases."""
+    """The four projections of multi-head attention, without biases.
+
+    With G query heads for each head of keys and values, K = H / G.
+    """
 
     def __init__(self, dims: Dims) -> None:
         super().__init__()
-        self.heads, self.inner, self.rotary_base = dims.heads, dims.inner_dim, dims.rotary_base
-        self.qkv = nn.Linear(dims.d_model, 3 * self.inner, bias=False)
+        self.heads, self.key_heads, self.rotary_base = dims.heads, dims.key_heads, dims.rotary_base
+        self.inner, self.key_dim = dims.inner_dim, dims.key_dim
+        self.qkv = nn.Linear(dims.d_model, self.inner + 2 * self.key_dim, bias=False)
         self.out = nn.Linear(self.inner, dims.d_model, bias=False)
 
     def split_next(self, x: Tensor, clock: Clock) -> tuple[Tensor, Tensor, Tensor]:
-        """`split` of the next tokens of sequences that are decoded."""
-        q, k, v = F.linear(x, self.qkv.weight).unflatten(-1, (3, self.heads, -1)).unbind(2)
-        q, k = (rotary_next(part, clock, self.rotary_base) for part in (q, k))
+        """`split_shared` of the next tokens of sequences that are decoded."""
+        heads = F.linear(x, self.qkv.weight).unflatten(-1, (self.heads + 2 * self.key_heads, -1))
+        qk, v = heads.split([self.heads + self.key_heads, self.key_heads], dim=2)
+        q, k = rotary_next(qk, clock, self.rotary_base).split([self.heads, self.key_heads], dim=2)
         return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
 
     def split(self, x: Tensor, positions: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """(B, T, C) → queries and keys with rotary positions, and values: each (B, H, T, D).
 
-        `positions` (T,) are the positions of the tokens; None: 0 … T−1.
+        Shared keys and values are repeated for every query head that reads them. `positions` (T,) are the
+        positions of the tokens; None: 0 … T−1.
         """
+        q, k, v = self.split_shared(x, positions)
+        return q, self.spread(k), self.spread(v)
+
+    def split_shared(self, x: Tensor, positions: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """`split` with one head for all query heads that share it: keys and values are (B, K, T, D)."""
         # two products: if v were a view of one product, it would keep the unrotated q and k in memory
-        w_qk, w_v = self.qkv.weight.split([2 * self.inner, self.inner])
-        qk = F.linear(x, w_qk).unflatten(-1, (2, self.heads, -1))  # (B, T, 2, H, D)
+        w_qk, w_v = self.qkv.weight.split([self.inner + self.key_dim, self.key_dim])
+        qk = F.linear(x, w_qk).unflatten(-1, (self.heads + self.key_heads, -1))  # (B, T, H + K, D)
         qk = rotary(qk, positions, self.rotary_base)
-        v = F.linear(x, w_v).unflatten(-1, (self.heads, -1))
-        q, k = qk.unbind(2)
+        v = F.linear(x, w_v).unflatten(-1, (self.key_heads, -1))
+        q, k = qk.split([self.heads, self.key_heads], dim=2)
         return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+
+    def spread(self, x: Tensor) -> Tensor:
+        """Shared keys or values (B, K, T, D), repeated for every query head: (B, H, T, D)."""
+        return spread(x, self.heads // self.key_heads, dim=1)
 
     def merge(self, y: Tensor) -> Tensor:
         """(B, H, T, D) → (B, T, C), by the output projection."""
@@ -142,9 +157,13 @@ class Projections(nn.Module):
     @staticmethod
     def flops(work: Workload, tokens: int | None = None) -> int:
         """Forward FLOPs of the four projections of `tokens` tokens; None: of all."""
-        return (
-            8 * work.batch_size * (work.seq_len if tokens is None else tokens) * work.d_model * work.inner_dim
-        )
+        count = work.batch_size * (work.seq_len if tokens is None else tokens)
+        return 4 * count * work.d_model * (work.inner_dim + work.key_dim)
+
+
+def spread(x: Tensor, queries_per_key: int, *, dim: int) -> Tensor:
+    """Repeat each head of keys or values for the query heads that share it; `dim` is that of the heads."""
+    return x if queries_per_key == 1 else x.repeat_interleave(queries_per_key, dim=dim)
 
 
 def masked_attention(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor) -> Tensor:

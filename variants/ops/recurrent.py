@@ -1,8 +1,9 @@
 """A layer that attends to a memory of its own earlier inputs: what such variants share.
 
 Shapes: B batch, T tokens of a group of segments, S tokens of a segment, M positions of memory before it,
-J = M + S keys, N segments of a run, C channels, H heads, D channels of a head. Heads come first,
-(H, B, S, D), because all sequences of a batch share the positions of a head.
+J = M + S keys, N segments of a run, C channels, H heads, K heads of keys, D channels of a head. Heads come
+first, (H, B, S, D), because all sequences of a batch share the positions of a head. Positions have H heads,
+also if query heads share keys.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 from variants.base import Clock, Cost, Dims, Info, SequenceMixer, VariantConfig, Workload
 from variants.input_schedule import Segments
 from variants.knobs import knob
-from variants.ops.projections import Projections
+from variants.ops.projections import Projections, spread
 from variants.ops.recurrent_state import RecurrentState
 from variants.ops.relative_attention import BLOCK, plain_attention, relative_attention, sinusoids
 from variants.ops.segment_windows import SegmentRun, Span, fold, known_product, unfold, windows_of
@@ -89,13 +90,14 @@ class Recurrent(SequenceMixer):
 
     config: RecurrentConfig
     position_scheme = "relative"
+    no_shared_keys = None
     flop_overhead_reason = "blocks of queries on the diagonal compute scores of keys after the query"
 
     def __init__(self, config: RecurrentConfig, dims: Dims, layer: int = 0) -> None:
         super().__init__(config, dims, layer)
         channels, inner, self.heads = dims.d_model, dims.inner_dim, dims.heads
         self.q = nn.Linear(channels, inner, bias=False)
-        self.kv = nn.Linear(channels, 2 * inner, bias=False)
+        self.kv = nn.Linear(channels, 2 * dims.key_dim, bias=False)
         self.r = nn.Linear(channels, inner, bias=False)
         self.u = nn.Parameter(0.02 * torch.randn(dims.heads, dims.head_dim, dtype=torch.float32))
         self.v = nn.Parameter(0.02 * torch.randn(dims.heads, dims.head_dim, dtype=torch.float32))
@@ -150,8 +152,17 @@ class Recurrent(SequenceMixer):
         q = self.q(x).unflatten(-1, (self.heads, -1)).permute(2, 0, 1, 3)
         # two products, so that backward does not compute the gradient of the memory, which is not used
         parts = [self.kv(memory), self.kv(x)] if memory.shape[1] else [self.kv(x)]
-        kv = torch.cat([p.unflatten(-1, (2, self.heads, -1)).permute(2, 3, 0, 1, 4) for p in parts], dim=3)
+        kv = self.spread(torch.cat([self.by_head(p) for p in parts], dim=3))
         return q, kv, self.positions(kv.shape[3], x)
+
+    def by_head(self, kv: Tensor) -> Tensor:
+        """Projected keys and values (B, J, 2·K·D) → (2, K, B, J, D)."""
+        heads: Tensor = kv.unflatten(-1, (2, self.dims.key_heads, -1)).permute(2, 3, 0, 1, 4)
+        return heads
+
+    def spread(self, kv: Tensor) -> Tensor:
+        """Repeat shared keys and values for every query head: (2, K, B, J, D) → (2, H, B, J, D)."""
+        return spread(kv, self.dims.queries_per_key, dim=1)
 
     def positions(self, keys: int, like: Tensor) -> Tensor:
         """Positions (H, D, J + 1) of the distances J, …, 1, 0."""
@@ -192,7 +203,7 @@ class Recurrent(SequenceMixer):
             streams.insert(0, (torch.cat(past, dim=1) if len(past) > 1 else past[0], spans))
         if compressed is not None and compressed[0].shape[1]:
             streams.insert(0, (self.kv(compressed[0]), compressed[1]))
-        windows = windows_of(runs, streams, self.heads)
+        windows = tuple(map(self.spread, windows_of(runs, streams, self.dims.key_heads)))
         longest = max(run.keys for run in runs)
         r = self.positions(longest, x)
         u, v = self.u.to(kv.dtype), self.v.to(kv.dtype)  # once, not in each run
@@ -218,10 +229,11 @@ class Recurrent(SequenceMixer):
     ) -> tuple[Tensor, Tensor | None]:
         """The next tokens (B, n, C) of a segment → outputs (B, n, C), and with `count` the usage (B, J)."""
         q = self.q(x).unflatten(-1, (self.heads, -1)).permute(2, 0, 1, 3)
-        kv, r = state.append(self.kv(x).unflatten(-1, (2, self.heads, -1)).permute(2, 3, 0, 1, 4))
+        kv, r = state.append(self.by_head(self.kv(x)))
         u, v = self.u.to(q.dtype), self.v.to(q.dtype)
         block = BLOCK.on(self.device_type)
-        y, usage = relative_attention(q, kv.to(q.dtype), r.to(q.dtype), u, v, count=count, block=block)
+        kv = self.spread(kv.to(q.dtype))
+        y, usage = relative_attention(q, kv, r.to(q.dtype), u, v, count=count, block=block)
         return self.out(y.permute(1, 2, 0, 3).flatten(2)), usage
 
     def make_state(
@@ -229,12 +241,13 @@ class Recurrent(SequenceMixer):
     ) -> RecurrentState:
         """A state for at most `keys` keys at a time."""
         like = self.r.weight.new_empty(1, self.dims.d_model)
-        shape = self.heads, batch_size, keys, self.dims.head_dim
+        shape = self.dims.key_heads, batch_size, keys, self.dims.head_dim
         return RecurrentState(clock, max_len, shape, self.positions(keys, like).detach().to(dtype), dtype)
 
     def state_of_keys(self, work: Workload, keys: int) -> int:
         """Bytes of such a state: keys and values of each sequence, and the positions of all."""
-        return work.element_bytes * work.inner_dim * (2 * work.batch_size * keys + keys + 1)
+        kept, positions = 2 * work.batch_size * keys * work.key_dim, (keys + 1) * work.inner_dim
+        return work.element_bytes * (kept + positions)
 
     def plainly_attend(self, x: Tensor, memory: Tensor) -> Attended:
         """The readable form of `attend`."""
@@ -257,7 +270,7 @@ class Recurrent(SequenceMixer):
             {
                 "projections": Projections.flops(work, tokens),
                 "attention": 6 * work.batch_size * inner * pairs,
-                "memory": 4 * work.batch_size * (carried + new_memories) * channels * inner,
+                "memory": 4 * work.batch_size * (carried + new_memories) * channels * work.key_dim,
                 "positions": 2 * max(run.keys for run in runs) * channels * inner,
             },
             gradients={"memory": 1, "positions": 1},

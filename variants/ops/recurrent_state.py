@@ -1,6 +1,7 @@
 """What decoding keeps for a layer with a memory of its own earlier inputs.
 
-Shapes: B batch, C channels, H heads, D channels of a head, J keys, F positions that leave the memory.
+Shapes: B batch, C channels, H heads, K heads of keys, D channels of a head, J keys, F positions that leave
+the memory.
 
 The papers keep hidden states, and compute keys and values of the whole memory for every segment. To compute
 them for every token would cost as much as a segment. So here keys and values are kept. They are in the order
@@ -30,7 +31,7 @@ class RecurrentState(DecodingState):
         positions: Tensor,
         dtype: torch.dtype,
     ) -> None:
-        """`shape` is (H, B, J, D) for the largest J; `positions` (H, D, J + 1) are those of the layer."""
+        """`shape` is (K, B, J, D) for the largest J; `positions` (H, D, J + 1) are those of the layer."""
         super().__init__(clock, max_len)
         self.kv = torch.zeros(2, *shape, dtype=dtype, device=positions.device)
         self.positions = positions
@@ -45,7 +46,7 @@ class RecurrentState(DecodingState):
         return self.before + self.segment
 
     def append(self, kv: Tensor) -> tuple[Tensor, Tensor]:
-        """Add keys and values (2, H, B, n, D); return all of them, and their positions (H, D, J + 1)."""
+        """Add keys and values (2, K, B, n, D); return all of them, and their positions (H, D, J + 1)."""
         tokens = kv.shape[3]
         self.kv[:, :, :, self.keys : self.keys + tokens] = kv
         self.segment += tokens
@@ -60,7 +61,7 @@ class RecurrentState(DecodingState):
         self.before, self.segment = self.keys - dropped, 0
 
     def insert(self, kv: Tensor, *, at: int, limit: int) -> None:
-        """Insert keys and values (2, H, B, n, D) at key `at`; of those up to there, the last `limit` stay."""
+        """Insert keys and values (2, K, B, n, D) at key `at`; of those up to there, the last `limit` stay."""
         tokens = kv.shape[3]
         first = max(0, at + tokens - limit)  # of the keys before `at` that stay
         after = self.kv[:, :, :, at : self.keys].clone()

@@ -24,6 +24,8 @@ _PHRASES = {
     "tie_embeddings": "embeddings {}",
     "rotary_base": "rotary base {}",
     "head_size": "heads of {} channels",
+    "kv_heads": "{} heads of keys and values",
+    "widen_feed_forward": "feed-forward layers {}",
     "dropout": "dropout {}",
     "batch_size": "batch {}",
     "threads": "{} threads",
