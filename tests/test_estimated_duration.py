@@ -27,6 +27,7 @@ FIGURES = StepFigures(
     activation_bytes=1,
     peaks={"forward": {"x": 5}, "backward": {}, "optimizer": {}},
 )
+PLANNED = duration.Planned(FIGURES)
 STEP = H100.seconds_per_step + 1000 * H100.seconds_per_launch
 TRAINED = ("measure=standard", "measure.train_tokens=40960", "measure.eval_tokens=1024", "batch_size=4")
 
@@ -37,31 +38,31 @@ def cells_of(*overrides: str) -> list[Cell]:
 
 def test_a_cell_is_its_start_its_gates_and_its_steps() -> None:
     (cell,) = cells_of("measure=quick", "measure.time_seconds=0")
-    seconds = duration.cell_seconds(cell.spec, FIGURES, H100, is_gated=False)
+    seconds = duration.cell_seconds(cell.spec, PLANNED, H100, is_gated=False)
     assert (seconds.start, seconds.gates) == (duration.START_SECONDS, duration.GATE_SECONDS)
     assert seconds.training == seconds.evaluation == 0
     runs = timing.ACCELERATOR_WARM_UP + timing.ACCELERATOR_SAMPLES
     steps = runs + duration.COUNTED_STEPS + duration.STEPS + runs * duration.FORWARD_SHARE
     counted = duration.COUNTED_STEPS * 1000 * duration.COUNTED_LAUNCH_SECONDS
     assert seconds.cost == pytest.approx(steps * STEP + counted)
-    assert duration.cell_seconds(cell.spec, FIGURES, H100, is_gated=True).gates == 0
+    assert duration.cell_seconds(cell.spec, PLANNED, H100, is_gated=True).gates == 0
     assert duration.cell_seconds(cell.spec, None, H100, is_gated=False).total == duration.START_SECONDS
 
 
 def test_samples_take_the_time_that_they_are_given() -> None:
     short, long = (cells_of("measure=quick", f"measure.time_seconds={s}")[0].spec for s in (0, 2))
-    more = [duration.cell_seconds(spec, FIGURES, H100, is_gated=True).cost for spec in (short, long)]
+    more = [duration.cell_seconds(spec, PLANNED, H100, is_gated=True).cost for spec in (short, long)]
     assert 2 < more[1] - more[0] + 13 * STEP * (1 + duration.FORWARD_SHARE) < 2 * (2 + 5 * STEP)
 
 
 def test_training_is_as_many_steps_as_the_budget_has() -> None:
     (cell,) = cells_of(*TRAINED)
-    seconds = duration.cell_seconds(cell.spec, FIGURES, H100, is_gated=True)
+    seconds = duration.cell_seconds(cell.spec, PLANNED, H100, is_gated=True)
     assert seconds.training == pytest.approx(10 * STEP)
     (timed,) = cells_of(*TRAINED, "measure.train_budget=seconds", "measure.train_seconds=77")
-    assert duration.cell_seconds(timed.spec, FIGURES, H100, is_gated=True).training == 77
+    assert duration.cell_seconds(timed.spec, PLANNED, H100, is_gated=True).training == 77
     (flops,) = cells_of(*TRAINED, "measure.train_budget=flops", "measure.train_flops=1e15")
-    assert duration.cell_seconds(flops.spec, FIGURES, H100, is_gated=True).training > 100 * STEP
+    assert duration.cell_seconds(flops.spec, PLANNED, H100, is_gated=True).training > 100 * STEP
 
 
 def test_branches_of_budgets_and_a_search_are_counted() -> None:
@@ -70,14 +71,14 @@ def test_branches_of_budgets_and_a_search_are_counted() -> None:
     trained = (*TRAINED, "measure.train_tokens=327680", "measure.schedule=wsd", "measure.train_budgets=3")
     searched = (*trained, "measure.learning_rate=search", "replicate=0,1")
     specs = [cell.spec for cell in (*cells_of(*trained), *cells_of(*searched))]
-    found = [duration.cell_seconds(spec, FIGURES, H100, is_gated=True).training for spec in specs]
+    found = [duration.cell_seconds(spec, PLANNED, H100, is_gated=True).training for spec in specs]
     assert found == pytest.approx([92 * STEP, 152 * STEP, 92 * STEP])
 
 
 def test_a_model_with_state_is_evaluated_twice() -> None:
     dense, recurrent = (cells_of(*TRAINED, f"variant={name}")[0].spec for name in ("dense", "transformer_xl"))
     once, twice = (
-        duration.cell_seconds(spec, FIGURES, H100, is_gated=True).evaluation for spec in (dense, recurrent)
+        duration.cell_seconds(spec, PLANNED, H100, is_gated=True).evaluation for spec in (dense, recurrent)
     )
     assert twice - once == pytest.approx(duration.FORWARD_SHARE * STEP)
 
@@ -86,14 +87,14 @@ def test_longer_sequences_are_forward_passes_of_their_tokens() -> None:
     """2,048 targets are 8 groups at 1,024 tokens; each is read at 1, 2, 4 and 8 times this length."""
     plain, longer = (cells_of(*TRAINED, "seq_len=1024", f"measure.longer={n}")[0].spec for n in (0, 8))
     without, with_them = (
-        duration.cell_seconds(spec, FIGURES, H100, is_gated=True).evaluation for spec in (plain, longer)
+        duration.cell_seconds(spec, PLANNED, H100, is_gated=True).evaluation for spec in (plain, longer)
     )
     forwards = 8 * 15 * 1024 / (4 * 1024)
     assert with_them - without == pytest.approx(forwards * duration.FORWARD_SHARE * STEP)
 
 
 def test_rounds_add_up_and_gates_run_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(duration, "step_figures", lambda spec: FIGURES)
+    monkeypatch.setattr(duration, "plan", lambda spec: PLANNED)
     cells = cells_of("measure=quick", "replicate=0,1", "seq_len=1024,2048", "report_minutes=60")
     found = duration.estimate(cells, H100)
     assert [count for count, _ in found.rounds.values()] == [2, 2]
@@ -107,7 +108,7 @@ def test_rounds_add_up_and_gates_run_once(monkeypatch: pytest.MonkeyPatch) -> No
 def test_the_first_table_comes_with_the_first_report_after_a_training(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(duration, "step_figures", lambda spec: FIGURES)
+    monkeypatch.setattr(duration, "plan", lambda spec: PLANNED)
     cells = cells_of(*TRAINED, "variant=dense,chunked,longformer", "report_minutes=60")
     found = duration.estimate(cells, H100)
     assert found.first_table == (pytest.approx(found.total.total), 3)
@@ -127,11 +128,44 @@ def test_what_cannot_be_planned_is_named(monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_a_plan_is_that_of_the_cell() -> None:
     (cell,) = cells_of("measure=quick", "model.d_model=64", "depth=1")
-    figures = duration.step_figures(cell.spec)
-    assert figures is not None
+    planned = duration.plan(cell.spec)
+    assert planned is not None
+    assert planned.token is None
+    figures = planned.step
     step = estimated_seconds(figures.launches_step, figures.bytes_moved_step, figures.flops_step, H100)
     host = H100.seconds_per_step + figures.launches_step * H100.seconds_per_launch
     assert step == pytest.approx(host), "a small step is the host's"
+
+
+def test_decoding_is_prompts_tokens_and_a_batch_without_training_steps() -> None:
+    small = ("measure=decode", "model.d_model=64", "depth=1", "measure.time_seconds=0")
+    plain, budgeted = (
+        cells_of(*small, *more)[0].spec for more in ((), ("measure.budget=64GiB", "measure.reserve=0"))
+    )
+    planned = duration.plan(plain)
+    assert planned is not None
+    assert planned.token is not None
+    assert planned.peak_bytes(plain.measure) < planned.step.peak_bytes
+    step = estimated_seconds(
+        planned.step.launches_step, planned.step.bytes_moved_step, planned.step.flops_step, H100
+    )
+    found = duration.cell_seconds(plain, planned, H100, is_gated=True)
+    assert found.cost == found.training == 0
+    prompts = 1 + timing.ACCELERATOR_WARM_UP + timing.ACCELERATOR_SAMPLES
+    tokens = 3 + 64 + 9 * plain.measure.decode_block
+    one = planned.token.launches * H100.seconds_per_launch
+    assert found.decoding == pytest.approx(prompts * step / 3 + tokens * one)
+    with_batch = duration.cell_seconds(budgeted, planned, H100, is_gated=True).decoding
+    reading = 64 * 2**30 / H100.bytes_per_second
+    assert with_batch - found.decoding == pytest.approx(step / 3 + (3 + 8) * reading)
+
+
+def test_what_cannot_be_decoded_takes_no_time() -> None:
+    (cell,) = cells_of("measure=decode", "variant=linformer", "variant.k=16", "model.d_model=64", "depth=1")
+    planned = duration.plan(cell.spec)
+    assert planned is not None
+    assert planned.token is None
+    assert duration.cell_seconds(cell.spec, planned, H100, is_gated=True).decoding == 0
 
 
 # --- the presets for GPUs ---------------------------------------------------------------------------

@@ -14,7 +14,8 @@ from typing import Any
 
 from bench.config.spec import Cell, CellSpec, MeasureSpec, digest
 from bench.evaluate import longer
-from bench.measure import timing
+from bench.measure import decoding, timing
+from bench.measure.decoding import DecodingFigures
 from bench.measure.device_time import STEPS
 from bench.measure.estimate import CARDS, Card, estimated_seconds
 from bench.measure.gates import GATE_TOKENS
@@ -24,6 +25,7 @@ from bench.report.text import markdown, units
 from bench.report.text.columns import Column
 from bench.run.prepare import order_in_rounds
 from bench.run.progress import duration
+from bench.scenarios import decoding as decoding_runs
 from bench.scenarios.support import Unsupported, check_supported, missing_kernel
 from bench.train.schedule import Budget
 
@@ -47,6 +49,7 @@ class Seconds:
     start: float = 0.0
     gates: float = 0.0
     cost: float = 0.0
+    decoding: float = 0.0
     training: float = 0.0
     evaluation: float = 0.0
     reports: float = 0.0
@@ -61,6 +64,23 @@ class Seconds:
         return Seconds(**{field.name: a + b for field, (a, b) in zip(fields(self), pairs, strict=True)})
 
 
+@dataclass(frozen=True)
+class Planned:
+    """The figures of a cell on fake tensors."""
+
+    step: StepFigures
+    token: DecodingFigures | None = None
+    """None if the cell does not decode."""
+
+    def peak_bytes(self, measure: MeasureSpec) -> int:
+        """The largest peak of what the cell runs."""
+        trains = measure.step or measure.train_amount
+        peaks = [self.step.peak_bytes] if trains or self.token is None else []
+        if self.token is not None:
+            peaks += [self.token.prefill_peak_bytes, self.token.decode_peak_bytes]
+        return max(peaks)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Estimate:
     """Estimated duration of a sweep on one device."""
@@ -73,7 +93,7 @@ class Estimate:
     trained: int
     """Trained cells of the first round that has any."""
     peak_bytes: int
-    """Largest predicted peak of a step."""
+    """Largest predicted peak of a training step, or of decoding."""
     unplanned: tuple[str, ...]
     """Labels of the cells that a machine without the device cannot plan; only their start is counted."""
 
@@ -87,16 +107,18 @@ def estimate(cells: Sequence[Cell], card: Card) -> Estimate:
     """Return the estimated duration of the cells, in the order in which a sweep runs them."""
     cells = order_in_rounds(cells)
     gated: set[str] = set()
-    planned: dict[str, StepFigures | None] = {}
+    planned: dict[str, Planned | None] = {}
     rounds: dict[int, tuple[int, Seconds]] = {}
     left = {replicate: sum(c.spec.replicate == replicate for c in cells) for replicate in _replicates(cells)}
     passed = reported = 0.0
     peak, trained, first_table, unplanned = 0, 0, None, []
     for cell in cells:
         spec = cell.spec
-        setting = repr(replace(spec, replicate=0, twin=0, measure=MeasureSpec(execute=False)))
+        reads = decoding_runs.room(spec) if spec.measure.decode_tokens else 0
+        plain = replace(spec, replicate=0, twin=0, measure=MeasureSpec(execute=False))
+        setting = repr((plain, reads))
         if setting not in planned:
-            planned[setting] = step_figures(spec)
+            planned[setting] = plan(spec)
         figures = planned[setting]
         key = gate_key(spec)
         seconds = cell_seconds(spec, figures, card, is_gated=key in gated)
@@ -104,7 +126,7 @@ def estimate(cells: Sequence[Cell], card: Card) -> Estimate:
         if figures is None:
             unplanned.append(spec.label)
         else:
-            peak = max(peak, figures.peak_bytes)
+            peak = max(peak, figures.peak_bytes(spec.measure))
         left[spec.replicate] -= 1
         trained += bool(seconds.training)
         passed += seconds.total
@@ -138,26 +160,34 @@ def gate_key(spec: CellSpec) -> str:
     return digest(decides)
 
 
-def step_figures(spec: CellSpec) -> StepFigures | None:
-    """Return the figures of a step; None if no machine can run it, or this one cannot plan it."""
+def plan(spec: CellSpec) -> Planned | None:
+    """Return the figures of a step, and of decoding; None if no machine can run the cell, or this one cannot
+    plan it."""
     planned = replace(spec, measure=replace(spec.measure, execute=False))
     print(f"estimate: {spec.label}", file=sys.stderr, flush=True)
     try:
         check_supported(planned)
     except Unsupported:
         return None
-    return None if missing_kernel(planned, CPU) else Prediction(planned).predict()
+    if missing_kernel(planned, CPU):
+        return None
+    token = None
+    if spec.measure.decode_tokens and not decoding_runs.reason_not_to_decode(planned):
+        token = decoding.predicted(planned, room=decoding_runs.room(spec))
+    return Planned(Prediction(planned).predict(), token)
 
 
-def cell_seconds(spec: CellSpec, figures: StepFigures | None, card: Card, *, is_gated: bool) -> Seconds:
-    """Return the estimated time of a cell; `figures` are those of its step."""
+def cell_seconds(spec: CellSpec, figures: Planned | None, card: Card, *, is_gated: bool) -> Seconds:
+    """Return the estimated time of a cell from its plan."""
     if figures is None:
         return Seconds(start=START_SECONDS)
-    measure = spec.measure
-    step = estimated_seconds(figures.launches_step, figures.bytes_moved_step, figures.flops_step, card)
+    measure, of_step = spec.measure, figures.step
+    step = estimated_seconds(of_step.launches_step, of_step.bytes_moved_step, of_step.flops_step, card)
     forward = FORWARD_SHARE * step
-    counted = COUNTED_STEPS * (step + COUNTED_LAUNCH_SECONDS * figures.launches_step)
-    cost = counted + _sampling(step, spec) + STEPS * step + _sampling(forward, spec)
+    cost = 0.0
+    if measure.step:
+        counted = COUNTED_STEPS * (step + COUNTED_LAUNCH_SECONDS * of_step.launches_step)
+        cost = counted + _sampling(step, spec) + STEPS * step + _sampling(forward, spec)
     training = evaluation = 0.0
     if measure.train_amount:
         tokens = max(1, spec.batch_size) * spec.seq_len
@@ -175,9 +205,22 @@ def cell_seconds(spec: CellSpec, figures: StepFigures | None, card: Card, *, is_
         start=START_SECONDS,
         gates=0.0 if is_gated else GATE_SECONDS,
         cost=cost,
+        decoding=_decoding(spec, forward, figures.token, card) if figures.token else 0.0,
         training=training,
         evaluation=evaluation,
     )
+
+
+def _decoding(spec: CellSpec, prompt: float, token: DecodingFigures, card: Card) -> float:
+    """Return the time of prompts, which are forward passes, of tokens, and of the largest batch."""
+    measure = spec.measure
+    without_optimiser = replace(card, seconds_per_step=0.0)
+    once = estimated_seconds(token.launches, token.bytes_moved, token.flops, without_optimiser)
+    seconds = prompt + _sampling(prompt, spec) + decoding_runs.room(spec) * once
+    if measure.budget is not None:  # every token reads the states of the batch
+        batch = estimated_seconds(token.launches, measure.budget, token.flops, without_optimiser)
+        seconds += prompt + (decoding_runs.WARM_UP + decoding_runs.batch_tokens(measure)) * batch
+    return seconds
 
 
 def _batches(spec: CellSpec) -> int:
@@ -227,7 +270,7 @@ def text(cells: Sequence[Cell], card_name: str) -> str:
         "",
         markdown.table(columns).rstrip("\n"),
         "",
-        f"Largest predicted peak of a step: {units.size(whole.peak_bytes)}.",
+        f"Largest predicted peak: {units.size(whole.peak_bytes)}.",
     ]
     if whole.first_table:
         seconds, trained = whole.first_table

@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import torch
 
-from bench.config.spec import CellSpec
+from bench.config.spec import CellSpec, MeasureSpec
 from bench.measure import contention, decoding, timing
 from bench.measure.decoding import Decoding, DecodingFigures
 from bench.measure.gate_failed import GateFailed
@@ -36,6 +36,11 @@ def room(spec: CellSpec) -> int:
     """Return the number of tokens after the prompt that a cell reads."""
     measure = spec.measure
     return WARM_UP + measure.decode_tokens + (1 + BLOCKS) * measure.decode_block
+
+
+def batch_tokens(measure: MeasureSpec) -> int:
+    """Return the number of tokens whose time is taken in the largest batch."""
+    return max(3, measure.decode_tokens // 8)
 
 
 class DecodingMeasurement:
@@ -133,7 +138,7 @@ class DecodingMeasurement:
         decoder.copy_from(single.decoder)
         token = single.tokens().expand(found, -1)
         self._seconds(lambda: decoder.read(token), WARM_UP)
-        taken = self._seconds(lambda: decoder.read(token), max(3, measure.decode_tokens // 8))
+        taken = self._seconds(lambda: decoder.read(token), batch_tokens(measure))
         self.report({"decode_batch_size": found, "decode_batch_seconds_median": statistics.median(taken)})
 
 
