@@ -16,12 +16,12 @@ import pandas as pd
 import pytest
 from test_report import failed, record, sweep, table, write
 
+import variants
 from bench.report import build
 from bench.report.data import statistics
 from bench.report.data.experiment import read
 from bench.report.figures import chart_data as figures
-from bench.report.figures import style
-from bench.report.figures.style import styles
+from bench.report.figures.style import Style, looks
 from bench.report.page import html
 from bench.report.page.symbols import DARK, contrast, on_dark, symbols
 from bench.report.sections import Results, compute, discover
@@ -230,14 +230,16 @@ def test_experiments_about_budgets_are_shown_without_a_chooser(tmp_path: Path, k
 
 def test_markers_are_those_of_the_plots() -> None:
     """A square is a square: corners at ±1; a half-filled one has two paths."""
-    found = symbols(styles([("chunked", "chunked"), ("dense", "dense a"), ("dense", "dense b")]))
-    assert found["chunked"]["outline"] == "M-1,1L1,1L1,-1L-1,-1Z"
-    assert found["chunked"]["half"] is None
-    assert found["dense b"]["half"] != found["dense b"]["outline"]
+    square, half = Style("#123456", "s", "full"), Style("#123456", "o", "left")
+    found = symbols({"square": square, "half": half})
+    assert found["square"]["outline"] == "M-1,1L1,1L1,-1L-1,-1Z"
+    assert found["square"]["half"] is None
+    assert found["half"]["half"] != found["half"]["outline"]
 
 
 def test_colours_are_those_of_the_plots_and_stand_out_in_the_dark() -> None:
-    known = [colour for colour, _ in (*style.KNOWN.values(), *style.OTHERS)]
+    names = [*variants.names(), *(f"from_elsewhere_{number}" for number in range(20))]
+    known = [colour for colour, _ in looks(names).values()]
     assert all(contrast(on_dark(colour), DARK) >= 3 for colour in known)
     assert on_dark("#E69F00").upper() == "#E69F00", "one that stands out is left alone"
     assert contrast("#000000", "#ffffff") == pytest.approx(21)

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bench.report.figures.style import KNOWN, OTHERS, STRATEGIES, looks, strategy_styles, styles
+from bench.report.figures.style import STRATEGIES, strategy_styles
 from bench.report.text import markdown, units
 
 
@@ -65,24 +65,6 @@ def test_an_escaped_cell_stays_one_cell(text: str) -> None:
 
 def test_escape_keeps_names_readable() -> None:
     assert markdown.escape("seq_len of __init__ is a|b") == "seq_len of \\_\\_init\\_\\_ is a\\|b"
-
-
-def test_a_known_variant_looks_the_same_in_any_company() -> None:
-    alone = styles([("longformer", "longformer")])["longformer"]
-    among = styles([(name, name) for name in (*KNOWN, "mine")])["longformer"]
-    assert alone == among
-    assert len(set(KNOWN.values())) == len(KNOWN)
-    assert not set(OTHERS) & set(KNOWN.values())
-
-
-def test_unknown_variants_take_their_place_by_name() -> None:
-    assert looks("b", ["dense", "c", "b", "a"]) == looks("b", ["a", "b"]) == OTHERS[1]
-
-
-def test_labels_of_a_variant_share_its_marker_and_differ_in_colour() -> None:
-    found = styles([("longformer", "longformer (window=64)"), ("longformer", "longformer (window=128)")])
-    assert len({s.marker for s in found.values()}) == 1
-    assert len({s.colour for s in found.values()}) == 2
 
 
 @pytest.mark.parametrize(

@@ -6,12 +6,12 @@ For each attention variant also its family, its capabilities, and the complexity
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import sys
 from collections.abc import Callable
 from typing import Any
 
 import variants
+from variants import facts
 from variants.declarations import Declared, Unreadable, attribute, line_of
 from variants.knobs import as_text, knobs_of
 from variants.safe_output import run
@@ -49,10 +49,10 @@ def _layer(slot: Slot[Any], name: str) -> list[str]:
     return _described(slot.group, lambda: [f"  paper    {_paper(slot, name)}"], lambda: slot.declared(name))
 
 
-def _described(group: str, facts: Callable[[], list[str]], declared: Callable[[], Declared]) -> list[str]:
+def _described(group: str, known: Callable[[], list[str]], declared: Callable[[], Declared]) -> list[str]:
     """The facts of an entry and a line for each of its knobs, or why it cannot be read."""
     try:
-        lines, found = facts(), declared()
+        lines, found = known(), declared()
     except (variants.BrokenVariant, TypeError) as error:
         return [f"  broken   {error}"]
     for name, knob in knobs_of(found.config).items():
@@ -63,7 +63,7 @@ def _described(group: str, facts: Callable[[], list[str]], declared: Callable[[]
 
 def _facts(name: str) -> list[str]:
     """Paper, family, capabilities and claims of a variant. A mixture has those of its members."""
-    info = _info(name)
+    info = facts.info(name)
     if info is None:
         return ["  family   mixture: papers, capabilities and claims are those of its members"]
     claim = info["complexity"]
@@ -74,17 +74,6 @@ def _facts(name: str) -> list[str]:
         f"  can      {', '.join(cap for cap, has in info['caps'].items() if has)}",
         f"  claims   {exponents}: {claim['formula']} ({claim['source']})",
     ]
-
-
-def _info(name: str) -> dict[str, Any] | None:
-    """The `info` of a variant; None for a mixture. Imports the variant if the source has no literals."""
-    try:
-        module, owner = variants.source_of(name)
-        info = attribute(module, owner, "info")
-        return None if info is None else dict(info)
-    except Unreadable:
-        variant = variants.load(name)
-        return dataclasses.asdict(variant.info_for(variant.Config()))
 
 
 def _paper(slot: Slot[Any], name: str) -> str:

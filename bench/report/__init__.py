@@ -18,19 +18,23 @@ def build(
     *,
     plots: bool = True,
     all_plots: bool = False,
+    all_variants: bool = False,
     tex_columns: Sequence[str] | None = None,
 ) -> Path:
     """Rebuild `folder`/report from `folder`/records and return the path of the report.
 
     `folder` is an experiment's folder, such as results/scaling. With `plots` False only the tables are
-    written; `all_plots` draws every figure however many records there are. `tex_columns`
+    written; `all_plots` draws every figure however many records there are, and `all_variants` every variant
+    in each of them instead of dense and the best of each family. `tex_columns`
     are the titles of the columns of figures in summary.tex; None is all. Record files that cannot be read
     are logged as warnings, named in summary.md and skipped. Raises ReportError for a folder that is missing
     or has no record, and for a title that no column has.
     """
     from bench.report.builder import build_report
 
-    return build_report(Path(folder), plots=plots, all_plots=all_plots, tex_columns=tex_columns)
+    return build_report(
+        Path(folder), plots=plots, all_plots=all_plots, all_variants=all_variants, tex_columns=tex_columns
+    )
 
 
 def compare(first: Path, second: Path, *, plots: bool = True) -> Path:

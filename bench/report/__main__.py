@@ -39,6 +39,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--all-plots", action="store_true", help="draw every plot of thousands of records too"
     )
     parser.add_argument(
+        "--all-variants",
+        action="store_true",
+        help="draw every variant in every plot; else one of many has dense and the best of each family",
+    )
+    parser.add_argument(
         "--tex-columns",
         metavar="TITLES",
         help="columns of figures in summary.tex, with commas between them, such as 'step time,time / dense'",
@@ -53,7 +58,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"comparison: {shown(side_by_side / 'compare.md')}")
             return 0
         report = build(
-            options.folder, plots=not options.no_plots, all_plots=options.all_plots, tex_columns=titles
+            options.folder,
+            plots=not options.no_plots,
+            all_plots=options.all_plots,
+            all_variants=options.all_variants,
+            tex_columns=titles,
         )
     except Stopped as stop:
         print(f"bench.report: stopped by {stop.signal.name}; the report is as it was before", file=sys.stderr)

@@ -29,6 +29,7 @@ def build_report(
     *,
     plots: bool = True,
     all_plots: bool = False,
+    all_variants: bool = False,
     tex_columns: Sequence[str] | None = None,
     sections: Sequence[Section[Any]] | None = None,
 ) -> Path:
@@ -42,29 +43,46 @@ def build_report(
     own = (*PICTURES, *(f"{name}.csv" for section in results.sections for name in section.csv))
     report = folder / "report"
     with replacing_files(report, own) as new:
-        _write(new, results, plots=plots, all_plots=all_plots, tex_columns=tex_columns)
+        pictures: Plots = {}
+        notes: Sequence[str] = []
+        if plots:
+            pictures, notes = _draw(new, results, all_plots=all_plots, all_variants=all_variants)
+        _write(new, results, pictures, notes, tex_columns=tex_columns)
     return report
 
 
-def _write(
-    report: Path, results: Results, *, plots: bool, all_plots: bool, tex_columns: Sequence[str] | None
-) -> None:
-    """Every file of a report into a folder that has none yet."""
-    collected = results.records.collected
-    pictures: Plots = {}
-    notes: list[str] = []
-    if plots:
-        from bench.report.figures.drawing import draw_all
+def _draw(
+    report: Path, results: Results, *, all_plots: bool, all_variants: bool
+) -> tuple[Plots, Sequence[str]]:
+    """Draw the figures; also returns notes on what is not drawn."""
+    from bench.report.figures.drawing import draw_all
+    from bench.report.figures.selection import MOST
 
-        many = len(collected.frame) > MANY and not all_plots
-        figures = {section.name: section.figures(data) for section, data in results}
-        kinds = results.records.kinds
-        pictures, undrawn = draw_all(figures, collected.frame, kinds, report, 1 if many else None)
-        if undrawn:
-            notes.append(
-                f"{undrawn} plots are not drawn: with more than {MANY:,} records there is one of each kind, "
-                "of the setting with the most cells; python -m bench.report --all-plots draws them all"
-            )
+    frame = results.records.collected.frame
+    many = len(frame) > MANY and not all_plots
+    figures = {section.name: section.figures(data) for section, data in results}
+    kinds = results.records.kinds
+    pictures, undrawn = draw_all(
+        figures, frame, kinds, report, 1 if many else None, None if all_variants else MOST
+    )
+    if not undrawn:
+        return pictures, []
+    return pictures, [
+        f"{undrawn} plots are not drawn: with more than {MANY:,} records there is one of each kind, "
+        "of the setting with the most cells; python -m bench.report --all-plots draws them all"
+    ]
+
+
+def _write(
+    report: Path,
+    results: Results,
+    pictures: Plots,
+    notes: Sequence[str],
+    *,
+    tex_columns: Sequence[str] | None,
+) -> None:
+    """Every file of a report, but for its figures, into a folder."""
+    collected = results.records.collected
     for section, data in results:
         for name, table in section.csv_tables(data).items():
             if name not in section.csv:

@@ -92,9 +92,10 @@ def human_axis(
     *,
     binary: bool,
     zero: bool = False,
+    most: int = MOST_TICKS,
 ) -> None:
-    """Round numbers in their unit between low and high: powers of two for bytes, else 1, 2, 5; and 0, of an
-    axis that has it."""
+    """Round numbers in their unit between low and high: powers of two for bytes, else 1, 2, 5, and at most
+    `most` of them; and 0, of an axis that has it."""
     candidates = ([2.0], [4.0], [16.0], [64.0]) if binary else ([1.0, 2.0, 5.0], [1.0, 3.0], [1.0])
     ticks: list[float] = []
     for subs in candidates:
@@ -102,7 +103,7 @@ def human_axis(
             LogLocator(base=subs[0], numticks=1000) if binary else LogLocator(10, subs=subs, numticks=1000)
         )
         ticks = [float(t) for t in locator.tick_values(low, high) if low <= t <= high]
-        if len(ticks) <= MOST_TICKS:
+        if len(ticks) <= most:
             break
     if len(ticks) < 2:  # so narrow that no power falls into it: round numbers of the unit
         unit = 1024.0 ** (np.log2(high) // 10) if binary else 1.0

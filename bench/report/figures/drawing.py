@@ -12,6 +12,7 @@ from bench.report.data.groups import split, suffix, varying
 from bench.report.data.kinds import Kinds
 from bench.report.figures import canvas
 from bench.report.figures.lines import Look
+from bench.report.figures.selection import MOST, Selection
 from bench.report.figures.spec import Drawn, FigureSpec
 from bench.report.figures.style import styles
 from bench.report.text.machines import dates, machines
@@ -31,15 +32,17 @@ def draw_all(
     kinds: Kinds,
     report: Path,
     max_settings: int | None = None,
+    max_variants: int | None = MOST,
 ) -> tuple[dict[str, list[Drawn]], int]:
     """Write every figure that has data into `report`/plots, as PNG and SVG.
 
     `specs_of` has the figures of each section by its name; `frame` has all records, so that a variant looks
     the same in every figure. With `max_settings`, only that number of settings is drawn for each kind of
-    figure: those with the most cells. Returns the figures by section, and the number of figures that were not
-    drawn.
+    figure: those with the most cells. `max_variants` is the number of variants in a figure.
+    Returns the figures by section, and the number of figures that were not drawn.
     """
     looks = styles(zip(frame["variant"], frame["label"], strict=True))
+    selection = Selection.of(frame, max_variants)
     drawn: dict[str, list[Drawn]] = {}
     undrawn = 0
     used_names: set[str] = set()
@@ -59,7 +62,9 @@ def draw_all(
             for linked, values, part in shown:
                 same = _same(records, values)
                 setting = describe(values, [k for k in spec.keys if k not in ("machine", "threads")])
-                figure = spec.draw(part, Look(looks, setting, f"{machines(same)} · {dates(same)}"))
+                cells, left_out = (part, "") if spec.all_variants else selection.part(part, spec.always(part))
+                footer = f"{machines(same)} · {dates(same)}{left_out}"
+                figure = spec.draw(cells, Look(looks, setting, footer))
                 if figure is None:
                     continue
                 name = _free((spec.stem + suffix(values, varying_keys))[:MOST_NAME], used_names)

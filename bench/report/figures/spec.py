@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -18,6 +18,10 @@ def _always(_values: Mapping[str, Any], _cells: pd.DataFrame) -> bool:
     return True
 
 
+def _nobody(_cells: pd.DataFrame) -> Iterable[str]:
+    return ()
+
+
 def _shown(_values: Mapping[str, Any]) -> str:
     return ""
 
@@ -31,7 +35,9 @@ class FigureSpec:
     whose machines and dates are in the footer, and whose differing keys are part of the file name. A
     setting is omitted if `condition` returns False for its keys and cells. If `linked` returns a text,
     summary.md has a link with this text instead of the image. A `front` figure belongs to the answer, at the
-    beginning of summary.md.
+    beginning of summary.md. Of many variants, a figure has those of `figures.selection`, unless
+    `all_variants`: then each is a row or a panel of its own. Of a setting's cells, `always` returns variants
+    that are drawn in any case.
     """
 
     stem: str
@@ -43,6 +49,8 @@ class FigureSpec:
     condition: Callable[[Mapping[str, Any], pd.DataFrame], bool] = _always
     linked: Callable[[Mapping[str, Any]], str] = _shown
     front: bool = False
+    all_variants: bool = False
+    always: Callable[[pd.DataFrame], Iterable[str]] = _nobody
 
 
 @dataclass(frozen=True)

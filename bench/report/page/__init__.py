@@ -21,7 +21,8 @@ from markupsafe import Markup
 
 from bench.report import summary
 from bench.report.figures.chart_data import Json
-from bench.report.figures.style import styles
+from bench.report.figures.selection import Selection
+from bench.report.figures.style import family_rank, styles
 from bench.report.page.environment import environments
 from bench.report.page.symbols import DARK, symbols
 from bench.report.sections import Results
@@ -75,13 +76,25 @@ def _links(lists: Iterable[PageList]) -> dict[str, str]:
 def document(results: Results, charts: Json) -> Json:
     """The data of the page's scripts: data and charts of all sections, and the `styles` of the variants.
 
+    `families` are the families of the labels, in order; `left_out` are the labels that the charts draw only
+    on request, because there are too many (`figures.selection`).
     The scripts expect the keys that the section of cells gives, of which `table` and `label` are used here.
     """
     frame = results.records.collected.frame
     contents = _merged([*(section.page_data(data) for section, data in results), charts])
     looks = styles(zip(frame["variant"], frame["label"], strict=True))
-    shown = {label: looks[label] for label in dict.fromkeys(contents["label"])}
-    return {**contents, "styles": symbols(shown)}
+    variant_of = dict(zip(frame["label"], frame["variant"], strict=True))
+    labels = sorted(set(contents["label"]), key=lambda label: (family_rank(variant_of[label]), label))
+    families: dict[str, list[str]] = {}
+    for label in labels:
+        families.setdefault(family_rank(variant_of[label])[1], []).append(label)
+    drawn = Selection.of(frame).drawn(variant_of[label] for label in labels)
+    return {
+        **contents,
+        "styles": symbols({label: looks[label] for label in labels}),
+        "families": [{"name": name, "labels": own} for name, own in families.items()],
+        "left_out": [label for label in labels if variant_of[label] not in drawn],
+    }
 
 
 def _merged(parts: Iterable[Mapping[str, Any]]) -> Json:

@@ -4,7 +4,9 @@ const DISTURBED = "timed while something else ran, without an undisturbed measur
 const CROSS = "M-1,-1L1,1M-1,1L1,-1";
 const night = matchMedia("(prefers-color-scheme: dark)");
 const views = new Set();
-const hidden = new Set();
+const fronts = new Set(doc.pareto.flatMap((pool) => pool.costs.flatMap((cost) => pool.label.filter((_, place) => cost.front[place]))));
+const leftOut = new Set(doc.left_out.filter((label) => !fronts.has(label)));
+const hidden = new Set(leftOut); // the variants that are not drawn
 const tone = (name) => getComputedStyle(document.documentElement).getPropertyValue(`--${name}`).trim();
 
 /** Ends and ticks of a logarithmic axis: the finest level that is not too many; room for `rows` of crosses above. */
@@ -40,6 +42,7 @@ async function draw(figure, spec) {
   const style = { labelColor: quiet, titleColor: ink, gridColor: tone("grid"), domainColor: tone("line"), tickColor: tone("line"), titleFontWeight: "normal", labelFontSize: 11, titleFontSize: 12, labelOverlap: true, labelSeparation: 6 };
   const room = figure.querySelector(".chart");
   if (figure.view) { views.delete(figure.view); figure.view.finalize(); figure.view = null; }
+  figure.querySelector(".left").textContent = notDrawn();
   const hollow = distinct((spec?.data.values ?? []).map((row) => row.hollow).filter(Boolean));
   figure.querySelector(".hollow").textContent = hollow.length ? `Hollow: ${hollow.join("; ")}.` : "";
   if (spec === null) { room.replaceChildren(make("p", { class: "empty" }, "Nothing to draw for this choice.")); return; }
@@ -168,7 +171,7 @@ function refresh(figure) {
   if (figure.near) draw(figure, figure.spec());
 }
 function place(host, title, note, spec) {
-  const figure = make("figure", { "data-title": title }, make("figcaption", {}, title, " ", make("span", { class: "note" }, note)), make("div", { class: "chart" }), make("p", { class: "note hollow" }));
+  const figure = make("figure", { "data-title": title }, make("figcaption", {}, title, " ", make("span", { class: "note" }, note)), make("div", { class: "chart" }), make("p", { class: "note hollow" }), make("p", { class: "note left" }));
   Object.assign(figure, { spec, stale: true, near: false });
   host.append(figure);
   waiting.observe(figure);
@@ -195,20 +198,33 @@ function offerCharts() {
   $("pareto").hidden = !pools.length;
   offer($("pool"), pools);
   if (pools.length) offer($("cost"), doc.pareto[Number($("pool").value)].costs.map((cost, number) => [number, cost.name]));
-  $("legend").replaceChildren(...distinct(own.map((cell) => doc.label[cell])).map((label) => {
+  const here = new Set(own.map((cell) => doc.label[cell]));
+  const entryOf = (label) => {
     const box = make("input", { type: "checkbox", value: label });
     box.checked = !hidden.has(label);
     box.addEventListener("change", () => { hidden[box.checked ? "delete" : "add"](label); redraw(); });
     const entry = make("label", {}, box, swatch(label), label);
     for (const [event, hot] of [["pointerenter", label], ["pointerleave", ""], ["focusin", label], ["focusout", ""]]) entry.addEventListener(event, () => heat(hot));
     return entry;
+  };
+  const families = doc.families.map(({ name, labels }) => ({ name, labels: labels.filter((label) => here.has(label)) })).filter(({ labels }) => labels.length);
+  $("legend").replaceChildren(...families.map(({ name, labels }) => {
+    const head = make("button", { type: "button", class: "head", title: `Show or hide: ${name}` }, name);
+    head.addEventListener("click", () => { const some = labels.some((label) => hidden.has(label)); tick((label) => (labels.includes(label) ? some : !hidden.has(label))); });
+    return make("div", { class: "family", role: "group", "aria-label": name }, ...(labels.length > 1 ? [head] : []), ...labels.map(entryOf));
   }));
   redraw();
 }
-function tick(all) {
+/** How many of the setting's variants the charts do not draw, in words. */
+function notDrawn() {
+  const here = distinct(inSetting().map((cell) => doc.label[cell])), left = here.filter((label) => hidden.has(label)).length;
+  return left ? `${left} of ${here.length} variants are not drawn.` : "";
+}
+/** Draw the variants for which `wanted` is true. */
+function tick(wanted) {
   for (const box of $("legend").querySelectorAll("input")) {
-    box.checked = all;
-    hidden[all ? "delete" : "add"](box.value);
+    box.checked = wanted(box.value);
+    hidden[box.checked ? "delete" : "add"](box.value);
   }
   redraw();
 }
@@ -217,8 +233,9 @@ for (const figure of doc.figures) place($("figures"), figure.title, figure.curve
 if (doc.pareto.length) place($("pareto-figure"), "Quality against cost, trained on equally many tokens", "the line joins what nothing beats in both", paretoSpec);
 if (!doc.figures.length && !doc.pareto.length) $("charts").hidden = true;
 $("charts").addEventListener("change", (event) => event.target.tagName === "SELECT" && redraw());
-$("all").addEventListener("click", () => tick(true));
-$("none").addEventListener("click", () => tick(false));
+$("all").addEventListener("click", () => tick(() => true));
+$("none").addEventListener("click", () => tick(() => false));
+$("best")?.addEventListener("click", () => tick((label) => !leftOut.has(label)));
 night.addEventListener("change", redraw);
 onSetting.push(offerCharts);
 offerCharts();

@@ -27,7 +27,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     import torch  # imported here, so that --help is fast
 
-    import variants
     from bench.inputs.paths import user_path
     from bench.report.figures import canvas
     from bench.tools.gallery import draw, reads
@@ -42,10 +41,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             for picture in reads.pictures(sizes, options.only):
                 pictures.append(picture)
                 name = draw.stem(picture, pictures)
-                canvas.save(draw.figure(picture, sizes, variants.names()), out, name)
+                canvas.save(draw.figure(picture, sizes), out, name)
                 wrong += [name] if draw.disagrees(picture) else []
                 print(f"{name}.png", flush=True)
-            canvas.save(sheet(pictures, sizes, variants.names()), out, "sheet")
+            canvas.save(sheet(pictures, sizes), out, "sheet")
     except (ValueError, OSError) as error:
         print(f"bench.tools.gallery: {error}", file=sys.stderr)
         return 2

@@ -27,7 +27,7 @@ from bench import CONFIGS
 from bench.evaluate.receptive_field import dependence
 from bench.model.language_model import LanguageModel
 from bench.model.slots import ModelSpec, feed_forward
-from bench.report.figures.style import variant_rank
+from bench.report.figures.style import family_rank
 from variants.base import Context, Dims, SequenceMixer, VariantConfig, sequence_mask
 from variants.input_schedule import NetworkOut
 
@@ -122,7 +122,7 @@ def picture(sizes: Sizes, name: str, knobs: Mapping[str, Any]) -> Picture:
 
 def pictures(sizes: Sizes, names: Sequence[str] | None = None) -> Iterator[Picture]:
     """Yield the pictures of the gallery: of every variant, or of the named ones."""
-    for name in names or sorted(variants.mixers(), key=lambda name: (variant_rank(name), name)):
+    for name in names or sorted(variants.mixers(), key=lambda name: (family_rank(name), name)):
         for knobs in sizes.knobs.get(name, [{}]):
             yield picture(sizes, name, knobs)
 

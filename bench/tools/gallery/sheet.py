@@ -21,7 +21,7 @@ MARGIN, HEAD, FOOT = 0.35, 0.75, 0.75
 the margins of the sheet."""
 
 
-def sheet(pictures: Sequence[Picture], sizes: Sizes, variants: Sequence[str]) -> Figure:
+def sheet(pictures: Sequence[Picture], sizes: Sizes) -> Figure:
     """Draw all pictures in one figure: causal above bidirectional, one layer next to all layers."""
     columns = min(MOST_COLUMNS, max(FEWEST_COLUMNS, len(pictures)))
     rows = -(-len(pictures) // columns)
@@ -30,7 +30,7 @@ def sheet(pictures: Sequence[Picture], sizes: Sizes, variants: Sequence[str]) ->
     FigureCanvasAgg(fig)
     for place, picture in enumerate(pictures):
         left, top = MARGIN + place % columns * BLOCK[0], HEAD + place // columns * BLOCK[1]
-        _block(fig, picture, looks(picture.variant, variants)[0], left, top, labelled=not place % columns)
+        _block(fig, picture, left, top, labelled=not place % columns)
     deepest = draw.counted(sizes.layers)
     fig.text(0.1 / wide, 1 - 0.1 / high, "Which tokens each token reads", fontsize=13, va="top")
     lead = (
@@ -49,9 +49,10 @@ def sheet(pictures: Sequence[Picture], sizes: Sizes, variants: Sequence[str]) ->
     return fig
 
 
-def _block(fig: Figure, picture: Picture, colour: str, left: float, top: float, *, labelled: bool) -> None:
+def _block(fig: Figure, picture: Picture, left: float, top: float, *, labelled: bool) -> None:
     """Draw one picture of the sheet; `left` and `top` are in inches."""
     wide, high = fig.get_size_inches()
+    colour = looks([picture.variant])[picture.variant][0]
     star = "*" if picture.inputs > 1 else ""
     title = [picture.variant + star, *textwrap.wrap(draw.words(picture), 36)]
     fig.text(left / wide, 1 - (top + 0.02) / high, title[0], fontsize=9.5, va="top", weight="bold")

@@ -47,8 +47,17 @@ class Fits(Section[pd.DataFrame]):
         given_batch = [key for key in FIT if key != "seq_len"]
         longest, largest = "The longest sequence that fits", "The largest batch that fits"
         return [
-            FigureSpec("longest_sequence", longest, data, plots.longest, given_batch, "fits", front=True),
-            FigureSpec("largest_batch", largest, data, plots.largest, PAYOFF, "fits"),
+            FigureSpec(
+                "longest_sequence",
+                longest,
+                data,
+                plots.longest,
+                given_batch,
+                "fits",
+                front=True,
+                all_variants=True,
+            ),
+            FigureSpec("largest_batch", largest, data, plots.largest, PAYOFF, "fits", all_variants=True),
         ]
 
     def page_lists(self, data: pd.DataFrame) -> list[PageList]:
@@ -85,7 +94,7 @@ class Payoff(Section[pd.DataFrame]):
     def figures(self, data: pd.DataFrame) -> list[FigureSpec]:
         """Throughput and its gain."""
         title = "Throughput at the largest batch that fits"
-        return [FigureSpec("batch_payoff", title, data, plots.payoff, PAYOFF, "payoff")]
+        return [FigureSpec("batch_payoff", title, data, plots.payoff, PAYOFF, "payoff", all_variants=True)]
 
     def page_lists(self, data: pd.DataFrame) -> list[PageList]:
         """The same for all budgets together."""

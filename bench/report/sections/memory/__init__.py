@@ -76,7 +76,9 @@ class Memory(Section[Peaks]):
             ("peak_by_depth", "Peak memory against depth", data.cost, plots.peak_by_depth),
         )
         return [
-            FigureSpec(stem, title, cells, draw, COMMON, condition=is_shown)
+            FigureSpec(
+                stem, title, cells, draw, COMMON, condition=is_shown, all_variants=draw is plots.waterfall
+            )
             for stem, title, cells, draw in kinds
         ]
 

@@ -15,7 +15,7 @@ from bench.report.figures.chart_data import Json
 from bench.report.figures.spec import FigureSpec, one_point
 from bench.report.sections import Section
 from bench.report.sections.pareto.charts import pareto_figures
-from bench.report.sections.pareto.data import POOL, pareto_cells, pools
+from bench.report.sections.pareto.data import POOL, on_a_front, pareto_cells, pools
 from bench.report.sections.pareto.plots import pareto
 from bench.report.sections.pareto.tables import MAYBE, models
 from bench.report.text.marks import CONTAMINATED, LEAK, NO_BASELINE, UNDERTRAINED
@@ -84,7 +84,18 @@ class Pareto(Section[Fronts]):
 
         keys = (*COMMON, "depth")
         title = "Quality against cost"
-        return [FigureSpec("pareto", title, data.models, pareto, keys, condition=is_shown, front=True)]
+        return [
+            FigureSpec(
+                "pareto",
+                title,
+                data.models,
+                pareto,
+                keys,
+                condition=is_shown,
+                front=True,
+                always=on_a_front,
+            )
+        ]
 
     def csv_tables(self, data: Fronts) -> dict[str, pd.DataFrame]:
         """The models, if there are any."""

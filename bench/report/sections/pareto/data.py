@@ -33,6 +33,12 @@ SCORES = {"accuracy": "accuracy", "bits_per_byte": "bits per byte", "nll": "nats
 """Figures of quality in words; a model has the first that was taken."""
 
 
+def on_a_front(cells: pd.DataFrame) -> set[str]:
+    """The variants that are on the front of any cost; takes `pareto_cells`."""
+    fronts = cells[[f"{name}_front" for name in COSTS]] == FRONT
+    return set(cells.loc[fronts.any(axis=1), "variant"])
+
+
 def pareto_cells(summary: pd.DataFrame) -> pd.DataFrame:
     """One row a trained model of every pool of two or more; may be empty. Takes `statistics.summary`.
 

@@ -27,6 +27,8 @@ from bench.report.sections.pareto.data import COSTS, FRONT, SCORES
 from bench.report.text import units
 from bench.report.text.marks import LEAK
 
+MOST_TICKS = 5
+"""More figures with their units do not fit below a panel."""
 AXES = {
     "time": ("time of a step", units.seconds),
     "memory": ("peak memory", units.size),
@@ -114,5 +116,7 @@ def _scale(axis: Axes, part: pd.DataFrame, cost: str) -> None:
     axis.set_xscale("log", base=2)
     axis.set_xlim(low, high)
     show = AXES[cost][1]
-    canvas.human_axis(axis.xaxis, low, high, lambda value: show(value, short=True), binary=cost == "memory")
+    canvas.human_axis(
+        axis.xaxis, low, high, lambda value: show(value, short=True), binary=cost == "memory", most=MOST_TICKS
+    )
     axis.tick_params(labelsize=7)

@@ -96,7 +96,10 @@ class Quality(Section[Trained]):
             ("nll_by_history", "Loss by how far back is read", data.records, by_history),
             ("nll_by_answer", "Loss by answer of a dialogue", data.records, by_answer),
         )
-        return [FigureSpec(stem, title, cells, draw, SETTING) for stem, title, cells, draw in kinds]
+        return [
+            FigureSpec(stem, title, cells, draw, SETTING, all_variants=draw in (losses, context))
+            for stem, title, cells, draw in kinds
+        ]
 
 
 SECTIONS: Sequence[Section[Any]] = (Quality(),)

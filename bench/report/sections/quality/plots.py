@@ -16,12 +16,14 @@ from bench.report.data.groups import TRAINING, split, varying
 from bench.report.figures import canvas
 from bench.report.figures.baselines import DASHES, baseline_handles
 from bench.report.figures.lines import GREY, Look, label_handles, replicates
-from bench.report.figures.style import Style
+from bench.report.figures.style import Style, family_rank
 from bench.report.text import units
 from bench.report.text.cells import label_of
 from bench.report.text.marks import LEAK, UNDERTRAINED
 from bench.report.text.phrases import training
 
+Row = tuple[int, tuple[int, str], str, str]
+"""The sort key of a row, which ends with its name."""
 FAR = 1.5
 """A baseline further from the dots than this many times their span is noted, not drawn."""
 
@@ -97,19 +99,17 @@ def _rows(cells: pd.DataFrame) -> list[str]:
     return names
 
 
-def _order(cells: pd.DataFrame) -> list[tuple[int, bool, str, str]]:
-    """The rows from top to bottom: by length, dense first, then by name."""
+def _order(cells: pd.DataFrame) -> list[Row]:
+    """The rows from top to bottom: by length, dense first, then family by family."""
     return sorted(
         {
-            (int(c["seq_len"]), c["variant"] != "dense", str(c["label"]), str(c["row"]))
+            (int(c["seq_len"]), family_rank(str(c["variant"])), str(c["label"]), str(c["row"]))
             for _, c in cells.iterrows()
         }
     )
 
 
-def _dots(
-    axis: Axes, part: pd.DataFrame, order: Sequence[tuple[int, bool, str, str]], styles: dict[str, Style]
-) -> None:
+def _dots(axis: Axes, part: pd.DataFrame, order: Sequence[Row], styles: dict[str, Style]) -> None:
     places = {row[-1]: place for place, row in enumerate(order)}
     for _, cell in part.iterrows():
         style = styles[str(cell["label"])]

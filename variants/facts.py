@@ -1,0 +1,46 @@
+"""Facts about variants without their modules: their `info` and family, read from the source.
+
+Imports no torch, unless `info` is asked of a variant whose source has no literals.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import variants
+from variants.declarations import Unreadable, attribute
+
+MIXTURE = "mixture"
+"""The family of a variant whose layers are of several other variants."""
+UNKNOWN = "unknown"
+"""The family of a name that no variant has here, or whose source does not state one in literals."""
+
+
+def info(name: str) -> dict[str, Any] | None:
+    """The `info` of a variant as a dictionary; None for a mixture.
+
+    A source without literals is imported. Raises UnknownVariant and, if the variant is imported, as
+    `variants.load` does.
+    """
+    try:
+        return _read(name)
+    except Unreadable:
+        variant = variants.load(name)
+        return dataclasses.asdict(variant.info_for(variant.Config()))
+
+
+def family(name: str) -> str:
+    """The family of a variant; `MIXTURE` or `UNKNOWN` if it has none. Imports nothing and never fails."""
+    try:
+        found = _read(name)
+    except (Unreadable, variants.UnknownVariant, variants.PluginClash):
+        return UNKNOWN
+    return MIXTURE if found is None else str(found.get("family", UNKNOWN))
+
+
+def _read(name: str) -> dict[str, Any] | None:
+    """Raises Unreadable and UnknownVariant."""
+    module, owner = variants.source_of(name)
+    found = attribute(module, owner, "info")
+    return None if found is None else dict(found)
