@@ -62,7 +62,7 @@ def drawn_by_block(layer: BigBird, tokens: int, *, causal: bool) -> Tensor:
 
 
 @both_directions
-@settings(deadline=None, max_examples=25)
+@settings(deadline=None, max_examples=15)
 @given(
     tokens=st.integers(1, 70),
     block=st.integers(1, 9),
