@@ -1,0 +1,268 @@
+"""Sums of linear attention with a decay over the chunks of one segment, for `variants.ops.gated_scan`.
+
+Shapes: B batch, H heads, N = B·H sequences, T tokens, D channels of queries and keys, m features of each,
+V channels of values; n chunks of each sequence in a segment, G = n·N chunks, c tokens of a chunk.
+
+Pairs within a chunk are computed and masked; earlier chunks are one state (m, V). With b_t the sum of log g
+up to t, the weight of the pair (t, s) is exp(b_t − b_s) φ(q_t)·φ(k_s). The difference is taken in float64 and
+masked before the exponential, so no factor exceeds 1 and no decay is too strong. The states before all chunks
+of a segment follow in ⌈log₂ n⌉ steps.
+
+The gradient of log g needs no states: b_t multiplies the weights of query t and divides those of key t, so
+its gradient is φ(q_t)·∂φ(q_t) − φ(k_t)·∂φ(k_t), and that of log g_t is the sum over u ≥ t.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from variants.ops.feature_sums import doublings, neighbours, split_segments, to_chunks, write_chunks
+from variants.ops.memoizable import repeatable
+from variants.ops.scan_features import FeatureMap
+from variants.ops.tile_size import Sizes
+
+SEGMENT = Sizes(cpu=2**17, accelerator=2**26)
+"""Features of all sequences together that exist at a time. The CPU's value keeps them in cache."""
+LEAST_LOG = -1e4
+"""Decays below exp(this) are 0 in any dtype. Finite, so that a difference of two sums is never NaN."""
+
+
+def chunk_length(seq_len: int, chunk: int) -> int:
+    """Tokens of a chunk: the sequence is divided equally, up to a multiple of 8, so that little is padded."""
+    equal = -(-seq_len // -(-seq_len // chunk))
+    return min(chunk, seq_len, -(-equal // 8) * 8)
+
+
+class Plan(NamedTuple):
+    """What a scan computes, apart from its tensors."""
+
+    features: FeatureMap
+    normalise: bool
+    chunk: int
+    tokens: int
+    """Tokens of a segment, of all sequences together."""
+
+    @classmethod
+    def make(
+        cls,
+        features: FeatureMap,
+        q: Tensor,
+        v: Tensor,
+        table: Tensor | None,
+        normalise: bool,
+        chunk: int,
+        device_type: str,
+    ) -> Plan:
+        """Segments that suit the device, in chunks of equal lengths, of at most `chunk` tokens."""
+        widest = max(features.width(q.shape[-1], table), v.shape[-1])
+        tokens = max(1, SEGMENT.on(device_type) // widest)
+        return cls(features, normalise, chunk_length(q.shape[2], chunk), tokens)
+
+
+class Segment(NamedTuple):
+    """The tensors of a segment: (B, H, T, …) in views of the whole sequence, or (G, c, …) in chunks."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    log_decay: Tensor | None
+    """(…, 1): log g_t ≤ 0."""
+    weight: Tensor | None
+    """(…, 1): w_t."""
+    least: Tensor | None
+    """(…, 1): least normaliser; smaller ones are replaced by it."""
+
+    @classmethod
+    def of(cls, *tensors: Tensor | None) -> Segment:
+        """All of them, in order."""
+        q, k, v, log_decay, weight, least = tensors
+        assert q is not None
+        assert k is not None
+        assert v is not None
+        return cls(q, k, v, log_decay, weight, least)
+
+    def split(self, plan: Plan, *others: Tensor) -> list[tuple[Segment, tuple[Tensor, ...]]]:
+        """The segments, each with its parts of `others`."""
+        given = [x for x in self if x is not None]
+        found = []
+        for parts in split_segments(plan.tokens, plan.chunk, *given, *others):
+            each = iter(parts)
+            own = Segment.of(*(None if x is None else next(each) for x in self))
+            found.append((own, tuple(each)))
+        return found
+
+    def chunks(self, chunk: int) -> Segment:
+        """The same in chunks. Padded tokens have the value 0 and do not decay, so they change nothing."""
+        return Segment.of(*(None if x is None else to_chunks(x, chunk) for x in self))
+
+
+class Decay(NamedTuple):
+    """Products of g within the chunks of a segment."""
+
+    within: Tensor
+    """(G, c, c): from the key to the query of a pair; 0 for later keys."""
+    before: Tensor
+    """(G, c, 1): from the beginning of the chunk to the token, the token's own included."""
+    after: Tensor
+    """(G, c, 1): from the token to the end of the chunk."""
+    total: Tensor
+    """(n + 1, N), float64: logarithms, from the beginning of the segment to each border of chunks."""
+
+    @classmethod
+    def make(cls, log_decay: Tensor, sequences: int) -> Decay:
+        """From the logarithms (G, c, 1)."""
+        b = log_decay.double().clamp(min=LEAST_LOG).cumsum(1)
+        chunk, last = b.shape[1], b[:, -1:]
+        later = torch.ones(chunk, chunk, dtype=torch.bool, device=b.device).triu(1)
+        within = (b - b.mT).to(log_decay.dtype).masked_fill_(later, float("-inf")).exp_()
+        total = torch.nn.functional.pad(last.view(-1, sequences).cumsum(0), (0, 0, 1, 0))
+        return cls(within, b.exp().to(log_decay.dtype), (last - b).exp().to(log_decay.dtype), total)
+
+
+def _masked(weights: Tensor, decay: Decay | None) -> Tensor:
+    """Multiply weights (G, c, c) by the decays, and remove later keys; in place."""
+    return weights.tril_() if decay is None else weights.mul_(decay.within)
+
+
+def _times(x: Tensor, by: Tensor | None) -> Tensor:
+    return x if by is None else x * by
+
+
+def _accumulate(states: Tensor, decay: Decay | None, *, backward: bool = False) -> None:
+    """Turn own sums of chunks into states: states (n + 1, N, m, V), in place.
+
+    Forward, state i is the sum of chunk i and of the decayed state i − 1. Backward, from the last to the
+    first.
+    """
+    for length in doublings(len(states)):
+        logs = None if decay is None else neighbours(decay.total, length)
+        for left, right in neighbours(states, length):
+            if logs is None:
+                if backward:
+                    left.add_(right[:, :1])
+                else:
+                    right.add_(left[:, -1:])
+                continue
+            log_left, log_right = next(logs)
+            if backward:
+                by = (log_right[:, :1] - log_left).exp().to(states.dtype)
+                left.addcmul_(right[:, :1], by[..., None, None])
+            else:
+                by = (log_right - log_left[:, -1:]).exp().to(states.dtype)
+                right.addcmul_(left[:, -1:], by[..., None, None])
+
+
+class Chunks(NamedTuple):
+    """A segment in chunks, with features, and the states before each chunk and after the last."""
+
+    raw: Segment
+    queries: Tensor  # (G, c, m)
+    keys: Tensor  # (G, c, m)
+    values: Tensor  # (G, c, V or V + 1): w v, and w
+    decay: Decay | None
+    states: Tensor  # (n + 1, N, m, …)
+
+    @classmethod
+    def make(cls, plan: Plan, segment: Segment, table: Tensor | None, start: Tensor) -> Chunks:
+        """`start` (N, m, …) is the state before the segment."""
+        raw = segment.chunks(plan.chunk)
+        queries, keys = (plan.features.features(x, table) for x in (raw.q, raw.k))
+        values = _times(raw.v, raw.weight)
+        if plan.normalise:
+            ones = segment.v.new_ones(()).expand(*segment.v.shape[:3], 1)
+            of_norms = to_chunks(ones, plan.chunk) if raw.weight is None else raw.weight
+            values = torch.cat([values, of_norms], -1)
+        decay = None if raw.log_decay is None else Decay.make(raw.log_decay, len(start))
+        states = start.new_empty(len(keys) // len(start) + 1, *start.shape)
+        states[0] = start
+        decayed = keys if decay is None else keys * decay.after
+        torch.bmm(decayed.mT, values, out=states[1:].view(-1, *start.shape[1:]))
+        _accumulate(states, decay)
+        return cls(raw, queries, keys, values, decay, states)
+
+    def read(self) -> Tensor:
+        """The outputs (G, c, V or V + 1) before they are normalised."""
+        before = self.queries if self.decay is None else self.queries * self.decay.before
+        y = torch.bmm(before, self.states[:-1].view(-1, *self.states.shape[2:]))
+        return torch.baddbmm(y, _masked(self.queries @ self.keys.mT, self.decay), self.values)
+
+
+@repeatable
+def read(
+    plan: Plan, segment: Segment, table: Tensor | None, start: Tensor, y: Tensor, normaliser: Tensor | None
+) -> Tensor:
+    """Write the outputs of a segment, and their normalisers; return the state after it (N, m, …)."""
+    chunks = Chunks.make(plan, segment, table, start)
+    found = chunks.read()
+    if normaliser is not None:
+        channels = y.shape[-1]
+        norms = found[..., channels:]
+        if chunks.raw.least is not None:
+            # padded tokens have the least normaliser 0
+            norms = torch.maximum(norms, chunks.raw.least)
+        found = found[..., :channels] / norms
+        write_chunks(normaliser, norms)
+    write_chunks(y, found)
+    # a copy, because a view would keep the states before all chunks
+    return chunks.states[-1].clone()
+
+
+@repeatable
+def read_backward(
+    plan: Plan,
+    segment: Segment,
+    table: Tensor | None,
+    start: Tensor,
+    of_end: Tensor,
+    y: Tensor | None,
+    normaliser: Tensor | None,
+    grad: Tensor,
+    of_segment: Segment,
+) -> Tensor:
+    """Write the gradients of a segment, with that of b in place of log g; return that of `start`."""
+    chunks = Chunks.make(plan, segment, table, start)
+    raw, queries, keys, values, decay, states = chunks
+    g = to_chunks(grad, plan.chunk)
+    if normaliser is not None and y is not None:
+        norms = to_chunks(normaliser, plan.chunk)
+        norms = norms + (norms == 0)  # padded tokens
+        g = g / norms
+        of_norms = (g * to_chunks(y, plan.chunk)).sum(-1, keepdim=True).neg_()
+        if raw.least is not None:
+            of_norms.mul_(norms > raw.least)
+        g = torch.cat([g, of_norms], -1)
+    before = queries if decay is None else queries * decay.before
+    after = keys if decay is None else keys * decay.after
+    of_states = torch.empty_like(states)
+    of_states[-1] = of_end
+    torch.bmm(before.mT, g, out=of_states[:-1].view(-1, *start.shape[1:]))
+    _accumulate(of_states, decay, backward=True)
+    earlier = states[:-1].view(-1, *start.shape[1:])
+    later = of_states[1:].view(-1, *start.shape[1:])
+
+    weights = _masked(queries @ keys.mT, decay)
+    of_values = torch.baddbmm(torch.bmm(after, later), weights.mT, g)
+    of_weights = _masked(g @ values.mT, decay)
+    of_queries, of_keys = torch.bmm(g, earlier.mT), torch.bmm(values, later.mT)
+    if decay is not None:
+        of_queries.mul_(decay.before)
+        of_keys.mul_(decay.after)
+    of_queries = torch.baddbmm(of_queries, of_weights, keys)
+    of_keys = torch.baddbmm(of_keys, of_weights.mT, queries)
+
+    if of_segment.log_decay is not None:
+        of_b = (queries * of_queries).sum(-1, keepdim=True) - (keys * of_keys).sum(-1, keepdim=True)
+        write_chunks(of_segment.log_decay, of_b)
+    channels = raw.v.shape[-1]
+    if of_segment.weight is not None:
+        of_weight = (of_values[..., :channels] * raw.v).sum(-1, keepdim=True)
+        if plan.normalise:
+            of_weight.add_(of_values[..., channels:])
+        write_chunks(of_segment.weight, of_weight)
+    write_chunks(of_segment.v, _times(of_values[..., :channels], raw.weight))
+    write_chunks(of_segment.q, plan.features.gradient(of_queries, queries, raw.q, table))
+    write_chunks(of_segment.k, plan.features.gradient(of_keys, keys, raw.k, table))
+    return of_states[0].clone()

@@ -1,0 +1,96 @@
+"""Feature maps of linear attention that are functions of one vector, with their derivatives.
+
+Shapes: G chunks of c tokens, D channels of a head, m features.
+
+`variants.ops.gated_scan` computes features of one segment of the sequence at a time, in both passes, and
+saves none. A map therefore states its derivative. Positive random features, whose exponents need a level, are
+in `variants.ops.positive_features`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+
+class FeatureMap(Protocol):
+    """φ: vectors (G, c, D) → features (G, c, m). `table` are constant numbers of the map, or None."""
+
+    def width(self, head_dim: int, table: Tensor | None) -> int:
+        """m, the number of features of a vector of D channels."""
+
+    def features(self, x: Tensor, table: Tensor | None) -> Tensor:
+        """φ(x). The result may be x itself."""
+
+    def gradient(self, grad: Tensor, features: Tensor, x: Tensor, table: Tensor | None) -> Tensor:
+        """The gradient of x, from that of φ(x), which may be overwritten."""
+
+
+@dataclass(frozen=True)
+class Identity:
+    """φ(x) = x."""
+
+    def width(self, head_dim: int, table: Tensor | None) -> int:
+        """D."""
+        return head_dim
+
+    def features(self, x: Tensor, table: Tensor | None) -> Tensor:
+        """x."""
+        return x
+
+    def gradient(self, grad: Tensor, features: Tensor, x: Tensor, table: Tensor | None) -> Tensor:
+        """The same gradient."""
+        return grad
+
+
+@dataclass(frozen=True)
+class EluPlusOne:
+    """φ(x) = elu(x) + 1: exp(x) where x < 0, and x + 1 elsewhere (Katharopoulos 2020, arXiv:2006.16236, eq.
+    7).
+
+    Computed as exp(min(x, 0)) + max(x, 0), which is positive down to x = -87 in float32. The sum of elu and 1
+    would be 0 below -17.
+    """
+
+    def width(self, head_dim: int, table: Tensor | None) -> int:
+        """D."""
+        return head_dim
+
+    def features(self, x: Tensor, table: Tensor | None) -> Tensor:
+        """φ(x)."""
+        return x.clamp(max=0).exp_().add_(x.clamp(min=0))
+
+    def gradient(self, grad: Tensor, features: Tensor, x: Tensor, table: Tensor | None) -> Tensor:
+        """The derivative is min(φ(x), 1)."""
+        return grad.mul_(features.clamp(max=1))
+
+
+@dataclass(frozen=True)
+class SinesAndCosines:
+    """φ(x) = [sin ωx, cos ωx]/√n for n directions ω (Peng 2021, arXiv:2103.02143, §3.1); m = 2n.
+
+    `table` is (n, D), and all heads share it.
+    """
+
+    def width(self, head_dim: int, table: Tensor | None) -> int:
+        """2n."""
+        assert table is not None
+        return 2 * len(table)
+
+    def features(self, x: Tensor, table: Tensor | None) -> Tensor:
+        """φ(x)."""
+        assert table is not None
+        angles = x @ table.mT
+        features = torch.cat([angles.sin(), angles.cos_()], -1)
+        return features.mul_(len(table) ** -0.5)
+
+    def gradient(self, grad: Tensor, features: Tensor, x: Tensor, table: Tensor | None) -> Tensor:
+        """The derivative of a sine is the cosine of the same direction, which is a feature."""
+        assert table is not None
+        sines, cosines = features.chunk(2, -1)
+        of_sines, of_cosines = grad.chunk(2, -1)
+        of_angles = (of_sines * cosines).addcmul_(of_cosines, sines, value=-1)
+        return of_angles @ table

@@ -1,0 +1,62 @@
+"""The state of `variants.ops.gated_scan`, which decoding keeps (Katharopoulos 2020, arXiv:2006.16236, §3.4).
+
+Shapes: B batch, H heads, n tokens of a step, D channels of queries and keys, m features, V channels of
+values.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from variants.base import Clock, DecodingState
+from variants.ops.gated_scan import read_segments
+from variants.ops.scan_chunks import Plan, Segment
+from variants.ops.scan_features import FeatureMap
+
+
+class ScanState(DecodingState):
+    """S and, with a normaliser, z of one layer, in float32 or wider."""
+
+    def __init__(
+        self,
+        clock: Clock,
+        max_len: int,
+        shape: tuple[int, int, int, int],
+        *,
+        normalise: bool,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        """`shape` is (B, H, m, V); `dtype` is that of keys and values."""
+        super().__init__(clock, max_len)
+        batch, heads, features, channels = shape
+        wide = torch.promote_types(dtype, torch.float32)
+        self.normalise = normalise
+        self.sums = torch.zeros(batch * heads, features, channels + normalise, dtype=wide, device=device)
+
+    @staticmethod
+    def bytes(shape: tuple[int, int, int, int], *, normalise: bool, element_bytes: int) -> int:
+        """Bytes of a state for keys and values of `element_bytes`."""
+        batch, heads, features, channels = shape
+        return max(4, element_bytes) * batch * heads * features * (channels + normalise)
+
+    def read_next(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        log_decay: Tensor | None = None,
+        weight: Tensor | None = None,
+        *,
+        features: FeatureMap,
+        table: Tensor | None = None,
+        least: Tensor | None = None,
+        chunk: int,
+        device_type: str,
+    ) -> Tensor:
+        """Add the next n tokens, and return their outputs (B, H, n, V). Arguments: see `gated_scan`."""
+        plan = Plan.make(features, q, v, table, self.normalise, chunk, device_type)
+        y, _, states = read_segments(plan, Segment(q, k, v, log_decay, weight, least), table, self.sums)
+        self.sums.copy_(states[-1])
+        return y
