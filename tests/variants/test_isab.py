@@ -9,7 +9,7 @@ import torch
 from oracles import EXACT, assert_same, difference, dims_for, feed, make_layer, numbers, rotated
 from torch import Tensor, einsum
 
-from bench.measure import gates
+from bench.measure import reference_gate
 from variants.attention.isab import Isab, IsabConfig
 from variants.base import Context, Workload
 
@@ -122,4 +122,4 @@ def test_rotation_of_the_oracle_is_the_usual_one() -> None:
 @pytest.mark.parametrize("weights", ["shared", "separate"])
 def test_it_passes_the_reference_gate(weights: Any) -> None:
     dims = Workload(causal=False, batch_size=2, seq_len=301, d_model=32, heads=2)
-    gates.reference_error(Isab, IsabConfig(weights=weights), dims, 0, torch.device("cpu"), causal=False)
+    reference_gate.reference_error(Isab, IsabConfig(weights=weights), dims, 0, torch.device("cpu"), causal=False)

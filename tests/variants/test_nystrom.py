@@ -9,7 +9,7 @@ import torch
 from oracles import EXACT, assert_same, difference, dims_for, everything, feed, make_layer, numbers, oracle
 from torch import Tensor, nn
 
-from bench.measure import gates
+from bench.measure import reference_gate
 from variants.attention.nystrom import Nystrom, NystromConfig
 from variants.base import Context, SequenceMixer, Workload
 from variants.ops.depthwise import depthwise
@@ -162,4 +162,4 @@ def test_with_a_convolution_it_estimates_no_softmax_attention() -> None:
 
 def test_it_passes_the_reference_gate() -> None:
     dims = Workload(causal=False, batch_size=2, seq_len=301, d_model=32, heads=2)
-    gates.reference_error(Nystrom, NystromConfig(), dims, 0, torch.device("cpu"), causal=False)
+    reference_gate.reference_error(Nystrom, NystromConfig(), dims, 0, torch.device("cpu"), causal=False)
