@@ -44,6 +44,7 @@ def test_a_cell_measures_a_prompt_and_tokens(cells: pd.DataFrame) -> None:
     longest = 40 + room(spec_of(*SMALL, *SHORT))
     assert dense["decode_state_bytes"] == 2 * 2 * 2 * longest * 32 * 4  # keys and values, layers, sequences
     assert dense["decode_max_abs"] <= 1e-6
+    assert dense["peak_bytes_per_second"] > 1e6, "with which the report compares the bytes that a token moves"
     assert len(dense["decode_seconds_samples"]) == 6
     assert dense["decode_seconds_p95"] >= dense["decode_seconds_median"] > 0
     assert dense["decode_block_seconds_median"] > 0

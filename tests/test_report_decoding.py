@@ -31,6 +31,7 @@ def cell(variant: str, seq_len: int, replicate: int, token: float, **figures: An
         "prefill_seconds_median": 100 * token,
         "decode_launches": 50,
         "decode_bytes_moved": 5000,
+        "peak_bytes_per_second": 1e7,
         "decode_peak_bytes": 9000,
         "prefill_peak_bytes": 90_000,
         "decode_batch_size": 10,
@@ -64,6 +65,7 @@ def test_ratios_are_taken_within_a_replicate(folder: Path) -> None:
     assert cells.loc[("dense", 512), "decode_batch_rate"] == pytest.approx((10 / 0.00256 + 10 / 0.00512) / 2)
     assert cells.loc[("longformer", 2048), "state_ratio"] == pytest.approx(4096 / (1024 * 2048))
     assert (cells["replicates"] == 2).all()
+    assert cells.loc[("longformer", 512), "bandwidth_share"] == pytest.approx(5000 / 1e7 / 0.003)
 
 
 def test_the_context_from_which_a_token_is_cheaper(folder: Path) -> None:

@@ -16,6 +16,7 @@ from bench.measure import compile_gate, decoding, decoding_gate, gates
 from bench.measure.device_settings import device_settings
 from bench.measure.gate_failed import largest
 from bench.measure.predict import CPU
+from bench.measure.roofline import Roofline
 from bench.model.activations import STRATEGIES
 from bench.records import Report
 from bench.run import provenance
@@ -98,6 +99,7 @@ class CellRun:
                 ).run()
             if spec.measure.decode_tokens and self._can_decode(spec):
                 self.report({"decode_max_abs": decoding_gate.check(spec, self.cell.folder, self.code_sha256)})
+                self.report(asdict(Roofline(self.cell.folder, self.device, device_name, spec.dtype).peaks))
                 DecodingMeasurement(spec, self.device, limit=self.memory, report=self.report).run()
             if spec.measure.train_amount and not self.cell.only_cost:
                 checkpoints = self._checkpoints(device_name)

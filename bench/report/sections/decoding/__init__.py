@@ -40,8 +40,10 @@ class Decoding(Section[Generation]):
         "A prompt that fills the context, then tokens one by one. *Time a token*: the median step of the "
         "whole batch, with one synchronisation for each token; *a token of a block*: the time of a block "
         "that is read in one step, over its tokens. *State*: bytes that all layers hold, allocated at the "
-        "start. *Bytes moved* and *launches*: of the step of one token. *Largest batch*: predicted to fit "
-        "into the budget. Ratios to `dense` are medians of the ratio within a replicate."
+        "start. *Bytes moved* and *launches*: of the step of one token. *Of the copy rate*: the bytes moved "
+        "a second, over those of a copy in the device's memory, which is the most that a step can reach. "
+        "*Largest batch*: predicted to fit into the budget. Ratios to `dense` are medians of the ratio within "
+        "a replicate."
     )
     marks = meanings(CONTAMINATED)
     csv = ("decoding",)

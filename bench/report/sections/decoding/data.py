@@ -28,7 +28,13 @@ SIZES = {
     "decode_peak_bytes": "peak_ratio",
     "prefill_peak_bytes": "prefill_peak_ratio",
 }
-OTHERS = ("decode_weight_bytes", "decode_largest_batch", "decode_batch_size", "decode_block")
+OTHERS = (
+    "peak_bytes_per_second",
+    "decode_weight_bytes",
+    "decode_largest_batch",
+    "decode_batch_size",
+    "decode_block",
+)
 
 
 def decoding_cells(frame: pd.DataFrame) -> pd.DataFrame:
@@ -36,7 +42,8 @@ def decoding_cells(frame: pd.DataFrame) -> pd.DataFrame:
     whether the times are `disturbed`. Empty where nothing was decoded.
 
     `decode_token_of_block` is the time of a block over its tokens; `decode_batch_rate` the tokens a second of
-    the largest batch.
+    the largest batch; `bandwidth_share` the bytes that a token moves, a second, over the rate of a copy in
+    the device's memory.
     """
     cell = list(CELL)
     done = frame[(frame["status"] == "ok") & frame["decode_source"].notna()]
@@ -57,6 +64,8 @@ def decoding_cells(frame: pd.DataFrame) -> pd.DataFrame:
     cells = undisturbed_medians(rows, cell, figures, timed=list(TIMES))
     groups = rows.groupby(cell, sort=False, dropna=False)
     cells[list(OTHERS)] = groups[list(OTHERS)].median()
+    fastest = cells["decode_bytes_moved"] / cells["peak_bytes_per_second"]
+    cells["bandwidth_share"] = fastest / cells["decode_seconds_median"]
     cells["replicates"] = groups["replicate"].nunique()
     return ordered(cells.reset_index())
 

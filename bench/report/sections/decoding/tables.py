@@ -29,6 +29,7 @@ def tokens(cells: pd.DataFrame) -> list[Column]:
         each(cells, "peak", "decode_peak_bytes", units.size),
         each(cells, "peak of the prompt", "prefill_peak_bytes", units.size),
         each(cells, "bytes moved", "decode_bytes_moved", units.size),
+        each(cells, "of the copy rate", "bandwidth_share", units.share),
         each(cells, "launches", "decode_launches", units.count),
         each(cells, "largest batch", "decode_largest_batch", units.whole),
         Column("tokens a second with it", [rate(row) for row in rows]),
