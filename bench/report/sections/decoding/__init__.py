@@ -41,9 +41,9 @@ class Decoding(Section[Generation]):
         "whole batch, with one synchronisation for each token; *a token of a block*: the time of a block "
         "that is read in one step, over its tokens. *State*: bytes that all layers hold, allocated at the "
         "start. *Bytes moved* and *launches*: of the step of one token. *Of the copy rate*: the bytes moved "
-        "a second, over those of a copy in the device's memory, which is the most that a step can reach. "
-        "*Largest batch*: predicted to fit into the budget. Ratios to `dense` are medians of the ratio within "
-        "a replicate."
+        "a second, over those of a copy in the device's memory, the most that a step can reach. "
+        "*Largest batch*: predicted to fit into the budget. Ratios to `dense` are medians of the ratio "
+        "within a replicate."
     )
     marks = meanings(CONTAMINATED)
     csv = ("decoding",)
