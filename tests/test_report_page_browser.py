@@ -25,7 +25,6 @@ from selenium.webdriver.remote.webelement import WebElement
 from selenium.webdriver.support.ui import Select, WebDriverWait
 from test_report import failed, record, sweep, write
 from test_report_baselines import BITS, models
-from test_report_decoding import cell as decoding_cell
 from test_report_page import HOSTILE, two_thousand_cells
 
 import variants
@@ -280,50 +279,6 @@ def test_the_chooser_ranks_what_fits(browser: webdriver.Chrome, pages: Pages) ->
     one(browser, "#budget").clear()
     one(browser, "#budget").send_keys("100000")
     assert set(column(browser, "#by-speed", "variant")) == finished
-
-
-def decoded() -> list[dict[str, Any]]:
-    """Dense is the fastest at 512 tokens and the slowest at 8,192; the window keeps the smallest state."""
-    return [
-        decoding_cell(variant, length, replicate, token)
-        for replicate in (0, 1)
-        for length in (512, 8192)
-        for variant, token in (("dense", length * 1e-6), ("longformer", 0.002), ("performer", 0.003))
-    ]
-
-
-def test_who_generates_is_answered_by_tokens_and_states(browser: webdriver.Chrome, tmp_path: Path) -> None:
-    """A page that decoding alone fills asks nothing else."""
-    show(browser, build(write(tmp_path, decoded()), plots=False) / "index.html")
-    assert not find(browser, "#purpose, #choice, #figures")
-    assert Select(one(browser, "#generate-length")).first_selected_option.text == "8,192"
-    assert column(browser, "#by-token", "variant") == ["longformer", "performer", "dense"]
-    assert column(browser, "#by-token", "a token") == ["2.00 ms", "3.00 ms", "8.19 ms"]
-    assert column(browser, "#by-token", "/ dense") == ["0.244×", "0.366×", "1.00×"]
-    assert column(browser, "#by-state", "variant")[-1] == "dense"
-    assert column(browser, "#by-state", "largest batch") == ["10"] * 3
-    Select(one(browser, "#generate-length")).select_by_visible_text("512")
-    assert column(browser, "#by-token", "variant")[0] == "dense"
-    Select(one(browser, "#generate-unit")).select_by_visible_text("MiB")
-    one(browser, "#generate-budget").send_keys("0.001")
-    assert "0 of 3 recorded" in one(browser, "#generated-of").text
-    assert "Too large: dense (8.79 KiB)" in one(browser, "#generated-of").text
-    assert not one(browser, "#generated").is_displayed()
-
-
-@pytest.mark.parametrize("width", [1280, 390])
-def test_a_page_with_both_asks_what_for(browser: webdriver.Chrome, tmp_path: Path, width: int) -> None:
-    show(browser, build(write(tmp_path, [*decoded(), *sweep()]), plots=False) / "index.html", width=width)
-    train, generate = (one(browser, f"#to-{purpose}") for purpose in ("train", "generate"))
-    assert train.is_displayed()
-    assert not generate.is_displayed()
-    find(browser, "#purpose input")[1].click()
-    assert generate.is_displayed()
-    assert not train.is_displayed()
-    assert column(browser, "#by-token", "variant")[0] == "longformer"
-    assert browser.execute_script("return document.documentElement.scrollWidth") <= width
-    find(browser, "#purpose input")[0].click()
-    assert train.is_displayed()
 
 
 @pytest.mark.parametrize(("width", "height"), [(1280, 900), (390, 844)])

@@ -29,10 +29,8 @@ from bench.report.sections import Results
 from bench.report.text.listing import PageList
 from bench.report.text.marks import NOTES
 
-TRAINING = ("choose.js", "charts.js", "table.js")
-"""The scripts of a page with cells that measured or trained a step, after `common.js`."""
-GENERATING = ("generate.js",)
-"""The scripts of a page with cells that measured decoding."""
+SCRIPTS = ("common.js", "choose.js", "charts.js", "table.js")
+"""The page's own script is these, one after the other."""
 VEGA_LITE = "6.4"
 """The release of Vega-Lite, of those that vl_convert carries."""
 
@@ -43,8 +41,7 @@ def html(results: Results) -> str:
     frame, problems = results.records.collected.frame, results.records.collected.problems
     charts = _merged(section.page_charts(data) for section, data in results)
     contents = document(results, charts)
-    used = TRAINING * bool(contents["table"]) + GENERATING * bool(contents["decoding"]["cells"])
-    scripts = ["\n".join(_file(name) for name in ("common.js", *used))]
+    scripts = ["\n".join(_file(name) for name in SCRIPTS)]
     if any(charts.values()):
         scripts.insert(0, charts_library())
     texts = "".join(text for column in contents["table"] for text in column["text"])
@@ -81,13 +78,11 @@ def document(results: Results, charts: Json) -> Json:
 
     `families` are the families of the labels, in order; `left_out` are the labels that the charts draw only
     on request, because there are too many (`figures.selection`).
-    The scripts expect the keys that the sections of cells and of decoding give, of which `table`, `label` and
-    `decoding` are used here.
+    The scripts expect the keys that the section of cells gives, of which `table` and `label` are used here.
     """
     frame = results.records.collected.frame
     contents = _merged([*(section.page_data(data) for section, data in results), charts])
     looks = styles(zip(frame["variant"], frame["label"], strict=True))
-    drawn_labels = {*contents["label"], *(cell["label"] for cell in contents["decoding"]["cells"])}
     variant_of = dict(zip(frame["label"], frame["variant"], strict=True))
     labels = sorted(set(contents["label"]), key=lambda label: (family_rank(variant_of[label]), label))
     families: dict[str, list[str]] = {}
@@ -96,7 +91,7 @@ def document(results: Results, charts: Json) -> Json:
     drawn = Selection.of(frame).drawn(variant_of[label] for label in labels)
     return {
         **contents,
-        "styles": symbols({label: looks[label] for label in sorted(drawn_labels)}),
+        "styles": symbols({label: looks[label] for label in labels}),
         "families": [{"name": name, "labels": own} for name, own in families.items()],
         "left_out": [label for label in labels if variant_of[label] not in drawn],
     }

@@ -27,6 +27,12 @@ function trainedLike(cell, pool) {
 
 const asName = (cell, ways) => doc.label[cell] + (doc.leaks[cell] ? "†" : "") + (ways > 1 ? `, ${doc.activations[cell]}` : "");
 
+/** Rows under titles; the first column names the row. */
+function fill(table, titles, rows) {
+  const head = titles.map((title, column) => make("th", { scope: "col", class: column === 0 ? "rank" : column > 1 ? "number" : null }, title));
+  table.replaceChildren(make("thead", {}, make("tr", {}, ...head)), make("tbody", {}, ...rows));
+}
+
 function ranked(order, ways, columns) {
   return order.map(({ rank, cell }) => make("tr", {},
     make("td", { class: "rank" }, rank),

@@ -36,12 +36,6 @@ function swatch(label) {
 /** A variant's marker and name, on one line. */
 const nameOf = (label, text) => make("span", { class: "name" }, swatch(label), make("span", {}, text));
 
-/** Rows under titles; the first column names the row. */
-function fill(table, titles, rows) {
-  const head = titles.map((title, column) => make("th", { scope: "col", class: column === 0 ? "rank" : column > 1 ? "number" : null }, title));
-  table.replaceChildren(make("thead", {}, make("tr", {}, ...head)), make("tbody", {}, ...rows));
-}
-
 /** Fill a select with [value, text] pairs, keeping what is chosen where it is still there; one that leaves no
     choice is hidden unless it is to `stay`. */
 function offer(select, pairs, { preferred = null, stay = false } = {}) {
