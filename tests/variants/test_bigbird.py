@@ -9,14 +9,14 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from oracles import assert_same, assert_same_layer, feed, make_layer, numbers, oracle
+from oracles import EXACT, assert_same, assert_same_layer, difference, feed, make_layer, numbers, oracle
 from torch import Tensor
 
 from bench.measure import gates
 from bench.measure.memory import LiveStorage
 from variants.attention.bigbird import BigBird, BigBirdConfig
 from variants.attention.dense import Dense, DenseConfig
-from variants.base import Workload
+from variants.base import Clock, Workload
 from variants.ops.masks import Rule
 from variants.ops.random_blocks import BlockRule, mixed
 
@@ -163,6 +163,34 @@ class Ahead(Rule):
 
     def __call__(self, head: Tensor, i: Tensor, j: Tensor) -> Tensor:
         return (i < self.n) & (j >= 0)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("n_random", [0, 2])
+@pytest.mark.parametrize("window", [1, 3])
+def test_decoding_gathers_the_blocks_that_are_read(n_random: int, window: int) -> None:
+    """Token by token, with a cache in which all other keys and values are NaN."""
+    config = BigBirdConfig(block=4, window_blocks=window, global_blocks=1, random_blocks=n_random)
+    tokens = 61
+    layer = make_layer(BigBird, config, dims_of(tokens)).eval()
+    assert isinstance(layer, BigBird)
+    x = numbers(2, tokens, 12).detach()
+    want = feed(layer, x, causal=True)
+    allowed = layer.allowed(tokens, causal=True)
+    clock = Clock()
+    state = layer.init_state(2, tokens, clock=clock, dtype=torch.float64)
+    gathered = layer.rule(tokens, causal=True).dense_rows(tokens) * config.block
+    for position in range(tokens):
+        (group,) = state.groups
+        kept = [group.summary_keys.clone(), group.summary_values.clone()]
+        if position >= gathered:
+            for part in (group.summary_keys, group.summary_values):
+                part.masked_fill_(~allowed[None, :, position, :, None], torch.nan)
+        y = layer.step(x[:, position : position + 1], state)
+        assert difference(y, want[:, position : position + 1]) <= EXACT
+        for part, before in zip((group.summary_keys, group.summary_values), kept, strict=True):
+            part[:, :, :position] = before[:, :, :position]
+        clock.advance(1)
 
 
 class GlobalsReadAhead(BigBird):

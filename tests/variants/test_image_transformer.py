@@ -146,6 +146,16 @@ def test_a_block_as_wide_as_the_grid_is_one_dimensional(causal: bool) -> None:
     assert_same_layer(*layers, numbers(2, 61, 12), causal=causal)
 
 
+@pytest.mark.parametrize("memory", [0, 5, 20])
+def test_what_is_carried_is_what_a_later_token_reads(memory: int) -> None:
+    """In closed form as from the mask."""
+    layer = make_layer(ImageTransformer, ImageTransformerConfig(block=7, memory=memory), dims_of(40))
+    assert isinstance(layer, ImageTransformer)
+    later = layer.attention_mask(80, causal=True)
+    for tokens in range(1, 41):
+        assert layer.carried(tokens) == 3 * int(later[tokens:, :tokens].any(0).sum())
+
+
 class UnmaskedMemory(ImageTransformer):
     """Reads its complete block, also what comes later."""
 

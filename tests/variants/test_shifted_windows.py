@@ -65,6 +65,16 @@ def test_a_window_that_holds_the_sequence_is_dense(causal: bool, index: int) -> 
     assert_same_layer(layer, dense, numbers(2, 40, 12), causal=causal)
 
 
+@pytest.mark.parametrize("index", [0, 1])
+def test_what_is_carried_is_what_a_later_token_reads(index: int) -> None:
+    """In closed form as from the mask."""
+    layer = make_layer(ShiftedWindows, ShiftedWindowsConfig(window=7), dims_of(40), index=index)
+    assert isinstance(layer, ShiftedWindows)
+    later = layer.attention_mask(80, causal=True)
+    for tokens in range(1, 41):
+        assert layer.carried(tokens) == 3 * int(later[tokens:, :tokens].any(0).sum())
+
+
 @pytest.mark.parametrize("depth", [1, 2, 3, 6])
 def test_each_layer_extends_the_reach_by_half_a_window(depth: int) -> None:
     """From the end of a window of the uppermost layer: w − 1 tokens, and w/2 more for each layer below."""

@@ -7,16 +7,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from variants.base import Caps, Complexity, Impl, Info
+from variants.base import Caps, Clock, Complexity, Impl, Info, VariantConfig
 from variants.knobs import knob
+from variants.ops.block_cache import BlockCache
 from variants.ops.gathered_blocks import Plan, Rows, gathered_attention, piece_size
-from variants.ops.masked_attention import TILES, MaskedAttention, MaskedConfig
+from variants.ops.masked_attention import TILES, MaskedAttention
 from variants.ops.part_kernels import missing_fused
 from variants.ops.random_blocks import BlockRule, RowGroup, groups_of_rows
 
@@ -24,9 +25,13 @@ OVERHEAD = "a causal row computes scores with all keys of its own block, and mas
 
 
 @dataclass(frozen=True, kw_only=True)
-class BigBirdConfig(MaskedConfig):
+class BigBirdConfig(VariantConfig):
     """Knobs of the three kinds of blocks."""
 
+    impl: Literal["auto", "fused", "plain", "dense", "flex"] = "auto"
+    """Implementation of the mask. fused: gathered blocks, by torch's CPU attention kernel. plain: the same by
+    matrix products, on any device. dense: every score, masked. flex: FlexAttention, compiled, on CUDA. auto:
+    fused on the CPU, plain elsewhere."""
     block: int = knob(64, least=1, unit="tokens")
     """Tokens of a block."""
     window_blocks: int = knob(3, least=1, unit="blocks")
@@ -116,7 +121,6 @@ class BigBird(MaskedAttention):
                 start=group.first * block,
                 n=group.n,
                 queries=group.queries,
-                tail=seq_len - group.short,
                 tail_length=group.short,
                 causal=causal,
             )
@@ -141,6 +145,13 @@ class BigBird(MaskedAttention):
         return [(*group,) for group in groups_of_rows(rule, rule.dense_rows(seq_len), seq_len)]
 
     _groups._dynamo_marked_constant = True  # type: ignore[attr-defined]  # see MaskedAttention._rectangles
+
+    def init_state(self, batch_size: int, max_len: int, *, clock: Clock, dtype: torch.dtype) -> BlockCache:
+        """All keys and values."""
+        shape = batch_size, self.dims.heads, self.dims.head_dim
+        device = self.projections.qkv.weight.device
+        rule = self.rule(max_len, causal=True)
+        return BlockCache(rule, shape, max_len, clock=clock, dtype=dtype, device=device)
 
     def pairs(self, seq_len: int, *, causal: bool) -> int:
         """By groups of rows, because the rule has no period; the same for all heads."""

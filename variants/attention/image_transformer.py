@@ -102,6 +102,13 @@ class ImageTransformer(MaskedAttention):
             return self.memory(causal=causal)
         return BlockMemory(config.block, config.memory, 0 if causal else config.memory)
 
+    def carried(self, seq_len: int) -> int:
+        """The keys of the block that has not ended, and of its memory."""
+        config = self.config
+        if config.dims == 2:
+            return super().carried(seq_len)
+        return self.dims.heads * min(seq_len, seq_len % config.block + config.memory)
+
     def memory(self, *, causal: bool) -> Memory:
         """The rectangles of the grid."""
         config = self.config

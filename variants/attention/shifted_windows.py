@@ -97,3 +97,8 @@ class ShiftedWindows(MaskedAttention):
         first = min(self.shift, seq_len)
         in_first = first * (first + 1) // 2 if causal else first * first
         return super().pairs(seq_len, causal=causal) + self.dims.heads * in_first
+
+    def carried(self, seq_len: int) -> int:
+        """The keys of the window that has not ended."""
+        after = seq_len - self.shift
+        return self.dims.heads * (seq_len if after < 0 else after % self.config.window)

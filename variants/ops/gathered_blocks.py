@@ -22,7 +22,7 @@ from variants.ops.memoizable import repeatable
 from variants.ops.part_kernels import KERNELS
 from variants.ops.tile_size import Sizes
 
-PIECE = Sizes(cpu=2**10, accelerator=2**15)
+PIECE = Sizes(cpu=2**10, accelerator=2**16)
 """Queries of a sequence computed at a time. The CPU's value keeps gathered keys in cache."""
 MOST_PIECES = 64
 """Maximum number of pieces of a sequence. Longer sequences have larger pieces, to bound the operations."""
@@ -34,9 +34,9 @@ class Rows(NamedTuple):
     start: int
     n: int
     queries: int
-    tail: int = 0
     tail_length: int = 0
-    """After the blocks in its slots, a row reads the tokens [tail, tail + tail_length)."""
+    """Tokens at the end of the sequence that a row reads after the blocks in its slots: none, or all that are
+    no full block."""
     causal: bool = False
     """Whether the last `queries` keys are the queries themselves, of which none reads a later one."""
     alone: bool = False
@@ -62,7 +62,7 @@ class Rows(NamedTuple):
 
     def of_tail(self, x: Tensor) -> Tensor:
         """(B, H, T, D) → (B, H, tail_length, D), a view."""
-        return x[:, :, self.tail : self.tail + self.tail_length]
+        return x[:, :, x.shape[2] - self.tail_length :]
 
     def bias(self, like: Tensor, keys: int) -> Tensor | None:
         """0 or −∞ for each query and key (1, 1, queries, keys)."""
@@ -180,26 +180,31 @@ def _backward(given: Sequence[Tensor], plan: Plan, tables: Sequence[Tensor]) -> 
     full, wide = seq_len // plan.block, torch.promote_types(q.dtype, torch.float32)
     of_outputs = KERNELS[plan.impl].of_outputs(dy, y)
     dq = q.new_zeros(batch, seq_len, heads, channels).transpose(1, 2)
-    dk, dv = (torch.zeros(k.shape, dtype=wide, device=k.device) for _ in range(2))
     in_blocks = [_blocks(t, plan.block) for t in (k, v)]
+    # gradients of full blocks, and of the tokens after them
     sums = [torch.zeros(t.shape, dtype=wide, device=t.device) for t in in_blocks]
+    sequences = [t.view(batch, heads, full * plan.block, channels) for t in sums]
+    rest = [t.new_zeros(batch, heads, seq_len - full * plan.block, channels) for t in sums]
     for rows, table in zip(plan.rows, tables, strict=True):
         if rows.alone:
             own = [t[:, :, rows.start : rows.stop] for t in (dy, q, k, v, of_outputs, lse)]
-            grads = KERNELS[plan.impl].attend_backward(*own, None, rows.causal)
-            for total, grad in zip((dq, dk, dv), grads, strict=True):
-                total[:, :, rows.start : rows.stop] += grad
+            dq_own, *grads = KERNELS[plan.impl].attend_backward(*own, None, rows.causal)
+            dq[:, :, rows.start : rows.stop] = dq_own
+            for grad, *totals in zip(grads, sequences, rest, strict=True):
+                in_full = min(rows.stop, full * plan.block) - rows.start
+                totals[0][:, :, rows.start : rows.start + in_full] += grad[:, :, :in_full]
+                totals[1][:, :, : rows.queries - in_full] += grad[:, :, in_full:]
             continue
         bias = rows.bias(q, table.shape[2] * plan.block + rows.tail_length)
         by_key = [*in_blocks, rows.of_tail(k), rows.of_tail(v)]
-        gradients = [*sums, rows.of_tail(dk), rows.of_tail(dv)]
         for some, place in rows.pieces(plan.piece):
             places = _places(table[:, place], batch, full)
             by_query = [some.of_queries(t) for t in (dy, q, of_outputs, lse, dq)]
-            _attend_backward(by_query, by_key, gradients, places, bias, plan.impl)
-    for total, added in zip((dk, dv), sums, strict=True):
-        total[:, :, : full * plan.block] += added.view(batch, heads, full * plan.block, channels)
-    return dq, dk.to(k.dtype), dv.to(v.dtype)
+            _attend_backward(by_query, by_key, [*sums, *rest], places, bias, plan.impl)
+    if seq_len > full * plan.block:
+        sequences = [torch.cat(both, dim=2) for both in zip(sequences, rest, strict=True)]
+    dk, dv = (total.to(q.dtype) for total in sequences)
+    return dq, dk, dv
 
 
 class _GatheredAttention(torch.autograd.Function):

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -18,6 +19,9 @@ from torch.utils._python_dispatch import _disable_current_modes
 from variants.ops.masks import Rule
 from variants.ops.rectangles import Rectangle
 from variants.ops.strided_parts import StridedTokens
+
+CACHED = 128
+"""Number of cached results of `memory_rectangles`."""
 
 
 def default_width(seq_len: int) -> int:
@@ -77,11 +81,16 @@ class _Strip:
         )
 
 
+@lru_cache(maxsize=CACHED)
 def memory_rectangles(
     memory: Memory, rule: Rule, seq_len: int, heads: tuple[int, int]
-) -> Iterator[Rectangle]:
+) -> tuple[Rectangle, ...]:
     """Rectangles that contain each pair that `rule` allows exactly once; `rule` allows no pair outside
     `memory`."""
+    return tuple(_rectangles(memory, rule, seq_len, heads))
+
+
+def _rectangles(memory: Memory, rule: Rule, seq_len: int, heads: tuple[int, int]) -> Iterator[Rectangle]:
     width, height = memory.width, memory.height
     full, rest = divmod(seq_len, width)
     first = -(-memory.above // height)

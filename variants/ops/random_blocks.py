@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import groupby
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -23,7 +23,10 @@ CACHED = 128
 """Number of cached results of `groups_of_rows`."""
 
 
-def mixed(x: Tensor) -> Tensor:
+Number = TypeVar("Number", int, Tensor)
+
+
+def mixed(x: Number) -> Number:
     """A bijection of integers below 2³² in which each bit of the argument changes half of the bits.
 
     An xorshift-multiply hash. Its multipliers are below 2³¹, so that no product exceeds an int64.
@@ -36,14 +39,12 @@ def mixed(x: Tensor) -> Tensor:
 
 
 class Span(NamedTuple):
-    """The neighbours low … high of a row that are not global, and its number of candidates for random blocks.
-
-    Each is an int or a tensor, as the row is.
-    """
+    """The neighbours low … high of rows that are not global."""
 
     low: Tensor
     high: Tensor
     candidates: Tensor
+    """Number of blocks that may be random ones."""
 
 
 class RowGroup(NamedTuple):
@@ -110,20 +111,21 @@ class BlockRule(Rule):
         if not self.random:
             return []
         low, high, candidates = self.span(row)
-        before = low - self.globals_first
-        state = mixed(torch.full_like(row, self.seed & WORD))
-        for number in (self.layer, head, row):
-            state = mixed((state + number) & WORD)
+        key = mixed((mixed(self.seed & WORD) + self.layer) & WORD)  # on the host
+        state = mixed((mixed((row + key) & WORD) + head) & WORD)
         picked: list[Tensor] = []
+        blocks: list[Tensor] = []
         for k in range(self.random):
             top = candidates - self.random + k
             pick = mixed((state + k) & WORD) % (top + 1).clamp(min=1)
             for other in picked:
                 pick = torch.where(pick == other, top, pick)
-            picked.append(torch.where(top < 0, -1, pick))
-        after = high + 1 - before
-        blocks = [torch.where(pick < before, pick + self.globals_first, pick + after) for pick in picked]
-        return [torch.where(pick < 0, -1, block) for pick, block in zip(picked, blocks, strict=True)]
+            picked.append(pick)
+            block = pick + self.globals_first
+            if self.seq_len is not None:
+                block = torch.where(block < low, block, block - low + high + 1)
+            blocks.append(torch.where(top < 0, -1, block))
+        return blocks
 
     def __call__(self, head: Tensor, i: Tensor, j: Tensor) -> Tensor:
         """Whether the block of j is global, near or random for the block of i, or that of i is global."""
@@ -151,6 +153,11 @@ class BlockRule(Rule):
             slots.pop()
         shape = heads, group.n
         return torch.stack([s.expand(shape) for s in slots], -1) if slots else row.new_empty(*shape, 0)
+
+    def earlier_blocks(self, row: int, heads: int, device: torch.device) -> Tensor:
+        """The slots (H, S) of a causal row that is not among the `dense_rows`, without its own block."""
+        own = RowGroup(row, 1, 1, self.neighbours, 0, self.random, short=1)
+        return self.table(own, heads, device)[:, 0]
 
     def dense_rows(self, seq_len: int) -> int:
         """The first rows of a causal sequence of `seq_len` tokens, which read everything up to themselves."""
