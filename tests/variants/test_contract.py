@@ -534,15 +534,18 @@ def test_pattern_is_what_is_read(case: Case) -> None:
 
 def counted(layer: SequenceMixer, dims: Workload, causal: bool) -> tuple[int, Cost]:
     """(FLOPs dispatched in a forward pass, those of the formula)."""
-    x = torch.zeros(dims.batch_size, dims.seq_len, dims.d_model, dtype=next(layer.parameters()).dtype)
+    parameters = list(layer.parameters())  # of some layers there are none
+    dtype = parameters[0].dtype if parameters else torch.float32
+    x = torch.zeros(dims.batch_size, dims.seq_len, dims.d_model, dtype=dtype)
     with CountFlops() as counter, torch.no_grad():
         feed(layer, x, causal=causal)
-    return counter.total, cost_of(layer, dims, causal=causal)
+    formula = cost_of(layer, dims, causal=causal)
+    assert (formula.tokenwise > 0) == bool(parameters)
+    return counter.total, formula
 
 
 def assert_cost_is_honest(dispatched: int, formula: Cost, reason: str | None) -> None:
     ratio = (dispatched - formula.tokenwise) / formula.mixing
-    assert formula.tokenwise > 0
     assert 0.99 <= ratio <= (1.01 if reason is None else 2.2), reason
 
 
@@ -605,7 +608,8 @@ def test_a_copy_and_a_restored_layer_are_the_layer(case: Case, training: bool) -
     x = x.detach()
     want = feed(layer, x, causal=case.causal)
     other = make_layer(case.variant, case.config, dims, seed=9).train(training)
-    assert difference(feed(other, x, causal=case.causal), want) > EXACT
+    if layer.state_dict():
+        assert difference(feed(other, x, causal=case.causal), want) > EXACT
     other.load_state_dict(layer.state_dict())
     for same in (copy.deepcopy(layer), other):
         assert difference(feed(same, x, causal=case.causal), want) <= EXACT
@@ -631,6 +635,8 @@ def test_every_parameter_is_used(case: Case) -> None:
     """Every parameter gets a gradient from the outputs or from the auxiliary loss."""
     dims = dims_for(case.length)
     layer = case.layer(dims)
+    if not list(layer.parameters()):
+        pytest.skip("has no parameters")
     outs = []
     hook = layer.register_forward_hook(lambda _module, _args, out: outs.append(out))
     feed(layer, numbers(1, case.length, dims.d_model), causal=case.causal)

@@ -24,7 +24,7 @@ from variants.ops.memoizable import repeatable
 from variants.ops.scan_features import FeatureMap
 from variants.ops.tile_size import Sizes
 
-SEGMENT = Sizes(cpu=2**17, accelerator=2**26)
+SEGMENT = Sizes(cpu=2**17, accelerator=2**28)
 """Features of all sequences together that exist at a time. The CPU's value keeps them in cache."""
 LEAST_LOG = -1e4
 """Decays below exp(this) are 0 in any dtype. Finite, so that a difference of two sums is never NaN."""
