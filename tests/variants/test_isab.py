@@ -122,4 +122,6 @@ def test_rotation_of_the_oracle_is_the_usual_one() -> None:
 @pytest.mark.parametrize("weights", ["shared", "separate"])
 def test_it_passes_the_reference_gate(weights: Any) -> None:
     dims = Workload(causal=False, batch_size=2, seq_len=301, d_model=32, heads=2)
-    reference_gate.reference_error(Isab, IsabConfig(weights=weights), dims, 0, torch.device("cpu"), causal=False)
+    reference_gate.reference_error(
+        Isab, IsabConfig(weights=weights), dims, 0, torch.device("cpu"), causal=False
+    )
