@@ -22,7 +22,7 @@ from markupsafe import Markup
 from bench.report import summary
 from bench.report.figures.chart_data import Json
 from bench.report.figures.selection import Selection
-from bench.report.figures.style import family_rank, styles
+from bench.report.figures.style import variant_rank, styles
 from bench.report.page.environment import environments
 from bench.report.page.symbols import DARK, symbols
 from bench.report.sections import Results
@@ -84,10 +84,10 @@ def document(results: Results, charts: Json) -> Json:
     contents = _merged([*(section.page_data(data) for section, data in results), charts])
     looks = styles(zip(frame["variant"], frame["label"], strict=True))
     variant_of = dict(zip(frame["label"], frame["variant"], strict=True))
-    labels = sorted(set(contents["label"]), key=lambda label: (family_rank(variant_of[label]), label))
+    labels = sorted(set(contents["label"]), key=lambda label: (variant_rank(variant_of[label]), label))
     families: dict[str, list[str]] = {}
     for label in labels:
-        families.setdefault(family_rank(variant_of[label])[1], []).append(label)
+        families.setdefault(variant_rank(variant_of[label])[1], []).append(label)
     drawn = Selection.of(frame).drawn(variant_of[label] for label in labels)
     return {
         **contents,
