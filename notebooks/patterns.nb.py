@@ -35,11 +35,11 @@ def show(name):
     for picture in gallery:
         if picture.variant == name:
             with canvas.look():
-                display(draw.figure(picture, sizes, variants.names()))
+                display(draw.figure(picture, sizes))
 
 
 with canvas.look():
-    display(sheet(gallery, sizes, variants.names()))
+    display(sheet(gallery, sizes))
 
 # %% [markdown]
 # ## `dense`: every token
@@ -154,7 +154,7 @@ show("performer")
 # %% [markdown]
 # ## Your variant
 #
-# A variant of another package, or a new file in `variants/attention/`, is also drawn, with its default knobs or those in `configs/gallery.yaml`. The next cell shows all variants without a section above.
+# A variant of another package, or a new file in `variants/attention/`, is also drawn, with the knobs in `configs/gallery.yaml` or with its defaults, made smaller. The next cell shows all variants without a section above.
 
 # %%
 for name in variants.mixers():

@@ -130,7 +130,7 @@ def test_a_rule_that_lies_is_marked(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     ahead = masks.matrix(lambda _, i, j: j - i == 2, SIZES.seq_len).numpy()
     assert np.array_equal(draw.forbidden(one), ahead)
     assert draw.disagrees(picture)
-    counts = {label.split(":")[0]: label.split(": ")[1] for label in legend(draw.figure(picture, SIZES, []))}
+    counts = {label.split(":")[0]: label.split(": ")[1] for label in legend(draw.figure(picture, SIZES))}
     assert int(counts["mask allows,\ngradient zero"]) == sum(draw.unread(p).sum() for p in panels(picture))
     assert int(counts["mask forbids,\ngradient not zero"]) == sum(
         draw.forbidden(p).sum() for p in panels(picture)
@@ -162,7 +162,7 @@ def written(figure: Figure) -> str:
 
 def test_figures_say_what_they_show(gallery: list[Picture]) -> None:
     for picture in (p for p in gallery if p.variant in {"dense", "longformer", "linformer", "reformer"}):
-        figure = draw.figure(picture, SIZES, variants.mixers())
+        figure = draw.figure(picture, SIZES)
         drawn = [axis for axis in figure.axes if axis.get_visible() and axis.images]
         assert len(drawn) == 3 * sum(bool(direction.panels) for direction in picture.directions)
         assert {axis.get_xlabel() for axis in drawn} == {"key position"}
@@ -176,7 +176,7 @@ def test_figures_say_what_they_show(gallery: list[Picture]) -> None:
 
 
 def test_the_sheet_has_every_picture(gallery: list[Picture]) -> None:
-    figure = sheet(gallery, SIZES, variants.mixers())
+    figure = sheet(gallery, SIZES)
     squares = sum(2 * bool(direction.panels) for picture in gallery for direction in picture.directions)
     assert sum(bool(axis.images) for axis in figure.axes) == squares
     names = [text.get_text().rstrip("*") for text in figure.texts]
@@ -232,3 +232,23 @@ def test_variants_of_others_are_in_it(tmp_path: Path, monkeypatch: pytest.Monkey
     assert causal.panels[1].share.sum() == 16 + 15 + 14
     assert command.main(["--out", str(tmp_path / "out"), "--only", "lagged"]) == 0
     assert (tmp_path / "out" / "lagged.svg").exists()
+
+
+@pytest.mark.parametrize("name", variants.mixers())
+def test_a_variant_that_is_not_listed_is_drawn_with_smaller_defaults(name: str) -> None:
+    """In proportion to the length, as far as its knobs allow; counts below the scale stay."""
+    config = variants.load(name).Config
+    usual, small = config(), config.of(reads.scaled(name, 16))
+    for key, value in small.as_dict().items():
+        before = getattr(usual, key)
+        entries = zip(before, value, strict=True) if isinstance(before, tuple) else [(before, value)]
+        for old, new in entries:
+            assert new == old or new == old // 16
+    assert reads.scaled(name, 10**9) == {}
+
+
+def test_an_unlisted_variant_has_a_picture() -> None:
+    sizes = dataclasses.replace(SIZES, knobs={})
+    (drawn,) = reads.pictures(sizes, ["longformer"])
+    assert drawn.knobs == {"window": [16]}
+    assert not draw.disagrees(drawn)

@@ -211,7 +211,7 @@ def test_a_preset_that_names_code_runs_nothing(group: str, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize(
-    "preset", sorted(p.stem for p in (CONFIGS / "experiment").glob("*.yaml") if "glob(*" in p.read_text())
+    "preset", sorted(p.stem for p in (CONFIGS / "experiment").glob("*.yaml") if "linformer" in p.read_text())
 )
 def test_masked_variants_have_a_baseline_wherever_causal_ones_do(preset: str) -> None:
     """Where causal variants are compared with dense attention, those that exist only with a masked objective

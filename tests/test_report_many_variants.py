@@ -21,7 +21,7 @@ from bench.report.data.experiment import read
 from bench.report.figures import selection, style
 from bench.report.figures.drawing import draw_all
 from bench.report.figures.selection import MOST, Selection
-from bench.report.figures.style import family_rank, looks, styles
+from bench.report.figures.style import looks_of, styles, variant_rank
 from bench.report.page import html
 from bench.report.page.symbols import contrast
 from bench.report.sections import Results, compute, discover
@@ -53,15 +53,15 @@ def frame(results: Results) -> pd.DataFrame:
 
 @pytest.mark.usefixtures("installed")
 def test_looks_follow_from_the_installed_variants_alone() -> None:
-    every = looks(NAMES)
+    every = looks_of(NAMES)
     for name in NAMES:
-        assert looks([name, "no_such_variant"])[name] == every[name]
+        assert looks_of([name, "no_such_variant"])[name] == every[name]
     assert len(set(every.values())) == len(NAMES)
 
 
 @pytest.mark.usefixtures("installed")
 def test_a_family_is_a_range_of_hues_and_its_members_differ_in_the_marker() -> None:
-    found = looks(NAMES)
+    found = looks_of(NAMES)
     for family, own in ZOO.items():
         assert len({found[name][1] for name in own}) == len(own)
         if family != "dense":
@@ -74,7 +74,7 @@ def test_a_family_is_a_range_of_hues_and_its_members_differ_in_the_marker() -> N
 
 @pytest.mark.usefixtures("installed")
 def test_marks_of_one_shape_differ_in_colour_and_stand_out_from_the_page() -> None:
-    found = looks(NAMES)
+    found = looks_of(NAMES)
     for colour, _ in found.values():
         assert contrast(colour, "#ffffff") >= 3
     for one, other in combinations(NAMES, 2):
@@ -99,14 +99,14 @@ def _hue(colour: str) -> float:
 
 
 def test_every_installed_variant_has_a_look_of_its_own() -> None:
-    found = looks(variants.names())
+    found = looks_of(variants.names())
     assert len(set(found.values())) == len(variants.names())
     assert found["dense"] == ("#000000", "o")
 
 
 def test_variants_from_elsewhere_differ_and_have_colours() -> None:
     names = [f"variant_{number}" for number in range(13)]
-    found = looks(names)
+    found = looks_of(names)
     assert len({colour for colour, _ in found.values()}) == len({m for _, m in found.values()}) == 13
 
 
@@ -125,7 +125,7 @@ def test_a_family_of_its_own_name_follows_those_of_the_survey(monkeypatch: pytes
         "e": facts.UNKNOWN,
     }
     monkeypatch.setattr(style, "family", groups.__getitem__)
-    assert sorted("edcba", key=family_rank) == ["c", "b", "a", "d", "e"]
+    assert sorted("edcba", key=variant_rank) == ["c", "b", "a", "d", "e"]
 
 
 # --- figures ------------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ from bench.report import build
 from bench.report.data import statistics
 from bench.report.data.experiment import read
 from bench.report.figures import chart_data as figures
-from bench.report.figures.style import Style, looks
+from bench.report.figures.style import Style, looks_of
 from bench.report.page import html
 from bench.report.page.symbols import DARK, contrast, on_dark, symbols
 from bench.report.sections import Results, compute, discover
@@ -239,7 +239,7 @@ def test_markers_are_those_of_the_plots() -> None:
 
 def test_colours_are_those_of_the_plots_and_stand_out_in_the_dark() -> None:
     names = [*variants.names(), *(f"from_elsewhere_{number}" for number in range(20))]
-    known = [colour for colour, _ in looks(names).values()]
+    known = [colour for colour, _ in looks_of(names).values()]
     assert all(contrast(on_dark(colour), DARK) >= 3 for colour in known)
     assert on_dark("#E69F00").upper() == "#E69F00", "one that stands out is left alone"
     assert contrast("#000000", "#ffffff") == pytest.approx(21)

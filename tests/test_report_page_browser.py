@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from many_records import ZOO
 from pypdf import PdfReader
 from selenium import webdriver
 from selenium.webdriver.common.action_chains import ActionChains
@@ -25,10 +26,13 @@ from selenium.webdriver.remote.webelement import WebElement
 from selenium.webdriver.support.ui import Select, WebDriverWait
 from test_report import failed, record, sweep, write
 from test_report_baselines import BITS, models
+from test_report_decoding import cell as decoding_record
 from test_report_page import HOSTILE, two_thousand_cells
 
 import variants
+from bench.records import Record
 from bench.report import build
+from bench.report.figures.selection import MOST
 
 SHOTS = Path(__file__).parent / "shots"
 CHECKS = (Path(__file__).parent / "page_checks.js").read_text()
@@ -62,6 +66,26 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[webdriver.Chro
     driver.quit()
 
 
+def decoding() -> list[Record]:
+    """Dense's token takes longer with the context, and its state grows; chunked was disturbed at 8,192."""
+    tokens = {"dense": lambda n: n * 1e-6, "longformer": lambda _: 0.002, "chunked": lambda _: 0.001}
+    return [
+        decoding_record(
+            name,
+            length,
+            0,
+            token(length),
+            decode_peak_bytes=(2 * length if name == "dense" else 100) * 2**20,
+            **(LOADED if (name, length) == ("chunked", 8192) else {}),
+        )
+        for name, token in tokens.items()
+        for length in (512, 8192)
+    ]
+
+
+ZOO_NAMES = [name for own in ZOO.values() for name in own]
+
+
 def fourteen() -> list[str]:
     """As many variants as one sees beside each other, with names of usual length."""
     return ["dense", *(f"variant_{number}" for number in range(13))]
@@ -87,6 +111,9 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> Pages:
             for length in (512, 1024)
         ],
         "many": lambda: [record(name, length) for name in fourteen() for length in (512, 1024)],
+        "zoo": lambda: [record(name, length) for name in ZOO_NAMES for length in (512, 1024)],
+        "generating": lambda: [record(name, 512) for name in ("dense", "longformer")] + decoding(),
+        "only generating": decoding,
         "two tasks": lambda: [
             *models(),
             *(
@@ -281,6 +308,40 @@ def test_the_chooser_ranks_what_fits(browser: webdriver.Chrome, pages: Pages) ->
     assert set(column(browser, "#by-speed", "variant")) == finished
 
 
+@pytest.mark.parametrize("name", ["generating", "only generating"])
+def test_the_chooser_advises_who_generates(browser: webdriver.Chrome, pages: Pages, name: str) -> None:
+    """From the cells that measured decoding; a page with nothing else has no other chooser."""
+    show(browser, pages(name))
+    if name == "generating":
+        assert one(browser, "#by-speed").is_displayed()
+        assert not one(browser, "#by-token").is_displayed()
+        Select(one(browser, "#purpose")).select_by_visible_text("generate")
+        assert not one(browser, "#by-speed").is_displayed()
+    else:
+        assert not find(browser, "#purpose, #by-speed, #table")
+    assert not one(browser, "#decoding-setting").is_displayed()
+    lengths = Select(one(browser, "#choose-length"))
+    assert [option.text for option in lengths.options] == ["512", "8,192"]
+    kept = "512" if name == "generating" else "8,192"  # what was chosen; else the longest
+    assert lengths.first_selected_option.text == kept
+    lengths.select_by_visible_text("8,192")
+    assert column(browser, "#by-token", "variant") == ["longformer", "dense", "chunked"], "disturbed last"
+    assert [row.text for row in find(browser, "#by-token td.rank")] == ["1", "2", "–"]
+    assert column(browser, "#by-token", "time a token") == ["2.00 ms", "8.19 ms", "1.00 ms§"]
+    assert column(browser, "#by-token", "state") == ["4.00 KiB", "8.00 MiB", "4.00 KiB"]
+    assert column(browser, "#by-rate", "variant") == ["longformer", "dense", "chunked"]
+    assert column(browser, "#by-rate", "batch") == ["10", "10", "10"]
+    lengths.select_by_visible_text("512")
+    assert column(browser, "#by-token", "variant") == ["dense", "chunked", "longformer"]
+    one(browser, "#budget").send_keys("0.5")
+    assert column(browser, "#by-token", "variant") == ["chunked", "longformer"]
+    assert one(browser, "#chosen").text == "2 of 3 decoded with a context of 512, depth 2 fit into 0.5 GiB."
+    assert "dense (1.00 GiB)" in one(browser, "#left-out").text
+    if name == "generating":
+        Select(one(browser, "#purpose")).select_by_visible_text("train")
+        assert set(column(browser, "#by-speed", "variant")) <= {"dense", "longformer"}
+
+
 @pytest.mark.parametrize(("width", "height"), [(1280, 900), (390, 844)])
 @pytest.mark.parametrize("name", ["sweep", "two tasks"])
 def test_the_first_screen_has_the_controls_and_three_rows_of_both_answers(
@@ -315,7 +376,7 @@ def test_the_fastest_table_needs_no_sideways_scroll_at_1280(browser: webdriver.C
 def test_on_a_phone_names_of_variants_are_on_one_line_and_the_fastest_table_fits(
     browser: webdriver.Chrome, tmp_path: Path
 ) -> None:
-    shown = {*variants.names()} - {"hybrid"}  # whose name is that of its layers
+    shown = {*variants.names(), *ZOO_NAMES} - {"hybrid"}  # whose name is that of its layers
     found = [record(name, length) for name in shown for length in (512, 1024)]
     show(browser, build(write(tmp_path, found), plots=False) / "index.html", width=390)
     names = find(browser, "#by-speed tbody th .name")
@@ -392,6 +453,37 @@ def test_a_variant_that_is_ticked_off_leaves_every_chart(browser: webdriver.Chro
     wait(browser, lambda: len(find(browser, "#figures .empty")) == 4)
     one(browser, "#all").click()
     wait(browser, lambda: [len(marks(browser, figure)) for figure in (1, 2, 3, 4)] == before)
+
+
+def test_what_is_left_out_of_many_variants_is_one_click_away(browser: webdriver.Chrome, pages: Pages) -> None:
+    """And so is a family."""
+    show(browser, pages("zoo"))
+    whole(browser, 1280)
+
+    def drawn() -> int:
+        return len(
+            {text.text for text in find(browser, "#figures figure:first-child .mark-text.role-mark text")}
+        )
+
+    def ticked() -> int:
+        return len(find(browser, "#legend input:checked"))
+
+    every = len(ZOO_NAMES)
+    wait(browser, lambda: drawn() == MOST)
+    assert ticked() == MOST
+    note = find(browser, "#figures .left")[0]
+    assert note.text == f"{every - MOST} of {every} variants are not drawn."
+    one(browser, "#all").click()
+    wait(browser, lambda: drawn() == every)
+    assert not note.is_displayed()
+    heads = find(browser, "#legend .head")
+    own = len(heads[0].find_elements(By.XPATH, "../label"))
+    heads[0].click()
+    wait(browser, lambda: drawn() == every - own)
+    heads[0].click()
+    wait(browser, lambda: drawn() == every)
+    one(browser, "#best").click()
+    wait(browser, lambda: drawn() == MOST)
 
 
 def test_the_pointer_on_a_point_tells_its_figures_and_picks_out_its_variant(

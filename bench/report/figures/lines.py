@@ -11,7 +11,7 @@ from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 
-from bench.report.figures.style import Style, family_rank
+from bench.report.figures.style import Style, variant_rank
 
 GREY = "#555555"
 DISTURBED_NOTE = " · hollow: timed while something else ran (§ in the tables)"
@@ -58,7 +58,7 @@ def label_handles(cells: pd.DataFrame, look: Look, line: Literal["-", ""] = "-")
     """A handle for each label, dense first, then family by family."""
     handles = []
     variant_of = dict(zip(cells["label"], cells["variant"], strict=True))
-    for label in sorted(variant_of, key=lambda label: (family_rank(variant_of[label]), label)):
+    for label in sorted(variant_of, key=lambda label: (variant_rank(variant_of[label]), label)):
         handles.append(line_of(look.styles[label], label=label))
         handles[-1].set_linestyle(line)
     return [*handles]

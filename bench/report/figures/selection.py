@@ -44,7 +44,7 @@ class Selection:
             return every
         families: dict[tuple[int, str], list[str]] = {}
         for name in sorted(every - {BASELINE}, key=lambda name: (self._standing(name), name)):
-            families.setdefault(style.family_rank(name), []).append(name)
+            families.setdefault(style.variant_rank(name)[:2], []).append(name)
         rounds = zip_longest(*(families[key] for key in sorted(families)))
         best = [name for together in rounds for name in together if name is not None]
         return {*(every & {BASELINE}), *best[: self.limit - len(every & {BASELINE})]}

@@ -72,7 +72,12 @@ class Style:
     fill: Fill
 
 
-def looks(names: Iterable[str]) -> dict[str, tuple[str, str]]:
+def looks(variant: str, names: Iterable[str] = ()) -> tuple[str, str]:
+    """Colour and marker of a variant, which is among the names; see `looks_of`."""
+    return looks_of([variant, *names])[variant]
+
+
+def looks_of(names: Iterable[str]) -> dict[str, tuple[str, str]]:
     """Variant → colour and marker, for each of the names.
 
     That of an installed variant does not depend on the other names. A name that is not installed takes its
@@ -155,9 +160,9 @@ def _family_key(group: str) -> tuple[int, str]:
     return len(order) + (1 + LAST_FAMILIES.index(group) if group in LAST_FAMILIES else 0), group
 
 
-def family_rank(variant: str) -> tuple[int, str]:
-    """Sort key that brings the variants of a family together, dense first."""
-    return _family_key(family(variant))
+def variant_rank(variant: str) -> tuple[int, str, str]:
+    """Sort key of variants: family by family, dense first. Its second element is the family."""
+    return (*_family_key(family(variant)), variant)
 
 
 def strategy_rank(strategy: str) -> int:
@@ -187,7 +192,7 @@ def styles(cells: Iterable[tuple[str, str]]) -> dict[str, Style]:
     """Label → style for (variant, label) pairs; a variant's labels go lighter in sorted order."""
     pairs = set(cells)
     result = {}
-    for variant, (colour, marker) in sorted(looks(variant for variant, _ in pairs).items()):
+    for variant, (colour, marker) in sorted(looks_of(variant for variant, _ in pairs).items()):
         own = sorted(label for name, label in pairs if name == variant)
         for place, label in enumerate(own):
             share = 0.6 * place / len(own)

@@ -22,15 +22,16 @@ from markupsafe import Markup
 from bench.report import summary
 from bench.report.figures.chart_data import Json
 from bench.report.figures.selection import Selection
-from bench.report.figures.style import family_rank, styles
+from bench.report.figures.style import styles, variant_rank
 from bench.report.page.environment import environments
 from bench.report.page.symbols import DARK, symbols
 from bench.report.sections import Results
 from bench.report.text.listing import PageList
 from bench.report.text.marks import NOTES
 
-SCRIPTS = ("common.js", "choose.js", "charts.js", "table.js")
-"""The page's own script is these, one after the other."""
+CHOOSER = ("common.js", "generate.js", "choose.js")
+SCRIPTS = (*CHOOSER, "charts.js", "table.js")
+"""The page's own script is these, one after the other; without a table of cells, it is the chooser alone."""
 VEGA_LITE = "6.4"
 """The release of Vega-Lite, of those that vl_convert carries."""
 
@@ -41,7 +42,7 @@ def html(results: Results) -> str:
     frame, problems = results.records.collected.frame, results.records.collected.problems
     charts = _merged(section.page_charts(data) for section, data in results)
     contents = document(results, charts)
-    scripts = ["\n".join(_file(name) for name in SCRIPTS)]
+    scripts = ["\n".join(_file(name) for name in (SCRIPTS if contents["table"] else CHOOSER))]
     if any(charts.values()):
         scripts.insert(0, charts_library())
     texts = "".join(text for column in contents["table"] for text in column["text"])
@@ -78,22 +79,27 @@ def document(results: Results, charts: Json) -> Json:
 
     `families` are the families of the labels, in order; `left_out` are the labels that the charts draw only
     on request, because there are too many (`figures.selection`).
+    `generating` are the cells that measured decoding, None without any.
     The scripts expect the keys that the section of cells gives, of which `table` and `label` are used here.
     """
     frame = results.records.collected.frame
     contents = _merged([*(section.page_data(data) for section, data in results), charts])
     looks = styles(zip(frame["variant"], frame["label"], strict=True))
     variant_of = dict(zip(frame["label"], frame["variant"], strict=True))
-    labels = sorted(set(contents["label"]), key=lambda label: (family_rank(variant_of[label]), label))
+    generating = contents.get("generating")
+    every = {*contents["label"], *(generating["label"] if generating else ())}
+    labels = sorted(every, key=lambda label: (variant_rank(variant_of[label]), label))
     families: dict[str, list[str]] = {}
     for label in labels:
-        families.setdefault(family_rank(variant_of[label])[1], []).append(label)
-    drawn = Selection.of(frame).drawn(variant_of[label] for label in labels)
+        families.setdefault(variant_rank(variant_of[label])[1], []).append(label)
+    charted = set(contents["label"])
+    drawn = Selection.of(frame).drawn(variant_of[label] for label in charted)
     return {
         **contents,
+        "generating": generating,
         "styles": symbols({label: looks[label] for label in labels}),
         "families": [{"name": name, "labels": own} for name, own in families.items()],
-        "left_out": [label for label in labels if variant_of[label] not in drawn],
+        "left_out": [label for label in labels if label in charted and variant_of[label] not in drawn],
     }
 
 

@@ -61,6 +61,7 @@ function places(trained, others) {
 }
 
 function choose() {
+  if (isGenerating()) { chooseGenerating(); return; }
   const own = inSetting(), setting = doc.setting[own[0]];
   const length = Number($("choose-length").value), depth = Number($("choose-depth").value);
   const typed = $("budget").valueAsNumber;
@@ -126,6 +127,10 @@ function choose() {
 }
 
 function offerChoices() {
+  const generates = isGenerating();
+  for (const id of ["generating", "decoding-setting"]) if ($(id)) $(id).closest(".generates").hidden = !generates;
+  if ($("answers")) $("answers").closest(".trains").hidden = generates;
+  if (generates) { offerGenerating(); return; }
   const own = inSetting();
   const lengths = ascending(own.map((cell) => doc.length[cell]));
   const done = ascending(own.filter((cell) => doc.finished[cell]).map((cell) => doc.length[cell]));
@@ -134,7 +139,7 @@ function offerChoices() {
   offer($("choose-depth"), named(depths), { stay: true });
   choose();
 }
-for (const event of ["input", "change"]) $("choice").addEventListener(event, choose);
+for (const event of ["input", "change"]) $("choice").addEventListener(event, ({ target }) => (["purpose", "decoding-setting"].includes(target.id) ? offerChoices() : choose()));
 $("choice").addEventListener("submit", (event) => event.preventDefault());
 onSetting.push(offerChoices);
 offerChoices();

@@ -164,7 +164,7 @@ def legend(panels: Sequence[Panel], colour: str) -> list[Artist]:
 
 def figure(picture: Picture, sizes: Sizes) -> Figure:
     """Draw one variant: a row per direction, with the mask, one layer and all layers side by side."""
-    colour = looks([picture.variant])[picture.variant][0]
+    colour = looks(picture.variant)[0]
     shown = [direction for direction in picture.directions if direction.panels]
     fig, axes = canvas.panels(3 * max(1, len(shown)), width=2.5, height=2.75, columns=3)
     for row, direction in enumerate(shown):

@@ -27,9 +27,10 @@ from bench import CONFIGS
 from bench.evaluate.receptive_field import dependence
 from bench.model.language_model import LanguageModel
 from bench.model.slots import ModelSpec, feed_forward
-from bench.report.figures.style import family_rank
+from bench.report.figures.style import variant_rank
 from variants.base import Context, Dims, SequenceMixer, VariantConfig, sequence_mask
 from variants.input_schedule import NetworkOut
+from variants.knobs import knobs_of
 
 EPSILON = torch.finfo(torch.float64).eps
 """Gradients smaller than this share of a query's largest gradient count as zero."""
@@ -46,8 +47,9 @@ class Sizes:
     d_model: int
     heads: int
     knobs: dict[str, list[dict[str, Any]]]
-    """Variant → one set of knobs for each of its pictures;
-    variants that are not listed use their defaults."""
+    """Variant → one set of knobs for each of its pictures; the others have their `scaled` defaults."""
+    scale: int
+    """Divisor of the defaults of variants that `knobs` does not list."""
 
     @classmethod
     def configured(cls, **changed: int) -> Sizes:
@@ -122,9 +124,38 @@ def picture(sizes: Sizes, name: str, knobs: Mapping[str, Any]) -> Picture:
 
 def pictures(sizes: Sizes, names: Sequence[str] | None = None) -> Iterator[Picture]:
     """Yield the pictures of the gallery: of every variant, or of the named ones."""
-    for name in names or sorted(variants.mixers(), key=lambda name: (family_rank(name), name)):
-        for knobs in sizes.knobs.get(name, [{}]):
-            yield picture(sizes, name, knobs)
+    for name in names or sorted(variants.mixers(), key=variant_rank):
+        if name in sizes.knobs:
+            yield from (picture(sizes, name, knobs) for knobs in sizes.knobs[name])
+            continue
+        drawn = picture(sizes, name, scaled(name, sizes.scale))
+        yield drawn if any(one.panels for one in drawn.directions) else picture(sizes, name, {})
+
+
+def scaled(name: str, scale: int) -> dict[str, Any]:
+    """The defaults of a variant for a short sequence: integers of `scale` or more are divided by it, so that
+    windows, blocks and numbers of features are in proportion; counts below it stay.
+
+    {} if the knobs do not allow such values together.
+    """
+    config = variants.load_mixer(name).Config
+    knobs: dict[str, Any] = {}
+    for key, one in knobs_of(config).items():
+        small = _divided(one.default, scale)
+        if small != one.default:
+            knobs[key] = list(small) if isinstance(small, tuple) else small
+    try:
+        config.of(knobs)
+    except ValueError:
+        return {}
+    return knobs
+
+
+def _divided(value: Any, scale: int) -> Any:
+    if isinstance(value, tuple):
+        return tuple(_divided(entry, scale) for entry in value)
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    return value // scale if whole and value >= scale else value
 
 
 def _direction(

@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from bench.report.figures.style import looks
 from bench.tools.gallery import draw
 from bench.tools.gallery.reads import Picture, Sizes
+from variants.facts import family
 
 NEUTRAL = "#000000"
 """Colour of the legend, which applies to all colours."""
@@ -52,10 +53,19 @@ def sheet(pictures: Sequence[Picture], sizes: Sizes) -> Figure:
 def _block(fig: Figure, picture: Picture, left: float, top: float, *, labelled: bool) -> None:
     """Draw one picture of the sheet; `left` and `top` are in inches."""
     wide, high = fig.get_size_inches()
-    colour = looks([picture.variant])[picture.variant][0]
+    colour = looks(picture.variant)[0]
     star = "*" if picture.inputs > 1 else ""
     title = [picture.variant + star, *textwrap.wrap(draw.words(picture), 36)]
     fig.text(left / wide, 1 - (top + 0.02) / high, title[0], fontsize=9.5, va="top", weight="bold")
+    fig.text(
+        (left + 2 * SQUARE + GAP) / wide,
+        1 - (top + 0.04) / high,
+        family(picture.variant),
+        fontsize=6.5,
+        va="top",
+        ha="right",
+        color=colour,
+    )
     fig.text(
         left / wide, 1 - (top + 0.2) / high, "\n".join(title[1:]), fontsize=6.5, va="top", color="#555555"
     )

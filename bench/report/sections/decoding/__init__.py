@@ -10,10 +10,12 @@ import pandas as pd
 
 from bench.report.data.experiment import Experiment
 from bench.report.data.groups import GROUP, SETTING
+from bench.report.figures.chart_data import Json
 from bench.report.figures.spec import FigureSpec
 from bench.report.sections import Section
 from bench.report.sections.decoding import plots, tables
 from bench.report.sections.decoding.data import cheaper_from, decoding_cells
+from bench.report.sections.decoding.page import generating
 from bench.report.text.columns import shown
 from bench.report.text.listing import PageList, listed_columns
 from bench.report.text.marks import CONTAMINATED, meanings
@@ -72,6 +74,10 @@ class Decoding(Section[Generation]):
     def csv_tables(self, data: Generation) -> dict[str, pd.DataFrame]:
         """The cells, if there are any."""
         return {"decoding": data.cells} if len(data.cells) else {}
+
+    def page_data(self, data: Generation) -> Json:
+        """See `generating`."""
+        return {"generating": generating(data.cells)} if len(data.cells) else {}
 
     def page_lists(self, data: Generation) -> list[PageList]:
         """The costs of all settings."""

@@ -18,11 +18,11 @@ def tokens(cells: pd.DataFrame) -> list[Column]:
     return [
         each(cells, "variant", "label", str, right=False, optional=False),
         each(cells, "context", "seq_len", units.length, optional=False),
-        Column("time a token", [_timed(row, "decode_seconds_median") for row in rows]),
+        Column("time a token", [timed(row, "decode_seconds_median") for row in rows]),
         each(cells, "/ dense", "token_ratio", units.ratio),
-        Column("95 % of tokens below", [_timed(row, "decode_seconds_p95") for row in rows]),
-        Column("a token of a block", [_timed(row, "decode_token_of_block") for row in rows]),
-        Column("the prompt", [_timed(row, "prefill_seconds_median") for row in rows]),
+        Column("95 % of tokens below", [timed(row, "decode_seconds_p95") for row in rows]),
+        Column("a token of a block", [timed(row, "decode_token_of_block") for row in rows]),
+        Column("the prompt", [timed(row, "prefill_seconds_median") for row in rows]),
         each(cells, "prompt / dense", "prefill_ratio", units.ratio),
         each(cells, "state", "decode_state_bytes", units.size),
         each(cells, "state / dense", "state_ratio", units.ratio),
@@ -32,17 +32,17 @@ def tokens(cells: pd.DataFrame) -> list[Column]:
         each(cells, "of the copy rate", "bandwidth_share", units.share),
         each(cells, "launches", "decode_launches", units.count),
         each(cells, "largest batch", "decode_largest_batch", units.whole),
-        Column("tokens a second with it", [_rate(row) for row in rows]),
+        Column("tokens a second with it", [rate(row) for row in rows]),
         each(cells, "replicates", "replicates", str, optional=False),
     ]
 
 
-def _timed(row: pd.Series[Any], column: str) -> str:
+def timed(row: pd.Series[Any], column: str) -> str:
     text = units.seconds(row[column])
     return text + CONTAMINATED * (bool(row[DISTURBED]) and text != units.MISSING)
 
 
-def _rate(row: pd.Series[Any]) -> str:
+def rate(row: pd.Series[Any]) -> str:
     text = units.rate(row["decode_batch_rate"])
     return text + CONTAMINATED * (bool(row[DISTURBED]) and text != units.MISSING)
 

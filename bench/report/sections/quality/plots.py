@@ -16,13 +16,13 @@ from bench.report.data.groups import TRAINING, split, varying
 from bench.report.figures import canvas
 from bench.report.figures.baselines import DASHES, baseline_handles
 from bench.report.figures.lines import GREY, Look, label_handles, replicates
-from bench.report.figures.style import Style, family_rank
+from bench.report.figures.style import Style, variant_rank
 from bench.report.text import units
 from bench.report.text.cells import label_of
 from bench.report.text.marks import LEAK, UNDERTRAINED
 from bench.report.text.phrases import training
 
-Row = tuple[int, tuple[int, str], str, str]
+Row = tuple[int, tuple[int, str, str], str, str]
 """The sort key of a row, which ends with its name."""
 FAR = 1.5
 """A baseline further from the dots than this many times their span is noted, not drawn."""
@@ -103,7 +103,7 @@ def _order(cells: pd.DataFrame) -> list[Row]:
     """The rows from top to bottom: by length, dense first, then family by family."""
     return sorted(
         {
-            (int(c["seq_len"]), family_rank(str(c["variant"])), str(c["label"]), str(c["row"]))
+            (int(c["seq_len"]), variant_rank(str(c["variant"])), str(c["label"]), str(c["row"]))
             for _, c in cells.iterrows()
         }
     )
