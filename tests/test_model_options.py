@@ -176,7 +176,7 @@ def test_a_cell_records_its_options_and_keeps_the_reserve(tmp_path: Path) -> Non
         ("tie_embeddings", True, "embeddings tied"),
         ("rotary_base", 500_000.0, "rotary base 500000"),
         ("head_size", 128, "heads of 128 channels"),
-        ("kv_heads", 2, "2 heads of keys and values"),
+        ("kv_heads", 2, "key and value heads: 2"),
         ("widen_feed_forward", True, "feed-forward layers wider"),
         ("dropout", 0.1, "dropout 0.1"),
     ],

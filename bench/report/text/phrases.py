@@ -24,7 +24,7 @@ _PHRASES = {
     "tie_embeddings": "embeddings {}",
     "rotary_base": "rotary base {}",
     "head_size": "heads of {} channels",
-    "kv_heads": "{} heads of keys and values",
+    "kv_heads": "key and value heads: {}",
     "widen_feed_forward": "feed-forward layers {}",
     "dropout": "dropout {}",
     "batch_size": "batch {}",
