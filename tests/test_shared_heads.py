@@ -142,7 +142,15 @@ def test_a_shared_cache_is_smaller_by_the_number_of_queries_per_key() -> None:
     assert sizes[4] == 4 * sizes[1] == 2 * sizes[2]
 
 
-@pytest.mark.parametrize(("name", "knobs"), APART)
+CLOSED: list[tuple[str, dict[str, Any]]] = [
+    ("shifted_windows", {"window": 7}),
+    ("image_transformer", {"block": 5, "memory": 3}),
+    ("sparse_fixed", {"stride": 6, "c": 2}),
+]
+"""Variants that count what is kept in closed form."""
+
+
+@pytest.mark.parametrize(("name", "knobs"), APART + CLOSED)
 def test_the_state_holds_what_any_head_of_a_group_reads(name: str, knobs: dict[str, Any]) -> None:
     """Counted from the masks of the heads."""
     layer = build(name, knobs, 2)

@@ -77,6 +77,7 @@ class BigBird(MaskedAttention):
 
     Config = BigBirdConfig
     config: BigBirdConfig
+    no_shared_keys = "every head reads its own random blocks"
     info = Info(
         paper="Zaheer et al. 2020, Big Bird, arXiv:2007.14062",
         family="fixed patterns",

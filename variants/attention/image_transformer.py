@@ -107,7 +107,7 @@ class ImageTransformer(MaskedAttention):
         config = self.config
         if config.dims == 2:
             return super().carried(seq_len)
-        return self.dims.heads * min(seq_len, seq_len % config.block + config.memory)
+        return self.dims.key_heads * min(seq_len, seq_len % config.block + config.memory)
 
     def memory(self, *, causal: bool) -> Memory:
         """The rectangles of the grid."""

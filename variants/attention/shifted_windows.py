@@ -101,4 +101,4 @@ class ShiftedWindows(MaskedAttention):
     def carried(self, seq_len: int) -> int:
         """The keys of the window that has not ended."""
         after = seq_len - self.shift
-        return self.dims.heads * (seq_len if after < 0 else after % self.config.window)
+        return self.dims.key_heads * (seq_len if after < 0 else after % self.config.window)
