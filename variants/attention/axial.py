@@ -22,8 +22,8 @@ class AxialConfig(MaskedConfig):
 
     row: int | None = knob(None, least=1, unit="tokens")
     """Tokens of a row of the grid; null: the power of two nearest to √T. The sequence is written into the
-    grid row after row. T is the maximum sequence length of the layer, not the length of the current input, because
-    a prefix must be read in the same way as the full sequence."""
+    grid row after row. T is the maximum sequence length of the layer, not the length of the current input,
+    because a prefix must be read in the same way as the full sequence."""
 
 
 @dataclass(frozen=True)
