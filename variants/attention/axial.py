@@ -21,9 +21,9 @@ class AxialConfig(MaskedConfig):
     """Knobs of the grid."""
 
     row: int | None = knob(None, least=1, unit="tokens")
-    """Tokens of a row of the grid, in which a sequence is written row after row; null: the power of two
-    nearest to √T. T is the maximum sequence length of the layer, not the length of the current input, because
-    a prefix must be read in the same way as the full sequence."""
+    """Tokens of a row of the grid; null: the power of two nearest to √T. The sequence is written into the
+    grid row after row. T is the maximum sequence length of the layer, not the length of the current input,
+    because a prefix must be read in the same way as the full sequence."""
 
 
 @dataclass(frozen=True)
