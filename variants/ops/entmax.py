@@ -1,5 +1,7 @@
 """α-entmax (Peters 2019, arXiv:1905.05702) and attention with it, in memory linear in the length.
 
+Over 300 lines: one function in pieces, both its passes, and the operators that a compiler takes whole.
+
 Shapes: B batch, H heads, N = B·H, T tokens, D channels of a head; g rows of heads, P queries and J keys of a
 piece.
 
