@@ -18,7 +18,7 @@ from variants.ops import banded_convolution
 from variants.ops.banded_convolution import softmax_convolution
 from variants.ops.tile_size import Sizes
 
-SMALL: list[dict[str, Any]] = [{"kernel": (5,)}, {"kernel": (4,)}, {"kernel": (1,)}]
+SMALL: list[dict[str, Any]] = [{"kernel": (5,)}, {"kernel": (4,)}]
 
 CPU = torch.device("cpu")
 
