@@ -6,6 +6,7 @@ decoded is covered as it stands, at least with its defaults and its own small co
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from itertools import accumulate
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 from oracles import EXACT, bytes_of, difference, dims_for, feed, make_layer, numbers
 from test_contract import NAMES, small_knobs
 from test_contract_state import PATTERNS
+from tiers import tiered
 from torch import Tensor
 
 import variants
@@ -37,9 +39,23 @@ STEPS = {
 }
 
 
-def configurations() -> list[tuple[str, dict[str, Any]]]:
-    own = [(name, knobs) for name in NAMES for knobs in [{}, *small_knobs(name)]]
-    return [*own, *PATTERNS, *MEMORIES]
+def configurations() -> list[tuple[Hashable, tuple[str, dict[str, Any]]]]:
+    """Groups of configurations that have the same code in common, for `tiered`, and the configurations."""
+    found: list[tuple[Hashable, tuple[str, dict[str, Any]]]] = [((name,), (name, {})) for name in NAMES]
+    found += [((name, "small"), (name, knobs)) for name in NAMES for knobs in small_knobs(name)]
+    found += [((name, "pattern"), (name, knobs)) for name, knobs in PATTERNS]
+    found += [((name, knobs.get("compression")), (name, knobs)) for name, knobs in MEMORIES]
+    return found
+
+
+def in_steps() -> list[Any]:
+    """Each group in every way of reading; the defaults, longer than the sequence, token by token alone."""
+    cases = []
+    for group, (name, knobs) in configurations():
+        for place, (way, steps) in enumerate(STEPS.items()):
+            key = None if not knobs and place else (group, way)
+            cases.append((key, pytest.param(name, knobs, steps, id=f"{name}-{knobs}-{way}")))
+    return tiered(cases)
 
 
 def layer_of(name: str, knobs: dict[str, Any], index: int = 0) -> SequenceMixer:
@@ -76,8 +92,7 @@ def whole(layer: SequenceMixer, x: Tensor) -> Tensor:
     return layer(x, Context(causal=True)).y.detach()
 
 
-@pytest.mark.parametrize("steps", STEPS.values(), ids=list(STEPS))
-@pytest.mark.parametrize(("name", "knobs"), configurations())
+@pytest.mark.parametrize(("name", "knobs", "steps"), in_steps())
 def test_steps_give_the_outputs_of_the_whole_sequence(
     name: str, knobs: dict[str, Any], steps: list[int]
 ) -> None:
@@ -100,7 +115,9 @@ def work_of(layer: SequenceMixer, tokens: int) -> Workload:
     )
 
 
-@pytest.mark.parametrize(("name", "knobs"), configurations())
+@pytest.mark.parametrize(
+    ("name", "knobs"), tiered((group, pytest.param(*case)) for group, case in configurations())
+)
 def test_the_state_has_the_stated_size_and_holds_what_is_needed(name: str, knobs: dict[str, Any]) -> None:
     layer = layer_of(name, knobs)
     for tokens in (1, 2, 7, TOKENS):
