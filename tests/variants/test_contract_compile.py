@@ -90,6 +90,10 @@ def assert_compiles(
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning"),  # inductor, as it is imported
+    # inductor calls torch for them, as in a Fourier transform
+    pytest.mark.filterwarnings(
+        "ignore:Torchinductor does not support code generation for complex:UserWarning"
+    ),
 ]
 inductor = pytest.mark.skipif(not shutil.which("g++"), reason="inductor needs a C++ compiler, g++")
 
