@@ -31,6 +31,7 @@ LAYERS = (
     "bench.config",
     "bench.model",
     "bench.claims",
+    "bench.survey",
     "bench.report",
     "bench.tasks",
     "bench.corpora",
@@ -40,6 +41,7 @@ LAYERS = (
     "bench.inputs",
     "bench",
     "variants.__main__",
+    "variants.facts",
     "variants.slots",
     "variants",
     "variants.attention",
@@ -213,6 +215,7 @@ def test_variants_know_nothing_of_the_harness() -> None:
         assert not ours(module, "bench"), module
         assert not names_registry(module) or module in {
             "variants.__main__",
+            "variants.facts",
             "variants.slots",
             "variants.attention.hybrid",
         }, module
@@ -235,10 +238,13 @@ def test_what_any_process_needs_needs_nothing(module: str) -> None:
 
 
 def test_report_reads_records_and_nothing_else() -> None:
+    """And the families of variants, from their source, for the looks of figures."""
     for module in of_report:
         others = {t for t in ours(module) if t != "bench.report" and not t.startswith("bench.report.")}
         read = {f"bench.records{name}" for name in ("", ".configurations", ".files", ".record")}
         read.add("bench.inputs.errors")
+        if module == "bench.report.figures.style":
+            read |= {"variants", "variants.facts"}
         assert others <= read | OF_ANY_PROCESS, module
         assert "torch" not in outside(module), module
 
