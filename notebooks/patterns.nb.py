@@ -1,7 +1,7 @@
 # %% [markdown]
 # # Which tokens a token reads
 #
-# This notebook shows ten ideas for attention over long sequences, and one property of each: on which positions can the output at a position depend? Each picture is computed from the module that is measured, not from its description: the gradient of every output with respect to every input, in float64. A pair is coloured if its gradient is not zero. (A gradient counts as zero below float64's epsilon times the largest gradient of that output. Gradients of tokens that are read are ten orders of magnitude larger, and almost all others are exactly 0.) The left picture is the variant's *rule*, `attention_mask`, if it has one: gradients and rule must agree for every pair.
+# This notebook shows thirty ideas for attention over long sequences, and one property of each: on which positions can the output at a position depend? Each picture is computed from the module that is measured, not from its description: the gradient of every output with respect to every input, in float64. A pair is coloured if its gradient is not zero. (A gradient counts as zero below float64's epsilon times the largest gradient of that output. Gradients of tokens that are read are ten orders of magnitude larger, and almost all others are exactly 0.) The left picture is the variant's *rule*, `attention_mask`, if it has one: gradients and rule must agree for every pair.
 #
 # A row is a token that reads, a column is a token that it may read. Windows and chunks are much smaller than in practice, so that they are visible with 64 tokens; `configs/gallery.yaml` contains the sizes. `make gallery` writes all pictures as PNG and SVG.
 #
@@ -150,6 +150,158 @@ show("linformer")
 
 # %%
 show("performer")
+
+# %% [markdown]
+# ## `shifted_windows`: windows that move by half in every other layer
+#
+# Tokens read each other within windows of $w$ tokens that do not overlap, $S_i=\{j:\lfloor (j-s)/w\rfloor=\lfloor (i-s)/w\rfloor\}$, with a shift $s=0$ in even layers and $s=w/2$ in odd ones. One layer is as narrow as a chunk; because the borders move, each layer extends the context by half a window. ([Liu et al. 2021](https://arxiv.org/abs/2103.14030), arXiv:2103.14030, §3.2.)
+
+# %%
+show("shifted_windows")
+
+# %% [markdown]
+# ## `image_transformer`: blocks of queries with a common memory
+#
+# All queries of a block of $b$ tokens read the same memory: the block and the $m$ tokens before it, $S_i=\{j: b\lfloor i/b\rfloor-m\le j\}$ up to the end of the block (and $m$ tokens after it, if not causal). In two dimensions the sequence is written into a grid row by row, and blocks and memories are rectangles, so that a token reads what is above it as well as what is beside it. ([Parmar et al. 2018](https://arxiv.org/abs/1802.05751), arXiv:1802.05751, §3.3.)
+
+# %%
+show("image_transformer")
+
+# %% [markdown]
+# ## `axial`: rows of a grid, then its columns
+#
+# The sequence is written into a grid with rows of $r\approx\sqrt T$ tokens. Even layers read along rows, odd layers along columns, $S_i=\{j:j\equiv i \pmod r\}$: about $T\sqrt T$ pairs, and two layers connect any two positions. A causal row layer also reads the row above, because rows that are only causal could never pass anything to the left. ([Ho et al. 2019](https://arxiv.org/abs/1912.12180), arXiv:1912.12180, §3.)
+
+# %%
+show("axial")
+
+# %% [markdown]
+# ## `bigbird`: neighbours, global blocks and random blocks
+#
+# Tokens are divided into blocks. A block reads its neighbours, a few *global* blocks that everyone reads, and $r$ random blocks that differ by layer and head: $S_i=\text{window}\cup\text{global}\cup\text{random}(i)$, a constant number of keys for each token. Random edges make the graph of blocks an expander: few layers connect everything. In a causal model random blocks lie in the past, and the picture of three layers is nearly full. ([Zaheer et al. 2020](https://arxiv.org/abs/2007.14062), arXiv:2007.14062, §2.)
+
+# %%
+show("bigbird")
+
+# %% [markdown]
+# ## `light_conv`: a convolution with few weights
+#
+# No scores at all: $y_i=\sum_{d<k} \mathrm{softmax}(w_h)_d\, v_{i-d}$, with the same $k$ weights $w_h$ for all positions and for all channels of a head. The set that is read is that of a window of $k$ tokens, and the cost is $T\cdot k$ with a very small constant. ([Wu et al. 2019](https://arxiv.org/abs/1901.10430), arXiv:1901.10430, §3.1.)
+
+# %%
+show("light_conv")
+
+# %% [markdown]
+# ## `dynamic_conv`: a convolution whose weights depend on the token
+#
+# As `light_conv`, but the weights are a linear map of the current token, $w_h=W_h x_i$. Unlike attention, they do not depend on what the other tokens contain: a token decides only by itself how far back it looks, within $k$ positions. ([Wu et al. 2019](https://arxiv.org/abs/1901.10430), arXiv:1901.10430, §4.)
+
+# %%
+show("dynamic_conv")
+
+# %% [markdown]
+# ## `memory_compressed`: keys and values made shorter by a convolution
+#
+# A convolution with kernel and stride $s$ turns every $s$ tokens into one key and one value, so a query reads $T/s$ of them: $T^2/s$ pairs, still quadratic but with less memory. In a causal model, query $i$ reads pool $j$ only if it is complete, $(j+1)s\le i$; the stairs in the picture are these borders. ([Liu et al. 2018](https://arxiv.org/abs/1801.10198), arXiv:1801.10198, §4.2.3.)
+
+# %%
+show("memory_compressed")
+
+# %% [markdown]
+# ## `adaptive_span`: every head learns how far it looks
+#
+# The weight of a key at distance $\Delta$ is multiplied by a soft mask $m_z(\Delta)=\min(\max((R+z-\Delta)/R,0),1)$, where $z$ is learnt for each head and a penalty makes it small. Only keys inside the longest learnt span are computed. The picture shows an untrained layer, whose spans are short: $S_i=\{j:i-j<z+R\}$. ([Sukhbaatar et al. 2019](https://arxiv.org/abs/1905.07799), arXiv:1905.07799, §2.2.)
+
+# %%
+show("adaptive_span")
+
+# %% [markdown]
+# ## `entmax`: weights that are exactly zero
+#
+# All scores are computed, but softmax is replaced by $\alpha$-entmax, $p_j=[(\alpha-1)s_j-\tau]_+^{1/(\alpha-1)}$ with the $\tau$ for which the weights sum to 1. Small scores get the weight 0 exactly, so the output depends on few tokens, though none of the $T^2$ scores is saved. The picture shows how many tokens a random layer reads. ([Correia et al. 2019](https://arxiv.org/abs/1909.00015), arXiv:1909.00015, §3.)
+
+# %%
+show("entmax")
+
+# %% [markdown]
+# ## `sinkhorn`: blocks that are sorted by relevance
+#
+# A small network scores every block against every other from a summary of each, and a (nearly) doubly stochastic matrix $R$ mixes the blocks: $K'=RK$. A query reads its own block and the mixture that was sorted to its place, $2b$ keys. A causal matrix is strictly lower triangular and its summaries contain only the past; rows are normalised over past blocks. ([Tay et al. 2020](https://arxiv.org/abs/2002.11296), arXiv:2002.11296, §3.)
+
+# %%
+show("sinkhorn")
+
+# %% [markdown]
+# ## `linear_transformer`: sums in place of a softmax
+#
+# With $\varphi(x)=\mathrm{elu}(x)+1$ the weight of a pair is $\varphi(q_i)\cdot\varphi(k_j)$, so that the sums over keys $\sum_j\varphi(k_j)v_j^\top$ are computed once for all queries, at a cost of $T\cdot D^2$; in a causal model they grow token by token, like the state of a recurrent network. All tokens are read, none of them sharply. ([Katharopoulos et al. 2020](https://arxiv.org/abs/2006.16236), arXiv:2006.16236, §3.)
+
+# %%
+show("linear_transformer")
+
+# %% [markdown]
+# ## `rfa`: sines and cosines as features
+#
+# Queries and keys of length 1 have random Fourier features, $\varphi(x)=[\sin(\omega x),\cos(\omega x)]$, whose products estimate a Gaussian kernel, which for unit vectors is the softmax kernel. A learnt gate $g_t$ can make the sums forget: $S_t=g_tS_{t-1}+(1-g_t)\varphi(k_t)v_t^\top$. All tokens so far are read. ([Peng et al. 2021](https://arxiv.org/abs/2103.02143), arXiv:2103.02143, §3.)
+
+# %%
+show("rfa")
+
+# %% [markdown]
+# ## `long_short`: a window and a summary of each segment
+#
+# One softmax covers two kinds of keys: those of a window, and $r$ rows into which each segment is projected with weights that depend on its content, $P=\mathrm{softmax}(XW)$ and $\bar K=P^\top K$. In a causal model only complete segments of the past are projected. The cost is $T\cdot(w+r\,T/s)$, and the picture shows the window and everything up to the last complete segment. ([Zhu et al. 2021](https://arxiv.org/abs/2107.02192), arXiv:2107.02192, §3.)
+
+# %%
+show("long_short")
+
+# %% [markdown]
+# ## `luna`: two short attentions through a packed sequence
+#
+# A learnt sequence $P$ of $l$ positions first reads all tokens (*pack*), then all tokens read the packed sequence (*unpack*): $Y=\mathrm{softmax}(X P'^\top)P'$ with $P'=\mathrm{softmax}(P X^\top)X$, at a cost of $T\cdot l$. The causal form replaces the softmax over time by running sums. Every token is read, through $l$ numbers a channel. ([Ma et al. 2021](https://arxiv.org/abs/2106.01540), arXiv:2106.01540, §3.)
+
+# %%
+show("luna")
+
+# %% [markdown]
+# ## `nystrom`: a matrix of weights from a few landmarks
+#
+# The matrix of attention weights is approximated from $m$ landmark queries and keys, the means of segments: $\mathrm{softmax}(Q\tilde K^\top)\,\mathrm{softmax}(\tilde Q\tilde K^\top)^{+}\,\mathrm{softmax}(\tilde QK^\top)V$. The pseudo-inverse is computed by a short iteration. Landmarks and inverse mix all positions, so there is no causal form. ([Xiong et al. 2021](https://arxiv.org/abs/2102.03902), arXiv:2102.03902, §3.)
+
+# %%
+show("nystrom")
+
+# %% [markdown]
+# ## `isab`: learnt points between the tokens
+#
+# Attention through $m$ learnt points $I$: $H=\mathrm{MAB}(I,X)$ reads all tokens into the points, and $Y=\mathrm{MAB}(X,H)$ lets all tokens read them, $T\cdot m$ pairs each way. It was proposed for sets; because every point reads every token, there is no causal form. ([Lee et al. 2019](https://arxiv.org/abs/1810.00825), arXiv:1810.00825, §3.1.)
+
+# %%
+show("isab")
+
+# %% [markdown]
+# ## `synthesizer`: weights without a comparison
+#
+# The scores of token $i$ do not depend on the other tokens: they are a function of $x_i$ alone, $s_i=W_2\,\mathrm{relu}(W_1x_i)$ (dense), or learnt parameters $R_{ij}$ that depend on the positions only (random, and factorised as a product of two thin matrices). The set read is that of dense attention, and the parameters fix the maximum length $T$. ([Tay et al. 2020](https://arxiv.org/abs/2005.00743), arXiv:2005.00743, §3.)
+
+# %%
+show("synthesizer")
+
+# %% [markdown]
+# ## `fnet`: a Fourier transform in place of attention
+#
+# No parameters mix the tokens: $y=\mathrm{Re}(\mathcal F_T\,\mathcal F_C\,x)$, a Fourier transform along the sequence and one along the channels, at a cost of $T\log T$. Each output is a fixed mixture of all tokens, so there is no causal form. ([Lee-Thorp et al. 2021](https://arxiv.org/abs/2105.03824), arXiv:2105.03824, §3.)
+
+# %%
+show("fnet")
+
+# %% [markdown]
+# ## `clustered`: queries that ask together
+#
+# Queries are hashed to bits and clustered by $k$-means in Hamming space; each of the $c$ clusters asks once, with its mean query, so that $T\cdot c$ scores are computed. The improved form then computes the exact scores of every query with the $k$ keys that its cluster weights most, $S_i=\text{top}_k$, and leaves the other weights as they are. All tokens are read, most of them with a weight that the whole cluster shares. A mean contains later queries, so there is no causal form. ([Vyas et al. 2020](https://arxiv.org/abs/2007.04825), arXiv:2007.04825, §3.)
+
+# %%
+show("clustered")
 
 # %% [markdown]
 # ## Your variant

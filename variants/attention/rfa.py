@@ -135,7 +135,7 @@ class Rfa(SequenceMixer):
         if decayed is not None:
             product = product + decayed
             decayed.copy_(product[:, :, -1:])
-        return product.expm1().mul_(-self.config.floor).to(like.dtype)
+        return (-self.config.floor * product.expm1()).to(like.dtype)
 
     def forward(self, x: Tensor, ctx: Context, state: Any = None) -> MixerOut:
         """(B, T, C) → MixerOut; carries no state."""
