@@ -20,7 +20,6 @@ from variants.ops.strided_parts import Part
 SMALL: list[dict[str, Any]] = [
     {"window": 5, "rank": 2, "segment": 7},
     {"window": 3, "rank": 3, "segment": 2},
-    {"window": 1, "rank": 1, "segment": 1},
 ]
 
 

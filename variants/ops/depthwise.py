@@ -73,7 +73,7 @@ def _convolved(x: Tensor, filters: Tensor) -> Tensor:
     this, following = (
         torch.bmm(taps, blocks.flatten(2)).view_as(blocks) for taps in _taps(filters).unbind(0)
     )
-    y = this[:, :, :, :-1] + following[:, :, :, 1:]  # (H, b, B, n, D)
+    y = this[:, :, :, :-1].add_(following[:, :, :, 1:])  # (H, b, B, n, D)
     return y.permute(2, 3, 1, 0, 4).flatten(1, 2)[:, :seq_len].transpose(1, 2)
 
 
@@ -90,12 +90,15 @@ class _Depthwise(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor]:
         x, filters = ctx.saved_tensors
-        size = filters.shape[1] - 1
-        blocks, d_blocks = _blocks(x, size, size // 2), _blocks(dy, size, 0)[:, :, :, :-1]
-        d_rows = d_blocks.flatten(2)  # (H, b, B·n·D)
-        d_taps = [
-            torch.bmm(d_rows, part.flatten(2).mT) for part in (blocks[:, :, :, :-1], blocks[:, :, :, 1:])
-        ]
-        # the transpose of `_taps`: entry (row, row + i) of both matrices side by side belongs to tap i
-        table = F.pad(torch.cat(d_taps, dim=2).flatten(1), (0, size)).unflatten(1, (size, 2 * size + 1))
-        return _convolved(dy, filters.flip(1)), table[:, :, : size + 1].sum(dim=1)
+        return _convolved(dy, filters.flip(1)), _tap_gradients(x, dy, filters.shape[1] - 1)
+
+
+def _tap_gradients(x: Tensor, dy: Tensor, size: int) -> Tensor:
+    """Gradients (H, w) of the filters; a function, so that its temporaries are freed."""
+    blocks, d_blocks = _blocks(x, size, size // 2), _blocks(dy, size, 0)[:, :, :, :-1]
+    d_rows = d_blocks.flatten(2)  # (H, b, B·n·D)
+    d_taps = [torch.bmm(d_rows, part.flatten(2).mT) for part in (blocks[:, :, :, :-1], blocks[:, :, :, 1:])]
+    # the transpose of `_taps`: entry (row, row + i) of both matrices side by side belongs to tap i
+    table = F.pad(torch.cat(d_taps, dim=2).flatten(1), (0, size)).unflatten(1, (size, 2 * size + 1))
+    taps: Tensor = table[:, :, : size + 1].sum(dim=1)
+    return taps
