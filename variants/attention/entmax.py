@@ -71,7 +71,9 @@ class Entmax(SequenceMixer):
     info = Info(
         paper="Correia et al. 2019, Adaptively Sparse Transformers, arXiv:1909.00015",
         family="learned patterns",
-        complexity=Complexity(time=2, memory=2, formula="T²", source="Correia 2019, §3: all scores"),
+        complexity=Complexity(
+            time=2, memory=2, formula="T²", source="Correia 2019, §3: all scores", survey=2
+        ),
         caps=Caps(causal=True, bidirectional=True),
     )
     flop_overhead_reason = (

@@ -83,7 +83,7 @@ class Luna(SequenceMixer):
     info = Info(
         paper="Ma et al. 2021, Luna: Linear Unified Nested Attention, arXiv:2106.01540",
         family="low rank",
-        complexity=Complexity(time=1, memory=1, formula="T·l·C", source="Ma 2021, §3.1"),
+        complexity=Complexity(time=1, memory=1, formula="T·l·C", source="Ma 2021, §3.1", survey=1),
         caps=Caps(causal=True, bidirectional=True),
     )
     flop_overhead_reason = FLOP_OVERHEAD

@@ -88,7 +88,7 @@ class Rfa(SequenceMixer):
     info = Info(
         paper="Peng et al. 2021, Random Feature Attention, arXiv:2103.02143",
         family="kernels",
-        complexity=Complexity(time=1, memory=1, formula="T·m·D", source="Peng 2021, §3.3"),
+        complexity=Complexity(time=1, memory=1, formula="T·m·D", source="Peng 2021, §3.3", survey=1),
         caps=Caps(causal=True, bidirectional=True),
     )
     flop_overhead_reason = FLOP_OVERHEAD
