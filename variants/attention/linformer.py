@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -64,7 +64,7 @@ class Linformer(SequenceMixer):
         caps=Caps(causal=False, bidirectional=True, fixed_length=True),
     )
 
-    no_shared_keys = None
+    no_shared_keys: ClassVar[str | None] = None
 
     def __init__(self, config: LinformerConfig, dims: Dims, layer: int = 0) -> None:
         super().__init__(config, dims, layer)

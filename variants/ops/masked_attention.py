@@ -61,7 +61,7 @@ class MaskedAttention(SequenceMixer):
 
     Config: ClassVar[type[VariantConfig]] = MaskedConfig
     position_scheme = "rotary"
-    no_shared_keys = None
+    no_shared_keys: ClassVar[str | None] = None
 
     def __init__(self, config: VariantConfig, dims: Dims, layer: int = 0) -> None:
         super().__init__(config, dims, layer)

@@ -12,7 +12,7 @@ from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Literal, NamedTuple, Self
+from typing import ClassVar, Literal, NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
@@ -90,7 +90,7 @@ class Recurrent(SequenceMixer):
 
     config: RecurrentConfig
     position_scheme = "relative"
-    no_shared_keys = None
+    no_shared_keys: ClassVar[str | None] = None
     flop_overhead_reason = "blocks of queries on the diagonal compute scores of keys after the query"
 
     def __init__(self, config: RecurrentConfig, dims: Dims, layer: int = 0) -> None:
