@@ -198,10 +198,12 @@ class SequenceMixer(nn.Module, Variant):
 
         An override must also return the reason of this method.
         """
+        if reason := dims.unusable():
+            return reason
         if cls.no_shared_keys and dims.queries_per_key > 1:
             most = f"allowed is {dims.heads}, the number of heads"
-            return dims.unusable() or f"kv_heads={dims.kv_heads}: {cls.no_shared_keys}; {most}"
-        return dims.unusable() or cls.no_form(config, causal=causal)
+            return f"kv_heads={dims.kv_heads}: {cls.no_shared_keys}; {most}"
+        return cls.no_form(config, causal=causal)
 
     @classmethod
     def missing(
