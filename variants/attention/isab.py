@@ -27,6 +27,7 @@ from variants.base import (
 from variants.knobs import knob
 from variants.ops import masks
 from variants.ops.projections import Projections, masked_attention, rotary
+from variants.ops.spaced_positions import middles_of_parts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,12 +87,7 @@ class Isab(SequenceMixer):
 
     def _point_positions(self, seq_len: int, positions: Tensor | None) -> Tensor:
         """Positions (m,) float64 of the points: the middles of m equal parts of the sequence."""
-        device = self.points.device
-        first, last = (0, seq_len - 1) if positions is None else (positions[0], positions[-1])
-        middle = (
-            torch.arange(self.config.points, device=device, dtype=torch.float64) + 0.5
-        ) / self.config.points
-        return first + (last - first) * middle
+        return middles_of_parts(self.config.points, seq_len, positions, self.points.device)
 
     def _project(self, x: Tensor, weight: Tensor, parts: int, positions: Tensor | None) -> list[Tensor]:
         """(B, T, C) → `parts` of (B, H, T, D) by rows of the weight, which have rotary positions except the
