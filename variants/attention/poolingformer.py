@@ -162,19 +162,17 @@ class Poolingformer(SequenceMixer):
         """Pools of equal length (B, n, s, C') → keys and values (2, B, n, H, D), without positions."""
         weight, heads = self._weight[self.dims.inner_dim :], self.dims.heads
         if self.config.pooling == "mean":  # a mean of products is the product of the mean
-            kv = F.linear(tokens.mean(2), weight).unflatten(-1, (2, heads, -1))
-            pools: Tensor = kv.permute(2, 0, 1, 3, 4)
-            return pools
+            kv: Tensor = F.linear(tokens.mean(2), weight).unflatten(-1, (2, heads, -1))
+            return kv.permute(2, 0, 1, 3, 4)
         kv = F.linear(tokens, weight).unflatten(-1, (2, heads, -1))  # (B, n, s, 2, H, D)
         if self.config.pooling == "max":
-            pools = kv.amax(2).permute(2, 0, 1, 3, 4)
-            return pools
+            return kv.amax(2).permute(2, 0, 1, 3, 4)
         kv, length = kv.permute(3, 0, 1, 4, 2, 5), tokens.shape[2]  # (2, B, n, H, s, D)
         middle = kv[:, :, :, :, (length - 1) // 2]
         logits = torch.einsum("pbnhd,phsd->pbnhs", middle, self.taps[:, :, :length])
-        weights = logits.to(torch.promote_types(logits.dtype, torch.float32)).softmax(-1).to(kv.dtype)
-        pools = (weights[..., None, :] @ kv)[..., 0, :]
-        return pools
+        wide = torch.promote_types(logits.dtype, torch.float32)
+        weights: Tensor = logits.to(wide).softmax(-1).to(kv.dtype)
+        return (weights[..., None, :] @ kv)[..., 0, :]
 
     def _pools(self, y: Tensor, ctx: Context) -> tuple[Tensor, Tensor]:
         """Keys with positions, and values (B, H, n, D), of the pools that some token (B, T, C') reads."""
