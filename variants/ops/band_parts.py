@@ -18,7 +18,7 @@ from variants.ops.strided_parts import Part, StridedTokens
 
 BLOCKS = 4
 """Blocks in the width of a band. With n blocks, about 1/n more pairs are computed, in about 2n + 1 parts."""
-QUERIES = 32
+QUERIES = 64
 """Minimum number of queries of a block, unless the band is narrower."""
 
 
