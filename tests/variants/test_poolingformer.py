@@ -213,6 +213,7 @@ def test_parts_of_a_band_hold_each_pair_once() -> None:
         assert band.pairs() == int(wanted.sum()), band
 
 
+@pytest.mark.slow
 def test_memory_is_linear() -> None:
     """Of a million tokens, few tensors as long as the sequence are kept."""
     dims = Workload(causal=True, batch_size=1, seq_len=2**20, d_model=256, heads=4)
@@ -220,4 +221,4 @@ def test_memory_is_linear() -> None:
         layer = Poolingformer(PoolingformerConfig(), dims)
         x = torch.randn(1, dims.seq_len, 256, requires_grad=True)
         layer(x, Context(causal=True)).y.sum().backward()
-    assert storage.peak < 20 * 2**30, storage.peak / 2**30
+    assert storage.peak < 14 * 2**30, storage.peak / 2**30
