@@ -223,10 +223,7 @@ class Routing(SequenceMixer):
     @torch.no_grad()
     def after_step(self) -> None:
         """Move each centroid towards the direction of the members it had in the last forward pass."""
-        decay = self.config.decay
-        moved = decay * self.centroids + (1 - decay) * F.normalize(self.sums, dim=-1)
-        has_members = self.sums.abs().sum(dim=-1, keepdim=True) > 0
-        self.centroids.copy_(torch.where(has_members, F.normalize(moved, dim=-1), self.centroids))
+        self.centroids.copy_(kmeans.moved(self.centroids, self.sums, self.config.decay))
         self.sums.zero_()
 
     def choices(self, x: Tensor, ctx: Context) -> tuple[Tensor, ...]:

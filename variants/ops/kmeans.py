@@ -1,5 +1,7 @@
 """Spherical k-means over the tokens of each head, for `variants.attention.routing` (arXiv:2003.05997, §4).
 
+`variants.attention.cluster_former` has one "head" of all channels.
+
 Shapes: B batch, T tokens, H heads, D channels of a head, K clusters of a head, w members of a cluster.
 
 Scores that decide membership are float32 for any dtype of the model. They are computed in pieces, because
@@ -102,3 +104,15 @@ def members(
     sums = torch.zeros_like(centroids, dtype=torch.float32)
     sums.index_put_((torch.arange(heads, device=x.device)[:, None], cluster), content, accumulate=True)
     return torch.cat(selected, dim=2), sums
+
+
+@torch.no_grad()
+def moved(centroids: Tensor, sums: Tensor, decay: float) -> Tensor:
+    """Move each centroid (…, K, D) towards the direction of the sum of its members (…, K, D); both have
+    length 1.
+
+    `decay` is the weight of the old centroid. A cluster without members does not move.
+    """
+    average = decay * centroids + (1 - decay) * F.normalize(sums, dim=-1)
+    has_members = sums.abs().sum(dim=-1, keepdim=True) > 0
+    return torch.where(has_members, F.normalize(average, dim=-1), centroids)
