@@ -1,4 +1,4 @@
-"""The fixture that takes rotary positions away reaches every variant that has them. Needs no other package."""
+"""The fixture that takes rotary positions away reaches every variant that has them. It needs no package."""
 
 from __future__ import annotations
 
