@@ -153,15 +153,17 @@ test-cuda: corpus ## run the tests that need a CUDA device
 test-peers: ## compare with other projects' implementations, in .venv-peers
 	@$(MAKE) --no-print-directory compare VENV='$(VENV)-peers' EXTRAS='[dev,peers]' PINS='$(CONSTRAINTS) constraints/peers.txt'
 
-# xformers without its dependencies: its wheel requires a specific torch, and only its masks are used. The kernels of
-# fla-core run in Triton's interpreter; torch for GPUs brings its own Triton.
+# xformers without its dependencies: its wheel requires a specific torch, and only its masks are used. Of espnet two
+# files are used, which need torch alone. The kernels of fla-core run in Triton's interpreter; torch for GPUs brings its
+# own Triton.
 compare: $(STAMP)
-	@$(PY) -m pip install -q --no-deps xformers==$(XFORMERS) fla-core==$(FLA_CORE)
+	@$(PY) -m pip install -q --no-deps xformers==$(XFORMERS) fla-core==$(FLA_CORE) espnet==$(ESPNET)
 	@$(PY) -c 'import triton' 2> /dev/null || $(PY) -m pip install -q --no-deps triton==3.6.0
 	@$(PY) -m pytest -m peers $(ARGS)
 
 XFORMERS := $(shell sed -n 's/^xformers==//p' constraints/gpu.txt)
 FLA_CORE := $(shell sed -n 's/^fla-core==//p' constraints/gpu.txt)
+ESPNET := $(shell sed -n 's/^espnet==//p' constraints/peers.txt)
 
 lint: $(STAMP) ## check style, formatting and types
 	@status=0; \

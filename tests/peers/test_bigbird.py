@@ -16,15 +16,8 @@ from torch.func import functional_call
 
 from peers import peer, sizes
 from variants.attention.bigbird import BigBird, BigBirdConfig
-from variants.ops import projections
 
 pytestmark = pytest.mark.peers
-
-
-@pytest.fixture
-def without_positions(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No rotary positions."""
-    monkeypatch.setattr(projections, "rotary", lambda x, *_: x)
 
 
 def weights_of(layer: BigBird) -> dict[str, Tensor]:
@@ -33,7 +26,7 @@ def weights_of(layer: BigBird) -> dict[str, Tensor]:
     return dict(zip(names, layer.get_parameter("projections.qkv.weight").chunk(3), strict=True))
 
 
-@pytest.mark.usefixtures("without_positions")
+@pytest.mark.usefixtures("without_rotary")
 @pytest.mark.parametrize(("block", "rows", "n_random"), [(4, 8, 2), (3, 12, 3), (16, 9, 1)])
 def test_equals_transformers(monkeypatch: pytest.MonkeyPatch, block: int, rows: int, n_random: int) -> None:
     transformers = peer("transformers")

@@ -16,13 +16,12 @@ from torch.func import functional_call
 from peers import peer, sizes
 from variants.attention.nystrom import Nystrom, NystromConfig
 
-pytestmark = pytest.mark.peers
+pytestmark = [pytest.mark.peers, pytest.mark.usefixtures("without_rotary")]
 
 
 @pytest.mark.parametrize("conv", [5, 33])
 @pytest.mark.parametrize(("tokens", "landmarks"), [(40, 8), (40, 20), (300, 12)])
-def test_equals_transformers(tokens: int, landmarks: int, conv: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("variants.ops.projections.rotary", lambda x, *_: x)
+def test_equals_transformers(tokens: int, landmarks: int, conv: int) -> None:
     module = peer("transformers.models.nystromformer.modeling_nystromformer")
     dims = dims_for(tokens, 2)
     layer = make_layer(Nystrom, NystromConfig(landmarks=landmarks, conv=conv), dims)
