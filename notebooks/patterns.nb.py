@@ -304,6 +304,30 @@ show("fnet")
 show("clustered")
 
 # %% [markdown]
+# ## `etc`: a window and learnt global tokens
+#
+# Besides the tokens of the sequence there are $n$ global tokens with their own inputs and projections. They first read everything and each other, $H=\mathrm{attend}(G,[X,G])$; then each token reads its window and these $n$ results in one softmax, $S_i=\{j:|i-j|<w\}\cup\{1,\dots,n\}$, at a cost of $T\cdot(w+n)$. A global token reads later tokens, so there is no causal form, and through it one layer connects all pairs. ([Ainslie et al. 2020](https://arxiv.org/abs/2004.08483), arXiv:2004.08483, §3.)
+
+# %%
+show("etc")
+
+# %% [markdown]
+# ## `cluster_former`: windows, then chunks of similar tokens
+#
+# Even layers have a sliding window. Before an odd layer the tokens are assigned to $k$-means centroids of their hidden states, sorted by cluster and cut into chunks of $c$ tokens, $S_i=\{j:\lfloor\pi(j)/c\rfloor=\lfloor\pi(i)/c\rfloor\}$ for the sorted places $\pi$, so that similar tokens meet wherever they are. The chunks depend on all tokens, so there is no causal form (`routing` is the causal relative). ([Wang et al. 2020](https://arxiv.org/abs/2009.06097), arXiv:2009.06097.)
+
+# %%
+show("cluster_former")
+
+# %% [markdown]
+# ## `poolingformer`: a window, then a larger one of pools
+#
+# A second level of attention follows the first: a query reads its window of $w_1$ tokens, and then keys and values that are pooled over $\xi$ tokens within a larger window of $w_2$ tokens, so that it reaches $w_2$ tokens back with $w_1+w_2/\xi$ keys. In a causal model only complete pools of the past are read. ([Zhang et al. 2021](https://arxiv.org/abs/2105.04371), arXiv:2105.04371.)
+
+# %%
+show("poolingformer")
+
+# %% [markdown]
 # ## Your variant
 #
 # A variant of another package, or a new file in `variants/attention/`, is also drawn, with the knobs in `configs/gallery.yaml` or with its defaults, made smaller. The next cell shows all variants without a section above.
