@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiers import slow
+from tiers import representative, slow
 from torch import Tensor
 
 import variants
@@ -229,7 +229,7 @@ def test_reversible_layers_hold_nothing_on_their_way_up_either() -> None:
     assert most(16) - most(4) < BOUNDARY
 
 
-@every_variant
+@pytest.mark.parametrize("name", representative(variants.mixers()))
 @pytest.mark.parametrize("activations", ["reversible", *slow("checkpoint", "sqrt", "selective")])
 def test_recomputing_costs_at_most_a_forward_pass(name: str, activations: str) -> None:
     """Executed FLOPs of a step beside those with stored activations: at most 8/6, and what a variant's own

@@ -15,12 +15,21 @@ import variants
 from variants.base import Variant
 
 
+REPRESENTATIVES = ("dense", "longformer", "routing", "linformer", "performer", "transformer_xl")
+"""A variant of each family: the short tier of tests that take a second or more for each variant."""
+
+
 def slow(*cases: Any) -> list[Any]:
     """Cases of the long tier. A tuple holds one value for each argument, as in `parametrize`."""
     return [
         pytest.param(*(case if isinstance(case, tuple) else (case,)), marks=pytest.mark.slow)
         for case in cases
     ]
+
+
+def representative(names: Iterable[str]) -> list[Any]:
+    """Names of variants, of which only the `REPRESENTATIVES` are of the short tier."""
+    return [name if name in REPRESENTATIVES else slow(name)[0] for name in names]
 
 
 def tiered(cases: Iterable[tuple[Hashable, Any]]) -> list[Any]:
