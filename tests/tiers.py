@@ -14,7 +14,6 @@ import pytest
 import variants
 from variants.base import Variant
 
-
 REPRESENTATIVES = ("dense", "longformer", "routing", "linformer", "performer", "transformer_xl")
 """A variant of each family: the short tier of tests that take a second or more for each variant."""
 
