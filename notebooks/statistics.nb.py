@@ -46,7 +46,9 @@ USUAL = {
 for key, usual in USUAL.items():  # older records do not contain them
     records[key] = records[key].astype(object).fillna(usual) if key in records else usual
 records["tie_embeddings"] = records["tie_embeddings"].replace({True: "tied", False: "untied"})
-records["widen_feed_forward"] = records["widen_feed_forward"].replace({True: "wider", False: "as wide as usual"})
+records["widen_feed_forward"] = records["widen_feed_forward"].replace(
+    {True: "wider", False: "as wide as usual"}
+)
 
 GROUP = ["objective", "data", "d_model", "heads", *SLOTS.values(), "ff_chunks", "batch_size"]
 GROUP += [

@@ -449,7 +449,7 @@ def test_help_describes_every_knob_of_what_is_chosen(tmp_path: Path) -> None:
     assert re.search(r"n_depths: 8 .*\(an integer, 2 or more distances\)", text)
     done = bench("--help", "variant=longfromer", cwd=tmp_path)
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.startswith("error: variant=longfromer: unknown; allowed are chunked, ")
+    assert done.stderr.startswith("error: variant=longfromer: unknown; allowed are adaptive_span, ")
 
 
 @pytest.mark.slow

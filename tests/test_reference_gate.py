@@ -100,10 +100,11 @@ def test_every_variant_passes_in_bfloat16(name: str, causal: bool) -> None:
     config = variant.Config()
     if reason := variant.unsupported(config, dims, causal=causal):
         pytest.skip(reason)
+    has_products = any(True for _ in variant(config, dims).parameters())  # else nothing is in bfloat16
     for layer in range(2):
         found = errors_of(variant, config, dims, causal=causal, layer=layer)
-        assert UNIT / 4 < found.rms < 6 * UNIT
-        assert UNIT / 4 < found.row_rms < 16 * UNIT
+        assert (UNIT / 4 if has_products else 0) < found.rms < 6 * UNIT
+        assert (UNIT / 4 if has_products else 0) < found.row_rms < 16 * UNIT
 
 
 @pytest.mark.parametrize(

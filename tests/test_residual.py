@@ -233,7 +233,8 @@ def test_reversible_layers_hold_nothing_on_their_way_up_either() -> None:
 @pytest.mark.parametrize("activations", ["reversible", *slow("checkpoint", "sqrt", "selective")])
 def test_recomputing_costs_at_most_a_forward_pass(name: str, activations: str) -> None:
     """Executed FLOPs of a step beside those with stored activations: at most 8/6, and what a variant's own
-    backward pass computes again anyway."""
+    backward pass computes again anyway. Clusters of queries have no gradient: to find them is nearly all of a
+    pass, in the backward pass too."""
 
     def flops(activations: str) -> int:
         return predicted_for(
@@ -243,7 +244,7 @@ def test_recomputing_costs_at_most_a_forward_pass(name: str, activations: str) -
         ).flops_step
 
     keep = flops("keep")
-    assert keep <= flops(activations) <= 1.4 * keep
+    assert keep <= flops(activations) <= (1.9 if name == "clustered" else 1.4) * keep
 
 
 def test_a_chunked_feed_forward_takes_less_room() -> None:

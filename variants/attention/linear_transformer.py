@@ -39,7 +39,7 @@ class LinearTransformerConfig(VariantConfig):
     """Knobs of the causal sums."""
 
     chunk: int = knob(64, least=1, unit="tokens")
-    """Tokens of a chunk, at most: causal weights are computed pair by pair within it, earlier chunks are one
+    """Tokens of a chunk, at most. Causal weights are computed pair by pair within it; earlier chunks are one
     sum. It changes the cost, and not the outputs."""
 
 

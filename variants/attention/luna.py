@@ -44,7 +44,7 @@ class LunaConfig(VariantConfig):
     activation: Literal["elu", "softplus"] = "elu"
     """Weights of the causal pack, in place of softmax: elu(s) + 1, or log(1 + exp(s))."""
     chunk: int = knob(64, least=1, unit="tokens")
-    """Tokens of a chunk, at most: causal sums are computed pair by pair within it, earlier chunks are one
+    """Tokens of a chunk, at most. Causal sums are computed pair by pair within it; earlier chunks are one
     sum. It changes the cost, and not the outputs."""
 
 

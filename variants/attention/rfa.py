@@ -49,7 +49,7 @@ class RfaConfig(VariantConfig):
     floor: float = knob(0.01, above=0.0, below=1.0)
     """Least denominator, as a share of the total weight of the keys; smaller ones are replaced by it."""
     chunk: int = knob(64, least=1, unit="tokens")
-    """Tokens of a chunk, at most: causal weights are computed pair by pair within it, earlier chunks are one
+    """Tokens of a chunk, at most. Causal weights are computed pair by pair within it; earlier chunks are one
     sum. It changes the cost, and not the outputs."""
 
 
