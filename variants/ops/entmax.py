@@ -49,12 +49,12 @@ def powers(u: Tensor, alpha: Alpha) -> tuple[Tensor, Tensor]:
 
 
 def threshold(z: Tensor, alpha: Alpha) -> Tensor:
-    """τ of each row: (…, J) → (…, 1).
+    """τ of each row: (…, J) → (…, 1). The largest z of a row is 0.
 
     Newton's method for the m-norm of [z − τ]₊, which is to be 1. The norm is a convex function of τ, so the
-    steps from max z − 1 approach τ from one side for any scores; for equal scores the first step is exact.
+    steps from −1 approach τ from one side for any scores; for equal scores the first step is exact.
     """
-    tau = z.amax(-1, keepdim=True) - 1
+    tau = -torch.ones_like(z[..., :1])
     few = isinstance(alpha, float) and alpha <= 1.5
     for _ in range(FEW_STEPS if few else MANY_STEPS):
         slope, p = powers(torch.sub(z, tau).clamp_(min=0), alpha)
@@ -66,6 +66,7 @@ def threshold(z: Tensor, alpha: Alpha) -> Tensor:
 def entmax(scores: Tensor, alpha: Alpha) -> Tensor:
     """α-entmax of the last dimension, without its own gradient: scores of −∞ have the weight 0."""
     z = scores * (alpha - 1)
+    z = z - z.amax(-1, keepdim=True)
     _, p = powers(torch.sub(z, threshold(z, alpha)).clamp_(min=0), alpha)
     return p / p.sum(-1, keepdim=True)
 
@@ -101,13 +102,14 @@ def _alpha_of(alpha: Tensor, fixed: float | None, heads: slice) -> Alpha:
 
 
 def _scores(q: Tensor, k: Tensor, alpha: Alpha, ahead: int | None) -> Tensor:
-    """z of a piece (g, P, J). Causal: the first query may read `ahead` keys; None: all are read."""
+    """z of a piece (g, P, J), minus the largest of each row, so that rounding leaves a threshold beside
+    scores of any size. Causal: the first query may read `ahead` keys; None: all are read."""
     z = (q @ k.mT).to(torch.promote_types(q.dtype, torch.float32))
     z = z.mul_((alpha - 1) * q.shape[-1] ** -0.5)
     if ahead is not None:
         later = torch.ones(z.shape[1:], dtype=torch.bool, device=z.device).triu_(ahead)
         z = z.masked_fill_(later, -torch.inf)
-    return z
+    return z.sub_(z.amax(-1, keepdim=True))
 
 
 @repeatable
@@ -138,7 +140,7 @@ def _attend_backward(
     w, p = powers(u, alpha)
     total = p.sum(-1, keepdim=True)
     dv += (p / total).to(dy.dtype).mT @ dy
-    dp = (dy @ v.mT).to(u.dtype)
+    dp = (dy @ v.mT).to(u.dtype).masked_fill_(u == 0, 0.0)  # a value without weight may be of any size
     of_slopes = w.sum(-1, keepdim=True)
     d_alpha = None
     if isinstance(alpha, Tensor):

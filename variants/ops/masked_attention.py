@@ -165,6 +165,8 @@ class MaskedAttention(SequenceMixer):
 
     def init_state(self, batch_size: int, max_len: int, *, clock: Clock, dtype: torch.dtype) -> KeyCache:
         """The keys and values that later queries may read."""
+        if reason := self.no_decoding(self.config):
+            raise NotImplementedError(f"{type(self).__name__} {reason}")
         shape = batch_size, self.dims.key_heads, self.dims.head_dim
         device = self.projections.qkv.weight.device
         return KeyCache(self.key_mask(max_len), shape, max_len, clock=clock, dtype=dtype, device=device)
