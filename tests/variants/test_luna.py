@@ -14,7 +14,8 @@ import variants
 from bench.measure import gates
 from variants.attention.luna import Luna, LunaConfig
 from variants.base import Context, Dims, Workload
-from variants.ops import scan_chunks
+from variants.ops import packed_sums
+from variants.ops.tile_size import Sizes
 
 SMALL: list[dict[str, Any]] = [
     {"length": 3, "chunk": 16},
@@ -34,7 +35,7 @@ def make(seq_len: int, **knobs: Any) -> Luna:
 
 
 def token_by_token(layer: Luna, x: Tensor) -> Tensor:
-    """The causal form as it is decoded: two sums, which each token adds to and reads."""
+    """The causal form by the paper's two sums, each of which a token adds to and reads."""
     heads = (2, 8)
     values, q, m = (
         F.linear(x, w.weight).unflatten(-1, heads) for w in (layer.pack, layer.query, layer.unpack)
@@ -117,7 +118,26 @@ def test_the_pack_of_the_whole_sequence_fails_the_causality_gate(monkeypatch: py
         gates.leak(Luna, LunaConfig(), dims_of(75, 2), 2, CPU)
 
 
-def test_a_sum_over_the_whole_chunk_fails_the_causality_gate(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(scan_chunks, "_masked", lambda weights, decay: weights)
+def test_a_state_with_the_own_chunk_fails_the_causality_gate(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tokens of a chunk would read its later tokens in the state."""
+    make_states = packed_sums._states
+
+    def leaking(w: Tensor, m: Tensor, start: Tensor) -> Tensor:
+        states = make_states(w, m, start)
+        states[:-1] = states[1:].clone()
+        return states
+
+    monkeypatch.setattr(packed_sums, "_states", leaking)
     with pytest.raises(gates.GateFailed, match="causality gate"):
         gates.leak(Luna, LunaConfig(), dims_of(75, 2), 2, CPU)
+
+
+@pytest.mark.parametrize("segment", [1, 2**7, 2**17])
+def test_segments_change_neither_outputs_nor_gradients(segment: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packed_sums, "SEGMENT", Sizes(segment, segment))
+    layer, x = make(70, chunk=8), numbers(2, 70, 16)
+    assert_same(
+        lambda: layer(x, Context(causal=True)).y,
+        lambda: layer.reference(x, Context(causal=True)),
+        [x, *layer.parameters()],
+    )

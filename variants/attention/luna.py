@@ -5,7 +5,6 @@ Shapes: B batch, T tokens, C channels, H heads, D channels of a head, l packed l
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -29,10 +28,9 @@ from variants.base import (
 )
 from variants.knobs import knob
 from variants.ops import masks
-from variants.ops.gated_scan import FLOP_OVERHEAD, gated_scan, scan_flops
+from variants.ops.gated_scan import FLOP_OVERHEAD
+from variants.ops.packed_sums import Plan, packed_flops, packed_sums, read_segments
 from variants.ops.projections import rotary, rotary_next
-from variants.ops.scan_features import Identity
-from variants.ops.scan_state import ScanState
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,15 +47,19 @@ class LunaConfig(VariantConfig):
 
 
 class LunaState(DecodingState):
-    """The causal sums of both steps."""
+    """The sum of packed tokens S (B·H, l, D) of one layer, in float32 or wider."""
 
-    def __init__(self, first: ScanState, second: ScanState) -> None:
-        super().__init__(first.clock, first.max_len)
-        self.first, self.second = first, second
-
-    def parts(self) -> Sequence[DecodingState]:
-        """Both."""
-        return self.first, self.second
+    def __init__(
+        self,
+        clock: Clock,
+        max_len: int,
+        shape: tuple[int, int, int],
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        super().__init__(clock, max_len)
+        wide = torch.promote_types(dtype, torch.float32)
+        self.sums = torch.zeros(shape, dtype=wide, device=device)
 
 
 class Luna(SequenceMixer):
@@ -70,7 +72,7 @@ class Luna(SequenceMixer):
 
     Causal form (§3.4): at token t the pack has the weights w_s = ω(P k_s/√D) of the tokens s ≤ t in place of
     softmax, with means over them, and M is of the tokens: a_t = softmax_l(1/t Σ_s (q_t·m_s) w_s /√D), and the
-    output is 1/t Σ_s (a_t·w_s) m_s. Both are running sums.
+    output is 1/t Σ_s (a_t·w_s) m_s. Both read the running sum Σ_s w_s m_sᵀ.
 
     Deviations from the paper: positions are rotary, by a rotation of the keys of the pack, with P at 0; the
     paper adds vectors to the inputs of the network. Projections have no biases, and the packed sequence
@@ -135,12 +137,6 @@ class Luna(SequenceMixer):
         out: Tensor = self.out(y.transpose(1, 2).flatten(2))
         return out
 
-    @staticmethod
-    def _mean(sums: Tensor, before: int = 0) -> Tensor:
-        """Divide sums (B, H, T, ·) by the number of tokens in them."""
-        count = torch.arange(before + 1, before + sums.shape[2] + 1, device=sums.device, dtype=sums.dtype)
-        return sums / count[:, None]
-
     def forward(self, x: Tensor, ctx: Context, state: Any = None) -> MixerOut:
         """(B, T, C) → MixerOut; carries no state."""
         values = self._heads(self.pack(x))
@@ -153,11 +149,7 @@ class Luna(SequenceMixer):
             return MixerOut(self._merge(F.scaled_dot_product_attention(q, m, m)))
         q, w, m = self._tokens(x, keys)
         with torch.autocast(x.device.type, enabled=False):  # sums need float32
-            chunk, device_type = self.config.chunk, self.device_type
-            scores = gated_scan(q, m, w, features=Identity(), chunk=chunk, device_type=device_type)
-            a = self._mean(scores).softmax(-1)
-            y = gated_scan(a, w, m, features=Identity(), chunk=chunk, device_type=device_type)
-            y = self._mean(y)
+            y = packed_sums(q, w, m, chunk=self.config.chunk, device_type=self.device_type)
         return MixerOut(self._merge(y))
 
     def reference(self, x: Tensor, ctx: Context) -> Tensor:
@@ -180,45 +172,31 @@ class Luna(SequenceMixer):
         pairs = torch.einsum("bhtl,bhls->bhts", a, w).tril()
         return self._merge(torch.einsum("bhts,bshd->bhtd", pairs, m) / count)
 
-    def _shapes(self, batch_size: int) -> tuple[tuple[int, int, int, int], tuple[int, int, int, int]]:
-        """Of the sums of both steps."""
-        heads, head_dim, length = self.dims.heads, self.dims.head_dim, self.config.length
-        return (batch_size, heads, head_dim, length), (batch_size, heads, length, head_dim)
-
     def init_state(self, batch_size: int, max_len: int, *, clock: Clock, dtype: torch.dtype) -> LunaState:
-        """The causal sums."""
-        device = self.out.weight.device
-        first, second = (
-            ScanState(clock, max_len, shape, normalise=False, dtype=dtype, device=device)
-            for shape in self._shapes(batch_size)
-        )
-        return LunaState(first, second)
+        """The causal sum."""
+        shape = batch_size * self.dims.heads, self.config.length, self.dims.head_dim
+        return LunaState(clock, max_len, shape, dtype, self.out.weight.device)
 
     def step(self, x: Tensor, state: LunaState) -> Tensor:
         """(B, n, C) → (B, n, C)."""
         keys = rotary_next(self._heads(self.pack(x)), state.clock, self.dims.rotary_base)
         q, w, m = self._tokens(x, keys)
-        before, chunk, device_type = state.clock.position, self.config.chunk, self.device_type
         with torch.autocast(x.device.type, enabled=False):
-            scores = state.first.read_next(q, m, w, features=Identity(), chunk=chunk, device_type=device_type)
-            a = self._mean(scores, before).softmax(-1)
-            y = state.second.read_next(a, w, m, features=Identity(), chunk=chunk, device_type=device_type)
-            y = self._mean(y, before)
+            plan = Plan.make(w, m, self.config.chunk, self.device_type)
+            y, _, states = read_segments(plan, q, w, m, state.sums, state.clock.position)
+            state.sums.copy_(states[-1])
         return self._merge(y)
 
     def decoding_bytes(self, work: Workload) -> int:
-        """The sums do not grow."""
-        return sum(
-            ScanState.bytes(shape, normalise=False, element_bytes=work.element_bytes)
-            for shape in self._shapes(work.batch_size)
-        )
+        """The sum does not grow."""
+        return max(4, work.element_bytes) * work.batch_size * work.d_model * self.config.length
 
     def state_bytes(self, work: Workload) -> int:
-        """Bytes of the float32 sums of both steps of the causal form."""
-        return 8 * work.batch_size * work.d_model * self.config.length
+        """Bytes of the float32 sum of the causal form."""
+        return 4 * work.batch_size * work.d_model * self.config.length
 
     def cost(self, work: Workload) -> Cost:
-        """Projections, the pack and the unpack. If causal, the weights of the pack, and both running sums."""
+        """Projections, the pack and the unpack. If causal, weights of the pack, and the sum with both reads."""
         b, t, length, d = work.batch_size, work.seq_len, self.config.length, work.head_dim
         tokenwise = 2 * b * work.d_model**2
         if not work.causal:
@@ -230,8 +208,8 @@ class Luna(SequenceMixer):
         return Cost(
             {
                 "projections": tokenwise * 4 * t,
-                "pack": sequences * (2 * t * length * d + scan_flops(t, d, length, chunk=chunk)),
-                "unpack": sequences * scan_flops(t, length, d, chunk=chunk),
+                "weights": sequences * 2 * t * length * d,
+                "sums": sequences * packed_flops(t, length, d, chunk=chunk),
             }
         )
 

@@ -4,8 +4,8 @@ Shapes: B batch, H heads, N = B·H sequences, T tokens, D channels of queries an
 V channels of values, which may differ from D.
 
 g_t is one number for each head and token, between 0 and 1, given by its logarithm; without it, g_t = 1. With
-`normalise`, the output is divided by φ(q_t)·z_t, where z_t = g_t z_{t−1} + w_t φ(k_t). The sum z is one more
-channel of the values. How a segment is computed: see `variants.ops.scan_chunks`.
+`normalise`, the output is divided by φ(q_t)·z_t, where z_t = g_t z_{t−1} + w_t φ(k_t). How a segment is
+computed: see `variants.ops.scan_chunks`.
 
 For the backward pass are saved: inputs, output, normalisers, and the state before each segment, of which
 there are at most `feature_sums.SEGMENTS`. Features and the states of chunks are computed again.
@@ -39,21 +39,22 @@ def scan_flops(seq_len: int, features: int, channels: int, *, chunk: int) -> int
     return 2 * pairs * (features + channels) + 4 * seq_len * features * channels
 
 
-def empty_state(plan: Plan, q: Tensor, v: Tensor, table: Tensor | None) -> Tensor:
-    """The state before the first token: zeros (N, m, V or V + 1), float32 or wider."""
+def empty_state(plan: Plan, q: Tensor, v: Tensor, table: Tensor | None) -> tuple[Tensor, ...]:
+    """The sums before the first token: zeros (N, m, V) and (N, m, 1), float32 or wider."""
     wide = torch.promote_types(q.dtype, torch.float32)
-    features = plan.features.width(q.shape[-1], table)
-    return q.new_zeros(q.shape[0] * q.shape[1], features, v.shape[-1] + plan.normalise, dtype=wide)
+    shape = q.shape[0] * q.shape[1], plan.features.width(q.shape[-1], table)
+    channels = [v.shape[-1], 1] if plan.normalise else [v.shape[-1]]
+    return tuple(q.new_zeros(*shape, each, dtype=wide) for each in channels)
 
 
 def read_segments(
-    plan: Plan, whole: Segment, table: Tensor | None, state: Tensor
-) -> tuple[Tensor, Tensor | None, list[Tensor]]:
-    """Outputs (B, H, T, V), normalisers, and the states before all segments and after the last one."""
+    plan: Plan, whole: Segment, table: Tensor | None, state: tuple[Tensor, ...]
+) -> tuple[Tensor, Tensor | None, list[tuple[Tensor, ...]]]:
+    """Outputs (B, H, T, V), normalisers, and the sums before all segments and after the last one."""
     batch, heads, seq_len, channels = whole.v.shape
     # the layout that an output projection reads
     y = whole.v.new_empty(batch, seq_len, heads, channels).transpose(1, 2)
-    normaliser = state.new_empty(batch, heads, seq_len, 1) if plan.normalise else None
+    normaliser = state[0].new_empty(batch, heads, seq_len, 1) if plan.normalise else None
     states = [state]
     for segment, targets in whole.split(plan, y, *([] if normaliser is None else [normaliser])):
         norms = targets[1] if plan.normalise else None
@@ -70,7 +71,8 @@ class _GatedScan(torch.autograd.Function):
         whole = Segment.of(*tensors)
         state = empty_state(plan, whole.q, whole.v, table)
         y, normaliser, states = read_segments(plan, whole, table, state)
-        ctx.save_for_backward(table, *tensors, y if plan.normalise else None, normaliser, *states[:-1])
+        saved = [table, *tensors, y if plan.normalise else None, normaliser]
+        ctx.save_for_backward(*saved, *(part for sums in states[:-1] for part in sums))
         ctx.plan = plan
         return y
 
@@ -79,7 +81,9 @@ class _GatedScan(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         plan: Plan = ctx.plan
         table, *saved = ctx.saved_tensors
-        whole, (y, normaliser, *starts) = Segment.of(*saved[:6]), saved[6:]
+        whole, (y, normaliser, *sums) = Segment.of(*saved[:6]), saved[6:]
+        parts_of_state = 1 + plan.normalise
+        starts = [tuple(sums[i : i + parts_of_state]) for i in range(0, len(sums), parts_of_state)]
         grads = Segment.of(
             *(torch.empty_like(x) for x in (whole.q, whole.k, whole.v)),
             None if whole.log_decay is None else torch.empty_like(whole.log_decay, dtype=torch.float64),
@@ -87,7 +91,7 @@ class _GatedScan(torch.autograd.Function):
             None,
         )
         others = [grad, *([y, normaliser] if plan.normalise else []), *(x for x in grads if x is not None)]
-        of_end = torch.zeros_like(starts[0])
+        of_end = tuple(torch.zeros_like(part) for part in starts[0])
         for (segment, parts), start in zip(
             reversed(whole.split(plan, *others)), reversed(starts), strict=True
         ):

@@ -8,12 +8,17 @@ up to t, the weight of the pair (t, s) is exp(b_t − b_s) φ(q_t)·φ(k_s). The
 masked before the exponential, so no factor exceeds 1 and no decay is too strong. The states before all chunks
 of a segment follow in ⌈log₂ n⌉ steps.
 
+With a normaliser, the values are followed by the weights of the keys, as a tensor of one channel, and the
+states by the sums of both: tuples of one or two tensors. Products over V + 1 channels can take twice as long
+as products over V channels.
+
 The gradient of log g needs no states: b_t multiplies the weights of query t and divides those of key t, so
 its gradient is φ(q_t)·∂φ(q_t) − φ(k_t)·∂φ(k_t), and that of log g_t is the sum over u ≥ t.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -131,7 +136,7 @@ def _times(x: Tensor, by: Tensor | None) -> Tensor:
     return x if by is None else x * by
 
 
-def _accumulate(states: Tensor, decay: Decay | None, *, backward: bool = False) -> None:
+def accumulate(states: Tensor, decay: Decay | None, *, backward: bool = False) -> None:
     """Turn own sums of chunks into states: states (n + 1, N, m, V), in place.
 
     Forward, state i is the sum of chunk i and of the decayed state i − 1. Backward, from the last to the
@@ -155,59 +160,86 @@ def _accumulate(states: Tensor, decay: Decay | None, *, backward: bool = False) 
                 right.addcmul_(left[:, -1:], by[..., None, None])
 
 
+def _of_chunks(states: Tensor) -> Tensor:
+    """One state for each chunk: (n, N, m, …) → (G, m, …)."""
+    return states.reshape(-1, *states.shape[2:])
+
+
+def _times_transposed(pairs: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
+    """Σ x yᵀ over pairs of x (G, c, ·) and y (G, ·, same), whose second and later channels are one."""
+    (x, y), *others = pairs
+    total = torch.bmm(x, y.mT)
+    for column, row in others:
+        total.addcmul_(column, row.mT)
+    return total
+
+
 class Chunks(NamedTuple):
     """A segment in chunks, with features, and the states before each chunk and after the last."""
 
     raw: Segment
     queries: Tensor  # (G, c, m)
     keys: Tensor  # (G, c, m)
-    values: Tensor  # (G, c, V or V + 1): w v, and w
+    values: tuple[Tensor, ...]  # (G, c, V): w v; with a normaliser also (G, c, 1): w
     decay: Decay | None
-    states: Tensor  # (n + 1, N, m, …)
+    states: tuple[Tensor, ...]  # (n + 1, N, m, V), and (n + 1, N, m, 1)
 
     @classmethod
-    def make(cls, plan: Plan, segment: Segment, table: Tensor | None, start: Tensor) -> Chunks:
-        """`start` (N, m, …) is the state before the segment."""
+    def make(cls, plan: Plan, segment: Segment, table: Tensor | None, start: Sequence[Tensor]) -> Chunks:
+        """`start` (N, m, …) are the sums before the segment."""
         raw = segment.chunks(plan.chunk)
         queries, keys = (plan.features.features(x, table) for x in (raw.q, raw.k))
-        values = _times(raw.v, raw.weight)
+        values = [_times(raw.v, raw.weight)]
         if plan.normalise:
+            # padded tokens have the feature φ(0), which may differ from 0
             ones = segment.v.new_ones(()).expand(*segment.v.shape[:3], 1)
-            of_norms = to_chunks(ones, plan.chunk) if raw.weight is None else raw.weight
-            values = torch.cat([values, of_norms], -1)
-        decay = None if raw.log_decay is None else Decay.make(raw.log_decay, len(start))
-        states = start.new_empty(len(keys) // len(start) + 1, *start.shape)
-        states[0] = start
+            values.append(to_chunks(ones, plan.chunk) if raw.weight is None else raw.weight)
+        decay = None if raw.log_decay is None else Decay.make(raw.log_decay, len(start[0]))
         decayed = keys if decay is None else keys * decay.after
-        torch.bmm(decayed.mT, values, out=states[1:].view(-1, *start.shape[1:]))
-        _accumulate(states, decay)
-        return cls(raw, queries, keys, values, decay, states)
+        states = []
+        for of, before in zip(values, start, strict=True):
+            own = before.new_empty(len(keys) // len(before) + 1, *before.shape)
+            own[0] = before
+            torch.bmm(decayed.mT, of, out=own[1:].view(-1, *before.shape[1:]))
+            accumulate(own, decay)
+            states.append(own)
+        return cls(raw, queries, keys, tuple(values), decay, tuple(states))
 
-    def read(self) -> Tensor:
-        """The outputs (G, c, V or V + 1) before they are normalised."""
+    def read(self) -> tuple[Tensor, ...]:
+        """The outputs (G, c, V) before they are normalised, and the normalisers (G, c, 1)."""
         before = self.queries if self.decay is None else self.queries * self.decay.before
-        y = torch.bmm(before, self.states[:-1].view(-1, *self.states.shape[2:]))
-        return torch.baddbmm(y, _masked(self.queries @ self.keys.mT, self.decay), self.values)
+        weights = _masked(self.queries @ self.keys.mT, self.decay)
+        return tuple(
+            torch.baddbmm(torch.bmm(before, _of_chunks(states[:-1])), weights, values)
+            for states, values in zip(self.states, self.values, strict=True)
+        )
+
+    def end(self) -> tuple[Tensor, ...]:
+        """The sums after the segment: copies, because views would keep those before all chunks."""
+        return tuple(states[-1].clone() for states in self.states)
 
 
 @repeatable
 def read(
-    plan: Plan, segment: Segment, table: Tensor | None, start: Tensor, y: Tensor, normaliser: Tensor | None
-) -> Tensor:
-    """Write the outputs of a segment, and their normalisers; return the state after it (N, m, …)."""
+    plan: Plan,
+    segment: Segment,
+    table: Tensor | None,
+    start: tuple[Tensor, ...],
+    y: Tensor,
+    normaliser: Tensor | None,
+) -> tuple[Tensor, ...]:
+    """Write the outputs of a segment, and their normalisers; return the sums after it (N, m, …)."""
     chunks = Chunks.make(plan, segment, table, start)
-    found = chunks.read()
-    if normaliser is not None:
-        channels = y.shape[-1]
-        norms = found[..., channels:]
+    found, *norms = chunks.read()
+    for norm in norms:
+        assert normaliser is not None
         if chunks.raw.least is not None:
             # padded tokens have the least normaliser 0
-            norms = torch.maximum(norms, chunks.raw.least)
-        found = found[..., :channels] / norms
-        write_chunks(normaliser, norms)
+            torch.maximum(norm, chunks.raw.least, out=norm)
+        found.div_(norm)
+        write_chunks(normaliser, norm)
     write_chunks(y, found)
-    # a copy, because a view would keep the states before all chunks
-    return chunks.states[-1].clone()
+    return chunks.end()
 
 
 @repeatable
@@ -215,38 +247,42 @@ def read_backward(
     plan: Plan,
     segment: Segment,
     table: Tensor | None,
-    start: Tensor,
-    of_end: Tensor,
+    start: tuple[Tensor, ...],
+    of_end: tuple[Tensor, ...],
     y: Tensor | None,
     normaliser: Tensor | None,
     grad: Tensor,
     of_segment: Segment,
-) -> Tensor:
-    """Write the gradients of a segment, with that of b in place of log g; return that of `start`."""
+) -> tuple[Tensor, ...]:
+    """Write the gradients of a segment, with that of b in place of log g; return those of `start`."""
     chunks = Chunks.make(plan, segment, table, start)
     raw, queries, keys, values, decay, states = chunks
-    g = to_chunks(grad, plan.chunk)
+    g = [to_chunks(grad, plan.chunk)]
     if normaliser is not None and y is not None:
         norms = to_chunks(normaliser, plan.chunk)
         norms = norms + (norms == 0)  # padded tokens
-        g = g / norms
-        of_norms = (g * to_chunks(y, plan.chunk)).sum(-1, keepdim=True).neg_()
+        g[0] = g[0] / norms
+        of_norms = (g[0] * to_chunks(y, plan.chunk)).sum(-1, keepdim=True).neg_()
         if raw.least is not None:
             of_norms.mul_(norms > raw.least)
-        g = torch.cat([g, of_norms], -1)
+        g.append(of_norms)
     before = queries if decay is None else queries * decay.before
     after = keys if decay is None else keys * decay.after
-    of_states = torch.empty_like(states)
-    of_states[-1] = of_end
-    torch.bmm(before.mT, g, out=of_states[:-1].view(-1, *start.shape[1:]))
-    _accumulate(of_states, decay, backward=True)
-    earlier = states[:-1].view(-1, *start.shape[1:])
-    later = of_states[1:].view(-1, *start.shape[1:])
+    of_states = []
+    for own, end in zip(g, of_end, strict=True):
+        of = end.new_empty(len(states[0]), *end.shape)
+        of[-1] = end
+        torch.bmm(before.mT, own, out=of[:-1].view(-1, *end.shape[1:]))
+        accumulate(of, decay, backward=True)
+        of_states.append(of)
+    earlier = [_of_chunks(of[:-1]) for of in states]
+    later = [_of_chunks(of[1:]) for of in of_states]
 
     weights = _masked(queries @ keys.mT, decay)
-    of_values = torch.baddbmm(torch.bmm(after, later), weights.mT, g)
-    of_weights = _masked(g @ values.mT, decay)
-    of_queries, of_keys = torch.bmm(g, earlier.mT), torch.bmm(values, later.mT)
+    of_values = torch.baddbmm(torch.bmm(after, later[0]), weights.mT, g[0])
+    of_weights = _masked(_times_transposed(zip(g, values, strict=True)), decay)
+    of_queries = _times_transposed(zip(g, earlier, strict=True))
+    of_keys = _times_transposed(zip(values, later, strict=True))
     if decay is not None:
         of_queries.mul_(decay.before)
         of_keys.mul_(decay.after)
@@ -256,13 +292,12 @@ def read_backward(
     if of_segment.log_decay is not None:
         of_b = (queries * of_queries).sum(-1, keepdim=True) - (keys * of_keys).sum(-1, keepdim=True)
         write_chunks(of_segment.log_decay, of_b)
-    channels = raw.v.shape[-1]
     if of_segment.weight is not None:
-        of_weight = (of_values[..., :channels] * raw.v).sum(-1, keepdim=True)
-        if plan.normalise:
-            of_weight.add_(of_values[..., channels:])
+        of_weight = (of_values * raw.v).sum(-1, keepdim=True)
+        for norm, end in zip(g[1:], later[1:], strict=True):
+            of_weight.add_(torch.baddbmm(torch.bmm(after, end), weights.mT, norm))
         write_chunks(of_segment.weight, of_weight)
-    write_chunks(of_segment.v, _times(of_values[..., :channels], raw.weight))
+    write_chunks(of_segment.v, _times(of_values, raw.weight))
     write_chunks(of_segment.q, plan.features.gradient(of_queries, queries, raw.q, table))
     write_chunks(of_segment.k, plan.features.gradient(of_keys, keys, raw.k, table))
-    return of_states[0].clone()
+    return tuple(of[0].clone() for of in of_states)

@@ -32,8 +32,11 @@ class ScanState(DecodingState):
         super().__init__(clock, max_len)
         batch, heads, features, channels = shape
         wide = torch.promote_types(dtype, torch.float32)
-        self.normalise = normalise
-        self.sums = torch.zeros(batch * heads, features, channels + normalise, dtype=wide, device=device)
+        self.sums = torch.zeros(batch * heads, features, channels, dtype=wide, device=device)
+        self.norms = self.sums.new_zeros(batch * heads, features, 1) if normalise else None
+
+    def _held(self) -> tuple[Tensor, ...]:
+        return (self.sums,) if self.norms is None else (self.sums, self.norms)
 
     @staticmethod
     def bytes(shape: tuple[int, int, int, int], *, normalise: bool, element_bytes: int) -> int:
@@ -56,7 +59,9 @@ class ScanState(DecodingState):
         device_type: str,
     ) -> Tensor:
         """Add the next n tokens, and return their outputs (B, H, n, V). Arguments: see `gated_scan`."""
-        plan = Plan.make(features, q, v, table, self.normalise, chunk, device_type)
-        y, _, states = read_segments(plan, Segment(q, k, v, log_decay, weight, least), table, self.sums)
-        self.sums.copy_(states[-1])
+        before = self._held()
+        plan = Plan.make(features, q, v, table, self.norms is not None, chunk, device_type)
+        y, _, states = read_segments(plan, Segment(q, k, v, log_decay, weight, least), table, before)
+        for held, after in zip(before, states[-1], strict=True):
+            held.copy_(after)
         return y
