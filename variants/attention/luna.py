@@ -196,7 +196,7 @@ class Luna(SequenceMixer):
         return 4 * work.batch_size * work.d_model * self.config.length
 
     def cost(self, work: Workload) -> Cost:
-        """Projections, the pack and the unpack. If causal, weights of the pack, and the sum with both reads."""
+        """Projections, pack and unpack. If causal, weights of the pack, and the sum with both reads."""
         b, t, length, d = work.batch_size, work.seq_len, self.config.length, work.head_dim
         tokenwise = 2 * b * work.d_model**2
         if not work.causal:
