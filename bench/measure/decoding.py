@@ -37,12 +37,15 @@ class DecodingFigures:
 class Decoding:
     """A model that has read a prompt, and the figures of the next token."""
 
-    def __init__(self, spec: CellSpec, device: torch.device, *, room: int) -> None:
+    def __init__(self, spec: CellSpec, device: torch.device, *, room: int, costs_only: bool = False) -> None:
         """Read a prompt of spec.seq_len tokens; `room` is for how many more tokens there is memory.
+
+        `costs_only`: the tensors are fake, so what repeats the cost of something before is left out.
 
         Raises ValueError if the model cannot be decoded.
         """
         self.spec, self.device, self.room = spec, device, room
+        self.costs_only = costs_only
         storage = LiveStorage()
         with storage:
             with device:
@@ -83,7 +86,8 @@ class Decoding:
     def prefill(self) -> None:
         """Read the prompt, from the start."""
         self.decoder.restart()
-        self.decoder.read(self.tokens(self.spec.seq_len))
+        read = self.decoder.read_for_cost if self.costs_only else self.decoder.read
+        read(self.tokens(self.spec.seq_len))
 
     def tokens(self, count: int = 1) -> Tensor:
         """Tokens (B, count) to read."""
@@ -93,7 +97,7 @@ class Decoding:
 def predicted(spec: CellSpec, *, room: int) -> DecodingFigures:
     """Return the figures without the device and without memory, by the CPU's code paths."""
     with FakeTensorMode():
-        return Decoding(spec, torch.device("cpu"), room=room).figures
+        return Decoding(spec, torch.device("cpu"), room=room, costs_only=True).figures
 
 
 def largest_batch(spec: CellSpec, usable: int, *, room: int) -> int:

@@ -138,13 +138,32 @@ class Decoder:
         skipped = self._without_influence(tokens.shape[1])
         if skipped:
             self.position, self.windows[0].start = skipped, None  # no open window has read what is skipped
-        return self._logits(self._hidden(tokens[:, skipped:])[-1][:, -1:])[:, 0]
+        *earlier, last = self._split(tokens[:, skipped:])
+        for piece in earlier:
+            self._read_piece(piece)
+        return self._logits(self._read_piece(last)[:, -1:])[:, 0]
 
     @torch.no_grad()
     def read_all(self, tokens: Tensor) -> Tensor:
         """Read the next tokens (B, n) → logits (B, n, V) of the token after each of them."""
         self._require_room(tokens)
-        return self._logits(torch.cat(self._hidden(tokens), dim=1))
+        return self._logits(torch.cat([self._read_piece(piece) for piece in self._split(tokens)], dim=1))
+
+    def read_for_cost(self, tokens: Tensor) -> None:
+        """`read` where only shapes count, as on fake tensors: segments that would repeat the cost of the one
+        before are skipped."""
+        if self.schedule.restart is None:
+            self.read(tokens)
+            return
+        end, before = self.position + tokens.shape[1], None
+        while pieces := self._pieces(end - self.position):
+            self.read(tokens[:, : pieces[0]])
+            counts = [state.counts() for window in self.windows for state in window.states]
+            if counts == before:
+                repeated = sum(pieces[1:-1])
+                self.position += repeated
+                self.windows[0].advance(repeated)
+            before = counts
 
     def _logits(self, x: Tensor) -> Tensor:
         with self._autocast(x):
@@ -154,17 +173,19 @@ class Decoder:
     def _autocast(self, x: Tensor) -> torch.autocast:
         return torch.autocast(x.device.type, self.model.dtype, enabled=self.model.dtype != torch.float32)
 
-    def _hidden(self, tokens: Tensor) -> list[Tensor]:
-        """The hidden states (B, n, C) of each piece that the input schedule feeds at once."""
-        hidden = []
-        with self._autocast(tokens):
-            for piece in tokens.split(self._pieces(tokens.shape[1]), dim=1):
-                self._begin_windows()
-                embedded = self.model.embedding(piece)
-                outputs = [self._run(window, embedded) for window in self._open()]
-                hidden.append(outputs[0])
-                self.position += piece.shape[1]
-        return hidden
+    def _split(self, tokens: Tensor) -> tuple[Tensor, ...]:
+        """The pieces of tokens (B, n) that the input schedule feeds at once."""
+        pieces: tuple[Tensor, ...] = tokens.split(self._pieces(tokens.shape[1]), dim=1)
+        return pieces
+
+    def _read_piece(self, piece: Tensor) -> Tensor:
+        """Read a piece (B, n) → hidden states (B, n, C)."""
+        with self._autocast(piece):
+            self._begin_windows()
+            embedded = self.model.embedding(piece)
+            outputs = [self._run(window, embedded) for window in self._open()]
+        self.position += piece.shape[1]
+        return outputs[0]
 
     def _require_room(self, tokens: Tensor) -> None:
         require_tokens(tokens)
@@ -184,6 +205,8 @@ class Decoder:
         border = self.schedule.separate[1] if self.schedule.separate else self.schedule.restart
         if border is None:
             return [tokens]
+        if not tokens:
+            return []
         end = self.position + tokens
         stops = [*range((self.position // border + 1) * border, end, border), end]
         return [stop - start for start, stop in zip([self.position, *stops], stops, strict=False)]

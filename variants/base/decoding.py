@@ -72,6 +72,11 @@ class DecodingState:
         for part in self.parts():
             yield from part.tensors()
 
+    def counts(self) -> list[int]:
+        """The attributes that are integers: with the clock they decide which part of the tensors is read."""
+        own = [value for value in vars(self).values() if isinstance(value, int)]
+        return own + [count for part in self.parts() for count in part.counts()]
+
     def parts(self) -> Sequence[DecodingState]:
         """The states within this one."""
         return ()
