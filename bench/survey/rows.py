@@ -1,7 +1,9 @@
 """Table 1 of Tay et al. 2020, Efficient Transformers: A Survey (arXiv:2009.06732v3), row by row.
 
 Complexities are as printed there: N is the length, B a block, m a memory block, k a size that does not grow,
-N_c a compressed length, N_g the number of global tokens. The arXiv number is the paper's that the row cites.
+N_c a compressed length, N_g the number of global tokens. The arXiv number is that of the model's paper. It
+is the paper that the row cites, except that Perceiver cites Perceiver IO (arXiv:2107.14795), and Performer an
+earlier paper, on proteins (arXiv:2006.03555).
 """
 
 from __future__ import annotations

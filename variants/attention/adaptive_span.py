@@ -69,8 +69,9 @@ class AdaptiveSpan(SequenceMixer):
     have no numbers, spans keep the size they had. `spans` are the learnt spans; `cost` and `state_bytes` are
     those of the current spans.
 
-    Deviations from the paper: positions are rotary; the paper has learnt vectors for distances. There is no
-    dynamic span (§2.2, "Dynamic attention span").
+    Deviations from the paper: positions are rotary; the paper has learnt vectors for distances. A token also
+    reads itself; in the paper its span ends with the token before it. There is no dynamic span (§2.2,
+    "Dynamic attention span").
     """
 
     Config = AdaptiveSpanConfig

@@ -1,4 +1,4 @@
-"""Axial attention in one dimension of a grid a layer (Ho 2019, arXiv:1912.12180, §3).
+"""Axial attention in one dimension of a grid a layer (Ho 2019, arXiv:1912.12180).
 
 Shapes: B batch, T tokens, C channels, H heads, D channels of a head; b the tokens of a row.
 """
@@ -72,7 +72,9 @@ class Axial(MaskedAttention):
     info = Info(
         paper="Ho et al. 2019, Axial Transformers, arXiv:1912.12180",
         family="fixed patterns",
-        complexity=Complexity(time=1.5, memory=1.5, formula="T·√T", source="Ho 2019, §3.1", survey=1.5),
+        complexity=Complexity(
+            time=1.5, memory=1.5, formula="T·√T", source="Ho 2019, axial attention", survey=1.5
+        ),
         caps=Caps(causal=True, bidirectional=True),
     )
 

@@ -78,7 +78,7 @@ class ClusterFormer(SequenceMixer):
         paper="Wang et al. 2020, Cluster-Former, arXiv:2009.06097",
         family="learned patterns",
         complexity=Complexity(
-            time=1, memory=1, formula="T·(m + log T)", source="Tay 2020, Table 1, N·log N", survey=1
+            time=1, memory=1, formula="T·(m + log T)", source="survey of Tay 2020, Table 1, N·log N", survey=1
         ),
         caps=Caps(causal=False, bidirectional=True),
     )

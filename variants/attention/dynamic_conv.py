@@ -1,4 +1,4 @@
-"""Dynamic convolutions: softmax taps that depend on the token (Wu 2019, arXiv:1901.10430, §4).
+"""Dynamic convolutions: softmax taps that depend on the token (Wu 2019, arXiv:1901.10430).
 
 Shapes: B batch, T tokens, C channels, H heads, R channels of a head, k taps.
 """
@@ -34,7 +34,7 @@ class DynamicConv(ConvolutionMixer):
     info = Info(
         paper="Wu et al. 2019, Lightweight and Dynamic Convolutions, arXiv:1901.10430",
         family="fixed patterns",
-        complexity=Complexity(time=1, memory=1, formula="T·k·C", source="Wu 2019, §4"),
+        complexity=Complexity(time=1, memory=1, formula="T·k·C", source="Wu 2019, abstract"),
         caps=Caps(causal=True, bidirectional=True),
     )
 

@@ -42,7 +42,7 @@ class EntmaxConfig(VariantConfig):
     """The α of entmax. Near 1 it is softmax; 2 is sparsemax, the projection onto the simplex. With
     `learn_alpha`, the first value."""
     learn_alpha: bool = False
-    """Whether each head learns its α, between 1.01 and 2 (§3.2)."""
+    """Whether each head learns its α, between 1.01 and 2 (§3)."""
 
     def __post_init__(self) -> None:
         if self.learn_alpha:

@@ -1,4 +1,4 @@
-"""ETC: global-local attention (Ainslie 2020, arXiv:2004.08483, §3.2).
+"""ETC: global-local attention (Ainslie 2020, arXiv:2004.08483).
 
 Shapes: B batch, T tokens, C channels, H heads, D channels of a head, n global tokens.
 """
@@ -44,7 +44,7 @@ class EtcConfig(VariantConfig):
 class Etc(MaskedAttention):
     """H = norm(G + attention(G, [X, G])), then y = attention(X, [window of X, H]), for n global tokens G.
 
-    The four kinds of pairs (§3.2): global tokens read each other (g2g) and all tokens (g2l) in one softmax;
+    The four kinds of pairs: global tokens read each other (g2g) and all tokens (g2l) in one softmax;
     tokens read all global tokens (l2g) and their own window (l2l) in one softmax. With separate weights, the
     projections of the side of the query are used for all keys that it reads.
 
@@ -62,7 +62,9 @@ class Etc(MaskedAttention):
     info = Info(
         paper="Ainslie et al. 2020, ETC, arXiv:2004.08483",
         family="fixed patterns",
-        complexity=Complexity(time=1, memory=1, formula="T·(w + n)", source="Ainslie 2020, §3.2", survey=1),
+        complexity=Complexity(
+            time=1, memory=1, formula="T·(w + n)", source="Ainslie 2020, global-local attention", survey=1
+        ),
         caps=Caps(causal=False, bidirectional=True),
     )
     IMPLS: ClassVar[Mapping[str, Impl]] = {name: TILES[name] for name in ("fused", "plain")}

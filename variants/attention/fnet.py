@@ -36,7 +36,7 @@ class FnetConfig(VariantConfig):
 
 
 class Fnet(SequenceMixer):
-    """Re(F_T x F_C): the real part of the Fourier transforms along tokens and channels (§3.2, eq. 3).
+    """Re(F_T x F_C): the real part of the Fourier transforms along tokens and channels (eq. 3).
 
     The layer has no parameters: with a feed-forward layer of width 4·C, a block has a third fewer than one of
     dense attention. Every output depends on every token, so there is no causal form. Heads do not matter.
@@ -52,7 +52,7 @@ class Fnet(SequenceMixer):
     info = Info(
         paper="Lee-Thorp et al. 2021, FNet: Mixing Tokens with Fourier Transforms, arXiv:2105.03824",
         family="fixed patterns",
-        complexity=Complexity(time=1, memory=1, formula="T·C·log T", source="Lee-Thorp 2021, Table 1"),
+        complexity=Complexity(time=1, memory=1, formula="T·C·log T", source="Lee-Thorp 2021, by FFT"),
         caps=Caps(causal=False, bidirectional=True),
     )
 

@@ -1,4 +1,4 @@
-"""Local attention of Image Transformers, in one and two dimensions (Parmar 2018, arXiv:1802.05751, §3.3).
+"""Local attention of Image Transformers, in one and two dimensions (Parmar 2018, arXiv:1802.05751).
 
 Shapes: B batch, T tokens, C channels, H heads, D channels of a head.
 """
@@ -86,7 +86,11 @@ class ImageTransformer(MaskedAttention):
         paper="Parmar et al. 2018, Image Transformer, arXiv:1802.05751",
         family="fixed patterns",
         complexity=Complexity(
-            time=1, memory=1, formula="T·(block + memory)", source="Parmar 2018, §3.3", survey=1
+            time=1,
+            memory=1,
+            formula="T·(block + memory)",
+            source="Parmar 2018, local self-attention",
+            survey=1,
         ),
         caps=Caps(causal=True, bidirectional=True),
     )

@@ -1,4 +1,4 @@
-"""Lightweight convolutions: depthwise, with softmax taps that heads share (Wu 2019, arXiv:1901.10430, §3.1).
+"""Lightweight convolutions: depthwise, with softmax taps that heads share (Wu 2019, arXiv:1901.10430).
 
 Shapes: B batch, T tokens, C channels, H heads, R channels of a head, k taps.
 """
@@ -33,7 +33,7 @@ class LightConv(ConvolutionMixer):
     info = Info(
         paper="Wu et al. 2019, Lightweight and Dynamic Convolutions, arXiv:1901.10430",
         family="fixed patterns",
-        complexity=Complexity(time=1, memory=1, formula="T·k·C", source="Wu 2019, §3.1"),
+        complexity=Complexity(time=1, memory=1, formula="T·k·C", source="Wu 2019, abstract"),
         caps=Caps(causal=True, bidirectional=True),
     )
 

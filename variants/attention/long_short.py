@@ -1,4 +1,4 @@
-"""Long-short attention: a window, and dynamic projections of segments (Zhu 2021, arXiv:2107.02192, §3).
+"""Long-short attention: a window, and dynamic projections of segments (Zhu 2021, arXiv:2107.02192).
 
 Over 300 lines: the whole sequence, its reference and decoding share the rows of segments.
 
@@ -75,11 +75,11 @@ def _plain(layer: LongShort, q: Tensor, k: Tensor, v: Tensor, causal: bool) -> T
 
 
 class LongShort(SequenceMixer):
-    """One softmax over the keys of a window, and over r rows of each segment (§3.1–3.3).
+    """One softmax over the keys of a window, and over r rows of each segment.
 
     A row is a weighted mean of the keys (and one of the values) of its segment. The weights are a softmax
     over the tokens of x W_p, with r columns for each head ("dynamic projection"). Keys and values of the
-    window, and those of the rows, are normalised by two layer normalisations over all heads (§3.4, "DualLN").
+    window, and those of the rows, are normalised by two layer normalisations over all heads ("DualLN").
 
     Causal: a token reads the rows of the segments before its own. A segment that is not complete, or has
     later tokens, is never read; its tokens are read by the window if that is long enough. With segments of √T

@@ -63,14 +63,14 @@ class LunaState(DecodingState):
 
 
 class Luna(SequenceMixer):
-    """Pack: Y = softmax(P Kᵀ/√D) K, with K of the tokens. Unpack: softmax(Q Mᵀ/√D) M, with M of Y (§3.1).
+    """Pack: Y = softmax(P Kᵀ/√D) K, with K of the tokens. Unpack: softmax(Q Mᵀ/√D) M, with M of Y.
 
     Keys and values of a step are one projection, as in the authors' code, so the layer has 4·C² weights, and
     l·C of P. P are the queries of the pack: each layer learns its own, because the interface carries
     nothing from layer to layer. The paper passes Y to the next layer as its P, so that only the first P is
     learnt and each layer has a projection of it; here that projection is part of P.
 
-    Causal form (§3.4): at token t the pack has the weights w_s = ω(P k_s/√D) of the tokens s ≤ t in place of
+    Causal form: at token t the pack has the weights w_s = ω(P k_s/√D) of the tokens s ≤ t in place of
     softmax, with means over them, and M is of the tokens: a_t = softmax_l(1/t Σ_s (q_t·m_s) w_s /√D), and the
     output is 1/t Σ_s (a_t·w_s) m_s. Both read the running sum Σ_s w_s m_sᵀ.
 
@@ -85,7 +85,7 @@ class Luna(SequenceMixer):
     info = Info(
         paper="Ma et al. 2021, Luna: Linear Unified Nested Attention, arXiv:2106.01540",
         family="low rank",
-        complexity=Complexity(time=1, memory=1, formula="T·l·C", source="Ma 2021, §3.1", survey=1),
+        complexity=Complexity(time=1, memory=1, formula="T·l·C", source="Ma 2021, abstract", survey=1),
         caps=Caps(causal=True, bidirectional=True),
     )
     flop_overhead_reason = FLOP_OVERHEAD

@@ -1,4 +1,4 @@
-"""Memory-compressed attention: a convolution shortens keys and values (Liu 2018, arXiv:1801.10198, §4.2.3).
+"""Memory-compressed attention: a convolution shortens keys and values (Liu 2018, arXiv:1801.10198, §4.2.4).
 
 Shapes: B batch, T tokens, C channels, H heads, D channels of a head; s rate, n pools of s tokens.
 """
@@ -54,9 +54,9 @@ class MemoryCompressed(SequenceMixer):
     Deviations from the paper: positions are rotary; a pooled key has the position of its first token, applied
     after the convolution. A head has its own convolution, over its own channels, as in the public package of
     lucidrains; the paper does not say. A convolution over all channels would add s·C² parameters. The null
-    key is ours, and has no weights: a learnt key would compare with absolute positions, because queries are
-    rotated. The paper alternates this layer with local attention in blocks of 256 tokens; use
-    `variant=hybrid` to alternate it with a local variant.
+    key is that of the package, not of the paper. Here it has no weights: a learnt key would compare with
+    absolute positions, because queries are rotated. The paper alternates this layer with local attention in
+    blocks of 256 tokens; use `variant=hybrid` to alternate it with a local variant.
     """
 
     Config = MemoryCompressedConfig
@@ -65,7 +65,7 @@ class MemoryCompressed(SequenceMixer):
     info = Info(
         paper="Liu et al. 2018, Generating Wikipedia by Summarizing Long Sequences, arXiv:1801.10198",
         family="memory",
-        complexity=Complexity(time=2, memory=2, formula="T²/s", source="Liu 2018, §4.2.3", survey=2),
+        complexity=Complexity(time=2, memory=2, formula="T²/s", source="Liu 2018, §4.2.4", survey=2),
         caps=Caps(causal=True, bidirectional=True),
     )
 

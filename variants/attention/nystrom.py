@@ -1,4 +1,4 @@
-"""Nyström attention: softmax attention through landmarks (Xiong 2021, arXiv:2102.03902, §3).
+"""Nyström attention: softmax attention through landmarks (Xiong 2021, arXiv:2102.03902).
 
 Shapes: B batch, T tokens, C channels, H heads, D channels of a head, m landmarks, w width of the convolution.
 """
@@ -48,19 +48,19 @@ class NystromConfig(VariantConfig):
 
 
 class Nystrom(SequenceMixer):
-    """softmax(QK̃ᵀ) · pinv(softmax(Q̃K̃ᵀ)) · softmax(Q̃Kᵀ)V, and a convolution of V (§3.2, §3.3).
+    """softmax(QK̃ᵀ) · pinv(softmax(Q̃K̃ᵀ)) · softmax(Q̃Kᵀ)V, and a convolution of V (eq. 17, fig. 4).
 
     Q̃ and K̃ are the means of m segments of queries and keys. If T is no multiple of m, the first T mod m
     segments are one token longer than the others; nothing is padded. The pseudo-inverse is Razavi's third
-    order iteration (eq. 11), in float32 or wider. No matrix is larger than T × m: the two products with V are
+    order iteration (eq. 14), in float32 or wider. No matrix is larger than T × m: the two products with V are
     attention to the tokens by m queries, and attention to m keys by the tokens.
 
-    The convolution has one filter for each head, as in the authors' code (§3.3, "DConv").
+    The convolution has one filter for each head, as in the authors' code (fig. 4, "DConv"). The iteration
+    starts from Aᵀ / (‖A‖₁‖A‖∞) of each matrix, as in the paper. The authors' code divides by default by the
+    maximum over all sequences and heads, by which a sequence would depend on the others of its batch.
 
     Deviations from the paper: positions are rotary, and are applied before the means, so a landmark contains
-    the angles of all positions of its segment. The iteration starts from Aᵀ / (‖A‖₁‖A‖∞) of each matrix. The
-    authors' code can also use the maximum over all sequences and heads, by which a sequence would depend on
-    the others of its batch.
+    the angles of all positions of its segment. The paper pads T to a multiple of m.
     """
 
     Config = NystromConfig
@@ -69,7 +69,9 @@ class Nystrom(SequenceMixer):
     info = Info(
         paper="Xiong et al. 2021, Nyströmformer, arXiv:2102.03902",
         family="low rank",
-        complexity=Complexity(time=1, memory=1, formula="T·m", source="Xiong 2021, §3.3", survey=1),
+        complexity=Complexity(
+            time=1, memory=1, formula="T·m", source="Xiong 2021, complexity analysis", survey=1
+        ),
         caps=Caps(causal=False, bidirectional=True),
     )
 

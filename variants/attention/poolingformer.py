@@ -115,7 +115,7 @@ class Poolingformer(SequenceMixer):
     info = Info(
         paper="Zhang et al. 2021, Poolingformer, arXiv:2105.04371",
         family="memory",
-        complexity=Complexity(time=1, memory=1, formula="T·(w₁ + w₂/s)", source="Zhang 2021, §3", survey=1),
+        complexity=Complexity(time=1, memory=1, formula="T·(w₁ + w₂/s)", source="Zhang 2021", survey=1),
         caps=Caps(causal=True, bidirectional=True),
     )
     IMPLS: ClassVar[Mapping[str, Impl]] = {

@@ -45,7 +45,7 @@ class RfaConfig(VariantConfig):
     n_features: int = knob(256, least=2, multiple=2)
     """Number of features, a sine and a cosine of each direction: twice the D of the paper."""
     gate: bool = False
-    """Let earlier tokens decay by a learnt gate of each head and token ("RFA-Gate", §3.2), causal only."""
+    """Let earlier tokens decay by a learnt gate of each head and token ("RFA-Gate"), causal only."""
     floor: float = knob(0.01, above=0.0, below=1.0)
     """Least denominator, as a share of the total weight of the keys; smaller ones are replaced by it."""
     chunk: int = knob(64, least=1, unit="tokens")
@@ -69,7 +69,7 @@ class Rfa(SequenceMixer):
     """Σ_s φ(q_t)·φ(k_s) v_s / Σ_s φ(q_t)·φ(k_s), with φ(x) = [sin ω·σx̂, cos ω·σx̂]/√n and x̂ = x/|x|.
 
     φ(q)·φ(k) estimates exp(−|σ(q̂ − k̂)|²/2), with ω from a standard normal distribution and a learnt σ of each
-    head and channel, at first 1 (§3.1, and the reparametrisation of the authors' code). With a gate
+    head and channel, at first 1 (by the reparametrisation of the authors' code). With a gate
     g_t = sigmoid(w·x_t + b), both sums decay by g_t, and the weight of key t is 1 − g_t.
 
     An estimate may be 0 or negative, and so may a denominator. The authors' code replaces denominators below
@@ -88,7 +88,7 @@ class Rfa(SequenceMixer):
     info = Info(
         paper="Peng et al. 2021, Random Feature Attention, arXiv:2103.02143",
         family="kernels",
-        complexity=Complexity(time=1, memory=1, formula="T·m·D", source="Peng 2021, §3.3", survey=1),
+        complexity=Complexity(time=1, memory=1, formula="T·m·D", source="Peng 2021, abstract", survey=1),
         caps=Caps(causal=True, bidirectional=True),
     )
     flop_overhead_reason = FLOP_OVERHEAD

@@ -1,4 +1,4 @@
-"""Sparse Sinkhorn attention: a block reads itself and a mixture of blocks (Tay 2020, arXiv:2002.11296, §3).
+"""Sparse Sinkhorn attention: a block reads itself and a mixture of blocks (Tay 2020, arXiv:2002.11296).
 
 Over 300 lines: a causal and a bidirectional sort, and decoding, share their summaries and their attention.
 
@@ -54,8 +54,8 @@ class Sinkhorn(SequenceMixer):
     or keys over the square root of their number, and a score is their product over √D.
 
     Causal models: R_ij > 0 only for j < i, so a sorted block consists of complete past blocks. The query
-    summary of block i sums up all queries up to the first one of the block (§3.3). The first block reads
-    only itself.
+    summary of block i sums up all queries up to the first one of the block. The first block reads only
+    itself.
 
     Deviations from the paper: the paper normalises the columns of a causal R too. A column is a sum over
     blocks that read block j, which are later ones, so this would leak; here rows are normalised over the past
@@ -75,7 +75,7 @@ class Sinkhorn(SequenceMixer):
     info = Info(
         paper="Tay et al. 2020, Sparse Sinkhorn Attention, arXiv:2002.11296",
         family="learned patterns",
-        complexity=Complexity(time=2, memory=2, formula="T·b + T²/b", source="Tay 2020, §3, with fixed b"),
+        complexity=Complexity(time=2, memory=2, formula="T·b + T²/b", source="Tay 2020, with fixed b"),
         caps=Caps(causal=True, bidirectional=True),
     )
     flop_overhead_reason = (

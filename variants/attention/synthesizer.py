@@ -1,4 +1,4 @@
-"""Synthesizer: attention weights without products of tokens (Tay 2020, arXiv:2005.00743, §3).
+"""Synthesizer: attention weights without products of tokens (Tay 2020, arXiv:2005.00743).
 
 Shapes: B batch, T tokens, C channels, H heads, D channels of a head, L maximum length, k rank.
 """
@@ -44,7 +44,7 @@ class SynthesizerConfig(VariantConfig):
 
 
 class Synthesizer(SequenceMixer):
-    """softmax(R)V, where R is synthesised (§3.2), by three of the paper's ways.
+    """softmax(R)V, where R is synthesised, by three of the paper's ways.
 
     dense: R_t = W₂ ReLU(W₁ x_t), L scores for a token. The hidden layer of a head has D channels. So R is
     attention of hidden vectors to learnt keys, the rows of W₂, and runs in attention kernels. random: R is
@@ -57,7 +57,7 @@ class Synthesizer(SequenceMixer):
 
     Deviations from the paper: no biases, as in all projections of this project. Later keys are masked in the
     causal form. The initial scores have a standard deviation of 1. "Factorized Dense" and the mixtures with
-    dot products (§3.3) are left out.
+    dot products are left out.
     """
 
     Config = SynthesizerConfig
@@ -66,7 +66,7 @@ class Synthesizer(SequenceMixer):
     info = Info(
         paper="Tay et al. 2020, Synthesizer, arXiv:2005.00743",
         family="low rank",
-        complexity=Complexity(time=2, memory=2, formula="T²", source="Tay 2020, Table 1", survey=2),
+        complexity=Complexity(time=2, memory=2, formula="T²", source="survey of Tay 2020, Table 1", survey=2),
         caps=Caps(causal=True, bidirectional=True, fixed_length=True),
     )
 

@@ -51,7 +51,7 @@ class Info:
     paper: str
     """Authors, year, short title and arXiv number."""
     family: str
-    """The family of the method: dense, or a family of the survey of Tay et al. (arXiv:2009.06732v3, §2.2):
+    """The family of the method: dense, or a family of the survey of Tay et al. (arXiv:2009.06732v3, §3.1):
     fixed patterns, learned patterns, low rank, kernels, recurrence, memory."""
     complexity: Complexity
     caps: Caps

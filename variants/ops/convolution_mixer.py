@@ -51,7 +51,7 @@ class RecentInputs(DecodingState):
 
 
 class ConvolutionMixer(SequenceMixer):
-    """W_out conv(a ∘ sigmoid(b)), where a and b are projections of the input (§3.1, "gated linear unit").
+    """W_out conv(a ∘ sigmoid(b)), where a and b are projections of the input ("gated linear unit").
 
     A token reads k tokens with the weights softmax(logits), which the channels of a head share; the tokens
     before the first one are 0, and have a weight. Subclasses state the logits.

@@ -130,9 +130,9 @@ def _attend_backward(
 ) -> Tensor | None:
     """Add the gradients of a piece to those of q, k and v. Returns that of α (g,) if α is a tensor.
 
-    With the slope w = p^(2 − α), the gradient of scores is w·(dp − Σ w·dp / Σ w) (Peters 2019, §3.2), and
-    that of α is m·Σ dp·(b − w·Σ b / Σ w) with b = w·scores − p·log p (cf. Correia 2019, arXiv:1909.00015,
-    §3.2).
+    With the slope w = p^(2 − α), the gradient of scores is w·(dp − Σ w·dp / Σ w) (Peters 2019), and that of
+    α is m·Σ dp·(b − w·Σ b / Σ w) with b = w·scores − p·log p (cf. Correia 2019, arXiv:1909.00015, §3,
+    proposition 1).
     """
     dy, q, k, v, tau = inputs
     dq, dk, dv = sums

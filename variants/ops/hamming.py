@@ -1,5 +1,5 @@
 """Clusters of tokens by the signs of random projections, with K-means in Hamming space, for
-`variants.attention.clustered` (arXiv:2007.04825, §3.2.2).
+`variants.attention.clustered` (arXiv:2007.04825).
 
 Shapes: B batch, T tokens, H heads, D channels of a head, b bits, K clusters.
 """

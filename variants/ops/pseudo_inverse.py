@@ -1,4 +1,4 @@
-"""The iterative Moore–Penrose pseudo-inverse of `variants.attention.nystrom` (arXiv:2102.03902, eq. 11)."""
+"""The iterative Moore–Penrose pseudo-inverse of `variants.attention.nystrom` (arXiv:2102.03902, eq. 14)."""
 
 from __future__ import annotations
 

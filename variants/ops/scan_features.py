@@ -70,7 +70,7 @@ class EluPlusOne:
 
 @dataclass(frozen=True)
 class SinesAndCosines:
-    """φ(x) = [sin ωx, cos ωx]/√n for n directions ω (Peng 2021, arXiv:2103.02143, §3.1); m = 2n.
+    """φ(x) = [sin ωx, cos ωx]/√n for n directions ω (Peng 2021, arXiv:2103.02143); m = 2n.
 
     `table` is (n, D), and all heads share it.
     """
