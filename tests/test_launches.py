@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
-from tiers import slow
+from tiers import representative, slow
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -258,7 +258,7 @@ def table() -> dict[str, dict[str, int]]:
     return found
 
 
-@pytest.mark.parametrize("name", variants.names())
+@pytest.mark.parametrize("name", representative(variants.names()))
 def test_launches_are_those_of_the_table(name: str) -> None:
     """`python tests/test_launches.py` writes the table anew; a change says in the changelog why it moved."""
     figures = predict.Prediction(spec_of(name)).predict()

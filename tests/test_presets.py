@@ -19,11 +19,12 @@ from hydra_sweeps import swept
 from omegaconf import OmegaConf
 
 import variants
-from bench import CONFIGS
+from bench import CONFIGS, tasks
 from bench.config.groups import GROUPS, SECTIONS, entries
 from bench.config.parse import parse
 from bench.config.spec import ModelSizes
 from bench.inputs.errors import ConfigError
+from bench.tasks.base import Setting, Task, TaskConfig
 
 
 def source(folder: Path) -> CheckedSource:
@@ -210,14 +211,29 @@ def test_a_preset_that_names_code_runs_nothing(group: str, tmp_path: Path) -> No
     assert [path.name for path in tmp_path.iterdir()] == ["configs"]
 
 
-@pytest.mark.parametrize(
-    "preset", sorted(p.stem for p in (CONFIGS / "experiment").glob("*.yaml") if "linformer" in p.read_text())
-)
+PRESETS = {path.stem: path.read_text() for path in sorted((CONFIGS / "experiment").glob("*.yaml"))}
+WITHOUT_NETWORK = {"plays", "stdlib", *tasks.names()}
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_the_data_of_a_preset_is_long_enough(preset: str) -> None:
+    needed: dict[str, tuple[type[Task], TaskConfig, Setting]] = {}
+    for cell in swept(f"experiment={preset}"):
+        spec = cell.spec
+        task, config, setting = spec.task()
+        if spec.measure.execute and spec.data.name in WITHOUT_NETWORK:
+            setting = replace(setting, replicate=0)
+            needed[repr((spec.data, setting))] = task, config, setting
+    for task, config, setting in needed.values():
+        assert task(config, setting).unsupported() is None
+
+
+@pytest.mark.parametrize("preset", [name for name, text in PRESETS.items() if "linformer" in text])
 def test_masked_variants_have_a_baseline_wherever_causal_ones_do(preset: str) -> None:
     """Where causal variants are compared with dense attention, those that exist only with a masked objective
     are compared with dense attention of that objective."""
     found: dict[str, set[tuple[str, str]]] = {}
-    for cell in swept(f"experiment={preset}", "replicate=0"):
+    for cell in swept(f"experiment={preset}"):
         setting = replace(cell.spec, variant="", variant_params={}, objective="", twin=0)
         found.setdefault(repr(setting), set()).add((cell.spec.objective, cell.spec.variant))
     for setting, cells in found.items():
