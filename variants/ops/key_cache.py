@@ -236,9 +236,8 @@ class _Group(DecodingState):
         if self._keeps_all() and tokens == 1:  # the own key is already in its slot, beside all others
             self.write(k, v)
             end = self.clock.position + 1
-            y = F.scaled_dot_product_attention(
-                rows, self.summary_keys[:, :, :end].to(q.dtype), self.summary_values[:, :, :end].to(q.dtype)
-            )
+            keys, values = (kept[:, :, :end].to(q.dtype) for kept in (self.summary_keys, self.summary_values))
+            y = _read_all(rows, keys, values)
         else:
             y = self._attend(rows, k, v, tokens)
             self.write(k, v)  # not before: a ring has no slot beside those that are read
@@ -387,6 +386,18 @@ class _Group(DecodingState):
             chosen = _span(tokens_of)
             for held, new in ((self.summary_keys, k), (self.summary_values, v)):
                 held[:, heads, _span(slots)] = new[:, heads, chosen]
+
+
+def _read_all(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """softmax(QKᵀ/√D)V of few queries (B, K, n, D) and many keys (B, K, S, D).
+
+    On a CPU by two products that read the keys and values in the order of their memory. torch's CPU kernel
+    divides only heads and queries among the cores, and needs four times as long for one head of keys.
+    """
+    if q.device.type != "cpu":
+        return F.scaled_dot_product_attention(q, k, v)
+    scores = (k @ (q * q.shape[-1] ** -0.5).mT).mT.contiguous()
+    return scores.softmax(dim=-1) @ v
 
 
 def _equal(summaries: tuple[tuple[int, ...], ...]) -> Iterator[tuple[slice, tuple[int, ...]]]:
