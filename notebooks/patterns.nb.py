@@ -162,7 +162,7 @@ show("shifted_windows")
 # %% [markdown]
 # ## `image_transformer`: blocks of queries with a common memory
 #
-# All queries of a block of $b$ tokens read the same memory: the block and the $m$ tokens before it, $S_i=\{j: b\lfloor i/b\rfloor-m\le j\}$ up to the end of the block (and $m$ tokens after it, if not causal). In two dimensions the sequence is written into a grid row by row, and blocks and memories are rectangles, so that a token reads what is above it as well as what is beside it. ([Parmar et al. 2018](https://arxiv.org/abs/1802.05751), arXiv:1802.05751, §3.3.)
+# All queries of a block of $b$ tokens read the same memory: the block and the $m$ tokens before it, $S_i=\{j: b\lfloor i/b\rfloor-m\le j\}$ up to the end of the block (and $m$ tokens after it, if not causal). In two dimensions the sequence is written into a grid row by row, and blocks and memories are rectangles, so that a token reads what is above it as well as what is beside it. ([Parmar et al. 2018](https://arxiv.org/abs/1802.05751), arXiv:1802.05751.)
 
 # %%
 show("image_transformer")
@@ -170,7 +170,7 @@ show("image_transformer")
 # %% [markdown]
 # ## `axial`: rows of a grid, then its columns
 #
-# The sequence is written into a grid with rows of $r\approx\sqrt T$ tokens. Even layers read along rows, odd layers along columns, $S_i=\{j:j\equiv i \pmod r\}$: about $T\sqrt T$ pairs, and two layers connect any two positions. A causal row layer also reads the row above, because rows that are only causal could never pass anything to the left. ([Ho et al. 2019](https://arxiv.org/abs/1912.12180), arXiv:1912.12180, §3.)
+# The sequence is written into a grid with rows of $r\approx\sqrt T$ tokens. Even layers read along rows, odd layers along columns, $S_i=\{j:j\equiv i \pmod r\}$: about $T\sqrt T$ pairs, and two layers connect any two positions. A causal row layer also reads the row above, because rows that are only causal could never pass anything to the left. ([Ho et al. 2019](https://arxiv.org/abs/1912.12180), arXiv:1912.12180.)
 
 # %%
 show("axial")
@@ -186,7 +186,7 @@ show("bigbird")
 # %% [markdown]
 # ## `light_conv`: a convolution with few weights
 #
-# No scores at all: $y_i=\sum_{d<k} \mathrm{softmax}(w_h)_d\, v_{i-d}$, with the same $k$ weights $w_h$ for all positions and for all channels of a head. The set that is read is that of a window of $k$ tokens, and the cost is $T\cdot k$ with a very small constant. ([Wu et al. 2019](https://arxiv.org/abs/1901.10430), arXiv:1901.10430, §3.1.)
+# No scores at all: $y_i=\sum_{d<k} \mathrm{softmax}(w_h)_d\, v_{i-d}$, with the same $k$ weights $w_h$ for all positions and for all channels of a head. The set that is read is that of a window of $k$ tokens, and the cost is $T\cdot k$ with a very small constant. ([Wu et al. 2019](https://arxiv.org/abs/1901.10430), arXiv:1901.10430.)
 
 # %%
 show("light_conv")
@@ -194,7 +194,7 @@ show("light_conv")
 # %% [markdown]
 # ## `dynamic_conv`: a convolution whose weights depend on the token
 #
-# As `light_conv`, but the weights are a linear map of the current token, $w_h=W_h x_i$. Unlike attention, they do not depend on what the other tokens contain: a token decides only by itself how far back it looks, within $k$ positions. ([Wu et al. 2019](https://arxiv.org/abs/1901.10430), arXiv:1901.10430, §4.)
+# As `light_conv`, but the weights are a linear map of the current token, $w_h=W_h x_i$. Unlike attention, they do not depend on what the other tokens contain: a token decides only by itself how far back it looks, within $k$ positions. ([Wu et al. 2019](https://arxiv.org/abs/1901.10430), arXiv:1901.10430.)
 
 # %%
 show("dynamic_conv")
@@ -202,7 +202,7 @@ show("dynamic_conv")
 # %% [markdown]
 # ## `memory_compressed`: keys and values made shorter by a convolution
 #
-# A convolution with kernel and stride $s$ turns every $s$ tokens into one key and one value, so a query reads $T/s$ of them: $T^2/s$ pairs, still quadratic but with less memory. In a causal model, query $i$ reads pool $j$ only if it is complete, $(j+1)s\le i$; the stairs in the picture are these borders. ([Liu et al. 2018](https://arxiv.org/abs/1801.10198), arXiv:1801.10198, §4.2.3.)
+# A convolution with kernel and stride $s$ turns every $s$ tokens into one key and one value, so a query reads $T/s$ of them: $T^2/s$ pairs, still quadratic but with less memory. In a causal model, query $i$ reads pool $j$ only if it is complete, $(j+1)s\le i$; the stairs in the picture are these borders. ([Liu et al. 2018](https://arxiv.org/abs/1801.10198), arXiv:1801.10198, §4.2.4.)
 
 # %%
 show("memory_compressed")
@@ -226,7 +226,7 @@ show("entmax")
 # %% [markdown]
 # ## `sinkhorn`: blocks that are sorted by relevance
 #
-# A small network scores every block against every other from a summary of each, and a (nearly) doubly stochastic matrix $R$ mixes the blocks: $K'=RK$. A query reads its own block and the mixture that was sorted to its place, $2b$ keys. A causal matrix is strictly lower triangular and its summaries contain only the past; rows are normalised over past blocks. ([Tay et al. 2020](https://arxiv.org/abs/2002.11296), arXiv:2002.11296, §3.)
+# A small network scores every block against every other from a summary of each, and a (nearly) doubly stochastic matrix $R$ mixes the blocks: $K'=RK$. A query reads its own block and the mixture that was sorted to its place, $2b$ keys. A causal matrix is strictly lower triangular and its summaries contain only the past; rows are normalised over past blocks. ([Tay et al. 2020](https://arxiv.org/abs/2002.11296), arXiv:2002.11296.)
 
 # %%
 show("sinkhorn")
@@ -242,7 +242,7 @@ show("linear_transformer")
 # %% [markdown]
 # ## `rfa`: sines and cosines as features
 #
-# Queries and keys of length 1 have random Fourier features, $\varphi(x)=[\sin(\omega x),\cos(\omega x)]$, whose products estimate a Gaussian kernel, which for unit vectors is the softmax kernel. A learnt gate $g_t$ can make the sums forget: $S_t=g_tS_{t-1}+(1-g_t)\varphi(k_t)v_t^\top$. All tokens so far are read. ([Peng et al. 2021](https://arxiv.org/abs/2103.02143), arXiv:2103.02143, §3.)
+# Queries and keys of length 1 have random Fourier features, $\varphi(x)=[\sin(\omega x),\cos(\omega x)]$, whose products estimate a Gaussian kernel, which for unit vectors is the softmax kernel. A learnt gate $g_t$ can make the sums forget: $S_t=g_tS_{t-1}+(1-g_t)\varphi(k_t)v_t^\top$. All tokens so far are read. ([Peng et al. 2021](https://arxiv.org/abs/2103.02143), arXiv:2103.02143.)
 
 # %%
 show("rfa")
@@ -250,7 +250,7 @@ show("rfa")
 # %% [markdown]
 # ## `long_short`: a window and a summary of each segment
 #
-# One softmax covers two kinds of keys: those of a window, and $r$ rows into which each segment is projected with weights that depend on its content, $P=\mathrm{softmax}(XW)$ and $\bar K=P^\top K$. In a causal model only complete segments of the past are projected. The cost is $T\cdot(w+r\,T/s)$, and the picture shows the window and everything up to the last complete segment. ([Zhu et al. 2021](https://arxiv.org/abs/2107.02192), arXiv:2107.02192, §3.)
+# One softmax covers two kinds of keys: those of a window, and $r$ rows into which each segment is projected with weights that depend on its content, $P=\mathrm{softmax}(XW)$ and $\bar K=P^\top K$. In a causal model only complete segments of the past are projected. The cost is $T\cdot(w+r\,T/s)$, and the picture shows the window and everything up to the last complete segment. ([Zhu et al. 2021](https://arxiv.org/abs/2107.02192), arXiv:2107.02192.)
 
 # %%
 show("long_short")
@@ -258,7 +258,7 @@ show("long_short")
 # %% [markdown]
 # ## `luna`: two short attentions through a packed sequence
 #
-# A learnt sequence $P$ of $l$ positions first reads all tokens (*pack*), then all tokens read the packed sequence (*unpack*): $Y=\mathrm{softmax}(X P'^\top)P'$ with $P'=\mathrm{softmax}(P X^\top)X$, at a cost of $T\cdot l$. The causal form replaces the softmax over time by running sums. Every token is read, through $l$ numbers a channel. ([Ma et al. 2021](https://arxiv.org/abs/2106.01540), arXiv:2106.01540, §3.)
+# A learnt sequence $P$ of $l$ positions first reads all tokens (*pack*), then all tokens read the packed sequence (*unpack*): $Y=\mathrm{softmax}(X P'^\top)P'$ with $P'=\mathrm{softmax}(P X^\top)X$, at a cost of $T\cdot l$. The causal form replaces the softmax over time by running sums. Every token is read, through $l$ numbers a channel. ([Ma et al. 2021](https://arxiv.org/abs/2106.01540), arXiv:2106.01540.)
 
 # %%
 show("luna")
@@ -266,7 +266,7 @@ show("luna")
 # %% [markdown]
 # ## `nystrom`: a matrix of weights from a few landmarks
 #
-# The matrix of attention weights is approximated from $m$ landmark queries and keys, the means of segments: $\mathrm{softmax}(Q\tilde K^\top)\,\mathrm{softmax}(\tilde Q\tilde K^\top)^{+}\,\mathrm{softmax}(\tilde QK^\top)V$. The pseudo-inverse is computed by a short iteration. Landmarks and inverse mix all positions, so there is no causal form. ([Xiong et al. 2021](https://arxiv.org/abs/2102.03902), arXiv:2102.03902, §3.)
+# The matrix of attention weights is approximated from $m$ landmark queries and keys, the means of segments: $\mathrm{softmax}(Q\tilde K^\top)\,\mathrm{softmax}(\tilde Q\tilde K^\top)^{+}\,\mathrm{softmax}(\tilde QK^\top)V$. The pseudo-inverse is computed by a short iteration. Landmarks and inverse mix all positions, so there is no causal form. ([Xiong et al. 2021](https://arxiv.org/abs/2102.03902), arXiv:2102.03902.)
 
 # %%
 show("nystrom")
@@ -282,7 +282,7 @@ show("isab")
 # %% [markdown]
 # ## `synthesizer`: weights without a comparison
 #
-# The scores of token $i$ do not depend on the other tokens: they are a function of $x_i$ alone, $s_i=W_2\,\mathrm{relu}(W_1x_i)$ (dense), or learnt parameters $R_{ij}$ that depend on the positions only (random, and factorised as a product of two thin matrices). The set read is that of dense attention, and the parameters fix the maximum length $T$. ([Tay et al. 2020](https://arxiv.org/abs/2005.00743), arXiv:2005.00743, §3.)
+# The scores of token $i$ do not depend on the other tokens: they are a function of $x_i$ alone, $s_i=W_2\,\mathrm{relu}(W_1x_i)$ (dense), or learnt parameters $R_{ij}$ that depend on the positions only (random, and factorised as a product of two thin matrices). The set read is that of dense attention, and the parameters fix the maximum length $T$. ([Tay et al. 2020](https://arxiv.org/abs/2005.00743), arXiv:2005.00743.)
 
 # %%
 show("synthesizer")
@@ -290,7 +290,7 @@ show("synthesizer")
 # %% [markdown]
 # ## `fnet`: a Fourier transform in place of attention
 #
-# No parameters mix the tokens: $y=\mathrm{Re}(\mathcal F_T\,\mathcal F_C\,x)$, a Fourier transform along the sequence and one along the channels, at a cost of $T\log T$. Each output is a fixed mixture of all tokens, so there is no causal form. ([Lee-Thorp et al. 2021](https://arxiv.org/abs/2105.03824), arXiv:2105.03824, §3.)
+# No parameters mix the tokens: $y=\mathrm{Re}(\mathcal F_T\,\mathcal F_C\,x)$, a Fourier transform along the sequence and one along the channels, at a cost of $T\log T$. Each output is a fixed mixture of all tokens, so there is no causal form. ([Lee-Thorp et al. 2021](https://arxiv.org/abs/2105.03824), arXiv:2105.03824.)
 
 # %%
 show("fnet")
@@ -306,7 +306,7 @@ show("clustered")
 # %% [markdown]
 # ## `etc`: a window and learnt global tokens
 #
-# Besides the tokens of the sequence there are $n$ global tokens with their own inputs and projections. They first read everything and each other, $H=\mathrm{attend}(G,[X,G])$; then each token reads its window and these $n$ results in one softmax, $S_i=\{j:|i-j|<w\}\cup\{1,\dots,n\}$, at a cost of $T\cdot(w+n)$. A global token reads later tokens, so there is no causal form, and through it one layer connects all pairs. ([Ainslie et al. 2020](https://arxiv.org/abs/2004.08483), arXiv:2004.08483, §3.)
+# Besides the tokens of the sequence there are $n$ global tokens with their own inputs and projections. They first read everything and each other, $H=\mathrm{attend}(G,[X,G])$; then each token reads its window and these $n$ results in one softmax, $S_i=\{j:|i-j|<w\}\cup\{1,\dots,n\}$, at a cost of $T\cdot(w+n)$. A global token reads later tokens, so there is no causal form, and through it one layer connects all pairs. ([Ainslie et al. 2020](https://arxiv.org/abs/2004.08483), arXiv:2004.08483.)
 
 # %%
 show("etc")

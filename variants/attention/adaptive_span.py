@@ -70,7 +70,8 @@ class AdaptiveSpan(SequenceMixer):
     those of the current spans.
 
     Deviations from the paper: positions are rotary; the paper has learnt vectors for distances. A token also
-    reads itself; in the paper its span ends with the token before it. There is no dynamic span (§2.2,
+    reads itself; in the paper its span ends with the token before it. Scores are divided by √D, which eq. 1
+    does not do. There is no dynamic span (§2.2,
     "Dynamic attention span").
     """
 

@@ -31,8 +31,8 @@ class FnetConfig(VariantConfig):
     """Knobs of the transform."""
 
     norm: Literal["ortho", "none"] = "ortho"
-    """Scale of the transform. ortho: divided by √(T·C), so that outputs have the size of inputs. none: the
-    sums of the paper, which are larger by √(T·C)."""
+    """Scale of the transform. ortho: divided by √(T·C), so that outputs have the size of inputs. none: plain
+    sums (eq. 1), which are larger by √(T·C)."""
 
 
 class Fnet(SequenceMixer):

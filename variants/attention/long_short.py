@@ -87,9 +87,9 @@ class LongShort(SequenceMixer):
     last segment, which may be shorter.
 
     Deviations from the paper: positions are rotary and are applied after the normalisation; a row has the
-    position of the middle of its segment. The normalisations have no biases. The window is centred on the
-    token; the paper's consists of its block and its neighbours. The paper's language model has segments of a
-    fixed length.
+    position of the middle of its segment. The normalisations have no biases. Without a causal
+    order the window is centred on the token; the paper's consists of its block and its neighbours. The
+    paper's language model has segments of a fixed length.
     """
 
     Config = LongShortConfig
