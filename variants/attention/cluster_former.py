@@ -65,9 +65,9 @@ class ClusterFormer(SequenceMixer):
 
     Deviations from the paper: it keeps hidden states in a memory bank, and now and then runs K-means on them,
     where centroids here follow a moving average of the batches. Hidden states are centred and compared by
-    cosine, where the paper has inner products. Two of its 24 layers read clusters, here every other one
-    (`hybrid` combines them in other orders). Window layers have a window around each token, where the paper has overlapping windows at a
-    stride, with the question of a reader in front of each. The last chunk is shorter instead of padded.
+    cosine, where the paper has inner products. Two of its 24 layers read clusters; here every other one does.
+    Window layers have a window around each token, where the paper has overlapping windows at a stride, with
+    the question of a reader in front of each. The last chunk is shorter instead of padded.
     Positions are rotary, those of the original sequence.
     """
 
