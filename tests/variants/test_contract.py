@@ -2,7 +2,8 @@
 
 A variant's own test file may hold `SMALL: list[dict[str, Any]] = [...]`, a literal list of knobs: small
 configurations that show at a few dozen tokens what the defaults show at hundreds. They go through the same
-tests: the first that runs in a direction by default, the others among the slow tests.
+tests: the first that runs in a direction by default, the others among the slow tests. There are also the
+defaults of a variant with such a configuration, except of one variant of each family.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ from oracles import (
     numbers,
     refer,
 )
-from tiers import slow, tiered
+from tiers import REPRESENTATIVES, slow, tiered
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_leaves
@@ -123,19 +124,23 @@ class Case:
 def cases(*, small: bool, directions: tuple[bool, ...] = (True, False)) -> Any:
     """Every direction that a variant claims, of its defaults and, if asked, of its small configurations.
 
-    By default, each direction once with the defaults and once with a small configuration.
+    By default, each direction once with a small configuration; and once with the defaults, where there is no
+    small one, and of a variant of each family.
     """
     found = []
     for name in NAMES:
         caps = variants.load(name).info.caps
-        for index in [None, *range(len(small_knobs(name)) if small else 0)]:
-            for causal in (d for d in directions if (caps.causal if d else caps.bidirectional)):
-                size = "" if index is None else f"-small{index}"
+        for causal in (d for d in directions if (caps.causal if d else caps.bidirectional)):
+            sizes = [Case(name, index, causal) for index in range(len(small_knobs(name)) if small else 0)]
+            running = [case for case in sizes if case.runs(dims_for(case.length))]
+            for case in (Case(name, None, causal), *sizes):
+                size = "" if case.small is None else f"-small{case.small}"
+                if case.small is not None:
+                    is_short = case in running[:1]
+                else:
+                    is_short = name in REPRESENTATIVES or not running
                 label = f"{name}{size}-{'clm' if causal else 'mlm'}"
-                case = Case(name, index, causal)
-                runs = index is None or case.runs(dims_for(case.length))
-                group = (name, causal, index is None) if runs else None
-                found.append((group, pytest.param(case, id=label)))
+                found.append((case if is_short else None, pytest.param(case, id=label)))
     return pytest.mark.parametrize("case", tiered(found))
 
 
