@@ -41,7 +41,7 @@ class LunaConfig(VariantConfig):
     """Length of the packed sequence, which every token reads."""
     activation: Literal["elu", "softplus"] = "elu"
     """Weights of the causal pack, in place of softmax: elu(s) + 1, or log(1 + exp(s))."""
-    chunk: int = knob(64, least=1, unit="tokens")
+    chunk: int = knob(32, least=1, unit="tokens")
     """Tokens of a chunk, at most. Causal sums are computed pair by pair within it; earlier chunks are one
     sum. It changes the cost, and not the outputs."""
 
