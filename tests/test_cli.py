@@ -66,7 +66,7 @@ def test_one_cell_writes_one_record_with_the_contract_s_keys(tmp_path: Path) -> 
 
 def test_a_mixture_is_planned_trained_resumed_and_reported(tmp_path: Path) -> None:
     """From the command line to the report, with knobs of a member; its FLOPs are the sum of its members'."""
-    mixture = ["variant=hybrid", "variant.layers=[longformer(window=16),longformer(window=16),dense]"]
+    mixture = ["variant=hybrid", "variant.layers=[2xlongformer(window=16),dense]"]
     cell = ["data=stdlib", "seq_len=64", "depth=3", "measure=quick", "measure.time_seconds=0"]
     trained = ["measure.train_tokens=640", "measure.eval_tokens=256", "measure.checkpoint_seconds=0"]
     done = bench(*mixture, *cell, *trained, "name=mixed", cwd=tmp_path)

@@ -20,7 +20,7 @@ from bench.model.language_model import LanguageModel
 from bench.model.slots import ModelSpec, feed_forward
 from bench.tasks.base import Batch
 from bench.train.step import optimizer_for, training_step
-from variants.attention.hybrid import Hybrid, HybridConfig
+from variants.attention.hybrid import RECIPES, Hybrid, HybridConfig
 from variants.base import Context, Dims, Workload, known_leak, scheduled_cost, scheduled_state_bytes
 from variants.input_schedule import Chunks, Segments, WholeSequence
 
@@ -263,6 +263,10 @@ def test_a_plan_of_a_mixture_is_what_its_step_takes() -> None:
         (["dense("], r"'dense\(' is not a layer; write it like dense or longformer\(window=512\)"),
         (["dense(impl)"], r"'impl' is not a knob; write it like window=512"),
         ([], "allowed is a list of one or more variants"),
+        (["gema3"], r"variant=gema3: unknown; there are .*; models are gemma2, gemma3"),
+        (["0xdense"], r"0xdense: allowed are 1x to 1,024x$"),
+        (["2000xdense"], r"2000xdense: allowed are 1x to 1,024x$"),
+        (["3x", "dense"], r"variant=3x: unknown; "),
         (
             ["chunked(chunk=64)", "transformer_xl"],
             r"chunked needs chunks of 64 tokens every 64 and transformer_xl needs segments of 256 tokens; "
@@ -291,6 +295,31 @@ def test_one_mixture_has_one_spelling() -> None:
     assert again.layers == kept
     assert again.slots[0].config.window == (64, 128)
     assert again.slots[1].config.orthogonal is False
+
+
+@pytest.mark.parametrize(
+    ("short", "layers"),
+    [
+        (["3xlongformer(window=8)", "dense"], [*["longformer(window=8)"] * 3, "dense"]),
+        (["dense", " 2xperformer ", "1xdense"], ["dense", "performer", "performer", "dense"]),
+        ("gemma3", [*["longformer(window=1024)"] * 5, "dense"]),
+        (["2xgemma2", "dense"], [*["longformer(window=4096)", "dense"] * 2, "dense"]),
+    ],
+)
+def test_repeated_layers_and_models_are_written_out(short: list[str] | str, layers: list[str]) -> None:
+    """Records say what ran, and equal mixtures are one cell."""
+    config = HybridConfig.of({"layers": short})
+    assert config.as_dict() == {"layers": layers}
+    assert config == HybridConfig.of({"layers": layers})
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_the_layers_of_a_model_are_layers_and_no_variant_has_its_name(name: str) -> None:
+    assert name not in variants.names()
+    layers = HybridConfig(layers=(name,)).layers
+    assert 2 <= len(layers) <= 16
+    assert len({*layers}) > 1
+    assert Hybrid.no_form(HybridConfig(layers=layers), causal=True) is None
 
 
 def test_members_are_told_for_the_hash_of_the_code() -> None:

@@ -8,14 +8,29 @@ from __future__ import annotations
 
 import difflib
 import re
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields
 from functools import cached_property
+from types import MappingProxyType
 from typing import Any, get_origin, get_type_hints
 
 import variants
 from variants.base import Mixture, SequenceMixer, SlotSpec, VariantConfig
 from variants.base.mixture import common_schedule
 
+RECIPES: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {
+        # every second layer reads all tokens, the lowest a window (arXiv:2408.00118, §2)
+        "gemma2": ("longformer(window=4096)", "dense"),
+        # five layers with windows, then one that reads all tokens (arXiv:2503.19786, §2)
+        "gemma3": ("5xlongformer(window=1024)", "dense"),
+    }
+)
+"""Mixtures of published models, by names that may stand in place of layers. Only the order of the layers and
+their windows are those of the models, not positions, normalisations and feed-forward layers."""
+MOST_TIMES = 1024
+"""Times that an entry repeats a layer."""
+_TIMES = re.compile(r"\s*(\d+)x(?=[A-Za-z_])(.*)", re.DOTALL)
 _MEMBER = re.compile(r"\s*(\w+)\s*(?:\((.*)\))?\s*", re.DOTALL)
 _ARGUMENT = re.compile(r"\s*(\w+)\s*=\s*(\[[^\]]*\]|[^,\[\]]*?)\s*(?:,|$)")
 
@@ -26,11 +41,12 @@ class HybridConfig(VariantConfig):
 
     layers: tuple[str, ...] = ("longformer", "dense")
     """Variants of the layers, from the lowest layer on; a deeper model repeats them. Knobs that differ from
-    their defaults are given in parentheses: longformer(window=512)."""
+    their defaults are given in parentheses: longformer(window=512). 3xlongformer are three such layers, and
+    gemma2 and gemma3 the layers of these models. Records have every layer by itself."""
 
     def __post_init__(self) -> None:
         self.require("layers", bool(self.layers), "a list of one or more variants")
-        object.__setattr__(self, "layers", tuple(_canonical(slot) for slot in self.slots))
+        object.__setattr__(self, "layers", tuple(map(_canonical, self.slots)))
         try:
             common_schedule(self.slots)
         except ValueError as error:
@@ -39,7 +55,7 @@ class HybridConfig(VariantConfig):
     @cached_property
     def slots(self) -> tuple[SlotSpec[SequenceMixer], ...]:
         """The members. Raises ValueError for a variant or a knob that does not exist."""
-        return tuple(map(_member, self.layers))
+        return tuple(map(_member, _single(self.layers)))
 
 
 class Hybrid(Mixture):
@@ -53,6 +69,19 @@ class Hybrid(Mixture):
         return config.slots
 
 
+def _single(entries: Iterable[str]) -> Iterator[str]:
+    """Yield the text of each layer of entries such as `3xlongformer` and `gemma3`."""
+    for entry in entries:
+        match = _TIMES.fullmatch(entry)
+        times, layer = (int(match[1]), match[2].strip()) if match else (1, entry.strip())
+        if not 1 <= times <= MOST_TIMES:
+            raise ValueError(f"layers: {entry}: allowed are 1x to {MOST_TIMES:,}x")
+        recipe = RECIPES.get(layer)
+        layers = (layer,) if recipe is None else tuple(_single(recipe))
+        for _ in range(times):
+            yield from layers
+
+
 def _member(text: str) -> SlotSpec[SequenceMixer]:
     """`longformer(window=512)` as a slot."""
     match = _MEMBER.fullmatch(text)
@@ -62,7 +91,7 @@ def _member(text: str) -> SlotSpec[SequenceMixer]:
     try:
         variant = variants.load(name)
     except variants.UnknownVariant as error:
-        raise ValueError(f"layers: {error}") from None
+        raise ValueError(f"layers: {error}; models are {', '.join(RECIPES)}") from None
     if not issubclass(variant, SequenceMixer):
         raise ValueError(f"layers: {name} is itself a mixture; allowed are variants with one kind of layer")
     try:

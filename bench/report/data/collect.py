@@ -7,6 +7,7 @@ import json
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -144,5 +145,14 @@ def _differing(names: Iterable[str], knobs: Iterable[dict[str, Any]]) -> list[st
 
 
 def spoken(value: object) -> str:
-    """A parameter's value without the quotes JSON would put round a word."""
+    """A parameter's value without the quotes JSON would put round a word; equal words of a list, such as the
+    layers of a mixture, are counted: [3xlongformer(window=64),dense]."""
+    if isinstance(value, list) and value and all(isinstance(word, str) for word in value):
+        return f"[{counted(value)}]"
     return value if isinstance(value, str) else json.dumps(value)
+
+
+def counted(words: Iterable[str]) -> str:
+    """Words with a comma between them, repeated ones counted: `3xlongformer(window=64),dense`."""
+    runs = [(len(list(same)), word) for word, same in groupby(words)]
+    return ",".join(f"{times}x{word}" if times > 1 else word for times, word in runs)

@@ -29,7 +29,9 @@ MARK_ROW, MOST_MARK_ROWS = 0.05, 8
 NOTE_HEIGHT = 0.12
 """Height of a line of the footer, in inches."""
 LEGEND = 2.3
-"""Space for the legend to the right of the panels, in inches."""
+"""Space for the legend to the right of the panels, in inches; longer names widen the figure."""
+LETTER, HANDLE = 0.067, 0.55
+"""Width of a letter of legends and names of rows, and of all else in a line of a legend, in inches."""
 
 
 def look() -> AbstractContextManager[None]:
@@ -139,6 +141,9 @@ def dress(figure: Figure, title: str, setting: str, footer: str, handles: Sequen
             place.get_gridspec().ncols for axis in axes if (place := axis.get_subplotspec()) is not None
         )
         figure.set_figwidth(figure.get_figwidth() - LEGEND + columns * (width_of_names(axes) + 0.1))
+    legend = max([LEGEND, *(HANDLE + LETTER * len(str(handle.get_label())) for handle in handles)])
+    if not named:
+        figure.set_figwidth(figure.get_figwidth() + legend - LEGEND)
     wide, high = figure.get_size_inches()
     notes = textwrap.wrap(footer, int(wide * 16))
     rows = 0
@@ -151,7 +156,7 @@ def dress(figure: Figure, title: str, setting: str, footer: str, handles: Sequen
         corner = (0.0, len(notes) * NOTE_HEIGHT / high)
         figure.legend(handles=handles, loc="lower left", bbox_to_anchor=corner, fontsize=8, ncols=fit)
     # Characters that fit beside the legend, at about 14 an inch.
-    words = "\n".join([title, *textwrap.wrap(setting, int((wide - (0 if named else LEGEND)) * 14))])
+    words = "\n".join([title, *textwrap.wrap(setting, int((wide - (0 if named else legend)) * 14))])
     figure.suptitle(words, fontsize=10, x=0.01, ha="left")
     room = [""] * round((0.1 + 0.18 * rows) / NOTE_HEIGHT if rows else 0)
     figure.supxlabel("\n".join([*room, *notes]), x=0.01, ha="left", fontsize=7, color="#555555")
