@@ -15,7 +15,7 @@ from variants.ops import feature_sums, scan_chunks
 from variants.ops import full_sums as full_sums_module
 from variants.ops.full_sums import full_flops, full_sums
 from variants.ops.gated_scan import gated_scan, recurrence, scan_flops
-from variants.ops.scan_features import EluPlusOne, FeatureMap, Identity, SinesAndCosines
+from variants.ops.scan_features import EluPlusOne, FeatureMap, Identity, Silu, SinesAndCosines
 from variants.ops.tile_size import Sizes
 
 EXACT = 1e-10
@@ -107,6 +107,7 @@ def test_a_strong_decay_leaves_the_next_tokens_exact() -> None:
 TABLE = torch.randn(7, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 MAPS: list[tuple[FeatureMap, Tensor | None, Callable[[Tensor], Tensor]]] = [
     (Identity(), None, lambda x: x),
+    (Silu(), None, lambda x: x / (1 + (-x).exp())),
     (EluPlusOne(), None, lambda x: torch.nn.functional.elu(x) + 1),
     (
         SinesAndCosines(),
@@ -138,7 +139,7 @@ def test_elu_plus_one_is_positive_where_the_sum_is_rounded_to_0() -> None:
     torch.testing.assert_close(found[..., 2:], torch.nn.functional.elu(x[..., 2:]) + 1)
 
 
-@pytest.mark.parametrize(("features", "table", "written_out"), MAPS[1:])
+@pytest.mark.parametrize(("features", "table", "written_out"), MAPS[2:])
 @pytest.mark.parametrize("seq_len", [1, 7, 40])
 def test_full_sums_are_the_quadratic_form(
     features: FeatureMap,

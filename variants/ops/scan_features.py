@@ -69,6 +69,24 @@ class EluPlusOne:
 
 
 @dataclass(frozen=True)
+class Silu:
+    """φ(x) = x · sigmoid(x), which may be negative."""
+
+    def width(self, head_dim: int, table: Tensor | None) -> int:
+        """D."""
+        return head_dim
+
+    def features(self, x: Tensor, table: Tensor | None) -> Tensor:
+        """φ(x)."""
+        return torch.nn.functional.silu(x)
+
+    def gradient(self, grad: Tensor, features: Tensor, x: Tensor, table: Tensor | None) -> Tensor:
+        """The derivative is σ + φ(x) · (1 − σ), with σ = sigmoid(x)."""
+        sigmoid = x.sigmoid()
+        return grad.mul_(sigmoid.addcmul_(features, 1 - sigmoid))
+
+
+@dataclass(frozen=True)
 class SinesAndCosines:
     """φ(x) = [sin ωx, cos ωx]/√n for n directions ω (Peng 2021, arXiv:2103.02143); m = 2n.
 
