@@ -54,3 +54,14 @@ def test_with_decays_it_is_the_gated_delta_rule(tokens: int) -> None:
         return found[0]
 
     assert_same(lambda: ours(*inputs), theirs, inputs, tolerance=FLOAT32)
+
+
+@pytest.mark.parametrize("tokens", [1, 64, 100])
+def test_with_decays_of_channels_it_is_kda(tokens: int) -> None:
+    inputs = q, k, v, beta, g = drawn(tokens, 8)
+    assert_same(
+        lambda: ours(*inputs),
+        lambda: naive("kda").naive_recurrent_kda(q, k, v, g, beta, scale=1.0)[0],
+        inputs,
+        tolerance=FLOAT32,
+    )

@@ -46,23 +46,23 @@ def assert_equal(got: Tensor, want: Tensor, inputs: list[Tensor], tolerance: flo
         assert (a - b).abs().max() <= tolerance * max(1.0, b.abs().max().item())
 
 
-def drawn(seq_len: int, *, decays: bool, widths: tuple[int, int] = (6, 4)) -> list[Tensor]:
-    """Queries, unit keys, values of another width, strengths and, if asked, decays from none to all."""
+def drawn(seq_len: int, *, decays: int, widths: tuple[int, int] = (6, 4)) -> list[Tensor]:
+    """Queries, unit keys, values of another width, strengths and, if any, decays from none to all."""
     torch.manual_seed(seq_len)
     q, k, v = (numbers(2, 3, seq_len, width) for width in (widths[0], *widths))
     beta = torch.rand(2, 3, seq_len, 1, dtype=torch.float64, requires_grad=True)
     found = [q, unit(k).detach().requires_grad_(), v, beta]
     if decays:
-        found.append((-numbers(2, 3, seq_len, 1).exp()).detach().requires_grad_())
+        found.append((-numbers(2, 3, seq_len, decays).exp()).detach().requires_grad_())
     return found
 
 
-@pytest.mark.parametrize("decays", [False, True])
+@pytest.mark.parametrize("decays", [0, 1, 6])
 @pytest.mark.parametrize("seq_len", [1, 5, 16, 67])
 @pytest.mark.parametrize("segment", [2**7, 2**20])
 @pytest.mark.parametrize("device_type", DEVICES)
 def test_it_is_the_recurrence(
-    seq_len: int, segment: int, decays: bool, device_type: str, monkeypatch: pytest.MonkeyPatch
+    seq_len: int, segment: int, decays: int, device_type: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In one segment and in many."""
     monkeypatch.setattr(module, "SEGMENT", Sizes(segment, segment))
@@ -72,7 +72,7 @@ def test_it_is_the_recurrence(
 
 def test_unit_vectors_are_part_of_it() -> None:
     """Also where a vector is 0."""
-    q, k, *others = drawn(19, decays=True)
+    q, k, *others = drawn(19, decays=1)
     with torch.no_grad():
         q[0, 0, 3] = k[0, 0, 5] = 0
         q.mul_(3)
@@ -81,8 +81,8 @@ def test_unit_vectors_are_part_of_it() -> None:
     assert_equal(run(*inputs, unit=True), recurrence(unit(q), unit(k), *others), inputs)
 
 
-@pytest.mark.parametrize("decays", [False, True])
-def test_in_float32_it_is_near_the_recurrence(decays: bool) -> None:
+@pytest.mark.parametrize("decays", [0, 1, 16])
+def test_in_float32_it_is_near_the_recurrence(decays: int) -> None:
     """Of the largest number, 1e-5, over chunks of the default size, with keys that repeat."""
     inputs = [x.detach().float() for x in drawn(300, decays=decays, widths=(16, 16))]
     inputs[1][:, :, 1::2] = inputs[1][:, :, ::2]
@@ -91,20 +91,23 @@ def test_in_float32_it_is_near_the_recurrence(decays: bool) -> None:
     assert_equal(got, recurrence(*(x.double() for x in inputs)), inputs, 1e-5)
 
 
+@pytest.mark.parametrize("decays", [1, 6])
 @pytest.mark.parametrize("device_type", DEVICES)
-def test_half_precision_has_no_nan(device_type: str) -> None:
-    inputs = [x.detach().bfloat16().requires_grad_() for x in drawn(70, decays=True)]
+def test_half_precision_has_no_nan(device_type: str, decays: int) -> None:
+    inputs = [x.detach().bfloat16().requires_grad_() for x in drawn(70, decays=decays)]
     y = run(*inputs, unit=True, device_type=device_type)
     assert y.dtype == torch.bfloat16
     assert all(g.isfinite().all() for g in (y, *torch.autograd.grad(y.sum(), inputs)))
 
 
 @pytest.mark.parametrize("log_decay", [0.0, -1e-12, -1.0, -80.0, -3000.0, float("-inf")])
-def test_no_decay_is_too_weak_or_too_strong(log_decay: float) -> None:
+@pytest.mark.parametrize("decays", [1, 6])
+def test_no_decay_is_too_weak_or_too_strong(log_decay: float, decays: int) -> None:
     """In float32, among decays of another size."""
-    q, k, v, beta = (x.detach().float().requires_grad_() for x in drawn(3 * CHUNK, decays=False))
-    logs = torch.full_like(beta, log_decay).detach()
+    q, k, v, beta = (x.detach().float().requires_grad_() for x in drawn(3 * CHUNK, decays=0))
+    logs = torch.full((2, 3, 3 * CHUNK, decays), log_decay)
     logs[:, 1, ::5] = -0.5
+    logs[:, 2, ::3, -1] = -0.5
     logs.requires_grad_()
     finite = logs.detach().clamp(min=-1e4).double().requires_grad_()
     want = recurrence(*(x.double() for x in (q, k, v, beta)), finite)
@@ -116,8 +119,26 @@ def test_no_decay_is_too_weak_or_too_strong(log_decay: float) -> None:
         torch.testing.assert_close(a.double(), b.double(), rtol=1e-4, atol=1e-4)
 
 
+def test_equal_decays_of_all_channels_are_one_decay() -> None:
+    """Outputs and gradients; that of the one decay is the sum over channels."""
+    q, k, v, beta, logs = drawn(67, decays=1)
+    inputs = [q, k, v, beta, logs]
+    assert_equal(run(q, k, v, beta, logs.expand(-1, -1, -1, 6)), run(*inputs), inputs)
+
+
+def test_a_strong_decay_leaves_the_next_tokens_exact() -> None:
+    """Cumulative logarithms near -6000, whose float32 rounding would change weights by 5e-4."""
+    q, k, v, beta = (x.detach().float() for x in drawn(64, decays=0))
+    for decays in (1, 6):
+        logs = torch.full((2, 3, 64, decays), -0.01)
+        logs[:, :, :60] = -100.0
+        got = delta_rule(q, k, v, beta, logs, chunk=64, device_type="cpu")
+        want = recurrence(*(x.double() for x in (q, k, v, beta, logs)))
+        torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=2e-6)
+
+
 def test_without_writes_the_state_stays_empty() -> None:
-    q, k, v, beta = drawn(30, decays=False)
+    q, k, v, beta = drawn(30, decays=0)
     assert not run(q, k, v, torch.zeros_like(beta)).any()
 
 
@@ -148,7 +169,7 @@ def test_a_second_value_of_a_key_replaces_the_first() -> None:
 def test_weak_writes_are_linear_attention() -> None:
     """With strengths εβ, y/ε tends to the sum of β (q·k) v with decays: what a write corrects is of order
     ε."""
-    q, k, v, beta, logs = (x.detach() for x in drawn(40, decays=True))
+    q, k, v, beta, logs = (x.detach() for x in drawn(40, decays=1))
     options = {"features": Identity(), "chunk": CHUNK, "device_type": "cpu"}
     want = gated_scan(q, k, v, logs, beta, **options)  # type: ignore[arg-type]
     errors = [(run(q, k, v, e * beta, logs) / e - want).abs().max().item() for e in (1e-2, 1e-4)]
@@ -158,7 +179,7 @@ def test_weak_writes_are_linear_attention() -> None:
 
 def saved_bytes(seq_len: int) -> int:
     """Bytes that a forward pass keeps, apart from its inputs and outputs."""
-    inputs = [x.detach().float().requires_grad_() for x in drawn(seq_len, decays=True, widths=(32, 32))]
+    inputs = [x.detach().float().requires_grad_() for x in drawn(seq_len, decays=1, widths=(32, 32))]
     with LiveStorage() as storage:
         y = run(*inputs, unit=True)
         return storage.live - sum(x.nbytes for x in (*inputs, y))
@@ -196,7 +217,7 @@ def test_a_tree_has_few_launches() -> None:
     """Two products up and one down for each doubling forward, and five backward, in place of one a chunk."""
     counts = []
     for chunks in (16, 64):
-        inputs = drawn(chunks * CHUNK, decays=True)
+        inputs = drawn(chunks * CHUNK, decays=1)
         with Products() as found:
             run(*inputs, device_type="cuda").sum().backward()
         counts.append(found.count)

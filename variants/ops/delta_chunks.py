@@ -57,7 +57,7 @@ class Tokens(NamedTuple):
     beta: Tensor
     """(…, 1): strength of the write."""
     log_decay: Tensor | None
-    """(…, 1): log g_t ≤ 0."""
+    """(…, 1 or D): log g_t ≤ 0."""
 
     @classmethod
     def of(cls, *tensors: Tensor | None) -> Tokens:

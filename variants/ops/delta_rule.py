@@ -1,10 +1,11 @@
-"""The gated delta rule: S_t = g_t (I − β_t k_t k_tᵀ) S_{t−1} + β_t k_t v_tᵀ, y_t = S_tᵀ q_t, by chunks.
+"""The gated delta rule: S_t = (I − β_t k_t k_tᵀ) g_t S_{t−1} + β_t k_t v_tᵀ, y_t = S_tᵀ q_t, by chunks.
 
 Shapes: B batch, H heads, N = B·H sequences, T tokens, D channels of queries and keys, V channels of values.
 
 A write replaces a share β_t of what the state returns for the key k_t by the value v_t (Schlag 2021,
-arXiv:2102.11174; by chunks: Yang 2024, arXiv:2406.06484; with decays: Yang 2024, arXiv:2412.06464). g_t is
-one number for each head and token, between 0 and 1, given by its logarithm; without it, g_t = 1. How a
+arXiv:2102.11174; by chunks: Yang 2024, arXiv:2406.06484; with decays: Yang 2024, arXiv:2412.06464; of
+channels: Kimi Team 2025, arXiv:2510.26692). g_t is one number for each head and token, or a diagonal matrix
+of one for each channel of the keys, between 0 and 1, given by its logarithm; without it, g_t = 1. How a
 segment is computed: see `variants.ops.delta_chunks`.
 
 For the backward pass are saved: inputs, and the state before each segment, of which there are at most
@@ -119,9 +120,9 @@ def delta_rule(
 ) -> Tensor:
     """Outputs (B, H, T, V) for queries and keys (B, H, T, D), and values (B, H, T, V).
 
-    `beta` and `log_decay` (B, H, T, 1) are β_t and log g_t ≤ 0; None: g_t = 1. With `unit`, queries and keys
-    are divided by √(|x|² + 1e-6) first. `chunk` is in tokens, `device_type` decides the size of the segments,
-    and whether the states of chunks follow in order.
+    `beta` (B, H, T, 1) and `log_decay` (B, H, T, 1 or D) are β_t and log g_t ≤ 0; None: g_t = 1. With `unit`,
+    queries and keys are divided by √(|x|² + 1e-6) first. `chunk` is in tokens, `device_type` decides the size
+    of the segments, and whether the states of chunks follow in order.
     """
     plan = make_plan(q, v, unit=unit, chunk=chunk, device_type=device_type)
     y: Tensor = _DeltaRule.apply(plan, q, k, v, beta, log_decay)  # type: ignore[no-untyped-call]
