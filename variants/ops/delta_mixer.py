@@ -1,0 +1,163 @@
+"""The parts that layers with the delta rule have in common: inputs, read-out, reference, decoding and cost.
+
+Shapes: B batch, T tokens, C channels, H heads, D channels of a head, w taps of a convolution.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from variants.base import Clock, Context, Cost, Dims, MixerOut, SequenceMixer, VariantConfig, Workload
+from variants.knobs import knob
+from variants.ops.delta_chunks import LEAST_SQUARE
+from variants.ops.delta_rule import FLOP_OVERHEAD, delta_flops, delta_rule, recurrence
+from variants.ops.delta_state import DeltaState
+from variants.ops.head_norm import EPSILON, Activation, head_norm
+from variants.ops.projections import Projections
+from variants.ops.short_convolution import short_convolution
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeltaConfig(VariantConfig):
+    """Knobs of the convolution and of the chunks."""
+
+    conv: int = knob(4, least=1, most=64, unit="tokens")
+    """Taps of the causal convolution of queries, keys and values; 1: none."""
+    chunk: int = knob(64, least=1, unit="tokens")
+    """Tokens of a chunk, at most. Weights are computed pair by pair within it; earlier chunks are one state.
+    It changes the cost, and not the outputs."""
+
+
+class DeltaMixer(SequenceMixer):
+    """Reads the state of a delta rule; a subclass may have decays, and a gate of the outputs.
+
+    Queries, keys and values are convolved and activated by swish; queries and keys are divided by their
+    lengths. The strengths of the writes are sigmoid(w·x). Outputs of each head have an RMS norm with a learnt
+    scale that all heads share, so queries have no factor 1/√D.
+    """
+
+    config: DeltaConfig
+    position_scheme = "none"
+    flop_overhead_reason = FLOP_OVERHEAD
+    activation: ClassVar[Activation] = "silu"
+    """Of the gate of the outputs."""
+
+    def __init__(self, config: DeltaConfig, dims: Dims, layer: int = 0) -> None:
+        super().__init__(config, dims, layer)
+        self.projections = Projections(dims)
+        self.strength = nn.Linear(dims.d_model, dims.heads, bias=False)
+        self.scale = nn.Parameter(torch.ones(dims.head_dim))
+        channels = 3 * dims.inner_dim
+        self.taps = nn.Parameter(torch.empty(channels, config.conv)) if config.conv > 1 else None
+        if self.taps is not None:
+            # as a convolution of one input channel, as in the authors' code
+            nn.init.kaiming_uniform_(self.taps, a=5**0.5)
+
+    def log_decay(self, x: Tensor) -> Tensor | None:
+        """Logarithms of the decays (B, H, T, 1 or D) for inputs (B, T, C), float32 or wider; None: none."""
+        return None
+
+    def gate(self, x: Tensor) -> Tensor | None:
+        """Gates of the outputs before their activation (B, H, T, D); None: none."""
+        return None
+
+    def extra_flops(self, work: Workload) -> int:
+        """Forward FLOPs of decays and gates."""
+        return 0
+
+    def _beta(self, x: Tensor) -> Tensor:
+        """Strengths (B, H, T, 1), float32 or wider."""
+        logits: Tensor = self.strength(x)
+        wide = logits.to(torch.promote_types(x.dtype, torch.float32))
+        return wide.sigmoid().transpose(1, 2).unsqueeze(-1)
+
+    def _mixed(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Projections (B, T, 3·H·D), convolved and activated → queries, keys and values (B, H, T, D)."""
+        if self.taps is None:
+            mixed = F.silu(qkv)
+        else:
+            mixed = short_convolution(qkv, self.taps, device_type=self.device_type)
+        # their gradients are written to one tensor in the layout of the projections
+        q, k, v = mixed.unflatten(-1, (3, self.dims.heads, -1)).unbind(2)
+        return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+
+    def _read_out(self, y: Tensor, x: Tensor, gate: Tensor | None) -> Tensor:
+        """(B, H, T, D) → (B, T, C)."""
+        with torch.autocast(x.device.type, enabled=False):
+            y = head_norm(y, self.scale, gate, activation=self.activation, device_type=self.device_type)
+        return self.projections.merge(y)
+
+    def forward(self, x: Tensor, ctx: Context, state: Any = None) -> MixerOut:
+        """(B, T, C) → MixerOut; carries no state."""
+        qkv, beta, logs, gate = self.projections.qkv(x), self._beta(x), self.log_decay(x), self.gate(x)
+        with torch.autocast(x.device.type, enabled=False):  # states need float32
+            q, k, v = self._mixed(qkv)
+            chunk, device_type = self.config.chunk, self.device_type
+            y = delta_rule(q, k, v, beta, logs, unit=True, chunk=chunk, device_type=device_type)
+        return MixerOut(self._read_out(y, x, gate))
+
+    def reference(self, x: Tensor, ctx: Context) -> Tensor:
+        """The recurrence, token by token, in float32 or wider."""
+        qkv = self.projections.qkv(x)
+        qkv = qkv.to(torch.promote_types(x.dtype, torch.float32))
+        if self.taps is not None:
+            width = self.taps.shape[1]
+            windows = F.pad(qkv, (0, 0, width - 1, 0)).unfold(1, width, 1)  # (B, T, 3·H·D, w)
+            qkv = torch.einsum("btcw,cw->btc", windows, self.taps.to(qkv.dtype))
+        qkv = qkv * qkv.sigmoid()
+        q, k, v = qkv.unflatten(-1, (3, self.dims.heads, -1)).permute(2, 0, 3, 1, 4)
+        q, k = (t / (t.square().sum(-1, keepdim=True) + LEAST_SQUARE).sqrt() for t in (q, k))
+        y = recurrence(q, k, v, self._beta(x), self.log_decay(x))
+        y = y / (y.square().mean(-1, keepdim=True) + EPSILON).sqrt() * self.scale.to(y.dtype)
+        gate = self.gate(x)
+        if gate is not None:
+            y = y * gate.sigmoid() * (gate if self.activation == "silu" else 1)
+        return self.projections.merge(y.to(x.dtype))
+
+    def _sizes(self, dims: Dims, batch_size: int) -> tuple[tuple[int, int, int, int], tuple[int, int]]:
+        shape = batch_size, dims.heads, dims.head_dim, dims.head_dim
+        return shape, (self.config.conv - 1, 3 * dims.inner_dim)
+
+    def init_state(self, batch_size: int, max_len: int, *, clock: Clock, dtype: torch.dtype) -> DeltaState:
+        """The state of each head, and the projections that the convolution reads again."""
+        shape, recent = self._sizes(self.dims, batch_size)
+        return DeltaState(clock, max_len, shape, recent, dtype=dtype, device=self.scale.device)
+
+    def step(self, x: Tensor, state: DeltaState) -> Tensor:
+        """(B, n, C) → (B, n, C)."""
+        qkv, beta, logs, gate = self.projections.qkv(x), self._beta(x), self.log_decay(x), self.gate(x)
+        with torch.autocast(x.device.type, enabled=False):
+            window = state.with_recent(qkv)
+            q, k, v = (part[:, :, self.config.conv - 1 :] for part in self._mixed(window))
+            chunk, device_type = self.config.chunk, self.device_type
+            y = state.read_next(q, k, v, beta, logs, unit=True, chunk=chunk, device_type=device_type)
+        return self._read_out(y, x, gate)
+
+    def decoding_bytes(self, work: Workload) -> int:
+        """The state does not grow."""
+        shape, recent = self._sizes(work, work.batch_size)
+        return DeltaState.bytes(shape, recent, element_bytes=work.element_bytes)
+
+    def state_bytes(self, work: Workload) -> int:
+        """Bytes of the state of each head, in float32 or wider, and of the last projections."""
+        shape, (taps, channels) = self._sizes(work, work.batch_size)
+        recent = min(taps, work.seq_len), channels
+        return DeltaState.bytes(shape, recent, element_bytes=work.element_bytes)
+
+    def cost(self, work: Workload) -> Cost:
+        """Projections, strengths, decays and gates, and the delta rule by chunks (see `delta_flops`). The
+        convolution is elementwise and counts 0."""
+        tokens, d = work.batch_size * work.seq_len, work.head_dim
+        maps = 2 * tokens * work.d_model * work.heads + self.extra_flops(work)
+        each = delta_flops(work.seq_len, d, d, chunk=self.config.chunk)
+        return Cost(
+            {
+                "projections": Projections.flops(work) + maps,
+                "attention": work.batch_size * work.heads * each,
+            }
+        )

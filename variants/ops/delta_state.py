@@ -1,0 +1,66 @@
+"""What decoding keeps of a layer with the delta rule: the state, and the last tokens of its convolution.
+
+Shapes: B batch, H heads, n tokens of a step, D channels of queries and keys, V channels of values.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from variants.base import Clock, DecodingState
+from variants.ops.delta_chunks import Tokens
+from variants.ops.delta_rule import make_plan, read_segments
+
+
+class DeltaState(DecodingState):
+    """S of each head, in float32 or wider, and what the convolution still reads."""
+
+    def __init__(
+        self,
+        clock: Clock,
+        max_len: int,
+        shape: tuple[int, int, int, int],
+        recent: tuple[int, int],
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        """`shape` is (B, H, D, V), `recent` the tokens and channels of the convolution's inputs; `dtype` is
+        theirs."""
+        super().__init__(clock, max_len)
+        batch, heads, keys, values = shape
+        wide = torch.promote_types(dtype, torch.float32)
+        self.sums = torch.zeros(batch * heads, keys, values, dtype=wide, device=device)
+        self.recent = torch.zeros(batch, *recent, dtype=dtype, device=device)
+
+    @staticmethod
+    def bytes(shape: tuple[int, int, int, int], recent: tuple[int, int], *, element_bytes: int) -> int:
+        """Bytes of a state for inputs of `element_bytes`."""
+        batch, heads, keys, values = shape
+        sums = max(4, element_bytes) * batch * heads * keys * values
+        return sums + element_bytes * batch * recent[0] * recent[1]
+
+    def with_recent(self, x: Tensor) -> Tensor:
+        """Inputs of the convolution (B, w − 1 + n, C) for the next tokens x (B, n, C), which are kept."""
+        window = torch.cat([self.recent, x.to(self.recent.dtype)], 1)
+        self.recent.copy_(window[:, x.shape[1] :])
+        return window
+
+    def read_next(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        beta: Tensor,
+        log_decay: Tensor | None = None,
+        *,
+        unit: bool = False,
+        chunk: int,
+        device_type: str,
+    ) -> Tensor:
+        """Read the next n tokens, and return their outputs (B, H, n, V). Arguments: see `delta_rule`."""
+        plan = make_plan(q, v, unit=unit, chunk=chunk, device_type=device_type)
+        y, states = read_segments(plan, Tokens(q, k, v, beta, log_decay), self.sums)
+        self.sums.copy_(states[-1])
+        return y
