@@ -328,6 +328,110 @@ show("cluster_former")
 show("poolingformer")
 
 # %% [markdown]
+# ## `streaming_llm`: a window, and the first tokens
+#
+# Models that read a window lose their fluency once the first tokens leave it, because heads that have nothing to read put their weight on these. So the first $s$ tokens are kept beside the window: $S_i=\{j:i-j<w\}\cup\{j<s\}$, at a cost of $T\cdot(w+s)$. ([Xiao et al. 2023](https://arxiv.org/abs/2309.17453), arXiv:2309.17453.)
+
+# %%
+show("streaming_llm")
+
+# %% [markdown]
+# ## `learnt_sink`: a number in place of a token to rest on
+#
+# The denominator of the softmax has one more term, a learnt number for each head: $p_{ij}=e^{s_{ij}}/(e^{\sigma}+\sum_k e^{s_{ik}})$. A head can then read nothing without a token to rest on. The set that is read is that of dense attention or, as here, of a window. ([OpenAI 2025](https://arxiv.org/abs/2508.10925), arXiv:2508.10925.)
+
+# %%
+show("learnt_sink")
+
+# %% [markdown]
+# ## `gated_attention`: a gate on what attention returns
+#
+# Dense attention, whose outputs are multiplied by a sigmoid of the token before the last projection, $y=W_o(\sigma(W_gx)\odot\mathrm{attention}(x))$. All tokens are read; the gate decides how much of it is written. ([Qiu et al. 2025](https://arxiv.org/abs/2505.06708), arXiv:2505.06708.)
+
+# %%
+show("gated_attention")
+
+# %% [markdown]
+# ## `differential`: the difference of two softmax maps
+#
+# Two heads are one: $(\mathrm{softmax}(Q_1K_1^\top)-\lambda\,\mathrm{softmax}(Q_2K_2^\top))V$, with a learnt $\lambda$. What both maps have in common, such as weight on tokens without meaning, is cancelled. All tokens are read. ([Ye et al. 2024](https://arxiv.org/abs/2410.05258), arXiv:2410.05258.)
+
+# %%
+show("differential")
+
+# %% [markdown]
+# ## `latent_attention`: keys and values from one small vector
+#
+# Keys and values of all heads are linear maps of one vector $c_j$ of each token, and only this vector and a small key with rotary positions are kept while a text is generated. In training nothing is cheaper, and all tokens are read. ([DeepSeek-AI 2024](https://arxiv.org/abs/2405.04434), arXiv:2405.04434.)
+
+# %%
+show("latent_attention")
+
+# %% [markdown]
+# ## `moba`: blocks that each query selects
+#
+# A query reads its own block, and the past blocks whose mean key agrees best with it: $S_i=\mathrm{block}(i)\cup\mathrm{top}_{k-1}\{b: q_i\cdot\bar k_b\}$. The means of its own and of later blocks are no candidates, or they would tell of later tokens. The cost is $T\cdot k\cdot b$, and $T^2/b$ for the means. ([Lu et al. 2025](https://arxiv.org/abs/2502.13189), arXiv:2502.13189.)
+
+# %%
+show("moba")
+
+# %% [markdown]
+# ## `retnet`: a sum that forgets at a fixed rate
+#
+# Linear attention without a normaliser, whose sum decays by a fixed factor of each head: $S_t=\gamma S_{t-1}+k_tv_t^\top$, $y_t=q_tS_t$. All tokens so far are read, with weights that fall by $\gamma$ with every step. ([Sun et al. 2023](https://arxiv.org/abs/2307.08621), arXiv:2307.08621.)
+
+# %%
+show("retnet")
+
+# %% [markdown]
+# ## `lightning`: a decay by head and layer
+#
+# As `retnet`, with silu of queries, keys and values, one normalisation for all heads, and decays that grow weaker from layer to layer; MiniMax-01 has one layer of full attention after seven of these. ([Qin et al. 2024](https://arxiv.org/abs/2401.04658), arXiv:2401.04658.)
+
+# %%
+show("lightning")
+
+# %% [markdown]
+# ## `delta_net`: a sum that is corrected
+#
+# Before a value is added for a key, what the sum already holds for that key is taken out: $S_t=S_{t-1}+\beta_tk_t(v_t-S_{t-1}^\top k_t)^\top$. A key that comes again overwrites its value instead of adding to it. All tokens so far are read through a $D\times D$ matrix for each head. ([Yang et al. 2024](https://arxiv.org/abs/2406.06484), arXiv:2406.06484.)
+
+# %%
+show("delta_net")
+
+# %% [markdown]
+# ## `gated_delta_net`: a sum that is corrected, and forgets
+#
+# The delta rule with a decay that each token chooses, $S_t=\alpha_t(I-\beta_tk_tk_t^\top)S_{t-1}+\beta_tk_tv_t^\top$: the sum can be emptied at once, which the delta rule alone cannot do. ([Yang et al. 2024](https://arxiv.org/abs/2412.06464), arXiv:2412.06464.)
+
+# %%
+show("gated_delta_net")
+
+# %% [markdown]
+# ## `kda`: a decay for each channel
+#
+# As `gated_delta_net`, with a decay for each channel of the keys, so that a head forgets some of what it holds and keeps the rest. ([Kimi Team 2025](https://arxiv.org/abs/2510.26692), arXiv:2510.26692.)
+
+# %%
+show("kda")
+
+# %% [markdown]
+# ## `infini`: a segment, and a sum over all before it
+#
+# A token reads its segment by softmax, and all earlier segments through a sum as in linear attention, which is read before the segment is added; a gate of each head mixes the two. The picture shows the segments, and the past through the sum. ([Munkhdalai et al. 2024](https://arxiv.org/abs/2404.07143), arXiv:2404.07143.)
+
+# %%
+show("infini")
+
+# %% [markdown]
+# ## `memorizing`: the nearest keys of the past
+#
+# A token reads its segment, and of a long memory of earlier keys and values the $k$ with the largest scores, found by an exact search; a gate of each head mixes the two. No gradient reaches the memory (in the picture it does). ([Wu et al. 2022](https://arxiv.org/abs/2203.08913), arXiv:2203.08913.)
+
+# %%
+show("memorizing")
+
+# %% [markdown]
 # ## Your variant
 #
 # A variant of another package, or a new file in `variants/attention/`, is also drawn, with the knobs in `configs/gallery.yaml` or with its defaults, made smaller. The next cell shows all variants without a section above.

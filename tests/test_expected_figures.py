@@ -85,6 +85,19 @@ ONE = {  # with one cell: causal, where there is such a form
     "shifted_windows": ["variant.window=16"],
     "sinkhorn": ["variant.block=16"],
     "synthesizer": [],
+    "delta_net": ["variant.chunk=16"],
+    "differential": [],
+    "gated_attention": [],
+    "gated_delta_net": ["variant.chunk=16"],
+    "infini": ["variant.segment=16"],
+    "kda": ["variant.chunk=16"],
+    "latent_attention": [],
+    "learnt_sink": ["variant.window=16"],
+    "lightning": ["variant.chunk=16"],
+    "memorizing": ["variant.segment=16", "variant.memory=32", "variant.nearest=4"],
+    "moba": ["variant.block=16"],
+    "retnet": ["variant.chunk=16"],
+    "streaming_llm": ["variant.window=16"],
 }
 CAUSAL = [name for name in SMALL if name != "linformer"]
 BIDIRECTIONAL = [name for name in SMALL if name not in ("transformer_xl", "compressive")]
