@@ -18,7 +18,7 @@ from bench.measure.gates import GateFailed
 from bench.measure.reference_gate import dtype_reference_errors, reference_error, tolerance
 from bench.scenarios.support import missing_kernel
 from variants.attention.dense import Dense, sdpa
-from variants.base import Dims, Impl
+from variants.base import Context, Dims, Impl
 
 HALF = torch.bfloat16
 DIMS = Dims(seq_len=70, d_model=64, heads=2)
@@ -122,6 +122,29 @@ def test_choices_of_the_fast_path_are_those_of_the_reference(
         patch.setattr(reference_gate, "MakesChoices", ())
         with pytest.raises(GateFailed, match="layer 0 in bfloat16: the "):
             errors_of(variant, config, dims, causal=False)
+
+
+def test_a_choice_that_rounding_to_float32_moves_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One of 128,000 hidden units is within rounding of 0, and its gradient jumps. More are an error."""
+    variant, dims = variants.load("synthesizer"), Dims(seq_len=1000, d_model=64, heads=4)
+    assert reference_error(variant, variant.Config(), dims, 1, CPU, causal=True) <= 1e-5
+    monkeypatch.setattr(reference_gate, "MOVED", 0)
+    monkeypatch.setattr(reference_gate, "FEWEST_MOVED", 0)
+    with pytest.raises(GateFailed, match=r"reference gate: 1 of 128000 choices differ .* allowed are 0"):
+        reference_error(variant, variant.Config(), dims, 1, CPU, causal=True)
+
+
+def test_choices_of_another_rule_are_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    variant, dims = variants.load("reformer"), Dims(seq_len=300, d_model=32, heads=4)
+    choices = variant.choices  # type: ignore[attr-defined]
+
+    def of_float32(self: Any, x: Tensor, ctx: Context) -> Tensor:
+        found: Tensor = choices(self, x, ctx)
+        return found if x.dtype == torch.float64 else found.roll(1, -1)
+
+    monkeypatch.setattr(variant, "choices", of_float32)
+    with pytest.raises(GateFailed, match="choices differ from those of float64"):
+        reference_error(variant, variant.Config(), dims, 0, CPU, causal=True)
 
 
 @pytest.mark.parametrize("fault", FAULTS)
