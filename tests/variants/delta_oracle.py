@@ -37,7 +37,7 @@ def written_out(
                 strength, key = beta[row, t, head], k[t][:, None]
                 kept = state if alpha is None else alpha[row, t, head].diag() @ state
                 state = (one - strength * key @ key.T) @ kept + strength * key @ v[t][None]
-                y = state.T @ q[t]
+                y = state.T @ q[t] / d**0.5
                 outputs.append(layer.scale * y / (y.square().mean() + 1e-5).sqrt())
     found = torch.stack(outputs).view(len(x), heads, x.shape[1], d).transpose(1, 2).flatten(2)
     return (found if gate is None else found * gate) @ layer.projections.out.weight.T

@@ -1,4 +1,4 @@
-"""The short convolution against torch's own in float64, and the norm of heads against its formula."""
+"""The short convolution against torch's own in float64."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from torch import Tensor
 
 from bench.measure.memory import LiveStorage
 from variants.ops import short_convolution as module
-from variants.ops.head_norm import EPSILON, Activation, head_norm
 from variants.ops.short_convolution import short_convolution
 from variants.ops.tile_size import Sizes
 
@@ -37,35 +36,22 @@ def test_it_is_a_causal_convolution(seq_len: int, width: int) -> None:
 
 
 @pytest.mark.usefixtures("_piece")
-@pytest.mark.parametrize("activation", [None, "silu", "sigmoid"])
-def test_the_norm_of_heads_is_its_formula(activation: Activation | None) -> None:
-    y, scale, gate = numbers(2, 3, 11, 4), numbers(4, seed=2), numbers(2, 3, 11, 4, seed=3)
-
-    def want() -> Tensor:
-        normed = scale * y / (y.square().mean(-1, keepdim=True) + EPSILON).sqrt()
-        return normed if activation is None else normed * getattr(F, activation)(gate)
-
-    def got() -> Tensor:
-        chosen = gate if activation else None
-        return head_norm(y, scale, chosen, activation=activation or "silu", device_type="cpu")
-
-    assert_same(got, want, [y, scale, *([gate] if activation else [])])
-
-
-@pytest.mark.usefixtures("_piece")
 def test_only_inputs_are_saved() -> None:
     x, taps = torch.randn(1, 64, 8, requires_grad=True), torch.randn(8, 4, requires_grad=True)
-    scale, gate = torch.ones(4, requires_grad=True), torch.randn(1, 2, 64, 4, requires_grad=True)
     with LiveStorage() as storage:
-        mixed = short_convolution(x, taps, device_type="cpu")
-        y = head_norm(mixed.unflatten(-1, (2, 4)).transpose(1, 2), scale, gate, device_type="cpu")
-        assert storage.live <= sum(t.nbytes for t in (x, taps, scale, gate, mixed, y))
+        y = short_convolution(x, taps, device_type="cpu")
+        assert storage.live <= sum(t.nbytes for t in (x, taps, y))
 
 
-def test_half_precision_is_rounded_once() -> None:
-    """Sums are float32: outputs are those of the rounded inputs, rounded."""
+def test_sums_of_half_precision_are_float32() -> None:
+    """Outputs are those of the rounded inputs, and gradients are rounded once."""
     x, taps = torch.randn(1, 30, 8).bfloat16(), torch.randn(8, 4).bfloat16()
-    want = short_convolution(x.double(), taps.double(), device_type="cpu").bfloat16()
-    got = short_convolution(x, taps, device_type="cpu")
-    assert got.dtype == torch.bfloat16
-    torch.testing.assert_close(got, want, rtol=2**-8, atol=1e-6)
+    inputs = [t.requires_grad_() for t in (x, taps)]
+    wide = [t.detach().double().requires_grad_() for t in inputs]
+    got, want = (short_convolution(*t, device_type="cpu") for t in (inputs, wide))
+    assert got.dtype == torch.float32
+    torch.testing.assert_close(got.double(), want, rtol=1e-6, atol=1e-6)
+    grads, wanted = (torch.autograd.grad(y.square().sum(), t) for y, t in ((got, inputs), (want, wide)))
+    for a, b in zip(grads, wanted, strict=True):
+        assert a.dtype == torch.bfloat16
+        torch.testing.assert_close(a.double(), b, rtol=2**-8, atol=1e-4)

@@ -28,8 +28,8 @@ class DeltaNet(DeltaMixer):
     recurrence and the convolution; rotary positions would make a key differ from the same key elsewhere, so
     that no write would replace it.
 
-    Deviations: values are as wide as keys. Queries have no factor 1/√D, which the norm cancels. The paper of
-    2021 has other features of keys, which are divided by their sum, and no convolution.
+    Deviations: values are as wide as keys. The paper of 2021 has other features of keys, which are divided by
+    their sum, and no convolution.
     """
 
     Config = DeltaNetConfig

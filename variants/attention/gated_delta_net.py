@@ -8,12 +8,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 
 from variants.base import Caps, Complexity, Dims, Info, Workload
 from variants.ops.decay_gates import DecayRates
-from variants.ops.delta_mixer import DeltaConfig, DeltaMixer
+from variants.ops.delta_mixer import DeltaConfig, DeltaMixer, wide_linear
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,8 +29,7 @@ class GatedDeltaNet(DeltaMixer):
     Parameters: C² of the gate more than dense attention.
 
     Deviations from the paper: keys are as wide as values, and heads as many as in all layers here; the
-    authors' keys have 3/4 of the model's width, and values 3/2. Queries have no factor 1/√D, which the norm
-    cancels.
+    authors' keys have 3/4 of the model's width, and values 3/2.
     """
 
     Config = GatedDeltaNetConfig
@@ -51,9 +49,8 @@ class GatedDeltaNet(DeltaMixer):
 
     def log_decay(self, x: Tensor) -> Tensor:
         """log α (B, H, T, 1), float32 or wider."""
-        logits: Tensor = self.decay(x)
-        wide = logits.to(torch.promote_types(x.dtype, torch.float32))
-        rates: Tensor = self.rates(wide.transpose(1, 2).unsqueeze(-1))
+        logits = wide_linear(x, self.decay.weight).transpose(1, 2)
+        rates: Tensor = self.rates(logits.unsqueeze(-1))
         return rates
 
     def gate(self, x: Tensor) -> Tensor:

@@ -8,13 +8,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 
 from variants.base import Caps, Complexity, Dims, Info, Workload
 from variants.knobs import knob
 from variants.ops.decay_gates import DecayRates
-from variants.ops.delta_mixer import DeltaConfig, DeltaMixer
+from variants.ops.delta_mixer import DeltaConfig, DeltaMixer, wide_linear
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,9 +34,8 @@ class Kda(DeltaMixer):
     Parameters: 4·C·r of the gates more than dense attention. The paper's rank is D, which here would be a
     quarter of the width, and not the 1/18 of its model.
 
-    Deviations from the paper: the output gate has no bias, as all projections here. Queries have no factor
-    1/√D, which the norm cancels. The paper's model has a layer of full attention after three of these:
-    `variant=hybrid`.
+    Deviations from the paper: its model has a layer of full attention after three of these, which is
+    `variant=hybrid` here.
     """
 
     Config = KdaConfig
@@ -70,8 +68,9 @@ class Kda(DeltaMixer):
 
     def log_decay(self, x: Tensor) -> Tensor:
         """log α (B, H, T, D), float32 or wider."""
-        logits = self._heads(self.decay(x))
-        rates: Tensor = self.rates(logits.to(torch.promote_types(x.dtype, torch.float32)))
+        for part in self.decay:
+            x = wide_linear(x, part.get_parameter("weight"))
+        rates: Tensor = self.rates(self._heads(x))
         return rates
 
     def gate(self, x: Tensor) -> Tensor:

@@ -78,7 +78,7 @@ def _as_tree(found: list[Tensor], terms: Tensor, edge: Tensor, backward: bool) -
         sums.append(
             torch.baddbmm(both[far], transition(level, far), both[near]).unflatten(0, (sequences, -1))
         )
-    result = torch.empty_like(terms)
+    result = terms.new_empty(terms.shape)
     result[:, -1 if backward else 0] = edge
     for exponent in reversed(range(len(found))):
         half, step = 1 << exponent, 2 << exponent

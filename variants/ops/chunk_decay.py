@@ -10,14 +10,35 @@ taken in float64 before the exponential, so no factor exceeds 1, and no decay is
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from variants.ops.scan_chunks import LEAST_LOG
 
 BLOCK = 4
 """Tokens of a block whose pairs have decays of channels of their own, at most, if halving leads there."""
+
+
+class Pairs(NamedTuple):
+    """Numbers of all pairs of a chunk, (G, c, c)."""
+
+    scores: Tensor
+    """`pairs` of queries and keys, or what belongs to them."""
+    overlaps: Tensor
+    """`pairs` of keys and keys, without a token's own."""
+
+
+def later_sums(x: Tensor) -> Tensor:
+    """Sums over each token and all later ones of its chunk: (G, c, D) → (G, c, D)."""
+    return x.flip(1).cumsum(1).flip(1)
+
+
+def earlier_sums(x: Tensor) -> Tensor:
+    """Sums over all tokens before each token of its chunk: (G, c, D) → (G, c, D)."""
+    return F.pad(x[:, :-1].cumsum(1), (0, 0, 1, 0))
 
 
 class ChunkDecay(ABC):
@@ -35,8 +56,11 @@ class ChunkDecay(ABC):
         """Σ_d rows_id exp(b_i − b_j) columns_jd for j ≤ i, and 0 for later columns: (G, c, D) → (G, c, c)."""
 
     @abstractmethod
-    def pairs_backward(self, grad: Tensor, rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
-        """Gradients of rows and columns, from that of `pairs`, which is 0 for later columns."""
+    def pairs_backward(self, grads: Pairs, weights: Pairs, q: Tensor, k: Tensor) -> tuple[Tensor, ...]:
+        """Gradients of q and k and, with decays, of their logarithms, from those of all pairs.
+
+        The gradients of pairs are 0 for later columns.
+        """
 
 
 class NoDecay(ChunkDecay):
@@ -46,9 +70,10 @@ class NoDecay(ChunkDecay):
         """Scores of earlier columns."""
         return torch.bmm(rows, columns.mT).tril_()
 
-    def pairs_backward(self, grad: Tensor, rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
-        """Two products."""
-        return torch.bmm(grad, columns), torch.bmm(grad.mT, rows)
+    def pairs_backward(self, grads: Pairs, weights: Pairs, q: Tensor, k: Tensor) -> tuple[Tensor, ...]:
+        """Three products; overlaps are those of rows and of columns."""
+        of_k = torch.bmm(grads.overlaps + grads.overlaps.mT, k)
+        return torch.bmm(grads.scores, k), torch.baddbmm(of_k, grads.scores.mT, q)
 
 
 class HeadDecay(ChunkDecay):
@@ -67,10 +92,14 @@ class HeadDecay(ChunkDecay):
         """Scores, times the decays."""
         return torch.bmm(rows, columns.mT).mul_(self.within)
 
-    def pairs_backward(self, grad: Tensor, rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
-        """Two products."""
-        decayed = grad * self.within
-        return torch.bmm(decayed, columns), torch.bmm(decayed.mT, rows)
+    def pairs_backward(self, grads: Pairs, weights: Pairs, q: Tensor, k: Tensor) -> tuple[Tensor, ...]:
+        """Three products, and the sums of all pairs across a token."""
+        scores, overlaps = grads.scores * self.within, grads.overlaps * self.within
+        of_k = torch.baddbmm(torch.bmm(overlaps + overlaps.mT, k), scores.mT, q)
+        of_pairs = (grads.scores * weights.scores).addcmul_(grads.overlaps, weights.overlaps)
+        # columns before t, then rows from t on
+        across = of_pairs.cumsum(2).tril_(-1).sum(1)[:, :-1]
+        return torch.bmm(scores, k), of_k, F.pad(across, (1, 0)).unsqueeze(-1)
 
 
 class ChannelDecay(ChunkDecay):
@@ -123,20 +152,52 @@ class ChannelDecay(ChunkDecay):
         target.copy_(own.sum(-1).view(target.shape))
         return result
 
-    def pairs_backward(self, grad: Tensor, rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
-        """The same blocks."""
-        size, channels = self.own.shape[1], rows.shape[-1]
-        weights = self.own * self._diagonal(grad, size).reshape(-1, size, size, 1)
-        of_rows = (weights * columns.view(-1, 1, size, channels)).sum(2).view(rows.shape)
-        of_columns = weights.mul_(rows.view(-1, size, 1, channels)).sum(1).view(rows.shape)
+    def pairs_backward(self, grads: Pairs, weights: Pairs, q: Tensor, k: Tensor) -> tuple[Tensor, ...]:
+        """The same blocks. A decay multiplies the pairs of earlier columns and rows from its token on."""
+        of_q, of_k, of_log = self._own_backward(grads, q, k)
+        channels = q.shape[-1]
+
+        def halves(x: Tensor, half: int) -> tuple[Tensor, Tensor]:
+            left, right = x.view(-1, 2, half, channels).unbind(1)
+            return left, right
+
         for by_row, by_column in self.halves:
             half = by_row.shape[1]
-            left = columns.view(-1, 2, half, channels)[:, 0] * by_column
-            right = rows.view(-1, 2, half, channels)[:, 1] * by_row
-            part = self._diagonal(grad, 2 * half)[:, :, half:, :half].reshape(-1, half, half)
-            of_rows.view(-1, 2, half, channels)[:, 1].addcmul_(torch.bmm(part, left), by_row)
-            of_columns.view(-1, 2, half, channels)[:, 0].addcmul_(torch.bmm(part.mT, right), by_column)
-        return of_rows, of_columns
+            scores, overlaps = (
+                self._diagonal(x, 2 * half)[:, :, half:, :half].reshape(-1, half, half) for x in grads
+            )
+            left, right = halves(k, half)
+            queries = halves(q, half)[1]
+            columns = left * by_column
+            of_queries = torch.bmm(scores, columns).mul_(by_row)
+            of_right = torch.bmm(overlaps, columns).mul_(by_row)
+            of_left = torch.bmm(scores.mT, queries * by_row)
+            of_left = torch.baddbmm(of_left, overlaps.mT, right * by_row).mul_(by_column)
+            halves(of_q, half)[1].add_(of_queries)
+            for target, part in zip(halves(of_k, half), (of_left, of_right), strict=True):
+                target.add_(part)
+            of_rows = of_queries.mul_(queries).addcmul_(of_right, right)
+            for target, part in zip(
+                halves(of_log, half), (earlier_sums(of_left * left), later_sums(of_rows)), strict=True
+            ):
+                target.add_(part)
+        return of_q, of_k, of_log
+
+    def _own_backward(self, grads: Pairs, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Gradients from the last blocks."""
+        size, channels = self.own.shape[1], q.shape[-1]
+        rows_q, rows_k = (x.view(-1, size, 1, channels) for x in (q, k))
+        columns = k.view(-1, 1, size, channels)
+        scores, overlaps = (
+            self.own * self._diagonal(x, size).reshape(-1, size, size, 1) for x in grads
+        )  # (blocks, rows, columns, D)
+        of_q, of_rows = ((x * columns).sum(2).view(q.shape) for x in (scores, overlaps))
+        of_pairs = scores.mul_(rows_q).addcmul_(overlaps, rows_k)
+        of_k = of_pairs.sum(1).view(k.shape).add_(of_rows)
+        of_pairs = of_pairs.mul_(columns).cumsum(2)
+        earlier = torch.ones(size, size, dtype=q.dtype, device=q.device).tril_(-1)
+        across = (of_pairs * earlier[:, :, None]).sum(1)[:, :-1]
+        return of_q, of_k, F.pad(across, (0, 0, 1, 0)).view(q.shape)
 
 
 def decay_of(log_decay: Tensor | None) -> ChunkDecay:

@@ -15,8 +15,9 @@ X are the differences of the values and what the state returns for their keys. T
 K⁻, in float32 or wider, which gives X = U − W S. So S' = M S + R with M = exp(b_c) I − (diag β K⁺)ᵀ W and R =
 (diag β K⁺)ᵀ U: everything except the states is computed for all chunks of a segment at once.
 
-The gradient of log g needs no states: b_t multiplies what query and key t read, and divides what key t
-writes.
+The gradient of log g_t is the sum over all pairs of an earlier column and a row from t on, those by way of
+states included. Each sum is over pairs of one chunk, or over one state. A difference of two sums over the
+whole sequence would be shorter, but rounding errors of weak decays would be those of strong ones too.
 """
 
 from __future__ import annotations
@@ -27,10 +28,9 @@ import torch
 from torch import Tensor
 
 from variants.ops import affine_scan
-from variants.ops.chunk_decay import ChunkDecay, decay_of
+from variants.ops.chunk_decay import ChunkDecay, Pairs, decay_of, earlier_sums, later_sums
 from variants.ops.feature_sums import split_segments
 from variants.ops.memoizable import repeatable
-from variants.ops.scan_chunks import LEAST_LOG
 
 LEAST_SQUARE = 1e-6
 """Added to the square of the length of a query or key before it is divided by its length."""
@@ -92,7 +92,7 @@ def _to_chunks(x: Tensor, chunk: int) -> Tensor:
 
 def _write(target: Tensor, part: Tensor) -> None:
     """Write the chunks `part` (G, c, D) to `target` (B, H, T, D)."""
-    target.copy_(part.view(*target.shape[:2], -1, part.shape[-1])[:, :, : target.shape[2]])
+    target.copy_(part.reshape(*target.shape[:2], -1, part.shape[-1])[:, :, : target.shape[2]])
 
 
 def _times(x: Tensor, by: Tensor | None) -> Tensor:
@@ -183,66 +183,48 @@ def _of_vectors(grad: Tensor, unit: Tensor, inverse: Tensor | None) -> Tensor:
     return grad.addcmul(unit, _dots(grad, unit), value=-1).mul_(inverse)
 
 
-def _suffix_sums(of_b: Tensor, target: Tensor, later: Tensor) -> Tensor:
-    """Write the sums over this and all later tokens to target (B, H, T, ·); return that of all tokens.
-
-    In float64, because terms of tokens that a decay separates cancel. `later` (N, 1, ·) are the sums after
-    the segment.
-    """
-    sequences = len(later)
-    sums = of_b.double().view(sequences, -1, of_b.shape[-1]).flip(1).cumsum(1).flip(1).add_(later)
-    _write(target, sums)
-    return sums[:, :1].clone()
-
-
 @repeatable
 def read_backward(
-    plan: Plan,
-    tokens: Tokens,
-    start: Tensor,
-    of_end: Tensor,
-    later: Tensor,
-    grad: Tensor,
-    of_tokens: Tokens,
-) -> tuple[Tensor, Tensor]:
-    """Write the gradients of a segment; return those of `start`, and `later` for the segment before."""
+    plan: Plan, tokens: Tokens, start: Tensor, of_end: Tensor, grad: Tensor, of_tokens: Tokens
+) -> Tensor:
+    """Write the gradients of a segment, from those of its outputs and of the state after it; return that of
+    `start`."""
     chunks = Chunks.make(plan, tokens, start, last=False)
     raw, q, k, decay, states = chunks.raw, chunks.q, chunks.k, chunks.decay, chunks.states
     g = _to_chunks(grad, plan.chunk)
     # of diag β X, from the outputs; then the gradients of the states after all chunks
-    of_written_x = torch.bmm(chunks.scores.mT, g)
+    of_written = torch.bmm(chunks.scores.mT, g)
     q_before, k_after = _times(q, decay.before), _times(k, decay.after)
-    terms = torch.baddbmm(torch.bmm(q_before.mT, g), chunks.w.mT, of_written_x * raw.beta, alpha=-1)
+    terms = torch.baddbmm(torch.bmm(q_before.mT, g), chunks.w.mT, of_written * raw.beta, alpha=-1)
     terms = terms.unflatten(0, (len(start), -1))
     of_states = affine_scan.states(chunks.transitions, terms, of_end, backward=True)
-    first = chunks.transitions[0][:, 0]
-    of_start = torch.baddbmm(terms[:, 0], first.mT, of_states[:, 0])
+    of_start = torch.baddbmm(terms[:, 0], chunks.transitions[0][:, 0].mT, of_states[:, 0])
     of_states = of_states.flatten(0, 1)
 
-    of_written_x = torch.baddbmm(of_written_x, k_after, of_states)
-    of_values = _solve(chunks.system, of_written_x * raw.beta, transposed=True)
+    of_written = torch.baddbmm(of_written, k_after, of_states)
+    of_values = _solve(chunks.system, of_written * raw.beta, transposed=True)
     of_system = torch.bmm(of_values, chunks.x.mT).neg_()
-    of_beta = _dots(chunks.x, of_written_x).add_((of_system * chunks.overlaps).sum(1).unsqueeze(-1))
+    of_beta = _dots(chunks.x, of_written).add_((of_system * chunks.overlaps).sum(1).unsqueeze(-1))
     x_beta = chunks.x * raw.beta
-    of_queries, of_columns = decay.pairs_backward(torch.bmm(g, x_beta.mT).tril_(), q, k)
-    of_rows, of_others = decay.pairs_backward((of_system * raw.beta.mT).tril_(-1), k, k)
-    of_columns += of_others
-    of_columns += _times(torch.bmm(x_beta, of_states.mT), decay.after)
-    of_queries += _times(torch.bmm(g, states.mT), decay.before)
-    of_rows -= _times(torch.bmm(of_values, states.mT), decay.before)
-
+    of_pairs = Pairs(torch.bmm(g, x_beta.mT).tril_(), (of_system * raw.beta.mT).tril_(-1))
+    of_q, of_k, *of_log = decay.pairs_backward(of_pairs, Pairs(chunks.scores, chunks.overlaps), q, k)
+    # what is read from the state before a chunk, and written to the one after it
+    of_reads = _times(torch.bmm(g, states.mT), decay.before)
+    of_returns = _times(torch.bmm(of_values, states.mT), decay.before).neg_()
+    of_writes = _times(torch.bmm(x_beta, of_states.mT), decay.after)
     if of_tokens.log_decay is not None:
-        of_b = (q * of_queries).addcmul_(k, of_rows - of_columns)
+        assert decay.total is not None
+        of_rows = (q * of_reads).addcmul_(k, of_returns)
+        of_columns = k * of_writes
+        of_passed = (states * of_states).sum(-1).unsqueeze(1)  # (G, 1, D)
         if of_tokens.log_decay.shape[-1] == 1:
-            of_b = of_b.sum(-1, keepdim=True)
-        later = _suffix_sums(of_b, of_tokens.log_decay, later)
-    _write(of_tokens.q, _of_vectors(of_queries, q, chunks.inverse_q))
-    _write(of_tokens.k, _of_vectors(of_rows.add_(of_columns), k, chunks.inverse_k))
+            of_rows, of_columns, of_passed = (
+                x.sum(-1, keepdim=True) for x in (of_rows, of_columns, of_passed)
+            )
+        across = later_sums(of_rows).add_(earlier_sums(of_columns))
+        _write(of_tokens.log_decay, across.add_(of_log[0]).addcmul_(of_passed, decay.total.mT))
+    _write(of_tokens.q, _of_vectors(of_q.add_(of_reads), q, chunks.inverse_q))
+    _write(of_tokens.k, _of_vectors(of_k.add_(of_returns).add_(of_writes), k, chunks.inverse_k))
     _write(of_tokens.v, of_values)
     _write(of_tokens.beta, of_beta)
-    return of_start, later
-
-
-def drop_vanished(of_log: Tensor, log_decay: Tensor) -> Tensor:
-    """Where a decay is 0, its logarithm has no gradient; in place."""
-    return of_log.masked_fill_(log_decay <= LEAST_LOG, 0)
+    return of_start

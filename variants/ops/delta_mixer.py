@@ -17,9 +17,12 @@ from variants.knobs import knob
 from variants.ops.delta_chunks import LEAST_SQUARE
 from variants.ops.delta_rule import FLOP_OVERHEAD, delta_flops, delta_rule, recurrence
 from variants.ops.delta_state import DeltaState
-from variants.ops.head_norm import EPSILON, Activation, head_norm
+from variants.ops.head_norm import Activation, head_norm
 from variants.ops.projections import Projections
 from variants.ops.short_convolution import short_convolution
+
+EPSILON = 1e-5
+"""Added to the mean square of the outputs of a head before they are divided by its root."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,12 +36,19 @@ class DeltaConfig(VariantConfig):
     It changes the cost, and not the outputs."""
 
 
+def wide_linear(x: Tensor, weight: Tensor) -> Tensor:
+    """A projection without bias in float32 or wider, with autocast too."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    with torch.autocast(x.device.type, enabled=False):
+        return F.linear(x.to(wide), weight.to(wide))
+
+
 class DeltaMixer(SequenceMixer):
     """Reads the state of a delta rule; a subclass may have decays, and a gate of the outputs.
 
     Queries, keys and values are convolved and activated by swish; queries and keys are divided by their
-    lengths. The strengths of the writes are sigmoid(w·x). Outputs of each head have an RMS norm with a learnt
-    scale that all heads share, so queries have no factor 1/√D.
+    lengths, and queries by √D too. The strengths of the writes are sigmoid(w·x). Outputs of each head have an
+    RMS norm with a learnt scale that all heads share.
     """
 
     config: DeltaConfig
@@ -72,34 +82,53 @@ class DeltaMixer(SequenceMixer):
 
     def _beta(self, x: Tensor) -> Tensor:
         """Strengths (B, H, T, 1), float32 or wider."""
-        logits: Tensor = self.strength(x)
-        wide = logits.to(torch.promote_types(x.dtype, torch.float32))
-        return wide.sigmoid().transpose(1, 2).unsqueeze(-1)
+        return wide_linear(x, self.strength.weight).sigmoid().transpose(1, 2).unsqueeze(-1)
 
-    def _mixed(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Projections (B, T, 3·H·D), convolved and activated → queries, keys and values (B, H, T, D)."""
+    def _inputs(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Projections of queries and keys (B, T, 2·H·D), in float32 or wider, and of values (B, T, H·D).
+
+        A head that forgets at once has outputs of the size of q·k, which the norm divides by. Where q·k is
+        small, it would be the rounding of half precision.
+        """
+        w_qk, w_v = self.projections.qkv.weight.split([2 * self.dims.inner_dim, self.dims.inner_dim])
+        return wide_linear(x, w_qk), F.linear(x, w_v)
+
+    def _mixed(self, x: Tensor, channels: slice) -> list[Tensor]:
+        """Projections (B, T, i·H·D), which have these channels of q, k and v: convolved and activated, in i
+        tensors (B, H, T, D), float32 or wider."""
         if self.taps is None:
-            mixed = F.silu(qkv)
+            mixed = F.silu(x.to(torch.promote_types(x.dtype, torch.float32)))
         else:
-            mixed = short_convolution(qkv, self.taps, device_type=self.device_type)
+            mixed = short_convolution(x, self.taps[channels], device_type=self.device_type)
         # their gradients are written to one tensor in the layout of the projections
-        q, k, v = mixed.unflatten(-1, (3, self.dims.heads, -1)).unbind(2)
-        return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+        heads = mixed.unflatten(-1, (-1, self.dims.heads, self.dims.head_dim))
+        return [part.transpose(1, 2) for part in heads.unbind(2)]
 
-    def _read_out(self, y: Tensor, x: Tensor, gate: Tensor | None) -> Tensor:
+    def _read_out(self, y: Tensor, gate: Tensor | None, dtype: torch.dtype) -> Tensor:
         """(B, H, T, D) → (B, T, C)."""
-        with torch.autocast(x.device.type, enabled=False):
-            y = head_norm(y, self.scale, gate, activation=self.activation, device_type=self.device_type)
+        # instead of dividing queries by √D, which takes a pass over them
+        epsilon = self.dims.head_dim * EPSILON
+        with torch.autocast(y.device.type, enabled=False):
+            y = head_norm(
+                y,
+                self.scale,
+                gate,
+                activation=self.activation,
+                epsilon=epsilon,
+                dtype=dtype,
+                device_type=self.device_type,
+            )
         return self.projections.merge(y)
 
     def forward(self, x: Tensor, ctx: Context, state: Any = None) -> MixerOut:
         """(B, T, C) → MixerOut; carries no state."""
-        qkv, beta, logs, gate = self.projections.qkv(x), self._beta(x), self.log_decay(x), self.gate(x)
+        (qk, values), beta, logs, gate = self._inputs(x), self._beta(x), self.log_decay(x), self.gate(x)
+        border, chunk, device_type = qk.shape[-1], self.config.chunk, self.device_type
         with torch.autocast(x.device.type, enabled=False):  # states need float32
-            q, k, v = self._mixed(qkv)
-            chunk, device_type = self.config.chunk, self.device_type
+            q, k = self._mixed(qk, slice(border))
+            (v,) = self._mixed(values, slice(border, None))
             y = delta_rule(q, k, v, beta, logs, unit=True, chunk=chunk, device_type=device_type)
-        return MixerOut(self._read_out(y, x, gate))
+        return MixerOut(self._read_out(y, gate, values.dtype))
 
     def reference(self, x: Tensor, ctx: Context) -> Tensor:
         """The recurrence, token by token, in float32 or wider."""
@@ -112,7 +141,7 @@ class DeltaMixer(SequenceMixer):
         qkv = qkv * qkv.sigmoid()
         q, k, v = qkv.unflatten(-1, (3, self.dims.heads, -1)).permute(2, 0, 3, 1, 4)
         q, k = (t / (t.square().sum(-1, keepdim=True) + LEAST_SQUARE).sqrt() for t in (q, k))
-        y = recurrence(q, k, v, self._beta(x), self.log_decay(x))
+        y = recurrence(q * q.shape[-1] ** -0.5, k, v, self._beta(x), self.log_decay(x))
         y = y / (y.square().mean(-1, keepdim=True) + EPSILON).sqrt() * self.scale.to(y.dtype)
         gate = self.gate(x)
         if gate is not None:
@@ -130,13 +159,13 @@ class DeltaMixer(SequenceMixer):
 
     def step(self, x: Tensor, state: DeltaState) -> Tensor:
         """(B, n, C) → (B, n, C)."""
-        qkv, beta, logs, gate = self.projections.qkv(x), self._beta(x), self.log_decay(x), self.gate(x)
+        (qk, values), beta, logs, gate = self._inputs(x), self._beta(x), self.log_decay(x), self.gate(x)
+        chunk, device_type = self.config.chunk, self.device_type
         with torch.autocast(x.device.type, enabled=False):
-            window = state.with_recent(qkv)
-            q, k, v = (part[:, :, self.config.conv - 1 :] for part in self._mixed(window))
-            chunk, device_type = self.config.chunk, self.device_type
+            window = state.with_recent(torch.cat([qk, values.to(qk.dtype)], -1))
+            q, k, v = (part[:, :, self.config.conv - 1 :] for part in self._mixed(window, slice(None)))
             y = state.read_next(q, k, v, beta, logs, unit=True, chunk=chunk, device_type=device_type)
-        return self._read_out(y, x, gate)
+        return self._read_out(y, gate, values.dtype)
 
     def decoding_bytes(self, work: Workload) -> int:
         """The state does not grow."""

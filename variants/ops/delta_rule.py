@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from variants.ops.delta_chunks import Plan, Tokens, drop_vanished, read, read_backward
+from variants.ops.delta_chunks import Plan, Tokens, read, read_backward
 from variants.ops.memoizable import repeatable
 from variants.ops.scan_chunks import chunk_length
 from variants.ops.tile_size import Sizes
@@ -92,18 +92,14 @@ class _DeltaRule(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         plan: Plan = ctx.plan
-        whole, starts = Tokens.of(*ctx.saved_tensors[:5]), ctx.saved_tensors[5:]
+        saved = ctx.saved_tensors
+        whole, starts = Tokens.of(*saved[:5]), saved[5:]
         grads = Tokens.of(*(None if x is None else _empty(x) for x in whole))
         of_end = torch.zeros_like(starts[0])
-        decays = 1 if whole.log_decay is None else whole.log_decay.shape[-1]
-        later = of_end.new_zeros(len(of_end), 1, decays, dtype=torch.float64)
-        targets = [x for x in grads if x is not None]
-        segments = whole.split(plan, grad, *targets)
+        segments = whole.split(plan, grad, *(x for x in grads if x is not None))
         for (tokens, (part, *own)), start in zip(reversed(segments), reversed(starts), strict=True):
             of_tokens = Tokens.of(*own, *([None] if grads.log_decay is None else []))
-            of_end, later = read_backward(plan, tokens, start, of_end, later, part, of_tokens)
-        if grads.log_decay is not None and whole.log_decay is not None:
-            drop_vanished(grads.log_decay, whole.log_decay)
+            of_end = read_backward(plan, tokens, start, of_end, part, of_tokens)
         return None, *grads
 
 

@@ -14,7 +14,7 @@ from variants.ops.delta_rule import make_plan, read_segments
 
 
 class DeltaState(DecodingState):
-    """S of each head, in float32 or wider, and what the convolution still reads."""
+    """S of each head, and what the convolution still reads; in float32 or wider."""
 
     def __init__(
         self,
@@ -27,19 +27,18 @@ class DeltaState(DecodingState):
         device: torch.device,
     ) -> None:
         """`shape` is (B, H, D, V), `recent` the tokens and channels of the convolution's inputs; `dtype` is
-        theirs."""
+        that of values."""
         super().__init__(clock, max_len)
         batch, heads, keys, values = shape
         wide = torch.promote_types(dtype, torch.float32)
         self.sums = torch.zeros(batch * heads, keys, values, dtype=wide, device=device)
-        self.recent = torch.zeros(batch, *recent, dtype=dtype, device=device)
+        self.recent = torch.zeros(batch, *recent, dtype=wide, device=device)
 
     @staticmethod
     def bytes(shape: tuple[int, int, int, int], recent: tuple[int, int], *, element_bytes: int) -> int:
-        """Bytes of a state for inputs of `element_bytes`."""
+        """Bytes of a state for values of `element_bytes`."""
         batch, heads, keys, values = shape
-        sums = max(4, element_bytes) * batch * heads * keys * values
-        return sums + element_bytes * batch * recent[0] * recent[1]
+        return max(4, element_bytes) * batch * (heads * keys * values + recent[0] * recent[1])
 
     def with_recent(self, x: Tensor) -> Tensor:
         """Inputs of the convolution (B, w − 1 + n, C) for the next tokens x (B, n, C), which are kept."""

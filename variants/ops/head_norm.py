@@ -16,8 +16,6 @@ from variants.ops.memoizable import repeatable
 from variants.ops.short_convolution import pieces
 
 Activation = Literal["silu", "sigmoid"]
-EPSILON = 1e-5
-"""Added to the mean square of a head."""
 
 
 def _activated(gate: Tensor, activation: Activation) -> tuple[Tensor, Tensor]:
@@ -27,8 +25,8 @@ def _activated(gate: Tensor, activation: Activation) -> tuple[Tensor, Tensor]:
     return (sigmoid, slope) if activation == "sigmoid" else (gate * sigmoid, slope.mul_(gate).add_(sigmoid))
 
 
-def _inverse_rms(y: Tensor) -> Tensor:
-    return y.square().mean(-1, keepdim=True).add_(EPSILON).rsqrt_()
+def _inverse_rms(y: Tensor, epsilon: float) -> Tensor:
+    return y.square().mean(-1, keepdim=True).add_(epsilon).rsqrt_()
 
 
 @repeatable
@@ -37,14 +35,21 @@ class _HeadNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, y: Tensor, scale: Tensor, gate: Tensor | None, activation: Activation, device_type: str
+        ctx: Any,
+        y: Tensor,
+        scale: Tensor,
+        gate: Tensor | None,
+        activation: Activation,
+        epsilon: float,
+        dtype: torch.dtype,
+        device_type: str,
     ) -> Tensor:
         ctx.save_for_backward(y, scale, gate)
-        ctx.activation, ctx.device_type = activation, device_type
-        result = torch.empty_like(y)
+        ctx.activation, ctx.epsilon, ctx.device_type = activation, epsilon, device_type
+        result = torch.empty_like(y, dtype=dtype)
         for first, end in pieces(y, device_type):
             part = y[:, first:end].to(scale.dtype)
-            normed = (part * _inverse_rms(part)).mul_(scale)
+            normed = (part * _inverse_rms(part, epsilon)).mul_(scale)
             if gate is not None:
                 g = gate[:, first:end].to(scale.dtype)
                 normed.mul_(g.sigmoid() if activation == "sigmoid" else F.silu(g))
@@ -60,7 +65,7 @@ class _HeadNorm(torch.autograd.Function):
         for first, end in pieces(y, ctx.device_type):
             here = slice(first, end)
             part, of = y[:, here].to(scale.dtype), grad[:, here].to(scale.dtype)
-            inverse = _inverse_rms(part)
+            inverse = _inverse_rms(part, ctx.epsilon)
             normed = part * inverse
             if gate is not None and of_gate is not None:
                 values, slopes = _activated(gate[:, here].to(scale.dtype), ctx.activation)
@@ -70,19 +75,27 @@ class _HeadNorm(torch.autograd.Function):
             of = of * scale
             along = (of * normed).mean(-1, keepdim=True)
             of_y[:, here] = of.addcmul_(normed, along, value=-1).mul_(inverse)
-        return of_y, of_scale, of_gate, None, None
+        return of_y, of_scale, of_gate, None, None, None, None
 
 
 def head_norm(
-    y: Tensor, scale: Tensor, gate: Tensor | None = None, *, activation: Activation = "silu", device_type: str
+    y: Tensor,
+    scale: Tensor,
+    gate: Tensor | None = None,
+    *,
+    activation: Activation = "silu",
+    epsilon: float,
+    dtype: torch.dtype | None = None,
+    device_type: str,
 ) -> Tensor:
-    """scale ∘ y/√(mean y² + 1e-5) ∘ activation(gate): (B, H, T, D) → (B, H, T, D).
+    """scale ∘ y/√(mean y² + epsilon) ∘ activation(gate): (B, H, T, D) → (B, H, T, D).
 
     The mean is over the channels of a head; all heads share `scale` (D,). `gate` is (B, H, T, D); None: 1.
+    `dtype` is that of the result; None: that of y. All else is float32 or wider.
     """
     tokens_first = y.transpose(1, 2), None if gate is None else gate.transpose(1, 2)
     wide = scale.to(torch.promote_types(y.dtype, torch.float32))
     found: Tensor = _HeadNorm.apply(  # type: ignore[no-untyped-call]
-        tokens_first[0], wide, tokens_first[1], activation, device_type
+        tokens_first[0], wide, tokens_first[1], activation, epsilon, dtype or y.dtype, device_type
     )
     return found.transpose(1, 2)

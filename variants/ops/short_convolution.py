@@ -57,7 +57,7 @@ class _ShortConvolution(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, taps: Tensor, device_type: str) -> Tensor:
         ctx.save_for_backward(x, taps)
         ctx.device_type = device_type
-        y = torch.empty_like(x)
+        y = torch.empty_like(x, dtype=taps.dtype)
         for first, end in pieces(x, device_type):
             y[:, first:end] = F.silu(_convolved(x, taps, first, end), inplace=True)
         return y
@@ -72,7 +72,7 @@ class _ShortConvolution(torch.autograd.Function):
         for first, end in pieces(x, ctx.device_type):
             after = min(seq_len, end + width - 1)
             sums = _convolved(x, taps, first, after)
-            of_sums = torch.ops.aten.silu_backward(grad[:, first:after].to(sums.dtype), sums)
+            of_sums = torch.ops.aten.silu_backward(grad[:, first:after], sums)
             of_part = of_sums[:, : end - first] * taps[:, -1]
             for shift in range(1, width):
                 later = of_sums[:, shift : shift + end - first]
@@ -86,7 +86,7 @@ class _ShortConvolution(torch.autograd.Function):
 def short_convolution(x: Tensor, taps: Tensor, *, device_type: str) -> Tensor:
     """silu(Σ_i taps_i x_{t − w + 1 + i}), where x is 0 before the first token: (B, T, C) → (B, T, C).
 
-    `taps` are (C, w); the last one multiplies the token itself. Sums are float32 or wider.
+    `taps` are (C, w); the last one multiplies the token itself. Outputs are float32 or wider.
     """
     wide = taps.to(torch.promote_types(x.dtype, torch.float32))
     y: Tensor = _ShortConvolution.apply(x, wide, device_type)  # type: ignore[no-untyped-call]
