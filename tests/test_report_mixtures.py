@@ -228,7 +228,7 @@ def test_every_figure_of_a_report_on_mixtures_is_drawn(tmp_path: Path) -> None:
     assert stems == {"mixtures-depth_2", "mixtures-depth_4"}
     assert "](plots/mixtures-depth_4.png)](plots/mixtures-depth_4.svg)" in text
     assert "### Mixtures, depth 2\n" in text
-    assert "hybrid (layers=[3xlongformer(window=64),dense])" in text
+    assert r"hybrid (layers=\[3xlongformer(window=64),dense\])" in text, "in Markdown"
 
 
 def test_without_two_shares_there_is_no_section(tmp_path: Path) -> None:

@@ -92,6 +92,19 @@ def whole(layer: SequenceMixer, x: Tensor) -> Tensor:
     return layer(x, Context(causal=True)).y.detach()
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_a_state_of_one_sequence_is_copied_into_every_sequence_of_a_batch(name: str) -> None:
+    """As the largest batch is measured after one prompt."""
+    layer = layer_of(name, next(iter(small_knobs(name)), {}))
+    x = numbers(1, 20, layer.dims.d_model).detach()
+    single, batch = begin(layer, 1, 20), begin(layer, 3, 20)
+    decode(layer, x[:, :17], single, [17])
+    batch.copy_from(single)
+    batch.clock.position = single.clock.position
+    got = decode(layer, x[:, 17:].expand(3, -1, -1), batch, [1, 2])
+    assert difference(got, decode(layer, x[:, 17:], single, [1, 2]).expand(3, -1, -1)) <= EXACT
+
+
 @pytest.mark.parametrize(("name", "knobs", "steps"), in_steps())
 def test_steps_give_the_outputs_of_the_whole_sequence(
     name: str, knobs: dict[str, Any], steps: list[int]

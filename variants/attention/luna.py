@@ -47,13 +47,13 @@ class LunaConfig(VariantConfig):
 
 
 class LunaState(DecodingState):
-    """The sum of packed tokens S (B·H, l, D) of one layer, in float32 or wider."""
+    """The sum of packed tokens S (B, H, l, D) of one layer, in float32 or wider."""
 
     def __init__(
         self,
         clock: Clock,
         max_len: int,
-        shape: tuple[int, int, int],
+        shape: tuple[int, int, int, int],
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
@@ -174,7 +174,7 @@ class Luna(SequenceMixer):
 
     def init_state(self, batch_size: int, max_len: int, *, clock: Clock, dtype: torch.dtype) -> LunaState:
         """The causal sum."""
-        shape = batch_size * self.dims.heads, self.config.length, self.dims.head_dim
+        shape = batch_size, self.dims.heads, self.config.length, self.dims.head_dim
         return LunaState(clock, max_len, shape, dtype, self.out.weight.device)
 
     def step(self, x: Tensor, state: LunaState) -> Tensor:
@@ -183,8 +183,9 @@ class Luna(SequenceMixer):
         q, w, m = self._tokens(x, keys)
         with torch.autocast(x.device.type, enabled=False):
             plan = Plan.make(w, m, self.config.chunk, self.device_type)
-            y, _, states = read_segments(plan, q, w, m, state.sums, state.clock.position)
-            state.sums.copy_(states[-1])
+            sums = state.sums.flatten(0, 1)  # (B·H, l, D), a view
+            y, _, states = read_segments(plan, q, w, m, sums, state.clock.position)
+            sums.copy_(states[-1])
         return self._merge(y)
 
     def decoding_bytes(self, work: Workload) -> int:

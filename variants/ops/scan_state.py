@@ -30,13 +30,14 @@ class ScanState(DecodingState):
     ) -> None:
         """`shape` is (B, H, m, V); `dtype` is that of keys and values."""
         super().__init__(clock, max_len)
-        batch, heads, features, channels = shape
         wide = torch.promote_types(dtype, torch.float32)
-        self.sums = torch.zeros(batch * heads, features, channels, dtype=wide, device=device)
-        self.norms = self.sums.new_zeros(batch * heads, features, 1) if normalise else None
+        self.sums = torch.zeros(shape, dtype=wide, device=device)
+        self.norms = self.sums.new_zeros(*shape[:3], 1) if normalise else None
 
     def _held(self) -> tuple[Tensor, ...]:
-        return (self.sums,) if self.norms is None else (self.sums, self.norms)
+        """Views of the tensors with B and H in one dimension, as the scan has them."""
+        held = (self.sums,) if self.norms is None else (self.sums, self.norms)
+        return tuple(tensor.flatten(0, 1) for tensor in held)
 
     @staticmethod
     def bytes(shape: tuple[int, int, int, int], *, normalise: bool, element_bytes: int) -> int:

@@ -25,6 +25,8 @@ from bench.report.sections.mixtures.tables import place, title_of
 from bench.report.text import units
 
 BAND = "#e4e4e4"
+ROOM = 1.06
+"""Top of an axis that begins at 0, over the highest value on it."""
 SHOW: dict[str, Callable[[float], str]] = {
     BITS: units.tick,
     ACCURACY: lambda value: f"{100 * value:.0f} %",
@@ -122,10 +124,10 @@ def _axes(axis: Axes, own: pd.DataFrame, name: str) -> None:
     if name == ACCURACY:
         axis.set_ylim(-0.04, 1.04)
     elif name != BITS:
-        axis.set_ylim(bottom=0)
+        axis.set_ylim(0, ROOM * own[["value", "high"]].max().max())
     if name == STATE:
         ticks = canvas.even_ticks(axis.get_ylim()[1])
         axis.yaxis.set_major_locator(FixedLocator(ticks))
     else:
         axis.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
-    axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: SHOW[name](value)))
+    axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: SHOW[name](value) if value else "0"))
