@@ -71,6 +71,27 @@ def test_the_table_of_the_readme(cpu: pd.DataFrame) -> None:
         ]
 
 
+def test_the_table_of_decoding() -> None:
+    frame = records.load(ROOT / "results" / "decode-cpu")
+    frame = cells(frame[frame["kv_heads"].isna()], status="ok", twin=0)
+    frame = frame.assign(rate=frame["decode_batch_size"] / frame["decode_batch_seconds_median"])
+    figures = ["decode_seconds_median", "prefill_seconds_median", "decode_state_bytes", "decode_largest_batch"]
+    medians = frame.groupby(["seq_len", "variant"])[[*figures, "rate"]].median()
+    found = {name.strip("`"): row for name, *row in rows_between("decode:begin", "decode:end")}
+    assert found.keys() == set(frame["variant"])
+    for name, stated in found.items():
+        near, far = medians.loc[512, name], medians.loc[8192, name]
+        prompt = far["prefill_seconds_median"]
+        assert stated == [
+            f"{1e3 * near['decode_seconds_median']:.1f} ms",
+            f"{1e3 * far['decode_seconds_median']:.1f} ms",
+            f"{prompt:.2f} s" if prompt >= 1 else f"{1e3 * prompt:.0f} ms",
+            f"{far['decode_state_bytes'] / 2**20:.1f} MiB",
+            f"{far['decode_largest_batch']:,.0f}",
+            f"{far['rate']:,.0f}",
+        ]
+
+
 def test_the_recommendations_of_the_readme() -> None:
     """They are the rows of the report's answer."""
     text = (ROOT / "results" / "reference-cpu" / "report" / "summary.md").read_text()
