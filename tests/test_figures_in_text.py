@@ -75,8 +75,9 @@ def test_the_table_of_decoding() -> None:
     frame = records.load(ROOT / "results" / "decode-cpu")
     frame = cells(frame[frame["kv_heads"].isna()], status="ok", twin=0)
     frame = frame.assign(rate=frame["decode_batch_size"] / frame["decode_batch_seconds_median"])
-    figures = ["decode_seconds_median", "prefill_seconds_median", "decode_state_bytes", "decode_largest_batch"]
-    medians = frame.groupby(["seq_len", "variant"])[[*figures, "rate"]].median()
+    figures = ["decode_seconds_median", "prefill_seconds_median", "decode_state_bytes"]
+    figures += ["decode_largest_batch", "rate"]
+    medians = frame.groupby(["seq_len", "variant"])[figures].median()
     found = {name.strip("`"): row for name, *row in rows_between("decode:begin", "decode:end")}
     assert found.keys() == set(frame["variant"])
     for name, stated in found.items():

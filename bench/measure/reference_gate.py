@@ -204,7 +204,8 @@ def _mixer_pairs(
     fast = layer_of(variant, config, scheduled_dims(variant, schedule, dims), layer).to(device)
     slow = copy.deepcopy(fast).double()  # on the same device, so that its random numbers are the same
     if isinstance(fast, MakesChoices):
-        slow.choices = _choices_in(dtype, fast, slow.choices)  # type: ignore  # a method of this layer alone
+        own: Any = slow.choices
+        slow.choices = _choices_in(dtype, fast, own)  # type: ignore[assignment]  # a method of this layer alone
 
     network = wrap(lambda window, state: NetworkOut(*fast(window, ctx, state)[:2]))
 

@@ -397,7 +397,8 @@ def _read_all(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     if q.device.type != "cpu":
         return F.scaled_dot_product_attention(q, k, v)
     scores = (k @ (q * q.shape[-1] ** -0.5).mT).mT.contiguous()
-    return scores.softmax(dim=-1) @ v
+    y: Tensor = scores.softmax(dim=-1) @ v
+    return y
 
 
 def _equal(summaries: tuple[tuple[int, ...], ...]) -> Iterator[tuple[slice, tuple[int, ...]]]:
