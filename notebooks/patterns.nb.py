@@ -392,6 +392,30 @@ show("retnet")
 show("lightning")
 
 # %% [markdown]
+# ## `gla`: a decay for each channel, chosen by the token
+#
+# Linear attention whose sum decays by a factor of each channel, which every token computes: $S_t=\mathrm{Diag}(\alpha_t)S_{t-1}+k_tv_t^\top$. A head forgets some of what it holds and keeps the rest. ([Yang et al. 2023](https://arxiv.org/abs/2312.06635), arXiv:2312.06635.)
+
+# %%
+show("gla")
+
+# %% [markdown]
+# ## `mamba2`: a state space model as linear attention
+#
+# With $C$, $B$ and $x$ for queries, keys and values, a state space with one decay for each head and token is a gated sum: $S_t=a_tS_{t-1}+\Delta_tB_tx_t^\top$, $y_t=C_tS_t+Dx_t$, after a short convolution. ([Dao and Gu 2024](https://arxiv.org/abs/2405.21060), arXiv:2405.21060.)
+
+# %%
+show("mamba2")
+
+# %% [markdown]
+# ## `based`: features of a Taylor series
+#
+# $\varphi(x)=[1,x,x^2/\sqrt2]$ of few channels makes $\varphi(q)\cdot\varphi(k)$ the Taylor series of $e^{q\cdot k}$ up to the second order. The paper alternates such layers with windows, as `hybrid` can. ([Arora et al. 2024](https://arxiv.org/abs/2402.18668), arXiv:2402.18668.)
+
+# %%
+show("based")
+
+# %% [markdown]
 # ## `delta_net`: a sum that is corrected
 #
 # Before a value is added for a key, what the sum already holds for that key is taken out: $S_t=S_{t-1}+\beta_tk_t(v_t-S_{t-1}^\top k_t)^\top$. A key that comes again overwrites its value instead of adding to it. All tokens so far are read through a $D\times D$ matrix for each head. ([Yang et al. 2024](https://arxiv.org/abs/2406.06484), arXiv:2406.06484.)

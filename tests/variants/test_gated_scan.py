@@ -15,7 +15,7 @@ from variants.ops import feature_sums, scan_chunks
 from variants.ops import full_sums as full_sums_module
 from variants.ops.full_sums import full_flops, full_sums
 from variants.ops.gated_scan import gated_scan, recurrence, scan_flops
-from variants.ops.scan_features import EluPlusOne, FeatureMap, Identity, Silu, SinesAndCosines
+from variants.ops.scan_features import EluPlusOne, FeatureMap, Identity, Silu, SinesAndCosines, Taylor
 from variants.ops.tile_size import Sizes
 
 EXACT = 1e-10
@@ -104,11 +104,19 @@ def test_a_strong_decay_leaves_the_next_tokens_exact() -> None:
     torch.testing.assert_close(got.double(), want, rtol=2e-6, atol=0)
 
 
+def taylor(x: Tensor) -> Tensor:
+    """Four channels: six pairs, by their distance 1, and then 2."""
+    u = x / 2**0.5
+    pairs = [u[..., i] * u[..., j] for i, j in ((0, 1), (1, 2), (2, 3), (3, 0), (0, 2), (1, 3))]
+    return torch.cat([torch.ones_like(u[..., :1]), u, u * u / 2**0.5, torch.stack(pairs, -1)], -1)
+
+
 TABLE = torch.randn(7, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 MAPS: list[tuple[FeatureMap, Tensor | None, Callable[[Tensor], Tensor]]] = [
     (Identity(), None, lambda x: x),
     (Silu(), None, lambda x: x / (1 + (-x).exp())),
     (EluPlusOne(), None, lambda x: torch.nn.functional.elu(x) + 1),
+    (Taylor(), None, taylor),
     (
         SinesAndCosines(),
         0.1 * TABLE,
@@ -154,6 +162,17 @@ def test_full_sums_are_the_quadratic_form(
     got = full_sums(q, k, v, features=features, table=table, device_type="cpu")
     weights = written_out(q) @ written_out(k).mT
     assert_equal(got, weights / weights.sum(-1, keepdim=True) @ v, [q, k, v])
+
+
+@pytest.mark.parametrize("head_dim", [2, 4, 6, 16])
+def test_taylor_features_are_the_series_of_the_exponential(head_dim: int) -> None:
+    """Outputs and gradients of their scalar products."""
+    q, k = numbers(3, 5, head_dim), numbers(3, 5, head_dim)
+    scores = (q * k).sum(-1) / head_dim**0.5
+    found = [Taylor().features(x.detach(), None) for x in (q, k)]
+    torch.testing.assert_close((found[0] * found[1]).sum(-1), 1 + scores + scores.square() / 2)
+    wanted = torch.autograd.grad((1 + scores + scores.square() / 2).sum(), q)[0]
+    torch.testing.assert_close(Taylor().gradient(found[1], found[0], q.detach(), None), wanted)
 
 
 def saved_bytes(seq_len: int) -> int:

@@ -31,7 +31,8 @@ class Retnet(FixedDecayMixer):
 
     The norm is a group norm with one group for each head: mean 0 and variance 1 over its channels. It cancels
     any positive factor of y_t, so the score normalisations of the paper (§2.2) are left out: they are such
-    factors, apart from the ε of the norm.
+    factors, apart from the ε of the norm. It also divides the y of a first token, (q·k) v, by q·k. Where that
+    is near 0, gradients are large; in bfloat16 rounding decides them, which the reference gate may report.
 
     Parameters: 5·C², because values are as wide as queries. In the paper, they are twice as wide, and the
     feed-forward layer is narrower in turn.

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -78,7 +79,7 @@ class Silu:
 
     def features(self, x: Tensor, table: Tensor | None) -> Tensor:
         """φ(x)."""
-        return torch.nn.functional.silu(x)
+        return F.silu(x)
 
     def gradient(self, grad: Tensor, features: Tensor, x: Tensor, table: Tensor | None) -> Tensor:
         """The derivative is σ + φ(x) · (1 − σ), with σ = sigmoid(x)."""
@@ -112,3 +113,53 @@ class SinesAndCosines:
         of_sines, of_cosines = grad.chunk(2, -1)
         of_angles = (of_sines * cosines).addcmul_(of_cosines, sines, value=-1)
         return of_angles @ table
+
+
+@dataclass(frozen=True)
+class Taylor:
+    """φ(q)·φ(k) = 1 + s + s²/2 with s = q·k/√D, the Taylor series of exp(s) (Arora 2024, arXiv:2402.18668).
+
+    With u = x/D^¼, the features are 1, u, u_i²/√2, and u_i u_j once for each pair i < j: the paper has each
+    pair twice, with half the weight. D is even; m = 1 + D + D(D + 1)/2.
+
+    Pairs are computed by their distance: u_i u_{i + r}, where indices wrap around, for r = 1 … D/2 − 1, and
+    half of those with r = D/2.
+    """
+
+    def width(self, head_dim: int, table: Tensor | None) -> int:
+        """m."""
+        return 1 + head_dim + head_dim * (head_dim + 1) // 2
+
+    def features(self, x: Tensor, table: Tensor | None) -> Tensor:
+        """φ(x)."""
+        head_dim = x.shape[-1]
+        half = head_dim // 2
+        u = x * head_dim**-0.25
+        pairs = u[..., None, :] * self._shifted(u)  # (…, D/2 − 1, D)
+        ones = torch.ones_like(u[..., :1])
+        squares = u.square().mul_(0.5**0.5)
+        return torch.cat([ones, u, squares, pairs.flatten(-2), u[..., :half] * u[..., half:]], -1)
+
+    @staticmethod
+    def _shifted(u: Tensor) -> Tensor:
+        """u_{i + r} for the distances r = 1 … D/2 − 1: a view (…, D/2 − 1, D) of u twice."""
+        head_dim = u.shape[-1]
+        return torch.cat([u, u], -1).unfold(-1, head_dim, 1)[..., 1 : head_dim // 2, :]
+
+    def gradient(self, grad: Tensor, features: Tensor, x: Tensor, table: Tensor | None) -> Tensor:
+        """Of a product u_i u_j, u_i has the gradient times u_j, and the other way round."""
+        head_dim = x.shape[-1]
+        half, rows = head_dim // 2, head_dim // 2 - 1
+        u = features[..., 1 : 1 + head_dim]
+        _, own, squares, pairs, opposite = grad.split([1, head_dim, head_dim, rows * head_dim, half], -1)
+        of_u = torch.addcmul(own, squares, u, value=2**0.5)
+        of_u[..., :half].addcmul_(opposite, u[..., half:])
+        of_u[..., half:].addcmul_(opposite, u[..., :half])
+        if rows:
+            pairs = pairs.unflatten(-1, (rows, head_dim))
+            of_u.add_((pairs * self._shifted(u)).sum(-2))
+            # row r − 1 moves by r − 1 to the right: rows with one more entry are read as rows without it
+            padded = F.pad(pairs * u[..., None, :], (0, head_dim + 1)).flatten(-2)
+            moved = padded[..., : rows * 2 * head_dim].unflatten(-1, (rows, 2 * head_dim)).sum(-2)
+            of_u.add_((moved[..., :head_dim] + moved[..., head_dim:]).roll(1, -1))
+        return of_u.mul_(head_dim**-0.25)
