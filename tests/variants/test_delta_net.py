@@ -84,8 +84,8 @@ def test_scores_of_later_keys_fail_the_causality_gate(monkeypatch: pytest.Monkey
 def test_a_centred_convolution_fails_the_causality_gate(monkeypatch: pytest.MonkeyPatch) -> None:
     causal = short_convolution._convolved
 
-    def centred(x: Tensor, taps: Tensor, first: int, end: int) -> Tensor:
-        return causal(F.pad(x, (0, 0, 0, 1))[:, 1:], taps, first, end)
+    def centred(x: Tensor, taps: Tensor, bias: None, first: int, end: int) -> Tensor:
+        return causal(F.pad(x, (0, 0, 0, 1))[:, 1:], taps, bias, first, end)
 
     monkeypatch.setattr(short_convolution, "_convolved", centred)
     with pytest.raises(gates.GateFailed, match="causality gate"):

@@ -54,7 +54,7 @@ def test_it_is_the_recurrence_of_the_paper(seq_len: int, knobs: dict[str, Any]) 
         for t in range(seq_len):
             total = layer.filter_bias
             for lag in range(min(t + 1, layer.config.kernel)):
-                total = total + layer.filters[:, lag] * inputs[:, t - lag]
+                total = total + layer.filters[:, -1 - lag] * inputs[:, t - lag]
             rows.append(total * total.sigmoid())
         values, b, c = torch.stack(rows, 1).split([inner, shared, shared], -1)
         values = values.unflatten(-1, (layer.heads, -1))
@@ -101,12 +101,12 @@ def test_groups_that_do_not_divide_the_heads_are_refused() -> None:
 
 def test_a_convolution_of_later_tokens_fails_the_causality_gate(monkeypatch: pytest.MonkeyPatch) -> None:
     """The taps are centred on their token, as those of a convolution with padding on both sides."""
-    sums = convolution_module._sums
+    causal = convolution_module._convolved
 
-    def centred(x: Tensor, filters: Tensor, bias: Tensor, begin: int, end: int) -> Tensor:
-        return sums(x.roll(-1, 1), filters, bias, begin, end)
+    def centred(x: Tensor, taps: Tensor, bias: Tensor, first: int, end: int) -> Tensor:
+        return causal(x.roll(-1, 1), taps, bias, first, end)
 
-    monkeypatch.setattr(convolution_module, "_sums", centred)
+    monkeypatch.setattr(convolution_module, "_convolved", centred)
     with pytest.raises(gates.GateFailed, match="causality gate"):
         gates.leak(Mamba2, Mamba2Config(), dims_for(75, 2), 2, torch.device("cpu"))
 

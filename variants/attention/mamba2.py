@@ -179,7 +179,7 @@ class Mamba2(SequenceMixer):
         z, inputs, steps = self._project(x)
         tokens, width = x.shape[1], self.config.kernel
         padded = F.pad(inputs, (0, 0, width - 1, 0))
-        taps = [self.filters[:, j] * padded[:, width - 1 - j :][:, :tokens] for j in range(width)]
+        taps = [self.filters[:, j] * padded[:, j:][:, :tokens] for j in range(width)]
         q, k, v = self._split(F.silu(torch.stack(taps).sum(0) + self.filter_bias))
         logs = (-steps * self.rate.exp()[:, None, None]).cumsum(2)  # (B, H, T, 1)
         later = torch.ones(tokens, tokens, dtype=torch.bool, device=x.device).triu(1)
