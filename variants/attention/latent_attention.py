@@ -41,10 +41,10 @@ class LatentAttentionConfig(VariantConfig):
     """Knobs of the latent vectors."""
 
     rank: int = knob(0, least=0, unit="channels")
-    """Width r of a latent vector; 0: half of d_model, which gives about the parameters of dense attention."""
+    """Width r of a latent vector; 0: half of d_model. With it, parameters are about those of dense attention.
+    """
     rotary: int = knob(0, least=0, multiple=2, unit="channels")
-    """Channels with rotary positions that each query and the key of a token have beside the others; 0: half
-    of those of a head, as in the paper."""
+    """Channels R with rotary positions, beside the others; 0: half of those of a head, as in the paper."""
 
 
 class LatentAttention(SequenceMixer):
