@@ -29,10 +29,9 @@ class DeltaState(DecodingState):
         """`shape` is (B, H, D, V), `recent` the tokens and channels of the convolution's inputs; `dtype` is
         that of values."""
         super().__init__(clock, max_len)
-        batch, heads, keys, values = shape
         wide = torch.promote_types(dtype, torch.float32)
-        self.sums = torch.zeros(batch * heads, keys, values, dtype=wide, device=device)
-        self.recent = torch.zeros(batch, *recent, dtype=wide, device=device)
+        self.sums = torch.zeros(shape, dtype=wide, device=device)
+        self.recent = torch.zeros(shape[0], *recent, dtype=wide, device=device)
 
     @staticmethod
     def bytes(shape: tuple[int, int, int, int], recent: tuple[int, int], *, element_bytes: int) -> int:
@@ -60,6 +59,7 @@ class DeltaState(DecodingState):
     ) -> Tensor:
         """Read the next n tokens, and return their outputs (B, H, n, V). Arguments: see `delta_rule`."""
         plan = make_plan(q, v, unit=unit, chunk=chunk, device_type=device_type)
-        y, states = read_segments(plan, Tokens(q, k, v, beta, log_decay), self.sums)
-        self.sums.copy_(states[-1])
+        before = self.sums.flatten(0, 1)  # a view
+        y, states = read_segments(plan, Tokens(q, k, v, beta, log_decay), before)
+        before.copy_(states[-1])
         return y
