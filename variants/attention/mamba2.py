@@ -137,8 +137,13 @@ class Mamba2(SequenceMixer):
         return z, inputs, F.softplus(steps + self.step_bias).transpose(1, 2).unsqueeze(-1)
 
     def _split(self, convolved: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """C and B (B, H, T, N), which heads of a group share, and x (B, H, T, P)."""
+        """C and B (B, H, T, N), which heads of a group share, and x (B, H, T, P) in float32 or wider.
+
+        The norm makes the gradient of y nearly orthogonal to x, and those of B, C and Δ are products of both:
+        in bfloat16, rounding would decide them.
+        """
         x, b, c = convolved.split([self.inner, self.shared, self.shared], dim=-1)
+        x = x.to(torch.promote_types(x.dtype, torch.float32))
         keys, queries = (
             part.unflatten(-1, (self.config.groups, 1, -1))
             .expand(-1, -1, -1, self.heads // self.config.groups, -1)

@@ -67,7 +67,8 @@ class _ChannelScan(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         plan: Plan = ctx.plan
-        whole, starts = Segment(*ctx.saved_tensors[:4]), ctx.saved_tensors[4:]
+        saved = ctx.saved_tensors  # once, as checkpointing demands
+        whole, starts = Segment(*saved[:4]), saved[4:]
         grads = Segment(*(torch.empty_like(x) for x in whole))
         of_end = torch.zeros_like(starts[0])
         of_later = whole.x.new_zeros(*whole.x.shape[:2], 1, whole.x.shape[-1], dtype=torch.float64)

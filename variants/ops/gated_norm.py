@@ -43,9 +43,8 @@ class _Piece(NamedTuple):
     """A piece of the forward pass, in float32 or wider."""
 
     y: Tensor
+    sigmoid: Tensor
     gate: Tensor
-    slope: Tensor
-    """The derivative of the activation."""
     scale: Tensor
     """(R, 1): 1 / root mean square."""
     unit: Tensor
@@ -57,16 +56,18 @@ class _Piece(NamedTuple):
         y, z = _wide(y), _wide(z)
         sigmoid = z.sigmoid()
         gate = z * sigmoid if form.activation == "silu" else sigmoid
-        # silu' = σ + silu · (1 − σ), and σ' = σ · (1 − σ)
-        slope = (1 - sigmoid).mul_(gate)
-        if form.activation == "silu":
-            slope.add_(sigmoid)
         h = y * gate if form.gate_first else y
         if form.centred:
             h = h - h.mean(-1, keepdim=True)
         mean_square = torch.linalg.vector_norm(h, dim=-1, keepdim=True).square_().div_(h.shape[-1])
         scale = mean_square.add_(form.eps).rsqrt_()
-        return cls(y, gate, slope, scale, h * scale)
+        return cls(y, sigmoid, gate, scale, h * scale)
+
+    def slope(self, form: GatedNorm) -> Tensor:
+        """The derivative of the activation."""
+        # silu' = σ + silu · (1 − σ), and σ' = σ · (1 − σ)
+        slope = (1 - self.sigmoid).mul_(self.gate)
+        return slope.add_(self.sigmoid) if form.activation == "silu" else slope
 
 
 def _wide(x: Tensor) -> Tensor:
@@ -110,7 +111,7 @@ def _normalise_backward(
         if weight is not None:
             of_gate.mul_(weight)
         of_y.copy_(of_h)
-    of_z.copy_(of_gate.mul_(piece.slope))
+    of_z.copy_(of_gate.mul_(piece.slope(form)))
     return of_weight
 
 

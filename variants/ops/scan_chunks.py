@@ -4,9 +4,9 @@ Shapes: B batch, H heads, N = B·H sequences, T tokens, D channels of queries an
 V channels of values; n chunks of each sequence in a segment, G = n·N chunks, c tokens of a chunk.
 
 Pairs within a chunk are computed and masked; earlier chunks are one state (m, V). With b_t the sum of log g
-up to t, the weight of the pair (t, s) is exp(b_t − b_s) φ(q_t)·φ(k_s). The difference is taken in float64 and
-masked before the exponential, so no factor exceeds 1 and no decay is too strong. The states before all chunks
-of a segment follow in ⌈log₂ n⌉ steps.
+up to t, the weight of the pair (t, s) is exp(b_t − b_s) φ(q_t)·φ(k_s). The difference is taken in float64,
+and later keys are removed before a factor is used, so none exceeds 1 and no decay is too strong. The states
+before all chunks of a segment follow in ⌈log₂ n⌉ steps.
 
 With a normaliser, the values are followed by the weights of the keys, as a tensor of one channel, and the
 states by the sums of both: tuples of one or two tensors. Products over V + 1 channels can take twice as long
@@ -113,18 +113,18 @@ class Decay(NamedTuple):
     """(G, c, 1): from the beginning of the chunk to the token, the token's own included."""
     after: Tensor
     """(G, c, 1): from the token to the end of the chunk."""
-    total: Tensor
-    """(n + 1, N), float64: logarithms, from the beginning of the segment to each border of chunks."""
+    totals: Tensor
+    """(n + 2, N): of whole chunks, between two 1."""
 
     @classmethod
     def make(cls, log_decay: Tensor, sequences: int) -> Decay:
         """From the logarithms (G, c, 1)."""
         b = log_decay.double().clamp(min=LEAST_LOG).cumsum(1)
-        chunk, last = b.shape[1], b[:, -1:]
-        later = torch.ones(chunk, chunk, dtype=torch.bool, device=b.device).triu(1)
-        within = (b - b.mT).to(log_decay.dtype).masked_fill_(later, float("-inf")).exp_()
-        total = torch.nn.functional.pad(last.view(-1, sequences).cumsum(0), (0, 0, 1, 0))
-        return cls(within, b.exp().to(log_decay.dtype), (last - b).exp().to(log_decay.dtype), total)
+        # products with later keys may be infinite; `tril_` overwrites them
+        within = (b - b.mT).to(log_decay.dtype).exp_().tril_()
+        before = b.exp().to(log_decay.dtype)
+        totals = torch.nn.functional.pad(before[:, -1].view(-1, sequences), (0, 0, 1, 1), value=1.0)
+        return cls(within, before, (b[:, -1:] - b).exp().to(log_decay.dtype), totals)
 
 
 def _masked(weights: Tensor, decay: Decay | None) -> Tensor:
@@ -140,24 +140,28 @@ def accumulate(states: Tensor, decay: Decay | None, *, backward: bool = False) -
     """Turn own sums of chunks into states: states (n + 1, N, m, V), in place.
 
     Forward, state i is the sum of chunk i and of the decayed state i − 1. Backward, from the last to the
-    first.
+    first. The decays from the border of two blocks to each state of one of them are products, which grow with
+    the blocks.
     """
+    decays = None
+    if decay is not None:
+        decays = (decay.totals[1:] if backward else decay.totals[:-1]).to(states.dtype, copy=True)
     for length in doublings(len(states)):
-        logs = None if decay is None else neighbours(decay.total, length)
+        blocks = None if decays is None else neighbours(decays, length)
         for left, right in neighbours(states, length):
-            if logs is None:
+            if blocks is None:
                 if backward:
                     left.add_(right[:, :1])
                 else:
                     right.add_(left[:, -1:])
                 continue
-            log_left, log_right = next(logs)
+            by_left, by_right = next(blocks)
             if backward:
-                by = (log_right[:, :1] - log_left).exp().to(states.dtype)
-                left.addcmul_(right[:, :1], by[..., None, None])
+                left.addcmul_(right[:, :1], by_left[..., None, None])
+                by_left.mul_(by_right[:, :1])
             else:
-                by = (log_right - log_left[:, -1:]).exp().to(states.dtype)
-                right.addcmul_(left[:, -1:], by[..., None, None])
+                right.addcmul_(left[:, -1:], by_right[..., None, None])
+                by_right.mul_(by_left[:, -1:])
 
 
 def _of_chunks(states: Tensor) -> Tensor:
