@@ -137,6 +137,17 @@ def test_a_strong_decay_leaves_the_next_tokens_exact() -> None:
         torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=2e-6)
 
 
+@pytest.mark.parametrize("decays", [1, 6])
+def test_the_gradient_of_a_strong_decay_is_of_its_own_size(decays: int) -> None:
+    """About e⁻⁸ here. As a difference of two sums over the sequence it would be their rounding errors."""
+    inputs = [x.detach().float() for x in drawn(200, decays=0)]
+    logs = torch.full((2, 3, 200, decays), -8.0).requires_grad_()
+    (got,) = torch.autograd.grad(run(*inputs, logs).sum(), logs)
+    (want,) = torch.autograd.grad(recurrence(*(x.double() for x in inputs), logs.double()).sum(), logs)
+    assert 0 < want.abs().max() < 0.1
+    assert (got - want).abs().max() <= 1e-5 * want.abs().max()
+
+
 def test_without_writes_the_state_stays_empty() -> None:
     q, k, v, beta = drawn(30, decays=0)
     assert not run(q, k, v, torch.zeros_like(beta)).any()
