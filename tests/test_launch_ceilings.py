@@ -30,11 +30,13 @@ ON_AN_ACCELERATOR: dict[str, dict[str, Any]] = {
 launches grow with the length."""
 ABOVE = {
     "entmax": 55_894,
+    "forgetting": 4_867,
     "routing": 499,
 }
 """Variant → launches a layer at the longest length."""
 GROW = {
     "entmax": "grow with T²: all scores are computed, in pieces that bound the memory",
+    "forgetting": "grow with T: all scores are computed, in rows that bound the memory",
 }
 FLASH = ("longformer", "routing", "sparse_fixed", "sparse_strided")
 """Variants with an implementation by flash attention."""

@@ -92,6 +92,10 @@ def errors_of(variant: Any, config: Any, dims: Dims, *, causal: bool = True, lay
     return dtype_reference_errors(variant, config, dims, layer, CPU, HALF, causal=causal)
 
 
+FEW_NUMBERS = ("learnt_sink",)
+"""The gradient of a number for each head is a sum over all tokens, for which the gate doubles its limits."""
+
+
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("name", variants.mixers())
 def test_every_variant_passes_in_bfloat16(name: str, causal: bool) -> None:
@@ -101,9 +105,10 @@ def test_every_variant_passes_in_bfloat16(name: str, causal: bool) -> None:
     if reason := variant.unsupported(config, dims, causal=causal):
         pytest.skip(reason)
     has_products = any(True for _ in variant(config, dims).parameters())  # else nothing is in bfloat16
+    limit = 12 * UNIT if name in FEW_NUMBERS else 6 * UNIT
     for layer in range(2):
         found = errors_of(variant, config, dims, causal=causal, layer=layer)
-        assert (UNIT / 4 if has_products else 0) < found.rms < 6 * UNIT
+        assert (UNIT / 4 if has_products else 0) < found.rms < limit
         assert (UNIT / 4 if has_products else 0) < found.row_rms < 16 * UNIT
 
 

@@ -98,7 +98,7 @@ def test_without_the_second_map_it_is_attention(monkeypatch: pytest.MonkeyPatch)
         qkv[:2, :, 1] = qkv[:2, :, 0]
     monkeypatch.setattr(Differential, "factor", lambda self: torch.zeros((), dtype=torch.float64))
     monkeypatch.setattr(
-        Differential, "_merge", lambda self, y: self.projections.out(y.transpose(1, 2).flatten(2))
+        Differential, "_merge", lambda self, y, dtype: self.projections.out(y.transpose(1, 2).flatten(2))
     )
     assert difference(feed(layer, x, causal=True), oracle(layer, x, everything(20, causal=True))) <= EXACT
 
@@ -134,7 +134,7 @@ def test_a_norm_over_the_sequence_is_caught(monkeypatch: pytest.MonkeyPatch) -> 
     config = DifferentialConfig()
     assert gates.leak(Differential, config, dims_of(70, 2), 2, CPU) <= gates.LEAK_TOLERANCE
 
-    def over_tokens(self: Differential, y: Tensor) -> Tensor:
+    def over_tokens(self: Differential, y: Tensor, dtype: torch.dtype) -> Tensor:
         y = y / y.square().mean((2, 3), keepdim=True).sqrt()
         return self.projections.out(y.transpose(1, 2).flatten(2))
 

@@ -62,7 +62,8 @@ def sdpa(layer: Differential, q: Tensor, k: Tensor, v: Tensor, factor: Tensor, c
         for half in (v[:, ::2], v[:, 1::2])
     ]
     maps = torch.cat(halves, dim=-1).unflatten(1, (-1, 2))  # (B, P, 2, T, 2·D)
-    y: Tensor = maps[:, :, 0] - factor.to(maps.dtype) * maps[:, :, 1]
+    maps = maps.to(torch.promote_types(maps.dtype, torch.float32))
+    y: Tensor = maps[:, :, 0] - factor * maps[:, :, 1]
     return y
 
 
@@ -144,13 +145,18 @@ class Differential(SequenceMixer):
     def forward(self, x: Tensor, ctx: Context, state: Any = None) -> MixerOut:
         """(B, T, C) → MixerOut; carries no state."""
         q, k, v = self.projections.split(x, ctx.positions)
-        return MixerOut(self._merge(self.run_impl(self, q, k, v, self.factor(), ctx.causal)))
+        return MixerOut(self._merge(self.run_impl(self, q, k, v, self.factor(), ctx.causal), v.dtype))
 
-    def _merge(self, y: Tensor) -> Tensor:
-        """Normalise the outputs of pairs (B, P, T, 2·D), and project them: (B, T, C)."""
+    def _merge(self, y: Tensor, dtype: torch.dtype) -> Tensor:
+        """Normalise the outputs of pairs (B, P, T, 2·D), and project them: (B, T, C).
+
+        The norm is computed in float32 or wider, because its gradient is the part of a vector that is
+        orthogonal to y, to which the outputs of the two maps are nearly parallel.
+        """
+        y = y.to(torch.promote_types(y.dtype, torch.float32))
         scale = (self.scale * (1 - self.initial_factor)).to(y.dtype)
         normal = F.rms_norm(y.transpose(1, 2), scale.shape, scale, EPSILON)
-        merged: Tensor = self.projections.out(normal.flatten(2))
+        merged: Tensor = self.projections.out(normal.flatten(2).to(dtype))
         return merged
 
     def reference(self, x: Tensor, ctx: Context) -> Tensor:
@@ -199,7 +205,7 @@ class Differential(SequenceMixer):
         end = begin + tokens
         state.keys[:, :, begin:end], state.values[:, :, begin:end] = k, self.wide(v)
         if not begin and tokens > 1:
-            return self._merge(self.run_impl(self, q, k, v, self.factor(), True))
+            return self._merge(self.run_impl(self, q, k, v, self.factor(), True), v.dtype)
         scores = q @ state.keys[:, :, :end].to(q.dtype).mT * q.shape[-1] ** -0.5
         scores = scores.to(torch.promote_types(q.dtype, torch.float32))
         if tokens > 1:
@@ -207,7 +213,7 @@ class Differential(SequenceMixer):
             scores = scores.masked_fill(index > index[begin:, None], float("-inf"))
         first, second = scores.softmax(-1).unflatten(1, (-1, 2)).unbind(2)
         weights = (first - self.factor() * second).to(q.dtype)
-        return self._merge(weights @ state.values[:, :, :end].to(q.dtype))
+        return self._merge(weights @ state.values[:, :, :end].to(q.dtype), v.dtype)
 
 
 class PairCache(DecodingState):

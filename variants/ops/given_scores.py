@@ -53,7 +53,7 @@ class _WithGiven(torch.autograd.Function):
         q, k, v, scores, values, y, every, *masks = ctx.saved_tensors
         grads = _backward(dy, q, k, v, y, every, masks, ctx.numbers, ctx.impl, ctx.piece)
         weights = (scores - every[..., None]).exp_()
-        d_weights = -(dy * y).sum(-1, keepdim=True, dtype=weights.dtype)  # less dy · y, the mean of all
+        d_weights = -(dy.to(weights.dtype) * y).sum(-1, keepdim=True)  # less dy · y, the mean of all
         d_values = None
         if values is not None:
             d_values = weights.to(dy.dtype).mT @ dy

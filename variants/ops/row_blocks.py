@@ -17,6 +17,9 @@ computes the weights again, needs no other tensor than the inputs.
 b is a sum over all tokens and can be large, but the differences that matter are small. So b is float64, and
 rounded after b of the first query of the block has been subtracted. Without that, float32 scores would be
 wrong by 1/1000 where b is −10,000.
+
+Two maps can be nearly equal, so that rounding errors outweigh their difference. Outputs are therefore float32
+or wider, and on a CPU, whose products are no faster in bfloat16, everything else is too.
 """
 
 from __future__ import annotations
@@ -35,7 +38,7 @@ from variants.ops.tile_size import Sizes
 
 ROWS = Sizes(cpu=128, accelerator=1024)
 """Queries of a block."""
-SCORES = Sizes(cpu=2**22, accelerator=2**30)
+SCORES = Sizes(cpu=2**22, accelerator=2**28)
 """Scores computed at a time: as many heads as fit, and at least one."""
 
 
@@ -147,9 +150,9 @@ def _attend_backward(
         _add_product(dk[index], d_scores.mT, q[index])
 
 
-def _prepared(*tensors: Tensor) -> list[Tensor]:
+def _prepared(*tensors: Tensor, dtype: torch.dtype) -> list[Tensor]:
     """(B, H, M, T, D) → (M, N, T, D), and (B, H, T, E) → (N, T, E), without gaps."""
-    by_head = [t.flatten(0, 1) for t in tensors]
+    by_head = [t.to(dtype).flatten(0, 1) for t in tensors]
     return [(t.transpose(0, 1) if t.dim() == 4 else t).contiguous() for t in by_head]
 
 
@@ -169,12 +172,13 @@ def _forward(
     causal: bool,
     rows: int,
     scores: int,
+    precise: bool,
 ) -> Tensor:
-    """Outputs (B, H, T, E) in the layout (B, T, H, E)."""
+    """Outputs (B, H, T, E), in float32 or wider."""
     batch, heads, _, tokens, _ = q.shape
     wide = torch.promote_types(q.dtype, torch.float32)
-    y = torch.empty(batch * heads, tokens, v.shape[-1], dtype=v.dtype, device=v.device)
-    q, k, v = _prepared(q, k, v)
+    y = torch.empty(batch * heads, tokens, v.shape[-1], dtype=wide, device=v.device)
+    q, k, v = _prepared(q, k, v, dtype=wide if precise else q.dtype)
     flat = None if decay is None else decay.flatten(0, 1)
     buffers = _Buffers(q, causal, rows, scores, 2)
     for some, queries, keys in _blocks(q.shape, causal, rows, scores):
@@ -196,11 +200,12 @@ def _backward(
     causal: bool,
     rows: int,
     scores: int,
+    precise: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v, the decay and the factor; of those that are None, without numbers."""
     batch, heads, _, tokens, head_dim = q.shape
     dtype, wide = q.dtype, torch.promote_types(q.dtype, torch.float32)
-    q, k, v, dy = _prepared(q, k, v, dy)
+    q, k, v, dy = _prepared(q, k, v, dy, dtype=wide if precise else dtype)
     flat = None if decay is None else decay.flatten(0, 1)
     dq, dk, dv = (torch.zeros_like(t, dtype=wide) for t in (q, k, v))
     d_decay = torch.zeros(batch * heads, 0 if decay is None else tokens, dtype=wide, device=q.device)
@@ -243,17 +248,18 @@ class _RowBlocks(torch.autograd.Function):
         causal: bool,
         rows: int,
         scores: int,
+        precise: bool,
     ) -> Tensor:
         ctx.save_for_backward(q, k, v, decay, factor)
-        ctx.causal, ctx.rows, ctx.scores = causal, rows, scores
-        return _forward(q, k, v, decay, factor, causal, rows, scores)
+        ctx.sizes = causal, rows, scores, precise
+        return _forward(q, k, v, decay, factor, causal, rows, scores, precise)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, decay, factor = ctx.saved_tensors
-        grads = _backward(dy, q, k, v, decay, factor, ctx.causal, ctx.rows, ctx.scores)
-        return *_of_inputs(grads, decay, factor), None, None, None
+        grads = _backward(dy, q, k, v, decay, factor, *ctx.sizes)
+        return *_of_inputs(grads, decay, factor), None, None, None, None
 
 
 def _of_inputs(
@@ -270,7 +276,8 @@ def _of_inputs(
 # --- operators for torch.compile, which would trace every block -------------------------------------------
 
 _INPUTS = (
-    "Tensor q, Tensor k, Tensor v, Tensor? decay, Tensor? factor, bool causal, SymInt rows, SymInt scores"
+    "Tensor q, Tensor k, Tensor v, Tensor? decay, Tensor? factor, bool causal, SymInt rows, SymInt scores, "
+    "bool precise"
 )
 _forward_operator = operator("row_blocks", _forward, schema=f"({_INPUTS}) -> Tensor")
 _backward_operator = operator(
@@ -282,7 +289,7 @@ _backward_operator = operator(
 
 @_forward_operator.register_fake
 def _forward_shapes(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> Tensor:
-    return v.new_empty(v.shape)
+    return v.new_empty(v.shape, dtype=torch.promote_types(q.dtype, torch.float32))
 
 
 @_backward_operator.register_fake
@@ -297,14 +304,14 @@ def _backward_shapes(
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    *tensors, ctx.causal, ctx.rows, ctx.scores = inputs
-    ctx.save_for_backward(*tensors)
+    ctx.save_for_backward(*inputs[:5])
+    ctx.sizes = inputs[5:]
 
 
 def _operator_backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
     decay, factor = ctx.saved_tensors[3:]
-    grads = _backward_operator(dy, *ctx.saved_tensors, ctx.causal, ctx.rows, ctx.scores)
-    return *_of_inputs(grads, decay, factor), None, None, None
+    grads = _backward_operator(dy, *ctx.saved_tensors, *ctx.sizes)
+    return *_of_inputs(grads, decay, factor), None, None, None, None
 
 
 _forward_operator.register_autograd(_operator_backward, setup_context=_save)
@@ -320,12 +327,13 @@ def row_block_attention(
     causal: bool,
     device_type: str,
 ) -> Tensor:
-    """Attention of one map or of two: q and k (B, H, M, T, D), v (B, H, T, E) → (B, H, T, E).
+    """Attention of one map or of two: q and k (B, H, M, T, D), v (B, H, T, E) → (B, H, T, E), in float32 or
+    wider.
 
     factor, a number: with two maps, the output is that of the first less `factor` times that of the second.
     decay (B, H, T), float64, only in causal models: b, of which b_i − b_j is added to the scores.
     """
-    sizes = min(ROWS.on(device_type), q.shape[3]), SCORES.on(device_type)
+    sizes = min(ROWS.on(device_type), q.shape[3]), SCORES.on(device_type), device_type == "cpu"
     if torch.compiler.is_compiling():
         compiled: Tensor = _forward_operator(q, k, v, decay, factor, causal, *sizes)
         return compiled
