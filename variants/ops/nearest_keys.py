@@ -74,7 +74,8 @@ class _Piece(NamedTuple):
 
     def of(self, x: Tensor) -> Tensor:
         """(B·H, T, …) → views (heads, n, s, …)."""
-        return x[self.heads, self.start : self.stop].unflatten(1, (self.segments, self.tokens))
+        segments: Tensor = x[self.heads, self.start : self.stop].unflatten(1, (self.segments, self.tokens))
+        return segments
 
 
 def _pieces(sequences: int, seq_len: int, sizes: Memory) -> Iterator[_Piece]:
@@ -159,7 +160,7 @@ class _Nearest(torch.autograd.Function):
         q, k, v, scores, places = ctx.saved_tensors
         dq = torch.zeros_like(q)
         keys, values = (t.reshape(-1, q.shape[-1]) for t in (k, v))
-        for piece in _pieces(*q.shape[:2], ctx.sizes):
+        for piece in _pieces(q.shape[0], q.shape[1], ctx.sizes):
             d_rows, place, some = (piece.of(t).flatten(0, 2) for t in (dy, places, scores))
             weights = some.softmax(-1)
             d_weights = _d_weights(values, place, d_rows.to(values.dtype)).to(weights.dtype)
@@ -179,4 +180,5 @@ def nearest_attention(q: Tensor, k: Tensor, v: Tensor, sizes: Memory) -> Tensor:
         y: Tensor = _Nearest.apply(  # type: ignore[no-untyped-call]
             *(t.flatten(0, 1).contiguous() for t in (q, k.detach(), v.detach())), sizes
         )
-    return y.unflatten(0, (batch, heads))
+    by_head: Tensor = y.unflatten(0, (batch, heads))
+    return by_head
