@@ -19,7 +19,6 @@ from test_report_memory import look, text_of
 from test_report_recall import answers
 
 from bench.records import Record
-from bench.report import build
 from bench.report.data.experiment import read
 from bench.report.figures import canvas
 from bench.report.sections import compute, discover
@@ -37,7 +36,6 @@ MIXED: dict[str, tuple[tuple[str, ...], float]] = {
     "linear, one dense": ((LINEAR, LINEAR, LINEAR, "dense"), 0.25),
 }
 """Layers of one period, and the share of dense ones in four layers."""
-HEADING = "### Mixtures, depth 4"
 NEEDED = ("cost", "decoding", "mixtures", "quality", "rates", "recall")
 
 
@@ -92,9 +90,13 @@ def decoded(**figures: Any) -> list[Record]:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = write(tmp_path_factory.mktemp("mixtures") / "x", [*texts(), *recalls(), *decoded()])
-    build(folder, plots=False)
-    return folder
+    return write(tmp_path_factory.mktemp("mixtures") / "x", [*texts(), *recalls(), *decoded()])
+
+
+@pytest.fixture(scope="module")
+def measured(folder: Path) -> pd.DataFrame:
+    """The section's data."""
+    return points_of(folder)
 
 
 def points_of(folder: Path) -> pd.DataFrame:
@@ -141,8 +143,9 @@ def test_shares_are_counted_in_the_layers_of_the_model(tmp_path: Path) -> None:
     }, "dense in every layer is dense attention, and no mixture"
 
 
-def test_the_table_has_the_figures_of_the_records(folder: Path) -> None:
-    rows = table((folder / "report" / "summary.md").read_text(), HEADING)
+def test_the_table_has_the_figures_of_the_records(measured: pd.DataFrame) -> None:
+    columns = columns_of(measured)
+    rows = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
     assert [(row["other layers"], row["layers"], row["dense layers"]) for row in rows] == [
         ("–", "dense", "100 %"),
         ("linear_transformer", "linear_transformer", "0 %"),
@@ -162,9 +165,10 @@ def test_the_table_has_the_figures_of_the_records(folder: Path) -> None:
     assert (half["time a token"], half["time a token / dense"]) == ("2.25 ms", "0.750×")
     assert (windows["tokens a second"], windows["tokens a second / dense"]) == ("7.50 tokens/s", "2.00×")
     assert windows["step time / dense"].startswith("2.00×")
-    text = (folder / "report" / "summary.md").read_text()
-    assert "Bits per byte: data plays, width 64, batch 4, length 512; accuracy: data mqar" in text
-    figures = pd.read_csv(folder / "report" / "mixtures.csv")
+    (shown_table,) = SECTIONS[0].tables(measured)
+    words = "Bits per byte: data plays, width 64, batch 4, length 512; accuracy: data mqar"
+    assert shown_table.note.startswith(words)
+    figures = SECTIONS[0].csv_tables(measured)["mixtures"]
     assert set(figures["figure"]) == set(FIGURES)
     assert set(figures.loc[figures["figure"] == "token", "seq_len"]) == {512, 2048}
 
@@ -175,8 +179,10 @@ def points(axis: Axes) -> list[list[tuple[float, float]]]:
     return [[(float(x), float(y)) for x, y in own] for own in lines if len(own) > 1]
 
 
-def test_every_line_ends_at_dense_and_the_doubt_is_a_band(folder: Path, tmp_path: Path) -> None:
-    own = points_of(folder)
+def test_every_line_ends_at_dense_and_the_doubt_is_a_band(
+    folder: Path, measured: pd.DataFrame, tmp_path: Path
+) -> None:
+    own = measured
     figure = draw(own, look(read(folder).collected.frame))
     assert figure is not None
     assert [axis.get_title().split("\n")[0] for axis in figure.axes] == [
@@ -228,6 +234,9 @@ def test_every_figure_of_a_report_on_mixtures_is_drawn(tmp_path: Path) -> None:
     assert stems == {"mixtures-depth_2", "mixtures-depth_4"}
     assert "](plots/mixtures-depth_4.png)](plots/mixtures-depth_4.svg)" in text
     assert "### Mixtures, depth 2\n" in text
+    rows = table(text, "### Mixtures, depth 4")
+    assert [row["dense layers"] for row in rows] == ["100 %", "0 %", "25.0 %", "0 %", "25.0 %", "50.0 %"]
+    assert len(pd.read_csv(folder / "report" / "mixtures.csv")) > len(rows)
     assert r"hybrid (layers=\[3xlongformer(window=64),dense\])" in text, "in Markdown"
 
 
@@ -235,7 +244,6 @@ def test_without_two_shares_there_is_no_section(tmp_path: Path) -> None:
     mixture = {"layers": [WINDOW, "dense"]}
     one = [r for r in texts() if not r.replicate and r.variant_params in ({"impl": "sdpa"}, mixture)]
     assert points_of(write(tmp_path / "one", one)).empty
-    assert points_of(write(tmp_path / "none", [record(), record("longformer")])).empty
     assert not SECTIONS[0].tables(pd.DataFrame())
     assert SECTIONS[0].csv_tables(pd.DataFrame()) == {}
 

@@ -78,6 +78,7 @@ def _certain(cells: pd.DataFrame, pairs: pd.DataFrame) -> pd.Series[Any]:
         pairs[pairs[other] == chosen].rename(columns={own: "label"})[[*BUDGET, "label", "p_corrected"]]
         for own, other in (("first", "second"), ("second", "first"))
     )
+    against = against.drop_duplicates([*BUDGET, "label"])  # one of several treatments of state
     p = cells[[*BUDGET, "label"]].merge(against, "left", [*BUDGET, "label"])["p_corrected"]
     found = (p < 1 - LEVEL).astype("boolean").mask(p.isna())
     return found.set_axis(cells.index)
@@ -114,14 +115,15 @@ def _state(done: Mapping[str, Any]) -> pd.DataFrame:
 
 def _step(done: Mapping[str, Any]) -> pd.DataFrame:
     cells = done["cost"]
-    median = f"{SECONDS}_median"
+    median, ratio = f"{SECONDS}_median", f"{SECONDS}_ratio"
+    floor = floor_for(cells["rounds"], np.log(cells["noise_floor"]))
     values = {
         "value": median,
         "low": f"{SECONDS}_low",
         "high": f"{SECONDS}_high",
-        "ratio": f"{SECONDS}_ratio",
+        "ratio": ratio,
         "differs": "differs",
-        "doubt": cells[median] * np.expm1(floor_for(cells["rounds"], np.log(cells["noise_floor"]))),
+        "doubt": cells[median] / cells[ratio] * np.expm1(floor),
         "replicates": "replicates",
         "leaks": "leaks",
         DISTURBED: DISTURBED,
