@@ -13,7 +13,7 @@ from torch import Tensor
 
 import variants
 from bench.config.spec import CellSpec, ModelSizes
-from bench.measure import gates, reference_gate
+from bench.measure import choices, gates, reference_gate
 from bench.measure.gates import GateFailed
 from bench.measure.reference_gate import dtype_reference_errors, reference_error, tolerance
 from bench.scenarios.support import missing_kernel
@@ -133,18 +133,18 @@ def test_a_choice_that_rounding_to_float32_moves_is_no_error(monkeypatch: pytest
     """One of 128,000 hidden units is within rounding of 0, and its gradient jumps. More are an error."""
     variant, dims = variants.load("synthesizer"), Dims(seq_len=1000, d_model=64, heads=4)
     assert reference_error(variant, variant.Config(), dims, 1, CPU, causal=True) <= 1e-5
-    monkeypatch.setattr(reference_gate, "MOVED", 0)
-    monkeypatch.setattr(reference_gate, "FEWEST_MOVED", 0)
+    monkeypatch.setattr(choices, "MOVED", 0)
+    monkeypatch.setattr(choices, "FEWEST_MOVED", 0)
     with pytest.raises(GateFailed, match=r"reference gate: 1 of 128000 choices differ .* allowed are 0"):
         reference_error(variant, variant.Config(), dims, 1, CPU, causal=True)
 
 
 def test_choices_of_another_rule_are_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     variant, dims = variants.load("reformer"), Dims(seq_len=300, d_model=32, heads=4)
-    choices = variant.choices  # type: ignore[attr-defined]
+    own = variant.choices  # type: ignore[attr-defined]
 
     def of_float32(self: Any, x: Tensor, ctx: Context) -> Tensor:
-        found: Tensor = choices(self, x, ctx)
+        found: Tensor = own(self, x, ctx)
         return found if x.dtype == torch.float64 else found.roll(1, -1)
 
     monkeypatch.setattr(variant, "choices", of_float32)

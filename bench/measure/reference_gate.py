@@ -30,8 +30,8 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
+from bench.measure.choices import choices_in
 from bench.measure.gate_failed import GateFailed, largest
 from variants.base import (
     Context,
@@ -72,11 +72,6 @@ ROUNDINGS = 6
 """Maximum root mean square of a tensor's errors in a narrower dtype, in unit roundoffs; see the module."""
 ROW_ROUNDINGS = 16
 """The same for a single row; see the module."""
-MOVED = 1e-3
-"""Maximum share of discrete choices that rounding to float32 may change. A number of unit variance is within
-float32's error of a limit with a probability of about 1e-6, but a gate sees some hundred thousand of them."""
-FEWEST_MOVED = 2
-"""So many choices may change in any case: two neighbours in an order, or a token of two clusters."""
 LEAST_ROW = 1 / 16
 """Errors of a row are relative to this share of the tensor's root mean square, if the row has less."""
 
@@ -205,7 +200,7 @@ def _mixer_pairs(
     slow = copy.deepcopy(fast).double()  # on the same device, so that its random numbers are the same
     if isinstance(fast, MakesChoices):
         own: Any = slow.choices
-        slow.choices = _choices_in(dtype, fast, own)  # type: ignore[assignment]  # a method of this layer alone
+        slow.choices = choices_in(dtype, fast, own)  # type: ignore[assignment]  # a method of this layer alone
 
     network = wrap(lambda window, state: NetworkOut(*fast(window, ctx, state)[:2]))
 
@@ -215,35 +210,6 @@ def _mixer_pairs(
         torch.randn(BATCH, dims.seq_len, dims.d_model, device=device),
         dtype,
     )
-
-
-def _choices_in(
-    dtype: torch.dtype, fast: MakesChoices, own: Callable[[Tensor, Context], Any]
-) -> Callable[[Tensor, Context], Any]:
-    """A replacement for the method `choices` of a reference, which is `own`: the choices of the fast path in
-    this dtype. In float32 it raises GateFailed if they are others than rounding explains."""
-
-    def choices(x: Tensor, ctx: Context) -> Any:
-        with torch.no_grad(), torch.autocast(x.device.type, dtype, enabled=dtype != torch.float32):
-            made = fast.choices(x.float(), ctx)
-        if dtype == torch.float32:
-            with torch.no_grad():
-                _require_alike(tree_leaves(made), tree_leaves(own(x, ctx)))
-        return made
-
-    return choices
-
-
-def _require_alike(made: list[Tensor | None], wanted: list[Tensor | None]) -> None:
-    for here, there in zip(made, wanted, strict=True):
-        if here is None or there is None:
-            continue
-        moved = int((here != there).sum())
-        if moved > max(FEWEST_MOVED, MOVED * here.numel()):
-            raise GateFailed(
-                f"reference gate: {moved} of {here.numel()} choices differ from those of float64, "
-                f"allowed are {max(FEWEST_MOVED, int(MOVED * here.numel()))}"
-            )
 
 
 def _feed_forward_pairs(
