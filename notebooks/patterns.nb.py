@@ -360,6 +360,14 @@ show("gated_attention")
 show("differential")
 
 # %% [markdown]
+# ## `forgetting`: scores that fall with every forgotten token
+#
+# Every token has a forget gate $f_l$ for each head, and the score of a pair falls by the gates between the two: $s_{ij}+\sum_{j<l\le i}\log f_l$. All tokens so far are read, and a head decides by content how fast their weights fall. ([Lin et al. 2025](https://arxiv.org/abs/2503.02130), arXiv:2503.02130.)
+
+# %%
+show("forgetting")
+
+# %% [markdown]
 # ## `latent_attention`: keys and values from one small vector
 #
 # Keys and values of all heads are linear maps of one vector $c_j$ of each token, and only this vector and a small key with rotary positions are kept while a text is generated. In training nothing is cheaper, and all tokens are read. ([DeepSeek-AI 2024](https://arxiv.org/abs/2405.04434), arXiv:2405.04434.)
@@ -374,6 +382,14 @@ show("latent_attention")
 
 # %%
 show("moba")
+
+# %% [markdown]
+# ## `nsa`: coarse, selected and near keys
+#
+# Three softmax attentions are added, each with a gate: over compressed keys of all complete blocks of the past, over the few blocks with the largest compressed weights, and over a window. The first and the own block are always among the selected ones. ([Yuan et al. 2025](https://arxiv.org/abs/2502.11089), arXiv:2502.11089.)
+
+# %%
+show("nsa")
 
 # %% [markdown]
 # ## `retnet`: a sum that forgets at a fixed rate

@@ -88,6 +88,7 @@ ONE = {  # with one cell: causal, where there is such a form
     "based": ["variant.chunk=16"],
     "delta_net": ["variant.chunk=16"],
     "differential": [],
+    "forgetting": [],
     "gated_attention": [],
     "gated_delta_net": ["variant.chunk=16"],
     "gla": ["variant.chunk=16"],
@@ -99,6 +100,13 @@ ONE = {  # with one cell: causal, where there is such a form
     "mamba2": ["variant.chunk=16"],
     "memorizing": ["variant.segment=16", "variant.memory=32", "variant.nearest=4"],
     "moba": ["variant.block=16"],
+    "nsa": [
+        "variant.compress=8",
+        "variant.stride=4",
+        "variant.block=8",
+        "variant.blocks=4",
+        "variant.window=16",
+    ],
     "retnet": ["variant.chunk=16"],
     "streaming_llm": ["variant.window=16"],
 }

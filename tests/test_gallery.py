@@ -121,9 +121,16 @@ def test_content_decides_within_the_past(gallery: list[Picture]) -> None:
                 if direction.causal:
                     assert not panel.share.triu(1).any()
             if issubclass(variants.load(picture.variant), MakesChoices):
-                # clusters of queries read everything, coarsely; clusters may be those of the upper layer
+                # clusters of queries and compressed keys read everything, coarsely; clusters may be those of the
+                # upper layer
                 shares = [panel.share for panel in direction.panels]
-                some = [((share > 0) & (share < 1)).any() or (share == 1).all() for share in shares]
+                whole = [
+                    torch.ones_like(share).tril(0 if direction.causal else len(share)) for share in shares
+                ]
+                some = [
+                    ((share > 0) & (share < 1)).any() or torch.equal(share, everything)
+                    for share, everything in zip(shares, whole, strict=True)
+                ]
                 assert any(some) or not some, f"{picture.variant}: inputs differ in what is read"
 
 
