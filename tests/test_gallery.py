@@ -121,8 +121,8 @@ def test_content_decides_within_the_past(gallery: list[Picture]) -> None:
                 if direction.causal:
                     assert not panel.share.triu(1).any()
             if issubclass(variants.load(picture.variant), MakesChoices):
-                # clusters of queries and compressed keys read everything, coarsely; clusters may be those of the
-                # upper layer
+                # clusters of queries and compressed keys read everything, coarsely; clusters may be those of
+                # the upper layer
                 shares = [panel.share for panel in direction.panels]
                 whole = [
                     torch.ones_like(share).tril(0 if direction.causal else len(share)) for share in shares

@@ -160,6 +160,9 @@ class _Nearest(torch.autograd.Function):
         q, k, v, scores, places = ctx.saved_tensors
         dq = torch.zeros_like(q)
         keys, values = (t.reshape(-1, q.shape[-1]) for t in (k, v))
+        # none in training, where both are detached; the gallery draws from these gradients what is read
+        asked = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
+        of_rows = (torch.zeros_like(keys), torch.zeros_like(values)) if asked else None
         for piece in _pieces(q.shape[0], q.shape[1], ctx.sizes):
             d_rows, place, some = (piece.of(t).flatten(0, 2) for t in (dy, places, scores))
             weights = some.softmax(-1)
@@ -167,7 +170,14 @@ class _Nearest(torch.autograd.Function):
             d_scores = torch.ops.aten._softmax_backward_data(d_weights, weights, -1, weights.dtype)
             into = piece.of(dq)
             into.copy_(_read(keys, place, d_scores).view(into.shape))
-        return dq, None, None, None
+            if of_rows is not None:
+                queries = piece.of(q).flatten(0, 2)
+                for of, amounts, read in zip(of_rows, (d_scores, weights), (queries, d_rows), strict=True):
+                    shares = (amounts[..., None] * read[:, None]).to(of.dtype)
+                    of.index_add_(0, place.flatten(), shares.flatten(0, 1))
+        if of_rows is None:
+            return dq, None, None, None
+        return dq, of_rows[0].view_as(k), of_rows[1].view_as(v), None
 
 
 def nearest_attention(q: Tensor, k: Tensor, v: Tensor, sizes: Memory) -> Tensor:
