@@ -104,9 +104,9 @@ class Memorizing(SequenceMixer):
         """(B, T, C) → MixerOut; carries no state. Raises ValueError where not causal."""
         q, k, v = self._split(x)
         base = self.dims.rotary_base
-        turned_q, turned_k = (rotary(t.transpose(1, 2), ctx.positions, base).transpose(1, 2) for t in (q, k))
+        q_turned, k_turned = (rotary(t.transpose(1, 2), ctx.positions, base).transpose(1, 2) for t in (q, k))
         found = nearest_attention(q, k, v, self._sizes())
-        return MixerOut(self.projections.merge(self._mixed(self._local(turned_q, turned_k, v), found)))
+        return MixerOut(self.projections.merge(self._mixed(self._local(q_turned, k_turned, v), found)))
 
     def _local(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Attention within segments: (B, H, T, D)."""
