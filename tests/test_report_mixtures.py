@@ -111,10 +111,16 @@ def columns_of(points: pd.DataFrame, place: int = 0) -> dict[str, list[str]]:
     return {column.title: column.cells for column in shown(SECTIONS[0].tables(points)[place].columns)}
 
 
-def test_names_of_mixtures_count_their_layers(folder: Path) -> None:
-    labels = set(read(folder).collected.frame["label"])
-    assert "hybrid (layers=[3xlongformer(window=64),dense])" in labels
-    assert "hybrid (layers=[linear_transformer])" in labels
+def test_names_of_mixtures_count_their_layers(tmp_path: Path) -> None:
+    """The implementations of members follow from the layers."""
+    found = []
+    for layers, impl in (((WINDOW, WINDOW, "dense"), "longformer=fused, dense=sdpa"), ((LINEAR,), None)):
+        of = model(layers, "text", 0)
+        found.append(record(of.pop("variant"), impl=impl, **of))
+    assert set(read(write(tmp_path / "x", found)).collected.frame["label"]) == {
+        "hybrid (layers=[2xlongformer(window=64),dense])",
+        "hybrid (layers=[linear_transformer])",
+    }
 
 
 def test_shares_are_counted_in_the_layers_of_the_model(tmp_path: Path) -> None:

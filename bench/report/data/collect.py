@@ -101,12 +101,16 @@ def labels(frame: pd.DataFrame) -> list[str]:
     """Each row's variant, with those of its parameters that differ among the variant's rows.
 
     'longformer' alone, 'longformer (window=64)' where other rows have another window. The
-    implementation counts as a parameter. Rows of one variant share a label only if they share
-    all parameters.
+    implementation counts as a parameter, unless the variant has no such knob and the others decide it, as in
+    mixtures. Rows of one variant share a label only if they share all parameters.
     """
+    known = frame["impl"].where(frame["impl"] != UNKNOWN)
+    different = known.groupby([frame["variant"], frame["params_json"]]).transform("nunique") > 1
     knobs = [
-        {**json.loads(params), **({} if impl == UNKNOWN else {"impl": impl})}
-        for params, impl in zip(frame["params_json"], frame["impl"], strict=True)
+        {**own, **({"impl": impl} if impl != UNKNOWN and ("impl" in own or several) else {})}
+        for own, impl, several in zip(
+            map(json.loads, frame["params_json"]), frame["impl"], different, strict=True
+        )
     ]
     shown = _differing(frame["variant"], knobs)
     return [

@@ -30,6 +30,8 @@ NOTE_HEIGHT = 0.12
 """Height of a line of the footer, in inches."""
 LEGEND = 2.3
 """Space for the legend to the right of the panels, in inches; longer names widen the figure."""
+ROW_NAME = 1.9
+"""Inches of a panel for the names of rows."""
 LETTER, HANDLE = 0.067, 0.55
 """Width of a letter of legends and names of rows, and of all else in a line of a legend, in inches."""
 
@@ -77,6 +79,12 @@ def small_panels(count: int) -> tuple[Figure, list[Axes]]:
     """As `panels`, for figures of which there may be many panels: the fewer, the larger."""
     width, height = (4.4, 3.2) if count == 1 else (3.3, 2.8) if count <= COLUMNS else (2.7, 2.4)
     return panels(count, width=width, height=height, columns=SMALL_COLUMNS)
+
+
+def widen_for_rows(figure: Figure, names: Iterable[str], columns: int = 1) -> None:
+    """Make room for names of rows that are longer than a panel has room for."""
+    widest = LETTER * max(map(len, names), default=0)
+    figure.set_figwidth(figure.get_figwidth() + columns * max(0.0, widest - ROW_NAME))
 
 
 def lengths_axis(axis: Axis, values: Iterable[float]) -> None:

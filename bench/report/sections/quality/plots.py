@@ -24,8 +24,6 @@ from bench.report.text.phrases import training
 
 Row = tuple[int, tuple[int, str, str], str, str]
 """The sort key of a row, which ends with its name."""
-ROW_NAME = 1.9
-"""Inches of the first panel for the names of rows; longer ones widen the figure."""
 FAR = 1.5
 """A baseline further from the dots than this many times their span is noted, not drawn."""
 
@@ -83,8 +81,7 @@ def _dotted(cells: pd.DataFrame, look: Look, x: str) -> tuple[Figure, list[Axes]
         _dots(axis, part, order, look.styles)
         axis.set_xlabel(x)
     axes[0].set_yticks(range(len(order)), [row[-1] for row in order], fontsize=8)
-    widest = canvas.LETTER * max(len(row[-1]) for row in order)
-    figure.set_figwidth(figure.get_figwidth() + max(0.0, widest - ROW_NAME))
+    canvas.widen_for_rows(figure, (row[-1] for row in order))
     axes[0].set_ylim(len(order) - 0.4, -0.6)
     return figure, axes
 

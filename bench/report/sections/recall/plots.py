@@ -111,6 +111,7 @@ def distance_map(cells: pd.DataFrame, look: Look) -> Figure | None:
     ]
     longest = max(len(part) for _, part in parts)
     figure, axes = canvas.panels(len(parts), width=5.0, height=0.9 + 0.28 * longest, columns=2, sharey=False)
+    canvas.widen_for_rows(figure, map(str, cells["label"]), min(len(parts), 2))
     for axis, (values, part) in zip(axes, parts, strict=True):
         axis.set_title(panel_title(values), fontsize=8)
         edges = [int(edge) for edge in part["distance_edges"].iloc[0]]
