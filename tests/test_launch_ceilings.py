@@ -34,12 +34,14 @@ ABOVE = {
     "forgetting": 4_867,
     "gated_delta_net": 442,
     "kda": 673,
+    "nsa": 1_269,
     "routing": 499,
 }
 """Variant → launches a layer at the longest length."""
 GROW = {
     "entmax": "grow with T²: all scores are computed, in pieces that bound the memory",
     "forgetting": "grow with T: all scores are computed, in rows that bound the memory",
+    "nsa": "grow with T: scores of compressed keys are computed, in pieces that bound the memory",
 }
 FLASH = ("longformer", "routing", "sparse_fixed", "sparse_strided")
 """Variants with an implementation by flash attention."""
