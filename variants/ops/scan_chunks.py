@@ -17,6 +17,8 @@ those with one token in it, and those that span it. Terms of a query add up to �
 to φ(k_s)·∂φ(k_s), and those that span a chunk to a product of a state with a gradient. A sum of queries less
 keys over all tokens from u on is shorter, but all pairs u ≤ s cancel in it, up to rounding errors that grow
 with the length.
+
+Over 300 lines: the two passes of a segment, and the decays that both use.
 """
 
 from __future__ import annotations
