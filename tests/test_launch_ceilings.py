@@ -33,7 +33,9 @@ ABOVE = {
     "entmax": 55_894,
     "forgetting": 4_867,
     "gated_delta_net": 442,
+    "gla": 376,
     "kda": 673,
+    "mamba2": 329,
     "nsa": 1_269,
     "routing": 499,
 }

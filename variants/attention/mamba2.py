@@ -139,8 +139,9 @@ class Mamba2(SequenceMixer):
     def _split(self, convolved: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """C and B (B, H, T, N), which heads of a group share, and x (B, H, T, P) in float32 or wider.
 
-        The norm makes the gradient of y nearly orthogonal to x, and those of B, C and Δ are products of both:
-        in bfloat16, rounding would decide them.
+        The norm makes the gradient of y nearly orthogonal to x, and those of B, C and Δ are products of both,
+        so rounding x and y to bfloat16 would change them. With heads of 16 channels, the bfloat16 gate may
+        still report their parameters.
         """
         x, b, c = convolved.split([self.inner, self.shared, self.shared], dim=-1)
         x = x.to(torch.promote_types(x.dtype, torch.float32))

@@ -86,7 +86,7 @@ class _GatedScan(torch.autograd.Function):
         starts = [tuple(sums[i : i + parts_of_state]) for i in range(0, len(sums), parts_of_state)]
         grads = Segment.of(
             *(torch.empty_like(x) for x in (whole.q, whole.k, whole.v)),
-            None if whole.log_decay is None else torch.empty_like(whole.log_decay, dtype=torch.float64),
+            torch.empty_like(whole.log_decay) if whole.log_decay is not None and plan.learnt_decay else None,
             None if whole.weight is None else torch.empty_like(whole.weight),
             None,
         )
@@ -102,8 +102,7 @@ class _GatedScan(torch.autograd.Function):
             of_end = read_backward(plan, segment, table, start, of_end, y_part, norms, g, targets)
         of_log = None
         if whole.log_decay is not None and grads.log_decay is not None:
-            of_log = grads.log_decay.flip(2).cumsum(2).flip(2).to(whole.log_decay.dtype)
-            of_log = of_log.masked_fill(whole.log_decay <= LEAST_LOG, 0)
+            of_log = grads.log_decay.masked_fill_(whole.log_decay <= LEAST_LOG, 0)
         return None, None, grads.q, grads.k, grads.v, of_log, grads.weight, None
 
 
@@ -128,6 +127,7 @@ def gated_scan(
     None: any. `chunk` is in tokens, `device_type` decides the size of the segments.
     """
     plan = Plan.make(features, q, v, table, normalise, chunk, device_type)
+    plan = plan._replace(learnt_decay=log_decay is not None and log_decay.requires_grad)
     tensors = (q, k, v, log_decay, weight, least)
     y: Tensor = _GatedScan.apply(plan, table, *tensors)  # type: ignore[no-untyped-call]
     return y

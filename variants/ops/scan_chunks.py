@@ -12,10 +12,13 @@ With a normaliser, the values are followed by the weights of the keys, as a tens
 states by the sums of both: tuples of one or two tensors. Products over V + 1 channels can take twice as long
 as products over V channels.
 
-The gradient of log g needs no states: b_t multiplies the weights of query t and divides those of key t, so
-its gradient is φ(q_t)·∂φ(q_t) − φ(k_t)·∂φ(k_t), and that of log g_t is the sum over u ≥ t.
+The gradient of log g_u is the sum of the terms w_ts ∂w_ts of all pairs s < u ≤ t: those within the chunk,
+those with one token in it, and those that span it. Terms of a query add up to φ(q_t)·∂φ(q_t), those of a key
+to φ(k_s)·∂φ(k_s), and those that span a chunk to a product of a state with a gradient. A sum of queries less
+keys over all tokens from u on is shorter, but all pairs u ≤ s cancel in it, up to rounding errors that grow
+with the length.
 
-Over 300 lines: both passes of a segment share the features and the states of its chunks.
+Over 300 lines: the two passes of a segment, and the decays that both use.
 """
 
 from __future__ import annotations
@@ -51,6 +54,8 @@ class Plan(NamedTuple):
     chunk: int
     tokens: int
     """Tokens of a segment, of all sequences together."""
+    learnt_decay: bool = True
+    """Whether decays have a gradient."""
 
     @classmethod
     def make(
@@ -127,6 +132,11 @@ class Decay(NamedTuple):
         before = b.exp().to(log_decay.dtype)
         totals = torch.nn.functional.pad(before[:, -1].view(-1, sequences), (0, 0, 1, 1), value=1.0)
         return cls(within, before, (b[:, -1:] - b).exp().to(log_decay.dtype), totals)
+
+
+def _dot(a: Tensor, b: Tensor) -> Tensor:
+    """Scalar products of rows (G, ·, 1), float64: sums of them lose nothing."""
+    return (a * b).sum(-1, keepdim=True, dtype=torch.float64)
 
 
 def _masked(weights: Tensor, decay: Decay | None) -> Tensor:
@@ -260,7 +270,7 @@ def read_backward(
     grad: Tensor,
     of_segment: Segment,
 ) -> tuple[Tensor, ...]:
-    """Write the gradients of a segment, with that of b in place of log g; return those of `start`."""
+    """Write the gradients of a segment; return those of `start`."""
     chunks = Chunks.make(plan, segment, table, start)
     raw, queries, keys, values, decay, states = chunks
     g = [to_chunks(grad, plan.chunk)]
@@ -292,12 +302,22 @@ def read_backward(
     if decay is not None:
         of_queries.mul_(decay.before)
         of_keys.mul_(decay.after)
+    # the terms of pairs with queries of later chunks
+    carried = None if of_segment.log_decay is None else _dot(keys, of_keys)
     of_queries = torch.baddbmm(of_queries, of_weights, keys)
     of_keys = torch.baddbmm(of_keys, of_weights.mT, queries)
 
     if of_segment.log_decay is not None:
-        of_b = (queries * of_queries).sum(-1, keepdim=True) - (keys * of_keys).sum(-1, keepdim=True)
-        write_chunks(of_segment.log_decay, of_b)
+        assert decay is not None
+        assert carried is not None
+        # pairs whose query is not before the token, less those whose key is not either
+        terms = _dot(queries, of_queries).sub_(_dot(keys, of_keys)).add_(carried)
+        of_log = terms.flip(1).cumsum(1).flip(1)
+        of_log.add_(carried.cumsum(1)).sub_(carried)
+        totals = decay.totals[1:-1].reshape(-1, 1, 1)
+        for state, of_state in zip(earlier, later, strict=True):
+            of_log.add_(_dot(state, of_state).sum(1, keepdim=True) * totals)
+        write_chunks(of_segment.log_decay, of_log)
     if of_segment.weight is not None:
         of_weight = (of_values * raw.v).sum(-1, keepdim=True)
         for norm, end in zip(g[1:], later[1:], strict=True):
