@@ -33,6 +33,10 @@ from variants.ops.projections import rotary
 TINY = ["data=stdlib", "measure=plan", "seq_len=16", "depth=1", "model.d_model=16", "device=cpu"]
 ROTARY = ["dense", "chunked", "longformer", "performer", "reformer", "routing", "linformer"]
 
+OTHER_WIDTHS = ("based", "delta_net", "gated_delta_net", "gla", "kda", "latent_attention", "long_short")
+OTHER_WIDTHS += ("mamba2", "poolingformer")
+"""Variants with projections whose width is not that of the heads: gates, latent vectors."""
+
 
 def spec_of(*overrides: str) -> CellSpec:
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
@@ -120,7 +124,7 @@ def test_every_layer_has_heads_of_the_given_size(name: str, tmp_path: Path) -> N
         assert costs[0] == costs[1], "a layer without heads"
         return
     wider = costs[0].parts["projections"] / costs[1].parts["projections"]
-    if name in ("latent_attention", "long_short", "poolingformer"):  # also projections of other widths
+    if name in OTHER_WIDTHS:
         assert 1 < wider < (24 / 16) ** 2
     else:
         assert wider == 24 / 16

@@ -24,6 +24,14 @@ RECIPES: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "gemma2": ("longformer(window=4096)", "dense"),
         # five layers with windows, then one that reads all tokens (arXiv:2503.19786, §2)
         "gemma3": ("5xlongformer(window=1024)", "dense"),
+        # windows and all tokens in turn, with learnt sinks (arXiv:2508.10925)
+        "gpt_oss": ("learnt_sink(window=128)", "learnt_sink"),
+        # three layers of Kimi Delta Attention, then one of latent attention (arXiv:2510.26692)
+        "kimi_linear": ("3xkda", "latent_attention"),
+        # seven layers of lightning attention, then one of softmax attention (arXiv:2501.08313)
+        "minimax_01": ("7xlightning", "dense"),
+        # three layers with the gated delta rule, then one of softmax attention with a gate
+        "qwen3_next": ("3xgated_delta_net", "gated_attention"),
     }
 )
 """Mixtures of published models, by names that may stand in place of layers. Only the order of the layers and
