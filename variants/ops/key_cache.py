@@ -29,6 +29,11 @@ from variants.ops.masks import AnyOfGroup, Rule, depends_on_head
 from variants.ops.projections import spread
 
 
+MOST_SCORES = 8192
+"""Keys of a head whose scores are allocated at a time by a step, which so needs no memory that grows with the
+position."""
+
+
 @dataclass(frozen=True)
 class Kept:
     """What the heads [first, last) of keys keep."""
@@ -391,10 +396,10 @@ class _Group(DecodingState):
 def _read_all(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """softmax(QKᵀ/√D)V of few queries (B, K, n, D) and many keys (B, K, S, D).
 
-    On a CPU by two products that read the keys and values in the order of their memory. torch's CPU kernel
-    divides only heads and queries among the cores, and needs four times as long for one head of keys.
+    On a CPU by two products, as long as there are few keys: torch's CPU kernel divides only heads and queries
+    among the cores, and needs several times as long for one head of keys.
     """
-    if q.device.type != "cpu":
+    if q.device.type != "cpu" or k.shape[2] > MOST_SCORES:
         return F.scaled_dot_product_attention(q, k, v)
     scores = (k @ (q * q.shape[-1] ** -0.5).mT).mT.contiguous()
     y: Tensor = scores.softmax(dim=-1) @ v
