@@ -28,7 +28,6 @@ from variants.base import Clock, DecodingState
 from variants.ops.masks import AnyOfGroup, Rule, depends_on_head
 from variants.ops.projections import spread
 
-
 MOST_SCORES = 8192
 """Keys of a head whose scores are allocated at a time by a step, which so needs no memory that grows with the
 position."""
