@@ -386,7 +386,7 @@ show("moba")
 # %% [markdown]
 # ## `nsa`: coarse, selected and near keys
 #
-# Three softmax attentions are added, each with a gate: over compressed keys of all complete blocks of the past, over the few blocks with the largest compressed weights, and over a window. The first and the own block are always among the selected ones. ([Yuan et al. 2025](https://arxiv.org/abs/2502.11089), arXiv:2502.11089.)
+# Three softmax attentions are added, $y=\sum_b\sigma(g_b)\,\mathrm{attention}_b(x)$: over compressed keys of all complete blocks of the past, over the few blocks with the largest compressed weights, and over a window. The first and the own block are always among the selected ones. ([Yuan et al. 2025](https://arxiv.org/abs/2502.11089), arXiv:2502.11089.)
 
 # %%
 show("nsa")
@@ -402,7 +402,7 @@ show("retnet")
 # %% [markdown]
 # ## `lightning`: a decay by head and layer
 #
-# As `retnet`, with silu of queries, keys and values, one normalisation for all heads, and decays that grow weaker from layer to layer; MiniMax-01 has one layer of full attention after seven of these. ([Qin et al. 2024](https://arxiv.org/abs/2401.04658), arXiv:2401.04658.)
+# As `retnet`, with silu of queries, keys and values, $S_t=\lambda S_{t-1}+\mathrm{silu}(k_t)\,\mathrm{silu}(v_t)^\top$, one normalisation for all heads, and decays that grow weaker from layer to layer; MiniMax-01 has one layer of full attention after seven of these. ([Qin et al. 2024](https://arxiv.org/abs/2401.04658), arXiv:2401.04658.)
 
 # %%
 show("lightning")
@@ -450,7 +450,7 @@ show("gated_delta_net")
 # %% [markdown]
 # ## `kda`: a decay for each channel
 #
-# As `gated_delta_net`, with a decay for each channel of the keys, so that a head forgets some of what it holds and keeps the rest. ([Kimi Team 2025](https://arxiv.org/abs/2510.26692), arXiv:2510.26692.)
+# As `gated_delta_net`, with a decay for each channel of the keys, $S_t=(I-\beta_tk_tk_t^\top)\,\mathrm{Diag}(\alpha_t)S_{t-1}+\beta_tk_tv_t^\top$, so that a head forgets some of what it holds and keeps the rest. ([Kimi Team 2025](https://arxiv.org/abs/2510.26692), arXiv:2510.26692.)
 
 # %%
 show("kda")
@@ -458,7 +458,7 @@ show("kda")
 # %% [markdown]
 # ## `infini`: a segment, and a sum over all before it
 #
-# A token reads its segment by softmax, and all earlier segments through a sum as in linear attention, which is read before the segment is added; a gate of each head mixes the two. The picture shows the segments, and the past through the sum. ([Munkhdalai et al. 2024](https://arxiv.org/abs/2404.07143), arXiv:2404.07143.)
+# A token reads its segment by softmax, and all earlier segments through a sum as in linear attention, $y=\sigma(\beta)\,\varphi(q)M/\varphi(q)z+(1-\sigma(\beta))\,\mathrm{softmax}(QK^\top)V$, which is read before the segment is added; a gate of each head mixes the two. The picture shows the segments, and the past through the sum. ([Munkhdalai et al. 2024](https://arxiv.org/abs/2404.07143), arXiv:2404.07143.)
 
 # %%
 show("infini")

@@ -92,8 +92,9 @@ def errors_of(variant: Any, config: Any, dims: Dims, *, causal: bool = True, lay
     return dtype_reference_errors(variant, config, dims, layer, CPU, HALF, causal=causal)
 
 
-FEW_NUMBERS = ("learnt_sink",)
-"""The gradient of a number for each head is a sum over all tokens, for which the gate doubles its limits."""
+FEW_NUMBERS = ("delta_net", "gated_delta_net", "kda", "learnt_sink", "mamba2")
+"""The gradient of a number for each head, or of a tap of a convolution, is a sum over all tokens, for which
+the gate doubles its limits."""
 
 
 @pytest.mark.parametrize("causal", [True, False])
@@ -109,7 +110,7 @@ def test_every_variant_passes_in_bfloat16(name: str, causal: bool) -> None:
     for layer in range(2):
         found = errors_of(variant, config, dims, causal=causal, layer=layer)
         assert (UNIT / 4 if has_products else 0) < found.rms < limit
-        assert (UNIT / 4 if has_products else 0) < found.row_rms < 16 * UNIT
+        assert (UNIT / 4 if has_products else 0) < found.row_rms < limit * 16 / 6
 
 
 @pytest.mark.parametrize(
