@@ -55,7 +55,7 @@ def written_out(layer: NSA, x: Tensor) -> tuple[Tensor, Tensor]:
         for h in range(dims.key_heads):
             means = [
                 [
-                    (t[b, i : i + length, h] * layer.weights[n]).sum(0)
+                    (t[b, i : i + length, h] * layer.taps[n]).sum(0)
                     for i in range(0, tokens - length + 1, stride)
                 ]
                 for n, t in enumerate((k, v))
@@ -98,7 +98,7 @@ def layer_of(config: NSAConfig, dims: Workload) -> NSA:
     layer = make_layer(NSA, config, dims)
     assert isinstance(layer, NSA)
     with torch.no_grad():
-        layer.weights.copy_(numbers(*layer.weights.shape, seed=7))
+        layer.taps.copy_(numbers(*layer.taps.shape, seed=7))
         layer.maps.add_(numbers(*layer.maps.shape, seed=8))
     return layer
 

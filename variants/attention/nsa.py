@@ -134,7 +134,7 @@ class NSA(SequenceMixer):
         self.projections = Projections(dims)
         self.gate = nn.Linear(dims.d_model, BRANCHES * dims.heads, bias=False)
         # of keys and of values; at first a compressed key is the mean
-        self.weights = nn.Parameter(torch.full((2, config.compress, dims.head_dim), 1 / config.compress))
+        self.taps = nn.Parameter(torch.full((2, config.compress, dims.head_dim), 1 / config.compress))
         self.maps = nn.Parameter(torch.zeros(2, dims.head_dim, dims.head_dim))
 
     @classmethod
@@ -167,7 +167,7 @@ class NSA(SequenceMixer):
         strides = k.shape[2] // stride
         number = max(0, strides - length // stride + 1)
         pooled = []
-        for t, weights, maps in zip((k, v), self.weights, self.maps, strict=True):
+        for t, weights, maps in zip((k, v), self.taps, self.maps, strict=True):
             chunks = t[:, :, : strides * stride].unflatten(2, (strides, stride))
             parts = weights.unflatten(0, (-1, stride)).to(t.dtype)  # (l/d, d, D)
             means = [
@@ -256,7 +256,7 @@ class NSA(SequenceMixer):
         token = torch.arange(seq_len, device=x.device)
         ends = token[length - 1 :: config.stride]
         pooled = []
-        for t, weights, maps in zip((k, v), self.weights, self.maps, strict=True):
+        for t, weights, maps in zip((k, v), self.taps, self.maps, strict=True):
             windows = (
                 t.unfold(2, length, config.stride) if len(ends) else t.new_zeros(*t.shape[:2], 0, 1, length)
             )
