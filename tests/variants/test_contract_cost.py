@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from oracles import dims_for, feed
-from tiers import tiered
+from tiers import REPRESENTATIVES, tiered
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -83,7 +83,8 @@ class Mode:
 def modes(*directions: bool, defaults: bool = True) -> Any:
     """Each mode in the first direction that the variant has; its defaults, if asked for, in all of them.
 
-    The defaults are the short tier; without them, a variant's first mode that runs here is.
+    Of a variant of each family, the defaults are the short tier; without them, its first mode that runs here
+    is.
     """
     found = []
     for name in NAMES:
@@ -101,7 +102,7 @@ def modes(*directions: bool, defaults: bool = True) -> Any:
         short = some if defaults else [mode for mode in some if not mode.refuses(dims_for(600))] or some
         for mode in some:
             label = f"{name}{f'-{mode.word}' if mode.word else ''}-{'clm' if mode.causal else 'mlm'}"
-            is_short = mode == short[0] or (defaults and not mode.knob)
+            is_short = name in REPRESENTATIVES and (mode == short[0] or (defaults and not mode.knob))
             found.append(((name, mode.causal) if is_short else None, pytest.param(mode, id=label)))
     return pytest.mark.parametrize("mode", tiered(found))
 

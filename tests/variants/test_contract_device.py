@@ -17,7 +17,7 @@ import torch
 from hydra import compose, initialize_config_dir
 from oracles import feed
 from test_contract_cost import NAMES, Mode, modes, words
-from tiers import slow
+from tiers import representative, slow
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -87,7 +87,7 @@ def test_a_plan_refuses_what_an_accelerator_would(name: str) -> None:
 
 
 @pytest.mark.parametrize("device", ["cuda", *slow("cpu")])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", representative(NAMES))
 def test_a_planned_record_names_the_implementation(name: str, device: str, tmp_path: Path) -> None:
     """The one of a layer whose parameters are on that device."""
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
