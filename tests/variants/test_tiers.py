@@ -13,8 +13,7 @@ from tiers import REPRESENTATIVES, slow, tiered, variants_of
 
 import variants
 
-
-COSTLY = ("test_contract_compile::", "test_contract_cost::", "test_contract_device::test_a_planned_record")
+COSTLY = ("test_contract_compile::", "test_contract_cost::", "test_contract_device::test_a_plan")
 """Beginnings of the names of tests that take a second or more for each variant."""
 
 
