@@ -9,7 +9,11 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
+import hypothesis  # noqa: F401
 import pytest
+
+# hypothesis is imported above, where no test runs: its plug-ins in other packages may warn, which would fail
+# the test that happens to import it first.
 
 # For the processes that tests start, too. No other sweep is waited for, nor that of another worker.
 os.environ["LONGCTX_BENCH_LOCKS"] = f"tests-{os.getpid()}"

@@ -103,7 +103,7 @@ class Gla(SequenceMixer):
         """Norm, gate and output projection of y·√K (B, H, T, D)."""
         form = GatedNorm("silu", eps=EPS * (self.dims.head_dim // 2))
         gated = gated_norm(form, y.transpose(1, 2), self.gate(x), self.scale, device_type=self.device_type)
-        out: Tensor = self.out(gated)
+        out: Tensor = self.out(gated.flatten(2))
         return out
 
     def forward(self, x: Tensor, ctx: Context, state: Any = None) -> MixerOut:

@@ -159,7 +159,7 @@ class Mamba2(SequenceMixer):
         y = torch.addcmul(y, x, self.skip[:, None, None].to(y.dtype)).transpose(1, 2).flatten(2)
         form = GatedNorm("silu", gate_first=True, eps=EPS)
         gated = gated_norm(form, y.unsqueeze(2), z, self.scale, device_type=self.device_type)
-        out: Tensor = self.out(gated)
+        out: Tensor = self.out(gated.flatten(2))
         return out
 
     def forward(self, x: Tensor, ctx: Context, state: Any = None) -> MixerOut:

@@ -17,7 +17,7 @@ from variants.knobs import knob
 from variants.ops.delta_chunks import LEAST_SQUARE
 from variants.ops.delta_rule import FLOP_OVERHEAD, delta_flops, delta_rule, recurrence
 from variants.ops.delta_state import DeltaState
-from variants.ops.head_norm import Activation, head_norm
+from variants.ops.gated_norm import Activation, GatedNorm, gated_norm
 from variants.ops.projections import Projections
 from variants.ops.short_convolution import short_convolution
 
@@ -107,18 +107,14 @@ class DeltaMixer(SequenceMixer):
     def _read_out(self, y: Tensor, gate: Tensor | None, dtype: torch.dtype) -> Tensor:
         """(B, H, T, D) → (B, T, C)."""
         # instead of dividing queries by √D, which takes a pass over them
-        epsilon = self.dims.head_dim * EPSILON
+        form = GatedNorm(self.activation, eps=self.dims.head_dim * EPSILON)
+        logits = None if gate is None else gate.transpose(1, 2)
         with torch.autocast(y.device.type, enabled=False):
-            y = head_norm(
-                y,
-                self.scale,
-                gate,
-                activation=self.activation,
-                epsilon=epsilon,
-                dtype=dtype,
-                device_type=self.device_type,
+            y = gated_norm(
+                form, y.transpose(1, 2), logits, self.scale, dtype=dtype, device_type=self.device_type
             )
-        return self.projections.merge(y)
+        out: Tensor = self.projections.out(y.flatten(2))
+        return out
 
     def forward(self, x: Tensor, ctx: Context, state: Any = None) -> MixerOut:
         """(B, T, C) → MixerOut; carries no state."""

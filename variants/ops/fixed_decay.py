@@ -91,7 +91,7 @@ class FixedDecayMixer(SequenceMixer):
         y = y.transpose(1, 2)
         y = y if self.norm_of_heads else y.flatten(2).unsqueeze(2)
         gated = gated_norm(self.norm, y, self.gate(x), self.scale, device_type=self.device_type)
-        out: Tensor = self.projections.out(gated)
+        out: Tensor = self.projections.out(gated.flatten(2))
         return out
 
     def forward(self, x: Tensor, ctx: Context, state: Any = None) -> MixerOut:
