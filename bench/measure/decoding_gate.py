@@ -30,7 +30,7 @@ def check(spec: CellSpec, folder: Path, code_sha256: str) -> float:
     """Return `decoding_error` for small sizes. It is measured once for each experiment, code and device, and
     cached in `folder`. Raises GateFailed."""
     sizes = Sizes.of(spec)
-    layers = min(spec.depth, max(2, len(spec.model_spec().layers)))
+    layers = spec.model_spec().representative_depth(spec.depth, spec.activations)
     decides = [spec.variant, spec.variant_params, asdict(sizes.small), layers, spec.activations, spec.device]
     decides += [spec.stack.name, spec.stack.params, spec.feed_forward.name, spec.feed_forward.params]
     decides += [spec.model.tie_embeddings, code_sha256]

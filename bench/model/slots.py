@@ -77,12 +77,26 @@ class ModelSpec:
     def conflict(self, depth: int, activations: str) -> str | None:
         """Return the conflict between knobs because of which there is no such model, beginning with the knob;
         None if there is none."""
+        if reason := self.depth.layer.impossible(self.depth.config, depth):
+            return f"stack.{reason}"
         layers, blocks, stack = len(self.layers), len({*self.visits(depth)}), f"stack={self.depth.name}"
         if blocks < layers:
             makes = f"the variant has {layers} layers and {stack} makes {blocks}"
             return f"depth={depth}: {makes} block{'s' * (blocks > 1)}; allowed are {layers} blocks or more"
         reason = self.depth.layer.unsupported(self.depth.config, depth=depth, activations=activations)
         return f"activations={activations}: {reason}" if reason else None
+
+    def representative_depth(self, depth: int, activations: str) -> int:
+        """Return the depth of a small model for checks of a model of this depth: at least two visits, all
+        kinds of layers, and a block that is visited again if the model has one."""
+
+        def repeats(n: int) -> bool:
+            return len(visits := self.visits(n)) > len({*visits})
+
+        for fewer in range(min(depth, max(2, len(self.layers))), depth):
+            if self.conflict(fewer, activations) is None and repeats(fewer) == repeats(depth):
+                return fewer
+        return depth
 
     def unsupported(self, depth: int, d_model: int) -> str | None:
         """Return why these layers cannot fill the slots of a model of these sizes; None if they can."""

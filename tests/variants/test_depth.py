@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from bench.model.slots import ModelSpec, depth_schedule, feed_forward
 from bench.tasks.base import Batch
 from bench.train.step import optimizer_for, training_step
 from variants.base import Context, DepthConfig, DepthSchedule, Dims, Workload
+from variants.depth.shared import Shared, SharedConfig
 from variants.slots import STACK
 
 T, VOCABULARY = 24, 11
@@ -26,10 +28,13 @@ DEPTHS = (1, 2, 5)
 every_name = pytest.mark.parametrize("name", STACK.names())
 
 
-def spec_of(name: str, variant: str = "dense", **knobs: Any) -> ModelSpec:
+def spec_of(
+    name: str, variant: str = "dense", schedule: Mapping[str, Any] | None = None, **knobs: Any
+) -> ModelSpec:
     loaded = variants.load(variant)
     config = loaded.Config(**knobs)
-    return ModelSpec.of(loaded, config, feed_forward=feed_forward(mult=2), depth=depth_schedule(name))
+    depth = depth_schedule(name, **(schedule or {}))
+    return ModelSpec.of(loaded, config, feed_forward=feed_forward(mult=2), depth=depth)
 
 
 def model_of(spec: ModelSpec, depth: int = 3, **changed: Any) -> LanguageModel:
@@ -140,6 +145,102 @@ def test_a_universal_transformer_costs_a_stack_with_the_parameters_of_one_block(
     assert universal.state_bytes(work) == stack.state_bytes(work)
     counts = [sum(p.numel() for p in model.parameters()) for model in (universal, one)]
     assert counts[0] == counts[1]
+
+
+ORDERS = ("sequence", "cycle", "reverse")
+
+
+@pytest.mark.parametrize(
+    ("order", "depth", "groups", "visits"),
+    [
+        ("sequence", 6, 3, "001122"),
+        ("cycle", 6, 3, "012012"),
+        ("reverse", 6, 3, "012210"),
+        ("sequence", 9, 3, "000111222"),
+        ("cycle", 9, 3, "012012012"),
+        ("reverse", 9, 3, "012012210"),
+        ("sequence", 4, 2, "0011"),
+        ("reverse", 2, 1, "00"),
+    ],
+)
+def test_shared_blocks_are_visited_in_the_orders_of_the_papers(
+    order: Any, depth: int, groups: int, visits: str
+) -> None:
+    schedule = Shared(SharedConfig(groups=groups, order=order), depth)
+    assert "".join(map(str, schedule.visits())) == visits
+    assert schedule.blocks == groups
+
+
+def same_model(one: ModelSpec, other: ModelSpec) -> bool:
+    """Whether both have the same visits, parameters, logits and gradients."""
+    models = [model_of(spec, 4) for spec in (one, other)]
+    logits = [model(ids(), causal=True).logits for model in models]
+    pairs = zip(*(gradients(model) for model in models), strict=True)
+    return torch.equal(*logits) and all(torch.equal(*pair) for pair in pairs)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_as_many_groups_as_visits_are_a_stack_and_one_group_is_universal(order: str) -> None:
+    def shared(groups: int) -> ModelSpec:
+        return spec_of("shared", schedule={"groups": groups, "order": order})
+
+    assert same_model(shared(4), spec_of("stack"))
+    assert same_model(shared(1), spec_of("universal"))
+    assert not same_model(shared(1), spec_of("stack"))
+
+
+def test_a_shared_block_has_the_gradient_of_all_its_visits() -> None:
+    """Against a stack with copies of the blocks: the gradient of a parameter is the sum over its copies."""
+    shared = model_of(spec_of("shared", schedule={"groups": 2, "order": "reverse"}), 4).double()
+    stack = model_of(spec_of("stack"), 4).double()
+    stack.load_state_dict(shared.state_dict(), strict=False)
+    visits = [0, 1, 1, 0]
+    for block, index in zip(stack.blocks, visits, strict=True):
+        block.load_state_dict(shared.blocks[index].state_dict())
+    for model in (shared, stack):
+        model(ids(), causal=True).logits.logsumexp(-1).square().sum().backward()
+    for index, block in enumerate(shared.blocks):
+        for name, parameter in block.named_parameters():
+            copies = [stack.blocks[n].get_parameter(name) for n in range(4) if visits[n] == index]
+            want = torch.stack([copy.grad for copy in copies if copy.grad is not None]).sum(0)
+            torch.testing.assert_close(parameter.grad, want)
+
+
+def test_groups_that_do_not_divide_the_depth_are_refused() -> None:
+    spec = spec_of("shared", schedule={"groups": 3})
+    assert spec.conflict(6, "keep") is None
+    assert spec.conflict(7, "keep") == (
+        "stack.groups=3: must divide depth=7; the nearest smaller divisor is 1"
+    )
+    assert spec.conflict(2, "keep") == (
+        "stack.groups=3: must divide depth=2; the nearest smaller divisor is 2"
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "knobs", "depth", "small"),
+    [
+        ("stack", {}, 1, 1),
+        ("stack", {}, 12, 2),
+        ("universal", {}, 12, 2),
+        ("shared", {"groups": 1}, 12, 2),
+        ("shared", {"groups": 3}, 12, 6),
+        ("shared", {"groups": 6}, 12, 12),
+        ("shared", {"groups": 12}, 12, 12),
+        ("shared", {"groups": 2**15}, 2**16, 2**16),
+    ],
+)
+def test_gates_check_a_small_model_that_shares_as_the_large_one(
+    name: str, knobs: dict[str, Any], depth: int, small: int
+) -> None:
+    assert spec_of(name, schedule=knobs).representative_depth(depth, "keep") == small
+
+
+def test_the_small_model_of_a_mixture_has_all_kinds_of_layers() -> None:
+    layers = ("longformer", "longformer", "dense")
+    assert spec_of("stack", "hybrid", layers=layers).representative_depth(12, "keep") == 3
+    shared = spec_of("shared", "hybrid", {"groups": 4}, layers=layers)
+    assert shared.representative_depth(12, "keep") == 8
 
 
 def test_kinds_of_layers_are_counted_by_visits() -> None:

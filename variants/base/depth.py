@@ -70,6 +70,12 @@ class DepthSchedule(ABC):
         self.depth = depth
 
     @classmethod
+    def impossible(cls, config: Any, depth: int) -> str | None:
+        """Why there is no such schedule of this depth, or None. The sentence begins with the knob:
+        "groups=3: must divide depth=4". Other methods are only called for depths that are possible."""
+        return None
+
+    @classmethod
     def unsupported(cls, config: Any, *, depth: int, activations: str) -> str | None:
         """Why a model of this depth cannot run with this strategy for activations, or None."""
         return None
