@@ -134,6 +134,9 @@ class LanguageModel(nn.Module):
         self.depth_schedule = spec.depth.layer(spec.depth.config, depth)
         self.run_blocks = STRATEGIES[activations].run
         self.run_segment: RunSegment = run_segment
+        self.makes_all_visits = False
+        """Make all visits in training too, where the depth schedule would leave out some: for figures of the
+        cost of a step, which are then the highest possible."""
         self.vocabulary, self.dtype = vocabulary, dtype
         self.embedding = nn.Embedding(vocabulary, dims.d_model)
         lower_layers: Counter[SlotSpec[SequenceMixer]] = Counter()
@@ -186,11 +189,17 @@ class LanguageModel(nn.Module):
             self.run_blocks, self.run_segment = before
 
     def run_visits(self, x: Tensor, states: list[Any] | None, ctx: Context) -> NetworkOut:
-        """Run all visits on one window (N, L, C); `states` are those that the previous segment returned."""
+        """Run the visits on one window (N, L, C): all, unless the depth schedule leaves out some in training.
+        `states` are those that the previous segment returned."""
         visits = self.visits
-        x, results = self.run_blocks(visits, x, states or [None] * len(visits), ctx)
-        losses = tuple(out.aux_loss for out in results if out.aux_loss is not None)
-        return NetworkOut(x, [out.state for out in results], losses)
+        after = [*(states or [None] * len(visits))]
+        # before the strategy runs, so that a recomputation makes the same visits
+        draws = self.training and self.depth_schedule.leaves_out and not self.makes_all_visits
+        places = self.depth_schedule.draw() if draws else range(len(visits))
+        x, results = self.run_blocks([visits[n] for n in places], x, [after[n] for n in places], ctx)
+        for place, out in zip(places, results, strict=True):
+            after[place] = out.state
+        return NetworkOut(x, after, tuple(out.aux_loss for out in results if out.aux_loss is not None))
 
     def forward(self, tokens: Tensor, *, causal: bool, states: list[Any] | None = None) -> Output:
         """Run one segment of the input schedule, (B, T) → Output; `states` are those that the previous

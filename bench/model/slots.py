@@ -69,6 +69,10 @@ class ModelSpec:
         """Return the block of each visit of a model of this depth."""
         return [*self.depth.layer(self.depth.config, depth).visits()]
 
+    def leaves_out(self, depth: int) -> bool:
+        """Return whether a model of this depth leaves out visits in training."""
+        return self.depth.layer(self.depth.config, depth).leaves_out
+
     def kinds(self, depth: int) -> dict[LayerSpec, int]:
         """Return the distinct layers of a model of this depth, in the order of visits, each with the number
         of its visits."""
@@ -110,4 +114,18 @@ class ModelSpec:
             if times > 1 and issubclass(mixer.layer, UpdatesAfterStep):
                 visits = f"stack={self.depth.name} visits a block {times} times in a step"
                 return f"{mixer.name}: is updated after a step, and {visits}; allowed is once"
+        if self.leaves_out(depth):
+            for layer in self.layers:
+                if reason := _needs_every_visit(layer.mixer):
+                    name = layer.mixer.name
+                    return f"{name}: {reason}, and stack={self.depth.name} leaves out visits in training"
         return None
+
+
+def _needs_every_visit(mixer: SlotSpec[SequenceMixer]) -> str | None:
+    """Return why a mixer must be visited in every pass, or None."""
+    if mixer.layer.info_for(mixer.config).caps.stateful:
+        return "carries state from each segment to the next"
+    if issubclass(mixer.layer, UpdatesAfterStep):
+        return "is updated after a step, from what the step computed"
+    return None

@@ -88,6 +88,16 @@ class DepthSchedule(ABC):
         """
 
     @property
+    def leaves_out(self) -> bool:
+        """Whether passes in training leave out visits, which `draw` draws."""
+        return False
+
+    def draw(self) -> Sequence[int]:
+        """Draw the visits that one pass in training makes, from torch's generator of the CPU: their places in
+        `visits`, in ascending order. A pass is one segment of the input schedule."""
+        return range(len(self.visits()))
+
+    @property
     def blocks(self) -> int:
         """How many blocks the model has: those that are visited."""
         return len({*self.visits()})
