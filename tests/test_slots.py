@@ -24,7 +24,6 @@ from bench.model.slots import LayerSpec, ModelSpec, feed_forward
 from bench.run.cell import CellRun
 from bench.run.code_hash import code_sha256
 from bench.scenarios.support import Unsupported, check_supported
-from bench.scenarios.support import Unsupported
 from bench.tasks.base import Batch
 from bench.train.step import optimizer_for, training_step
 from variants.base import Context, DepthConfig, DepthSchedule, Dims, FFOut, SequenceMixer, SlotSpec, Workload

@@ -107,6 +107,7 @@ def check(spec: CellSpec, folder: Path, code_sha256: str) -> Figures:
         decides = [[identity(layer.mixer), identity(layer.feed_forward)] for layer in model.layers]
         decides += [identity(model.depth), layers, spec.activations, spec.model.ff_chunks, *settings]
         decides += ["tied"] * spec.model.tie_embeddings
+        decides += [repr(model.block), spec.model.embedding_size]
         fits = {sizes.fit(layer.mixer, sizes.dtype) for layer in model.layers}
         dims = sizes.small if fits == {sizes.small} else sizes.own
         decides += [spec.compile] * spec.is_compiled

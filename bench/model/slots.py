@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from bench.model.block import USUAL, BlockOptions
 from variants.base import DepthSchedule, FeedForward, SequenceMixer, SlotSpec, UpdatesAfterStep, Variant
 from variants.input_schedule import InputSchedule
 from variants.slots import FEED_FORWARD, STACK, Slot
@@ -43,6 +44,7 @@ class ModelSpec:
     """The layers of each block from the lowest one; a model with more blocks repeats them."""
     depth: SlotSpec[DepthSchedule]
     input: InputSchedule
+    block: BlockOptions = USUAL
 
     @classmethod
     def of(
@@ -52,6 +54,7 @@ class ModelSpec:
         *,
         feed_forward: SlotSpec[FeedForward] | None = None,
         depth: SlotSpec[DepthSchedule] | None = None,
+        block: BlockOptions = USUAL,
     ) -> ModelSpec:
         """Return the variant's mixers, each with the same feed-forward layer. None is the slot's default."""
         feed_forward = feed_forward or _filled(FEED_FORWARD, FEED_FORWARD.default, {})
@@ -59,6 +62,7 @@ class ModelSpec:
             layers=tuple(LayerSpec(mixer, feed_forward) for mixer in variant.mixers(config)),
             depth=depth or depth_schedule(),
             input=variant.input_schedule(config),
+            block=block,
         )
 
     def at(self, block: int) -> LayerSpec:
@@ -88,6 +92,7 @@ class ModelSpec:
             makes = f"the variant has {layers} layers and {stack} makes {blocks}"
             return f"depth={depth}: {makes} block{'s' * (blocks > 1)}; allowed are {layers} blocks or more"
         reason = self.depth.layer.unsupported(self.depth.config, depth=depth, activations=activations)
+        reason = reason or self.block.unsupported(activations)
         return f"activations={activations}: {reason}" if reason else None
 
     def representative_depth(self, depth: int, activations: str) -> int:

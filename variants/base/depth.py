@@ -30,7 +30,7 @@ class VisitOut(NamedTuple):
 
 
 class Visit(Protocol):
-    """A residual block: x + attend(x), then x + feed(x). Both branches normalise their input."""
+    """A residual block: x + attend(x), then x + feed(x), or the norm of each sum."""
 
     ff_chunks: int
     """Number of pieces of the sequence for which `feed` may be called separately."""
