@@ -41,6 +41,10 @@ USUAL = {
     "head_size": "width / heads",
     "kv_heads": "heads",
     "widen_feed_forward": "as wide as usual",
+    "embedding_size": "width",
+    "norm": "layer",
+    "norm_position": "pre",
+    "residual": "plain",
     "dropout": 0,
 }
 for key, usual in USUAL.items():  # older records do not contain them

@@ -227,6 +227,11 @@ def test_null_is_no_path_where_there_may_be_none() -> None:
         (("feed_forward=glu", "feed_forward.mult=0"), ("feed_forward.mult=0", "1 or more")),
         (("feed_forward=glu", "feed_forward.mul=2"), ("feed_forward.mul", "did you mean feed_forward.mult?")),
         (("feed_forward=glu", "+feed_forward.mul=2"), ("feed_forward.mul", "did you mean mult?")),
+        (
+            ("stack=shared", "stack.groups=3", "depth=8"),
+            ("stack.groups=3: must divide depth=8; the nearest smaller divisor is 2",),
+        ),
+        (("stack=shared", "stack.order=revers"), ("'revers'", "did you mean reverse?")),
         (("stack=universal", "stack.blocks=2"), ("stack.blocks: unknown knob", "stack.name")),
         (("variant=hybrid", "variant.layers=[longformer,dens]"), ("variant=dens", "did you mean dense?")),
         (("variant=hybrid", "variant.layers=[dense,hybrid]"), ("hybrid is itself a mixture",)),

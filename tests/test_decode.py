@@ -95,7 +95,7 @@ def work() -> Workload:
     return Workload(batch_size=BATCH, seq_len=TOKENS, d_model=16, heads=2, causal=True, element_bytes=8)
 
 
-@pytest.mark.parametrize("stack", ["stack", "universal"])
+@pytest.mark.parametrize("stack", ["stack", "universal", "layer_drop"])
 @pytest.mark.parametrize("activations", [name for name in STRATEGIES if name != "offload"])
 def test_every_strategy_and_depth_schedule_decodes_the_network_it_trains(
     activations: str, stack: str

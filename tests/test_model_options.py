@@ -162,6 +162,9 @@ def test_a_cell_records_its_options_and_keeps_the_reserve(tmp_path: Path) -> Non
         "model.head_size=12",
         "model.kv_heads=1",
         "model.widen_feed_forward=true",
+        "model.embedding_size=8",
+        "model.norm=none",
+        "model.residual=rezero",
     ]
     for reserve in ("0", "0.5"):
         command = [
@@ -178,6 +181,8 @@ def test_a_cell_records_its_options_and_keeps_the_reserve(tmp_path: Path) -> Non
     full, half = (load(tmp_path / f"r{reserve}").iloc[0] for reserve in ("0", "0.5"))
     assert (full.vocab_size, full.tie_embeddings, full.rotary_base) == (1000, True, 500.0)
     assert (full.head_size, full.kv_heads, full.widen_feed_forward) == (12, 1, True)
+    assert (full.embedding_size, full.norm, full.norm_position) == (8, "none", "pre")
+    assert full.residual == "rezero"
     assert half.peak_bytes <= 4 * 2**20 < full.peak_bytes <= 8 * 2**20
     assert (full.reserve, half.reserve) == (0.0, 0.5)
     written = json.loads(next((tmp_path / "r0" / "records").glob("*.json")).read_text())
@@ -193,6 +198,10 @@ def test_a_cell_records_its_options_and_keeps_the_reserve(tmp_path: Path) -> Non
         ("head_size", 128, "heads of 128 channels"),
         ("kv_heads", 2, "key and value heads: 2"),
         ("widen_feed_forward", True, "feed-forward layers wider"),
+        ("embedding_size", 128, "embedding of 128 channels"),
+        ("norm", "rms", "norm rms"),
+        ("norm_position", "post", "post-norm"),
+        ("residual", "rezero", "residual rezero"),
         ("dropout", 0.1, "dropout 0.1"),
     ],
 )
@@ -204,6 +213,9 @@ def test_models_with_other_options_are_never_mixed(
         "tie_embeddings": False,
         "widen_feed_forward": False,
         "rotary_base": 10_000.0,
+        "norm": "layer",
+        "norm_position": "pre",
+        "residual": "plain",
         "dropout": 0.0,
     }.get(option)
     found = [
@@ -224,6 +236,10 @@ def test_progress_mentions_unusual_options() -> None:
         "head_size": None,
         "kv_heads": None,
         "widen_feed_forward": False,
+        "embedding_size": None,
+        "norm": "layer",
+        "norm_position": "pre",
+        "residual": "plain",
         "dropout": 0.0,
     }
     assert MODEL_OPTIONS.keys() == usual.keys()

@@ -23,7 +23,7 @@ from bench.model.language_model import LanguageModel
 from bench.model.slots import LayerSpec, ModelSpec, feed_forward
 from bench.run.cell import CellRun
 from bench.run.code_hash import code_sha256
-from bench.scenarios.support import Unsupported
+from bench.scenarios.support import Unsupported, check_supported
 from bench.tasks.base import Batch
 from bench.train.step import optimizer_for, training_step
 from variants.base import Context, DepthConfig, DepthSchedule, Dims, FFOut, SequenceMixer, SlotSpec, Workload
@@ -160,6 +160,14 @@ def test_a_strategy_that_the_schedule_cannot_carry_is_refused_in_one_line(
     assert cell("stack=universal", "activations=checkpoint").activations == "checkpoint"
     with pytest.raises(ConfigError, match=r"^activations=reversible: .* visited twice; allowed is keep$"):
         cell("stack=universal", "activations=reversible")
+
+
+def test_a_schedule_that_leaves_out_visits_is_not_compiled_as_a_whole() -> None:
+    """Each choice of visits would be another graph."""
+    check_supported(cell("stack=layer_drop", "compile=block"))
+    check_supported(cell("stack=layer_drop", "stack.rate=0", "compile=model"))
+    with pytest.raises(Unsupported, match=r"^compile=model: stack=layer_drop .* compile=off and block$"):
+        check_supported(cell("stack=layer_drop", "compile=model"))
 
 
 def test_more_layers_than_the_depth_are_refused_in_one_line() -> None:

@@ -211,9 +211,9 @@ def _slot(slot: Slot[Any], given: dict[str, Any]) -> SlotChoice:
 
 def _check_model(spec: CellSpec) -> None:
     """Raise ConfigError for a model that cannot be built."""
-    # equal layers in a stack are allowed for every depth and strategy
-    widens = spec.model.widen_feed_forward
-    if variants.outline(spec.variant) and spec.stack.name == STACK.default and not widens:
+    # equal pre-norm blocks in a stack are allowed for every depth and strategy
+    unusual = spec.model.widen_feed_forward or spec.model.norm_position != ModelSizes.norm_position
+    if variants.outline(spec.variant) and spec.stack.name == STACK.default and not unusual:
         return
     try:
         model = spec.model_spec()

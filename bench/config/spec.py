@@ -136,12 +136,27 @@ class ModelSizes(Spec):
     read the same keys and values (multi-query attention); with more, groups of them do (grouped-query)."""
     widen_feed_forward: bool = knob(False, younger=True)
     """Widen the feed-forward layers by the parameters that shared keys and values save."""
+    embedding_size: int | None = knob(None, least=1, unit="channels", younger=True)
+    """Channels of a factorised embedding, whose vectors a matrix maps to d_model, as in ALBERT; null is an
+    embedding of d_model channels. The output layer has the same two factors."""
+    norm: Literal["layer", "rms", "none"] = knob("layer", younger=True)
+    """The norm of a block and before the output layer: layer norm, RMSNorm, or none."""
+    norm_position: Literal["pre", "post"] = knob("pre", younger=True)
+    """Normalise the input of each branch (pre), or the sum of the branch and its input (post)."""
+    residual: Literal["plain", "rezero"] = knob("plain", younger=True)
+    """Add a branch to its input as it is, or times a learnt number that starts at 0; ReZero is the latter
+    with norm=none."""
 
     def __post_init__(self) -> None:
         if reason := unusable_heads(self.d_model, self.heads, self.head_size, self.kv_heads):
             raise ValueError(reason)
         if self.widen_feed_forward and self.kv_heads is None:
             raise ValueError("widen_feed_forward=true: needs kv_heads, which says how many parameters to add")
+        if self.embedding_size is not None:
+            allowed = f"null or at most d_model={self.d_model}, which it is mapped to"
+            self.require("embedding_size", self.embedding_size <= self.d_model, allowed)
+        if self.norm == "none":
+            self.require("norm_position", self.norm_position == "pre", "pre, because norm=none has no norm")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -436,6 +451,7 @@ class CellSpec:
 
     def model_spec(self) -> ModelSpec:
         """Return the parts of the model (imports torch)."""
+        from bench.model.block import BlockOptions
         from bench.model.slots import ModelSpec, depth_schedule, feed_forward
 
         variant, config, dims = self.attention()
@@ -448,6 +464,11 @@ class CellSpec:
             config,
             feed_forward=layer,
             depth=depth_schedule(self.stack.name, **self.stack.params),
+            block=BlockOptions(
+                norm=self.model.norm,
+                norm_position=self.model.norm_position,
+                residual=self.model.residual,
+            ),
         )
 
     def workload(self) -> Workload:

@@ -30,10 +30,11 @@ def check(spec: CellSpec, folder: Path, code_sha256: str) -> float:
     """Return `decoding_error` for small sizes. It is measured once for each experiment, code and device, and
     cached in `folder`. Raises GateFailed."""
     sizes = Sizes.of(spec)
-    layers = min(spec.depth, max(2, len(spec.model_spec().layers)))
+    layers = spec.model_spec().representative_depth(spec.depth, spec.activations)
     decides = [spec.variant, spec.variant_params, asdict(sizes.small), layers, spec.activations, spec.device]
     decides += [spec.stack.name, spec.stack.params, spec.feed_forward.name, spec.feed_forward.params]
-    decides += [spec.model.tie_embeddings, code_sha256]
+    decides += [spec.model.tie_embeddings, repr(spec.model_spec().block), spec.model.embedding_size]
+    decides += [code_sha256]
     measured = load_or_measure(
         folder / "gates",
         ["decoding", *decides],
@@ -57,8 +58,10 @@ def decoding_error(spec: CellSpec, dims: Dims, layers: int, device: torch.device
             dropout=0.0,
             vocabulary=VOCABULARY,
             tie_embeddings=spec.model.tie_embeddings,
+            embedding_size=spec.model.embedding_size,
             activations=spec.activations,
         )
+    model.open_branches()
     model = model.double().eval()
     source = torch.Generator().manual_seed(0)
     tokens = torch.randint(VOCABULARY, (SEQUENCES, dims.seq_len), generator=source).to(device)

@@ -103,10 +103,11 @@ def check(spec: CellSpec, folder: Path, code_sha256: str) -> Figures:
         errors.append(load_or_measure(cache, decides, gate.measure, set(LAYER_KEYS)))
     recomputed = None
     if spec.activations != "keep":
-        layers = min(spec.depth, max(2, len(model.layers)))
+        layers = model.representative_depth(spec.depth, spec.activations)
         decides = [[identity(layer.mixer), identity(layer.feed_forward)] for layer in model.layers]
         decides += [identity(model.depth), layers, spec.activations, spec.model.ff_chunks, *settings]
         decides += ["tied"] * spec.model.tie_embeddings
+        decides += [repr(model.block), spec.model.embedding_size]
         fits = {sizes.fit(layer.mixer, sizes.dtype) for layer in model.layers}
         dims = sizes.small if fits == {sizes.small} else sizes.own
         decides += [spec.compile] * spec.is_compiled

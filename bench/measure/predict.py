@@ -92,6 +92,7 @@ def build_model(spec: CellSpec) -> LanguageModel:
         dropout=spec.model.dropout,
         vocabulary=spec.model.vocab_size or task_config.vocabulary,
         tie_embeddings=spec.model.tie_embeddings,
+        embedding_size=spec.model.embedding_size,
         activations=spec.activations,
         dtype=getattr(torch, spec.dtype),
     )

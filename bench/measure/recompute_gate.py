@@ -48,9 +48,11 @@ def recompute_error(spec: CellSpec, dims: Dims, layers: int, device: torch.devic
                 dropout=0.1,
                 vocabulary=VOCABULARY,
                 tie_embeddings=spec.model.tie_embeddings,
+                embedding_size=spec.model.embedding_size,
                 activations="keep",
                 dtype=getattr(torch, spec.dtype),
             )
+        model.open_branches()
         torch.manual_seed(1)
         with model.running(run_blocks), compiling(model, spec.compile):
             optimizer = torch.optim.SGD(model.parameters(), lr=0.0)

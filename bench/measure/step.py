@@ -90,9 +90,10 @@ class Subject:
         causal: bool,
         device: torch.device,
     ) -> Subject:
-        """Build the model and its optimiser on the device."""
+        """Build the model and its optimiser on the device. The model makes all visits in every step."""
         with device:
             model = build().train()
+        model.makes_all_visits = True
         optimizer = optimizer_for(model, 1e-4)
         return cls(model=model, optimizer=optimizer, batch=batch().for_training(device), causal=causal)
 

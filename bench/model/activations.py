@@ -96,7 +96,7 @@ def sqrt(
 
     The backward pass holds the activations of one such group at a time, so both terms grow as √L.
     """
-    return _recomputed(max(1, math.isqrt(len(visits) - 1) + 1), visits, x, states, ctx)
+    return _recomputed(math.isqrt(max(0, len(visits) - 1)) + 1, visits, x, states, ctx)
 
 
 _PRODUCTS = {

@@ -167,7 +167,7 @@ class Decoder:
 
     def _logits(self, x: Tensor) -> Tensor:
         with self._autocast(x):
-            logits: Tensor = self.model.head(self.model.norm(x))
+            logits = self.model.read_out(x)
         return logits.float() if logits.dtype != torch.float64 else logits
 
     def _autocast(self, x: Tensor) -> torch.autocast:
@@ -182,7 +182,7 @@ class Decoder:
         """Read a piece (B, n) → hidden states (B, n, C)."""
         with self._autocast(piece):
             self._begin_windows()
-            embedded = self.model.embedding(piece)
+            embedded = self.model.embed(piece)
             outputs = [self._run(window, embedded) for window in self._open()]
         self.position += piece.shape[1]
         return outputs[0]

@@ -1,13 +1,19 @@
-"""A small pre-norm transformer language model with slots for its layers.
+"""A small transformer language model with slots for its layers.
 
-Shapes: B batch, T tokens, C channels (d_model), V vocabulary.
+Shapes: B batch, T tokens, C channels (d_model), V vocabulary, E channels of a factorised embedding.
 
-All other parts are the same for every variant: pre-norm blocks (Xiong 2020, arXiv:2002.04745) and GPT-2's
-initialisation (normal with standard deviation 0.02, divided by √(2·visits) for projections that write to the
-residual stream; a stack visits each of its blocks once). GPT-2 has this deviation at a width of 768; at other
-widths it is multiplied by √(768 / C), so that projections have the same variance at every width. With 0.02 at
-a width of 64, attention scores are nearly equal at first and models learn more slowly. Frozen parameters keep
+All other parts are the same for every variant: the blocks (`bench.model.block`) and GPT-2's initialisation
+(normal with standard deviation 0.02, divided by √(2·visits) for projections that write to the residual
+stream; a stack visits each of its blocks once). GPT-2 has this deviation at a width of 768; at other widths
+it is multiplied by √(768 / C), so that projections have the same variance at every width. With 0.02 at a
+width of 64, attention scores are nearly equal at first and models learn more slowly. Frozen parameters keep
 the values that their layer gives them.
+
+A factorised embedding (Lan 2019, ALBERT, arXiv:1909.11942, §3.1) is a table of E < C channels and a matrix
+to C channels. The output layer is factorised too, by a matrix to E channels, so that both tables can be tied.
+Deviation: the output has no other layer between its factors, as ALBERT's has. The tables have the deviation
+of a model of width E, and the matrices 1 / √C: embedding and logits have the variance of those without
+factors.
 """
 
 from __future__ import annotations
@@ -21,21 +27,16 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint as recompute
 
 from bench.model.activations import STRATEGIES, Run
+from bench.model.block import Block as Block
 from bench.model.slots import ModelSpec
-from bench.model.visits import summed
 from variants.base import (
     Context,
     Cost,
     Dims,
-    FeedForward,
-    FFOut,
-    MixerOut,
     SequenceMixer,
     SlotSpec,
-    VisitOut,
     Workload,
     scheduled_cost,
     scheduled_dims,
@@ -43,51 +44,6 @@ from variants.base import (
     tie,
 )
 from variants.input_schedule import NetworkOut, WholeSequence, require_tokens
-
-
-class Block(nn.Module):
-    """x + mixer(norm(x)), then x + feed-forward(norm(x))."""
-
-    def __init__(
-        self,
-        mixer: SequenceMixer,
-        feed_forward: FeedForward,
-        d_model: int,
-        *,
-        ff_chunks: int,
-        dropout: float,
-    ) -> None:
-        super().__init__()
-        self.mixer_norm = nn.LayerNorm(d_model)
-        self.mixer = mixer
-        self.feed_forward_norm = nn.LayerNorm(d_model)
-        self.feed_forward = feed_forward
-        self.dropout = nn.Dropout(dropout)
-        self.ff_chunks = ff_chunks
-
-    def attend(self, x: Tensor, state: Any, ctx: Context) -> MixerOut:
-        """The mixer's branch: (B, T, C) → MixerOut."""
-        out = self.mixer(self.mixer_norm(x), ctx, state)
-        return out._replace(y=self.dropout(out.y))
-
-    def feed(self, x: Tensor) -> FFOut:
-        """The feed-forward branch: (B, T, C) → FFOut; tokens are independent."""
-        fed: FFOut = self.feed_forward(self.feed_forward_norm(x))
-        return fed._replace(y=self.dropout(fed.y))
-
-    def _feed_in_chunks(self, x: Tensor) -> FFOut:
-        """`feed` in chunks of the sequence. The backward pass recomputes each chunk; otherwise the hidden
-        layers of all chunks would be stored."""
-        chunks = x.chunk(self.ff_chunks, dim=1)
-        fed = [recompute(self.feed, chunk, use_reentrant=False) for chunk in chunks]
-        return FFOut(torch.cat([out.y for out in fed], dim=1), summed(*(out.aux_loss for out in fed)))
-
-    def forward(self, x: Tensor, state: Any, ctx: Context) -> VisitOut:
-        """(B, T, C) → VisitOut."""
-        out = self.attend(x, state, ctx)
-        x = x + out.y
-        fed = self.feed(x) if self.ff_chunks == 1 else self._feed_in_chunks(x)
-        return VisitOut(x + fed.y, out.state, summed(out.aux_loss, fed.aux_loss))
 
 
 class Output(NamedTuple):
@@ -124,18 +80,24 @@ class LanguageModel(nn.Module):
         vocabulary: int,
         activations: str,
         tie_embeddings: bool = False,
+        embedding_size: int | None = None,
         ff_chunks: int = 1,
         dtype: torch.dtype = torch.float32,
     ) -> None:
         """`tie_embeddings`: the output layer has the weights of the embedding (Press 2016, arXiv:1608.05859).
+        `embedding_size`: E of a factorised embedding; None for one without factors.
         `dtype` is the autocast dtype of matrix products; parameters and sums are float32."""
         super().__init__()
         self.spec, self.input_schedule = spec, spec.input
         self.depth_schedule = spec.depth.layer(spec.depth.config, depth)
         self.run_blocks = STRATEGIES[activations].run
         self.run_segment: RunSegment = run_segment
+        self.makes_all_visits = False
+        """Make all visits in training too, where the depth schedule would leave out some: for figures of the
+        cost of a step, which are then the highest possible."""
         self.vocabulary, self.dtype = vocabulary, dtype
-        self.embedding = nn.Embedding(vocabulary, dims.d_model)
+        rows = embedding_size or dims.d_model
+        self.embedding = nn.Embedding(vocabulary, rows)
         lower_layers: Counter[SlotSpec[SequenceMixer]] = Counter()
         blocks = []
         for layer in map(spec.at, range(self.depth_schedule.blocks)):
@@ -148,13 +110,17 @@ class LanguageModel(nn.Module):
                     dims.d_model,
                     ff_chunks=ff_chunks,
                     dropout=dropout,
+                    options=spec.block,
                 )
             )
             lower_layers[mixer] += 1
         self.blocks = nn.ModuleList(blocks)
         tie(self.layers)
-        self.norm = nn.LayerNorm(dims.d_model)
-        self.head = nn.Linear(dims.d_model, vocabulary, bias=False)
+        self.norm = spec.block.last_norm(dims.d_model)
+        self.head = nn.Linear(rows, vocabulary, bias=False)
+        factorised = embedding_size is not None
+        self.embedding_map = nn.Linear(rows, dims.d_model, bias=False) if factorised else None
+        self.head_map = nn.Linear(dims.d_model, rows, bias=False) if factorised else None
         if tie_embeddings:
             self.head.weight = self.embedding.weight
         std = initial_std(dims.d_model)
@@ -164,6 +130,11 @@ class LanguageModel(nn.Module):
         for name, parameter in self.named_parameters():
             if name.endswith("out.weight") and parameter.requires_grad:  # writes to the residual stream
                 nn.init.normal_(parameter, std=std / (2 * len(self.visits)) ** 0.5)
+        if self.embedding_map and self.head_map:
+            for table in (self.embedding, self.head):
+                nn.init.normal_(table.weight, std=initial_std(rows))
+            for factor in (self.embedding_map, self.head_map):
+                nn.init.normal_(factor.weight, std=dims.d_model**-0.5)
 
     @property
     def layers(self) -> list[SequenceMixer]:
@@ -185,12 +156,35 @@ class LanguageModel(nn.Module):
         finally:
             self.run_blocks, self.run_segment = before
 
+    def embed(self, tokens: Tensor) -> Tensor:
+        """(B, T) → hidden states (B, T, C) before the first block."""
+        x: Tensor = self.embedding(tokens)
+        return x if self.embedding_map is None else self.embedding_map(x).to(x.dtype)
+
+    def read_out(self, x: Tensor) -> Tensor:
+        """Hidden states (B, T, C) after the last block → logits (B, T, V)."""
+        x = self.norm(x)
+        logits: Tensor = self.head(x if self.head_map is None else self.head_map(x))
+        return logits
+
+    def open_branches(self) -> None:
+        """Set the scales of the branches to 1, for gates: with the initial 0, blocks compute nothing."""
+        for block in self.blocks:
+            if block.branch_scale is not None:
+                nn.init.ones_(block.branch_scale)  # type: ignore[arg-type]
+
     def run_visits(self, x: Tensor, states: list[Any] | None, ctx: Context) -> NetworkOut:
-        """Run all visits on one window (N, L, C); `states` are those that the previous segment returned."""
+        """Run the visits on one window (N, L, C): all, unless the depth schedule leaves out some in training.
+        `states` are those that the previous segment returned."""
         visits = self.visits
-        x, results = self.run_blocks(visits, x, states or [None] * len(visits), ctx)
-        losses = tuple(out.aux_loss for out in results if out.aux_loss is not None)
-        return NetworkOut(x, [out.state for out in results], losses)
+        after = [*(states or [None] * len(visits))]
+        # before the strategy runs, so that a recomputation makes the same visits
+        draws = self.training and self.depth_schedule.leaves_out and not self.makes_all_visits
+        places = self.depth_schedule.draw() if draws else range(len(visits))
+        x, results = self.run_blocks([visits[n] for n in places], x, [after[n] for n in places], ctx)
+        for place, out in zip(places, results, strict=True):
+            after[place] = out.state
+        return NetworkOut(x, after, tuple(out.aux_loss for out in results if out.aux_loss is not None))
 
     def forward(self, tokens: Tensor, *, causal: bool, states: list[Any] | None = None) -> Output:
         """Run one segment of the input schedule, (B, T) → Output; `states` are those that the previous
@@ -216,13 +210,22 @@ class LanguageModel(nn.Module):
 
     def cost(self, work: Workload) -> Cost:
         """Algorithmic FLOPs of a forward pass on (B, T) tokens: all visits on all windows of the schedule."""
-        total = Cost({"output": 2 * work.batch_size * work.seq_len * work.d_model * self.vocabulary})
         windows = self.input_schedule.windows(work.seq_len, carried=True)
+        total = self._cost_of_tables(work, sum(length * count for length, count in windows))
         for block in self.visits:
             total += scheduled_cost(block.mixer, self.input_schedule, work)
             for length, count in windows:
                 total += block.feed_forward.cost(replace(work, seq_len=length)) * count
         return total
+
+    def _cost_of_tables(self, work: Workload, embedded: int) -> Cost:
+        """FLOPs of the output layer, and of the factors of a factorised embedding for `embedded` tokens."""
+        rows = self.embedding.embedding_dim
+        products = {"output": work.seq_len * rows * self.vocabulary}
+        if self.embedding_map is not None:
+            products["output"] += work.seq_len * rows * work.d_model
+            products["embedding"] = embedded * rows * work.d_model
+        return Cost({name: 2 * work.batch_size * each for name, each in products.items()})
 
     def state_bytes(self, work: Workload) -> int:
         """Bytes of state after `work.seq_len` tokens that are necessary to process the next token."""
@@ -271,12 +274,11 @@ def run_segment(model: LanguageModel, tokens: Tensor, states: list[Any] | None, 
     """The work of `LanguageModel.forward`: (B, T) → Output."""
 
     def network(window: Tensor, before: list[Any] | None) -> NetworkOut:
-        return model.run_visits(model.embedding(window), before, ctx)
+        return model.run_visits(model.embed(window), before, ctx)
 
     with torch.autocast(tokens.device.type, model.dtype, enabled=model.dtype != torch.float32):
         x, after, losses = model.input_schedule.apply(network, tokens, states, causal=ctx.causal)
-        x = model.norm(x)
-        logits = model.head(x)
+        logits = model.read_out(x)
     return Output(logits.float(), after or [], list(losses))
 
 

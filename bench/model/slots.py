@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from bench.model.block import USUAL, BlockOptions
 from variants.base import DepthSchedule, FeedForward, SequenceMixer, SlotSpec, UpdatesAfterStep, Variant
 from variants.input_schedule import InputSchedule
 from variants.slots import FEED_FORWARD, STACK, Slot
@@ -43,6 +44,7 @@ class ModelSpec:
     """The layers of each block from the lowest one; a model with more blocks repeats them."""
     depth: SlotSpec[DepthSchedule]
     input: InputSchedule
+    block: BlockOptions = USUAL
 
     @classmethod
     def of(
@@ -52,6 +54,7 @@ class ModelSpec:
         *,
         feed_forward: SlotSpec[FeedForward] | None = None,
         depth: SlotSpec[DepthSchedule] | None = None,
+        block: BlockOptions = USUAL,
     ) -> ModelSpec:
         """Return the variant's mixers, each with the same feed-forward layer. None is the slot's default."""
         feed_forward = feed_forward or _filled(FEED_FORWARD, FEED_FORWARD.default, {})
@@ -59,6 +62,7 @@ class ModelSpec:
             layers=tuple(LayerSpec(mixer, feed_forward) for mixer in variant.mixers(config)),
             depth=depth or depth_schedule(),
             input=variant.input_schedule(config),
+            block=block,
         )
 
     def at(self, block: int) -> LayerSpec:
@@ -69,6 +73,10 @@ class ModelSpec:
         """Return the block of each visit of a model of this depth."""
         return [*self.depth.layer(self.depth.config, depth).visits()]
 
+    def leaves_out(self, depth: int) -> bool:
+        """Return whether a model of this depth leaves out visits in training."""
+        return self.depth.layer(self.depth.config, depth).leaves_out
+
     def kinds(self, depth: int) -> dict[LayerSpec, int]:
         """Return the distinct layers of a model of this depth, in the order of visits, each with the number
         of its visits."""
@@ -77,12 +85,27 @@ class ModelSpec:
     def conflict(self, depth: int, activations: str) -> str | None:
         """Return the conflict between knobs because of which there is no such model, beginning with the knob;
         None if there is none."""
+        if reason := self.depth.layer.impossible(self.depth.config, depth):
+            return f"stack.{reason}"
         layers, blocks, stack = len(self.layers), len({*self.visits(depth)}), f"stack={self.depth.name}"
         if blocks < layers:
             makes = f"the variant has {layers} layers and {stack} makes {blocks}"
             return f"depth={depth}: {makes} block{'s' * (blocks > 1)}; allowed are {layers} blocks or more"
         reason = self.depth.layer.unsupported(self.depth.config, depth=depth, activations=activations)
+        reason = reason or self.block.unsupported(activations)
         return f"activations={activations}: {reason}" if reason else None
+
+    def representative_depth(self, depth: int, activations: str) -> int:
+        """Return the depth of a small model for checks of a model of this depth: at least two visits, all
+        kinds of layers, and a block that is visited again if the model has one."""
+
+        def repeats(n: int) -> bool:
+            return len(visits := self.visits(n)) > len({*visits})
+
+        for fewer in range(min(depth, max(2, len(self.layers))), depth):
+            if self.conflict(fewer, activations) is None and repeats(fewer) == repeats(depth):
+                return fewer
+        return depth
 
     def unsupported(self, depth: int, d_model: int) -> str | None:
         """Return why these layers cannot fill the slots of a model of these sizes; None if they can."""
@@ -96,4 +119,18 @@ class ModelSpec:
             if times > 1 and issubclass(mixer.layer, UpdatesAfterStep):
                 visits = f"stack={self.depth.name} visits a block {times} times in a step"
                 return f"{mixer.name}: is updated after a step, and {visits}; allowed is once"
+        if self.leaves_out(depth):
+            for layer in self.layers:
+                if reason := _needs_every_visit(layer.mixer):
+                    name = layer.mixer.name
+                    return f"{name}: {reason}, and stack={self.depth.name} leaves out visits in training"
         return None
+
+
+def _needs_every_visit(mixer: SlotSpec[SequenceMixer]) -> str | None:
+    """Return why a mixer must be visited in every pass, or None."""
+    if mixer.layer.info_for(mixer.config).caps.stateful:
+        return "carries state from each segment to the next"
+    if issubclass(mixer.layer, UpdatesAfterStep):
+        return "is updated after a step, from what the step computed"
+    return None

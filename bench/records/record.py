@@ -57,6 +57,10 @@ MODEL_OPTIONS = {
     "head_size": "width / heads",
     "kv_heads": "heads",
     "widen_feed_forward": "as wide as usual",
+    "embedding_size": "width",
+    "norm": "layer",
+    "norm_position": "pre",
+    "residual": "plain",
     "dropout": "0",
 }
 """Options of the model, and their usual values as tables write them. Older records, without these keys,
@@ -91,6 +95,10 @@ class Record:
     head_size: Size | None = None
     kv_heads: Size | None = None
     widen_feed_forward: bool | None = None
+    embedding_size: Size | None = None
+    norm: str | None = None
+    norm_position: str | None = None
+    residual: str | None = None
     dropout: Amount | None = None
     batch_size: Count
     activations: str

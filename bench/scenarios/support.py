@@ -26,8 +26,12 @@ def check_supported(spec: CellSpec) -> None:
     variant, config, dims = spec.attention()
     if reason := variant.unsupported(config, dims, causal=spec.causal):
         raise Unsupported(reason)
-    if reason := spec.model_spec().unsupported(spec.depth, dims.d_model):
+    model = spec.model_spec()
+    if reason := model.unsupported(spec.depth, dims.d_model):
         raise Unsupported(reason)
+    if spec.compile == "model" and model.leaves_out(spec.depth):
+        graphs = f"stack={spec.stack.name} leaves out visits in training, and every choice of them is a model"
+        raise Unsupported(f"compile=model: {graphs} of its own to compile; allowed are compile=off and block")
     if spec.is_compiled and not spec.measure.execute:
         raise Unsupported(
             f"compile={spec.compile}: a plan runs on fake tensors without compilation; allowed is compile=off"

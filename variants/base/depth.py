@@ -30,7 +30,7 @@ class VisitOut(NamedTuple):
 
 
 class Visit(Protocol):
-    """A residual block: x + attend(x), then x + feed(x). Both branches normalise their input."""
+    """A residual block: x + attend(x), then x + feed(x), or the norm of each sum."""
 
     ff_chunks: int
     """Number of pieces of the sequence for which `feed` may be called separately."""
@@ -70,6 +70,12 @@ class DepthSchedule(ABC):
         self.depth = depth
 
     @classmethod
+    def impossible(cls, config: Any, depth: int) -> str | None:
+        """Why there is no such schedule of this depth, or None. The sentence begins with the knob:
+        "groups=3: must divide depth=4". Other methods are only called for depths that are possible."""
+        return None
+
+    @classmethod
     def unsupported(cls, config: Any, *, depth: int, activations: str) -> str | None:
         """Why a model of this depth cannot run with this strategy for activations, or None."""
         return None
@@ -80,6 +86,16 @@ class DepthSchedule(ABC):
 
         Indices begin at 0, the lowest block, and leave none out: a model has no block without a visit.
         """
+
+    @property
+    def leaves_out(self) -> bool:
+        """Whether passes in training leave out visits, which `draw` draws."""
+        return False
+
+    def draw(self) -> Sequence[int]:
+        """Draw the visits that one pass in training makes, from torch's generator of the CPU: their places in
+        `visits`, in ascending order. A pass is one segment of the input schedule."""
+        return range(len(self.visits()))
 
     @property
     def blocks(self) -> int:
