@@ -121,6 +121,10 @@ class ChannelScanState(DecodingState):
         self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, *, decay: DecayMap, chunk: int, device_type: str
     ) -> Tensor:
         """Add the next n tokens, and return their outputs (B, H, n, V). Arguments: see `channel_scan`."""
+        if q.shape[2] == 1:  # by the recurrence itself: a chunk would halve, mask and pad for it
+            wide = self.sums.dtype
+            self.sums.mul_(decay.logs(x.to(wide)).exp_().mT).addcmul_(k.to(wide).mT, v.to(wide))
+            return (q.to(wide) @ self.sums).to(v.dtype)
         plan = Plan.make(decay, q, v, chunk, device_type)
         y, states = _read_segments(plan, Segment(q, k, v, x), self.sums.flatten(0, 1))
         self.sums.copy_(states[-1].view_as(self.sums))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from variants.base import Clock, DecodingState
-from variants.ops.delta_chunks import Tokens
+from variants.ops.delta_chunks import LEAST_SQUARE, Tokens
 from variants.ops.delta_rule import make_plan, read_segments
 
 
@@ -58,8 +58,22 @@ class DeltaState(DecodingState):
         device_type: str,
     ) -> Tensor:
         """Read the next n tokens, and return their outputs (B, H, n, V). Arguments: see `delta_rule`."""
+        tokens = Tokens(q, k, v, beta, log_decay)
+        if q.shape[2] == 1:
+            return self._read_token(tokens, unit)
         plan = make_plan(q, v, unit=unit, chunk=chunk, device_type=device_type)
         before = self.sums.flatten(0, 1)  # a view
-        y, states = read_segments(plan, Tokens(q, k, v, beta, log_decay), before)
+        y, states = read_segments(plan, tokens, before)
         before.copy_(states[-1])
         return y
+
+    def _read_token(self, tokens: Tokens, unit: bool) -> Tensor:
+        """One token by the recurrence itself: a chunk would solve a system and mask pairs for it."""
+        wide = (None if x is None else x.to(self.sums.dtype) for x in tokens)
+        q, k, v, beta, log_decay = Tokens.of(*wide)
+        if unit:
+            q, k = (x * x.square().sum(-1, keepdim=True).add_(LEAST_SQUARE).rsqrt_() for x in (q, k))
+        if log_decay is not None:
+            self.sums.mul_(log_decay.exp().mT)
+        self.sums.addcmul_(k.mT, (v - k @ self.sums).mul_(beta))
+        return (q @ self.sums).to(tokens.v.dtype)

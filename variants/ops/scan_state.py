@@ -60,9 +60,31 @@ class ScanState(DecodingState):
         device_type: str,
     ) -> Tensor:
         """Add the next n tokens, and return their outputs (B, H, n, V). Arguments: see `gated_scan`."""
+        if q.shape[2] == 1:
+            return self._read_token(Segment(q, k, v, log_decay, weight, least), features, table)
         before = self._held()
         plan = Plan.make(features, q, v, table, self.norms is not None, chunk, device_type)
         y, _, states = read_segments(plan, Segment(q, k, v, log_decay, weight, least), table, before)
         for held, after in zip(before, states[-1], strict=True):
             held.copy_(after)
         return y
+
+    def _read_token(self, token: Segment, features: FeatureMap, table: Tensor | None) -> Tensor:
+        """One token by the recurrence itself: a chunk would compute and mask pairs for it."""
+        wide = (None if x is None else x.flatten(0, 1).to(self.sums.dtype) for x in token)
+        q, k, v, log_decay, weight, least = Segment.of(*wide)
+        query, key = (features.features(x, table) for x in (q, k))
+        decay = None if log_decay is None else log_decay.exp()
+        written = key if weight is None else key * weight
+        sums, *norms = self._held()
+        for held in (sums, *norms):
+            if decay is not None:
+                held.mul_(decay)
+        sums.addcmul_(written.mT, v)
+        y = query @ sums
+        for held in norms:
+            held.add_(written.mT)
+            norm = query @ held
+            y.div_(norm if least is None else torch.maximum(norm, least))
+        result: Tensor = y.unflatten(0, token.q.shape[:2]).to(token.v.dtype)
+        return result
