@@ -25,7 +25,7 @@ from torch.utils.checkpoint import checkpoint as recompute
 
 from bench.model.activations import STRATEGIES, Run
 from bench.model.slots import ModelSpec
-from bench.model.visits import summed
+from bench.model.visits import summed, weighted
 from variants.base import (
     Context,
     Cost,
@@ -80,7 +80,8 @@ class Block(nn.Module):
         layers of all chunks would be stored."""
         chunks = x.chunk(self.ff_chunks, dim=1)
         fed = [recompute(self.feed, chunk, use_reentrant=False) for chunk in chunks]
-        return FFOut(torch.cat([out.y for out in fed], dim=1), summed(*(out.aux_loss for out in fed)))
+        losses = weighted([out.aux_loss for out in fed], chunks)
+        return FFOut(torch.cat([out.y for out in fed], dim=1), summed(*losses))
 
     def forward(self, x: Tensor, state: Any, ctx: Context) -> VisitOut:
         """(B, T, C) → VisitOut."""
@@ -184,6 +185,13 @@ class LanguageModel(nn.Module):
             yield
         finally:
             self.run_blocks, self.run_segment = before
+
+    def active_parameters(self) -> int:
+        """Number of the parameters that compute one token: all, without the experts that it does not choose
+        and the like."""
+        layers: list[FeedForward] = [block.feed_forward for block in self.blocks]  # type: ignore[misc]
+        idle = sum(sum(p.numel() for p in each.parameters()) - each.active_parameters() for each in layers)
+        return sum(p.numel() for p in self.parameters()) - idle
 
     def run_visits(self, x: Tensor, states: list[Any] | None, ctx: Context) -> NetworkOut:
         """Run all visits on one window (N, L, C); `states` are those that the previous segment returned."""

@@ -26,7 +26,7 @@ def check_supported(spec: CellSpec) -> None:
     variant, config, dims = spec.attention()
     if reason := variant.unsupported(config, dims, causal=spec.causal):
         raise Unsupported(reason)
-    if reason := spec.model_spec().unsupported(spec.depth, dims.d_model):
+    if reason := spec.model_spec().unsupported(spec.depth, dims.d_model, spec.model.ff_chunks):
         raise Unsupported(reason)
     if spec.is_compiled and not spec.measure.execute:
         raise Unsupported(
