@@ -201,9 +201,7 @@ def _mixer_pairs(
     ctx, schedule = Context(causal=causal), schedule or variant.input_schedule(config)
     fast = layer_of(variant, config, scheduled_dims(variant, schedule, dims), layer).to(device)
     slow = copy.deepcopy(fast).double()  # on the same device, so that its random numbers are the same
-    if isinstance(fast, MakesChoices):
-        own: Any = slow.choices
-        slow.choices = choices_in(dtype, fast, own)  # type: ignore[assignment]  # a method of this layer alone
+    _share_choices(fast, slow, dtype)
 
     network = wrap(lambda window, state: NetworkOut(*fast(window, ctx, state)[:2]))
 
@@ -226,8 +224,16 @@ def _feed_forward_pairs(
     torch.manual_seed(0)
     fast = _unit_weights(feed_forward(config, d_model)).to(device)
     slow = copy.deepcopy(fast).double()
+    _share_choices(fast, slow, dtype)
     x = torch.randn(BATCH, FEED_FORWARD_TOKENS, d_model, device=device)
     return _pairs((fast, wrap(lambda x: fast(x).y)), (slow, slow.reference), x, dtype)
+
+
+def _share_choices(fast: torch.nn.Module, slow: torch.nn.Module, dtype: torch.dtype) -> None:
+    """Let a reference make the discrete choices of the fast path, if the layer makes any."""
+    if isinstance(fast, MakesChoices):
+        own: Any = slow.choices
+        slow.choices = choices_in(dtype, fast, own)  # type: ignore[assignment]  # a method of this layer alone
 
 
 def _pairs(

@@ -24,6 +24,7 @@ from torch.utils.checkpoint import checkpoint as recompute
 from bench.model.reversible import reversible, two_streams
 from bench.model.visits import VisitResult
 from variants.base import Context, Visit
+from variants.ops import experts as experts  # registers operators
 
 Run = Callable[..., tuple[Tensor, list[VisitResult]]]
 """(visits, x, states, ctx) → hidden states (B, T, C) and the result of each visit."""
@@ -114,10 +115,14 @@ _PRODUCTS = {
 }
 
 
+_OPERATORS = {torch.ops.longctx_bench.expert_linear.default}
+"""Products that are operators of this project with a registered derivative, which disables gradients."""
+
+
 def _keeps_products(_context: Any, op: Any, *_: Any, **__: Any) -> CheckpointPolicy:
     # Inside an autograd.Function gradients are disabled: results are overwritten in place, and the function
     # itself chooses what to store.
-    stored = op in _PRODUCTS and torch.is_grad_enabled()
+    stored = op in _OPERATORS or (op in _PRODUCTS and torch.is_grad_enabled())
     return CheckpointPolicy.MUST_SAVE if stored else CheckpointPolicy.PREFER_RECOMPUTE
 
 

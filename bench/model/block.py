@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recompute
 
-from bench.model.visits import summed
+from bench.model.visits import summed, weighted
 from variants.base import Context, FeedForward, FFOut, MixerOut, SequenceMixer, VisitOut
 
 EPSILON = 1e-5
@@ -102,7 +102,8 @@ class Block(nn.Module):
         layers of all chunks would be stored."""
         chunks = x.chunk(self.ff_chunks, dim=1)
         fed = [recompute(self.feed, chunk, use_reentrant=False) for chunk in chunks]
-        return FFOut(torch.cat([out.y for out in fed], dim=1), summed(*(out.aux_loss for out in fed)))
+        losses = weighted([out.aux_loss for out in fed], chunks)
+        return FFOut(torch.cat([out.y for out in fed], dim=1), summed(*losses))
 
     def forward(self, x: Tensor, state: Any, ctx: Context) -> VisitOut:
         """(B, T, C) → VisitOut."""

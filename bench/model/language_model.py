@@ -35,6 +35,7 @@ from variants.base import (
     Context,
     Cost,
     Dims,
+    FeedForward,
     SequenceMixer,
     SlotSpec,
     Workload,
@@ -172,6 +173,13 @@ class LanguageModel(nn.Module):
         for block in self.blocks:
             if block.branch_scale is not None:
                 nn.init.ones_(block.branch_scale)  # type: ignore[arg-type]
+
+    def active_parameters(self) -> int:
+        """Number of the parameters that compute one token: all, without the experts that it does not choose
+        and the like."""
+        layers: list[FeedForward] = [block.feed_forward for block in self.blocks]  # type: ignore[misc]
+        idle = sum(sum(p.numel() for p in each.parameters()) - each.active_parameters() for each in layers)
+        return sum(p.numel() for p in self.parameters()) - idle
 
     def run_visits(self, x: Tensor, states: list[Any] | None, ctx: Context) -> NetworkOut:
         """Run the visits on one window (N, L, C): all, unless the depth schedule leaves out some in training.

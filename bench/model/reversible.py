@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import get_device_states, set_device_states
 
-from bench.model.visits import VisitResult, summed
+from bench.model.visits import VisitResult, summed, weighted
 from variants.base import Context, Visit
 
 
@@ -139,6 +139,8 @@ class _ReversibleBlock(torch.autograd.Function):
             for y, x, d_x in zip(*(_pieces(block, s) for s in (first, second, d_second)), strict=True):
                 y = y.detach().requires_grad_()
                 fed, aux_loss = block.feed(y)
+                if aux_loss is not None:
+                    aux_loss = aux_loss * (y.shape[1] / first.shape[1])
                 with torch.no_grad():
                     x.sub_(fed)
                 roots, grads = _with_loss([fed], [d_x.to(fed.dtype)], aux_loss, d_aux)
@@ -176,13 +178,13 @@ def _pieces(block: Visit, x: Tensor) -> tuple[Tensor, ...]:
 
 def _fed(block: Visit, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor | None]:
     """Return x + feed(y), computed by pieces of the sequence, and the sum of the auxiliary losses."""
-    sums, losses = [], []
-    for x_piece, y_piece in zip(_pieces(block, x), _pieces(block, y), strict=True):
+    sums, losses, pieces = [], [], _pieces(block, y)
+    for x_piece, y_piece in zip(_pieces(block, x), pieces, strict=True):
         total, aux_loss = _fed_piece(block, x_piece, y_piece)
         sums.append(total)
         losses.append(aux_loss)
     del total  # otherwise it would be alive together with the result
-    return torch.cat(sums, dim=1), summed(*losses)
+    return torch.cat(sums, dim=1), summed(*weighted(losses, pieces))
 
 
 def _fed_piece(block: Visit, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -200,9 +202,11 @@ def two_streams(
     for block, state in zip(visits, states, strict=True):
         out = block.attend(second, state, ctx)
         first = first + out.y
-        fed = [block.feed(piece) for piece in _pieces(block, first)]
+        pieces = _pieces(block, first)
+        fed = [block.feed(piece) for piece in pieces]
         second = second + torch.cat([piece.y for piece in fed], dim=1)
-        results.append(VisitResult(out.state, summed(out.aux_loss, *(piece.aux_loss for piece in fed))))
+        losses = weighted([piece.aux_loss for piece in fed], pieces)
+        results.append(VisitResult(out.state, summed(out.aux_loss, *losses)))
     return (first + second) / 2, results
 
 

@@ -107,12 +107,14 @@ class ModelSpec:
                 return fewer
         return depth
 
-    def unsupported(self, depth: int, d_model: int) -> str | None:
+    def unsupported(self, depth: int, d_model: int, ff_chunks: int = 1) -> str | None:
         """Return why these layers cannot fill the slots of a model of these sizes; None if they can."""
         for layer in self.layers:
             slot = layer.feed_forward
             if reason := slot.layer.unsupported(slot.config, d_model):
                 return f"{slot.name}: {reason}"
+            if ff_chunks > 1 and (reason := slot.layer.reads_others(slot.config)):
+                return f"{slot.name} {reason}, and ff_chunks={ff_chunks} divides it; allowed is 1"
         for block, times in Counter(self.visits(depth)).items():
             mixer = self.at(block).mixer
             # Such an update may read the last visit. If activations are computed again, that is another one.

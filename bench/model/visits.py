@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -19,3 +20,13 @@ def summed(*losses: Tensor | None) -> Tensor | None:
     """Return the sum of the losses that are not None; None if all are."""
     present = [loss for loss in losses if loss is not None]
     return sum(present[1:], present[0]) if present else None
+
+
+def weighted(losses: Sequence[Tensor | None], pieces: Sequence[Tensor]) -> list[Tensor | None]:
+    """Return the losses of pieces (B, n, C) of a sequence, each times its share of the tokens: their sum is a
+    mean, as large as the loss of the whole sequence."""
+    tokens = sum(piece.shape[1] for piece in pieces)
+    return [
+        None if loss is None else loss * (piece.shape[1] / tokens)
+        for loss, piece in zip(losses, pieces, strict=True)
+    ]

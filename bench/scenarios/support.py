@@ -27,7 +27,7 @@ def check_supported(spec: CellSpec) -> None:
     if reason := variant.unsupported(config, dims, causal=spec.causal):
         raise Unsupported(reason)
     model = spec.model_spec()
-    if reason := model.unsupported(spec.depth, dims.d_model):
+    if reason := model.unsupported(spec.depth, dims.d_model, spec.model.ff_chunks):
         raise Unsupported(reason)
     if spec.compile == "model" and model.leaves_out(spec.depth):
         graphs = f"stack={spec.stack.name} leaves out visits in training, and every choice of them is a model"

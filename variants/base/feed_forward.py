@@ -21,7 +21,10 @@ class FeedForwardConfig(Knobs):
 
 
 class FFOut(NamedTuple):
-    """Result of a feed-forward layer: outputs (B, T, C), and an auxiliary loss or None."""
+    """Result of a feed-forward layer: outputs (B, T, C), and an auxiliary loss or None.
+
+    The loss is a mean over the tokens: of a sequence in pieces, the mean of the pieces' losses counts.
+    """
 
     y: Tensor
     aux_loss: Tensor | None = None
@@ -51,6 +54,16 @@ class FeedForward(nn.Module, ABC):
         Raises ValueError for a layer without such a knob.
         """
         raise ValueError(f"{cls.__name__} has no knob for its hidden channels, so it cannot be widened")
+
+    @classmethod
+    def reads_others(cls, config: Any) -> str | None:
+        """The way in which a token's output depends on earlier tokens of the same call, after the name of the
+        layer; None: it does not. Such a layer is not decoded, and not applied in chunks."""
+        return None
+
+    def active_parameters(self) -> int:
+        """Number of the parameters that compute one token; all, unless a token chooses some of them."""
+        return sum(parameter.numel() for parameter in self.parameters())
 
     @abstractmethod
     def forward(self, x: Tensor) -> FFOut:

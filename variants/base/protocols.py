@@ -47,7 +47,8 @@ class EstimatesSoftmax(Protocol):
 
 @runtime_checkable
 class MakesChoices(Protocol):
-    """Content decides by comparison which keys a token reads: hash buckets, clusters.
+    """Content decides by comparison which keys a token reads, or which experts compute it: hash buckets,
+    clusters, routers. A feed-forward layer may implement it too; its context says nothing.
 
     A rounding moves a token across the border of two buckets, and then its output has nothing in common with
     that of unrounded numbers. Two dtypes can therefore only be compared where both make the same choices.
