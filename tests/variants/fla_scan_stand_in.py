@@ -253,7 +253,21 @@ def chunk_kda_bwd(
     return *gradients(_checked(q, k, v, beta, _logs(g, chunk_size)), do), None, None, None
 
 
+def l2norm_fwd(x: Tensor, *, eps: float, output_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    assert x.is_contiguous()
+    inverse = (x.float().square().sum(-1) + eps).rsqrt()
+    return (x * inverse[..., None]).to(output_dtype), inverse
+
+
+def l2norm_bwd(y: Tensor, rstd: Tensor, dy: Tensor, *, eps: float) -> Tensor:
+    assert y.is_contiguous()
+    assert dy.is_contiguous()
+    along = (dy.float() * y.float()).sum(-1, keepdim=True)
+    return (rstd[..., None] * (dy.float() - along * y.float())).to(y.dtype)
+
+
 MODULES = {
+    "fla.modules.norm.l2norm": (l2norm_fwd, l2norm_bwd),
     "fla.ops.utils": (chunk_local_cumsum,),
     "fla.ops.gla.chunk": (chunk_gla_fwd, chunk_gla_fwd_intra_gk, chunk_gla_bwd),
     "fla.ops.delta_rule.chunk": (chunk_delta_rule_fwd, chunk_delta_rule_bwd),

@@ -175,7 +175,7 @@ def planned(kernel: str, seq_len: int) -> CountFlops:
 @every_kernel
 def test_a_plan_has_few_launches_and_linear_work(kernel: str) -> None:
     short, long = (planned(kernel, n).counts for n in (2**14, 2**20))
-    assert short.launches == long.launches < 40
+    assert short.launches == long.launches < 60
     assert long.flops == 64 * short.flops
     assert long.bytes_moved == pytest.approx(64 * short.bytes_moved, rel=0.02)
 

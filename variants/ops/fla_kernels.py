@@ -84,6 +84,9 @@ class Kernel(NamedTuple):
     work: Products
     backward_work: Products
     """With what is computed again."""
+    launches: int
+    """Of Triton's kernels, and of torch's that clear, add and convert tensors between them."""
+    backward_launches: int
     chunks: tuple[int, ...] = CHUNKS
     """Tokens that a chunk can have."""
     most_keys: int | None = 256
@@ -189,6 +192,8 @@ KERNELS = {
         backward=_gla_backward,
         work=Products(states=2, keys=0, values=1, blocks=1),
         backward_work=Products(states=5, keys=0, values=2, blocks=3),
+        launches=5,
+        backward_launches=11,
         most_keys=None,
     ),
     "delta_rule": Kernel(
@@ -196,12 +201,16 @@ KERNELS = {
         backward=_delta_backward,
         work=Products(states=3, keys=3, values=2, blocks=0, inverse=True),
         backward_work=Products(states=8, keys=10, values=6, blocks=0, squares=2, inverse=True),
+        launches=6,
+        backward_launches=11,
     ),
     "gated_delta_rule": Kernel(
         forward=_gated_delta,
         backward=_gated_delta_backward,
         work=Products(states=3, keys=2, values=2, blocks=1, inverse=True),
         backward_work=Products(states=8, keys=10, values=6, blocks=1, squares=2, inverse=True),
+        launches=6,
+        backward_launches=15,
         chunks=(64,),
         fails_on_hopper=True,
     ),
@@ -210,6 +219,8 @@ KERNELS = {
         backward=_kda_backward,
         work=Products(states=3, keys=1, values=2, blocks=2, inverse=True),
         backward_work=Products(states=8, keys=4, values=6, blocks=6, squares=2, inverse=True),
+        launches=7,
+        backward_launches=16,
         chunks=(32, 64),
     ),
 }

@@ -8,9 +8,9 @@ the kernels in Triton's interpreter.
 
 One operator computes outputs, another one gradients. Only the inputs are saved: the backward pass computes
 the decays of chunks and their triangular systems again, by the functions which fla-core's own autograd calls.
-A planner does not see what the kernels allocate: in the forward pass the states before all chunks (K·V
-numbers for c tokens of a head) and a few tensors of the size of the values, in the backward pass about three
-times as much.
+A planner is told of all launches. It does not see what the kernels allocate, nor the traffic between them: in
+the forward pass the states before all chunks (K·V numbers for c tokens of a head) and a few tensors of the
+size of the values, in the backward pass about three times as much.
 
 Decays are summed within a chunk in float32, and their differences taken. The rounding of a sum of −1,000 is a
 relative error of 1e-4 of a weight.
@@ -28,6 +28,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from variants.base import Impl
+from variants.ops.backends import note_work
 from variants.ops.delta_chunks import LEAST_SQUARE
 from variants.ops.fla_kernels import BLOCK, KERNELS, Products, Rows
 from variants.ops.fla_products import missing_fla
@@ -41,17 +42,20 @@ INPUTS = "Tensor q, Tensor k, Tensor v, Tensor? beta, Tensor? logs, str kernel, 
 # --- operators ------------------------------------------------------------------------------------
 
 
-def _unit(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """Vectors of length 1."""
-    return (x * (x.square().sum(-1, keepdim=True) + LEAST_SQUARE).rsqrt_()).to(dtype)
+def _unit(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Vectors of length 1, and the inverse lengths in float32."""
+    from fla.modules.norm.l2norm import l2norm_fwd
+
+    found: tuple[Tensor, Tensor] = l2norm_fwd(x, eps=LEAST_SQUARE, output_dtype=dtype)
+    return found
 
 
-def _unit_backward(grad: Tensor, x: Tensor) -> Tensor:
+def _unit_backward(y: Tensor, inverse: Tensor, grad: Tensor) -> Tensor:
     """The gradient of x."""
-    inverse = (x.square().sum(-1, keepdim=True) + LEAST_SQUARE).rsqrt_()
-    y, grad = x * inverse, grad.to(x.dtype)
-    along = (grad * y).sum(-1, keepdim=True)
-    return (grad - y.mul_(along)).mul_(inverse)
+    from fla.modules.norm.l2norm import l2norm_bwd
+
+    found: Tensor = l2norm_bwd(y, inverse, grad, eps=LEAST_SQUARE)
+    return found
 
 
 @torch.library.custom_op(
@@ -71,9 +75,9 @@ def _scan(
 ) -> Tensor:
     """Outputs (B, T, H, V) in the dtype of the values. Inputs are contiguous: see `Rows`. With `unit`,
     queries and keys are divided by their lengths first."""
-    if unit:
-        q, k = _unit(q, v.dtype), _unit(k, v.dtype)
     with torch.accelerator.device_index(q.device.index):
+        if unit:
+            q, k = (_unit(x, v.dtype)[0] for x in (q, k))
         y = KERNELS[kernel].forward(Rows(q, k, v, beta, logs), chunk)
     return y.to(v.dtype).contiguous()
 
@@ -96,12 +100,14 @@ def _scan_backward(
 ) -> list[Tensor]:
     """Gradients of the inputs that are not None."""
     given = Rows(q, k, v, beta, logs)
-    if unit:
-        q, k = _unit(q, v.dtype), _unit(k, v.dtype)
     with torch.accelerator.device_index(q.device.index):
+        if unit:
+            q, inverse_q = _unit(q, v.dtype)
+            k, inverse_k = _unit(k, v.dtype)
         of_q, of_k, *others = KERNELS[kernel].backward(Rows(q, k, v, beta, logs), grad, chunk)
-    if unit:
-        of_q, of_k = _unit_backward(of_q, given.q), _unit_backward(of_k, given.k)
+        if unit:
+            of_q = _unit_backward(q, inverse_q, of_q)
+            of_k = _unit_backward(k, inverse_k, of_k)
     found = [x for x in (of_q, of_k, *others) if x is not None]
     return [a.to(b.dtype).contiguous() for a, b in zip(found, given.given, strict=True)]
 
@@ -142,6 +148,8 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     saved = ctx.saved_tensors  # once, as checkpointing demands
+    kernel, _, unit = ctx.options
+    note_work(0, KERNELS[kernel].backward_launches + 4 * unit - 1, 0)
     found = iter(_scan_backward(grad.contiguous(), *saved, *ctx.options))
     return *(None if x is None else next(found) for x in saved), None, None, None
 
@@ -213,6 +221,7 @@ def scan(
     logs = None if logs is None else rows(logs, torch.float32)
     if kernel == "gated_delta_rule" and logs is not None:
         logs = logs.squeeze(-1)
+    note_work(0, KERNELS[kernel].launches + 2 * unit - 1, 0)
     y: Tensor = _scan(q, k, rows(v, dtype), beta, logs, kernel, chunk, unit)
     return y.transpose(1, 2)
 
