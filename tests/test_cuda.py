@@ -161,8 +161,9 @@ KERNELS: list[tuple[str, dict[str, Any]]] = [
     ("sparse_fixed", {"impl": "flash", "stride": 30, "c": 4}),
     ("sparse_fixed", {"impl": "flash", "stride": 30, "c": 4, "head_mode": "interleaved"}),
 ]
-HALF_ONLY = ("flash",)
-"""Implementations without a float32 kernel. They run under autocast, as in a cell in bfloat16."""
+HALF_ONLY = ("flash", "fla")
+"""Implementations whose kernels have no float32, or multiply it as TF32. They run under autocast, as in a
+cell in bfloat16."""
 every_kernel = pytest.mark.parametrize(("name", "knobs"), KERNELS)
 
 
@@ -317,6 +318,13 @@ def test_a_cell_of_performer_with_fla_runs_and_names_it(tmp_path: Path) -> None:
     (path,) = (tmp_path / "results/adhoc/records").glob("*.json")
     record = json.loads(path.read_text())
     assert (record["status"], record["impl"]) == ("ok", "fla"), record["reason"]
+
+
+@pytest.mark.parametrize("name", ["gla", "delta_net", "gated_delta_net", "kda"])
+@pytest.mark.parametrize("tokens", [100, 777])
+def test_gated_recurrences_by_fla_equal_those_of_auto(name: str, tokens: int) -> None:
+    dims = dims_or_skip(name, {"impl": "fla"}, tokens)
+    assert half_precision_error(name, {"impl": "fla"}, dims, 0, causal=True) < 2**-4
 
 
 REFORMER: list[dict[str, Any]] = [

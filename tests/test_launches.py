@@ -200,14 +200,15 @@ def test_an_operator_counts_as_what_it_dispatches(name: str, fake: bool) -> None
 
 def test_every_operator_with_a_backward_pass_is_looked_into() -> None:
     """One that is not is a kernel of another library, which is one launch, or notes work."""
-    variants.load("performer")  # its module registers the kernels of fla-core
+    for name in ("performer", "gla"):  # their modules register the kernels of fla-core
+        variants.load(name)
     prefix = "longctx_bench::"
     names = {n.removeprefix(prefix) for n in torch._C._dispatch_get_all_op_names() if n.startswith(prefix)}
     ours = {name: getattr(torch.ops.longctx_bench, name).default for name in names}
     whole = {name for name, operator in ours.items() if not operators.implementation(operator)}
     of_fla = {name for name in whole if name.startswith("gla_")}
     kernels = {"xformers", "xformers_backward", "flash", "flash_backward"}
-    kernels |= {"flex_rounds", "flex_rounds_backward", "bmm_float32"}
+    kernels |= {"flex_rounds", "flex_rounds_backward", "bmm_float32", "fla_scan", "fla_scan_backward"}
     assert len(of_fla) == 5
     assert whole - of_fla == {"note_work", summary_calls.summary_tables._name, *kernels}
 

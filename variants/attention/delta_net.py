@@ -7,14 +7,17 @@ Shapes: B batch, T tokens, C channels, H heads, D channels of a head.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from variants.base import Caps, Complexity, Info
-from variants.ops.delta_mixer import DeltaConfig, DeltaMixer
+from variants.ops.delta_mixer import DeltaConfig, DeltaMixer, implementations
 
 
 @dataclass(frozen=True, kw_only=True)
 class DeltaNetConfig(DeltaConfig):
     """Knobs of the convolution and of the chunks."""
+
+    kernel: ClassVar[str] = "delta_rule"
 
 
 class DeltaNet(DeltaMixer):
@@ -34,6 +37,7 @@ class DeltaNet(DeltaMixer):
 
     Config = DeltaNetConfig
     config: DeltaNetConfig
+    IMPLS = implementations(DeltaNetConfig.kernel)
     info = Info(
         paper="Yang et al. 2024, Parallelizing Linear Transformers with the Delta Rule, arXiv:2406.06484",
         family="kernels",

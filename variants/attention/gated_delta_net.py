@@ -7,17 +7,20 @@ Shapes: B batch, T tokens, C channels, H heads, D channels of a head.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor, nn
 
 from variants.base import Caps, Complexity, Dims, Info, Workload
 from variants.ops.decay_gates import DecayRates
-from variants.ops.delta_mixer import DeltaConfig, DeltaMixer, wide_linear
+from variants.ops.delta_mixer import DeltaConfig, DeltaMixer, implementations, wide_linear
 
 
 @dataclass(frozen=True, kw_only=True)
 class GatedDeltaNetConfig(DeltaConfig):
     """Knobs of the convolution and of the chunks."""
+
+    kernel: ClassVar[str] = "gated_delta_rule"
 
 
 class GatedDeltaNet(DeltaMixer):
@@ -34,6 +37,7 @@ class GatedDeltaNet(DeltaMixer):
 
     Config = GatedDeltaNetConfig
     config: GatedDeltaNetConfig
+    IMPLS = implementations(GatedDeltaNetConfig.kernel)
     info = Info(
         paper="Yang et al. 2024, Gated Delta Networks, arXiv:2412.06464",
         family="kernels",

@@ -5,8 +5,9 @@ Shapes: B batch, T tokens, C channels, H heads, D channels of a head, K = D/2 ch
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +20,7 @@ from variants.base import (
     Context,
     Cost,
     Dims,
+    Impl,
     Info,
     MixerOut,
     SequenceMixer,
@@ -26,7 +28,7 @@ from variants.base import (
     Workload,
 )
 from variants.knobs import knob
-from variants.ops.channel_chunks import SigmoidRoot
+from variants.ops.channel_chunks import DecayMap, SigmoidRoot
 from variants.ops.channel_scan import (
     FLOP_OVERHEAD,
     ChannelScanState,
@@ -34,6 +36,8 @@ from variants.ops.channel_scan import (
     channel_scan,
     channel_scan_flops,
 )
+from variants.ops.fla_kernels import KERNELS
+from variants.ops.fla_scans import fla_impl, scan
 from variants.ops.gated_norm import GatedNorm, gated_norm
 
 EPS = 1e-5
@@ -51,6 +55,28 @@ class GlaConfig(VariantConfig):
     chunk: int = knob(64, least=1, unit="tokens")
     """Tokens of a chunk, at most. Weights are computed pair by pair within it; earlier chunks are one sum. It
     changes the cost, and not the outputs."""
+    impl: Literal["auto", "plain", "fla"] = knob("auto", younger=True)
+    """Implementation of the causal sums. plain: batched matrix products, sums in float32. fla: kernels of the
+    package fla-core, in half precision; untried. auto: plain. Decoding has one implementation."""
+
+    def __post_init__(self) -> None:
+        if self.impl == "fla":
+            chunks = KERNELS["gla"].chunks
+            self.require("chunk", self.chunk in chunks, f"{', '.join(map(str, chunks))} with impl=fla")
+
+
+def plain(
+    q: Tensor, k: Tensor, v: Tensor, logits: Tensor, decay: DecayMap, chunk: int, device_type: str
+) -> Tensor:
+    """See `channel_scan`."""
+    return channel_scan(q, k, v, logits, decay=decay, chunk=chunk, device_type=device_type)
+
+
+def fla(
+    q: Tensor, k: Tensor, v: Tensor, logits: Tensor, decay: DecayMap, chunk: int, device_type: str
+) -> Tensor:
+    """The same by fla-core's kernels."""
+    return scan("gla", q, k, v, None, decay.logs(logits.float()), chunk=chunk, dtype=v.dtype)
 
 
 class Gla(SequenceMixer):
@@ -75,7 +101,10 @@ class Gla(SequenceMixer):
         complexity=Complexity(time=1, memory=1, formula="T·K·(D + c)", source="Yang 2023, abstract"),
         caps=Caps(causal=True, bidirectional=False),
     )
-    flop_overhead_reason = FLOP_OVERHEAD
+    IMPLS: ClassVar[Mapping[str, Impl]] = {
+        "plain": Impl(run=plain, flop_overhead_reason=FLOP_OVERHEAD, auto_on=("cpu", Impl.OTHER_DEVICES)),
+        "fla": fla_impl("gla", fla, half_keys=True),
+    }
 
     def __init__(self, config: GlaConfig, dims: Dims, layer: int = 0) -> None:
         super().__init__(config, dims, layer)
@@ -110,15 +139,7 @@ class Gla(SequenceMixer):
         """(B, T, C) → MixerOut; carries no state."""
         q, k, v, logits = self._project(x)
         with torch.autocast(x.device.type, enabled=False):  # sums need float32
-            y = channel_scan(
-                q,
-                k,
-                v,
-                logits,
-                decay=self._map,
-                chunk=self.config.chunk,
-                device_type=self.device_type,
-            )
+            y = self.run_impl(q, k, v, logits, self._map, self.config.chunk, self.device_type)
         return MixerOut(self._finish(x, y))
 
     def reference(self, x: Tensor, ctx: Context) -> Tensor:

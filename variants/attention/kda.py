@@ -7,13 +7,14 @@ Shapes: B batch, T tokens, C channels, H heads, D channels of a head, r rank.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor, nn
 
 from variants.base import Caps, Complexity, Dims, Info, Workload
 from variants.knobs import knob
 from variants.ops.decay_gates import DecayRates
-from variants.ops.delta_mixer import DeltaConfig, DeltaMixer, wide_linear
+from variants.ops.delta_mixer import DeltaConfig, DeltaMixer, implementations, wide_linear
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,6 +23,8 @@ class KdaConfig(DeltaConfig):
 
     rank: int = knob(16, least=1, unit="channels")
     """Rank of the projections of the decays, and of that of the output gate."""
+
+    kernel: ClassVar[str] = "kda"
 
 
 class Kda(DeltaMixer):
@@ -40,6 +43,7 @@ class Kda(DeltaMixer):
 
     Config = KdaConfig
     config: KdaConfig
+    IMPLS = implementations(KdaConfig.kernel)
     activation = "sigmoid"
     info = Info(
         paper="Kimi Team 2025, Kimi Linear, arXiv:2510.26692",

@@ -5,18 +5,31 @@ Shapes: B batch, T tokens, C channels, H heads, D channels of a head, w taps of 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from variants.base import Clock, Context, Cost, Dims, MixerOut, SequenceMixer, VariantConfig, Workload
+from variants.base import (
+    Clock,
+    Context,
+    Cost,
+    Dims,
+    Impl,
+    MixerOut,
+    SequenceMixer,
+    VariantConfig,
+    Workload,
+)
 from variants.knobs import knob
 from variants.ops.delta_chunks import LEAST_SQUARE
 from variants.ops.delta_rule import FLOP_OVERHEAD, delta_flops, delta_rule, recurrence
 from variants.ops.delta_state import DeltaState
+from variants.ops.fla_kernels import KERNELS
+from variants.ops.fla_scans import fla_impl, scan
 from variants.ops.gated_norm import Activation, GatedNorm, gated_norm
 from variants.ops.projections import Projections
 from variants.ops.short_convolution import short_convolution
@@ -34,6 +47,52 @@ class DeltaConfig(VariantConfig):
     chunk: int = knob(64, least=1, unit="tokens")
     """Tokens of a chunk, at most. Weights are computed pair by pair within it; earlier chunks are one state.
     It changes the cost, and not the outputs."""
+    impl: Literal["auto", "plain", "fla"] = knob("auto", younger=True)
+    """Implementation of the delta rule. plain: batched matrix products in float32. fla: kernels of the
+    package fla-core, in half precision; untried. auto: plain. Decoding has one implementation."""
+
+    kernel: ClassVar[str]
+    """Name of fla-core's kernel, see `variants.ops.fla_kernels`."""
+
+    def __post_init__(self) -> None:
+        if self.impl == "fla":
+            chunks = KERNELS[self.kernel].chunks
+            self.require("chunk", self.chunk in chunks, f"{', '.join(map(str, chunks))} with impl=fla")
+
+
+def _plain(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    logs: Tensor | None,
+    chunk: int,
+    device_type: str,
+    dtype: torch.dtype,
+) -> Tensor:
+    """In float32 or wider: `dtype` is that of the projections."""
+    return delta_rule(q, k, v, beta, logs, unit=True, chunk=chunk, device_type=device_type)
+
+
+def implementations(kernel: str) -> Mapping[str, Impl]:
+    """Those of a layer, with this kernel of fla-core."""
+
+    def fla(
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        beta: Tensor,
+        logs: Tensor | None,
+        chunk: int,
+        device_type: str,
+        dtype: torch.dtype,
+    ) -> Tensor:
+        return scan(kernel, q, k, v, beta, logs, unit=True, chunk=chunk, dtype=dtype)
+
+    return {
+        "plain": Impl(run=_plain, flop_overhead_reason=FLOP_OVERHEAD, auto_on=("cpu", Impl.OTHER_DEVICES)),
+        "fla": fla_impl(kernel, fla),
+    }
 
 
 def wide_linear(x: Tensor, weight: Tensor) -> Tensor:
@@ -53,7 +112,6 @@ class DeltaMixer(SequenceMixer):
 
     config: DeltaConfig
     position_scheme = "none"
-    flop_overhead_reason = FLOP_OVERHEAD
     activation: ClassVar[Activation] = "silu"
     """Of the gate of the outputs."""
 
@@ -119,11 +177,11 @@ class DeltaMixer(SequenceMixer):
     def forward(self, x: Tensor, ctx: Context, state: Any = None) -> MixerOut:
         """(B, T, C) → MixerOut; carries no state."""
         (qk, values), beta, logs, gate = self._inputs(x), self._beta(x), self.log_decay(x), self.gate(x)
-        border, chunk, device_type = qk.shape[-1], self.config.chunk, self.device_type
+        border = qk.shape[-1]
         with torch.autocast(x.device.type, enabled=False):  # states need float32
             q, k = self._mixed(qk, slice(border))
             (v,) = self._mixed(values, slice(border, None))
-            y = delta_rule(q, k, v, beta, logs, unit=True, chunk=chunk, device_type=device_type)
+            y = self.run_impl(q, k, v, beta, logs, self.config.chunk, self.device_type, values.dtype)
         return MixerOut(self._read_out(y, gate, values.dtype))
 
     def reference(self, x: Tensor, ctx: Context) -> Tensor:
