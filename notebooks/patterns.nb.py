@@ -384,6 +384,14 @@ show("latent_attention")
 show("moba")
 
 # %% [markdown]
+# ## `landmark`: a learnt key for each block
+#
+# A query reads its own block, and the past blocks whose landmark has the largest scores. The softmax is grouped: keys of the own block and landmarks $g_b$ share one, and the weight of a landmark is divided among the keys of its block, $w_{ij}=w_{i,g_b}\cdot\mathrm{softmax}_{j\in b}(q_i\cdot k_j)$, so that training also learns which block to select. ([Mohtashami and Jaggi 2023](https://arxiv.org/abs/2305.16300), arXiv:2305.16300.)
+
+# %%
+show("landmark")
+
+# %% [markdown]
 # ## `nsa`: coarse, selected and near keys
 #
 # Three softmax attentions are added, $y=\sum_b\sigma(g_b)\,\mathrm{attention}_b(x)$: over compressed keys of all complete blocks of the past, over the few blocks with the largest compressed weights, and over a window. The first and the own block are always among the selected ones. ([Yuan et al. 2025](https://arxiv.org/abs/2502.11089), arXiv:2502.11089.)

@@ -94,6 +94,7 @@ ONE = {  # with one cell: causal, where there is such a form
     "gla": ["variant.chunk=16"],
     "infini": ["variant.segment=16"],
     "kda": ["variant.chunk=16"],
+    "landmark": ["variant.block=16"],
     "latent_attention": [],
     "learnt_sink": ["variant.window=16"],
     "lightning": ["variant.chunk=16"],
