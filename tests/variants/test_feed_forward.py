@@ -131,6 +131,25 @@ def test_the_mlp_costs_two_products() -> None:
         MLPConfig(mult=0)
 
 
+@pytest.mark.parametrize(
+    ("activation", "wanted"),
+    [
+        ("gelu", [-0.15865525, 0.0, 0.84134475, 1.95449974]),
+        ("relu", [0.0, 0.0, 1.0, 2.0]),
+        ("silu", [-0.26894142, 0.0, 0.73105858, 1.76159416]),
+        ("squared_relu", [0.0, 0.0, 1.0, 4.0]),
+    ],
+)
+def test_the_mlp_applies_its_activation(activation: str, wanted: list[float]) -> None:
+    """Identity matrices leave the activation alone."""
+    one = MLP(MLPConfig.of({"activation": activation, "mult": 1}), 4).double()
+    with torch.no_grad():
+        one.up.weight.copy_(torch.eye(4))
+        one.out.weight.copy_(torch.eye(4))
+        y = one(torch.tensor([[[-1.0, 0.0, 1.0, 2.0]]], dtype=torch.float64)).y
+    torch.testing.assert_close(y.flatten(), torch.tensor(wanted, dtype=torch.float64), atol=1e-8, rtol=0)
+
+
 @pytest.mark.parametrize("d_model", [64, 256, 768, 1000])
 @pytest.mark.parametrize("mult", [1, 4, 8])
 def test_a_gated_unit_has_about_as_many_parameters_as_the_mlp(d_model: int, mult: int) -> None:
