@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Literal, NamedTuple, get_args, get_origin
 
 import pytest
 import torch
 from oracles import D_MODEL, EXACT, assert_same, difference, numbers
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import variants
 from bench.measure import gates
@@ -51,6 +52,12 @@ def cases() -> Iterator[object]:
                 yield pytest.param(Case(layer, layer.Config.of({"width": width})), id=f"{name}-width={width}")
 
 
+def seeded(call: Callable[[], torch.Tensor]) -> torch.Tensor:
+    """The same random numbers for every call: training may be random."""
+    torch.manual_seed(2)
+    return call()
+
+
 every_name = pytest.mark.parametrize("name", FEED_FORWARD.names())
 every_case = pytest.mark.parametrize("case", [*cases()])
 
@@ -72,8 +79,27 @@ def test_forward_is_the_reference(case: Case) -> None:
     one, x = case.made(), numbers(2, TOKENS, D_MODEL)
     out = one(x)
     assert isinstance(out, FFOut)
-    assert_same(lambda: one(x).y, lambda: one.reference(x), [x, *one.parameters()])
+    for training in (True, False):
+        one.train(training)
+        assert_same(
+            lambda: seeded(lambda: one(x).y), lambda: seeded(lambda: one.reference(x)), [x, *one.parameters()]
+        )
     assert gates.feed_forward_error(case.layer, case.config, D_MODEL, torch.device("cpu")) < 1e-5
+
+
+@every_case
+@pytest.mark.parametrize("d_model", [D_MODEL, 64])
+def test_rounding_to_bfloat16_explains_the_errors(case: Case, d_model: int) -> None:
+    """The reference makes the choices of the fast path."""
+    gates.feed_forward_dtype_errors(case.layer, case.config, d_model, torch.device("cpu"), torch.bfloat16)
+
+
+@every_case
+def test_a_million_tokens_are_planned_without_memory(case: Case) -> None:
+    with FakeTensorMode():
+        one = case.layer(case.config, D_MODEL)
+        one(torch.zeros(1, 2**20, D_MODEL)).y.sum().backward()
+        assert one.eval()(torch.zeros(3, 1, D_MODEL)).y.shape == (3, 1, D_MODEL)
 
 
 @every_case
@@ -99,9 +125,9 @@ def test_a_forward_pass_leaves_no_state(case: Case) -> None:
     one, x = case.made().train(), numbers(2, TOKENS, D_MODEL).detach()
     attributes = {*vars(one)}
     before = {name: value.clone() for name, value in one.state_dict().items()}
-    first = one(x).y
+    first = seeded(lambda: one(x).y)
     one(numbers(1, 3, D_MODEL))
-    assert torch.equal(one(x).y, first)
+    assert torch.equal(seeded(lambda: one(x).y), first)
     after = one.state_dict()
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
@@ -113,7 +139,8 @@ def test_a_block_in_chunks_equals_the_whole_block(case: Case) -> None:
     """In outputs and gradients, where the last chunk is shorter than the others."""
     mixer = variants.load_mixer("dense")
     sizes = Dims(seq_len=TOKENS, d_model=D_MODEL, heads=2)
-    block = Block(mixer(mixer.Config(), sizes), case.made(), D_MODEL, ff_chunks=1, dropout=0.0).double()
+    block = Block(mixer(mixer.Config(), sizes), case.made(), D_MODEL, ff_chunks=1, dropout=0.0)
+    block = block.double().eval()  # in training, a layer may draw random numbers for the tokens of a call
     x = numbers(2, TOKENS, D_MODEL)
 
     def run(chunks: int) -> torch.Tensor:

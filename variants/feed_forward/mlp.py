@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from variants.base import Cost, FeedForward, FeedForwardConfig, FFOut, Workload
+from variants.base import Context, Cost, FeedForward, FeedForwardConfig, FFOut, Workload
 from variants.knobs import knob
 
 ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
@@ -66,12 +66,18 @@ class MLP(FeedForward):
         """(B, T, C) → FFOut."""
         return FFOut(self.out(ACTIVATIONS[self.config.activation](self.up(x))))
 
+    def choices(self, x: Tensor, ctx: Context) -> Tensor | None:
+        """(B, T, C) → (B, T, D): the hidden channels above 0, where the gradient of a ReLU jumps; None for
+        other activations. See `MakesChoices`; nothing depends on `ctx`."""
+        return self.up(x) > 0 if self.config.activation == "relu" else None
+
     def reference(self, x: Tensor) -> Tensor:
         """Both products written out, and each activation by its definition."""
+        above = self.choices(x, Context(causal=True))
         inner = torch.einsum("btc,dc->btd", x, self.up.weight)
         hidden = {
             "gelu": inner * (1 + torch.erf(inner / math.sqrt(2))) / 2,
-            "relu": inner.clamp(min=0),
+            "relu": inner if above is None else inner * above,
             "silu": inner / (1 + torch.exp(-inner)),
             "squared_relu": inner * inner.clamp(min=0),
         }[self.config.activation]
