@@ -436,7 +436,7 @@ def test_help_says_how_long_a_preset_takes(preset: str) -> None:
 def test_help_describes_every_knob_of_what_is_chosen(tmp_path: Path) -> None:
     chosen = ["variant=reformer", "variant.n_hashes=2", "data=needle", "measure=quick", "tracker=mlflow"]
     text = help.text([*chosen, "feed_forward=glu", "feed_forward.mult=2", "stack=universal"], CONFIGS)
-    assert re.search(r"^  feed_forward: glu, mlp, sparse$", text, re.M)
+    assert re.search(r"^  feed_forward: glu, mlp, product_keys, sparse$", text, re.M)
     assert re.search(r"^  stack: stack, universal$", text, re.M)
     assert re.search(r"activation: silu .*# Function of the gate \(silu, gelu, relu or sigmoid\)", text)
     assert re.search(r"mult: 2 .*# Width of an MLP .* \(an integer, 1 or more\)", text)
