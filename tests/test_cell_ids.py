@@ -34,6 +34,7 @@ IDS = {
     "twin=1": "aa1e365a9d72ad61",
     "compile=off": "752bb6edd74c2304",
     "feed_forward=mlp stack=stack": "752bb6edd74c2304",
+    "feed_forward=mlp feed_forward.activation=gelu": "752bb6edd74c2304",
 }
 """What is typed → its cell's id with the data "data" and the code "code"."""
 

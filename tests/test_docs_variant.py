@@ -90,7 +90,7 @@ def test_the_page_works_as_it_is_written(project: Path, monkeypatch: pytest.Monk
         assert passed
         assert int(passed[1]) >= least, tests[-500:]
         assert "failed" not in tests
-    assert re.search(r"^  feed_forward: glu, mlp, squared_relu$", of_layer, re.M)
+    assert re.search(r"^  feed_forward: glu, mlp, product_keys, sparse, squared_relu$", of_layer, re.M)
     assert re.search(r"mult: 4 +# Width of the hidden layer .* \(an integer, 1 or more\)", of_layer)
     spec, figures = plan(planned, project, monkeypatch)
     assert spec.feed_forward == SlotChoice(name="squared_relu", params={"mult": 2})

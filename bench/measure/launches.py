@@ -6,7 +6,8 @@ bytes of its tensor arguments and of its results:
 - an expanded argument, or one of overlapping windows, counts the elements that differ in storage;
 - a result that replaces an argument is written once, and is read if the operation uses its old values;
 - a gather reads as much of its source as it returns, and a scatter into an existing tensor changes as much of
-  it as it is given.
+  it as it is given;
+- a sum of rows that indices name reads these rows.
 
 These are the operations that torch dispatches. An operation on a list of tensors (`_foreach_…`, the fused
 optimiser) is one launch here, and one for each few dozen tensors on an accelerator. Caches are not modelled.
@@ -46,6 +47,8 @@ _OVERWRITES = frozenset({aten.copy_, aten.fill_, aten.zero_, aten.normal_, aten.
 """Operations in place that do not read the old values. Arguments named `out` are not read either."""
 _GATHERS = frozenset({aten.index_select, aten.gather, aten.index, aten.embedding})
 """Operations whose first argument is read where the others say."""
+_BAGS = frozenset({aten._embedding_bag, aten._embedding_bag_forward_only})
+"""Sums of the rows of their first argument that the second names."""
 _SCATTERS = {
     aten.index_add_: "source",
     aten.index_copy_: "source",
@@ -124,6 +127,9 @@ def bytes_moved(func: OpOverload[..., Any], args: tuple[Any, ...], kwargs: dict[
     packet = func.overloadpacket
     if packet in _GATHERS:
         total -= max(0, tensor_bytes(args[0]) - tensor_bytes(out))
+    elif packet in _BAGS:
+        row = args[0].shape[-1] * args[0].element_size()
+        total -= max(0, tensor_bytes(args[0]) - args[1].numel() * row)
     elif packet in _SCATTERS:
         total -= 2 * max(0, tensor_bytes(args[0]) - _scattered_bytes(func, args, kwargs))
     return total

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Literal, NamedTuple, get_args, get_origin
 
 import pytest
 import torch
 from oracles import D_MODEL, EXACT, assert_same, difference, numbers
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import variants
 from bench.measure import gates
@@ -51,6 +52,12 @@ def cases() -> Iterator[object]:
                 yield pytest.param(Case(layer, layer.Config.of({"width": width})), id=f"{name}-width={width}")
 
 
+def seeded(call: Callable[[], torch.Tensor]) -> torch.Tensor:
+    """The same random numbers for every call: training may be random."""
+    torch.manual_seed(2)
+    return call()
+
+
 every_name = pytest.mark.parametrize("name", FEED_FORWARD.names())
 every_case = pytest.mark.parametrize("case", [*cases()])
 
@@ -72,8 +79,27 @@ def test_forward_is_the_reference(case: Case) -> None:
     one, x = case.made(), numbers(2, TOKENS, D_MODEL)
     out = one(x)
     assert isinstance(out, FFOut)
-    assert_same(lambda: one(x).y, lambda: one.reference(x), [x, *one.parameters()])
+    for training in (True, False):
+        one.train(training)
+        assert_same(
+            lambda: seeded(lambda: one(x).y), lambda: seeded(lambda: one.reference(x)), [x, *one.parameters()]
+        )
     assert gates.feed_forward_error(case.layer, case.config, D_MODEL, torch.device("cpu")) < 1e-5
+
+
+@every_case
+@pytest.mark.parametrize("d_model", [D_MODEL, 64])
+def test_rounding_to_bfloat16_explains_the_errors(case: Case, d_model: int) -> None:
+    """The reference makes the choices of the fast path."""
+    gates.feed_forward_dtype_errors(case.layer, case.config, d_model, torch.device("cpu"), torch.bfloat16)
+
+
+@every_case
+def test_a_million_tokens_are_planned_without_memory(case: Case) -> None:
+    with FakeTensorMode():
+        one = case.layer(case.config, D_MODEL)
+        one(torch.zeros(1, 2**20, D_MODEL)).y.sum().backward()
+        assert one.eval()(torch.zeros(3, 1, D_MODEL)).y.shape == (3, 1, D_MODEL)
 
 
 @every_case
@@ -99,9 +125,9 @@ def test_a_forward_pass_leaves_no_state(case: Case) -> None:
     one, x = case.made().train(), numbers(2, TOKENS, D_MODEL).detach()
     attributes = {*vars(one)}
     before = {name: value.clone() for name, value in one.state_dict().items()}
-    first = one(x).y
+    first = seeded(lambda: one(x).y)
     one(numbers(1, 3, D_MODEL))
-    assert torch.equal(one(x).y, first)
+    assert torch.equal(seeded(lambda: one(x).y), first)
     after = one.state_dict()
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
@@ -113,7 +139,8 @@ def test_a_block_in_chunks_equals_the_whole_block(case: Case) -> None:
     """In outputs and gradients, where the last chunk is shorter than the others."""
     mixer = variants.load_mixer("dense")
     sizes = Dims(seq_len=TOKENS, d_model=D_MODEL, heads=2)
-    block = Block(mixer(mixer.Config(), sizes), case.made(), D_MODEL, ff_chunks=1, dropout=0.0).double()
+    block = Block(mixer(mixer.Config(), sizes), case.made(), D_MODEL, ff_chunks=1, dropout=0.0)
+    block = block.double().eval()  # in training, a layer may draw random numbers for the tokens of a call
     x = numbers(2, TOKENS, D_MODEL)
 
     def run(chunks: int) -> torch.Tensor:
@@ -129,6 +156,25 @@ def test_the_mlp_costs_two_products() -> None:
     assert MLP(MLPConfig(mult=3), 4).cost(work) == Cost({"feed_forward": 5 * 2 * 2 * 3 * 4 * 4})
     with pytest.raises(ValueError, match=r"^mult=0: allowed is "):
         MLPConfig(mult=0)
+
+
+@pytest.mark.parametrize(
+    ("activation", "wanted"),
+    [
+        ("gelu", [-0.15865525, 0.0, 0.84134475, 1.95449974]),
+        ("relu", [0.0, 0.0, 1.0, 2.0]),
+        ("silu", [-0.26894142, 0.0, 0.73105858, 1.76159416]),
+        ("squared_relu", [0.0, 0.0, 1.0, 4.0]),
+    ],
+)
+def test_the_mlp_applies_its_activation(activation: str, wanted: list[float]) -> None:
+    """Identity matrices leave the activation alone."""
+    one = MLP(MLPConfig.of({"activation": activation, "mult": 1}), 4).double()
+    with torch.no_grad():
+        one.up.weight.copy_(torch.eye(4))
+        one.out.weight.copy_(torch.eye(4))
+        y = one(torch.tensor([[[-1.0, 0.0, 1.0, 2.0]]], dtype=torch.float64)).y
+    torch.testing.assert_close(y.flatten(), torch.tensor(wanted, dtype=torch.float64), atol=1e-8, rtol=0)
 
 
 @pytest.mark.parametrize("d_model", [64, 256, 768, 1000])

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from variants.base import Cost, FeedForward, FeedForwardConfig, FFOut, Workload
+from variants.base import Context, Cost, FeedForward, FeedForwardConfig, FFOut, Workload
 from variants.knobs import knob
 
 ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
@@ -71,15 +71,21 @@ class GLU(FeedForward):
         gate, value = self.up(x).chunk(2, dim=-1)
         return FFOut(self.out(ACTIVATIONS[self.config.activation](gate) * value))
 
+    def choices(self, x: Tensor, ctx: Context) -> Tensor | None:
+        """(B, T, C) → (B, T, D): the gates above 0, where the gradient of a ReLU jumps; None for other
+        activations. See `MakesChoices`; nothing depends on `ctx`."""
+        return self.up(x).chunk(2, dim=-1)[0] > 0 if self.config.activation == "relu" else None
+
     def reference(self, x: Tensor) -> Tensor:
         """Three products, and each activation by its definition."""
+        above = self.choices(x, Context(causal=True))
         w, v = self.up.weight.chunk(2)
         gate = torch.einsum("btc,dc->btd", x, w)
         sigmoid = 1 / (1 + torch.exp(-gate))
         activated = {
             "silu": gate * sigmoid,
             "gelu": gate * (1 + torch.erf(gate / math.sqrt(2))) / 2,
-            "relu": gate.clamp(min=0),
+            "relu": gate if above is None else gate * above,
             "sigmoid": sigmoid,
         }[self.config.activation]
         hidden = activated * torch.einsum("btc,dc->btd", x, v)

@@ -1,18 +1,31 @@
 """The feed-forward layer of GPT-2: two linear maps with a GELU between (Hendrycks 2016, arXiv:1606.08415).
 
+Other activations are knobs: ReLU (Vaswani 2017, arXiv:1706.03762, §3.3), SiLU (Ramachandran 2017, Searching
+for Activation Functions, arXiv:1710.05941) and the squared ReLU (So 2021, Primer, arXiv:2109.08668).
+
 Shapes: B batch, T tokens, C channels, D hidden channels.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from variants.base import Cost, FeedForward, FeedForwardConfig, FFOut, Workload
+from variants.base import Context, Cost, FeedForward, FeedForwardConfig, FFOut, Workload
 from variants.knobs import knob
+
+ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
+    "gelu": F.gelu,
+    "relu": F.relu,
+    "silu": F.silu,
+    "squared_relu": lambda x: F.relu(x).square(),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,6 +36,8 @@ class MLPConfig(FeedForwardConfig):
     """Width of the hidden layer as a multiple of the model's channels."""
     width: int | None = knob(None, least=1, unit="channels", younger=True)
     """Width of the hidden layer, in place of mult; null is mult times the model's channels."""
+    activation: Literal["gelu", "relu", "silu", "squared_relu"] = knob("gelu", younger=True)
+    """Function between the two linear maps."""
 
     def hidden(self, d_model: int) -> int:
         """Channels of the hidden layer."""
@@ -30,7 +45,7 @@ class MLPConfig(FeedForwardConfig):
 
 
 class MLP(FeedForward):
-    """W₂ gelu(W₁ x), without biases: C → D → C."""
+    """W₂ act(W₁ x), without biases: C → D → C."""
 
     Config = MLPConfig
     config: MLPConfig
@@ -49,12 +64,23 @@ class MLP(FeedForward):
 
     def forward(self, x: Tensor) -> FFOut:
         """(B, T, C) → FFOut."""
-        return FFOut(self.out(nn.functional.gelu(self.up(x))))
+        return FFOut(self.out(ACTIVATIONS[self.config.activation](self.up(x))))
+
+    def choices(self, x: Tensor, ctx: Context) -> Tensor | None:
+        """(B, T, C) → (B, T, D): the hidden channels above 0, where the gradient of a ReLU jumps; None for
+        other activations. See `MakesChoices`; nothing depends on `ctx`."""
+        return self.up(x) > 0 if self.config.activation == "relu" else None
 
     def reference(self, x: Tensor) -> Tensor:
-        """Both products written out, and x·Φ(x) by the error function."""
-        hidden = torch.einsum("btc,dc->btd", x, self.up.weight)
-        hidden = hidden * (1 + torch.erf(hidden / math.sqrt(2))) / 2
+        """Both products written out, and each activation by its definition."""
+        above = self.choices(x, Context(causal=True))
+        inner = torch.einsum("btc,dc->btd", x, self.up.weight)
+        hidden = {
+            "gelu": inner * (1 + torch.erf(inner / math.sqrt(2))) / 2,
+            "relu": inner if above is None else inner * above,
+            "silu": inner / (1 + torch.exp(-inner)),
+            "squared_relu": inner * inner.clamp(min=0),
+        }[self.config.activation]
         return torch.einsum("btd,cd->btc", hidden, self.out.weight)
 
     def cost(self, work: Workload) -> Cost:
