@@ -84,10 +84,9 @@ print("equal")
         ("gla", "float16", 64, 70, 16, 24),
         ("delta_rule", "float32", 16, 20, 16, 16),
         ("delta_rule", "float16", 64, 70, 16, 24),
-        ("gated_delta_rule", "float32", 64, 70, 16, 24),
         ("gated_delta_rule", "float16", 64, 70, 16, 24),
         ("kda", "float32", 32, 40, 16, 16),
-        ("kda", "float16", 64, 70, 32, 24),
+        ("kda", "float16", 64, 66, 16, 24),
     ],
 )
 def test_the_kernels_compute_the_recurrence(
