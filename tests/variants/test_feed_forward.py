@@ -88,10 +88,11 @@ def test_forward_is_the_reference(case: Case) -> None:
 
 
 @every_case
-@pytest.mark.parametrize("d_model", [D_MODEL, 64])
-def test_rounding_to_bfloat16_explains_the_errors(case: Case, d_model: int) -> None:
+def test_rounding_to_bfloat16_explains_the_errors(case: Case) -> None:
     """The reference makes the choices of the fast path."""
-    gates.feed_forward_dtype_errors(case.layer, case.config, d_model, torch.device("cpu"), torch.bfloat16)
+    if getattr(case.config, "width", None) == 1:
+        pytest.skip("the rounding of a single hidden channel is that of a whole row")
+    gates.feed_forward_dtype_errors(case.layer, case.config, 64, torch.device("cpu"), torch.bfloat16)
 
 
 @every_case

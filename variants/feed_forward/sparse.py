@@ -183,8 +183,8 @@ class Sparse(FeedForward):
         with torch.autocast(x.device.type, enabled=False):
             low = F.linear(x.to(dtype), self.controller_down.weight.to(dtype))
             scores = F.linear(low, self.controller_up.weight.to(dtype))
-        logits: Tensor = scores.unflatten(-1, (self.blocks, self.config.block))
-        return logits
+        by_block: Tensor = scores.unflatten(-1, (self.blocks, self.config.block))
+        return by_block
 
     def _choose(self, logits: Tensor) -> Tensor:
         if self.training and self.config.temperature:
