@@ -18,6 +18,9 @@ K⁻, in float32 or wider, which gives X = U − W S. So S' = M S + R with M = e
 The gradient of log g_t is the sum over all pairs of an earlier column and a row from t on, those by way of
 states included. Each sum is over pairs of one chunk, or over one state. A difference of two sums over the
 whole sequence would be shorter, but rounding errors of weak decays would be those of strong ones too.
+
+RWKV-7 (arXiv:2503.14456), a generalised delta rule, is not among the variants: it mixes the values of the
+first layer into those of all others, and the interface of a layer has nothing that crosses layers.
 """
 
 from __future__ import annotations
