@@ -19,7 +19,7 @@ from bench.cli import guard
 from bench.config.parse import parse
 from bench.config.spec import CellSpec, SlotChoice
 from bench.run.cell import CellRun
-from variants import feed_forward
+from variants import feed_forward, slots
 
 ROOT = Path(__file__).parents[1]
 VARIANT, FEED_FORWARD = "variants/attention/interleaved.py", "variants/feed_forward/squared_relu.py"
@@ -90,7 +90,8 @@ def test_the_page_works_as_it_is_written(project: Path, monkeypatch: pytest.Monk
         assert passed
         assert int(passed[1]) >= least, tests[-500:]
         assert "failed" not in tests
-    assert re.search(r"^  feed_forward: glu, mlp, product_keys, sparse, squared_relu$", of_layer, re.M)
+    names = ", ".join(sorted([*slots.FEED_FORWARD.names(), "squared_relu"]))
+    assert re.search(rf"^  feed_forward: {names}$", of_layer, re.M)
     assert re.search(r"mult: 4 +# Width of the hidden layer .* \(an integer, 1 or more\)", of_layer)
     spec, figures = plan(planned, project, monkeypatch)
     assert spec.feed_forward == SlotChoice(name="squared_relu", params={"mult": 2})

@@ -468,6 +468,20 @@ def test_ratios_whose_interval_holds_1_are_not_told_apart(tmp_path: Path) -> Non
     assert "- ? " not in text
 
 
+def test_only_cells_of_the_same_modules_are_versions_of_one_code(tmp_path: Path) -> None:
+    """Mixtures with other members, and other feed-forward layers, are other code and not another version."""
+    found = [
+        record("hybrid", variant_params={"layers": ["longformer", "dense"]}, code_sha256="1" * 16),
+        record("hybrid", variant_params={"layers": ["moba", "dense"]}, code_sha256="2" * 16),
+        record("dense", feed_forward="mlp", code_sha256="3" * 16),
+        record("dense", feed_forward="glu", code_sha256="4" * 16),
+        record("longformer", seq_len=512, code_sha256="5" * 16),
+        record("longformer", seq_len=1024, code_sha256="6" * 16),
+    ]
+    text = (build(write(tmp_path / "e", found), plots=False) / "summary.md").read_text()
+    assert "- **measured by several versions of the code: longformer**" in text
+
+
 def test_newer_code_supersedes_a_measurement(tmp_path: Path) -> None:
     old = record(cell_id="old", code_sha256="0" * 64, step_seconds_median=9.0)
     new = record(cell_id="new", started_at="2026-04-01T00:00:00+00:00", step_seconds_median=1.0)

@@ -4,6 +4,7 @@ explained. In summary.md, what comes after the answer is folded.
 
 from __future__ import annotations
 
+import json
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -12,6 +13,7 @@ from typing import Any
 from bench.inputs.errors import ConfigError, choose
 from bench.records import STATUSES
 from bench.records.configurations import UNKNOWN
+from bench.records.record import SLOTS
 from bench.report import ReportError
 from bench.report.data.collect import Collected
 from bench.report.figures.drawing import Plots
@@ -130,9 +132,10 @@ def warnings(results: Results) -> list[str]:
     """Warnings about comparisons, for the head; unread files come last."""
     collected = results.records.collected
     frame, lines = collected.frame, []
-    mixed = frame.groupby("variant")["code_sha256"].nunique()
-    names = [str(name) for name in mixed.index[mixed > 1]]
-    if names:
+    # mixtures with other members run other modules, and so do other entries of the slots
+    members = frame["params_json"].map(lambda text: json.dumps(json.loads(text).get("layers")))
+    versions = frame.groupby(["variant", members, *SLOTS])["code_sha256"].transform("nunique")
+    if names := sorted(frame["variant"][versions > 1].unique()):
         lines.append(f"measured by several versions of the code: {', '.join(names)}")
     if collected.stale:
         lines.append(_stale(collected))

@@ -23,8 +23,8 @@ class TopKConfig(RoutedConfig):
     n_shared: int = knob(0, least=0, unit="experts")
     """Further experts, as wide as the others, through which every token goes with a gate of 1."""
     normalised: bool = True
-    """Whether the gates of a token add up to 1: a softmax over the k largest scores, in place of the
-    probabilities among all experts."""
+    """Whether the gates of a token are divided by their sum. They are then a softmax over the k largest
+    scores, in place of probabilities among all experts."""
 
     def __post_init__(self) -> None:
         self.require("k", self.k <= self.n_experts, f"up to n_experts={self.n_experts}")
