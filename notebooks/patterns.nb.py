@@ -392,6 +392,14 @@ show("moba")
 show("landmark")
 
 # %% [markdown]
+# ## `dsa`: tokens that an indexer selects
+#
+# A few small heads score every earlier token, $I_{ts}=\sum_j w_{tj}\,\mathrm{ReLU}(q^I_{tj}\cdot k^I_s)$, and all heads of attention read the $k$ tokens with the largest scores. The indexer learns from an auxiliary loss alone, which draws its scores towards the weights of attention over the chosen tokens. ([DeepSeek-AI 2025](https://arxiv.org/abs/2512.02556), arXiv:2512.02556.)
+
+# %%
+show("dsa")
+
+# %% [markdown]
 # ## `nsa`: coarse, selected and near keys
 #
 # Three softmax attentions are added, $y=\sum_b\sigma(g_b)\,\mathrm{attention}_b(x)$: over compressed keys of all complete blocks of the past, over the few blocks with the largest compressed weights, and over a window. The first and the own block are always among the selected ones. ([Yuan et al. 2025](https://arxiv.org/abs/2502.11089), arXiv:2502.11089.)

@@ -88,6 +88,7 @@ ONE = {  # with one cell: causal, where there is such a form
     "based": ["variant.chunk=16"],
     "delta_net": ["variant.chunk=16"],
     "differential": [],
+    "dsa": ["variant.top_k=16", "variant.index_dim=8"],
     "forgetting": [],
     "gated_attention": [],
     "gated_delta_net": ["variant.chunk=16"],

@@ -30,6 +30,7 @@ ON_AN_ACCELERATOR: dict[str, dict[str, Any]] = {
 launches grow with the length."""
 ABOVE = {
     "delta_net": 340,
+    "dsa": 3_934,
     "entmax": 55_894,
     "forgetting": 4_867,
     "gated_delta_net": 444,

@@ -33,7 +33,16 @@ from variants.ops.projections import rotary
 TINY = ["data=stdlib", "measure=plan", "seq_len=16", "depth=1", "model.d_model=16", "device=cpu"]
 ROTARY = ["dense", "chunked", "longformer", "performer", "reformer", "routing", "linformer"]
 
-OTHER_WIDTHS = ("based", "delta_net", "gated_delta_net", "gla", "kda", "latent_attention", "long_short")
+OTHER_WIDTHS = (
+    "based",
+    "delta_net",
+    "dsa",
+    "gated_delta_net",
+    "gla",
+    "kda",
+    "latent_attention",
+    "long_short",
+)
 OTHER_WIDTHS += ("mamba2", "poolingformer")
 """Variants with projections whose width is not that of the heads: gates, latent vectors."""
 
