@@ -206,8 +206,9 @@ def test_a_layer_that_no_cell_could_have_is_refused_where_two_knobs_are_related(
             self.require("mult", self.mult != 5, "any number but 5")
 
     monkeypatch.setattr(MLP, "Config", Related)
-    monkeypatch.setattr(Slot, "declared", lambda self, name: Declared(MLPConfig, {}, complete=False))
-    assert spec.feed_forward.params == {"mult": 6, "width": None, "activation": "gelu"}
+    own, incomplete = Slot.declared, Declared(MLPConfig, {}, complete=False)
+    monkeypatch.setattr(Slot, "declared", lambda self, name: incomplete if name == "mlp" else own(self, name))
+    assert cell("feed_forward.mult=6").feed_forward.params == {"mult": 6, "width": None, "activation": "gelu"}
     with pytest.raises(ConfigError, match=r"^feed_forward.mult=5: allowed is any number but 5$"):
         cell("feed_forward.mult=5")
 

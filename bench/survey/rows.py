@@ -23,7 +23,7 @@ CLASSES = {
 }
 """The abbreviations of the classes."""
 _SHAPE = "not attention layers alone: the number of tokens changes between blocks"
-_EXPERTS = "a mixture of experts in the feed-forward layers; its attention is dense"
+_EXPERTS = "a mixture of experts: feed_forward=switch and top_k; its attention is dense"
 
 
 @dataclass(frozen=True)
@@ -74,14 +74,14 @@ ROWS = (
     Row("Adaptive Sparse Transformer", "Correia et al. 2019", "N²", True, "Sparse", "1909.00015"),
     Row(
         *("Product Key Memory", "Lample et al. 2019", "N²", True, "Sparse", "1907.05242"),
-        "a memory in place of feed-forward layers; its attention is dense",
+        "a memory in place of feed-forward layers: feed_forward=product_keys; its attention is dense",
     ),
     Row("Switch Transformer", "Fedus et al. 2021", "N²", True, "Sparse", "2101.03961", _EXPERTS),
     Row("ST-MoE", "Zoph et al. 2022", "N²", True, "Sparse", "2202.08906", _EXPERTS),
     Row("GShard", "Lepikhin et al. 2020", "N²", True, "Sparse", "2006.16668", _EXPERTS),
     Row(
         *("Scaling Transformers", "Jaszczur et al. 2021", "N²", True, "Sparse", "2111.12763"),
-        "sparse feed-forward layers and projections; the attention is that of others",
+        "sparse feed-forward layers (feed_forward=sparse) and projections; its attention is dense",
     ),
     Row("GLaM", "Du et al. 2021", "N²", True, "Sparse", "2112.06905", _EXPERTS),
 )
