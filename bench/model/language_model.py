@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from bench.model.activations import STRATEGIES, Run
 from bench.model.block import Block as Block
 from bench.model.slots import ModelSpec
+from bench.model.visits import SignalledVisit
 from variants.base import (
     Context,
     Cost,
@@ -38,6 +39,7 @@ from variants.base import (
     FeedForward,
     SequenceMixer,
     SlotSpec,
+    Visit,
     Workload,
     scheduled_cost,
     scheduled_dims,
@@ -117,6 +119,10 @@ class LanguageModel(nn.Module):
             lower_layers[mixer] += 1
         self.blocks = nn.ModuleList(blocks)
         tie(self.layers)
+        signals = self.depth_schedule.signals(dims.d_model)
+        scaled = None if signals is None else signals * initial_std(dims.d_model)
+        self.signals: Tensor | None
+        self.register_buffer("signals", scaled, persistent=False)
         self.norm = spec.block.last_norm(dims.d_model)
         self.head = nn.Linear(rows, vocabulary, bias=False)
         factorised = embedding_size is not None
@@ -184,7 +190,9 @@ class LanguageModel(nn.Module):
     def run_visits(self, x: Tensor, states: list[Any] | None, ctx: Context) -> NetworkOut:
         """Run the visits on one window (N, L, C): all, unless the depth schedule leaves out some in training.
         `states` are those that the previous segment returned."""
-        visits = self.visits
+        visits: list[Visit] = [*self.visits]
+        if self.signals is not None:
+            visits = [SignalledVisit(*each) for each in zip(visits, self.signals, strict=True)]
         after = [*(states or [None] * len(visits))]
         # before the strategy runs, so that a recomputation makes the same visits
         draws = self.training and self.depth_schedule.leaves_out and not self.makes_all_visits

@@ -1,11 +1,13 @@
-"""The result of a visit of a block, and sums of auxiliary losses."""
+"""The result of a visit of a block, sums of auxiliary losses, and visits with a signal."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
-from torch import Tensor
+from torch import Tensor, nn
+
+from variants.base import Context, FFOut, MixerOut, Visit, VisitOut
 
 
 class VisitResult(NamedTuple):
@@ -30,3 +32,27 @@ def weighted(losses: Sequence[Tensor | None], pieces: Sequence[Tensor]) -> list[
         None if loss is None else loss * (piece.shape[1] / tokens)
         for loss, piece in zip(losses, pieces, strict=True)
     ]
+
+
+class SignalledVisit:
+    """A visit of a block to whose input a vector (C,) is added; see `Visit`."""
+
+    def __init__(self, visit: Visit, signal: Tensor) -> None:
+        self.visit, self.signal, self.ff_chunks = visit, signal, visit.ff_chunks
+
+    def __call__(self, x: Tensor, state: Any, ctx: Context) -> VisitOut:
+        """See `Visit`."""
+        return self.visit(x + self.signal, state, ctx)
+
+    def attend(self, x: Tensor, state: Any, ctx: Context) -> MixerOut:
+        """The branch of the mixer and the signal: x + attend(x) is that of the block for x + signal."""
+        out = self.visit.attend(x + self.signal, state, ctx)
+        return out._replace(y=out.y + self.signal)
+
+    def feed(self, x: Tensor) -> FFOut:
+        """See `Visit`. x has the signal."""
+        return self.visit.feed(x)
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """See `Visit`."""
+        return self.visit.parameters()

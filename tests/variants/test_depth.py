@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,13 +16,16 @@ import variants
 from bench.measure.flops import CountFlops
 from bench.measure.step import StepFigures, Subject, predicted
 from bench.model.activations import STRATEGIES
-from bench.model.language_model import LanguageModel
+from bench.model.block import BlockOptions
+from bench.model.decode import Decoder
+from bench.model.language_model import LanguageModel, initial_std
 from bench.model.slots import ModelSpec, depth_schedule, feed_forward
 from bench.tasks.base import Batch
 from bench.train.step import optimizer_for, training_step
 from variants.base import Context, DepthConfig, DepthSchedule, Dims, Workload
 from variants.depth.layer_drop import LayerDrop, LayerDropConfig
 from variants.depth.shared import Shared, SharedConfig
+from variants.depth.universal import Universal, UniversalConfig
 from variants.slots import STACK
 
 T, VOCABULARY = 24, 11
@@ -267,6 +272,67 @@ def test_what_is_updated_after_a_step_is_visited_once() -> None:
     reason = "routing: is updated after a step, and stack=universal visits a block 3 times in a step; "
     assert spec.unsupported(3, 16) == f"{reason}allowed is once"
     assert spec_of("stack", "routing", window=8).unsupported(3, 16) is None
+
+
+TOLD = {"signal": True}
+
+
+def coordinate(t: int, channel: int, d_model: int) -> float:
+    """The part of the step in the paper's coordinate embedding (§2.1, the formulas for P)."""
+    angle = t / 10_000 ** (2 * (channel // 2) / d_model)
+    return math.cos(angle) if channel % 2 else math.sin(angle)
+
+
+@pytest.mark.parametrize("d_model", [1, 7, 16])
+def test_each_visit_is_told_its_number_by_the_formula_of_the_paper(d_model: int) -> None:
+    got = Universal(UniversalConfig(signal=True), 5).signals(d_model)
+    want = [[coordinate(t, channel, d_model) for channel in range(d_model)] for t in range(1, 6)]
+    torch.testing.assert_close(got, torch.tensor(want))
+    assert Universal(UniversalConfig(), 5).signals(d_model) is None
+
+
+@pytest.mark.parametrize("position", ["pre", "post"])
+def test_the_signal_is_added_before_each_visit(position: Any) -> None:
+    """In the scale of an embedding."""
+    spec = replace(spec_of("universal", schedule=TOLD), block=BlockOptions(norm_position=position))
+    model = model_of(spec).double()
+    x = want = model.embedding(ids())
+    for t in (1, 2, 3):
+        vector = torch.tensor([coordinate(t, channel, 16) for channel in range(16)], dtype=torch.float64)
+        signal = (vector.float() * initial_std(16)).double()
+        want = model.blocks[0](want + signal, None, Context(causal=True)).x
+    torch.testing.assert_close(model.run_visits(x, None, Context(causal=True)).y, want)
+    assert "signals" not in model.state_dict(), "it follows from the knobs"
+
+
+@pytest.mark.parametrize("activations", [name for name, own in STRATEGIES.items() if not own.needs_device])
+def test_strategies_hold_for_visits_with_a_signal(activations: str) -> None:
+    """With dropout. In the reversible network the signal is a part of the branch of the mixer."""
+    model = model_of(spec_of("universal", schedule=TOLD), activations=activations, dropout=0.1, ff_chunks=3)
+    assert_recomputes(model, activations, seed=1)
+    if activations == "reversible":
+        block, x = model.blocks[0].eval(), model.embedding(ids())
+        assert model.signals is not None
+        first = second = x
+        for signal in model.signals:
+            first = first + signal + block.attend(second + signal, None, Context(causal=True)).y
+            second = second + block.feed(first).y
+        got = model.run_visits(x, None, Context(causal=True)).y
+        torch.testing.assert_close(got, (first + second) / 2)
+
+
+def test_a_model_with_a_signal_decodes_and_plans_as_one_without() -> None:
+    model, usual = (
+        model_of(spec_of("universal", schedule=schedule)).double().eval() for schedule in (TOLD, {})
+    )
+    decoder = Decoder(model, 2, T)
+    with torch.no_grad():
+        want = model(ids(), causal=True).logits
+        assert not torch.allclose(want, usual(ids(), causal=True).logits)
+    got = [decoder.read_all(ids()[:, :9]), *map(decoder.read_all, ids()[:, 9:].split(1, 1))]
+    torch.testing.assert_close(torch.cat(got, 1).float(), want, rtol=1e-5, atol=1e-5)
+    work = Workload(batch_size=2, seq_len=T, d_model=16, heads=2, causal=True)
+    assert model.cost(work) == usual.cost(work)
 
 
 HALF = {"rate": 0.5}

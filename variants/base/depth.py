@@ -97,6 +97,11 @@ class DepthSchedule(ABC):
         `visits`, in ascending order. A pass is one segment of the input schedule."""
         return range(len(self.visits()))
 
+    def signals(self, d_model: int) -> Tensor | None:
+        """The vectors (visits, C) that are added to the hidden states before each visit, in units of the
+        initial standard deviation of an embedding; None adds none."""
+        return None
+
     @property
     def blocks(self) -> int:
         """How many blocks the model has: those that are visited."""
