@@ -209,6 +209,7 @@ def test_every_operator_with_a_backward_pass_is_looked_into() -> None:
     of_fla = {name for name in whole if name.startswith("gla_")}
     kernels = {"xformers", "xformers_backward", "flash", "flash_backward"}
     kernels |= {"flex_rounds", "flex_rounds_backward", "bmm_float32", "fla_scan", "fla_scan_backward"}
+    kernels |= {"expert_linear", "expert_outer"}  # products whose sizes depend on content; they note launches
     assert len(of_fla) == 5
     assert whole - of_fla == {"note_work", summary_calls.summary_tables._name, *kernels}
 

@@ -392,3 +392,15 @@ def test_a_capacity_excludes_decoding_and_chunks() -> None:
     )
     free = replace(model.spec, layers=model_of("switch", {}).spec.layers)
     assert free.unsupported(2, D_MODEL, ff_chunks=3) is None
+
+
+def test_every_expert_is_a_launch_of_each_product() -> None:
+    """Forward two products, backward two for each of them."""
+
+    def launches(n_experts: int) -> int:
+        one = made("switch", {"n_experts": n_experts})
+        with CountFlops() as counter:
+            one(numbers(1, 8, D_MODEL)).y.sum().backward()
+        return counter.counts.launches
+
+    assert launches(6) - launches(4) == 2 * (2 + 4)

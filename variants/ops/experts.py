@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from variants.ops.backends import note_work
+
 
 class Rows(NamedTuple):
     """Which assignment is in which row."""
@@ -104,7 +106,7 @@ def expert_linear(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     """x_r W_eᵀ with the weight of the row's expert: (R, C), (E, D, C), (E,) → (R, D); 0 in rows of no expert.
 
     One operator, because the sizes of the products depend on content. On an accelerator it waits for `ends`.
-    Counters take it as one launch, and its FLOPs as if every row had an expert.
+    Its FLOPs are counted as if every row had an expert, its launches by `multiply`.
     """
     y = x.new_empty(len(x), weight.shape[1])
     begin = 0
@@ -143,11 +145,19 @@ def _save(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> No
 def _linear_backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
     x, weight, ends = ctx.saved_tensors
     needs_x, needs_weight, _ = ctx.needs_input_grad
+    note_work(0, (needs_x + needs_weight) * (len(weight) - 1), 0)
     dx = expert_linear(dy, weight.mT, ends) if needs_x else None
     return dx, expert_outer(dy, x, ends) if needs_weight else None, None
 
 
 expert_linear.register_autograd(_linear_backward, setup_context=_save)
+
+
+def multiply(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+    """`expert_linear`, which counters take as one launch, and its other launches: one for each expert."""
+    note_work(0, len(weight) - 1, 0)
+    y: Tensor = expert_linear(x, weight, ends)
+    return y
 
 
 @register_flop_formula(torch.ops.longctx_bench.expert_linear)

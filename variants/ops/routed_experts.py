@@ -134,8 +134,8 @@ class RoutedExperts(FeedForward):
         tokens = x.flatten(0, 1).to(_dtype_of_products(x))
         up, out = (layer.weight.to(tokens.dtype) for layer in (self.up, self.out))
         inputs = experts.to_rows(tokens, order)
-        hidden = self._activated(experts.expert_linear(inputs, up.unflatten(0, (count, -1)), order.ends))
-        y = experts.expert_linear(hidden, out.unflatten(0, (count, -1)), order.ends)
+        hidden = self._activated(experts.multiply(inputs, up.unflatten(0, (count, -1)), order.ends))
+        y = experts.multiply(hidden, out.unflatten(0, (count, -1)), order.ends)
         y = experts.from_rows(y, gates.flatten(0, 1), order).view_as(x)
         if routes.shared:
             y = y + self._shared(x)
