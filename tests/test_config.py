@@ -53,7 +53,7 @@ REFUSED: dict[str, tuple[str, ...]] = {
     "measure=quik": ("measure=quik", "standard", "did you mean quick?"),
     "feed_forward=gluu": ("feed_forward=gluu", "mlp", "did you mean glu?"),
     "stack=univresal": ("stack=univresal", "stack", "did you mean universal?"),
-    "feed_forward.activation=silu": ("feed_forward.activation", "unknown knob", "feed_forward.mult"),
+    "feed_forward.n_experts=4": ("feed_forward.n_experts", "unknown knob", "feed_forward.mult"),
     "data=play": ("data=play", "stdlib", "did you mean plays?"),
     "objective=clmm": ("objective=clmm", "auto", "mlm", "did you mean clm?"),
     "dtype=float16": ("dtype='float16'", "float32 or bfloat16"),
