@@ -454,6 +454,20 @@ def test_parameter_drift_is_flagged(tmp_path: Path) -> None:
     assert marked == {"dense": False, "chunked": False, "longformer": True}
 
 
+def test_parameters_that_compute_a_token_have_a_column_where_they_are_a_part(tmp_path: Path) -> None:
+    found = [
+        record(params=1000, params_active=1000),
+        record(params=5000, params_active=1500, feed_forward="switch", cell_id="experts"),
+        record("longformer", params=1000),
+    ]
+    text = (build(write(tmp_path / "some", found), plots=False) / "summary.md").read_text()
+    rows = table(text, "## Parameters")
+    active = {(row["variant"], row["feed-forward"]): row["active"] for row in rows}
+    assert active == {("dense", "mlp"): "1,000", ("dense", "switch"): "1,500", ("longformer", "mlp"): "–"}
+    text = (build(write(tmp_path / "none", found[::2]), plots=False) / "summary.md").read_text()
+    assert all("active" not in row for row in table(text, "## Parameters"))
+
+
 def test_ratios_whose_interval_holds_1_are_not_told_apart(tmp_path: Path) -> None:
     times = {"dense": (1.0, 1.2, 1.1), "chunked": (1.1, 1.1, 1.2), "longformer": (1.4, 1.6, 1.5)}
     found = [

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from bench.model.activations import STRATEGIES, Run
-from bench.model.block import Block as Block
+from bench.model.block import Block
 from bench.model.slots import ModelSpec
 from bench.model.visits import SignalledVisit
 from variants.base import (

@@ -136,7 +136,7 @@ class Record:
 
     # FLOPs and traffic of a step: one forward and backward over batch_size × seq_len tokens
     params: Size | None = None
-    active_params: Size | None = None
+    params_active: Size | None = None
     flops_algorithmic_step: Work | None = None
     flops_executed_step: Work | None = None
     flops_attention_step: Work | None = None

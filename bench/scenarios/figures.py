@@ -33,7 +33,7 @@ def flop_figures(spec: CellSpec, model: LanguageModel, figures: StepFigures, sou
     return estimated | {
         "impl": model.impl,
         "params": sum(p.numel() for p in model.parameters()),
-        "active_params": model.active_parameters(),
+        "params_active": model.active_parameters(),
         "flops_algorithmic_step": cost.step,
         "flops_attention_step": cost.mixing_step,
         "flops_executed_step": figures.flops_step,

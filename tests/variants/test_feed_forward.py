@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import variants
 from bench.measure import gates
 from bench.measure.flops import CountFlops
-from bench.model.language_model import Block
+from bench.model.block import Block
 from bench.model.slots import feed_forward
 from variants.base import Context, Cost, Dims, FeedForward, FeedForwardConfig, FFOut, Workload
 from variants.feed_forward.glu import GLU, GLUConfig

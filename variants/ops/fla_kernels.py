@@ -91,6 +91,8 @@ class Kernel(NamedTuple):
     """Tokens that a chunk can have."""
     most_keys: int | None = 256
     """Channels that a key can have; None: any number."""
+    decays_heads: bool = False
+    """Whether a decay is one number for a head, and not one for each channel of the keys."""
     fails_on_hopper: bool = False
     """Whether its gradients are wrong on Hopper with Triton 3.4 to 3.7.0. fla-core 0.6 refuses them."""
 
@@ -212,6 +214,7 @@ KERNELS = {
         launches=6,
         backward_launches=15,
         chunks=(64,),
+        decays_heads=True,
         fails_on_hopper=True,
     ),
     "kda": Kernel(

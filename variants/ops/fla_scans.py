@@ -219,7 +219,7 @@ def scan(
     q, k = (rows(x, x.dtype if unit else dtype) for x in (q, k))
     beta = None if beta is None else rows(beta, torch.float32).squeeze(-1)
     logs = None if logs is None else rows(logs, torch.float32)
-    if kernel == "gated_delta_rule" and logs is not None:
+    if logs is not None and KERNELS[kernel].decays_heads:
         logs = logs.squeeze(-1)
     note_work(0, KERNELS[kernel].launches + 2 * unit - 1, 0)
     y: Tensor = _scan(q, k, rows(v, dtype), beta, logs, kernel, chunk, unit)

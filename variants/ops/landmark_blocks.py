@@ -27,9 +27,13 @@ from torch.autograd.function import once_differentiable
 from variants.ops.block_layout import Layout, Plan, lay_out, tiles_of
 from variants.ops.memoizable import repeatable
 from variants.ops.part_kernels import EMPTY, KERNELS
-from variants.ops.routed_blocks import _backward as own_backward
-from variants.ops.routed_blocks import _forward as own_forward
-from variants.ops.routed_blocks import _merge, _Routed, _sequences_at_a_time
+from variants.ops.routed_blocks import (
+    Routed,
+    merge,
+    routed_backward,
+    routed_forward,
+    sequences_at_a_time,
+)
 
 
 def _scores(queries: Tensor, landmarks: Tensor, like: Tensor) -> Tensor:
@@ -98,17 +102,17 @@ def _forward(
 ) -> tuple[Tensor, Tensor]:
     """Outputs (N, T, G, D) and logsumexp (N, T, G) over own keys and selected landmarks."""
     sequences, _, heads, channels = q.shape
-    y, lse = own_forward(q, k, v, layout, plan._replace(starts=()))
+    y, lse = routed_forward(q, k, v, layout, plan._replace(starts=()))
     tiles = tiles_of(q.shape[1], plan)
     if not tiles.number:
         return y, lse
-    for group in _sequences_at_a_time(sequences, tiles, plan.device_type):
-        here = _Routed(layout, group, q.shape, plan)
+    for group in sequences_at_a_time(sequences, tiles, plan.device_type):
+        here = Routed(layout, group, q.shape, plan)
         rows, blocks = q[group].flatten(2).flatten(0, 1), _by_block(group, plan, k, v, landmarks)
         part, scores = here.results(heads * channels, q, 0.0), here.results(heads, lse, EMPTY)
         for slots, some in here.slices(heads):
             _attend([rows], blocks, [here.query[slots], here.block[some]], [part[slots], scores[slots]], plan)
-        _merge(y[group].flatten(0, 2), lse[group].flatten(), part, scores, here)
+        merge(y[group].flatten(0, 2), lse[group].flatten(), part, scores, here)
     return y, lse
 
 
@@ -117,7 +121,7 @@ def _backward(given: list[Tensor], layout: Layout, plan: Plan) -> tuple[Tensor, 
     dy, q, k, v, landmarks, y, lse = given
     sequences, seq_len, heads, channels = q.shape
     # a key of the own block has the weight exp(score − logsumexp) in the one softmax
-    dq, dk, dv = own_backward([dy, q, k, v, y, lse], layout, plan._replace(starts=()))
+    dq, dk, dv = routed_backward([dy, q, k, v, y, lse], layout, plan._replace(starts=()))
     wide = torch.promote_types(q.dtype, torch.float32)
     d_landmarks = torch.zeros(landmarks.shape, dtype=wide, device=q.device)
     tiles = tiles_of(seq_len, plan)
@@ -125,8 +129,8 @@ def _backward(given: list[Tensor], layout: Layout, plan: Plan) -> tuple[Tensor, 
         return dq, dk, dv, d_landmarks.to(q.dtype)
     mean = (dy.to(wide) * y.to(wide)).sum(-1)
     full = landmarks.shape[1] * plan.block
-    for group in _sequences_at_a_time(sequences, tiles, plan.device_type):
-        here = _Routed(layout, group, q.shape, plan)
+    for group in sequences_at_a_time(sequences, tiles, plan.device_type):
+        here = Routed(layout, group, q.shape, plan)
         by_row = [t[group].flatten(2).flatten(0, 1) for t in (dy, q)]
         by_row += [t[group].flatten(0, 1) for t in (mean, lse)]
         by_block = _by_block(group, plan, k, v, landmarks)

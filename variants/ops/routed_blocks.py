@@ -38,13 +38,13 @@ MOST_GROUPS = 16
 """Maximum number of groups of sequences; beyond it the groups grow."""
 
 
-def _sequences_at_a_time(sequences: int, tiles: Tiles, device_type: str) -> Iterator[slice]:
+def sequences_at_a_time(sequences: int, tiles: Tiles, device_type: str) -> Iterator[slice]:
     step = max(1, ROWS.on(device_type) // max(1, tiles.slots), -(-sequences // MOST_GROUPS))
     for first in range(0, sequences, step):
         yield slice(first, min(first + step, sequences))
 
 
-class _Routed:
+class Routed:
     """The tiles of some sequences."""
 
     def __init__(self, layout: Layout, group: slice, shape: torch.Size, plan: Plan) -> None:
@@ -141,7 +141,7 @@ def _expanded(x: Tensor, heads: int) -> Tensor:
     return x.expand(-1, heads, -1, -1)
 
 
-def _forward(q: Tensor, k: Tensor, v: Tensor, layout: Layout, plan: Plan) -> tuple[Tensor, Tensor]:
+def routed_forward(q: Tensor, k: Tensor, v: Tensor, layout: Layout, plan: Plan) -> tuple[Tensor, Tensor]:
     """Outputs (N, T, G, D) and logsumexp (N, T, G)."""
     sequences, _, heads, channels = q.shape
     attend = KERNELS[plan.impl].attend
@@ -156,18 +156,18 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, layout: Layout, plan: Plan) -> tup
     if not tiles.number:
         return y, lse
     full = q.shape[1] // plan.block * plan.block
-    for group in _sequences_at_a_time(sequences, tiles, plan.device_type):
-        here = _Routed(layout, group, q.shape, plan)
+    for group in sequences_at_a_time(sequences, tiles, plan.device_type):
+        here = Routed(layout, group, q.shape, plan)
         rows = q[group].flatten(2).flatten(0, 1)
         blocks = [t[group, :full].reshape(-1, plan.block * channels) for t in (k, v)]
         part, sums = here.results(heads * channels, q, 0.0), here.results(heads, lse, EMPTY)
         for slots, some in here.slices(heads):
             _attend([rows], blocks, [here.query[slots], here.block[some]], [part[slots], sums[slots]], plan)
-        _merge(y[group].flatten(0, 2), lse[group].flatten(), part, sums, here)
+        merge(y[group].flatten(0, 2), lse[group].flatten(), part, sums, here)
     return y, lse
 
 
-def _merge(y: Tensor, lse: Tensor, part: Tensor, sums: Tensor, here: _Routed) -> None:
+def merge(y: Tensor, lse: Tensor, part: Tensor, sums: Tensor, here: Routed) -> None:
     """Merge the partial results of all picks into those of the own block, (rows, D) and (rows,), in place."""
     sums = sums.flatten()[here.slot]  # (rows, K)
     total = torch.logaddexp(lse, sums.logsumexp(-1))
@@ -178,7 +178,7 @@ def _merge(y: Tensor, lse: Tensor, part: Tensor, sums: Tensor, here: _Routed) ->
     lse.copy_(total)
 
 
-def _backward(given: list[Tensor], layout: Layout, plan: Plan) -> tuple[Tensor, Tensor, Tensor]:
+def routed_backward(given: list[Tensor], layout: Layout, plan: Plan) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q (N, T, G, D), and of k and v (N, T, D), from the weights exp(score − logsumexp)."""
     dy, q, k, v, y, lse = given
     sequences, seq_len, heads, channels = q.shape
@@ -201,8 +201,8 @@ def _backward(given: list[Tensor], layout: Layout, plan: Plan) -> tuple[Tensor, 
     if not tiles.number:
         return dq, dk.to(k.dtype), dv.to(v.dtype)
     full = seq_len // plan.block * plan.block
-    for group in _sequences_at_a_time(sequences, tiles, plan.device_type):
-        here = _Routed(layout, group, q.shape, plan)
+    for group in sequences_at_a_time(sequences, tiles, plan.device_type):
+        here = Routed(layout, group, q.shape, plan)
         by_row = [t[group].flatten(2).flatten(0, 1) for t in (dy, q, of_outputs, lse)]
         by_block = [t[group, :full].reshape(-1, plan.block * channels) for t in (k, v)]
         sums = [torch.zeros(t.shape, dtype=wide, device=t.device) for t in by_block]
@@ -220,7 +220,7 @@ def _backward(given: list[Tensor], layout: Layout, plan: Plan) -> tuple[Tensor, 
 class _RoutedAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, plan: Plan, *layout: Tensor) -> Tensor:
-        y, lse = _forward(q, k, v, Layout(*layout), plan)
+        y, lse = routed_forward(q, k, v, Layout(*layout), plan)
         ctx.save_for_backward(q, k, v, y, lse, *layout)
         ctx.plan = plan
         return y
@@ -229,7 +229,7 @@ class _RoutedAttention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, y, lse, *layout = ctx.saved_tensors
-        grads = _backward([dy.contiguous(), q, k, v, y, lse], Layout(*layout), ctx.plan)
+        grads = routed_backward([dy.contiguous(), q, k, v, y, lse], Layout(*layout), ctx.plan)
         return *grads, None, *[None] * len(layout)
 
 

@@ -6,6 +6,7 @@ Shapes: B batch, T tokens, C channels, D hidden channels of an expert; E experts
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
@@ -35,7 +36,7 @@ class Routes(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
-class RoutedConfig(FeedForwardConfig):
+class RoutedConfig(FeedForwardConfig, ABC):
     """Knobs of every layer of experts."""
 
     n_experts: int = knob(8, least=1, unit="experts")
@@ -52,9 +53,9 @@ class RoutedConfig(FeedForwardConfig):
     """Weight of the loss that balances the load of the experts; 0 is no such loss."""
 
     @property
+    @abstractmethod
     def routes(self) -> Routes:
         """How tokens go to experts."""
-        raise NotImplementedError
 
     @property
     def products(self) -> int:

@@ -48,6 +48,7 @@ _MEASURED = (
 )
 _COMPUTED = (
     "params",
+    "params_active",
     "flops_algorithmic_step",
     "flops_executed_step",
     "flops_attention_step",

@@ -38,22 +38,30 @@ class Parameters(Section[pd.DataFrame]):
 
 
 def _columns(cells: pd.DataFrame) -> list[Column]:
-    """Parameter counts, one row a variant and model; lengths share a row where they share a count."""
+    """Parameter counts, one row a variant and model; lengths share a row where they share a count. Where a
+    token computes with a part of a model's parameters, these have a column."""
     known = cells[cells["params"].notna()]
     keys = ["objective", "corpus", "d_model", "heads", *SLOT_COLUMNS.values(), "depth"]
     found = known.groupby([*keys, "variant", "label", "params"], sort=False)
     table = pd.DataFrame(
-        {"params_ratio": found["params_ratio"].median(), "lengths": found["seq_len"].agg(_lengths)}
+        {
+            "params_ratio": found["params_ratio"].median(),
+            "active": found["params_active"].median(),
+            "lengths": found["seq_len"].agg(_lengths),
+        }
     ).reset_index()
     if table.empty:
         return []
     drift = [DRIFT if abs(value - 1) > DRIFT_LIMIT else "" for value in table["params_ratio"]]
     ratios = [units.ratio(v) + mark for v, mark in zip(table["params_ratio"], drift, strict=True)]
+    parts = table["active"].notna() & (table["active"] != table["params"])
+    active = [units.MISSING if pd.isna(value) else f"{int(value):,}" for value in table["active"]]
     names = {"d_model": "width", "feed_forward_layer": "feed-forward", "depth_schedule": "depth schedule"}
     return [
         each(table, "variant", "label", str, right=False, optional=False),
         *(each(table, names.get(k, k), k, str) for k in keys if k in varying(table, keys)),
         Column("parameters", [f"{int(value):,}" for value in table["params"]]),
+        *([Column("active", active)] if parts.any() else []),
         Column("/ dense", ratios),
         each(table, "lengths", "lengths", str, right=False),
     ]
