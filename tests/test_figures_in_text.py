@@ -93,6 +93,19 @@ def test_the_table_of_decoding() -> None:
         ]
 
 
+def test_the_recall_of_mixtures() -> None:
+    text = (ROOT / "docs" / "choosing.md").read_text()
+    frame = records.load(ROOT / "results" / "hybrid-cpu")
+    frame = frame[(frame["variant"] == "hybrid") & frame["accuracy"].notna()]
+    layers = frame["variant_params"].map(lambda params: " ".join(map(str, params["layers"])))
+    accuracy = 100 * frame.groupby(layers)["accuracy"].mean()
+    assert set(frame.groupby(layers)["replicate"].nunique()) == {3}
+    window = "longformer(window=4)"
+    assert f"windows of 4 tokens recalled {accuracy[window]:.1f} % of the pairs" in text
+    assert f"one dense layer of the four {accuracy[f'{window} {window} {window} dense']:.1f} %" in text
+    assert f"the gated delta rule recalled {accuracy['gated_delta_net']:.1f} % without any" in text
+
+
 def test_the_recommendations_of_the_readme() -> None:
     """They are the rows of the report's answer."""
     text = (ROOT / "results" / "reference-cpu" / "report" / "summary.md").read_text()
