@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from bench.report.figures.style import STRATEGIES, strategy_styles
 from bench.report.text import markdown, units
+from bench.report.text.phrases import describe
 
 
 @pytest.mark.parametrize(
@@ -88,3 +89,8 @@ def test_a_ratio_that_says_nothing_is_written_without_its_digits() -> None:
     assert units.above_one(11.0) == "1,000 %"
     assert units.above_one(12.0) == units.above_one(math.inf) == "over 1,000 %"
     assert units.above_one(math.nan) == units.MISSING
+
+
+def test_one_is_singular() -> None:
+    assert describe({"heads": 1, "threads": "1"}, ["heads", "threads"]) == "1 head, 1 thread"
+    assert describe({"heads": 12, "threads": "2"}, ["heads", "threads"]) == "12 heads, 2 threads"

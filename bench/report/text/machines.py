@@ -5,6 +5,7 @@ from __future__ import annotations
 import pandas as pd
 
 from bench.records.configurations import UNKNOWN
+from bench.report.text.phrases import describe
 
 
 def dates(frame: pd.DataFrame) -> str:
@@ -44,6 +45,10 @@ def machines(frame: pd.DataFrame) -> str:
         same = labelled[labelled["machine"] == machine]
         if cpu == UNKNOWN and (same["cpu_model"] != UNKNOWN).any():
             continue  # a cell that failed early on a machine that others name
-        words = [machine, *([f"CPU {cpu}"] if cpu not in (UNKNOWN, machine) else []), f"{threads} threads"]
+        words = [
+            machine,
+            *([f"CPU {cpu}"] if cpu not in (UNKNOWN, machine) else []),
+            describe({"threads": threads}, ["threads"]),
+        ]
         phrases.append(", ".join(words))
     return "; ".join(phrases)

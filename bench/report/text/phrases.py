@@ -62,7 +62,10 @@ def _usual(key: str, value: Any) -> bool:
 def _phrase(key: str, value: Any) -> str:
     if key == "budget_bytes":
         return f"budget {units.size(value, short=True)}"
-    return _PHRASES.get(key, "{}").format(value)
+    phrase = _PHRASES.get(key, "{}")
+    if phrase.startswith("{} ") and str(value) == "1":
+        phrase = phrase.removesuffix("s")  # 1 thread, 1 head
+    return phrase.format(value)
 
 
 def training(values: Mapping[str, Any], keys: Sequence[str]) -> list[str]:
