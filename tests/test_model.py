@@ -8,7 +8,8 @@ import pytest
 import torch
 
 import variants
-from bench.model.language_model import LanguageModel, initial_std
+from bench.model.initial_weights import initial_std
+from bench.model.language_model import LanguageModel
 from bench.model.slots import ModelSpec, feed_forward
 from bench.tasks.text import IGNORED, VOCABULARY, Batch
 from bench.train.step import optimizer_for, training_step

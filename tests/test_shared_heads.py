@@ -79,6 +79,8 @@ def with_repeated_weights(name: str, knobs: dict[str, Any], shared: SequenceMixe
             state[key] = torch.cat([q, repeated(k), repeated(v)])
         elif key == "kv.weight":
             state[key] = torch.cat([repeated(part) for part in weight.chunk(2)])
+        elif key == "landmark.weight":
+            state[key] = repeated(weight)
         elif key.endswith("_mixture") and weight.dim() == 3:  # of each head of keys
             state[key] = weight.repeat_interleave(times, 0)
         else:

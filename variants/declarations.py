@@ -99,10 +99,9 @@ def meanings_of(module: str, name: str) -> dict[str, str]:
         meanings |= meanings_of(base.module, base.node.name)
     body = found.node.body
     for statement, below in zip(body, [*body[1:], None], strict=True):
-        if not (isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name)):
-            continue
-        if isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant):
-            meanings[statement.target.id] = " ".join(str(below.value.value).split())
+        field = _field(statement)
+        if field and isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant):
+            meanings[field] = " ".join(str(below.value.value).split())
     return meanings
 
 
@@ -252,14 +251,18 @@ def _fields(found: _Class) -> dict[str, tuple[Any, Any]]:
     for base in _bases(found):
         fields |= _fields(base)
     for node in found.node.body:
-        if not (isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)):
-            continue
-        if "ClassVar" in ast.unparse(node.annotation):
-            continue
-        if node.value is None:
-            raise Unreadable(f"{found.module}: {found.node.name}.{node.target.id} has no default")
-        fields[node.target.id] = (_type(found, node.annotation), _default(found.module, node.value))
+        if isinstance(node, ast.AnnAssign) and (name := _field(node)):
+            if node.value is None:
+                raise Unreadable(f"{found.module}: {found.node.name}.{name} has no default")
+            fields[name] = (_type(found, node.annotation), _default(found.module, node.value))
     return fields
+
+
+def _field(node: ast.stmt) -> str | None:
+    """The name of the field of a dataclass that a statement declares, or None."""
+    if not (isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)):
+        return None
+    return None if "ClassVar" in ast.unparse(node.annotation) else node.target.id
 
 
 def _type(found: _Class, annotation: ast.expr) -> Any:

@@ -2,12 +2,8 @@
 
 Shapes: B batch, T tokens, C channels (d_model), V vocabulary, E channels of a factorised embedding.
 
-All other parts are the same for every variant: the blocks (`bench.model.block`) and GPT-2's initialisation
-(normal with standard deviation 0.02, divided by √(2·visits) for projections that write to the residual
-stream; a stack visits each of its blocks once). GPT-2 has this deviation at a width of 768; at other widths
-it is multiplied by √(768 / C), so that projections have the same variance at every width. With 0.02 at a
-width of 64, attention scores are nearly equal at first and models learn more slowly. Frozen parameters keep
-the values that their layer gives them.
+All other parts are the same for every variant: the blocks (`bench.model.block`) and the initial weights
+(`bench.model.initial_weights`).
 
 A factorised embedding (Lan 2019, ALBERT, arXiv:1909.11942, §3.1) is a table of E < C channels and a matrix
 to C channels. The output layer is factorised too, by a matrix to E channels, so that both tables can be tied.
@@ -18,7 +14,6 @@ factors.
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -30,6 +25,7 @@ from torch import Tensor, nn
 
 from bench.model.activations import STRATEGIES, Run
 from bench.model.block import Block
+from bench.model.initial_weights import draw, draw_factors, initial_std
 from bench.model.slots import ModelSpec
 from bench.model.visits import SignalledVisit
 from variants.base import (
@@ -55,15 +51,6 @@ class Output(NamedTuple):
     logits: Tensor
     states: list[Any]
     aux_losses: list[Tensor]
-
-
-GPT2_STD, GPT2_WIDTH = 0.02, 768
-"""Standard deviation of GPT-2's initial weights, and the width of its smallest model."""
-
-
-def initial_std(d_model: int) -> float:
-    """Return the standard deviation of the initial weights of a model of this width."""
-    return GPT2_STD * math.sqrt(GPT2_WIDTH / d_model)
 
 
 RunSegment = Callable[["LanguageModel", Tensor, "list[Any] | None", Context], Output]
@@ -130,18 +117,10 @@ class LanguageModel(nn.Module):
         self.head_map = nn.Linear(dims.d_model, rows, bias=False) if factorised else None
         if tie_embeddings:
             self.head.weight = self.embedding.weight
-        std = initial_std(dims.d_model)
-        for module in self.modules():
-            if isinstance(module, nn.Linear | nn.Embedding) and module.weight.requires_grad:
-                nn.init.normal_(module.weight, std=std)
-        for name, parameter in self.named_parameters():
-            if name.endswith("out.weight") and parameter.requires_grad:  # writes to the residual stream
-                nn.init.normal_(parameter, std=std / (2 * len(self.visits)) ** 0.5)
+        draw(self, d_model=dims.d_model, visits=len(self.visits))
         if self.embedding_map and self.head_map:
-            for table in (self.embedding, self.head):
-                nn.init.normal_(table.weight, std=initial_std(rows))
-            for factor in (self.embedding_map, self.head_map):
-                nn.init.normal_(factor.weight, std=dims.d_model**-0.5)
+            factors = (self.embedding, self.head), (self.embedding_map, self.head_map)
+            draw_factors(*factors, d_model=dims.d_model)
 
     @property
     def layers(self) -> list[SequenceMixer]:

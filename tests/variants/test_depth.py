@@ -18,7 +18,8 @@ from bench.measure.step import StepFigures, Subject, predicted
 from bench.model.activations import STRATEGIES
 from bench.model.block import BlockOptions
 from bench.model.decode import Decoder
-from bench.model.language_model import LanguageModel, initial_std
+from bench.model.initial_weights import initial_std
+from bench.model.language_model import LanguageModel
 from bench.model.slots import ModelSpec, depth_schedule, feed_forward
 from bench.tasks.base import Batch
 from bench.train.step import optimizer_for, training_step

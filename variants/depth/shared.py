@@ -33,8 +33,8 @@ class SharedConfig(DepthConfig):
     groups: int = knob(1, least=1, unit="groups")
     """Groups of visits that share a block, which is the number of blocks. They divide the depth."""
     order: Literal["sequence", "cycle", "reverse"] = "sequence"
-    """sequence visits each block several times in a row; cycle visits all blocks in turn, and begins again;
-    reverse does the same, but visits them from the highest to the lowest in the last turn."""
+    """Order of the visits. sequence: each block several times in a row. cycle: all blocks in turn, and then
+    again. reverse: as cycle, but from the highest to the lowest in the last turn."""
 
 
 class Shared(DepthSchedule):
