@@ -21,16 +21,8 @@ from typing import Any, Literal, NamedTuple
 from variants.knobs import Knob, Knobs, knob
 
 _KINDS = {"int": int, "float": float, "str": str, "bool": bool, "tuple": tuple, "Literal": Literal}
-_TYPE_NODES = (
-    ast.Expression,
-    ast.Name,
-    ast.Load,
-    ast.Subscript,
-    ast.Tuple,
-    ast.Constant,
-    ast.BinOp,
-    ast.BitOr,
-)
+_WRAPPERS = (ast.Expression, ast.Subscript, ast.Tuple, ast.BinOp, ast.BitOr)
+_TYPE_NODES = (*_WRAPPERS, ast.Name, ast.Load, ast.Constant)
 """What the annotation of a knob is made of."""
 _OURS = ("variants", "bench")
 _ROOTS = {"Knobs", "ABC", "object", "Protocol"}
