@@ -11,6 +11,7 @@ from bench.measure.gate_failed import GateFailed, largest
 from bench.model import activations
 from bench.model.compile import compiling
 from bench.model.language_model import LanguageModel
+from bench.model.visits import Run
 from bench.tasks.base import Batch
 from bench.tasks.text import VOCABULARY
 from bench.train.step import training_step
@@ -37,7 +38,7 @@ def recompute_error(spec: CellSpec, dims: Dims, layers: int, device: torch.devic
     tokens = torch.randint(VOCABULARY, (2, SEQUENCES, dims.seq_len), generator=source).to(device)
 
     # in a compiled model, the strategy with stored activations is compiled too
-    def gradients(run_blocks: activations.Run) -> list[Tensor]:
+    def gradients(run_blocks: Run) -> list[Tensor]:
         torch.manual_seed(0)
         with device:
             model = LanguageModel(

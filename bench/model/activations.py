@@ -8,7 +8,7 @@ Shapes: B batch, T tokens, C channels.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -22,12 +22,9 @@ from torch.utils.checkpoint import (
 from torch.utils.checkpoint import checkpoint as recompute
 
 from bench.model.reversible import reversible, two_streams
-from bench.model.visits import VisitResult
+from bench.model.visits import Run, VisitResult
 from variants.base import Context, Visit
 from variants.ops import experts as experts  # registers operators
-
-Run = Callable[..., tuple[Tensor, list[VisitResult]]]
-"""(visits, x, states, ctx) → hidden states (B, T, C) and the result of each visit."""
 
 
 def _in_order(

@@ -19,9 +19,9 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor
 
-from bench.model.activations import STRATEGIES, Run
+from bench.model.activations import STRATEGIES
 from bench.model.language_model import LanguageModel, RunSegment
-from bench.model.visits import VisitResult
+from bench.model.visits import Run, VisitResult
 from variants.base import Context, FFOut, MixerOut, Visit, VisitOut
 
 F = TypeVar("F", bound=Callable[..., Any])

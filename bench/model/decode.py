@@ -26,6 +26,9 @@ def no_decoding(model: LanguageModel) -> str | None:
     for name, layer in layers:
         if reason := layer.no_decoding(layer.config):
             return f"{name} {reason}" if len(layers) > 1 else reason
+    stack = model.spec.depth
+    if reason := stack.layer.no_decoding(stack.config):
+        return f"stack={stack.name} {reason}"
     for slot in dict.fromkeys(layer.feed_forward for layer in model.spec.layers):
         if reason := slot.layer.reads_others(slot.config):
             return f"{slot.name} {reason}"

@@ -18,21 +18,23 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from bench.model.activations import STRATEGIES, Run
+from bench.model.activations import STRATEGIES
 from bench.model.block import Block
 from bench.model.initial_weights import draw, draw_factors, initial_std
 from bench.model.slots import ModelSpec
-from bench.model.visits import SignalledVisit
+from bench.model.visits import Pass, Run, SignalledVisit
 from variants.base import (
     Context,
     Cost,
     Dims,
     FeedForward,
+    PathOut,
     SequenceMixer,
     SlotSpec,
     Visit,
@@ -90,9 +92,11 @@ class LanguageModel(nn.Module):
         self.embedding = nn.Embedding(vocabulary, rows)
         lower_layers: Counter[SlotSpec[SequenceMixer]] = Counter()
         blocks = []
-        for layer in map(spec.at, range(self.depth_schedule.blocks)):
+        for index in range(self.depth_schedule.blocks):
+            layer = spec.at(index)
             mixer, feed_forward = layer.mixer, layer.feed_forward
             fed = scheduled_dims(mixer.layer, spec.input, dims)
+            fed = replace(fed, seq_len=self.depth_schedule.longest(index, fed.seq_len))
             blocks.append(
                 Block(
                     mixer.layer(mixer.config, fed, lower_layers[mixer]),
@@ -106,6 +110,7 @@ class LanguageModel(nn.Module):
             lower_layers[mixer] += 1
         self.blocks = nn.ModuleList(blocks)
         tie(self.layers)
+        self.path = self.depth_schedule.path(dims)
         signals = self.depth_schedule.signals(dims.d_model)
         scaled = None if signals is None else signals * initial_std(dims.d_model)
         self.signals: Tensor | None
@@ -172,14 +177,12 @@ class LanguageModel(nn.Module):
         visits: list[Visit] = [*self.visits]
         if self.signals is not None:
             visits = [SignalledVisit(*each) for each in zip(visits, self.signals, strict=True)]
-        after = [*(states or [None] * len(visits))]
+        done = Pass(self.run_blocks, visits, states or [None] * len(visits), ctx)
         # before the strategy runs, so that a recomputation makes the same visits
         draws = self.training and self.depth_schedule.leaves_out and not self.makes_all_visits
         places = self.depth_schedule.draw() if draws else range(len(visits))
-        x, results = self.run_blocks([visits[n] for n in places], x, [after[n] for n in places], ctx)
-        for place, out in zip(places, results, strict=True):
-            after[place] = out.state
-        return NetworkOut(x, after, tuple(out.aux_loss for out in results if out.aux_loss is not None))
+        out: PathOut = self.path(x, places, done.run, ctx)
+        return NetworkOut(out.x, done.states, (*done.aux_losses, *out.aux_losses))
 
     def forward(self, tokens: Tensor, *, causal: bool, states: list[Any] | None = None) -> Output:
         """Run one segment of the input schedule, (B, T) → Output; `states` are those that the previous
@@ -207,11 +210,18 @@ class LanguageModel(nn.Module):
         """Algorithmic FLOPs of a forward pass on (B, T) tokens: all visits on all windows of the schedule."""
         windows = self.input_schedule.windows(work.seq_len, carried=True)
         total = self._cost_of_tables(work, sum(length * count for length, count in windows))
-        for block in self.visits:
-            total += scheduled_cost(block.mixer, self.input_schedule, work)
+        for place, block in enumerate(self.visits):
+            length_of = partial(self._length, place)
+            total += scheduled_cost(block.mixer, self.input_schedule, work, length_of)
             for length, count in windows:
-                total += block.feed_forward.cost(replace(work, seq_len=length)) * count
+                total += block.feed_forward.cost(replace(work, seq_len=length_of(length))) * count
+        for length, count in windows:
+            total += self.path.cost(replace(work, seq_len=length)) * count
         return total
+
+    def _length(self, place: int, tokens: int) -> int:
+        """How many tokens the visit at a place processes of a window."""
+        return self.depth_schedule.lengths(tokens)[place]
 
     def _cost_of_tables(self, work: Workload, embedded: int) -> Cost:
         """FLOPs of the output layer, and of the factors of a factorised embedding for `embedded` tokens."""

@@ -1,8 +1,8 @@
-"""The result of a visit of a block, sums of auxiliary losses, and visits with a signal."""
+"""The result of a visit, sums of auxiliary losses, the visits of a forward pass, and visits with a signal."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -32,6 +32,31 @@ def weighted(losses: Sequence[Tensor | None], pieces: Sequence[Tensor]) -> list[
         None if loss is None else loss * (piece.shape[1] / tokens)
         for loss, piece in zip(losses, pieces, strict=True)
     ]
+
+
+Run = Callable[..., tuple[Tensor, list[VisitResult]]]
+"""A strategy for activations: (visits, x, states, ctx) → hidden states (B, T, C), result of each visit."""
+
+
+class Pass:
+    """The visits of one forward pass: a path runs them, in one piece or in several."""
+
+    def __init__(self, strategy: Run, visits: Sequence[Visit], states: Sequence[Any], ctx: Context) -> None:
+        """`states` are those of all visits before the pass."""
+        self.strategy, self.visits, self.ctx = strategy, visits, ctx
+        self.states = [*states]
+        """The state of each visit; of a visit that was not run, the one before the pass."""
+        self.aux_losses: list[Tensor] = []
+
+    def run(self, places: Sequence[int], x: Tensor) -> Tensor:
+        """Run the visits at these places: (B, T, C) → (B, T, C)."""
+        visits, states = [self.visits[n] for n in places], [self.states[n] for n in places]
+        x, results = self.strategy(visits, x, states, self.ctx)
+        for place, result in zip(places, results, strict=True):
+            self.states[place] = result.state
+            if result.aux_loss is not None:
+                self.aux_losses.append(result.aux_loss)
+        return x
 
 
 class SignalledVisit:

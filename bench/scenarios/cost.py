@@ -15,9 +15,9 @@ from bench.measure import allocator, contention, device_time, nvml, predict, ste
 from bench.measure import step as step_measure
 from bench.measure.compile_time import CompiledStep
 from bench.measure.roofline import Roofline
-from bench.model.activations import Run
 from bench.model.compile import by_block, compiling
 from bench.model.reversible import reversible
+from bench.model.visits import Run
 from bench.records import Report
 from bench.scenarios.figures import compiled_memory_figures, flop_figures, memory_figures
 from bench.tasks.base import Task

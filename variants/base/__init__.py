@@ -1,7 +1,7 @@
 """Interfaces of the slots of a model: sequence mixers, feed-forward layers and depth schedules."""
 
 from variants.base.decoding import Clock, DecodingState
-from variants.base.depth import DepthConfig, DepthSchedule, Visit, VisitOut
+from variants.base.depth import DepthConfig, DepthSchedule, Path, PathOut, RunVisits, Visit, VisitOut
 from variants.base.feed_forward import FeedForward, FeedForwardConfig, FFOut
 from variants.base.impl import Impl
 from variants.base.info import Caps, Complexity, Info, PositionScheme
@@ -55,7 +55,10 @@ __all__ = [
     "MakesChoices",
     "MixerOut",
     "Mixture",
+    "Path",
+    "PathOut",
     "PositionScheme",
+    "RunVisits",
     "SequenceMixer",
     "SlotSpec",
     "TiesParameters",

@@ -2,14 +2,15 @@
 
 Shapes: B batch, T tokens, C channels (d_model).
 
-A *visit* is one run of a block in a forward pass. An activation strategy stores or recomputes the activations
-of a visit, so it works with every schedule.
+A *visit* is one run of a block in a forward pass. A *path* is what a schedule does with the hidden states
+before, between and after the visits; that of most schedules does nothing. An activation strategy stores or
+recomputes the activations of visits, not those of the path, so it works with every schedule.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple, Protocol
 
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 
 from variants.base.feed_forward import FFOut
 from variants.base.mixer import MixerOut
-from variants.base.work import Context
+from variants.base.work import Context, Cost, Dims, Workload
 from variants.knobs import Knobs
 
 
@@ -50,6 +51,35 @@ class Visit(Protocol):
     def parameters(self) -> Iterator[nn.Parameter]:
         """The parameters of both branches."""
         ...
+
+
+RunVisits = Callable[[Sequence[int], Tensor], Tensor]
+"""(places, x) → x: runs visits, given by their places in `DepthSchedule.visits`, one after the other with the
+strategy for activations. In one forward pass, each place is run at most once."""
+
+
+class PathOut(NamedTuple):
+    """Result of a path: hidden states (B, T, C), and the auxiliary losses of the path itself."""
+
+    x: Tensor
+    aux_losses: tuple[Tensor, ...] = ()
+
+
+class Path(nn.Module):
+    """The way of the hidden states through the visits; this one has no parameters and does nothing between
+    them."""
+
+    def forward(self, x: Tensor, places: Sequence[int], run: RunVisits, ctx: Context) -> PathOut:
+        """Run the visits at these places: (B, T, C) → PathOut.
+
+        T is the number of tokens of a window of the input schedule, or that are decoded at once. A path that
+        calls `run` for each visit stores the hidden states in between under every strategy.
+        """
+        return PathOut(run(places, x))
+
+    def cost(self, work: Workload) -> Cost:
+        """Algorithmic FLOPs of the path for a window of `work.seq_len` tokens, without the visits."""
+        return Cost()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,6 +130,26 @@ class DepthSchedule(ABC):
     def signals(self, d_model: int) -> Tensor | None:
         """The vectors (visits, C) that are added to the hidden states before each visit, in units of the
         initial standard deviation of an embedding; None adds none."""
+        return None
+
+    def path(self, dims: Dims) -> Path:
+        """The path of a model with these sizes, with new parameters if it has some."""
+        return Path()
+
+    def lengths(self, seq_len: int) -> Sequence[int]:
+        """The number of tokens that each visit processes of a window of `seq_len` tokens. If they differ from
+        it, the path changes the length, and `no_decoding` says why there is no decoding."""
+        return [seq_len] * len(self.visits())
+
+    def longest(self, block: int, seq_len: int) -> int:
+        """The largest number of tokens that a visit of a block processes of a window of `seq_len` tokens."""
+        visits = zip(self.visits(), self.lengths(seq_len), strict=True)
+        return max(length for visited, length in visits if visited == block)
+
+    @classmethod
+    def no_decoding(cls, config: Any) -> str | None:
+        """Why a model with this schedule cannot decode, after the name of the schedule; None: it can. A path
+        that decodes computes each token from its own hidden states."""
         return None
 
     @property

@@ -8,6 +8,7 @@ Shapes: B batch, T tokens, C channels (d_model).
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -25,11 +26,17 @@ def scheduled_dims(mixer: type[SequenceMixer], schedule: InputSchedule, dims: Di
     return replace(dims, seq_len=max(length for length, _ in windows))
 
 
-def scheduled_cost(layer: SequenceMixer, schedule: InputSchedule, work: Workload) -> Cost:
-    """Algorithmic forward FLOPs of the layer on whole sequences of `work.seq_len` tokens."""
+def scheduled_cost(
+    layer: SequenceMixer,
+    schedule: InputSchedule,
+    work: Workload,
+    length_of: Callable[[int], int] = lambda tokens: tokens,
+) -> Cost:
+    """Algorithmic forward FLOPs of the layer on whole sequences of `work.seq_len` tokens; it processes
+    `length_of(n)` tokens of a window of n."""
     total = Cost()
     for length, count in schedule.windows(work.seq_len, carried=layer.info.caps.stateful):
-        total += layer.cost(replace(work, seq_len=length)) * count
+        total += layer.cost(replace(work, seq_len=length_of(length))) * count
     return total
 
 
