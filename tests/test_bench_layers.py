@@ -25,6 +25,7 @@ def test_every_knob_in_the_config_is_one_of_its_variant_s() -> None:
         assert variants.load(name).Config.of(values).as_dict().items() >= values.items()
 
 
+@pytest.mark.slow
 def test_figures_of_each_variant_and_length_and_their_table() -> None:
     names = ["dense", "chunked"]
     kept: list[str] = []

@@ -227,6 +227,7 @@ ARITHMETIC: dict[int, list[Verdict]] = {
 
 
 @pytest.mark.parametrize("number", ARITHMETIC)
+@pytest.mark.slow
 def test_the_preset_has_the_cells_of_every_claim(number: int, world: pd.DataFrame) -> None:
     parts = judge(number, world).parts.values()
     assert [part.verdict for part in parts] == ARITHMETIC[number], parts

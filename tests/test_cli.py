@@ -65,6 +65,7 @@ def test_one_cell_writes_one_record_with_the_contract_s_keys(tmp_path: Path) -> 
     assert record["flops_attention_step"] == 3 * 4 * c * (t * (t + 1) // 2) * 2
 
 
+@pytest.mark.slow
 def test_a_mixture_is_planned_trained_resumed_and_reported(tmp_path: Path) -> None:
     """From the command line to the report, with knobs of a member; its FLOPs are the sum of its members'."""
     mixture = ["variant=hybrid", "variant.layers=[2xlongformer(window=16),dense]"]
@@ -477,6 +478,7 @@ def test_progress_on_a_terminal_names_the_cell_and_what_is_left(tmp_path: Path) 
     assert "ETA" in shown
 
 
+@pytest.mark.slow
 def test_overhead_of_a_cell_is_small_beside_its_work(tmp_path: Path) -> None:
     """No absolute times: what is not asked-for work is less than starting a fresh interpreter with torch."""
     import time

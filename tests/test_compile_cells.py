@@ -67,6 +67,7 @@ def test_a_cell_without_a_compiler_is_refused_in_one_line(folder: Path) -> None:
     assert {record.compile for record in records_in(folder)} == {"block", "model"}
 
 
+@pytest.mark.slow
 def test_what_cannot_be_compiled_is_refused_in_one_line(folder: Path) -> None:
     mine = folder / "g++"
     mine.touch(mode=0o755)

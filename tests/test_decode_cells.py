@@ -92,6 +92,7 @@ def test_a_prediction_is_what_is_measured(name: str, knobs: list[str]) -> None:
     assert decoding.predicted(spec, room=room(spec)) == measured
 
 
+@pytest.mark.slow
 def test_a_plan_predicts_decoding_at_any_length(tmp_path: Path) -> None:
     options = ["measure.execute=false", "seq_len=65536", "batch_size=1", "variant=dense,transformer_xl"]
     cells = run(tmp_path, *options)
@@ -102,6 +103,7 @@ def test_a_plan_predicts_decoding_at_any_length(tmp_path: Path) -> None:
     assert state <= growth["dense"] <= 1.3 * (state + cells.loc["dense", "decode_weight_bytes"])
 
 
+@pytest.mark.slow
 def test_the_next_token_costs_the_same_wherever_the_state_is_fixed() -> None:
     for name in ("longformer", "performer", "transformer_xl", "dense"):
         near, far = (

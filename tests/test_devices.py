@@ -67,6 +67,7 @@ class Sweep:
         return found
 
 
+@pytest.mark.slow
 def test_two_devices_measure_two_cells_at_once_and_a_signal_ends_both(tmp_path: Path) -> None:
     sweep = Sweep(tmp_path, "replicate=range(4)", "measure.time_seconds=100000")
     try:

@@ -77,6 +77,7 @@ def plan(line: str, project: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Cel
     return cell.spec, found
 
 
+@pytest.mark.slow
 def test_the_page_works_as_it_is_written(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (planned,) = [line for line in commands() if line.startswith("python -m bench feed_forward=")]
     said = {line: run(line, project) for line in commands() if line != planned}

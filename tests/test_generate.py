@@ -45,6 +45,7 @@ def test_a_text_is_continued_and_the_steps_agree_with_the_parallel_pass(folder: 
     assert done.stdout == generate(str(folder), "--prompt", "def ä", "--tokens", "20").stdout
 
 
+@pytest.mark.slow
 def test_random_tokens_follow_their_seed(folder: Path) -> None:
     def text(seed: str) -> str:
         options = ["--tokens", "40", "--temperature", "2", "--seed", seed]
@@ -94,6 +95,7 @@ def test_a_folder_without_models_says_how_to_keep_one(tmp_path: Path) -> None:
     assert done.stderr.strip().endswith("keeps no model; train its cells with measure.keep_model=true")
 
 
+@pytest.mark.slow
 def test_tokens_of_a_tokenizer_become_text(tmp_path: Path) -> None:
     kept = train(tmp_path, "data.bpe=300", "variant=dense", "measure.eval_tokens=4000")
     model = TextModel(load(find(kept, "")))

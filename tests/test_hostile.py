@@ -72,6 +72,7 @@ def cells(line: str) -> list[str]:
     return re.split(r"(?<!\\)(?:\\\\)*\|", line)
 
 
+@pytest.mark.slow
 def test_markdown_holds_no_markup_of_theirs(report: Path) -> None:
     text = (report / "summary.md").read_text()
     assert "\\<script" in text, "it is there, as text"

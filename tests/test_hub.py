@@ -595,6 +595,7 @@ def test_every_corpus_is_an_entry_and_refuses_no_knob_of_it() -> None:
         corpora.source(name, CorpusOptions(**{knob: knobs[knob] for knob in of_corpus & set(knobs)}))
 
 
+@pytest.mark.slow
 def test_a_cell_runs_on_a_folder_of_a_data_set(tmp_path: Path, cache: Path) -> None:
     folder = write(tmp_path / "set", BOOKS)
     small = ["seq_len=32", "depth=1", "model.d_model=16", "model.heads=1", "measure=quick", "device=cpu"]

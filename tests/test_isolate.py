@@ -349,6 +349,7 @@ def test_a_sweep_with_failures_lists_them(sweep: Sweep) -> None:
     assert "ok          fine T=24" in head
 
 
+@pytest.mark.slow
 def test_running_out_of_memory_is_an_answer(spent: Sweep) -> None:
     assert spent.process.returncode == 0
     assert "failed" not in spent.errors
@@ -420,6 +421,7 @@ def test_what_cannot_be_stored_has_failed_and_is_not_run_again(
     assert not [*(sweep.results / experiment).rglob("*.tmp")]
 
 
+@pytest.mark.slow
 def test_once_there_is_room_the_same_command_goes_on(sweep: Sweep) -> None:
     before = sweep.record("fine", "full")
     (sweep.results / "full/filler").unlink(missing_ok=True)

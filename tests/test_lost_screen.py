@@ -60,6 +60,7 @@ def test_what_cannot_be_printed_stops_nothing(redirection: str, cells: int, tmp_
 
 @pytest.mark.parametrize("stream", ["stderr", *slow("stdout")])
 @pytest.mark.parametrize("arguments", [["-m", *SWEEP], *slow(ONE)], ids=["sweep", "cell"])
+@pytest.mark.slow
 def test_a_reader_that_has_gone_stops_nothing(stream: str, arguments: list[str], tmp_path: Path) -> None:
     (tmp_path / "corpus.txt").write_text("the quick brown fox jumps over the lazy dog\n" * 40)
     reading, writing = os.pipe()

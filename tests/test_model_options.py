@@ -163,6 +163,7 @@ def test_heads_need_not_divide_the_width_if_their_size_is_given() -> None:
         spec_of("model.head_size=7")
 
 
+@pytest.mark.slow
 def test_a_cell_records_its_options_and_keeps_the_reserve(tmp_path: Path) -> None:
     options = [
         "model.vocab_size=1000",

@@ -127,6 +127,7 @@ def report_of(found: list[Record]) -> None:
 
 @given(st.integers(0, 2**32), st.integers(1, 6))
 @settings(deadline=None, max_examples=3)
+@pytest.mark.slow
 def test_whatever_readable_records_hold_a_report_is_drawn(seed: int, count: int) -> None:
     report_of(odd_records(seed, count))
 

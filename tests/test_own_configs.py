@@ -70,6 +70,7 @@ def test_an_entry_of_each_group_is_chosen_by_its_name(ours: Path) -> None:
 
 
 @pytest.mark.parametrize("way", ["option", "variable"])
+@pytest.mark.slow
 def test_a_preset_of_one_s_own_is_swept(way: str, ours: Path, tmp_path: Path) -> None:
     """A process in another folder; the option is relative to where the command runs."""
     env = {name: value for name, value in os.environ.items() if name != VARIABLE}

@@ -120,6 +120,7 @@ sampled = given(
     activations="keep",
     dtype=torch.float32,
 )
+@pytest.mark.slow
 def test_a_plan_equals_the_step_for_every_knob(
     configuration: tuple[str, dict[str, Any], int], **sizes: Any
 ) -> None:

@@ -39,6 +39,7 @@ print(record.status, record.seq_len, record.variant_params["chunk"], record.step
 """
 
 
+@pytest.mark.slow
 def test_a_script_needs_no_guard(tmp_path: Path) -> None:
     """Its processes do not run it again."""
     (tmp_path / "mine.py").write_text(SCRIPT.replace("QUICK", repr(QUICK)))
@@ -47,6 +48,7 @@ def test_a_script_needs_no_guard(tmp_path: Path) -> None:
     assert done.stdout.splitlines() == ["top of the script", "ok 32 8 True"]
 
 
+@pytest.mark.slow
 def test_it_works_from_a_notebook(tmp_path: Path) -> None:
     nbformat, nbclient = pytest.importorskip("nbformat"), pytest.importorskip("nbclient")
     notebook = nbformat.v4.new_notebook()

@@ -55,6 +55,7 @@ def four(home: Path) -> dict[str, dict[str, Any]]:
     )
 
 
+@pytest.mark.slow
 def test_every_variant_is_judged_on_the_same_targets(four: dict[str, dict[str, Any]]) -> None:
     assert {record["status"] for record in four.values()} == {"ok"}
     causal = [four[name] for name in ("dense", "chunked", "transformer_xl")]
@@ -124,6 +125,7 @@ def test_what_was_asked_of_places_attention_and_reach_is_in_the_record(
     assert four["linformer"]["softmax_error"] != four["linformer"]["softmax_error_initial"]
 
 
+@pytest.mark.slow
 def test_one_run_serves_several_budgets_at_a_rate_that_was_searched(home: Path) -> None:
     """Replicates share the search; figures of the largest budget are those of the record."""
     trained = (

@@ -13,6 +13,7 @@ from typing import Literal
 
 import pytest
 import yaml
+from tiers import slow
 
 import variants
 from bench.measure.gate_failed import GateFailed
@@ -421,14 +422,16 @@ def test_a_plug_in_is_checked(plugged: Path, tmp_path: Path) -> None:
             "return MixerOut(self.reference(x, ctx) + 0.01 * x.mean(dim=(0, 1)))",
             "another sequence of its batch",
         ),
-        ("* work.seq_len**2", "* work.seq_len", "cost gate"),
-        ("return 2 * work.batch_size * self.config.lag", "return -2", "state_bytes after 1 tokens is -"),
-        ("lag: int = knob(1, least=1)", "lag: int = 1", "lag has no bounds"),
-        ('    """Tokens back."""\n', "", "lag: no meaning"),
-        (
-            "return MixerOut(self.reference(x, ctx))",
-            "torch._dynamo.graph_break()\n        return MixerOut(self.reference(x, ctx))",
-            "one graph",
+        *slow(
+            ("* work.seq_len**2", "* work.seq_len", "cost gate"),
+            ("return 2 * work.batch_size * self.config.lag", "return -2", "state_bytes after 1 tokens is -"),
+            ("lag: int = knob(1, least=1)", "lag: int = 1", "lag has no bounds"),
+            ('    """Tokens back."""\n', "", "lag: no meaning"),
+            (
+                "return MixerOut(self.reference(x, ctx))",
+                "torch._dynamo.graph_break()\n        return MixerOut(self.reference(x, ctx))",
+                "one graph",
+            ),
         ),
     ],
 )
@@ -484,6 +487,7 @@ def test_a_knob_may_allow_negative_numbers_if_it_has_bounds() -> None:
             check.check_refusals(unbounded)
 
 
+@pytest.mark.slow
 def test_a_mistake_in_a_check_is_one_line(tmp_path: Path) -> None:
     for arguments, words in ((["longfromer"], "longformer"), (["chunked", "chunks=3"], "chunk")):
         done = python("-m", "bench.tools.check", *arguments, cwd=tmp_path)

@@ -61,6 +61,7 @@ def operations(monkeypatch: pytest.MonkeyPatch, *overrides: str) -> int:
 
 
 @pytest.mark.parametrize("variant", ["reformer", *slow("performer", "routing", "sparse_fixed")])
+@pytest.mark.slow
 def test_layers_after_the_first_cost_a_plan_little(variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """These dispatch hundreds to thousands of operations a layer, in pieces."""
     two, ten = (operations(monkeypatch, f"variant={variant}", "seq_len=8192", f"depth={n}") for n in (2, 10))
@@ -68,6 +69,7 @@ def test_layers_after_the_first_cost_a_plan_little(variant: str, monkeypatch: py
 
 
 @pytest.mark.parametrize("variant", [*SOME, *slow(*(v for v in variants.mixers() if v not in SOME))])
+@pytest.mark.slow
 def test_length_does_not_cost_a_plan_more(variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Pieces grow with the sequence, and of segments a few tell what all would take."""
     given = f"variant={variant}", "depth=1"

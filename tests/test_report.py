@@ -218,6 +218,7 @@ def number(cell: str) -> float:
     return float(match[1].replace(",", "")) * UNITS[match[2]]
 
 
+@pytest.mark.slow
 def test_the_command_says_where_the_report_is(demo: Path) -> None:
     said = (demo.parents[1] / "stdout").read_text().splitlines()
     assert said[0] == "report: results/demo/report/summary.md"
@@ -344,6 +345,7 @@ def test_parquet_has_every_record_and_key(demo: Path) -> None:
     assert (cells.set_index("cell_id").seq_len == expected.seq_len.reindex(cells.cell_id)).all()
 
 
+@pytest.mark.slow
 def test_equal_records_give_equal_files(tmp_path: Path) -> None:
     figures = {"nll_by_position": None, "peak_bytes": None, "tokens_per_second": None}
     found = [record(seq_len=n, replicate=r, **figures) for n in (512, 1024) for r in (0, 1)]
@@ -367,6 +369,7 @@ def test_a_leak_is_marked_and_comes_last(tmp_path: Path) -> None:
     assert "†" not in clean
 
 
+@pytest.mark.slow
 def test_strides_are_told_apart_and_said(tmp_path: Path) -> None:
     """A perplexity over windows that overlap is no better for being lower than one over windows side by
     side."""
@@ -396,6 +399,7 @@ def test_strides_are_told_apart_and_said(tmp_path: Path) -> None:
     assert {r["reset"] for r in rows if r["variant"] == "dense"} == {"–"}
 
 
+@pytest.mark.slow
 def test_context_that_hurts_is_said(tmp_path: Path) -> None:
     """Only where every replicate's lower bound is beyond the tolerance."""
     found = []
@@ -432,6 +436,7 @@ def test_objectives_are_never_mixed(tmp_path: Path) -> None:
     assert names == {"held_out_loss-clm", "held_out_loss-mlm"}
 
 
+@pytest.mark.slow
 def test_labels_show_only_the_parameters_that_differ(tmp_path: Path) -> None:
     found = [
         record(
@@ -447,6 +452,7 @@ def test_labels_show_only_the_parameters_that_differ(tmp_path: Path) -> None:
     assert times["longformer (window=128)"] == 0.3
 
 
+@pytest.mark.slow
 def test_parameter_drift_is_flagged(tmp_path: Path) -> None:
     found = [record(params=1000), record("chunked", params=1099), record("longformer", params=1101)]
     text = (build(write(tmp_path / "e", found), plots=False) / "summary.md").read_text()
@@ -454,6 +460,7 @@ def test_parameter_drift_is_flagged(tmp_path: Path) -> None:
     assert marked == {"dense": False, "chunked": False, "longformer": True}
 
 
+@pytest.mark.slow
 def test_parameters_that_compute_a_token_have_a_column_where_they_are_a_part(tmp_path: Path) -> None:
     found = [
         record(params=1000, params_active=1000),
@@ -482,6 +489,7 @@ def test_ratios_whose_interval_holds_1_are_not_told_apart(tmp_path: Path) -> Non
     assert "- ? " not in text
 
 
+@pytest.mark.slow
 def test_only_cells_of_the_same_modules_are_versions_of_one_code(tmp_path: Path) -> None:
     """Mixtures with other members, and other feed-forward layers, are other code and not another version."""
     found = [
@@ -506,6 +514,7 @@ def test_newer_code_supersedes_a_measurement(tmp_path: Path) -> None:
     assert "1 older records left out" in (report / "summary.md").read_text()
 
 
+@pytest.mark.slow
 def test_twins_are_collected_and_kept_out_of_the_tables(tmp_path: Path) -> None:
     """They measure the same cell again: no replicates, no doubles, and not superseded by one another."""
     cells = [record(replicate=r) for r in range(2)]
@@ -572,6 +581,7 @@ def test_learning_rates_budgets_and_splits_are_kept_apart(tmp_path: Path) -> Non
     assert (failure["learning rate"], failure["status"]) == ("0.016", "diverged")
 
 
+@pytest.mark.slow
 def test_a_record_of_before_these_keys_is_superseded_by_its_cell_measured_again(tmp_path: Path) -> None:
     old = record(code_sha256="01" * 32, started_at="2026-02-01T10:00:00+00:00", cell_id="old")
     new = record(train_budget="tokens", train_amount=250_000.0, learning_rate=0.003, eval_split="test")
@@ -592,6 +602,7 @@ def test_an_experiment_in_which_all_failed(tmp_path: Path) -> None:
     assert not list((report / "plots").glob("*"))
 
 
+@pytest.mark.slow
 def test_a_single_cell_and_no_plot_outlives_its_data(tmp_path: Path) -> None:
     folder = write(tmp_path / "e", [record()])
     report = build(folder)

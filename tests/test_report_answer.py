@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pytest
 from test_report import record, table, write
 
 from bench.records import Record
@@ -39,6 +40,7 @@ def swept(replicates: int = 3) -> list[Record]:
     return found
 
 
+@pytest.mark.slow
 def test_ties_are_named_together(tmp_path: Path) -> None:
     """Performer's five per cent at 1,024 tokens are within the noise, one per cent of memory is the same."""
     rows = table(text_of(tmp_path / "e", swept()), "### Cost of a training step")
@@ -49,6 +51,7 @@ def test_ties_are_named_together(tmp_path: Path) -> None:
     }
 
 
+@pytest.mark.slow
 def test_without_twins_no_noise_is_known(tmp_path: Path) -> None:
     found = [one for one in swept() if not one.twin]
     rows = table(text_of(tmp_path / "e", found), "### Cost of a training step")
@@ -74,6 +77,7 @@ def test_what_sees_the_future_is_no_answer(tmp_path: Path) -> None:
     assert "reformer" in rest
 
 
+@pytest.mark.slow
 def test_everything_else_is_folded_behind_the_answer(tmp_path: Path) -> None:
     text = text_of(tmp_path / "e", swept(), plots=True)
     answer, _, rest = text.partition("<details><summary>All tables and figures</summary>")
@@ -86,6 +90,7 @@ def test_everything_else_is_folded_behind_the_answer(tmp_path: Path) -> None:
     assert text.count("<details>") == text.count("</details>")
 
 
+@pytest.mark.slow
 def test_one_variant_has_no_answer_and_nothing_is_folded(tmp_path: Path) -> None:
     text = text_of(tmp_path / "e", [one for one in swept() if one.variant == "dense"])
     assert "Which one?" not in text
@@ -93,6 +98,7 @@ def test_one_variant_has_no_answer_and_nothing_is_folded(tmp_path: Path) -> None
     assert "## Cost\n" in text
 
 
+@pytest.mark.slow
 def test_the_best_models_are_those_that_none_is_certainly_better_than(tmp_path: Path) -> None:
     """Two that are equal but for their seeds, and one that is worse by a nat."""
     found = []

@@ -89,6 +89,7 @@ def test_what_is_undertrained_is_on_no_front_and_keeps_nobody_off(report: Path) 
     assert fronts == {"dense": both, "chunked": both, "overlappingᵘ": "–", "longformerᵘ": "–"}
 
 
+@pytest.mark.slow
 def test_the_page_ranks_nothing_that_is_undertrained(tmp_path: Path) -> None:
     page = page_of(write(tmp_path / "e", models()))
     by_label = dict(zip(page.data["label"], page.data["unranked"], strict=True))
@@ -114,6 +115,7 @@ def test_the_csv_has_the_baselines_and_what_is_undertrained(report: Path) -> Non
 
 
 @pytest.mark.parametrize("known", [{}, {"ngram_bits_per_byte": [4.5, 3.5]}])
+@pytest.mark.slow
 def test_without_a_table_of_order_three_everything_is_ranked(tmp_path: Path, known: dict[str, Any]) -> None:
     """Records of earlier versions have no baselines."""
     found = models(**{**dict.fromkeys(KNOWN), **known})
@@ -124,6 +126,7 @@ def test_without_a_table_of_order_three_everything_is_ranked(tmp_path: Path, kno
     assert "ᵘ" not in text
 
 
+@pytest.mark.slow
 def test_models_of_ids_whose_bytes_are_unknown_have_no_rank(tmp_path: Path) -> None:
     """Nothing says whether they are trained; masked models never had baselines and keep their ranks."""
     unknown = [record(name, bits_per_byte=None, word_perplexity=None) for name in ("dense", "chunked")]
@@ -152,6 +155,7 @@ def test_a_replicate_alone_decides_nothing(tmp_path: Path) -> None:
     assert not quality_cells(frame_of(tmp_path / "e", found))["undertrained"].any()
 
 
+@pytest.mark.slow
 def test_baselines_of_different_texts_are_a_range(tmp_path: Path) -> None:
     """Equal FLOPs train a cheaper variant on more text."""
     found = [

@@ -176,6 +176,7 @@ def test_an_unfinished_cell_without_a_budget_stays_where_cells_without_one_are(t
     assert [r["variant"] for r in table(text, "### clm, depth 2")] == ["dense", "chunked"]
 
 
+@pytest.mark.slow
 def test_every_memory_picture_is_drawn_and_linked(tmp_path: Path) -> None:
     folder = tmp_path / "e"
     found = [*strategies(), *payoffs(), *(fits("dense", s, d) for s in STRATEGIES for d in (4, 12))]
@@ -194,6 +195,7 @@ def test_every_memory_picture_is_drawn_and_linked(tmp_path: Path) -> None:
         assert f"](plots/{stem}.png)](plots/{stem}.svg)" in text
 
 
+@pytest.mark.slow
 def test_a_sweep_over_strategies_is_not_a_flood(tmp_path: Path) -> None:
     """Cost against length: none where there is one length; else keep's pictures, links to the others."""
     folder = tmp_path / "e"

@@ -127,6 +127,7 @@ def test_a_run_of_several_machines_is_refused_by_name(tmp_path: Path) -> None:
         load(mixed)
 
 
+@pytest.mark.slow
 def test_the_command(tmp_path: Path) -> None:
     write(tmp_path / "a", run(False))
     write(tmp_path / "b", run(True))

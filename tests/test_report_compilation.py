@@ -39,6 +39,7 @@ def found() -> list[Record]:
     return made
 
 
+@pytest.mark.slow
 def test_compiled_cells_stand_beside_those_without_compilation(tmp_path: Path) -> None:
     folder = tmp_path / "e"
     text = text_of(folder, found())

@@ -59,6 +59,7 @@ def test_one_depth_is_not_drawn_against_depth(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("plot", [*cost_plots.BY_LENGTH, *cost_plots.BY_DEPTH], ids=lambda plot: plot.stem)
+@pytest.mark.slow
 def test_a_panel_needs_several_places_on_its_axis(tmp_path: Path, plot: cost_plots.CostPlot) -> None:
     """Depth 2 has two lengths and depth 8 one; 2,048 tokens have one depth and 512 have two."""
     sizes = [(512, 2), (2048, 2), (512, 8)]

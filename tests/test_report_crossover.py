@@ -132,6 +132,7 @@ def test_one_replicate_has_no_interval(tmp_path: Path) -> None:
     assert math.isnan(time["high"])
 
 
+@pytest.mark.slow
 def test_an_interval_may_reach_beyond_what_was_measured(tmp_path: Path) -> None:
     time = found_in(tmp_path / "late", crossing_at(7000.0, 0.9, 1.0, 1.5))["time"]
     assert (time["outcome"], time["high"]) == ("from", math.inf)
@@ -145,6 +146,7 @@ def test_what_costs_the_same_is_never_cheaper(tmp_path: Path) -> None:
     assert (found["memory"]["last"], found["memory"]["lengths"]) == (8192, len(LENGTHS))
 
 
+@pytest.mark.slow
 def test_only_like_is_compared_with_like(tmp_path: Path) -> None:
     """Another batch, depth or way of saving activations has no dense beside it."""
     for number, other in enumerate(({"batch_size": 9}, {"activations": "checkpoint"}, {"depth": 7})):
@@ -202,6 +204,7 @@ def test_the_loss_is_of_the_nearest_length_and_paired(tmp_path: Path) -> None:
     assert time["nll_lost_high"] == pytest.approx(0.13)
 
 
+@pytest.mark.slow
 def test_what_sees_the_future_loses_nothing_worth_saying(tmp_path: Path) -> None:
     found = qualities()
     for one in found:
@@ -241,6 +244,7 @@ def rings(axis: Axes) -> list[tuple[float, float]]:
     return [(float(line.get_xdata()[0]), float(line.get_ydata()[0])) for line in found]  # type: ignore[index,arg-type]
 
 
+@pytest.mark.slow
 def test_the_chart_has_a_line_at_one_and_rings_the_crossing(tmp_path: Path) -> None:
     frame = frame_of(tmp_path, crossing_at(1500.0, 1.0, 1.1))
     cells = compared_of(frame)
@@ -256,6 +260,7 @@ def test_the_chart_has_a_line_at_one_and_rings_the_crossing(tmp_path: Path) -> N
     assert rings(axes[1]) == []
 
 
+@pytest.mark.slow
 def test_one_length_is_no_crossover(tmp_path: Path) -> None:
     frame = frame_of(tmp_path, pair(512, 0.5))
     assert crossovers(cost_cells(frame), quality_loss(frame)).empty

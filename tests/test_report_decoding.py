@@ -92,6 +92,7 @@ def test_disturbed_times_are_marked(tmp_path: Path) -> None:
     assert "§" not in next(line for line in own.splitlines() if line.startswith("| dense"))
 
 
+@pytest.mark.slow
 def test_a_trained_model_without_costs_of_steps_has_a_report(tmp_path: Path) -> None:
     """Training and decoding with measure.step=false."""
     found = [cell(name, 512, 0, 0.001, nll=1.0) for name in ("dense", "longformer")]

@@ -77,6 +77,7 @@ def test_equal_wall_times_are_ranked_by_the_device(tmp_path: Path) -> None:
     assert "of the device" in tex
 
 
+@pytest.mark.slow
 def test_growth_crossovers_and_the_page_follow(tmp_path: Path) -> None:
     """Wall times do not grow here; the device's grow as T². `chunked` is always cheaper."""
     text, _ = report_of(tmp_path / "demo", round_of())
@@ -88,6 +89,7 @@ def test_growth_crossovers_and_the_page_follow(tmp_path: Path) -> None:
     assert "wall time" in page
 
 
+@pytest.mark.slow
 def test_one_record_without_device_time_has_all_compared_by_wall_time(tmp_path: Path) -> None:
     """Two kinds of time are never divided; the wall times that are the host's are marked."""
     mixed = [*round_of()[:-1], *round_of(busy=False)[-1:]]
@@ -100,6 +102,7 @@ def test_one_record_without_device_time_has_all_compared_by_wall_time(tmp_path: 
     assert "times compared" not in text
 
 
+@pytest.mark.slow
 def test_without_device_times_nothing_is_said_of_them(tmp_path: Path) -> None:
     text, summary = report_of(tmp_path / "demo", round_of(busy=False))
     assert (summary.compared_seconds_median == summary.step_seconds_median).all()

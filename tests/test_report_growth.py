@@ -137,6 +137,7 @@ def grown(*depths: int) -> list[Record]:
     ]
 
 
+@pytest.mark.slow
 def test_exponents_stand_beside_the_claims_they_contradict(tmp_path: Path) -> None:
     text = text_of(tmp_path, grown())
     rows = {row["variant"]: row for row in table(text, "### In the length: clm, depth 2")}
