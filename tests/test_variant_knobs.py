@@ -69,7 +69,7 @@ def test_the_message_about_a_knob_of_another_variant_says_how(tmp_path: Path) ->
     assert done.returncode == 2
     (line,) = done.stderr.splitlines()
     assert "longformer" in line
-    assert "in a sweep over variants, write cluster_former.window=…" in line, "the first that has it"
+    assert "in a sweep over variants, write longformer.window=…" in line, "one of the sweep"
 
 
 def test_the_message_survives_an_entry_of_one_s_own(tmp_path: Path) -> None:

@@ -64,11 +64,12 @@ def _unknown_knob(knob: str, arguments: list[str], configs: Path) -> str:
     knobs = sorted(_knobs(arguments, configs))
     section, _, _ = knob.rpartition(".")
     of_section = [known for known in knobs if known.rpartition(".")[0] == section] or knobs
-    return f"{knob}: unknown knob; allowed are {', '.join(of_section)}{_near(knob, knobs)}{_of_others(knob)}"
+    hints = _near(knob, knobs) + _of_others(knob, arguments)
+    return f"{knob}: unknown knob; allowed are {', '.join(of_section)}{hints}"
 
 
-def _of_others(knob: str) -> str:
-    """How to sweep a knob that other variants have."""
+def _of_others(knob: str, arguments: list[str]) -> str:
+    """How to sweep a knob that other variants have. The example is one of the command line, if any is."""
     section, _, name = knob.rpartition(".")
     if section != "variant":
         return ""
@@ -79,7 +80,9 @@ def _of_others(knob: str) -> str:
                 having.append(variant)
     if not having:
         return ""
-    return f"; {', '.join(having)} have it: in a sweep over variants, write {having[0]}.{name}=…"
+    swept = re.findall(r"\w+", " ".join(a.partition("=")[2] for a in arguments if a.startswith("variant=")))
+    example = next((variant for variant in swept if variant in having), having[0])
+    return f"; {', '.join(having)} have it: in a sweep over variants, write {example}.{name}=…"
 
 
 def _knobs(arguments: list[str], configs: Path) -> set[str]:
