@@ -38,9 +38,11 @@ def read(name: str, path: Path) -> str:
         raise ConfigError(f"{name}.yaml: cannot be read: {error}") from None
 
 
+@cache
 def load(name: str, package: str | None, text: str) -> Any:
     """Parse the text of a config file; `name` is for example `variant/dense`, `package` that of its header.
 
+    A sweep composes each file many times, so the result is shared, and no caller changes it.
     Values of knobs that may hold text are kept as they are written. Raises ConfigError for invalid YAML.
     """
     loader = _loader()(text)
