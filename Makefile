@@ -154,16 +154,19 @@ test-peers: ## compare with other projects' implementations, in .venv-peers
 	@$(MAKE) --no-print-directory compare VENV='$(VENV)-peers' EXTRAS='[dev,peers]' PINS='$(CONSTRAINTS) constraints/peers.txt'
 
 # xformers without its dependencies: its wheel requires a specific torch, and only its masks are used. Of espnet two
-# files are used, which need torch alone. The kernels of fla-core run in Triton's interpreter; torch for GPUs brings its
+# files are used, which need torch alone. block-recurrent-transformer-pytorch requires a package that it does not
+# import, and that does not install. The kernels of fla-core run in Triton's interpreter; torch for GPUs brings its
 # own Triton.
 compare: $(STAMP)
-	@$(PY) -m pip install -q --no-deps xformers==$(XFORMERS) fla-core==$(FLA_CORE) espnet==$(ESPNET)
+	@$(PY) -m pip install -q --no-deps xformers==$(XFORMERS) fla-core==$(FLA_CORE) espnet==$(ESPNET) \
+		block-recurrent-transformer-pytorch==$(BLOCK_RECURRENT)
 	@$(PY) -c 'import triton' 2> /dev/null || $(PY) -m pip install -q --no-deps triton==3.6.0
 	@$(PY) -m pytest -m peers $(ARGS)
 
 XFORMERS := $(shell sed -n 's/^xformers==//p' constraints/gpu.txt)
 FLA_CORE := $(shell sed -n 's/^fla-core==//p' constraints/gpu.txt)
 ESPNET := $(shell sed -n 's/^espnet==//p' constraints/peers.txt)
+BLOCK_RECURRENT := $(shell sed -n 's/^block-recurrent-transformer-pytorch==//p' constraints/peers.txt)
 
 lint: $(STAMP) ## check style, formatting and types
 	@status=0; \

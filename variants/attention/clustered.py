@@ -1,4 +1,4 @@
-"""Clustered attention: attention once for each cluster of queries (Vyas 2020, arXiv:2007.04825, §3).
+"""Clustered attention: attention once for each cluster of queries (Vyas 2020, arXiv:2007.04825).
 
 Shapes: B batch, T tokens, C channels, H heads, D channels of a head, K clusters, k exact keys of a cluster, s
 queries of a tile, n tiles.
@@ -48,7 +48,7 @@ class ClusteredConfig(VariantConfig):
 
 
 class Clustered(SequenceMixer):
-    """Queries are clustered by K-means on the signs of random projections; clusters attend (§3.2, §3.3).
+    """Queries are clustered by K-means on the signs of random projections; clusters attend.
 
     plain: the mean query of each cluster attends to all keys, and all members get its result. improved: of
     the mean query's weights, those of its k largest keys are distributed again, in proportion to the exact
@@ -68,7 +68,7 @@ class Clustered(SequenceMixer):
     info = Info(
         paper="Vyas et al. 2020, Fast Transformers with Clustered Attention, arXiv:2007.04825",
         family="learned patterns",
-        complexity=Complexity(time=1, memory=1, formula="T·K", source="Vyas 2020, §3.2"),
+        complexity=Complexity(time=1, memory=1, formula="T·K", source="Vyas 2020, abstract"),
         caps=Caps(causal=False, bidirectional=True),
     )
     planes: Tensor
