@@ -488,6 +488,14 @@ show("infini")
 show("memorizing")
 
 # %% [markdown]
+# ## `block_recurrent`: state vectors that read each block
+#
+# A token reads the last $W$ tokens, and $S$ state vectors that have read the blocks before its own. At the end of a block the vectors read each other and the tokens of the block, and a gate keeps a part of the old, $s\leftarrow g\odot s+(1-g)\odot z$. The picture shows the window, and all earlier blocks through the vectors. ([Hutchins et al. 2022](https://arxiv.org/abs/2203.07852), arXiv:2203.07852.)
+
+# %%
+show("block_recurrent")
+
+# %% [markdown]
 # ## Your variant
 #
 # A variant of another package, or a new file in `variants/attention/`, is also drawn, with the knobs in `configs/gallery.yaml` or with its defaults, made smaller. The next cell shows all variants without a section above.

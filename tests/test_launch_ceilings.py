@@ -29,6 +29,7 @@ ON_AN_ACCELERATOR: dict[str, dict[str, Any]] = {
 """Knobs that the presets for GPUs set. With one segment at a time, which holds the activations of one,
 launches grow with the length."""
 ABOVE = {
+    "block_recurrent": 28_110,
     "delta_net": 340,
     "dsa": 3_934,
     "entmax": 55_894,
@@ -43,6 +44,7 @@ ABOVE = {
 }
 """Variant → launches a layer at the longest length."""
 GROW = {
+    "block_recurrent": "grow with T: the state of a block is computed from that of the block before",
     "entmax": "grow with T²: all scores are computed, in pieces that bound the memory",
     "forgetting": "grow with T: all scores are computed, in rows that bound the memory",
     "nsa": "grow with T: scores of compressed keys are computed, in pieces that bound the memory",
