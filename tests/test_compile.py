@@ -152,6 +152,7 @@ def test_a_compiled_model_has_no_graph_break_and_the_same_gradients(name: str) -
         ("checkpoint", {"dtype": torch.bfloat16}),
         ("keep", {"stack": "universal"}),
         ("keep", {"stack": "universal", "switched_on": "signal"}),
+        ("checkpoint", {"stack": "universal", "switched_on": "halting", "depth": 3}),
         ("keep", {"stack": "early_exit", "depth": 3}),
     ],
 )
