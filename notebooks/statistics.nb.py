@@ -157,7 +157,7 @@ cost
 MEASURED = ["rss_peak_bytes", "param_bytes", "optimizer_bytes", "peak_grad_bytes"]
 MEASURED += ["peak_activation_bytes", "peak_workspace_bytes", "activation_bytes", "nvml_process_bytes"]
 COMPUTED = ["params", "flops_algorithmic_step", "flops_executed_step", "flops_attention_step"]
-YOUNGER = ["params_active", "launches_step", "bytes_moved_step"]
+YOUNGER = ["params_active", "launches_step", "bytes_moved_step", "visits_per_token"]
 COMPUTED += [key for key in YOUNGER if key in records]  # older reports have none
 COMPUTED += ["peak_bytes_predicted", "state_bytes", "cost_ratio"]
 COMPUTED += ["claimed_time_exponent", "claimed_memory_exponent", "claimed_depth_exponent"]

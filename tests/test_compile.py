@@ -63,14 +63,19 @@ def traced(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def model_of(
-    name: str, activations: str, *, stack: str = "stack", depth: int = 2, signal: bool = False, **changed: Any
+    name: str,
+    activations: str,
+    *,
+    stack: str = "stack",
+    depth: int = 2,
+    switched_on: str = "",
+    **changed: Any,
 ) -> LanguageModel:
-    """A float32 model in training."""
+    """A float32 model in training. `switched_on`: a knob of the depth schedule."""
     variant = variants.load(name)
     torch.manual_seed(0)
-    spec = ModelSpec.of(
-        variant, variant.Config(), depth=depth_schedule(stack, **{"signal": True} if signal else {})
-    )
+    knobs = {switched_on: True} if switched_on else {}
+    spec = ModelSpec.of(variant, variant.Config(), depth=depth_schedule(stack, **knobs))
     options = {"dropout": 0.0, "activations": activations, "vocabulary": 11, **changed}
     return LanguageModel(spec, dims_for(TOKENS), depth=max(depth, len(spec.layers)), **options).train()
 
@@ -146,7 +151,9 @@ def test_a_compiled_model_has_no_graph_break_and_the_same_gradients(name: str) -
         ("keep", {"ff_chunks": 3}),
         ("checkpoint", {"dtype": torch.bfloat16}),
         ("keep", {"stack": "universal"}),
-        ("keep", {"stack": "universal", "signal": True}),
+        ("keep", {"stack": "universal", "switched_on": "signal"}),
+        ("checkpoint", {"stack": "universal", "switched_on": "halting", "depth": 3}),
+        ("keep", {"stack": "early_exit", "depth": 3}),
     ],
 )
 def test_strategies_and_schedules_can_be_compiled(how: str, activations: str, changed: Any) -> None:
@@ -161,7 +168,9 @@ def test_equal_blocks_share_the_compiled_code() -> None:
 @pytest.mark.usefixtures("traced")
 @pytest.mark.parametrize("activations", ["keep", "checkpoint", *slow("sqrt", "reversible")])
 def test_visits_with_a_signal_share_the_compiled_code(activations: str) -> None:
-    made = assert_computes_the_same("dense", activations, "block", stack="universal", signal=True, depth=3)
+    made = assert_computes_the_same(
+        "dense", activations, "block", stack="universal", switched_on="signal", depth=3
+    )
     assert made.graph_breaks == 0
     assert made.total <= 2
 

@@ -33,6 +33,8 @@ class NetworkOut(NamedTuple):
     state: Any = None
     """The state for the next segment."""
     aux_losses: tuple[Tensor, ...] = ()
+    exits: tuple[Tensor, ...] = ()
+    """Further outputs (N, L, …), for the same tokens as y."""
 
 
 Network = Callable[[Tensor, Any], NetworkOut]
@@ -218,23 +220,33 @@ class Chunks(InputSchedule):
         batch, seq_len = x.shape[:2]
         full, last = self._full(seq_len), self._last_length(seq_len)
         lo, hi = self.used_range(causal=causal)
-        pieces = []
-        losses: tuple[Tensor, ...] = ()
+        outputs = []
         if full:
             end = (full - 1) * self.stride + self.length
             windows = x[:, :end].unfold(1, self.length, self.stride).movedim(-1, 2)  # (B, n, L, …)
-            y, _, aux_losses = network(windows.flatten(0, 1), None)
-            losses += aux_losses
-            y = y.unflatten(0, (batch, full))
-            pieces += [y[:, 0, :lo], y[:, :, lo:hi].flatten(1, 2)]
-            if not last:
-                pieces.append(y[:, -1, hi:])
+            outputs.append(network(windows.flatten(0, 1), None))
         if last:
-            y, _, aux_losses = network(x[:, full * self.stride :], None)
-            losses += aux_losses
-            pieces.append(y[:, lo:] if full else y)
-        pieces = [piece for piece in pieces if piece.shape[1]]
-        return NetworkOut(pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=1), None, losses)
+            outputs.append(network(x[:, full * self.stride :], None))
+
+        def joined(*parts: Tensor) -> Tensor:
+            """The outputs of the full windows and of the last one, whichever exist."""
+            pieces = []
+            if full:
+                y = parts[0].unflatten(0, (batch, full))
+                pieces += [y[:, 0, :lo], y[:, :, lo:hi].flatten(1, 2)]
+                if not last:
+                    pieces.append(y[:, -1, hi:])
+            if last:
+                pieces.append(parts[-1][:, lo:] if full else parts[-1])
+            pieces = [piece for piece in pieces if piece.shape[1]]
+            return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=1)
+
+        return NetworkOut(
+            joined(*(out.y for out in outputs)),
+            None,
+            tuple(loss for out in outputs for loss in out.aux_losses),
+            tuple(joined(*parts) for parts in zip(*(out.exits for out in outputs), strict=True)),
+        )
 
     @property
     def separate(self) -> tuple[int, int]:

@@ -40,7 +40,7 @@ def step(
 
     for segment in schedule.segments(x.shape[1]):
         window = x[:, segment].detach().requires_grad_()
-        y, state, losses = schedule.apply(network, window, state, causal=causal)
+        y, state, losses, _ = schedule.apply(network, window, state, causal=causal)
         trained = [loss for loss in losses if loss.requires_grad]
         towards = torch.ones_like(y) if direction is None else direction[:, segment].to(y)
         torch.autograd.backward([y, *trained], [towards, *(None for _ in trained)])

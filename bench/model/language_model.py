@@ -10,6 +10,8 @@ to C channels. The output layer is factorised too, by a matrix to E channels, so
 Deviation: the output has no other layer between its factors, as ALBERT's has. The tables have the deviation
 of a model of width E, and the matrices 1 / √C: embedding and logits have the variance of those without
 factors.
+
+Over 300 lines: the model is one class.
 """
 
 from __future__ import annotations
@@ -53,6 +55,8 @@ class Output(NamedTuple):
     logits: Tensor
     states: list[Any]
     aux_losses: list[Tensor]
+    exits: tuple[Tensor, ...] = ()
+    """In training, the hidden states (B, T, C) at the exits of the depth schedule."""
 
 
 RunSegment = Callable[["LanguageModel", Tensor, "list[Any] | None", Context], Output]
@@ -158,6 +162,11 @@ class LanguageModel(nn.Module):
         logits: Tensor = self.head(x if self.head_map is None else self.head_map(x))
         return logits
 
+    def logits(self, x: Tensor) -> Tensor:
+        """Hidden states (B, T, C) → float32 logits (B, T, V), with the model's autocast."""
+        with torch.autocast(x.device.type, self.dtype, enabled=self.dtype != torch.float32):
+            return self.read_out(x).float()
+
     def open_branches(self) -> None:
         """Set the scales of the branches to 1, for gates: with the initial 0, blocks compute nothing."""
         for block in self.blocks:
@@ -177,12 +186,12 @@ class LanguageModel(nn.Module):
         visits: list[Visit] = [*self.visits]
         if self.signals is not None:
             visits = [SignalledVisit(*each) for each in zip(visits, self.signals, strict=True)]
-        done = Pass(self.run_blocks, visits, states or [None] * len(visits), ctx)
+        done = Pass(self.run_blocks, visits, states or [None] * len(visits), ctx, self.read_out)
         # before the strategy runs, so that a recomputation makes the same visits
         draws = self.training and self.depth_schedule.leaves_out and not self.makes_all_visits
         places = self.depth_schedule.draw() if draws else range(len(visits))
-        out: PathOut = self.path(x, places, done.run, ctx)
-        return NetworkOut(out.x, done.states, (*done.aux_losses, *out.aux_losses))
+        out: PathOut = self.path(x, places, done, ctx)
+        return NetworkOut(out.x, done.states, (*done.aux_losses, *out.aux_losses), out.exits)
 
     def forward(self, tokens: Tensor, *, causal: bool, states: list[Any] | None = None) -> Output:
         """Run one segment of the input schedule, (B, T) → Output; `states` are those that the previous
@@ -209,26 +218,32 @@ class LanguageModel(nn.Module):
     def cost(self, work: Workload) -> Cost:
         """Algorithmic FLOPs of a forward pass on (B, T) tokens: all visits on all windows of the schedule."""
         windows = self.input_schedule.windows(work.seq_len, carried=True)
-        total = self._cost_of_tables(work, sum(length * count for length, count in windows))
-        for place, block in enumerate(self.visits):
-            length_of = partial(self._length, place)
-            total += scheduled_cost(block.mixer, self.input_schedule, work, length_of)
-            for length, count in windows:
-                total += block.feed_forward.cost(replace(work, seq_len=length_of(length))) * count
+        total = self.cost_of_tables(work, sum(length * count for length, count in windows))
+        for place in range(len(self.visits)):
+            total += self.cost_of_visit(place, work)
         for length, count in windows:
             total += self.path.cost(replace(work, seq_len=length)) * count
+        return total
+
+    def cost_of_visit(self, place: int, work: Workload) -> Cost:
+        """The part of `cost` that the visit at a place has."""
+        block, length_of = self.visits[place], partial(self._length, place)
+        total: Cost = scheduled_cost(block.mixer, self.input_schedule, work, length_of)
+        for length, count in self.input_schedule.windows(work.seq_len, carried=True):
+            total += block.feed_forward.cost(replace(work, seq_len=length_of(length))) * count
         return total
 
     def _length(self, place: int, tokens: int) -> int:
         """How many tokens the visit at a place processes of a window."""
         return self.depth_schedule.lengths(tokens)[place]
 
-    def _cost_of_tables(self, work: Workload, embedded: int) -> Cost:
-        """FLOPs of the output layer, and of the factors of a factorised embedding for `embedded` tokens."""
-        rows = self.embedding.embedding_dim
-        products = {"output": work.seq_len * rows * self.vocabulary}
+    def cost_of_tables(self, work: Workload, embedded: int) -> Cost:
+        """FLOPs of the output layer, at the exits too, and of the factors of a factorised embedding for
+        `embedded` tokens."""
+        rows, exits = self.embedding.embedding_dim, len(self.depth_schedule.exit_weights())
+        products = {"output": (1 + exits) * work.seq_len * rows * self.vocabulary}
         if self.embedding_map is not None:
-            products["output"] += work.seq_len * rows * work.d_model
+            products["output"] += (1 + exits) * work.seq_len * rows * work.d_model
             products["embedding"] = embedded * rows * work.d_model
         return Cost({name: 2 * work.batch_size * each for name, each in products.items()})
 
@@ -282,9 +297,9 @@ def run_segment(model: LanguageModel, tokens: Tensor, states: list[Any] | None, 
         return model.run_visits(model.embed(window), before, ctx)
 
     with torch.autocast(tokens.device.type, model.dtype, enabled=model.dtype != torch.float32):
-        x, after, losses = model.input_schedule.apply(network, tokens, states, causal=ctx.causal)
-        logits = model.read_out(x)
-    return Output(logits.float(), after or [], list(losses))
+        out = model.input_schedule.apply(network, tokens, states, causal=ctx.causal)
+        logits = model.read_out(out.y)
+    return Output(logits.float(), out.state or [], list(out.aux_losses), out.exits)
 
 
 def _joined(named: list[tuple[str, str | None]], equals: str, separator: str) -> str | None:

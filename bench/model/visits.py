@@ -39,16 +39,23 @@ Run = Callable[..., tuple[Tensor, list[VisitResult]]]
 
 
 class Pass:
-    """The visits of one forward pass: a path runs them, in one piece or in several."""
+    """The visits of one forward pass: a path runs them, in one piece or in several; see `RunVisits`."""
 
-    def __init__(self, strategy: Run, visits: Sequence[Visit], states: Sequence[Any], ctx: Context) -> None:
+    def __init__(
+        self,
+        strategy: Run,
+        visits: Sequence[Visit],
+        states: Sequence[Any],
+        ctx: Context,
+        read_out: Callable[[Tensor], Tensor],
+    ) -> None:
         """`states` are those of all visits before the pass."""
-        self.strategy, self.visits, self.ctx = strategy, visits, ctx
+        self.strategy, self.visits, self.ctx, self.read_out = strategy, visits, ctx, read_out
         self.states = [*states]
         """The state of each visit; of a visit that was not run, the one before the pass."""
         self.aux_losses: list[Tensor] = []
 
-    def run(self, places: Sequence[int], x: Tensor) -> Tensor:
+    def __call__(self, places: Sequence[int], x: Tensor) -> Tensor:
         """Run the visits at these places: (B, T, C) → (B, T, C)."""
         visits, states = [self.visits[n] for n in places], [self.states[n] for n in places]
         x, results = self.strategy(visits, x, states, self.ctx)

@@ -308,6 +308,8 @@ class Record:
     validation_nll: list[Amount] | None = None
     tokens_trained: Count | None = None
     epochs: Amount | None = None
+    visits_per_token: Amount | None = None
+    flops_needed_forward: Work | None = None
     tokens_evaluated: Count | None = None
     bytes_evaluated: Count | None = None
     eval_stride: Size | None = None

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from bench.config.spec import CellSpec
-from bench.evaluate import attention_stats, baselines, context_use, longer
+from bench.evaluate import attention_stats, baselines, context_use, longer, needed_visits
 from bench.evaluate.accuracy import measure_accuracy
 from bench.evaluate.nll import evaluate
 from bench.evaluate.receptive_field import reach
@@ -81,19 +81,21 @@ class QualityEvaluation:
     def _evaluate_text(self, task: Text, steps: int) -> float:
         stride = (self.causal and self.measure.eval_stride) or self.spec.seq_len
         bytes_per_target = task.bytes_per_target() if self.causal else None
-        quality = evaluate(
-            self.model,
-            task.test_batches(stride),
-            documents=task.test_documents() if self.stateful else None,
-            objective=task.objective,
-            words_per_byte=task.words_per_byte(),
-            bytes_per_target=bytes_per_target,
-            unigram_nats=task.unigram_nats(),
-            device=self.device,
-            place_period=self.measure.place_period,
-            blocks=task.blocks(stride),
-            groups=task.groups(stride),
-        )
+        with needed_visits.counting(self.model) as needed:
+            quality = evaluate(
+                self.model,
+                task.test_batches(stride),
+                documents=task.test_documents() if self.stateful else None,
+                objective=task.objective,
+                words_per_byte=task.words_per_byte(),
+                bytes_per_target=bytes_per_target,
+                unigram_nats=task.unigram_nats(),
+                device=self.device,
+                place_period=self.measure.place_period,
+                blocks=task.blocks(stride),
+                groups=task.groups(stride),
+            )
+        self.report(needed.figures(self.spec))
         self.report(
             {
                 "nll": quality.nll,
@@ -160,13 +162,15 @@ class QualityEvaluation:
             )
 
     def _evaluate_answers(self) -> float:
-        accuracy = measure_accuracy(
-            self.model,
-            self.task.test_batches(),
-            causal=self.causal,
-            distance_edges=self.task.distance_edges,
-            device=self.device,
-        )
+        with needed_visits.counting(self.model) as needed:
+            accuracy = measure_accuracy(
+                self.model,
+                self.task.test_batches(),
+                causal=self.causal,
+                distance_edges=self.task.distance_edges,
+                device=self.device,
+            )
+        self.report(needed.figures(self.spec))
         self.report(
             {
                 "nll": accuracy.nll,

@@ -8,6 +8,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch.utils._pytree import tree_map
+from torch.utils.checkpoint import checkpoint as recompute
 
 from bench.model.language_model import LanguageModel
 from bench.tasks.base import IGNORED, Batch
@@ -74,6 +75,16 @@ class StepOut(NamedTuple):
     """The state of each visit after the last token, detached; None if no segment ran."""
 
 
+def _nll(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """() the sum over the targets (B · T,), from logits (B, T, V)."""
+    return F.cross_entropy(logits.flatten(0, 1), targets, ignore_index=IGNORED, reduction="sum")
+
+
+def _nll_at(model: LanguageModel, x: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """`_nll` of hidden states (B, T, C)."""
+    return _nll(model.logits(x), targets)
+
+
 def training_step(
     model: LanguageModel,
     optimizer: torch.optim.Optimizer,
@@ -89,21 +100,31 @@ def training_step(
     If the input schedule has segments, each segment runs forward and backward in turn and the gradients
     accumulate; `segments` selects segments, by default all. Auxiliary losses are additional roots of the
     backward pass. They are not part of the nll, and the gradients of parameters that only they train are
-    clipped separately. `on_phase_end` is called at the end of each phase; after a forward pass, everything
-    that the backward pass needs is stored.
+    clipped separately. If the depth schedule has exits, the loss that is trained is the mean over them with
+    its weights; the nll is still that of the output. `on_phase_end` is called at the end of each phase; after
+    a forward pass, everything that the backward pass needs is stored.
     """
     done = on_phase_end or (lambda _: None)
     optimizer.zero_grad(set_to_none=True)
     device = batch.inputs.device
     total, scored = torch.zeros((), device=device), (batch.targets != IGNORED).sum()
+    weights = model.depth_schedule.exit_weights() if model.training else ()
     for segment in segments or model.input_schedule.segments(batch.inputs.shape[1]):
         out = model(batch.inputs[:, segment], causal=causal, states=states)
         states, losses = out.states, out.aux_losses
         targets = batch.targets[:, segment].flatten()
-        nll = F.cross_entropy(out.logits.flatten(0, 1), targets, ignore_index=IGNORED, reduction="sum")
+        nll = _nll(out.logits, targets)
+        exits = [*zip(weights, out.exits, strict=True)]
         del out  # backward needs only the log-probabilities; keeping the logits would waste memory
+        # the logits are computed again in the backward pass: those of one exit are in memory at a time
+        early = [
+            weight * recompute(_nll_at, model, x, targets, use_reentrant=False, preserve_rng_state=False)
+            for weight, x in exits
+        ]
+        trained = sum(early, (1 - sum(weights)) * nll) if early else nll
+        del exits, early
         done("forward")
-        torch.autograd.backward([nll / scored, *(loss for loss in losses if loss.requires_grad)])
+        torch.autograd.backward([trained / scored, *(loss for loss in losses if loss.requires_grad)])
         total += nll.detach() / scored
         done("backward")
     for parameters in parameters_by_loss(model):

@@ -10,7 +10,7 @@ recomputes the activations of visits, not those of the path, so it works with ev
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple, Protocol
 
@@ -53,9 +53,17 @@ class Visit(Protocol):
         ...
 
 
-RunVisits = Callable[[Sequence[int], Tensor], Tensor]
-"""(places, x) → x: runs visits, given by their places in `DepthSchedule.visits`, one after the other with the
-strategy for activations. In one forward pass, each place is run at most once."""
+class RunVisits(Protocol):
+    """What a path calls."""
+
+    def __call__(self, places: Sequence[int], x: Tensor) -> Tensor:
+        """Run visits, given by their places in `DepthSchedule.visits`, one after the other with the strategy
+        for activations: (B, T, C) → (B, T, C). In one forward pass, each place is run at most once."""
+        ...
+
+    def read_out(self, x: Tensor) -> Tensor:
+        """Hidden states (B, T, C) → logits (B, T, V), by the model's last norm and its output layer."""
+        ...
 
 
 class PathOut(NamedTuple):
@@ -63,6 +71,12 @@ class PathOut(NamedTuple):
 
     x: Tensor
     aux_losses: tuple[Tensor, ...] = ()
+    exits: tuple[Tensor, ...] = ()
+    """In training, the hidden states (B, T, C) at the exits before the last visit: see
+    `DepthSchedule.exit_weights`."""
+    visits: Tensor | None = None
+    """(B, T) the visits that each token needs, from the first on, in a path that decides this for each token.
+    The others are made too, but do not change the token."""
 
 
 class Path(nn.Module):
@@ -78,7 +92,8 @@ class Path(nn.Module):
         return PathOut(run(places, x))
 
     def cost(self, work: Workload) -> Cost:
-        """Algorithmic FLOPs of the path for a window of `work.seq_len` tokens, without the visits."""
+        """Algorithmic FLOPs of the path for a window of `work.seq_len` tokens, without the visits and without
+        the calls of `RunVisits.read_out`."""
         return Cost()
 
 
@@ -135,6 +150,12 @@ class DepthSchedule(ABC):
     def path(self, dims: Dims) -> Path:
         """The path of a model with these sizes, with new parameters if it has some."""
         return Path()
+
+    def exit_weights(self) -> Sequence[float]:
+        """The weights of the losses in training at the exits before the last visit, in order; the loss of the
+        output has the rest of 1. There is one for each of `PathOut.exits`, and outside of training the path
+        reads out as often."""
+        return ()
 
     def lengths(self, seq_len: int) -> Sequence[int]:
         """The number of tokens that each visit processes of a window of `seq_len` tokens. If they differ from

@@ -92,7 +92,16 @@ class Context:
     encodes distances does not depend on the first position."""
 
 
-TOKENWISE = ("projections", "index_projections", "memory", "positions", "feed_forward", "embedding", "output")
+TOKENWISE = (
+    "projections",
+    "index_projections",
+    "memory",
+    "positions",
+    "feed_forward",
+    "embedding",
+    "output",
+    "halting",
+)
 """Parts of a cost that are products of single tokens, or of single positions, with weights."""
 
 
