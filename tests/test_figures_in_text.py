@@ -106,6 +106,24 @@ def test_the_recall_of_mixtures() -> None:
     assert f"the gated delta rule recalled {accuracy['gated_delta_net']:.1f} % without any" in text
 
 
+def test_the_state_that_recall_needs() -> None:
+    text = (ROOT / "docs" / "choosing.md").read_text()
+    frame = records.load(ROOT / "results" / "recall-recurrent-cpu")
+    assert len(frame) == 30
+    cells = frame.groupby(["variant", "heads"]).agg(
+        accuracy=("accuracy", "mean"), state=("state_bytes", "median"), batch=("batch_size", "median")
+    )
+    kib = cells["state"] / cells["batch"] / 1024
+    accuracy = 100 * cells["accuracy"]
+    smallest = kib.loc["delta_net"].idxmin()
+    delta, dense = kib["delta_net", smallest], kib["dense", 2]
+    assert 4.5 < dense / delta < 5.5
+    assert f"recalled {accuracy['delta_net', smallest]:.1f} % with a fifth of the state of dense" in text
+    assert f"({delta:.1f} KiB against {dense:.1f} KiB for each sequence)" in text
+    assert f"no convolution, {accuracy['linear_transformer'].max():.1f} % at most" in text
+    assert f"recalled {accuracy['hybrid'].min():.1f} % or more in every size" in text
+
+
 def test_the_recommendations_of_the_readme() -> None:
     """They are the rows of the report's answer."""
     text = (ROOT / "results" / "reference-cpu" / "report" / "summary.md").read_text()

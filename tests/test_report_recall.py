@@ -221,6 +221,26 @@ def sweep_of_states() -> list[Record]:
     return found
 
 
+def test_heads_that_set_the_state_are_points_of_one_line(tmp_path: Path) -> None:
+    """In one figure and one table, unlike all else that differs in heads."""
+    found = [answers("dense", 8, 0)]
+    for heads, accuracy in {1: 1.0, 4: 0.95, 16: 0.5}.items():
+        for variant, own in (("longformer", accuracy), ("performer", 0.125)):
+            of: dict[str, Any] = {"variant_params": {}, "state_bytes": 4096 // heads, "heads": heads}
+            found.append(answers(variant, 8, **of, accuracy=own, cell_id=f"{variant}-{heads}"))
+    folder = build(write(tmp_path / "e", found))
+    assert [path.stem for path in sorted((folder / "plots").glob("accuracy_by_state*.png"))] == [
+        "accuracy_by_state"
+    ]
+    text = (folder / "summary.md").read_text()
+    (heading,) = [line for line in text.splitlines() if line.startswith("#") and line.endswith(": state")]
+    rows = {row["variant"]: row for row in table(text, heading)}
+    row = rows["longformer"]
+    assert (row["state needed"], row["as"]) == ("1.00 KiB", "longformer, heads=4")
+    assert (row["at"], row["of"]) == ("4.00 KiB", "longformer, heads=1")
+    assert rows["performer"]["as"] == "–"
+
+
 def test_a_sweep_over_states_is_a_line_a_variant_below_dense(tmp_path: Path) -> None:
     frame = frame_of(tmp_path / "e", sweep_of_states())
     figure = by_state(recall_cells(frame, pd.DataFrame()), look(frame))
@@ -240,7 +260,7 @@ def test_a_sweep_over_states_is_a_line_a_variant_below_dense(tmp_path: Path) -> 
 
 def test_the_table_says_how_much_state_is_needed(tmp_path: Path) -> None:
     text = text_of(tmp_path / "e", sweep_of_states())
-    rows = {row["variant"]: row for row in table(text, "### recall, data mqar, width 64, 4 heads: state")}
+    rows = {row["variant"]: row for row in table(text, "### recall, data mqar, width 64: state")}
     assert list(rows) == ["longformer", "performer"]
     assert rows["longformer"]["states measured"] == "4.00–32.0 KiB"
     assert (rows["longformer"]["state needed"], rows["longformer"]["/ dense"]) == ("16.0 KiB", "25.0 %")

@@ -13,7 +13,7 @@ from bench.report.figures.spec import FigureSpec
 from bench.report.sections import Section
 from bench.report.sections.recall import plots
 from bench.report.sections.recall.data import axes_of, recall_cells
-from bench.report.sections.recall.state import ENOUGH, by_state, needed_table, state_needed
+from bench.report.sections.recall.state import ENOUGH, OF_HEADS, by_state, needed_table, state_needed
 from bench.report.sections.recall.tables import accuracies
 from bench.report.text.marks import LEAK, meanings
 from bench.report.text.phrases import headed
@@ -57,6 +57,7 @@ class Recall(Section[pd.DataFrame]):
         tables = []
         for _, heading, group in headed(_best(data), keys):
             tables.append(Table(accuracies(group), heading))
+        for _, heading, group in headed(_best(data), tuple(key for key in keys if key not in OF_HEADS)):
             if len(needed := state_needed(group)):
                 tables.append(Table(needed_table(needed), f"{heading}: state", NEEDED))
         return tables
@@ -70,8 +71,10 @@ class Recall(Section[pd.DataFrame]):
             of = best[[name in tasks[task] for task in best["data"]]]
             title = f"Accuracy against {name}"
             specs.append(FigureSpec(f"accuracy_by_{name}", title, of, plots.against(name), TASK))
+        state = "Accuracy against the state that is carried"
+        of_any_heads = tuple(key for key in TASK if key not in OF_HEADS)
+        specs.append(FigureSpec("accuracy_by_state", state, best, by_state, of_any_heads))
         for stem, title, draw in (
-            ("accuracy_by_state", "Accuracy against the state that is carried", by_state),
             ("accuracy_by_distance", "Accuracy by distance", plots.by_distance),
             ("accuracy_map", "Accuracy by distance, as a map", plots.distance_map),
         ):

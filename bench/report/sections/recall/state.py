@@ -15,7 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from bench.report.data.groups import natural
+from bench.report.data.groups import natural, varying
 from bench.report.data.statistics import BASELINE
 from bench.report.figures import canvas
 from bench.report.figures.families import panel_keys
@@ -29,6 +29,11 @@ from bench.report.text.columns import Column, each
 
 ENOUGH = 0.9
 """Share of dense attention's accuracy for which the table states the state that is needed."""
+
+
+OF_HEADS = ("heads", "head_size", "kv_heads")
+"""Options of the model that set the size of a state, as the knobs of a variant do: cells that differ in them
+are points of one line."""
 
 
 def swept(cells: pd.DataFrame) -> pd.Series[bool]:
@@ -123,12 +128,12 @@ def state_needed(cells: pd.DataFrame) -> pd.DataFrame:
             }
             row |= {
                 "needed": good["sequence_state_bytes"].min(),
-                "label": label_of(good.iloc[0]) if len(good) else None,
+                "label": _named(good.iloc[0], own) if len(good) else None,
             }
             row |= {"share": row["needed"] / limit["sequence_state_bytes"], "best": best["accuracy_mean"]}
             row |= {
                 "best_bytes": best["sequence_state_bytes"],
-                "best_label": label_of(best),
+                "best_label": _named(best, own),
                 "dense": limit["accuracy_mean"],
             }
             rows.append(row)
@@ -137,6 +142,12 @@ def state_needed(cells: pd.DataFrame) -> pd.DataFrame:
         return found
     order = sorted(range(len(found)), key=lambda i: (natural(found["knobs"][i]), natural(found["needed"][i])))
     return found.iloc[order].reset_index(drop=True)
+
+
+def _named(cell: pd.Series[Any], among: pd.DataFrame) -> str:
+    """The label of a cell, with its options of heads that differ among the cells of its variant."""
+    options = [f"{key}={cell[key]}" for key in varying(among, OF_HEADS)]
+    return ", ".join([label_of(cell), *options])
 
 
 def needed_table(needed: pd.DataFrame) -> list[Column]:
@@ -154,7 +165,13 @@ def needed_table(needed: pd.DataFrame) -> list[Column]:
         ),
         each(needed, "state needed", "needed", units.size, optional=False),
         each(needed, "/ dense", "share", units.percent),
-        each(needed, "as", "label", lambda label: label or units.MISSING, right=False),
+        each(
+            needed,
+            "as",
+            "label",
+            lambda label: label if isinstance(label, str) else units.MISSING,
+            right=False,
+        ),
         each(needed, "best accuracy", "best", units.share),
         each(needed, "at", "best_bytes", units.size),
         each(needed, "of", "best_label", str, right=False),
