@@ -26,6 +26,7 @@ import variants
 from bench.measure.flops import CountFlops
 from variants.attention.dense import Dense, DenseConfig
 from variants.attention.longformer import Longformer, LongformerConfig
+from variants.attention.streaming_llm import StreamingLLM, StreamingLLMConfig
 from variants.base import Context, Dims, Workload
 from variants.ops import backends, masks
 from variants.ops.masked_attention import MaskedAttention
@@ -43,7 +44,17 @@ FLEX: list[tuple[str, dict[str, Any]]] = [
     ("sparse_fixed", {"stride": 12, "c": 2}),
     ("sparse_fixed", {"stride": 9, "c": 4, "head_mode": "split"}),
     ("sparse_fixed", {"stride": 140, "c": 3, "head_mode": "interleaved", "subblocks": "shared"}),
+    ("axial", {"row": 14}),
+    ("bigbird", {"block": 12, "global_blocks": 2, "random_blocks": 2}),
+    ("bigbird", {"block": 40, "global_blocks": 1, "random_blocks": 1, "window_blocks": 1}),
+    ("block_recurrent", {"window": 50, "states": 3}),
+    ("image_transformer", {"block": 20, "memory": 30}),
+    ("image_transformer", {"dims": 2, "row": 20, "block_rows": 2, "block_columns": 5}),
+    ("shifted_windows", {"window": 70}),
+    ("streaming_llm", {"window": 40, "sinks": 3, "positions": "text"}),
 ]
+LAYERWISE = ("interleaved", "axial", "shifted_windows")
+"""Variants, and values of head_mode, whose second layer has another mask."""
 every_flex = pytest.mark.parametrize(
     ("name", "knobs"), FLEX, ids=lambda v: v if isinstance(v, str) else "-".join(map(str, v.values()))
 )
@@ -59,8 +70,13 @@ def _nothing_kept() -> Iterator[None]:
         torch._dynamo.reset()
 
 
-def flex_layer(name: str, knobs: dict[str, Any], dims: Dims, *, index: int = 0) -> MaskedAttention:
+def flex_layer(
+    name: str, knobs: dict[str, Any], dims: Dims, *, index: int = 0, causal: bool = True
+) -> MaskedAttention:
+    """Skips if the variant has no form for the objective."""
     variant = variants.load(name)
+    if reason := variant.no_form(variant.Config(impl="flex", **knobs), causal=causal):
+        pytest.skip(f"{name} {reason}")
     return make_layer(variant, variant.Config(impl="flex", **knobs), dims, index=index)
 
 
@@ -78,8 +94,8 @@ CASES = [(*case, 301) for case in FLEX] + [
 )
 @both_directions
 def test_flex_equals_the_reference(name: str, knobs: dict[str, Any], causal: bool, tokens: int) -> None:
-    for index in range(2 if knobs.get("head_mode") == "interleaved" else 1):
-        layer = flex_layer(name, knobs, dims_for(tokens, 2), index=index)
+    for index in range(2 if {name, knobs.get("head_mode")} & {*LAYERWISE} else 1):
+        layer = flex_layer(name, knobs, dims_for(tokens, 2), index=index, causal=causal)
         x = numbers(2, tokens, layer.dims.d_model).detach()
         with torch.no_grad():
             got, want = feed(layer, x, causal=causal), refer(layer, x, causal=causal)
@@ -141,7 +157,7 @@ def test_a_mask_holds_the_patterns_tiles(name: str, knobs: dict[str, Any], causa
     """Empty tiles are left out, and full ones are not cut."""
     if name in ("chunked", "overlapping"):
         knobs = {"chunk": 600}  # a layer is given one chunk at a time
-    layer = flex_layer(name, knobs, dims_for(tokens))
+    layer = flex_layer(name, knobs, dims_for(tokens), causal=causal)
     allowed, rule = read(layer, tokens, causal), rule_of(layer, tokens, causal)
     some, full = tiles(allowed)
     block_mask, pairs = backends._mask(rule, len(allowed), tokens, CPU)
@@ -326,7 +342,7 @@ def reason_of(name: str, impl: str, device: torch.device, *, head_dim: int = 64)
     return variant.missing(variant.Config(impl=impl), dims, device=device, dtype=torch.float32)
 
 
-@pytest.mark.parametrize("name", [*EVERYWHERE, "longformer", "sparse_strided", "sparse_fixed"])
+@pytest.mark.parametrize("name", sorted({name for name, _ in FLEX}))
 def test_flex_is_missing_where_it_cannot_train(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = "impl=flex needs a CUDA device: FlexAttention has no backward pass on cpu"
     assert reason_of(name, "flex", CPU) == expected
@@ -344,6 +360,13 @@ def test_xformers_is_missing_where_it_is_not_installed(name: str, monkeypatch: p
     assert "impl=xformers needs a CUDA device" in str(reason_of(name, "xformers", CPU))
     monkeypatch.setitem(sys.modules, "xformers", None)
     assert "the package xformers, which is not installed" in str(reason_of(name, "xformers", CUDA))
+
+
+def test_flex_has_one_position_for_a_query() -> None:
+    config = StreamingLLMConfig(impl="flex")
+    reason = StreamingLLM.unsupported(config, dims_for(9), causal=True)
+    assert reason == "positions=cache: not supported by impl=flex, use positions=text or impl=auto"
+    assert StreamingLLM.IMPLS["flex"].untried
 
 
 def test_flex_has_no_global_tokens() -> None:

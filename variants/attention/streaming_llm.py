@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -15,12 +15,23 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from variants.base import Caps, Clock, Complexity, Context, Impl, Info, MixerOut, VariantConfig, Workload
+from variants.base import (
+    Caps,
+    Clock,
+    Complexity,
+    Context,
+    Dims,
+    Impl,
+    Info,
+    MixerOut,
+    VariantConfig,
+    Workload,
+)
 from variants.knobs import knob
-from variants.ops import masks
+from variants.ops import backends, masks
 from variants.ops.first_and_last import FirstAndLast
 from variants.ops.given_scores import attention_with_given
-from variants.ops.masked_attention import TILES, MaskedAttention
+from variants.ops.masked_attention import FLEX, TILES, MaskedAttention
 from variants.ops.masks import Rule, Window
 from variants.ops.pair_counts import window_pairs
 from variants.ops.part_kernels import missing_fused
@@ -33,9 +44,10 @@ from variants.ops.strided_parts import piece_size
 class StreamingLLMConfig(VariantConfig):
     """Knobs of the window and the sinks."""
 
-    impl: Literal["auto", "fused", "plain"] = "auto"
+    impl: Literal["auto", "fused", "plain", "flex"] = "auto"
     """Implementation of the window. fused: tiles with allowed pairs, by torch's CPU attention kernel. plain:
-    the same tiles by matrix products, on any device. auto: fused on the CPU, plain elsewhere."""
+    the same tiles by matrix products, on any device. flex: FlexAttention, compiled, on CUDA, for the
+    positions of the text; untried. auto: fused on the CPU, plain elsewhere."""
     window: int = knob(256, least=1, unit="tokens")
     """The last tokens that a query reads, itself included."""
     sinks: int = knob(4, least=1, unit="tokens")
@@ -93,6 +105,11 @@ def plain(layer: StreamingLLM, q: Tensor, k: Tensor, v: Tensor, positions: Tenso
     return layer.window_and_sinks(q, k, v, positions, "plain")
 
 
+def flex(layer: StreamingLLM, q: Tensor, k: Tensor, v: Tensor, positions: Tensor | None) -> Tensor:
+    """FlexAttention with the rule. *Untried*: no device has run it yet."""
+    return backends.flex(q, k, v, layer.mask(q.shape[2], causal=True))
+
+
 class StreamingLLM(MaskedAttention):
     """Softmax attention to the last `window` tokens and to the first `sinks` tokens.
 
@@ -127,7 +144,18 @@ class StreamingLLM(MaskedAttention):
             flop_overhead_reason=TILES["plain"].flop_overhead_reason,
             auto_on=(Impl.OTHER_DEVICES,),
         ),
+        "flex": replace(FLEX, run=flex, untried=True),
     }
+
+    @classmethod
+    def unsupported(cls, config: VariantConfig, dims: Dims, *, causal: bool) -> str | None:
+        """A mask gives one query no second position."""
+        assert isinstance(config, StreamingLLMConfig)
+        if reason := super().unsupported(config, dims, causal=causal):
+            return reason
+        if config.impl == "flex" and config.positions == "cache":
+            return "positions=cache: not supported by impl=flex, use positions=text or impl=auto"
+        return None
 
     def rule(self, seq_len: int, *, causal: bool) -> Rule:
         """The window and the first tokens."""
