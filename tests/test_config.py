@@ -298,6 +298,7 @@ def test_every_figures_knob_changes_the_cells_id_and_no_other_does() -> None:
     same += ["twin=0", "rerun=contaminated", "measure.precision=0.03", "measure.limit_bytes=5GiB"]
     same += ["rerun=oom", "audit_oom=1", "skip_after_oom=false"]
     same += ["measure.place_period=0", "measure.attention_windows=0", "measure.reach=false"]
+    same += ["measure.prune_windows=0"]
     assert {cell_id(override) for override in same} == {cell_id()}
     different = [
         *("variant=chunked", "seq_len=5", "depth=3", "batch_size=2", "replicate=1", "objective=mlm"),
@@ -305,6 +306,7 @@ def test_every_figures_knob_changes_the_cells_id_and_no_other_does() -> None:
         *("measure=quick", "measure.train_tokens=1", "variant.impl=naive", "measure.learning_rate=0.1"),
         *("measure.eval_split=validation", "measure.precision=0", "twin=1", "twin=2"),
         *("measure.place_period=32", "measure.attention_windows=1", "measure.reach=true"),
+        "measure.prune_windows=1",
     ]
     assert len({cell_id(override) for override in different} | {cell_id()}) == len(different) + 1
     assert cell_of().spec.cell_id("data", "other") != cell_id() != cell_of().spec.cell_id("other", "code")

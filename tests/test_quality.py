@@ -49,6 +49,7 @@ def four(home: Path) -> dict[str, dict[str, Any]]:
         "measure.history_targets=8",
         "measure.place_period=64",
         "measure.attention_windows=2",
+        "measure.prune_windows=2",
         "measure.reach=true",
         "measure.longer=4",
         "measure.longer_targets=128",
@@ -123,6 +124,37 @@ def test_what_was_asked_of_places_attention_and_reach_is_in_the_record(
     for key in ("softmax_error", "softmax_error_initial"):
         assert {name for name, record in four.items() if record[key]} == {"linformer"}
     assert four["linformer"]["softmax_error"] != four["linformer"]["softmax_error_initial"]
+
+
+def test_heads_are_removed_from_trained_models(four: dict[str, dict[str, Any]]) -> None:
+    for name, record in four.items():
+        if name == "transformer_xl":
+            assert record["heads_kept_reason"].startswith("transformer_xl does not merge heads")
+            assert record["heads_kept"] is record["nll_heads_kept"] is None
+        else:
+            assert record["heads_kept"] == [2, 1]
+            assert record["nll_heads_kept"][0] == record["nll"] != record["nll_heads_kept"][1]
+            assert record["heads_kept_reason"] is None
+        assert record["visits_kept"] is record["visits_per_token"] is None
+
+
+@pytest.mark.slow
+def test_what_tokens_need_is_in_the_record(home: Path) -> None:
+    """Training does not depend on the threshold; and layers that are left out in training are removed."""
+    early = ("stack=early_exit", "depth=3", "measure.history_targets=0", "variant=dense")
+    some, every = (
+        records(home, *early, f"name=exit{n}", f"stack.threshold={threshold}")["dense"]
+        for n, threshold in enumerate((0.05, 1))
+    )
+    assert 1 < some["visits_per_token"] < every["visits_per_token"] == 3
+    assert some["flops_needed_forward"] < every["flops_needed_forward"]
+    assert 3 * every["flops_needed_forward"] == pytest.approx(every["flops_algorithmic_step"], rel=0.01)
+    assert some["nll"] != every["nll"]
+    dropped = ("stack=layer_drop", "depth=4", "measure.prune_windows=1", "variant=reformer", "name=dropped")
+    record = records(home, *dropped, "measure.history_targets=0")["reformer"]
+    assert record["visits_kept"] == [4, 3, 2]
+    assert record["nll_visits_kept"][0] == record["nll"]
+    assert record["heads_kept_reason"].startswith("reformer does not merge heads")
 
 
 @pytest.mark.slow

@@ -219,6 +219,9 @@ class MeasureSpec(Spec):
     attention_windows: int = knob(0, least=0, unit="windows", younger=True)
     """Held-out windows for statistics of attention after training; 0 for none. They are the distribution of
     the weights, and the error of a layer that estimates softmax attention."""
+    prune_windows: int = knob(0, least=0, unit="windows", younger=True)
+    """Windows of the validation split by which heads are ranked after training; 0 for none. The loss is then
+    measured with fewer heads and, with stack=layer_drop, with fewer visits."""
     reach: bool = knob(False, younger=True)
     """Compute how far back the attention masks let the model read. Tasks with answers at a distance always do
     this."""

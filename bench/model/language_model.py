@@ -17,7 +17,7 @@ Over 300 lines: the model is one class.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -91,6 +91,9 @@ class LanguageModel(nn.Module):
         self.makes_all_visits = False
         """Make all visits in training too, where the depth schedule would leave out some: for figures of the
         cost of a step, which are then the highest possible."""
+        self.places: Sequence[int] = range(len(self.depth_schedule.visits()))
+        """The visits that passes make, unless the depth schedule leaves out some in training; a model that is
+        pruned after training makes fewer."""
         self.vocabulary, self.dtype = vocabulary, dtype
         rows = embedding_size or dims.d_model
         self.embedding = nn.Embedding(vocabulary, rows)
@@ -189,7 +192,7 @@ class LanguageModel(nn.Module):
         done = Pass(self.run_blocks, visits, states or [None] * len(visits), ctx, self.read_out)
         # before the strategy runs, so that a recomputation makes the same visits
         draws = self.training and self.depth_schedule.leaves_out and not self.makes_all_visits
-        places = self.depth_schedule.draw() if draws else range(len(visits))
+        places = self.depth_schedule.draw() if draws else self.places
         out: PathOut = self.path(x, places, done, ctx)
         return NetworkOut(out.x, done.states, (*done.aux_losses, *out.aux_losses), out.exits)
 

@@ -310,6 +310,11 @@ class Record:
     epochs: Amount | None = None
     visits_per_token: Amount | None = None
     flops_needed_forward: Work | None = None
+    heads_kept: list[Count] | None = None
+    nll_heads_kept: list[Amount] | None = None
+    heads_kept_reason: str | None = None
+    visits_kept: list[Count] | None = None
+    nll_visits_kept: list[Amount] | None = None
     tokens_evaluated: Count | None = None
     bytes_evaluated: Count | None = None
     eval_stride: Size | None = None

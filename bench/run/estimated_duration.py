@@ -13,7 +13,7 @@ from dataclasses import astuple, dataclass, fields, replace
 from typing import Any
 
 from bench.config.spec import Cell, CellSpec, MeasureSpec, digest
-from bench.evaluate import longer
+from bench.evaluate import longer, pruning
 from bench.measure import decoding, timing
 from bench.measure.decoding import DecodingFigures
 from bench.measure.device_time import STEPS
@@ -201,6 +201,12 @@ def cell_seconds(spec: CellSpec, figures: Planned | None, card: Card, *, is_gate
             wanted = measure.longer, measure.longer_targets
             read = longer.tokens_read(spec.seq_len, *wanted, has_memory=is_stateful)
             evaluation += read / tokens * forward
+        if measure.prune_windows:
+            again = len(pruning.KEPT) - 1
+            if spec.model_spec().leaves_out(spec.depth):
+                again += len(pruning.LEFT_OUT)
+            evaluation += again * passes * max(1.0, measure.eval_tokens / tokens) * forward
+            evaluation += measure.prune_windows * spec.seq_len / tokens * step
     return Seconds(
         start=START_SECONDS,
         gates=0.0 if is_gated else GATE_SECONDS,

@@ -4,20 +4,20 @@ Figures are reported immediately."""
 from __future__ import annotations
 
 import math
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from itertools import islice
 from pathlib import Path
 
 import torch
 
 from bench.config.spec import CellSpec
-from bench.evaluate import attention_stats, baselines, context_use, longer, needed_visits
+from bench.evaluate import attention_stats, baselines, context_use, longer, needed_visits, pruning
 from bench.evaluate.accuracy import measure_accuracy
 from bench.evaluate.nll import evaluate
 from bench.evaluate.receptive_field import reach
 from bench.measure import predict
 from bench.records import Report
-from bench.scenarios.training import TrainingRun
+from bench.scenarios.training import TrainingRun, nll_of
 from bench.tasks.base import Task
 from bench.tasks.text import Text
 from bench.tasks.windows import least_context
@@ -76,6 +76,8 @@ class QualityEvaluation:
             kept_model.save(kept.folder, kept.cell_id, self.spec, kept.code_sha256, self.model)
         nll = self._evaluate_text(text, training.step) if text else self._evaluate_answers()
         self.report(run.budget_figures(training, nll))
+        if self.measure.prune_windows:
+            self._prune(nll)
         self.report({"state_policy": "carried" if self.stateful else "none"})
 
     def _evaluate_text(self, task: Text, steps: int) -> float:
@@ -137,6 +139,27 @@ class QualityEvaluation:
         batches = -(-self.measure.attention_windows // self.spec.batch_size)
         held_out = islice(task.test_batches(), batches)
         return attention_stats.measure_attention(self.model, held_out, causal=self.causal, device=self.device)
+
+    def _prune(self, nll: float) -> None:
+        """Score the model with fewer heads, ranked on the validation split, and with fewer visits."""
+
+        def score() -> float:
+            return nll_of(self.spec, self.task, self.model, self.device)
+
+        if reason := pruning.no_heads(self.model):
+            self.report({"heads_kept_reason": reason})
+        else:
+            task, config, setting = self.spec.task()
+            found = pruning.importance(
+                self.model,
+                task(config, replace(setting, test_split="validation")).test_batches(),
+                sequences=self.measure.prune_windows,
+                causal=self.causal,
+                device=self.device,
+            )
+            self.report(pruning.prune_heads(found, score, nll))
+        if self.model.depth_schedule.leaves_out:
+            self.report(pruning.prune_visits(self.model, score, nll))
 
     def _context_use(self, task: Text) -> None:
         use = context_use.measure_context_use(

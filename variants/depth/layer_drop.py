@@ -9,7 +9,7 @@ evaluation and decoding every block is visited, without another scale (unlike Hu
 Figures of the cost of a step (FLOPs, memory, time, plans) are those of all visits: the most that a step
 costs. On average training costs 1 − rate of what the blocks cost. A budget of FLOPs counts all visits.
 
-Deviation: no pruning after training (§3.2).
+Pruning after training (§3.2) is a measurement: `measure.prune_windows`.
 """
 
 from __future__ import annotations
