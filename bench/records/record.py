@@ -309,6 +309,8 @@ class Record:
     tokens_trained: Count | None = None
     epochs: Amount | None = None
     tokens_evaluated: Count | None = None
+    dropped_tokens_share: Share | None = None
+    busiest_expert_share: Share | None = None
     bytes_evaluated: Count | None = None
     eval_stride: Size | None = None
     eval_min_context: Count | None = None

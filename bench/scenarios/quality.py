@@ -13,6 +13,7 @@ import torch
 from bench.config.spec import CellSpec
 from bench.evaluate import attention_stats, baselines, context_use, longer
 from bench.evaluate.accuracy import measure_accuracy
+from bench.evaluate.expert_load import counting_loads
 from bench.evaluate.nll import evaluate
 from bench.evaluate.receptive_field import reach
 from bench.measure import predict
@@ -81,19 +82,20 @@ class QualityEvaluation:
     def _evaluate_text(self, task: Text, steps: int) -> float:
         stride = (self.causal and self.measure.eval_stride) or self.spec.seq_len
         bytes_per_target = task.bytes_per_target() if self.causal else None
-        quality = evaluate(
-            self.model,
-            task.test_batches(stride),
-            documents=task.test_documents() if self.stateful else None,
-            objective=task.objective,
-            words_per_byte=task.words_per_byte(),
-            bytes_per_target=bytes_per_target,
-            unigram_nats=task.unigram_nats(),
-            device=self.device,
-            place_period=self.measure.place_period,
-            blocks=task.blocks(stride),
-            groups=task.groups(stride),
-        )
+        with counting_loads(self.model) as loads:
+            quality = evaluate(
+                self.model,
+                task.test_batches(stride),
+                documents=task.test_documents() if self.stateful else None,
+                objective=task.objective,
+                words_per_byte=task.words_per_byte(),
+                bytes_per_target=bytes_per_target,
+                unigram_nats=task.unigram_nats(),
+                device=self.device,
+                place_period=self.measure.place_period,
+                blocks=task.blocks(stride),
+                groups=task.groups(stride),
+            )
         self.report(
             {
                 "nll": quality.nll,
@@ -114,6 +116,7 @@ class QualityEvaluation:
                 "bytes_evaluated": round(quality.tokens * bytes_per_target) if bytes_per_target else None,
                 "eval_stride": stride if self.causal else None,
                 "eval_min_context": least_context(self.spec.seq_len, stride) if self.causal else None,
+                **loads.figures(),
             }
         )
         if bytes_per_target:
@@ -160,13 +163,14 @@ class QualityEvaluation:
             )
 
     def _evaluate_answers(self) -> float:
-        accuracy = measure_accuracy(
-            self.model,
-            self.task.test_batches(),
-            causal=self.causal,
-            distance_edges=self.task.distance_edges,
-            device=self.device,
-        )
+        with counting_loads(self.model) as loads:
+            accuracy = measure_accuracy(
+                self.model,
+                self.task.test_batches(),
+                causal=self.causal,
+                distance_edges=self.task.distance_edges,
+                device=self.device,
+            )
         self.report(
             {
                 "nll": accuracy.nll,
@@ -175,6 +179,7 @@ class QualityEvaluation:
                 "accuracy_by_distance": accuracy.by_distance,
                 "distance_edges": list(self.task.distance_edges) or None,
                 "tokens_evaluated": accuracy.tokens,
+                **loads.figures(),
             }
         )
         self._reach()
