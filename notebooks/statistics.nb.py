@@ -353,6 +353,7 @@ by = trained.groupby([*CELL, *TRAINING, "state_policy"], dropna=False)
 quality = by[SCORES].agg(["mean", "std"])
 quality.columns = ["_".join(column) for column in quality.columns]
 MIDDLE = ["tokens_trained", "unigram_perplexity", "guess_accuracy", "tokens_evaluated", "train_seconds"]
+MIDDLE += [key for key in ("dropped_tokens_share", "busiest_expert_share") if key in trained]
 quality = quality.join(by[[*MIDDLE, "eval_min_context"]].median()).join(by["leak_max_abs"].max())
 CONTEXT = {
     "effective_context": "median",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -105,3 +106,57 @@ def test_a_trained_model_without_costs_of_steps_has_a_report(tmp_path: Path) -> 
 def test_a_report_without_decoding_has_no_section(tmp_path: Path) -> None:
     text = (build(write(tmp_path / "x", [record()]), plots=False) / "summary.md").read_text()
     assert "## Decoding" not in text
+
+
+def combined(variant: str, layer: str, replicate: int, token: float, **knobs: Any) -> Any:
+    own = {"feed_forward": layer, "feed_forward_params": {"mult": 4, **knobs}}
+    one: Any = cell(variant, 512, replicate, (1 + replicate) * token, **own)
+    return replace(one, cell_id=f"{variant}{layer}{len(knobs)}-{replicate}")
+
+
+@pytest.fixture(scope="module")
+def of_layers(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Four combinations of layers; the second replicate ran on a slower machine."""
+    found = [
+        one
+        for replicate in (0, 1)
+        for one in (
+            combined("dense", "mlp", replicate, 0.006),
+            combined("dense", "mlp", replicate, 0.008, mult=6),
+            combined("dense", "sparse", replicate, 0.003),
+            combined("sparse_qkv", "mlp", replicate, 0.004, mult=6),
+            combined("sparse_qkv", "sparse", replicate, 0.0024, mult=6),
+        )
+    ]
+    folder = write(tmp_path_factory.mktemp("layers") / "x", found)
+    build(folder, plots=False)
+    return folder
+
+
+def test_a_table_has_the_speed_up_of_combined_layers(of_layers: Path) -> None:
+    text = (of_layers / "report" / "summary.md").read_text()
+    own = text[text.index("Combined layers: ") :]
+    lines = [line for line in own[: own.index("\n\n", own.index("|"))].splitlines() if line.startswith("|")]
+    rows = [[part.strip() for part in line.strip("|").split("|")] for line in lines]
+    assert rows[0][:5] == ["variant", "feed-forward", "context", "time a token", "speed-up"]
+    assert [row[:2] + row[3:5] for row in rows[2:]] == [
+        ["dense", "mlp (mult=4)", "9.00 ms", "1.00×"],
+        ["dense", "mlp (mult=6)", "12.0 ms", "0.750×"],
+        ["dense", "sparse (mult=4)", "4.50 ms", "2.00×"],
+        ["sparse_qkv", "mlp (mult=6)", "6.00 ms", "1.50×"],
+        ["sparse_qkv", "sparse (mult=6)", "3.60 ms", "2.50×"],
+    ]
+    cells = pd.read_csv(of_layers / "report" / "decoding.csv").set_index(["variant", "feed_forward_layer"])
+    assert cells.loc[("sparse_qkv", "sparse (mult=6)"), "speedup"] == pytest.approx(2.5)
+
+
+def test_speed_ups_are_relative_to_the_usual_layers_only(tmp_path: Path) -> None:
+    """Without dense attention and the default knobs there is no table."""
+    found = [combined("dense", "mlp", 0, 0.006, mult=6), combined("dense", "sparse", 0, 0.003)]
+    text = (build(write(tmp_path / "x", found), plots=False) / "summary.md").read_text()
+    assert "Combined layers" not in text
+    assert "## Decoding" in text
+
+
+def test_variants_with_equal_slots_are_no_combinations(folder: Path) -> None:
+    assert "Combined layers" not in (folder / "report" / "summary.md").read_text()

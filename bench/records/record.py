@@ -316,6 +316,8 @@ class Record:
     visits_kept: list[Count] | None = None
     nll_visits_kept: list[Amount] | None = None
     tokens_evaluated: Count | None = None
+    dropped_tokens_share: Share | None = None
+    busiest_expert_share: Share | None = None
     bytes_evaluated: Count | None = None
     eval_stride: Size | None = None
     eval_min_context: Count | None = None

@@ -13,6 +13,7 @@ import torch
 from bench.config.spec import CellSpec
 from bench.evaluate import attention_stats, baselines, context_use, longer, needed_visits, pruning
 from bench.evaluate.accuracy import measure_accuracy
+from bench.evaluate.expert_load import counting_loads
 from bench.evaluate.nll import evaluate
 from bench.evaluate.receptive_field import reach
 from bench.measure import predict
@@ -83,7 +84,7 @@ class QualityEvaluation:
     def _evaluate_text(self, task: Text, steps: int) -> float:
         stride = (self.causal and self.measure.eval_stride) or self.spec.seq_len
         bytes_per_target = task.bytes_per_target() if self.causal else None
-        with needed_visits.counting(self.model) as needed:
+        with needed_visits.counting(self.model) as needed, counting_loads(self.model) as loads:
             quality = evaluate(
                 self.model,
                 task.test_batches(stride),
@@ -118,6 +119,7 @@ class QualityEvaluation:
                 "bytes_evaluated": round(quality.tokens * bytes_per_target) if bytes_per_target else None,
                 "eval_stride": stride if self.causal else None,
                 "eval_min_context": least_context(self.spec.seq_len, stride) if self.causal else None,
+                **loads.figures(),
             }
         )
         if bytes_per_target:
@@ -185,7 +187,7 @@ class QualityEvaluation:
             )
 
     def _evaluate_answers(self) -> float:
-        with needed_visits.counting(self.model) as needed:
+        with needed_visits.counting(self.model) as needed, counting_loads(self.model) as loads:
             accuracy = measure_accuracy(
                 self.model,
                 self.task.test_batches(),
@@ -202,6 +204,7 @@ class QualityEvaluation:
                 "accuracy_by_distance": accuracy.by_distance,
                 "distance_edges": list(self.task.distance_edges) or None,
                 "tokens_evaluated": accuracy.tokens,
+                **loads.figures(),
             }
         )
         self._reach()

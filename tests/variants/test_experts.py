@@ -404,3 +404,18 @@ def test_every_expert_is_a_launch_of_each_product() -> None:
         return counter.counts.launches
 
     assert launches(6) - launches(4) == 2 * (2 + 4)
+
+
+# --- load ------------------------------------------------------------------------------------------
+
+
+@every_config
+def test_the_load_counts_the_assignments_of_a_pass(name: str, knobs: dict[str, Any]) -> None:
+    one, x = made(name, knobs), numbers(2, TOKENS, D_MODEL).detach()
+    load, chosen = one.load(x), one._choose(one._logits(x))
+    assert load.assigned.tolist() == [int((chosen == expert).sum()) for expert in range(one.config.n_experts)]
+    if one.routes.capacity_factor is None:
+        assert load.dropped is None
+    else:
+        dropped = ~one(x).y.any(-1)
+        assert 0 < int(dropped.sum()) == load.dropped

@@ -2,7 +2,7 @@
 
 from variants.base.decoding import Clock, DecodingState
 from variants.base.depth import DepthConfig, DepthSchedule, Path, PathOut, RunVisits, Visit, VisitOut
-from variants.base.feed_forward import FeedForward, FeedForwardConfig, FFOut
+from variants.base.feed_forward import ExpertLoad, FeedForward, FeedForwardConfig, FFOut, HasExperts
 from variants.base.impl import Impl
 from variants.base.info import Caps, Complexity, Info, PositionScheme
 from variants.base.mixer import MixerOut, SequenceMixer, SlotSpec, Variant, VariantConfig
@@ -43,10 +43,12 @@ __all__ = [
     "DepthSchedule",
     "Dims",
     "EstimatesSoftmax",
+    "ExpertLoad",
     "ExposesScores",
     "FFOut",
     "FeedForward",
     "FeedForwardConfig",
+    "HasExperts",
     "HasMask",
     "HasMemory",
     "Impl",

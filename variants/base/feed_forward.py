@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
@@ -28,6 +28,24 @@ class FFOut(NamedTuple):
 
     y: Tensor
     aux_loss: Tensor | None = None
+
+
+class ExpertLoad(NamedTuple):
+    """Number of assignments of tokens to the experts of a layer, in one call."""
+
+    assigned: Tensor
+    """(E,) int: to each expert, before any is dropped."""
+    dropped: Tensor | None
+    """() int: those over the capacity of their expert; None if experts take all."""
+
+
+@runtime_checkable
+class HasExperts(Protocol):
+    """A router assigns every token to some of the experts of the feed-forward layer."""
+
+    def load(self, x: Tensor) -> ExpertLoad:
+        """Count the assignments that `forward` makes of x (B, T, C)."""
+        ...
 
 
 class FeedForward(nn.Module, ABC):

@@ -28,6 +28,8 @@ class Caps:
     """Draws random numbers in its forward pass (hashing rotations, random features)."""
     fixed_length: bool = False
     """Has parameters whose shape depends on the maximum sequence length."""
+    few_parameters: bool = False
+    """Has far fewer parameters than dense attention of the same width, because the method saves them."""
 
 
 @dataclass(frozen=True, kw_only=True)

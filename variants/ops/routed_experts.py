@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from variants.base import Context, Cost, FeedForward, FeedForwardConfig, FFOut, Workload
+from variants.base import Context, Cost, ExpertLoad, FeedForward, FeedForwardConfig, FFOut, Workload
 from variants.knobs import knob
 from variants.ops import experts
 
@@ -117,6 +117,14 @@ class RoutedExperts(FeedForward):
     def choices(self, x: Tensor, ctx: Context) -> Tensor:
         """(B, T, C) → (B, T, k): the experts of each token. See `MakesChoices`."""
         return self._choose(self._logits(x))
+
+    def load(self, x: Tensor) -> ExpertLoad:
+        """See `HasExperts`."""
+        chosen, count = self.choices(x, Context(causal=True)), self.config.n_experts
+        assigned = (chosen[..., None] == torch.arange(count, device=x.device)).sum((0, 1, 2))
+        if (capacity := self.capacity(x.shape[1])) is None:
+            return ExpertLoad(assigned, None)
+        return ExpertLoad(assigned, (~experts.within_capacity(chosen, count, capacity)).sum())
 
     def forward(self, x: Tensor) -> FFOut:
         """(B, T, C) → FFOut."""

@@ -9,12 +9,12 @@ from typing import Any
 import pandas as pd
 
 from bench.report.data.experiment import Experiment
-from bench.report.data.groups import GROUP, SETTING
+from bench.report.data.groups import GROUP, SETTING, SLOT_COLUMNS
 from bench.report.figures.chart_data import Json
 from bench.report.figures.spec import FigureSpec
 from bench.report.sections import Section
 from bench.report.sections.decoding import plots, tables
-from bench.report.sections.decoding.data import cheaper_from, decoding_cells
+from bench.report.sections.decoding.data import cheaper_from, combinations, decoding_cells
 from bench.report.sections.decoding.page import generating
 from bench.report.text.columns import shown
 from bench.report.text.listing import PageList, listed_columns
@@ -44,7 +44,8 @@ class Decoding(Section[Generation]):
         "start. *Bytes moved* and *launches*: of the step of one token. *Of the copy rate*: the bytes moved "
         "a second, over those of a copy in the device's memory, the most that a step can reach. "
         "*Largest batch*: predicted to fit into the budget. Ratios to `dense` are medians of the ratio "
-        "within a replicate."
+        "within a replicate. *Speed-up*, where models differ in more than their variant: the time a token of "
+        "`dense` with the usual layers in all slots, over that of the row."
     )
     marks = meanings(CONTAMINATED)
     csv = ("decoding",)
@@ -55,8 +56,15 @@ class Decoding(Section[Generation]):
         return Generation(cells, cheaper_from(cells))
 
     def tables(self, data: Generation) -> list[Table]:
-        """Two tables a setting and depth: costs, and from which context on a token is cheaper."""
-        found = []
+        """Speed-ups of combined layers; then two tables a setting and depth: costs, and from which context on
+        a token is cheaper."""
+        combined, found = combinations(data.cells), []
+        if len(combined):
+            keys = [key for key in GROUP if key not in SLOT_COLUMNS.values()]
+            found += first_open(
+                Table(tables.combinations(own), f"Combined layers: {heading}", setting=setting)
+                for heading, setting, own in headed(combined, keys)
+            )
         for cells, show in ((data.cells, tables.tokens), (data.crossings, tables.crossings)):
             if len(cells):
                 groups = headed(cells, GROUP)

@@ -7,6 +7,8 @@ from typing import Any
 import pandas as pd
 
 from bench.report.data.disturbed import DISTURBED
+from bench.report.data.groups import SLOT_COLUMNS, varying
+from bench.report.data.statistics import BASELINE
 from bench.report.text import units
 from bench.report.text.columns import Column, each
 from bench.report.text.marks import CONTAMINATED
@@ -33,6 +35,27 @@ def tokens(cells: pd.DataFrame) -> list[Column]:
         each(cells, "launches", "decode_launches", units.count),
         each(cells, "largest batch", "decode_largest_batch", units.whole),
         Column("tokens a second with it", [rate(row) for row in rows]),
+        each(cells, "replicates", "replicates", str, optional=False),
+    ]
+
+
+def combinations(cells: pd.DataFrame) -> list[Column]:
+    """A row a variant with its layers in the slots, and length; dense first. Takes `data.combinations` of one
+    group."""
+    slots = varying(cells, list(SLOT_COLUMNS.values()))
+    cells = cells.assign(later=cells["variant"] != BASELINE)
+    cells = cells.sort_values(["seq_len", "later", "label", *slots], kind="stable")
+    rows = [row for _, row in cells.iterrows()]
+    titles = {"feed_forward_layer": "feed-forward", "depth_schedule": "depth schedule"}
+    return [
+        each(cells, "variant", "label", str, right=False, optional=False),
+        *(each(cells, titles[slot], slot, str, right=False, optional=False) for slot in slots),
+        each(cells, "context", "seq_len", units.length, optional=False),
+        Column("time a token", [timed(row, "decode_seconds_median") for row in rows], optional=False),
+        each(cells, "speed-up", "speedup", units.ratio, optional=False),
+        each(cells, "weights", "decode_weight_bytes", units.size),
+        each(cells, "bytes moved", "decode_bytes_moved", units.size),
+        each(cells, "launches", "decode_launches", units.count),
         each(cells, "replicates", "replicates", str, optional=False),
     ]
 

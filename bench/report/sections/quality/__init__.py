@@ -60,7 +60,9 @@ class Quality(Section[Trained]):
         "of the full one, with its 95 % interval over targets, the widest of any replicate's; *hurt by "
         "more than* so many tokens: with the full history the loss is certainly higher, by the nats that "
         "follow. *unigram* is the perplexity of a model that knows only how often each token occurs: what "
-        "does not beat it has learnt nothing from context."
+        "does not beat it has learnt nothing from context. *tokens dropped*: the share of tokens for which "
+        "their expert has no room; *busiest expert*: the share of tokens that are sent to the most used "
+        "expert of a layer, at most."
     )
     marks = meanings(LEAK, UNDERTRAINED, NO_BASELINE)
     figures_alone = False

@@ -121,6 +121,8 @@ def quality(cells: pd.DataFrame) -> list[Column]:
         each(cells, "context ≥", "eval_min_context", units.whole),
         Column("looks back", [_context(row) for row in rows]),
         each(cells, "unigram", "unigram_perplexity", units.score),
+        each(cells, "tokens dropped", "dropped_tokens_share", units.share),
+        each(cells, "busiest expert", "busiest_expert_share", units.share),
         each(cells, "state", "state_policy", or_dash, right=False),
         each(cells, "replicates", "quality_replicates", str, optional=False),
     ]
