@@ -33,7 +33,7 @@ def sizes(spec: CellSpec) -> tuple[float, float, float]:
 @pytest.mark.parametrize("preset", PRESETS)
 def test_every_model_is_as_large_or_as_costly_as_the_default(preset: str) -> None:
     by_task: dict[tuple[str, str], list[CellSpec]] = {}
-    for cell in swept(f"experiment={preset}", "device=cpu"):
+    for cell in swept(f"experiment={preset}"):
         by_task.setdefault(task_of(cell.spec), []).append(cell.spec)
     assert len(by_task) == 4
     for specs in by_task.values():
@@ -50,7 +50,7 @@ def test_every_model_is_as_large_or_as_costly_as_the_default(preset: str) -> Non
 
 def test_the_first_cells_are_the_default_and_three_more_on_each_task() -> None:
     """So that the first table, after eight minutes, has rows of several tasks."""
-    cells = order_in_rounds(swept("experiment=modifications", "device=cpu"))
+    cells = order_in_rounds(swept("experiment=modifications"))
     assert [cell.spec.replicate for cell in cells] == [0] * 84 + [1] * 84 + [2] * 84
     first = [cell.spec for cell in cells[:16]]
     assert len({task_of(spec) for spec in first}) == 4

@@ -43,11 +43,13 @@ class Modified:
 
 
 class Modifications(Section[Modified]):
-    """Models with different slots or options, against the one with the usual ones."""
+    """Models with different slots or options, against the one with the usual ones. A run that has them was
+    made to compare them, so the section is part of the answer."""
 
     name = "modifications"
     order = 118
     title = "Modifications"
+    front = True
     needs = ("cost",)
     lead = (
         "Each model differs from the *default* in what its name says; hidden widths that were changed to "
@@ -89,7 +91,7 @@ class Modifications(Section[Modified]):
 
     def figures(self, data: Modified) -> list[FigureSpec]:
         """A panel a pair of tasks."""
-        return [FigureSpec("transfer", TITLE, data.cells, draw, PAGE, all_variants=True)]
+        return [FigureSpec("transfer", TITLE, data.cells, draw, PAGE, front=True, all_variants=True)]
 
     def csv_tables(self, data: Modified) -> dict[str, pd.DataFrame]:
         """The cells, and the correlations."""
