@@ -13,12 +13,15 @@ from bench.report.comparison import matching
 from bench.report.comparison import tables as comparison_tables
 from bench.report.data.experiment import read
 from bench.report.data.files import csv, parquet
+from bench.report.data.groups import SETTING
 from bench.report.figures.drawing import Plots
 from bench.report.sections import Results, Section, compute, discover
 from bench.report.staging import replacing_files
 
 MANY = 2000
 """Records from which on a plot for every setting takes longer than people wait."""
+MANY_SETTINGS = 24
+"""Settings from which on it does too. A run of modifications has one for each model and task."""
 PICTURES = ("plots/*.png", "plots/*.svg")
 
 log = logging.getLogger("bench.report")
@@ -59,7 +62,8 @@ def _draw(
     from bench.report.figures.selection import MOST
 
     frame = results.records.collected.frame
-    many = len(frame) > MANY and not all_plots
+    is_large = len(frame) > MANY or frame.groupby(list(SETTING), dropna=False).ngroups > MANY_SETTINGS
+    many = is_large and not all_plots
     figures = {section.name: section.figures(data) for section, data in results}
     kinds = results.records.kinds
     pictures, undrawn = draw_all(
@@ -68,8 +72,9 @@ def _draw(
     if not undrawn:
         return pictures, []
     return pictures, [
-        f"{undrawn} plots are not drawn: with more than {MANY:,} records there is one of each kind, "
-        "of the setting with the most cells; python -m bench.report --all-plots draws them all"
+        f"{undrawn} plots are not drawn: with more than {MANY:,} records or {MANY_SETTINGS} settings there "
+        "is one of each kind, of the setting with the most cells; python -m bench.report --all-plots draws "
+        "them all"
     ]
 
 

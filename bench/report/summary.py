@@ -25,17 +25,20 @@ from bench.report.text.markdown import escape
 from bench.report.text.marks import SHORT_NOTES
 
 MOST_FRONT = 6
-"""Figures before the fold."""
+"""Figures before the fold of sections that are behind it."""
 REST = "All tables and figures"
 
 
 def text(results: Results, plots: Plots, notes: Sequence[str] = ()) -> str:
     """The whole of summary.md; `notes` are more lines of its head."""
-    front = [one for drawn in plots.values() for one in drawn if one.front and not one.linked][:MOST_FRONT]
-    answer = [_section(section, data, front) for section, data in results if section.front]
-    shown = front if any(answer) else []
+    leading = [section.name for section, data in results if section.front and section.tables(data)]
+    shown = _front_plots(plots, leading)
+    answer = [
+        _section(section, data, shown.get(section.name, [])) for section, data in results if section.front
+    ]
+    placed = [one for drawn in shown.values() for one in drawn]
     others = [
-        _section(section, data, [one for one in plots.get(section.name, ()) if one not in shown])
+        _section(section, data, [one for one in plots.get(section.name, ()) if one not in placed])
         for section, data in results
         if not section.front
     ]
@@ -43,6 +46,16 @@ def text(results: Results, plots: Plots, notes: Sequence[str] = ()) -> str:
     if any(answer) and rest:
         rest = markdown.folded(REST, rest)
     return "\n".join(part for part in (_head(results, notes), *answer, rest) if part)
+
+
+def _front_plots(plots: Plots, leading: Sequence[str]) -> dict[str, list[Drawn]]:
+    """The figures before the fold, by the section that shows them: each of the `leading` ones its own, the
+    first of them also those of all others."""
+    front = {name: [one for one in drawn if one.front and not one.linked] for name, drawn in plots.items()}
+    shown = {name: front.pop(name, []) for name in leading}
+    if leading:
+        shown[leading[0]] += [one for drawn in front.values() for one in drawn][:MOST_FRONT]
+    return shown
 
 
 def _section(section: Section[Any], data: Any, plots: Sequence[Drawn]) -> str:

@@ -28,6 +28,8 @@ MARK_ROW, MOST_MARK_ROWS = 0.05, 8
 """Of the strip above the data for cells that failed: a row's share of the panel, and the number of rows."""
 NOTE_HEIGHT = 0.12
 """Height of a line of the footer, in inches."""
+TITLE_HEIGHT, TITLE_LINES = 0.17, 3
+"""Height of a line of the title, in inches, and the lines for which a figure has room."""
 LEGEND = 2.3
 """Space for the legend to the right of the panels, in inches; longer names widen the figure."""
 ROW_NAME = 1.9
@@ -153,6 +155,10 @@ def dress(figure: Figure, title: str, setting: str, footer: str, handles: Sequen
     if not named:
         figure.set_figwidth(figure.get_figwidth() + legend - LEGEND)
     wide, high = figure.get_size_inches()
+    # Characters that fit beside the legend, at about 14 an inch.
+    words = [title, *textwrap.wrap(setting, int((wide - (0 if named else legend)) * 14))]
+    high += TITLE_HEIGHT * max(0, len(words) - TITLE_LINES)
+    figure.set_figheight(high)
     notes = textwrap.wrap(footer, int(wide * 16))
     rows = 0
     if not named:
@@ -163,9 +169,7 @@ def dress(figure: Figure, title: str, setting: str, footer: str, handles: Sequen
         rows = -(-len(handles) // fit)
         corner = (0.0, len(notes) * NOTE_HEIGHT / high)
         figure.legend(handles=handles, loc="lower left", bbox_to_anchor=corner, fontsize=8, ncols=fit)
-    # Characters that fit beside the legend, at about 14 an inch.
-    words = "\n".join([title, *textwrap.wrap(setting, int((wide - (0 if named else legend)) * 14))])
-    figure.suptitle(words, fontsize=10, x=0.01, ha="left")
+    figure.suptitle("\n".join(words), fontsize=10, x=0.01, ha="left")
     room = [""] * round((0.1 + 0.18 * rows) / NOTE_HEIGHT if rows else 0)
     figure.supxlabel("\n".join([*room, *notes]), x=0.01, ha="left", fontsize=7, color="#555555")
     if named:
