@@ -496,6 +496,14 @@ show("memorizing")
 show("block_recurrent")
 
 # %% [markdown]
+# ## `sparse_qkv`: dense attention with few parameters
+#
+# Queries, keys and values are convolutions of one layer, $y_{s,m}=\sum_i x_i D_{s,i}E_{m,i}$, with $S$ modules of $M$ channels, which has $C(S+M)$ parameters instead of $C^2$: a decoded token reads fewer bytes. A convolution also reads the tokens before its own; all earlier ones are in the picture anyway, and in a bidirectional model all. ([Jaszczur et al. 2021](https://arxiv.org/abs/2111.12763), arXiv:2111.12763.)
+
+# %%
+show("sparse_qkv")
+
+# %% [markdown]
 # ## Your variant
 #
 # A variant of another package, or a new file in `variants/attention/`, is also drawn, with the knobs in `configs/gallery.yaml` or with its defaults, made smaller. The next cell shows all variants without a section above.

@@ -100,6 +100,7 @@ ONE = {  # with one cell: causal, where there is such a form
     "learnt_sink": ["variant.window=16"],
     "lightning": ["variant.chunk=16"],
     "mamba2": ["variant.chunk=16"],
+    "sparse_qkv": ["variant.modules=4"],
     "block_recurrent": ["variant.window=16", "variant.states=4"],
     "memorizing": ["variant.segment=16", "variant.memory=32", "variant.nearest=4"],
     "moba": ["variant.block=16"],
