@@ -48,7 +48,7 @@ class Pass:
         """The state of each visit; of a visit that was not run, the one before the pass."""
         self.aux_losses: list[Tensor] = []
 
-    def run(self, places: Sequence[int], x: Tensor) -> Tensor:
+    def __call__(self, places: Sequence[int], x: Tensor) -> Tensor:
         """Run the visits at these places: (B, T, C) → (B, T, C)."""
         visits, states = [self.visits[n] for n in places], [self.states[n] for n in places]
         x, results = self.strategy(visits, x, states, self.ctx)
@@ -57,6 +57,10 @@ class Pass:
             if result.aux_loss is not None:
                 self.aux_losses.append(result.aux_loss)
         return x
+
+    def queries_keys(self, place: int, x: Tensor) -> tuple[Tensor, Tensor]:
+        """See `RunVisits`."""
+        return self.visits[place].queries_keys(x, self.ctx)
 
 
 class SignalledVisit:
@@ -73,6 +77,10 @@ class SignalledVisit:
         """The branch of the mixer and the signal: x + attend(x) is that of the block for x + signal."""
         out = self.visit.attend(x + self.signal, state, ctx)
         return out._replace(y=out.y + self.signal)
+
+    def queries_keys(self, x: Tensor, ctx: Context) -> tuple[Tensor, Tensor]:
+        """See `Visit`."""
+        return self.visit.queries_keys(x + self.signal, ctx)
 
     def feed(self, x: Tensor) -> FFOut:
         """See `Visit`. x has the signal."""

@@ -23,7 +23,7 @@ from bench.model.language_model import LanguageModel
 from bench.model.slots import ModelSpec, depth_schedule, feed_forward
 from bench.tasks.base import Batch
 from bench.train.step import optimizer_for, training_step
-from variants.base import Context, DepthConfig, DepthSchedule, Dims, Workload
+from variants.base import Context, DepthConfig, DepthSchedule, Dims, Path, Workload
 from variants.depth.layer_drop import LayerDrop, LayerDropConfig
 from variants.depth.shared import Shared, SharedConfig
 from variants.depth.universal import Universal, UniversalConfig
@@ -55,9 +55,14 @@ def ids(seed: int = 0) -> torch.Tensor:
     return torch.randint(VOCABULARY, (2, T), generator=torch.Generator().manual_seed(seed))
 
 
+def is_causal(spec: ModelSpec) -> bool:
+    return spec.no_form(causal=True) is None
+
+
 def gradients(model: LanguageModel, seed: int = 1) -> list[torch.Tensor | None]:
     torch.manual_seed(seed)
-    training_step(model.train(), optimizer_for(model, 0.0), Batch(ids(), ids(1)), causal=True)
+    batch = Batch(ids(), ids(1))
+    training_step(model.train(), optimizer_for(model, 0.0), batch, causal=is_causal(model.spec))
     return [p.grad for p in model.parameters()]
 
 
@@ -82,6 +87,7 @@ def test_every_block_is_visited_and_no_other(name: str, depth: int) -> None:
     assert visits
     assert {*visits} == {*range(made.blocks)}
     assert [*made.visits()] == visits, "a schedule has no state"
+    assert len(made.lengths(T)) == len(visits)
     assert len(model_of(spec_of(name), depth).blocks) == made.blocks
 
 
@@ -96,16 +102,21 @@ def test_every_parameter_is_trained(name: str) -> None:
 
 @every_name
 def test_dispatched_flops_are_those_of_the_formula(name: str) -> None:
-    model = model_of(spec_of(name, impl="naive")).eval()
-    work = Workload(batch_size=2, seq_len=T, d_model=16, heads=2, causal=False)
+    model = model_of(spec_of(name)).eval()
+    causal = model.spec.no_form(causal=False) is not None
+    work = Workload(batch_size=2, seq_len=T, d_model=16, heads=2, causal=causal)
     with CountFlops() as counter, torch.no_grad():
-        model(ids(), causal=False)
+        model(ids(), causal=causal)
     assert counter.total == model.cost(work).total
 
 
 @every_name
 def test_the_model_is_its_visits_one_after_the_other(name: str) -> None:
+    """Unless the schedule computes something between them; that has its own tests."""
     model = model_of(spec_of(name)).double().eval()
+    assert spec_of(name).has_own_path(3, SIZES) == (type(model.path) is not Path)
+    if spec_of(name).has_own_path(3, SIZES):
+        return
     x = numbers(2, T, 16).detach()
     want = x
     for block in model.visits:
@@ -141,7 +152,12 @@ def assert_recomputes(model: LanguageModel, activations: str, seed: int) -> int:
 
 @every_name
 def test_segments_carry_the_state_of_every_visit(name: str) -> None:
-    model = model_of(spec_of(name, "transformer_xl", segment=8, mem_len=8)).eval()
+    """Unless their lengths are changed."""
+    spec = spec_of(name, "transformer_xl", segment=8, mem_len=8)
+    if not is_causal(spec) or {*model_of(spec_of(name)).depth_schedule.lengths(T)} != {T}:
+        assert spec.no_form(causal=True) or spec.wrong_lengths(3, SIZES, causal=True)
+        return
+    model = model_of(spec).eval()
     with torch.no_grad():
         outputs = [out for _, out in model.stream(ids(), causal=True)]
     assert [len(out.states) for out in outputs] == [len(model.visits)] * 3

@@ -10,14 +10,14 @@ recomputes the activations of visits, not those of the path, so it works with ev
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple, Protocol
 
 from torch import Tensor, nn
 
 from variants.base.feed_forward import FFOut
-from variants.base.mixer import MixerOut
+from variants.base.mixer import MixerOut, SequenceMixer
 from variants.base.work import Context, Cost, Dims, Workload
 from variants.knobs import Knobs
 
@@ -44,6 +44,10 @@ class Visit(Protocol):
         """The branch of the mixer, without the addition of x."""
         ...
 
+    def queries_keys(self, x: Tensor, ctx: Context) -> tuple[Tensor, Tensor]:
+        """Queries and keys (B, H, T, D) of a mixer with `ExposesScores`."""
+        ...
+
     def feed(self, x: Tensor) -> FFOut:
         """The feed-forward branch, without the addition of x; it processes each token separately."""
         ...
@@ -53,9 +57,17 @@ class Visit(Protocol):
         ...
 
 
-RunVisits = Callable[[Sequence[int], Tensor], Tensor]
-"""(places, x) → x: runs visits, given by their places in `DepthSchedule.visits`, one after the other with the
-strategy for activations. In one forward pass, each place is run at most once."""
+class RunVisits(Protocol):
+    """The visits of one forward pass, given by their places in `DepthSchedule.visits`."""
+
+    def __call__(self, places: Sequence[int], x: Tensor) -> Tensor:
+        """Run visits one after the other with the strategy for activations: (B, T, C) → (B, T, C). In one
+        forward pass, each place is run at most once."""
+        ...
+
+    def queries_keys(self, place: int, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Queries and keys (B, H, T, D) of a visit with this input, of a mixer with `ExposesScores`."""
+        ...
 
 
 class PathOut(NamedTuple):
@@ -69,6 +81,9 @@ class Path(nn.Module):
     """The way of the hidden states through the visits; this one has no parameters and does nothing between
     them."""
 
+    flop_overhead_reason: str | None = None
+    """Why the path dispatches more FLOPs than `cost` counts; None if it does not."""
+
     def forward(self, x: Tensor, places: Sequence[int], run: RunVisits, ctx: Context) -> PathOut:
         """Run the visits at these places: (B, T, C) → PathOut.
 
@@ -80,6 +95,10 @@ class Path(nn.Module):
     def cost(self, work: Workload) -> Cost:
         """Algorithmic FLOPs of the path for a window of `work.seq_len` tokens, without the visits."""
         return Cost()
+
+    def state_bytes(self, work: Workload) -> int:
+        """Bytes that the path needs of `work.seq_len` tokens to process the next one, without the visits."""
+        return 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,6 +127,17 @@ class DepthSchedule(ABC):
     @classmethod
     def unsupported(cls, config: Any, *, depth: int, activations: str) -> str | None:
         """Why a model of this depth cannot run with this strategy for activations, or None."""
+        return None
+
+    @classmethod
+    def no_form(cls, config: Any, *, causal: bool) -> str | None:
+        """Why this schedule has no form for an objective, at any size, or None; stored in the record."""
+        return None
+
+    @classmethod
+    def refuses(cls, config: Any, mixer: type[SequenceMixer]) -> str | None:
+        """Why the path of this schedule cannot work with layers of a class, or None. It is stored in the
+        record."""
         return None
 
     @abstractmethod
@@ -140,6 +170,11 @@ class DepthSchedule(ABC):
         """The number of tokens that each visit processes of a window of `seq_len` tokens. If they differ from
         it, the path changes the length, and `no_decoding` says why there is no decoding."""
         return [seq_len] * len(self.visits())
+
+    def outputs(self, seq_len: int) -> int:
+        """The number of outputs for a sequence: those of its last tokens. If it is less than `seq_len`, a
+        model is trained on these, and evaluated on as many sequences as have the outputs of all tokens."""
+        return seq_len
 
     def longest(self, block: int, seq_len: int) -> int:
         """The largest number of tokens that a visit of a block processes of a window of `seq_len` tokens."""
