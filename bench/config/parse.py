@@ -49,6 +49,7 @@ def parse(cfg: DictConfig | Mapping[str, Any]) -> Cell:
     _check_card(measure, device, root.dtype)
     name, params = _variant(_mapping(given, "variant"))
     data = _data(_mapping(given, "data"))
+    stack = _slot(STACK, _mapping(given, STACK.group))
     _section(given, "cluster", ClusterSpec)
     spec = CellSpec(
         variant=name,
@@ -59,7 +60,7 @@ def parse(cfg: DictConfig | Mapping[str, Any]) -> Cell:
         replicate=root.replicate,
         twin=root.twin,
         compile=root.compile,
-        objective=_objective(root.objective, variant=name, params=params, data=data.name),
+        objective=_objective(root.objective, variant=name, params=params, data=data.name, stack=stack),
         device=device,
         dtype=root.dtype,
         activations=_section(given, "activations", ActivationsSpec).name,
@@ -67,7 +68,7 @@ def parse(cfg: DictConfig | Mapping[str, Any]) -> Cell:
         data=data,
         measure=measure,
         feed_forward=_slot(FEED_FORWARD, _mapping(given, FEED_FORWARD.group)),
-        stack=_slot(STACK, _mapping(given, STACK.group)),
+        stack=stack,
     )
     _check_model(spec)
     _check_vocabulary(spec)
@@ -245,10 +246,15 @@ def _data(given: dict[str, Any]) -> DataSpec:
     return DataSpec(name=name, params=_knobs("data", tasks.load(name).Config, given).as_dict())
 
 
-def _objective(value: str, *, variant: str, params: dict[str, Any], data: str) -> str:
-    """One of the task's own; auto is its causal one where the variant can be causal, or cannot be asked."""
+def _objective(value: str, *, variant: str, params: dict[str, Any], data: str, stack: SlotChoice) -> str:
+    """One of the task's own; auto is its causal one where the variant and the depth schedule can be causal,
+    or cannot be asked."""
     objectives = tasks.load(data).objectives
     if value == "auto":
+        with suppress(variants.BrokenVariant):
+            schedule = STACK.load(stack.name) if stack.name != STACK.default else None
+            if schedule and schedule.no_form(schedule.Config.of(stack.params), causal=True):
+                return objectives[-1]
         if outline := variants.outline(variant):
             return objectives[0 if outline.causal else -1]
         with suppress(variants.BrokenVariant):

@@ -75,7 +75,7 @@ class Root(Spec):
     twin: int = knob(0, least=0, younger=True)
     """1, 2, … measure the same cell again. The difference between the measurements is noise."""
     objective: str = "auto"
-    """clm, mlm, an objective of the task, or auto: clm if the variant has a causal form."""
+    """clm, mlm, an objective of the task, or auto: clm if the variant and the stack have a causal form."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Device of the cell; auto is cuda if it is available."""
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -397,12 +397,14 @@ class CellSpec:
 
     @property
     def causal(self) -> bool:
-        """Whether no output may read a later token. For a task's own objectives: whether the variant can be
-        causal."""
+        """Whether no output may read a later token. For a task's own objectives: whether the variant and the
+        depth schedule can be causal."""
         if self.objective in ("clm", "mlm"):
             return self.objective == "clm"
         variant, config, _ = self.attention()
-        return variant.info_for(config).caps.causal
+        if not variant.info_for(config).caps.causal:
+            return False
+        return self.stack.name == STACK.default or self.model_spec().no_form(causal=True) is None
 
     @property
     def is_compiled(self) -> bool:

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bench.model.language_model import LanguageModel
+from bench.model.outputs import every_output
 from bench.tasks.base import IGNORED, Batch
 from bench.tasks.windows import Numbered
 
@@ -132,7 +133,9 @@ def tally(
             length = batch.targets.shape[1]
             if length > len(nats):
                 nats, counts = (_padded(sums, length) for sums in (nats, counts))
-            for segment, out in model.stream(batch.inputs.to(device), causal=causal):
+            scored = (batch.targets != IGNORED).any(0).nonzero()
+            first = int(scored[0]) if len(scored) else length
+            for segment, out in every_output(model, batch.inputs.to(device), causal=causal, first=first):
                 targets = batch.targets[:, segment]
                 row, column = (targets != IGNORED).nonzero(as_tuple=True)
                 if not len(row):

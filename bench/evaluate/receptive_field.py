@@ -22,7 +22,7 @@ MAX_TOKENS = 4096
 
 def dependence(model: LanguageModel, seq_len: int, *, causal: bool) -> Tensor | None:
     """(T, T) bool: the inputs (columns) on which each output (row) can depend; None if the mask depends on
-    content.
+    content, or if the depth schedule reads several tokens at once.
 
     The masks of the layers are composed within each window of the input schedule, because all layers run on a
     window before the next one. It needs O(T²) memory. An output cannot depend on an input outside this mask.
@@ -32,6 +32,9 @@ def dependence(model: LanguageModel, seq_len: int, *, causal: bool) -> Tensor | 
     def mask_of(layer: SequenceMixer, tokens: int) -> Tensor | None:
         return segment_mask(layer, model.input_schedule, tokens, causal=causal)
 
+    depth = model.spec.depth
+    if depth.layer.no_decoding(depth.config) is not None:  # its path exchanges information between tokens
+        return None
     if any(mask_of(layer, seq_len) is None for layer in model.layers):
         return None
 

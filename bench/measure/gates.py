@@ -2,6 +2,7 @@
 
 1. Causality, by perturbation: tokens after a cut are changed, and no output before the cut may change.
    Gradients cannot show this, because in published code the *selection* of keys leaks, which has no gradient.
+   Layers are checked by themselves, and all visits again if the depth schedule computes between them.
 2. Reference: the fast path equals the readable reference, in outputs and in every gradient. In float32 on
    small heads, and in a cell of another dtype also in that dtype on the cell's own heads.
 3. Recomputation: a strategy for activations gives the same gradients as stored activations, with the same
@@ -27,7 +28,7 @@ import torch
 from bench.config.spec import CellSpec
 from bench.measure.cached import load_or_measure
 from bench.measure.causality_gate import LEAK_TOLERANCE as LEAK_TOLERANCE
-from bench.measure.causality_gate import leak
+from bench.measure.causality_gate import leak, path_leak
 from bench.measure.gate_failed import GateFailed, largest
 from bench.measure.recompute_gate import recompute_error
 from bench.measure.reference_gate import (
@@ -101,15 +102,24 @@ def check(spec: CellSpec, folder: Path, code_sha256: str) -> Figures:
         gate = LayerGates(spec, layer, visits, sizes, model.input)
         decides = [identity(layer.mixer), identity(layer.feed_forward), min(LEAK_LAYERS, visits), *settings]
         errors.append(load_or_measure(cache, decides, gate.measure, set(LAYER_KEYS)))
+    layers = model.representative_depth(spec.depth, spec.activations)
+    network: list[Any] = [[identity(layer.mixer), identity(layer.feed_forward)] for layer in model.layers]
+    network += [identity(model.depth), layers]
+    fits = {sizes.fit(layer.mixer, sizes.dtype) for layer in model.layers}
+    dims = sizes.small if fits == {sizes.small} else sizes.own
+    if spec.causal and model.has_own_path(layers, dims):
+        leaks = load_or_measure(
+            cache,
+            ["path", *network, *settings, repr(model.block)],
+            lambda: {"leak_max_abs": path_leak(spec, dims, layers, sizes.device)},
+            {"leak_max_abs"},
+        )
+        errors[0] |= {"leak_max_abs": largest([errors[0]["leak_max_abs"], leaks["leak_max_abs"]])}
     recomputed = None
     if spec.activations != "keep":
-        layers = model.representative_depth(spec.depth, spec.activations)
-        decides = [[identity(layer.mixer), identity(layer.feed_forward)] for layer in model.layers]
-        decides += [identity(model.depth), layers, spec.activations, spec.model.ff_chunks, *settings]
+        decides = [*network, spec.activations, spec.model.ff_chunks, *settings]
         decides += ["tied"] * spec.model.tie_embeddings
         decides += [repr(model.block), spec.model.embedding_size]
-        fits = {sizes.fit(layer.mixer, sizes.dtype) for layer in model.layers}
-        dims = sizes.small if fits == {sizes.small} else sizes.own
         decides += [spec.compile] * spec.is_compiled
         (recomputed,) = load_or_measure(
             cache,
@@ -143,24 +153,27 @@ class Sizes:
     def of(cls, spec: CellSpec) -> Sizes:
         """Return the sizes for a cell: at most `GATE_TOKENS` tokens, unless the variant needs more."""
         variant, config, _ = spec.attention()
+        parts, sizes = spec.model_spec(), spec.model
         tokens = min(spec.seq_len, GATE_TOKENS)
 
         def dims(tokens: int, d_model: int, head_size: int | None) -> Dims:
             few = Dims(
                 seq_len=tokens,
                 d_model=d_model,
-                heads=spec.model.heads,
-                rotary_base=spec.model.rotary_base,
+                heads=sizes.heads,
+                rotary_base=sizes.rotary_base,
                 head_size=head_size,
-                kv_heads=spec.model.kv_heads,
+                kv_heads=sizes.kv_heads,
             )
-            enough = not variant.unsupported(config, few, causal=spec.causal)
+            enough = not (
+                variant.unsupported(config, few, causal=spec.causal)
+                or parts.wrong_lengths(spec.depth, few, causal=spec.causal)
+            )
             return few if enough else replace(few, seq_len=spec.seq_len)
 
         device, dtype = torch.device(spec.device), getattr(torch, spec.dtype)
-        model = spec.model
-        small = dims(tokens, HEAD_DIM * model.heads, HEAD_DIM if model.head_size else None)
-        own = dims(max(tokens, FEWEST_TOKENS), model.d_model, model.head_size)
+        small = dims(tokens, HEAD_DIM * sizes.heads, HEAD_DIM if sizes.head_size else None)
+        own = dims(max(tokens, FEWEST_TOKENS), sizes.d_model, sizes.head_size)
         return cls(small, own, device, dtype)
 
     def fit(self, mixer: SlotSpec[SequenceMixer], dtype: torch.dtype) -> Dims | None:

@@ -107,10 +107,11 @@ def tolerance(dtype: torch.dtype, terms: int) -> Errors:
 def layer_of(variant: type[SequenceMixer], config: VariantConfig, dims: Dims, layer: int) -> SequenceMixer:
     """Return a layer with weights of order 1/√fan-in, so that outputs and their errors are of order 1."""
     torch.manual_seed(layer)
-    return _unit_weights(variant(config, dims, layer)).eval()
+    return unit_weights(variant(config, dims, layer)).eval()
 
 
-def _unit_weights(layer: Module) -> Module:
+def unit_weights(layer: Module) -> Module:
+    """Draw matrices again with weights of order 1/√fan-in, in place."""
     for parameter in layer.parameters():
         if parameter.dim() == 2 and parameter.requires_grad:
             torch.nn.init.normal_(parameter, std=parameter.shape[1] ** -0.5)
@@ -224,7 +225,7 @@ def _feed_forward_pairs(
     wrap: Wrap,
 ) -> Pairs:
     torch.manual_seed(0)
-    fast = _unit_weights(feed_forward(config, d_model)).to(device).eval()
+    fast = unit_weights(feed_forward(config, d_model)).to(device).eval()
     slow = copy.deepcopy(fast).double()
     _share_choices(fast, slow, dtype)
     x = torch.randn(BATCH, FEED_FORWARD_TOKENS, d_model, device=device)

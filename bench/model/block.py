@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recompute
 
 from bench.model.visits import summed, weighted
-from variants.base import Context, FeedForward, FFOut, MixerOut, SequenceMixer, VisitOut
+from variants.base import Context, ExposesScores, FeedForward, FFOut, MixerOut, SequenceMixer, VisitOut
 
 EPSILON = 1e-5
 """Added to the variance, or to the mean square."""
@@ -87,6 +87,11 @@ class Block(nn.Module):
         """The mixer's branch: (B, T, C) → MixerOut."""
         out = self.mixer(self.mixer_norm(x) if self.norm_first else x, ctx, state)
         return out._replace(y=self._scaled(out.y))
+
+    def queries_keys(self, x: Tensor, ctx: Context) -> tuple[Tensor, Tensor]:
+        """Queries and keys (B, H, T, D) of a mixer with `ExposesScores`."""
+        assert isinstance(self.mixer, ExposesScores)
+        return self.mixer.queries_keys(self.mixer_norm(x) if self.norm_first else x, ctx)
 
     def feed(self, x: Tensor) -> FFOut:
         """The feed-forward branch: (B, T, C) → FFOut; tokens are independent."""

@@ -64,6 +64,10 @@ class CompiledVisit:
         out: MixerOut = _shared(_attend)(self.visit, x, state, ctx)
         return out
 
+    def queries_keys(self, x: Tensor, ctx: Context) -> tuple[Tensor, Tensor]:
+        """See `Visit`. It is not compiled."""
+        return self.visit.queries_keys(x, ctx)
+
     def feed(self, x: Tensor) -> FFOut:
         """See `Visit`."""
         out: FFOut = _shared(_feed)(self.visit, x)

@@ -50,7 +50,8 @@ from variants.input_schedule import NetworkOut, WholeSequence, require_tokens
 
 
 class Output(NamedTuple):
-    """Logits (B, T, V), the state of each visit, and the auxiliary losses of the layers that have one."""
+    """Logits (B, T, V), or of the last tokens (`DepthSchedule.outputs`), the state of each visit, and the
+    auxiliary losses of the layers that have one."""
 
     logits: Tensor
     states: list[Any]
@@ -177,15 +178,15 @@ class LanguageModel(nn.Module):
                 nn.init.ones_(block.branch_scale)  # type: ignore[arg-type]
 
     def active_parameters(self) -> int:
-        """Number of the parameters that compute one token: all, without the experts that it does not choose
-        and the like."""
+        """Number of the parameters that compute one token: without the experts that it does not choose."""
         layers: list[FeedForward] = [block.feed_forward for block in self.blocks]  # type: ignore[misc]
         idle = sum(sum(p.numel() for p in each.parameters()) - each.active_parameters() for each in layers)
         return sum(p.numel() for p in self.parameters()) - idle
 
     def run_visits(self, x: Tensor, states: list[Any] | None, ctx: Context) -> NetworkOut:
         """Run the visits on one window (N, L, C): all, unless the depth schedule leaves out some in training.
-        `states` are those that the previous segment returned."""
+        `states` are those of the segment before. Raises ValueError for an objective without a form."""
+        self.spec.require_objective(causal=ctx.causal)
         visits: list[Visit] = [*self.visits]
         if self.signals is not None:
             visits = [SignalledVisit(*each) for each in zip(visits, self.signals, strict=True)]
@@ -222,11 +223,8 @@ class LanguageModel(nn.Module):
         """Algorithmic FLOPs of a forward pass on (B, T) tokens: all visits on all windows of the schedule."""
         windows = self.input_schedule.windows(work.seq_len, carried=True)
         total = self.cost_of_tables(work, sum(length * count for length, count in windows))
-        for place in range(len(self.visits)):
-            total += self.cost_of_visit(place, work)
-        for length, count in windows:
-            total += self.path.cost(replace(work, seq_len=length)) * count
-        return total
+        total = sum((self.cost_of_visit(place, work) for place in range(len(self.visits))), total)
+        return sum((self.path.cost(replace(work, seq_len=length)) * n for length, n in windows), total)
 
     def cost_of_visit(self, place: int, work: Workload) -> Cost:
         """The part of `cost` that the visit at a place has."""
@@ -244,15 +242,21 @@ class LanguageModel(nn.Module):
         """FLOPs of the output layer, at the exits too, and of the factors of a factorised embedding for
         `embedded` tokens."""
         rows, exits = self.embedding.embedding_dim, len(self.depth_schedule.exit_weights())
-        products = {"output": (1 + exits) * work.seq_len * rows * self.vocabulary}
+        outputs = (1 + exits) * self.depth_schedule.outputs(work.seq_len)
+        products = {"output": outputs * rows * self.vocabulary}
         if self.embedding_map is not None:
-            products["output"] += (1 + exits) * work.seq_len * rows * work.d_model
+            products["output"] += outputs * rows * work.d_model
             products["embedding"] = embedded * rows * work.d_model
         return Cost({name: 2 * work.batch_size * each for name, each in products.items()})
 
     def state_bytes(self, work: Workload) -> int:
         """Bytes of state after `work.seq_len` tokens that are necessary to process the next token."""
-        return sum(scheduled_state_bytes(block.mixer, self.input_schedule, work) for block in self.visits)
+        windows = [length for length in self.input_schedule.open_windows(work.seq_len) if length]
+        own = sum(self.path.state_bytes(replace(work, seq_len=length)) for length in windows)
+        return own + sum(
+            scheduled_state_bytes(block.mixer, self.input_schedule, work, partial(self._length, place))
+            for place, block in enumerate(self.visits)
+        )
 
     def distinct_layers(self) -> list[tuple[str, SequenceMixer]]:
         """The lowest layer of each distinct mixer, with the mixer's name."""
@@ -273,8 +277,7 @@ class LanguageModel(nn.Module):
         None if no layer declares it."""
         layers = self.distinct_layers()
         named: list[tuple[str, str | None]] = [(name, layer.position_scheme) for name, layer in layers]
-        schemes = {scheme for _, scheme in named}
-        text = named[0][1] if len(schemes) == 1 else _joined(named, "=", ", ")
+        text = named[0][1] if len({scheme for _, scheme in named}) == 1 else _joined(named, "=", ", ")
         has_state = all(layer.info.caps.stateful for _, layer in layers)
         if text is None or has_state or self.input_schedule == WholeSequence():
             return text
@@ -282,10 +285,11 @@ class LanguageModel(nn.Module):
 
     @property
     def flop_overhead_reason(self) -> str | None:
-        """Why a forward pass dispatches more FLOPs than `cost` counts; for a mixture the reason of each
-        member."""
-        layers = self.distinct_layers()
-        return _joined([(name, layer.flop_overhead_reason) for name, layer in layers], ": ", "; ")
+        """Why a forward pass dispatches more FLOPs than `cost` counts; of several layers and a path each."""
+        reasons = [(name, layer.flop_overhead_reason) for name, layer in self.distinct_layers()]
+        if own := self.path.flop_overhead_reason:
+            reasons.append((f"stack={self.spec.depth.name}", own))
+        return _joined(reasons, ": ", "; ")
 
     @property
     def overhead_is_bounded(self) -> bool:

@@ -4,13 +4,29 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
+import torch
+
 from bench.model.block import USUAL, BlockOptions
-from variants.base import DepthSchedule, FeedForward, SequenceMixer, SlotSpec, UpdatesAfterStep, Variant
-from variants.input_schedule import InputSchedule
+from variants.base import (
+    DepthSchedule,
+    Dims,
+    FeedForward,
+    Path,
+    SequenceMixer,
+    SlotSpec,
+    UpdatesAfterStep,
+    Variant,
+    scheduled_dims,
+)
+from variants.input_schedule import InputSchedule, WholeSequence
 from variants.slots import FEED_FORWARD, STACK, Slot
+
+LONG = 2**20
+"""Tokens of a sequence for which every depth schedule that changes the length does change it."""
 
 
 def feed_forward(name: str = FEED_FORWARD.default, **knobs: Any) -> SlotSpec[FeedForward]:
@@ -73,9 +89,50 @@ class ModelSpec:
         """Return the block of each visit of a model of this depth."""
         return [*self.depth.layer(self.depth.config, depth).visits()]
 
+    def has_own_path(self, depth: int, dims: Dims) -> bool:
+        """Return whether the depth schedule computes something before, between or after the visits."""
+        with torch.device("meta"):
+            return type(self.depth.layer(self.depth.config, depth).path(dims)) is not Path
+
     def leaves_out(self, depth: int) -> bool:
         """Return whether a model of this depth leaves out visits in training."""
         return self.depth.layer(self.depth.config, depth).leaves_out
+
+    def no_form(self, *, causal: bool) -> str | None:
+        """Return why the depth schedule has no form for an objective, or None."""
+        reason = self.depth.layer.no_form(self.depth.config, causal=causal)
+        return f"stack={self.depth.name}: {reason}" if reason else None
+
+    def require_objective(self, *, causal: bool) -> None:
+        """Raise ValueError for an objective that the depth schedule has no form for."""
+        if reason := self.no_form(causal=causal):
+            raise ValueError(reason)
+
+    def outputs(self, depth: int, seq_len: int) -> int:
+        """Return the number of outputs for a sequence; see `DepthSchedule.outputs`."""
+        return self.depth.layer(self.depth.config, depth).outputs(seq_len)
+
+    def wrong_lengths(self, depth: int, dims: Dims, *, causal: bool) -> str | None:
+        """Return why a layer cannot process what the depth schedule gives it, and how many tokens; None if
+        all can."""
+        schedule = self.depth.layer(self.depth.config, depth)
+        stack = f"stack={self.depth.name}"
+        if schedule.outputs(LONG) < LONG and self.input != WholeSequence():
+            return f"{stack} has outputs for the last tokens of a sequence, and the variant divides sequences"
+        for block in range(schedule.blocks):
+            mixer = self.at(block).mixer
+            if reason := schedule.refuses(self.depth.config, mixer.layer):
+                return f"{mixer.name}: {stack} {reason}"
+            fed = scheduled_dims(mixer.layer, self.input, dims)
+            tokens = schedule.longest(block, fed.seq_len)
+            if all(length == fed.seq_len for length in schedule.lengths(fed.seq_len)):
+                continue
+            if mixer.layer.info_for(mixer.config).caps.stateful:
+                changes = f"{stack} changes the number of its tokens"
+                return f"{mixer.name}: carries state from each segment to the next, and {changes}"
+            if reason := mixer.layer.unsupported(mixer.config, replace(fed, seq_len=tokens), causal=causal):
+                return f"{mixer.name} for the {tokens} tokens of {stack}: {reason}"
+        return None
 
     def kinds(self, depth: int) -> dict[LayerSpec, int]:
         """Return the distinct layers of a model of this depth, in the order of visits, each with the number
@@ -97,13 +154,15 @@ class ModelSpec:
 
     def representative_depth(self, depth: int, activations: str) -> int:
         """Return the depth of a small model for checks of a model of this depth: at least two visits, all
-        kinds of layers, and a block that is visited again if the model has one."""
+        kinds of layers, a block that is visited again if the model has one, and as many changes of the length
+        as the model has, up to two."""
 
-        def repeats(n: int) -> bool:
-            return len(visits := self.visits(n)) > len({*visits})
+        def likeness(n: int) -> tuple[bool, int]:
+            visits, lengths = self.visits(n), self.depth.layer(self.depth.config, n).lengths(LONG)
+            return len(visits) > len({*visits}), min(2, sum(a != b for a, b in pairwise(lengths)))
 
         for fewer in range(min(depth, max(2, len(self.layers))), depth):
-            if self.conflict(fewer, activations) is None and repeats(fewer) == repeats(depth):
+            if self.conflict(fewer, activations) is None and likeness(fewer) == likeness(depth):
                 return fewer
         return depth
 

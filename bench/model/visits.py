@@ -65,6 +65,10 @@ class Pass:
                 self.aux_losses.append(result.aux_loss)
         return x
 
+    def queries_keys(self, place: int, x: Tensor) -> tuple[Tensor, Tensor]:
+        """See `RunVisits`."""
+        return self.visits[place].queries_keys(x, self.ctx)
+
 
 class SignalledVisit:
     """A visit of a block to whose input a vector (C,) is added; see `Visit`."""
@@ -80,6 +84,10 @@ class SignalledVisit:
         """The branch of the mixer and the signal: x + attend(x) is that of the block for x + signal."""
         out = self.visit.attend(x + self.signal, state, ctx)
         return out._replace(y=out.y + self.signal)
+
+    def queries_keys(self, x: Tensor, ctx: Context) -> tuple[Tensor, Tensor]:
+        """See `Visit`."""
+        return self.visit.queries_keys(x + self.signal, ctx)
 
     def feed(self, x: Tensor) -> FFOut:
         """See `Visit`. x has the signal."""

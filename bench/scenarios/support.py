@@ -29,6 +29,10 @@ def check_supported(spec: CellSpec) -> None:
     model = spec.model_spec()
     if reason := model.unsupported(spec.depth, dims.d_model, spec.model.ff_chunks):
         raise Unsupported(reason)
+    if reason := model.no_form(causal=spec.causal):
+        raise Unsupported(reason)
+    if reason := model.wrong_lengths(spec.depth, dims, causal=spec.causal):
+        raise Unsupported(reason)
     if spec.compile == "model" and model.leaves_out(spec.depth):
         graphs = f"stack={spec.stack.name} leaves out visits in training, and every choice of them is a model"
         raise Unsupported(f"compile=model: {graphs} of its own to compile; allowed are compile=off and block")
@@ -39,6 +43,11 @@ def check_supported(spec: CellSpec) -> None:
     if reason := STRATEGIES[spec.activations].unsupported(device.type, spec.compile):
         raise Unsupported(f"activations={spec.activations}: {reason}")
     task, _, _ = spec.task()
+    outputs = model.outputs(spec.depth, spec.seq_len)
+    scores_all = issubclass(task, Text) and task.history_targets is Text.history_targets
+    if outputs < spec.seq_len and not scores_all:
+        few = f"stack={spec.stack.name} is trained on the last {outputs} tokens of a sequence"
+        raise Unsupported(f"data={spec.data.name}: does not score all tokens, and {few}")
     if spec.measure.carry_state and not issubclass(task, Text):
         raise Unsupported(f"measure.carry_state=true: data={spec.data.name} has no continuous text")
     needs_plan = not spec.measure.execute or spec.measure.budget is not None

@@ -107,12 +107,13 @@ def training_step(
     done = on_phase_end or (lambda _: None)
     optimizer.zero_grad(set_to_none=True)
     device = batch.inputs.device
-    total, scored = torch.zeros((), device=device), (batch.targets != IGNORED).sum()
+    outputs = model.depth_schedule.outputs(batch.targets.shape[1])  # of the last tokens, usually of all
+    total, scored = torch.zeros((), device=device), (batch.targets[:, -outputs:] != IGNORED).sum()
     weights = model.depth_schedule.exit_weights() if model.training else ()
     for segment in segments or model.input_schedule.segments(batch.inputs.shape[1]):
         out = model(batch.inputs[:, segment], causal=causal, states=states)
         states, losses = out.states, out.aux_losses
-        targets = batch.targets[:, segment].flatten()
+        targets = batch.targets[:, segment][:, -out.logits.shape[1] :].flatten()
         nll = _nll(out.logits, targets)
         exits = [*zip(weights, out.exits, strict=True)]
         del out  # backward needs only the log-probabilities; keeping the logits would waste memory

@@ -80,5 +80,5 @@ class Dense(MaskedAttention):
 
     def queries_keys(self, x: Tensor, ctx: Context) -> tuple[Tensor, Tensor]:
         """Queries and keys (B, H, T, D) of the projections."""
-        q, k, _ = self.projections.split(x, ctx.positions)
-        return q, k
+        q, k = self.projections.queries_keys(x, ctx.positions)
+        return q, self.projections.spread(k)

@@ -17,7 +17,7 @@ from typing import Any, ClassVar, NamedTuple, Protocol
 from torch import Tensor, nn
 
 from variants.base.feed_forward import FFOut
-from variants.base.mixer import MixerOut
+from variants.base.mixer import MixerOut, SequenceMixer
 from variants.base.work import Context, Cost, Dims, Workload
 from variants.knobs import Knobs
 
@@ -44,6 +44,10 @@ class Visit(Protocol):
         """The branch of the mixer, without the addition of x."""
         ...
 
+    def queries_keys(self, x: Tensor, ctx: Context) -> tuple[Tensor, Tensor]:
+        """Queries and keys (B, H, T, D) of a mixer with `ExposesScores`."""
+        ...
+
     def feed(self, x: Tensor) -> FFOut:
         """The feed-forward branch, without the addition of x; it processes each token separately."""
         ...
@@ -54,15 +58,19 @@ class Visit(Protocol):
 
 
 class RunVisits(Protocol):
-    """What a path calls."""
+    """What a path calls: the visits of one forward pass, by their places in `DepthSchedule.visits`."""
 
     def __call__(self, places: Sequence[int], x: Tensor) -> Tensor:
-        """Run visits, given by their places in `DepthSchedule.visits`, one after the other with the strategy
-        for activations: (B, T, C) → (B, T, C). In one forward pass, each place is run at most once."""
+        """Run visits one after the other with the strategy for activations: (B, T, C) → (B, T, C). In one
+        forward pass, each place is run at most once."""
         ...
 
     def read_out(self, x: Tensor) -> Tensor:
         """Hidden states (B, T, C) → logits (B, T, V), by the model's last norm and its output layer."""
+        ...
+
+    def queries_keys(self, place: int, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Queries and keys (B, H, T, D) of a visit with this input, of a mixer with `ExposesScores`."""
         ...
 
 
@@ -83,6 +91,9 @@ class Path(nn.Module):
     """The way of the hidden states through the visits; this one has no parameters and does nothing between
     them."""
 
+    flop_overhead_reason: str | None = None
+    """Why the path dispatches more FLOPs than `cost` counts; None if it does not."""
+
     def forward(self, x: Tensor, places: Sequence[int], run: RunVisits, ctx: Context) -> PathOut:
         """Run the visits at these places: (B, T, C) → PathOut.
 
@@ -95,6 +106,10 @@ class Path(nn.Module):
         """Algorithmic FLOPs of the path for a window of `work.seq_len` tokens, without the visits and without
         the calls of `RunVisits.read_out`."""
         return Cost()
+
+    def state_bytes(self, work: Workload) -> int:
+        """Bytes that the path needs of `work.seq_len` tokens to process the next one, without the visits."""
+        return 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,6 +138,17 @@ class DepthSchedule(ABC):
     @classmethod
     def unsupported(cls, config: Any, *, depth: int, activations: str) -> str | None:
         """Why a model of this depth cannot run with this strategy for activations, or None."""
+        return None
+
+    @classmethod
+    def no_form(cls, config: Any, *, causal: bool) -> str | None:
+        """Why this schedule has no form for an objective, at any size, or None; stored in the record."""
+        return None
+
+    @classmethod
+    def refuses(cls, config: Any, mixer: type[SequenceMixer]) -> str | None:
+        """Why the path of this schedule cannot work with layers of a class, or None. It is stored in the
+        record."""
         return None
 
     @abstractmethod
@@ -161,6 +187,11 @@ class DepthSchedule(ABC):
         """The number of tokens that each visit processes of a window of `seq_len` tokens. If they differ from
         it, the path changes the length, and `no_decoding` says why there is no decoding."""
         return [seq_len] * len(self.visits())
+
+    def outputs(self, seq_len: int) -> int:
+        """The number of outputs for a sequence: those of its last tokens. If it is less than `seq_len`, a
+        model is trained on these, and evaluated on as many sequences as have the outputs of all tokens."""
+        return seq_len
 
     def longest(self, block: int, seq_len: int) -> int:
         """The largest number of tokens that a visit of a block processes of a window of `seq_len` tokens."""

@@ -90,7 +90,7 @@ class TiesParameters(Protocol):
     @classmethod
     def tie(cls, layers: Sequence[Any]) -> None:
         """Make layers share parameters. Called once for a new model, with all layers of this class that have
-        the same knobs, lowest first."""
+        the same knobs and sizes, lowest first."""
         ...
 
 
@@ -124,10 +124,11 @@ def known_leak(mixer: type[SequenceMixer], config: VariantConfig) -> str | None:
 
 
 def tie(layers: Iterable[SequenceMixer]) -> None:
-    """Make layers of a new model with the same class and knobs share parameters; `layers`: lowest first."""
+    """Make layers of a new model with the same class, knobs and sizes share parameters; `layers`: lowest
+    first. A depth schedule may give layers different lengths."""
     groups: dict[Any, list[SequenceMixer]] = {}
     for layer in layers:
-        groups.setdefault((type(layer), layer.config), []).append(layer)
-    for (mixer, _), group in groups.items():
+        groups.setdefault((type(layer), layer.config, layer.dims), []).append(layer)
+    for (mixer, *_), group in groups.items():
         if issubclass(mixer, TiesParameters):
             mixer.tie(group)

@@ -40,12 +40,18 @@ def scheduled_cost(
     return total
 
 
-def scheduled_state_bytes(layer: SequenceMixer, schedule: InputSchedule, work: Workload) -> int:
-    """Bytes of state after `work.seq_len` tokens that are needed to process the next token."""
+def scheduled_state_bytes(
+    layer: SequenceMixer,
+    schedule: InputSchedule,
+    work: Workload,
+    length_of: Callable[[int], int] = lambda tokens: tokens,
+) -> int:
+    """Bytes of state after `work.seq_len` tokens that are needed to process the next token; the layer has
+    processed `length_of(n)` tokens of a window of n."""
     if layer.info.caps.stateful:
         return layer.state_bytes(work)
     windows = schedule.open_windows(work.seq_len)
-    return sum(layer.state_bytes(replace(work, seq_len=length)) for length in windows if length)
+    return sum(layer.state_bytes(replace(work, seq_len=length_of(length))) for length in windows if length)
 
 
 def segment_mask(layer: object, schedule: InputSchedule, seq_len: int, *, causal: bool) -> Tensor | None:

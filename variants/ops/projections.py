@@ -139,11 +139,19 @@ class Projections(nn.Module):
         """`split` with one head for all query heads that share it: keys and values are (B, K, T, D)."""
         # two products: if v were a view of one product, it would keep the unrotated q and k in memory
         w_qk, w_v = self.qkv.weight.split([self.inner + self.key_dim, self.key_dim])
+        q, k = self._queries_keys(x, w_qk, positions)
+        v = F.linear(x, w_v).unflatten(-1, (self.key_heads, -1))
+        return q, k, v.transpose(1, 2)
+
+    def queries_keys(self, x: Tensor, positions: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """The queries and keys of `split_shared`, without its values."""
+        return self._queries_keys(x, self.qkv.weight[: self.inner + self.key_dim], positions)
+
+    def _queries_keys(self, x: Tensor, w_qk: Tensor, positions: Tensor | None) -> tuple[Tensor, Tensor]:
         qk = F.linear(x, w_qk).unflatten(-1, (self.heads + self.key_heads, -1))  # (B, T, H + K, D)
         qk = rotary(qk, positions, self.rotary_base)
-        v = F.linear(x, w_v).unflatten(-1, (self.key_heads, -1))
         q, k = qk.split([self.heads, self.key_heads], dim=2)
-        return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+        return q.transpose(1, 2), k.transpose(1, 2)
 
     def spread(self, x: Tensor) -> Tensor:
         """Shared keys or values (B, K, T, D), repeated for every query head: (B, H, T, D)."""
