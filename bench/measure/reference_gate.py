@@ -111,7 +111,7 @@ def layer_of(variant: type[SequenceMixer], config: VariantConfig, dims: Dims, la
 
 
 def unit_weights(layer: Module) -> Module:
-    """Draw matrices again with weights of order 1/√fan-in, in place."""
+    """Draw matrices again, of order 1/√fan-in, in place."""
     for parameter in layer.parameters():
         if parameter.dim() == 2 and parameter.requires_grad:
             torch.nn.init.normal_(parameter, std=parameter.shape[1] ** -0.5)
@@ -226,8 +226,7 @@ def _feed_forward_pairs(
 ) -> Pairs:
     torch.manual_seed(0)
     fast = unit_weights(feed_forward(config, d_model)).to(device).eval()
-    slow = copy.deepcopy(fast).double()
-    _share_choices(fast, slow, dtype)
+    _share_choices(fast, slow := copy.deepcopy(fast).double(), dtype)
     x = torch.randn(BATCH, FEED_FORWARD_TOKENS, d_model, device=device)
     return _pairs((fast, wrap(lambda x: fast(x).y)), (slow, slow.reference), x, dtype)
 

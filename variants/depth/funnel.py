@@ -6,8 +6,8 @@ Shapes: B batch, T tokens, C channels, s stride, G = ⌈T / s⌉ groups.
     p  ← the visits in the middle, G tokens: p[g] is at first the mean of the tokens of group g
     x  ← the last third of the visits, of x[t] + p[⌊t / s⌋]
 
-Bidirectional: Funnel-Transformer (Dai 2020, arXiv:2006.03236, §2.2; the sum with the hidden states of full
-length is that of its decoder, §2.3). Group g are the tokens gs … gs + s − 1; the last group may be shorter,
+Bidirectional: Funnel-Transformer (Dai 2020, arXiv:2006.03236, §2.2, where the sum with the hidden states
+of full length is that of the decoder). Group g are the tokens gs … gs + s − 1; the last group may be shorter,
 and then is the mean of its tokens.
 
 Causal: Hourglass (Nawrot 2021, arXiv:2110.13711, §2, with its shift to the right by s − 1). Group g are the
