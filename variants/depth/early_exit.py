@@ -52,8 +52,8 @@ class EarlyExitConfig(DepthConfig):
     """Difference of the two largest probabilities above which a token exits; 1 is a stack. Only for
     rule=confidence."""
     patience: int = knob(2, least=1, unit="visits")
-    """Visits that must leave the most likely token as it is before a token exits; depth − 1 or more is a
-    stack. Only for rule=patience."""
+    """Visits in a row that must leave the most likely token as it is. With depth − 1 or more no token exits.
+    Only for rule=patience."""
 
 
 class ExitPath(Path):
