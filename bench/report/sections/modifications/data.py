@@ -81,21 +81,20 @@ def _of_several_slots(rows: pd.DataFrame) -> pd.DataFrame:
 
 def _task_names(rows: pd.DataFrame) -> dict[int, str]:
     """Pool → the data, of text the objective, and what else tells it from the others."""
-    first = rows.drop_duplicates("pool").set_index("pool")
-    is_text = rows.groupby("pool")["accuracy"].count() == 0
-    plain = {
-        number: f"{row['corpus']}, {row['objective']}" if is_text[number] else str(row["corpus"])
-        for number, row in first.iterrows()
-    }
-    found = {}
-    for number, row in first.iterrows():
-        alike = first[[plain[other] == plain[number] for other in first.index]]
+    first = rows.drop_duplicates("pool")
+    texts = {*rows["pool"]} - {*rows.loc[rows["accuracy"].notna(), "pool"]}
+    plain = [
+        f"{corpus}, {objective}" if pool in texts else str(corpus)
+        for pool, corpus, objective in zip(first["pool"], first["corpus"], first["objective"], strict=True)
+    ]
+    found: dict[int, str] = {}
+    for place, pool in enumerate(first["pool"]):
+        alike = first[[other == plain[place] for other in plain]]
         keys = [key for key in varying(alike, TASK) if key not in ("corpus", "objective", *PAGE)]
-        values = row.to_dict()
+        values = {str(key): value for key, value in first.iloc[place].items()}
         words = describe(values, [key for key in keys if key in PLACE])
-        found[int(str(number))] = ", ".join(
-            word for word in (plain[number], words, *training(values, keys)) if word
-        )
+        named = (plain[place], words, *training(values, keys))
+        found[int(pool)] = ", ".join(word for word in named if word)
     return found
 
 

@@ -83,8 +83,8 @@ def reference_of(pools: Sequence[Sequence[str]]) -> str:
 
 
 def _unusual(own: Configuration) -> int:
-    options = sum(own[key] != usual for key, usual in MODEL_OPTIONS.items())
-    return options + sum(own[entry] != usual for entry, usual in ENTRIES.items())
+    usual = [*MODEL_OPTIONS.items(), *ENTRIES.items()]
+    return sum(bool(own[key] != value) for key, value in usual)
 
 
 def _apart(own: Configuration, other: Configuration) -> list[str]:
