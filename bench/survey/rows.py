@@ -22,7 +22,6 @@ CLASSES = {
     "Sparse": "sparse models",
 }
 """The abbreviations of the classes."""
-_SHAPE = "not attention layers alone: the number of tokens changes between blocks"
 _EXPERTS = "a mixture of experts: feed_forward=switch and top_k; its attention is dense"
 
 
@@ -56,7 +55,10 @@ ROWS = (
     Row("ETC", "Ainslie et al. 2020", "N_g² + N·N_g", False, "FP+M", "2004.08483"),
     Row("Synthesizer", "Tay et al. 2020", "N²", True, "LR+LP", "2005.00743"),
     Row("Performer", "Choromanski et al. 2020", "N", True, "KR", "2009.14794"),
-    Row("Funnel Transformer", "Dai et al. 2020", "N²", True, "FP+DS", "2006.03236", _SHAPE),
+    Row(
+        *("Funnel Transformer", "Dai et al. 2020", "N²", True, "FP+DS", "2006.03236"),
+        "a depth schedule, whose blocks in the middle see fewer tokens: stack=funnel",
+    ),
     Row("Linformer", "Wang et al. 2020", "N", False, "LR", "2006.04768"),
     Row("Linear Transformers", "Katharopoulos et al. 2020", "N", True, "KR", "2006.16236"),
     Row("Big Bird", "Zaheer et al. 2020", "N", False, "FP+M", "2007.14062"),
@@ -66,11 +68,14 @@ ROWS = (
     Row("Nyströmformer", "Xiong et al. 2021", "k·N", False, "M+DS", "2102.03902"),
     Row(
         *("Perceiver", "Jaegle et al. 2021", "k·N", True, "M+DS", "2103.03206"),
-        "not attention layers alone: most blocks see an array of latents and no tokens",
+        "depth schedules, whose blocks see latents: stack=perceiver_io, and perceiver_ar where causal",
     ),
     Row("Clusterformer", "Wang et al. 2020", "N·log N", False, "LP", "2009.06097"),
     Row("Luna", "Ma et al. 2021", "k·N", True, "M", "2106.01540"),
-    Row("TokenLearner", "Ryoo et al. 2021", "k²", False, "DS", "2106.11297", _SHAPE),
+    Row(
+        *("TokenLearner", "Ryoo et al. 2021", "k²", False, "DS", "2106.11297"),
+        "a depth schedule, whose later blocks see learnt tokens: stack=token_learner",
+    ),
     Row("Adaptive Sparse Transformer", "Correia et al. 2019", "N²", True, "Sparse", "1909.00015"),
     Row(
         *("Product Key Memory", "Lample et al. 2019", "N²", True, "Sparse", "1907.05242"),
@@ -79,9 +84,6 @@ ROWS = (
     Row("Switch Transformer", "Fedus et al. 2021", "N²", True, "Sparse", "2101.03961", _EXPERTS),
     Row("ST-MoE", "Zoph et al. 2022", "N²", True, "Sparse", "2202.08906", _EXPERTS),
     Row("GShard", "Lepikhin et al. 2020", "N²", True, "Sparse", "2006.16668", _EXPERTS),
-    Row(
-        *("Scaling Transformers", "Jaszczur et al. 2021", "N²", True, "Sparse", "2111.12763"),
-        "sparse feed-forward layers (feed_forward=sparse) and projections; its attention is dense",
-    ),
+    Row("Scaling Transformers", "Jaszczur et al. 2021", "N²", True, "Sparse", "2111.12763"),
     Row("GLaM", "Du et al. 2021", "N²", True, "Sparse", "2112.06905", _EXPERTS),
 )
