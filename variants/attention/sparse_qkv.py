@@ -108,7 +108,7 @@ class SparseQKV(SequenceMixer):
     info = Info(
         paper="Jaszczur et al. 2021, Sparse is Enough in Scaling Transformers, arXiv:2111.12763",
         family="dense",
-        complexity=Complexity(time=2, memory=2, formula="T²", source="as dense attention"),
+        complexity=Complexity(time=2, memory=2, formula="T²", source="as dense attention", survey=2),
         caps=Caps(causal=True, bidirectional=True, few_parameters=True),
     )
     position_scheme = "rotary"
