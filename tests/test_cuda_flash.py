@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from variants.ops import flash
-from variants.ops.flash import DevicePacking, Packing, flash_backward, flash_forward
+from variants.ops.fused import flash
+from variants.ops.fused.flash import DevicePacking, Packing, flash_backward, flash_forward
 
 pytestmark = pytest.mark.cuda
 

@@ -22,7 +22,7 @@ from bench.tools.gallery.sheet import sheet
 from variants.attention.longformer import Longformer
 from variants.base import Dims, MakesChoices, segment_mask
 from variants.input_schedule import Chunks
-from variants.ops import masks
+from variants.ops.patterns import masks
 
 SIZES = Sizes.configured(seq_len=24, layers=2, inputs=3)
 

@@ -20,7 +20,7 @@ from bench.measure.gates import COST_LIMIT, GateFailed, cost_ratio, leak, refere
 from bench.model import reversible
 from variants.attention.dense import Dense, naive
 from variants.base import Context, Cost, Impl, MixerOut, Workload
-from variants.ops import masks
+from variants.ops.patterns import masks
 from variants.ops.projections import masked_attention
 
 CPU = torch.device("cpu")

@@ -25,18 +25,14 @@ from bench.measure.flops import CountFlops
 from bench.measure.launches import Counts, is_kernel, tensor_bytes
 from bench.measure.step import StepFigures
 from bench.tasks.base import Batch
-from variants.ops import (
-    block_sparse,
-    kmeans_attention,
-    kmeans_flash,
-    operators,
-    relative_attention,
-    summary_calls,
-)
+from variants.ops import operators
+from variants.ops.clustering import kmeans_attention, kmeans_flash
 from variants.ops.lsh import attention as lsh_attention
 from variants.ops.lsh import hashing, windows
 from variants.ops.lsh import merged as lsh_merged
-from variants.ops.strided_parts import Part, StridedTokens, flatten_parts
+from variants.ops.patterns import block_sparse, summary_calls
+from variants.ops.patterns.strided_parts import Part, StridedTokens, flatten_parts
+from variants.ops.segments import relative_attention
 
 TABLE = Path(__file__).parent / "data" / "launches.json"
 SMALL = {

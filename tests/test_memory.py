@@ -24,8 +24,8 @@ from bench.model.slots import ModelSpec, feed_forward
 from bench.records import parse
 from bench.tasks import text
 from variants.base import Workload
-from variants.ops import masks
-from variants.ops.backends import flex
+from variants.ops.fused.backends import flex
+from variants.ops.patterns import masks
 
 CPU = torch.device("cpu")
 ROOT = Path(__file__).parents[1]

@@ -10,8 +10,8 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from variants.ops import masks
-from variants.ops.pair_counts import window_pairs
+from variants.ops.patterns import masks
+from variants.ops.patterns.pair_counts import window_pairs
 
 lengths = st.integers(1, 24)
 

@@ -17,7 +17,7 @@ from bench.model.language_model import LanguageModel
 from bench.model.slots import ModelSpec, feed_forward
 from bench.tasks import text
 from variants.base import Workload
-from variants.ops.compression import COMPRESSIONS
+from variants.ops.segments.compression import COMPRESSIONS
 
 CPU = torch.device("cpu")
 

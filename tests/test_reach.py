@@ -15,7 +15,7 @@ from bench.evaluate.receptive_field import connected_share, dependence, reach
 from bench.model.language_model import LanguageModel
 from bench.model.slots import ModelSpec, feed_forward
 from variants.base import Workload, sequence_mask
-from variants.ops import masks
+from variants.ops.patterns import masks
 
 T = 41
 KNOBS: dict[str, dict[str, Any]] = {

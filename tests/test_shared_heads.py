@@ -27,8 +27,8 @@ from bench.model.decode import Decoder, decoding_bytes
 from bench.run.cell import Cell
 from variants.base import Clock, Context, Dims, SequenceMixer, Workload, scheduled_cost
 from variants.input_schedule import NetworkOut
-from variants.ops import masks
-from variants.ops.pair_counts import carried_keys
+from variants.ops.patterns import masks
+from variants.ops.patterns.pair_counts import carried_keys
 
 HEADS = 4
 SHARING = [name for name in variants.mixers() if variants.load(name).no_shared_keys is None]

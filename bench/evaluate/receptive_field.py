@@ -14,7 +14,7 @@ from torch import Tensor
 from bench.model.language_model import LanguageModel
 from variants.base import SequenceMixer, segment_mask
 from variants.input_schedule import NetworkOut
-from variants.ops.masks import composed
+from variants.ops.patterns.masks import composed
 
 MAX_TOKENS = 4096
 """Maximum number of tokens for which `reach` is computed, because it needs several tensors of T² floats."""

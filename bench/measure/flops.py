@@ -24,7 +24,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from bench.measure import launches
 from bench.measure.launches import Counts
-from variants.ops import backends, operators
+from variants.ops import operators
+from variants.ops.fused import backends
 
 _KERNELS = (
     "_scaled_dot_product_flash_attention_for_cpu",

@@ -22,7 +22,7 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_unflat
 from bench.measure.flops import CountFlops, DispatchedWork
 from bench.measure.launches import Counts
 from bench.measure.memory import LiveStorage, Recording
-from variants.ops.backends import note_work
+from variants.ops.fused.backends import note_work
 from variants.ops.memoizable import Memoizer
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from peers import peer
 from variants.attention.block_recurrent import BlockRecurrent, BlockRecurrentConfig
-from variants.ops import state_scan
+from variants.ops.segments import state_scan
 
 pytestmark = pytest.mark.peers
 

@@ -15,7 +15,7 @@ from torch.func import functional_call
 from peers import peer
 from variants.attention.compressive import Compressive, CompressiveConfig
 from variants.base import Context
-from variants.ops.relative_attention import sinusoids
+from variants.ops.segments.relative_attention import sinusoids
 
 pytestmark = pytest.mark.peers
 

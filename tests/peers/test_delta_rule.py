@@ -8,7 +8,7 @@ from oracles import assert_same
 from torch import Tensor
 
 from peers.test_gated_scan import naive
-from variants.ops.delta_rule import delta_rule
+from variants.ops.recurrences.delta_rule import delta_rule
 
 pytestmark = pytest.mark.peers
 FLOAT32 = 1e-5

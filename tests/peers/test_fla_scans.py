@@ -28,9 +28,9 @@ from triton.runtime.interpreter import TensorHandle
 autotuner.Autotuner._bench = lambda self, *args, config, **meta: [0.0]
 
 import fla.ops.delta_rule, fla.ops.gated_delta_rule, fla.ops.gla, fla.ops.kda
-from variants.ops.delta_rule import recurrence
-from variants.ops.channel_scan import channel_recurrence
-from variants.ops.fla_scans import scan
+from variants.ops.recurrences.delta_rule import recurrence
+from variants.ops.recurrences.channel_scan import channel_recurrence
+from variants.ops.recurrences.fla_scans import scan
 
 def number(bound):
     return int(bound.handle.data.item()) if hasattr(bound, "handle") else int(getattr(bound, "value", bound))

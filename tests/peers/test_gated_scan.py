@@ -11,8 +11,8 @@ import torch
 from oracles import assert_same, difference
 from torch import Tensor
 
-from variants.ops.gated_scan import gated_scan
-from variants.ops.scan_features import Identity
+from variants.ops.recurrences.gated_scan import gated_scan
+from variants.ops.recurrences.scan_features import Identity
 
 pytestmark = pytest.mark.peers
 FLOAT32 = 1e-5

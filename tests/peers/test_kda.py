@@ -14,7 +14,7 @@ from torch.func import functional_call
 from peers import peer
 from variants.attention.kda import Kda, KdaConfig
 from variants.base import Context
-from variants.ops.delta_mixer import EPSILON
+from variants.ops.recurrences.delta_mixer import EPSILON
 
 pytestmark = pytest.mark.peers
 FLOAT32 = 1e-5

@@ -1,6 +1,6 @@
 """MoBA beside flash-linear-attention's, whose packing, gate, selection and merging are compared.
 
-Its kernels are those of flash-attn, for CUDA; in their place stands the oracle of `variants.ops.flash`. It
+Its kernels are those of flash-attn, for CUDA; in their place stands the oracle of `fused.flash`. It
 merges in float32. With one block for each query it is dense attention, where ours reads the own block alone,
 so each query selects two or more.
 """
@@ -17,7 +17,7 @@ from torch import Tensor
 from peers import peer
 from variants.attention.moba import MoBA, MoBAConfig
 from variants.base import Dims
-from variants.ops.flash import Packing, flash_backward, flash_forward
+from variants.ops.fused.flash import Packing, flash_backward, flash_forward
 
 pytestmark = pytest.mark.peers
 FLOAT32 = 2e-5

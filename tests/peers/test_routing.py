@@ -19,8 +19,8 @@ from torch import Tensor
 from peers import peer
 from variants.attention.routing import Routing, RoutingConfig
 from variants.base import Context
-from variants.ops import clusters
-from variants.ops.kmeans import unit
+from variants.ops.clustering import clusters
+from variants.ops.clustering.kmeans import unit
 
 pytestmark = [pytest.mark.peers, pytest.mark.usefixtures("without_rotary")]
 

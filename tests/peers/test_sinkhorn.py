@@ -20,7 +20,7 @@ from torch.func import functional_call
 from peers import peer
 from variants.attention.sinkhorn import Sinkhorn, SinkhornConfig
 from variants.base import Context
-from variants.ops.block_sorting import balanced
+from variants.ops.clustering.block_sorting import balanced
 
 pytestmark = [pytest.mark.peers, pytest.mark.usefixtures("without_rotary")]
 

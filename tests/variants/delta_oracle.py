@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from variants.ops.delta_mixer import DeltaMixer
+from variants.ops.recurrences.delta_mixer import DeltaMixer
 
 
 def written_out(

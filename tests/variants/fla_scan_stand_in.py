@@ -1,4 +1,4 @@
-"""What `variants.ops.fla_kernels` expects of fla-core's functions, by definition: token by token in float32.
+"""What `recurrences.fla_kernels` expects of fla-core's functions, by definition: token by token in float32.
 
 Shapes: B batch, H heads, T tokens, K channels of queries and keys, V channels of values. Tensors are
 (B, T, H, …). tests/peers/test_fla_scans.py compares the recurrence with the kernels, which Triton's

@@ -1,4 +1,4 @@
-"""What `variants.ops.fla_products` expects of fla-core's kernels, by definition: sums over tokens in float32.
+"""What `recurrences.fla_products` expects of fla-core's kernels, by definition: sums over tokens in float32.
 
 tests/peers/test_fla.py compares it with the kernels, which Triton's interpreter runs.
 """

@@ -16,7 +16,7 @@ from bench.measure.gate_failed import GateFailed
 from bench.measure.memory import LiveStorage
 from variants.attention.adaptive_span import AdaptiveSpan, AdaptiveSpanConfig
 from variants.base import Context, Workload
-from variants.ops.soft_window import block_size, keys_before, soft_window
+from variants.ops.patterns.soft_window import block_size, keys_before, soft_window
 
 SMALL: list[dict[str, Any]] = [
     {"initial_span": 9, "ramp": 4, "max_span": 40},

@@ -16,8 +16,8 @@ from bench.measure import gates
 from variants.attention.axial import Axial, AxialConfig
 from variants.attention.dense import Dense, DenseConfig
 from variants.base import Context, MixerOut, Workload
-from variants.ops.masked_attention import attention_or_zero
-from variants.ops.masks import Rule, SameBlock, composed
+from variants.ops.patterns.masked_attention import attention_or_zero
+from variants.ops.patterns.masks import Rule, SameBlock, composed
 
 SMALL: list[dict[str, Any]] = [{"row": 8}, {"row": 5}, {"row": 1}, {"row": 100}]
 

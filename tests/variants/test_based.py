@@ -24,7 +24,7 @@ import variants
 from bench.measure import gates
 from variants.attention.based import Based, BasedConfig
 from variants.base import Context
-from variants.ops import scan_chunks
+from variants.ops.recurrences import scan_chunks
 
 SMALL: list[dict[str, Any]] = [{"feature_channels": 4, "chunk": 16}]
 

@@ -17,8 +17,8 @@ from bench.measure.memory import LiveStorage
 from variants.attention.bigbird import BigBird, BigBirdConfig
 from variants.attention.dense import Dense, DenseConfig
 from variants.base import Clock, Workload
-from variants.ops.masks import Rule
-from variants.ops.random_blocks import BlockRule, mixed
+from variants.ops.patterns.masks import Rule
+from variants.ops.patterns.random_blocks import BlockRule, mixed
 
 SMALL: list[dict[str, Any]] = [
     {"block": 4, "global_blocks": 2, "random_blocks": 2},

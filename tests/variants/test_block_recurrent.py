@@ -17,8 +17,8 @@ from bench.measure import gates
 from variants.attention.block_recurrent import BlockRecurrent, BlockRecurrentConfig
 from variants.attention.longformer import Longformer, LongformerConfig
 from variants.base import Clock, Context, Workload
-from variants.ops.state_cell import EPS
-from variants.ops.state_scan import scan
+from variants.ops.segments.state_cell import EPS
+from variants.ops.segments.state_scan import scan
 
 SMALL: list[dict[str, Any]] = [
     {"window": 8, "states": 4},

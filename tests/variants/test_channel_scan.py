@@ -9,11 +9,11 @@ from torch import Tensor
 
 from bench.measure.flops import CountFlops
 from bench.measure.memory import LiveStorage
-from variants.ops import channel_chunks, feature_sums
-from variants.ops.channel_chunks import Logarithm, SigmoidRoot
-from variants.ops.channel_scan import channel_recurrence, channel_scan, channel_scan_flops
-from variants.ops.gated_scan import gated_scan
-from variants.ops.scan_features import Identity
+from variants.ops.recurrences import channel_chunks, feature_sums
+from variants.ops.recurrences.channel_chunks import Logarithm, SigmoidRoot
+from variants.ops.recurrences.channel_scan import channel_recurrence, channel_scan, channel_scan_flops
+from variants.ops.recurrences.gated_scan import gated_scan
+from variants.ops.recurrences.scan_features import Identity
 from variants.ops.tile_size import Sizes
 
 LENGTHS = [(1, 8), (2, 8), (5, 8), (16, 8), (67, 8), (40, 64), (45, 64), (100, 37)]

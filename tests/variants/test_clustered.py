@@ -13,7 +13,7 @@ from bench.measure import causality_gate
 from bench.measure.gate_failed import GateFailed
 from variants.attention.clustered import Clustered, ClusteredConfig, _Tiles
 from variants.base import Context, VariantConfig
-from variants.ops.hamming import hamming_clusters, signs
+from variants.ops.clustering.hamming import hamming_clusters, signs
 
 SMALL: list[dict[str, Any]] = [
     {"clusters": 5, "keys": 4, "bits": 9, "steps": 2},

@@ -23,7 +23,7 @@ from bench.train.step import optimizer_for, training_step
 from variants.attention.compressive import Compressive, CompressiveConfig, State
 from variants.attention.transformer_xl import TransformerXL, TransformerXLConfig
 from variants.base import Context, Workload
-from variants.ops.compression import COMPRESSIONS
+from variants.ops.segments.compression import COMPRESSIONS
 
 SMALL: list[dict[str, Any]] = [
     {"segment": 12, "mem_len": 9, "comp_len": 3, "rate": 4},

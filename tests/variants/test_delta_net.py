@@ -15,7 +15,8 @@ import variants
 from bench.measure import gates
 from variants.attention.delta_net import DeltaNet, DeltaNetConfig
 from variants.base import Context, Workload
-from variants.ops import chunk_decay, short_convolution
+from variants.ops.convolutions import short_convolution
+from variants.ops.recurrences import chunk_decay
 
 SMALL: list[dict[str, Any]] = [{"chunk": 16}, {"conv": 1, "chunk": 24}]
 

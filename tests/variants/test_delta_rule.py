@@ -12,11 +12,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from bench.measure.flops import CountFlops
 from bench.measure.memory import LiveStorage
-from variants.ops import delta_rule as module
-from variants.ops import feature_sums
-from variants.ops.delta_rule import delta_flops, delta_rule, recurrence
-from variants.ops.gated_scan import gated_scan
-from variants.ops.scan_features import Identity
+from variants.ops.recurrences import delta_rule as module
+from variants.ops.recurrences import feature_sums
+from variants.ops.recurrences.delta_rule import delta_flops, delta_rule, recurrence
+from variants.ops.recurrences.gated_scan import gated_scan
+from variants.ops.recurrences.scan_features import Identity
 from variants.ops.tile_size import Sizes
 
 EXACT = 1e-10

@@ -18,7 +18,7 @@ from bench.measure.gate_failed import GateFailed
 from variants.attention.dense import Dense, DenseConfig
 from variants.attention.dsa import DSA, DSAConfig
 from variants.base import Context, Workload
-from variants.ops import chosen_keys
+from variants.ops.chosen import chosen_keys
 from variants.ops.tile_size import Sizes
 
 SMALL: list[dict[str, Any]] = [

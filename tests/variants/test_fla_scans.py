@@ -15,11 +15,11 @@ import variants
 from bench.measure import gates
 from bench.measure.flops import CountFlops
 from variants.base import Context, Workload
-from variants.ops import fla_scans
-from variants.ops.channel_scan import channel_recurrence
-from variants.ops.delta_rule import recurrence
-from variants.ops.fla_kernels import KERNELS
-from variants.ops.fla_scans import missing_scan, scan
+from variants.ops.recurrences import fla_scans
+from variants.ops.recurrences.channel_scan import channel_recurrence
+from variants.ops.recurrences.delta_rule import recurrence
+from variants.ops.recurrences.fla_kernels import KERNELS
+from variants.ops.recurrences.fla_scans import missing_scan, scan
 
 CPU = torch.device("cpu")
 LAYERS = {"gla": "gla", "delta_net": "delta_rule", "gated_delta_net": "gated_delta_rule", "kda": "kda"}

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from bench.measure.flops import CountFlops
-from variants.ops import flash, flash_operators
-from variants.ops.flash import Packing, flash_attention, flash_backward, flash_forward
+from variants.ops.fused import flash, flash_operators
+from variants.ops.fused.flash import Packing, flash_attention, flash_backward, flash_forward
 
 H, D = 2, 8
 WINDOWS: list[flash.Window] = [(None, None), (3, None), (None, 2), (3, 2), (0, 0)]

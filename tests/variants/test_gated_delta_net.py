@@ -16,8 +16,8 @@ from bench.measure import gates
 from variants.attention.delta_net import DeltaNet, DeltaNetConfig
 from variants.attention.gated_delta_net import GatedDeltaNet, GatedDeltaNetConfig
 from variants.base import Context, Workload
-from variants.ops import chunk_decay
-from variants.ops.decay_gates import DecayRates
+from variants.ops.recurrences import chunk_decay
+from variants.ops.recurrences.decay_gates import DecayRates
 
 SMALL: list[dict[str, Any]] = [{"chunk": 16}, {"conv": 1, "chunk": 24}]
 

@@ -11,8 +11,8 @@ from oracles import assert_same, numbers
 from torch import Tensor
 
 from bench.measure.memory import LiveStorage
-from variants.ops import short_convolution
-from variants.ops.gated_norm import GatedNorm, gated_norm
+from variants.ops.convolutions import short_convolution
+from variants.ops.recurrences.gated_norm import GatedNorm, gated_norm
 from variants.ops.tile_size import Sizes
 
 FORMS = [

@@ -11,11 +11,18 @@ from torch import Tensor
 
 from bench.measure.flops import CountFlops
 from bench.measure.memory import LiveStorage
-from variants.ops import feature_sums, scan_chunks
-from variants.ops import full_sums as full_sums_module
-from variants.ops.full_sums import full_flops, full_sums
-from variants.ops.gated_scan import gated_scan, recurrence, scan_flops
-from variants.ops.scan_features import EluPlusOne, FeatureMap, Identity, Silu, SinesAndCosines, Taylor
+from variants.ops.recurrences import feature_sums, scan_chunks
+from variants.ops.recurrences import full_sums as full_sums_module
+from variants.ops.recurrences.full_sums import full_flops, full_sums
+from variants.ops.recurrences.gated_scan import gated_scan, recurrence, scan_flops
+from variants.ops.recurrences.scan_features import (
+    EluPlusOne,
+    FeatureMap,
+    Identity,
+    Silu,
+    SinesAndCosines,
+    Taylor,
+)
 from variants.ops.tile_size import Sizes
 
 EXACT = 1e-10

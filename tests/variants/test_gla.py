@@ -13,7 +13,7 @@ import variants
 from bench.measure import gates
 from variants.attention.gla import Gla, GlaConfig
 from variants.base import Context
-from variants.ops.channel_chunks import Halves
+from variants.ops.recurrences.channel_chunks import Halves
 
 SMALL: list[dict[str, Any]] = [{"chunk": 16, "rank": 4, "temperature": 2.0}]
 

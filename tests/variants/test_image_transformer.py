@@ -16,7 +16,7 @@ from bench.measure import gates
 from variants.attention.dense import Dense, DenseConfig
 from variants.attention.image_transformer import ImageTransformer, ImageTransformerConfig
 from variants.base import Workload
-from variants.ops.masks import Rule
+from variants.ops.patterns.masks import Rule
 
 SMALL: list[dict[str, Any]] = [
     {"block": 8, "memory": 5},

@@ -16,7 +16,7 @@ from bench.measure import gates
 from variants.attention.dense import Dense, DenseConfig
 from variants.attention.infini import Infini, InfiniConfig
 from variants.base import Workload
-from variants.ops import segment_memory
+from variants.ops.segments import segment_memory
 
 SMALL: list[dict[str, Any]] = [
     {"segment": 8},

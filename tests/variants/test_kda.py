@@ -15,7 +15,7 @@ from bench.measure import gates
 from variants.attention.gated_delta_net import GatedDeltaNet, GatedDeltaNetConfig
 from variants.attention.kda import Kda, KdaConfig
 from variants.base import Context, Workload
-from variants.ops import chunk_decay
+from variants.ops.recurrences import chunk_decay
 
 SMALL: list[dict[str, Any]] = [{"chunk": 16, "rank": 3}, {"conv": 1, "chunk": 24}]
 

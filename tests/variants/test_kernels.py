@@ -28,8 +28,9 @@ from variants.attention.dense import Dense, DenseConfig
 from variants.attention.longformer import Longformer, LongformerConfig
 from variants.attention.streaming_llm import StreamingLLM, StreamingLLMConfig
 from variants.base import Context, Dims, Workload
-from variants.ops import backends, masks
-from variants.ops.masked_attention import MaskedAttention
+from variants.ops.fused import backends
+from variants.ops.patterns import masks
+from variants.ops.patterns.masked_attention import MaskedAttention
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 FLEX: list[tuple[str, dict[str, Any]]] = [

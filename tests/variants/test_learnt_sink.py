@@ -27,8 +27,8 @@ from bench.measure.gate_failed import GateFailed
 from variants.attention.dense import Dense, DenseConfig
 from variants.attention.learnt_sink import LearntSink, LearntSinkConfig
 from variants.base import Clock, Context, Workload
-from variants.ops import masks
-from variants.ops.masks import Rule
+from variants.ops.patterns import masks
+from variants.ops.patterns.masks import Rule
 
 SMALL: list[dict[str, Any]] = [{"window": 6}, {"impl": "sdpa"}]
 

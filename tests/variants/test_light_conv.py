@@ -14,8 +14,8 @@ import variants
 from bench.measure import gates
 from variants.attention.light_conv import LightConv, LightConvConfig
 from variants.base import Context, Workload
-from variants.ops import banded_convolution
-from variants.ops.banded_convolution import softmax_convolution
+from variants.ops.convolutions import banded_convolution
+from variants.ops.convolutions.banded_convolution import softmax_convolution
 from variants.ops.tile_size import Sizes
 
 SMALL: list[dict[str, Any]] = [{"kernel": (5,)}, {"kernel": (4,)}]

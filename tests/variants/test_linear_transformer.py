@@ -14,9 +14,9 @@ import variants
 from bench.measure import gates
 from variants.attention.linear_transformer import LinearTransformer, LinearTransformerConfig
 from variants.base import Context, Workload
-from variants.ops import scan_chunks
-from variants.ops.gated_scan import gated_scan
-from variants.ops.scan_features import EluPlusOne
+from variants.ops.recurrences import scan_chunks
+from variants.ops.recurrences.gated_scan import gated_scan
+from variants.ops.recurrences.scan_features import EluPlusOne
 
 SMALL: list[dict[str, Any]] = [{"chunk": 16}]
 

@@ -19,7 +19,7 @@ from bench.model.language_model import LanguageModel
 from bench.model.slots import ModelSpec, feed_forward
 from variants.attention.linformer import Linformer, LinformerConfig
 from variants.base import Context, Workload
-from variants.ops import masks
+from variants.ops.patterns import masks
 from variants.ops.projections import masked_attention
 
 SMALL: list[dict[str, Any]] = [{"k": 8, "sharing": "none"}]

@@ -14,8 +14,8 @@ from bench.measure import causality_gate
 from bench.measure.gate_failed import GateFailed
 from variants.attention.long_short import LongShort, LongShortConfig
 from variants.base import Context, Workload
-from variants.ops.segment_rows import BLOCK, all_rows, earlier_rows, row_pairs
-from variants.ops.strided_parts import Part
+from variants.ops.patterns.segment_rows import BLOCK, all_rows, earlier_rows, row_pairs
+from variants.ops.patterns.strided_parts import Part
 
 SMALL: list[dict[str, Any]] = [
     {"window": 5, "rank": 2, "segment": 7},
@@ -124,7 +124,9 @@ def test_parts_hold_each_row_of_earlier_segments_once(tokens: int, segment: int,
 
 
 def test_large_rectangles_are_divided(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("variants.ops.segment_rows.SCORES", type("S", (), {"on": lambda self, _: 50})())
+    monkeypatch.setattr(
+        "variants.ops.patterns.segment_rows.SCORES", type("S", (), {"on": lambda self, _: 50})()
+    )
     parts = all_rows(100, 12, 2, "cpu")
     assert all(part.queries.length * part.keys.length <= 50 for part in parts)
     assert torch.equal(drawn(parts, 100, 12), torch.ones(100, 12, dtype=torch.int64))

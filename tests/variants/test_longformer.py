@@ -31,7 +31,7 @@ from bench.measure.memory import LiveStorage
 from variants.attention.dense import Dense, DenseConfig
 from variants.attention.longformer import Longformer, LongformerConfig
 from variants.base import Context, Workload
-from variants.ops import flash_operators
+from variants.ops.fused import flash_operators
 
 SMALL: list[dict[str, Any]] = [
     {"window": (8, 3), "dilation": (1, 3)},

@@ -14,7 +14,7 @@ import variants
 from bench.measure import gates
 from variants.attention.luna import Luna, LunaConfig
 from variants.base import Context, Dims, Workload
-from variants.ops import packed_sums
+from variants.ops.recurrences import packed_sums
 from variants.ops.tile_size import Sizes
 
 SMALL: list[dict[str, Any]] = [

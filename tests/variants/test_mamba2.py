@@ -13,7 +13,7 @@ import variants
 from bench.measure import gates
 from variants.attention.mamba2 import Mamba2, Mamba2Config
 from variants.base import Context
-from variants.ops import short_convolution as convolution_module
+from variants.ops.convolutions import short_convolution as convolution_module
 
 SMALL: list[dict[str, Any]] = [
     {"expand": 2, "state": 6, "groups": 2, "kernel": 3, "chunk": 16},

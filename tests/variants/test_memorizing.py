@@ -16,7 +16,7 @@ from bench.measure import gates
 from bench.measure.memory import LiveStorage
 from variants.attention.memorizing import Memorizing, MemorizingConfig
 from variants.base import Workload
-from variants.ops import nearest_keys
+from variants.ops.chosen import nearest_keys
 
 SMALL: list[dict[str, Any]] = [
     {"segment": 8, "memory": 20, "nearest": 4},

@@ -17,9 +17,9 @@ from bench.measure.memory import LiveStorage
 from variants.attention.dense import Dense, DenseConfig
 from variants.attention.moba import MoBA, MoBAConfig
 from variants.base import Clock, Context, Workload
-from variants.ops import block_means
-from variants.ops.block_layout import Plan, lay_out, tiles_of
-from variants.ops.routed_blocks import routed_attention
+from variants.ops.chosen import block_means
+from variants.ops.chosen.block_layout import Plan, lay_out, tiles_of
+from variants.ops.chosen.routed_blocks import routed_attention
 
 SMALL: list[dict[str, Any]] = [
     {"block": 4, "top_k": 3},

@@ -16,8 +16,8 @@ from bench.measure import gates
 from bench.measure.memory import LiveStorage
 from variants.attention.nsa import NSA, NSAConfig
 from variants.base import Clock, Workload
-from variants.ops import compressed_blocks
-from variants.ops.compressed_blocks import Compression, block_scores
+from variants.ops.chosen import compressed_blocks
+from variants.ops.chosen.compressed_blocks import Compression, block_scores
 
 SMALL: list[dict[str, Any]] = [
     {"compress": 4, "stride": 2, "block": 4, "blocks": 5, "window": 6},

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from bench.measure import reference_gate
 from variants.attention.nystrom import Nystrom, NystromConfig
 from variants.base import Context, SequenceMixer, Workload
-from variants.ops.depthwise import depthwise
+from variants.ops.convolutions.depthwise import depthwise
 from variants.ops.pseudo_inverse import pseudo_inverse
-from variants.ops.segment_means import segment_bounds, segment_means
+from variants.ops.segments.segment_means import segment_bounds, segment_means
 
 SMALL: list[dict[str, Any]] = [{"landmarks": 5, "conv": 3}, {"landmarks": 8, "conv": 0}]
 

@@ -25,7 +25,8 @@ from bench.tasks.text import Batch
 from bench.train.step import optimizer_for, training_step
 from variants.attention.performer import Performer, PerformerConfig
 from variants.base import Context, Workload
-from variants.ops import causal_linear_attention, feature_sums, linear_attention
+from variants.ops.features import causal_linear_attention, linear_attention
+from variants.ops.recurrences import feature_sums
 from variants.ops.tile_size import Sizes
 
 SMALL: list[dict[str, Any]] = [{"features": "relu", "n_features": 24, "chunk": 32, "redraw": 1}]

@@ -19,11 +19,12 @@ from bench.measure.flops import CountFlops
 from bench.measure.memory import LiveStorage
 from variants.attention.performer import Performer, PerformerConfig
 from variants.base import Context, Workload
-from variants.ops import fla_products, linear_products, scaled_linear_attention
-from variants.ops.causal_linear_attention import causal_favor
-from variants.ops.fla_products import fla_favor
-from variants.ops.scaled_features import ScaledFeatures
-from variants.ops.scaled_linear_attention import chunked_favor
+from variants.ops.features import linear_products, scaled_linear_attention
+from variants.ops.features.causal_linear_attention import causal_favor
+from variants.ops.features.scaled_features import ScaledFeatures
+from variants.ops.features.scaled_linear_attention import chunked_favor
+from variants.ops.recurrences import fla_products
+from variants.ops.recurrences.fla_products import fla_favor
 from variants.ops.tile_size import Sizes
 
 CPU = torch.device("cpu")

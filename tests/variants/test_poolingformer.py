@@ -17,7 +17,7 @@ from bench.measure.gate_failed import GateFailed
 from bench.measure.memory import LiveStorage
 from variants.attention.poolingformer import Poolingformer, PoolingformerConfig
 from variants.base import Context, Workload
-from variants.ops.band_parts import Band, band_parts
+from variants.ops.patterns.band_parts import Band, band_parts
 
 SMALL: list[dict[str, Any]] = [
     {"window": 5, "pooled_window": 12, "pool": 3},

@@ -10,8 +10,9 @@ from oracles import EXACT, difference, dims_for, feed, make_layer, numbers, refe
 
 import variants
 from variants.base import Context
-from variants.ops import projections, relative_attention
+from variants.ops import projections
 from variants.ops.projections import rotary, rotary_table, rotary_table_at
+from variants.ops.segments import relative_attention
 
 TOKENS = 40
 SMALL: dict[str, dict[str, Any]] = {

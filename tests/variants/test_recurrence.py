@@ -23,8 +23,8 @@ from bench.tasks.text import Batch
 from bench.train.step import training_step
 from variants.base import Context, Workload
 from variants.input_schedule import Segments
-from variants.ops.compression import COMPRESSIONS
-from variants.ops.recurrent import Recurrent
+from variants.ops.segments.compression import COMPRESSIONS
+from variants.ops.segments.recurrent import Recurrent
 
 NAMES = [name for name in variants.mixers() if issubclass(variants.load(name), Recurrent)]
 

@@ -22,11 +22,11 @@ from bench.measure.gates import COST_LIMIT, LEAK_TOLERANCE, GateFailed, leak, re
 from bench.measure.memory import LiveStorage
 from variants.attention.reformer import Reformer, ReformerConfig
 from variants.base import Context, Workload
-from variants.ops import masks
 from variants.ops.lsh import hashing, windows
 from variants.ops.lsh.attention import LshAttention
 from variants.ops.lsh.hashing import factors, hash_rows, inverse_length, least_buckets, rotations
 from variants.ops.lsh.windows import Window
+from variants.ops.patterns import masks
 from variants.ops.projections import masked_attention
 from variants.ops.tile_size import Sizes
 

@@ -13,7 +13,7 @@ import variants
 from bench.measure import gates
 from variants.attention.retnet import Retnet, RetnetConfig
 from variants.base import Context
-from variants.ops import scan_chunks
+from variants.ops.recurrences import scan_chunks
 
 SMALL: list[dict[str, Any]] = [{"chunk": 16}]
 

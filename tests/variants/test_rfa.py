@@ -14,8 +14,8 @@ import variants
 from bench.measure import gates
 from variants.attention.rfa import Rfa, RfaConfig
 from variants.base import Context, Workload
-from variants.ops import scan_chunks
-from variants.ops.unit_vectors import unit_vectors
+from variants.ops.features.unit_vectors import unit_vectors
+from variants.ops.recurrences import scan_chunks
 
 SMALL: list[dict[str, Any]] = [
     {"n_features": 8, "gate": True, "chunk": 16},

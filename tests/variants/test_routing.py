@@ -24,7 +24,7 @@ from bench.tasks.text import Batch
 from bench.train.step import optimizer_for, training_step
 from variants.attention.routing import Routing, RoutingConfig
 from variants.base import Context, SequenceMixer, Workload
-from variants.ops import clusters, kmeans, kmeans_attention, kmeans_flash
+from variants.ops.clustering import clusters, kmeans, kmeans_attention, kmeans_flash
 from variants.ops.projections import masked_attention, rotary
 from variants.ops.tile_size import Sizes
 

@@ -17,7 +17,7 @@ from bench.measure import gates
 from variants.attention.dense import Dense, DenseConfig
 from variants.attention.shifted_windows import ShiftedWindows, ShiftedWindowsConfig
 from variants.base import Workload
-from variants.ops.masks import Rule, composed
+from variants.ops.patterns.masks import Rule, composed
 
 SMALL: list[dict[str, Any]] = [{"window": 16}, {"window": 7}, {"window": 1}]
 

@@ -9,8 +9,8 @@ from oracles import assert_same, numbers
 from torch import Tensor
 
 from bench.measure.memory import LiveStorage
-from variants.ops import short_convolution as module
-from variants.ops.short_convolution import short_convolution
+from variants.ops.convolutions import short_convolution as module
+from variants.ops.convolutions.short_convolution import short_convolution
 from variants.ops.tile_size import Sizes
 
 PIECE = [2**20, 20]

@@ -17,7 +17,7 @@ from bench.measure.gate_failed import GateFailed
 from bench.measure.memory import LiveStorage
 from variants.attention.sinkhorn import Sinkhorn, SinkhornConfig
 from variants.base import Context, Workload
-from variants.ops.block_sorting import balanced, mix_past, past_only
+from variants.ops.clustering.block_sorting import balanced, mix_past, past_only
 
 SMALL: list[dict[str, Any]] = [{"block": 8}, {"block": 16, "gumbel": True}, {"block": 5, "iterations": 1}]
 

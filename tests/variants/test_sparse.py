@@ -19,10 +19,10 @@ from bench.measure.flops import CountFlops
 from bench.measure.memory import LiveStorage
 from variants import load
 from variants.base import Context, Workload
-from variants.ops.block_sparse import union_attention
-from variants.ops.factorised import SparseAttention
+from variants.ops.patterns.block_sparse import union_attention
+from variants.ops.patterns.factorised import SparseAttention
+from variants.ops.patterns.strided_parts import Part, StridedTokens
 from variants.ops.projections import masked_attention
-from variants.ops.strided_parts import Part, StridedTokens
 
 NAMES = ("sparse_strided", "sparse_fixed")
 MODES = ("merged", "split", "interleaved")

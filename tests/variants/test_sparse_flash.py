@@ -21,8 +21,8 @@ from bench.measure.flops import CountFlops
 from bench.tools.launches import accelerator_spec, plan
 from variants import load
 from variants.base import Context, Workload
-from variants.ops import summary_parts
-from variants.ops.factorised import SparseAttention
+from variants.ops.patterns import summary_parts
+from variants.ops.patterns.factorised import SparseAttention
 
 NAMES = ("sparse_strided", "sparse_fixed")
 MODES = ("merged", "split", "interleaved")

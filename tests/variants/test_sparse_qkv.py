@@ -27,8 +27,8 @@ from bench.measure.gate_failed import GateFailed
 from variants.attention.dense import Dense, DenseConfig
 from variants.attention.sparse_qkv import ModuleConvolution, Multiplicative, SparseQKV, SparseQKVConfig
 from variants.base import Clock, Context, Workload
-from variants.ops import module_convolution as convolutions
-from variants.ops.module_convolution import module_convolution
+from variants.ops.convolutions import module_convolution as convolutions
+from variants.ops.convolutions.module_convolution import module_convolution
 from variants.ops.tile_size import Sizes
 
 SMALL: list[dict[str, Any]] = [{"modules": 4}, {"modules": 2, "length_kernel": 5, "module_kernel": 1}]

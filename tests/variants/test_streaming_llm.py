@@ -17,8 +17,8 @@ from variants.attention.dense import Dense, DenseConfig
 from variants.attention.longformer import Longformer, LongformerConfig
 from variants.attention.streaming_llm import StreamingLLM, StreamingLLMConfig
 from variants.base import Clock, Context, Workload
-from variants.ops.masks import Window
-from variants.ops.regions import Region
+from variants.ops.patterns.masks import Window
+from variants.ops.patterns.regions import Region
 
 SMALL: list[dict[str, Any]] = [
     {"window": 7, "sinks": 3},

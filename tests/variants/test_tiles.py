@@ -12,14 +12,14 @@ from oracles import EXACT, assert_same, difference, numbers, softmax_attention
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from variants.ops import masks, pair_counts
-from variants.ops.block_sparse import union_attention
-from variants.ops.masks import Rule
-from variants.ops.pair_counts import carried_keys, count_pairs
-from variants.ops.rectangles import Rectangle, to_parts
-from variants.ops.regions import Region
-from variants.ops.strided_parts import Part
-from variants.ops.tiles import rectangles
+from variants.ops.patterns import masks, pair_counts
+from variants.ops.patterns.block_sparse import union_attention
+from variants.ops.patterns.masks import Rule
+from variants.ops.patterns.pair_counts import carried_keys, count_pairs
+from variants.ops.patterns.rectangles import Rectangle, to_parts
+from variants.ops.patterns.regions import Region
+from variants.ops.patterns.strided_parts import Part
+from variants.ops.patterns.tiles import rectangles
 
 CPU = torch.device("cpu")
 

@@ -25,8 +25,8 @@ from variants import load
 from variants.attention.transformer_xl import TransformerXL, TransformerXLConfig
 from variants.base import Context, Workload
 from variants.input_schedule import Chunks, NetworkOut
-from variants.ops.recurrent import Recurrent, slide
-from variants.ops.relative_attention import BLOCK, _RelativeAttention, plain_attention
+from variants.ops.segments.recurrent import Recurrent, slide
+from variants.ops.segments.relative_attention import BLOCK, _RelativeAttention, plain_attention
 
 SMALL: list[dict[str, Any]] = [
     {"segment": 12, "mem_len": 17},

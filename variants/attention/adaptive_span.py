@@ -29,9 +29,9 @@ from variants.base import (
     Workload,
 )
 from variants.knobs import knob
-from variants.ops import masks
+from variants.ops.patterns import masks
+from variants.ops.patterns.soft_window import block_size, keys_before, soft_window
 from variants.ops.projections import Projections
-from variants.ops.soft_window import block_size, keys_before, soft_window
 
 LEAST = 1e-3
 """Tokens. Keys that are nearer to the end of the ramp have the weight 0, because z is a rounded product."""

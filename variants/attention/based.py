@@ -25,12 +25,12 @@ from variants.base import (
     Workload,
 )
 from variants.knobs import knob
-from variants.ops import masks
-from variants.ops.full_sums import full_flops, full_sums
-from variants.ops.gated_scan import FLOP_OVERHEAD, gated_scan, scan_flops
+from variants.ops.patterns import masks
 from variants.ops.projections import rotary, rotary_next
-from variants.ops.scan_features import Taylor
-from variants.ops.scan_state import ScanState
+from variants.ops.recurrences.full_sums import full_flops, full_sums
+from variants.ops.recurrences.gated_scan import FLOP_OVERHEAD, gated_scan, scan_flops
+from variants.ops.recurrences.scan_features import Taylor
+from variants.ops.recurrences.scan_state import ScanState
 
 
 @dataclass(frozen=True, kw_only=True)

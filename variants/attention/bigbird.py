@@ -15,11 +15,11 @@ from torch import Tensor
 
 from variants.base import Caps, Clock, Complexity, Impl, Info, VariantConfig
 from variants.knobs import knob
-from variants.ops.block_cache import BlockCache
-from variants.ops.gathered_blocks import Plan, Rows, gathered_attention, piece_size
-from variants.ops.masked_attention import TILES, MaskedAttention
-from variants.ops.part_kernels import missing_fused
-from variants.ops.random_blocks import BlockRule, RowGroup, groups_of_rows
+from variants.ops.patterns.block_cache import BlockCache
+from variants.ops.patterns.gathered_blocks import Plan, Rows, gathered_attention, piece_size
+from variants.ops.patterns.masked_attention import TILES, MaskedAttention
+from variants.ops.patterns.part_kernels import missing_fused
+from variants.ops.patterns.random_blocks import BlockRule, RowGroup, groups_of_rows
 
 OVERHEAD = "a causal row computes scores with all keys of its own block, and masks the later ones"
 

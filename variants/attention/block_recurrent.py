@@ -25,13 +25,14 @@ from variants.base import (
     Workload,
 )
 from variants.knobs import knob
-from variants.ops import masks, state_scan
-from variants.ops.masked_attention import MaskedAttention, MaskedConfig
-from variants.ops.masks import Rule, Window
+from variants.ops.patterns import masks
+from variants.ops.patterns.masked_attention import MaskedAttention, MaskedConfig
+from variants.ops.patterns.masks import Rule, Window
 from variants.ops.projections import masked_attention, rotary, rotary_next, spread
-from variants.ops.state_cell import EPS
-from variants.ops.state_cell_state import BlockRecurrentState
-from variants.ops.state_weights import StateCell
+from variants.ops.segments import state_scan
+from variants.ops.segments.state_cell import EPS
+from variants.ops.segments.state_cell_state import BlockRecurrentState
+from variants.ops.segments.state_weights import StateCell
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +57,7 @@ class BlockRecurrent(MaskedAttention):
     """Attention to the last W tokens, and to S state vectors that have read the blocks before.
 
     Tokens also read the state before their block. At the end of a block the state vectors read each other
-    and the tokens of the block, and a gate updates them (`variants.ops.state_cell`). Blocks follow each
+    and the tokens of the block, and a gate updates them (`segments.state_cell`). Blocks follow each
     other; the tokens of a block are computed at once. Both results of a token are projected together: their
     concatenation, or their sum if the weights are shared.
 

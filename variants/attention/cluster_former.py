@@ -26,8 +26,9 @@ from variants.base import (
     Workload,
 )
 from variants.knobs import knob
-from variants.ops import kmeans, masks
-from variants.ops.pair_counts import window_pairs
+from variants.ops.clustering import kmeans
+from variants.ops.patterns import masks
+from variants.ops.patterns.pair_counts import window_pairs
 from variants.ops.projections import Projections, local_attention, masked_attention
 
 

@@ -26,7 +26,7 @@ from variants.base import (
     Workload,
 )
 from variants.knobs import knob
-from variants.ops import hamming
+from variants.ops.clustering import hamming
 from variants.ops.projections import Projections, masked_attention, rotary
 
 

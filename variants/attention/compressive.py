@@ -20,7 +20,8 @@ from torch import Tensor, nn
 
 from variants.base import Caps, Clock, Complexity, Context, Cost, Dims, Info, MixerOut, Workload
 from variants.knobs import knob
-from variants.ops.compression import (
+from variants.ops.projections import spread
+from variants.ops.segments.compression import (
     COMPRESSIONS,
     Compressor,
     Group,
@@ -30,10 +31,9 @@ from variants.ops.compression import (
     group_of,
     stretches,
 )
-from variants.ops.projections import spread
-from variants.ops.recurrent import Recurrent, RecurrentConfig, slide
-from variants.ops.recurrent_state import CompressiveState
-from variants.ops.segment_windows import SegmentRun
+from variants.ops.segments.recurrent import Recurrent, RecurrentConfig, slide
+from variants.ops.segments.recurrent_state import CompressiveState
+from variants.ops.segments.segment_windows import SegmentRun
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from variants.base import Caps, Complexity, Info
-from variants.ops.delta_mixer import DeltaConfig, DeltaMixer, implementations
+from variants.ops.recurrences.delta_mixer import DeltaConfig, DeltaMixer, implementations
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,10 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from variants.base import Caps, Complexity, Context, Impl, Info, VariantConfig
-from variants.ops import backends, masks
-from variants.ops.forced_sdpa import forced
-from variants.ops.masked_attention import FLEX, MaskedAttention
-from variants.ops.masks import Rule
+from variants.ops.fused import backends
+from variants.ops.fused.forced_sdpa import forced
+from variants.ops.patterns import masks
+from variants.ops.patterns.masked_attention import FLEX, MaskedAttention
+from variants.ops.patterns.masks import Rule
 from variants.ops.projections import masked_attention
 
 

@@ -29,7 +29,7 @@ from variants.base import (
     VariantConfig,
     Workload,
 )
-from variants.ops import masks
+from variants.ops.patterns import masks
 from variants.ops.projections import Projections
 from variants.ops.row_blocks import row_block_attention
 

@@ -29,7 +29,7 @@ from variants.base import (
     Workload,
 )
 from variants.knobs import knob
-from variants.ops.chosen_keys import best_keys, choose, chosen_attention, index_scores
+from variants.ops.chosen.chosen_keys import best_keys, choose, chosen_attention, index_scores
 from variants.ops.projections import Projections, masked_attention, rotary
 
 Index = tuple[Tensor, Tensor, Tensor]

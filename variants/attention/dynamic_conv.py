@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from variants.base import Caps, Complexity, Dims, Info, Workload
-from variants.ops.convolution_mixer import ConvolutionConfig, ConvolutionMixer
+from variants.ops.convolutions.convolution_mixer import ConvolutionConfig, ConvolutionMixer
 
 
 @dataclass(frozen=True, kw_only=True)

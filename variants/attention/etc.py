@@ -15,13 +15,13 @@ from torch import Tensor, nn
 
 from variants.base import Caps, Complexity, Context, Cost, Dims, Impl, Info, MixerOut, VariantConfig, Workload
 from variants.knobs import knob
-from variants.ops import masks
-from variants.ops.masked_attention import TILES, MaskedAttention
-from variants.ops.masks import Rule, Window
+from variants.ops.patterns import masks
+from variants.ops.patterns.masked_attention import TILES, MaskedAttention
+from variants.ops.patterns.masks import Rule, Window
+from variants.ops.patterns.segment_rows import all_rows
+from variants.ops.patterns.strided_parts import Part
 from variants.ops.projections import Projections, masked_attention, rotary
-from variants.ops.segment_rows import all_rows
 from variants.ops.spaced_positions import middles_of_parts
-from variants.ops.strided_parts import Part
 
 
 @dataclass(frozen=True, kw_only=True)

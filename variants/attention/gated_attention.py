@@ -13,10 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from variants.base import Caps, Complexity, Context, Cost, Dims, Info, MixerOut, VariantConfig, Workload
-from variants.ops import masks
 from variants.ops.key_cache import KeyCache
-from variants.ops.masked_attention import MaskedAttention
-from variants.ops.masks import Rule
+from variants.ops.patterns import masks
+from variants.ops.patterns.masked_attention import MaskedAttention
+from variants.ops.patterns.masks import Rule
 from variants.ops.projections import masked_attention
 
 

@@ -12,8 +12,8 @@ from typing import ClassVar
 from torch import Tensor, nn
 
 from variants.base import Caps, Complexity, Dims, Info, Workload
-from variants.ops.decay_gates import DecayRates
-from variants.ops.delta_mixer import DeltaConfig, DeltaMixer, implementations, wide_linear
+from variants.ops.recurrences.decay_gates import DecayRates
+from variants.ops.recurrences.delta_mixer import DeltaConfig, DeltaMixer, implementations, wide_linear
 
 
 @dataclass(frozen=True, kw_only=True)

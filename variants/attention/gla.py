@@ -28,17 +28,17 @@ from variants.base import (
     Workload,
 )
 from variants.knobs import knob
-from variants.ops.channel_chunks import DecayMap, SigmoidRoot
-from variants.ops.channel_scan import (
+from variants.ops.recurrences.channel_chunks import DecayMap, SigmoidRoot
+from variants.ops.recurrences.channel_scan import (
     FLOP_OVERHEAD,
     ChannelScanState,
     channel_recurrence,
     channel_scan,
     channel_scan_flops,
 )
-from variants.ops.fla_kernels import KERNELS
-from variants.ops.fla_scans import fla_impl, scan
-from variants.ops.gated_norm import GatedNorm, gated_norm
+from variants.ops.recurrences.fla_kernels import KERNELS
+from variants.ops.recurrences.fla_scans import fla_impl, scan
+from variants.ops.recurrences.gated_norm import GatedNorm, gated_norm
 
 EPS = 1e-5
 """Added to the mean square of the channels of a head."""

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from variants.base import Caps, Complexity, Dims, Info, VariantConfig
 from variants.knobs import knob
-from variants.ops.grid import Memory, default_width, memory_rectangles
-from variants.ops.masked_attention import MaskedAttention, MaskedConfig
-from variants.ops.masks import Rule
+from variants.ops.patterns.grid import Memory, default_width, memory_rectangles
+from variants.ops.patterns.masked_attention import MaskedAttention, MaskedConfig
+from variants.ops.patterns.masks import Rule
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -27,10 +27,10 @@ from variants.base import (
     Workload,
 )
 from variants.knobs import knob
-from variants.ops import segment_memory
-from variants.ops.block_means import own_pairs
+from variants.ops.chosen.block_means import own_pairs
 from variants.ops.projections import Projections, masked_attention, rotary, rotary_next
-from variants.ops.segment_memory_state import InfiniState
+from variants.ops.segments import segment_memory
+from variants.ops.segments.segment_memory_state import InfiniState
 
 QKV = tuple[Tensor, Tensor, Tensor]
 

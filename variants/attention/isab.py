@@ -25,7 +25,7 @@ from variants.base import (
     Workload,
 )
 from variants.knobs import knob
-from variants.ops import masks
+from variants.ops.patterns import masks
 from variants.ops.projections import Projections, masked_attention, rotary
 from variants.ops.spaced_positions import middles_of_parts
 

@@ -28,10 +28,10 @@ from variants.base import (
     Workload,
 )
 from variants.knobs import knob
-from variants.ops.block_layout import Plan
-from variants.ops.block_means import BlockMeans, best_blocks, candidate_pairs, own_pairs
-from variants.ops.landmark_blocks import landmark_attention
-from variants.ops.part_kernels import missing_fused
+from variants.ops.chosen.block_layout import Plan
+from variants.ops.chosen.block_means import BlockMeans, best_blocks, candidate_pairs, own_pairs
+from variants.ops.chosen.landmark_blocks import landmark_attention
+from variants.ops.patterns.part_kernels import missing_fused
 from variants.ops.projections import Projections, rotary
 
 OVERHEAD = (

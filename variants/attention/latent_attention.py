@@ -29,7 +29,7 @@ from variants.base import (
     Workload,
 )
 from variants.knobs import knob
-from variants.ops import masks
+from variants.ops.patterns import masks
 from variants.ops.projections import masked_attention, rotary, rotary_next
 
 EPSILON = 1e-6

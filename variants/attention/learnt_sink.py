@@ -16,12 +16,12 @@ from torch import Tensor, nn
 
 from variants.base import Caps, Clock, Complexity, Context, Dims, Impl, Info, VariantConfig
 from variants.knobs import knob
-from variants.ops import masks
-from variants.ops.first_and_last import FirstAndLast
-from variants.ops.given_scores import attention_with_given
-from variants.ops.masked_attention import TILES, MaskedAttention
-from variants.ops.masks import Rule, Window
-from variants.ops.strided_parts import Part, piece_size
+from variants.ops.patterns import masks
+from variants.ops.patterns.first_and_last import FirstAndLast
+from variants.ops.patterns.given_scores import attention_with_given
+from variants.ops.patterns.masked_attention import TILES, MaskedAttention
+from variants.ops.patterns.masks import Rule, Window
+from variants.ops.patterns.strided_parts import Part, piece_size
 
 ADDED_CHANNELS = 8
 """Channels that impl=sdpa adds to a head: one for the sink; kernels want a multiple of 8."""
@@ -60,7 +60,7 @@ class LearntSink(MaskedAttention):
     The output is that of softmax attention times sigmoid(L − σ), L being the logsumexp of the scores.
 
     σ is 0 at first, so that the denominator is 1 + Σ e^s. Any kernel that returns L is made to compute this:
-    the sink is one more part of the keys (`variants.ops.given_scores`), whose values are 0.
+    the sink is one more part of the keys (`patterns.given_scores`), whose values are 0.
 
     Deviations from gpt-oss: rotary positions without YaRN; no biases of the projections. The bidirectional
     form is ours; the formula is the same.

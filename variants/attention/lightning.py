@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from variants.base import Caps, Clock, Complexity, Context, Dims, Info
 from variants.knobs import knob
-from variants.ops.fixed_decay import FixedDecayConfig, FixedDecayMixer, Heads
-from variants.ops.gated_norm import GatedNorm
-from variants.ops.scan_features import Silu
+from variants.ops.recurrences.fixed_decay import FixedDecayConfig, FixedDecayMixer, Heads
+from variants.ops.recurrences.gated_norm import GatedNorm
+from variants.ops.recurrences.scan_features import Silu
 
 EPS = 1e-5
 """Added to the mean square of the channels of a token, and to the slopes' factor."""

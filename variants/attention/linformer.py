@@ -27,7 +27,7 @@ from variants.base import (
     Workload,
 )
 from variants.knobs import knob
-from variants.ops import masks
+from variants.ops.patterns import masks
 from variants.ops.projections import Projections, masked_attention
 
 

@@ -32,18 +32,18 @@ from variants.base import (
     Workload,
 )
 from variants.knobs import knob
-from variants.ops import masks
-from variants.ops.block_sparse import union_attention
-from variants.ops.long_short_state import LongShortState
-from variants.ops.masked_attention import TILE_OVERHEAD
-from variants.ops.pair_counts import window_pairs
-from variants.ops.part_kernels import missing_fused
+from variants.ops.patterns import masks
+from variants.ops.patterns.block_sparse import union_attention
+from variants.ops.patterns.masked_attention import TILE_OVERHEAD
+from variants.ops.patterns.pair_counts import window_pairs
+from variants.ops.patterns.part_kernels import missing_fused
+from variants.ops.patterns.rectangles import Rectangle, to_parts
+from variants.ops.patterns.regions import Region
+from variants.ops.patterns.segment_rows import all_rows, earlier_rows, row_pairs
+from variants.ops.patterns.strided_parts import Part, piece_size
+from variants.ops.patterns.tiles import rectangles
 from variants.ops.projections import Projections, masked_attention, rotary, rotary_next
-from variants.ops.rectangles import Rectangle, to_parts
-from variants.ops.regions import Region
-from variants.ops.segment_rows import all_rows, earlier_rows, row_pairs
-from variants.ops.strided_parts import Part, piece_size
-from variants.ops.tiles import rectangles
+from variants.ops.segments.long_short_state import LongShortState
 
 
 @dataclass(frozen=True, kw_only=True)

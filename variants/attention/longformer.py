@@ -16,15 +16,15 @@ from torch import Tensor, nn
 
 from variants.base import Caps, Complexity, Context, Cost, Dims, Impl, Info, MixerOut, VariantConfig, Workload
 from variants.knobs import knob
-from variants.ops import masks
-from variants.ops.flash import missing_flash
-from variants.ops.flash_windows import window_attention
-from variants.ops.masked_attention import TILES, MaskedAttention
-from variants.ops.masks import ByHead, Rule, Window
-from variants.ops.pair_counts import carried_keys
+from variants.ops.fused.flash import missing_flash
+from variants.ops.fused.flash_windows import window_attention
+from variants.ops.patterns import masks
+from variants.ops.patterns.masked_attention import TILES, MaskedAttention
+from variants.ops.patterns.masks import ByHead, Rule, Window
+from variants.ops.patterns.pair_counts import carried_keys
+from variants.ops.patterns.regions import Region
+from variants.ops.patterns.strided_parts import Part, StridedTokens, piece_size
 from variants.ops.projections import local_attention, masked_attention, rotary
-from variants.ops.regions import Region
-from variants.ops.strided_parts import Part, StridedTokens, piece_size
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -27,10 +27,10 @@ from variants.base import (
     Workload,
 )
 from variants.knobs import knob
-from variants.ops import masks
-from variants.ops.gated_scan import FLOP_OVERHEAD
-from variants.ops.packed_sums import Plan, packed_flops, packed_sums, read_segments
+from variants.ops.patterns import masks
 from variants.ops.projections import rotary, rotary_next
+from variants.ops.recurrences.gated_scan import FLOP_OVERHEAD
+from variants.ops.recurrences.packed_sums import Plan, packed_flops, packed_sums, read_segments
 
 
 @dataclass(frozen=True, kw_only=True)

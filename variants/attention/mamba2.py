@@ -30,11 +30,11 @@ from variants.base import (
     Workload,
 )
 from variants.knobs import knob
-from variants.ops.gated_norm import GatedNorm, gated_norm
-from variants.ops.gated_scan import FLOP_OVERHEAD, gated_scan, scan_flops
-from variants.ops.scan_features import Identity
-from variants.ops.scan_state import ScanState
-from variants.ops.short_convolution import short_convolution
+from variants.ops.convolutions.short_convolution import short_convolution
+from variants.ops.recurrences.gated_norm import GatedNorm, gated_norm
+from variants.ops.recurrences.gated_scan import FLOP_OVERHEAD, gated_scan, scan_flops
+from variants.ops.recurrences.scan_features import Identity
+from variants.ops.recurrences.scan_state import ScanState
 
 EPS = 1e-5
 """Added to the mean square of the channels of a token."""

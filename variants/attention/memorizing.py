@@ -27,11 +27,11 @@ from variants.base import (
     Workload,
 )
 from variants.knobs import knob
-from variants.ops.block_means import own_pairs
-from variants.ops.nearest_keys import Memory, nearest_attention
-from variants.ops.nearest_keys_state import MemorizingState
+from variants.ops.chosen.block_means import own_pairs
+from variants.ops.chosen.nearest_keys import Memory, nearest_attention
+from variants.ops.chosen.nearest_keys_state import MemorizingState
+from variants.ops.features.unit_vectors import unit_vectors
 from variants.ops.projections import Projections, rotary, rotary_next
-from variants.ops.unit_vectors import unit_vectors
 
 
 @dataclass(frozen=True, kw_only=True)

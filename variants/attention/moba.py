@@ -28,11 +28,11 @@ from variants.base import (
     Workload,
 )
 from variants.knobs import knob
-from variants.ops.block_layout import Plan
-from variants.ops.block_means import BlockMeans, best_blocks, block_means, candidate_pairs, own_pairs
-from variants.ops.part_kernels import missing_fused
+from variants.ops.chosen.block_layout import Plan
+from variants.ops.chosen.block_means import BlockMeans, best_blocks, block_means, candidate_pairs, own_pairs
+from variants.ops.chosen.routed_blocks import routed_attention
+from variants.ops.patterns.part_kernels import missing_fused
 from variants.ops.projections import Projections, masked_attention
-from variants.ops.routed_blocks import routed_attention
 
 OVERHEAD = (
     "a query computes the scores of all keys of its own block and of some later block means, and the last "

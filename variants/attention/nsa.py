@@ -31,19 +31,25 @@ from variants.base import (
     Workload,
 )
 from variants.knobs import knob
-from variants.ops import masks
-from variants.ops.block_layout import Plan
-from variants.ops.block_means import BlockMeans, own_pairs
-from variants.ops.block_sparse import union_attention
-from variants.ops.compressed_blocks import FORCED, Compression, choose, compressed_attention, selectable
-from variants.ops.pair_counts import window_pairs
-from variants.ops.part_kernels import missing_fused
+from variants.ops.chosen.block_layout import Plan
+from variants.ops.chosen.block_means import BlockMeans, own_pairs
+from variants.ops.chosen.compressed_blocks import (
+    FORCED,
+    Compression,
+    choose,
+    compressed_attention,
+    selectable,
+)
+from variants.ops.chosen.routed_blocks import routed_attention
+from variants.ops.patterns import masks
+from variants.ops.patterns.block_sparse import union_attention
+from variants.ops.patterns.pair_counts import window_pairs
+from variants.ops.patterns.part_kernels import missing_fused
+from variants.ops.patterns.rectangles import Rectangle, to_parts
+from variants.ops.patterns.regions import Region
+from variants.ops.patterns.strided_parts import piece_size
+from variants.ops.patterns.tiles import rectangles
 from variants.ops.projections import Projections, masked_attention, spread
-from variants.ops.rectangles import Rectangle, to_parts
-from variants.ops.regions import Region
-from variants.ops.routed_blocks import routed_attention
-from variants.ops.strided_parts import piece_size
-from variants.ops.tiles import rectangles
 
 OVERHEAD = (
     "blocks of queries compute scores with some keys that not all of them may read, and the last tile of a "

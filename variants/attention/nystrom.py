@@ -25,11 +25,11 @@ from variants.base import (
     Workload,
 )
 from variants.knobs import knob
-from variants.ops import masks
-from variants.ops.depthwise import OVERHEAD, depthwise, taps_flops
+from variants.ops.convolutions.depthwise import OVERHEAD, depthwise, taps_flops
+from variants.ops.patterns import masks
 from variants.ops.projections import Projections, masked_attention
 from variants.ops.pseudo_inverse import FLOPS_PER_STEP, pseudo_inverse
-from variants.ops.segment_means import segment_bounds, segment_means
+from variants.ops.segments.segment_means import segment_bounds, segment_means
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -28,14 +28,14 @@ from variants.base import (
     Workload,
 )
 from variants.knobs import knob
-from variants.ops import masks
-from variants.ops.causal_linear_attention import causal_favor
-from variants.ops.feature_state import FeatureState
-from variants.ops.fla_products import CHUNKS, fla_favor, missing_fla
-from variants.ops.linear_attention import full_favor
-from variants.ops.positive_features import RELU_FLOOR
+from variants.ops.features.causal_linear_attention import causal_favor
+from variants.ops.features.feature_state import FeatureState
+from variants.ops.features.linear_attention import full_favor
+from variants.ops.features.positive_features import RELU_FLOOR
+from variants.ops.features.scaled_linear_attention import chunked_favor
+from variants.ops.patterns import masks
 from variants.ops.projections import Projections, masked_attention
-from variants.ops.scaled_linear_attention import chunked_favor
+from variants.ops.recurrences.fla_products import CHUNKS, fla_favor, missing_fla
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +58,7 @@ class PerformerConfig(VariantConfig):
     impl: Literal["auto", "plain", "chunked", "fla"] = knob("auto", younger=True)
     """Implementation of the causal sums. auto: plain on a CPU, chunked on other devices. plain: sums in
     float32 with a level for each feature, in pieces that fit into a cache, for any norms. chunked: few large
-    matrix products in the dtype of the inputs, for norms up to a limit (`variants.ops.scaled_features`), over
+    matrix products in the dtype of the inputs, for norms up to a limit (`features.scaled_features`), over
     chunks of at least 128 tokens on an accelerator. fla: the same with the kernels of the package fla-core;
     untried. Bidirectional sums have one implementation, which is used for auto and plain."""
 

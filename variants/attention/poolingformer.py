@@ -31,15 +31,15 @@ from variants.base import (
     Workload,
 )
 from variants.knobs import knob
-from variants.ops import masks
-from variants.ops.band_parts import Band, band_parts
-from variants.ops.block_sparse import union_attention
 from variants.ops.key_cache import KeyCache, cache_bytes
-from variants.ops.masked_attention import TILE_OVERHEAD, attention_or_zero
-from variants.ops.part_kernels import missing_fused
-from variants.ops.pooled_state import PooledState
+from variants.ops.patterns import masks
+from variants.ops.patterns.band_parts import Band, band_parts
+from variants.ops.patterns.block_sparse import union_attention
+from variants.ops.patterns.masked_attention import TILE_OVERHEAD, attention_or_zero
+from variants.ops.patterns.part_kernels import missing_fused
+from variants.ops.patterns.strided_parts import Part, piece_size
 from variants.ops.projections import Projections, masked_attention, rotary, rotary_next
-from variants.ops.strided_parts import Part, piece_size
+from variants.ops.segments.pooled_state import PooledState
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -30,8 +30,8 @@ from variants.base import (
     Workload,
 )
 from variants.knobs import knob
-from variants.ops import backends, masks
-from variants.ops.bucket_cache import BucketCache, bucket_cache_bytes
+from variants.ops.clustering.bucket_cache import BucketCache, bucket_cache_bytes
+from variants.ops.fused import backends
 from variants.ops.lsh.attention import lsh_attention
 from variants.ops.lsh.flex import KEYS
 from variants.ops.lsh.hashing import (
@@ -44,6 +44,7 @@ from variants.ops.lsh.hashing import (
 )
 from variants.ops.lsh.merged import merged_attention
 from variants.ops.lsh.windows import Window
+from variants.ops.patterns import masks
 from variants.ops.projections import masked_attention, rotary
 
 

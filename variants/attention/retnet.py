@@ -13,9 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from variants.base import Caps, Complexity, Context, Info
-from variants.ops.fixed_decay import FixedDecayConfig, FixedDecayMixer
-from variants.ops.gated_norm import GatedNorm
-from variants.ops.scan_features import Identity
+from variants.ops.recurrences.fixed_decay import FixedDecayConfig, FixedDecayMixer
+from variants.ops.recurrences.gated_norm import GatedNorm
+from variants.ops.recurrences.scan_features import Identity
 
 EPS = 1e-5
 """Added to the variance of the channels of a head."""

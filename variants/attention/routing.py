@@ -32,13 +32,14 @@ from variants.base import (
     Workload,
 )
 from variants.knobs import knob
-from variants.ops import clusters, kmeans, masks
-from variants.ops.bucket_cache import BucketCache, bucket_cache_bytes
-from variants.ops.clusters import Kernels
-from variants.ops.flash import missing_flash
-from variants.ops.flash_windows import window_attention
+from variants.ops.clustering import clusters, kmeans
+from variants.ops.clustering.bucket_cache import BucketCache, bucket_cache_bytes
+from variants.ops.clustering.clusters import Kernels
+from variants.ops.fused.flash import missing_flash
+from variants.ops.fused.flash_windows import window_attention
 from variants.ops.key_cache import KeyCache, cache_bytes
-from variants.ops.pair_counts import window_pairs
+from variants.ops.patterns import masks
+from variants.ops.patterns.pair_counts import window_pairs
 from variants.ops.projections import Projections, local_attention, masked_attention, rotary, rotary_next
 
 

@@ -12,10 +12,10 @@ from torch import Tensor
 
 from variants.base import Caps, Complexity, Dims, Info, VariantConfig
 from variants.knobs import knob
-from variants.ops.masked_attention import MaskedAttention, MaskedConfig
-from variants.ops.masks import Rule
-from variants.ops.regions import Region
-from variants.ops.strided_parts import Part, StridedTokens
+from variants.ops.patterns.masked_attention import MaskedAttention, MaskedConfig
+from variants.ops.patterns.masks import Rule
+from variants.ops.patterns.regions import Region
+from variants.ops.patterns.strided_parts import Part, StridedTokens
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -28,7 +28,7 @@ from variants.base import (
     Workload,
 )
 from variants.knobs import knob
-from variants.ops.block_sorting import SortState, balanced, mix_past, past_only
+from variants.ops.clustering.block_sorting import SortState, balanced, mix_past, past_only
 from variants.ops.projections import Projections, masked_attention, rotary
 
 

@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 
 from variants.knobs import knob
-from variants.ops import summary_parts
-from variants.ops.factorised import Role, SparseAttention, SparseConfig
-from variants.ops.flash_union import Union
-from variants.ops.masks import Rule, SameBlock
-from variants.ops.strided_parts import Part
-from variants.ops.summaries import Positions, Summaries
-from variants.ops.summary_calls import summary_union
+from variants.ops.fused.flash_union import Union
+from variants.ops.patterns import summary_parts
+from variants.ops.patterns.factorised import Role, SparseAttention, SparseConfig
+from variants.ops.patterns.masks import Rule, SameBlock
+from variants.ops.patterns.strided_parts import Part
+from variants.ops.patterns.summaries import Positions, Summaries
+from variants.ops.patterns.summary_calls import summary_union
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -29,9 +29,9 @@ from variants.base import (
     Workload,
 )
 from variants.knobs import knob
-from variants.ops import masks
+from variants.ops.convolutions.module_convolution import module_convolution
 from variants.ops.key_cache import KeyCache
-from variants.ops.module_convolution import module_convolution
+from variants.ops.patterns import masks
 from variants.ops.projections import masked_attention, rotary, rotary_next
 
 

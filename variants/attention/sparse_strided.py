@@ -9,12 +9,12 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from variants.ops import masks
-from variants.ops.factorised import Role, SparseAttention, SparseConfig
-from variants.ops.flash_union import Union, Views
-from variants.ops.masks import Rule, SameResidue, Window
-from variants.ops.regions import Region, residues
-from variants.ops.strided_parts import StridedTokens
+from variants.ops.fused.flash_union import Union, Views
+from variants.ops.patterns import masks
+from variants.ops.patterns.factorised import Role, SparseAttention, SparseConfig
+from variants.ops.patterns.masks import Rule, SameResidue, Window
+from variants.ops.patterns.regions import Region, residues
+from variants.ops.patterns.strided_parts import StridedTokens
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -28,16 +28,17 @@ from variants.base import (
     Workload,
 )
 from variants.knobs import knob
-from variants.ops import backends, masks
-from variants.ops.first_and_last import FirstAndLast
-from variants.ops.given_scores import attention_with_given
-from variants.ops.masked_attention import FLEX, TILES, MaskedAttention
-from variants.ops.masks import Rule, Window
-from variants.ops.pair_counts import window_pairs
-from variants.ops.part_kernels import missing_fused
+from variants.ops.fused import backends
+from variants.ops.patterns import masks
+from variants.ops.patterns.first_and_last import FirstAndLast
+from variants.ops.patterns.given_scores import attention_with_given
+from variants.ops.patterns.masked_attention import FLEX, TILES, MaskedAttention
+from variants.ops.patterns.masks import Rule, Window
+from variants.ops.patterns.pair_counts import window_pairs
+from variants.ops.patterns.part_kernels import missing_fused
+from variants.ops.patterns.regions import Region
+from variants.ops.patterns.strided_parts import piece_size
 from variants.ops.projections import rotary, rotary_table_at, spread
-from variants.ops.regions import Region
-from variants.ops.strided_parts import piece_size
 
 
 @dataclass(frozen=True, kw_only=True)

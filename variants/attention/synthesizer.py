@@ -27,8 +27,8 @@ from variants.base import (
     Workload,
 )
 from variants.knobs import knob
-from variants.ops import masks
 from variants.ops.learnt_weights import mixed
+from variants.ops.patterns import masks
 
 
 @dataclass(frozen=True, kw_only=True)

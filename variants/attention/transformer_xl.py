@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from variants.base import Caps, Clock, Complexity, Context, Cost, Info, MixerOut, Workload
-from variants.ops import masks
-from variants.ops.recurrent import Recurrent, RecurrentConfig, slide
-from variants.ops.recurrent_state import RecurrentState
-from variants.ops.segment_windows import SegmentRun, SegmentSizes, runs_of
+from variants.ops.patterns import masks
+from variants.ops.segments.recurrent import Recurrent, RecurrentConfig, slide
+from variants.ops.segments.recurrent_state import RecurrentState
+from variants.ops.segments.segment_windows import SegmentRun, SegmentSizes, runs_of
 
 
 @dataclass(frozen=True, kw_only=True)

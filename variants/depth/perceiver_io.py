@@ -31,7 +31,7 @@ from variants.base import Context, Cost, DepthConfig, Dims, Path, PathOut, RunVi
 from variants.base.lengths import ChangesLength
 from variants.knobs import knob
 from variants.ops.cross_attention import CrossAttention
-from variants.ops.relative_attention import sinusoids
+from variants.ops.segments.relative_attention import sinusoids
 
 LATENT_STD = 0.02
 """Standard deviation of the initial latents."""

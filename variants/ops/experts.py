@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from variants.ops.backends import note_work
+from variants.ops.fused.backends import note_work
 
 
 class Rows(NamedTuple):

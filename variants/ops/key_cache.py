@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 from variants.base import Clock, DecodingState
-from variants.ops.masks import AnyOfGroup, Rule, depends_on_head
+from variants.ops.patterns.masks import AnyOfGroup, Rule, depends_on_head
 from variants.ops.projections import spread
 
 MOST_SCORES = 8192

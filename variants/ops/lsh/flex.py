@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from variants.ops.backends import BLOCK, GRAPHS, missing_flex, note_work
+from variants.ops.fused.backends import BLOCK, GRAPHS, missing_flex, note_work
 from variants.ops.lsh.flex_tiles import Tiles, key_tiles, tiles
 from variants.ops.lsh.streams import Stream
 from variants.ops.lsh.windows import Window
@@ -169,7 +169,7 @@ def _products_with(lse: Tensor, grad: Tensor, mean: Tensor, *given: Any) -> Tens
 
 @cache
 def _compiled(function: Callable[..., Any], device_type: str) -> Callable[..., Any]:
-    # see `variants.ops.backends._compiled_flex`
+    # see `variants.ops.fused.backends._compiled_flex`
     backend = "inductor" if device_type == "cuda" else "eager"
     compiled: Any = torch.compile(function, backend=backend, fullgraph=True, dynamic=False)
     return compiled  # type: ignore[no-any-return]

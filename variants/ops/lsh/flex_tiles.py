@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from variants.ops.backends import BLOCK, MASKS
+from variants.ops.fused.backends import BLOCK, MASKS
 from variants.ops.lsh.windows import Window
 
 

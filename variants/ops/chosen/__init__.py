@@ -1,0 +1,1 @@
+"""Keys and blocks of keys that a query chooses by their content."""

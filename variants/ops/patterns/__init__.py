@@ -1,0 +1,1 @@
+"""Masks that are known before the input: rules, counts of pairs, tiles, and attention over the tiles."""

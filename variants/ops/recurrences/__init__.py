@@ -1,0 +1,1 @@
+"""Linear recurrences with decays and delta rules, computed in chunks, and their states."""

@@ -1,0 +1,1 @@
+"""Memories that one segment or window leaves to the next."""
