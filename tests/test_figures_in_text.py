@@ -106,6 +106,22 @@ def test_the_recall_of_mixtures() -> None:
     assert f"the gated delta rule recalled {accuracy['gated_delta_net']:.1f} % without any" in text
 
 
+def test_the_text_of_mixtures() -> None:
+    text = (ROOT / "docs" / "choosing.md").read_text()
+    frame = records.load(ROOT / "results" / "hybrid-cpu")
+    frame = frame[frame["bits_per_byte"].notna()]
+    assert set(frame["tokens_trained"]) == {524_288}
+    assert set(frame["learning_rate"]) == {0.01}
+    layers = frame["variant_params"].map(lambda params: " ".join(map(str, params.get("layers", ["dense"]))))
+    assert set(frame.groupby(layers)["replicate"].nunique()) == {3}
+    bits = frame.groupby(layers)["bits_per_byte"].mean().map("{:.2f}".format)
+    window, rule = "longformer(window=64)", "gated_delta_net"
+    alone = f"{bits['dense']} bits per byte, windows of 64 tokens {bits[window]}"
+    assert f"dense attention had {alone} and the gated delta rule {bits[rule]}" in text
+    mixed = [bits[f"{each} {each} {each} dense"] for each in (window, rule)]
+    assert f"with one dense layer of the four, {mixed[0]} and {mixed[1]}." in text
+
+
 def test_the_state_that_recall_needs() -> None:
     text = (ROOT / "docs" / "choosing.md").read_text()
     frame = records.load(ROOT / "results" / "recall-recurrent-cpu")
