@@ -238,13 +238,15 @@ def test_what_any_process_needs_needs_nothing(module: str) -> None:
 
 
 def test_report_reads_records_and_nothing_else() -> None:
-    """And the families of variants, from their source, for the looks of figures."""
+    """And the families of variants, from their source, for the looks of figures, and the usual layers."""
     for module in of_report:
         others = {t for t in ours(module) if t != "bench.report" and not t.startswith("bench.report.")}
         read = {f"bench.records{name}" for name in ("", ".configurations", ".files", ".record")}
         read.add("bench.inputs.errors")
         if module == "bench.report.figures.style":
             read |= {"variants", "variants.facts"}
+        if module == "bench.report.sections.decoding.data":
+            read.add("variants.slots")
         assert others <= read | OF_ANY_PROCESS, module
         assert "torch" not in outside(module), module
 
