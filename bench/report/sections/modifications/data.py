@@ -81,21 +81,18 @@ def _of_several_slots(rows: pd.DataFrame) -> pd.DataFrame:
 
 def _task_names(rows: pd.DataFrame) -> dict[int, str]:
     """Pool → the data, of text the objective, and what else tells it from the others."""
-    first = rows.drop_duplicates("pool").set_index("pool")
-    is_text = rows.groupby("pool")["accuracy"].count() == 0
-    plain = {
-        number: f"{row['corpus']}, {row['objective']}" if is_text[number] else str(row["corpus"])
-        for number, row in first.iterrows()
-    }
+    first = rows.drop_duplicates("pool")
+    tasks = [{str(key): value for key, value in row.items()} for row in first.to_dict("records")]
+    answers = {*rows.loc[rows["accuracy"].notna(), "pool"]}
+    plain = [
+        own["corpus"] if own["pool"] in answers else f"{own['corpus']}, {own['objective']}" for own in tasks
+    ]
     found = {}
-    for number, row in first.iterrows():
-        alike = first[[plain[other] == plain[number] for other in first.index]]
+    for own, name in zip(tasks, plain, strict=True):
+        alike = first[[other == name for other in plain]]
         keys = [key for key in varying(alike, TASK) if key not in ("corpus", "objective", *PAGE)]
-        values = row.to_dict()
-        words = describe(values, [key for key in keys if key in PLACE])
-        found[int(str(number))] = ", ".join(
-            word for word in (plain[number], words, *training(values, keys)) if word
-        )
+        words = describe(own, [key for key in keys if key in PLACE])
+        found[int(own["pool"])] = ", ".join(word for word in (name, words, *training(own, keys)) if word)
     return found
 
 

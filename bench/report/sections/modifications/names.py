@@ -84,7 +84,7 @@ def reference_of(pools: Sequence[Sequence[str]]) -> str:
 
 def _unusual(own: Configuration) -> int:
     options = sum(own[key] != usual for key, usual in MODEL_OPTIONS.items())
-    return options + sum(own[entry] != usual for entry, usual in ENTRIES.items())
+    return int(options + sum(own[entry] != usual for entry, usual in ENTRIES.items()))
 
 
 def _apart(own: Configuration, other: Configuration) -> list[str]:

@@ -32,7 +32,7 @@ def overview(cells: pd.DataFrame) -> list[Column]:
     }
     for name in costs.values():
         cells = cells.assign(**{f"{name}_ratio": cells[name].to_numpy() / against[name].to_numpy()})
-    by_name = dict(iter(cells.groupby("modification", sort=False)))
+    by_name = {str(name): own for name, own in cells.groupby("modification", sort=False)}
     ranks = cells.groupby("modification")["rank"].mean()
     order = sorted(by_name, key=lambda name: (name != DEFAULT, *_last(ranks[name]), name))
     parts = [by_name[name] for name in order]
@@ -74,7 +74,7 @@ def of_task(own: pd.DataFrame) -> list[Column]:
     rows = [row for _, row in own.iterrows()]
     figure = own["figure"].iloc[0]
     share = own["early_share"].median()
-    early = "early loss" if pd.isna(share) else f"loss after {units.percent(share)}"
+    early = "early loss" if units.missing(share) else f"loss after {units.percent(share)}"
     unit = BITS if figure == BITS else "nats"
     return [
         each(own, FIRST, "modification", str, right=False, optional=False),
@@ -92,7 +92,7 @@ def of_task(own: pd.DataFrame) -> list[Column]:
 
 
 def _whole(value: float) -> str:
-    return units.MISSING if pd.isna(value) else f"{int(value):,}"
+    return units.MISSING if units.missing(value) else f"{int(value):,}"
 
 
 def _speed(row: pd.Series[Any]) -> str:
@@ -151,7 +151,7 @@ def _other(row: pd.Series[Any]) -> str:
 
 def signed(value: float) -> str:
     """A correlation, with the minus sign of tables."""
-    return units.MISSING if pd.isna(value) else f"{value:.2f}".replace("-", "−")
+    return units.MISSING if units.missing(value) else f"{value:.2f}".replace("-", "−")
 
 
 def interval_text(row: pd.Series[Any]) -> str:
