@@ -82,19 +82,17 @@ def _of_several_slots(rows: pd.DataFrame) -> pd.DataFrame:
 def _task_names(rows: pd.DataFrame) -> dict[int, str]:
     """Pool → the data, of text the objective, and what else tells it from the others."""
     first = rows.drop_duplicates("pool")
-    texts = {*rows["pool"]} - {*rows.loc[rows["accuracy"].notna(), "pool"]}
+    tasks = [{str(key): value for key, value in row.items()} for row in first.to_dict("records")]
+    answers = {*rows.loc[rows["accuracy"].notna(), "pool"]}
     plain = [
-        f"{corpus}, {objective}" if pool in texts else str(corpus)
-        for pool, corpus, objective in zip(first["pool"], first["corpus"], first["objective"], strict=True)
+        own["corpus"] if own["pool"] in answers else f"{own['corpus']}, {own['objective']}" for own in tasks
     ]
-    found: dict[int, str] = {}
-    for place, pool in enumerate(first["pool"]):
-        alike = first[[other == plain[place] for other in plain]]
+    found = {}
+    for own, name in zip(tasks, plain, strict=True):
+        alike = first[[other == name for other in plain]]
         keys = [key for key in varying(alike, TASK) if key not in ("corpus", "objective", *PAGE)]
-        values = {str(key): value for key, value in first.iloc[place].items()}
-        words = describe(values, [key for key in keys if key in PLACE])
-        named = (plain[place], words, *training(values, keys))
-        found[int(pool)] = ", ".join(word for word in named if word)
+        words = describe(own, [key for key in keys if key in PLACE])
+        found[int(own["pool"])] = ", ".join(word for word in (name, words, *training(own, keys)) if word)
     return found
 
 

@@ -83,8 +83,8 @@ def reference_of(pools: Sequence[Sequence[str]]) -> str:
 
 
 def _unusual(own: Configuration) -> int:
-    usual = [*MODEL_OPTIONS.items(), *ENTRIES.items()]
-    return sum(bool(own[key] != value) for key, value in usual)
+    options = sum(own[key] != usual for key, usual in MODEL_OPTIONS.items())
+    return int(options + sum(own[entry] != usual for entry, usual in ENTRIES.items()))
 
 
 def _apart(own: Configuration, other: Configuration) -> list[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import numpy as np
@@ -74,8 +73,8 @@ def of_task(own: pd.DataFrame) -> list[Column]:
     own = own.assign(later=own["modification"] != DEFAULT).sort_values(["later", "rank", "modification"])
     rows = [row for _, row in own.iterrows()]
     figure = own["figure"].iloc[0]
-    share = float(own["early_share"].median())
-    early = "early loss" if math.isnan(share) else f"loss after {units.percent(share)}"
+    share = own["early_share"].median()
+    early = "early loss" if units.missing(share) else f"loss after {units.percent(share)}"
     unit = BITS if figure == BITS else "nats"
     return [
         each(own, FIRST, "modification", str, right=False, optional=False),
@@ -93,7 +92,7 @@ def of_task(own: pd.DataFrame) -> list[Column]:
 
 
 def _whole(value: float) -> str:
-    return units.MISSING if math.isnan(value) else f"{int(value):,}"
+    return units.MISSING if units.missing(value) else f"{int(value):,}"
 
 
 def _speed(row: pd.Series[Any]) -> str:
@@ -152,7 +151,7 @@ def _other(row: pd.Series[Any]) -> str:
 
 def signed(value: float) -> str:
     """A correlation, with the minus sign of tables."""
-    return units.MISSING if math.isnan(value) else f"{value:.2f}".replace("-", "−")
+    return units.MISSING if units.missing(value) else f"{value:.2f}".replace("-", "−")
 
 
 def interval_text(row: pd.Series[Any]) -> str:
