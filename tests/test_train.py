@@ -20,6 +20,7 @@ from bench.tasks import text
 from bench.train.loop import Diverged, Training, train
 from bench.train.schedule import FIRST_SHARE, Budget, cosine_factor
 from bench.train.step import CLIP_NORM, WEIGHT_DECAY, optimizer_for, training_step
+from variants.attention.sparse_qkv import ModuleConvolution
 from variants.base import Workload
 
 SIZES = Workload(causal=True, batch_size=1, seq_len=48, d_model=32, heads=2)
@@ -254,7 +255,8 @@ def test_of_a_plug_in_s_parameters_only_matrices_decay() -> None:
 
 @pytest.mark.parametrize("name", variants.mixers())
 def test_of_every_variant_only_matrices_decay(name: str) -> None:
-    """Those of Linear modules; not norms, embeddings, u and v for each head, mixtures of positions."""
+    """Those of Linear modules and of convolutions with matrices for taps; not norms, embeddings, u and v for
+    each head, mixtures of positions."""
     variant = variants.load(name)
     model = LanguageModel(
         ModelSpec.of(variant, variant.Config(), feed_forward=feed_forward(mult=2)),
@@ -266,7 +268,8 @@ def test_of_every_variant_only_matrices_decay(name: str) -> None:
     )
     for parameter in model.parameters():
         torch.nn.init.ones_(parameter)
-    linear = {f"{key}.weight" for key, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
+    kinds = (torch.nn.Linear, ModuleConvolution)
+    linear = {f"{key}.weight" for key, m in model.named_modules() if isinstance(m, kinds)}
     assert shrunk(model) == linear & {key for key, _ in model.named_parameters()}
     assert "head.weight" in linear
     assert not any(key.endswith((".u", ".v", "norm.weight", "embedding.weight", "mixture")) for key in linear)
