@@ -18,6 +18,7 @@ the block is this model's own.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -50,7 +51,8 @@ class Shared(DepthSchedule):
         """Every group has equally many visits."""
         if depth % config.groups == 0:
             return None
-        nearest = max(n for n in range(1, min(config.groups, depth) + 1) if depth % n == 0)
+        pairs = ((n, depth // n) for n in range(1, math.isqrt(depth) + 1) if depth % n == 0)
+        nearest = max(divisor for pair in pairs for divisor in pair if divisor < config.groups)
         return f"groups={config.groups}: must divide depth={depth}; the nearest smaller divisor is {nearest}"
 
     def visits(self) -> Sequence[int]:
