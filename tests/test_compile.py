@@ -168,11 +168,12 @@ def test_equal_blocks_share_the_compiled_code() -> None:
 @pytest.mark.usefixtures("traced")
 @pytest.mark.parametrize("activations", ["keep", "checkpoint", *slow("sqrt", "reversible")])
 def test_visits_with_a_signal_share_the_compiled_code(activations: str) -> None:
+    """However many there are. A reversible network compiles both branches, with gradients and without."""
     made = assert_computes_the_same(
-        "dense", activations, "block", stack="universal", switched_on="signal", depth=3
+        "dense", activations, "block", stack="universal", switched_on="signal", depth=5
     )
     assert made.graph_breaks == 0
-    assert made.total <= 2
+    assert made.total <= (4 if activations == "reversible" else 2)
 
 
 @pytest.mark.usefixtures("traced")
