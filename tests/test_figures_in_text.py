@@ -93,6 +93,20 @@ def test_the_table_of_decoding() -> None:
         ]
 
 
+def test_tokens_of_sparse_layers() -> None:
+    frame = records.load(ROOT / "results" / "decode-sparse-cpu")
+    slots = ["d_model", "variant", "feed_forward"]
+    seconds = frame.groupby(slots)["decode_seconds_median"].median()
+    dense, sparse, both = (
+        1e3 * seconds[1024, variant, layer]
+        for variant, layer in (("dense", "mlp"), ("dense", "sparse"), ("sparse_qkv", "sparse"))
+    )
+    assert f"a token takes {dense:.1f} ms with dense layers, {sparse:.1f} ms with sparse" in README
+    assert f"layers and {both:.1f} ms with sparse projections too, {dense / both:.1f} times as fast" in README
+    narrow = seconds[512, "dense", "mlp"] / seconds[512, "sparse_qkv", "sparse"]
+    assert f"at width 512 it is {narrow:.1f} times as fast" in README
+
+
 def test_the_recall_of_mixtures() -> None:
     text = (ROOT / "docs" / "choosing.md").read_text()
     frame = records.load(ROOT / "results" / "hybrid-cpu")
