@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import HANG_SECONDS
+from conftest import HANG_SECONDS, wait_until
 from test_report import record
 
 from bench import trackers
@@ -107,11 +107,13 @@ def entries_of(path: Path) -> Iterator[bytes]:
     """The entries of a file of Weights & Biases: after a header of 7 bytes, blocks of 32 KiB of pieces, each
     with a checksum, its length, and whether it is whole, the first, a middle or the last of an entry."""
     data, at, entry = path.read_bytes(), 7, b""
-    while at < len(data):
+    while at + 7 <= len(data):
         if (left := 2**15 - at % 2**15) < 7:
             at += left
             continue
         _, length, kind = struct.unpack_from("<IHB", data, at)
+        if at + 7 + length > len(data):
+            return  # still being written
         entry += data[at + 7 : at + 7 + length]
         at += 7 + length
         if kind in (1, 4):
@@ -129,12 +131,14 @@ def test_wandb_wrote_what_it_was_told(told: tuple[Path, Record], monkeypatch: py
     folder, cell = told
     trackers.log(TrackerSpec(name="wandb"), folder, cell)
     (path,) = (folder.parent / "wandb").rglob("*.wandb")
+    record = wandb_internal_pb2.Record
+    # a process of its own writes the file, on a busy machine after the run was finished
+    wait_until(lambda: any(record.FromString(data).HasField("exit") for data in entries_of(path)))
     config: dict[str, Any] = {}
     summary: dict[str, Any] = {}
     curve: list[tuple[int, float]] = []
     for data in entries_of(path):
-        entry = wandb_internal_pb2.Record()
-        entry.ParseFromString(data)
+        entry = record.FromString(data)
         if entry.HasField("run"):
             assert (entry.run.project, entry.run.display_name) == ("demo", "longformer T=512 #0")
             config |= {item.key: json.loads(item.value_json) for item in entry.run.config.update}

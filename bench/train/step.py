@@ -99,11 +99,10 @@ def training_step(
 
     If the input schedule has segments, each segment runs forward and backward in turn and the gradients
     accumulate; `segments` selects segments, by default all. Auxiliary losses are additional roots of the
-    backward pass: of each the mean over the segments, weighted by their tokens. They are not part of the nll,
-    and the gradients of parameters that only they train are clipped separately. If the depth schedule has
-    exits, the loss that is trained is the mean over them with its weights; the nll is still that of the
-    output. `on_phase_end` is called at the end of each phase; after a forward pass, everything that the
-    backward pass needs is stored.
+    backward pass, summed over the segments. They are not part of the nll, and the gradients of parameters
+    that only they train are clipped separately. If the depth schedule has exits, the loss that is trained is
+    the mean over them with its weights; the nll is still that of the output. `on_phase_end` is called at the
+    end of each phase; after a forward pass, everything that the backward pass needs is stored.
     """
     done = on_phase_end or (lambda _: None)
     optimizer.zero_grad(set_to_none=True)
@@ -126,10 +125,7 @@ def training_step(
         trained = sum(early, (1 - sum(weights)) * nll) if early else nll
         del exits, early
         done("forward")
-        # an auxiliary loss is a mean over the tokens of the segment
-        share = batch.inputs[:, segment].shape[1] / batch.inputs.shape[1]
-        auxiliary = [loss if share == 1 else share * loss for loss in losses if loss.requires_grad]
-        torch.autograd.backward([trained / scored, *auxiliary])
+        torch.autograd.backward([trained / scored, *(loss for loss in losses if loss.requires_grad)])
         total += nll.detach() / scored
         done("backward")
     for parameters in parameters_by_loss(model):

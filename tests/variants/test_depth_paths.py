@@ -16,7 +16,6 @@ from bench.model.decode import no_decoding
 from bench.model.language_model import LanguageModel
 from bench.model.slots import ModelSpec, feed_forward
 from bench.tasks.base import Batch
-from bench.train import step
 from bench.train.step import optimizer_for, training_step
 from variants.base import (
     Context,
@@ -30,7 +29,6 @@ from variants.base import (
     SlotSpec,
     Workload,
 )
-from variants.input_schedule import InputSchedule, Segments, WholeSequence
 
 T, VOCABULARY, SIZES = 24, 11, Dims(seq_len=24, d_model=16, heads=2)
 
@@ -76,11 +74,11 @@ class Halves(DepthSchedule):
         return "reads two tokens at once"
 
 
-def model_of(activations: str = "keep", schedule: InputSchedule | None = None) -> LanguageModel:
+def model_of(activations: str = "keep") -> LanguageModel:
     torch.manual_seed(0)
     dense = variants.load("dense")
     spec = ModelSpec.of(dense, dense.Config(impl="naive"), feed_forward=feed_forward(mult=2))
-    spec = replace(spec, depth=SlotSpec("halves", Halves, HalvesConfig()), input=schedule or WholeSequence())
+    spec = replace(spec, depth=SlotSpec("halves", Halves, HalvesConfig()))
     sizes = {"depth": 3, "dropout": 0.1, "vocabulary": VOCABULARY}
     return LanguageModel(spec, SIZES, activations=activations, **sizes)  # type: ignore[arg-type]
 
@@ -129,26 +127,3 @@ def test_layers_are_built_for_the_lengths_of_their_visits() -> None:
 
 def test_a_path_over_several_tokens_is_not_decoded() -> None:
     assert no_decoding(model_of()) == "stack=halves reads two tokens at once"
-
-
-class Penalised(Path):
-    """The visits, and a loss that is the same for every input."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.scale = nn.Parameter(torch.ones(()))
-
-    def forward(self, x: Tensor, places: Sequence[int], run: RunVisits, ctx: Context) -> PathOut:
-        return PathOut(run(places, x), (self.scale.square(),))
-
-
-def test_an_auxiliary_loss_does_not_grow_with_the_number_of_segments(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Halves, "path", lambda *_: Penalised())
-    monkeypatch.setattr(Halves, "lengths", DepthSchedule.lengths)
-    monkeypatch.setattr(step, "CLIP_NORM", 1e9)
-    for schedule in (WholeSequence(), Segments(length=7)):  # of 24 tokens: the last segment is shorter
-        model = model_of(schedule=schedule)
-        training_step(model, optimizer_for(model, 0.0), Batch(ids(0), ids(1)), causal=True)
-        grad = model.path.scale.grad
-        assert isinstance(grad, Tensor)
-        torch.testing.assert_close(grad, torch.tensor(2.0))
