@@ -309,6 +309,7 @@ def test_names_in_a_sweep_stay_as_they_were_typed(tmp_path: Path) -> None:
         assert [record["name"] for record in records(tmp_path / "results" / name)] == [name]
 
 
+@pytest.mark.slow
 def test_the_same_cell_twice_in_a_command_runs_once(tmp_path: Path) -> None:
     cells = ["variant=dense,chunked,dense", "seq_len=32,32", "data=stdlib", "measure=plan"]
     done = bench("-m", *cells, cwd=tmp_path)

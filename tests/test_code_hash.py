@@ -77,6 +77,7 @@ def changed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[bool]]:
     return answer
 
 
+@pytest.mark.slow
 def test_all_that_measures_a_cell_changes_the_hash(changed: dict[str, list[bool]]) -> None:
     """Whatever a process that has just measured cells has imported of ours, but for what is named."""
     imported = python(

@@ -58,6 +58,7 @@ def test_a_cpu_has_none() -> None:
     assert device_settings(torch.device("cpu")) == {}
 
 
+@pytest.mark.slow
 def test_the_report_shows_settings_where_they_exist(tmp_path: Path) -> None:
     report = build(write(tmp_path / "gpu", [record(**GPU, **SETTINGS)]), plots=False)
     words = "cuDNN 91501, TF32: convolutions, allocator native; PYTORCH"

@@ -55,6 +55,7 @@ def test_a_section_is_one_file() -> None:
     assert [path for path, _ in FILES] == ["bench/report/sections/run_time.py"]
 
 
+@pytest.mark.slow
 def test_the_section_of_the_page_is_in_every_output(report: Path) -> None:
     text = (report / "summary.md").read_text()
     section = text.split("## Run time\n")[1]

@@ -121,6 +121,7 @@ def test_records_of_trained_models(tmp_path: Path) -> None:
     assert 1 / 8 <= one["busiest_expert_share"] <= 1
 
 
+@pytest.mark.slow
 def test_the_report_shows_them_where_a_model_has_experts(tmp_path: Path) -> None:
     experts = {"feed_forward": "switch", "dropped_tokens_share": 0.25, "busiest_expert_share": 0.5}
     found = [record(), record(cell_id="a", **experts), record(cell_id="b", replicate=1, **experts)]

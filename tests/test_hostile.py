@@ -87,6 +87,7 @@ def test_markdown_holds_no_markup_of_theirs(report: Path) -> None:
     assert len(re.findall(r"^# ", text, re.MULTILINE)) == 1
 
 
+@pytest.mark.slow
 def test_files_stay_where_they_belong(report: Path) -> None:
     written = [path for path in report.parent.rglob("*") if path.is_file()]
     assert {path.parent for path in written} == {report, report / "plots", report.parent / "records"}

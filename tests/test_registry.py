@@ -309,6 +309,7 @@ def test_a_plugin_takes_its_defaults_from_the_yaml_beside_it(plugged: Path, tmp_
     assert "variant:\n  name: lagged\n  lag: 3\n" in done.stdout
 
 
+@pytest.mark.slow
 def test_a_plugin_needs_no_yaml(plugged: Path, tmp_path: Path) -> None:
     """Neither does one whose knobs cannot be read without importing it, or whose entry point is wrong."""
     package = plugged / "lagged_attention"

@@ -70,6 +70,7 @@ def by_cell(folder: Path) -> dict[tuple[int, int], Record]:
 # --- sweeps ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_disturbed_cells_are_measured_again_at_the_end_of_their_round(folder: Path) -> None:
     """The load ends while the second cell of four runs."""
     (folder / "busy").touch()

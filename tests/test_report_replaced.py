@@ -89,6 +89,7 @@ def test_a_report_that_fails_leaves_the_old_one_as_it_was(
     assert not hidden(folder)
 
 
+@pytest.mark.slow
 def test_two_reports_at_once_leave_a_whole_one(folder: Path) -> None:
     builders = [start(folder) for _ in range(2)]
     said = [builder.communicate(timeout=HANG_SECONDS)[1] for builder in builders]

@@ -108,6 +108,7 @@ def folder(tmp_path: Path) -> Path:
     return write(tmp_path / "e", [record("dense"), record("chunked")])
 
 
+@pytest.mark.slow
 def test_a_section_that_is_given_is_in_every_output(folder: Path) -> None:
     report = builder.build_report(folder, sections=[*discover(), Heads()])
     is_everywhere(report)

@@ -91,6 +91,7 @@ def test_latex_takes_it(tmp_path: Path) -> None:
     assert ran.returncode == 0, ran.stdout[-2000:]
 
 
+@pytest.mark.slow
 def test_a_choice_of_columns(tmp_path: Path) -> None:
     folder = write(tmp_path / "x", sweep())
     path = folder / "report" / "summary.tex"

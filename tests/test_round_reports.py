@@ -145,6 +145,7 @@ def test_a_report_that_hangs_is_one_line(tmp_path: Path, monkeypatch: pytest.Mon
     assert "timed out" in build_in_child(tmp_path)
 
 
+@pytest.mark.slow
 def test_a_sweep_writes_a_report_after_each_round_and_goes_on(tmp_path: Path) -> None:
     """A real sweep; the folder of the report cannot be written in the first round's place of a file."""
     report = tmp_path / "results/adhoc/report"

@@ -113,6 +113,7 @@ def test_what_may_be_read_is_read_and_the_rest_is_refused_in_a_line(
 
 
 @pytest.mark.parametrize("umasks", [["077"], *slow([*UMASKS])], ids=["private", "all"])
+@pytest.mark.slow
 def test_a_folder_that_its_group_may_write_is_shared(umasks: list[str], tmp_path: Path) -> None:
     """Each of two people does everything in turn, in the folder that the other has left."""
     folders = {umask: tmp_path / umask for umask in umasks}
