@@ -20,6 +20,7 @@ from bench.corpora import CorpusError
 from bench.inputs.errors import ConfigError
 from variants import PluginClash
 from variants.knobs import knobs_of
+from variants.slots import SLOTS
 
 KINDS: tuple[type[Exception], ...] = (
     ConfigError,
@@ -64,25 +65,34 @@ def _unknown_knob(knob: str, arguments: list[str], configs: Path) -> str:
     knobs = sorted(_knobs(arguments, configs))
     section, _, _ = knob.rpartition(".")
     of_section = [known for known in knobs if known.rpartition(".")[0] == section] or knobs
-    hints = _near(knob, knobs) + _of_others(knob, arguments)
-    return f"{knob}: unknown knob; allowed are {', '.join(of_section)}{hints}"
+    others = _of_others(knob, arguments)
+    hint = others or _near(knob, knobs)
+    return f"{knob}: unknown knob; allowed are {', '.join(of_section)}{hint}"
 
 
 def _of_others(knob: str, arguments: list[str]) -> str:
-    """How to sweep a knob that other variants have. The example is one of the command line, if any is."""
+    """How to use a knob that other entries of a group have. The example is one of the command line, if any
+    is."""
     section, _, name = knob.rpartition(".")
-    if section != "variant":
-        return ""
+    declared, entries = {
+        "variant": (variants.declared, variants.names()),
+        **{group: (slot.declared, slot.names()) for group, slot in SLOTS.items()},
+    }.get(section, (None, []))
     having = []
-    for variant in variants.names():
+    for entry in entries:
         with suppress(variants.BrokenVariant):  # of another package
-            if name in knobs_of(variants.declared(variant).config):
-                having.append(variant)
+            if declared and name in knobs_of(declared(entry).config):
+                having.append(entry)
     if not having:
         return ""
-    swept = re.findall(r"\w+", " ".join(a.partition("=")[2] for a in arguments if a.startswith("variant=")))
-    example = next((variant for variant in swept if variant in having), having[0])
-    return f"; {', '.join(having)} have it: in a sweep over variants, write {example}.{name}=…"
+    chosen = " ".join(a.partition("=")[2] for a in arguments if a.startswith(f"{section}="))
+    example = next((entry for entry in re.findall(r"\w+", chosen) if entry in having), having[0])
+    use = (
+        f"in a sweep over variants, write {example}.{name}=…"
+        if section == "variant"
+        else (f"choose one, such as {section}={example}")
+    )
+    return f"; {', '.join(having)} {'have' if len(having) > 1 else 'has'} it: {use}"
 
 
 def _knobs(arguments: list[str], configs: Path) -> set[str]:
