@@ -72,8 +72,8 @@ _QUALITY = (
     "word_perplexity",
     "accuracy",
 )
-EXPERT_LOAD = ("dropped_tokens_share", "busiest_expert_share")
-"""Figures of trained models with experts."""
+CONDITIONAL = ("dropped_tokens_share", "busiest_expert_share", "visits_per_token")
+"""Figures of trained models that compute a token with a part of their layers."""
 _QUALITY_CELL = [*CELL, *TRAINING, "state_policy"]
 _CONTEXT = {
     "effective_context": "median",
@@ -195,7 +195,7 @@ def quality(frame: pd.DataFrame) -> Ranking:
     Columns: the keys, `quality_replicates`, median `tokens_trained`, mean and standard deviation
     (n − 1; NaN for one replicate) of nll, bits per byte and perplexity (both also with state fresh in every
     window), word perplexity and accuracy, the means of `baselines.BASELINES`, `unigram_perplexity`,
-    `guess_accuracy`, `eval_min_context`, those of `EXPERT_LOAD`, the effective context and the widest of its
+    `guess_accuracy`, `eval_min_context`, those of `CONDITIONAL`, the effective context and the widest of its
     intervals, `leaks`, `undertrained`, `no_baseline`, and those of `ranking.ranked`: the interval of its rank
     among the cells of the same group, length, budget, split and stride.
     """
@@ -212,7 +212,7 @@ def quality(frame: pd.DataFrame) -> Ranking:
         columns[f"{name}_mean"] = grouped[name].mean()
         columns[f"{name}_std"] = grouped[name].std()
     medians = ("tokens_trained", "unigram_perplexity", "guess_accuracy", "tokens_evaluated")
-    for name in (*medians, "eval_min_context", "train_seconds", *EXPERT_LOAD):
+    for name in (*medians, "eval_min_context", "train_seconds", *CONDITIONAL):
         columns[name] = grouped[name].median()
     for name, statistic in _CONTEXT.items():
         columns[name] = grouped[name].agg(statistic)

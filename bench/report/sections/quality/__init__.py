@@ -62,7 +62,8 @@ class Quality(Section[Trained]):
         "follow. *unigram* is the perplexity of a model that knows only how often each token occurs: what "
         "does not beat it has learnt nothing from context. *tokens dropped*: the share of tokens for which "
         "their expert has no room; *busiest expert*: the share of tokens that are sent to the most used "
-        "expert of a layer, at most."
+        "expert of a layer, at most. *visits / token*: the blocks that a token goes through, where the depth "
+        "schedule decides this for each token."
     )
     marks = meanings(LEAK, UNDERTRAINED, NO_BASELINE)
     figures_alone = False

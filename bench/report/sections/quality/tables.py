@@ -100,7 +100,7 @@ def quality(cells: pd.DataFrame) -> list[Column]:
         Column("variant", [label_of(row) for row in rows], right=False, optional=False),
     ]
     columns += [
-        each(cells, key, key, str, right=False)
+        each(cells, key.replace("_", " "), key, str, right=False)
         for key in varying_settings
         if key not in ("objective", "corpus", "d_model", "heads")
     ]
@@ -123,6 +123,7 @@ def quality(cells: pd.DataFrame) -> list[Column]:
         each(cells, "unigram", "unigram_perplexity", units.score),
         each(cells, "tokens dropped", "dropped_tokens_share", units.share),
         each(cells, "busiest expert", "busiest_expert_share", units.share),
+        each(cells, "visits / token", "visits_per_token", units.score),
         each(cells, "state", "state_policy", or_dash, right=False),
         each(cells, "replicates", "quality_replicates", str, optional=False),
     ]
