@@ -111,6 +111,7 @@ def _title(kind: str) -> str:
 
 
 def drawing(kind: str) -> Callable[[pd.DataFrame, Look], Figure | None]:
+    """A function that draws the loss against the share of heads, or of visits, that is kept."""
     return partial(_draw, kind=kind)
 
 
