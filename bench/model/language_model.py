@@ -228,14 +228,19 @@ class LanguageModel(nn.Module):
 
     def cost_of_visit(self, place: int, work: Workload) -> Cost:
         """The part of `cost` that the visit at a place has."""
-        block, length_of = self.visits[place], partial(self._length, place)
-        total: Cost = scheduled_cost(block.mixer, self.input_schedule, work, length_of)
-        for length, count in self.input_schedule.windows(work.seq_len, carried=True):
-            total += block.feed_forward.cost(replace(work, seq_len=length_of(length))) * count
+        block, windows_of = self.visits[place], partial(self._windows, place)
+        total: Cost = scheduled_cost(block.mixer, self.input_schedule, work, windows_of)
+        for window, windows in self.input_schedule.windows(work.seq_len, carried=True):
+            for length, count in windows_of(window):
+                total += block.feed_forward.cost(replace(work, seq_len=length)) * (windows * count)
         return total
 
+    def _windows(self, place: int, tokens: int) -> Sequence[tuple[int, int]]:
+        """What the visit at a place processes of a window; see `DepthSchedule.windows`."""
+        return self.depth_schedule.windows(tokens)[place]
+
     def _length(self, place: int, tokens: int) -> int:
-        """How many tokens the visit at a place processes of a window."""
+        """How many tokens of a window the visit at a place processes at once, at most."""
         return self.depth_schedule.lengths(tokens)[place]
 
     def cost_of_tables(self, work: Workload, embedded: int) -> Cost:

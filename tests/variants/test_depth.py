@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from oracles import numbers
+from test_depth_lengths import KNOBS
 
 import variants
 from bench.measure.flops import CountFlops
@@ -94,7 +95,7 @@ def test_every_block_is_visited_and_no_other(name: str, depth: int) -> None:
 @every_name
 def test_every_parameter_is_trained(name: str) -> None:
     """In one of a few steps: a schedule may leave out visits."""
-    model = model_of(spec_of(name))
+    model = model_of(spec_of(name, schedule=KNOBS.get(name)))
     steps = [gradients(model, seed) for seed in range(5)]
     for each in zip(*steps, strict=True):
         assert any(grad is not None and grad.abs().max() > 0 for grad in each)

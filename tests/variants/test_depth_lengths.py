@@ -31,6 +31,7 @@ VOCABULARY, DEPTH = 11, 4
 NAMES = [name for name in STACK.names() if issubclass(STACK.load(name), ChangesLength)]
 KNOBS: dict[str, dict[str, Any]] = {
     "funnel": {"stride": 3},
+    "hierarchical": {"segment": 5},
     "perceiver_ar": {"latents": 10},
     "perceiver_io": {"latents": 5},
     "token_learner": {"tokens": 4, "bottleneck": 6},
@@ -81,12 +82,16 @@ def work_of(tokens: int, *, causal: bool) -> Workload:
 
 
 @contextmanager
-def seen_lengths(model: LanguageModel) -> Iterator[list[int]]:
-    """The number of tokens of each visit inside the context."""
-    seen: list[int] = []
+def seen_windows(model: LanguageModel, batch: int) -> Iterator[list[list[tuple[int, int]]]]:
+    """(length, number) of the windows of each visit inside the context, of a sequence in a batch."""
+    seen: list[list[tuple[int, int]]] = [[] for _ in model.blocks]
+
+    def note(place: int, x: Tensor) -> None:
+        seen[place].append((x.shape[1], x.shape[0] // batch))
+
     hooks = [
-        block.register_forward_hook(lambda _, args, __: seen.append(args[0].shape[1]))
-        for block in model.blocks
+        block.register_forward_hook(lambda _, args, __, place=place: note(place, args[0]))
+        for place, block in enumerate(model.blocks)
     ]
     yield seen
     for hook in hooks:
@@ -99,9 +104,11 @@ def test_visits_process_what_the_schedule_says(name: str, tokens: int) -> None:
     """Also in a model that was built for longer sequences."""
     model = model_of(name, 24)
     for causal in objectives(model):
-        with seen_lengths(model) as seen:
+        with seen_windows(model, batch=2) as seen:
             y = run(model, hidden(tokens), causal=causal)
-        assert seen == [*model.depth_schedule.lengths(tokens)]
+        assert seen == model.depth_schedule.windows(tokens)
+        longest = [max(length for length, _ in windows) for windows in seen]
+        assert longest == [*model.depth_schedule.lengths(tokens)]
         assert y.isfinite().all()
 
 

@@ -62,7 +62,7 @@ class RunVisits(Protocol):
 
     def __call__(self, places: Sequence[int], x: Tensor) -> Tensor:
         """Run visits one after the other with the strategy for activations: (B, T, C) → (B, T, C). In one
-        forward pass, each place is run at most once."""
+        forward pass, a place is run once for each of its windows of another length."""
         ...
 
     def read_out(self, x: Tensor) -> Tensor:
@@ -184,9 +184,14 @@ class DepthSchedule(ABC):
         return ()
 
     def lengths(self, seq_len: int) -> Sequence[int]:
-        """The number of tokens that each visit processes of a window of `seq_len` tokens. If they differ from
-        it, the path changes the length, and `no_decoding` says why there is no decoding."""
+        """The number of tokens that each visit processes of a window of `seq_len` tokens, or the most that it
+        processes at once. If they differ from it, the path changes the length, and `no_decoding` says why
+        there is no decoding."""
         return [seq_len] * len(self.visits())
+
+    def windows(self, seq_len: int) -> Sequence[Sequence[tuple[int, int]]]:
+        """(length, number) of what each visit processes separately of a window of `seq_len` tokens."""
+        return [[(length, 1)] for length in self.lengths(seq_len)]
 
     def outputs(self, seq_len: int) -> int:
         """The number of outputs for a sequence: those of its last tokens. If it is less than `seq_len`, a

@@ -8,7 +8,7 @@ Shapes: B batch, T tokens, C channels (d_model).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
@@ -30,13 +30,14 @@ def scheduled_cost(
     layer: SequenceMixer,
     schedule: InputSchedule,
     work: Workload,
-    length_of: Callable[[int], int] = lambda tokens: tokens,
+    windows_of: Callable[[int], Sequence[tuple[int, int]]] = lambda tokens: [(tokens, 1)],
 ) -> Cost:
-    """Algorithmic forward FLOPs of the layer on whole sequences of `work.seq_len` tokens; it processes
-    `length_of(n)` tokens of a window of n."""
+    """Algorithmic forward FLOPs of the layer on whole sequences of `work.seq_len` tokens; of a window of n
+    tokens it processes `windows_of(n)` separately, (length, number) each."""
     total = Cost()
-    for length, count in schedule.windows(work.seq_len, carried=layer.info.caps.stateful):
-        total += layer.cost(replace(work, seq_len=length_of(length))) * count
+    for window, windows in schedule.windows(work.seq_len, carried=layer.info.caps.stateful):
+        for length, count in windows_of(window):
+            total += layer.cost(replace(work, seq_len=length)) * (windows * count)
     return total
 
 
