@@ -12,20 +12,21 @@ from torch import Tensor, nn
 from bench.measure.flops import CountFlops
 from variants.base import Context
 from variants.depth.hierarchical import Hierarchical, HierarchicalConfig
-from variants.ops.recurrences.lstm import BidirectionalLSTM
+from variants.ops.recurrences.lstm import STEPS, BidirectionalLSTM
 
 S = 5  # tokens of a segment in `model_of`
 
 
+def reordered(rows: Tensor) -> Tensor:
+    """torch's gates are in the order i, f, g, o."""
+    i, f, o, g = rows.chunk(4)
+    return torch.cat([i, f, g, o])
+
+
 def torchs(lstm: BidirectionalLSTM) -> nn.LSTM:
-    """torch's layer with the same weights. Its gates are in the order i, f, g, o."""
+    """torch's layer with the same weights."""
     state = lstm.recur.shape[1]
     made = nn.LSTM(lstm.read.in_features, state, bidirectional=True, batch_first=True).double()
-
-    def reordered(rows: Tensor) -> Tensor:
-        i, f, o, g = rows.chunk(4)
-        return torch.cat([i, f, g, o])
-
     with torch.no_grad():
         for direction, suffix in enumerate(("", "_reverse")):
             rows = slice(direction * 4 * state, (direction + 1) * 4 * state)
@@ -36,18 +37,23 @@ def torchs(lstm: BidirectionalLSTM) -> nn.LSTM:
     return made
 
 
-@pytest.mark.parametrize("vectors", [1, 2, 7])
-@pytest.mark.parametrize("state", [1, 3])
+@pytest.mark.parametrize(("vectors", "state"), [(1, 3), (2, 1), (7, 3), (STEPS + 7, 2)])
 def test_the_recurrent_layer_is_torchs(vectors: int, state: int) -> None:
-    """Outputs, and the gradient of the input."""
+    """Outputs, and gradients of the input and of the products with the state."""
     torch.manual_seed(0)
     lstm = BidirectionalLSTM(4, state).double()
     nn.init.normal_(lstm.read.weight)
+    other = torchs(lstm)
     x = torch.randn(3, vectors, 4, dtype=torch.float64, requires_grad=True)
-    got, want = lstm(x), torchs(lstm)(x)[0]
+    got, want = lstm(x), other(x)[0]
     torch.testing.assert_close(got, want)
-    gradients = [torch.autograd.grad(y.sin().sum(), x)[0] for y in (got, want)]
-    torch.testing.assert_close(*gradients)
+    dx, d_recur = torch.autograd.grad(got.sin().sum(), [x, lstm.recur])
+    wanted, *by_direction = torch.autograd.grad(
+        want.sin().sum(), [x, other.weight_hh_l0, other.weight_hh_l0_reverse]
+    )
+    torch.testing.assert_close(dx, wanted)
+    for mine, its in zip(d_recur, by_direction, strict=True):
+        torch.testing.assert_close(reordered(mine.T), its)
 
 
 def test_at_first_the_state_is_kept() -> None:
