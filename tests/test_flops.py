@@ -141,6 +141,22 @@ def test_every_fused_attention_kernel_of_this_torch_has_a_formula() -> None:
     assert set(attention_formulas()) <= set(formulas())
 
 
+@pytest.mark.parametrize("weighted", [True, False])
+def test_weighted_sums_of_rows_are_products(weighted: bool) -> None:
+    """5 bags of 4 rows of 8 channels; a sum without weights multiplies nothing."""
+    table = torch.randn(20, 8, requires_grad=True)
+    weights = torch.rand(5, 4, requires_grad=True) if weighted else None
+    chosen, products = torch.randint(20, (5, 4)), 2 * 5 * 4 * 8 * weighted
+    with CountFlops() as counter:
+        y = F.embedding_bag(chosen, table, per_sample_weights=weights, mode="sum")
+        assert counter.total == products
+        y.sum().backward()
+    assert counter.total == 3 * products
+    with CountFlops() as counter, torch.no_grad():
+        F.embedding_bag(chosen, table, per_sample_weights=weights, mode="sum")
+    assert counter.total == products
+
+
 @settings(deadline=None)
 @given(st.integers(1, 40), st.integers(1, 40), st.booleans())
 def test_a_kernel_counts_the_pairs_it_computes(queries: int, keys: int, causal: bool) -> None:

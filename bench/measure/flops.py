@@ -13,7 +13,7 @@ counted by the operator that notes its work, and not by itself.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cache
 from typing import Any, Self
 
@@ -49,17 +49,24 @@ def _pairs(queries: int, keys: int, is_causal: bool) -> int:
     return square * (square + 1) // 2 + max(0, queries - keys) * keys
 
 
-def _formula(packet: Any, products: int) -> Callable[..., int]:
+def _formula(packet: Any, flops: Callable[[Mapping[str, Any]], int]) -> Callable[..., int]:
+    """A formula of the arguments by their names, in the form of torch's registry."""
     names = [argument.name for argument in packet.default._schema.arguments]
 
     def count(*args: Any, out_val: Any = None, **kwargs: Any) -> int:
-        given = {**dict(zip(names, args, strict=False)), **kwargs}
+        return flops({**dict(zip(names, args, strict=False)), **kwargs})
+
+    count._get_raw = True  # type: ignore[attr-defined]  # we read flags, not only shapes
+    return count
+
+
+def _attention(products: int) -> Callable[[Mapping[str, Any]], int]:
+    def flops(given: Mapping[str, Any]) -> int:
         batch, heads, queries, head_dim = given["query"].shape
         pairs = _pairs(queries, given["key"].shape[2], bool(given.get("is_causal", False)))
         return int(2 * products * batch * heads * pairs * head_dim)
 
-    count._get_raw = True  # type: ignore[attr-defined]  # we read flags, not only shapes
-    return count
+    return flops
 
 
 def attention_formulas() -> dict[Any, Callable[..., int]]:
@@ -68,13 +75,32 @@ def attention_formulas() -> dict[Any, Callable[..., int]]:
     for kernel in _KERNELS:
         for name, products in ((kernel, FORWARD_PRODUCTS), (f"{kernel}_backward", BACKWARD_PRODUCTS)):
             packet = getattr(torch.ops.aten, name)
-            formulas[packet] = _formula(packet, products)
+            formulas[packet] = _formula(packet, _attention(products))
     return formulas
+
+
+def weighted_sum_formulas() -> dict[Any, Callable[..., int]]:
+    """A formula for the weighted sum of rows of a table, and for its two gradients: a product of size rows ×
+    channels each. Sums without weights count 0."""
+
+    def sums(given: Mapping[str, Any]) -> int:
+        if given.get("per_sample_weights") is None:
+            return 0
+        return products(given)
+
+    def products(given: Mapping[str, Any]) -> int:
+        channels = given["weight" if "weight" in given else "grad"].shape[1]
+        return int(2 * given["indices"].numel() * channels)
+
+    flops = {"": sums, "_forward_only": sums, "_backward": sums, "_per_sample_weights_backward": products}
+    packets = {getattr(torch.ops.aten, f"_embedding_bag{name}"): each for name, each in flops.items()}
+    return {packet: _formula(packet, each) for packet, each in packets.items()}
 
 
 def formulas() -> dict[Any, Callable[..., int]]:
     """Operation → its formula: torch's, and ours. torch 2.13 has none for products that write in place."""
-    known = FlopCounterMode(display=False, custom_mapping=attention_formulas()).flop_registry
+    own = attention_formulas() | weighted_sum_formulas()
+    known = FlopCounterMode(display=False, custom_mapping=own).flop_registry
     aten = torch.ops.aten
     return known | {aten.addmm_: known[aten.addmm], aten.baddbmm_: known[aten.baddbmm]}
 

@@ -113,12 +113,10 @@ class ProductKeys(FeedForward):
         return torch.einsum("bts,sc->btc", of_slots, self.out.weight)
 
     def cost(self, work: Workload) -> Cost:
-        """The queries, and the scores of the sub-keys: H·Q·(C + n) multiply-accumulates a token.
-
-        The weighted sum of the values is not counted, as no gather of rows is: H·k·C.
-        """
+        """The queries, the scores of the sub-keys and the weighted sum of the values: H·(Q·(C + n) + k·C)
+        multiply-accumulates a token."""
         config, size = self.config, self.config.channels(work.d_model)
-        products = config.heads * size * (work.d_model + config.n_keys)
+        products = config.heads * (size * (work.d_model + config.n_keys) + config.k * work.d_model)
         return Cost({"feed_forward": 2 * work.batch_size * work.seq_len * products})
 
     def _search(self, x: Tensor) -> _Found:
