@@ -18,9 +18,10 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
 from PIL import Image
 
-from bench.report.figures.line_ends import name_ends, named_lines, width_of_names
+from bench.report.figures.line_ends import lay_out, name_ends, named_lines, width_of_names
 from bench.report.text import units
 
+DPI = 130
 COLUMNS = 3
 SMALL_COLUMNS = 4
 MOST_TICKS = 9
@@ -180,9 +181,11 @@ def save(figure: Figure, folder: Path, stem: str) -> None:
     """Write stem.png and stem.svg; equal data gives equal SVG files on any date."""
     folder.mkdir(parents=True, exist_ok=True)
     png = io.BytesIO()
-    figure.savefig(png, format="png", dpi=130, pil_kwargs={"compress_level": 0})
+    figure.set_dpi(DPI)
+    lay_out(figure)
+    figure.set_layout_engine(None)
+    figure.savefig(png, format="png", dpi=DPI, pil_kwargs={"compress_level": 0})
     # Flat colours with soft edges: a palette shows the same in a third of the bytes.
     picture = Image.open(png).convert("RGB")
     picture.quantize(256, method=Image.Quantize.FASTOCTREE).save(folder / f"{stem}.png")
-    figure.set_layout_engine(None)  # laid out by now; doing it again takes as long as drawing
     figure.savefig(folder / f"{stem}.svg", metadata={"Date": None})
