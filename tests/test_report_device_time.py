@@ -15,7 +15,7 @@ from bench.records import Record
 from bench.report import build, compare
 from bench.report.data.collect import collect
 from bench.report.data.compared_time import with_compared_time
-from bench.report.data.noise_floor import floors, pairs
+from bench.report.data.noise_floor import floors, measurements, noises, pairs
 from bench.report.text.marks import LAUNCH_BOUND
 
 WALL = 0.4
@@ -145,8 +145,8 @@ def test_the_noise_floor_is_of_the_time_that_is_compared(tmp_path: Path) -> None
         for twin in range(2)
     ]
     every = collect(write(tmp_path / "demo", twins)).every
-    assert pairs(every).log_ratio.to_list() == pytest.approx([np.log(1.01)] * 3)
-    (floor,) = floors(every).values()
+    assert pairs(measurements(every)).log_ratio.to_list() == pytest.approx([np.log(1.01)] * 3)
+    (floor,) = floors(noises(every)).values()
     assert 0.01 < floor < np.log(1.5), "of three pairs the bound is far above the estimate"
 
 

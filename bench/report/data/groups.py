@@ -52,8 +52,19 @@ TASK = tuple("data" if key == "corpus" else key for key in SETTING)
 """Keys that must agree where a task's knobs are an axis and not part of the setting."""
 
 
+def numbered(rows: pd.DataFrame, keys: Sequence[str]) -> pd.Series[int]:
+    """The number of each row's group, from 0 on in order of appearance; null is a value like others.
+
+    Grouping by the dozens of keys of a cell costs as much as a dozen medians. So it is done once, and
+    everything else is grouped by the number.
+    """
+    return rows.groupby(list(keys), sort=False, dropna=False).ngroup()
+
+
 def varying(frame: pd.DataFrame, keys: Sequence[str]) -> list[str]:
     """The keys that have more than one value in the frame, in the order given."""
+    if len(frame) < 2:
+        return []
     return [key for key in keys if frame[key].nunique(dropna=False) > 1]
 
 
