@@ -48,6 +48,8 @@ FIT = (*COMMON, "budget_bytes", "seq_len")
 """Keys that cells asked for what fits must share to be in one table or figure."""
 PAYOFF = tuple(key for key in FIT if key != "batch_size")
 """The same where the batch is itself the answer."""
+NUMBER = "number"
+"""Column of rows: which group they belong to; see `numbered`."""
 TASK = tuple("data" if key == "corpus" else key for key in SETTING)
 """Keys that must agree where a task's knobs are an axis and not part of the setting."""
 
@@ -59,6 +61,12 @@ def numbered(rows: pd.DataFrame, keys: Sequence[str]) -> pd.Series[int]:
     everything else is grouped by the number.
     """
     return rows.groupby(list(keys), sort=False, dropna=False).ngroup()
+
+
+def keyed(rows: pd.DataFrame, keys: Sequence[str], columns: Mapping[str, pd.Series[Any]]) -> pd.DataFrame:
+    """A row a group: the keys, then the columns, which are by number. Takes the rows with their `NUMBER`."""
+    first = rows.drop_duplicates(NUMBER).set_index(NUMBER)[list(keys)]
+    return first.join(pd.DataFrame(columns, index=first.index))
 
 
 def varying(frame: pd.DataFrame, keys: Sequence[str]) -> list[str]:
