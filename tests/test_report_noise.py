@@ -12,10 +12,10 @@ import pandas as pd
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from report_parts import part_of
 from scipy import stats
 from test_report import number, record, table, write
 
-from bench.report import build
 from bench.report.data import noise_floor
 from bench.report.data.collect import collect
 from bench.report.data.compared_time import with_compared_time
@@ -412,12 +412,12 @@ def test_intervals_stand_in_the_table_and_in_the_csv(tmp_path: Path) -> None:
         for v, own in times.items()
         for r, t in enumerate(own)
     ]
-    report = build(write(tmp_path / "e", found), plots=False)
-    row = pd.read_csv(report / "summary.csv").set_index("variant").loc["chunked"]
+    part = part_of(tmp_path / "e", found, "cells", "noise")
+    row = part.files()["summary"].set_index("variant").loc["chunked"]
     logs = np.log(times["chunked"])
     ends = np.exp(stats.t.interval(0.95, 4, loc=logs.mean(), scale=stats.sem(logs)))
     assert (row["step_seconds_low"], row["step_seconds_high"]) == pytest.approx(tuple(ends))
-    said = {r["variant"]: r for r in table((report / "summary.md").read_text(), "### clm, depth 2")}
+    said = {r["variant"]: r for r in table(part.text, "### clm, depth 2")}
     assert said["chunked"]["95 % interval"] == f"{1e3 * ends[0]:.0f}–{1e3 * ends[1]:.0f} ms"
     assert number(said["chunked"]["time / dense"]) == pytest.approx(row["step_seconds_ratio"], rel=6e-3)
-    assert "- noise floor: unknown, no A/A cells" in (report / "summary.md").read_text()
+    assert "- noise floor: unknown, no A/A cells" in part.text

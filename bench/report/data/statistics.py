@@ -256,12 +256,12 @@ def _compared(cells: pd.DataFrame) -> pd.DataFrame:
     dense = dense.sort_values(["other", "label"], kind="stable")
     cells["baseline"] = cells["group"].map(dense.groupby("group", sort=False)["label"].first())
     dense = dense[dense["label"] == cells["baseline"].reindex(dense.index)]
-    place = ["group", "seq_len"]
-    against = cells[place].join(dense.set_index(place), on=place, rsuffix="_dense")
     names = {
         "peak_bytes_median": "peak_bytes_ratio",
         "flops_executed_step": "flops_executed_ratio",
     }
+    place = ["group", "seq_len"]
+    against = cells[place].join(dense.set_index(place)[[*names, "params"]], on=place)
     for column, name in names.items():
         cells[name] = cells[column] / against[column]
     # Dense's parameters do not depend on the length, so a length where dense has no record

@@ -54,6 +54,7 @@ def look() -> AbstractContextManager[None]:
             "axes.axisbelow": True,
             "grid.color": "#e4e4e4",
             "grid.linewidth": 0.7,
+            "patch.facecolor": "#1f77b4",  # the first of the cycle, which would be looked up for every patch
             "lines.linewidth": 1.6,
             "lines.markersize": 5.5,
             "legend.frameon": False,
