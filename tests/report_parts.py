@@ -21,6 +21,7 @@ from bench.records import Record
 from bench.report import summary
 from bench.report.data.experiment import read
 from bench.report.data.files import csv
+from bench.report.figures.drawing import Plots, draw_all
 from bench.report.sections import Results, Section, compute, discover
 
 
@@ -52,6 +53,12 @@ class Part:
     def text(self) -> str:
         """summary.md, with the head and without figures."""
         return summary.text(self.results, {})
+
+    def drawn(self, name: str) -> Plots:
+        """The figures of one of the sections, which are drawn beside the records."""
+        records = self.results.records
+        specs = [section.figures(data) for section, data in self.results if section.name == name]
+        return draw_all({name: specs[0]}, records.collected.frame, records.kinds, records.folder)[0]
 
     def files(self) -> dict[str, pd.DataFrame]:
         """The CSV files by name, as they are read back."""

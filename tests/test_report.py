@@ -18,13 +18,12 @@ import pandas as pd
 import pytest
 from conftest import HANG_SECONDS
 from matplotlib.image import imread
-from report_parts import part_of, sections_of, write
+from report_parts import part_of, write
 
 from bench import records
 from bench.records import Record
 from bench.report import ReportError, build
 from bench.report.__main__ import main
-from bench.report.builder import build_report
 from bench.report.data.collect import collect
 from bench.report.text import units
 
@@ -416,16 +415,18 @@ def test_objectives_are_never_mixed(tmp_path: Path) -> None:
     figures = {"nll_by_position": None, "step_seconds_median": None, "tokens_per_second": None}
     found = [record(cell_id="a", perplexity=4.0, **figures)]
     found.append(record(cell_id="b", perplexity=9.0, bits_per_byte=None, objective="mlm", **figures))
-    report = build_report(write(tmp_path / "e", found), sections=sections_of("cells"))
-    summary = pd.read_csv(report / "summary.csv").set_index("objective")
+    part = part_of(tmp_path / "e", found, "cells")
+    summary = part.files()["summary"].set_index("objective")
     assert summary.perplexity_mean.to_dict() == {"clm": 4.0, "mlm": 9.0}
     assert summary["rank_low"].tolist() == summary["rank_high"].tolist() == [1, 1]
-    text = (report / "summary.md").read_text()
     for objective, value in (("clm", "4.000"), ("mlm", "9.000")):
-        rows = table(text, f"### {objective}, data plays")
+        rows = table(part.text, f"### {objective}, data plays")
         assert [row["perplexity"] for row in rows] == [value]
-    names = {p.stem for p in (report / "plots").glob("held_out_loss*.png")}
-    assert names == {"held_out_loss-clm", "held_out_loss-mlm"}
+    paths = [one.path for one in part.drawn("quality")["quality"]]
+    assert [path for path in paths if "held_out_loss" in path] == [
+        "plots/held_out_loss-clm",
+        "plots/held_out_loss-mlm",
+    ]
 
 
 @pytest.mark.slow
@@ -530,11 +531,11 @@ def test_twins_are_collected_and_kept_out_of_the_tables(tmp_path: Path) -> None:
 def test_a_prediction_is_marked_as_one(tmp_path: Path) -> None:
     whole = failed("predicted_oom", "predicted 8 GiB, limit 2 GiB")
     whole.peak_bytes_predicted = 2**33
-    report = build_report(write(tmp_path / "e", [whole]), sections=sections_of("cells"))
-    row = table((report / "summary.md").read_text(), "### clm, depth 2")[0]
+    part = part_of(tmp_path / "e", [whole], "cells")
+    row = table(part.text, "### clm, depth 2")[0]
     assert row["peak memory"] == "8.00 GiBᵖ"
-    assert pd.read_csv(report / "summary.csv").peak_bytes_median.isna().all()
-    assert (report / "plots" / "peak_memory.png").exists()
+    assert part.files()["summary"].peak_bytes_median.isna().all()
+    assert "plots/peak_memory" in [one.path for one in part.drawn("cost")["cost"]]
 
 
 def test_learning_rates_budgets_and_splits_are_kept_apart(tmp_path: Path) -> None:

@@ -11,12 +11,11 @@ from typing import Any
 import numpy as np
 import pytest
 from matplotlib.axes import Axes
-from report_parts import part_of, sections_of
-from test_report import failed, record, table, write
+from report_parts import part_of
+from test_report import failed, record, table
 from test_report_memory import frame_of, look
 
 from bench.records import Record
-from bench.report.builder import build_report
 from bench.report.data.statistics import quality_cells
 from bench.report.sections.rates import plots as rate_plots
 from bench.report.sections.rates.data import rate_cells
@@ -77,11 +76,11 @@ def test_a_variant_that_diverges_at_every_rate_has_no_best(tmp_path: Path) -> No
     ]
     for one in lost:
         one.train_budget, one.train_amount, one.eval_split = "tokens", 150_000.0, "validation"
-    folder = write(tmp_path / "e", [*search(), *lost])
-    text = (build_report(folder, sections=sections_of("cells", "rates")) / "summary.md").read_text()
+    part = part_of(tmp_path / "e", [*search(), *lost], "rates")
+    assert part.drawn("rates")
     rows = {
         row["variant"]: row
-        for row in table(text.split("## Learning rates", 1)[1], "### clm, data plays, width 64, 4 heads")
+        for row in table(part.text.split("## Learning rates", 1)[1], "### clm, data plays, width 64, 4 heads")
     }
     assert (rows["routing"]["best rate"], rows["routing"]["at the edge"]) == ("–", "–")
     assert rows["routing"]["diverged"] == "0.001, 0.002, 0.004, 0.008"
@@ -92,10 +91,7 @@ def test_one_rate_is_no_search(tmp_path: Path) -> None:
     part = part_of(tmp_path / "e", found, "rates")
     assert "## Learning rates" not in part.text
     assert "rates" not in part.files()
-    (spec,) = [
-        spec for section, data in part.results for spec in section.figures(data) if section.name == "rates"
-    ]
-    assert spec.cells.empty
+    assert not part.drawn("rates")
 
 
 def points(axis: Axes, colour: str, marker: str) -> list[tuple[float, float]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import itertools
 import math
+import re
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,12 +16,11 @@ import pandas as pd
 import pytest
 from matplotlib.axes import Axes
 from matplotlib.image import imread
-from report_parts import part_of, sections_of
-from test_report import raw, record, table, write
+from report_parts import part_of
+from test_report import raw, record, table
 from test_report_memory import frame_of, look, text_of
 
 from bench.records import Record
-from bench.report.builder import build_report
 from bench.report.data.collect import collect
 from bench.report.data.files import parquet
 from bench.report.data.groups import natural
@@ -231,13 +231,11 @@ def test_heads_that_set_the_state_are_points_of_one_line(tmp_path: Path) -> None
         for variant, own in (("longformer", accuracy), ("performer", 0.125)):
             of: dict[str, Any] = {"variant_params": {}, "state_bytes": 4096 // heads, "heads": heads}
             found.append(answers(variant, 8, **of, accuracy=own, cell_id=f"{variant}-{heads}"))
-    folder = build_report(write(tmp_path / "e", found), sections=sections_of("cells", "recall"))
-    assert [path.stem for path in sorted((folder / "plots").glob("accuracy_by_state*.png"))] == [
-        "accuracy_by_state"
-    ]
-    text = (folder / "summary.md").read_text()
-    (heading,) = [line for line in text.splitlines() if line.startswith("#") and line.endswith(": state")]
-    rows = {row["variant"]: row for row in table(text, heading)}
+    part = part_of(tmp_path / "e", found, "recall")
+    paths = [one.path for one in part.drawn("recall")["recall"]]
+    assert [path for path in paths if "accuracy_by_state" in path] == ["plots/accuracy_by_state"]
+    (heading,) = [line for line in part.text.splitlines() if re.fullmatch(r"#.*: state", line)]
+    rows = {row["variant"]: row for row in table(part.text, heading)}
     row = rows["longformer"]
     assert (row["state needed"], row["as"]) == ("1.00 KiB", "longformer, heads=4")
     assert (row["at"], row["of"]) == ("4.00 KiB", "longformer, heads=1")

@@ -46,7 +46,7 @@ class Pruning(Section[pd.DataFrame]):
     def compute(self, records: Experiment, done: Mapping[str, Any]) -> pd.DataFrame:
         """The records of either kind."""
         frame = records.kinds.plain
-        found = [with_lists(frame, f"nll_{kind}_kept", f"{kind}_kept").index for kind in KINDS]
+        found = [_pruned(frame, kind).index for kind in KINDS]
         return frame.loc[found[0].union(found[1], sort=False)]
 
     def tables(self, data: pd.DataFrame) -> list[Table]:
@@ -62,12 +62,17 @@ class Pruning(Section[pd.DataFrame]):
         return [
             FigureSpec(f"pruned_{kind}", _title(kind), data, drawing(kind), SETTING)
             for kind in KINDS
-            if len(with_lists(data, f"nll_{kind}_kept"))
+            if len(_pruned(data, kind))
         ]
 
 
+def _pruned(frame: pd.DataFrame, kind: str) -> pd.DataFrame:
+    """The records of this kind, which may have only one of its lists if they are of the other."""
+    return with_lists(frame, f"nll_{kind}_kept", f"{kind}_kept")
+
+
 def _groups(data: pd.DataFrame, kind: str) -> list[tuple[str, str, pd.DataFrame]]:
-    own = with_lists(data, f"nll_{kind}_kept")
+    own = _pruned(data, kind)
     return headed(own, ("objective", "corpus", "d_model", "heads")) if len(own) else []
 
 
@@ -117,7 +122,7 @@ def drawing(kind: str) -> Callable[[pd.DataFrame, Look], Figure | None]:
 
 def _draw(frame: pd.DataFrame, look: Look, *, kind: str) -> Figure | None:
     """A line a variant over the share of heads or visits that is kept."""
-    frame = with_lists(frame, f"nll_{kind}_kept", f"{kind}_kept")
+    frame = _pruned(frame, kind)
     family = Family(
         title=_title(kind),
         x=f"{kind} that are kept",
