@@ -28,6 +28,7 @@ from test_report import failed, record, sweep, write
 from test_report_baselines import BITS, models
 from test_report_decoding import cell as decoding_record
 from test_report_page import HOSTILE, page_file, two_thousand_cells
+from tiers import slow
 
 import variants
 from bench.records import Record
@@ -218,8 +219,11 @@ def wrong(browser: webdriver.Chrome, check: str) -> list[Any]:
     return found
 
 
-@pytest.mark.parametrize("width", [1280, 390])
-@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
+@pytest.mark.parametrize(
+    ("width", "dark"),
+    [(1280, False), (390, False), (1280, True), *slow((390, True))],
+    ids=["1280-light", "390-light", "1280-dark", "390-dark"],
+)
 @pytest.mark.parametrize("name", ["sweep", "single", "failed", "mixed", "hostile"])
 def test_a_page_fits_its_window_and_asks_for_nothing(
     browser: webdriver.Chrome, pages: Pages, name: str, width: int, dark: bool

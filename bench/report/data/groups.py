@@ -48,10 +48,10 @@ FIT = (*COMMON, "budget_bytes", "seq_len")
 """Keys that cells asked for what fits must share to be in one table or figure."""
 PAYOFF = tuple(key for key in FIT if key != "batch_size")
 """The same where the batch is itself the answer."""
-NUMBER = "number"
-"""Column of rows: which group they belong to; see `numbered`."""
 TASK = tuple("data" if key == "corpus" else key for key in SETTING)
 """Keys that must agree where a task's knobs are an axis and not part of the setting."""
+NUMBER = "number"
+"""Column of rows: which group they belong to; see `numbered`."""
 
 
 def numbered(rows: pd.DataFrame, keys: Sequence[str]) -> pd.Series[int]:

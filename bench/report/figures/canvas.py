@@ -22,6 +22,7 @@ from bench.report.figures.line_ends import lay_out, name_ends, named_lines, widt
 from bench.report.text import units
 
 DPI = 130
+"""Pixels an inch of the PNG files."""
 COLUMNS = 3
 SMALL_COLUMNS = 4
 MOST_TICKS = 9

@@ -58,7 +58,8 @@ def name_ends(figure: Figure, axes: Sequence[Axes]) -> None:
     for axis in axes:
         for name, line in named_lines(axis).items():
             colour = str(line.get_color())
-            leader = {"arrowstyle": "-", "connectionstyle": Leader(), "relpos": (0, 0.5)}
+            look = {"color": colour, "linewidth": 0.7, "alpha": 0.6}
+            course = {"connectionstyle": Leader(), "relpos": (0, 0.5), "shrinkA": 1, "shrinkB": 3}
             notes[axis, name] = axis.annotate(
                 name,
                 _end(line),
@@ -67,14 +68,7 @@ def name_ends(figure: Figure, axes: Sequence[Axes]) -> None:
                 fontsize=FONT,
                 color=colour,
                 va="center",
-                arrowprops={
-                    **leader,
-                    "shrinkA": 1,
-                    "shrinkB": 3,
-                    "color": colour,
-                    "linewidth": 0.7,
-                    "alpha": 0.6,
-                },
+                arrowprops={"arrowstyle": "-", **look, **course},
             )
     lay_out(figure)  # the height of a panel follows from it
     for axis in axes:

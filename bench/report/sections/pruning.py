@@ -67,8 +67,16 @@ class Pruning(Section[pd.DataFrame]):
 
 
 def _pruned(frame: pd.DataFrame, kind: str) -> pd.DataFrame:
-    """The records of this kind, which may have only one of its lists if they are of the other."""
-    return with_lists(frame, f"nll_{kind}_kept", f"{kind}_kept")
+    """The finished records with both lists of this kind, a loss for each number that is kept."""
+    losses, kept = f"nll_{kind}_kept", f"{kind}_kept"
+    whole = with_lists(frame, losses, kept)
+    return whole[whole[losses].map(len) == whole[kept].map(len)]
+
+
+def _losses(own: pd.DataFrame, kind: str) -> pd.DataFrame:
+    """A row a record and a column a number that is kept, in the unit of losses."""
+    nats = pd.DataFrame(own[f"nll_{kind}_kept"].tolist()).astype(float)
+    return nats.mul(in_loss_unit(own).to_numpy(), axis=0)
 
 
 def _groups(data: pd.DataFrame, kind: str) -> list[tuple[str, str, pd.DataFrame]]:
@@ -81,8 +89,7 @@ def _columns(records: pd.DataFrame, kind: str) -> list[Column]:
     keys = [key for key in (*CELL, *TRAINING) if key != "variant"]
     rows: list[dict[str, Any]] = []
     for values, own in records.groupby(keys, sort=False, dropna=False):
-        factors = in_loss_unit(own)
-        losses = pd.DataFrame(own[f"nll_{kind}_kept"].tolist()).mul(factors.to_numpy(), axis=0).astype(float)
+        losses = _losses(own, kind)
         for place, kept in enumerate(own[f"{kind}_kept"].iloc[0]):
             rows.append(
                 {
@@ -136,10 +143,7 @@ def _draw(frame: pd.DataFrame, look: Look, *, kind: str) -> Figure | None:
 
 def _line(own: pd.DataFrame, *, kind: str) -> Line | None:
     kept = pd.Series(own[f"{kind}_kept"].iloc[0], dtype=float)
-    losses = zip(own[f"nll_{kind}_kept"], in_loss_unit(own), strict=True)
-    return over_replicates(
-        [[nll * factor for nll in nlls] for nlls, factor in losses], (kept / kept[0]).to_numpy()
-    )
+    return over_replicates(_losses(own, kind).to_numpy(), (kept / kept[0]).to_numpy())
 
 
 def _shares(axis: Axes, _largest: float) -> None:

@@ -101,7 +101,7 @@ def by_length(noises: Mapping[str, Noise], every: pd.DataFrame) -> pd.DataFrame:
     rows = []
     timed = every[(every["status"] == "ok") & (every[SECONDS] > 0)]
     for (machine, length), own in timed.groupby(["machine", "seq_len"], sort=True):
-        noise = noises[str(machine)].at(length)
+        noise = noises[str(machine)].at(own["seq_len"].iloc[0])
         rows.append({"machine": machine, "seq_len": length, **_pairs(noise), **sampling(own)})
     return pd.DataFrame(rows)
 
