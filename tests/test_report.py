@@ -304,7 +304,7 @@ def test_a_value_of_the_wrong_type_is_named_and_skipped(tmp_path: Path) -> None:
     folder = write(tmp_path / "e", [record()])
     wrong = json.loads(record(replicate=1).to_json()) | {"cell_id": "wrong", "seq_len": "long"}
     (folder / "records" / "wrong.json").write_text(json.dumps(wrong))
-    text = (build(folder, plots=False) / "summary.md").read_text()
+    text = part_of(folder, []).text
     assert "wrong.json: wrong type in seq_len" in text
     assert "- records: 1," in text
 
