@@ -1,7 +1,7 @@
 """`python -m bench` as a user meets it: its output, exit status and files.
 
-Cells, and one mistake of each kind, are real processes. Other mistakes are made in this process, because most
-of the time of a process of their own would be its start."""
+A cell, a plan and one mistake of each kind are commands of their own processes; others run in this process,
+with cells in processes of theirs (`commands`)."""
 
 from __future__ import annotations
 
@@ -11,54 +11,38 @@ import pty
 import re
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from commands import bench
 from conftest import HANG_SECONDS
 from tiers import slow, tiered
 
 from bench import CONFIGS
-from bench.__main__ import main
 from bench.cli import help
 from bench.config.chosen import declared
 from bench.config.spec import MeasureSpec, Root
 from bench.records import KEYS
-from bench.run import sweep
 from variants.knobs import knobs_of
 from variants.slots import FEED_FORWARD, STACK
 
 QUICK = ["data=stdlib", "measure=quick", "measure.time_seconds=0", "seq_len=32", "depth=1"]
 
 
-def bench(*arguments: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run the command line in a folder of its own."""
+def process(*arguments: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run the command line in a process and a folder of its own."""
     command = [sys.executable, "-m", "bench", *arguments]
     env = {**os.environ, **environment}
     return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=HANG_SECONDS)
 
 
-@pytest.fixture
-def refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> Callable[..., str]:
-    """Runs the command line in this process and in a folder of its own; returns the line about a mistake."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
-
-    def run(*arguments: str) -> str:
-        monkeypatch.setattr(sys, "argv", ["bench", *arguments])
-        try:
-            status = main()
-        except SystemExit as end:  # of Hydra's task
-            status = end.code  # type: ignore[assignment]
-        out, err = capfd.readouterr()
-        assert (status, out) == (2, "")
-        (line,) = err.splitlines()
-        assert line.startswith("error: ")
-        return line
-
-    return run
+def refused(*arguments: str, cwd: Path) -> str:
+    """The one line about a mistake."""
+    done = bench(*arguments, cwd=cwd)
+    assert (done.returncode, done.stdout) == (2, "")
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("error: ")
+    return line
 
 
 def records(folder: Path) -> list[dict[str, object]]:
@@ -70,7 +54,7 @@ def files(folder: Path) -> list[Path]:
 
 
 def test_one_cell_writes_one_record_with_the_contract_s_keys(tmp_path: Path) -> None:
-    done = bench("variant=dense", "seq_len=512", "depth=2", "data=stdlib", "measure=quick", cwd=tmp_path)
+    done = process("variant=dense", "seq_len=512", "depth=2", "data=stdlib", "measure=quick", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     (record,) = records(tmp_path / "results/adhoc")
     assert tuple(record) == KEYS
@@ -135,9 +119,9 @@ def test_a_mixture_is_planned_trained_resumed_and_reported(tmp_path: Path) -> No
     ],
 )
 def test_what_is_no_mixture_is_one_line_and_nothing_is_written(
-    layers: str, said: str, refused: Callable[..., str], tmp_path: Path
+    layers: str, said: str, tmp_path: Path
 ) -> None:
-    assert said in refused("variant=hybrid", f"variant.layers={layers}", "depth=2")
+    assert said in refused("variant=hybrid", f"variant.layers={layers}", "depth=2", cwd=tmp_path)
     assert not files(tmp_path)
 
 
@@ -217,7 +201,7 @@ def test_plan_predicts_a_million_tokens_and_runs_nothing(tmp_path: Path) -> None
     deep = tmp_path / ("scratch-" * 12)
     deep.mkdir()
     cell = ["measure=plan", "seq_len=1048576", "variant=longformer", "data=stdlib"]
-    done = bench(*cell, cwd=tmp_path, TMPDIR=str(deep))
+    done = process(*cell, cwd=tmp_path, TMPDIR=str(deep))
     assert done.returncode == 0, done.stderr
     (record,) = records(tmp_path / "results/adhoc")
     assert record["status"] == "ok"
@@ -303,7 +287,7 @@ SHORT = {"variant=longfromer", "seq_len=0", "model.heads=64", "experiment=smok",
 def test_a_mistake_is_one_line_and_writes_nothing(
     argument: str, names: str, allows: str, tmp_path: Path
 ) -> None:
-    done = bench(argument, *[q for q in QUICK if q.split("=")[0] != argument.split("=")[0]], cwd=tmp_path)
+    done = process(argument, *[q for q in QUICK if q.split("=")[0] != argument.split("=")[0]], cwd=tmp_path)
     assert done.returncode == 2
     assert done.stdout == ""
     (line,) = done.stderr.splitlines()
@@ -313,10 +297,8 @@ def test_a_mistake_is_one_line_and_writes_nothing(
     assert not list(tmp_path.iterdir())
 
 
-def test_a_mistake_in_the_last_cell_of_a_sweep_stops_the_first(
-    refused: Callable[..., str], tmp_path: Path
-) -> None:
-    assert "seq_len='none'" in refused("-m", "seq_len=32,64,none", *QUICK[:3], "depth=1")
+def test_a_mistake_in_the_last_cell_of_a_sweep_stops_the_first(tmp_path: Path) -> None:
+    assert "seq_len='none'" in refused("-m", "seq_len=32,64,none", *QUICK[:3], "depth=1", cwd=tmp_path)
     assert not list(tmp_path.iterdir())
 
 
@@ -343,11 +325,11 @@ def test_the_same_cell_twice_in_a_command_runs_once(tmp_path: Path) -> None:
     assert len(records(tmp_path / "results/adhoc")) == 2
 
 
-def test_a_glob_that_matches_nothing_says_so(refused: Callable[..., str]) -> None:
-    assert "match nothing" in refused("-m", "variant=glob(q*)", *QUICK)
+def test_a_glob_that_matches_nothing_says_so(tmp_path: Path) -> None:
+    assert "match nothing" in refused("-m", "variant=glob(q*)", *QUICK, cwd=tmp_path)
 
 
-def test_missing_and_empty_files_are_refused(refused: Callable[..., str], tmp_path: Path) -> None:
+def test_missing_and_empty_files_are_refused(tmp_path: Path) -> None:
     quick = [argument for argument in QUICK if not argument.startswith("data")]
     empty = tmp_path / "empty.txt"
     empty.touch()
@@ -356,7 +338,7 @@ def test_missing_and_empty_files_are_refused(refused: Callable[..., str], tmp_pa
         (["data=files", "data.path=nowhere/*.txt"], "data.path=nowhere/*.txt: no such"),
         (["data=files", f"data.path={empty}"], "empty"),
     ):
-        assert says in refused(*arguments, *quick)
+        assert says in refused(*arguments, *quick, cwd=tmp_path)
     assert files(tmp_path) == [empty]
 
 
@@ -369,15 +351,13 @@ def test_missing_and_empty_files_are_refused(refused: Callable[..., str], tmp_pa
         *slow("taken", "pipe", "loop", "device", "x" * 300, "a/" * 2500),
     ],
 )
-def test_results_that_cannot_be_written_are_refused(
-    results: str, refused: Callable[..., str], tmp_path: Path
-) -> None:
+def test_results_that_cannot_be_written_are_refused(results: str, tmp_path: Path) -> None:
     (tmp_path / "taken").write_text("a file, not a folder")
     os.mkfifo(tmp_path / "pipe")
     for name, target in (("dangling", "nowhere"), ("loop", "loop"), ("device", "/dev/null")):
         (tmp_path / name).symlink_to(target)
     before = sorted(tmp_path.iterdir())
-    line = refused(f"results_dir={results}", *QUICK)
+    line = refused(f"results_dir={results}", *QUICK, cwd=tmp_path)
     assert "results_dir" in line
     assert results[:20] in line
     assert sorted(tmp_path.iterdir()) == before
@@ -399,18 +379,14 @@ def test_what_is_too_short_or_not_here_is_a_row_with_the_reason(tmp_path: Path) 
     assert found["xformers"]["peak_bytes_predicted"] is None
 
 
-def test_a_device_that_is_not_here_is_a_row_with_the_reason(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_a_device_that_is_not_here_is_a_row_with_the_reason(tmp_path: Path) -> None:
     import torch
 
     if torch.cuda.is_available():
         pytest.skip("this machine has a CUDA device")
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["bench", "device=cuda", *QUICK])
-    monkeypatch.setattr(sweep, "finished", [])
-    assert main() == 1
-    line = capfd.readouterr().err.splitlines()[-1]
+    done = bench("device=cuda", *QUICK, cwd=tmp_path)
+    assert done.returncode == 1
+    line = done.stderr.splitlines()[-1]
     assert line.startswith("error: no cell could run: this machine has no device=cuda")
     (record,) = records(tmp_path / "results/adhoc")
     assert (record["status"], record["device"]) == ("unsupported", "cuda")
@@ -507,7 +483,7 @@ def test_overhead_of_a_cell_is_small_beside_its_work(tmp_path: Path) -> None:
     """No absolute times: what is not asked-for work is less than starting a fresh interpreter with torch."""
     import time
 
-    done = bench("-m", "replicate=range(3)", *QUICK, cwd=tmp_path)
+    done = process("-m", "replicate=range(3)", *QUICK, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     cells = sorted(records(tmp_path / "results/adhoc"), key=lambda r: str(r["started_at"]))
     overhead = [float(r["seconds_total"]) - float(r["seconds_work"]) for r in cells[1:]]  # type: ignore[arg-type]
