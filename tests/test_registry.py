@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import os
 import subprocess
@@ -114,15 +115,15 @@ def python(*arguments: str | Path, path: Path | None = None, cwd: Path) -> subpr
     return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, check=False)
 
 
-def distribution(folder: Path, points: dict[str, str]) -> Path:
+def distribution(folder: Path, points: dict[str, str], name: str = "lagged_attention") -> Path:
     """What an installed package leaves behind: its modules, and metadata that names its entry points."""
-    package, info = folder / "lagged_attention", folder / "lagged_attention-0.0.1.dist-info"
+    package, info = folder / name, folder / f"{name}-0.0.1.dist-info"
     package.mkdir(parents=True)
     info.mkdir()
     (package / "__init__.py").touch()
     (package / "lagged.py").write_text(MODULE)
     (package / "lagged.yaml").write_text(YAML)
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: lagged-attention\nVersion: 0.0.1\n")
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 0.0.1\n")
     lines = [f"{name} = {value}" for name, value in points.items()]
     (info / "entry_points.txt").write_text("\n".join([f"[{variants.ENTRY_POINTS}]", *lines]) + "\n")
     return folder
@@ -436,14 +437,28 @@ def test_a_plug_in_is_checked(plugged: Path, tmp_path: Path) -> None:
         ),
     ],
 )
-def test_a_fault_of_a_plug_in_is_found(planted: str, by: str, words: str, tmp_path: Path) -> None:
-    site = distribution(tmp_path / "site", {"lagged": "lagged_attention.lagged:Lagged"})
-    module = site / "lagged_attention" / "lagged.py"
+def test_a_fault_of_a_plug_in_is_found(
+    planted: str,
+    by: str,
+    words: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    request: pytest.FixtureRequest,
+) -> None:
+    """In this process, by a name of its own, because what is read of a module is not read again."""
+    name = f"lagged_{hashlib.sha256(by.encode()).hexdigest()[:8]}"
+    site = distribution(tmp_path / "site", {name: f"{name}.lagged:Lagged"}, name)
+    module = site / name / "lagged.py"
     assert planted in module.read_text()
     module.write_text(module.read_text().replace(planted, by))
-    done = python("-m", "bench.tools.check", "lagged", "--tokens", "97", path=site, cwd=tmp_path)
-    assert done.returncode == 1, done.stdout
-    assert any(line.startswith("FAILED") and words in line for line in done.stdout.splitlines()), done.stdout
+    monkeypatch.syspath_prepend(site)
+    variants._entry_points.cache_clear()
+    request.addfinalizer(variants._entry_points.cache_clear)
+    monkeypatch.setattr(sys, "argv", ["check", name, "--tokens", "97"])
+    assert check.main() == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert any(line.startswith("FAILED") and words in line for line in lines), lines
 
 
 def decoded(name: str) -> check.Outcome:
