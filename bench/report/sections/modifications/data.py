@@ -44,6 +44,7 @@ def modification_cells(frame: pd.DataFrame, cost: pd.DataFrame) -> pd.DataFrame:
     model that it changes; `params`, `params_active`, `token_flops` (of a training step), `steps_per_second`
     with `DISTURBED`; `learning_rate`;
     `early` with `early_share` (the loss with the smallest budget of a run, and its share of the training);
+    `guess` (the accuracy of guessing, of a task with answers);
     `value` and `deviation` over `replicates`; `difference` to the default with its 95 % `_low` and `_high`,
     `differs` (null where nothing decides), `comparisons` of its family; `rank` (1 is the best of the task's
     models), `leaks`, `by_replicate` (the final figure of each), and `unfinished`: the replicates without a
@@ -136,6 +137,7 @@ def _summed_up(own: pd.DataFrame, figure: str) -> dict[str, Any]:
     return {
         **{key: first[key] for key in (*CELL, *TRAINING, "pool", "task", "modification", "part")},
         "figure": figure,
+        "guess": own["guess_accuracy"].median() if figure == ACCURACY else np.nan,
         "early": early,
         "early_share": share,
         "value": values.mean(),

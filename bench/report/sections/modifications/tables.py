@@ -49,9 +49,15 @@ def overview(cells: pd.DataFrame) -> list[Column]:
         columns.append(Column(title, list(map(_disturbed, texts, flags))))
     for pool, task in cells.drop_duplicates("pool")[["pool", "task"]].itertuples(index=False, name=None):
         found = [own[own["pool"] == pool] for own in parts]
-        title = f"{task}: {cells.loc[cells['pool'] == pool, 'figure'].iloc[0]}"
+        title = f"{task}: {_figure(cells[cells['pool'] == pool])}"
         columns.append(Column(title, [_final(own.iloc[0]) if len(own) else units.MISSING for own in found]))
     return columns
+
+
+def _figure(own: pd.DataFrame) -> str:
+    """The title of a task's final figures, with what guessing would reach."""
+    figure, guess = str(own["figure"].iloc[0]), own["guess"].median()
+    return figure if pd.isna(guess) else f"{figure}, guessing {units.percent(guess)}"
 
 
 def _disturbed(text: str, flag: bool) -> str:
@@ -72,10 +78,9 @@ def of_task(own: pd.DataFrame) -> list[Column]:
     """A row a modification of one task, the default first and then the best."""
     own = own.assign(later=own["modification"] != DEFAULT).sort_values(["later", "rank", "modification"])
     rows = [row for _, row in own.iterrows()]
-    figure = own["figure"].iloc[0]
     share = own["early_share"].median()
     early = "early loss" if units.missing(share) else f"loss after {units.percent(share)}"
-    unit = BITS if figure == BITS else "nats"
+    unit = BITS if own["figure"].iloc[0] == BITS else "nats"
     return [
         each(own, FIRST, "modification", str, right=False, optional=False),
         each(own, "parameters", "params", _whole),
@@ -83,7 +88,7 @@ def of_task(own: pd.DataFrame) -> list[Column]:
         each(own, "FLOPs a token", "token_flops", units.flops),
         Column("steps a second", [_speed(row) for row in rows]),
         each(own, f"{early}, {unit}", "early", units.score),
-        Column(figure, [_value(row) for row in rows], optional=False),
+        Column(_figure(own), [_value(row) for row in rows], optional=False),
         Column("− default", [_difference(row) for row in rows]),
         each(own, "learning rate", "learning_rate", units.learning_rate),
         each(own, "replicates", "replicates", str, optional=False),
