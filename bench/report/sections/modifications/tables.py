@@ -57,7 +57,7 @@ def overview(cells: pd.DataFrame) -> list[Column]:
 def _figure(own: pd.DataFrame) -> str:
     """The title of a task's final figures, with what guessing would reach."""
     figure, guess = str(own["figure"].iloc[0]), own["guess"].median()
-    return figure if pd.isna(guess) else f"{figure}, guessing {units.percent(guess)}"
+    return figure if units.missing(guess) else f"{figure}, guessing {units.percent(guess)}"
 
 
 def _disturbed(text: str, flag: bool) -> str:
