@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from commands import bench
 from test_model_options import spec_of
 
 from bench.config.spec import CellSpec
@@ -21,8 +22,8 @@ TRAINED += ["measure.train_tokens=4000", "measure.eval_tokens=500", "measure.kee
 
 
 def train(folder: Path, *overrides: str) -> Path:
-    command = [sys.executable, "-m", "bench", *TRAINED, f"results_dir={folder}", "name=x", *overrides]
-    subprocess.run(command, check=True, capture_output=True, text=True)
+    done = bench(*TRAINED, f"results_dir={folder}", "name=x", *overrides)
+    assert done.returncode == 0, done.stderr
     return folder / "x"
 
 

@@ -4,14 +4,13 @@ size of heads; and the share of a memory budget that stays free."""
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import pytest
 import torch
+from commands import bench
 from hydra import compose, initialize_config_dir
 from test_report import record, write
 
@@ -177,17 +176,9 @@ def test_a_cell_records_its_options_and_keeps_the_reserve(tmp_path: Path) -> Non
         "model.residual=rezero",
     ]
     for reserve in ("0", "0.5"):
-        command = [
-            sys.executable,
-            "-m",
-            "bench",
-            *TINY,
-            *options,
-            f"results_dir={tmp_path}",
-            f"name=r{reserve}",
-        ]
-        command += ["measure=fits", "measure.budget=8MiB", f"measure.reserve={reserve}", "batch_size=fit"]
-        subprocess.run(command, check=True, capture_output=True)
+        to = [f"results_dir={tmp_path}", f"name=r{reserve}"]
+        fits = ["measure=fits", "measure.budget=8MiB", f"measure.reserve={reserve}", "batch_size=fit"]
+        assert bench(*TINY, *options, *to, *fits).returncode == 0
     full, half = (load(tmp_path / f"r{reserve}").iloc[0] for reserve in ("0", "0.5"))
     assert (full.vocab_size, full.tie_embeddings, full.rotary_base) == (1000, True, 500.0)
     assert (full.head_size, full.kv_heads, full.widen_feed_forward) == (12, 1, True)

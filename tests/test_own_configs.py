@@ -84,9 +84,10 @@ def test_entries_that_change_more_than_their_section_are_composed_by_hydra(
 ) -> None:
     (ours / "model/wide.yaml").write_text(wide)
     (ours / "variant/narrow.yaml").write_text(narrow)
-    preset = PRESET.replace("defaults:", "defaults:\n  - override /model: wide")
-    (ours / "experiment/mine.yaml").write_text(preset)
-    jobs = [["variant=narrow"], ["experiment=mine", "variant=narrow"], ["experiment=mine", "model=small"]]
+    chosen = "defaults:\n  - override /model: wide\n  - override /variant: narrow"
+    (ours / "experiment/mine.yaml").write_text(PRESET.replace("defaults:", chosen))
+    jobs = [["model=wide"], ["variant=narrow"]]
+    jobs += [["experiment=mine", entry] for entry in ("variant=dense", "model=small")]
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
         composed = compose("config", return_hydra_config=True)
         loader = GlobalHydra.instance().config_loader()

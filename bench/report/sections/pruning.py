@@ -143,7 +143,7 @@ def _draw(frame: pd.DataFrame, look: Look, *, kind: str) -> Figure | None:
 
 def _line(own: pd.DataFrame, *, kind: str) -> Line | None:
     kept = pd.Series(own[f"{kind}_kept"].iloc[0], dtype=float)
-    return over_replicates(_losses(own, kind).to_numpy(), (kept / kept[0]).to_numpy())
+    return over_replicates(_losses(own, kind).to_numpy().tolist(), (kept / kept[0]).to_numpy())
 
 
 def _shares(axis: Axes, _largest: float) -> None:
