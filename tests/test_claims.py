@@ -65,7 +65,7 @@ def specs_of(preset: str, *arguments: str) -> list[CellSpec]:
         return [spec(job) for job in jobs]
 
 
-PLAIN = ("replicate", "twin", "seq_len")
+PLAIN = ("replicate", "twin", "seq_len", "depth")
 
 
 def pairs(job: list[str]) -> list[tuple[str, str]]:

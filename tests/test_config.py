@@ -279,14 +279,18 @@ def test_auto_is_decided_before_the_cell_is_hashed() -> None:
 def test_torch_says_which_device_auto_is_unless_it_was_built_for_cpus(
     release: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("bench.config.parse.version", {"torch": release}.__getitem__)
+    monkeypatch.setattr("bench.config.parse._version", {"torch": release}.__getitem__)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert cell_of("device=auto").spec.device == ("cpu" if release.endswith("+cpu") else "cuda")
 
 
 def test_every_figures_knob_changes_the_cells_id_and_no_other_does() -> None:
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        composed = compose("config", return_hydra_config=True)
+        make = Composer(GlobalHydra.instance().config_loader(), composed)
+
     def cell_id(*overrides: str) -> str:
-        return cell_of(*overrides).spec.cell_id("data", "code")
+        return parse(make(["device=cpu", *overrides])).spec.cell_id("data", "code")
 
     same = [
         "results_dir=elsewhere",
@@ -443,6 +447,7 @@ def test_a_sweep_s_cells_are_those_that_hydra_composes_one_by_one(preset: str) -
     jobs.append(["variant=chunked", "results_dir=x${seq_len}"])
     jobs.append(["variant=reformer", "activations=reversible", "model=base", "measure=quick", "tracker=none"])
     jobs.append(["variant=longformer", "variant=dense", "variant.impl=naive", "++name=a", "depth=3"])
+    jobs += [[f"experiment={name}", *jobs[-2]] for name in ("modifications", "decode")]
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
         chosen = [f"experiment={preset}", "device=cpu"]
         composed = compose("config", overrides=chosen, return_hydra_config=True)
@@ -458,7 +463,7 @@ def test_a_sweep_s_cells_are_those_that_hydra_composes_one_by_one(preset: str) -
             assert str(one.value) == str(other.value)
 
 
-def test_hydra_composes_once_for_each_entry_and_not_for_each_cell(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hydra_composes_once_for_each_group_and_not_for_each_cell(monkeypatch: pytest.MonkeyPatch) -> None:
     names = variants.names()[:4]
     axes = [f"variant={','.join(names)}", "activations=keep,checkpoint,sqrt", "seq_len=range(1,6)"]
     composed: list[list[str]] = []
@@ -471,9 +476,7 @@ def test_hydra_composes_once_for_each_entry_and_not_for_each_cell(monkeypatch: p
     monkeypatch.setattr(ConfigLoaderImpl, "load_sweep_config", counted)
     cells = swept(monkeypatch, "measure=plan", "device=cpu", *axes)
     assert len({cell.spec.cell_id("data", "code") for cell in cells}) == 4 * 3 * 5
-    entries = ["measure=plan", *(f"variant={name}" for name in names)]
-    entries += [f"activations={name}" for name in ("keep", "checkpoint", "sqrt")]
-    assert sorted(composed) == sorted([[], *([entry] for entry in entries)])
+    assert sorted(composed) == [[], *([f"~{group}"] for group in ("activations", "measure", "variant"))]
 
 
 @pytest.mark.parametrize("preset", ["smoke", "cpu", "gpu", "depth", "batch_payoff"])

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import pytest
 import torch
+from commands import bench
 from test_model_options import spec_of
 
 from bench.measure import decoding
@@ -26,9 +25,8 @@ SHORT = ["measure.decode_tokens=6", "measure.decode_block=4", "measure.time_seco
 
 
 def run(folder: Path, *overrides: str) -> pd.DataFrame:
-    to = [f"results_dir={folder}", "name=x"]
-    command = [sys.executable, "-m", "bench", "-m", *SMALL, *SHORT, *to, *overrides]
-    subprocess.run(command, check=True, capture_output=True, text=True)
+    done = bench("-m", *SMALL, *SHORT, f"results_dir={folder}", "name=x", *overrides)
+    assert done.returncode == 0, done.stderr
     return load(folder / "x").set_index("variant")
 
 
@@ -133,8 +131,7 @@ def test_the_gate_sees_a_cache_that_forgets(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_nothing_to_measure_is_one_line() -> None:
-    command = [sys.executable, "-m", "bench", *SMALL, "measure.decode_tokens=0"]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = bench(*SMALL, "measure.decode_tokens=0")
     assert done.returncode == 2
     assert "measure.step=false: allowed is true: nothing else is measured" in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1

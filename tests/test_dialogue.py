@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import gzip
 import json
-import subprocess
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import HANG_SECONDS
+from commands import bench
 from hydra_sweeps import swept
 
 from bench.config.spec import DataSpec
@@ -376,7 +374,7 @@ def test_the_mean_over_answers_is_the_loss(name: str, read: Callable[..., Dialog
 def test_records_have_the_loss_of_each_answer(tmp_path: Path) -> None:
     """From real cells."""
     (tmp_path / "d.jsonl").write_text(lines(TALKS))
-    command = [sys.executable, "-m", "bench", "-m", "data=dialogue", "data.path=d.jsonl", f"seq_len={T}"]
+    command = ["-m", "data=dialogue", "data.path=d.jsonl", f"seq_len={T}"]
     command += [
         "depth=1",
         "measure.time_seconds=0",
@@ -384,7 +382,7 @@ def test_records_have_the_loss_of_each_answer(tmp_path: Path) -> None:
         "measure.eval_tokens=100000",
     ]
     command += ["measure.history_targets=8", "variant=dense,transformer_xl,linformer", "name=d"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=HANG_SECONDS)
+    done = bench(*command, cwd=tmp_path)
     found = [json.loads(path.read_text()) for path in tmp_path.glob("results/d/records/*.json")]
     cells = {record["variant"]: record for record in found}
     assert len(cells) == 3, done.stderr

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import pytest
 import torch
-from conftest import HANG_SECONDS
+from commands import bench
 from test_report import record, write
 from torch import Tensor, nn
 
@@ -107,8 +105,7 @@ def cells(folder: Path, *overrides: str) -> list[dict[str, Any]]:
     """The records of a sweep."""
     small = ["data=stdlib", "seq_len=32", "depth=2", "model.d_model=16", "model.heads=2", "batch_size=2"]
     small += ["device=cpu", "measure.time_seconds=0", "measure.train_tokens=500", "measure.eval_tokens=2000"]
-    command = [sys.executable, "-m", "bench", "-m", *small, f"results_dir={folder}", "name=x", *overrides]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=HANG_SECONDS)
+    done = bench("-m", *small, f"results_dir={folder}", "name=x", *overrides)
     found = [json.loads(path.read_text()) for path in (folder / "x" / "records").glob("*.json")]
     assert {one["status"] for one in found} == {"ok"}, done.stderr
     return found

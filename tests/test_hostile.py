@@ -51,8 +51,8 @@ def hostile(text: str, number: int) -> Record:
 
 
 @pytest.fixture(scope="module")
-def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Of an experiment with all of the texts, everywhere, and some cells that are as they should be."""
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An experiment with all of the texts, everywhere, and some cells that are as they should be."""
     folder = tmp_path_factory.mktemp("results") / "demo"
     for seq_len in (512, 1024):
         records.write(folder, record(seq_len=seq_len))
@@ -63,6 +63,12 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
         records.write(folder, failed)
     found, problems = records.read_all(folder)
     assert (len(found), problems) == (2 + 2 * len(TEXTS), [])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def report(folder: Path) -> Path:
+    """Its report with its plots."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph|constrained_layout", UserWarning)  # as for any long label
         return build(folder)
@@ -97,7 +103,8 @@ def test_files_stay_where_they_belong(report: Path) -> None:
         assert "<script" not in path.read_text()
 
 
-def test_tables_of_data_hold_the_text_as_it_is(report: Path) -> None:
+def test_tables_of_data_hold_the_text_as_it_is(folder: Path) -> None:
+    report = build(folder, plots=False)
     found = pd.read_parquet(report / "cells.parquet").set_index("cell_id")
     for number, text in enumerate(TEXTS.values()):
         assert found.loc[f"h{number}", "reason"] == text

@@ -4,14 +4,13 @@ size of heads; and the share of a memory budget that stays free."""
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import pytest
 import torch
+from commands import bench
 from hydra import compose, initialize_config_dir
 from test_report import record, write
 
@@ -179,17 +178,9 @@ def test_a_cell_records_its_options_and_keeps_the_reserve(tmp_path: Path) -> Non
         "model.residual=rezero",
     ]
     for reserve in ("0", "0.5"):
-        command = [
-            sys.executable,
-            "-m",
-            "bench",
-            *TINY,
-            *options,
-            f"results_dir={tmp_path}",
-            f"name=r{reserve}",
-        ]
-        command += ["measure=fits", "measure.budget=8MiB", f"measure.reserve={reserve}", "batch_size=fit"]
-        subprocess.run(command, check=True, capture_output=True)
+        to = [f"results_dir={tmp_path}", f"name=r{reserve}"]
+        fits = ["measure=fits", "measure.budget=8MiB", f"measure.reserve={reserve}", "batch_size=fit"]
+        assert bench(*TINY, *options, *to, *fits).returncode == 0
     full, half = (load(tmp_path / f"r{reserve}").iloc[0] for reserve in ("0", "0.5"))
     assert (full.vocab_size, full.tie_embeddings, full.rotary_base) == (1000, True, 500.0)
     assert (full.head_size, full.kv_heads, full.widen_feed_forward) == (12, 1, True)
@@ -201,26 +192,24 @@ def test_a_cell_records_its_options_and_keeps_the_reserve(tmp_path: Path) -> Non
     assert written["budget_bytes"] == 8 * 2**20
 
 
-@pytest.mark.parametrize(
-    ("option", "value", "words"),
-    [
-        ("vocab_size", 50_304, "vocabulary 50304"),
-        ("tie_embeddings", True, "embeddings tied"),
-        ("rotary_base", 500_000.0, "rotary base 500000"),
-        ("head_size", 128, "heads of 128 channels"),
-        ("kv_heads", 2, "key and value heads: 2"),
-        ("widen_feed_forward", True, "feed-forward layers wider"),
-        ("embedding_size", 128, "embedding of 128 channels"),
-        ("norm", "rms", "norm rms"),
-        ("norm_position", "post", "post-norm"),
-        ("residual", "rezero", "residual rezero"),
-        ("dropout", 0.1, "dropout 0.1"),
-    ],
-)
-def test_models_with_other_options_are_never_mixed(
-    option: str, value: Any, words: str, tmp_path: Path
-) -> None:
-    """An older record, without the key, is one with the usual value."""
+OTHER: dict[str, tuple[Any, str]] = {
+    "vocab_size": (50_304, "vocabulary 50304"),
+    "tie_embeddings": (True, "embeddings tied"),
+    "rotary_base": (500_000.0, "rotary base 500000"),
+    "head_size": (128, "heads of 128 channels"),
+    "kv_heads": (2, "key and value heads: 2"),
+    "widen_feed_forward": (True, "feed-forward layers wider"),
+    "embedding_size": (128, "embedding of 128 channels"),
+    "norm": ("rms", "norm rms"),
+    "norm_position": ("post", "post-norm"),
+    "residual": ("rezero", "residual rezero"),
+    "dropout": (0.1, "dropout 0.1"),
+}
+"""An unusual value of each option, and its words in a report."""
+
+
+def test_models_with_other_options_are_never_mixed(tmp_path: Path) -> None:
+    """An older record, without the keys, is one with the usual values."""
     usual = {
         "tie_embeddings": False,
         "widen_feed_forward": False,
@@ -229,15 +218,20 @@ def test_models_with_other_options_are_never_mixed(
         "norm_position": "pre",
         "residual": "plain",
         "dropout": 0.0,
-    }.get(option)
+    }
+    assert OTHER.keys() == MODEL_OPTIONS.keys() >= usual.keys()
+    models = [dict[str, Any](), usual, usual]
+    models += [{**usual, option: value} for option, (value, _) in OTHER.items() for _ in range(3)]
     found = [
-        record(cell_id=f"c{n}", replicate=n % 3, step_seconds_median=n + 1.0, **{option: each})
-        for n, each in enumerate([None, usual, usual, value, value, value])
+        record(cell_id=f"c{n}", replicate=n % 3, step_seconds_median=n + 1.0, **options)
+        for n, options in enumerate(models)
     ]
     folder = write(tmp_path / "x", found)
     summary = pd.read_csv(build(folder, plots=False) / "summary.csv")
-    assert sorted(summary["step_seconds_median"]) == [2.0, 5.0]
-    assert words in (folder / "report" / "summary.md").read_text()
+    assert sorted(summary["step_seconds_median"]) == [2.0 + 3 * n for n in range(1 + len(OTHER))]
+    text = (folder / "report" / "summary.md").read_text()
+    for _, words in OTHER.values():
+        assert words in text
 
 
 def test_progress_mentions_unusual_options() -> None:

@@ -10,12 +10,14 @@ from pathlib import Path
 
 import pytest
 from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import MissingConfigException
+from hydra_plugins.longctx_bench import Composer
 
 from bench import CONFIGS
 from bench.cli import help, overrides
 from bench.config.folders import VARIABLE, folders, take
-from bench.config.parse import parse
+from bench.config.parse import parse, plain
 from bench.config.spec import CellSpec
 from bench.inputs.errors import ConfigError
 
@@ -67,6 +69,31 @@ def test_an_entry_of_each_group_is_chosen_by_its_name(ours: Path) -> None:
     lines = help.text([], CONFIGS).splitlines()
     assert "mine" in next(line for line in lines if line.startswith("  experiment: "))
     assert "  mine: What sayings cost. It takes two minutes." in lines
+
+
+@pytest.mark.parametrize(
+    ("wide", "narrow"),
+    [
+        ("# @package _global_\nmodel: {d_model: 96, heads: 3}\nvariant: {impl: naive}", "name: dense"),
+        ("d_model: 96\nheads: 3", "# @package _global_\nvariant: {name: dense}\nmodel: {dropout: 0.1}"),
+        ("defaults: [small]\nheads: 3", "name: dense\nimpl: naive"),
+    ],
+)
+def test_entries_that_change_more_than_their_section_are_composed_by_hydra(
+    wide: str, narrow: str, ours: Path
+) -> None:
+    (ours / "model/wide.yaml").write_text(wide)
+    (ours / "variant/narrow.yaml").write_text(narrow)
+    chosen = "defaults:\n  - override /model: wide\n  - override /variant: narrow"
+    (ours / "experiment/mine.yaml").write_text(PRESET.replace("defaults:", chosen))
+    jobs = [["model=wide"], ["variant=narrow"]]
+    jobs += [["experiment=mine", entry] for entry in ("variant=dense", "model=small")]
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        composed = compose("config", return_hydra_config=True)
+        loader = GlobalHydra.instance().config_loader()
+        make = Composer(loader, composed)
+        for job in jobs:
+            assert make(job) == plain(loader.load_sweep_config(composed, job))
 
 
 @pytest.mark.parametrize("way", ["option", "variable"])

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import json
 import math
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from conftest import HANG_SECONDS
+from commands import bench
 
 T = 256
 
@@ -31,8 +29,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def records(home: Path, *arguments: str) -> dict[str, dict[str, Any]]:
     """The records of a sweep by variant."""
     common = ["data=files", "data.path=texts", f"seq_len={T}", "depth=1", "measure.time_seconds=0"]
-    command = [sys.executable, "-m", "bench", "-m", *common, "measure.train_tokens=1000", *arguments]
-    done = subprocess.run(command, cwd=home, capture_output=True, text=True, timeout=HANG_SECONDS)
+    done = bench("-m", *common, "measure.train_tokens=1000", *arguments, cwd=home)
     name = next(a.partition("=")[2] for a in arguments if a.startswith("name="))
     found = [json.loads(path.read_text()) for path in (home / "results" / name).glob("records/*.json")]
     assert found, done.stderr

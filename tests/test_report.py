@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import os
@@ -19,6 +18,7 @@ import pandas as pd
 import pytest
 from conftest import HANG_SECONDS
 from matplotlib.image import imread
+from report_parts import part_of, write
 
 from bench import records
 from bench.records import Record
@@ -145,15 +145,6 @@ def sweep(lengths: Iterable[int] = (512, 1024, 2048, 4096), depths: Iterable[int
                     else:
                         found.append(record(**where))
     return found
-
-
-def write(folder: Path, found: Iterable[Record]) -> Path:
-    """Store them; an id that says in words what is special about a cell becomes the name of a file."""
-    for one in found:
-        if not re.fullmatch(r"[A-Za-z0-9][\w.-]{0,99}", one.cell_id, re.ASCII):
-            one.cell_id = hashlib.sha256(one.cell_id.encode()).hexdigest()[:16]
-        records.write(folder, one)
-    return folder
 
 
 def cli(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
@@ -313,7 +304,7 @@ def test_a_value_of_the_wrong_type_is_named_and_skipped(tmp_path: Path) -> None:
     folder = write(tmp_path / "e", [record()])
     wrong = json.loads(record(replicate=1).to_json()) | {"cell_id": "wrong", "seq_len": "long"}
     (folder / "records" / "wrong.json").write_text(json.dumps(wrong))
-    text = (build(folder, plots=False) / "summary.md").read_text()
+    text = part_of(folder, []).text
     assert "wrong.json: wrong type in seq_len" in text
     assert "- records: 1," in text
 
@@ -358,7 +349,7 @@ def test_a_leak_is_marked_and_comes_last(tmp_path: Path) -> None:
     found = [record(replicate=r) for r in (0, 1)]
     found += [record("routing", leak_max_abs=0.7, perplexity=1.5, replicate=r) for r in (0, 1)]
     found += [record("chunked", seq_len=1024, depth=4)]
-    text = (build(write(tmp_path / "e", found), plots=False) / "summary.md").read_text()
+    text = part_of(tmp_path / "e", found, "quality", "gates").text
     rows = table(text, "### clm, data plays")
     assert [(r["rank"], r["variant"]) for r in rows] == [("1", "dense"), ("1", "chunked"), ("†", "routing†")]
     assert text.count("- † ") >= 1
@@ -386,7 +377,7 @@ def test_strides_are_told_apart_and_said(tmp_path: Path) -> None:
         found.append(record("dense", **of, **back, **names))
         names["cell_id"] += "-memory"
         found.append(record("chunked", **of, **memory, **names))
-    text = (build(write(tmp_path / "e", found), plots=False) / "summary.md").read_text()
+    text = part_of(tmp_path / "e", found, "quality").text
     rows = table(text.split("## Quality", 1)[1], "### clm, data plays")
     assert sorted((r["variant"], r["stride"], r["context ≥"], r["rank"], r["replicates"]) for r in rows) == [
         ("chunked", "128", "385", "1", "2"),
@@ -411,7 +402,7 @@ def test_context_that_hurts_is_said(tmp_path: Path) -> None:
             back = {f"effective_context{end}": 4 for end in ("", "_low", "_high")}
             names = {"replicate": replicate, "cell_id": f"{variant}-{replicate}"}
             found.append(record(variant, **back, **harm, **names))
-    text = (build(write(tmp_path / "e", found), plots=False) / "summary.md").read_text()
+    text = part_of(tmp_path / "e", found, "quality").text
     rows = table(text.split("## Quality", 1)[1], "### clm, data plays")
     assert {row["variant"]: row["looks back"] for row in rows} == {
         "dense": "4 (4–4); hurt by more than 32: +0.40 nats",
@@ -424,16 +415,18 @@ def test_objectives_are_never_mixed(tmp_path: Path) -> None:
     figures = {"nll_by_position": None, "step_seconds_median": None, "tokens_per_second": None}
     found = [record(cell_id="a", perplexity=4.0, **figures)]
     found.append(record(cell_id="b", perplexity=9.0, bits_per_byte=None, objective="mlm", **figures))
-    report = build(write(tmp_path / "e", found))
-    summary = pd.read_csv(report / "summary.csv").set_index("objective")
+    part = part_of(tmp_path / "e", found, "cells")
+    summary = part.files()["summary"].set_index("objective")
     assert summary.perplexity_mean.to_dict() == {"clm": 4.0, "mlm": 9.0}
     assert summary["rank_low"].tolist() == summary["rank_high"].tolist() == [1, 1]
-    text = (report / "summary.md").read_text()
     for objective, value in (("clm", "4.000"), ("mlm", "9.000")):
-        rows = table(text, f"### {objective}, data plays")
+        rows = table(part.text, f"### {objective}, data plays")
         assert [row["perplexity"] for row in rows] == [value]
-    names = {p.stem for p in (report / "plots").glob("held_out_loss*.png")}
-    assert names == {"held_out_loss-clm", "held_out_loss-mlm"}
+    paths = [one.path for one in part.drawn("quality")["quality"]]
+    assert [path for path in paths if "held_out_loss" in path] == [
+        "plots/held_out_loss-clm",
+        "plots/held_out_loss-mlm",
+    ]
 
 
 @pytest.mark.slow
@@ -445,7 +438,7 @@ def test_labels_show_only_the_parameters_that_differ(tmp_path: Path) -> None:
         for w, s in ((64, 0.1), (128, 0.3))
     ]
     found.append(record("chunked", variant_params={"window": 32}))
-    summary = pd.read_csv(build(write(tmp_path / "e", found), plots=False) / "summary.csv")
+    summary = part_of(tmp_path / "e", found, "cells").files()["summary"]
     times = summary.set_index("label").step_seconds_median.to_dict()
     assert set(times) == {"chunked", "longformer (window=64)", "longformer (window=128)"}
     assert times["longformer (window=64)"] == 0.1
@@ -455,7 +448,7 @@ def test_labels_show_only_the_parameters_that_differ(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_parameter_drift_is_flagged(tmp_path: Path) -> None:
     found = [record(params=1000), record("chunked", params=1099), record("longformer", params=1101)]
-    text = (build(write(tmp_path / "e", found), plots=False) / "summary.md").read_text()
+    text = part_of(tmp_path / "e", found, "parameters").text
     marked = {row["variant"]: "‡" in row["/ dense"] for row in table(text, "## Parameters")}
     assert marked == {"dense": False, "chunked": False, "longformer": True}
 
@@ -467,11 +460,11 @@ def test_parameters_that_compute_a_token_have_a_column_where_they_are_a_part(tmp
         record(params=5000, params_active=1500, feed_forward="switch", cell_id="experts"),
         record("longformer", params=1000),
     ]
-    text = (build(write(tmp_path / "some", found), plots=False) / "summary.md").read_text()
+    text = part_of(tmp_path / "some", found, "parameters").text
     rows = table(text, "## Parameters")
     active = {(row["variant"], row["feed-forward"]): row["active"] for row in rows}
     assert active == {("dense", "mlp"): "1,000", ("dense", "switch"): "1,500", ("longformer", "mlp"): "–"}
-    text = (build(write(tmp_path / "none", found[::2]), plots=False) / "summary.md").read_text()
+    text = part_of(tmp_path / "none", found[::2], "parameters").text
     assert all("active" not in row for row in table(text, "## Parameters"))
 
 
@@ -482,7 +475,7 @@ def test_ratios_whose_interval_holds_1_are_not_told_apart(tmp_path: Path) -> Non
         for variant, own in times.items()
         for r, value in enumerate(own)
     ]
-    text = (build(write(tmp_path / "e", found), plots=False) / "summary.md").read_text()
+    text = part_of(tmp_path / "e", found, "cost").text
     marked = {row["variant"]: row["time / dense"] for row in table(text, "### clm, depth 2")}
     assert marked == {"dense": "1.00×", "chunked": "1.09×≈", "longformer": "1.36×"}
     assert "- ≈ not called different from dense" in text
@@ -507,11 +500,11 @@ def test_only_cells_of_the_same_modules_are_versions_of_one_code(tmp_path: Path)
 def test_newer_code_supersedes_a_measurement(tmp_path: Path) -> None:
     old = record(cell_id="old", code_sha256="0" * 64, step_seconds_median=9.0)
     new = record(cell_id="new", started_at="2026-04-01T00:00:00+00:00", step_seconds_median=1.0)
-    report = build(write(tmp_path / "e", [old, new]), plots=False)
-    summary = pd.read_csv(report / "summary.csv")
+    part = part_of(tmp_path / "e", [old, new], "cells")
+    summary = part.files()["summary"]
     assert summary.step_seconds_median.tolist() == [1.0]
     assert summary.records.tolist() == [1]
-    assert "1 older records left out" in (report / "summary.md").read_text()
+    assert "1 older records left out" in part.text
 
 
 @pytest.mark.slow
@@ -538,11 +531,11 @@ def test_twins_are_collected_and_kept_out_of_the_tables(tmp_path: Path) -> None:
 def test_a_prediction_is_marked_as_one(tmp_path: Path) -> None:
     whole = failed("predicted_oom", "predicted 8 GiB, limit 2 GiB")
     whole.peak_bytes_predicted = 2**33
-    report = build(write(tmp_path / "e", [whole]))
-    row = table((report / "summary.md").read_text(), "### clm, depth 2")[0]
+    part = part_of(tmp_path / "e", [whole], "cells")
+    row = table(part.text, "### clm, depth 2")[0]
     assert row["peak memory"] == "8.00 GiBᵖ"
-    assert pd.read_csv(report / "summary.csv").peak_bytes_median.isna().all()
-    assert (report / "plots" / "peak_memory.png").exists()
+    assert part.files()["summary"].peak_bytes_median.isna().all()
+    assert "plots/peak_memory" in [one.path for one in part.drawn("cost")["cost"]]
 
 
 def test_learning_rates_budgets_and_splits_are_kept_apart(tmp_path: Path) -> None:
@@ -565,7 +558,7 @@ def test_learning_rates_budgets_and_splits_are_kept_apart(tmp_path: Path) -> Non
             found.append(record(replicate=replicate, **way, **trained, **names))
     late = {"cell_id": "late", "learning_rate": 0.016, "code_sha256": "cd" * 32}
     found.append(failed("diverged", "the loss became nan at training step 7 of 9", **asked, **late))
-    text = (build(write(tmp_path / "e", found)) / "summary.md").read_text()
+    text = part_of(tmp_path / "e", found, "quality", "failures").text
     assert "records left out" not in text
     assert "share every key" not in text
     rows = table(text, "### clm, data plays")

@@ -6,16 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from report_parts import part_of
 from test_report import record, table, write
 
 from bench.records import Record
 from bench.report import build
 
 MIB = 2**20
-
-
-def text_of(folder: Path, found: list[Record], *, plots: bool = False) -> str:
-    return (build(write(folder, found), plots=plots) / "summary.md").read_text()
 
 
 def cell(variant: str, seconds: float, peak: int, seq_len: int = 512, **other: Any) -> Record:
@@ -43,7 +40,7 @@ def swept(replicates: int = 3) -> list[Record]:
 @pytest.mark.slow
 def test_ties_are_named_together(tmp_path: Path) -> None:
     """Performer's five per cent at 1,024 tokens are within the noise, one per cent of memory is the same."""
-    rows = table(text_of(tmp_path / "e", swept()), "### Cost of a training step")
+    rows = table(part_of(tmp_path / "e", swept(), "answer").text, "### Cost of a training step")
     said = {row["length"]: (row["fastest"], row["least memory"]) for row in rows}
     assert said == {
         "512": ("dense (1.00×)", "dense (1.00×), chunked (1.01×)"),
@@ -54,14 +51,14 @@ def test_ties_are_named_together(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_without_twins_no_noise_is_known(tmp_path: Path) -> None:
     found = [one for one in swept() if not one.twin]
-    rows = table(text_of(tmp_path / "e", found), "### Cost of a training step")
+    rows = table(part_of(tmp_path / "e", found, "answer").text, "### Cost of a training step")
     assert [row["fastest"] for row in rows] == ["dense (1.00×)", "chunked (0.250×)"]
 
 
 def test_dense_is_a_tie_where_the_fastest_is_not_certainly_different(tmp_path: Path) -> None:
     """One replicate decides nothing, however large the difference."""
     found = [one for one in swept(replicates=1) if not one.twin]
-    rows = table(text_of(tmp_path / "e", found), "### Cost of a training step")
+    rows = table(part_of(tmp_path / "e", found, "answer").text, "### Cost of a training step")
     assert [row["fastest"] for row in rows] == ["dense (1.00×)", "chunked (0.250×), dense (1.00×)"]
 
 
@@ -71,7 +68,7 @@ def test_what_sees_the_future_is_no_answer(tmp_path: Path) -> None:
         for n in (512, 1024)
         for r in range(3)
     ]
-    text = text_of(tmp_path / "e", found)
+    text = part_of(tmp_path / "e", found, "answer").text
     answer, _, rest = text.partition("<details>")
     assert "reformer" not in answer
     assert "reformer" in rest
@@ -79,7 +76,7 @@ def test_what_sees_the_future_is_no_answer(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_everything_else_is_folded_behind_the_answer(tmp_path: Path) -> None:
-    text = text_of(tmp_path / "e", swept(), plots=True)
+    text = (build(write(tmp_path / "e", swept())) / "summary.md").read_text()
     answer, _, rest = text.partition("<details><summary>All tables and figures</summary>")
     assert answer.index("## Which one?") < answer.index("### Cost of a training step")
     assert "[![Cost over dense's]" in answer
@@ -92,7 +89,7 @@ def test_everything_else_is_folded_behind_the_answer(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_one_variant_has_no_answer_and_nothing_is_folded(tmp_path: Path) -> None:
-    text = text_of(tmp_path / "e", [one for one in swept() if one.variant == "dense"])
+    text = part_of(tmp_path / "e", [one for one in swept() if one.variant == "dense"], "answer").text
     assert "Which one?" not in text
     assert "<details>" not in text
     assert "## Cost\n" in text
@@ -107,6 +104,6 @@ def test_the_best_models_are_those_that_none_is_certainly_better_than(tmp_path: 
         for variant, nll in (("dense", 1.5 + shift), ("chunked", 1.5 - shift), ("performer", 2.5)):
             key = {"replicate": replicate, "cell_id": f"{variant}-{replicate}", "nll": nll}
             found.append(cell(variant, 1.0, 100, **key))
-    (row,) = table(text_of(tmp_path / "e", found), "### Trained models")
+    (row,) = table(part_of(tmp_path / "e", found, "answer").text, "### Trained models")
     assert set(row["best"].split(", ")) == {"dense", "chunked"}
     assert row["score"].endswith(" ± 0.016 bits per byte")

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
 import pytest
 from matplotlib.axes import Axes
 from matplotlib.image import imread
 from matplotlib.lines import Line2D
+from report_parts import part_of
 from test_report import failed, number, record, table, write
 from test_report_memory import (
     BUDGET,
@@ -55,7 +55,7 @@ def test_what_fits_by_variant_strategy_and_depth(tmp_path: Path) -> None:
     found += [fits("performer", "keep", 12, longest_seq_len=0, largest_batch_size=0)]
     early = failed("unsupported", "not causal", variant="chunked", depth=4)
     early.measure = "fits"
-    text = text_of(tmp_path / "e", [*found, early])
+    text = part_of(tmp_path / "e", [*found, early], "fits").text
     rows = {(r["variant"], r["activations"]): r for r in table(text, "### clm, budget 1 GiB, length 512")}
     assert rows["dense", "keep"]["depth 4: longest"] == "3k"
     assert rows["dense", "sqrt"]["depth 4: longest"] == "10.5k"
@@ -109,7 +109,7 @@ def test_dots_of_what_fits(tmp_path: Path) -> None:
 
 def test_batch_payoff_is_paired_with_keep_within_a_replicate(tmp_path: Path) -> None:
     found = payoffs()
-    text = text_of(tmp_path / "e", found)
+    text = part_of(tmp_path / "e", found, "payoff").text
     rows = {
         (r["variant"], r["activations"]): r for r in table(text, "### clm, depth 4, budget 1 GiB, length 512")
     }
@@ -163,16 +163,15 @@ def test_budgets_leave_the_other_sections_as_they_were(tmp_path: Path) -> None:
 
 def test_a_cell_of_a_given_batch_that_was_measured_is_in_cost_and_in_what_fits(tmp_path: Path) -> None:
     both = fits("dense", "keep", 4, peak_bytes_source="live_storage", step_seconds_median=0.25)
-    folder = tmp_path / "e"
-    text = text_of(folder, [both])
-    assert pd.read_csv(folder / "report" / "summary.csv").step_seconds_median.tolist() == [0.25]
-    assert table(text, "### clm, budget 1 GiB, length 512")[0]["depth 4: longest"] == "3k"
+    part = part_of(tmp_path / "e", [both], "cells", "fits")
+    assert part.files()["summary"].step_seconds_median.tolist() == [0.25]
+    assert table(part.text, "### clm, budget 1 GiB, length 512")[0]["depth 4: longest"] == "3k"
 
 
 def test_an_unfinished_cell_without_a_budget_stays_where_cells_without_one_are(tmp_path: Path) -> None:
     lost = failed("oom", "too big", variant="chunked")
     same_measure = fits("dense", "keep", 4, measure="standard")
-    text = text_of(tmp_path / "e", [record(), lost, same_measure, *payoffs()])
+    text = part_of(tmp_path / "e", [record(), lost, same_measure, *payoffs()], "cost").text
     assert [r["variant"] for r in table(text, "### clm, depth 2")] == ["dense", "chunked"]
 
 

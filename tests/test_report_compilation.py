@@ -5,10 +5,10 @@ from __future__ import annotations
 import statistics
 from pathlib import Path
 
-import pandas as pd
 import pytest
+from report_parts import part_of
 from test_report import record, table
-from test_report_memory import frame_of, text_of
+from test_report_memory import frame_of
 
 from bench.records import Record
 from bench.report.data.kinds import kinds
@@ -41,16 +41,15 @@ def found() -> list[Record]:
 
 @pytest.mark.slow
 def test_compiled_cells_stand_beside_those_without_compilation(tmp_path: Path) -> None:
-    folder = tmp_path / "e"
-    text = text_of(folder, found())
-    rows = table(text.split("## Compilation", 1)[1], "### clm, depth 2")
+    part = part_of(tmp_path / "e", found(), "compilation")
+    rows = table(part.text.split("## Compilation", 1)[1], "### clm, depth 2")
     assert [(row["variant"], row["compile"]) for row in rows] == [
         ("dense", "block"),
         ("chunked", "block"),
         ("dense", "model"),
         ("chunked", "model"),
     ]
-    cells = pd.read_csv(folder / "report" / "compilation.csv").set_index(["variant", "compile"])
+    cells = part.files()["compilation"].set_index(["variant", "compile"])
     for (_, how), cell in cells.iterrows():
         assert cell["step_seconds_ratio"] == pytest.approx(COMPILED[how])
         assert cell["compile_seconds"] == 11.0
@@ -83,4 +82,4 @@ def test_predictions_are_compared_with_cells_without_compilation(tmp_path: Path)
 def test_without_compiled_cells_there_is_no_section(tmp_path: Path) -> None:
     plain = [one for one in found() if one.compile in (None, "off")]
     assert compiled_cells(frame_of(tmp_path, plain)).empty
-    assert "## Compilation" not in text_of(tmp_path / "e", plain)
+    assert "## Compilation" not in part_of(tmp_path / "e", plain, "compilation").text

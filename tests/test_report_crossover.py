@@ -11,8 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from matplotlib.axes import Axes
+from report_parts import part_of
 from test_report import record, table
-from test_report_memory import frame_of, look, text_of
+from test_report_memory import frame_of, look
 
 from bench.records import Record
 from bench.report.data.crossing import FIGURES, crossing
@@ -224,7 +225,7 @@ def test_what_is_undertrained_loses_nothing_worth_saying(tmp_path: Path, bits: f
 
 
 def test_the_table_says_it_all(tmp_path: Path) -> None:
-    text = text_of(tmp_path, [*crossing_at(1500.0, 0.9, 1.2), *qualities()])
+    text = part_of(tmp_path, [*crossing_at(1500.0, 0.9, 1.2), *qualities()], "crossover").text
     section = text.split("## Crossover", 1)[1].split("\n## ", 1)[0]
     (heading,) = [line for line in section.splitlines() if line.startswith("### ") and "depth 2" in line]
     (row,) = table(text.split("## Crossover", 1)[1], heading)

@@ -8,6 +8,7 @@ from typing import Any
 
 import pandas as pd
 import pytest
+from report_parts import part_of
 from test_report import record, write
 
 from bench.report import build
@@ -87,7 +88,7 @@ def test_the_figures_are_drawn_and_no_table_of_steps_is_empty(folder: Path) -> N
 
 def test_disturbed_times_are_marked(tmp_path: Path) -> None:
     found = [cell("dense", 512, 0, 0.001), cell("longformer", 512, 0, 0.002, contaminated="other load")]
-    text = (build(write(tmp_path / "x", found), plots=False) / "summary.md").read_text()
+    text = part_of(tmp_path / "x", found, "decoding").text
     assert "2.00 ms§" in text
     own = text[text.index("## Decoding") :]
     assert "§" not in next(line for line in own.splitlines() if line.startswith("| dense"))
@@ -104,7 +105,7 @@ def test_a_trained_model_without_costs_of_steps_has_a_report(tmp_path: Path) -> 
 
 
 def test_a_report_without_decoding_has_no_section(tmp_path: Path) -> None:
-    text = (build(write(tmp_path / "x", [record()]), plots=False) / "summary.md").read_text()
+    text = part_of(tmp_path / "x", [record()], "decoding").text
     assert "## Decoding" not in text
 
 
@@ -153,7 +154,7 @@ def test_a_table_has_the_speed_up_of_combined_layers(of_layers: Path) -> None:
 def test_speed_ups_are_relative_to_the_usual_layers_only(tmp_path: Path) -> None:
     """Without dense attention and the default knobs there is no table."""
     found = [combined("dense", "mlp", 0, 0.006, mult=6), combined("dense", "sparse", 0, 0.003)]
-    text = (build(write(tmp_path / "x", found), plots=False) / "summary.md").read_text()
+    text = part_of(tmp_path / "x", found, "decoding").text
     assert "Combined layers" not in text
     assert "## Decoding" in text
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from report_parts import part_of
 from test_report import record, table, write
 
 from bench.claims.cells import ratio, step_time
@@ -15,7 +16,8 @@ from bench.records import Record
 from bench.report import build, compare
 from bench.report.data.collect import collect
 from bench.report.data.compared_time import with_compared_time
-from bench.report.data.noise_floor import floors, pairs
+from bench.report.data.noise_floor import floors, measurements, noises, pairs
+from bench.report.summary import tex
 from bench.report.text.marks import LAUNCH_BOUND
 
 WALL = 0.4
@@ -53,7 +55,8 @@ def report_of(folder: Path, found: list[Record]) -> tuple[str, pd.DataFrame]:
 
 
 def test_equal_wall_times_are_ranked_by_the_device(tmp_path: Path) -> None:
-    text, summary = report_of(tmp_path / "demo", round_of())
+    part = part_of(tmp_path / "demo", round_of(), "cells")
+    text, summary = part.text, part.files()["summary"]
     at = summary[summary.seq_len == 1024].set_index("variant")
     assert at.step_seconds_ratio.to_list() == [1.0, 1.0, 1.0]
     assert at.compared_seconds_ratio.to_dict() == pytest.approx(
@@ -73,8 +76,7 @@ def test_equal_wall_times_are_ranked_by_the_device(tmp_path: Path) -> None:
     assert "step time" not in rows["dense"]
     assert f"{LAUNCH_BOUND} launch-bound" in text
     assert "times compared: the device's, not wall-clock: Example GPU" in text
-    tex = (tmp_path / "demo/report/summary.tex").read_text()
-    assert "of the device" in tex
+    assert "of the device" in tex(part.results)
 
 
 @pytest.mark.slow
@@ -113,7 +115,7 @@ def test_without_device_times_nothing_is_said_of_them(tmp_path: Path) -> None:
 
 def test_a_failed_cell_has_no_part_in_the_choice(tmp_path: Path) -> None:
     lost = record(cell_id="lost", seq_len=8192, device="cuda", device_name="Example GPU", status="timeout")
-    _, summary = report_of(tmp_path / "demo", [*round_of(), lost])
+    summary = part_of(tmp_path / "demo", [*round_of(), lost], "cells").files()["summary"]
     assert (summary.time_source == "device").all()
 
 
@@ -122,7 +124,7 @@ def test_machines_choose_apart(tmp_path: Path) -> None:
         record(variant=v, cell_id=f"cpu-{v}", step_seconds_median=s)
         for v, s in (("dense", 1.0), ("chunked", 3.0))
     ]
-    _, summary = report_of(tmp_path / "demo", [*round_of(), *other])
+    summary = part_of(tmp_path / "demo", [*round_of(), *other], "cells").files()["summary"]
     sources = summary.groupby("device").time_source.unique()
     assert [*sources["cuda"]] == ["device"]
     assert [*sources["cpu"]] == ["wall"]
@@ -145,8 +147,8 @@ def test_the_noise_floor_is_of_the_time_that_is_compared(tmp_path: Path) -> None
         for twin in range(2)
     ]
     every = collect(write(tmp_path / "demo", twins)).every
-    assert pairs(every).log_ratio.to_list() == pytest.approx([np.log(1.01)] * 3)
-    (floor,) = floors(every).values()
+    assert pairs(measurements(every)).log_ratio.to_list() == pytest.approx([np.log(1.01)] * 3)
+    (floor,) = floors(noises(every)).values()
     assert 0.01 < floor < np.log(1.5), "of three pairs the bound is far above the estimate"
 
 

@@ -13,8 +13,9 @@ import pytest
 from hydra import compose, initialize_config_dir
 from hypothesis import given
 from hypothesis import strategies as st
+from report_parts import part_of
 from test_report import record, table
-from test_report_memory import frame_of, text_of
+from test_report_memory import frame_of
 
 import variants
 from bench.config.parse import parse
@@ -139,7 +140,7 @@ def grown(*depths: int) -> list[Record]:
 
 @pytest.mark.slow
 def test_exponents_stand_beside_the_claims_they_contradict(tmp_path: Path) -> None:
-    text = text_of(tmp_path, grown())
+    text = part_of(tmp_path, grown(), "growth").text
     rows = {row["variant"]: row for row in table(text, "### In the length: clm, depth 2")}
     assert list(rows) == ["dense", "longformer", "transformer_xl"]
     assert {row["lengths"] for row in rows.values()} == {"512–4k"}
@@ -174,7 +175,7 @@ def test_growth_in_depth_is_held_against_what_the_strategy_claims(tmp_path: Path
 def test_two_lengths_and_depths_make_no_section(tmp_path: Path) -> None:
     found = [r for r in grown(1, 2) if r.seq_len <= 1024]
     assert exponents(cost_cells(frame_of(tmp_path, found))).empty
-    assert "## Growth" not in text_of(tmp_path / "report", found)
+    assert "## Growth" not in part_of(tmp_path / "report", found, "growth").text
 
 
 def test_records_without_claims_are_fitted_all_the_same(tmp_path: Path) -> None:
@@ -184,7 +185,7 @@ def test_records_without_claims_are_fitted_all_the_same(tmp_path: Path) -> None:
     assert len(found)
     assert set(found["verdict"]) == {""}
     assert found["claim"].isna().all()
-    assert "## Growth" in text_of(tmp_path / "report", old)
+    assert "## Growth" in part_of(tmp_path / "report", old, "growth").text
 
 
 def test_what_did_not_finish_has_flops_and_no_time(tmp_path: Path) -> None:
@@ -195,7 +196,7 @@ def test_what_did_not_finish_has_flops_and_no_time(tmp_path: Path) -> None:
     fits = exponents(cost_cells(frame_of(tmp_path, found))).query("label == 'dense'").set_index("figure")
     assert fits.loc["time", "last"] == 2048
     assert fits.loc["attention", "last"] == 4096
-    text = text_of(tmp_path / "report", found)
+    text = part_of(tmp_path / "report", found, "growth").text
     row = table(text, "### In the length: clm, depth 2")[0]
     assert "time, memory, saved 512–2k; attention, algorithmic, executed 512–4k" in row["lengths"]
 

@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+from report_parts import part_of
 from scipy import stats
 from test_report import record, table, write
-from test_report_memory import frame_of, look, text_of
+from test_report_memory import frame_of, look
 
 from bench.records import Record
 from bench.report.data.experiment import read
@@ -78,8 +79,8 @@ def half(errors: list[float], differences: list[float]) -> float:
 
 
 def test_differences_to_the_trained_length_with_their_intervals(tmp_path: Path) -> None:
-    folder = tmp_path / "e"
-    text = text_of(folder, found())
+    part = part_of(tmp_path / "e", found(), "longer")
+    text = part.text
     rows = {row["variant"]: row for row in table(text.split("## Longer than trained", 1)[1], "")}
     dense = rows["dense"]
     assert (dense["positions"], dense["trained at"], dense["replicates"]) == ("rotary", "512", "2")
@@ -100,7 +101,7 @@ def test_differences_to_the_trained_length_with_their_intervals(tmp_path: Path) 
     memory = table(text, "### Longer memory at test: data plays, width 64, 4 heads")
     assert [(row["variant"], row["memory in training"]) for row in memory] == [("transformer_xl", "64")]
     assert memory[0]["at 4×"].startswith("1.800 (-0.200 ± ")
-    saved = pd.read_csv(folder / "report" / "longer.csv")
+    saved = part.files()["longer"]
     assert set(saved["kind"].dropna()) == {LENGTH, MEMORY}
     assert len(saved) == 3 * 4 + 3 + 1
 

@@ -16,6 +16,7 @@ import pytest
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
+from report_parts import part_of
 from test_report import failed, number, record, table, write
 
 from bench.records import Record
@@ -136,14 +137,14 @@ def median_ratio(
 
 def test_recomputation_is_paired_with_keep_within_a_replicate(tmp_path: Path) -> None:
     found = strategies()
-    text = text_of(tmp_path / "e", found)
-    rows = table(text, "### Cost of recomputation")
+    part = part_of(tmp_path / "e", found, "memory")
+    rows = table(part.text, "### Cost of recomputation")
     expected = {(v, s) for v in ("dense", "longformer") for s in STRATEGIES} - {("longformer", "selective")}
     assert [(r["variant"], r["activations"]) for r in rows] == [
         (v, s) for v in ("dense", "longformer") for s in STRATEGIES if (v, s) in expected
     ]
-    assert "length 512, depth 8" in text.split("### Cost of recomputation")[1]
-    cells = pd.read_csv(tmp_path / "e" / "report" / "recomputation.csv")
+    assert "length 512, depth 8" in part.text.split("### Cost of recomputation")[1]
+    cells = part.files()["recomputation"]
     assert len(cells) == 2 * 5 * 3 - 1
     figures: dict[str, Callable[[Record], float]] = {
         "flops_executed_ratio": lambda r: float(r.flops_executed_step or 0),
@@ -163,7 +164,7 @@ def test_recomputation_is_paired_with_keep_within_a_replicate(tmp_path: Path) ->
 
 def test_the_worst_errors_of_a_strategy_are_shown(tmp_path: Path) -> None:
     found = strategies()
-    cells = table(text_of(tmp_path / "e", found), "### Cost of recomputation")
+    cells = table(part_of(tmp_path / "e", found, "memory").text, "### Cost of recomputation")
     rows = {(r["variant"], r["activations"]): r for r in cells}
     assert rows["dense", "reversible"]["rebuild error"] == "2.4e-06"
     assert rows["dense", "checkpoint"]["rebuild error"] == "–"
@@ -174,15 +175,15 @@ def test_the_worst_errors_of_a_strategy_are_shown(tmp_path: Path) -> None:
 def test_a_rebuild_error_that_is_not_finite_is_the_worst(tmp_path: Path) -> None:
     found = [strategy("dense", "keep", 2)]
     found.append(strategy("dense", "reversible", 2, rebuild_error_by_level=[1e-7, math.inf]))
-    rows = table(text_of(tmp_path / "e", found), "### Cost of recomputation")
+    rows = table(part_of(tmp_path / "e", found, "memory").text, "### Cost of recomputation")
     assert rows[1]["rebuild error"] == "inf"
 
 
 def test_one_strategy_has_no_cost_of_recomputation(tmp_path: Path) -> None:
     found = [strategy("dense", "keep", depth) for depth in (2, 4)]
-    folder = tmp_path / "e"
-    assert "Cost of recomputation" not in text_of(folder, found)
-    assert not (folder / "report" / "recomputation.csv").exists()
+    part = part_of(tmp_path / "e", found, "memory")
+    assert "Cost of recomputation" not in part.text
+    assert "recomputation" not in part.files()
 
 
 def bars(axis: Axes) -> dict[float, list[tuple[float, float]]]:
@@ -293,7 +294,7 @@ def test_what_libraries_keep_is_no_error_of_a_prediction(tmp_path: Path) -> None
 
 def test_prediction_errors_over_all_measured_cells(tmp_path: Path) -> None:
     found = [*strategies(), *payoffs(), strategy("dense", "keep", 32, peak_bytes_source="predicted")]
-    text = text_of(tmp_path / "e", found)
+    text = part_of(tmp_path / "e", found, "memory").text
     measured = [
         r for r in found if r.status == "ok" and r.peak_bytes and r.peak_bytes_source == "live_storage"
     ]
@@ -331,12 +332,12 @@ def test_cells_that_were_predicted_badly_are_named(tmp_path: Path) -> None:
         strategy("dense", "sqrt", 2, peak_bytes=1000, peak_bytes_predicted=900),
         strategy("longformer", "sqrt", 4, peak_bytes=1000, peak_bytes_predicted=1060),
     ]
-    named = table(text_of(tmp_path / "e", found), "Further off than 5%:")
+    named = table(part_of(tmp_path / "e", found, "memory").text, "Further off than 5%:")
     assert [(r["variant"], r["activations"], r["depth"], r["error"]) for r in named] == [
         ("dense", "sqrt", "2", "-10.0 %"),
         ("longformer", "sqrt", "4", "6.00 %"),
     ]
-    fine = text_of(tmp_path / "fine", found[:1])
+    fine = part_of(tmp_path / "fine", found[:1], "memory").text
     assert "No cell is off by more than 5%." in fine
 
 
@@ -355,8 +356,8 @@ def test_feed_forward_layers_and_depth_schedules_are_never_mixed(tmp_path: Path)
         for n, slot in enumerate(slots, 1)
         for r in range(2)
     ]
-    text = text_of(tmp_path / "e", found)
-    summary = pd.read_csv(tmp_path / "e" / "report" / "summary.csv")
+    part = part_of(tmp_path / "e", found, "cells", "parameters")
+    text, summary = part.text, part.files()["summary"]
     keys = ["feed_forward_layer", "depth_schedule"]
     want = {pair: float(n) for n, pair in enumerate(zip(names, schedules, strict=True), 1)}
     assert summary.set_index(keys).step_seconds_median.to_dict() == want
@@ -367,8 +368,7 @@ def test_feed_forward_layers_and_depth_schedules_are_never_mixed(tmp_path: Path)
     assert sorted(row["parameters"] for row in parameters) == ["1,000", "2,000", "3,000", "4,000"]
 
     older = [record(cell_id="old", feed_forward_params=None), record(cell_id="new", replicate=1, **slots[0])]
-    text_of(tmp_path / "old", older)
-    (row,) = pd.read_csv(tmp_path / "old" / "report" / "summary.csv").to_dict("records")
+    (row,) = part_of(tmp_path / "old", older, "cells").files()["summary"].to_dict("records")
     assert (row["feed_forward_layer"], row["depth_schedule"], row["replicates"]) == ("mlp", "stack", 2)
 
 
@@ -385,7 +385,7 @@ def test_a_run_of_an_older_version_is_compared_with_a_new_one(tmp_path: Path) ->
 
 def test_ff_chunks_are_never_mixed(tmp_path: Path) -> None:
     found = [record(cell_id=f"c{c}", ff_chunks=c, step_seconds_median=float(c)) for c in (1, 8)]
-    text = text_of(tmp_path / "e", found)
-    summary = pd.read_csv(tmp_path / "e" / "report" / "summary.csv")
+    part = part_of(tmp_path / "e", found, "cells")
+    summary = part.files()["summary"]
     assert summary.set_index("ff_chunks").step_seconds_median.to_dict() == {1: 1.0, 8: 8.0}
-    assert "feed-forward in 8 pieces" in text
+    assert "feed-forward in 8 pieces" in part.text

@@ -12,10 +12,10 @@ import pandas as pd
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from report_parts import part_of
 from scipy import stats
 from test_report import number, record, table, write
 
-from bench.report import build
 from bench.report.data import noise_floor
 from bench.report.data.collect import collect
 from bench.report.data.compared_time import with_compared_time
@@ -292,14 +292,14 @@ def test_a_single_replicate_says_that_nothing_says(tmp_path: Path) -> None:
 def test_pairs_are_of_one_cell_replicate_and_code(tmp_path: Path) -> None:
     frame = frame_of(tmp_path / "e", {"dense": [1.0, 2.0], "chunked": [3.0, 4.0]})
     both = with_twins(frame, [1.1, 0.8])
-    found = noise_floor.pairs(both)
+    found = noise_floor.pairs(noise_floor.measurements(both))
     assert sorted(np.exp(found["log_ratio"])) == pytest.approx([0.8, 1.1])
     assert set(found["variant"]) == {"dense"}
-    assert noise_floor.pairs(frame).empty
+    assert noise_floor.pairs(noise_floor.measurements(frame)).empty
     other_code = both.assign(code_sha256=both["code_sha256"].where(both["twin"] == 0, "ef" * 32))
-    assert noise_floor.pairs(other_code).empty
+    assert noise_floor.pairs(noise_floor.measurements(other_code)).empty
     spoilt = both.assign(contaminated=[None] * 5 + ["load"])
-    assert noise_floor.pairs(spoilt)["contaminated"].tolist() == [False, True]
+    assert noise_floor.pairs(noise_floor.measurements(spoilt))["contaminated"].tolist() == [False, True]
     (found,) = noise_floor.noises(spoilt).values()
     assert found.pairs["log_ratio"].tolist() == pytest.approx([np.log(1.1)])
 
@@ -308,7 +308,7 @@ def test_the_head_says_the_noise_of_each_machine(tmp_path: Path) -> None:
     frame = frame_of(tmp_path / "e", {"dense": [1.0] * 5, "chunked": [1.3] * 5})
     factors = [1.01, 0.99, 1.02, 0.985, 1.0]
     every = with_twins(frame, factors)
-    own = cost_cells(frame, noise_floor.floors(every), every)
+    own = cost_cells(frame, noise_floor.floors(noise_floor.noises(every)), every)
     (row,) = noise.summary(noise_floor.noises(every), every, own).to_dict("records")
     assert (row["pairs"], row["method"], row["left_out"]) == (5, "model", 0)
     # the model: two cells, five rounds, fifteen measurements; chunked and the twins differ from dense
@@ -368,7 +368,7 @@ def test_many_pairs_speak_for_themselves(tmp_path: Path) -> None:
         for k in range(5)
     ]
     every = with_compared_time(pd.concat(twins, ignore_index=True))
-    pairs = noise_floor.pairs(every)
+    pairs = noise_floor.pairs(noise_floor.measurements(every))
     assert len(pairs) == 60  # the fifth, which ran first, is paired with the fourth; one stays alone
     times = {k: np.log(twin["step_seconds_median"].to_numpy()) for k, twin in enumerate(twins)}
     expected = np.concatenate([times[3] - times[4], times[1] - times[2]])
@@ -412,12 +412,12 @@ def test_intervals_stand_in_the_table_and_in_the_csv(tmp_path: Path) -> None:
         for v, own in times.items()
         for r, t in enumerate(own)
     ]
-    report = build(write(tmp_path / "e", found), plots=False)
-    row = pd.read_csv(report / "summary.csv").set_index("variant").loc["chunked"]
+    part = part_of(tmp_path / "e", found, "cells", "noise")
+    row = part.files()["summary"].set_index("variant").loc["chunked"]
     logs = np.log(times["chunked"])
     ends = np.exp(stats.t.interval(0.95, 4, loc=logs.mean(), scale=stats.sem(logs)))
     assert (row["step_seconds_low"], row["step_seconds_high"]) == pytest.approx(tuple(ends))
-    said = {r["variant"]: r for r in table((report / "summary.md").read_text(), "### clm, depth 2")}
+    said = {r["variant"]: r for r in table(part.text, "### clm, depth 2")}
     assert said["chunked"]["95 % interval"] == f"{1e3 * ends[0]:.0f}–{1e3 * ends[1]:.0f} ms"
     assert number(said["chunked"]["time / dense"]) == pytest.approx(row["step_seconds_ratio"], rel=6e-3)
-    assert "- noise floor: unknown, no A/A cells" in (report / "summary.md").read_text()
+    assert "- noise floor: unknown, no A/A cells" in part.text

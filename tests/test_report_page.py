@@ -67,8 +67,20 @@ class Page(HTMLParser):
         return found
 
 
+def results_of(folder: Path) -> Results:
+    return compute(read(folder), discover())
+
+
 def page_of(folder: Path) -> Page:
-    return Page((build(folder, plots=False) / "index.html").read_text(encoding="utf-8"))
+    """The page of a report, without its other files."""
+    return Page(html(results_of(folder)))
+
+
+def page_file(folder: Path) -> Path:
+    """The same, as a file."""
+    path = folder / "index.html"
+    path.write_text(html(results_of(folder)), encoding="utf-8")
+    return path
 
 
 @pytest.fixture(scope="module")

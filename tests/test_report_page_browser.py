@@ -27,11 +27,11 @@ from selenium.webdriver.support.ui import Select, WebDriverWait
 from test_report import failed, record, sweep, write
 from test_report_baselines import BITS, models
 from test_report_decoding import cell as decoding_record
-from test_report_page import HOSTILE, two_thousand_cells
+from test_report_page import HOSTILE, page_file, two_thousand_cells
+from tiers import slow
 
 import variants
 from bench.records import Record
-from bench.report import build
 from bench.report.figures.selection import MOST
 
 SHOTS = Path(__file__).parent / "shots"
@@ -137,9 +137,8 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> Pages:
     def page(name: str) -> Path:
         folder = home / name
         if not folder.exists():
-            found = [*experiments[name]()]
-            build(write(folder, found), plots=False)
-        return folder / "report" / "index.html"
+            page_file(write(folder, experiments[name]()))
+        return folder / "index.html"
 
     return page
 
@@ -220,8 +219,11 @@ def wrong(browser: webdriver.Chrome, check: str) -> list[Any]:
     return found
 
 
-@pytest.mark.parametrize("width", [1280, 390])
-@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
+@pytest.mark.parametrize(
+    ("width", "dark"),
+    [(1280, False), (390, False), (1280, True), *slow((390, True))],
+    ids=["1280-light", "390-light", "1280-dark", "390-dark"],
+)
 @pytest.mark.parametrize("name", ["sweep", "single", "failed", "mixed", "hostile"])
 def test_a_page_fits_its_window_and_asks_for_nothing(
     browser: webdriver.Chrome, pages: Pages, name: str, width: int, dark: bool
@@ -378,7 +380,7 @@ def test_on_a_phone_names_of_variants_are_on_one_line_and_the_fastest_table_fits
 ) -> None:
     shown = {*variants.names(), *ZOO_NAMES} - {"hybrid"}  # whose name is that of its layers
     found = [record(name, length) for name in shown for length in (512, 1024)]
-    show(browser, build(write(tmp_path, found), plots=False) / "index.html", width=390)
+    show(browser, page_file(write(tmp_path, found)), width=390)
     names = find(browser, "#by-speed tbody th .name")
     assert {name.text for name in names} == shown
     assert len({name.rect["height"] for name in names}) == 1
@@ -392,7 +394,7 @@ def test_the_chooser_says_where_quality_was_measured(browser: webdriver.Chrome, 
     planned = {**untrained, "step_seconds_median": None, "peak_bytes_source": "predicted"}
     found = [record(name, 512) for name in ("dense", "chunked")]
     found += [record(name, 2**16, **planned) for name in ("dense", "chunked")]
-    show(browser, build(write(tmp_path, found), plots=False) / "index.html")
+    show(browser, page_file(write(tmp_path, found)))
     assert "trained at length 512, depth 2 on 262 k tokens: the nearest" in one(browser, "#quality-note").text
     assert column(browser, "#by-quality", "variant") == ["dense", "chunked"]
     assert "peak memory predicted (ᵖ) in all" in one(browser, "#chosen").text
@@ -403,7 +405,7 @@ def test_the_chooser_says_where_quality_was_measured(browser: webdriver.Chrome, 
 def test_the_chooser_shows_baselines_and_ranks_nothing_undertrained(
     browser: webdriver.Chrome, tmp_path: Path
 ) -> None:
-    show(browser, build(write(tmp_path, models()), plots=False) / "index.html")
+    show(browser, page_file(write(tmp_path, models())))
     rows = browser.execute_script(
         "return [...document.querySelectorAll('#by-quality tbody tr')].map("
         "(row) => [...row.children].slice(0, 3).map((cell) => cell.textContent))"

@@ -10,8 +10,9 @@ import pandas as pd
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from report_parts import part_of
 from test_report import record, table
-from test_report_memory import frame_of, look, text_of
+from test_report_memory import frame_of, look
 
 from bench.records import Record
 from bench.report.data.statistics import cost_cells, quality_cells, summary
@@ -136,7 +137,7 @@ def several() -> list[Record]:
 
 
 def test_the_table_names_the_fronts(tmp_path: Path) -> None:
-    text = text_of(tmp_path, several()).split("## Pareto fronts", 1)[1]
+    text = part_of(tmp_path, several(), "pareto").text.split("## Pareto fronts", 1)[1]
     rows = table(text, "### clm, data plays, length 512, depth 2")
     assert [row["variant"] for row in rows] == list(VARIANTS)
     assert rows[0]["bits per byte"] == "2.900 (2.864 – 2.936)"

@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from test_report import record, table, write
+from report_parts import part_of
+from test_report import record, table
 from test_report_memory import frame_of, look
 
 from bench.records import Record
-from bench.report import build
 from bench.report.sections.pruning import drawing
 
 HEADS, LOSSES = [8, 4, 2], ([4.0, 4.5, 6.0], [4.4, 4.5, 6.6])
@@ -36,7 +36,7 @@ def pruned(**other: Any) -> list[Record]:
 
 def test_the_table_has_a_row_for_each_number_of_heads(tmp_path: Path) -> None:
     """In bits per byte, by the factor of each record from nats."""
-    text = (build(write(tmp_path / "x", pruned()), plots=False) / "summary.md").read_text()
+    text = part_of(tmp_path / "x", pruned(), "pruning").text
     (heading,) = [line for line in text.splitlines() if line.startswith("### heads: ")]
     rows = table(text, heading)
     assert [row["heads kept"] for row in rows] == ["8 of 8", "4 of 8", "2 of 8"]
@@ -63,16 +63,14 @@ def test_the_figure_has_a_line_over_the_share_that_is_kept(tmp_path: Path) -> No
 
 def test_visits_are_a_table_of_their_own_and_nothing_is_no_section(tmp_path: Path) -> None:
     visits = {"visits_kept": [4, 3], "nll_visits_kept": [1.0, 1.2], "nll": 1.0, "bits_per_byte": 0.5}
-    text = (build(write(tmp_path / "x", [record(**visits)]), plots=False) / "summary.md").read_text()
+    text = part_of(tmp_path / "x", [record(**visits)], "pruning").text
     (heading,) = [line for line in text.splitlines() if line.startswith("### visits: ")]
     assert [row["visits kept"] for row in table(text, heading)] == ["4 of 4", "3 of 4"]
-    assert (
-        "## Pruning" not in (build(write(tmp_path / "y", [record()]), plots=False) / "summary.md").read_text()
-    )
+    assert "## Pruning" not in part_of(tmp_path / "y", [record()], "pruning").text
 
 
 def test_the_visits_that_a_token_needs_have_a_column(tmp_path: Path) -> None:
     found = [record(cell_id="early", stack="early_exit", visits_per_token=2.25)]
-    text = (build(write(tmp_path / "x", found), plots=False) / "summary.md").read_text()
+    text = part_of(tmp_path / "x", found, "quality").text
     assert "| visits / token |" in text
     assert "| 2.250 |" in " ".join(text.split())

@@ -13,18 +13,20 @@ import pandas as pd
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from report_parts import part_of
 from scipy import stats
 from test_report import record, table, write
-from test_report_page import page_of
+from test_report_page import Page, page_of, results_of
 
 from bench.records import Record
 from bench.records.configurations import table as frame_of_records
-from bench.report import build
+from bench.report import summary
 from bench.report.data.collect import relabelled
 from bench.report.data.orderings import SHOWN, UNDECIDED, VIOLATED, expected, verdict
 from bench.report.data.paired import Differences, Prior, Sides, Text, holm
 from bench.report.data.ranking import MOST_COMPARISONS, OF_BOTH, OF_REPLICATES, Ranking
 from bench.report.data.statistics import quality
+from bench.report.page import html
 
 Floats = npt.NDArray[np.float64]
 BLOCKS = 24
@@ -356,8 +358,8 @@ def test_a_verdict_needs_the_whole_interval() -> None:
 
 
 def test_the_report_ranks_after_the_orderings(tmp_path: Path) -> None:
-    report = build(write(tmp_path / "e", models(SOUND)), plots=False)
-    text = (report / "summary.md").read_text()
+    part = part_of(tmp_path / "e", models(SOUND), "sanity", "pareto", "quality")
+    text = part.text
     assert "no ranking" not in text
     assert "- orderings before ranking: 6 of 6 shown" in text
     assert text.index("## Before ranking") < text.index("## Pareto fronts") < text.index("## Quality")
@@ -371,15 +373,15 @@ def test_the_report_ranks_after_the_orderings(tmp_path: Path) -> None:
         "Ranks are corrected for 15 comparisons in all. Ranks and the intervals of − dense are over repl"
         in text
     )
-    pairs = pd.read_csv(report / "differences.csv")
+    pairs = part.files()["differences"]
     assert len(pairs) == 15
     assert set(pairs["doubt"]) == {OF_BOTH}
 
 
 def test_a_report_whose_orderings_do_not_appear_ranks_nowhere(tmp_path: Path) -> None:
     folder = write(tmp_path / "e", models({**SOUND, "longformer-64": -0.2}))
-    page = page_of(folder)
-    text = (folder / "report" / "summary.md").read_text()
+    results = results_of(folder)
+    page, text = Page(html(results)), summary.text(results, {})
     head = text.partition("\n## ")[0]
     assert f"undertrained: no ranking ({BETTER}: violated; {WINDOWS}: violated)" in head
     rows = table(text.split("## Quality", 1)[1], "### clm, data plays")

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
 import pytest
 from matplotlib.axes import Axes
+from report_parts import part_of
 from test_report import failed, record, table
-from test_report_memory import frame_of, look, text_of
+from test_report_memory import frame_of, look
 
 from bench.records import Record
 from bench.report.data.statistics import quality_cells
@@ -44,11 +44,10 @@ def search() -> list[Record]:
 
 
 def test_the_best_rate_and_whether_it_lies_at_the_edge(tmp_path: Path) -> None:
-    folder = tmp_path / "e"
-    text = text_of(folder, search())
+    part = part_of(tmp_path / "e", search(), "rates")
     rows = {
         row["variant"]: row
-        for row in table(text.split("## Learning rates", 1)[1], "### clm, data plays, width 64, 4 heads")
+        for row in table(part.text.split("## Learning rates", 1)[1], "### clm, data plays, width 64, 4 heads")
     }
     assert {variant: (row["best rate"], row["at the edge"]) for variant, row in rows.items()} == {
         "dense": ("0.002", "no"),
@@ -65,7 +64,7 @@ def test_the_best_rate_and_whether_it_lies_at_the_edge(tmp_path: Path) -> None:
         "chunked": "–",
         "longformer": "–",
     }
-    figures = pd.read_csv(folder / "report" / "rates.csv")
+    figures = part.files()["rates"]
     assert len(figures) == len(LOSSES) * len(RATES)
     assert set(figures[figures.best].learning_rate) == {0.001, 0.002, 0.008}
 
@@ -77,10 +76,11 @@ def test_a_variant_that_diverges_at_every_rate_has_no_best(tmp_path: Path) -> No
     ]
     for one in lost:
         one.train_budget, one.train_amount, one.eval_split = "tokens", 150_000.0, "validation"
-    text = text_of(tmp_path / "e", [*search(), *lost], plots=True)
+    part = part_of(tmp_path / "e", [*search(), *lost], "rates")
+    assert part.drawn("rates")
     rows = {
         row["variant"]: row
-        for row in table(text.split("## Learning rates", 1)[1], "### clm, data plays, width 64, 4 heads")
+        for row in table(part.text.split("## Learning rates", 1)[1], "### clm, data plays, width 64, 4 heads")
     }
     assert (rows["routing"]["best rate"], rows["routing"]["at the edge"]) == ("–", "–")
     assert rows["routing"]["diverged"] == "0.001, 0.002, 0.004, 0.008"
@@ -88,10 +88,10 @@ def test_a_variant_that_diverges_at_every_rate_has_no_best(tmp_path: Path) -> No
 
 def test_one_rate_is_no_search(tmp_path: Path) -> None:
     found = [record(v, learning_rate=rate, cell_id=v) for v, rate in (("dense", 0.001), ("chunked", 0.002))]
-    folder = tmp_path / "e"
-    assert "## Learning rates" not in text_of(folder, found, plots=True)
-    assert not (folder / "report" / "rates.csv").exists()
-    assert not list((folder / "report" / "plots").glob("learning_rates*"))
+    part = part_of(tmp_path / "e", found, "rates")
+    assert "## Learning rates" not in part.text
+    assert "rates" not in part.files()
+    assert not part.drawn("rates")
 
 
 def points(axis: Axes, colour: str, marker: str) -> list[tuple[float, float]]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 import math
+import re
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,12 +16,13 @@ import pandas as pd
 import pytest
 from matplotlib.axes import Axes
 from matplotlib.image import imread
-from test_report import raw, record, table, write
+from report_parts import part_of
+from test_report import raw, record, table
 from test_report_memory import frame_of, look, text_of
 
 from bench.records import Record
-from bench.report import build
 from bench.report.data.collect import collect
+from bench.report.data.files import parquet
 from bench.report.data.groups import natural
 from bench.report.data.statistics import quality_cells
 from bench.report.sections.rates.data import rate_cells
@@ -66,8 +69,8 @@ def share(values: Sequence[float]) -> str:
 
 def test_accuracy_stands_beside_guessing_a_column_a_setting_of_the_knobs(tmp_path: Path) -> None:
     folder = tmp_path / "e"
-    text = text_of(folder, recalled())
-    rows = {row["variant"]: row for row in table(text, "### recall, data mqar, width 64, 4 heads")}
+    part = part_of(folder, recalled(), "recall")
+    rows = {row["variant"]: row for row in table(part.text, "### recall, data mqar, width 64, 4 heads")}
     assert list(rows) == ["guessing", "dense", "longformer", "performer"]
     assert [title for title in rows["dense"] if "=" in title] == ["n_pairs=4", "n_pairs=8", "n_pairs=16"]
     cells = raw(folder)
@@ -84,8 +87,8 @@ def test_accuracy_stands_beside_guessing_a_column_a_setting_of_the_knobs(tmp_pat
     }
     for absent in ("perplexity", "bits per byte", "stride", "unigram"):
         assert absent not in rows["dense"]
-    assert "## Quality" not in text
-    figures = pd.read_csv(folder / "report" / "recall.csv")
+    assert "## Quality" not in part.text
+    figures = part.files()["recall"]
     assert len(figures) == len(STATE) * len(PAIRS)
     assert set(figures.knobs) == {f"n_pairs={n}" for n in PAIRS}
 
@@ -109,7 +112,7 @@ def test_a_length_has_a_guess_of_its_own(tmp_path: Path) -> None:
     found = [
         answers("dense", 4, seq_len=n, cell_id=str(n), guess_accuracy=g) for n, g in ((64, 0.25), (128, 0.2))
     ]
-    rows = table(text_of(tmp_path / "e", found), "### recall, data mqar, width 64, 4 heads")
+    rows = table(part_of(tmp_path / "e", found, "recall").text, "### recall, data mqar, width 64, 4 heads")
     assert [(r["variant"], r["length"], r["accuracy"]) for r in rows] == [
         ("guessing", "64", "25.0 %"),
         ("dense", "64", "99.0 %"),
@@ -120,10 +123,10 @@ def test_a_length_has_a_guess_of_its_own(tmp_path: Path) -> None:
 
 def test_text_and_tasks_have_a_section_each(tmp_path: Path) -> None:
     found = [record(), record("chunked"), answers("dense", 4)]
-    text = text_of(tmp_path / "e", found)
-    assert [r["variant"] for r in table(text, "### clm, data plays")] == ["dense", "chunked"]
-    assert len(table(text, "### recall, data mqar, width 64, 4 heads")) == 2
-    summary = pd.read_csv(tmp_path / "e" / "report" / "summary.csv").set_index("corpus")
+    part = part_of(tmp_path / "e", found, "recall", "cells")
+    assert [r["variant"] for r in table(part.text, "### clm, data plays")] == ["dense", "chunked"]
+    assert len(table(part.text, "### recall, data mqar, width 64, 4 heads")) == 2
+    summary = part.files()["summary"].set_index("corpus")
     assert summary.loc["mqar", "guess_accuracy"] == 0.25
 
 
@@ -228,13 +231,11 @@ def test_heads_that_set_the_state_are_points_of_one_line(tmp_path: Path) -> None
         for variant, own in (("longformer", accuracy), ("performer", 0.125)):
             of: dict[str, Any] = {"variant_params": {}, "state_bytes": 4096 // heads, "heads": heads}
             found.append(answers(variant, 8, **of, accuracy=own, cell_id=f"{variant}-{heads}"))
-    folder = build(write(tmp_path / "e", found))
-    assert [path.stem for path in sorted((folder / "plots").glob("accuracy_by_state*.png"))] == [
-        "accuracy_by_state"
-    ]
-    text = (folder / "summary.md").read_text()
-    (heading,) = [line for line in text.splitlines() if line.startswith("#") and line.endswith(": state")]
-    rows = {row["variant"]: row for row in table(text, heading)}
+    part = part_of(tmp_path / "e", found, "recall")
+    paths = [one.path for one in part.drawn("recall")["recall"]]
+    assert [path for path in paths if "accuracy_by_state" in path] == ["plots/accuracy_by_state"]
+    (heading,) = [line for line in part.text.splitlines() if re.fullmatch(r"#.*: state", line)]
+    rows = {row["variant"]: row for row in table(part.text, heading)}
     row = rows["longformer"]
     assert (row["state needed"], row["as"]) == ("1.00 KiB", "longformer, heads=4")
     assert (row["at"], row["of"]) == ("4.00 KiB", "longformer, heads=1")
@@ -259,7 +260,7 @@ def test_a_sweep_over_states_is_a_line_a_variant_below_dense(tmp_path: Path) -> 
 
 
 def test_the_table_says_how_much_state_is_needed(tmp_path: Path) -> None:
-    text = text_of(tmp_path / "e", sweep_of_states())
+    text = part_of(tmp_path / "e", sweep_of_states(), "recall").text
     rows = {row["variant"]: row for row in table(text, "### recall, data mqar, width 64: state")}
     assert list(rows) == ["longformer", "performer"]
     assert rows["longformer"]["states measured"] == "4.00–32.0 KiB"
@@ -339,11 +340,9 @@ def test_the_pictures_of_recall_are_linked_and_cost_is_no_flood(tmp_path: Path) 
     assert table(text, "### recall, data mqar (n_pairs=4), depth 2")
 
 
-def test_a_record_without_parameters_and_one_without_any_can_stand_in_one_table(tmp_path: Path) -> None:
-    report = build(
-        write(tmp_path / "e", [record(data_params={}), record("chunked", data_params=None)]), plots=False
-    )
-    params = pd.read_parquet(report / "cells.parquet").set_index("variant")["data_params"]
+def test_a_record_without_parameters_and_one_without_any_can_stand_in_one_table() -> None:
+    found = [record(data_params={}), record("chunked", data_params=None)]
+    params = pd.read_parquet(io.BytesIO(parquet(found, {}))).set_index("variant")["data_params"]
     assert params["dense"] == "{}"
     assert params["chunked"] is None or math.isnan(params["chunked"])
 
@@ -371,14 +370,14 @@ def test_lengths_and_budgets_that_follow_the_pairs_and_a_search_over_rates(tmp_p
         of |= {"state_bytes": 1024 * n, "reach": 16 * n - 1, "cell_id": f"{variant}{n}{rate}"}
         found.append(answers(variant, n, **of))
     folder = tmp_path / "e"
-    text = text_of(folder, found)
-    rows = table(text.split("## Recall", 1)[1], "### recall, data mqar, width 64, 4 heads")
+    part = part_of(folder, found, "recall")
+    rows = table(part.text.split("## Recall", 1)[1], "### recall, data mqar, width 64, 4 heads")
     assert [row["variant"] for row in rows] == ["guessing", "dense", "longformer"]
     assert rows[0]["n_pairs=16, length 256"] == "6.2 %"
     for row in rows[1:]:
         assert (row["n_pairs=4, length 64"], row["n_pairs=16, length 256"]) == ("90.0 %", "90.0 %")
         assert (row["learning rate"], row["state"], row["reaches"]) == ("0.001–0.002", "4.00–16.0 KiB", "all")
-    assert len(pd.read_csv(folder / "report" / "recall.csv")) == len(found)
+    assert len(part.files()["recall"]) == len(found)
     frame = collect(folder).frame
     cells = recall_cells(frame, rate_cells(frame, quality_cells(frame)))
     cells = cells[cells["best"]]

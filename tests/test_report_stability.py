@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_report import record, table, write
+from report_parts import part_of
+from test_report import record, table
 
 from bench.records import Record
 from bench.records.configurations import table as frame_of_records
-from bench.report import build
 from bench.report.data.collect import relabelled
 from bench.report.data.loss_fit import FASTEST, FEWEST, SLOWEST, fit
 from bench.report.data.statistics import quality_cells
@@ -118,7 +118,7 @@ def test_curves_are_in_bits_per_byte_and_of_means() -> None:
 def test_the_report_shows_the_prediction_beside_what_came(tmp_path: Path, count: int) -> None:
     values = [3.0, 2.5, 2.2, 2.0][:count]
     found = pool({"dense": [values] * 2, "chunked": [[value + 0.1 for value in values]] * 2})
-    text = (build(write(tmp_path / "e", found), plots=False) / "summary.md").read_text()
+    text = part_of(tmp_path / "e", found, "stability").text
     (order,) = table(text, "## Stability of the order")
     assert order["τ between replicates"] == "1.00"
     rows = table(text, "### Loss curves over budgets")
@@ -134,6 +134,6 @@ def test_the_report_shows_the_prediction_beside_what_came(tmp_path: Path, count:
 
 def test_runs_of_one_budget_have_an_order_and_no_curve(tmp_path: Path) -> None:
     found = [record(name, replicate=replicate) for name in ("dense", "chunked") for replicate in range(2)]
-    text = (build(write(tmp_path / "e", found), plots=False) / "summary.md").read_text()
+    text = part_of(tmp_path / "e", found, "stability").text
     assert "## Stability of the order" in text
     assert "Loss curves" not in text

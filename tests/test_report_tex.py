@@ -10,9 +10,12 @@ from pathlib import Path
 
 import pytest
 from conftest import HANG_SECONDS
+from report_parts import part_of
 from test_report import record, sweep, write
 
-from bench.report import build
+from bench.report import build, summary
+from bench.report.data.experiment import read
+from bench.report.sections import compute, discover
 from bench.report.text import latex
 from bench.report.text.columns import Column
 
@@ -39,9 +42,8 @@ def rows(text: str) -> list[list[str]]:
 
 
 def test_the_same_figures_as_in_markdown(tmp_path: Path) -> None:
-    report = build(write(tmp_path / "e", sweep()), plots=False)
-    markdown = (report / "summary.md").read_text()
-    found = rows((report / "summary.tex").read_text())
+    results = compute(read(write(tmp_path / "e", sweep())), discover())
+    markdown, found = summary.text(results, {}), rows(summary.tex(results))
     assert len(found) > 30
     for row in found:
         pattern = r"\| *" + r" *\| *".join(re.escape(cell) for cell in row) + r" *\|"
@@ -51,7 +53,7 @@ def test_the_same_figures_as_in_markdown(tmp_path: Path) -> None:
 def test_marks_are_explained_where_they_are_used(tmp_path: Path) -> None:
     predicted = [record(seq_len=n, peak_bytes=None, peak_bytes_source="predicted") for n in (512, 1024)]
     leaking = [record("chunked", n, leak_max_abs=0.5) for n in (512, 1024)]
-    text = (build(write(tmp_path / "e", [*predicted, *leaking]), plots=False) / "summary.tex").read_text()
+    text = summary.tex(part_of(tmp_path / "e", [*predicted, *leaking], "cost", "quality").results)
     assert r"\textsuperscript{p} predicted, not measured.\par" in text
     assert text.count(r"\textdagger{} sees the future") == 2  # of cost, and of quality
     assert r"\S{} timed" not in text

@@ -107,7 +107,7 @@ def false_calls(every: pd.DataFrame, runs: int, *, tails: bool, seed: int) -> tu
     seconds = np.exp(SPREAD * noise + rounds + walk[:, order])
     machines = [every.assign(machine=f"m{run:04d}") for run in range(runs)]
     both = timed(pd.concat(machines, ignore_index=True), seconds.ravel())
-    known = floors(both)
+    known = floors(noises(both))
     cells = cost_cells(both[both["twin"] == 0], known, both)
     called, naive = [], []
     for machine, own in cells[cells["label"] != "dense"].groupby("machine"):

@@ -8,12 +8,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from report_parts import part_of, sections_of
 from test_report import failed, record, write
 from test_report_memory import look
 
 from bench import records
 from bench.records import Record
-from bench.report import build
+from bench.report import summary
+from bench.report.builder import build_report
 from bench.report.data.collect import collect
 from bench.report.sections.training.data import training_curves
 from bench.report.sections.training.plots import BINS, training_loss, validation_loss
@@ -61,7 +63,7 @@ def test_a_file_that_is_no_curve_is_named_and_left_out(tmp_path: Path) -> None:
     write(folder, found)
     write_curve(folder, found[0], [3.0, 2.0])
     records.curve_path_of(folder, "c1").write_text("neither\nnor\n")
-    text = (build(folder) / "summary.md").read_text()
+    text = (build_report(folder, sections=sections_of("cells", "training")) / "summary.md").read_text()
     assert "c1.csv: not a training curve" in text
     assert "](plots/training_loss.png)](plots/training_loss.svg)" in text
 
@@ -69,7 +71,7 @@ def test_a_file_that_is_no_curve_is_named_and_left_out(tmp_path: Path) -> None:
 def test_validation_loss_is_over_the_records_that_were_validated_at_the_same_tokens(tmp_path: Path) -> None:
     """One replicate ended early, and one number is missing: a point has the records that have it."""
     folder = tmp_path / "e"
-    write(
+    part = part_of(
         folder,
         [
             record(
@@ -78,9 +80,10 @@ def test_validation_loss_is_over_the_records_that_were_validated_at_the_same_tok
             record(replicate=1, cell_id="b", validation_tokens=[100, 200], validation_nll=[6.0, None]),
             record(replicate=2, cell_id="c"),
         ],
+        "training",
     )
-    report = build(folder)
-    assert "](plots/validation_loss.png)](plots/validation_loss.svg)" in (report / "summary.md").read_text()
+    text = summary.text(part.results, part.drawn("training"))
+    assert "](plots/validation_loss.png)](plots/validation_loss.svg)" in text
     frame = collect(folder).frame
     figure = validation_loss(frame[frame["validation_nll"].notna()], look(frame))
     assert figure is not None

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+from report_parts import part_of
 from test_report import table
-from test_report_memory import frame_of, look, text_of
+from test_report_memory import frame_of, look
 from test_report_pareto import model
 
 from bench.records import Record
@@ -60,7 +61,7 @@ def test_utilisation_is_drawn_with_its_interval(tmp_path: Path) -> None:
 
 
 def test_the_report_names_the_peaks(tmp_path: Path) -> None:
-    text = text_of(tmp_path, [used(512, 0.5), used(1024, 0.5)])
+    text = part_of(tmp_path, [used(512, 0.5), used(1024, 0.5)], "utilisation").text
     (row,) = table(text, "## Utilisation")
     assert row["matrix products"] == "1.00 GFLOP/s"
     assert math.isclose(float(row["copies"].split()[0]), 1e9 / 2**20, rel_tol=1e-2)

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import gzip
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import torch
+from commands import bench
 
 from bench.measure import step_profile
 
@@ -42,9 +41,8 @@ def test_the_costliest_operation_comes_first(tmp_path: Path) -> None:
 
 
 def test_the_command_prints_the_table(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "bench", "measure=profile", "variant=dense", "seq_len=64", "depth=1"]
-    command += ["device=cpu", "measure.time_seconds=0", "measure.min_samples=1"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    command = ["measure=profile", "variant=dense", "seq_len=64", "depth=1", "device=cpu"]
+    done = bench(*command, "measure.time_seconds=0", "measure.min_samples=1", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     (table,) = (tmp_path / "results/adhoc/profiles").glob("*.md")
     assert done.stdout.endswith(table.read_text())

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from commands import bench
 from hydra_sweeps import swept
 
 from bench.cli import guard
@@ -64,8 +63,7 @@ def test_what_is_ambiguous_is_refused(arguments: list[str], message: str) -> Non
 
 
 def test_the_message_about_a_knob_of_another_variant_says_how(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "bench", "-m", "variant=dense,longformer", "variant.window=64,256"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    done = bench("-m", "variant=dense,longformer", "variant.window=64,256", cwd=tmp_path)
     assert done.returncode == 2
     (line,) = done.stderr.splitlines()
     assert "longformer" in line
@@ -76,8 +74,7 @@ def test_the_message_survives_an_entry_of_one_s_own(tmp_path: Path) -> None:
     """Its name is no variant's."""
     (tmp_path / "ours/variant").mkdir(parents=True)
     (tmp_path / "ours/variant/narrow.yaml").write_text("name: longformer\nwindow: 8\n")
-    command = [sys.executable, "-m", "bench", "--config-dir", "ours", "variant=dense", "variant.window=8"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    done = bench("--config-dir", "ours", "variant=dense", "variant.window=8", cwd=tmp_path)
     assert done.returncode == 2
     (line,) = done.stderr.splitlines()
     assert "variant.window: unknown knob" in line

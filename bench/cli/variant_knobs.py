@@ -26,8 +26,9 @@ def applied(jobs: Sequence[Sequence[str]], default: str, used: set[str]) -> list
     to `used`. Raises ConfigError if a knob is given for the variant and for all variants.
     """
     found, without = list[list[str]](), set[tuple[str, ...]]()
+    variants = options(GROUP)
     for job in jobs:
-        own = _of_cell(job, default, used)
+        own = _of_cell(job, default, variants, used)
         if len(own) == len(job) or tuple(own) not in without:
             found.append(own)
         if len(own) < len(job):
@@ -38,7 +39,7 @@ def applied(jobs: Sequence[Sequence[str]], default: str, used: set[str]) -> list
 def as_axis(line: str, override: Override) -> str:
     """Return the override of one variant's knob as an axis of the sweep, also if it has one value, because
     the config of the sweep itself has no such knob. Others are returned unchanged."""
-    if _owner(line) is None or override.is_sweep_override():
+    if _owner(line, options(GROUP)) is None or override.is_sweep_override():
         return line
     name, _, value = line.partition("=")
     return f"{name}=choice({value})"
@@ -46,19 +47,20 @@ def as_axis(line: str, override: Override) -> str:
 
 def unused(lines: Sequence[str], used: set[str]) -> str | None:
     """Return a message about an override of a variant that is not in the sweep; None if there is none."""
+    variants = options(GROUP)
     for line in lines:
         name = line.partition("=")[0]
-        if (owner := _owner(line)) and name not in used:
+        if (owner := _owner(line, variants)) and name not in used:
             return f"{line}: no cell of the sweep has variant={owner}"
     return None
 
 
-def _of_cell(job: Sequence[str], default: str, used: set[str]) -> list[str]:
+def _of_cell(job: Sequence[str], default: str, variants: Sequence[str], used: set[str]) -> list[str]:
     chosen = [line.partition("=")[2] for line in job if line.startswith(f"{GROUP}=")]
     variant = chosen[-1] if chosen else default
     found = []
     for line in job:
-        owner = _owner(line)
+        owner = _owner(line, variants)
         if owner is None:
             found.append(line)
         elif owner == variant:
@@ -71,7 +73,7 @@ def _of_cell(job: Sequence[str], default: str, used: set[str]) -> list[str]:
     return found
 
 
-def _owner(line: str) -> str | None:
-    """The variant whose knob an override sets by the variant's name."""
+def _owner(line: str, variants: Sequence[str]) -> str | None:
+    """The one of the variants whose knob an override sets by the variant's name."""
     match = _OWN.fullmatch(line)
-    return match[1] if match and match[1] in options(GROUP) else None
+    return match[1] if match and match[1] in variants else None

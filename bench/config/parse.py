@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import replace
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar
@@ -37,6 +38,7 @@ from variants.slots import FEED_FORWARD, STACK, Slot
 
 K = TypeVar("K", bound=Knobs)
 _NOT_OF_A_CELL = ("hydra", "experiment")
+_version = cache(version)  # each call reads the package's description
 
 
 def parse(cfg: DictConfig | Mapping[str, Any]) -> Cell:
@@ -190,13 +192,19 @@ def _variant(given: dict[str, Any]) -> tuple[str, dict[str, Any]]:
     """The variant's name and its complete knobs, defaults filled in."""
     name = str(given.pop("name", ""))
     try:
-        outline = variants.outline(name)  # without torch
+        outline = _outline(name)  # without torch
         config = outline.config if outline else variants.load(name).Config
         return name, _knobs("variant", config, given).as_dict()
     except variants.UnknownVariant as error:
         raise ConfigError(str(error)) from None
     except variants.BrokenVariant:  # the cell's to say: others of the sweep can run
         return name, given
+
+
+@cache
+def _outline(name: str) -> variants.Outline | None:
+    """Return the outline of a variant, which is read once for all cells of a sweep."""
+    return variants.outline(name)
 
 
 def _slot(slot: Slot[Any], given: dict[str, Any]) -> SlotChoice:
@@ -214,7 +222,7 @@ def _check_model(spec: CellSpec) -> None:
     """Raise ConfigError for a model that cannot be built."""
     # equal pre-norm blocks in a stack are allowed for every depth and strategy
     unusual = spec.model.widen_feed_forward or spec.model.norm_position != ModelSizes.norm_position
-    if variants.outline(spec.variant) and spec.stack.name == STACK.default and not unusual:
+    if _outline(spec.variant) and spec.stack.name == STACK.default and not unusual:
         return
     try:
         model = spec.model_spec()
@@ -255,7 +263,7 @@ def _objective(value: str, *, variant: str, params: dict[str, Any], data: str, s
             schedule = STACK.load(stack.name) if stack.name != STACK.default else None
             if schedule and schedule.no_form(schedule.Config.of(stack.params), causal=True):
                 return objectives[-1]
-        if outline := variants.outline(variant):
+        if outline := _outline(variant):
             return objectives[0 if outline.causal else -1]
         with suppress(variants.BrokenVariant):
             loaded = variants.load(variant)
@@ -274,7 +282,7 @@ def _check_card(measure: MeasureSpec, device: str, dtype: str) -> None:
 
 
 def _device() -> str:
-    if version("torch").endswith("+cpu"):  # a build without CUDA: importing it would say the same
+    if _version("torch").endswith("+cpu"):  # a build without CUDA: importing it would say the same
         return "cpu"
     import torch
 

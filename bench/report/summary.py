@@ -23,6 +23,7 @@ from bench.report.text import latex, markdown
 from bench.report.text.machines import dates, machines, settings
 from bench.report.text.markdown import escape
 from bench.report.text.marks import SHORT_NOTES
+from bench.report.text.tables import Table
 
 MOST_FRONT = 6
 """Figures before the fold of sections that are behind it."""
@@ -31,15 +32,22 @@ REST = "All tables and figures"
 
 def text(results: Results, plots: Plots, notes: Sequence[str] = ()) -> str:
     """The whole of summary.md; `notes` are more lines of its head."""
-    leading = [section.name for section, data in results if section.front and section.tables(data)]
+    tables = results.tables
+    leading = [section.name for section in results.sections if section.front and tables[section.name]]
     shown = _front_plots(plots, leading)
     answer = [
-        _section(section, data, shown.get(section.name, [])) for section, data in results if section.front
+        _section(section, tables[section.name], shown.get(section.name, []))
+        for section in results.sections
+        if section.front
     ]
     placed = [one for drawn in shown.values() for one in drawn]
     others = [
-        _section(section, data, [one for one in plots.get(section.name, ()) if one not in placed])
-        for section, data in results
+        _section(
+            section,
+            tables[section.name],
+            [one for one in plots.get(section.name, ()) if one not in placed],
+        )
+        for section in results.sections
         if not section.front
     ]
     rest = "\n".join(part for part in others if part)
@@ -58,17 +66,17 @@ def _front_plots(plots: Plots, leading: Sequence[str]) -> dict[str, list[Drawn]]
     return shown
 
 
-def _section(section: Section[Any], data: Any, plots: Sequence[Drawn]) -> str:
+def _section(section: Section[Any], tables: Sequence[Table], plots: Sequence[Drawn]) -> str:
     """A section with the marks that it uses explained beneath; empty for one without table and figure."""
     figures = [markdown.image(one.title, one.path) for one in plots if not one.linked]
     for words in dict.fromkeys(one.linked for one in plots if one.linked):
         links = (f"[{escape(one.title)}]({one.path}.png)" for one in plots if one.linked == words)
         figures.append(f"{words}: {', '.join(links)}.\n")
-    ordered = sorted(section.tables(data), key=lambda table: table.folded)
+    ordered = sorted(tables, key=lambda table: table.folded)
     if not ordered and not section.figures_alone:
         return ""
-    tables = [markdown.block(table) for table in ordered]
-    body = [*figures, *tables] if section.figures_first else [*tables, *figures]
+    blocks = [markdown.block(table) for table in ordered]
+    body = [*figures, *blocks] if section.figures_first else [*blocks, *figures]
     return markdown.section(section.title, "\n".join(body), section.marks, section.lead)
 
 
@@ -86,9 +94,9 @@ def tex(results: Results, chosen: Sequence[str] | None = None) -> str:
         "% \\usepackage{booktabs,graphicx}, then \\input this file.\n"
     )
     captioned = [
-        (section.name, number, table)
-        for section, data in results
-        for number, table in enumerate((table for table in section.tables(data) if table.caption), 1)
+        (name, number, table)
+        for name, tables in results.tables.items()
+        for number, table in enumerate((table for table in tables if table.caption), 1)
     ]
     titles = {column.title for *_, table in captioned for column in table.columns if column.right}
     for title in chosen or ():

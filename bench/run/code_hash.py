@@ -123,6 +123,8 @@ def _read(content: bytes, package: str) -> tuple[tuple[str, ...], str]:
 
 def _named_below(node: ast.AST, package: str) -> Iterator[str]:
     for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.expr):
+            continue  # no statement is in an expression
         if isinstance(child, ast.Import):
             yield from (alias.name for alias in child.names)
         elif isinstance(child, ast.ImportFrom):

@@ -9,8 +9,9 @@ these classes are here, and their functions import other modules only when they 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -32,62 +33,85 @@ jobs."""
 class Composer:
     """Composes the config of a cell from its overrides, in plain types and without Hydra's own settings.
 
-    Hydra composes each chosen entry of a group only once; the other overrides of a cell are set in a copy of
-    the result. If Hydra composed each cell, a thousand cells would take minutes.
+    Hydra composes the preset, once as it is and once without each group of which cells choose entries. These
+    entries and the other values of a cell are put into a copy of the result. If Hydra composed each cell, a
+    thousand cells would take minutes.
     """
 
     def __init__(self, loader: ConfigLoader, composed: DictConfig) -> None:
+        from bench.config.groups import GROUPS
+
         self.loader, self.composed = loader, composed
         self.parser = OverridesParser.create(config_loader=loader)
-        self.groups = {*loader.list_groups("")}
-        self._by_choices: dict[tuple[str, ...], dict[str, Any]] = {}
-        self._values: dict[str, Override | None] = {}
+        self.groups, self.replaceable = {*loader.list_groups("")}, {*GROUPS}
+        self.parse, self.compose = cache(self._parse), cache(self._compose)
+        self.entry, self.section = cache(self._entry), cache(self._section)
 
     def __call__(self, job: Sequence[str]) -> dict[str, Any]:
         """Return the config of one cell. Raises Hydra's exception for invalid overrides."""
-        values = [self._value(text) for text in job]
-        choices = tuple(text for text, value in zip(job, values, strict=True) if value is None)
-        config = deepcopy(self._composed(choices))
-        for value in values:
-            if value is not None and not _set_value(config, value.key_or_group, value.value()):
-                return self._compose(job)  # a reference, or a mistake that Hydra's exception explains
-        return config
+        entries, values, others = dict[str, str](), list[Override](), list[str]()
+        for text in job:
+            override = self.parse(text)
+            if override is None:
+                others.append(text)
+            elif override.key_or_group in self.replaceable:
+                entries[override.key_or_group] = str(override.value())
+            else:
+                values.append(override)
+        sections = {group: self.section(tuple(others), group, name) for group, name in entries.items()}
+        config = deepcopy(self.compose(*others).config | sections)
+        is_set = all(_set_value(config, override.key_or_group, override.value()) for override in values)
+        # what is neither an entry nor a value is a reference, or a mistake that Hydra's exception explains
+        return config if is_set and None not in sections.values() else self.compose(*job).config
 
-    def _value(self, text: str) -> Override | None:
-        """Return the override if it sets a plain value of one knob; None if it chooses an entry or adds a
-        key."""
-        if text not in self._values:
-            (override,) = self.parser.parse_overrides([text])
-            key = override.key_or_group
-            is_plain = override.type == OverrideType.CHANGE and override.package is None
-            self._values[text] = override if is_plain and "/" not in key and key not in self.groups else None
-        return self._values[text]
-
-    def _composed(self, choices: tuple[str, ...]) -> dict[str, Any]:
-        if choices not in self._by_choices:
-            self._by_choices[choices] = self._merged(choices) or self._compose(choices)
-        return self._by_choices[choices]
-
-    def _merged(self, choices: tuple[str, ...]) -> dict[str, Any] | None:
-        """Merge the sections of several groups, each of which is composed separately. None if an entry
-        changes more than the section of its group, or if a choice is not an entry of a group."""
-        from bench.config.groups import GROUPS
-
-        if len(choices) < 2:
+    def _parse(self, text: str) -> Override | None:
+        """Return the override if it chooses an entry of a group in `GROUPS`, or sets a plain value of one
+        knob; None if only Hydra knows what it does."""
+        (override,) = self.parser.parse_overrides([text])
+        key = override.key_or_group
+        if override.type != OverrideType.CHANGE or override.package is not None or "/" in key:
             return None
-        default = self._composed(())
-        merged = dict(default)
-        for choice in choices:
-            group, single = choice.partition("=")[0], self._composed((choice,))
-            if group not in GROUPS or single | {group: None} != default | {group: None}:
-                return None
-            merged[group] = single[group]
-        return merged
+        if key in self.groups:
+            return override if key in self.replaceable and isinstance(override.value(), str) else None
+        return override
 
-    def _compose(self, job: Sequence[str]) -> dict[str, Any]:
+    def _section(self, others: tuple[str, ...], group: str, name: str) -> dict[str, Any] | None:
+        """Return the section of a group with the entry of this name. None if Hydra must compose it: there is
+        no such entry, or an entry that is chosen changes more than the section of its group."""
+        base = self.compose(*others)
+        chosen = {key: self.entry(key, base.choices[key]) for key in self.replaceable}
+        own, default = self.entry(group, name), chosen[group]
+        if own is None or default is None or None in chosen.values():
+            return None
+        changes = self.compose(*others, f"~{group}").config.get(group, {})
+        return own | changes if default | changes == base.config[group] else None
+
+    def _entry(self, group: str, name: str) -> dict[str, Any] | None:
+        """Return the content of a group's entry. None if there is no such entry, or if it may change more
+        than the section of its group."""
+        path = f"{group}/{name}"
+        source = next((source for source in self.loader.get_sources() if source.is_config(path)), None)
+        found = source.load_config(f"{path}.yaml") if source else None
+        if found is None or found.header["package"] is not None or "defaults" in found.config:
+            return None
+        content = OmegaConf.to_container(found.config)
+        assert isinstance(content, dict)  # see presets.check
+        return {str(key): value for key, value in content.items()}
+
+    def _compose(self, *job: str) -> _Composed:
         from bench.config import parse
 
-        return parse.plain(self.loader.load_sweep_config(self.composed, list(job)))
+        config = self.loader.load_sweep_config(self.composed, [*job])
+        return _Composed(parse.plain(config), dict(config.hydra.runtime.choices))
+
+
+class _Composed(NamedTuple):
+    """A config that Hydra composed."""
+
+    config: dict[str, Any]
+    """In plain types, without Hydra's own settings."""
+    choices: Mapping[str, str]
+    """The entry of each group."""
 
 
 def _set_value(config: dict[str, Any], key: str, value: Any) -> bool:
@@ -197,8 +221,12 @@ def cells_of(loader: ConfigLoader, preset: Preset) -> list[tuple[Cell, list[str]
 
     composer = Composer(loader, preset.composed)
 
-    def compose(line: list[str]) -> Cell:
+    @cache
+    def parsed(*line: str) -> Cell:
         return parse.parse(composer(line))
+
+    def compose(line: Sequence[str]) -> Cell:
+        return parsed(*line)
 
     parts: list[tuple[Interleave | None, list[tuple[Cell, list[str]]]]] = []
     default, used = str(preset.composed.variant.name), set[str]()

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from bench.records import RECORDS_DIR
 from bench.report import ReportError
 from bench.report.data.collect import Collected, collect
 from bench.report.data.kinds import Kinds, kinds
+from bench.report.data.noise_floor import Noise, noises
 
 
 @dataclass(frozen=True)
@@ -18,6 +21,11 @@ class Experiment:
     folder: Path
     collected: Collected
     kinds: Kinds
+
+    @cached_property
+    def noises(self) -> Mapping[str, Noise]:
+        """Machine → its noise; see `noise_floor.noises`."""
+        return noises(self.collected.every)
 
 
 def read(folder: Path) -> Experiment:

@@ -8,6 +8,7 @@ confidence bound.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -19,7 +20,7 @@ from scipy import stats
 from bench.report.data.compared_time import SECONDS
 from bench.report.data.different import NORMAL
 from bench.report.data.disturbed import DISTURBED, marked
-from bench.report.data.groups import CELL, SETTING, TRAINING
+from bench.report.data.groups import CELL, SETTING, TRAINING, numbered
 from bench.report.data.intervals import LEVEL, Floats
 
 FIGURE = SECONDS
@@ -55,42 +56,47 @@ class Floor:
 UNKNOWN_FLOOR = Floor(float("nan"), float("nan"), 0, "")
 
 
-def pairs(every: pd.DataFrame) -> pd.DataFrame:
-    """One row an A/A pair: the keys of `SAME`, `replicate`, `log_ratio`, `contaminated`.
+def measurements(every: pd.DataFrame) -> pd.DataFrame:
+    """One row a finished measurement: the keys of `SAME`, `replicate`, `twin`, the compared time (of several
+    records their median), `started_at` and `DISTURBED`. `cell`, `block` and `round` number the rows that
+    share `SAME`, `SETTING` and `ROUND`. `every` has the records of all twins.
+    """
+    timed = marked(every[(every["status"] == "ok") & (every[FIGURE] > 0)])
+    keys = [*SAME, "replicate", "twin"]
+    number = numbered(timed, keys)
+    groups = timed.groupby(number, sort=False)
+    # a text: where all are null it would be a number, which does not sort among texts
+    starts = timed["started_at"].astype(object).where(timed["started_at"].notna(), "")
+    rows = timed.loc[~number.duplicated(), keys].reset_index(drop=True)
+    return rows.assign(
+        **{FIGURE: groups[FIGURE].median(), DISTURBED: groups[DISTURBED].any()},
+        started_at=starts.groupby(number, sort=False).min(),
+        cell=numbered(rows, SAME),
+        block=numbered(rows, SETTING),
+        round=numbered(rows, ROUND),
+    )
+
+
+def pairs(measured: pd.DataFrame) -> pd.DataFrame:
+    """One row an A/A pair: the keys of `SAME`, their number `cell`, `replicate`, `log_ratio`, `contaminated`.
 
     The measurements of a cell in one replicate are paired in the order in which they started, first and
     second, third and fourth, so that pairs share none. The ratio is the later's compared time over the
     earlier's. Disturbed measurements are left out; those of a cell and replicate without an undisturbed pair
-    are paired all the same, and are `contaminated`. `every` has the records of all twins.
+    are paired all the same, and are `contaminated`. Takes `measurements`.
     """
-    rounds = _measurements(every, [*SAME, "replicate", "twin"])
-    keys = [rounds[key] for key in (*SAME, "replicate")]
-    sound = (~rounds[DISTURBED]).groupby(keys, sort=False, dropna=False).transform("sum") >= 2
-    rounds = rounds[~rounds[DISTURBED] | ~sound].sort_values(["started_at", "twin"], kind="stable")
-    groups = rounds.groupby([*SAME, "replicate"], sort=False, dropna=False)
-    place = groups.cumcount()
+    own = ["cell", "replicate"]
+    keys = [measured[key] for key in own]
+    sound = (~measured[DISTURBED]).groupby(keys, sort=False).transform("sum") >= 2
+    rounds = measured[~measured[DISTURBED] | ~sound].sort_values(["started_at", "twin"], kind="stable")
+    place = rounds.groupby(own, sort=False).cumcount()
     rounds = rounds.assign(pair=place // 2, later=place % 2)
     first, second = (rounds[rounds["later"] == later] for later in (0, 1))
-    both = first.merge(second, on=[*SAME, "replicate", "pair"], suffixes=("", "_again"))
-    return both[[*SAME, "replicate"]].assign(
+    both = first.merge(second, on=[*own, "pair"], suffixes=("", "_again"))
+    return both[[*SAME, *own]].assign(
         log_ratio=np.log(both[f"{FIGURE}_again"] / both[FIGURE]),
         contaminated=both[DISTURBED] | both[f"{DISTURBED}_again"],
     )
-
-
-def _measurements(every: pd.DataFrame, keys: list[str]) -> pd.DataFrame:
-    """The finished measurements by those keys: the compared time (of several records their median), when it
-    started, and whether it was disturbed."""
-    timed = marked(every[(every["status"] == "ok") & (every[FIGURE] > 0)])
-    groups = timed.groupby(keys, sort=False, dropna=False)
-    # a text: where all are null it would be a number, which does not sort among texts
-    starts = timed["started_at"].astype(object).where(timed["started_at"].notna(), "")
-    columns = {
-        FIGURE: groups[FIGURE].median(),
-        DISTURBED: groups[DISTURBED].any(),
-        "started_at": starts.groupby([timed[key] for key in keys], sort=False, dropna=False).min(),
-    }
-    return pd.DataFrame(columns).reset_index()
 
 
 class Residuals(NamedTuple):
@@ -159,26 +165,20 @@ def from_model(count: int, fits: list[Residuals]) -> Floor:
 class Noise:
     """The noise of one machine: its floor, and the floor without one of its cells.
 
-    It takes the machine's A/A pairs, as `pairs` returns them, and its records with all twins. `all_pairs` are
-    these pairs and `pairs` those that the floor rests on: the undisturbed ones, or all if there are none.
+    It takes the machine's A/A pairs, as `pairs` returns them, and its `measurements`. `all_pairs` are these
+    pairs and `pairs` those that the floor rests on: the undisturbed ones, or all if there are none.
     """
 
-    def __init__(self, twins: pd.DataFrame, every: pd.DataFrame) -> None:
+    def __init__(self, twins: pd.DataFrame, measured: pd.DataFrame) -> None:
         self.all_pairs = twins
         sound = twins[~twins["contaminated"]]
         self.pairs = sound if len(sound) else twins
         self._fits: dict[int, Residuals] = {}
+        self._measured = measured
         self._rows = pd.DataFrame()
         if 0 < len(self.pairs) < ENOUGH:
-            rows = _measurements(every, list(dict.fromkeys([*SAME, *ROUND, "twin"])))
-            if len(sound):
-                rows = rows[~rows[DISTURBED]]
-            numbers = {
-                "cell": rows.groupby(SAME, sort=False, dropna=False).ngroup(),
-                "block": rows.groupby(list(SETTING), sort=False, dropna=False).ngroup(),
-                "round": rows.groupby(ROUND, sort=False, dropna=False).ngroup(),
-            }
-            self._rows = rows.assign(**numbers, log=np.log(rows[FIGURE]))
+            rows = measured[~measured[DISTURBED]] if len(sound) else measured
+            self._rows = rows.assign(log=np.log(rows[FIGURE]))
             self._fits = {int(str(name)): _fit(block) for name, block in self._rows.groupby("block")}
 
     @property
@@ -186,18 +186,19 @@ class Noise:
         """The floor from all of them."""
         return self._of(self.pairs, self._fits)
 
+    def at(self, seq_len: int) -> Noise:
+        """The noise of the cells of one length alone."""
+        return Noise(
+            self.all_pairs[self.all_pairs["seq_len"] == seq_len],
+            self._measured[self._measured["seq_len"] == seq_len],
+        )
+
     def without(self, own: pd.DataFrame) -> Floor:
         """The floor of the other cells than that of these pairs, which share the keys of `SAME`."""
         others = self.pairs.drop(own.index, errors="ignore")
         if self._rows.empty:
             return self._of(others, {})
-        keys = own[SAME].iloc[0]
-        same = np.logical_and.reduce(
-            [
-                self._rows[key].eq(value) | (self._rows[key].isna() & pd.isna(value))
-                for key, value in keys.items()
-            ]
-        )
+        same = self._rows["cell"] == own["cell"].iloc[0]
         if not same.any():
             return self._of(others, self._fits)
         block = int(self._rows["block"][same].iloc[0])
@@ -221,14 +222,15 @@ def _fit(block: pd.DataFrame) -> Residuals:
 
 def noises(every: pd.DataFrame) -> dict[str, Noise]:
     """Machine → its noise; takes the records of all twins."""
-    twins = pairs(every)
+    measured = measurements(every)
+    twins = pairs(measured)
     return {
-        str(name): Noise(twins[twins["machine"] == name], own)
-        for name, own in every.groupby("machine", sort=True)
+        str(name): Noise(twins[twins["machine"] == name], measured[measured["machine"] == name])
+        for name in sorted(every["machine"].unique())
     }
 
 
-def floors(every: pd.DataFrame) -> dict[str, float]:
+def floors(noises: Mapping[str, Noise]) -> dict[str, float]:
     """Machine → the upper bound of its noise floor, a |log ratio|, where it is known."""
-    found = {name: noise.floor for name, noise in noises(every).items()}
+    found = {name: noise.floor for name, noise in noises.items()}
     return {name: floor.upper for name, floor in found.items() if floor.method}

@@ -20,7 +20,7 @@ from bench.report.data.collect import MOST_PERPLEXITY
 from bench.report.data.compared_time import SECONDS, SOURCE
 from bench.report.data.different import differs
 from bench.report.data.disturbed import DISTURBED, flags, one_a_round
-from bench.report.data.groups import BUDGET, CELL, GROUP, TRAINING
+from bench.report.data.groups import BUDGET, CELL, GROUP, NUMBER, TRAINING, keyed, numbered
 from bench.report.data.intervals import by_cell
 from bench.report.data.ranking import Ranking, ranked
 from bench.report.data.sampling import HALF_WIDTH
@@ -132,50 +132,46 @@ def cost_cells(
     noise floor in `floors` by machine.
     """
     frame = _finished_only(frame, [*_FIGURES, *_MEASURED])
-    grouped = frame.groupby(list(CELL), sort=False, dropna=False)
+    frame = frame.assign(**{NUMBER: numbered(frame, CELL)})
+    number, ok = frame[NUMBER], frame["ok"]
+    grouped = frame.groupby(NUMBER, sort=False)
     columns: dict[str, pd.Series[Any]] = {
         "data": grouped["data"].first(),
         "records": grouped.size(),
         "finished": grouped["ok"].sum(),
-        "contaminated": frame["contaminated"].where(frame["ok"]).groupby([frame[k] for k in CELL]).count(),
-        "replicates": frame["replicate"].where(frame["ok"]).groupby([frame[k] for k in CELL]).nunique(),
+        "contaminated": frame["contaminated"].where(ok).groupby(number).count(),
+        "replicates": frame["replicate"].where(ok).groupby(number).nunique(),
         "status": grouped["status"].agg(status_counts),
         "reason": grouped["reason"].agg(distinct),
     }
     timed = timings(frame, every)
-    own = one_a_round(timed, CELL)
+    own = one_a_round(timed, [NUMBER])
     for figures, rows in ((TIMES, own), ({"peak_bytes": "peak_bytes"}, frame)):
-        rounds = rows.groupby([*CELL, "replicate"], sort=False, dropna=False)[list(figures)].median()
-        ranges = rows.groupby(list(CELL), sort=False, dropna=False)
+        rounds = rows.groupby([NUMBER, "replicate"], sort=False)[list(figures)].median()
+        ranges = rows.groupby(NUMBER, sort=False)
         for source, name in figures.items():
-            columns[f"{name}_median"] = rounds[source].groupby(level=list(CELL), sort=False).median()
-            ends = by_cell(rounds[source], list(CELL))
+            columns[f"{name}_median"] = rounds[source].groupby(level=NUMBER, sort=False).median()
+            ends = by_cell(rounds[source], [NUMBER])
             columns |= {f"{name}_{end}": ends[end] for end in ("low", "high")}
             columns |= {f"{name}_{end}": ranges[source].agg(end) for end in ("min", "max")}
-    by_time = own.groupby(list(CELL), sort=False, dropna=False)
+    by_time = own.groupby(NUMBER, sort=False)
     columns["mfu"] = by_time["mfu"].median()
     columns["half_width"] = by_time[HALF_WIDTH].median()
     columns["sampled_short"] = by_time["sampled_short"].sum()
     columns |= {name: grouped[name].agg(distinct) for name in ("peak_bytes_source", "peak_phase")}
     columns[SOURCE] = grouped[SOURCE].first()
     columns["attention_kernels"] = grouped["attention_kernels"].agg(distinct)
-    columns["unasked_math"] = (
-        (frame["ok"] & unasked_math(frame)).groupby([frame[k] for k in CELL], sort=False, dropna=False).any()
-    )
-    columns["launch_bound"] = (
-        (frame["ok"] & frame["launch_bound"].eq(True))
-        .groupby([frame[k] for k in CELL], sort=False, dropna=False)
-        .any()
-    )
+    columns["unasked_math"] = (ok & unasked_math(frame)).groupby(number).any()
+    columns["launch_bound"] = (ok & frame["launch_bound"].eq(True)).groupby(number).any()
     columns |= {name: grouped[name].median() for name in (*_MEASURED, *_COMPUTED)}
     for gate in ("leak_max_abs", "reference_max_abs", "recompute_max_abs"):
         columns[gate] = grouped[gate].max()
     columns |= {name: grouped[name].agg(distinct) for name in ("flops_source", "claim_source")}
-    columns[DISTURBED] = flags(own, list(CELL)).reindex(columns["data"].index).eq(True)
-    cells = pd.DataFrame(columns).reset_index()
+    columns[DISTURBED] = flags(own, [NUMBER]).reindex(columns["data"].index).eq(True)
+    cells = keyed(frame, CELL, columns)
     cells["sampled_short"] = cells["sampled_short"].fillna(0).astype(int)
     cells["leaks"] = cells["leak_max_abs"] > LEAK_LIMIT
-    cells = paired(_compared(_ordered(cells)), timed)
+    cells = paired(_compared(_ordered(cells)), timed).reset_index(drop=True)
     floor = cells["machine"].map(dict(floors)).astype(float)
     cells["noise_floor"] = np.exp(floor)
     low, high = (np.log(cells[f"{SECONDS}_ratio_{end}"].to_numpy(dtype=float)) for end in ("low", "high"))
@@ -205,8 +201,8 @@ def quality(frame: pd.DataFrame) -> Ranking:
         bits_per_byte_reset=reset * frame["bits_per_byte"] / frame["nll"],
     )
     ok = frame[(frame["status"] == "ok") & frame[list(_QUALITY)].notna().any(axis=1)]
-    grouped = ok.groupby(_QUALITY_CELL, sort=False, dropna=False)
-    ok = ok.assign(number=grouped.ngroup())
+    ok = ok.assign(**{NUMBER: numbered(ok, _QUALITY_CELL)})
+    grouped = ok.groupby(NUMBER, sort=False)
     columns: dict[str, pd.Series[Any]] = {"quality_replicates": grouped.size()}
     for name in _QUALITY:
         columns[f"{name}_mean"] = grouped[name].mean()
@@ -219,7 +215,7 @@ def quality(frame: pd.DataFrame) -> Ranking:
     for name in (*BASELINES, "ngram_train_bytes"):
         columns[name] = grouped[name].mean()
     columns["leaks"] = grouped["leak_max_abs"].max() > LEAK_LIMIT
-    cells = pd.DataFrame(columns).reset_index()
+    cells = keyed(ok, _QUALITY_CELL, columns).reset_index(drop=True)
     cells["undertrained"] = undertrained(cells)
     cells["no_baseline"] = without_baseline(cells)
     found = ranked(cells, ok)
@@ -244,7 +240,7 @@ def _finished_only(frame: pd.DataFrame, figures: list[str]) -> pd.DataFrame:
 def _ordered(cells: pd.DataFrame) -> pd.DataFrame:
     """By setting and depth; within them dense first, then by name and length."""
     cells = cells.assign(later=cells["variant"] != BASELINE)
-    return cells.sort_values([*GROUP, "later", "label", "seq_len"], ignore_index=True).drop(columns="later")
+    return cells.sort_values([*GROUP, "later", "label", "seq_len"]).drop(columns="later")
 
 
 def _compared(cells: pd.DataFrame) -> pd.DataFrame:
@@ -253,27 +249,26 @@ def _compared(cells: pd.DataFrame) -> pd.DataFrame:
     The baseline of a group is its dense cell; where dense ran in several forms, the first by
     label whose implementation is sdpa, else the first by label.
     """
+    cells = cells.assign(group=numbered(cells, GROUP))
     dense = cells[cells["variant"] == BASELINE]
     # False sorts before True; a label names impl only where implementations differ.
     dense = dense.assign(other=~dense["label"].str.contains("impl=sdpa", regex=False))
     dense = dense.sort_values(["other", "label"], kind="stable")
-    chosen = dense.groupby(list(GROUP), sort=False)["label"].first().rename("baseline")
-    cells = cells.join(chosen, on=list(GROUP))
-    dense = dense.join(chosen, on=list(GROUP))
-    dense = dense[dense["label"] == dense["baseline"]].set_index([*GROUP, "seq_len"])
-    against = dense.reindex(pd.MultiIndex.from_frame(cells[[*GROUP, "seq_len"]])).reset_index(drop=True)
+    cells["baseline"] = cells["group"].map(dense.groupby("group", sort=False)["label"].first())
+    dense = dense[dense["label"] == cells["baseline"].reindex(dense.index)]
     names = {
         "peak_bytes_median": "peak_bytes_ratio",
         "flops_executed_step": "flops_executed_ratio",
     }
+    place = ["group", "seq_len"]
+    against = cells[place].join(dense.set_index(place)[[*names, "params"]], on=place)
     for column, name in names.items():
         cells[name] = cells[column] / against[column]
     # Dense's parameters do not depend on the length, so a length where dense has no record
     # can still be compared.
-    usual = dense.groupby(list(GROUP))["params"].median().rename("usual")
-    reference = against["params"].fillna(cells.join(usual, on=list(GROUP))["usual"])
-    cells["params_ratio"] = cells["params"] / reference
-    return cells
+    usual = cells["group"].map(dense.groupby("group")["params"].median())
+    cells["params_ratio"] = cells["params"] / against["params"].fillna(usual)
+    return cells.drop(columns="group")
 
 
 def at_best_rate(frame: pd.DataFrame, keys: Sequence[str]) -> pd.DataFrame:

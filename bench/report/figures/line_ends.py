@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.patches import ConnectionStyle, Rectangle
 from scipy.optimize import isotonic_regression
 
 from bench.report.data.intervals import Floats
@@ -18,6 +19,18 @@ LINE_HEIGHT = 1.2
 GUTTER = 1.03
 """Where names begin, in widths of the panel."""
 POINTS_PER_INCH = 72
+
+
+class Leader(ConnectionStyle.Arc3):
+    """A straight connection from a name, clipped where it leaves the box around the name.
+
+    matplotlib finds this place by halving, with the transformed path of the box at each step, which took a
+    fifth of the time of a figure; the box alone says the same.
+    """
+
+    def _in_patch(self, patch: Rectangle) -> Callable[[tuple[float, float]], bool]:
+        box = patch.get_bbox()
+        return lambda point: box.contains(*point)
 
 
 def named_lines(axis: Axes) -> dict[str, Line2D]:
@@ -45,7 +58,8 @@ def name_ends(figure: Figure, axes: Sequence[Axes]) -> None:
     for axis in axes:
         for name, line in named_lines(axis).items():
             colour = str(line.get_color())
-            leader = {"arrowstyle": "-", "color": colour, "linewidth": 0.7, "alpha": 0.6, "relpos": (0, 0.5)}
+            look = {"color": colour, "linewidth": 0.7, "alpha": 0.6}
+            course = {"connectionstyle": Leader(), "relpos": (0, 0.5), "shrinkA": 1, "shrinkB": 3}
             notes[axis, name] = axis.annotate(
                 name,
                 _end(line),
@@ -54,9 +68,9 @@ def name_ends(figure: Figure, axes: Sequence[Axes]) -> None:
                 fontsize=FONT,
                 color=colour,
                 va="center",
-                arrowprops={**leader, "shrinkA": 1, "shrinkB": 3},
+                arrowprops={"arrowstyle": "-", **look, **course},
             )
-    figure.draw_without_rendering()  # the height of a panel follows from the layout
+    lay_out(figure)  # the height of a panel follows from it
     for axis in axes:
         own = [(line, notes[axis, name]) for name, line in named_lines(axis).items()]
         if not own:
@@ -66,6 +80,13 @@ def name_ends(figure: Figure, axes: Sequence[Axes]) -> None:
         gap = FONT * LINE_HEIGHT * figure.dpi / POINTS_PER_INCH
         for (_, note), place in zip(own, spread(ends, gap, 0.0, height), strict=True):
             note.set_position((GUTTER, place / height))
+
+
+def lay_out(figure: Figure) -> None:
+    """Place the panels, as drawing would."""
+    engine = figure.get_layout_engine()
+    if engine is not None:
+        engine.execute(figure)
 
 
 def spread(places: Floats, gap: float, low: float, high: float) -> Floats:

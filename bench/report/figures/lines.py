@@ -71,6 +71,9 @@ def draw_curve(
 
     The line has the name, which `canvas.dress` writes at its end.
     """
+    # Only these: to sort all columns of the cells would take longer than to draw the line.
+    columns = dict.fromkeys([x, curve.column, *(curve.spread or ()), curve.flag])
+    own = own[[name for name in columns if name in own]]
     own = own[own[curve.column] > 0].sort_values(x)
     if own.empty:
         return

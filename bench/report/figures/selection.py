@@ -8,7 +8,7 @@ from itertools import zip_longest
 
 import pandas as pd
 
-from bench.report.data.groups import BUDGET, GROUP
+from bench.report.data.groups import BUDGET, GROUP, NUMBER, numbered
 from bench.report.data.statistics import BASELINE, LEAK_LIMIT
 from bench.report.figures import style
 
@@ -75,14 +75,12 @@ def _ranks(frame: pd.DataFrame, column: str, sign: int) -> pd.Series[float]:
     done = frame[(frame["status"] == "ok") & frame[column].notna()]
     if column in QUALITY:
         done = done[~(done["leak_max_abs"] > LEAK_LIMIT)]
-        keys = [*BUDGET]
+        done = done.assign(**{NUMBER: numbered(done, BUDGET)})
     else:
-        keys = [*GROUP]
-        longest = done.groupby(keys, dropna=False)["seq_len"].transform("max")
-        done = done[done["seq_len"] == longest]
+        done = done.assign(**{NUMBER: numbered(done, GROUP)})
+        done = done[done["seq_len"] == done.groupby(NUMBER)["seq_len"].transform("max")]
     if done.empty:
         return pd.Series(dtype=float)
     values = done.assign(value=sign * done[column].astype(float))
-    best = values.groupby([*keys, "variant"], dropna=False)["value"].min().reset_index()
-    best["rank"] = best.groupby(keys, dropna=False)["value"].rank(pct=True)
-    return best.groupby("variant")["rank"].mean()
+    best = values.groupby([NUMBER, "variant"])["value"].min()
+    return best.groupby(NUMBER).rank(pct=True).groupby("variant").mean()

@@ -12,7 +12,7 @@ import pkgutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
-from functools import cache
+from functools import cache, cached_property
 from graphlib import CycleError, TopologicalSorter
 from typing import Any, Protocol, TypeVar
 
@@ -106,6 +106,11 @@ class Results:
     records: Experiment
     sections: tuple[Section[Any], ...]
     data: Mapping[str, Any]
+
+    @cached_property
+    def tables(self) -> Mapping[str, Sequence[Table]]:
+        """The tables of each section, by its name."""
+        return {section.name: section.tables(data) for section, data in self}
 
     def __iter__(self) -> Iterator[tuple[Section[Any], Any]]:
         return ((section, self.data[section.name]) for section in self.sections)

@@ -46,7 +46,7 @@ class Pruning(Section[pd.DataFrame]):
     def compute(self, records: Experiment, done: Mapping[str, Any]) -> pd.DataFrame:
         """The records of either kind."""
         frame = records.kinds.plain
-        found = [with_lists(frame, f"nll_{kind}_kept", f"{kind}_kept").index for kind in KINDS]
+        found = [_pruned(frame, kind).index for kind in KINDS]
         return frame.loc[found[0].union(found[1], sort=False)]
 
     def tables(self, data: pd.DataFrame) -> list[Table]:
@@ -62,12 +62,25 @@ class Pruning(Section[pd.DataFrame]):
         return [
             FigureSpec(f"pruned_{kind}", _title(kind), data, drawing(kind), SETTING)
             for kind in KINDS
-            if len(with_lists(data, f"nll_{kind}_kept"))
+            if len(_pruned(data, kind))
         ]
 
 
+def _pruned(frame: pd.DataFrame, kind: str) -> pd.DataFrame:
+    """The finished records with both lists of this kind, a loss for each number that is kept."""
+    losses, kept = f"nll_{kind}_kept", f"{kind}_kept"
+    whole = with_lists(frame, losses, kept)
+    return whole[whole[losses].map(len) == whole[kept].map(len)]
+
+
+def _losses(own: pd.DataFrame, kind: str) -> pd.DataFrame:
+    """A row a record and a column a number that is kept, in the unit of losses."""
+    nats = pd.DataFrame(own[f"nll_{kind}_kept"].tolist()).astype(float)
+    return nats.mul(in_loss_unit(own).to_numpy(), axis=0)
+
+
 def _groups(data: pd.DataFrame, kind: str) -> list[tuple[str, str, pd.DataFrame]]:
-    own = with_lists(data, f"nll_{kind}_kept")
+    own = _pruned(data, kind)
     return headed(own, ("objective", "corpus", "d_model", "heads")) if len(own) else []
 
 
@@ -76,8 +89,7 @@ def _columns(records: pd.DataFrame, kind: str) -> list[Column]:
     keys = [key for key in (*CELL, *TRAINING) if key != "variant"]
     rows: list[dict[str, Any]] = []
     for values, own in records.groupby(keys, sort=False, dropna=False):
-        factors = in_loss_unit(own)
-        losses = pd.DataFrame(own[f"nll_{kind}_kept"].tolist()).mul(factors.to_numpy(), axis=0).astype(float)
+        losses = _losses(own, kind)
         for place, kept in enumerate(own[f"{kind}_kept"].iloc[0]):
             rows.append(
                 {
@@ -117,7 +129,7 @@ def drawing(kind: str) -> Callable[[pd.DataFrame, Look], Figure | None]:
 
 def _draw(frame: pd.DataFrame, look: Look, *, kind: str) -> Figure | None:
     """A line a variant over the share of heads or visits that is kept."""
-    frame = with_lists(frame, f"nll_{kind}_kept", f"{kind}_kept")
+    frame = _pruned(frame, kind)
     family = Family(
         title=_title(kind),
         x=f"{kind} that are kept",
@@ -131,10 +143,7 @@ def _draw(frame: pd.DataFrame, look: Look, *, kind: str) -> Figure | None:
 
 def _line(own: pd.DataFrame, *, kind: str) -> Line | None:
     kept = pd.Series(own[f"{kind}_kept"].iloc[0], dtype=float)
-    losses = zip(own[f"nll_{kind}_kept"], in_loss_unit(own), strict=True)
-    return over_replicates(
-        [[nll * factor for nll in nlls] for nlls, factor in losses], (kept / kept[0]).to_numpy()
-    )
+    return over_replicates(_losses(own, kind).to_numpy().tolist(), (kept / kept[0]).to_numpy())
 
 
 def _shares(axis: Axes, _largest: float) -> None:

@@ -101,5 +101,6 @@ def trained(row: pd.Series[Any]) -> str:
 
 def headed(cells: pd.DataFrame, keys: Sequence[str] = GROUP) -> list[tuple[str, str, pd.DataFrame]]:
     """The cells by group: a heading of the keys that vary, all keys in words, the group's cells."""
-    named = [k for k in keys if k in ("objective", "depth") or k in varying(cells, keys)]
+    different = varying(cells, keys)
+    named = [k for k in keys if k in ("objective", "depth", *different)]
     return [(describe(values, named), describe(values, keys), part) for values, part in split(cells, keys)]

@@ -85,7 +85,8 @@ class Payoff(Section[pd.DataFrame]):
 
     def compute(self, records: Experiment, done: Mapping[str, Any]) -> pd.DataFrame:
         """One row a depth, variant and strategy."""
-        return payoff_cells(records.kinds.payoff)
+        found = records.kinds.payoff
+        return payoff_cells(found) if len(found) else found
 
     def tables(self, data: pd.DataFrame) -> list[Table]:
         """A table a budget, length and depth."""
@@ -98,6 +99,8 @@ class Payoff(Section[pd.DataFrame]):
 
     def page_lists(self, data: pd.DataFrame) -> list[PageList]:
         """The same for all budgets together."""
+        if data.empty:
+            return []
         lead = (
             "Throughput at the largest batch that is predicted to fit into the budget: medians over "
             "replicates; / keep is the median of the ratio within a replicate."

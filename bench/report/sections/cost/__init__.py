@@ -47,8 +47,7 @@ class Cost(Section[pd.DataFrame]):
 
     def compute(self, records: Experiment, done: Mapping[str, Any]) -> pd.DataFrame:
         """The cost cells; whether two differ is judged by the machine's noise floor."""
-        every = records.collected.every
-        return cost_cells(records.kinds.plain, floors(every), every)
+        return cost_cells(records.kinds.plain, floors(records.noises), records.collected.every)
 
     def facts(self, data: pd.DataFrame) -> dict[str, str]:
         """The machines whose cells are compared by the time of the device, in all sections."""

@@ -9,7 +9,6 @@ from typing import Any
 import pandas as pd
 
 from bench.report.data.experiment import Experiment
-from bench.report.data.noise_floor import noises
 from bench.report.sections import Section
 from bench.report.sections.noise.data import by_length, summary
 from bench.report.sections.noise.tables import facts, lengths
@@ -45,8 +44,7 @@ class MachinesNoise(Section[MachineNoise]):
     def compute(self, records: Experiment, done: Mapping[str, Any]) -> MachineNoise:
         """One row a machine, and one a machine and length."""
         every = records.collected.every
-        found = noises(every)
-        return MachineNoise(summary(found, every, done["cost"]), by_length(found, every))
+        return MachineNoise(summary(records.noises, every, done["cost"]), by_length(records.noises, every))
 
     def facts(self, data: MachineNoise) -> dict[str, str]:
         """The noise floor and its consequences for comparisons."""

@@ -14,7 +14,7 @@ from bench.report.data.different import NORMAL, differs
 from bench.report.data.disturbed import DISTURBED, marked, takes_part
 from bench.report.data.groups import CELL
 from bench.report.data.intervals import LEVEL, Floats, floor_for, interval
-from bench.report.data.noise_floor import SAME, Noise
+from bench.report.data.noise_floor import Noise
 from bench.report.data.sampling import HALF_WIDTH, ended_short
 
 FOUND = 0.95
@@ -31,7 +31,7 @@ def called_different(noise: Noise) -> Floats:
     1 for different, 0 for not distinguishable, NaN for undecided. The floor is that of the other cells: with
     its own pairs in it, a cell would take part in judging itself. The family are the A/A cells.
     """
-    cells = [own for _, own in noise.pairs.groupby(SAME, sort=False, dropna=False)]
+    cells = [own for _, own in noise.pairs.groupby("cell", sort=False)]
     if not cells:
         return np.array([])
     ends = np.array([interval(own["log_ratio"].to_numpy(dtype=float)) for own in cells])
@@ -101,8 +101,7 @@ def by_length(noises: Mapping[str, Noise], every: pd.DataFrame) -> pd.DataFrame:
     rows = []
     timed = every[(every["status"] == "ok") & (every[SECONDS] > 0)]
     for (machine, length), own in timed.groupby(["machine", "seq_len"], sort=True):
-        pairs = noises[str(machine)].all_pairs
-        noise = Noise(pairs[pairs["seq_len"] == length], own)
+        noise = noises[str(machine)].at(own["seq_len"].iloc[0])
         rows.append({"machine": machine, "seq_len": length, **_pairs(noise), **sampling(own)})
     return pd.DataFrame(rows)
 
