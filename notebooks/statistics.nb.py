@@ -157,7 +157,7 @@ cost
 MEASURED = ["rss_peak_bytes", "param_bytes", "optimizer_bytes", "peak_grad_bytes"]
 MEASURED += ["peak_activation_bytes", "peak_workspace_bytes", "activation_bytes", "nvml_process_bytes"]
 COMPUTED = ["params", "flops_algorithmic_step", "flops_executed_step", "flops_attention_step"]
-YOUNGER = ["params_active", "launches_step", "bytes_moved_step", "visits_per_token"]
+YOUNGER = ["params_active", "launches_step", "bytes_moved_step"]
 COMPUTED += [key for key in YOUNGER if key in records]  # older reports have none
 COMPUTED += ["peak_bytes_predicted", "state_bytes", "cost_ratio"]
 COMPUTED += ["claimed_time_exponent", "claimed_memory_exponent", "claimed_depth_exponent"]
@@ -353,7 +353,8 @@ by = trained.groupby([*CELL, *TRAINING, "state_policy"], dropna=False)
 quality = by[SCORES].agg(["mean", "std"])
 quality.columns = ["_".join(column) for column in quality.columns]
 MIDDLE = ["tokens_trained", "unigram_perplexity", "guess_accuracy", "tokens_evaluated", "train_seconds"]
-MIDDLE += [key for key in ("dropped_tokens_share", "busiest_expert_share") if key in trained]
+CONDITIONAL = ("dropped_tokens_share", "busiest_expert_share", "visits_per_token")
+MIDDLE += [key for key in CONDITIONAL if key in trained]
 quality = quality.join(by[[*MIDDLE, "eval_min_context"]].median()).join(by["leak_max_abs"].max())
 CONTEXT = {
     "effective_context": "median",

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import zlib
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, get_args
 
@@ -23,7 +23,7 @@ import pytest
 from conftest import HANG_SECONDS
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
-from hydra_plugins.longctx_bench import Preset, product
+from hydra_plugins.longctx_bench import Composer, Preset, product
 from test_report import failed, record, write
 
 import bench.claims
@@ -51,25 +51,8 @@ def specs_of(preset: str, *arguments: str) -> list[CellSpec]:
         composed = compose("config", overrides=[f"experiment={preset}"], return_hydra_config=True)
         loader = GlobalHydra.instance().config_loader()
         jobs = [job for grid in Preset.of(composed, []).grids for job in product(loader, grid, [*arguments])]
-        settings: dict[str, CellSpec] = {}
-
-        def spec(job: list[str]) -> CellSpec:
-            """Composed without what is a plain number of the cell, as composing takes long."""
-            numbers = {key: int(value) for key, value in pairs(job) if key in PLAIN}
-            others = [override for override in job if override.partition("=")[0] not in PLAIN]
-            if str(others) not in settings:
-                composed_job = loader.load_sweep_config(composed, [f"experiment={preset}", *others])
-                settings[str(others)] = parse.parse(composed_job).spec
-            return replace(settings[str(others)], **numbers)
-
-        return [spec(job) for job in jobs]
-
-
-PLAIN = ("replicate", "twin", "seq_len", "depth")
-
-
-def pairs(job: list[str]) -> list[tuple[str, str]]:
-    return [(key, value) for key, _, value in (override.partition("=") for override in job)]
+        composer = Composer(loader, composed)
+        return [parse.parse(composer([f"experiment={preset}", *job])).spec for job in jobs]
 
 
 def figures(spec: CellSpec) -> dict[str, Any]:

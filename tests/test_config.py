@@ -285,8 +285,12 @@ def test_torch_says_which_device_auto_is_unless_it_was_built_for_cpus(
 
 
 def test_every_figures_knob_changes_the_cells_id_and_no_other_does() -> None:
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        composed = compose("config", return_hydra_config=True)
+        make = Composer(GlobalHydra.instance().config_loader(), composed)
+
     def cell_id(*overrides: str) -> str:
-        return cell_of(*overrides).spec.cell_id("data", "code")
+        return parse(make(["device=cpu", *overrides])).spec.cell_id("data", "code")
 
     same = [
         "results_dir=elsewhere",

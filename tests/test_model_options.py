@@ -27,6 +27,8 @@ from bench.records.record import MODEL_OPTIONS
 from bench.report import build
 from bench.run.progress import describe
 from variants.base import Context, Dims
+from variants.depth.funnel import FunnelConfig
+from variants.feed_forward.mlp import MLPConfig
 from variants.ops.projections import rotary
 
 TINY = ["data=stdlib", "measure=plan", "seq_len=16", "depth=1", "model.d_model=16", "device=cpu"]
@@ -251,3 +253,17 @@ def test_progress_mentions_unusual_options() -> None:
     assert plain == describe(record())
     told = describe(record(**usual | {"vocab_size": 50_304, "tie_embeddings": True}))
     assert "d=64 vocab_size=50304 tie_embeddings=True keep" in told
+
+
+def test_progress_mentions_what_fills_the_slots() -> None:
+    """Entries that are not the default, and knobs that are not theirs."""
+    mlp, funnel = MLPConfig().as_dict(), FunnelConfig(stride=4).as_dict()
+    plain = describe(record(feed_forward="mlp", feed_forward_params=mlp, stack="stack", stack_params={}))
+    assert plain == describe(record())
+    relu = describe(record(feed_forward="mlp", feed_forward_params=mlp | {"activation": "relu"}))
+    assert f"{record().variant} feed_forward.activation=relu T=" in relu
+    told = describe(record(stack="funnel", stack_params=funnel))
+    assert f"{record().variant} stack=funnel stack.stride=4 T=" in told
+    assert f"{record().variant} stack=funnel T=" in describe(
+        record(stack="funnel", stack_params=FunnelConfig().as_dict())
+    )

@@ -8,6 +8,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Literal
@@ -18,6 +19,7 @@ from tiers import slow
 
 import variants
 from bench.measure.gate_failed import GateFailed
+from bench.run.code_hash import closure
 from bench.tools import check
 from variants import attention
 from variants.knobs import Knobs, knob, knobs_of
@@ -132,6 +134,23 @@ def distribution(folder: Path, points: dict[str, str], name: str = "lagged_atten
 @pytest.fixture
 def plugged(tmp_path: Path) -> Path:
     return distribution(tmp_path / "site", {"lagged": "lagged_attention.lagged:Lagged"})
+
+
+@pytest.fixture
+def plug_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., str]]:
+    """Adds a plug-in with this module to this process; returns its name. Each module has another, because
+    what was read of a module is not read again."""
+
+    def add(text: str, owner: str = "Lagged") -> str:
+        name = f"lagged_{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+        site = distribution(tmp_path / "site", {name: f"{name}.lagged:{owner}"}, name)
+        (site / name / "lagged.py").write_text(text)
+        monkeypatch.syspath_prepend(site)
+        variants._entry_points.cache_clear()
+        return name
+
+    yield add
+    variants._entry_points.cache_clear()
 
 
 # --- what is built in -----------------------------------------------------------------------------
@@ -364,33 +383,26 @@ def test_two_plugins_cannot_share_a_name(tmp_path: Path) -> None:
     assert "takes the name 'lagged', which is taken" in done.stderr.splitlines()[-1]
 
 
-def test_a_plugin_must_be_a_variant(tmp_path: Path) -> None:
-    site = distribution(tmp_path / "site", {"lagged": "lagged_attention.lagged:LaggedConfig"})
-    done = python("-c", "import variants; variants.load('lagged')", path=site, cwd=tmp_path)
-    assert done.returncode != 0
-    last = done.stderr.splitlines()[-1]
-    assert last.startswith("TypeError: plug-in lagged_attention.lagged:LaggedConfig is not a subclass")
+def test_a_plugin_must_be_a_variant(plug_in: Callable[..., str]) -> None:
+    name = plug_in(MODULE, "LaggedConfig")
+    with pytest.raises(TypeError, match=f"^plug-in {name}.lagged:LaggedConfig is not a subclass"):
+        variants.load(name)
 
 
 @pytest.mark.parametrize(
     ("text", "why"), [("def (:", "SyntaxError"), ("import sys; sys.exit('no')", "SystemExit: no")]
 )
 def test_a_plugin_that_cannot_be_imported_says_why_and_still_has_its_source(
-    text: str, why: str, plugged: Path, tmp_path: Path
+    text: str, why: str, plug_in: Callable[..., str]
 ) -> None:
     """So that its cell becomes a record, and not the end of a sweep."""
-    module = plugged / "lagged_attention/lagged.py"
-    module.write_text(text)
-    code = "from bench.run.code_hash import closure; import variants; "
-    code += "print(*closure([variants.module_of('lagged')]))"
-    source = python("-c", code, path=plugged, cwd=tmp_path)
-    assert source.stdout.split() == ["lagged_attention.lagged", "lagged_attention"], source.stderr
-    done = python("-c", "import variants; variants.load('lagged')", path=plugged, cwd=tmp_path)
-    last = done.stderr.splitlines()[-1]
-    assert last.startswith(
-        "variants.BrokenVariant: plug-in lagged_attention.lagged:Lagged cannot be imported: "
-    )
-    assert why in last
+    name = plug_in(text)
+    assert [*closure([variants.module_of(name)])] == [f"{name}.lagged", name]
+    with pytest.raises(variants.BrokenVariant) as broken:
+        variants.load(name)
+    message = str(broken.value)
+    assert message.startswith(f"plug-in {name}.lagged:Lagged cannot be imported: ")
+    assert why in message
 
 
 # --- the checks that a plug-in's author runs ------------------------------------------------------
@@ -441,20 +453,12 @@ def test_a_fault_of_a_plug_in_is_found(
     planted: str,
     by: str,
     words: str,
-    tmp_path: Path,
+    plug_in: Callable[..., str],
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
-    request: pytest.FixtureRequest,
 ) -> None:
-    """In this process, by a name of its own, because what is read of a module is not read again."""
-    name = f"lagged_{hashlib.sha256(by.encode()).hexdigest()[:8]}"
-    site = distribution(tmp_path / "site", {name: f"{name}.lagged:Lagged"}, name)
-    module = site / name / "lagged.py"
-    assert planted in module.read_text()
-    module.write_text(module.read_text().replace(planted, by))
-    monkeypatch.syspath_prepend(site)
-    variants._entry_points.cache_clear()
-    request.addfinalizer(variants._entry_points.cache_clear)
+    assert planted in MODULE
+    name = plug_in(MODULE.replace(planted, by))
     monkeypatch.setattr(sys, "argv", ["check", name, "--tokens", "97"])
     assert check.main() == 1
     lines = capsys.readouterr().out.splitlines()

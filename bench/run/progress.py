@@ -5,9 +5,10 @@ from __future__ import annotations
 import sys
 import threading
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from bench.config.chosen import declared
 from bench.config.spec import ModelSizes
@@ -24,16 +25,15 @@ MOST = 2000
 
 def describe(record: Record) -> str:
     """Describe a finished cell in one line: its identity, its cost and its quality."""
-    slots = "".join(
-        f"{slot}={getattr(record, slot)} " for slot in SLOTS if getattr(record, slot) != getattr(Record, slot)
-    )
+    own = _knobs("variant", record.variant, record.variant_params)
+    own += "".join(_slot(record, slot) for slot in SLOTS)
     options = "".join(
         f"{key}={getattr(record, key)} "
         for key in MODEL_OPTIONS
         if getattr(record, key) not in (None, getattr(ModelSizes, key))
     )
     cell = (
-        f"{record.variant} {_knobs(record)}{slots}T={record.seq_len} depth={record.depth} d={record.d_model} "
+        f"{record.variant} {own}T={record.seq_len} depth={record.depth} d={record.d_model} "
         f"{options}{record.activations} "
         + (f"compile={record.compile} " if record.compile not in (None, NOT_COMPILED) else "")
         + f"#{record.replicate}"
@@ -55,12 +55,19 @@ def describe(record: Record) -> str:
     return f"{record.status:11} {printable(f'{cell}: ' + ', '.join(filter(None, figures)), MOST)}"
 
 
-def _knobs(record: Record) -> str:
-    """The knobs of the variant that differ from their defaults: "window=64 "; none of an unknown variant."""
-    found = declared("variant", record.variant)
-    usual = found.config().as_dict() if found else record.variant_params
-    other = {key: value for key, value in record.variant_params.items() if usual.get(key) != value}
-    return "".join(f"{key}={_plain(value)} " for key, value in other.items())
+def _slot(record: Record, slot: str) -> str:
+    """What fills a slot, and its knobs, where they are not the defaults: "stack=funnel stack.stride=4 "."""
+    name: str = getattr(record, slot)
+    own = f"{slot}={name} " if name != getattr(Record, slot) else ""
+    return own + _knobs(slot, name, getattr(record, f"{slot}_params") or {}, f"{slot}.")
+
+
+def _knobs(group: str, name: str, params: Mapping[str, Any], prefix: str = "") -> str:
+    """The knobs of an entry that differ from their defaults: "window=64 "; none of an unknown entry."""
+    found = declared(group, name)
+    usual = found.config().as_dict() if found else params
+    other = {key: value for key, value in params.items() if usual.get(key) != value}
+    return "".join(f"{prefix}{key}={_plain(value)} " for key, value in other.items())
 
 
 def _plain(value: object) -> str:

@@ -54,7 +54,6 @@ _COMPUTED = (
     "flops_attention_step",
     "launches_step",
     "bytes_moved_step",
-    "visits_per_token",
     "peak_bytes_predicted",
     "state_bytes",
     "cost_ratio",
