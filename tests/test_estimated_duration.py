@@ -66,13 +66,16 @@ def test_training_is_as_many_steps_as_the_budget_has() -> None:
 
 
 def test_branches_of_budgets_and_a_search_are_counted() -> None:
-    """80 steps with branches of 4 and 8 steps for 20 and 40; a search is three trainings of 20, once for all
-    replicates."""
+    """80 steps with branches of 4 and 8 steps for 20 and 40; a search is three trainings of 20, or of the
+    whole, once for all replicates."""
     trained = (*TRAINED, "measure.train_tokens=327680", "measure.schedule=wsd", "measure.train_budgets=3")
     searched = (*trained, "measure.learning_rate=search", "replicate=0,1")
     specs = [cell.spec for cell in (*cells_of(*trained), *cells_of(*searched))]
     found = [duration.cell_seconds(spec, PLANNED, H100, is_gated=True).training for spec in specs]
     assert found == pytest.approx([92 * STEP, 152 * STEP, 92 * STEP])
+    (first, _) = cells_of(*searched, "measure.search_budget=largest")
+    whole = duration.cell_seconds(first.spec, PLANNED, H100, is_gated=True).training
+    assert whole == pytest.approx((1 + 3) * 92 * STEP)
 
 
 def test_a_model_with_state_is_evaluated_twice() -> None:

@@ -155,10 +155,13 @@ def test_what_tokens_need_is_in_the_record(home: Path) -> None:
 
 
 @pytest.mark.slow
-def test_one_run_serves_several_budgets_at_a_rate_that_was_searched(home: Path) -> None:
-    """Replicates share the search; figures of the largest budget are those of the record."""
+@pytest.mark.parametrize("searched", ["smallest", "largest"])
+def test_one_run_serves_several_budgets_at_a_rate_that_was_searched(searched: str, home: Path) -> None:
+    """Replicates share the search; figures of the largest budget are those of the record. A search with this
+    budget makes the training of the first replicate."""
     trained = (
-        "name=budgets",
+        f"name=budgets-{searched}",
+        f"measure.search_budget={searched}",
         "variant=transformer_xl",
         "variant.segment=64",
         "replicate=0,1",
@@ -172,7 +175,7 @@ def test_one_run_serves_several_budgets_at_a_rate_that_was_searched(home: Path) 
         "measure.history_targets=0",
     )
     records(home, *trained)
-    folder = home / "results" / "budgets"
+    folder = home / "results" / f"budgets-{searched}"
     both = [json.loads(path.read_text()) for path in (folder / "records").glob("*.json")]
     assert [record["status"] for record in both] == ["ok"] * 2
     assert len({record["nll"] for record in both}) == 2
@@ -189,6 +192,8 @@ def test_one_run_serves_several_budgets_at_a_rate_that_was_searched(home: Path) 
         assert record["bits_per_byte_by_budget"] == pytest.approx(bits)
         assert record["validation_tokens"] == [4096, 8192]
         assert len(set(record["validation_nll"])) == 2
+        same = record["validation_nll"][-1] == min(record["learning_rate_nlls"])
+        assert same == (searched == "largest" and record["replicate"] == 0)
         assert record["train_state"] == "carried"
         assert 8192 / 40_000 < record["epochs"] < 8192 / 15_000, "of about 20 kB"
     assert len(list((folder / "rates").glob("*.json"))) == len(both[0]["learning_rates_tried"])

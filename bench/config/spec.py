@@ -228,8 +228,11 @@ class MeasureSpec(Spec):
     learning_rate: float | Literal["search"] = knob(3e-3, above=0)
     """Maximum learning rate, reached after warm-up. search tries measure.search_rates and takes the best."""
     search_rates: tuple[float, ...] = knob((1e-3, 3e-3, 1e-2), above=0, entries=2, younger=True)
-    """Learning rates of a search. Each trains a model of seed 0 with the smallest budget and scores the
-    validation split; replicates share the result. If the best rate is at an end, the search goes on there."""
+    """Learning rates of a search. Each trains a model of seed 0 and scores the validation split; replicates
+    share the result. If the best rate is at an end, the search goes on there."""
+    search_budget: Literal["smallest", "largest"] = knob("smallest", younger=True)
+    """Budget of each training of a search, where there are several. With the smallest it costs least; with
+    the largest it is the training of the cell, also where little is learnt before the end of it."""
     schedule: Literal["cosine", "wsd"] = knob("cosine", younger=True)
     """The learning rate after warm-up: a cosine down to a tenth, or constant with a decay to 0 in the last
     fifth of the budget."""
@@ -305,7 +308,7 @@ class MeasureSpec(Spec):
         """Return the knobs that can change a figure, without the training budgets that are not used."""
         unspent = {f"train_{name}" for name in self._amounts() if name != self.train_budget}
         if self.learning_rate != "search":
-            unspent.add("search_rates")
+            unspent |= {"search_rates", "search_budget"}
         values = {name: value for name, value in self.as_dict().items() if name not in unspent}
         return decisive(MeasureSpec, values)
 

@@ -254,7 +254,9 @@ def _training(spec: CellSpec, step: float, tokens: int) -> float:
         return budget.seconds
     steps = budget.steps + budget.steps_of_branches
     if measure.learning_rate == "search" and spec.replicate == 0 and spec.twin == 0:
-        steps += len(measure.search_rates) * budget.all_steps[0]
+        steps += len(measure.search_rates) * (
+            steps if measure.search_budget == "largest" else budget.all_steps[0]
+        )
     return steps * step
 
 

@@ -120,7 +120,9 @@ class TrainingRun:
         so that replicates share it, and a cell that is killed does not try a rate again."""
         spec = replace(self.spec, replicate=0, twin=0)
         task = self._with_split("validation", spec)
-        budget = self._budget(model).smallest
+        budget = self._budget(model)
+        if self.spec.measure.search_budget == "smallest":
+            budget = budget.smallest
 
         def score(rate: float) -> dict[str, Any]:
             candidate = predict.build_model(spec).to(self.device)
