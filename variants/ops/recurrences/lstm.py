@@ -53,11 +53,9 @@ def _steps_back(
         i, f, o, g = z[t].chunk(GATES, -1)
         squashed, dh = c[t + 1].tanh(), dh + d_states[t]
         dc = torch.addcmul(dc, dh * o, 1 - squashed * squashed)
-        di, df, do, dg = dz[t].chunk(GATES, -1)
-        torch.mul(dc * g, i * (1 - i), out=di)
-        torch.mul(dc * c[t], f * (1 - f), out=df)
-        torch.mul(dh * squashed, o * (1 - o), out=do)
-        torch.mul(dc * i, 1 - g * g, out=dg)
+        of_i, of_f = dc * g * i * (1 - i), dc * c[t] * f * (1 - f)
+        of_o, of_g = dh * squashed * o * (1 - o), dc * i * (1 - g * g)
+        torch.cat([of_i, of_f, of_o, of_g], -1, out=dz[t])
         dh, dc = torch.bmm(dz[t], weight.transpose(1, 2)), dc * f
     return dh, dc
 
