@@ -13,10 +13,10 @@ shorter.
 Attention costs T · S pairs and not T², and all that crosses a border of segments passes through one vector of
 each. The recurrent layer reads the segments from both sides, so there is no causal form.
 
-Deviations: the paper reads one direction and classifies the document from the last state alone; here every
-token has an output, because masked tokens are predicted anywhere and a task asks where it asks. A segment's
-vector is a mean, where the paper takes BERT's output for its first token; segments do not overlap, where the
-paper's windows of 200 tokens share 50; and all is trained together. Rotary positions begin anew with each
+Deviations: the paper reads one direction and classifies the document from the last state alone. Here every
+token has an output, because masked tokens are predicted anywhere, and a task may ask at any position. A
+segment's vector is a mean; the paper takes BERT's output for its first token. Segments do not overlap; the
+paper's windows of 200 tokens share 50. All parts are trained together. Rotary positions begin anew with each
 segment.
 """
 
@@ -68,8 +68,10 @@ class HierarchicalPath(Path):
         """(B, T, C) → the full segments (B, ⌊T / S⌋, S, C) and the shorter last one (B, 1, r, C), those of
         them that exist."""
         full = x.shape[1] // self.segment * self.segment
-        whole, rest = x[:, :full].unflatten(1, (-1, self.segment)) if full else None, x[:, None, full:]
-        return [each for each in (whole, rest) if each is not None and each.shape[2]]
+        segments = [x[:, :full].unflatten(1, (-1, self.segment))] if full else []
+        if full < x.shape[1]:
+            segments.append(x[:, None, full:])
+        return segments
 
     def encode(self, windows: list[Tensor], places: Sequence[int], run: RunVisits) -> list[Tensor]:
         """Run visits on each segment alone."""

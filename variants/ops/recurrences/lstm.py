@@ -9,7 +9,7 @@ are a dimension of 2, of which the second reads from the end.
     c[t] = f c[t−1] + i g                   h[t] = o tanh(c[t])
 
 It is written out: into torch's own, which is one kernel, neither FLOP counters nor the compiler can see. Both
-directions are one batch of products, so there are n steps of eight operations. Gates and states are float32
+directions are one batch of products, so there are n steps of seven operations. Gates and states are float32
 at least, also under autocast.
 """
 
@@ -24,16 +24,14 @@ from torch.autograd.function import once_differentiable
 from variants.ops.memoizable import repeatable
 
 GATES = 4
-
-
 STEPS = 64
 """Steps that a plan goes through as one: it repeats what the first of them cost."""
 
 
 @repeatable
 def _steps(z: Tensor, h: Tensor, c: Tensor, weight: Tensor) -> None:
-    """Make the gates of z (k, 2, B, 4H), which has the inputs, and the states h and c (k + 1, 2, B, H) after
-    the first one."""
+    """Turn the inputs in z (k, 2, B, 4H) into gates, and write all states h and c (k + 1, 2, B, H) but the
+    first, which is given."""
     for t, gates in enumerate(z):
         gates.baddbmm_(h[t], weight)
         gates[..., : -h.shape[-1]].sigmoid_()
