@@ -13,6 +13,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from matplotlib.image import imread
+from report_parts import sections_of
 from scipy import stats
 from test_report import failed, record, table, write
 from test_report_memory import look, text_of
@@ -21,13 +22,13 @@ from test_report_recall import answers
 from bench.records import Record
 from bench.report.data.experiment import read
 from bench.report.figures import canvas
-from bench.report.sections import compute, discover
+from bench.report.sections import compute
 from bench.report.sections.modifications import SECTIONS, Modified
 from bench.report.sections.modifications.names import DEFAULT
 from bench.report.sections.modifications.plots import draw
 from bench.report.sections.modifications.transfer import interval, spearman
 from bench.report.text.columns import shown
-from bench.report.text.marks import ALIKE, LEAK, UNTOLD
+from bench.report.text.marks import ALIKE, BY_CHANCE, LEAK, UNTOLD
 from bench.report.text.tables import Table
 
 MLP = {"activation": "gelu", "mult": 4, "width": None}
@@ -100,8 +101,8 @@ def run(tasks: Sequence[str] = TASKS, seeds: Sequence[int] = SEEDS, **other: Any
 
 def computed(folder: Path, found: Sequence[Record]) -> Modified:
     """The section's data, with those of the sections that it needs alone."""
-    needed = [section for section in discover() if section.name in ("cost", "modifications")]
-    result: Modified = compute(read(write(folder, found)), needed).data["modifications"]
+    sections = sections_of("modifications")
+    result: Modified = compute(read(write(folder, found)), sections).data["modifications"]
     return result
 
 
@@ -281,6 +282,20 @@ def test_few_or_equal_values_have_no_correlation() -> None:
     assert math.isnan(spearman(values(1, 1, 1), values(1, 2, 3))[0])
     assert spearman(values(1, 2, 3, math.nan), values(1, 3, 2, 4)) == (pytest.approx(0.5), 3)
     assert np.isnan(interval(0.5, 5)).all()
+
+
+def test_a_rate_that_chance_chose_is_marked(tmp_path: Path) -> None:
+    """The next best rate of one search is worse by 10 nats, of the other by less than seeds differ."""
+    text = TASKS[0]
+    found = []
+    for name, second in ((DEFAULT, 12.0), ("norm=rms", 2.000001)):
+        for seed in SEEDS:
+            cell = made(name, text, seed)
+            cell.learning_rates_tried, cell.learning_rate_nlls = [0.003, 0.01], [2.0, second]
+            found.append(cell)
+    table = SECTIONS[0].tables(computed(tmp_path / "x", found))[-1]
+    rates = {name: row["learning rate"] for name, row in rows_of(table).items()}
+    assert rates == {DEFAULT: "0.003", "norm=rms": f"0.003{BY_CHANCE}"}
 
 
 def test_a_task_may_be_missing(tmp_path: Path) -> None:

@@ -94,6 +94,49 @@ def test_one_rate_is_no_search(tmp_path: Path) -> None:
     assert not part.drawn("rates")
 
 
+def searched(variant: str, nlls: list[float | None], finals: tuple[float, ...]) -> list[Record]:
+    """Replicates that share the search of a rate, which took the least of these losses."""
+    best = min(range(len(nlls)), key=lambda at: math.inf if nlls[at] is None else float(nlls[at] or 0))
+    found = []
+    for replicate, nll in enumerate(finals):
+        cell = record(variant, replicate=replicate, nll=nll, learning_rate=RATES[best])
+        cell.train_budget, cell.train_amount = "tokens", 150_000.0
+        cell.learning_rates_tried, cell.learning_rate_nlls = list(RATES[: len(nlls)]), nlls
+        found.append(cell)
+    return found
+
+
+def test_a_search_is_decided_by_losses_or_by_chance(tmp_path: Path) -> None:
+    """By √2 standard deviations of the final loss, that is the spread of a difference of two trainings."""
+    decided = searched("dense", [1.9, 1.6, 1.75], (1.5, 1.6))  # gap 0.15, noise √2 · 0.0707 = 0.1
+    by_chance = searched("chunked", [1.61, None, 1.6], (1.5, 1.54))  # gap 0.01, noise 0.04
+    single = searched("longformer", [1.6, 1.7], (1.5,))
+    part = part_of(tmp_path / "e", [*decided, *by_chance, *single], "searches")
+    text = part.text.split("## Searched learning rates", 1)[1]
+    rows = {row["variant"]: row for row in table(text, "### clm, data plays, width 64, 4 heads")}
+    assert {name: row["decided by"] for name, row in rows.items()} == {
+        "dense": "loss",
+        "chunked": "chance",
+        "longformer": "–",
+    }
+    assert rows["dense"]["losses by rate, nats"] == "0.001: 1.900, 0.002: 1.600, 0.004: 1.750"
+    assert rows["chunked"]["losses by rate, nats"] == "0.001: 1.610, 0.002: diverged, 0.004: 1.600"
+    assert (rows["dense"]["to the next"], rows["dense"]["noise"]) == ("0.150", "0.100")
+    assert {name: row["at the edge"] for name, row in rows.items()} == {
+        "dense": "no",
+        "chunked": "highest tried",
+        "longformer": "lowest tried",
+    }
+    assert [row["replicates"] for row in rows.values()] == ["2", "2", "1"]
+    assert set(part.files()["searches"]["decided"].dropna()) == {True, False}
+
+
+def test_where_no_cell_searches_nothing_is_said_of_it(tmp_path: Path) -> None:
+    part = part_of(tmp_path / "e", search(), "searches")
+    assert "Searched learning rates" not in part.text
+    assert not part.files()
+
+
 def points(axis: Axes, colour: str, marker: str) -> list[tuple[float, float]]:
     """The points of a line, a ring or the crosses of that colour."""
     found = [

@@ -28,6 +28,7 @@ _SIGNS = {
     "ʳ": r"\textsuperscript{r}",
     "ᵘ": r"\textsuperscript{u}",
     "ⁿ": r"\textsuperscript{n}",
+    "ᶜ": r"\textsuperscript{c}",
     "ᵖ": r"\textsuperscript{p}",
     "…": r"\ldots{}",
 }

@@ -17,13 +17,15 @@ from bench.report.sections.modifications.data import PAGE, modification_cells
 from bench.report.sections.modifications.plots import TITLE, draw
 from bench.report.sections.modifications.transfer import transfers
 from bench.report.text.listing import PageList, listed_columns
-from bench.report.text.marks import ALIKE, CONTAMINATED, LEAK, UNTOLD, meanings
+from bench.report.text.marks import ALIKE, BY_CHANCE, CONTAMINATED, LEAK, UNTOLD, meanings
 from bench.report.text.phrases import describe
 from bench.report.text.tables import Table
 
 MARKS = {
     **meanings(LEAK, CONTAMINATED),
     ALIKE: "not called different from the default: by Holm's correction over the modifications of the task",
+    BY_CHANCE: "chance chose this rate: in the search, the loss with the next best is larger by less than "
+    "two trainings differ by (see *Searched learning rates*)",
     UNTOLD: "nothing says whether it differs from the default: a difference needs two replicates",
 }
 CORRELATIONS = (
@@ -50,7 +52,7 @@ class Modifications(Section[Modified]):
     order = 118
     title = "Modifications"
     front = True
-    needs = ("cost",)
+    needs = ("cost", "searches")
     lead = (
         "Each model differs from the *default* in what its name says; hidden widths that were changed to "
         "make models equally large are not named. Final figures are means ± standard deviations over "
@@ -66,7 +68,7 @@ class Modifications(Section[Modified]):
 
     def compute(self, records: Experiment, done: Mapping[str, Any]) -> Modified:
         """A row a task and model; empty where no task has several combinations of slots."""
-        cells = modification_cells(records.kinds.plain, done["cost"])
+        cells = modification_cells(records.kinds.plain, done["cost"], done["searches"])
         return Modified(cells, transfers(cells))
 
     def tables(self, data: Modified) -> list[Table]:

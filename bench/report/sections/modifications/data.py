@@ -11,7 +11,7 @@ import pandas as pd
 from bench.records.record import MODEL_OPTIONS
 from bench.report.data.compared_time import SECONDS
 from bench.report.data.disturbed import DISTURBED
-from bench.report.data.groups import CELL, GROUP, SLOT_COLUMNS, TRAINING, varying
+from bench.report.data.groups import CELL, GROUP, SEARCH, SLOT_COLUMNS, TRAINING, varying
 from bench.report.data.intervals import LEVEL
 from bench.report.data.paired import holm
 from bench.report.data.pool import Pool
@@ -36,13 +36,15 @@ PAGE = ("machine",)
 """Keys of tasks that are compared with each other."""
 
 
-def modification_cells(frame: pd.DataFrame, cost: pd.DataFrame) -> pd.DataFrame:
+def modification_cells(frame: pd.DataFrame, cost: pd.DataFrame, searches: pd.DataFrame) -> pd.DataFrame:
     """One row a task and model, the default first; empty where no task has models with different slots.
 
-    `frame` has the records, `cost` the cells of cost. Columns: the keys of `TASK`; `pool` (the number of the
-    task), `task` (its name), `figure` (of `BITS`, `NATS`, `ACCURACY`); `modification` and the `part` of the
-    model that it changes; `params`, `params_active`, `token_flops` (of a training step), `steps_per_second`
-    with `DISTURBED`; `learning_rate`;
+    `frame` has the records, `cost` the cells of cost, `searches` the searches for a learning rate. Columns:
+    the keys of `TASK`; `pool` (the number of the task), `task` (its name), `figure` (of `BITS`, `NATS`,
+    `ACCURACY`); `modification` and the `part` of the model that it changes; `params`, `params_active`,
+    `token_flops` (of a training step), `steps_per_second` with `DISTURBED`; `learning_rate`, and
+    `rate_decided`: whether its search told it from the next best (None without a search, or with one
+    replicate);
     `early` with `early_share` (the loss with the smallest budget of a run, and its share of the training);
     `guess` (the accuracy of guessing, of a task with answers);
     `value` and `deviation` over `replicates`; `difference` to the default with its 95 % `_low` and `_high`,
@@ -64,7 +66,7 @@ def modification_cells(frame: pd.DataFrame, cost: pd.DataFrame) -> pd.DataFrame:
     rows = rows.assign(modification=rows["configuration"].map(names), part=rows["configuration"].map(parts))
     rows["task"] = rows["pool"].map(_task_names(rows))
     found = [_of_task(own) for _, own in rows.groupby("pool", sort=False)]
-    return _with_cost(pd.concat(found, ignore_index=True), cost)
+    return _with_search(_with_cost(pd.concat(found, ignore_index=True), cost), searches)
 
 
 def _of_several_slots(rows: pd.DataFrame) -> pd.DataFrame:
@@ -211,6 +213,15 @@ def _with_cost(cells: pd.DataFrame, cost: pd.DataFrame) -> pd.DataFrame:
         steps_per_second=1 / merged[f"{SECONDS}_median"],
         **{DISTURBED: merged[DISTURBED].eq(True)},
     ).drop(columns=["flops_algorithmic_step", f"{SECONDS}_median"])
+
+
+def _with_search(cells: pd.DataFrame, searches: pd.DataFrame) -> pd.DataFrame:
+    """Add whether the search of the same cells decided their rate."""
+    if searches.empty:
+        return cells.assign(rate_decided=None)
+    keys = [*SEARCH, "learning_rate"]
+    decided = searches[[*keys, "decided"]].rename(columns={"decided": "rate_decided"})
+    return cells.merge(decided, "left", keys)
 
 
 def scores_of(cells: pd.DataFrame) -> pd.DataFrame:

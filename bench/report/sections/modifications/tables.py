@@ -13,7 +13,7 @@ from bench.report.sections.modifications.names import DEFAULT
 from bench.report.text import units
 from bench.report.text.cells import or_dash, plus_minus
 from bench.report.text.columns import Column, each
-from bench.report.text.marks import ALIKE, CONTAMINATED, LEAK, UNTOLD
+from bench.report.text.marks import ALIKE, BY_CHANCE, CONTAMINATED, LEAK, UNTOLD
 
 FIRST = "modification"
 """Title of the column of names."""
@@ -90,7 +90,7 @@ def of_task(own: pd.DataFrame) -> list[Column]:
         each(own, f"{early}, {unit}", "early", units.score),
         Column(_figure(own), [_value(row) for row in rows], optional=False),
         Column("− default", [_difference(row) for row in rows]),
-        each(own, "learning rate", "learning_rate", units.learning_rate),
+        Column("learning rate", [_rate(row) for row in rows]),
         each(own, "replicates", "replicates", str, optional=False),
         Column("did not finish", [or_dash(row["unfinished"]) for row in rows], right=False),
     ]
@@ -98,6 +98,12 @@ def of_task(own: pd.DataFrame) -> list[Column]:
 
 def _whole(value: float) -> str:
     return units.MISSING if units.missing(value) else f"{int(value):,}"
+
+
+def _rate(row: pd.Series[Any]) -> str:
+    """The learning rate, marked where the search for it was decided by chance."""
+    decided = row["rate_decided"]
+    return units.learning_rate(row["learning_rate"]) + BY_CHANCE * (not pd.isna(decided) and not decided)
 
 
 def _speed(row: pd.Series[Any]) -> str:

@@ -1,15 +1,16 @@
-"""Each variant's best learning rate as a table."""
+"""Learning rates as tables: each variant's best, and what searches within cells tried."""
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pandas as pd
 
-from bench.report.data.groups import SETTING, TRAINING, varying
+from bench.report.data.groups import GROUP, SETTING, TRAINING, varying
 from bench.report.sections.rates.data import best_rates
 from bench.report.text import units
-from bench.report.text.cells import label_of, plus_minus, training_columns
+from bench.report.text.cells import label_of, or_dash, plus_minus, training_columns
 from bench.report.text.columns import Column, each
 
 
@@ -35,6 +36,37 @@ def rates(cells: pd.DataFrame) -> list[Column]:
         Column("diverged", [_listed(row["diverged"]) for row in rows], right=False),
         each(table, "replicates", "replicates", units.whole, optional=False),
     ]
+
+
+def searches(cells: pd.DataFrame) -> list[Column]:
+    """A row a search; takes `searches.search_cells`."""
+    rows = [row for _, row in cells.iterrows()]
+    varying_keys = [key for key in varying(cells, GROUP) if key not in ("objective", "corpus")]
+    other = [key for key in varying(cells, TRAINING) if key != "learning_rate"]
+    return [
+        each(cells, "variant", "label", str, right=False, optional=False),
+        *(each(cells, key.replace("_", " "), key, or_dash, right=False) for key in varying_keys),
+        each(cells, "length", "seq_len", str, optional=False),
+        *training_columns(cells, other),
+        each(cells, "rate taken", "learning_rate", units.learning_rate, optional=False),
+        Column("at the edge", [_edge(row) for row in rows], right=False, optional=False),
+        Column("losses by rate, nats", [_losses(row) for row in rows], right=False, optional=False),
+        each(cells, "to the next", "gap", units.digits, optional=False),
+        each(cells, "noise", "noise", units.digits, optional=False),
+        each(cells, "decided by", "decided", _decided, right=False, optional=False),
+        each(cells, "replicates", "replicates", units.whole, optional=False),
+    ]
+
+
+def _losses(row: pd.Series[Any]) -> str:
+    """'0.001: 5.849, 0.003: 5.301, 0.01: diverged'."""
+    texts = ["diverged" if math.isnan(nll) else units.score(nll) for nll in row["nlls"]]
+    pairs = zip(row["tried"], texts, strict=True)
+    return ", ".join(f"{units.learning_rate(rate)}: {text}" for rate, text in pairs)
+
+
+def _decided(decided: bool | None) -> str:
+    return units.MISSING if pd.isna(decided) else "loss" if decided else "chance"
 
 
 def _edge(row: pd.Series[Any]) -> str:
