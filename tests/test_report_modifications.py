@@ -24,11 +24,12 @@ from bench.report.data.experiment import read
 from bench.report.figures import canvas
 from bench.report.sections import compute
 from bench.report.sections.modifications import SECTIONS, Modified
+from bench.report.sections.modifications.data import BITS
 from bench.report.sections.modifications.names import DEFAULT
 from bench.report.sections.modifications.plots import draw
 from bench.report.sections.modifications.transfer import interval, spearman
 from bench.report.text.columns import shown
-from bench.report.text.marks import ALIKE, BY_CHANCE, LEAK, UNTOLD
+from bench.report.text.marks import ALIKE, BY_CHANCE, GUESSES, LEAK, UNDERTRAINED, UNTOLD
 from bench.report.text.tables import Table
 
 MLP = {"activation": "gelu", "mult": 4, "width": None}
@@ -296,6 +297,41 @@ def test_a_rate_that_chance_chose_is_marked(tmp_path: Path) -> None:
     table = SECTIONS[0].tables(computed(tmp_path / "x", found))[-1]
     rates = {name: row["learning rate"] for name, row in rows_of(table).items()}
     assert rates == {DEFAULT: "0.003", "norm=rms": f"0.003{BY_CHANCE}"}
+
+
+def test_what_is_undertrained_has_no_rank(tmp_path: Path) -> None:
+    """Two models need more bits per byte than a table of 3-grams, which learnt the same bytes."""
+    found = run(TASKS[:2])
+    for cell in found:
+        if cell.bits_per_byte is not None:
+            worse = cell.variant == "performer" or cell.norm == "rms"
+            cell.ngram_bits_per_byte = [5.0, 4.0, cell.bits_per_byte + (-0.1 if worse else 0.1)]
+    data = computed(tmp_path / "x", found)
+    text = data.cells[data.cells["figure"] == BITS].set_index("modification")
+    assert set(text.index[text["rank"].isna()]) == {"performer", "norm=rms"}
+    assert text["rank"].max() == len(MODELS) - 2
+    row = rows_of(SECTIONS[0].tables(data)[0])["performer"]
+    assert UNDERTRAINED in row["plays, clm: bits per byte"]
+    assert UNDERTRAINED not in row["plays, mlm: nats per token"]
+    assert set(data.transfers["modifications"]) == {len(MODELS) - 3, len(MODELS) - 1}
+
+
+def test_all_that_guess_share_a_rank(tmp_path: Path) -> None:
+    """Their order is chance. 8,192 questions with 8 answers: 95 % of guesses have at most 13.2 %."""
+    found = run(TASKS[2:])
+    lost = {"performer": 0.124, "norm=rms": 0.13, "switch": 0.14}
+    for cell in found:
+        name = "performer" if cell.variant == "performer" else cell.feed_forward
+        name = "norm=rms" if cell.norm == "rms" else name
+        if cell.data == "mqar" and name in lost:
+            cell.accuracy, cell.tokens_evaluated = lost[name] + 1e-4 * cell.replicate, 8192
+    data = computed(tmp_path / "x", found)
+    recall = data.cells[data.cells["task"] == "mqar"].set_index("modification")
+    assert set(recall.index[recall["guesses"]]) == {"performer", "norm=rms"}
+    assert recall.loc["performer", "rank"] == recall.loc["norm=rms", "rank"] == len(MODELS) - 0.5
+    assert recall.loc["switch", "rank"] == len(MODELS) - 2
+    overview = rows_of(SECTIONS[0].tables(data)[0])
+    assert {name for name, row in overview.items() if GUESSES in row[MQAR]} == {"performer", "norm=rms"}
 
 
 def test_a_task_may_be_missing(tmp_path: Path) -> None:

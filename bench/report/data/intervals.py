@@ -38,6 +38,8 @@ from scipy import stats
 Floats = npt.NDArray[np.float64]
 
 LEVEL = 0.95
+NORMAL = float(stats.norm.ppf((1 + LEVEL) / 2))
+"""Standard errors from the middle of an interval of `LEVEL` to its ends, of a normal figure."""
 
 
 @cache

@@ -29,6 +29,7 @@ _SIGNS = {
     "ᵘ": r"\textsuperscript{u}",
     "ⁿ": r"\textsuperscript{n}",
     "ᶜ": r"\textsuperscript{c}",
+    "ᵍ": r"\textsuperscript{g}",
     "ᵖ": r"\textsuperscript{p}",
     "…": r"\ldots{}",
 }

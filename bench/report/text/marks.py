@@ -14,7 +14,8 @@ from bench.report.text import units
 
 LEAK, DRIFT, PREDICTED, UNDERTRAINED = "†", "‡", "ᵖ", "ᵘ"
 ALIKE, UNTOLD, OF_TWO, CONTAMINATED = "≈", "?", "ʳ", "§"
-LAUNCH_BOUND, MATH, SHORT, NO_BASELINE, BY_CHANCE = "ʰ", "ᵐ", "ˢ", "ⁿ", "ᶜ"
+LAUNCH_BOUND, MATH, SHORT, NO_BASELINE = "ʰ", "ᵐ", "ˢ", "ⁿ"
+BY_CHANCE, GUESSES = "ᶜ", "ᵍ"
 OF_INTERVALS = {
     ALIKE: "not called different from dense: an end of the ratio's interval lies within the noise floor (its "
     "upper bound; of n replicates, three or more: over √n), or the difference does not pass Holm's "

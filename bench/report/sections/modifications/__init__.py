@@ -17,12 +17,23 @@ from bench.report.sections.modifications.data import PAGE, modification_cells
 from bench.report.sections.modifications.plots import TITLE, draw
 from bench.report.sections.modifications.transfer import transfers
 from bench.report.text.listing import PageList, listed_columns
-from bench.report.text.marks import ALIKE, BY_CHANCE, CONTAMINATED, LEAK, UNTOLD, meanings
+from bench.report.text.marks import (
+    ALIKE,
+    BY_CHANCE,
+    CONTAMINATED,
+    GUESSES,
+    LEAK,
+    NO_BASELINE,
+    UNDERTRAINED,
+    UNTOLD,
+    meanings,
+)
 from bench.report.text.phrases import describe
 from bench.report.text.tables import Table
 
 MARKS = {
-    **meanings(LEAK, CONTAMINATED),
+    **meanings(LEAK, UNDERTRAINED, NO_BASELINE, CONTAMINATED),
+    GUESSES: "no better than guessing, by a 95 % interval over the questions: all such models share a rank",
     ALIKE: "not called different from the default: by Holm's correction over the modifications of the task",
     BY_CHANCE: "chance chose this rate: in the search, the loss with the next best is larger by less than "
     "two trainings differ by (see *Searched learning rates*)",
@@ -30,9 +41,10 @@ MARKS = {
 }
 CORRELATIONS = (
     "Spearman's rank correlation ρ of the final figures of the modifications on two tasks, without the "
-    "default: 1 is the same order, 0 is no relation. The 95 % interval is over modifications: it says what "
-    "others of their kind would give. *Itself, another replicate* is the mean ρ between two replicates of "
-    "one task: a task whose order another seed does not repeat cannot agree with another task either."
+    "default and what has no rank: 1 is the same order, 0 is no relation. The 95 % interval is over "
+    "modifications: it says what others of their kind would give. *Itself, another replicate* is the mean ρ "
+    "between two replicates of one task: a task whose order another seed does not repeat cannot agree with "
+    "another task either."
 )
 
 
@@ -52,7 +64,7 @@ class Modifications(Section[Modified]):
     order = 118
     title = "Modifications"
     front = True
-    needs = ("cost", "searches")
+    needs = ("cost", "quality", "searches")
     lead = (
         "Each model differs from the *default* in what its name says; hidden widths that were changed to "
         "make models equally large are not named. Final figures are means ± standard deviations over "
@@ -68,7 +80,7 @@ class Modifications(Section[Modified]):
 
     def compute(self, records: Experiment, done: Mapping[str, Any]) -> Modified:
         """A row a task and model; empty where no task has several combinations of slots."""
-        cells = modification_cells(records.kinds.plain, done["cost"], done["searches"])
+        cells = modification_cells(records.kinds.plain, done["cost"], done["quality"].cells, done["searches"])
         return Modified(cells, transfers(cells))
 
     def tables(self, data: Modified) -> list[Table]:

@@ -9,10 +9,11 @@ import numpy as np
 import pandas as pd
 
 from bench.records.record import MODEL_OPTIONS
+from bench.report.data.baselines import unranked
 from bench.report.data.compared_time import SECONDS
 from bench.report.data.disturbed import DISTURBED
 from bench.report.data.groups import CELL, GROUP, SEARCH, SLOT_COLUMNS, TRAINING, varying
-from bench.report.data.intervals import LEVEL
+from bench.report.data.intervals import LEVEL, NORMAL
 from bench.report.data.paired import holm
 from bench.report.data.pool import Pool
 from bench.report.data.statistics import LEAK_LIMIT, status_counts
@@ -36,21 +37,24 @@ PAGE = ("machine",)
 """Keys of tasks that are compared with each other."""
 
 
-def modification_cells(frame: pd.DataFrame, cost: pd.DataFrame, searches: pd.DataFrame) -> pd.DataFrame:
+def modification_cells(
+    frame: pd.DataFrame, cost: pd.DataFrame, quality: pd.DataFrame, searches: pd.DataFrame
+) -> pd.DataFrame:
     """One row a task and model, the default first; empty where no task has models with different slots.
 
-    `frame` has the records, `cost` the cells of cost, `searches` the searches for a learning rate. Columns:
-    the keys of `TASK`; `pool` (the number of the task), `task` (its name), `figure` (of `BITS`, `NATS`,
-    `ACCURACY`); `modification` and the `part` of the model that it changes; `params`, `params_active`,
-    `token_flops` (of a training step), `steps_per_second` with `DISTURBED`; `learning_rate`, and
-    `rate_decided`: whether its search told it from the next best (None without a search, or with one
-    replicate);
-    `early` with `early_share` (the loss with the smallest budget of a run, and its share of the training);
-    `guess` (the accuracy of guessing, of a task with answers);
-    `value` and `deviation` over `replicates`; `difference` to the default with its 95 % `_low` and `_high`,
-    `differs` (null where nothing decides), `comparisons` of its family; `rank` (1 is the best of the task's
-    models), `leaks`, `by_replicate` (the final figure of each), and `unfinished`: the replicates without a
-    result, with their reason.
+    `frame` has the records, `cost` and `quality` the cells of these sections, `searches` the searches for a
+    learning rate. Columns: the keys of `TASK`; `pool` (the number of the task), `task` (its name), `figure`
+    (of `BITS`, `NATS`, `ACCURACY`); `modification` and the `part` of the model that it changes; `params`,
+    `params_active`, `token_flops` (of a training step), `steps_per_second` with `DISTURBED`; `learning_rate`,
+    and `rate_decided`: whether its search told it from the next best (None without a search, or with one
+    replicate); `early` with `early_share` (the loss with the smallest budget of a run, and its share of the
+    training); `guess` (the accuracy of guessing, of a task with answers); `value` and `deviation` over
+    `replicates`, `by_replicate` (the value of each); `difference` to the default with its 95 % `_low` and
+    `_high`, `differs` (null where nothing decides), `comparisons` of its family; `leaks`, `undertrained` and
+    `no_baseline`, as in the section on quality; `guesses` (its accuracy is not above that of guessing);
+    `score` (the value as it is ranked, more is better: NaN of what no table ranks, the accuracy of guessing
+    of all that guess) and `rank` (1 is the best of the task's models); and `unfinished`: the replicates
+    without a result, with their reason.
 
     Losses are means over replicates at a model's best learning rate, at which as few replicates as possible
     failed.
@@ -66,7 +70,8 @@ def modification_cells(frame: pd.DataFrame, cost: pd.DataFrame, searches: pd.Dat
     rows = rows.assign(modification=rows["configuration"].map(names), part=rows["configuration"].map(parts))
     rows["task"] = rows["pool"].map(_task_names(rows))
     found = [_of_task(own) for _, own in rows.groupby("pool", sort=False)]
-    return _with_search(_with_cost(pd.concat(found, ignore_index=True), cost), searches)
+    cells = _with_cost(pd.concat(found, ignore_index=True), cost)
+    return _ranked(_with_search(cells, searches), quality)
 
 
 def _of_several_slots(rows: pd.DataFrame) -> pd.DataFrame:
@@ -107,10 +112,7 @@ def _of_task(own: pd.DataFrame) -> pd.DataFrame:
     ordered = own.assign(later=own["modification"] != DEFAULT).sort_values("later", kind="stable")
     parts = [_at_best_rate(part) for _, part in ordered.groupby("modification", sort=False)]
     rows = [_summed_up(part, figure) for part in parts]
-    cells = pd.DataFrame(rows)
-    cells = pd.concat([cells, _compared(parts, figure)], axis=1)
-    sound = cells["value"].where(~cells["leaks"])
-    return cells.assign(rank=sound.rank(ascending=figure != ACCURACY))
+    return pd.concat([pd.DataFrame(rows), _compared(parts, figure)], axis=1)
 
 
 def _at_best_rate(own: pd.DataFrame) -> pd.DataFrame:
@@ -146,9 +148,17 @@ def _summed_up(own: pd.DataFrame, figure: str) -> dict[str, Any]:
         "deviation": values.std(),
         "replicates": int(done["replicate"].nunique()),
         "by_replicate": values.groupby(done["replicate"]).mean().to_dict(),
+        "guesses": figure == ACCURACY and _guesses(done),
         "leaks": bool(done["leak_max_abs"].max() > LEAK_LIMIT),
         "unfinished": _unfinished(lost, len(own)),
     }
+
+
+def _guesses(done: pd.DataFrame) -> bool:
+    """Whether the mean accuracy lies within the 95 % interval of guessing, or below. All replicates answer
+    the same questions, so these count once."""
+    guess, answers = done["guess_accuracy"].median(), done["tokens_evaluated"].median()
+    return bool(done["accuracy"].mean() <= guess + NORMAL * np.sqrt(guess * (1 - guess) / answers))
 
 
 def _early(done: pd.DataFrame, figure: str) -> tuple[float, float]:
@@ -224,10 +234,20 @@ def _with_search(cells: pd.DataFrame, searches: pd.DataFrame) -> pd.DataFrame:
     return cells.merge(decided, "left", keys)
 
 
+def _ranked(cells: pd.DataFrame, quality: pd.DataFrame) -> pd.DataFrame:
+    """Add why a model has no rank, its score, and its rank."""
+    keys = [*CELL, *TRAINING]
+    standing = quality.groupby(keys, dropna=False)[["undertrained", "no_baseline", "unsettled"]].max()
+    cells = cells.merge(standing.reset_index(), "left", keys)
+    value = cells["value"].where(~cells["guesses"], cells["guess"])
+    signed = value * np.where(cells["figure"] == ACCURACY, 1.0, -1.0)
+    cells["score"] = signed.where(~unranked(cells))
+    cells["rank"] = cells.groupby("pool")["score"].rank(ascending=False)
+    return cells.drop(columns="unsettled")
+
+
 def scores_of(cells: pd.DataFrame) -> pd.DataFrame:
-    """Modification × task, without the default: the final figure, so that more is better. What sees the
-    future has none."""
-    own = cells[(cells["modification"] != DEFAULT) & ~cells["leaks"]]
-    signed = own["value"] * np.where(own["figure"] == ACCURACY, 1.0, -1.0)
-    table = own.assign(signed=signed).pivot(index="modification", columns="pool", values="signed")
+    """Modification × task, without the default: the score, which is NaN of what no table ranks."""
+    own = cells[cells["modification"] != DEFAULT]
+    table = own.pivot(index="modification", columns="pool", values="score")
     return table.reindex(index=own["modification"].unique())

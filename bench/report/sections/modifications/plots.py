@@ -87,9 +87,9 @@ def _pair(
 def _place_of_default(cells: pd.DataFrame, pool: int, scores: pd.Series[float]) -> float | None:
     """Where the default is among the ranks of the modifications, between two of them; None without it."""
     own = cells[(cells["pool"] == pool) & (cells["modification"] == DEFAULT)]
-    if own.empty or pd.isna(own["value"].iloc[0]):
+    if own.empty or pd.isna(own["score"].iloc[0]):
         return None
-    score = own["value"].iloc[0] * (1 if own["figure"].iloc[0] == "accuracy" else -1)
+    score = own["score"].iloc[0]
     return float((scores > score).sum() + (scores == score).sum() / 2 + 0.5)
 
 

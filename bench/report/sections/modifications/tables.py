@@ -11,9 +11,9 @@ from bench.report.data.disturbed import DISTURBED
 from bench.report.sections.modifications.data import ACCURACY, BITS
 from bench.report.sections.modifications.names import DEFAULT
 from bench.report.text import units
-from bench.report.text.cells import or_dash, plus_minus
+from bench.report.text.cells import or_dash, plus_minus, undertrained
 from bench.report.text.columns import Column, each
-from bench.report.text.marks import ALIKE, BY_CHANCE, CONTAMINATED, LEAK, UNTOLD
+from bench.report.text.marks import ALIKE, BY_CHANCE, CONTAMINATED, GUESSES, LEAK, UNTOLD
 
 FIRST = "modification"
 """Title of the column of names."""
@@ -118,7 +118,7 @@ def _value(row: pd.Series[Any]) -> str:
         text = units.share(row["value"], row["deviation"])
     else:
         text = plus_minus(row["value"], row["deviation"])
-    return text + LEAK * bool(row["leaks"])
+    return text + LEAK * bool(row["leaks"]) + undertrained(row) + GUESSES * bool(row["guesses"])
 
 
 def _mark(row: pd.Series[Any]) -> str:

@@ -26,14 +26,13 @@ import pandas as pd
 from scipy import stats
 
 from bench.report.data.groups import split
-from bench.report.data.intervals import LEVEL
+from bench.report.data.intervals import NORMAL
 from bench.report.sections.modifications.data import PAGE, scores_of
 from bench.report.sections.modifications.names import DEFAULT
 
 LEAST = 3
 """Modifications of a correlation; of fewer none is given."""
 LEAST_FOR_INTERVAL = 6
-NORMAL = float(stats.norm.ppf((1 + LEVEL) / 2))
 
 
 def spearman(first: pd.Series[float], second: pd.Series[float]) -> tuple[float, int]:
@@ -82,8 +81,9 @@ def _between_replicates(own: pd.DataFrame) -> list[dict[str, Any]]:
     """A row a task with several replicates: how well one of them predicts the order in another."""
     rows = []
     for pool, part in own.groupby("pool", sort=False):
-        each = part[(part["modification"] != DEFAULT) & ~part["leaks"]]
+        each = part[(part["modification"] != DEFAULT) & part["score"].notna()]
         table = pd.DataFrame(list(each["by_replicate"]), index=each["modification"], dtype=float)
+        table = table.where(~each.set_index("modification")["guesses"], each["guess"].median())
         found = [spearman(table[one], table[other]) for one, other in combinations(table.columns, 2)]
         known = [(rho, count) for rho, count in found if not math.isnan(rho)]
         if known:
