@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import groupby
+
 import pandas as pd
 
 BASE = ["ngram_3", "ngram_5", "xz"]
@@ -14,6 +16,9 @@ def name_of(variant: str, knobs: dict[str, object]) -> str:
         return f"`longformer`, window {window}"
     if variant == "compressive":
         return f"`compressive`, memory {knobs['mem_len']}"
+    if variant == "hybrid":
+        runs = [(layer, len([*same])) for layer, same in groupby(map(str, knobs["layers"]))]  # type: ignore[call-overload]
+        return "`hybrid`, " + ", ".join(f"{n}×{layer}" if n > 1 else layer for layer, n in runs)
     return f"`{variant}`"
 
 

@@ -122,8 +122,6 @@ def figures(spec: CellSpec) -> dict[str, Any]:
             found |= {f"effective_context{end}": 64 for end in ("", "_low", "_high")} | {"reach": t - 1}
         if spec.measure.attention_windows:
             found |= {"sink_mass": 0.1, "sink_mass_uniform": 0.01}
-        if spec.causal and spec.variant_params.get("global_tokens"):
-            found |= {"status": "unsupported", "reason": "causal takes 0"}
         if spec.measure.longer:
             found |= {"longer_lengths": [t, 2 * t, 4 * t], "nll_longer": [2.0] * 3}
             if memory := spec.variant_params.get("mem_len"):

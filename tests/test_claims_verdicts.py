@@ -146,7 +146,7 @@ def sink_cells(
         one |= {"sink_mass": 0.01 * times * off, "sink_mass_uniform": 0.01}
     return [
         *dense,
-        *lost("longformer", 2.0 + kept, variant_params={"window": [32], "global_tokens": 4}, jitter=jitter),
+        *lost("streaming_llm", 2.0 + kept, variant_params={"window": 32, "sinks": 4}, jitter=jitter),
         *lost("longformer", 2.0 + alone, variant_params={"window": [32], "global_tokens": 0}, jitter=0.0),
     ]
 
@@ -359,16 +359,9 @@ def test_what_was_not_measured_on_longer_sequences_is_not_decided(tmp_path: Path
             )
 
 
-def test_a_window_that_keeps_first_tokens_is_open_with_the_reason_of_its_refusal(tmp_path: Path) -> None:
-    refused = cell(
-        "longformer",
-        variant_params={"window": [32], "global_tokens": 4},
-        status="unsupported",
-        reason="global_tokens=4: causal takes 0",
-        seq_len=256,
-    )
-    finding = base.judge(NUMBERED[20], frame_of([*sink_cells()[:3], refused], tmp_path))
+def test_a_window_that_keeps_another_number_of_tokens_decides_nothing(tmp_path: Path) -> None:
+    dense, others = sink_cells()[:3], lost("streaming_llm", 2.0, variant_params={"window": 32, "sinks": 8})
+    finding = base.judge(NUMBERED[20], frame_of([*dense, *others], tmp_path))
     part = [*finding.parts.values()][1]
     assert part.verdict == OPEN
-    assert "unsupported (global_tokens=4: causal takes 0)" in part.reason
-    assert "would decide" in part.reason
+    assert "needs variant=streaming_llm sinks=4, trained" in part.reason

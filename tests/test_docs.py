@@ -23,6 +23,8 @@ from conftest import HANG_SECONDS
 from test_report import record, write
 from tiers import slow
 
+import variants
+
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 FOLLOWED = {"adding-a-section.md", "adding-a-variant.md", "cluster.md"}
@@ -139,6 +141,13 @@ def test_commands_within_sentences_are_targets_and_presets() -> None:
     assert set(re.findall(r"`make ([a-z-]+)", text)) <= targets
     presets = {path.stem for path in (ROOT / "configs" / "experiment").glob("*.yaml")}
     assert set(re.findall(r"experiment=([a-z_]+)", text)) <= presets
+
+
+def test_the_readme_names_every_variant() -> None:
+    """Each once, in its table of mechanisms."""
+    table = (ROOT / "README.md").read_text().partition("| exact |")[2].partition("\n\n")[0]
+    named = [word for word in re.findall(r"`([a-z_0-9]+)`", table) if word in variants.names()]
+    assert sorted(named) == sorted(variants.names())
 
 
 @pytest.mark.skipif(not shutil.which("make"), reason="make is not installed")
