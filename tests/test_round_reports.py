@@ -49,7 +49,7 @@ def interrupts() -> Any:
 
 
 def reports_of(jobs: list[Job], interrupts: Interrupts, built: Built) -> RoundReports:
-    return RoundReports(jobs, Progress(len(jobs)), interrupts, built)
+    return RoundReports(jobs, Progress({}), interrupts, built)
 
 
 def test_a_report_follows_the_last_cell_of_a_round(interrupts: Interrupts) -> None:
@@ -119,7 +119,7 @@ def test_one_report_is_built_at_a_time(interrupts: Interrupts) -> None:
             running.pop()
         return "report: x"
 
-    made = RoundReports(jobs, Progress(4), interrupts, build)
+    made = RoundReports(jobs, Progress({}), interrupts, build)
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(made.ended, jobs))
     assert most == 1

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -113,11 +113,13 @@ class Wait:
 
 
 class Progress:
-    """Context manager that shows the progress of a sweep of `total` cells,
-    some of which may already be finished. Threads that run cells on several devices share it."""
+    """Context manager that shows the progress of a sweep, some of whose cells may already be finished.
+    Threads that run cells on several devices share it."""
 
-    def __init__(self, total: int) -> None:
-        self.total, self.done, self.measured = total, 0, 0
+    def __init__(self, efforts: Mapping[str, float]) -> None:
+        """`efforts` has every cell by its id; see `effort.efforts`."""
+        self.efforts, self.total, self.done = efforts, len(efforts), 0
+        self.left, self.measured = sum(efforts.values()), 0.0
         self.begun = time.monotonic()
         self.bar: RichProgress | None = None
         self.wait: Wait | None = None
@@ -148,11 +150,11 @@ class Progress:
             self.bar.stop()
 
     def eta(self) -> str:
-        """Return the estimated time left at the average pace so far."""
+        """Return the estimated time left at the average pace so far, by the efforts of the cells."""
         if not self.measured:
             return "ETA unknown"
         pace = (time.monotonic() - self.begun) / self.measured
-        return f"ETA {duration(pace * (self.total - self.done))}"
+        return f"ETA {duration(pace * self.left)}"
 
     def starting(self, label: str) -> None:
         """Show that a cell starts."""
@@ -160,10 +162,11 @@ class Progress:
             self.wait = None
             self.bar.update(self.bar.task_ids[0], description=f"{self.eta()}  {label}", refresh=True)
 
-    def skipped(self, count: int, disturbed: int) -> None:
+    def skipped(self, ended: Collection[str], disturbed: int) -> None:
         """Show the number of cells that an earlier run finished, and how many of them are measured again."""
-        if count:
-            self.done += count
+        for cell_id in ended:
+            self._count(cell_id)
+        if count := len(ended):
             then = f"; of these, {disturbed} were disturbed and are measured again" if disturbed else ""
             self._say(f"{count} of {self.total} cells were finished before{then or ' and are not run again'}")
 
@@ -192,17 +195,22 @@ class Progress:
     def elsewhere(self, record: Record) -> None:
         """Show a cell that another sweep has measured."""
         with self._counting:
-            self.done += 1
+            self._count(record.cell_id)
             self._say(f"[{self.done}/{self.total}] by another sweep: {describe(record)}")
 
     def finished(self, record: Record) -> None:
         """Show a finished cell."""
         with self._counting:
-            self.done += 1
-            self.measured += 1
+            self.measured += self._count(record.cell_id)
             if self.total > 1:  # a single cell is printed as the command's result
                 eta = "" if self.bar else f"  ({self.eta()})"
                 self._say(f"[{self.done}/{self.total}] {describe(record)}{eta}")
+
+    def _count(self, cell_id: str) -> float:
+        """Count a cell as done; returns its effort."""
+        self.done += 1
+        self.left -= self.efforts[cell_id]
+        return self.efforts[cell_id]
 
     def _say(self, line: str) -> None:
         if self.bar:

@@ -20,6 +20,7 @@ from bench.process.signals import Interrupts
 from bench.records import Record, RecordError
 from bench.run import isolate, provenance, remeasure
 from bench.run.devices import Device, devices_of
+from bench.run.effort import efforts
 from bench.run.job_queue import JobQueue, queues
 from bench.run.locks import POLL_SECONDS, CellLocks, on_device
 from bench.run.oom_skip import OutOfMemorySkip
@@ -56,12 +57,13 @@ def run(cells: Sequence[Cell]) -> list[Record]:
     drop_failed_output()
     skip = OutOfMemorySkip((job.cell, job.result) for job in jobs if job.result)
     with ExitStack() as stack:
-        progress = stack.enter_context(Progress(len(jobs)))
+        progress = stack.enter_context(Progress(efforts(jobs)))
         interrupts = stack.enter_context(Interrupts())
         folders = to_run(jobs)
         locks = {folder: stack.enter_context(closing(CellLocks(folder))) for folder in folders}
         ended = [job for job in jobs if job.result is not None]
-        progress.skipped(len(ended), sum(remeasure.is_due(job.cell, job.result) for job in ended))
+        disturbed = sum(remeasure.is_due(job.cell, job.result) for job in ended)
+        progress.skipped([job.cell_id for job in ended], disturbed)
         reports = RoundReports(jobs, progress, interrupts)
         _run_all(jobs, locks, skip, progress, interrupts, reports)
     for folder in folders:
