@@ -18,6 +18,7 @@ import os
 import shlex
 import signal
 import sys
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -54,12 +55,15 @@ def _refuse(error: Exception) -> int:
 
 
 def main() -> int:
-    """Run the cells of the command line, or print the help; returns the exit status."""
+    """Run the cells of the command line, or print the help or the version; returns the exit status."""
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises exceptions instead of printing them
     from bench.cli import errors, guard
     from bench.config import folders
     from bench.run import sweep
 
+    if "--version" in sys.argv[1:]:  # Hydra would print its own
+        print(f"longctx-bench {version('longctx-bench')}")
+        return 0
     try:
         sys.argv[1:] = arguments = guard.checked(folders.take(sys.argv[1:]))
         if guard.options(arguments).shell_completion:

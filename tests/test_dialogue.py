@@ -177,6 +177,9 @@ def test_files_that_are_no_dialogues_are_refused(read: Callable[..., Dialogue], 
         DialogueConfig(max_bytes=9)
     with pytest.raises(CorpusError, match="no such file, folder or glob"):
         dialogues.load("dialogue", str(tmp_path / "none"), "system")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(CorpusError, match="empty: an empty folder"):
+        dialogues.load("dialogue", str(tmp_path / "empty"), "system")
     with pytest.raises(CorpusError, match=r"d.json: not JSON: Extra data .*or name it .jsonl"):
         read(lines(TALKS), "d.json")
     (tmp_path / "l.jsonl").write_bytes(b'{"turns": "\xe9"}')

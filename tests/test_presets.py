@@ -78,6 +78,12 @@ def test_more_than_knobs_is_refused(kind: str, group: str, tmp_path: Path) -> No
         loaded(tmp_path, f"{group}/x", REFUSED[kind])
 
 
+def test_a_preset_without_its_first_line_is_refused(tmp_path: Path) -> None:
+    """Else its content would be a section that nothing reads, and the default cell would run."""
+    with pytest.raises(ConfigError, match=r"experiment=x: the first line must be # @package _global_"):
+        loaded(tmp_path, "experiment/x", "name: mine\nseq_len: 64")
+
+
 @pytest.mark.parametrize("name", ["../x", "experiment/../../x", "/tmp/x", "experiment/../x.yaml"])
 def test_only_files_of_the_folder_are_read(name: str, tmp_path: Path) -> None:
     (tmp_path / "configs/experiment").mkdir(parents=True)

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import pytest
 from conftest import HANG_SECONDS
+from report_parts import write
+from test_report import record
 
 import longctx_bench
 from bench.inputs.errors import ConfigError
@@ -117,10 +120,22 @@ def test_values_are_those_of_python() -> None:
     assert (cell.spec.measure.budget, cell.force) == (None, True)
 
 
-def test_another_module_named_bench_is_named(tmp_path: Path) -> None:
-    (tmp_path / "bench.py").write_text("mine = True\n")
+@pytest.mark.parametrize("file", ["bench.py", "variants/__init__.py"])
+def test_another_module_of_the_same_name_is_named(file: str, tmp_path: Path) -> None:
+    (tmp_path / file).parent.mkdir(exist_ok=True)
+    (tmp_path / file).write_text("mine = True\n")
     done = python("-c", "import longctx_bench", cwd=tmp_path)
-    assert f"{tmp_path / 'bench.py'} is found first; rename" in done.stderr.splitlines()[-1]
+    assert f"{tmp_path / file} is found first; rename" in done.stderr.splitlines()[-1]
+
+
+def test_records_that_cannot_be_read_are_named(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="none: no such folder"):
+        longctx_bench.load(tmp_path / "none")
+    write(tmp_path / "x", [record("dense", cell_id="a"), record("chunked", cell_id="b")])
+    (tmp_path / "x/records/b.json").write_text('{"cell_id": ')
+    with pytest.warns(UserWarning, match=r"left out: .*b\.json"):
+        frame = longctx_bench.load(tmp_path / "x")
+    assert list(frame["variant"]) == ["dense"]
 
 
 @pytest.mark.parametrize(
@@ -128,6 +143,7 @@ def test_another_module_named_bench_is_named(tmp_path: Path) -> None:
     [
         (["variants", "--names"], "longformer"),
         (["--help"], "Knobs (knob=value"),
+        (["--version"], f"longctx-bench {version('longctx-bench')}"),
         (["report", "--help"], "usage"),
     ],
 )

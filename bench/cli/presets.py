@@ -25,6 +25,8 @@ _TAG = "tag:yaml.org,2002:"
 _SWEPT = ("hydra.sweeper.params.", "hydra.sweeper.grids.")
 _CHOSEN_SECTIONS = tuple(f"{group}." for group in CHOSEN)
 _PACKAGES = (None, "_global_")
+_PRESETS = "experiment"
+"""The group whose entries choose those of others; its files are of package _global_."""
 
 _loader = cache(get_yaml_loader)
 """Returns the class with which OmegaConf reads YAML."""
@@ -99,6 +101,8 @@ def check(name: str, package: str | None, content: Any) -> None:
     where = f"{group}={entry}"
     if package not in _PACKAGES:
         raise ConfigError(f"{where}: @package {package}: not allowed; use @package _global_ or none")
+    if group == _PRESETS and package != "_global_":
+        raise ConfigError(f"{where}: the first line must be # @package _global_; without it, nothing is read")
     if not isinstance(content, dict):
         raise ConfigError(f"{where}: a config must be a mapping of knobs to values")
     content = dict(content)

@@ -37,7 +37,7 @@ from bench.corpora.base import (
     Document,
     Source,
 )
-from bench.corpora.disk import expand, file_type, read_file, walk
+from bench.corpora.disk import expand, file_type, nothing_found, read_file, walk
 from bench.inputs.paths import user_path
 from bench.inputs.printable import printable
 
@@ -120,7 +120,7 @@ def _files(path: Path, setting: str) -> list[Path]:
     else:
         files = {*walk(path, setting)} if kind == "a folder" else {path}
     if not files:
-        raise CorpusError(f"{setting}: no such file, folder or glob")
+        raise CorpusError(nothing_found(setting, kind))
     return sorted(files)
 
 

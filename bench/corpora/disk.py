@@ -130,8 +130,13 @@ def files_at(path: Path, setting: str) -> tuple[Sequence[Path], Counter[str]]:
     else:
         return [path], skipped
     if not files and not skipped:
-        raise CorpusError(f"{setting}: no such file, folder or glob")
+        raise CorpusError(nothing_found(setting, kind))
     return sorted(files), skipped
+
+
+def nothing_found(setting: str, kind: str | None) -> str:
+    """Return why there are no files, in words; takes the result of `file_type`."""
+    return f"{setting}: {'an empty folder' if kind == 'a folder' else 'no such file, folder or glob'}"
 
 
 def _folders(folder: Path, setting: str, enter: Callable[[str], bool]) -> Iterator[tuple[Path, list[str]]]:

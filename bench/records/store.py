@@ -12,6 +12,7 @@ import gc
 import os
 import re
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -146,8 +147,17 @@ def read_all(folder: Path) -> tuple[list[Record], list[str]]:
 
 
 def load(folder: str | Path) -> pd.DataFrame:
-    """Load the experiment's readable records as a DataFrame: one row per cell, one column per key."""
-    return frame_of(read_all(Path(folder))[0])
+    """Load the experiment's records as a DataFrame: one row per cell, one column per key.
+
+    A record that cannot be read is left out with a warning that names it. Raises FileNotFoundError if there
+    is no such folder.
+    """
+    if not Path(folder).is_dir():
+        raise FileNotFoundError(f"{folder}: no such folder")
+    found, problems = read_all(Path(folder))
+    for problem in problems:
+        warnings.warn(f"left out: {problem}", stacklevel=2)
+    return frame_of(found)
 
 
 def frame_of(records: list[Record]) -> pd.DataFrame:

@@ -16,7 +16,7 @@ each. The recurrent layer reads the segments from both sides, so there is no cau
 Deviations: the paper reads one direction and classifies the document from the last state alone. Here every
 token has an output, because masked tokens are predicted anywhere, and a task may ask at any position. A
 segment's vector is a mean; the paper takes BERT's output for its first token. Segments do not overlap; the
-paper's windows of 200 tokens share 50. All parts are trained together. Rotary positions begin anew with each
+paper's windows do. All parts are trained together. Rotary positions begin anew with each
 segment.
 """
 

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import bench
+import variants
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -31,11 +32,12 @@ if TYPE_CHECKING:
     from bench.config.spec import Cell
     from bench.records import Record
 
-if not hasattr(bench, "CONFIGS"):
-    raise ImportError(
-        f"longctx_bench needs its own module bench, but {bench.__file__} is found first; rename that file, "
-        "or run from another folder"
-    )
+for _module, _needed in ((bench, "CONFIGS"), (variants, "mixers")):
+    if not hasattr(_module, _needed):
+        raise ImportError(
+            f"longctx_bench needs its own module {_module.__name__}, but {_module.__file__} is found first; "
+            "rename that file, or run from another folder"
+        )
 
 __all__ = ["load", "plan", "report", "run", "sweep"]
 
@@ -83,7 +85,11 @@ def sweep(cells: Iterable[str | Mapping[str, Any]], **knobs: Any) -> pd.DataFram
 
 
 def load(folder: str | Path) -> pd.DataFrame:
-    """Return the records of an experiment, such as results/mine, one row a cell and one column a key."""
+    """Return the records of an experiment, such as results/mine, one row a cell and one column a key.
+
+    A record that cannot be read is left out with a warning that names it. Raises FileNotFoundError if there
+    is no such folder.
+    """
     from bench import records
 
     return records.load(folder)
