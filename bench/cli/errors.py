@@ -15,7 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 import variants
-from bench.cli import overrides
+from bench.cli import entry_knobs, overrides
 from bench.corpora import CorpusError
 from bench.inputs.errors import ConfigError
 from variants import PluginClash
@@ -44,9 +44,19 @@ def explain(error: Exception, arguments: list[str], configs: Path) -> str:
         return f"{error.override}: cannot be read ({text.splitlines()[0]})"
     if ambiguous := re.search(r"Ambiguous value for argument '([^']+)'", text):
         return f"{ambiguous[1]}: several values; add -m (or --multirun) to sweep over them"
+    if axis := re.search(r"Sweep parameters '(([\w.]+)=.*)' requires --multirun", text):
+        return _axis(axis[1], axis[2])
     if unknown := re.search(r"Could not (?:override|append to config|delete).*?'([^']+)'", text):
         return _unknown_knob(unknown[1], arguments, configs)
     return " ".join(text.split())
+
+
+def _axis(line: str, name: str) -> str:
+    """About an axis of a sweep in the command of a single cell."""
+    knob = entry_knobs.of_group(name)
+    single = re.sub(r"=choice\((.*)\)$", r"=\1", line)  # as it was typed
+    own = f"; in a single cell, write {knob}={single.partition('=')[2]}" if knob else ""
+    return f"{single if knob else line}: of a sweep; add -m (or --multirun){own}"
 
 
 def _near(value: str, allowed: list[str]) -> str:
@@ -87,11 +97,7 @@ def _of_others(knob: str, arguments: list[str]) -> str:
         return ""
     chosen = " ".join(a.partition("=")[2] for a in arguments if a.startswith(f"{section}="))
     example = next((entry for entry in re.findall(r"\w+", chosen) if entry in having), having[0])
-    use = (
-        f"in a sweep over variants, write {example}.{name}=…"
-        if section == "variant"
-        else (f"choose one, such as {section}={example}")
-    )
+    use = f"choose one, such as {section}={example}, or in a sweep over several write {example}.{name}=…"
     return f"; {', '.join(having)} {'have' if len(having) > 1 else 'has'} it: {use}"
 
 

@@ -16,7 +16,7 @@ from typing import NoReturn
 from hydra._internal.utils import get_args_parser
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
-from bench.cli import overrides, variant_knobs
+from bench.cli import entry_knobs, overrides
 from bench.inputs.errors import ConfigError
 
 _READS = ("experimental_rerun", "config_path", "config_name")
@@ -42,15 +42,18 @@ def checked(arguments: Sequence[str]) -> list[str]:
     parsed_lines = OverridesParser.create().parse_overrides([*quoted.values()])
     for text, override in zip(quoted, parsed_lines, strict=True):
         overrides.check(override)
-        quoted[text] = variant_knobs.as_axis(quoted[text], override)
-    return [quoted.get(argument, argument) for argument in arguments]
+        quoted[text] = entry_knobs.as_axis(quoted[text], override)
+    before = list(arguments)  # Hydra takes options in front of the overrides only
+    for text in parsed.overrides:
+        before.remove(text)
+    return [*before, *(quoted[text] for text in parsed.overrides)]
 
 
 def options(arguments: Sequence[str]) -> argparse.Namespace:
     """Parse the arguments with Hydra's own parser. Raises ConfigError for options that are not allowed."""
     parser = get_args_parser()
     parser.error = _refuse  # type: ignore[method-assign]  # the original prints pages and exits
-    options = parser.parse_args(arguments)
+    options = parser.parse_intermixed_args(arguments)
     if options.config_dir is not None:
         raise ConfigError("--config-dir: not allowed in this form; write --config-dir FOLDER")
     for name in _READS:

@@ -12,7 +12,7 @@ import re
 from functools import cache
 from typing import Any
 
-from hydra.core.override_parser.types import ChoiceSweep, Glob, Override
+from hydra.core.override_parser.types import ChoiceSweep, Glob, Override, RangeSweep
 
 from bench.config.chosen import CHOSEN
 from bench.config.folders import folders, group_names
@@ -68,6 +68,9 @@ def check(override: Override) -> None:
         raise ConfigError(f"{text}: unknown knob; it is now {RENAMED[key]}")
     for value in _values(override):
         check_plain(text, value)
+    value = override.value()
+    if isinstance(value, RangeSweep) and value.step == 0:
+        raise ConfigError(f"{text}: the step of a range must not be 0")
     if key in groups() or "/" in key:
         _check_choice(override)
     if key.partition(".")[0] == "cluster" and override.is_sweep_override():

@@ -148,8 +148,9 @@ class ModelSpec:
         if blocks < layers:
             makes = f"the variant has {layers} layers and {stack} makes {blocks}"
             return f"depth={depth}: {makes} block{'s' * (blocks > 1)}; allowed are {layers} blocks or more"
-        reason = self.depth.layer.unsupported(self.depth.config, depth=depth, activations=activations)
-        reason = reason or self.block.unsupported(activations)
+        if reason := self.depth.layer.unsupported(self.depth.config, depth=depth, activations=activations):
+            return f"activations={activations} with {stack}: {reason}"
+        reason = self.block.unsupported(activations)
         return f"activations={activations}: {reason}" if reason else None
 
     def representative_depth(self, depth: int, activations: str) -> int:

@@ -274,6 +274,8 @@ def test_strategies_hold_with_exits(activations: str) -> None:
 
 def test_a_reversible_network_has_no_state_between_visits() -> None:
     spec = model_of().spec
-    assert (spec.conflict(4, "reversible") or "").startswith("activations=reversible: its two streams")
+    assert (spec.conflict(4, "reversible") or "").startswith(
+        "activations=reversible with stack=early_exit: its two streams"
+    )
     assert spec.conflict(1, "reversible") is None
     assert spec.conflict(4, "checkpoint") is None

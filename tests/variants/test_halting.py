@@ -192,7 +192,9 @@ def test_strategies_hold_with_halting(activations: str, block: BlockOptions) -> 
 
 
 def test_a_reversible_network_has_no_state_between_visits() -> None:
-    assert (model_of().spec.conflict(4, "reversible") or "").startswith("activations=reversible: its two")
+    assert (model_of().spec.conflict(4, "reversible") or "").startswith(
+        "activations=reversible with stack=universal: its two"
+    )
     assert model_of().spec.conflict(1, "reversible") is None
     assert model_of(halting=False).spec.conflict(4, "reversible") is None
 

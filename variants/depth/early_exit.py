@@ -132,8 +132,8 @@ class EarlyExit(DepthSchedule):
         """A reversible network has no single hidden state between visits."""
         if activations == "reversible" and depth > 1:
             return (
-                "its two streams are one only after the last visit, and stack=early_exit reads the model's "
-                "output after every visit; allowed are all other strategies"
+                "its two streams are one only after the last visit, and the model's output is read after "
+                "every visit; allowed are all other strategies"
             )
         return None
 

@@ -214,7 +214,7 @@ def presets_of(loader: ConfigLoader, composed: DictConfig, arguments: Sequence[s
 
 def cells_of(loader: ConfigLoader, preset: Preset) -> list[tuple[Cell, list[str]]]:
     """Return the cells of all grids of a preset, in order, each with its overrides. Raises ConfigError."""
-    from bench.cli import variant_knobs
+    from bench.cli import entry_knobs
     from bench.cli.interleave import KEY, Interleave
     from bench.config import parse
     from bench.inputs.errors import ConfigError
@@ -229,9 +229,10 @@ def cells_of(loader: ConfigLoader, preset: Preset) -> list[tuple[Cell, list[str]
         return parsed(*line)
 
     parts: list[tuple[Interleave | None, list[tuple[Cell, list[str]]]]] = []
-    default, used = str(preset.composed.variant.name), set[str]()
+    defaults = {group: str(preset.composed[group].name) for group in entry_knobs.GROUPS}
+    used = set[str]()
     for grid in preset.grids:
-        lines = variant_knobs.applied(product(loader, grid, preset.arguments), default, used)
+        lines = entry_knobs.applied(product(loader, grid, preset.arguments), defaults, used)
         own = [(compose(line), line) for line in lines]
         rule = Interleave.of(grid.get(KEY))
         if rule and len(product(loader, OmegaConf.create({**rule.cell}), [])) > 1:
@@ -241,7 +242,7 @@ def cells_of(loader: ConfigLoader, preset: Preset) -> list[tuple[Cell, list[str]
             parts.append((rule, own))
         else:  # one setting may be in several grids
             same += own
-    if mistake := variant_knobs.unused(preset.arguments, used):
+    if mistake := entry_knobs.unused(preset.arguments, used):
         raise ConfigError(mistake)
     return [pair for rule, part in parts for pair in (rule.apply(part, compose) if rule else part)]
 
