@@ -37,7 +37,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 .PHONY: help install corpus bench plan bench-layers launches gpu-report claims gallery smoke report notebooks notebooks-docs test test-slow test-touched test-cuda test-peers compare lint format clean distclean named FORCE
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 $(STAMP): pyproject.toml $(PINS) $(BROKEN)
 	@$(PY) -c $(USABLE) 2>/dev/null || { $(make-venv); }

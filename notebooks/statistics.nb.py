@@ -68,7 +68,7 @@ GROUP += [
 records["compile"] = records["compile"].fillna("off") if "compile" in records else "off"
 CELL = [*GROUP, "variant", "label", "seq_len"]
 TRAINING = ["train_budget", "train_amount", "schedule", "train_state", "learning_rate", "eval_split"]
-TRAINING += ["eval_stride"]
+TRAINING += ["eval_stride", *({"search_budget"} & {*records})]  # older reports do not have the latter
 one = records.sort_values(["started_at", "cell_id"]).groupby([*CELL, *TRAINING, "measure"], dropna=False)
 newest = one["code_sha256"].transform("last")
 records = records[(records["code_sha256"] == newest) & records["budget_bytes"].isna()]

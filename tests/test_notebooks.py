@@ -31,7 +31,7 @@ from bench.tasks.dialogue import Dialogue, DialogueConfig
 
 ROOT = Path(__file__).parents[1]
 PAIRING = load_jupytext_config(str(ROOT / "notebooks" / "statistics.ipynb"))
-TEXTS = {"peak_phase", "claim_source", "attention_kernels"}
+TEXTS = {"peak_phase", "claim_source", "attention_kernels", "search_budget"}
 """Of summary.csv, what is no figure, though a column that is empty reads like one."""
 
 

@@ -170,3 +170,19 @@ def test_lines_over_the_rates_ring_the_best(tmp_path: Path) -> None:
     assert cross[0] == 0.008
     highest = axis.transLimits.transform((0, 2.11 / math.log(2)))[1]
     assert highest < cross[1] - 0.09, "the cross lies above the data"
+
+
+def test_searches_with_other_budgets_are_other_trainings(tmp_path: Path) -> None:
+    """Their results are not averaged, and one seed is one replicate."""
+    found = [*searched("dense", [1.6, 1.7], (1.5,)), *searched("dense", [1.5, 1.7], (1.4,))]
+    for cell, budget in zip(found, ("smallest", "largest"), strict=True):
+        cell.search_budget, cell.cell_id = budget, budget
+    part = part_of(tmp_path / "e", found, "quality", "searches")
+    text = part.text.split("## Quality", 1)[1]
+    rows = table(text, "### clm, data plays")
+    assert sorted(
+        (row["rate searched with"], row["replicates"]) for row in rows if "dense" in row["variant"]
+    ) == [
+        ("largest", "1"),
+        ("smallest", "1"),
+    ]

@@ -27,6 +27,7 @@ TRAINING_KEYS = (
     "schedule",
     "train_state",
     "learning_rate",
+    "search_budget",
     "eval_split",
     "eval_stride",
 )

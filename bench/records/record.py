@@ -330,6 +330,7 @@ class Record:
     learning_rate: Positive | None = None
     learning_rates_tried: list[Positive] | None = None
     learning_rate_nlls: list[Amount] | None = None
+    search_budget: str | None = None
     diverged_step: Size | None = None
     eval_split: str | None = None
 

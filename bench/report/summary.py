@@ -166,9 +166,10 @@ def warnings(results: Results) -> list[str]:
             "python -m bench.records check lists them"
         )
     if collected.alike:
+        one = collected.alike == 1
         lines.append(
-            f"{collected.alike} records share every key and the replicate with another: they differ in a "
-            "setting that a record does not name, and are aggregated together"
+            f"{collected.alike} record{' shares' if one else 's share'} every key and the replicate with "
+            "another: they differ in a setting that a record does not name, and are aggregated together"
         )
     for section, data in results:
         lines += section.warnings(data)

@@ -100,6 +100,7 @@ def _training(measure: MeasureSpec) -> dict[str, Any]:
         "train_amount": measure.train_amount,
         "schedule": measure.schedule,
         "train_state": "carried" if measure.carry_state else "fresh",
+        "search_budget": measure.search_budget if measure.learning_rate == "search" else None,
         "learning_rate": None if measure.learning_rate == "search" else measure.learning_rate,
         "eval_split": measure.eval_split,
     }

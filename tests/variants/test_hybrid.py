@@ -263,7 +263,10 @@ def test_a_plan_of_a_mixture_is_what_its_step_takes() -> None:
         (["dense("], r"'dense\(' is not a layer; write it like dense or longformer\(window=512\)"),
         (["dense(impl)"], r"'impl' is not a knob; write it like window=512"),
         ([], "allowed is a list of one or more variants"),
-        (["gema3"], r"variant=gema3: unknown; there are .*; models are gemma2, gemma3"),
+        (
+            ["gema3"],
+            r"variant=gema3: unknown; there are .*; models are gemma2, gemma3.*; did you mean gemma3\\?",
+        ),
         (["0xdense"], r"0xdense: allowed are 1x to 1,024x$"),
         (["2000xdense"], r"2000xdense: allowed are 1x to 1,024x$"),
         (["3x", "dense"], r"variant=3x: unknown; "),

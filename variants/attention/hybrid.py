@@ -99,7 +99,9 @@ def _member(text: str) -> SlotSpec[SequenceMixer]:
     try:
         variant = variants.load(name)
     except variants.UnknownVariant as error:
-        raise ValueError(f"layers: {error}; models are {', '.join(RECIPES)}") from None
+        near = difflib.get_close_matches(name, RECIPES, n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise ValueError(f"layers: {error}; models are {', '.join(RECIPES)}{hint}") from None
     if not issubclass(variant, SequenceMixer):
         raise ValueError(f"layers: {name} is itself a mixture; allowed are variants with one kind of layer")
     try:

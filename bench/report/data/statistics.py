@@ -202,7 +202,7 @@ def quality(frame: pd.DataFrame) -> Ranking:
     ok = frame[(frame["status"] == "ok") & frame[list(_QUALITY)].notna().any(axis=1)]
     ok = ok.assign(**{NUMBER: numbered(ok, _QUALITY_CELL)})
     grouped = ok.groupby(NUMBER, sort=False)
-    columns: dict[str, pd.Series[Any]] = {"quality_replicates": grouped.size()}
+    columns: dict[str, pd.Series[Any]] = {"quality_replicates": grouped["replicate"].nunique()}
     for name in _QUALITY:
         columns[f"{name}_mean"] = grouped[name].mean()
         columns[f"{name}_std"] = grouped[name].std()

@@ -79,6 +79,8 @@ def training_columns(cells: pd.DataFrame, varying_keys: Sequence[str]) -> list[C
         columns.append(each(cells, "state in training", "train_state", or_dash, right=False))
     if "learning_rate" in varying_keys:
         columns.append(each(cells, "learning rate", "learning_rate", units.learning_rate))
+    if "search_budget" in varying_keys:
+        columns.append(each(cells, "rate searched with", "search_budget", or_dash, right=False))
     if "eval_split" in varying_keys:
         columns.append(each(cells, "split", "eval_split", or_dash, right=False))
     return columns

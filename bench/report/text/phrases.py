@@ -80,6 +80,8 @@ def training(values: Mapping[str, Any], keys: Sequence[str]) -> list[str]:
         words.append("state carried between steps")
     if "learning_rate" in keys:
         words.append(f"rate {units.learning_rate(values['learning_rate'])}")
+    if "search_budget" in keys and values["search_budget"] == "largest":
+        words.append("rate searched with the whole training")
     if "eval_split" in keys:
         words.append(str(values["eval_split"]))
     side_by_side = values.get("seq_len")
