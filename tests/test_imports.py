@@ -237,14 +237,21 @@ def test_what_any_process_needs_needs_nothing(module: str) -> None:
     assert ours(module) == outside(module) == set()
 
 
+OF_DECLARATIONS = ("figures.style", "data.collect", "sections.mixtures.data")
+"""Modules of the report that read what variants declare."""
+
+
 def test_report_reads_records_and_nothing_else() -> None:
-    """And the families of variants, from their source, for the looks of figures, and the usual layers."""
+    """And the families of variants and the knobs with layers, from their source, for looks and names, and the
+    usual layers."""
     for module in of_report:
         others = {t for t in ours(module) if t != "bench.report" and not t.startswith("bench.report.")}
         read = {f"bench.records{name}" for name in ("", ".configurations", ".files", ".record")}
         read.add("bench.inputs.errors")
         if module == "bench.report.figures.style":
-            read |= {"variants", "variants.facts"}
+            read.add("variants")
+        if module in {f"bench.report.{name}" for name in OF_DECLARATIONS}:
+            read.add("variants.facts")
         if module == "bench.report.sections.decoding.data":
             read.add("variants.slots")
         assert others <= read | OF_ANY_PROCESS, module

@@ -68,3 +68,35 @@ def test_a_panel_needs_several_places_on_its_axis(tmp_path: Path, plot: cost_plo
     assert figure is not None
     titles = {"seq_len": ["depth 2"], "depth": ["512 tokens"]}
     assert [axis.get_title() for axis in figure.axes] == titles[plot.along.x]
+
+
+def test_a_single_length_is_a_row_a_variant(tmp_path: Path) -> None:
+    """What is executed and what is algorithmic differ in the dots, in the figure and in its legend."""
+    found = [record(v, 2048, d) for v in VARIANTS for d in (1, 8)]
+    found.append(failed("oom", "too much", variant="chunked", seq_len=2048, depth=16))
+    frame, look = drawn(tmp_path / "e", found)
+    cells = statistics.cost_cells(frame)
+    for plot in cost_plots.BY_LENGTH:
+        figure = plot.draw(cells, look)
+        assert figure is not None
+        assert [axis.get_title() for axis in figure.axes] == ["depth 1", "depth 8", "depth 16"]
+        assert [text.get_text() for text in figure.axes[0].get_yticklabels()] == [*VARIANTS]
+        crosses = [line for line in figure.axes[2].get_lines() if line.get_marker() == "x"]
+        assert [list(line.get_ydata()) for line in crosses] == [[1]]
+        legend = [text.get_text() for of in figure.legends for text in of.get_texts()]
+        assert not {*legend} & {*VARIANTS}, "the rows have the names"
+    flops = cost_plots.BY_LENGTH[-1].draw(cells, look)
+    assert flops is not None
+    full, hollow, _ = flops.legends[0].legend_handles
+    assert (full.get_label(), hollow.get_label()) == ("executed", "algorithmic")
+    assert (full.get_markerfacecolor(), hollow.get_markerfacecolor()) == ("#555555", "none")
+    own = cells[(cells["depth"] == 1) & (cells["variant"] == "chunked")].iloc[0]
+    dots = [bar.lines[0] for bar in flops.axes[0].containers]
+    dots = [dot for dot in dots if dot.get_color() == look.styles["chunked"].colour]
+    places = {float(dot.get_xdata()[0]): (float(dot.get_ydata()[0]), dot.get_fillstyle()) for dot in dots}
+    (above, filled), (below, empty) = (
+        places[own[f"flops_{kind}_step"]] for kind in ("executed", "algorithmic")
+    )
+    assert above < 1 < below, "side by side in the second row"
+    assert filled != "none"
+    assert empty == "none"

@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from matplotlib.axes import Axes
+from matplotlib.colors import to_rgb
 from matplotlib.image import imread
 from test_report import record, table, write
 from test_report_decoding import cell
@@ -19,14 +20,18 @@ from test_report_memory import look, text_of
 from test_report_recall import answers
 
 from bench.records import Record
+from bench.report.data import collect
 from bench.report.data.experiment import read
 from bench.report.figures import canvas
+from bench.report.figures.style import styles
+from bench.report.page.symbols import contrast
 from bench.report.sections import compute, discover
 from bench.report.sections.mixtures import SECTIONS
 from bench.report.sections.mixtures.data import panels
 from bench.report.sections.mixtures.plots import draw
 from bench.report.sections.mixtures.sources import FIGURES
 from bench.report.text.columns import shown
+from variants.facts import layers_knob
 
 WINDOW, LINEAR = "longformer(window=64)", "linear_transformer"
 MIXED: dict[str, tuple[tuple[str, ...], float]] = {
@@ -111,16 +116,69 @@ def columns_of(points: pd.DataFrame, place: int = 0) -> dict[str, list[str]]:
     return {column.title: column.cells for column in shown(SECTIONS[0].tables(points)[place].columns)}
 
 
-def test_names_of_mixtures_count_their_layers(tmp_path: Path) -> None:
-    """The implementations of members follow from the layers."""
-    found = []
-    for layers, impl in (((WINDOW, WINDOW, "dense"), "longformer=fused, dense=sdpa"), ((LINEAR,), None)):
-        of = model(layers, "text", 0)
-        found.append(record(of.pop("variant"), impl=impl, **of))
-    assert set(read(write(tmp_path / "x", found)).collected.frame["label"]) == {
-        "hybrid (layers=[2xlongformer(window=64),dense])",
-        "hybrid (layers=[linear_transformer])",
-    }
+def labels_of(folder: Path, found: list[Record]) -> list[str]:
+    """The labels of records, in the order of their replicates."""
+    frame = read(write(folder, found)).collected.frame.sort_values("replicate")
+    return [str(label) for label in frame["label"]]
+
+
+def mixtures(*kinds: tuple[tuple[str, ...], str | None]) -> list[Record]:
+    """A record of each mixture, with the implementations of its members."""
+    found = [model(layers, "text", number) for number, (layers, _) in enumerate(kinds)]
+    pairs = zip(found, kinds, strict=True)
+    return [record(of.pop("variant"), impl=impl, **of) for of, (_, impl) in pairs]
+
+
+def test_a_mixture_is_named_by_its_layers(tmp_path: Path) -> None:
+    """In their order; of a single kind of layer the name still says that it is a mixture."""
+    kinds = ((WINDOW, WINDOW, "dense"), ("dense", WINDOW, WINDOW), (LINEAR,), (WINDOW, WINDOW))
+    assert labels_of(tmp_path / "x", mixtures(*((layers, None) for layers in kinds))) == [
+        "2×longformer (window=64) + dense",
+        "dense + 2×longformer (window=64)",
+        "hybrid of linear_transformer",
+        "hybrid of 2×longformer (window=64)",
+    ]
+    assert labels_of(tmp_path / "one", mixtures((kinds[0], None))) == ["hybrid"]
+
+
+def test_the_implementation_of_members_is_no_part_of_a_name(tmp_path: Path) -> None:
+    """It follows from the layers and the code: other code that names more of them measured the same model."""
+    fused, plain, layers = "longformer=fused, dense=sdpa", "dense=sdpa", (WINDOW, "dense")
+    found = mixtures((layers, fused), (layers, plain), ((LINEAR,), None))
+    for one, length in zip(found, (512, 1024, 512), strict=True):
+        one.seq_len = length
+    name = "longformer (window=64) + dense"
+    assert labels_of(tmp_path / "lengths", found) == [name, name, "hybrid of linear_transformer"]
+    same = mixtures((layers, fused), (layers, plain), ((LINEAR,), None))
+    assert labels_of(tmp_path / "same", same)[:2] == [f"{name} (impl={fused})", f"{name} (impl={plain})"]
+
+
+def test_two_variants_with_layers_keep_their_names_apart(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(collect, "layers_knob", lambda name: None if name == "dense" else "layers")
+    found = mixtures(((WINDOW, "dense"), None), ((LINEAR, "dense"), None))
+    other = mixtures(((WINDOW, "dense"), None), ((LINEAR, "dense"), None))
+    for number, one in enumerate(other):
+        one.variant, one.replicate, one.cell_id = "another", 2 + number, f"another{number}"
+    names = ["longformer (window=64) + dense", "linear_transformer + dense"]
+    expected = [f"{variant} of {name}" for variant in ("hybrid", "another") for name in names]
+    assert labels_of(tmp_path / "x", [*found, *other]) == expected
+
+
+def test_mixtures_have_hues_of_their_own() -> None:
+    looks = styles([("dense", "dense"), *(("hybrid", f"{times}×rfa + dense") for times in range(2, 9))])
+    colours = {style.colour for style in looks.values()}
+    assert len(colours) == len(looks)
+    for label, style in looks.items():
+        assert contrast(style.colour, "#ffffff") >= 3 - 0.01, "it stands out from the background"
+        assert (len({*to_rgb(style.colour)}) == 1) is (label == "dense"), "grey is dense alone"
+
+
+@pytest.mark.parametrize("name", ["dense", "longformer", "latent_attention", "no_such_variant"])
+def test_only_mixtures_have_a_knob_of_layers(name: str) -> None:
+    assert layers_knob(name) is None
+    assert layers_knob("hybrid") == "layers"
 
 
 def test_shares_are_counted_in_the_layers_of_the_model(tmp_path: Path) -> None:
@@ -142,10 +200,10 @@ def test_shares_are_counted_in_the_layers_of_the_model(tmp_path: Path) -> None:
     both = "longformer (window=64) + rfa"
     assert seen == {
         ("dense", 1.0, "", "dense"),
-        ("2xlongformer(window=64),dense", 0.25, "longformer (window=64)", "longformer"),
-        ("dense,2xlongformer(window=64)", 0.5, "longformer (window=64)", "longformer"),
-        ("dense,rfa,longformer(window=64)", 0.5, both, "longformer"),
-        ("longformer(window=64),dense,rfa", 0.25, both, "longformer"),
+        ("2×longformer (window=64) + dense", 0.25, "longformer (window=64)", "longformer"),
+        ("dense + 2×longformer (window=64)", 0.5, "longformer (window=64)", "longformer"),
+        ("dense + rfa + longformer (window=64)", 0.5, both, "longformer"),
+        ("longformer (window=64) + dense + rfa", 0.25, both, "longformer"),
     }, "dense in every layer is dense attention, and no mixture"
 
 
@@ -155,10 +213,10 @@ def test_the_table_has_the_figures_of_the_records(measured: pd.DataFrame) -> Non
     assert [(row["other layers"], row["layers"], row["dense layers"]) for row in rows] == [
         ("–", "dense", "100 %"),
         ("linear_transformer", "linear_transformer", "0 %"),
-        ("linear_transformer", "3xlinear_transformer,dense", "25.0 %"),
-        ("longformer (window=64)", "longformer(window=64)", "0 %"),
-        ("longformer (window=64)", "3xlongformer(window=64),dense", "25.0 %"),
-        ("longformer (window=64)", "longformer(window=64),dense", "50.0 %"),
+        ("linear_transformer", "3×linear_transformer + dense", "25.0 %"),
+        ("longformer (window=64)", "longformer (window=64)", "0 %"),
+        ("longformer (window=64)", "3×longformer (window=64) + dense", "25.0 %"),
+        ("longformer (window=64)", "longformer (window=64) + dense", "50.0 %"),
     ]
     dense, linear, _, windows, _, half = rows
     bits = [1.503 / np.log(2), statistics.stdev(r.bits_per_byte or 0 for r in texts()[:3])]
@@ -243,7 +301,7 @@ def test_every_figure_of_a_report_on_mixtures_is_drawn(tmp_path: Path) -> None:
     rows = table(text, "### Mixtures, depth 4")
     assert [row["dense layers"] for row in rows] == ["100 %", "0 %", "25.0 %", "0 %", "25.0 %", "50.0 %"]
     assert len(pd.read_csv(folder / "report" / "mixtures.csv")) > len(rows)
-    assert r"hybrid (layers=\[3xlongformer(window=64),dense\])" in text, "in Markdown"
+    assert "3×longformer (window=64) + dense" in text
 
 
 def test_without_two_shares_there_is_no_section(tmp_path: Path) -> None:
@@ -262,10 +320,10 @@ def test_decoding_alone_and_no_dense_attention(tmp_path: Path) -> None:
     columns = columns_of(own)
     assert columns["layers"] == [
         LINEAR,
-        f"3x{LINEAR},dense",
-        WINDOW,
-        f"3x{WINDOW},dense",
-        f"{WINDOW},dense",
+        f"3×{LINEAR} + dense",
+        "longformer (window=64)",
+        "3×longformer (window=64) + dense",
+        "longformer (window=64) + dense",
     ]
     assert not any("/ dense" in title or "step time" in title for title in columns)
     assert all(cell.endswith("§") for cell in columns["time a token"])

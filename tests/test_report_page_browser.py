@@ -388,6 +388,27 @@ def test_on_a_phone_names_of_variants_are_on_one_line_and_the_fastest_table_fits
     assert browser.execute_script(room + "return room.scrollWidth - room.clientWidth") <= 0
 
 
+@pytest.mark.parametrize("width", [1280, 390])
+def test_long_names_leave_the_figures_their_room_and_stay_different(
+    browser: webdriver.Chrome, tmp_path: Path, width: int
+) -> None:
+    """Of mixtures that differ in a number, in the table and beside the rows of a chart."""
+    layers = [
+        [f"longformer(window={size})", *["longformer(window=64)"] * 2, "dense"] for size in (16, 32, 64)
+    ]
+    found = [
+        record("hybrid", variant_params={"layers": own}, cell_id=f"{place:016x}")
+        for place, own in enumerate(layers)
+    ]
+    show(browser, page_file(write(tmp_path, [record("dense"), *found])), width=width)
+    room = "const room = document.querySelector('#by-speed').parentElement; "
+    assert browser.execute_script(room + "return room.scrollWidth - room.clientWidth") <= 0
+    labels = find(browser, "#charts figure:first-of-type .role-axis-label text")
+    names = [label.get_attribute("textContent") for label in labels]
+    assert len({name for name in names if "longformer" in name}) == len(layers)
+    assert not any("…" in name for name in names)
+
+
 def test_the_chooser_says_where_quality_was_measured(browser: webdriver.Chrome, tmp_path: Path) -> None:
     """Where no model was trained at the length that is asked for, the nearest one speaks, and is named."""
     untrained = dict.fromkeys(("nll", "perplexity", "bits_per_byte", "word_perplexity"))

@@ -8,7 +8,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from matplotlib.axes import Axes
 from matplotlib.collections import PolyCollection
+from matplotlib.figure import Figure
 from test_report import record
 from test_report_cost import drawn
 from test_report_memory import frame_of, look
@@ -16,6 +18,7 @@ from test_report_rates import points
 
 from bench.records import Record
 from bench.report.data import statistics
+from bench.report.figures.baselines import NAMES, UNIGRAM
 from bench.report.sections.quality import plots as quality_plots
 from bench.report.sections.quality.by_position import by_answer, by_history
 
@@ -99,3 +102,49 @@ def test_the_context_that_is_used_with_its_widest_interval(tmp_path: Path) -> No
 def test_no_picture_of_a_context_that_nobody_measured(tmp_path: Path) -> None:
     frame, look = drawn(tmp_path / "e", [record()])
     assert quality_plots.context(statistics.quality_cells(frame), look) is None
+
+
+def baselines_of(axis: Axes) -> set[str]:
+    """The baselines that are drawn in a panel."""
+    return {str(line.get_gid()) for line in axis.get_lines()} & set(NAMES)
+
+
+def legend_of(figure: Figure) -> list[str]:
+    return [text.get_text() for legend in figure.legends for text in legend.get_texts()]
+
+
+CONTEXT = {"effective_context": 64, "effective_context_low": 16, "effective_context_high": 256}
+TEXT = {"ngram_bits_per_byte": [4.5, 3.5, 3.0, 2.6, 2.4], "gzip_bits_per_byte": 2.7}
+
+
+def test_bits_per_byte_of_baselines_are_no_tokens_of_history(tmp_path: Path) -> None:
+    found = [record(v, replicate=r, **CONTEXT, **TEXT) for v in ("dense", "chunked") for r in range(2)]
+    frame, look = drawn(tmp_path / "e", found)
+    cells = statistics.quality_cells(frame)
+    figure = quality_plots.context(cells, look)
+    assert figure is not None
+    assert baselines_of(figure.axes[0]) == set()
+    assert legend_of(figure) == []
+
+
+@pytest.mark.parametrize(("perplexity", "is_drawn"), [(2**2.8, True), (2**9.25, False)])
+def test_a_baseline_is_a_line_and_in_the_legend_or_a_note(
+    tmp_path: Path, perplexity: float, is_drawn: bool
+) -> None:
+    bits = {"dense": 2.5, "chunked": 2.6, "longformer": 2.9}
+    found = [record(v, nll=b * LN2, unigram_perplexity=perplexity, **TEXT) for v, b in bits.items()]
+    frame, look = drawn(tmp_path / "e", found)
+    figure = quality_plots.losses(statistics.quality_cells(frame), look)
+    assert figure is not None
+    (axis,) = figure.axes
+    assert (UNIGRAM in baselines_of(axis)) is is_drawn
+    assert legend_of(figure) == [
+        *(["unigram"] if is_drawn else []),
+        "3-gram table",
+        "5-gram table",
+        "gzip -9",
+    ]
+    assert ("beyond the axis: unigram 9.250" in str(figure.get_supxlabel())) is not is_drawn
+    assert [axis.get_title(loc=side) for side in ("left", "center", "right")] == ["", "depth 2", ""]
+    named = [text.get_text() for text in axis.get_yticklabels()]
+    assert named == ["dense · 512", "chunked · 512", "longformer · 512"]

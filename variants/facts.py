@@ -9,7 +9,8 @@ import dataclasses
 from typing import Any
 
 import variants
-from variants.declarations import Unreadable, attribute
+from variants.declarations import Unreadable, attribute, declared
+from variants.knobs import knobs_of
 
 MIXTURE = "mixture"
 """The family of a variant whose layers are of several other variants."""
@@ -37,6 +38,21 @@ def family(name: str) -> str:
     except (Unreadable, variants.UnknownVariant, variants.PluginClash):
         return UNKNOWN
     return MIXTURE if found is None else str(found.get("family", UNKNOWN))
+
+
+def layers_knob(name: str) -> str | None:
+    """The knob of a mixture that lists its layers, which is its only list of texts; None for other variants.
+
+    Imports nothing and never fails.
+    """
+    if family(name) != MIXTURE:
+        return None
+    try:
+        knobs = knobs_of(declared(*variants.source_of(name)).config)
+    except Unreadable:
+        return None
+    lists = [knob for knob, one in knobs.items() if one.is_list and one.number is None]
+    return lists[0] if len(lists) == 1 else None
 
 
 def _read(name: str) -> dict[str, Any] | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -19,6 +19,7 @@ from bench.records import Record
 from bench.records.configurations import CONFIGURATION, UNKNOWN, filled_in, reasons, table
 from bench.report.data.compared_time import with_compared_time
 from bench.report.data.groups import SLOT_COLUMNS
+from variants.facts import layers_knob
 
 MOST, MOST_KNOBS = 80, 200
 """Characters of a name, and of a row's knobs, that are shown; a longer text ends with a hash of all of it."""
@@ -87,7 +88,7 @@ def _labelled(frame: pd.DataFrame) -> pd.DataFrame:
     """Add the names of cells: `data_params`, `knobs`, `corpus`, `label` and those of `SLOT_COLUMNS`."""
     frame = frame.copy()
     frame["data_params"] = [json.loads(text) for text in frame["data_json"]]
-    frame["knobs"] = _differing(frame["data"], frame["data_params"])
+    frame["knobs"] = [_in_words(own) for own in _differing(frame["data"], frame["data_params"])]
     frame["corpus"] = frame["data"].where(frame["knobs"] == "", frame["data"] + " (" + frame["knobs"] + ")")
     hashes = frame.groupby("corpus")["data_sha256"].transform("nunique")
     frame["corpus"] = frame["corpus"].where(hashes <= 1, frame["corpus"] + "@" + frame["data_sha256"].str[:8])
@@ -100,35 +101,60 @@ def _labelled(frame: pd.DataFrame) -> pd.DataFrame:
 def labels(frame: pd.DataFrame) -> list[str]:
     """Each row's variant, with those of its parameters that differ among the variant's rows.
 
-    'longformer' alone, 'longformer (window=64)' where other rows have another window. The
-    implementation counts as a parameter, unless the variant has no such knob and the others decide it, as in
-    mixtures. Rows of one variant share a label only if they share all parameters.
+    'longformer' alone, 'longformer (window=64)' where other rows have another window. Mixtures with different
+    layers have these as their name: '3×longformer (window=64) + dense'. The implementation counts as a
+    parameter where the variant has such a knob, else only where records differ in nothing but it. Rows of one
+    variant share a label only if they share all parameters.
     """
-    known = frame["impl"].where(frame["impl"] != UNKNOWN)
-    different = known.groupby([frame["variant"], frame["params_json"]]).transform("nunique") > 1
     knobs = [
-        {**own, **({"impl": impl} if impl != UNKNOWN and ("impl" in own or several) else {})}
-        for own, impl, several in zip(
-            map(json.loads, frame["params_json"]), frame["impl"], different, strict=True
+        {**own, **({"impl": impl} if impl != UNKNOWN and ("impl" in own or decides) else {})}
+        for own, impl, decides in zip(
+            map(json.loads, frame["params_json"]), frame["impl"], _decided_by_impl(frame), strict=True
         )
     ]
-    shown = _differing(frame["variant"], knobs)
+    names = list(frame["variant"])
+    layers = {name: layers_knob(str(name)) for name in set(names)}
+    several = sum(knob is not None for knob in layers.values()) > 1
     return [
-        f"{variant} ({words})" if words else str(variant)
-        for variant, words in zip(frame["variant"], shown, strict=True)
+        _label(str(name), own, layers[name], several=several)
+        for name, own in zip(names, _differing(names, knobs), strict=True)
     ]
+
+
+def _label(variant: str, knobs: dict[str, Any], layers: str | None, *, several: bool) -> str:
+    """See `labels`. `layers` is the knob of a mixture that lists its layers; of `several` variants with such
+    knobs, each label begins with the variant."""
+    listed = knobs.get(layers or "")
+    if isinstance(listed, list) and listed:
+        knobs = {key: value for key, value in knobs.items() if key != layers}
+        words = _shown(in_layers(listed))
+        variant = words if len({*map(str, listed)}) > 1 and not several else f"{variant} of {words}"
+    return f"{variant} ({words})" if (words := _in_words(knobs)) else variant
+
+
+def _decided_by_impl(frame: pd.DataFrame) -> pd.Series[bool]:
+    """Whether a row's variant, with its parameters, has rows that differ in their implementation alone."""
+    known = frame["impl"].where(frame["impl"] != UNKNOWN)
+    owner = [frame["variant"], frame["params_json"]]
+    differ = known.groupby(owner).transform("nunique") > 1
+    if not differ.any():
+        return differ
+    others = [frame.loc[differ, key] for key in CONFIGURATION if key != "impl"]
+    clash = known[differ].groupby(others, dropna=False).transform("nunique") > 1
+    return clash.reindex(frame.index, fill_value=False).groupby(owner).transform("any")
 
 
 def slot_names(names: Iterable[str], params: Iterable[str | None]) -> list[str]:
     """Each row's entry of a slot, with those of its knobs (JSON, or null) that differ among the entry's rows:
     'mlp (mult=8)'."""
     rows = list(names)
-    words = _differing(rows, [{} if pd.isna(text) else json.loads(text) for text in params])
+    knobs = [{} if pd.isna(text) else json.loads(text) for text in params]
+    words = map(_in_words, _differing(rows, knobs))
     return [f"{name} ({own})" if own else str(name) for name, own in zip(rows, words, strict=True)]
 
 
-def _differing(names: Iterable[str], knobs: Iterable[dict[str, Any]]) -> list[str]:
-    """For each row, those of its knobs in words that differ among the rows of its name: 'n_pairs=4'."""
+def _differing(names: Iterable[str], knobs: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """For each row, those of its knobs that differ among the rows of its name, by name."""
     rows = list(zip(names, knobs, strict=True))
     values: dict[str, dict[str, set[str | None]]] = {}
     counts = Counter(name for name, _ in rows)
@@ -141,22 +167,30 @@ def _differing(names: Iterable[str], knobs: Iterable[dict[str, Any]]) -> list[st
         if times < counts[name]:  # absent from some
             values[name][key].add(None)
     apart = {name: sorted(key for key, of in keys.items() if len(of) > 1) for name, keys in values.items()}
-    words = (
-        ", ".join(f"{_shown(key)}={_shown(spoken(own[key]))}" for key in apart.get(name, ()) if key in own)
-        for name, own in rows
+    return [{key: own[key] for key in apart.get(name, ()) if key in own} for name, own in rows]
+
+
+def _in_words(knobs: dict[str, Any]) -> str:
+    """Knobs as names have them: 'n_pairs=4, n_queries=2'."""
+    return _shown(", ".join(f"{_shown(key)}={_shown(spoken(own))}" for key, own in knobs.items()), MOST_KNOBS)
+
+
+def in_layers(layers: Iterable[object]) -> str:
+    """The layers of a mixture, from the lowest on: '3×longformer (window=64) + dense'."""
+    return " + ".join(
+        f"{times}×{layer}" if times > 1 else layer
+        for times, layer in _runs(str(layer).replace("(", " (", 1) for layer in layers)
     )
-    return [_shown(one, MOST_KNOBS) for one in words]
 
 
 def spoken(value: object) -> str:
-    """A parameter's value without the quotes JSON would put round a word; equal words of a list, such as the
-    layers of a mixture, are counted: [3xlongformer(window=64),dense]."""
+    """A parameter's value without the quotes JSON would put round a word; equal words of a list are counted:
+    [3xlongformer(window=64),dense]."""
     if isinstance(value, list) and value and all(isinstance(word, str) for word in value):
-        return f"[{counted(value)}]"
+        return f"[{','.join(f'{times}x{word}' if times > 1 else word for times, word in _runs(value))}]"
     return value if isinstance(value, str) else json.dumps(value)
 
 
-def counted(words: Iterable[str]) -> str:
-    """Words with a comma between them, repeated ones counted: `3xlongformer(window=64),dense`."""
-    runs = [(len(list(same)), word) for word, same in groupby(words)]
-    return ",".join(f"{times}x{word}" if times > 1 else word for times, word in runs)
+def _runs(words: Iterable[str]) -> Iterator[tuple[int, str]]:
+    """Equal neighbours once, with their number."""
+    return ((len(list(same)), word) for word, same in groupby(words))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import pandas as pd
@@ -17,23 +18,31 @@ DASHES: dict[str, Any] = {
     "ngram_5_bits_per_byte": "-.",
     "gzip_bits_per_byte": (0, (8, 3)),
 }
-"""The baselines that are drawn, with their line styles; the tables have all."""
+"""The baselines that are drawn in bits per byte, with their line styles; the tables have all."""
+UNIGRAM = "unigram"
+"""The baseline that is also drawn in the unit of other losses."""
+NAMES = {UNIGRAM: UNIGRAM, **{column: BASELINES[column] for column in DASHES}}
 
 
 def draw_baselines(axis: Axes, cells: pd.DataFrame) -> None:
     """Draw each baseline across a panel whose y is bits per byte: the mean over the cells."""
-    for column, dashes in DASHES.items():
+    for column in DASHES:
         value = cells[column].mean()
         if not pd.isna(value):
-            axis.axhline(value, color=GREY, linestyle=dashes, linewidth=1, zorder=1)
+            axis.axhline(value, **line_look(column))
 
 
-def baseline_handles(cells: pd.DataFrame) -> list[Artist]:
-    """A handle of the legend for each baseline that any cell has."""
+def line_look(column: str) -> dict[str, Any]:
+    """The look of a baseline's line; its gid is the column."""
+    dashes = {UNIGRAM: "--", **DASHES}[column]
+    return {"color": GREY, "linestyle": dashes, "linewidth": 1, "zorder": 1, "gid": column}
+
+
+def baseline_handles(axes: Iterable[Axes]) -> list[Artist]:
+    """A handle of the legend for each baseline that is drawn in any of the panels."""
+    drawn = {line.get_gid() for axis in axes for line in axis.get_lines()}
     return [
-        Line2D([], [], color=GREY, linestyle=dashes, linewidth=1, label=BASELINES[column])
-        for column, dashes in DASHES.items()
-        if cells[column].notna().any()
+        Line2D([], [], label=name, **line_look(column)) for column, name in NAMES.items() if column in drawn
     ]
 
 

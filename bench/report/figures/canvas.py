@@ -6,6 +6,7 @@ import io
 import textwrap
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
+from itertools import pairwise
 from pathlib import Path
 
 import matplotlib
@@ -26,6 +27,8 @@ DPI = 130
 COLUMNS = 3
 SMALL_COLUMNS = 4
 MOST_TICKS = 9
+TICK_GAP = 4
+"""Pixels between the texts of two ticks."""
 MARK_ROW, MOST_MARK_ROWS = 0.05, 8
 """Of the strip above the data for cells that failed: a row's share of the panel, and the number of rows."""
 NOTE_HEIGHT = 0.12
@@ -159,7 +162,8 @@ def dress(figure: Figure, title: str, setting: str, footer: str, handles: Sequen
         figure.set_figwidth(figure.get_figwidth() + legend - LEGEND)
     wide, high = figure.get_size_inches()
     # Characters that fit beside the legend, at about 14 an inch.
-    words = [title, *textwrap.wrap(setting, int((wide - (0 if named else legend)) * 14))]
+    room = int((wide - (0 if named else legend)) * 14)
+    words = [*textwrap.wrap(title, room), *textwrap.wrap(setting, room)]
     high += TITLE_HEIGHT * max(0, len(words) - TITLE_LINES)
     figure.set_figheight(high)
     notes = textwrap.wrap(footer, int(wide * 16))
@@ -173,8 +177,8 @@ def dress(figure: Figure, title: str, setting: str, footer: str, handles: Sequen
         corner = (0.0, len(notes) * NOTE_HEIGHT / high)
         figure.legend(handles=handles, loc="lower left", bbox_to_anchor=corner, fontsize=8, ncols=fit)
     figure.suptitle("\n".join(words), fontsize=10, x=0.01, ha="left")
-    room = [""] * round((0.1 + 0.18 * rows) / NOTE_HEIGHT if rows else 0)
-    figure.supxlabel("\n".join([*room, *notes]), x=0.01, ha="left", fontsize=7, color="#555555")
+    blank = [""] * round((0.1 + 0.18 * rows) / NOTE_HEIGHT if rows else 0)
+    figure.supxlabel("\n".join([*blank, *notes]), x=0.01, ha="left", fontsize=7, color="#555555")
     if named:
         name_ends(figure, axes)
 
@@ -185,9 +189,24 @@ def save(figure: Figure, folder: Path, stem: str) -> None:
     png = io.BytesIO()
     figure.set_dpi(DPI)
     lay_out(figure)
+    for axis in figure.axes:
+        _thin_out(axis.xaxis)
     figure.set_layout_engine(None)
     figure.savefig(png, format="png", dpi=DPI, pil_kwargs={"compress_level": 0})
     # Flat colours with soft edges: a palette shows the same in a third of the bytes.
     picture = Image.open(png).convert("RGB")
     picture.quantize(256, method=Image.Quantize.FASTOCTREE).save(folder / f"{stem}.png")
     figure.savefig(folder / f"{stem}.svg", metadata={"Date": None})
+
+
+def _thin_out(axis: Axis) -> None:
+    """Keep every n-th tick, counted from the last, so that no two of their texts run together."""
+    low, high = sorted(axis.get_view_interval())
+    labels = [one for one in axis.get_ticklabels() if one.get_text() and low <= one.get_position()[0] <= high]
+    spans = [(box.x0, box.x1) for box in (one.get_window_extent() for one in labels)]
+    for step in range(1, len(labels) + 1):
+        kept = range(len(labels) - 1, -1, -step)[::-1]
+        if all(spans[left][1] + TICK_GAP <= spans[right][0] for left, right in pairwise(kept)):
+            break
+    if labels and step > 1:
+        axis.set_ticks([labels[n].get_position()[0] for n in kept], [labels[n].get_text() for n in kept])

@@ -90,7 +90,7 @@ def draw_family(frame: pd.DataFrame, look: Look, family: Family) -> Figure | Non
     counts = frame.groupby([*keys, "label"], dropna=False)["replicate"].nunique()
     footer = f"{look.footer} · {family.footer.format(replicates(counts))}"
     handles = [*label_handles(frame, look), *family.handles]
-    if family.baselines and (more := baseline_handles(frame)):
+    if more := baseline_handles(axes):
         handles += more
         footer += "; baselines: mean over the held-out text"
     canvas.dress(figure, family.title, look.setting, footer, handles)

@@ -40,6 +40,7 @@ LAST_FAMILIES = (MIXTURE, UNKNOWN)
 LIGHTNESS = (0.36, 0.66)
 """Range of OKLCH: the lightest has a contrast of 3 with white."""
 CHROMA = 0.16
+ALL_HUES = (0.0, 360.0)
 HUE_RANGE = 24
 """Width of a family's range of hues, in degrees."""
 GOLDEN = (math.sqrt(5) - 1) / 2
@@ -109,7 +110,7 @@ def _hues(group: str, groups: Iterable[str]) -> tuple[float, float] | None:
     if group == MIXTURE:
         return None
     if group == UNKNOWN:
-        return 0.0, 360.0
+        return ALL_HUES
     if group in FAMILIES:
         return FAMILIES[group], HUE_RANGE
     others = sorted({*groups} - {*FAMILIES, *LAST_FAMILIES})
@@ -189,14 +190,18 @@ def lighter(colour: str, share: float) -> str:
 
 
 def styles(cells: Iterable[tuple[str, str]]) -> dict[str, Style]:
-    """Label → style for (variant, label) pairs; a variant's labels go lighter in sorted order."""
+    """Label → style for (variant, label) pairs; a variant's labels go lighter in sorted order.
+
+    Several mixtures of one variant differ in their layers, and so in their hues.
+    """
     pairs = set(cells)
     result = {}
     for variant, (colour, marker) in sorted(looks_of(variant for variant, _ in pairs).items()):
         own = sorted(label for name, label in pairs if name == variant)
         for place, label in enumerate(own):
-            share = 0.6 * place / len(own)
-            result[label] = Style(lighter(colour, share), marker, FILLS[place % len(FILLS)])
+            apart = len(own) > 1 and family(variant) == MIXTURE
+            shade = _colour(ALL_HUES, place) if apart else lighter(colour, 0.6 * place / len(own))
+            result[label] = Style(shade, marker, FILLS[place % len(FILLS)])
     return result
 
 

@@ -1,5 +1,5 @@
 // Cost against length and quality against cost, drawn by Vega-Lite from the rows of what is chosen.
-const MOST_TICKS = 7, HEIGHT = 270, STRIP = 11, NAME_HEIGHT = 13, NAME_WIDTH = 130;
+const MOST_TICKS = 7, HEIGHT = 270, STRIP = 11, NAME_HEIGHT = 13, NAME_WIDTH = 130, LETTER = 6.2;
 const DISTURBED = "timed while something else ran, without an undisturbed measurement (§)";
 const CROSS = "M-1,-1L1,1M-1,1L1,-1";
 const night = matchMedia("(prefers-color-scheme: dark)");
@@ -80,21 +80,35 @@ function spread(places, gap, room) {
   return free.map((place, number) => place + number * gap);
 }
 
+/** Pixels for the names beside a chart: of a wide one more. */
+const roomFor = (wide) => Math.max(NAME_WIDTH, Math.min(0.4 * wide, 260));
+/** A name in lines that fit into the room, as far as its words allow. */
+function inLines(name, room) {
+  const most = Math.floor(room / LETTER);
+  return name.split(" ").reduce(([...lines], word) => {
+    const longer = lines.length ? `${lines.at(-1)} ${word}` : word;
+    if (lines.length && longer.length > most) return [...lines, word];
+    return [...lines.slice(0, -1), longer];
+  }, []);
+}
+
 /** The name of each variant at the right end of its line, with a leader from its last point. */
-function nameEnds(rows, x, cost) {
+function nameEnds(rows, x, cost, room) {
   const [low, high] = cost.scale.domain.map(Math.log2);
   const ends = Object.values(Object.groupBy(rows, (row) => row.label)).map((own) => own.reduce((last, row) => (row.length > last.length ? row : last)));
   ends.sort((a, b) => a.value - b.value);
-  const places = spread(ends.map((row) => (Math.log2(row.value) - low) / (high - low) * HEIGHT), NAME_HEIGHT, HEIGHT);
-  const values = ends.map((row, number) => ({ ...row, at: 2 ** (low + places[number] / HEIGHT * (high - low)) }));
+  const words = ends.map((row) => inLines(row.name, room));
+  const gap = NAME_HEIGHT * Math.max(...words.map((lines) => lines.length)), whole = gap * ends.length > HEIGHT;
+  const places = spread(ends.map((row) => (Math.log2(row.value) - low) / (high - low) * HEIGHT), whole ? NAME_HEIGHT : gap, HEIGHT);
+  const values = ends.map((row, number) => ({ ...row, words: whole ? row.name : words[number], at: 2 ** (low + places[number] / HEIGHT * (high - low)) }));
   const right = { value: "width" };
   return [
     { data: { values }, mark: { type: "rule", strokeWidth: 0.8, x2Offset: 5 }, encoding: { x, x2: right, y: { ...cost, field: "value" }, y2: { field: "at" }, stroke: raw("colour"), opacity: opacity(0.6) } },
-    { data: { values }, mark: { type: "text", align: "left", baseline: "middle", dx: 7, fontSize: 11, limit: NAME_WIDTH }, encoding: { x: right, y: { ...cost, field: "at" }, text: { field: "name" }, color: raw("colour"), opacity: opacity(1) } },
+    { data: { values }, mark: { type: "text", align: "left", baseline: "middle", dx: 7, fontSize: 11, lineHeight: NAME_HEIGHT, limit: room }, encoding: { x: right, y: { ...cost, field: "at" }, text: { field: "words" }, color: raw("colour"), opacity: opacity(1) } },
   ];
 }
 
-function costSpec(figure) {
+function costSpec(figure, wide) {
   const depth = Number($("chart-depth").value), way = $("chart-activations").value;
   const chosen = inSetting().filter((cell) => doc.depth[cell] === depth && doc.activations[cell] === way && !hidden.has(doc.label[cell]));
   const rows = costRows(figure, chosen);
@@ -108,7 +122,7 @@ function costSpec(figure) {
   const lengths = ascending([...rows, ...lost].map((row) => row.length));
   const cost = { type: "quantitative", scale: { type: "log", base: 2, domain: ends.domain, nice: false }, axis: ticked(ends.ticks, { title: figure.axis }) };
   const tooltip = [["name", "variant"], ["length", "length"], ["text", figure.axis], ["replicates", "replicates"]].map(([field, title]) => ({ field, title, type: "nominal" }));
-  if (lengths.length < 2) return dots(rows, cost, tooltip, lengths[0], figure);
+  if (lengths.length < 2) return dots(rows, cost, tooltip, lengths[0], figure, wide);
   const x = { field: "length", type: "quantitative", scale: { type: "log", base: 2, domain: [lengths[0] / 1.15, lengths.at(-1) * 1.15], nice: false },
     axis: ticked(lengths.map((length) => [length, doc.lengths[length]]), { title: "sequence length (tokens)", grid: false }) };
   const position = { x, y: { ...cost, field: "value" } };
@@ -118,7 +132,7 @@ function costSpec(figure) {
     { transform: [{ filter: "datum.low !== null" }, count, several], mark: { type: "area" }, encoding: { x, y: { ...cost, field: "low" }, y2: { field: "high" }, detail: { field: "group" }, fill: raw("colour"), opacity: opacity(0.18) } },
     { transform: [count, several], mark: { type: "line", strokeWidth: 1.8 }, encoding: { ...position, detail: { field: "group" }, stroke: raw("colour"), opacity: opacity(1),
       strokeDash: { condition: { test: "datum.dashed", value: [5, 4] }, value: [1, 0] } } },
-    ...nameEnds(rows, x, cost),
+    ...nameEnds(rows, x, cost, roomFor(wide)),
     ...markers(position, tooltip, [count, { filter: "!datum.dashed || datum.hollow || datum.count < 2" }]),
     { data: { values: lost }, mark: { type: "point", size: 60, strokeWidth: 2, shape: CROSS, y: { expr: `datum.place * ${STRIP} - 4` } },
       encoding: { x, stroke: raw("colour"), opacity: { condition: { test: "datum.whole", value: 1 }, value: 0.5 },
@@ -127,11 +141,12 @@ function costSpec(figure) {
 }
 
 /** Of a single length: a row a variant instead of a line, the best on top. */
-function dots(lines, cost, tooltip, length, figure) {
+function dots(lines, cost, tooltip, length, figure, wide) {
   const rows = lines.map((row) => ({ ...row, hollow: row.hollow || (row.dashed ? row.curve : "") }));
-  const y = { field: "name", type: "nominal", sort: { field: "value", op: "min", order: "ascending" }, axis: { title: null, grid: true, labelLimit: NAME_WIDTH } };
+  const room = roomFor(wide), words = Object.fromEntries(rows.map(({ name }) => [name, inLines(name, room)]));
+  const y = { field: "name", type: "nominal", sort: { field: "value", op: "min", order: "ascending" }, axis: { title: null, grid: true, labelLimit: room, labelLineHeight: 11, labelOverlap: false, labelExpr: `(${JSON.stringify(words)})[datum.value]` } };
   const { axis: { values, labelExpr }, scale } = cost;
-  const x = { field: "value", type: "quantitative", scale, axis: { values, labelExpr, title: `${figure.axis} at length ${full(length)}` } };
+  const x = { field: "value", type: "quantitative", scale, axis: { values, labelExpr, labelFlush: 24, title: `${figure.axis} at length ${full(length)}`, titleAnchor: "end" } };
   const each = distinct(rows.map((row) => row.name)).length;
   return { height: Math.max(120, 24 * each), data: { values: rows }, layer: [
     { transform: [{ filter: "datum.low !== null" }], mark: { type: "rule" }, encoding: { y, x: { ...x, field: "low" }, x2: { field: "high" }, stroke: raw("colour"), opacity: opacity(1) } },
@@ -168,7 +183,7 @@ const waiting = new IntersectionObserver((entries) => entries.forEach(({ target,
 }), { rootMargin: "300px" });
 function refresh(figure) {
   figure.stale = !figure.near;
-  if (figure.near) draw(figure, figure.spec());
+  if (figure.near) draw(figure, figure.spec(figure.clientWidth));
 }
 function place(host, title, note, spec) {
   const figure = make("figure", { "data-title": title }, make("figcaption", {}, title, " ", make("span", { class: "note" }, note)), make("div", { class: "chart" }), make("p", { class: "note hollow" }), make("p", { class: "note left" }));
@@ -186,7 +201,7 @@ const drawTheRest = () => whenIdle(async () => {
   const figure = [...document.querySelectorAll("#charts figure")].find((one) => one.stale && one.offsetWidth > 0);
   if (!figure) return;
   figure.stale = false;
-  await draw(figure, figure.spec());
+  await draw(figure, figure.spec(figure.clientWidth));
   drawTheRest();
 });
 
@@ -229,7 +244,7 @@ function tick(wanted) {
   redraw();
 }
 
-for (const figure of doc.figures) place($("figures"), figure.title, figure.curves.filter((curve) => curve.name).map((curve) => `${curve.hollow ? "hollow" : curve.dashed ? "dashed or hollow" : "solid"}: ${curve.name}`).join(", "), () => costSpec(figure));
+for (const figure of doc.figures) place($("figures"), figure.title, figure.curves.filter((curve) => curve.name).map((curve) => `${curve.hollow ? "hollow" : curve.dashed ? "dashed or hollow" : "solid"}: ${curve.name}`).join(", "), (wide) => costSpec(figure, wide));
 if (doc.pareto.length) place($("pareto-figure"), "Quality against cost, trained on equally many tokens", "the line joins what nothing beats in both", paretoSpec);
 if (!doc.figures.length && !doc.pareto.length) $("charts").hidden = true;
 $("charts").addEventListener("change", (event) => event.target.tagName === "SELECT" && redraw());

@@ -11,6 +11,7 @@ import pandas as pd
 from bench.report.text import units
 from bench.report.text.columns import Column, shown
 from bench.report.text.markdown import shortened
+from bench.report.text.tables import Table
 
 TITLES = {"label": "variant", "seq_len": "length", "d_model": "width", "batch_size": "batch"}
 
@@ -27,9 +28,10 @@ class Listed:
 class PageList:
     """A table of the page under a heading; one without rows is left out.
 
-    `anchor` is its place in the page's address, `title` its heading, `caption` its name for a screen reader,
-    `lead` a paragraph above it. With `about_noise` it is part of the page's section on noise and environment,
-    and no section of its own.
+    `anchor` is its place in the page's address, `title` its heading, which lists that follow each other may
+    share, `caption` its name for a screen reader, `lead` a paragraph above it, `setting` a heading of what
+    its rows share. With `about_noise` it is part of the page's section on noise and environment, and no
+    section of its own.
     """
 
     anchor: str
@@ -38,6 +40,22 @@ class PageList:
     table: Listed
     lead: str = ""
     about_noise: bool = False
+    setting: str = ""
+
+
+def listed_tables(anchor: str, title: str, tables: Sequence[Table], lead: str = "") -> list[PageList]:
+    """The tables of a section under one title, each with its own heading."""
+    return [
+        PageList(
+            f"{anchor}-{place}" if place > 1 else anchor,
+            title,
+            table.heading or title,
+            listed_columns(table.columns),
+            lead if place == 1 else "",
+            setting=table.heading,
+        )
+        for place, table in enumerate(tables, 1)
+    ]
 
 
 def listed(frame: pd.DataFrame, columns: Sequence[str]) -> Listed:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -27,11 +27,9 @@ from bench.report.figures.lines import (
     line_of,
     replicates,
 )
-from bench.report.figures.style import Style
+from bench.report.sections.cost.lost import lost_handles, mark_lost
+from bench.report.sections.cost.rows import rows_of_dots
 from bench.report.text import units
-
-PARTLY = 0.4
-"""How strong the × of a cell is that finished in some replicates."""
 
 
 @dataclass(frozen=True)
@@ -72,12 +70,14 @@ class CostPlot:
         return f"{self.quantity} against {self.along.name}"
 
     def draw(self, cells: pd.DataFrame, look: Look) -> Figure | None:
-        """The figure, or None where no cell has any of its figures, or all have one depth to draw against."""
+        """The figure; rows of dots where all cells have one length. None where no cell has any of its
+        figures, or all have one depth to draw against."""
         along = self.along
         cells = with_lines(with_predictions(cells), along.panel, along.x)
-        columns = [curve.column for curve in self.curves]
-        if not (cells[columns] > 0).any(axis=None) or (along is DEPTH and cells["depth"].nunique() < 2):
+        if not (cells[[curve.column for curve in self.curves]] > 0).any(axis=None):
             return None
+        if cells[along.x].nunique() < 2:
+            return rows_of_dots(self, cells, look) if along is LENGTH else None
         parts = list(split(cells, [along.panel]))
         figure, axes = canvas.panels(len(parts))
         for axis, (values, part) in zip(axes, parts, strict=True):
@@ -90,45 +90,57 @@ class CostPlot:
             axes, cells, rows=int(lost.groupby(["depth", "seq_len"]).size().max() or 0) if len(lost) else 0
         )
         for axis, (_, part) in zip(axes, parts, strict=True):
-            _failures(axis, part, look.styles, top, along.x)
-        flags = [curve.flag for curve in self.curves if curve.flag]
-        footer = _footer(cells, look) + disturbed_note(cells, *flags)
-        canvas.dress(figure, self.title, look.setting, footer, self._legend(cells, look))
+            mark_lost(axis, part, look.styles, top, along.x)
+        canvas.dress(figure, self.title, look.setting, self.footer(cells, look), self._legend(cells, look))
         return figure
 
-    def _tick(self, value: float) -> str:
+    def tick(self, value: float) -> str:
+        """The text of a tick."""
         return self.unit(value, short=True)
+
+    def limits(self, cells: pd.DataFrame) -> tuple[float, float]:
+        """The ends of the axis of the cost."""
+        columns = [c for curve in self.curves for c in (curve.column, *(curve.spread or ()))]
+        values = np.log2(cells[columns].where(cells[columns] > 0).to_numpy(dtype=float))
+        low, high = float(np.nanmin(values)), float(np.nanmax(values))
+        margin = max(0.06 * (high - low), 0.15)
+        return float(2.0 ** (low - margin)), float(2.0 ** (high + margin))
+
+    def named(self, cells: pd.DataFrame) -> list[Curve]:
+        """The curves with a name that have figures."""
+        return [curve for curve in self.curves if curve.name and cells[curve.column].notna().any()]
+
+    def footer(self, cells: pd.DataFrame, look: Look) -> str:
+        """Machine and date, over how many replicates a point is taken, and whether times are the device's or
+        disturbed."""
+        times = " · times of the device" if (cells[SOURCE] == DEVICE).any() else ""
+        note = disturbed_note(cells, *(curve.flag for curve in self.curves if curve.flag))
+        return f"{look.footer} · {replicates(cells['replicates'])}{times}{note}"
 
     def _axes(self, axes: list[Axes], cells: pd.DataFrame, rows: int) -> float:
         """Scales, limits and ticks of all panels; returns the top of the data, in data units.
 
         Above it a strip stays free for the marks of `rows` cells that did not finish.
         """
-        columns = [c for curve in self.curves for c in (curve.column, *(curve.spread or ()))]
-        values = np.log2(cells[columns].where(cells[columns] > 0).to_numpy(dtype=float))
-        low, high = float(np.nanmin(values)), float(np.nanmax(values))
-        margin = max(0.06 * (high - low), 0.15)
-        low, high = low - margin, high + margin
+        low, top = self.limits(cells)
         strip = 0.02 + canvas.MARK_ROW * min(rows, canvas.MOST_MARK_ROWS) if rows else 0.0
-        top = high
-        high = low + (high - low) / (1 - strip)
+        high = low * (top / low) ** (1 / (1 - strip))
         for number, axis in enumerate(axes):
             axis.set_xscale("log", base=2)
             axis.set_yscale("log", base=2)
-            axis.set_ylim(2.0**low, 2.0**high)
+            axis.set_ylim(low, high)
             places = cells[self.along.x]
             axis.set_xlim(places.min() / 1.25, places.max() * 1.25)
             canvas.lengths_axis(axis.xaxis, places)
-            canvas.human_axis(axis.yaxis, 2.0**low, 2.0**top, self._tick, binary=self.binary)
+            canvas.human_axis(axis.yaxis, low, top, self.tick, binary=self.binary)
             axis.set_xlabel(self.along.label)
             if number % canvas.COLUMNS == 0:
                 axis.set_ylabel(self.axis)
-        return float(2.0**top)
+        return top
 
     def _legend(self, cells: pd.DataFrame, look: Look) -> list[Artist]:
         shown = cells["label"].unique()
         handles: list[Artist] = [line_of(look.styles[label], label=str(label)) for label in shown]
-        named = [c for c in self.curves if c.name and cells[c.column].notna().any()]
         handles += [
             Line2D(
                 [],
@@ -139,20 +151,12 @@ class CostPlot:
                 markerfacecolor="white",
                 label=curve.name,
             )
-            for curve in named
+            for curve in self.named(cells)
         ]
-        part = (cells["finished"] > 0) & (cells["finished"] < cells["records"])
-        if (cells["finished"] == 0).any():
-            handles.append(_cross("did not finish"))
-        if part.any():
-            handles.append(_cross("finished in part", PARTLY))
+        handles += lost_handles(cells)
         if any(c.spread for c in self.curves) and (cells["replicates"] > 1).any():
             handles.append(Patch(color=GREY, alpha=0.2, linewidth=0, label=interval_of(cells["replicates"])))
         return handles
-
-
-def _cross(label: str, alpha: float = 1.0) -> Line2D:
-    return Line2D([], [], color=GREY, marker="x", markeredgewidth=1.8, linestyle="", alpha=alpha, label=label)
 
 
 def with_predictions(cells: pd.DataFrame) -> pd.DataFrame:
@@ -162,40 +166,6 @@ def with_predictions(cells: pd.DataFrame) -> pd.DataFrame:
     measured = cells["peak_bytes_median"].where(predicted.isna())
     only = predicted.fillna(cells["peak_bytes_predicted"].where(measured.isna()))
     return cells.assign(peak_measured=measured, peak_only_predicted=only)
-
-
-def _failures(axis: Axes, part: pd.DataFrame, styles: dict[str, Style], top: float, along: str) -> None:
-    """A × in the strip above the data for each cell that did not finish, one below the other."""
-    lost = part[part["finished"] < part["records"]]
-    if axis.get_ylim()[1] <= top * 1.001:
-        return
-    axis.axhline(top, color="#bbbbbb", linewidth=0.8, linestyle=":")
-    for x, y, label, whole in _places(lost, along):
-        axis.plot(
-            [x],
-            [y],
-            marker="x",
-            markersize=5.5,
-            markeredgewidth=1.8,
-            alpha=1.0 if whole else PARTLY,
-            color=styles[label].colour,
-            transform=axis.get_xaxis_transform(),
-            clip_on=False,
-        )
-
-
-def _places(lost: pd.DataFrame, along: str) -> Iterator[tuple[float, float, str, bool]]:
-    """Place, height (share of the panel) and label of each ×, and whether no replicate finished."""
-    for length, same in lost.groupby(along):
-        for place, (_, cell) in enumerate(same.sort_values("label").iterrows()):
-            height = 0.975 - canvas.MARK_ROW * (place % canvas.MOST_MARK_ROWS)
-            yield float(str(length)), height, str(cell["label"]), int(cell["finished"]) == 0
-
-
-def _footer(cells: pd.DataFrame, look: Look) -> str:
-    """Machine and date, over how many replicates a point is taken, and whether times are the device's."""
-    times = " · times of the device" if (cells[SOURCE] == DEVICE).any() else ""
-    return f"{look.footer} · {replicates(cells['replicates'])}{times}"
 
 
 BY_LENGTH = (

@@ -16,8 +16,7 @@ from bench.report.sections import Section
 from bench.report.sections.decoding import plots, tables
 from bench.report.sections.decoding.data import cheaper_from, combinations, decoding_cells
 from bench.report.sections.decoding.page import generating
-from bench.report.text.columns import shown
-from bench.report.text.listing import PageList, listed_columns
+from bench.report.text.listing import PageList, listed_tables
 from bench.report.text.marks import CONTAMINATED, meanings
 from bench.report.text.phrases import headed
 from bench.report.text.tables import Table, first_open
@@ -88,13 +87,8 @@ class Decoding(Section[Generation]):
         return {"generating": generating(data.cells)} if len(data.cells) else {}
 
     def page_lists(self, data: Generation) -> list[PageList]:
-        """The costs of all settings."""
-        if data.cells.empty:
-            return []
-        columns = shown(tables.tokens(data.cells))
-        return [
-            PageList("decoding", "Decoding", "Decoding", listed_columns(columns), self.lead.replace("*", ""))
-        ]
+        """The same tables."""
+        return listed_tables("decoding", self.title, self.tables(data), self.lead.replace("*", ""))
 
 
 SECTIONS: Sequence[Section[Any]] = (Decoding(),)

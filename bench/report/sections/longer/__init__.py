@@ -16,7 +16,7 @@ from bench.report.sections import Section
 from bench.report.sections.longer.data import TOLERANCE, longer_cells
 from bench.report.sections.longer.plots import by_position
 from bench.report.sections.longer.tables import lengths, memories
-from bench.report.text.listing import PageList, listed_columns
+from bench.report.text.listing import PageList, listed_tables
 from bench.report.text.marks import LEAK, OF_TWO, meanings
 from bench.report.text.phrases import headed
 from bench.report.text.tables import Table
@@ -81,10 +81,7 @@ class Longer(Section[LongerData]):
 
     def page_lists(self, data: LongerData) -> list[PageList]:
         """The same tables."""
-        return [
-            PageList(f"longer-{place}", NAME, table.heading, listed_columns(table.columns))
-            for place, table in enumerate(self.tables(data))
-        ]
+        return listed_tables("longer", NAME, self.tables(data))
 
 
 MEMORY_NOTE = (

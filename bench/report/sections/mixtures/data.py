@@ -9,14 +9,13 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from bench.report.data.collect import counted
+from bench.report.data.collect import in_layers
 from bench.report.data.disturbed import DISTURBED
 from bench.report.data.groups import BUDGET, CELL, TRAINING, natural, split
 from bench.report.data.statistics import BASELINE
 from bench.report.sections.mixtures.sources import FIGURES, OF_DATA, first_of_dense, points_of
+from variants.facts import layers_knob
 
-MIXTURE = "hybrid"
-"""The variant whose knob `layers` has the layers of one period."""
 PAGE = ("machine", "depth")
 """Keys of which each value is a figure and a table."""
 _PLACE = tuple(dict.fromkeys((*CELL, *BUDGET, "knobs", *TRAINING)))
@@ -57,10 +56,11 @@ def mixture_points(frame: pd.DataFrame, done: Mapping[str, Any]) -> pd.DataFrame
 
 def _layers(frame: pd.DataFrame) -> dict[str, tuple[str, ...]]:
     """Label → the layers of one period, of dense and of mixtures."""
-    own = frame[frame["variant"].isin([BASELINE, MIXTURE])].drop_duplicates("label")
+    own = frame.drop_duplicates("label")
+    knobs = {variant: layers_knob(variant) for variant in own["variant"].unique()}
     found: dict[str, tuple[str, ...]] = {}
     for variant, label, text in zip(own["variant"], own["label"], own["params_json"], strict=True):
-        layers = [BASELINE] if variant == BASELINE else json.loads(text).get("layers")
+        layers = [BASELINE] if variant == BASELINE else json.loads(text).get(knobs[variant])
         if isinstance(layers, list) and layers:
             period = tuple(map(str, layers))
             found[str(label)] = period if len({*period}) > 1 else period[:1]
@@ -87,9 +87,9 @@ def _described(points: pd.DataFrame, layers: Mapping[str, tuple[str, ...]]) -> p
         dense = sum(n for n, layer in zip(times, period, strict=True) if name_of(layer) == BASELINE)
         used = {layer for n, layer in zip(times, period, strict=True) if n}
         others = sorted((layer for layer in used if name_of(layer) != BASELINE), key=natural)
-        kind = " + ".join(layer.replace("(", " (", 1) for layer in others)
+        kind = in_layers(others)
         member = name_of(others[0]) if others else BASELINE
-        rows.append((dense / max(1, int(depth)), kind, member, counted(period)))
+        rows.append((dense / max(1, int(depth)), kind, member, in_layers(period)))
     described = pd.DataFrame(rows, columns=["share", "kind", "member", "layers"], index=points.index)
     # A mixture of dense layers alone is dense attention once more.
     kept = (described["kind"] != "") | (points["variant"] == BASELINE)

@@ -67,7 +67,7 @@ def pareto(cells: pd.DataFrame, look: Look) -> Figure | None:
             [], [], color=GREY, marker="o", fillstyle="none", linestyle="", label=f"{LEAK} sees the future"
         )
         handles.append(hollow)
-    handles += baseline_handles(cells)
+    handles += baseline_handles(axes)
     footer = f"{look.footer} · {interval_of(cells['replicates'])}, {replicates(cells['replicates'])}"
     footer += disturbed_note(cells[cells["time"].notna()], DISTURBED)
     canvas.dress(

@@ -14,9 +14,10 @@ from matplotlib.lines import Line2D
 
 from bench.report.data.groups import TRAINING, split, varying
 from bench.report.figures import canvas
-from bench.report.figures.baselines import DASHES, baseline_handles
-from bench.report.figures.lines import GREY, Look, label_handles, replicates
-from bench.report.figures.style import Style, variant_rank
+from bench.report.figures.baselines import DASHES, NAMES, UNIGRAM, baseline_handles, line_look
+from bench.report.figures.dots import draw_dot, row_panels
+from bench.report.figures.lines import GREY, Look, replicates
+from bench.report.figures.style import variant_rank
 from bench.report.text import units
 from bench.report.text.cells import label_of
 from bench.report.text.marks import LEAK, UNDERTRAINED
@@ -42,13 +43,14 @@ def losses(cells: pd.DataFrame, look: Look) -> Figure | None:
     deviation, mean = cells[f"{name}_std"].fillna(0.0), cells[f"{name}_mean"]
     unigram = np.log2(cells["unigram_perplexity"]) if in_bits else cells["unigram_perplexity"]
     cells = cells.assign(value=mean, low=mean - deviation, high=mean + deviation, unigram=unigram)
-    figure, axes = _dotted(cells, look, f"{unit} (lower is better)")
+    lines = (UNIGRAM, *(DASHES if in_bits else ()))
+    cells, beyond = _without_far(cells, lines)
+    figure, axes = _dotted(cells, look, f"{unit} (lower is better)", lines)
     for axis in axes:
         axis.locator_params(axis="x", nbins=6)
-    _unigram(axes, cells)
-    footer = f"{look.footer} · mean ± standard deviation, {replicates(cells['quality_replicates'])}"
+    footer = f"{look.footer} · mean ± standard deviation, {replicates(cells['quality_replicates'])}{beyond}"
     title = f"{unit.capitalize()} on held-out text"
-    canvas.dress(figure, title, look.setting, footer, _legend(cells, look, axes[0]) + baseline_handles(cells))
+    canvas.dress(figure, title, look.setting, footer, [*baseline_handles(axes), *_marks(cells)])
     return figure
 
 
@@ -66,23 +68,45 @@ def context(cells: pd.DataFrame, look: Look) -> Figure | None:
         axis.set_xlim(min(lengths) / 1.25, max(lengths) * 1.25)
         canvas.lengths_axis(axis.xaxis, 2.0 ** np.arange(0, np.log2(max(lengths)) + 1))
     footer = f"{look.footer} · median and widest 95 % interval over {replicates(cells['quality_replicates'])}"
-    canvas.dress(figure, "How far back it looks", look.setting, footer, _legend(cells, look, axes[0]))
+    canvas.dress(figure, "How far back it looks", look.setting, footer, _marks(cells))
     return figure
 
 
-def _dotted(cells: pd.DataFrame, look: Look, x: str) -> tuple[Figure, list[Axes]]:
-    """A panel a depth, a row a variant and length: a dot at `value`, a bar from `low` to `high`."""
+def _without_far(cells: pd.DataFrame, columns: Sequence[str]) -> tuple[pd.DataFrame, str]:
+    """The cells without baselines so far off that they would squeeze the dots into a corner, and the end of a
+    footer that names these."""
+    low, high = float(cells["low"].min()), float(cells["high"].max())
+    room = FAR * max(high - low, 0.1 * high)
+    beyond: dict[str, None] = {}
+    for column in columns:
+        is_far = ~cells[column].between(low - room, high + room) & cells[column].notna()
+        values = cells.loc[is_far, column].round(6).unique()
+        beyond |= {f"{NAMES[column]} {units.score(value)}": None for value in values}
+        cells = cells.assign(**{column: cells[column].mask(is_far)})
+    return cells, f" · beyond the axis: {', '.join(beyond)}" if beyond else ""
+
+
+def _dotted(
+    cells: pd.DataFrame, look: Look, x: str, baselines: Sequence[str] = ()
+) -> tuple[Figure, list[Axes]]:
+    """A panel a depth, a row a variant and length: a dot at `value`, a bar from `low` to `high`, and a line
+    at each of the `baselines`, which are columns."""
     cells = cells.assign(row=_rows(cells))
     order = _order(cells)
     parts = list(split(cells, ["depth"]))
-    figure, axes = canvas.panels(len(parts), width=3.2, height=0.6 + 0.2 * len(order), columns=4)
-    for axis, (values, part) in zip(axes, parts, strict=True):
-        axis.set_title(f"depth {values['depth']}")
-        _dots(axis, part, order, look.styles)
+    places = {row[-1]: place for place, row in enumerate(order)}
+    figure, axes = row_panels([f"depth {values['depth']}" for values, _ in parts], list(places))
+    for axis, (_, part) in zip(axes, parts, strict=True):
+        for _, cell in part.iterrows():
+            place, style = places[cell["row"]], look.styles[str(cell["label"])]
+            draw_dot(axis, place, cell["value"], cell["low"], cell["high"], style, hollow=bool(cell["leaks"]))
+            for column in baselines:
+                if not pd.isna(at := cell[column]):
+                    axis.plot([at, at], [place - 0.5, place + 0.5], **line_look(column))
+        for above, below in pairwise(order):
+            if above[0] != below[0]:
+                axis.axhline(places[below[-1]] - 0.5, color="#bbbbbb", linewidth=0.8)
         axis.set_xlabel(x)
-    axes[0].set_yticks(range(len(order)), [row[-1] for row in order], fontsize=8)
-    canvas.widen_for_rows(figure, (row[-1] for row in order))
-    axes[0].set_ylim(len(order) - 0.4, -0.6)
     return figure, axes
 
 
@@ -110,64 +134,13 @@ def _order(cells: pd.DataFrame) -> list[Row]:
     )
 
 
-def _dots(axis: Axes, part: pd.DataFrame, order: Sequence[Row], styles: dict[str, Style]) -> None:
-    places = {row[-1]: place for place, row in enumerate(order)}
-    for _, cell in part.iterrows():
-        style = styles[str(cell["label"])]
-        axis.errorbar(
-            [cell["value"]],
-            [places[cell["row"]]],
-            # an end on the wrong side of the middle leaves no whisker
-            xerr=[[max(0.0, cell["value"] - cell["low"])], [max(0.0, cell["high"] - cell["value"])]],
-            color=style.colour,
-            marker=style.marker,
-            fillstyle="none" if cell["leaks"] else style.fill,
-            markerfacecoloralt="white",
-            capsize=2.5,
-            linestyle="",
-        )
-        for column, dashes in DASHES.items():
-            at, row = cell[column], places[cell["row"]]
-            axis.plot([at, at], [row - 0.5, row + 0.5], color=GREY, linestyle=dashes, linewidth=1, zorder=1)
-    for above, below in pairwise(order):
-        if above[0] != below[0]:
-            axis.axhline(places[below[-1]] - 0.5, color="#bbbbbb", linewidth=0.8)
-    axis.grid(axis="y", visible=False)
-
-
-def _unigram(axes: Sequence[Axes], cells: pd.DataFrame) -> None:
-    """The unigram baseline as a line; where it lies so far off that it would squeeze the dots
-    into a corner, as a note at the edge it lies beyond.
-    """
-    low, high = float(cells["low"].min()), float(cells["high"].max())
-    span = max(high - low, 0.1 * high)
-    for value in cells["unigram"].dropna().round(6).unique():
-        far = value > high + FAR * span or value < low - FAR * span
-        for axis in axes:
-            if far:
-                note = (
-                    f"unigram {units.score(value)} →" if value > high else f"← unigram {units.score(value)}"
-                )
-                axis.set_title(note, loc="right" if value > high else "left", fontsize=7, color=GREY)
-            else:
-                axis.axvline(value, color=GREY, linestyle="--", linewidth=1)
-
-
-def _legend(cells: pd.DataFrame, look: Look, axis: Axes) -> list[Artist]:
-    handles = label_handles(cells, look, line="")
-    if any(line.get_linestyle() == "--" for line in axis.get_lines()):
-        handles.append(Line2D([], [], color=GREY, linestyle="--", linewidth=1, label="unigram"))
+def _marks(cells: pd.DataFrame) -> list[Artist]:
+    """Handles for the marks of the rows."""
+    handles: list[Artist] = []
     if cells["leaks"].any():
+        words = f"{LEAK} sees the future"
         handles.append(
-            Line2D(
-                [],
-                [],
-                color=GREY,
-                marker="o",
-                fillstyle="none",
-                linestyle="",
-                label=f"{LEAK} sees the future",
-            )
+            Line2D([], [], color=GREY, marker="o", markerfacecolor="none", linestyle="", label=words)
         )
     if cells["undertrained"].any():
         handles.append(Line2D([], [], linestyle="", label=f"{UNDERTRAINED} undertrained"))

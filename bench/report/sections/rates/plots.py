@@ -57,7 +57,7 @@ def by_rate(cells: pd.DataFrame, look: Look) -> Figure | None:
         for axis in axes:
             canvas.human_axis(axis.yaxis, *axis.get_ylim(), units.tick, binary=False)
     handles: list[Artist] = [*label_handles(cells, look), ring([], [], GREY, label="least loss")]
-    handles += baseline_handles(cells)
+    handles += baseline_handles(axes)
     if (cells["diverged"] > 0).any():
         handles.append(Line2D([], [], color=GREY, marker="x", linestyle="", label="a replicate diverged"))
     footer = f"{look.footer} · mean ± standard deviation, {replicates(cells['replicates'].fillna(0))}"
