@@ -10,10 +10,13 @@ import pandas as pd
 import pytest
 import quality_table
 import torch
+from report_parts import sections_of
 from test_model_options import spec_of
 
 from bench import records
 from bench.measure.predict import Prediction, build_model
+from bench.report.data.experiment import read
+from bench.report.sections import compute
 
 ROOT = Path(__file__).resolve().parents[1]
 README, CHOOSING = (ROOT / "README.md").read_text(), (ROOT / "docs" / "choosing.md").read_text()
@@ -150,6 +153,40 @@ def test_the_state_that_recall_needs() -> None:
     assert f"({delta:.1f} KiB against {dense:.1f} KiB for each sequence)" in text
     assert f"no convolution, {accuracy['linear_transformer'].max():.1f} % at most" in text
     assert f"recalled {accuracy['hybrid'].min():.1f} % or more in every size" in text
+
+
+def test_what_modifications_transfer() -> None:
+    data = compute(read(ROOT / "results" / "modifications-cpu"), sections_of("modifications"))
+    found = data.data["modifications"]
+    assert set(found.cells["replicates"]) == {3}
+    pairs = found.transfers[~found.transfers["seeds"]].set_index(["first", "second"])
+    certain = pairs[(pairs["rho_low"] > 0) | (pairs["rho_high"] < 0)]
+    assert set(certain.index) == {("stdlib, clm", "stdlib, mlm"), ("mqar", "listops")}
+    assert len(pairs) == 6
+    text, recall = certain.loc["stdlib, clm", "stdlib, mlm"], certain.loc["mqar", "listops"]
+    assert f"rank correlation {text['rho']:.2f}, 95 % interval {_ends(text)}" in CHOOSING
+    assert f"recall and ListOps ({recall['rho']:.2f}, {_ends(recall)})" in CHOOSING
+    own = found.cells[found.cells["differs"].eq(True)]
+    default = found.cells[found.cells["modification"] == "default"].set_index("task")
+    better = own[own["score"].to_numpy() > default.loc[own["task"], "score"].to_numpy()]
+    names = better.groupby("task")["modification"].agg(lambda of: " ".join(sorted(of)))
+    assert dict(names) == {
+        "stdlib, clm": "dynamic_conv norm_position=post product_keys",
+        "stdlib, mlm": "dynamic_conv product_keys",
+        "listops": "product_keys",
+    }
+    assert (found.cells["differs"].eq(True)).sum() < len(found.cells) / 3
+    assert default.loc["mqar", "value"] > 0.9995
+    cells = found.cells.set_index(["task", "modification"])
+    assert cells.loc[("mqar", "dynamic_conv"), "guesses"]
+    keys = cells.xs("product_keys", level="modification")
+    size, speed = (keys[name] / default[name] for name in ("params", "steps_per_second"))
+    stated = f"up to {size.max():.2f} times the parameters, and makes {speed.min():.2f} to {speed.max():.2f}"
+    assert stated in CHOOSING
+
+
+def _ends(row: pd.Series[float]) -> str:
+    return f"{row['rho_low']:.2f} to {row['rho_high']:.2f}"
 
 
 def test_the_recommendations_of_the_readme() -> None:

@@ -49,6 +49,16 @@ def test_texts_of_ticks_do_not_run_together(tmp_path: Path, fixed: bool) -> None
         assert label.get_text() == units.flops(label.get_position()[0], short=True)
 
 
+def test_an_axis_from_right_to_left_keeps_its_ticks(tmp_path: Path) -> None:
+    with canvas.look():
+        figure, (axis,) = canvas.panels(1)
+        axis.set_xticks([1, 5, 10, 15, 20])
+        axis.set_xlim(20.9, 0.1)
+        canvas.dress(figure, "Title", "setting", "footer", [])
+        canvas.save(figure, tmp_path, "x")
+        assert [label.get_text() for label in axis.get_xticklabels()] == ["1", "5", "10", "15", "20"]
+
+
 def test_long_names_of_rows_leave_the_data_their_room() -> None:
     widths = []
     for name in ("dense", "3×longformer (window=64) + gated_delta_net + dense · 1k · rate 0.003"):

@@ -203,6 +203,7 @@ def _thin_out(axis: Axis) -> None:
     """Keep every n-th tick, counted from the last, so that no two of their texts run together."""
     low, high = sorted(axis.get_view_interval())
     labels = [one for one in axis.get_ticklabels() if one.get_text() and low <= one.get_position()[0] <= high]
+    labels.sort(key=lambda one: one.get_window_extent().x0)  # an axis may run from right to left
     spans = [(box.x0, box.x1) for box in (one.get_window_extent() for one in labels)]
     for step in range(1, len(labels) + 1):
         kept = range(len(labels) - 1, -1, -step)[::-1]

@@ -29,6 +29,8 @@ from bench.report.text.phrases import describe, training
 
 BITS, NATS, ACCURACY = "bits per byte", "nats per token", "accuracy"
 """The final figure of a task."""
+SHOWN = 3
+"""Decimals of an accuracy by which models are ranked: a tenth of a per cent, as tables show it."""
 _OPTIONS = {*SLOT_COLUMNS.values(), *MODEL_OPTIONS}
 PLACE = tuple(key for key in (*GROUP, "seq_len") if key not in _OPTIONS)
 TASK = (*PLACE, *(key for key in TRAINING if key != "learning_rate"))
@@ -52,9 +54,9 @@ def modification_cells(
     `replicates`, `by_replicate` (the value of each); `difference` to the default with its 95 % `_low` and
     `_high`, `differs` (null where nothing decides), `comparisons` of its family; `leaks`, `undertrained` and
     `no_baseline`, as in the section on quality; `guesses` (its accuracy is not above that of guessing);
-    `score` (the value as it is ranked, more is better: NaN of what no table ranks, the accuracy of guessing
-    of all that guess) and `rank` (1 is the best of the task's models); and `unfinished`: the replicates
-    without a result, with their reason.
+    `score` (the value as it is ranked, more is better: NaN of what no table ranks, accuracies to a tenth of a
+    per cent, that of guessing for all that guess) and `rank` (1 is the best of the task's models); and
+    `unfinished`: the replicates without a result, with their reason.
 
     Losses are means over replicates at a model's best learning rate, at which as few replicates as possible
     failed.
@@ -240,7 +242,9 @@ def _ranked(cells: pd.DataFrame, quality: pd.DataFrame) -> pd.DataFrame:
     standing = quality.groupby(keys, dropna=False)[["undertrained", "no_baseline", "unsettled"]].max()
     cells = cells.merge(standing.reset_index(), "left", keys)
     value = cells["value"].where(~cells["guesses"], cells["guess"])
-    signed = value * np.where(cells["figure"] == ACCURACY, 1.0, -1.0)
+    shares = cells["figure"] == ACCURACY
+    value = value.where(~shares, value.round(SHOWN))  # one answer in thousands more is no better rank
+    signed = value * np.where(shares, 1.0, -1.0)
     cells["score"] = signed.where(~unranked(cells))
     cells["rank"] = cells.groupby("pool")["score"].rank(ascending=False)
     return cells.drop(columns="unsettled")

@@ -27,7 +27,7 @@ from scipy import stats
 
 from bench.report.data.groups import split
 from bench.report.data.intervals import NORMAL
-from bench.report.sections.modifications.data import PAGE, scores_of
+from bench.report.sections.modifications.data import ACCURACY, PAGE, SHOWN, scores_of
 from bench.report.sections.modifications.names import DEFAULT
 
 LEAST = 3
@@ -83,6 +83,7 @@ def _between_replicates(own: pd.DataFrame) -> list[dict[str, Any]]:
     for pool, part in own.groupby("pool", sort=False):
         each = part[(part["modification"] != DEFAULT) & part["score"].notna()]
         table = pd.DataFrame(list(each["by_replicate"]), index=each["modification"], dtype=float)
+        table = table.round(SHOWN) if (part["figure"] == ACCURACY).all() else table
         table = table.where(~each.set_index("modification")["guesses"], each["guess"].median())
         found = [spearman(table[one], table[other]) for one, other in combinations(table.columns, 2)]
         known = [(rho, count) for rho, count in found if not math.isnan(rho)]
