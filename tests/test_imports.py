@@ -238,7 +238,8 @@ def test_what_any_process_needs_needs_nothing(module: str) -> None:
 
 
 def test_report_reads_records_and_nothing_else() -> None:
-    """And the families of variants, from their source, for the looks of figures, and the usual layers."""
+    """And the families of variants, from their source, for the looks of figures, the usual layers, and the
+    defaults of a mixture's layers."""
     for module in of_report:
         others = {t for t in ours(module) if t != "bench.report" and not t.startswith("bench.report.")}
         read = {f"bench.records{name}" for name in ("", ".configurations", ".files", ".record")}
@@ -247,6 +248,8 @@ def test_report_reads_records_and_nothing_else() -> None:
             read |= {"variants", "variants.facts"}
         if module == "bench.report.sections.decoding.data":
             read.add("variants.slots")
+        if module == "bench.report.data.layers":
+            read.add("variants")
         assert others <= read | OF_ANY_PROCESS, module
         assert "torch" not in outside(module), module
 

@@ -339,10 +339,34 @@ def cell(variant: str, **params: Any) -> dict[str, Any]:
         ([cell("compressive"), cell("transformer_xl")], 0),
         ([cell("transformer_xl", has_reset=True)], 1),
         ([cell("compressive", has_reset=True)], 0),
+        # a mixture whose layers are all equal is a model of that layer's variant
+        ([cell("dense"), cell("hybrid", layers=["longformer(window=64)"])], 1),
+        ([cell("dense"), cell("hybrid", layers=["longformer(window=[64],impl=plain)"] * 3)], 1),
+        ([cell("dense"), cell("hybrid", layers=["longformer(window=64)"] * 4 + ["dense"])], 1),
+        ([cell("dense"), cell("hybrid", layers=["longformer(window=64,dilation=2)"])], 0),
+        ([cell("dense"), cell("hybrid", layers=["longformer(window=64)", "longformer(window=32)"])], 0),
+        ([cell("dense"), cell("hybrid", layers=["longformer(window=64)"]), cell("longformer", window=64)], 1),
+        ([cell("hybrid", layers=["transformer_xl(mem_len=64)"], has_reset=True)], 1),
+        ([cell("dense"), cell("hybrid", layers=["unknown_here(window=64)"])], 0),
     ],
 )
 def test_orderings_find_cells_by_what_they_declare(cells: list[dict[str, Any]], count: int) -> None:
     assert len(expected(cells)) == count
+
+
+def test_the_window_of_a_mixture_may_be_the_default_of_its_layers() -> None:
+    cells = [cell("dense"), cell("hybrid", layers=["longformer"])]
+    ((_, pair),) = expected([{**own, "seq_len": 1024} for own in cells])
+    assert pair.words == "dense better than a window of 256 tokens"
+
+
+def test_a_mixture_of_windows_that_beats_dense_is_not_ranked() -> None:
+    found = [one for one in models({**SOUND, "hybrid": -0.1}) if one.variant in ("dense", "hybrid")]
+    for one in found:
+        if one.variant == "hybrid":
+            one.variant_params = {"layers": ["longformer(window=64)"]}
+    assert verdicts(found) == {BETTER: VIOLATED}
+    assert quality(relabelled(frame_of_records(found))).cells["rank_low"].isna().all()
 
 
 def test_a_verdict_needs_the_whole_interval() -> None:
