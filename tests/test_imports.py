@@ -242,8 +242,8 @@ OF_DECLARATIONS = ("figures.style", "data.collect", "sections.mixtures.data")
 
 
 def test_report_reads_records_and_nothing_else() -> None:
-    """And the families of variants and the knobs with layers, from their source, for looks and names, and the
-    usual layers."""
+    """And the families of variants and the knobs with layers, from their source, for looks and names, the
+    usual layers, and the defaults of a mixture's layers."""
     for module in of_report:
         others = {t for t in ours(module) if t != "bench.report" and not t.startswith("bench.report.")}
         read = {f"bench.records{name}" for name in ("", ".configurations", ".files", ".record")}
@@ -254,6 +254,8 @@ def test_report_reads_records_and_nothing_else() -> None:
             read.add("variants.facts")
         if module == "bench.report.sections.decoding.data":
             read.add("variants.slots")
+        if module == "bench.report.data.layers":
+            read.add("variants")
         assert others <= read | OF_ANY_PROCESS, module
         assert "torch" not in outside(module), module
 

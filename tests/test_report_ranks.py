@@ -179,12 +179,36 @@ def test_variances_that_agree_are_pooled_and_one_that_stands_out_is_kept() -> No
     alike = 0.01**2 * source.chisquare(2, 45) / 2
     freedom = np.full(45, 2.0)
     prior = Prior.of(alike, freedom, 18)
-    drawn, counted = prior.drawn(alike, freedom)
+    drawn, counted, alone = prior.drawn(alike, freedom)
     assert counted.min() > 2
+    kept = drawn == alike
+    assert 0 < kept.sum() < 45
+    assert set(alone[kept]) == {2.0}
+    assert (alone[~kept] == counted[~kept]).all()
     assert np.ptp(np.log(drawn)) < np.ptp(np.log(alike))
     assert (drawn >= alike).all()
     alike[0] = 1.0
     assert Prior.of(alike, freedom, 18).drawn(alike, freedom)[0][0] == 1.0
+
+
+def test_the_interval_of_a_model_whose_seeds_vary_more_covers_95_percent() -> None:
+    """With the degrees of freedom of the pool it would be 91.5 %."""
+    source = np.random.default_rng(5)
+    first, second = np.triu_indices(8, 1)
+    pair = int(np.flatnonzero((first == 0) & (second == 1))[0])
+    deviations = np.array([1.0, 5.0, *[1.0] * 6])[:, None]
+    runs, covered = 800, 0
+    for _ in range(runs):
+        means = deviations * source.standard_normal((8, 5))
+        sides = Sides(means, np.zeros((8, 5, 0)))
+        differences = Differences.of(sides.take(first), sides.take(second), None)
+        judged = differences.judged(differences.prior(28))
+        low, high = (end[pair] for end in judged.interval)
+        covered += low < 0 < high
+        family = np.ones(len(first), dtype=bool)
+        certain = judged.corrected(family) < 0.05
+        assert not (certain & (judged.interval[0] < 0) & (judged.interval[1] > 0)).any()
+    assert covered / runs > 0.94
 
 
 # --- families -------------------------------------------------------------------------------------
@@ -339,10 +363,34 @@ def cell(variant: str, **params: Any) -> dict[str, Any]:
         ([cell("compressive"), cell("transformer_xl")], 0),
         ([cell("transformer_xl", has_reset=True)], 1),
         ([cell("compressive", has_reset=True)], 0),
+        # a mixture whose layers are all equal is a model of that layer's variant
+        ([cell("dense"), cell("hybrid", layers=["longformer(window=64)"])], 1),
+        ([cell("dense"), cell("hybrid", layers=["longformer(window=[64],impl=plain)"] * 3)], 1),
+        ([cell("dense"), cell("hybrid", layers=["longformer(window=64)"] * 4 + ["dense"])], 1),
+        ([cell("dense"), cell("hybrid", layers=["longformer(window=64,dilation=2)"])], 0),
+        ([cell("dense"), cell("hybrid", layers=["longformer(window=64)", "longformer(window=32)"])], 0),
+        ([cell("dense"), cell("hybrid", layers=["longformer(window=64)"]), cell("longformer", window=64)], 1),
+        ([cell("hybrid", layers=["transformer_xl(mem_len=64)"], has_reset=True)], 1),
+        ([cell("dense"), cell("hybrid", layers=["unknown_here(window=64)"])], 0),
     ],
 )
 def test_orderings_find_cells_by_what_they_declare(cells: list[dict[str, Any]], count: int) -> None:
     assert len(expected(cells)) == count
+
+
+def test_the_window_of_a_mixture_may_be_the_default_of_its_layers() -> None:
+    cells = [cell("dense"), cell("hybrid", layers=["longformer"])]
+    ((_, pair),) = expected([{**own, "seq_len": 1024} for own in cells])
+    assert pair.words == "dense better than a window of 256 tokens"
+
+
+def test_a_mixture_of_windows_that_beats_dense_is_not_ranked() -> None:
+    found = [one for one in models({**SOUND, "hybrid": -0.1}) if one.variant in ("dense", "hybrid")]
+    for one in found:
+        if one.variant == "hybrid":
+            one.variant_params = {"layers": ["longformer(window=64)"]}
+    assert verdicts(found) == {BETTER: VIOLATED}
+    assert quality(relabelled(frame_of_records(found))).cells["rank_low"].isna().all()
 
 
 def test_a_verdict_needs_the_whole_interval() -> None:

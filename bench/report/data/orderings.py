@@ -1,8 +1,8 @@
 """Orderings that must appear before models are ranked: without them, ranks say nothing about long context.
 
 `ORDERINGS` is the list. Each entry finds the cells that it compares by what they declare, among the cells of
-one pool, which share data, size, length and budget. An ordering without such cells is not measured and
-demands nothing.
+one pool, which share data, size, length and budget. A mixture whose layers are all equal is a model of that
+layer's variant. An ordering without such cells is not measured and demands nothing.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
+
+from bench.report.data.layers import layers_of, name_of, params_of
 
 Row = dict[str, Any]
 """A cell of the pool: `number`, `variant`, `label`, `seq_len`, `depth`, `variant_params`, `state_bytes`,
@@ -101,7 +103,9 @@ def _longer_is_better(full: str, windowed: str) -> Callable[[Sequence[Row]], Ite
     shortest one, if that is short."""
 
     def pairs(cells: Sequence[Row]) -> Iterator[Expected]:
-        by_window = {_window(cell): cell for cell in _of(cells, windowed)}
+        by_window = {
+            _window(cell): cell for cell in reversed(_of(cells, windowed))
+        }  # the first of equal ones
         chain = [by_window[window] for window in sorted((w for w in by_window if w), reverse=True)]
         for dense in _of(cells, full)[:1] if chain else ():
             shortest = min(window for window in by_window if window)
@@ -124,8 +128,7 @@ def _mixture(mixture: str, full: str, every: int) -> Callable[[Sequence[Row]], I
 
     def pairs(cells: Sequence[Row]) -> Iterator[Expected]:
         for cell in _of(cells, mixture):
-            layers = [str(layer).partition("(")[0].strip() for layer in cell["variant_params"]["layers"]]
-            own = [layers[place % len(layers)] for place in range(int(cell["depth"]))]
+            own = [name_of(layer) for layer in layers_of(cell["variant_params"], int(cell["depth"]))]
             if every * own.count(full) != len(own):
                 continue
             for dense in _of(cells, full)[:1]:
@@ -159,7 +162,16 @@ ORDERINGS = (
 
 def expected(cells: Sequence[Row]) -> list[tuple[Ordering, Expected]]:
     """The orderings that a pool can show, with the cells that must show them."""
-    return [(ordering, pair) for ordering in ORDERINGS for pair in ordering.pairs(cells)]
+    models = sorted(map(_as_layer, cells), key=lambda cell: "layers" in cell)  # mixtures last
+    return [(ordering, pair) for ordering in ORDERINGS for pair in ordering.pairs(models)]
+
+
+def _as_layer(cell: Row) -> Row:
+    """The cell; of a mixture whose layers are all equal, as one of that layer's variant."""
+    layers = layers_of(cell["variant_params"], int(cell["depth"]))
+    if len({*layers}) != 1:
+        return cell
+    return {**cell, "variant": name_of(layers[0]), "variant_params": params_of(layers[0]), "layers": layers}
 
 
 SHOWN, VIOLATED, UNDECIDED = "shown", "violated", "not decided"

@@ -19,7 +19,7 @@ import pandas as pd
 from bench.report.data.groups import BUDGET, SEARCH
 from bench.report.data.intervals import LEVEL, Floats
 from bench.report.data.orderings import SHOWN, Row, expected, verdict
-from bench.report.data.paired import Ints, Prior, holm
+from bench.report.data.paired import Ints, Prior
 from bench.report.data.pool import Pool
 
 MOST_COMPARISONS = 80
@@ -152,7 +152,7 @@ def _judge(own: pd.DataFrame, pool: Pool, declared: Mapping[int, Row]) -> _Judge
     takes_part = ~own[["undertrained", "no_baseline"]].eq(True).any(axis=1).to_numpy()
     in_family = takes_part[first] & takes_part[second]
     corrected = np.full(len(first), np.nan)
-    corrected[in_family] = holm(judged.p[in_family])
+    corrected[in_family] = judged.corrected(in_family)
     better = _better(len(own), first, second, judged.mean, corrected)
 
     seen = _orderings([declared[number] for number in own.index], own, pool, prior)

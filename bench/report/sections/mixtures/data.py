@@ -12,6 +12,7 @@ import pandas as pd
 from bench.report.data.collect import in_layers
 from bench.report.data.disturbed import DISTURBED
 from bench.report.data.groups import BUDGET, CELL, TRAINING, natural, split
+from bench.report.data.layers import name_of
 from bench.report.data.statistics import BASELINE
 from bench.report.sections.mixtures.sources import FIGURES, OF_DATA, first_of_dense, points_of
 from variants.facts import layers_knob
@@ -65,11 +66,6 @@ def _layers(frame: pd.DataFrame) -> dict[str, tuple[str, ...]]:
             period = tuple(map(str, layers))
             found[str(label)] = period if len({*period}) > 1 else period[:1]
     return found
-
-
-def name_of(layer: str) -> str:
-    """The variant of a layer's text."""
-    return layer.partition("(")[0]
 
 
 def holds(flag: Any) -> bool:

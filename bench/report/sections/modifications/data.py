@@ -14,7 +14,6 @@ from bench.report.data.compared_time import SECONDS
 from bench.report.data.disturbed import DISTURBED
 from bench.report.data.groups import CELL, GROUP, SEARCH, SLOT_COLUMNS, TRAINING, varying
 from bench.report.data.intervals import LEVEL, NORMAL
-from bench.report.data.paired import holm
 from bench.report.data.pool import Pool
 from bench.report.data.statistics import LEAK_LIMIT, status_counts
 from bench.report.sections.modifications.names import (
@@ -205,8 +204,8 @@ def _compared(parts: Sequence[pd.DataFrame], figure: str) -> pd.DataFrame:
     differences = pool.compared(others, np.zeros(count - 1, dtype=np.int64))
     judged = differences.judged(differences.prior(pool.most_freedom))
     low, high = judged.interval
-    decided = ~np.isnan(judged.margin(LEVEL)) & ~np.isnan(judged.mean)
-    corrected = holm(judged.p[decided])
+    decided = ~np.isnan(low)
+    corrected = judged.corrected(decided)
     found.loc[others, "difference"] = factor * judged.mean
     found.loc[others, "difference_low"], found.loc[others, "difference_high"] = factor * low, factor * high
     found.loc[others[decided], "differs"] = corrected < 1 - LEVEL
