@@ -1,4 +1,5 @@
-"""The causality gate: no output before a cut changes when the tokens after it change."""
+"""The causality gate: no output before a cut changes when the tokens after it change, and no output of a
+feed-forward layer when any other token does."""
 
 from __future__ import annotations
 
@@ -9,12 +10,14 @@ from torch import Tensor
 
 from bench.config.spec import CellSpec
 from bench.measure.gate_failed import GateFailed, largest
-from bench.measure.reference_gate import BATCH, layer_of, unit_weights
+from bench.measure.reference_gate import BATCH, FEED_FORWARD_TOKENS, layer_of, unit_weights
 from bench.model.language_model import LanguageModel
 from bench.tasks.text import VOCABULARY
 from variants.base import (
     Context,
     Dims,
+    FeedForward,
+    FeedForwardConfig,
     SequenceMixer,
     VariantConfig,
     known_leak,
@@ -86,6 +89,46 @@ def path_leak(spec: CellSpec, dims: Dims, depth: int, device: torch.device) -> f
     if not worst <= LEAK_TOLERANCE and not leaks:
         changed = f"changing later tokens changed an earlier output by {worst:.2e}"
         raise GateFailed(f"causality gate: stack={parts.depth.name}: {changed}")
+    return worst
+
+
+def feed_forward_leak(
+    feed_forward: type[FeedForward], config: FeedForwardConfig, d_model: int, device: torch.device
+) -> float:
+    """Return the maximum change of a token's output when other tokens change, relative to the largest output,
+    in evaluation and in training, in float32. Of a layer that says that it reads others, only later tokens
+    and other sequences change.
+
+    Raises GateFailed if rounding cannot explain the change.
+    """
+    torch.manual_seed(0)
+    layer = unit_weights(feed_forward(config, d_model)).to(device)
+    source = torch.Generator(device).manual_seed(0)
+    size = BATCH, FEED_FORWARD_TOKENS, d_model
+    x, other = (torch.randn(size, device=device, generator=source) for _ in range(2))
+    sequence, position = (torch.arange(n, device=device) for n in size[:2])
+    kept = [(sequence == 0)[:, None] & (position < size[1] // 3)]
+    if not feed_forward.reads_others(config):
+        kept += [(position % 3 == 1).expand(size[:2]), (sequence > 0)[:, None] & (position == size[1] - 1)]
+
+    @torch.no_grad()
+    def run(x: Tensor) -> Tensor:
+        torch.manual_seed(0)  # so that what is drawn in training is the same
+        y: Tensor = layer(x).y
+        return y
+
+    changes = []
+    for training in (False, True):
+        layer.train(training)
+        before = run(x)
+        for mask in kept:
+            change = (run(torch.where(mask[..., None], x, other)) - before)[mask].abs().max()
+            changes.append((change / before.abs().max().clamp(min=1.0)).item())
+    worst = largest(changes)
+    if not worst <= LEAK_TOLERANCE:
+        raise GateFailed(
+            f"causality gate: the feed-forward layer: changing other tokens changed an output by {worst:.2e}"
+        )
     return worst
 
 

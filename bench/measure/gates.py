@@ -28,7 +28,7 @@ import torch
 from bench.config.spec import CellSpec
 from bench.measure.cached import load_or_measure
 from bench.measure.causality_gate import LEAK_TOLERANCE as LEAK_TOLERANCE
-from bench.measure.causality_gate import leak, path_leak
+from bench.measure.causality_gate import feed_forward_leak, leak, path_leak
 from bench.measure.gate_failed import GateFailed, largest
 from bench.measure.recompute_gate import recompute_error
 from bench.measure.reference_gate import (
@@ -208,6 +208,9 @@ class LayerGates:
                 schedule=self.schedule,
             )
         small, own = sizes.small.d_model, sizes.own.d_model
+        leaks = feed_forward_leak(feed_forward.layer, feed_forward.config, small, sizes.device)
+        if self.causal:
+            figures["leak_max_abs"] = largest([figures["leak_max_abs"], leaks])
         errors = [feed_forward_error(feed_forward.layer, feed_forward.config, small, sizes.device)]
         if dims := sizes.fit(mixer, torch.float32):
             errors += [self._reference_error(dims, index) for index in self._indices()]

@@ -12,7 +12,7 @@ from oracles import D_MODEL, EXACT, assert_same, difference, numbers
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import variants
-from bench.measure import gates
+from bench.measure import causality_gate, gates
 from bench.measure.flops import CountFlops
 from bench.model.block import Block
 from bench.model.slots import feed_forward
@@ -223,3 +223,55 @@ def test_a_width_takes_the_place_of_a_multiple(name: str) -> None:
     assert shapes[0] == shapes[1]
     odd = layer(layer.Config.of({"width": 37}), D_MODEL)
     assert odd.out.weight.shape == (D_MODEL, 37)
+
+
+def _next_token(x: torch.Tensor) -> torch.Tensor:
+    return x + torch.cat([x[:, 1:], x[:, -1:]], dim=1)
+
+
+def _batch_mean(x: torch.Tensor) -> torch.Tensor:
+    return x - x.mean(0, keepdim=True)
+
+
+def _most_of_the_batch(x: torch.Tensor) -> torch.Tensor:
+    """The half of all tokens that have the largest norms."""
+    norms = x.detach().norm(dim=-1)
+    return x * (norms >= norms.median())[..., None]
+
+
+@pytest.mark.parametrize("fault", [_next_token, _batch_mean, _most_of_the_batch])
+@pytest.mark.parametrize("training", [False, True])
+def test_a_gate_finds_a_layer_that_reads_other_tokens(
+    fault: Callable[[torch.Tensor], torch.Tensor], training: bool
+) -> None:
+    """In training alone, or in evaluation alone."""
+
+    class Reading(MLP):
+        def forward(self, x: torch.Tensor) -> FFOut:
+            return super().forward(fault(x) if self.training == training else x)
+
+    cpu = torch.device("cpu")
+    assert causality_gate.feed_forward_leak(MLP, MLPConfig(), D_MODEL, cpu) < 1e-5
+    with pytest.raises(gates.GateFailed, match="the feed-forward layer: changing other tokens"):
+        causality_gate.feed_forward_leak(Reading, MLPConfig(), D_MODEL, cpu)
+
+
+@every_case
+def test_the_gate_passes_every_layer(case: Case) -> None:
+    leak = causality_gate.feed_forward_leak(case.layer, case.config, D_MODEL, torch.device("cpu"))
+    assert leak <= causality_gate.LEAK_TOLERANCE
+
+
+def test_of_a_layer_that_reads_earlier_tokens_later_ones_are_checked() -> None:
+    """A capacity drops tokens by their place in their own sequence."""
+    layer = FEED_FORWARD.load("switch")
+    tight = layer.Config.of({"n_experts": 4, "capacity_factor": 0.5})
+    assert layer.reads_others(tight)
+    assert causality_gate.feed_forward_leak(layer, tight, D_MODEL, torch.device("cpu")) < 1e-5
+
+    class Later(layer):  # type: ignore[misc, valid-type]
+        def forward(self, x: torch.Tensor) -> FFOut:
+            return super().forward(_next_token(x))
+
+    with pytest.raises(gates.GateFailed, match="changing other tokens"):
+        causality_gate.feed_forward_leak(Later, tight, D_MODEL, torch.device("cpu"))
