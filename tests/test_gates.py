@@ -328,6 +328,19 @@ def test_more_flops_than_the_formulas_need_a_reason() -> None:
     assert ratio_of(Stated) == pytest.approx(t * t / (t * (t + 1) / 2))
 
 
+def test_a_model_without_products_between_tokens_is_compared_in_all() -> None:
+    """Such as a running mean: its formulas have parts of single tokens only."""
+    plain = Cost({"projections": 1000})
+    assert cost_ratio(1000, plain, None) == 1
+    with pytest.raises(
+        GateFailed, match=r"without products between tokens dispatched 1.100 × .*in all 1,100"
+    ):
+        cost_ratio(1100, plain, None)
+    assert cost_ratio(0, Cost({}), None) == 1
+    with pytest.raises(GateFailed, match="inf"):
+        cost_ratio(1, Cost({}), None)
+
+
 def test_no_reason_excuses_any_cost() -> None:
     """Nor fewer FLOPs than the formula's: then the formula is wrong."""
     assert cost_ratio(100 + int(COST_LIMIT * 1000), COST, "blocks") == pytest.approx(COST_LIMIT)

@@ -484,6 +484,10 @@ def test_decoding_is_checked(monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patched:
         patched.setattr(dense, "decoding_bytes", lambda self, work: stated(self, work) + 1)
         assert "are stated" in decoded("dense").reason
+    size = dense.state_bytes
+    with monkeypatch.context() as patched:
+        patched.setattr(dense, "state_bytes", lambda self, work: 10 * size(self, work))
+        assert "state_bytes is up to" in decoded("dense").reason
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

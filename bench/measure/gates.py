@@ -264,18 +264,23 @@ LAYER_KEYS = (
 
 
 def cost_ratio(dispatched: int, cost: Cost, reason: str | None, *, bounded: bool = True) -> float:
-    """Return the dispatched forward FLOPs of mixing tokens, divided by those of the formula.
+    """Return the dispatched forward FLOPs of mixing tokens, divided by those of the formula; of a model whose
+    formulas have none, such as a running mean, those of all its parts.
 
     `dispatched` is the total of a forward pass. Raises GateFailed if the ratio differs from 1 by more than
     `COST_TOLERANCE` without a `reason`, or exceeds `COST_LIMIT`. If the overhead is not `bounded`, any excess
     with a reason passes.
     """
-    ratio = (dispatched - cost.tokenwise) / cost.mixing
+    own, formula = (dispatched - cost.tokenwise, cost.mixing) if cost.mixing else (dispatched, cost.total)
+    ratio = own / formula if formula else math.inf if own else 1.0
+    part = "attention" if cost.mixing else "a model without products between tokens"
+    found = (
+        f"cost gate: {part} dispatched {ratio:.3f} × its formula's FLOPs "
+        f"(in all {dispatched:,}, by the formulas of all parts {cost.total:,})"
+    )
     if abs(ratio - 1) > COST_TOLERANCE and reason is None:
-        raise GateFailed(
-            f"cost gate: attention dispatched {ratio:.3f} × its formula's FLOPs, without a reason"
-        )
+        raise GateFailed(f"{found}, without a reason")
     limit = COST_LIMIT if bounded else math.inf
     if not 1 - COST_TOLERANCE <= ratio <= limit:
-        raise GateFailed(f"cost gate: attention dispatched {ratio:.3f} × its formula's FLOPs, over {limit}")
+        raise GateFailed(f"{found}, over {limit}")
     return ratio

@@ -210,6 +210,11 @@ def _decoding(spec: CellSpec) -> str:
     stated = decoding_bytes(model, replace(spec.workload(), element_bytes=4))
     if held != stated:
         raise GateFailed(f"decoding gate: states of {held:,} bytes; {stated:,} are stated")
+    if model.input_schedule.open_windows(spec.seq_len) == [spec.seq_len]:
+        longest = max(_state_bytes(spec)(tokens) for tokens in range(1, spec.seq_len + 1))
+        if held < spec.batch_size * longest:
+            each = held // spec.batch_size
+            raise GateFailed(f"state_bytes is up to {longest:,} for a sequence, and decoding holds {each:,}")
     return f"error {error:.1e}, states of {held:,} bytes"
 
 
@@ -280,6 +285,11 @@ def _one_graph(spec: CellSpec) -> str:
 
 
 def _state(spec: CellSpec) -> str:
+    return f"up to {check_state(_state_bytes(spec)):,} bytes"
+
+
+def _state_bytes(spec: CellSpec) -> Callable[[int], int]:
+    """Return the function that gives the stated bytes of a sequence's state after so many tokens."""
     model, (_, _, dims) = _model(spec), spec.attention()
 
     def bytes_after(tokens: int) -> int:
@@ -294,7 +304,7 @@ def _state(spec: CellSpec) -> str:
         size: int = model.state_bytes(work)
         return size
 
-    return f"up to {check_state(bytes_after):,} bytes"
+    return bytes_after
 
 
 def check_state(bytes_after: Callable[[int], int]) -> int:
