@@ -487,7 +487,7 @@ def test_decoding_is_checked(monkeypatch: pytest.MonkeyPatch) -> None:
     size = dense.state_bytes
     with monkeypatch.context() as patched:
         patched.setattr(dense, "state_bytes", lambda self, work: 10 * size(self, work))
-        assert "state_bytes is up to" in decoded("dense").reason
+        assert "state_bytes of a sequence is" in decoded("dense").reason
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

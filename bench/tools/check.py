@@ -211,10 +211,10 @@ def _decoding(spec: CellSpec) -> str:
     if held != stated:
         raise GateFailed(f"decoding gate: states of {held:,} bytes; {stated:,} are stated")
     if model.input_schedule.open_windows(spec.seq_len) == [spec.seq_len]:
-        longest = max(_state_bytes(spec)(tokens) for tokens in range(1, spec.seq_len + 1))
-        if held < spec.batch_size * longest:
-            each = held // spec.batch_size
-            raise GateFailed(f"state_bytes is up to {longest:,} for a sequence, and decoding holds {each:,}")
+        state = _state_bytes(spec)(spec.seq_len)
+        one = decoding_bytes(model, replace(spec.workload(), batch_size=1, element_bytes=4))
+        if one < state:
+            raise GateFailed(f"state_bytes of a sequence is {state:,}, and decoding holds {one:,}")
     return f"error {error:.1e}, states of {held:,} bytes"
 
 
