@@ -191,7 +191,7 @@ def test_missing_empty_and_unreadable_files_are_refused(tmp_path: Path) -> None:
     assert "data.path is missing" in refusal("files")
     for gone in (tmp_path / "gone", tmp_path / "*.gone"):
         assert f"data.path={gone}" in refusal("files", str(gone))
-    assert "no such" in refusal("files", str(tmp_path)), "an empty folder"
+    assert "an empty folder" in refusal("files", str(tmp_path))
     (tmp_path / "empty").touch()
     assert "empty" in refusal("files", str(tmp_path / "empty"))
     (tmp_path / "short").write_bytes(b"ab")
