@@ -49,7 +49,7 @@ def record(
     nll = (
         1.5
         + 0.2 * (variant != "dense")
-        + 0.05 * noise.random()
+        + 0.04 * noise.random()
         - 0.02 * math.log2(seq_len / 512)
         - 0.05 * min(depth, 16)
     )
