@@ -169,7 +169,7 @@ def test_what_cannot_be_is_said(name: str) -> None:
     assert all(reach(model, 24, causal=causal) is None for causal in objectives(model))
     reason = model.spec.conflict(DEPTH, "reversible")
     assert reason is not None
-    assert reason.startswith("activations=reversible: ")
+    assert reason.startswith(f"activations=reversible with stack={name}: ")
     sizes = Dims(seq_len=24, d_model=16, heads=2)
 
     def wrong(variant: str, **knobs: Any) -> str | None:
