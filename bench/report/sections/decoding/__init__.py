@@ -18,6 +18,7 @@ from bench.report.sections.decoding.data import cheaper_from, combinations, deco
 from bench.report.sections.decoding.page import generating
 from bench.report.text.columns import shown
 from bench.report.text.listing import PageList, listed_columns
+from bench.report.text.markdown import plain
 from bench.report.text.marks import CONTAMINATED, meanings
 from bench.report.text.phrases import headed
 from bench.report.text.tables import Table, first_open
@@ -92,9 +93,7 @@ class Decoding(Section[Generation]):
         if data.cells.empty:
             return []
         columns = shown(tables.tokens(data.cells))
-        return [
-            PageList("decoding", "Decoding", "Decoding", listed_columns(columns), self.lead.replace("*", ""))
-        ]
+        return [PageList("decoding", "Decoding", "Decoding", listed_columns(columns), plain(self.lead))]
 
 
 SECTIONS: Sequence[Section[Any]] = (Decoding(),)
