@@ -63,6 +63,21 @@ def interval(logs: Floats) -> tuple[Floats, Floats]:
     return middle - reach, middle + reach
 
 
+def of_mean(mean: Floats, deviation: Floats, counts: npt.ArrayLike) -> tuple[Floats, Floats]:
+    """Both ends of the interval of each mean over `counts` replicates, from their standard deviation, as
+    `interval` has them: NaN for one replicate, of two their range."""
+    n = np.asarray(counts, dtype=float)
+    wide = np.where(n == 2, 1.0, stats.t.ppf((1 + LEVEL) / 2, np.maximum(n - 1, 1)))
+    reach = wide * deviation / np.sqrt(n)
+    return mean - reach, mean + reach
+
+
+def of_share(mean: Floats, deviation: Floats, counts: npt.ArrayLike) -> tuple[Floats, Floats]:
+    """The same of a share, such as an accuracy, which is from 0 to 1."""
+    low, high = of_mean(mean, deviation, counts)
+    return np.maximum(low, 0.0), np.minimum(high, 1.0)
+
+
 def floor_for(replicates: npt.ArrayLike, floor: npt.ArrayLike) -> Floats:
     """The noise floor of the mean of `replicates`, from that of one pair: NaN where it is not known.
 

@@ -52,11 +52,11 @@ function amongBaselines(rows, values, baselines) {
   return all.map(({ row }) => row);
 }
 
-/** The ranks that a trained cell may have among others: those that are certainly better come before it, those that
-    are certainly worse after it; accuracies are not compared. */
-function places(trained, others) {
-  const low = 1 + others.filter((other) => doc.beats[other].includes(trained)).length;
-  const high = others.length - others.filter((other) => doc.beats[trained].includes(other)).length;
+/** The ranks that a cell may have among others, by `worse`, which lists for each cell those that are certainly worse:
+    those that are certainly better come before it, those that are certainly worse after it; accuracies are not compared. */
+function places(cell, others, worse) {
+  const low = 1 + others.filter((other) => worse[other].includes(cell)).length;
+  const high = others.length - others.filter((other) => worse[cell].includes(other)).length;
   return low === high ? String(low) : `${low}–${high}`;
 }
 
@@ -92,26 +92,30 @@ function choose() {
     return doc.score_text[trained] + other;
   };
   const taking = best.filter((cell) => !unranked(cell));
-  const rows = ranked(best.map((cell) => ({ rank: unranked(cell) ? MISSING : places(speaks.get(cell), taking.map((other) => speaks.get(other))), cell })), ways, [score, memory]);
+  const rows = ranked(best.map((cell) => ({ rank: unranked(cell) ? MISSING : places(speaks.get(cell), taking.map((other) => speaks.get(other)), doc.beats), cell })), ways, [score, memory]);
   const values = best.map((cell) => (sound(cell) ? null : value(cell)));
   const baselines = pool.length && doc.score_name[pool[0]] === "bits per byte" ? doc.baselines[pool[0]] : [];
   fill($("by-quality"), ["", "variant", (pool.length && doc.score_name[pool[0]]) || "bits per byte", "memory"], amongBaselines(rows, values, baselines));
   $("by-quality").parentElement.hidden = !pool.length;
   $("quality-note").textContent = trainedWhere(pool, setting, length, depth);
 
-  // What was disturbed comes after the undisturbed, and what was not timed last; neither has a rank.
+  // What was disturbed comes after the undisturbed, and what was not timed last; neither has a rank. No time has one
+  // where nothing tells any two apart.
   const timed = (cell) => (doc.seconds[cell] === null ? 2 : doc.disturbed[cell] ? 1 : 0);
   const isTimed = (cell) => doc.seconds[cell] !== null;
   const order = (cell) => doc.seconds[cell] ?? doc.flops[cell] ?? Infinity;
   const fastest = [...fit].sort((a, b) => timed(a) - timed(b) || (order(a) === order(b) ? 0 : order(a) - order(b)));
+  const clocked = fastest.filter((cell) => timed(cell) === 0);
+  const isTold = clocked.some((cell) => clocked.some((other) => doc.faster[cell].includes(other)));
   const ratio = doc.table.find((column) => column.title === "time / dense");
   const time = (cell) => (!isTimed(cell) ? `not timed, ${doc.flops_text[cell]}` : doc.seconds_text[cell]);
   const columns = [["step time", time], ["/ dense", (cell) => ratio?.text[cell] ?? MISSING], ["memory", memory]];
   fill($("by-speed"), ["", "variant", ...columns.map(([title]) => title)],
-    ranked(fastest.map((cell, place) => ({ rank: timed(cell) ? MISSING : String(place + 1), cell })), ways, columns.map(([, show]) => show)));
+    ranked(fastest.map((cell) => ({ rank: timed(cell) || !isTold ? MISSING : places(cell, clocked, doc.faster), cell })), ways, columns.map(([, show]) => show)));
   const untimed = fit.filter((cell) => !isTimed(cell)).length, guessed = fit.filter((cell) => doc.predicted[cell]).length;
-  $("speed-note").textContent = untimed === 0 ? `Measured at length ${full(length)}, depth ${depth}.`
-    : `${untimed === fit.length ? "None was" : `${untimed} were not`} timed at length ${full(length)}, depth ${depth}: by executed FLOPs instead, unranked.`;
+  const untold = clocked.length > 1 && !isTold ? " Nothing tells the undisturbed times apart: no ranks." : "";
+  $("speed-note").textContent = (untimed === 0 ? `Measured at length ${full(length)}, depth ${depth}.`
+    : `${untimed === fit.length ? "None was" : `${untimed} were not`} timed at length ${full(length)}, depth ${depth}: by executed FLOPs instead, unranked.`) + untold;
 
   $("answers").hidden = !fit.length;
   const limit = budget === null ? "" : ` into ${full(typed)} ${$("budget-unit").selectedOptions[0].text}`;

@@ -12,6 +12,7 @@ import pandas as pd
 from bench.report.data.baselines import BASELINES, unranked
 from bench.report.data.compared_time import RATE, SECONDS
 from bench.report.data.disturbed import DISTURBED
+from bench.report.data.faster import faster_than
 from bench.report.data.groups import COMMON, varying
 from bench.report.figures.chart_data import Json, lengths, number, numbers
 from bench.report.figures.lines import replicates
@@ -186,8 +187,8 @@ def document(cells: Cells) -> Json:
     `settings` are what cells must share to be compared, all but the activation strategy; `setting` is each
     cell's place among them. `score` ranks quality, and `score_name` says what it is: the accuracy where
     `accurate`, else bits per byte, else the perplexity; what is `unranked` takes no part. `beats` are the
-    places, among all cells, of those that each is certainly better than (`ranking`). `baselines` are
-    those of each cell's text. For `table` see there.
+    places, among all cells, of those that each is certainly better than (`ranking`), and `faster` of those
+    that it is known to be faster than. `baselines` are those of each cell's text. For `table` see there.
     """
     rows, settings, places = cells.rows, cells.settings, cells.places
     varying_keys = varying(rows, COMMON) if len(rows) else []
@@ -222,6 +223,7 @@ def document(cells: Cells) -> Json:
         "score_text": [text for _, text in scores],
         "unranked": [bool(value) for value in unranked(rows) | rows["rank_low"].isna()],
         "beats": _beaten(rows),
+        "faster": faster_than(rows),
         "baselines": [_baselines(row) for _, row in rows.iterrows()],
         "accurate": [bool(accurate) for accurate in rows["accuracy_mean"].notna()],
         "trained": list(rows["trained"]),

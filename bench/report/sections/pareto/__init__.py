@@ -10,7 +10,7 @@ from typing import Any
 import pandas as pd
 
 from bench.report.data.experiment import Experiment
-from bench.report.data.groups import COMMON, TRAINING
+from bench.report.data.groups import COMMON, TRAINING, varying
 from bench.report.figures.chart_data import Json
 from bench.report.figures.spec import FigureSpec, one_point
 from bench.report.sections import Section
@@ -68,10 +68,13 @@ class Pareto(Section[Fronts]):
         if data.models.empty:
             return []
         keys = [key for key in POOL if key not in (*TRAINING, "tokens_trained")]
+        apart = varying(data.models, POOL)
+        named = [key for key in COMMON if key in ("objective", "corpus", *apart)]
         tables = []
         for values, own in pools(data.models):
             training_keys = [key for key in TRAINING if key != "learning_rate" and not pd.isna(values[key])]
-            heading = describe(values, ["objective", "corpus", "seq_len", "depth"])
+            trained = training(values, [key for key in training_keys if key in apart])
+            heading = ", ".join([describe(values, [*named, "seq_len", "depth"]), *trained])
             setting = ", ".join([describe(values, keys), *training(values, training_keys)])
             tables.append(Table(models(own), heading, setting=setting))
         return first_open(tables)

@@ -7,13 +7,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
-from scipy import stats
 
 from bench.report.data.baselines import BASELINES, unranked
 from bench.report.data.compared_time import SECONDS
 from bench.report.data.disturbed import DISTURBED
 from bench.report.data.groups import COMMON, TRAINING, split
-from bench.report.data.intervals import LEVEL
+from bench.report.data.intervals import of_mean, of_share
 from bench.report.data.statistics import BASELINE
 from bench.report.figures.style import strategy_rank
 
@@ -88,10 +87,12 @@ def _scored(models: pd.DataFrame) -> pd.DataFrame:
         pd.Series(np.select(taken, [models[f"{name}_{end}"] for name in SCORES], np.nan), models.index)
         for end in ("mean", "std")
     )
-    # as `intervals.interval`: of two replicates their range, of more Student's interval of the mean
-    wide = np.where(counts == 2, 1.0, stats.t.ppf((1 + LEVEL) / 2, np.maximum(counts - 1, 1)))
-    reach = wide * deviation / np.sqrt(counts)
-    columns |= {"quality": mean, "quality_low": mean - reach, "quality_high": mean + reach}
+    figures = mean.to_numpy(dtype=float), deviation.to_numpy(dtype=float), counts
+    accurate = columns["score"] == "accuracy"
+    low, high = (
+        np.where(accurate, *ends) for ends in zip(of_share(*figures), of_mean(*figures), strict=True)
+    )
+    columns |= {"quality": mean, "quality_low": low, "quality_high": high}
     for name, column in COSTS.items():
         whole = f"{column}_median" if f"{column}_median" in models else column
         columns[name] = models[whole]
