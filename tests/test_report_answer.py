@@ -11,6 +11,7 @@ from test_report import record, table, write
 
 from bench.records import Record
 from bench.report import build
+from bench.report.data.faster import faster_than
 
 MIB = 2**20
 
@@ -194,3 +195,27 @@ def test_the_best_models_are_those_that_none_is_certainly_better_than(tmp_path: 
     (row,) = table(part_of(tmp_path / "e", found, "answer").text, "### Trained models")
     assert set(row["best"].split(", ")) == {"dense", "chunked"}
     assert row["score"].endswith(" ± 0.016 bits per byte")
+
+
+def test_the_head_counts_second_measurements_and_uncommitted_changes(tmp_path: Path) -> None:
+    found = [one for one in swept(replicates=2) if one.seq_len == 512]
+    for one in found[:5]:
+        one.git_dirty = True
+    head = part_of(tmp_path / "e", found, "answer").text.partition("## ")[0]
+    assert "- records: 12, of 2 replicates; 6 are second measurements of the same\n- statuses: 12 ok" in head
+    assert "- uncommitted changes: in the code of 5 of 12 records" in head
+
+
+@pytest.mark.parametrize("twins", [True, False])
+def test_ranks_by_time_are_of_variants_that_are_told_apart(tmp_path: Path, twins: bool) -> None:
+    """As the page has them; by the floor of twins, or by dense alone."""
+    part = part_of(tmp_path / "e", [one for one in swept() if twins or not one.twin], "cost")
+    cells = part.results.data["cost"]
+    cells = cells[cells["seq_len"] == 1024]
+    names = list(cells["label"])
+    slower = [{names[place] for place in own} for own in faster_than(cells)]
+    assert dict(zip(names, slower, strict=True)) == {
+        "chunked": {"dense"},
+        "performer": {"dense"},
+        "dense": set(),
+    }

@@ -380,7 +380,10 @@ def test_on_a_phone_names_of_variants_are_on_one_line_and_the_fastest_table_fits
 ) -> None:
     shown = {*variants.names(), *ZOO_NAMES} - {"hybrid"}  # whose name is that of its layers
     found = [record(name, length) for name in shown for length in (512, 1024)]
-    show(browser, page_file(write(tmp_path, found)), width=390)
+    twins = [record(name, 512, twin=1, cell_id=f"{name}-twin") for name in shown]  # so that there are ranks
+    show(browser, page_file(write(tmp_path, found + twins)), width=390)
+    Select(one(browser, "#choose-length")).select_by_visible_text("512")
+    assert any("–" in rank and rank != "–" for rank in column(browser, "#by-speed", ""))
     names = find(browser, "#by-speed tbody th .name")
     assert {name.text for name in names} == shown
     assert len({name.rect["height"] for name in names}) == 1

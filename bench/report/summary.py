@@ -119,17 +119,20 @@ def tex(results: Results, chosen: Sequence[str] | None = None) -> str:
 
 def facts(results: Results) -> dict[str, str]:
     """The lines of the head, by name: machine, dates, versions, counts, and the sections' facts."""
-    frame = results.records.collected.frame
-    counts = frame["status"].value_counts()
+    frame, every = results.records.collected.frame, results.records.collected.every
+    counts = every["status"].value_counts()
     statuses = ", ".join(f"{counts[s]} {s}" for s in STATUSES if s in counts)
     replicates = frame["replicate"].nunique()
     result = {
         "machine": machines(frame),
         "dates": dates(frame),
         "torch": ", ".join(sorted(frame["torch_version"].dropna().unique())) or UNKNOWN,
-        "records": f"{len(frame)}, of {replicates} replicate{'s' if replicates > 1 else ''}",
+        "records": f"{len(every)}, of {replicates} replicate{'s' if replicates > 1 else ''}"
+        + (f"; {again} are second measurements of the same" if (again := len(every) - len(frame)) else ""),
         "statuses": statuses,
     }
+    if dirty := int(every["git_dirty"].eq(True).sum()):
+        result["uncommitted changes"] = f"in the code of {dirty} of {len(every)} records"
     if words := settings(frame):
         result["settings"] = words
     for section, data in results:

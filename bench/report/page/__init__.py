@@ -27,6 +27,7 @@ from bench.report.page.environment import environments
 from bench.report.page.symbols import DARK, symbols
 from bench.report.sections import Results
 from bench.report.text.listing import PageList
+from bench.report.text.markdown import plain
 from bench.report.text.marks import NOTES
 
 CHOOSER = ("common.js", "generate.js", "choose.js")
@@ -50,7 +51,7 @@ def html(results: Results) -> str:
     return page.from_string(_file("template.html")).render(
         names=", ".join(sorted(frame["name"].unique())),
         style=Markup(_file("page.css").replace("$DARK", DARK)),
-        count=len(frame),
+        count=len(results.records.collected.every),
         contents=contents,
         document=Markup(_json(contents)),
         scripts=[Markup(script) for script in scripts],
@@ -62,7 +63,7 @@ def html(results: Results) -> str:
         lists=[one for one in lists if not one.about_noise],
         links=_links(one for one in lists if not one.about_noise),
         about_noise=[one for one in lists if one.about_noise],
-        notes={mark: words.replace("*", "") for mark, words in NOTES.items() if mark in texts},
+        notes={mark: plain(words) for mark, words in NOTES.items() if mark in texts},
     )
 
 

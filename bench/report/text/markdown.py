@@ -20,6 +20,11 @@ def escape(text: object) -> str:
     return re.sub(r"(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])", r"\\_", line)
 
 
+def plain(text: str) -> str:
+    """A lead or a note of Markdown without the marks of emphasis and code, for the page."""
+    return re.sub(r"[*`]", "", text)
+
+
 def shortened(text: str) -> str:
     """At most REASON_LIMIT characters; the whole text is in cells.parquet."""
     return printable(text, REASON_LIMIT)

@@ -17,6 +17,7 @@ from bench.report.sections.decoding import plots, tables
 from bench.report.sections.decoding.data import cheaper_from, combinations, decoding_cells
 from bench.report.sections.decoding.page import generating
 from bench.report.text.listing import PageList, listed_tables
+from bench.report.text.markdown import plain
 from bench.report.text.marks import CONTAMINATED, meanings
 from bench.report.text.phrases import headed
 from bench.report.text.tables import Table, first_open
@@ -88,7 +89,7 @@ class Decoding(Section[Generation]):
 
     def page_lists(self, data: Generation) -> list[PageList]:
         """The same tables."""
-        return listed_tables("decoding", self.title, self.tables(data), self.lead.replace("*", ""))
+        return listed_tables("decoding", self.title, self.tables(data), plain(self.lead))
 
 
 SECTIONS: Sequence[Section[Any]] = (Decoding(),)
