@@ -114,10 +114,10 @@ def test_the_message_survives_an_entry_of_one_s_own(tmp_path: Path) -> None:
     [
         (
             ["longformer.window=64"],
-            "longformer.window=64: of a sweep; add -m (or --multirun); in a single cell, "
+            "longformer.window=64: only for a sweep; add -m (or --multirun); for a single cell, "
             "write variant.window=64",
         ),
-        (["seq_len=range(8,64)"], "seq_len=range(8,64): of a sweep; add -m (or --multirun)"),
+        (["seq_len=range(8,64)"], "seq_len=range(8,64): only for a sweep; add -m (or --multirun)"),
         (["-m", "seq_len=range(0,10,0)"], "seq_len=range(0,10,0): the step of a range must not be 0"),
     ],
 )

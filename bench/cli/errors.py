@@ -55,8 +55,8 @@ def _axis(line: str, name: str) -> str:
     """About an axis of a sweep in the command of a single cell."""
     knob = entry_knobs.of_group(name)
     single = re.sub(r"=choice\((.*)\)$", r"=\1", line)  # as it was typed
-    own = f"; in a single cell, write {knob}={single.partition('=')[2]}" if knob else ""
-    return f"{single if knob else line}: of a sweep; add -m (or --multirun){own}"
+    own = f"; for a single cell, write {knob}={single.partition('=')[2]}" if knob else ""
+    return f"{single if knob else line}: only for a sweep; add -m (or --multirun){own}"
 
 
 def _near(value: str, allowed: list[str]) -> str:
